@@ -1,0 +1,91 @@
+"""From a batch to its microbatches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autofunc import tree
+from autofunc.errors import BatchError
+from autofunc.random import as_key, fold
+
+Microbatch = dict[str, Any]
+
+
+def split_batch(
+    batch: Mapping[str, Any],
+    num_microbatches: int,
+    *,
+    key: Any = None,
+    batch_dims: Mapping[str, int | None] | None = None,
+) -> list[Microbatch]:
+    """Cut a batch into microbatches of equal size, in order. Tensors are views, nothing is copied.
+
+    The batch size is dim 0 of the first tensor that has dims. Tensors whose dim 0 is the batch size are cut along it; all
+    other leaves go to every microbatch. `batch_dims` says otherwise for a key: a dim to cut along, or None for all rows.
+
+    Args:
+        batch: mapping of pytrees of tensors. Its `"key"`, when there is one, is the key.
+        num_microbatches: how many; must divide the batch size.
+        key: randomness of this step: None, (seed, step), or a tensor from `af.random.make_key`. Each microbatch gets its
+            own key, folded from this one and its number.
+        batch_dims: key -> dim or None.
+
+    Raises:
+        BatchError: when there is nothing to cut, or rows do not divide.
+    """
+    batch_dims = dict(batch_dims or {})
+    unknown = sorted(set(batch_dims) - set(batch))
+    if unknown:
+        raise BatchError(f"batch_dims names {unknown[0]!r}, which is not in the batch: {', '.join(map(str, batch))}")
+    rows = _batch_size(batch, batch_dims)
+    if rows % num_microbatches:
+        fitting = [count for count in range(1, rows + 1) if rows % count == 0]
+        raise BatchError(
+            f"a batch of {rows} rows cannot be cut into {num_microbatches} equal microbatches; "
+            f"{rows} rows can be cut into {', '.join(map(str, fitting[:12]))}"
+        )
+    pieces: list[Microbatch] = [{} for _ in range(num_microbatches)]
+    for name, value in batch.items():
+        if name == "key":
+            continue
+        leaves, spec = tree.leaves_and_spec(value)
+        cut = [_cut(leaf, name, rows, num_microbatches, batch_dims) for leaf in leaves]
+        for index, piece in enumerate(pieces):
+            piece[name] = tree.from_leaves([leaf[index] for leaf in cut], spec)
+    step_key = as_key(batch.get("key") if key is None else key, device=_device(batch))
+    if step_key is not None:
+        keys = fold(step_key, torch.arange(num_microbatches, device=step_key.device))
+        for piece, microbatch_key in zip(pieces, keys.unbind(), strict=True):
+            piece["key"] = microbatch_key
+    return pieces
+
+
+def _batch_size(batch: Mapping[str, Any], batch_dims: Mapping[str, int | None]) -> int:
+    for name, value in batch.items():
+        dim = batch_dims.get(name, 0)
+        if name == "key" or dim is None:
+            continue
+        for leaf in tree.leaves_and_spec(value)[0]:
+            if isinstance(leaf, Tensor) and leaf.dim() > dim:
+                return leaf.shape[dim]
+    raise BatchError(f"nothing in the batch has rows to cut: {', '.join(map(str, batch)) or 'it is empty'}")
+
+
+def _cut(leaf: Any, name: str, rows: int, count: int, batch_dims: Mapping[str, int | None]) -> list[Any]:
+    dim = batch_dims.get(name, 0)
+    if dim is None or not isinstance(leaf, Tensor) or leaf.dim() <= dim:
+        return [leaf] * count
+    if leaf.shape[dim] != rows:
+        if name in batch_dims:
+            raise BatchError(f"batch[{name!r}] has {leaf.shape[dim]} rows in dim {dim}, but the batch has {rows}")
+        return [leaf] * count
+    return list(leaf.split(rows // count, dim)) if rows else [leaf] * count
+
+
+def _device(batch: Mapping[str, Any]) -> torch.device:
+    leaves = tree.leaves_and_spec({name: value for name, value in batch.items() if name != "key"})[0]
+    return next((leaf.device for leaf in leaves if isinstance(leaf, Tensor)), torch.device("cpu"))

@@ -1,0 +1,115 @@
+"""The eager engine: autograd on the pure stage function, one graph per microbatch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from autofunc.engine.functions import Produced
+from autofunc.losses import Loss, evaluate
+from autofunc.split import Boundary, Stage
+
+
+class Bound(NamedTuple):
+    """A stage's parameters as leaves of autograd graphs, shared by the microbatches of one step."""
+
+    tree: dict[str, dict[str, Any]]
+    trainable: list[Tensor]
+
+
+class Residuals(NamedTuple):
+    """One microbatch's graph: what to differentiate, with respect to what."""
+
+    roots: list[Tensor]  # outputs that need a gradient, or the loss
+    inputs: list[Tensor]  # received values that need one
+    weights: list[Tensor]
+    is_loss: bool
+
+
+class EagerStage:
+    """Implements `StageFunctions` by `torch.autograd.grad`.
+
+    `backward_input` keeps the whole graph for `backward_weight`: correct, not small.
+
+    Args:
+        stage: the stage.
+        received: boundary of the stage before; None for the first stage.
+        returned: its own boundary.
+        loss: the loss, for the last stage.
+        with_loss: whether to end in a loss; True for the last stage when training.
+    """
+
+    def __init__(
+        self, stage: Stage, received: Boundary | None, returned: Boundary, loss: Loss | None, with_loss: bool
+    ) -> None:
+        self._stage = stage
+        self._received = received
+        self._returned = returned
+        self._loss = loss
+        self._with_loss = with_loss
+        self._input_needs_grad = [value.needs_grad for value in received.values] if received else []
+
+    def bind(self, leaves: list[Tensor]) -> Bound:
+        """Make the parameters leaves of new graphs. Shares their memory; the user's tensors stay as they are."""
+        trainable = self._stage.trainable
+        fresh = [leaf.detach().requires_grad_(wanted) for leaf, wanted in zip(leaves, trainable, strict=True)]
+        return Bound(self._stage.bind(fresh), [leaf for leaf in fresh if leaf.requires_grad])
+
+    def evaluate(self, bound: Bound, inputs: list[Tensor], microbatch: Mapping[str, Any]) -> Produced:
+        """See `StageFunctions.evaluate`."""
+        with torch.no_grad():
+            return self._produce(bound, inputs, microbatch)[0]
+
+    def forward(
+        self, bound: Bound, inputs: list[Tensor], microbatch: Mapping[str, Any]
+    ) -> tuple[Produced, Residuals]:
+        """See `StageFunctions.forward`."""
+        leaves = [leaf.detach().requires_grad_(w) for leaf, w in zip(inputs, self._input_needs_grad, strict=True)]
+        with torch.enable_grad():
+            produced, roots = self._produce(bound, leaves, microbatch)
+        needing = [leaf for leaf in leaves if leaf.requires_grad]
+        return produced, Residuals([root for root in roots if root.requires_grad], needing, bound.trainable, self._with_loss)
+
+    def backward(self, residuals: Residuals, cotangents: list[Tensor]) -> tuple[list[Tensor], list[Tensor | None]]:
+        """See `StageFunctions.backward`."""
+        inputs, weights = residuals.inputs, residuals.weights
+        grads = _grad(residuals, cotangents, [*inputs, *weights], keep=False)
+        return _dense(grads[: len(inputs)], inputs), grads[len(inputs) :]
+
+    def backward_input(
+        self, residuals: Residuals, cotangents: list[Tensor]
+    ) -> tuple[list[Tensor], tuple[Residuals, list[Tensor]]]:
+        """See `StageFunctions.backward_input`."""
+        grads = _grad(residuals, cotangents, residuals.inputs, keep=True)
+        return _dense(grads, residuals.inputs), (residuals, cotangents)
+
+    def backward_weight(self, weight_residuals: tuple[Residuals, list[Tensor]]) -> list[Tensor | None]:
+        """See `StageFunctions.backward_weight`."""
+        residuals, cotangents = weight_residuals
+        return _grad(residuals, cotangents, residuals.weights, keep=False)
+
+    def _produce(
+        self, bound: Bound, inputs: list[Tensor], microbatch: Mapping[str, Any]
+    ) -> tuple[Produced, list[Tensor]]:
+        """Run the stage; returns what it made and the tensors to differentiate."""
+        x = self._stage.run(bound.tree, self._received.assemble(inputs) if self._received else None, microbatch)
+        if self._with_loss:
+            terms = evaluate(self._loss, x, microbatch)
+            return Produced([], terms.sum.detach(), terms.weight, terms.aux), [terms.sum]
+        tensors = self._returned.tensors(x)
+        return Produced([tensor.detach() for tensor in tensors]), tensors
+
+
+def _grad(residuals: Residuals, cotangents: list[Tensor], of: list[Tensor], keep: bool) -> list[Tensor | None]:
+    roots = residuals.roots
+    if not roots or not of:
+        return [None] * len(of)
+    seeds = [torch.ones_like(roots[0])] if residuals.is_loss else cotangents
+    return list(torch.autograd.grad(roots, of, seeds, retain_graph=keep, allow_unused=True))
+
+
+def _dense(grads: list[Tensor | None], like: list[Tensor]) -> list[Tensor]:
+    return [torch.zeros_like(leaf) if grad is None else grad for grad, leaf in zip(grads, like, strict=True)]

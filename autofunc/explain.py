@@ -1,0 +1,49 @@
+"""A pipeline in words and a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from autofunc.schedule import Schedule, draw, simulate
+from autofunc.split import Boundaries, Stage, parameter_count
+
+
+def explain(
+    stages: Sequence[Stage], schedule: Schedule, boundaries: Boundaries | None = None, colour: bool = False
+) -> str:
+    """Stages with their ranks, layers and parameters, what crosses between them, and the schedule drawn.
+
+    Args:
+        stages: all stages.
+        schedule: in compute form.
+        boundaries: what crosses, once a batch has been seen.
+        colour: paint the picture with ANSI colours.
+    """
+    model = stages[0].model
+    lines = []
+    for stage in stages:
+        layers = stage.layers[0] if len(stage.layers) == 1 else f"{stage.layers[0]} .. {stage.layers[-1]}"
+        count = parameter_count(model, list(stage.holders))
+        lines.append(f"stage {stage.index} on rank {schedule.placement[stage.index]}: {layers}, {count:,} parameters")
+        if boundaries is not None and stage is not stages[-1]:
+            for value in boundaries.stages[stage.index].values:
+                shape = "x".join(map(str, value.shape)) or "scalar"
+                dtype = str(value.dtype).removeprefix("torch.")
+                back = "" if value.needs_grad else ", forward only"
+                lines.append(f"  -> {value.name}: {dtype} {shape}, {value.num_bytes:,} bytes a microbatch{back}")
+    crossing = [
+        (alias, canonical)
+        for alias, canonical in model.ties.items()
+        if _stage_of(stages, alias) is not _stage_of(stages, canonical)
+    ]
+    lines += [f"tied across stages: {alias} is {canonical}" for alias, canonical in crossing]
+    bubble = simulate(schedule).bubble_fraction
+    lines.append(
+        f"schedule {schedule.name}: {schedule.num_ranks} ranks, {schedule.num_microbatches} microbatches, "
+        f"bubble {bubble:.1%}"
+    )
+    return "\n".join([*lines, draw(schedule, colour=colour)])
+
+
+def _stage_of(stages: Sequence[Stage], path: str) -> Stage:
+    return next(stage for stage in stages if stage.model.layer_of(path) in stage.layers)

@@ -1,0 +1,126 @@
+"""The loss contract, and losses.
+
+A loss is `loss_fn(outputs, microbatch)` and returns a scalar mean (which weighs 1), or `(sum, weight)`, or
+`(sum, weight, aux)`. The loss of a step is the sum of sums over the sum of weights, over all microbatches; so a
+token-weighted mean is exact however the tokens are spread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from autofunc import tree
+from autofunc.errors import BatchError, one_of
+
+Loss = Callable[[Any, Mapping[str, Any]], Any]
+
+REDUCTIONS = ("sum", "mean", "max", "cat")
+
+
+class LossTerms(NamedTuple):
+    """What one microbatch contributes: `sum` (0-dim, differentiable), `weight` (0-dim fp32), `aux` (a pytree)."""
+
+    sum: Tensor
+    weight: Tensor
+    aux: Any
+
+
+def causal_lm(outputs: Any, microbatch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """Sum of the cross-entropy in nats over all labels that are not -100, and their number.
+
+    Args:
+        outputs: logits of shape (..., vocabulary), or a mapping or object with "logits".
+        microbatch: `microbatch["labels"]`, int64 of shape (...), already aligned: `labels[..., t]` is the token that
+            `logits[..., t, :]` predicts.
+    """
+    logits = _entry(outputs, "logits")
+    logits = outputs if logits is None else logits
+    labels = microbatch["labels"]
+    total = functional.cross_entropy(
+        logits.flatten(0, -2).float(), labels.flatten(), ignore_index=-100, reduction="sum"
+    )
+    return total, (labels != -100).sum()
+
+
+def reduce_aux(**how: str) -> Callable[[Loss], Loss]:
+    """Declare how a loss's auxiliary outputs are combined over microbatches; entries not named are summed.
+
+    Example:
+        @af.losses.reduce_aux(accuracy="mean", predictions="cat")
+        def loss(outputs, microbatch): ...
+            return total, weight, {"accuracy": accuracy, "predictions": predictions}
+    """
+    for entry, reduction in how.items():
+        if reduction not in REDUCTIONS:
+            raise BatchError(f"aux entry {entry!r}: unknown reduction {reduction!r}; {one_of(reduction, REDUCTIONS)}")
+
+    def declare(loss: Loss) -> Loss:
+        loss.aux_reductions = how  # type: ignore[attr-defined]
+        return loss
+
+    return declare
+
+
+def evaluate(loss: Loss | None, outputs: Any, microbatch: Mapping[str, Any]) -> LossTerms:
+    """Call a loss and bring what it returns into one form. Without a loss, the outputs' own `loss` is the mean.
+
+    Raises:
+        BatchError: when the loss is not a floating-point scalar, or there is none.
+    """
+    if loss is None:
+        value = _entry(outputs, "loss")
+        if value is None:
+            raise BatchError(
+                f"no loss given, and the model's output ({type(outputs).__name__}) has no 'loss'; pass loss=..., for "
+                "example af.losses.causal_lm"
+            )
+    else:
+        value = loss(outputs, microbatch)
+    total, weight, aux = (*value, None)[:3] if isinstance(value, tuple) else (value, 1.0, None)
+    if not isinstance(total, Tensor) or total.dim() != 0 or not total.is_floating_point():
+        shape = f"{total.dtype} of shape {tuple(total.shape)}" if isinstance(total, Tensor) else type(total).__name__
+        raise BatchError(
+            f"the loss must be a floating-point scalar (0-dim tensor), or (sum, weight) or (sum, weight, aux); got {shape}"
+        )
+    if not isinstance(weight, Tensor):
+        weight = torch.full((), float(weight), device=total.device)
+    return LossTerms(total, weight.detach().float(), tree.map_leaves(_detached, aux))
+
+
+def combine_aux(loss: Loss | None, collected: Sequence[Any]) -> Any:
+    """Combine the aux of all microbatches, in order, as the loss declares."""
+    how: Mapping[str, str] = getattr(loss, "aux_reductions", {})
+    first = collected[0]
+    if isinstance(first, Mapping):
+        return {name: _reduce(how.get(name, "sum"), [aux[name] for aux in collected]) for name in first}
+    return _reduce("sum", collected)
+
+
+def _reduce(how: str, values: Sequence[Any]) -> Any:
+    specs = [tree.leaves_and_spec(value) for value in values]
+    columns = zip(*(leaves for leaves, _ in specs), strict=True)
+    return tree.from_leaves([_reduce_leaf(how, list(column)) for column in columns], specs[0][1])
+
+
+def _reduce_leaf(how: str, values: list[Any]) -> Any:
+    if not isinstance(values[0], Tensor):
+        values = [torch.as_tensor(value) for value in values]
+    if how == "cat":
+        return torch.cat([value[None] if value.dim() == 0 else value for value in values])
+    stacked = torch.stack(values)
+    if how == "max":
+        return stacked.amax(0)
+    return stacked.float().mean(0) if how == "mean" else stacked.sum(0)
+
+
+def _detached(leaf: Any) -> Any:
+    return leaf.detach() if isinstance(leaf, Tensor) else leaf
+
+
+def _entry(outputs: Any, name: str) -> Any:
+    return outputs.get(name) if isinstance(outputs, Mapping) else getattr(outputs, name, None)

@@ -1,0 +1,152 @@
+"""A model: named pure layers in order, with ties between parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from tensordict import TensorDict
+
+from autofunc import tree
+from autofunc.errors import ModelError, one_of
+from autofunc.model.layer import Layer
+from autofunc.random import InitKey, as_key
+
+
+class Model:
+    """Named pure layers in order.
+
+    A parameter's path is its layer's name joined with its name inside the layer: `h.0.attn.weight`. A tie lets one layer
+    use another's parameter: `ties={"head.weight": "wte.weight"}` fills `wte.weight` in as `head.weight`. Trees of
+    parameters, gradients and checkpoints hold the canonical name only (`wte.weight`).
+
+    Args:
+        layers: name -> `Layer`, in the order in which they run. Names are split at dots.
+        ties: alias path -> canonical path.
+        config: anything that describes the model; kept as it is.
+        trainable: shell-style patterns of the canonical paths that get gradients; `*` crosses dots.
+
+    Raises:
+        ModelError: for names that collide, or ties that name no parameter or join different shapes.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[str, Layer],
+        *,
+        ties: Mapping[str, str] | None = None,
+        config: Any = None,
+        trainable: Sequence[str] = ("*",),
+    ) -> None:
+        if not layers:
+            raise ModelError("a model needs at least one layer")
+        tree.check_prefix_free(layers)
+        self.layers = dict(layers)
+        self.ties = dict(ties or {})
+        self.config = config
+        self.trainable = tuple(trainable)
+        for alias, canonical in self.ties.items():
+            if canonical in self.ties:
+                raise ModelError(f"tie {alias!r}: {canonical!r} is itself tied; name {self.ties[canonical]!r} instead")
+
+    def __repr__(self) -> str:
+        return f"Model({', '.join(self.layers)})"
+
+    @cached_property
+    def spec(self) -> dict[str, torch.Tensor]:
+        """Every parameter as a layer sees it, aliases included: path -> meta tensor, sorted by path. Allocates nothing."""
+        flat = self._init_layers(self.layers, 0, torch.device("meta"), torch.float32)
+        for alias, canonical in self.ties.items():
+            if canonical not in flat:
+                raise ModelError(f"tie {alias!r} -> {canonical!r}: no such parameter; {one_of(canonical, flat)}")
+            if self.layer_of(alias) is None:
+                raise ModelError(f"tie {alias!r}: the path begins with no layer's name; {one_of(alias, self.layers)}")
+            own = flat.get(alias)
+            if own is not None and own.shape != flat[canonical].shape:
+                raise ModelError(
+                    f"tie {alias!r} -> {canonical!r}: shapes {tuple(own.shape)} and {tuple(flat[canonical].shape)} differ"
+                )
+            flat[alias] = flat[canonical]
+        unused = [pattern for pattern in self.trainable if not any(tree.matches(path, [pattern]) for path in flat)]
+        if unused and flat:
+            raise ModelError(f"trainable pattern {unused[0]!r} matches no parameter; {one_of(unused[0], flat)}")
+        return {path: flat[path] for path in sorted(flat, key=tree.split_path)}
+
+    def canonical(self, path: str) -> str:
+        """The path under which trees hold this parameter."""
+        return self.ties.get(path, path)
+
+    def is_trainable(self, path: str) -> bool:
+        """Whether the parameter (by any of its names) gets a gradient: floating point and named in `trainable`."""
+        return self.spec[path].is_floating_point() and tree.matches(self.canonical(path), self.trainable)
+
+    def layer_of(self, path: str) -> str | None:
+        """The name of the layer a parameter path belongs to."""
+        return next((name for name in self.layers if path.startswith(name + ".")), None)
+
+    def init(
+        self, seed: int = 0, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> TensorDict:
+        """Make all parameters. Each depends on (seed, path) alone, whatever the layout, device or order."""
+        return tree.to_tensordict(self.init_paths(self.spec, seed, device, dtype))
+
+    def init_paths(
+        self, paths: Iterable[str], seed: int, device: torch.device | str, dtype: torch.dtype
+    ) -> dict[str, torch.Tensor]:
+        """Make the parameters with these paths (aliases give their canonical one), running only their layers' inits."""
+        wanted = {self.canonical(path) for path in paths}
+        names = {self.layer_of(path) for path in wanted}
+        layers = {name: layer for name, layer in self.layers.items() if name in names}
+        flat = self._init_layers(layers, seed, torch.device(device), dtype)
+        return {path: leaf for path, leaf in flat.items() if path in wanted}
+
+    def __call__(self, params: tree.Nested, batch: Mapping[str, Any]) -> Any:
+        """Run all layers on one process.
+
+        Args:
+            params: a tree with every canonical path.
+            batch: a mapping; `batch["key"]` turns dropout on.
+        """
+        flat = tree.flatten(params)
+        by_layer = self.layer_trees({path: self.lookup(flat, path) for path in self.spec})
+        return self.run(self.layers, by_layer, None, {**batch, "key": as_key(batch.get("key"))} if "key" in batch else batch)
+
+    def lookup(self, flat: Mapping[str, torch.Tensor], path: str) -> torch.Tensor:
+        """A parameter by any of its names, from a flat tree of canonical ones.
+
+        Raises:
+            ModelError: when it is missing.
+        """
+        canonical = self.canonical(path)
+        if canonical not in flat:
+            raise ModelError(f"params have no {canonical!r}, which layer {self.layer_of(path)!r} needs; {one_of(path, flat)}")
+        return flat[canonical]
+
+    def layer_trees(self, flat: Mapping[str, torch.Tensor]) -> dict[str, dict[str, Any]]:
+        """Group {path: tensor} into each layer's own nested dicts."""
+        groups: dict[str, dict[str, torch.Tensor]] = {name: {} for name in self.layers}
+        for path, leaf in flat.items():
+            name = self.layer_of(path)
+            assert name is not None
+            groups[name][path[len(name) + 1 :]] = leaf
+        return {name: tree.nest(group) for name, group in groups.items()}
+
+    def run(
+        self, names: Iterable[str], by_layer: Mapping[str, Mapping[str, Any]], x: Any, batch: Mapping[str, Any]
+    ) -> Any:
+        """Run some layers in order on trees made by `layer_trees`."""
+        for name in names:
+            x = self.layers[name].apply(by_layer[name], x, batch)
+        return x
+
+    def _init_layers(
+        self, layers: Mapping[str, Layer], seed: int, device: torch.device, dtype: torch.dtype
+    ) -> dict[str, torch.Tensor]:
+        flat: dict[str, torch.Tensor] = {}
+        with torch.device(device), torch.no_grad():
+            for name, layer in layers.items():
+                made = layer.init(InitKey(seed, name, device, dtype))
+                flat.update({tree.join(name, path): leaf for path, leaf in tree.flatten(made).items()})
+        return {path: leaf for path, leaf in flat.items() if device.type == "meta" or path not in self.ties}

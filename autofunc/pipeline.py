@@ -1,0 +1,241 @@
+"""The public transform: stages and a schedule become one function of (params, batch)."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from autofunc import tree
+from autofunc.batch import Microbatch, split_batch
+from autofunc.engine import EagerStage
+from autofunc.errors import AutofuncError, BatchError, MeshError, ScheduleError, one_of
+from autofunc.explain import explain
+from autofunc.losses import Loss
+from autofunc.mesh import pp_ranks
+from autofunc.runtime.gather import broadcast_outputs, gather_tree
+from autofunc.runtime.plan import MakeFunctions, Mode, Plan, build_plan
+from autofunc.runtime.step import StepResult, run_step
+from autofunc.runtime.transport import DistributedTransport
+from autofunc.schedule import Schedule, validate
+from autofunc.split import Stage
+
+ENGINES: dict[str, MakeFunctions] = {"eager": EagerStage}
+
+
+class Pipeline:
+    """A pipelined function of (params, batch); made by `af.pipeline`.
+
+    It holds no parameters and no state of training, only what was built for the batch signatures it has seen.
+    """
+
+    def __init__(
+        self,
+        stages: Sequence[Stage],
+        schedule: Schedule,
+        loss: Loss | None,
+        mesh: DeviceMesh | None,
+        engine: str,
+        batch_dims: Mapping[str, int | None] | None,
+    ) -> None:
+        if len(stages) != schedule.num_stages:
+            raise ScheduleError(
+                f"schedule {schedule.name} with {schedule.num_ranks} ranks has {schedule.num_stages} stages, but the model "
+                f"is split into {len(stages)}; use {schedule.num_stages - 1} split points, or another number of ranks"
+            )
+        if engine not in ENGINES:
+            raise AutofuncError(f"unknown engine {engine!r}: {one_of(engine, ENGINES)}")
+        validate(schedule)
+        self.stages = tuple(stages)
+        self.schedule = schedule
+        self.loss = loss
+        self.mesh = mesh
+        self.engine = engine
+        self._batch_dims = batch_dims
+        self._ranks = pp_ranks(mesh) if mesh is not None else None
+        if self._ranks is not None and len(self._ranks) != schedule.num_ranks:
+            raise MeshError(
+                f"the mesh has {len(self._ranks)} pp ranks, but schedule {schedule.name} was built for "
+                f"{schedule.num_ranks}; they must be equal"
+            )
+        self.local_ranks = tuple(range(schedule.num_ranks)) if mesh is None else (mesh.get_local_rank("pp"),)
+        self._local_stages = [stage for stage in stages if schedule.placement[stage.index] in self.local_ranks]
+        self._paths = sorted({path for stage in self._local_stages for path in stage.paths}, key=tree.split_path)
+        self._plans: dict[Any, tuple[Plan, DistributedTransport | None]] = {}
+        self._calls = itertools.count()
+        self._trace = os.environ.get("AUTOFUNC_TRACE") == "1"
+
+    def __repr__(self) -> str:
+        return f"Pipeline({self.schedule}, {len(self.stages)} stages, engine={self.engine!r})"
+
+    def init(
+        self, seed: int = 0, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> TensorDict:
+        """The initial parameters of this process's ranks: the same values in every layout."""
+        return tree.to_tensordict(self.stages[0].model.init_paths(self._paths, seed, device, dtype))
+
+    def place(self, full_params: tree.Nested) -> TensorDict:
+        """This process's part of a full tree of parameters (or of any tree with the same paths).
+
+        Raises:
+            ModelError: when a path is missing.
+        """
+        flat = tree.flatten(full_params)
+        return tree.to_tensordict({path: self.stages[0].model.lookup(flat, path) for path in self._paths})
+
+    def gather(self, params: tree.Nested) -> TensorDict:
+        """The full tree, on every process, from each process's part of parameters or gradients. Every process calls it."""
+        flat = tree.flatten(params)
+        if self.mesh is None or self._ranks is None:
+            return tree.to_tensordict(flat)
+        return tree.to_tensordict(gather_tree(flat, self._ranks, self.mesh.get_group("pp")))
+
+    def build(self, batch: Mapping[str, Any], params: tree.Nested | None = None, key: Any = None) -> Pipeline:
+        """Build for batches with this signature ahead of the first call.
+
+        Args:
+            batch: an example; only shapes and dtypes matter.
+            params: when they are not fp32 on the CPU, this process's parameters, or tensors like them.
+            key: anything but None when steps will have a key.
+        """
+        self._plan(Mode.GRADS, self._flat(params), self._split(batch, key))
+        return self
+
+    def explain(self) -> str:
+        """What this pipeline does, as text: stages, parameters, what crosses between them, and the schedule drawn."""
+        plans = [plan for plan, _ in self._plans.values()]
+        return explain(self.stages, self.schedule, plans[0].boundaries if plans else None)
+
+    def __call__(self, params: tree.Nested, batch: Mapping[str, Any], key: Any = None, *, has_aux: bool = False) -> Any:
+        """The loss, forward only: 0-dim fp32, the same on every process; `(loss, aux)` with `has_aux`."""
+        result = self.run(Mode.LOSS, params, batch, key)
+        return (result.loss, result.aux) if has_aux else result.loss
+
+    def forward(
+        self, params: tree.Nested, batch: Mapping[str, Any], key: Any = None, *, gather: str | None = None
+    ) -> Any:
+        """The outputs of the last stage for all rows in order: on processes that hold it, elsewhere None.
+
+        Args:
+            params: this process's parameters.
+            batch: a batch; labels are not needed.
+            key: see `value_and_grad`.
+            gather: "all" gives the outputs to every process.
+        """
+        if gather not in (None, "all"):
+            raise AutofuncError(f'gather={gather!r}: expected None or "all"')
+        outputs = self.run(Mode.OUTPUTS, params, batch, key).outputs
+        if gather == "all" and self.mesh is not None and self._ranks is not None:
+            root = self._ranks[self.schedule.placement[-1]]
+            outputs = broadcast_outputs(outputs, root, self.mesh.get_group("pp"))
+        return outputs
+
+    def run(self, mode: Mode, params: tree.Nested, batch: Mapping[str, Any], key: Any) -> StepResult:
+        """Run one step. `af.value_and_grad`, `pipe(...)` and `pipe.forward` are this with a mode."""
+        flat = tree.flatten(params)
+        microbatches = self._split(batch, key)
+        plan, transport = self._plan(mode, flat, microbatches)
+        with torch.no_grad():
+            return run_step(plan, flat, microbatches, transport, next(self._calls), self._trace)
+
+    def _split(self, batch: Mapping[str, Any], key: Any) -> list[Microbatch]:
+        return split_batch(batch, self.schedule.num_microbatches, key=key, batch_dims=self._batch_dims)
+
+    def _flat(self, params: tree.Nested | None) -> dict[str, Tensor]:
+        if params is not None:
+            return tree.flatten(params)
+        return self.stages[0].model.init_paths(self._paths, 0, "meta", torch.float32)
+
+    def _plan(
+        self, mode: Mode, params: Mapping[str, Tensor], microbatches: Sequence[Microbatch]
+    ) -> tuple[Plan, DistributedTransport | None]:
+        key = (mode, _signature(microbatches[0]), tuple(leaf.dtype for leaf in params.values()), _device(params))
+        if key not in self._plans:
+            for path in self._paths:
+                self.stages[0].model.lookup(params, path)
+            plan = build_plan(
+                mode, self.stages, self.schedule, self.loss, ENGINES[self.engine], params, microbatches[0], self.local_ranks
+            )
+            transport = None
+            if self.mesh is not None and self._ranks is not None:
+                transport = DistributedTransport(
+                    self.mesh.get_group("pp"), self._ranks, self.local_ranks[0], plan.device, plan.channels
+                )
+            self._plans[key] = (plan, transport)
+        return self._plans[key]
+
+
+def pipeline(
+    stages: Sequence[Stage],
+    schedule: Schedule,
+    *,
+    loss: Loss | None = None,
+    mesh: DeviceMesh | None = None,
+    engine: str = "eager",
+    batch_dims: Mapping[str, int | None] | None = None,
+) -> Pipeline:
+    """Compose stages by a schedule into one pipelined function.
+
+    Args:
+        stages: from `af.split`; as many as the schedule has.
+        schedule: from `autofunc.schedule`, in compute form.
+        loss: `loss(outputs, microbatch)`, see `autofunc.losses`; None uses the output's own `loss`.
+        mesh: from `af.make_mesh`; None runs every rank in this process.
+        engine: how stages are differentiated: "eager".
+        batch_dims: which dim of a batch entry holds the rows, or None for entries that every microbatch gets whole.
+
+    Raises:
+        ScheduleError: when the schedule is invalid or does not fit the number of stages.
+        MeshError: when the mesh does not fit the schedule.
+
+    Example:
+        stages = af.split(model, ["h.4"])
+        s = af.schedule.build("1f1b", num_ranks=2, num_microbatches=8)
+        pipe = af.pipeline(stages, s, loss=af.losses.causal_lm)
+        params = pipe.init(seed=0)
+        loss, grads = af.value_and_grad(pipe)(params, batch)
+    """
+    return Pipeline(stages, schedule, loss, mesh, engine, batch_dims)
+
+
+def value_and_grad(pipe: Pipeline, *, has_aux: bool = False) -> Callable[..., tuple[Any, TensorDict]]:
+    """The loss and gradients of a pipeline, as a pure function.
+
+    Args:
+        pipe: from `af.pipeline`.
+        has_aux: the loss returns `(sum, weight, aux)`, and aux is wanted.
+
+    Returns:
+        `f(params, batch, key=None) -> (loss, grads)`, or `((loss, aux), grads)`. `loss` is the same 0-dim fp32 tensor on
+        every process; `grads` is a tree of this process's trainable parameters; `params` are unchanged. `key` is
+        (seed, step): the same key gives the same dropout in every layout, no key gives none.
+
+    Raises:
+        BatchError: when the batch does not divide, or its total weight is 0.
+        PipelineRunError: when an action fails.
+    """
+    if not isinstance(pipe, Pipeline):
+        raise AutofuncError(f"value_and_grad takes a pipeline from af.pipeline, not {type(pipe).__name__}")
+
+    def function(params: tree.Nested, batch: Mapping[str, Any], key: Any = None) -> tuple[Any, TensorDict]:
+        result = pipe.run(Mode.GRADS, params, batch, key)
+        if has_aux and result.aux is None:
+            raise BatchError("has_aux=True, but the loss returns no aux; return (sum, weight, aux) from it")
+        return ((result.loss, result.aux) if has_aux else result.loss), tree.to_tensordict(result.grads)
+
+    return function
+
+
+def _signature(microbatch: Microbatch) -> Any:
+    leaves, spec = tree.leaves_and_spec(microbatch)
+    return spec, tuple((leaf.shape, leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else leaf for leaf in leaves)
+
+
+def _device(params: Mapping[str, Tensor]) -> torch.device | None:
+    return next((leaf.device for leaf in params.values()), None)

@@ -1,0 +1,65 @@
+"""The oracle: the plain microbatch loop, on one process, without a pipeline. Every pipelined run is compared with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from tensordict import TensorDict
+
+from autofunc import tree
+from autofunc.batch import split_batch
+from autofunc.losses import Loss, combine_aux, evaluate
+from autofunc.model import Model
+
+
+def reference_value_and_grad(
+    model: Model, loss: Loss | None, num_microbatches: int, *, has_aux: bool = False
+) -> Callable[..., tuple[Any, TensorDict]]:
+    """The loss and gradients of a model by a loop over microbatches.
+
+    Each microbatch's loss sum has cotangent 1; gradients are added in microbatch order, in fp32 for parameters of lower
+    precision; a tied parameter is one leaf per holder, and its holders are summed in path order; everything is divided
+    by the total weight at the end.
+
+    Args:
+        model: the whole model.
+        loss: see `autofunc.losses`; None uses the output's own loss.
+        num_microbatches: how many pieces the batch is cut into.
+        has_aux: also return the combined auxiliary outputs.
+
+    Returns:
+        `f(params, batch, key=None) -> (loss, grads)`, or `((loss, aux), grads)` with `has_aux`.
+    """
+
+    def value_and_grad(params: tree.Nested, batch: Mapping[str, Any], key: Any = None) -> tuple[Any, TensorDict]:
+        flat = tree.flatten(params)
+        leaves = {
+            path: model.lookup(flat, path).detach().requires_grad_(model.is_trainable(path)) for path in model.spec
+        }
+        trainable = {path: leaf for path, leaf in leaves.items() if leaf.requires_grad}
+        by_layer = model.layer_trees(leaves)
+        sums: dict[str, torch.Tensor] = {}
+        total, weight = torch.zeros(()), torch.zeros(())
+        collected = []
+        for microbatch in split_batch(batch, num_microbatches, key=key):
+            with torch.enable_grad():
+                terms = evaluate(loss, model.run(model.layers, by_layer, None, microbatch), microbatch)
+            grads = torch.autograd.grad(terms.sum, list(trainable.values()), allow_unused=True)
+            for path, grad in zip(trainable, grads, strict=True):
+                if grad is not None:
+                    wide = grad.float() if grad.dtype.itemsize < 4 else grad
+                    sums[path] = sums[path] + wide if path in sums else wide
+            total, weight = total.to(terms.sum.device) + terms.sum.detach().float(), weight.to(terms.weight) + terms.weight
+            collected.append(terms.aux)
+        merged: dict[str, torch.Tensor] = {}
+        for path, leaf in trainable.items():  # in path order
+            part = sums.get(path, torch.zeros_like(leaf))
+            canonical = model.canonical(path)
+            merged[canonical] = merged[canonical] + part if canonical in merged else part
+        mean = total / weight
+        tree_of_grads = tree.to_tensordict({path: (s / weight).to(flat[path].dtype) for path, s in merged.items()})
+        return ((mean, combine_aux(loss, collected)) if has_aux else mean), tree_of_grads
+
+    return value_and_grad

@@ -1,0 +1,100 @@
+"""Gradient accumulation over microbatches, and the sum over the holders of a tied parameter.
+
+One accumulator per holder, in microbatch order; low-precision gradients accumulate in fp32. Holders are summed once per
+step, in path order, so that every layout gives the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from autofunc.runtime.program import Channel
+from autofunc.schedule import Schedule
+from autofunc.split import Stage
+
+
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    """fp32 for anything less precise."""
+    return torch.float32 if dtype.itemsize < 4 else dtype
+
+
+class Accumulator:
+    """Sums the gradients of one stage's trainable holders."""
+
+    def __init__(self, leaves: Sequence[Tensor]) -> None:
+        self._leaves = leaves
+        self._sums: list[Tensor | None] = [None] * len(leaves)
+        self._owned = [False] * len(leaves)
+
+    def add(self, grads: Sequence[Tensor | None]) -> None:
+        """Add one microbatch's gradients; None is a zero."""
+        for index, grad in enumerate(grads):
+            if grad is None:
+                continue
+            current = self._sums[index]
+            if current is None:
+                # the first gradient may share memory with a cotangent, so it is not written to
+                self._sums[index] = grad.to(accumulator_dtype(grad.dtype))
+            elif self._owned[index]:
+                current.add_(grad)
+            else:
+                self._sums[index], self._owned[index] = current + grad, True
+
+    def totals(self) -> list[Tensor]:
+        """The sums; zeros for parameters that no microbatch used."""
+        return [
+            torch.zeros(leaf.shape, dtype=accumulator_dtype(leaf.dtype), device=leaf.device) if total is None else total
+            for leaf, total in zip(self._leaves, self._sums, strict=True)
+        ]
+
+
+@dataclass(frozen=True)
+class Tie:
+    """A tied parameter: who holds it, and how its holders' sums reach the other ranks."""
+
+    path: str  # canonical
+    holders: tuple[tuple[str, int], ...]  # (path, pp rank) in path order
+    channels: tuple[Channel, ...]  # one per (holder, other rank), named after the holder
+
+    def ranks(self) -> set[int]:
+        """The pp ranks that hold it."""
+        return {rank for _, rank in self.holders}
+
+
+def tie_name(path: str, target: int) -> str:
+    """The name of the channel that carries a holder's sum to another rank."""
+    return f"tie {path} to rank {target}"
+
+
+def find_ties(stages: Sequence[Stage], schedule: Schedule, dtypes: Mapping[str, torch.dtype]) -> list[Tie]:
+    """All trainable parameters with more than one holder, in path order.
+
+    Args:
+        stages: all stages.
+        schedule: for its placement.
+        dtypes: dtype of each canonical path, as this rank's parameters or the others' are.
+    """
+    model = stages[0].model
+    holders: dict[str, list[tuple[str, int]]] = {}
+    for path in model.spec:
+        owner = next(stage.index for stage in stages if model.layer_of(path) in stage.layers)
+        if model.is_trainable(path):
+            holders.setdefault(model.canonical(path), []).append((path, schedule.placement[owner]))
+    ties = []
+    for canonical, held in sorted(holders.items()):
+        if len(held) < 2:
+            continue
+        ranks = sorted({rank for _, rank in held})
+        shape, dtype = tuple(model.spec[canonical].shape), accumulator_dtype(dtypes[canonical])
+        channels = tuple(
+            Channel(tie_name(path, target), source, target, (shape,), (dtype,))
+            for path, source in held
+            for target in ranks
+            if target != source
+        )
+        ties.append(Tie(canonical, tuple(held), channels))
+    return ties

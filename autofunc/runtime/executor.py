@@ -1,0 +1,140 @@
+"""Run a program: one rank's step, as a coroutine that yields while it waits.
+
+With the distributed transport it never yields, because waiting blocks. With the in-memory transport every rank of the
+pipeline is such a coroutine, and `run_together` takes turns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from autofunc.engine import Produced, StageFunctions
+from autofunc.errors import AutofuncError, PipelineRunError
+from autofunc.runtime.accumulate import Accumulator
+from autofunc.runtime.program import Op, Program
+from autofunc.runtime.transport import MemoryHub, Transport
+from autofunc.schedule import Kind, grid
+
+
+@dataclass
+class RankStep:
+    """One rank's step: what goes in, and what comes out."""
+
+    program: Program
+    functions: Mapping[int, StageFunctions]  # by stage
+    bound: Mapping[int, Any]  # by stage: what `StageFunctions.bind` made
+    microbatches: Sequence[Mapping[str, Any]]
+    transport: Transport
+    number: int  # of this call, for messages
+    trace: bool = False
+    accumulators: dict[int, Accumulator] = field(default_factory=dict)  # by stage
+    produced: dict[int, Produced] = field(default_factory=dict)  # by microbatch: what the last stage made
+
+
+def run_rank(step: RankStep) -> Iterator[None]:
+    """Run a rank's ops in order. Yields each time it has to wait.
+
+    Raises:
+        PipelineRunError: when an op fails; carries rank, step, action and the grid with the action marked.
+    """
+    registers: list[Any] = [None] * step.program.num_registers
+    sends: list[Any] = [None] * step.program.num_sends
+    transport = step.transport
+    for op in step.program.ops:
+        try:
+            for register in op.waits:
+                while not transport.arrived(registers[register]):
+                    yield
+                registers[register] = transport.take(registers[register])
+            for send in op.settles:
+                transport.settle(sends[send])
+                sends[send] = None
+            operands = [registers[register] for register in op.reads]
+            for register in op.reads:
+                registers[register] = None
+            if op.kind.is_receive:
+                assert op.channel is not None
+                results: Sequence[Any] = (transport.receive(op.channel),)
+            elif op.kind.is_send:
+                assert op.channel is not None
+                sends[op.send] = transport.send(op.channel, operands[0])
+                results = ()
+            else:
+                results = _compute(step, op, operands)
+            for register, result in zip(op.writes, results, strict=True):
+                registers[register] = result
+            if step.trace:
+                _print_trace(step, op, results)
+            del operands, results
+        except AutofuncError:
+            raise
+        except Exception as error:
+            raise PipelineRunError(_where(step, op, f"{type(error).__name__}: {error}")) from error
+    for send_ticket in sends:
+        if send_ticket is not None:
+            transport.settle(send_ticket)
+
+
+def _compute(step: RankStep, op: Op, operands: list[Any]) -> Sequence[Any]:
+    """Run F, B, I or W; returns what goes into `op.writes`, in order."""
+    functions = step.functions[op.stage]
+    if op.kind is Kind.F:
+        inputs = [tensor for operand in operands for tensor in operand]
+        bound, microbatch = step.bound[op.stage], step.microbatches[op.microbatch]
+        is_last = op.stage == step.program.schedule.num_stages - 1
+        if step.program.schedule.is_forward_only:
+            produced, kept = functions.evaluate(bound, inputs, microbatch), ()
+        else:
+            produced, residuals = functions.forward(bound, inputs, microbatch)
+            kept = (residuals,)
+        if is_last:
+            step.produced[op.microbatch] = produced
+            return kept
+        return (*[produced.outputs] * (len(op.writes) - len(kept)), *kept)
+    residuals, *cotangents = operands
+    if op.kind is Kind.W:
+        step.accumulators[op.stage].add(functions.backward_weight(residuals))
+        return ()
+    received = [tensor for cotangent in cotangents for tensor in cotangent]
+    if op.kind is Kind.I:
+        sent_back, weight_residuals = functions.backward_input(residuals, received)
+        return (*[sent_back] * (len(op.writes) - 1), weight_residuals)
+    sent_back, grads = functions.backward(residuals, received)
+    step.accumulators[op.stage].add(grads)
+    return [sent_back] * len(op.writes)
+
+
+def run_together(ranks: Sequence[Iterator[None]], hub: MemoryHub) -> None:
+    """Take turns among coroutines until all have finished.
+
+    Raises:
+        PipelineRunError: when all that are left wait for each other.
+    """
+    waiting = list(ranks)
+    while waiting:
+        delivered, count = hub.delivered, len(waiting)
+        waiting = [rank for rank in waiting if next(rank, _FINISHED) is not _FINISHED]
+        if waiting and len(waiting) == count and hub.delivered == delivered:
+            raise PipelineRunError(f"{count} ranks wait for each other: the program is not the one the schedule describes")
+
+
+_FINISHED = object()
+
+
+def _where(step: RankStep, op: Op, message: str) -> str:
+    schedule, rank = step.program.schedule, step.program.rank
+    action = schedule[rank][op.position]
+    return (
+        f"rank {rank}, step {step.number}, action {action} (stage {op.stage}, microbatch {op.microbatch}): {message}\n"
+        + grid(schedule, (rank, op.position))
+    )
+
+
+def _print_trace(step: RankStep, op: Op, results: Sequence[Any]) -> None:
+    shapes = [tuple(t.shape) for result in results if isinstance(result, list) for t in result if isinstance(t, Tensor)]
+    action = step.program.schedule[step.program.rank][op.position]
+    print(f"autofunc: rank {step.program.rank} step {step.number} {action} {' '.join(map(str, shapes))}", flush=True)

@@ -1,0 +1,93 @@
+"""The end of a step: tied sums are exchanged, the loss reaches every rank, gradients are divided by the total weight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autofunc.errors import BatchError
+from autofunc.runtime.accumulate import Tie, tie_name
+from autofunc.runtime.transport import Transport
+
+
+def exchange_ties(
+    rank: int, sums: dict[str, Tensor], ties: Sequence[Tie], transport: Transport
+) -> Iterator[None]:
+    """Replace the sums of the holders of each tied parameter by their total, in path order, under the canonical path.
+
+    Args:
+        rank: this pp rank.
+        sums: path of each local holder -> its sum; changed in place.
+        ties: all ties of the model.
+        transport: how sums reach the other ranks that hold the parameter.
+    """
+    posted: list[tuple[Tie, list[Any], dict[str, Any]]] = []
+    for tie in ties:
+        if rank not in tie.ranks():
+            continue
+        # receives first: with zero buffering a send completes only once its receive is posted
+        incoming = {c.name: transport.receive(c) for c in tie.channels if c.target == rank}
+        outgoing = [
+            transport.send(channel, [sums[path]])
+            for path, owner in tie.holders
+            if owner == rank
+            for channel in tie.channels
+            if channel.source == rank and channel.name == tie_name(path, channel.target)
+        ]
+        posted.append((tie, outgoing, incoming))
+    for tie, outgoing, incoming in posted:
+        total: Tensor | None = None
+        for path, owner in tie.holders:
+            if owner == rank:
+                part = sums.pop(path)
+            else:
+                ticket = incoming[tie_name(path, rank)]
+                while not transport.arrived(ticket):
+                    yield
+                part = transport.take(ticket)[0]
+            total = part if total is None else total + part
+        for ticket in outgoing:
+            transport.settle(ticket)
+        assert total is not None
+        sums[tie.path] = total
+
+
+def total_loss(sums: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+    """[sum of sums, sum of weights] in microbatch order: fp32, shape (2,)."""
+    total, weight = sums[0].float(), weights[0].float()
+    for index in range(1, len(sums)):
+        total, weight = total + sums[index].float(), weight + weights[index]
+    return torch.stack((total, weight))
+
+
+def share(
+    rank: int, root: int, make: Callable[[], list[Tensor]], like: Sequence[tuple[tuple[int, ...], torch.dtype]],
+    device: torch.device, transport: Transport, into: list[Tensor],
+) -> Iterator[None]:  # fmt: skip
+    """Give tensors that the root makes to all pp ranks; `like` describes them to the others. Appends them to `into`."""
+    if rank == root:
+        tensors = make()
+    else:
+        tensors = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in like]
+    ticket = transport.broadcast(root, tensors)
+    while not transport.arrived(ticket):
+        yield
+    into += transport.take(ticket)
+
+
+def check_weight(weight: Tensor) -> None:
+    """Refuse a step without any weight.
+
+    Raises:
+        BatchError: when the total weight is 0.
+    """
+    if weight.item() == 0.0:
+        raise BatchError("the total weight of the loss is 0: no microbatch has a label to learn from (all are -100?)")
+
+
+def divide(sums: Mapping[str, Tensor], weight: Tensor, dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
+    """Gradients of the mean loss: each sum divided by the total weight, in the parameter's dtype."""
+    return {path: (total / weight).to(dtypes[path]) for path, total in sums.items()}

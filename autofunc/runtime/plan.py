@@ -1,0 +1,126 @@
+"""Everything about a step that depends only on the batch's signature, resolved once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autofunc import tree
+from autofunc.engine import StageFunctions
+from autofunc.losses import Loss, combine_aux
+from autofunc.runtime.accumulate import Tie, find_ties
+from autofunc.runtime.program import Channel, Program, build_program, edge_channels
+from autofunc.schedule import Schedule, lower, validate
+from autofunc.split import Boundaries, Boundary, Stage, Value, infer_boundaries
+
+MakeFunctions = Callable[[Stage, Boundary | None, Boundary, Loss | None, bool], StageFunctions]
+"""An engine: (stage, boundary before, own boundary, loss, whether to end in the loss) -> its functions."""
+
+
+class Mode(Enum):
+    """What a step is for."""
+
+    GRADS = "loss and gradients"
+    LOSS = "loss"
+    OUTPUTS = "outputs"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A step, ready to run for one batch signature."""
+
+    mode: Mode
+    stages: tuple[Stage, ...]
+    loss: Loss | None
+    schedule: Schedule  # lowered
+    boundaries: Boundaries
+    programs: Mapping[int, Program]  # by local pp rank
+    functions: Mapping[int, StageFunctions]  # by local stage
+    ties: tuple[Tie, ...]
+    channels: tuple[Channel, ...]  # of the whole pipeline, in the same order on every rank
+    aux: tuple[tuple[tuple[int, ...], torch.dtype], ...]  # shape and dtype of each leaf of the combined aux
+    aux_spec: tree.TreeSpec | None
+    device: torch.device
+
+    @property
+    def last_rank(self) -> int:
+        """The pp rank that holds the last stage, and so the loss."""
+        return self.schedule.placement[-1]
+
+
+def build_plan(
+    mode: Mode,
+    stages: Sequence[Stage],
+    schedule: Schedule,
+    loss: Loss | None,
+    make_functions: MakeFunctions,
+    params: Mapping[str, Tensor],
+    microbatch: Mapping[str, Any],
+    local_ranks: Sequence[int],
+) -> Plan:
+    """Infer the boundaries, lower and check the schedule, and compile the programs of the local ranks."""
+    with_loss = mode is not Mode.OUTPUTS
+    boundaries = infer_boundaries(stages, params, microbatch, loss, with_loss=with_loss)
+    edges = boundaries.edges()
+    lowered = lower(schedule if mode is Mode.GRADS else schedule.forward_form(), edges)
+    validate(lowered, edges)
+    by_edge = edge_channels(lowered, boundaries)
+    local_stages = [stage for stage in stages if lowered.placement[stage.index] in local_ranks]
+    functions = {
+        stage.index: make_functions(
+            stage,
+            boundaries.stages[stage.index - 1] if stage.index else None,
+            boundaries.stages[stage.index],
+            loss,
+            with_loss and stage is stages[-1],
+        )
+        for stage in local_stages
+    }
+    ties = tuple(find_ties(stages, lowered, _dtypes(stages[0], params))) if mode is Mode.GRADS else ()
+    aux, aux_spec = _combined_aux(loss, boundaries, lowered.num_microbatches)
+    return Plan(
+        mode=mode,
+        stages=tuple(stages),
+        loss=loss,
+        schedule=lowered,
+        boundaries=boundaries,
+        programs={rank: build_program(lowered, rank, edges, by_edge) for rank in local_ranks},
+        functions=functions,
+        ties=ties,
+        channels=(*by_edge.values(), *(channel for tie in ties for channel in tie.channels)),
+        aux=aux,
+        aux_spec=aux_spec,
+        device=next((leaf.device for leaf in params.values()), torch.device("cpu")),
+    )
+
+
+def _dtypes(stage: Stage, params: Mapping[str, Tensor]) -> dict[str, torch.dtype]:
+    """Dtype of every canonical path; parameters of other ranks are taken to have this rank's floating dtype."""
+    model = stage.model
+    floating = next((leaf.dtype for leaf in params.values() if leaf.is_floating_point()), torch.float32)
+    dtypes = {}
+    for path, spec in model.spec.items():
+        canonical = model.canonical(path)
+        default = floating if spec.is_floating_point() else spec.dtype
+        dtypes[canonical] = params[canonical].dtype if canonical in params else default
+    return dtypes
+
+
+def _combined_aux(
+    loss: Loss | None, boundaries: Boundaries, num_microbatches: int
+) -> tuple[tuple[tuple[tuple[int, ...], torch.dtype], ...], tree.TreeSpec | None]:
+    """What the aux of all microbatches looks like once combined, worked out on meta tensors."""
+    if boundaries.aux is None:
+        return (), None
+    leaves = [
+        torch.empty(leaf.shape, dtype=leaf.dtype, device="meta") if isinstance(leaf, Value) else leaf
+        for leaf in boundaries.aux.leaves
+    ]
+    one = tree.from_leaves(leaves, boundaries.aux.spec)
+    combined, spec = tree.leaves_and_spec(combine_aux(loss, [one] * num_microbatches))
+    return tuple((tuple(leaf.shape), leaf.dtype) for leaf in combined), spec

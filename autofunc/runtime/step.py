@@ -1,0 +1,131 @@
+"""Run one step of a plan: on this process's rank, or on all ranks in turn when they share the process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autofunc import tree
+from autofunc.losses import combine_aux
+from autofunc.runtime.accumulate import Accumulator
+from autofunc.runtime.executor import RankStep, run_rank, run_together
+from autofunc.runtime.finish import check_weight, divide, exchange_ties, share, total_loss
+from autofunc.runtime.plan import Mode, Plan
+from autofunc.runtime.transport import MemoryHub, MemoryTransport, Transport
+
+
+@dataclass
+class StepResult:
+    """What a step gives this process."""
+
+    loss: Tensor | None = None  # 0-dim fp32, the same on every rank
+    aux: Any = None
+    grads: dict[str, Tensor] = field(default_factory=dict)  # canonical path -> gradient
+    outputs: Any = None  # on the rank that holds the last stage
+
+
+def run_step(
+    plan: Plan,
+    params: Mapping[str, Tensor],
+    microbatches: Sequence[Mapping[str, Any]],
+    transport: Transport | None,
+    number: int,
+    trace: bool = False,
+) -> StepResult:
+    """Run the plan's programs.
+
+    Args:
+        plan: what to run.
+        params: flat canonical parameters of the local ranks.
+        microbatches: all microbatches of the step.
+        transport: to the other processes; None when all ranks are in this one.
+        number: of this step, for messages.
+        trace: print every action as it runs.
+    """
+    result = StepResult()
+    if transport is not None:
+        ((rank, _),) = plan.programs.items()
+        for _ in _run(plan, rank, params, microbatches, transport, number, trace, result):
+            raise AssertionError("a transport between processes blocks; it never yields")
+        return result
+    hub = MemoryHub(plan.schedule.num_ranks)
+    run_together(
+        [
+            _run(plan, rank, params, microbatches, MemoryTransport(hub, rank), number, trace, result)
+            for rank in plan.programs
+        ],
+        hub,
+    )
+    return result
+
+
+def _run(
+    plan: Plan,
+    rank: int,
+    params: Mapping[str, Tensor],
+    microbatches: Sequence[Mapping[str, Any]],
+    transport: Transport,
+    number: int,
+    trace: bool,
+    result: StepResult,
+) -> Iterator[None]:
+    """One rank's step, from binding its parameters to the finished gradients."""
+    stages = [plan.stages[index] for index in plan.schedule.stages_of(rank)]
+    leaves = {stage.index: stage.leaves(params) for stage in stages}
+    step = RankStep(
+        program=plan.programs[rank],
+        functions=plan.functions,
+        bound={stage.index: plan.functions[stage.index].bind(leaves[stage.index]) for stage in stages},
+        microbatches=microbatches,
+        transport=transport,
+        number=number,
+        trace=trace,
+    )
+    for stage in stages:
+        step.accumulators[stage.index] = Accumulator(
+            [leaf for leaf, wanted in zip(leaves[stage.index], stage.trainable, strict=True) if wanted]
+        )
+    yield from run_rank(step)
+    produced = [step.produced[index] for index in sorted(step.produced)]
+    if plan.mode is Mode.OUTPUTS:
+        if produced:
+            result.outputs = _joined(plan, [each.outputs for each in produced])
+        return
+
+    def make() -> list[Tensor]:
+        made = [total_loss([_tensor(each.sum) for each in produced], [_tensor(each.weight) for each in produced])]
+        if plan.aux_spec is not None:
+            combined = combine_aux(plan.loss, [each.aux for each in produced])
+            made += [torch.as_tensor(leaf, device=plan.device) for leaf in tree.leaves_and_spec(combined)[0]]
+        return made
+
+    shared: list[Tensor] = []
+    like = [((2,), torch.float32), *plan.aux]
+    yield from share(rank, plan.last_rank, make, like, plan.device, transport, shared)
+    total, weight = shared[0].unbind()
+    check_weight(weight)
+    result.loss = total / weight
+    if plan.aux_spec is not None:
+        result.aux = tree.from_leaves(shared[1:], plan.aux_spec)
+    if plan.mode is Mode.GRADS:
+        sums: dict[str, Tensor] = {}
+        for stage in stages:
+            holders = [path for path, wanted in zip(stage.holders, stage.trainable, strict=True) if wanted]
+            sums.update(zip(holders, step.accumulators[stage.index].totals(), strict=True))
+        yield from exchange_ties(rank, sums, plan.ties, transport)
+        result.grads.update(divide(sums, weight, {path: params[path].dtype for path in sums}))
+
+
+def _tensor(value: Tensor | None) -> Tensor:
+    assert value is not None, "the last stage ends in a loss"
+    return value
+
+
+def _joined(plan: Plan, outputs: list[list[Tensor]]) -> Any:
+    """The model's output for all rows: tensors are joined along dim 0, scalars are stacked."""
+    joined = [torch.stack(column) if column[0].dim() == 0 else torch.cat(column) for column in zip(*outputs, strict=True)]
+    return plan.boundaries.stages[-1].assemble(joined)

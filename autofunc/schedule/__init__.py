@@ -1,0 +1,44 @@
+"""Schedules as plain data: built, checked, lowered, simulated and drawn without importing torch.
+
+Example:
+    >>> from autofunc import schedule
+    >>> s = schedule.build("1f1b", num_ranks=4, num_microbatches=8)
+    >>> schedule.validate(schedule.lower(s))
+    >>> schedule.simulate(s).makespan
+    33.0
+"""
+
+from autofunc.schedule.draw import draw
+from autofunc.schedule.effects import Dataflow, Edge, chain
+from autofunc.schedule.grid import grid
+from autofunc.schedule.ir import Action, Kind, Row, Schedule
+from autofunc.schedule.lower import lower
+from autofunc.schedule.registry import build, names, normalise
+from autofunc.schedule.simulate import simulate
+from autofunc.schedule.text import from_actions, from_text, parse_action, to_text
+from autofunc.schedule.timeline import Costs, Timeline
+from autofunc.schedule.validate import validate
+
+__all__ = [
+    "Action",
+    "Costs",
+    "Dataflow",
+    "Edge",
+    "Kind",
+    "Row",
+    "Schedule",
+    "Timeline",
+    "build",
+    "chain",
+    "draw",
+    "from_actions",
+    "from_text",
+    "grid",
+    "lower",
+    "names",
+    "normalise",
+    "parse_action",
+    "simulate",
+    "to_text",
+    "validate",
+]

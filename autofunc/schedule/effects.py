@@ -1,0 +1,151 @@
+"""What each kind of action reads, writes and frees. The validator, the simulator and the executor all use this table.
+
+A token is a value at one stage for one microbatch:
+
+- `Activation(producer, consumer, microbatch)`: what flows forward along an edge,
+- `Cotangent(consumer, producer, microbatch)`: what flows back along it,
+- `Residuals(stage, microbatch)`: what F keeps for B or I,
+- `WeightResiduals(stage, microbatch)`: what I keeps for W.
+
+| kind   | reads                                  | writes                           | frees            |
+|--------|----------------------------------------|----------------------------------|------------------|
+| F      | activations of its inputs              | activations of outputs, residuals| what it read     |
+| B      | residuals, cotangents of its outputs   | cotangents of its inputs         | what it read     |
+| I      | residuals, cotangents of its outputs   | cotangents of inputs, weight residuals | what it read |
+| W      | weight residuals                       |                                  | what it read     |
+| SEND_x | the value of its edge                  | (arrives by the peer's RECV_x)   | what it read     |
+| RECV_x |                                        | the value of its edge            |                  |
+
+A forward-only schedule keeps no residuals.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import NamedTuple
+
+from autofunc.schedule.ir import Action, Kind
+
+
+class Edge(NamedTuple):
+    """A connection from a stage to a later one. `needs_grad` is False for integers and constants: nothing flows back."""
+
+    producer: int
+    consumer: int
+    needs_grad: bool = True
+
+
+def chain(num_stages: int) -> tuple[Edge, ...]:
+    """The edges of a chain model: each stage feeds the next."""
+    return tuple(Edge(stage, stage + 1) for stage in range(num_stages - 1))
+
+
+class Activation(NamedTuple):
+    """What flows forward along an edge for one microbatch."""
+
+    producer: int
+    consumer: int
+    microbatch: int
+
+    def __str__(self) -> str:
+        return f"activation of microbatch {self.microbatch} from stage {self.producer} to stage {self.consumer}"
+
+
+class Cotangent(NamedTuple):
+    """What flows back along an edge for one microbatch."""
+
+    consumer: int
+    producer: int
+    microbatch: int
+
+    def __str__(self) -> str:
+        return f"cotangent of microbatch {self.microbatch} from stage {self.consumer} to stage {self.producer}"
+
+
+class Residuals(NamedTuple):
+    """What F keeps for B or I."""
+
+    stage: int
+    microbatch: int
+
+    def __str__(self) -> str:
+        return f"residuals that {self.stage}F{self.microbatch} keeps"
+
+
+class WeightResiduals(NamedTuple):
+    """What I keeps for W."""
+
+    stage: int
+    microbatch: int
+
+    def __str__(self) -> str:
+        return f"residuals that {self.stage}I{self.microbatch} keeps"
+
+
+Token = Activation | Cotangent | Residuals | WeightResiduals
+
+
+class Effect(NamedTuple):
+    """Tokens an action reads and writes. What it reads it also frees."""
+
+    reads: tuple[Token, ...]
+    writes: tuple[Token, ...]
+
+
+class Dataflow:
+    """The effects of actions for one set of edges.
+
+    Args:
+        edges: connections between stages, in the order in which a stage's values are summed.
+        forward_only: keep no residuals.
+    """
+
+    def __init__(self, edges: Sequence[Edge], forward_only: bool = False) -> None:
+        self.edges = tuple(edges)
+        self.forward_only = forward_only
+
+    @cached_property
+    def _producers(self) -> dict[int, list[Edge]]:
+        return _grouped(self.edges, by="consumer")
+
+    @cached_property
+    def _consumers(self) -> dict[int, list[Edge]]:
+        return _grouped(self.edges, by="producer")
+
+    def inputs(self, stage: int) -> list[Edge]:
+        """Edges that end at a stage."""
+        return self._producers.get(stage, [])
+
+    def outputs(self, stage: int) -> list[Edge]:
+        """Edges that begin at a stage."""
+        return self._consumers.get(stage, [])
+
+    def effect(self, action: Action) -> Effect:
+        """What the action reads (and so frees) and writes."""
+        stage, kind, microbatch, peer = action
+        if kind is Kind.F:
+            reads = tuple(Activation(e.producer, stage, microbatch) for e in self.inputs(stage))
+            writes: tuple[Token, ...] = tuple(Activation(stage, e.consumer, microbatch) for e in self.outputs(stage))
+            return Effect(reads, writes if self.forward_only else (*writes, Residuals(stage, microbatch)))
+        if kind in (Kind.B, Kind.I):
+            cotangents = (Cotangent(e.consumer, stage, microbatch) for e in self.outputs(stage) if e.needs_grad)
+            sent_back = (Cotangent(stage, e.producer, microbatch) for e in self.inputs(stage) if e.needs_grad)
+            kept = (WeightResiduals(stage, microbatch),) if kind is Kind.I else ()
+            return Effect((Residuals(stage, microbatch), *cotangents), (*sent_back, *kept))
+        if kind is Kind.W:
+            return Effect((WeightResiduals(stage, microbatch),), ())
+        if kind is Kind.SEND_F:
+            return Effect((Activation(stage, peer, microbatch),), ())
+        if kind is Kind.RECV_F:
+            return Effect((), (Activation(peer, stage, microbatch),))
+        if kind is Kind.SEND_B:
+            return Effect((Cotangent(stage, peer, microbatch),), ())
+        return Effect((), (Cotangent(peer, stage, microbatch),))
+
+
+def _grouped(edges: Sequence[Edge], by: str) -> dict[int, list[Edge]]:
+    groups: dict[int, list[Edge]] = {}
+    for edge in edges:
+        groups.setdefault(getattr(edge, by), []).append(edge)
+    return groups

@@ -1,0 +1,37 @@
+"""The table of a schedule as text, with one action marked: what errors show."""
+
+from __future__ import annotations
+
+from autofunc.schedule.ir import Schedule
+
+
+def grid(schedule: Schedule, mark: tuple[int, int] | None = None, width: int = 78) -> str:
+    """One line per rank, actions in order; `mark` is (rank, position) of the action to point at.
+
+    Long rows show only the neighbourhood of the mark.
+    """
+    cells = [[str(action) for action in row] for row in schedule]
+    if mark is not None:
+        rank, position = mark
+        if position < len(cells[rank]):
+            cells[rank][position] = f">>{cells[rank][position]}<<"
+    lines = []
+    for rank, row in enumerate(cells):
+        centre = mark[1] if mark is not None and mark[0] == rank else 0
+        lines.append(f"rank {rank} | " + _window(row, centre, width - 9))
+    return "\n".join(lines)
+
+
+def _window(cells: list[str], centre: int, width: int) -> str:
+    """The cells around `centre` that fit into `width` characters, with dots where some are left out."""
+    if len(" ".join(cells)) <= width:
+        return " ".join(cells)
+    low, high = centre, min(centre + 1, len(cells))
+    while True:
+        grown = [(low - 1, high)] if low > 0 else []
+        grown += [(low, high + 1)] if high < len(cells) else []
+        fitting = [span for span in grown if len(" ".join(cells[slice(*span)])) <= width - 8]
+        if not fitting:
+            break
+        low, high = min(fitting, key=lambda span: abs(span[0] + span[1] - 2 * centre - 1))
+    return ("... " if low > 0 else "") + " ".join(cells[low:high]) + (" ..." if high < len(cells) else "")

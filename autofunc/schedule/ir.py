@@ -1,0 +1,186 @@
+"""The schedule as data: actions, rows and the frozen table.
+
+An `Action` is one instruction of one rank. A `Schedule` holds one row of actions per rank. Rows are kept as int32 numpy
+arrays (one line per action: stage, kind, microbatch, peer) and make `Action` objects on access, so that a schedule of
+millions of actions stays small.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+from functools import cached_property
+from typing import NamedTuple, overload
+
+import numpy as np
+import numpy.typing as npt
+
+Table = npt.NDArray[np.int32]
+"""int32 array of shape (number of actions, 4): stage, kind, microbatch, peer stage (-1 where there is none)."""
+
+
+class Kind(IntEnum):
+    """What an action does. The names are those of torch's text form."""
+
+    F = 0  # forward
+    B = 1  # full backward: I and W at once
+    I = 2  # backward of the input  # noqa: E741 - the field's own name
+    W = 3  # backward of the weights
+    SEND_F = 4  # post the sending of an activation to a later stage
+    RECV_F = 5  # post the receiving of an activation from an earlier stage
+    SEND_B = 6  # post the sending of a cotangent to an earlier stage
+    RECV_B = 7  # post the receiving of a cotangent from a later stage
+
+    @property
+    def is_compute(self) -> bool:
+        """F, B, I or W."""
+        return self <= Kind.W
+
+    @property
+    def is_backward(self) -> bool:
+        """B, I or W."""
+        return Kind.B <= self <= Kind.W
+
+    @property
+    def is_send(self) -> bool:
+        """SEND_F or SEND_B."""
+        return self in (Kind.SEND_F, Kind.SEND_B)
+
+    @property
+    def is_receive(self) -> bool:
+        """RECV_F or RECV_B."""
+        return self in (Kind.RECV_F, Kind.RECV_B)
+
+
+class Action(NamedTuple):
+    """One instruction of one rank. `str(action)` is torch's text form, such as `2F0` or `1SEND_F3`."""
+
+    stage: int
+    kind: Kind
+    microbatch: int
+    peer: int = -1  # the other stage of a send or receive
+
+    def __str__(self) -> str:
+        text = f"{self.stage}{self.kind.name}{self.microbatch}"
+        if self.kind.is_compute or self.peer == neighbour(self.stage, self.kind):
+            return text
+        return f"{text}{'>' if self.kind.is_send else '<'}{self.peer}"
+
+
+def neighbour(stage: int, kind: Kind) -> int:
+    """The stage on the other end of a send or receive in a chain of stages, where each stage feeds the next."""
+    return stage + 1 if kind in (Kind.SEND_F, Kind.RECV_B) else stage - 1
+
+
+class Row(Sequence[Action]):
+    """One rank's actions in order: a read-only view of its table."""
+
+    __slots__ = ("table",)
+
+    def __init__(self, table: Table) -> None:
+        self.table = table
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    @overload
+    def __getitem__(self, index: int) -> Action: ...
+    @overload
+    def __getitem__(self, index: slice) -> Row: ...
+    def __getitem__(self, index: int | slice) -> Action | Row:
+        if isinstance(index, slice):
+            return Row(self.table[index])
+        stage, kind, microbatch, peer = self.table[index].tolist()
+        return Action(stage, Kind(kind), microbatch, peer)
+
+    def __iter__(self) -> Iterator[Action]:
+        for stage, kind, microbatch, peer in self.table.tolist():
+            yield Action(stage, Kind(kind), microbatch, peer)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Row) and np.array_equal(self.table, other.table)
+
+    def __hash__(self) -> int:
+        return hash(self.table.tobytes())
+
+    def __repr__(self) -> str:
+        return f"Row({' '.join(map(str, self))})"
+
+
+def as_table(actions: Iterable[Action]) -> Table:
+    """Pack actions into a read-only table."""
+    rows = [(action.stage, int(action.kind), action.microbatch, action.peer) for action in actions]
+    return _frozen(np.array(rows, dtype=np.int32).reshape(-1, 4))
+
+
+def compute_table(
+    stage: npt.ArrayLike, kind: npt.ArrayLike, microbatch: npt.ArrayLike
+) -> Table:
+    """Pack columns of compute actions into a read-only table; scalars are broadcast."""
+    columns = np.broadcast_arrays(stage, kind, microbatch, -1)
+    return _frozen(np.stack(columns, axis=-1).astype(np.int32).reshape(-1, 4))
+
+
+def _frozen(table: Table) -> Table:
+    table.flags.writeable = False
+    return table
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Who computes what when. Plain data: equal when all fields are equal, never changed after it is made.
+
+    `schedule[rank]` is that rank's actions in order. A schedule is in compute form (F, B, I, W) as generators make it, or
+    lowered: with its sends and receives.
+    """
+
+    name: str
+    placement: tuple[int, ...]  # stage -> rank
+    num_microbatches: int
+    rows: tuple[Row, ...] = field(repr=False)  # one per rank
+    in_order: bool = True  # every stage runs its backwards in microbatch order, so sums are in the oracle's order
+
+    @property
+    def num_ranks(self) -> int:
+        """Number of pp ranks."""
+        return len(self.rows)
+
+    @property
+    def num_stages(self) -> int:
+        """Number of stages on all ranks together."""
+        return len(self.placement)
+
+    def __getitem__(self, rank: int) -> Row:
+        return self.rows[rank]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.rows)
+
+    @cached_property
+    def is_lowered(self) -> bool:
+        """Whether it holds sends and receives."""
+        return any(bool((row.table[:, 1] > Kind.W).any()) for row in self.rows)
+
+    @cached_property
+    def is_forward_only(self) -> bool:
+        """Whether it holds no backward action at all."""
+        kinds = (Kind.B, Kind.I, Kind.W)
+        return not any(bool(np.isin(row.table[:, 1], kinds).any()) for row in self.rows)
+
+    def stages_of(self, rank: int) -> tuple[int, ...]:
+        """The stages placed on a rank, in order."""
+        return tuple(stage for stage, owner in enumerate(self.placement) if owner == rank)
+
+    def compute_form(self) -> Schedule:
+        """The same schedule without its sends and receives."""
+        rows = tuple(Row(_frozen(row.table[row.table[:, 1] <= Kind.W])) for row in self.rows)
+        return Schedule(self.name, self.placement, self.num_microbatches, rows, self.in_order)
+
+    def forward_form(self) -> Schedule:
+        """Only its forwards, for evaluation."""
+        rows = tuple(Row(_frozen(row.table[row.table[:, 1] == Kind.F])) for row in self.rows)
+        return Schedule(self.name, self.placement, self.num_microbatches, rows, self.in_order)

@@ -1,0 +1,70 @@
+"""The text form of actions and schedules: torch's action words, one line per rank.
+
+`2F0` is stage 2, forward, microbatch 0. A send or receive between stages that are not neighbours names the other stage:
+`0SEND_F3>2`, `2RECV_F3<0`.
+"""
+
+from __future__ import annotations
+
+import re
+
+from autofunc.errors import ScheduleError, one_of
+from autofunc.schedule.ir import Action, Kind, Row, Schedule, as_table, neighbour
+
+_ACTION = re.compile(r"(\d+)([A-Z_]+)(\d+)(?:[<>](\d+))?")
+
+
+def parse_action(text: str) -> Action:
+    """Read one action.
+
+    Raises:
+        ScheduleError: naming the text and the nearest known kind.
+    """
+    found = _ACTION.fullmatch(text.strip())
+    if not found:
+        raise ScheduleError(f"{text!r} is not an action: expected stage, kind, microbatch, such as '2F0' or '1SEND_F3'")
+    stage, kind_name, microbatch, peer = found.groups()
+    if kind_name not in Kind.__members__:
+        raise ScheduleError(f"{text!r}: unknown kind of action {kind_name!r}; {one_of(kind_name, Kind.__members__)}")
+    kind = Kind[kind_name]
+    if kind.is_compute:
+        return Action(int(stage), kind, int(microbatch))
+    return Action(int(stage), kind, int(microbatch), int(peer) if peer else neighbour(int(stage), kind))
+
+
+def to_text(schedule: Schedule) -> str:
+    """One line per rank, actions separated by commas."""
+    return "\n".join(",".join(map(str, row)) for row in schedule) + "\n"
+
+
+def from_text(text: str, name: str = "custom") -> Schedule:
+    """Read what `to_text` wrote, or a table typed by hand. Spaces and empty cells are ignored.
+
+    The placement is read off the forwards, and `in_order` off the order of each stage's backwards.
+
+    Raises:
+        ScheduleError: when a cell is no action, or a stage has no forward.
+    """
+    lines = [line for line in text.strip().splitlines() if line.strip()]
+    rows = [[parse_action(cell) for cell in re.split(r"[,\s]+", line) if cell] for line in lines]
+    return from_actions(rows, name)
+
+
+def from_actions(rows: list[list[Action]], name: str = "custom") -> Schedule:
+    """Make a schedule of actions given as lists, one per rank; see `from_text`."""
+    placement: dict[int, int] = {}
+    weight_order: dict[int, list[int]] = {}
+    for rank, row in enumerate(rows):
+        for action in row:
+            if action.kind is Kind.F:
+                placement.setdefault(action.stage, rank)
+            elif action.kind in (Kind.B, Kind.W):
+                weight_order.setdefault(action.stage, []).append(action.microbatch)
+    stages = {action.stage for row in rows for action in row}
+    missing = sorted(set(range(max(stages, default=-1) + 1)) - set(placement))
+    if missing or not stages:
+        raise ScheduleError(f"schedule {name!r}: no rank runs the forward of stage {missing or 0}")
+    num_microbatches = 1 + max(action.microbatch for row in rows for action in row)
+    in_order = all(order == sorted(order) for order in weight_order.values())
+    table = tuple(Row(as_table(row)) for row in rows)
+    return Schedule(name, tuple(placement[stage] for stage in sorted(placement)), num_microbatches, table, in_order)

@@ -1,0 +1,60 @@
+"""Splitting: from a model and its split points to stages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from autofunc.errors import SplitError, one_of
+from autofunc.model import Model
+from autofunc.split.balance import balance
+from autofunc.split.cost import layer_costs
+from autofunc.split.points import resolve_points
+from autofunc.split.stage import Stage
+
+
+def split(
+    model: Model,
+    split_points: Sequence[str] | int | str = (),
+    *,
+    num_stages: int | None = None,
+    costs: Mapping[str, float] | None = None,
+) -> list[Stage]:
+    """Split a model into pure stages.
+
+    Args:
+        model: what to split.
+        split_points: names or globs of the layers at which a new stage begins (`["h.4", "h.8"]` gives three stages), or a
+            number of stages, or "auto" with `num_stages`: the best contiguous partition by cost.
+        num_stages: number of stages for "auto".
+        costs: cost of each layer, by name, for a number or "auto"; estimated from shapes by default.
+
+    Raises:
+        SplitError: for points that are not legal places to cut.
+
+    Example:
+        >>> import autofunc as af
+        >>> model = af.Model({name: af.Layer(apply=lambda p, x, batch: x) for name in ("a", "b", "c")})
+        >>> af.split(model, ["b"])
+        [Stage(0: a .. a), Stage(1: b .. c)]
+    """
+    names = list(model.layers)
+    if isinstance(split_points, str):
+        if split_points != "auto":
+            raise SplitError(f'split_points={split_points!r}: expected a list of names, a number of stages, or "auto"')
+        if num_stages is None:
+            raise SplitError('split_points="auto" needs num_stages=')
+        split_points = num_stages
+    elif num_stages is not None:
+        raise SplitError(f'num_stages={num_stages} goes with split_points="auto" only')
+    if isinstance(split_points, int):
+        costs = layer_costs(model) if costs is None else costs
+        missing = [name for name in names if name not in costs]
+        if missing:
+            raise SplitError(f"costs have no {missing[0]!r}; {one_of(missing[0], costs)}")
+        starts = balance([costs[name] for name in names], split_points)
+    else:
+        starts = resolve_points(names, split_points)
+    bounds = zip([0, *starts], [*starts, len(names)], strict=True)
+    return [Stage(model, index, tuple(names[begin:end])) for index, (begin, end) in enumerate(bounds)]
+
+

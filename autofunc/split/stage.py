@@ -1,0 +1,66 @@
+"""A stage: a contiguous run of layers as one pure function."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from autofunc import tree
+from autofunc.model import Model
+
+
+@dataclass(frozen=True, eq=False)
+class Stage:
+    """A contiguous run of a model's layers. It holds no parameters, only the functions and the names.
+
+    A stage refers to its parameters by the names its layers use (`holders`); a tied one is looked up under its canonical
+    path, and is a leaf of its own in every stage and layer that uses it.
+    """
+
+    model: Model
+    index: int
+    layers: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        return f"Stage({self.index}: {self.layers[0]} .. {self.layers[-1]})"
+
+    @cached_property
+    def holders(self) -> tuple[str, ...]:
+        """Paths of the parameters as this stage's layers see them, aliases included, sorted."""
+        return tuple(path for path in self.model.spec if self.model.layer_of(path) in self.layers)
+
+    @cached_property
+    def paths(self) -> tuple[str, ...]:
+        """Canonical paths of the parameters this stage needs, sorted."""
+        return tuple(sorted({self.model.canonical(path) for path in self.holders}, key=tree.split_path))
+
+    @cached_property
+    def trainable(self) -> tuple[bool, ...]:
+        """For each holder, whether it gets a gradient."""
+        return tuple(self.model.is_trainable(path) for path in self.holders)
+
+    def leaves(self, params: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+        """The tensors of `holders`, in order, from a flat tree that has at least this stage's canonical paths."""
+        return [self.model.lookup(params, path) for path in self.holders]
+
+    def bind(self, leaves: list[torch.Tensor]) -> dict[str, dict[str, Any]]:
+        """Group leaves (in the order of `holders`) into the nested dicts that the layers receive."""
+        return self.model.layer_trees(dict(zip(self.holders, leaves, strict=True)))
+
+    def run(self, bound: Mapping[str, Mapping[str, Any]], x: Any, batch: Mapping[str, Any]) -> Any:
+        """Run the layers on bound parameters."""
+        return self.model.run(self.layers, bound, x, batch)
+
+    def apply(self, params: tree.Nested, x: Any, batch: Mapping[str, Any]) -> Any:
+        """Run the stage: pure, on any tree that has at least this stage's canonical paths.
+
+        Args:
+            params: a tree of parameters.
+            x: what the stage before returned; None for the first.
+            batch: the microbatch.
+        """
+        return self.run(self.bind(self.leaves(tree.flatten(params))), x, batch)

@@ -1,0 +1,275 @@
+"""GPT-2: learned positions, pre-norm blocks, tied head, dropout.
+
+Source: Radford et al., "Language Models are Unsupervised Multitask Learners", 2019, section 2.3; names and numerics as in
+Hugging Face transformers, `models/gpt2/modeling_gpt2.py` (`GPT2LMHeadModel`), whose weights load and whose logits are
+equal.
+
+Shapes: B rows, T tokens, D = n_embd, N heads, H = D / N per head, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from einops import rearrange
+from tensordict import TensorDict
+from torch import Tensor
+from torch.nn import functional
+
+import autofunc as af
+from autofunc.errors import ModelError
+from autofunc.tree import flatten, to_tensordict
+
+Params = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class GPT2Config:
+    """Sizes and rates; the names are those of Hugging Face's `GPT2Config`."""
+
+    vocab_size: int = 50257
+    n_positions: int = 1024
+    n_embd: int = 768
+    n_layer: int = 12
+    n_head: int = 12
+    n_inner: int | None = None
+    embd_pdrop: float = 0.0
+    attn_pdrop: float = 0.0
+    resid_pdrop: float = 0.0
+    layer_norm_epsilon: float = 1e-5
+    initializer_range: float = 0.02
+
+    def __post_init__(self) -> None:
+        if self.n_embd % self.n_head:
+            raise ModelError(f"gpt2: n_embd={self.n_embd} is not divisible by n_head={self.n_head}")
+        for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
+            if getattr(self, name) < 1:
+                raise ModelError(f"gpt2: {name}={getattr(self, name)}, expected at least 1")
+
+    @property
+    def mlp_width(self) -> int:
+        """Hidden features of the MLP: `n_inner`, or four times `n_embd`."""
+        return self.n_inner or 4 * self.n_embd
+
+
+def build_gpt2_model(
+    vocab_size: int = 50257,
+    n_positions: int = 1024,
+    n_embd: int = 768,
+    n_layer: int = 12,
+    n_head: int = 12,
+    n_inner: int | None = None,
+    embd_pdrop: float = 0.0,
+    attn_pdrop: float = 0.0,
+    resid_pdrop: float = 0.0,
+    layer_norm_epsilon: float = 1e-5,
+    initializer_range: float = 0.02,
+) -> af.Model:
+    """GPT-2 as layers `wte`, `wpe`, `h.0` ... `h.{n_layer-1}`, `ln_f`, `head`, with `head.weight` tied to `wte.weight`.
+
+    The batch has "input_ids", int64 (B, T) with T <= n_positions; the output is logits (B, T, V).
+
+    Args:
+        vocab_size: V.
+        n_positions: longest sequence.
+        n_embd: D.
+        n_layer: number of blocks.
+        n_head: N; must divide D.
+        n_inner: hidden features of the MLP; four times D by default.
+        embd_pdrop: dropout after the embeddings.
+        attn_pdrop: dropout of the attention weights.
+        resid_pdrop: dropout of each branch before it is added.
+        layer_norm_epsilon: added to the variance.
+        initializer_range: standard deviation of the initial weights; those that write into the residual stream are
+            divided by sqrt(2 * n_layer).
+
+    Raises:
+        ModelError: for sizes that do not fit together; when it runs, for a sequence longer than `n_positions`.
+    """
+    config = GPT2Config(
+        vocab_size=vocab_size,
+        n_positions=n_positions,
+        n_embd=n_embd,
+        n_layer=n_layer,
+        n_head=n_head,
+        n_inner=n_inner,
+        embd_pdrop=embd_pdrop,
+        attn_pdrop=attn_pdrop,
+        resid_pdrop=resid_pdrop,
+        layer_norm_epsilon=layer_norm_epsilon,
+        initializer_range=initializer_range,
+    )
+    layers = {"wte": _token_embedding(config), "wpe": _position_embedding(config)}
+    for index in range(n_layer):
+        layers[f"h.{index}"] = _block(config, f"h.{index}")
+    layers["ln_f"] = af.Layer(
+        init=lambda key: _norm_init(key, "", config), apply=lambda params, x, batch: layer_norm(params, x, config)
+    )
+    layers["head"] = af.Layer(apply=lambda params, x_BTD, batch: functional.linear(x_BTD, params["weight"]))
+    return af.Model(layers, ties={"head.weight": "wte.weight"}, config=config)
+
+
+def layer_norm(params: Params, x_BTD: Tensor, config: GPT2Config) -> Tensor:
+    """Normalise the last dim."""
+    return functional.layer_norm(x_BTD, (config.n_embd,), params["weight"], params["bias"], config.layer_norm_epsilon)
+
+
+def attention(params: Params, x_BTD: Tensor, batch: Params, config: GPT2Config, name: str) -> Tensor:
+    """Causal multi-head attention. q, k and v are separate weights, so that each can be sharded by heads."""
+    q_BNTH, k_BNTH, v_BNTH = (
+        rearrange(_linear(params[part], x_BTD), "b t (n h) -> b n t h", n=config.n_head) for part in ("q", "k", "v")
+    )
+    if config.attn_pdrop and batch.get("key") is not None:
+        y_BNTH = _attention_with_dropout(q_BNTH, k_BNTH, v_BNTH, batch, config, f"{name}.weights")
+    else:
+        y_BNTH = functional.scaled_dot_product_attention(q_BNTH, k_BNTH, v_BNTH, is_causal=True)
+    y_BTD = _linear(params["proj"], rearrange(y_BNTH, "b n t h -> b t (n h)"))
+    return af.random.dropout(y_BTD, config.resid_pdrop, batch, name)
+
+
+def _attention_with_dropout(q: Tensor, k: Tensor, v: Tensor, batch: Params, config: GPT2Config, name: str) -> Tensor:
+    """The same attention written out, because the fused kernel draws its dropout from the global generator."""
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
+    tokens = q.shape[-2]
+    causal = torch.ones(tokens, tokens, dtype=torch.bool, device=q.device).tril()
+    weights = scores.masked_fill(~causal, torch.finfo(scores.dtype).min).softmax(dim=-1)
+    return af.random.dropout(weights, config.attn_pdrop, batch, name) @ v
+
+
+def mlp(params: Params, x_BTD: Tensor, batch: Params, config: GPT2Config, name: str) -> Tensor:
+    """Two linear maps with a GELU (tanh approximation) between them."""
+    y_BTD = _linear(params["proj"], functional.gelu(_linear(params["fc"], x_BTD), approximate="tanh"))
+    return af.random.dropout(y_BTD, config.resid_pdrop, batch, name)
+
+
+def _linear(params: Params, x: Tensor) -> Tensor:
+    return functional.linear(x, params["weight"], params["bias"])
+
+
+def _block(config: GPT2Config, name: str) -> af.Layer:
+    width, residual_std = config.n_embd, config.initializer_range / math.sqrt(2 * config.n_layer)
+
+    def init(key: af.random.InitKey) -> dict[str, Any]:
+        std = config.initializer_range
+        attn = {part: _linear_init(key, f"attn.{part}", width, width, std) for part in ("q", "k", "v")}
+        return {
+            "ln_1": _norm_init(key, "ln_1", config),
+            "attn": {**attn, "proj": _linear_init(key, "attn.proj", width, width, residual_std)},
+            "ln_2": _norm_init(key, "ln_2", config),
+            "mlp": {
+                "fc": _linear_init(key, "mlp.fc", config.mlp_width, width, std),
+                "proj": _linear_init(key, "mlp.proj", width, config.mlp_width, residual_std),
+            },
+        }
+
+    def apply(params: Params, x_BTD: Tensor, batch: Params) -> Tensor:
+        x_BTD = x_BTD + attention(params["attn"], layer_norm(params["ln_1"], x_BTD, config), batch, config, f"{name}.attn")
+        return x_BTD + mlp(params["mlp"], layer_norm(params["ln_2"], x_BTD, config), batch, config, f"{name}.mlp")
+
+    return af.Layer(init=init, apply=apply)
+
+
+def _linear_init(key: af.random.InitKey, name: str, rows: int, columns: int, std: float) -> dict[str, Tensor]:
+    return {
+        "weight": key.normal(f"{name}.weight", (rows, columns), std=std),
+        "bias": key.zeros(f"{name}.bias", (rows,)),
+    }
+
+
+def _norm_init(key: af.random.InitKey, name: str, config: GPT2Config) -> dict[str, Tensor]:
+    return {"weight": key.ones(f"{name}.weight", (config.n_embd,)), "bias": key.zeros(f"{name}.bias", (config.n_embd,))}
+
+
+def _token_embedding(config: GPT2Config) -> af.Layer:
+    return af.Layer(
+        init=lambda key: {
+            "weight": key.normal("weight", (config.vocab_size, config.n_embd), std=config.initializer_range)
+        },
+        apply=lambda params, x, batch: functional.embedding(batch["input_ids"], params["weight"]),
+    )
+
+
+def _position_embedding(config: GPT2Config) -> af.Layer:
+    def apply(params: Params, x_BTD: Tensor, batch: Params) -> Tensor:
+        tokens = x_BTD.shape[1]
+        if tokens > config.n_positions:
+            raise ModelError(
+                f"gpt2: a sequence of {tokens} tokens is longer than n_positions={config.n_positions}; shorten the "
+                "sequences (seq_len of the dataset) or build the model with more positions"
+            )
+        return af.random.dropout(x_BTD + params["weight"][:tokens], config.embd_pdrop, batch, "wpe")
+
+    return af.Layer(
+        init=lambda key: {
+            "weight": key.normal("weight", (config.n_positions, config.n_embd), std=config.initializer_range)
+        },
+        apply=apply,
+    )
+
+
+# --- the weights of Hugging Face's GPT2LMHeadModel --------------------------------------------------------------------
+# It keeps linear weights as (in, out), q, k and v in one tensor, and everything but the head under "transformer.".
+
+_HF_NAMES = {"attn.proj": "attn.c_proj", "mlp.fc": "mlp.c_fc", "mlp.proj": "mlp.c_proj"}
+
+
+def from_hf(state_dict: Mapping[str, Tensor], config: GPT2Config) -> TensorDict:
+    """Parameters of this model from a `GPT2LMHeadModel` state dict. Makes copies.
+
+    Raises:
+        ModelError: when a weight is missing, left over or of another shape.
+    """
+    given = {name.removeprefix("transformer."): leaf for name, leaf in state_dict.items()}
+    given = {name: leaf for name, leaf in given.items() if not name.endswith((".attn.bias", ".attn.masked_bias"))}
+    tied_head = given.pop("lm_head.weight", None)
+    if tied_head is not None and not torch.equal(tied_head, given.get("wte.weight", tied_head)):
+        raise ModelError("gpt2: lm_head.weight differs from wte.weight, but this model ties them")
+    flat: dict[str, Tensor] = {}
+    for path, spec in build_gpt2_model(**vars(config)).init(device="meta").flatten_keys(".").items():
+        name, part = _hf_name(path)
+        if name not in given:
+            raise ModelError(f"gpt2: the state dict has no {name!r}")
+        leaf = given[name] if part is None else given[name].chunk(3, dim=-1)["qkv".index(part)]
+        flat[path] = (leaf.t() if _is_linear_weight(path) else leaf).detach().clone().contiguous()
+        if flat[path].shape != spec.shape:
+            raise ModelError(f"gpt2: {name!r} gives {path!r} the shape {tuple(flat[path].shape)}; expected {tuple(spec.shape)}")
+    left_over = set(given) - {_hf_name(path)[0] for path in flat}
+    if left_over:
+        raise ModelError(f"gpt2: the state dict has {min(left_over)!r}, which this model does not know")
+    return to_tensordict(flat)
+
+
+def to_hf(params: Params) -> dict[str, Tensor]:
+    """The state dict of the `GPT2LMHeadModel` with these parameters."""
+    flat = flatten(params)
+    state: dict[str, Tensor] = {}
+    for path, leaf in flat.items():
+        name, part = _hf_name(path)
+        if part == "q":
+            stems = [path.replace(".q.", f".{each}.") for each in "qkv"]
+            leaf = torch.cat([flat[stem].t() if _is_linear_weight(stem) else flat[stem] for stem in stems], dim=-1)
+        elif part is not None:
+            continue
+        elif _is_linear_weight(path):
+            leaf = leaf.t()
+        state[f"transformer.{name}"] = leaf.contiguous()
+    state["lm_head.weight"] = state["transformer.wte.weight"]
+    return state
+
+
+def _hf_name(path: str) -> tuple[str, str | None]:
+    """Their name for a path of ours, and which third of it ours is when it is q, k or v."""
+    for part in "qkv":
+        if f".attn.{part}." in path:
+            return path.replace(f".attn.{part}.", ".attn.c_attn."), part
+    for ours, theirs in _HF_NAMES.items():
+        path = path.replace(f".{ours}.", f".{theirs}.")
+    return path, None
+
+
+def _is_linear_weight(path: str) -> bool:
+    return path.endswith(".weight") and (".attn." in path or ".mlp." in path)
