@@ -1,0 +1,55 @@
+"""`autofunc finetune llm`: check, then train in this process or start the workers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from autofunc.config import load_config, parse_config
+from autofunc.errors import MeshError
+from autofunc.train.launch import is_worker, launch, run_worker
+from autofunc.train.recipe import default_output_dir, prepare
+from autofunc.train.run import run
+
+_OUTPUT_DIR = "AUTOFUNC_OUTPUT_DIR"  # chosen once, by the process that starts the workers
+
+
+def finetune_llm(config_path: str, overrides: Sequence[str], nproc_per_node: int | None) -> None:
+    """Run a configuration.
+
+    Args:
+        config_path: the YAML file.
+        overrides: see `config.load_config`.
+        nproc_per_node: processes to start; the configuration's own number by default.
+
+    Raises:
+        AutofuncError: for every mistake in the configuration, before a process is started.
+    """
+    if is_worker():
+        run_worker(lambda: _work(config_path, overrides))
+        return
+    config = parse_config(load_config(config_path, overrides))
+    recipe = prepare(config)
+    if nproc_per_node is not None and nproc_per_node != recipe.num_ranks:
+        raise MeshError(
+            f"--nproc-per-node {nproc_per_node} does not match distributed.pp_size={recipe.num_ranks}; they must be equal"
+        )
+    output_dir = _output_dir(config.output_dir, config_path)
+    if recipe.num_ranks == 1:
+        run(recipe, config, output_dir)
+        return
+    os.environ[_OUTPUT_DIR] = str(output_dir)
+    launch(recipe.num_ranks, ["finetune", "llm", "-c", config_path, *overrides])
+
+
+def _work(config_path: str, overrides: Sequence[str]) -> None:
+    config = parse_config(load_config(config_path, overrides))
+    run(prepare(config), config, _output_dir(config.output_dir, config_path))
+
+
+def _output_dir(configured: str | None, config_path: str) -> Path:
+    if configured is not None:
+        return Path(configured)
+    chosen = os.environ.get(_OUTPUT_DIR)
+    return Path(chosen) if chosen else default_output_dir(config_path)

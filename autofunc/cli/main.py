@@ -1,0 +1,70 @@
+"""The command line. What it needs first is light: torch is imported when a command needs it."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from autofunc import __version__
+from autofunc.errors import AutofuncError, PipelineRunError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Pipeline parallelism as pure functions: one YAML trains a model that is split at its split_points.",
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"autofunc {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    """Options of all commands."""
+
+
+@app.command(
+    "finetune",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    epilog="Any key of the file can be set: --step_scheduler.max_steps 10, or distributed.schedule=gpipe",
+)
+def finetune(
+    context: typer.Context,
+    domain: Annotated[str, typer.Argument(metavar="llm", help="What is trained: llm.")],
+    config: Annotated[str, typer.Option("--config", "-c", help="YAML file of the run.")],
+    nproc_per_node: Annotated[
+        int | None, typer.Option("--nproc-per-node", "--nproc_per_node", help="Processes to start; pp_size by default.")
+    ] = None,
+) -> None:
+    """Train a model as a YAML file says.
+
+    Starts its own worker processes, unless torchrun has.
+
+    Example: autofunc finetune llm -c examples/demo.yaml --step_scheduler.max_steps 20
+    """
+    from autofunc.cli.finetune import finetune_llm
+    from autofunc.errors import ConfigError, one_of
+
+    if domain != "llm":
+        raise ConfigError(f"finetune {domain!r}: {one_of(domain, ['llm'])}")
+    finetune_llm(config, context.args, nproc_per_node)
+
+
+def main() -> None:
+    """Entry point: errors made for people are printed without a traceback."""
+    try:
+        app()
+    except PipelineRunError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(1)
+    except AutofuncError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(2)

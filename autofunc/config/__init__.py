@@ -1,0 +1,7 @@
+"""Configuration: read, checked and turned into objects at the edge; nothing below `train/` sees it."""
+
+from autofunc.config.load import load_config
+from autofunc.config.schema import FinetuneConfig, parse_config
+from autofunc.config.target import check_arguments, instantiate, resolve_target
+
+__all__ = ["FinetuneConfig", "check_arguments", "instantiate", "load_config", "parse_config", "resolve_target"]

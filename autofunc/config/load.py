@@ -1,0 +1,58 @@
+"""From a YAML file and overrides to plain nested dicts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from autofunc.errors import ConfigError
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Read a YAML file, apply overrides, resolve `${...}`.
+
+    Args:
+        path: the file.
+        overrides: `--a.b.c VALUE`, `--a.b.c=VALUE` or `a.b.c=VALUE`; values are read as YAML.
+
+    Raises:
+        ConfigError: when the file is missing, is no YAML mapping, or an override cannot be read.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    path = Path(path)
+    if not path.is_file():
+        near = sorted(str(other) for other in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
+        raise ConfigError(f"there is no file {str(path)!r}" + (f"; found {', '.join(near[:8])}" if near else ""))
+    try:
+        config = OmegaConf.load(path)
+        if not OmegaConf.is_dict(config):
+            raise ConfigError(f"{path} is not a mapping of sections; expected keys such as model:, dataset:, optimizer:")
+        for key, value in _pairs(overrides):
+            OmegaConf.update(config, key, OmegaConf.create(f"value: {value}").value, merge=True)  # type: ignore[arg-type]
+        resolved = OmegaConf.to_container(config, resolve=True)
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+    assert isinstance(resolved, dict)
+    return {str(key): value for key, value in resolved.items()}
+
+
+def _pairs(overrides: Sequence[str]) -> list[tuple[str, str]]:
+    """Pair up keys and values given in any of the three forms."""
+    pairs, words = [], list(overrides)
+    while words:
+        word = words.pop(0)
+        key = word.removeprefix("--")
+        if "=" in key:
+            key, value = key.split("=", 1)
+        elif word.startswith("--") and words and not words[0].startswith("--"):
+            value = words.pop(0)
+        else:
+            raise ConfigError(f"override {word!r} has no value; write '--a.b.c VALUE' or 'a.b.c=VALUE'")
+        if not key or not all(key.split(".")):
+            raise ConfigError(f"override {word!r}: {key!r} is not a key such as 'step_scheduler.max_steps'")
+        pairs.append((key, value))
+    return pairs

@@ -1,0 +1,128 @@
+"""What a configuration may say: every key, its type, its default and its limits. Unknown keys are errors at every level."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from autofunc.errors import ConfigError, one_of
+
+Positive = Annotated[int, Field(ge=1)]
+
+
+def _check_target(node: dict[str, Any]) -> dict[str, Any]:
+    if not isinstance(node.get("_target_"), str):
+        raise ValueError("needs a _target_: a dotted path such as 'torch.optim.AdamW', or 'path/to/file.py:name'")
+    return node
+
+
+def _check_one(size: int) -> int:
+    if size != 1:
+        raise ValueError("only 1 is supported")
+    return size
+
+
+OnlyOne = Annotated[int, AfterValidator(_check_one)]
+
+Target = Annotated[dict[str, Any], AfterValidator(_check_target)]
+"""A section that names a callable in `_target_`; its other keys are the callable's arguments."""
+
+
+class Section(BaseModel):
+    """Base of all sections."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class StepScheduler(Section):
+    """How many rows a step has, and how many steps there are."""
+
+    global_batch_size: Positive = Field(32, description="rows of one optimizer step, over all microbatches")
+    local_batch_size: Positive = Field(1, description="rows of one microbatch")
+    num_epochs: Positive = Field(1, description="passes over the dataset")
+    max_steps: Positive | None = Field(None, description="stop after this many steps, even inside an epoch")
+    val_every_steps: Positive | None = Field(None, description="also validate every so many steps, not only at the end")
+
+
+class Distributed(Section):
+    """How the model is spread over processes."""
+
+    strategy: Literal["fsdp2", "ddp"] = Field("fsdp2", description="how data parallel ranks share work")
+    pp_size: Positive = Field(1, description="pipeline ranks, one process each")
+    dp_size: OnlyOne | None = Field(None, description="data parallel ranks")
+    tp_size: OnlyOne = Field(1, description="tensor parallel ranks")
+    split_points: list[str] | Positive | None = Field(
+        None, description="names or globs of the layers at which a new stage begins, or a number of stages; "
+        "by default as many balanced stages as pipeline ranks",
+    )  # fmt: skip
+    schedule: str = Field("1f1b", description="name of the pipeline schedule")
+    threads_per_rank: Positive = Field(1, description="CPU threads of each process")
+    timeout_minutes: float = Field(10.0, gt=0, description="a rank that waits longer for another ends the run")
+
+
+class Dataloader(Section):
+    """How rows become batches."""
+
+    shuffle: bool = Field(True, description="draw rows in an order that depends on the seed")
+    drop_last: bool = Field(False, description="leave out a short last batch instead of filling it with empty labels")
+    num_workers: Annotated[int, Field(ge=0)] = Field(0, description="processes that load rows")
+
+
+class FinetuneConfig(Section):
+    """The whole file."""
+
+    model: Target = Field(description="a callable that returns an af.Model")
+    dataset: Target = Field(description="what is learnt from")
+    validation_dataset: Target | None = Field(None, description="what the validation loss is measured on")
+    dataloader: Dataloader = Dataloader()
+    step_scheduler: StepScheduler = StepScheduler()
+    distributed: Distributed = Distributed()
+    optimizer: Target = Field(description="a torch.optim class and its options")
+    loss_fn: Target | None = Field(None, description="loss(outputs, microbatch); by default autofunc.losses.causal_lm")
+    seed: int = Field(42, description="of weights, data order and dropout")
+    output_dir: str | None = Field(None, description="where results go; by default runs/<name of the file>")
+
+
+def parse_config(raw: Mapping[str, Any]) -> FinetuneConfig:
+    """Check a configuration.
+
+    Raises:
+        ConfigError: listing every problem: the key, what was given, what was expected, and the nearest known key.
+    """
+    try:
+        return FinetuneConfig.model_validate(raw)
+    except ValidationError as error:
+        problems = [_problem(detail) for detail in error.errors()]
+    raise ConfigError("\n".join(dict.fromkeys(problems)))
+
+
+def _problem(detail: Any) -> str:
+    location = [str(part) for part in detail["loc"]]
+    # for a field of several types pydantic adds the name of the type that did not fit
+    known = list(FinetuneConfig.model_fields)
+    path: list[str] = []
+    for part in location:
+        if part not in known and detail["type"] != "extra_forbidden":
+            break
+        path.append(part)
+        known = _keys_below(path) or known
+    if detail["type"] == "extra_forbidden":
+        return f"unknown key {'.'.join(location)!r}: {one_of(location[-1], _keys_below(location[:-1]))}"
+    if detail["type"] == "missing":
+        return f"missing section {'.'.join(location)!r}"
+    given = detail["input"]
+    message = str(detail["msg"]).removeprefix("Value error, ")
+    return f"{'.'.join(path)}: {message[0].lower()}{message[1:]}; got {given!r}"
+
+
+def _keys_below(path: list[str]) -> list[str]:
+    section: type[BaseModel] = FinetuneConfig
+    for part in path:
+        field = section.model_fields.get(part)
+        kind = field.annotation if field is not None else None
+        if not (isinstance(kind, type) and issubclass(kind, BaseModel)):
+            return []
+        section = kind
+    return list(section.model_fields)

@@ -1,0 +1,145 @@
+"""`_target_`: from a name in a configuration to the object it names, and to what calling it returns."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from autofunc.errors import AutofuncError, ConfigError, one_of
+
+
+def resolve_target(target: str, where: str) -> Callable[..., Any]:
+    """The callable that a `_target_` names: a dotted path, or `path/to/file.py:name`.
+
+    Dotted paths are also looked for in the working directory, after everything that is installed.
+
+    Args:
+        target: the name.
+        where: the section, for messages.
+
+    Raises:
+        ConfigError: when the file, module or name is missing, or is not callable.
+    """
+    if ".py:" in target:
+        file, _, name = target.partition(".py:")
+        module, dotted = _load_file(Path(file + ".py"), where), name
+    else:
+        module, dotted = _import_longest(target, where)
+    found: Any = module
+    for part in dotted.split("."):
+        if not hasattr(found, part):
+            public = [known for known in dir(found) if not known.startswith("_")]
+            raise ConfigError(f"{where}._target_: {target!r}: {found.__name__} has no {part!r}; {one_of(part, public)}")
+        found = getattr(found, part)
+    if not callable(found):
+        raise ConfigError(f"{where}._target_: {target!r} is {type(found).__name__}, which cannot be called")
+    return found  # type: ignore[no-any-return]
+
+
+def instantiate(node: Mapping[str, Any], where: str) -> Any:
+    """Call a section's target with its other keys; nested sections with a `_target_` are instantiated first.
+
+    Args:
+        node: the section.
+        where: its name, for messages.
+
+    Raises:
+        ConfigError: for arguments the target does not take or lacks, or when the call fails.
+    """
+    target = resolve_target(node["_target_"], where)
+    arguments = {key: _nested(value, f"{where}.{key}") for key, value in node.items() if key != "_target_"}
+    check_arguments(target, arguments, where, node["_target_"])
+    try:
+        return target(**arguments)
+    except AutofuncError as error:
+        raise type(error)(f"{where}: {error}") from error
+    except Exception as error:
+        raise ConfigError(f"{where}: {node['_target_']} failed: {type(error).__name__}: {error}") from error
+
+
+def check_arguments(
+    target: Callable[..., Any], arguments: Mapping[str, Any], where: str, name: str, given_later: int = 0
+) -> None:
+    """Compare arguments with the target's signature.
+
+    Args:
+        target: what will be called.
+        arguments: keyword arguments.
+        where: the section, for messages.
+        name: of the target, for messages.
+        given_later: how many leading arguments the caller passes itself.
+
+    Raises:
+        ConfigError: for an unknown argument (with the nearest known ones) or a missing one.
+    """
+    try:
+        parameters = list(inspect.signature(target).parameters.values())[given_later:]
+    except (TypeError, ValueError):
+        return  # built in C, without a signature: the call itself will tell
+    by_name = {parameter.name: parameter for parameter in parameters}
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+    known = [key for key, parameter in by_name.items() if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)]
+    for key in arguments:
+        if key not in known and not takes_any:
+            raise ConfigError(f"unknown key {where + '.' + key!r}: {name} has no such argument; {one_of(key, known)}")
+    missing = [key for key in known if by_name[key].default is inspect.Parameter.empty and key not in arguments]
+    if missing:
+        raise ConfigError(f"missing key {where + '.' + missing[0]!r}: {name} needs {', '.join(missing)}")
+
+
+def _nested(value: Any, where: str) -> Any:
+    if isinstance(value, dict):
+        if "_target_" in value:
+            return instantiate(value, where)
+        return {key: _nested(entry, f"{where}.{key}") for key, entry in value.items()}
+    return value
+
+
+def _import_longest(target: str, where: str) -> tuple[Any, str]:
+    """Import the longest prefix of a dotted path that is a module; returns it and the rest of the path."""
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))
+    parts = target.split(".")
+    for count in range(len(parts) - 1, 0, -1):
+        name = ".".join(parts[:count])
+        try:
+            return importlib.import_module(name), ".".join(parts[count:])
+        except ModuleNotFoundError as error:
+            if error.name is None or not (name == error.name or name.startswith(error.name + ".")):
+                raise ConfigError(f"{where}._target_: importing {name!r} failed: {error}") from error
+        except Exception as error:
+            raise ConfigError(f"{where}._target_: importing {name!r} failed: {type(error).__name__}: {error}") from error
+    hint = ""
+    own = Path.cwd() / parts[0]
+    installed = sys.modules.get(parts[0])
+    if own.is_dir() and installed is not None and str(own) not in list(getattr(installed, "__path__", [])):
+        hint = f" Your folder {parts[0]}/ is hidden by the installed package of that name: rename it, or use 'file.py:name'."
+    raise ConfigError(
+        f"{where}._target_: {target!r} cannot be imported: expected a dotted path to a callable, such as "
+        f"'stages.gpt2.build_gpt2_model', or 'path/to/file.py:name'.{hint}"
+    )
+
+
+def _load_file(path: Path, where: str) -> Any:
+    """Import a file once, whatever it is called by."""
+    full = path.expanduser().resolve()
+    if not full.is_file():
+        raise ConfigError(f"{where}._target_: there is no file {str(path)!r} (looked for {full})")
+    name = f"autofunc_user_{full.stem}_{hashlib.blake2b(str(full).encode(), digest_size=4).hexdigest()}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, full)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:
+            del sys.modules[name]
+            raise ConfigError(f"{where}._target_: running {path} failed: {type(error).__name__}: {error}") from error
+    return sys.modules[name]

@@ -1,0 +1,116 @@
+"""A corpus from a folder of text files, cut into rows of equal length for language modelling."""
+
+from __future__ import annotations
+
+import os
+import sysconfig
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from autofunc.data.tokenizer import load_tokenizer
+from autofunc.errors import DataError, one_of
+
+_VALIDATION_EVERY = 20  # every 20th file is for validation
+_NOT_ENTERED = {"site-packages", "dist-packages", "__pycache__"}
+
+
+class TextFolder(Dataset[dict[str, Tensor]]):
+    """All text of a folder, joined file after file and cut into rows of `seq_len` tokens.
+
+    A row is {"input_ids", "labels"}, int64 of shape (seq_len,); `labels[t]` is the token after `input_ids[t]`.
+    Files are sorted by path. Every 20th file is for validation (of fewer than 20 files, the last twentieth of the text).
+
+    Args:
+        path: a folder, or one file; None takes the source of Python's standard library: real text on every machine.
+        split: "train" or "validation".
+        seq_len: tokens in a row.
+        tokenizer: a name or folder for `transformers`; None takes bytes.
+        suffixes: which files, such as [".txt", ".md"]; None takes all (of the standard library: [".py"]). Files with zero
+            bytes in them are no text and are left out.
+        num_samples_limit: take this many rows only, evenly spread.
+
+    Raises:
+        DataError: when the folder is missing, or has too little text.
+    """
+
+    def __init__(
+        self,
+        path: str | None = None,
+        split: str = "train",
+        seq_len: int = 128,
+        tokenizer: str | None = None,
+        suffixes: Sequence[str] | None = None,
+        num_samples_limit: int | None = None,
+    ) -> None:
+        if split not in ("train", "validation"):
+            raise DataError(f"TextFolder: split={split!r}: {one_of(split, ['train', 'validation'])}")
+        if seq_len < 1:
+            raise DataError(f"TextFolder: seq_len={seq_len}, expected at least 1")
+        self.seq_len = seq_len
+        self.path = Path(path) if path is not None else Path(sysconfig.get_paths()["stdlib"])
+        self.tokenizer = load_tokenizer(tokenizer)
+        files = _files(self.path, [".py"] if path is None and suffixes is None else suffixes)
+        if len(files) >= _VALIDATION_EVERY:
+            wanted = split == "validation"
+            files = [f for index, f in enumerate(files) if (index % _VALIDATION_EVERY == _VALIDATION_EVERY - 1) == wanted]
+        chunks = list(self._tokens_of(files))
+        self._tokens = np.concatenate(chunks) if chunks else np.empty(0, dtype=np.int32)
+        self.num_files = len(chunks)
+        if len(files) < _VALIDATION_EVERY:
+            cut = len(self._tokens) - len(self._tokens) // _VALIDATION_EVERY
+            self._tokens = self._tokens[:cut] if split == "train" else self._tokens[cut:]
+        rows = (len(self._tokens) - 1) // seq_len
+        if rows < 1:
+            raise DataError(
+                f"TextFolder: {self.path} has {len(self._tokens)} tokens for {split}, too few for one row of "
+                f"seq_len={seq_len}; name a folder with more text, or a shorter seq_len"
+            )
+        taken = rows if num_samples_limit is None else min(rows, num_samples_limit)
+        self._starts = np.linspace(0, rows, taken, endpoint=False).astype(np.int64) * seq_len
+
+    def __repr__(self) -> str:
+        return (
+            f"{self.num_files:,} files of {self.path}, {len(self._tokens):,} tokens ({self.tokenizer.name}), "
+            f"{len(self):,} rows of {self.seq_len}"
+        )
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids."""
+        return self.tokenizer.vocab_size
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        start = self._starts[index]
+        row = torch.from_numpy(self._tokens[start : start + self.seq_len + 1].astype(np.int64))
+        return {"input_ids": row[:-1], "labels": row[1:]}
+
+    def _tokens_of(self, files: list[Path]) -> Iterator[np.ndarray]:
+        for file in files:
+            content = file.read_bytes()
+            if b"\0" in content:
+                continue
+            if self.tokenizer.name == "bytes":
+                yield np.frombuffer(content, dtype=np.uint8)
+            else:
+                yield np.asarray(self.tokenizer.encode(content.decode("utf-8", errors="replace")), dtype=np.int32)
+
+
+def _files(path: Path, suffixes: Sequence[str] | None) -> list[Path]:
+    """The files of a folder with one of the suffixes, sorted by path; installed packages and caches are not entered."""
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise DataError(f"TextFolder: {path} is neither a folder nor a file")
+    found = []
+    for folder, folders, names in os.walk(path):
+        folders[:] = [name for name in folders if name not in _NOT_ENTERED]
+        found += [Path(folder, name) for name in names if suffixes is None or name.endswith(tuple(suffixes))]
+    return sorted(found)

@@ -1,0 +1,58 @@
+"""From text to token ids: a Hugging Face tokenizer, or plain bytes when none is named."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from autofunc.errors import DataError
+
+
+class Tokenizer(Protocol):
+    """What datasets need of a tokenizer."""
+
+    name: str
+    vocab_size: int
+
+    def encode(self, text: str) -> Sequence[int]:
+        """Token ids of a text, without special tokens."""
+        ...
+
+
+class ByteTokenizer:
+    """UTF-8 bytes: 256 ids, nothing to download."""
+
+    name = "bytes"
+    vocab_size = 256
+
+    def encode(self, text: str) -> Sequence[int]:
+        """The UTF-8 bytes of the text; lone surrogates, as from `surrogateescape`, give their bytes back."""
+        return text.encode("utf-8", errors="surrogateescape")
+
+
+class _HuggingFaceTokenizer:
+    def __init__(self, name: str) -> None:
+        from transformers import AutoTokenizer  # takes seconds to import
+
+        try:
+            self._tokenizer = AutoTokenizer.from_pretrained(name)
+        except (OSError, ValueError) as error:
+            raise DataError(
+                f"tokenizer {name!r} cannot be loaded: {error}. Name a folder with a tokenizer, a hub name that is in the "
+                "local cache or can be downloaded, or leave it out to use bytes."
+            ) from error
+        self.name = name
+        self.vocab_size = len(self._tokenizer)
+
+    def encode(self, text: str) -> Sequence[int]:
+        ids: Sequence[int] = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids
+
+
+def load_tokenizer(name: str | None) -> Tokenizer:
+    """The tokenizer of a name or folder that `transformers` knows; bytes when `name` is None.
+
+    Raises:
+        DataError: when it cannot be loaded.
+    """
+    return ByteTokenizer() if name is None else _HuggingFaceTokenizer(name)

@@ -1,0 +1,88 @@
+"""Start the worker processes of a run, and end them all when one fails.
+
+torch's elastic launcher starts them with the environment that `torchrun` gives, so a worker is the same command as one
+under the user's own `torchrun`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+
+from autofunc.errors import PipelineRunError
+
+WORKER_FAILED = 1
+
+
+def is_worker() -> bool:
+    """Whether this process was started by torchrun, or by `launch`."""
+    return "LOCAL_RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def launch(num_processes: int, arguments: Sequence[str]) -> None:
+    """Run `python -m autofunc ARGUMENTS` in several processes on this machine and wait for them.
+
+    Raises:
+        PipelineRunError: when one fails; holds the traceback of the first that did. All others have been ended.
+    """
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # its report is ours to give
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=num_processes,
+        run_id=f"autofunc-{os.getpid()}",
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        monitor_interval=0.2,
+    )
+    try:
+        elastic_launch(config, sys.executable)("-m", "autofunc", *arguments)
+    except ChildFailedError as failed:
+        raise PipelineRunError(_report(failed)) from None
+
+
+def run_worker(work: Callable[[], None]) -> None:
+    """Run a worker's part. Its exception is recorded for the launcher, which shows it once, and ends the process."""
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    try:
+        record(work)()
+    except Exception:
+        # the process group may be waiting in other threads: leave without its shutdown, so that nothing hangs
+        sys.stdout.flush()
+        os._exit(WORKER_FAILED)
+
+
+def _report(failed: object) -> str:
+    failures = getattr(failed, "failures", {})
+    first_rank, first = min(failures.items(), key=lambda item: (_is_victim(item[1]), item[1].timestamp))
+    lines = [f"rank {first_rank} failed: {_cause(first)}"]
+    lines += [f"rank {rank} was ended, or failed after it" for rank in sorted(failures) if rank != first_rank]
+    return "\n".join(lines)
+
+
+def _is_victim(failure: object) -> int:
+    """Sorts first what was killed from outside, then what raised, then what was ended by the launcher."""
+    code = int(getattr(failure, "exitcode", 0))
+    if code == -signal.SIGTERM:
+        return 2
+    return 0 if code < 0 else 1
+
+
+def _cause(failure: object) -> str:
+    code = int(getattr(failure, "exitcode", 0))
+    if code < 0:
+        return f"killed by {signal.Signals(-code).name}"
+    message = getattr(failure, "message", "")
+    if isinstance(message, dict):
+        details = message.get("extraInfo", {})
+        return str(details.get("py_callstack") or message.get("message"))
+    return str(message) or f"exit code {code}"

@@ -1,0 +1,143 @@
+"""The training loop: data in, parameters and metrics out."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tensordict import TensorDict
+from torch.distributed.device_mesh import DeviceMesh
+
+from autofunc import tree
+from autofunc.errors import ConfigError, DataError, PipelineRunError
+from autofunc.losses import Loss, evaluate
+from autofunc.pipeline import Pipeline, pipeline, value_and_grad
+from autofunc.train.metrics import MetricsFile
+from autofunc.train.progress import Reporter
+from autofunc.train.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run ends with."""
+
+    pipe: Pipeline
+    params: TensorDict  # of this rank
+    num_steps: int
+    loss: float  # of the last step
+    validation_loss: float | None
+    training_seconds: float  # without validation
+
+
+def count_steps(recipe: Recipe) -> int:
+    """Optimizer steps of the whole run."""
+    steps = len(recipe.make_train_loader()) * recipe.num_epochs
+    if not steps:
+        raise ConfigError("the dataset has no rows, so there is no step to run")
+    return min(steps, recipe.max_steps or steps)
+
+
+def train(
+    recipe: Recipe,
+    mesh: DeviceMesh | None,
+    device: torch.device,
+    reporter: Reporter,
+    metrics: MetricsFile | None,
+) -> TrainResult:
+    """Train, and measure the validation loss at the end.
+
+    Args:
+        recipe: what to do.
+        mesh: this process's mesh; None runs every pp rank in this process.
+        device: where parameters and batches live.
+        reporter: told of every step.
+        metrics: where every step is written; None on all ranks but the first.
+    """
+    pipe = pipeline(recipe.stages, recipe.schedule, loss=recipe.loss, mesh=mesh)
+    validation_pipe = pipeline(recipe.stages, recipe.schedule, loss=_with_weight(recipe.loss), mesh=mesh)
+    step_function = value_and_grad(pipe)
+    params = pipe.init(recipe.seed, device)
+    state = recipe.optimizer.init(params)
+    num_steps = count_steps(recipe)
+    loader = recipe.make_train_loader()
+    training_seconds, loss_value = 0.0, float("nan")
+    validation_loss: float | None = None
+
+    for step, batch in enumerate(itertools.islice(_endless(loader), num_steps), start=1):
+        started = time.perf_counter()
+        batch = _to(batch, device)
+        loss, grads = step_function(params, batch, key=(recipe.seed, step))
+        params, state = recipe.optimizer.update(grads, state, params)
+        loss_value = loss.item()
+        seconds = time.perf_counter() - started
+        training_seconds += seconds
+        _check_finite(loss_value, step)
+        tokens = _count_tokens(batch)
+        reporter.step(step, loss_value, tokens / seconds)
+        if metrics is not None:
+            metrics.write(step=step, loss=loss_value, num_tokens=tokens, step_time_ms=seconds * 1e3)
+        if step == num_steps or (recipe.val_every_steps and step % recipe.val_every_steps == 0):
+            validation_loss = validate(recipe, validation_pipe, params, device)
+            if validation_loss is not None:
+                reporter.validation(step, validation_loss)
+                if metrics is not None:
+                    metrics.write(step=step, validation_loss=validation_loss)
+    return TrainResult(pipe, params, num_steps, loss_value, validation_loss, training_seconds)
+
+
+def validate(recipe: Recipe, pipe: Pipeline, params: TensorDict, device: torch.device) -> float | None:
+    """The mean loss over the validation dataset, weighted as the loss says; None without a validation dataset.
+
+    Args:
+        recipe: for its validation loader.
+        pipe: whose loss gives its weight as aux.
+        params: of this rank.
+        device: where batches go.
+    """
+    if recipe.make_validation_loader is None:
+        return None
+    total, weight = 0.0, 0.0
+    for batch in recipe.make_validation_loader():
+        loss, batch_weight = pipe(params, _to(batch, device), has_aux=True)
+        total += loss.item() * batch_weight.item()
+        weight += batch_weight.item()
+    if not weight:
+        raise DataError("validation_dataset: it has no labels to measure a loss on")
+    return total / weight
+
+
+def _with_weight(loss: Loss) -> Loss:
+    """The same loss, with its weight as aux."""
+
+    def weighed(outputs: Any, microbatch: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        terms = evaluate(loss, outputs, microbatch)
+        return terms.sum, terms.weight, terms.weight
+
+    return weighed
+
+
+def _endless(loader: Iterable[dict[str, Any]]) -> Iterable[dict[str, Any]]:
+    while True:
+        yield from loader
+
+
+def _to(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    return tree.map_leaves(  # type: ignore[no-any-return]
+        lambda leaf: leaf.to(device, non_blocking=True) if isinstance(leaf, torch.Tensor) else leaf, dict(batch)
+    )
+
+
+def _count_tokens(batch: Mapping[str, Any]) -> int:
+    """Tokens of a batch, or its rows where it has none."""
+    leaves = [leaf for leaf in tree.leaves_and_spec(dict(batch))[0] if isinstance(leaf, torch.Tensor) and leaf.dim()]
+    ids = batch.get("input_ids")
+    return int(ids.numel()) if isinstance(ids, torch.Tensor) else int(leaves[0].shape[0])
+
+
+def _check_finite(loss: float, step: int) -> None:
+    if not -float("inf") < loss < float("inf"):
+        raise PipelineRunError(f"the loss is {loss} at step {step}; try a lower learning rate (optimizer.lr)")

@@ -1,0 +1,79 @@
+"""What a person sees while it trains: a bar on a terminal, a line now and then in a log."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+class Reporter(Protocol):
+    """What the training loop tells."""
+
+    def step(self, step: int, loss: float, tokens_per_second: float) -> None:
+        """A step is done."""
+        ...
+
+    def validation(self, step: int, loss: float) -> None:
+        """The validation loss was measured."""
+        ...
+
+
+class Silent:
+    """Says nothing: for every rank but the first."""
+
+    def step(self, step: int, loss: float, tokens_per_second: float) -> None:
+        """See `Reporter.step`."""
+
+    def validation(self, step: int, loss: float) -> None:
+        """See `Reporter.validation`."""
+
+
+class ProgressReporter:
+    """A progress bar with loss, tokens per second and the schedule's bubble; plain lines where there is no terminal."""
+
+    def __init__(self, console: Console, num_steps: int, bubble_fraction: float) -> None:
+        self._console = console
+        self._num_steps = num_steps
+        self._bubble = f"bubble {bubble_fraction:.0%}"
+        self._last_line = time.monotonic()
+        self._bar: Progress | None = None
+        if console.is_terminal:
+            self._bar = Progress(
+                TextColumn("training"),
+                BarColumn(bar_width=None),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[status]}"),
+                TimeRemainingColumn(compact=True),
+                console=console,
+            )
+            self._task = self._bar.add_task("training", total=num_steps, status="building the pipeline")
+
+    def __enter__(self) -> ProgressReporter:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def step(self, step: int, loss: float, tokens_per_second: float) -> None:
+        """See `Reporter.step`."""
+        status = f"loss {loss:.3f}  {tokens_per_second:,.0f} tokens/s  {self._bubble}"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, status=status)
+        elif step in (1, self._num_steps) or time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES:
+            self._last_line = time.monotonic()
+            self._console.print(f"step {step}/{self._num_steps}  {status}", highlight=False)
+
+    def validation(self, step: int, loss: float) -> None:
+        """See `Reporter.validation`."""
+        self._console.print(f"step {step}: validation loss: {loss:.4f}", highlight=False)

@@ -1,0 +1,189 @@
+"""From a checked configuration to everything a run needs, with every mistake found before a process is started."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from autofunc import losses
+from autofunc.batch import split_batch
+from autofunc.config import FinetuneConfig, check_arguments, instantiate, resolve_target
+from autofunc.data import make_loader
+from autofunc.errors import AutofuncError, ConfigError, ModelError, ScheduleError
+from autofunc.losses import Loss
+from autofunc.model import Model
+from autofunc.optimizer import Optimizer, optimizer
+from autofunc.schedule import Schedule, build
+from autofunc.split import Stage, infer_boundaries, split
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A run: what is trained, on what, how. Holds no weights and no process group."""
+
+    model: Model
+    stages: tuple[Stage, ...]
+    schedule: Schedule
+    loss: Loss
+    optimizer: Optimizer
+    dataset: Any
+    validation_dataset: Any | None
+    make_train_loader: Callable[[], Any]
+    make_validation_loader: Callable[[], Any] | None
+    num_epochs: int
+    max_steps: int | None
+    val_every_steps: int | None
+    seed: int
+    notes: tuple[str, ...]  # what the user should know about how the configuration was read
+
+    @property
+    def num_ranks(self) -> int:
+        """Processes the run needs."""
+        return self.schedule.num_ranks
+
+
+def prepare(config: FinetuneConfig) -> Recipe:
+    """Build a recipe and try it on fake tensors.
+
+    Raises:
+        AutofuncError: naming the key, what was given and what would work.
+    """
+    notes: list[str] = []
+    model = instantiate(config.model, "model")
+    if not isinstance(model, Model):
+        raise ConfigError(f"model: {config.model['_target_']} returned {type(model).__name__}; expected an af.Model")
+    schedule = _schedule(config)
+    stages = _stages(config, model, schedule, notes)
+    loss = _loss(config)
+    make_optimizer = _optimizer(config)
+
+    dataset = instantiate(config.dataset, "dataset")
+    validation = instantiate(config.validation_dataset, "validation_dataset") if config.validation_dataset else None
+    if validation is None:
+        notes.append("no validation_dataset: the validation loss is not measured")
+    for where, given in (("dataset", dataset), ("validation_dataset", validation)):
+        _check_vocabulary(where, given, model)
+        tokenizer = getattr(given, "tokenizer", None)
+        if tokenizer is not None and tokenizer.name == "bytes":
+            notes.append(f"{where}: no tokenizer named, so tokens are bytes (256 ids)")
+
+    rows, loader = config.step_scheduler.global_batch_size, config.dataloader
+    make_train = partial(
+        make_loader, dataset, rows, seed=config.seed, shuffle=loader.shuffle, drop_last=loader.drop_last,
+        num_workers=loader.num_workers,
+    )  # fmt: skip
+    make_validation = (
+        partial(make_loader, validation, rows, seed=config.seed, shuffle=False, num_workers=loader.num_workers)
+        if validation is not None
+        else None
+    )
+    for where, given in (("dataset", dataset), ("validation_dataset", validation)):
+        if given is not None:
+            _try_on_fake_tensors(where, given, rows, config.seed, stages, schedule, loss)
+    return Recipe(
+        model=model,
+        stages=tuple(stages),
+        schedule=schedule,
+        loss=loss,
+        optimizer=make_optimizer,
+        dataset=dataset,
+        validation_dataset=validation,
+        make_train_loader=make_train,
+        make_validation_loader=make_validation,
+        num_epochs=config.step_scheduler.num_epochs,
+        max_steps=config.step_scheduler.max_steps,
+        val_every_steps=config.step_scheduler.val_every_steps,
+        seed=config.seed,
+        notes=tuple(dict.fromkeys(notes)),
+    )
+
+
+def default_output_dir(config_path: str | Path) -> Path:
+    """runs/<name of the file>, or with a number after it where that is taken: no run overwrites another."""
+    base = Path("runs") / Path(config_path).stem
+    candidates = [base, *(base.with_name(f"{base.name}-{number}") for number in range(2, 10_000))]
+    return next(candidate for candidate in candidates if not candidate.exists())
+
+
+def _schedule(config: FinetuneConfig) -> Schedule:
+    rows, per_microbatch = config.step_scheduler.global_batch_size, config.step_scheduler.local_batch_size
+    if rows % per_microbatch:
+        fitting = [size for size in range(1, rows + 1) if rows % size == 0]
+        nearest = min(fitting, key=lambda size: abs(size - per_microbatch))
+        raise ConfigError(
+            f"step_scheduler: global_batch_size={rows} is not divisible by local_batch_size={per_microbatch} (the rows of "
+            f"one microbatch); the nearest that divides it is {nearest}"
+        )
+    try:
+        return build(
+            config.distributed.schedule, num_ranks=config.distributed.pp_size, num_microbatches=rows // per_microbatch
+        )
+    except ScheduleError as error:
+        raise ConfigError(f"distributed.schedule: {error}") from error
+
+
+def _stages(config: FinetuneConfig, model: Model, schedule: Schedule, notes: list[str]) -> list[Stage]:
+    points = config.distributed.split_points
+    try:
+        if points is None:
+            return split(model, schedule.num_stages)
+        stages = split(model, points)
+    except AutofuncError as error:
+        raise ConfigError(f"distributed.split_points: {error}") from error
+    if len(stages) == schedule.num_stages:
+        return stages
+    if schedule.num_ranks == 1:
+        notes.append("pp_size is 1, so the model is one stage and split_points are not used")
+        return split(model, 1)
+    raise ConfigError(
+        f"distributed: pp_size={schedule.num_ranks} with schedule {schedule.name} needs {schedule.num_stages} stages, but "
+        f"split_points={points} gives {len(stages)}; give {schedule.num_stages - 1} split points, or set pp_size: {len(stages)}"
+    )
+
+
+def _loss(config: FinetuneConfig) -> Loss:
+    if config.loss_fn is None:
+        return losses.causal_lm
+    loss = resolve_target(config.loss_fn["_target_"], "loss_fn")
+    options = {key: value for key, value in config.loss_fn.items() if key != "_target_"}
+    check_arguments(loss, options, "loss_fn", config.loss_fn["_target_"], given_later=2)
+    return partial(loss, **options) if options else loss
+
+
+def _optimizer(config: FinetuneConfig) -> Optimizer:
+    name = config.optimizer["_target_"]
+    factory = resolve_target(name, "optimizer")
+    options = {key: value for key, value in config.optimizer.items() if key != "_target_"}
+    check_arguments(factory, options, "optimizer", name, given_later=1)
+    made = optimizer(factory, **options)
+    try:
+        made.init({"weight": torch.zeros(1)})
+    except ModelError as error:
+        raise ConfigError(f"optimizer: {error}") from error
+    return made
+
+
+def _check_vocabulary(where: str, dataset: Any, model: Model) -> None:
+    has, needs = getattr(model.config, "vocab_size", None), getattr(dataset, "vocab_size", None)
+    if has is not None and needs is not None and needs > has:
+        raise ConfigError(
+            f"{where} has token ids up to {needs - 1} (tokenizer {dataset.tokenizer.name}), but the model has "
+            f"vocab_size={has}; set model.vocab_size: {needs} or more"
+        )
+
+
+def _try_on_fake_tensors(
+    where: str, dataset: Any, rows: int, seed: int, stages: list[Stage], schedule: Schedule, loss: Loss
+) -> None:
+    """Run one batch through all stages without allocating: finds wrong shapes, keys and lengths before any process."""
+    batch: Mapping[str, Any] = next(iter(make_loader(dataset, rows, seed=seed, shuffle=False)))
+    try:
+        microbatch = split_batch(batch, schedule.num_microbatches, key=(seed, 0))[0]
+        infer_boundaries(stages, {}, microbatch, loss)
+    except AutofuncError as error:
+        raise type(error)(f"{where}: {error}") from error

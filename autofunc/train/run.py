@@ -1,0 +1,93 @@
+"""One process of a training run: sets up its device and mesh, trains, and writes the results on the first rank."""
+
+from __future__ import annotations
+
+import os
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from torch.distributed.device_mesh import DeviceMesh
+
+from autofunc.config import FinetuneConfig
+from autofunc.errors import MeshError
+from autofunc.explain import explain
+from autofunc.mesh import make_mesh
+from autofunc.schedule import simulate
+from autofunc.split import parameter_count
+from autofunc.train.loop import count_steps, train
+from autofunc.train.metrics import MetricsFile, draw_loss_curve
+from autofunc.train.progress import ProgressReporter, Silent
+from autofunc.train.recipe import Recipe
+from autofunc.train.weights import save_weights
+
+
+def run(recipe: Recipe, config: FinetuneConfig, output_dir: Path) -> None:
+    """Train in this process: alone, or as one of the ranks that torchrun or `train.launch` started.
+
+    Raises:
+        MeshError: when the number of processes is not what the configuration needs.
+    """
+    torch.set_num_threads(config.distributed.threads_per_rank)
+    device = _device()
+    mesh = _mesh(recipe, device, config.distributed.timeout_minutes)
+    is_first = mesh is None or dist.get_rank() == 0
+    try:
+        if is_first:
+            _lead(recipe, mesh, device, output_dir)
+        else:
+            result = train(recipe, mesh, device, Silent(), None)
+            result.pipe.gather(result.params)
+    finally:
+        if mesh is not None:
+            dist.destroy_process_group()
+
+
+def _lead(recipe: Recipe, mesh: DeviceMesh | None, device: torch.device, output_dir: Path) -> None:
+    """The first rank's run: the others' and everything that is shown or written."""
+    console = Console(file=sys.stdout)
+    show = lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True)  # noqa: E731
+    for note in recipe.notes:
+        show(f"note: {note}")
+    show(f"model: {parameter_count(recipe.model):,} parameters on {device.type}")
+    show(f"data: {recipe.dataset!r}")
+    if recipe.validation_dataset is not None:
+        show(f"validation: {recipe.validation_dataset!r}")
+    colour = console.is_terminal and not console.no_color
+    print(explain(recipe.stages, recipe.schedule, colour=colour), flush=True)  # noqa: T201 - it brings its own colours
+
+    metrics = MetricsFile(output_dir / "metrics.jsonl")
+    bubble = simulate(recipe.schedule).bubble_fraction
+    with ProgressReporter(console, count_steps(recipe), bubble) as reporter:
+        result = train(recipe, mesh, device, reporter, metrics)
+    metrics.close()
+    draw_loss_curve(output_dir / "metrics.jsonl", output_dir / "loss.png")
+    save_weights(result.pipe.gather(result.params), output_dir / "model.safetensors")
+    show(f"{result.num_steps} steps in {result.training_seconds:.1f} s of training")
+    show(f"written to {output_dir}: metrics.jsonl, loss.png, model.safetensors")
+    if result.validation_loss is not None:
+        show(f"validation loss: {result.validation_loss:.4f}")
+
+
+def _device() -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device
+
+
+def _mesh(recipe: Recipe, device: torch.device, timeout_minutes: float) -> DeviceMesh | None:
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world != recipe.num_ranks:
+        raise MeshError(
+            f"distributed: pp_size={recipe.num_ranks} needs {recipe.num_ranks} processes, but torchrun started {world}; "
+            f"start it with --nproc-per-node {recipe.num_ranks}, or set pp_size: {world}"
+        )
+    if world == 1:
+        return None
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=timeout_minutes))
+    return make_mesh(pp=recipe.num_ranks, device_type=device.type)
