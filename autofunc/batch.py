@@ -83,7 +83,7 @@ def _cut(leaf: Any, name: str, rows: int, count: int, batch_dims: Mapping[str, i
         if name in batch_dims:
             raise BatchError(f"batch[{name!r}] has {leaf.shape[dim]} rows in dim {dim}, but the batch has {rows}")
         return [leaf] * count
-    return list(leaf.split(rows // count, dim)) if rows else [leaf] * count
+    return list(torch.split(leaf, rows // count, dim)) if rows else [leaf] * count
 
 
 def _device(batch: Mapping[str, Any]) -> torch.device:

@@ -8,9 +8,7 @@ from autofunc.schedule import Schedule, draw, simulate
 from autofunc.split import Boundaries, Stage, parameter_count
 
 
-def explain(
-    stages: Sequence[Stage], schedule: Schedule, boundaries: Boundaries | None = None, colour: bool = False
-) -> str:
+def explain(stages: Sequence[Stage], schedule: Schedule, boundaries: Boundaries | None = None, colour: bool = False) -> str:
     """Stages with their ranks, layers and parameters, what crosses between them, and the schedule drawn.
 
     Args:

@@ -41,9 +41,7 @@ def causal_lm(outputs: Any, microbatch: Mapping[str, Any]) -> tuple[Tensor, Tens
     logits = _entry(outputs, "logits")
     logits = outputs if logits is None else logits
     labels = microbatch["labels"]
-    total = functional.cross_entropy(
-        logits.flatten(0, -2).float(), labels.flatten(), ignore_index=-100, reduction="sum"
-    )
+    total = functional.cross_entropy(logits.flatten(0, -2).float(), labels.flatten(), ignore_index=-100, reduction="sum")
     return total, (labels != -100).sum()
 
 

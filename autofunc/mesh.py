@@ -30,7 +30,9 @@ def make_mesh(pp: int = 1, *, device_type: str | None = None) -> DeviceMesh:
         )
     world = dist.get_world_size() if dist.is_initialized() else int(os.environ["WORLD_SIZE"])
     if pp != world:
-        raise MeshError(f"a mesh of pp={pp} needs {pp} processes, but there are {world}; the sizes must multiply to {world}")
+        raise MeshError(
+            f"a mesh of pp={pp} needs {pp} processes, but there are {world}; the sizes must multiply to {world}"
+        )
     if device_type is None:
         device_type = "cuda" if torch.cuda.is_available() else "cpu"
     return init_device_mesh(device_type, (pp,), mesh_dim_names=("pp",))

@@ -62,9 +62,9 @@ class Optimizer:
         if lr is not None:
             for group in optimizer.param_groups:
                 group["lr"] = lr
-        for slot, slots in state.items():
-            for path, value in tree.flatten(slots).items():
-                optimizer.state[leaves[path]][slot] = value
+        for slot_path, value in tree.flatten(state).items():
+            slot, _, path = slot_path.partition(".")
+            optimizer.state[leaves[path]][slot] = value
         optimizer.step()
         slots_after: dict[str, Tensor] = {}
         for path, leaf in leaves.items():

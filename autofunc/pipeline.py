@@ -19,7 +19,7 @@ from autofunc.errors import AutofuncError, BatchError, MeshError, ScheduleError,
 from autofunc.explain import explain
 from autofunc.losses import Loss
 from autofunc.mesh import pp_ranks
-from autofunc.runtime.gather import broadcast_outputs, gather_tree
+from autofunc.runtime.gather import gather_tree
 from autofunc.runtime.plan import MakeFunctions, Mode, Plan, build_plan
 from autofunc.runtime.step import StepResult, run_step
 from autofunc.runtime.transport import DistributedTransport
@@ -74,9 +74,7 @@ class Pipeline:
     def __repr__(self) -> str:
         return f"Pipeline({self.schedule}, {len(self.stages)} stages, engine={self.engine!r})"
 
-    def init(
-        self, seed: int = 0, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
-    ) -> TensorDict:
+    def init(self, seed: int = 0, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> TensorDict:
         """The initial parameters of this process's ranks: the same values in every layout."""
         return tree.to_tensordict(self.stages[0].model.init_paths(self._paths, seed, device, dtype))
 
@@ -117,9 +115,7 @@ class Pipeline:
         result = self.run(Mode.LOSS, params, batch, key)
         return (result.loss, result.aux) if has_aux else result.loss
 
-    def forward(
-        self, params: tree.Nested, batch: Mapping[str, Any], key: Any = None, *, gather: str | None = None
-    ) -> Any:
+    def forward(self, params: tree.Nested, batch: Mapping[str, Any], key: Any = None, *, gather: str | None = None) -> Any:
         """The outputs of the last stage for all rows in order: on processes that hold it, elsewhere None.
 
         Args:
@@ -130,11 +126,7 @@ class Pipeline:
         """
         if gather not in (None, "all"):
             raise AutofuncError(f'gather={gather!r}: expected None or "all"')
-        outputs = self.run(Mode.OUTPUTS, params, batch, key).outputs
-        if gather == "all" and self.mesh is not None and self._ranks is not None:
-            root = self._ranks[self.schedule.placement[-1]]
-            outputs = broadcast_outputs(outputs, root, self.mesh.get_group("pp"))
-        return outputs
+        return self.run(Mode.SHARED_OUTPUTS if gather == "all" else Mode.OUTPUTS, params, batch, key).outputs
 
     def run(self, mode: Mode, params: tree.Nested, batch: Mapping[str, Any], key: Any) -> StepResult:
         """Run one step. `af.value_and_grad`, `pipe(...)` and `pipe.forward` are this with a mode."""

@@ -70,7 +70,9 @@ def fold(key: Tensor, data: int | str | Tensor) -> Tensor:
     """
     if isinstance(data, str):
         low, high = _words(data)
-        return torch.stack((_mix(key[..., 0] ^ low, key[..., 1] ^ high), _mix(key[..., 1] ^ high, key[..., 0] ^ low)), dim=-1)
+        return torch.stack(
+            (_mix(key[..., 0] ^ low, key[..., 1] ^ high), _mix(key[..., 1] ^ high, key[..., 0] ^ low)), dim=-1
+        )
     number: Tensor | int = data if isinstance(data, Tensor) else int(data) & _MASK
     return torch.stack((_mix(key[..., 0] ^ number, key[..., 1]), _mix(key[..., 1] ^ number, key[..., 0])), dim=-1)
 

@@ -35,9 +35,7 @@ def reference_value_and_grad(
 
     def value_and_grad(params: tree.Nested, batch: Mapping[str, Any], key: Any = None) -> tuple[Any, TensorDict]:
         flat = tree.flatten(params)
-        leaves = {
-            path: model.lookup(flat, path).detach().requires_grad_(model.is_trainable(path)) for path in model.spec
-        }
+        leaves = {path: model.lookup(flat, path).detach().requires_grad_(model.is_trainable(path)) for path in model.spec}
         trainable = {path: leaf for path, leaf in leaves.items() if leaf.requires_grad}
         by_layer = model.layer_trees(leaves)
         sums: dict[str, torch.Tensor] = {}

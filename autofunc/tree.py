@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ def check_prefix_free(paths: Iterable[str]) -> None:
         ModelError: naming both paths.
     """
     ordered = sorted(split_path(path) for path in paths)
-    for shorter, longer in zip(ordered, ordered[1:], strict=False):
+    for shorter, longer in pairwise(ordered):
         if longer[: len(shorter)] == shorter:
             raise ModelError(
                 f"{'.'.join(shorter)!r} and {'.'.join(longer)!r} cannot both be names in one tree: names are split at "

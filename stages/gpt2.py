@@ -186,9 +186,7 @@ def _norm_init(key: af.random.InitKey, name: str, config: GPT2Config) -> dict[st
 
 def _token_embedding(config: GPT2Config) -> af.Layer:
     return af.Layer(
-        init=lambda key: {
-            "weight": key.normal("weight", (config.vocab_size, config.n_embd), std=config.initializer_range)
-        },
+        init=lambda key: {"weight": key.normal("weight", (config.vocab_size, config.n_embd), std=config.initializer_range)},
         apply=lambda params, x, batch: functional.embedding(batch["input_ids"], params["weight"]),
     )
 
@@ -236,7 +234,9 @@ def from_hf(state_dict: Mapping[str, Tensor], config: GPT2Config) -> TensorDict:
         leaf = given[name] if part is None else given[name].chunk(3, dim=-1)["qkv".index(part)]
         flat[path] = (leaf.t() if _is_linear_weight(path) else leaf).detach().clone().contiguous()
         if flat[path].shape != spec.shape:
-            raise ModelError(f"gpt2: {name!r} gives {path!r} the shape {tuple(flat[path].shape)}; expected {tuple(spec.shape)}")
+            raise ModelError(
+                f"gpt2: {name!r} gives {path!r} the shape {tuple(flat[path].shape)}; expected {tuple(spec.shape)}"
+            )
     left_over = set(given) - {_hf_name(path)[0] for path in flat}
     if left_over:
         raise ModelError(f"gpt2: the state dict has {min(left_over)!r}, which this model does not know")

@@ -32,7 +32,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
         if not OmegaConf.is_dict(config):
             raise ConfigError(f"{path} is not a mapping of sections; expected keys such as model:, dataset:, optimizer:")
         for key, value in _pairs(overrides):
-            OmegaConf.update(config, key, OmegaConf.create(f"value: {value}").value, merge=True)  # type: ignore[arg-type]
+            OmegaConf.update(config, key, OmegaConf.create(f"value: {value}").value, merge=True)
         resolved = OmegaConf.to_container(config, resolve=True)
     except (YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error

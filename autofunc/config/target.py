@@ -84,7 +84,11 @@ def check_arguments(
         return  # built in C, without a signature: the call itself will tell
     by_name = {parameter.name: parameter for parameter in parameters}
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
-    known = [key for key, parameter in by_name.items() if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)]
+    known = [
+        key
+        for key, parameter in by_name.items()
+        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+    ]
     for key in arguments:
         if key not in known and not takes_any:
             raise ConfigError(f"unknown key {where + '.' + key!r}: {name} has no such argument; {one_of(key, known)}")
@@ -119,7 +123,9 @@ def _import_longest(target: str, where: str) -> tuple[Any, str]:
     own = Path.cwd() / parts[0]
     installed = sys.modules.get(parts[0])
     if own.is_dir() and installed is not None and str(own) not in list(getattr(installed, "__path__", [])):
-        hint = f" Your folder {parts[0]}/ is hidden by the installed package of that name: rename it, or use 'file.py:name'."
+        hint = (
+            f" Your folder {parts[0]}/ is hidden by the installed package of that name: rename it, or use 'file.py:name'."
+        )
     raise ConfigError(
         f"{where}._target_: {target!r} cannot be imported: expected a dotted path to a callable, such as "
         f"'stages.gpt2.build_gpt2_model', or 'path/to/file.py:name'.{hint}"

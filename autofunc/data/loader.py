@@ -15,7 +15,13 @@ from autofunc.errors import DataError
 
 
 def make_loader(
-    dataset: Dataset[dict[str, Tensor]], rows: int, *, seed: int, shuffle: bool, drop_last: bool = False, num_workers: int = 0
+    dataset: Dataset[dict[str, Tensor]],
+    rows: int,
+    *,
+    seed: int,
+    shuffle: bool,
+    drop_last: bool = False,
+    num_workers: int = 0,
 ) -> StatefulDataLoader[Any]:
     """A loader whose every batch has `rows` rows, in an order that depends on the seed alone.
 
@@ -65,8 +71,8 @@ def collate(items: Sequence[dict[str, Tensor]], rows: int) -> dict[str, Tensor]:
         return batch
     if "labels" not in batch:
         raise DataError(
-            f"the last batch has {len(items)} of {rows} rows, and without 'labels' it cannot be filled with rows that weigh "
-            f"nothing (it has {', '.join(batch)}); set dataloader.drop_last: true"
+            f"the last batch has {len(items)} of {rows} rows, and without 'labels' it cannot be filled with rows that "
+            f"weigh nothing (it has {', '.join(batch)}); set dataloader.drop_last: true"
         )
     filled = {name: torch.cat((leaf, leaf[-1:].expand(missing, *leaf.shape[1:]))) for name, leaf in batch.items()}
     filled["labels"][len(items) :] = -100

@@ -63,15 +63,15 @@ class EagerStage:
         with torch.no_grad():
             return self._produce(bound, inputs, microbatch)[0]
 
-    def forward(
-        self, bound: Bound, inputs: list[Tensor], microbatch: Mapping[str, Any]
-    ) -> tuple[Produced, Residuals]:
+    def forward(self, bound: Bound, inputs: list[Tensor], microbatch: Mapping[str, Any]) -> tuple[Produced, Residuals]:
         """See `StageFunctions.forward`."""
         leaves = [leaf.detach().requires_grad_(w) for leaf, w in zip(inputs, self._input_needs_grad, strict=True)]
         with torch.enable_grad():
             produced, roots = self._produce(bound, leaves, microbatch)
         needing = [leaf for leaf in leaves if leaf.requires_grad]
-        return produced, Residuals([root for root in roots if root.requires_grad], needing, bound.trainable, self._with_loss)
+        return produced, Residuals(
+            [root for root in roots if root.requires_grad], needing, bound.trainable, self._with_loss
+        )
 
     def backward(self, residuals: Residuals, cotangents: list[Tensor]) -> tuple[list[Tensor], list[Tensor | None]]:
         """See `StageFunctions.backward`."""
@@ -91,9 +91,7 @@ class EagerStage:
         residuals, cotangents = weight_residuals
         return _grad(residuals, cotangents, residuals.weights, keep=False)
 
-    def _produce(
-        self, bound: Bound, inputs: list[Tensor], microbatch: Mapping[str, Any]
-    ) -> tuple[Produced, list[Tensor]]:
+    def _produce(self, bound: Bound, inputs: list[Tensor], microbatch: Mapping[str, Any]) -> tuple[Produced, list[Tensor]]:
         """Run the stage; returns what it made and the tensors to differentiate."""
         x = self._stage.run(bound.tree, self._received.assemble(inputs) if self._received else None, microbatch)
         if self._with_loss:

@@ -86,9 +86,7 @@ class Model:
         """The name of the layer a parameter path belongs to."""
         return next((name for name in self.layers if path.startswith(name + ".")), None)
 
-    def init(
-        self, seed: int = 0, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
-    ) -> TensorDict:
+    def init(self, seed: int = 0, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> TensorDict:
         """Make all parameters. Each depends on (seed, path) alone, whatever the layout, device or order."""
         return tree.to_tensordict(self.init_paths(self.spec, seed, device, dtype))
 
@@ -111,7 +109,9 @@ class Model:
         """
         flat = tree.flatten(params)
         by_layer = self.layer_trees({path: self.lookup(flat, path) for path in self.spec})
-        return self.run(self.layers, by_layer, None, {**batch, "key": as_key(batch.get("key"))} if "key" in batch else batch)
+        return self.run(
+            self.layers, by_layer, None, {**batch, "key": as_key(batch.get("key"))} if "key" in batch else batch
+        )
 
     def lookup(self, flat: Mapping[str, torch.Tensor], path: str) -> torch.Tensor:
         """A parameter by any of its names, from a flat tree of canonical ones.
@@ -121,7 +121,9 @@ class Model:
         """
         canonical = self.canonical(path)
         if canonical not in flat:
-            raise ModelError(f"params have no {canonical!r}, which layer {self.layer_of(path)!r} needs; {one_of(path, flat)}")
+            raise ModelError(
+                f"params have no {canonical!r}, which layer {self.layer_of(path)!r} needs; {one_of(path, flat)}"
+            )
         return flat[canonical]
 
     def layer_trees(self, flat: Mapping[str, torch.Tensor]) -> dict[str, dict[str, Any]]:
@@ -133,9 +135,7 @@ class Model:
             groups[name][path[len(name) + 1 :]] = leaf
         return {name: tree.nest(group) for name, group in groups.items()}
 
-    def run(
-        self, names: Iterable[str], by_layer: Mapping[str, Mapping[str, Any]], x: Any, batch: Mapping[str, Any]
-    ) -> Any:
+    def run(self, names: Iterable[str], by_layer: Mapping[str, Mapping[str, Any]], x: Any, batch: Mapping[str, Any]) -> Any:
         """Run some layers in order on trees made by `layer_trees`."""
         for name in names:
             x = self.layers[name].apply(by_layer[name], x, batch)

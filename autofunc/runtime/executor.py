@@ -6,6 +6,7 @@ pipeline is such a coroutine, and `run_together` takes turns.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -86,8 +87,9 @@ def _compute(step: RankStep, op: Op, operands: list[Any]) -> Sequence[Any]:
         inputs = [tensor for operand in operands for tensor in operand]
         bound, microbatch = step.bound[op.stage], step.microbatches[op.microbatch]
         is_last = op.stage == step.program.schedule.num_stages - 1
+        kept: tuple[Any, ...] = ()
         if step.program.schedule.is_forward_only:
-            produced, kept = functions.evaluate(bound, inputs, microbatch), ()
+            produced = functions.evaluate(bound, inputs, microbatch)
         else:
             produced, residuals = functions.forward(bound, inputs, microbatch)
             kept = (residuals,)
@@ -137,4 +139,4 @@ def _where(step: RankStep, op: Op, message: str) -> str:
 def _print_trace(step: RankStep, op: Op, results: Sequence[Any]) -> None:
     shapes = [tuple(t.shape) for result in results if isinstance(result, list) for t in result if isinstance(t, Tensor)]
     action = step.program.schedule[step.program.rank][op.position]
-    print(f"autofunc: rank {step.program.rank} step {step.number} {action} {' '.join(map(str, shapes))}", flush=True)
+    sys.stderr.write(f"autofunc: rank {step.program.rank} step {step.number} {action} {' '.join(map(str, shapes))}\n")

@@ -13,9 +13,7 @@ from autofunc.runtime.accumulate import Tie, tie_name
 from autofunc.runtime.transport import Transport
 
 
-def exchange_ties(
-    rank: int, sums: dict[str, Tensor], ties: Sequence[Tie], transport: Transport
-) -> Iterator[None]:
+def exchange_ties(rank: int, sums: dict[str, Tensor], ties: Sequence[Tie], transport: Transport) -> Iterator[None]:
     """Replace the sums of the holders of each tied parameter by their total, in path order, under the canonical path.
 
     Args:
@@ -68,10 +66,8 @@ def share(
     device: torch.device, transport: Transport, into: list[Tensor],
 ) -> Iterator[None]:  # fmt: skip
     """Give tensors that the root makes to all pp ranks; `like` describes them to the others. Appends them to `into`."""
-    if rank == root:
-        tensors = make()
-    else:
-        tensors = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in like]
+    buffers = (torch.empty(shape, dtype=dtype, device=device) for shape, dtype in like)
+    tensors = make() if rank == root else list(buffers)
     ticket = transport.broadcast(root, tensors)
     while not transport.arrived(ticket):
         yield

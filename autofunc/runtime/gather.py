@@ -1,4 +1,4 @@
-"""Collecting trees and outputs from all pp ranks: off the step path, so structure travels as objects."""
+"""Collecting a tree from all pp ranks: off the step path, so shapes travel as objects."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-
-from autofunc import tree
 
 
 def gather_tree(flat: Mapping[str, Tensor], ranks: Sequence[int], group: dist.ProcessGroup) -> dict[str, Tensor]:
@@ -32,25 +30,3 @@ def gather_tree(flat: Mapping[str, Tensor], ranks: Sequence[int], group: dist.Pr
                 dist.broadcast(leaf, root, group=group)
                 full[path] = leaf
     return full
-
-
-def broadcast_outputs(outputs: Any, root: int, group: dist.ProcessGroup) -> Any:
-    """Give the root's outputs (a pytree of tensors) to every rank of the group."""
-    mine = root == dist.get_rank()
-    leaves, spec = tree.leaves_and_spec(outputs)
-    described: list[Any] = [None]
-    if mine:
-        described = [
-            (spec, [(leaf.shape, leaf.dtype, leaf.device.type) if isinstance(leaf, Tensor) else leaf for leaf in leaves])
-        ]
-    dist.broadcast_object_list(described, root, group=group)
-    spec, shapes = described[0]
-    received = []
-    for index, shape in enumerate(shapes):
-        if not isinstance(shape, tuple):
-            received.append(shape)
-            continue
-        leaf = leaves[index].contiguous() if mine else torch.empty(shape[0], dtype=shape[1], device=shape[2])
-        dist.broadcast(leaf, root, group=group)
-        received.append(leaf)
-    return tree.from_leaves(received, spec)

@@ -27,7 +27,13 @@ class Mode(Enum):
 
     GRADS = "loss and gradients"
     LOSS = "loss"
-    OUTPUTS = "outputs"
+    OUTPUTS = "outputs, on the last stage's rank"
+    SHARED_OUTPUTS = "outputs, on every rank"
+
+    @property
+    def ends_in_loss(self) -> bool:
+        """Whether the last stage runs the loss."""
+        return self in (Mode.GRADS, Mode.LOSS)
 
 
 @dataclass(frozen=True)
@@ -64,8 +70,7 @@ def build_plan(
     local_ranks: Sequence[int],
 ) -> Plan:
     """Infer the boundaries, lower and check the schedule, and compile the programs of the local ranks."""
-    with_loss = mode is not Mode.OUTPUTS
-    boundaries = infer_boundaries(stages, params, microbatch, loss, with_loss=with_loss)
+    boundaries = infer_boundaries(stages, params, microbatch, loss, with_loss=mode.ends_in_loss)
     edges = boundaries.edges()
     lowered = lower(schedule if mode is Mode.GRADS else schedule.forward_form(), edges)
     validate(lowered, edges)
@@ -77,7 +82,7 @@ def build_plan(
             boundaries.stages[stage.index - 1] if stage.index else None,
             boundaries.stages[stage.index],
             loss,
-            with_loss and stage is stages[-1],
+            mode.ends_in_loss and stage is stages[-1],
         )
         for stage in local_stages
     }

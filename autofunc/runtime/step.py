@@ -91,9 +91,8 @@ def _run(
         )
     yield from run_rank(step)
     produced = [step.produced[index] for index in sorted(step.produced)]
-    if plan.mode is Mode.OUTPUTS:
-        if produced:
-            result.outputs = _joined(plan, [each.outputs for each in produced])
+    if not plan.mode.ends_in_loss:
+        yield from _finish_outputs(plan, rank, [each.outputs for each in produced], transport, result)
         return
 
     def make() -> list[Tensor]:
@@ -125,7 +124,25 @@ def _tensor(value: Tensor | None) -> Tensor:
     return value
 
 
-def _joined(plan: Plan, outputs: list[list[Tensor]]) -> Any:
-    """The model's output for all rows: tensors are joined along dim 0, scalars are stacked."""
-    joined = [torch.stack(column) if column[0].dim() == 0 else torch.cat(column) for column in zip(*outputs, strict=True)]
-    return plan.boundaries.stages[-1].assemble(joined)
+def _finish_outputs(
+    plan: Plan, rank: int, outputs: list[list[Tensor]], transport: Transport, result: StepResult
+) -> Iterator[None]:
+    """Put the model's outputs for all rows together, and share them when that is wanted."""
+    boundary = plan.boundaries.stages[-1]
+    if plan.mode is Mode.SHARED_OUTPUTS:
+        count = plan.schedule.num_microbatches
+        like = [(_joined_shape(value.shape, count), value.dtype) for value in boundary.values]
+        shared: list[Tensor] = []
+        yield from share(rank, plan.last_rank, lambda: _joined(outputs), like, plan.device, transport, shared)
+        result.outputs = boundary.assemble(shared)
+    elif outputs:
+        result.outputs = boundary.assemble(_joined(outputs))
+
+
+def _joined(outputs: list[list[Tensor]]) -> list[Tensor]:
+    """Tensors of all microbatches joined along dim 0; scalars stacked."""
+    return [torch.stack(column) if column[0].dim() == 0 else torch.cat(column) for column in zip(*outputs, strict=True)]
+
+
+def _joined_shape(shape: tuple[int, ...], num_microbatches: int) -> tuple[int, ...]:
+    return (num_microbatches * shape[0], *shape[1:]) if shape else (num_microbatches,)

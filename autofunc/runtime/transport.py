@@ -10,13 +10,15 @@ from __future__ import annotations
 from collections import defaultdict, deque
 from collections.abc import Sequence
 from typing import Any, Protocol
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from autofunc.runtime.edge_groups import edge_group
 from autofunc.runtime.program import Channel
+
+_SOURCE, _TARGET = 0, 1  # ranks within an edge's group
 
 
 class Transport(Protocol):
@@ -125,15 +127,10 @@ class _Transfer:
         self.works = []
 
 
-# Process groups are costly (threads, connections): kept for as long as the pp group they belong to, and shared by all
-# pipelines on it, which run one after the other on every rank.
-_groups: WeakKeyDictionary[dist.ProcessGroup, dict[tuple[str, int, int], dist.ProcessGroup]] = WeakKeyDictionary()
-
-
 class DistributedTransport:
     """Point-to-point transfers of `torch.distributed` (gloo or nccl), one process group per directed edge.
 
-    Groups are made in the order of `channels`, which must be the same on every rank.
+    Groups are made in the order of `channels`, which must be the same on every rank: making one waits for the other end.
 
     Args:
         pp_group: the process group of this process's pp axis.
@@ -154,33 +151,29 @@ class DistributedTransport:
         self._pp_group = pp_group
         self._ranks = ranks
         self._device = device
-        known = _groups.setdefault(pp_group, {})
-        self._group: dict[Channel, dist.ProcessGroup] = {}
-        for channel in channels:
-            if rank in (channel.source, channel.target):
-                edge = (channel.name, channel.source, channel.target)
-                if edge not in known:
-                    ends = [ranks[channel.source], ranks[channel.target]]
-                    known[edge] = dist.new_group(ends, use_local_synchronization=True)
-                self._group[channel] = known[edge]
+        self._group = {
+            channel: edge_group(pp_group, channel.name, channel.source, channel.target, device)
+            for channel in channels
+            if rank in (channel.source, channel.target)
+        }
 
     def send(self, channel: Channel, tensors: list[Tensor]) -> _Transfer:
         """See `Transport.send`."""
-        group, peer = self._group[channel], self._ranks[channel.target]
+        group = self._group[channel]
         tensors = [tensor.contiguous() for tensor in tensors]
-        return _Transfer(tensors, [_started(dist.isend(tensor, peer, group=group)) for tensor in tensors])
+        return _Transfer(tensors, [group.send([tensor], _TARGET, 0) for tensor in tensors])
 
     def receive(self, channel: Channel) -> _Transfer:
         """See `Transport.receive`."""
-        group, peer = self._group[channel], self._ranks[channel.source]
+        group = self._group[channel]
         described = zip(channel.shapes, channel.dtypes, strict=True)
         tensors = [torch.empty(shape, dtype=dtype, device=self._device) for shape, dtype in described]
-        return _Transfer(tensors, [_started(dist.irecv(tensor, peer, group=group)) for tensor in tensors])
+        return _Transfer(tensors, [group.recv([tensor], _SOURCE, 0) for tensor in tensors])
 
     def broadcast(self, root: int, tensors: list[Tensor]) -> _Transfer:
         """See `Transport.broadcast`."""
         works = [dist.broadcast(t, self._ranks[root], group=self._pp_group, async_op=True) for t in tensors]
-        return _Transfer(tensors, [_started(work) for work in works])
+        return _Transfer(tensors, [work for work in works if work is not None])
 
     def arrived(self, ticket: _Transfer) -> bool:
         """Blocks until it is: a rank of its own process waits in program order."""
@@ -194,8 +187,3 @@ class DistributedTransport:
     def settle(self, ticket: _Transfer) -> None:
         """See `Transport.settle`."""
         ticket.wait()
-
-
-def _started(work: dist.Work | None) -> dist.Work:
-    assert work is not None, "this process is no member of the group"
-    return work

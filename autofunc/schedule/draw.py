@@ -53,9 +53,7 @@ def _shortest(timeline: Timeline) -> float:
     return float(durations[durations > 0].min())
 
 
-def _paint(
-    timeline: Timeline, rank: int, columns: int, scale: float, origin: float
-) -> tuple[list[str], list[Kind | None]]:
+def _paint(timeline: Timeline, rank: int, columns: int, scale: float, origin: float) -> tuple[list[str], list[Kind | None]]:
     """The characters of one rank's line, and the kind of action under each."""
     text = [_IDLE] * columns
     kinds: list[Kind | None] = [None] * columns

@@ -114,9 +114,7 @@ def as_table(actions: Iterable[Action]) -> Table:
     return _frozen(np.array(rows, dtype=np.int32).reshape(-1, 4))
 
 
-def compute_table(
-    stage: npt.ArrayLike, kind: npt.ArrayLike, microbatch: npt.ArrayLike
-) -> Table:
+def compute_table(stage: npt.ArrayLike, kind: npt.ArrayLike, microbatch: npt.ArrayLike) -> Table:
     """Pack columns of compute actions into a read-only table; scalars are broadcast."""
     columns = np.broadcast_arrays(stage, kind, microbatch, -1)
     return _frozen(np.stack(columns, axis=-1).astype(np.int32).reshape(-1, 4))

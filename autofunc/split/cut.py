@@ -56,5 +56,3 @@ def split(
         starts = resolve_points(names, split_points)
     bounds = zip([0, *starts], [*starts, len(names)], strict=True)
     return [Stage(model, index, tuple(names[begin:end])) for index, (begin, end) in enumerate(bounds)]
-
-

@@ -45,7 +45,9 @@ def _matches(layers: Sequence[str], point: str) -> list[int]:
         prefixes = sorted({prefix for _, prefix in hits})
         if len(prefixes) > 1:
             candidates = ", ".join(layers[position] for position, _ in hits)
-            raise SplitError(f"split point {point!r} is ambiguous: it is the end of {candidates}; write one of them in full")
+            raise SplitError(
+                f"split point {point!r} is ambiguous: it is the end of {candidates}; write one of them in full"
+            )
         found = [position for position, _ in hits]
     if not found:
         raise SplitError(f"split point {point!r} names no layer: {one_of(point, layers)}")

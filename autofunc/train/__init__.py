@@ -1,0 +1,1 @@
+"""Training runs: from a recipe to trained weights, metrics and a curve."""

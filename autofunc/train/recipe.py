@@ -142,7 +142,8 @@ def _stages(config: FinetuneConfig, model: Model, schedule: Schedule, notes: lis
         return split(model, 1)
     raise ConfigError(
         f"distributed: pp_size={schedule.num_ranks} with schedule {schedule.name} needs {schedule.num_stages} stages, but "
-        f"split_points={points} gives {len(stages)}; give {schedule.num_stages - 1} split points, or set pp_size: {len(stages)}"
+        f"split_points={points} gives {len(stages)}; give {schedule.num_stages - 1} split points, or set pp_size: "
+        f"{len(stages)}"
     )
 
 

@@ -49,7 +49,10 @@ def run(recipe: Recipe, config: FinetuneConfig, output_dir: Path) -> None:
 def _lead(recipe: Recipe, mesh: DeviceMesh | None, device: torch.device, output_dir: Path) -> None:
     """The first rank's run: the others' and everything that is shown or written."""
     console = Console(file=sys.stdout)
-    show = lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True)  # noqa: E731
+
+    def show(text: str) -> None:
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+
     for note in recipe.notes:
         show(f"note: {note}")
     show(f"model: {parameter_count(recipe.model):,} parameters on {device.type}")
@@ -57,7 +60,8 @@ def _lead(recipe: Recipe, mesh: DeviceMesh | None, device: torch.device, output_
     if recipe.validation_dataset is not None:
         show(f"validation: {recipe.validation_dataset!r}")
     colour = console.is_terminal and not console.no_color
-    print(explain(recipe.stages, recipe.schedule, colour=colour), flush=True)  # noqa: T201 - it brings its own colours
+    sys.stdout.write(explain(recipe.stages, recipe.schedule, colour=colour) + "\n")  # it brings its own colours
+    sys.stdout.flush()
 
     metrics = MetricsFile(output_dir / "metrics.jsonl")
     bubble = simulate(recipe.schedule).bubble_fraction

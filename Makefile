@@ -1,0 +1,40 @@
+# Everything runs in .venv, which `make setup` creates. PYTHON names the interpreter to create it with.
+PYTHON ?= $(firstword $(foreach name,python3.13 python3.12 python3.11 python3,$(shell command -v $(name) 2>/dev/null)))
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: help setup demo test lint bench clean
+
+help:
+	@echo "make setup   create .venv and install autofunc with its tested versions"
+	@echo "make demo    train GPT-2 on two processes (about three minutes)"
+	@echo "make test    run all tests"
+	@echo "make lint    formatting, lints, types, import directions"
+	@echo "make bench   measure"
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: autofunc needs Python 3.11 or newer; name one: make setup PYTHON=/path/to/python3.11"; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $(READY)
+
+demo: $(READY)
+	$(BIN)/autofunc finetune llm -c examples/demo.yaml
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(READY)
+	$(BIN)/python bench/step_time.py
+
+clean:
+	rm -rf .venv runs

@@ -1,0 +1,50 @@
+"""Small models and batches that the laws are tested on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import autofunc as af
+from autofunc.tree import flatten
+from stages.gpt2 import build_gpt2_model
+from stages.mlp import build_mlp_model
+
+
+def squared_error(outputs: Tensor, microbatch: Mapping[str, Any]) -> Tensor:
+    """A scalar mean."""
+    return (outputs - microbatch["y"]).square().mean()
+
+
+def make_case(name: str, num_stages: int, rows: int) -> tuple[af.Model, list[Any], Any, dict[str, Tensor]]:
+    """(model, stages, loss, batch) of a model with at least four layers to cut between."""
+    generator = torch.Generator().manual_seed(rows)
+    if name == "mlp":
+        model = build_mlp_model(in_features=6, hidden_features=8, out_features=3, num_blocks=3, dropout=0.2)
+        batch = {
+            "x": torch.randn(rows, 6, generator=generator),
+            "y": torch.randn(rows, 3, generator=generator),
+        }
+        points = ["blocks.0", "blocks.2", "head"][: num_stages - 1]
+        return model, af.split(model, points), squared_error, batch
+    model = build_gpt2_model(
+        vocab_size=17, n_positions=8, n_embd=8, n_layer=3, n_head=2, embd_pdrop=0.1, attn_pdrop=0.1, resid_pdrop=0.1
+    )
+    ids = torch.randint(0, 17, (rows, 7), generator=generator)
+    labels = ids[:, 1:].clone()
+    labels[::3, -2:] = -100  # unequal token counts, so that weights differ
+    batch = {"input_ids": ids[:, :-1], "labels": labels}
+    points = ["h.0", "h.2", "head"][: num_stages - 1]
+    return model, af.split(model, points), af.losses.causal_lm, batch
+
+
+def assert_same_tree(expected: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+    """Same paths, same bits."""
+    left, right = flatten(expected), flatten(found)
+    assert list(left) == list(right)
+    for path in left:
+        assert left[path].dtype == right[path].dtype, path
+        assert torch.equal(left[path], right[path]), f"{path}: {(left[path] - right[path]).abs().max()}"

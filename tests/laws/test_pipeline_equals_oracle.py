@@ -1,0 +1,158 @@
+"""The law: a pipeline's loss and gradients equal the plain microbatch loop's, bit for bit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+
+import autofunc as af
+from autofunc.batch import split_batch
+from autofunc.tree import flatten
+from tests.cases import assert_same_tree, make_case
+from tests.pool import WorkerPool
+
+MODELS = ["mlp", "gpt2"]
+SCHEDULES = af.schedule.names()
+KEYS = [None, (3, 5)]
+
+
+@pytest.mark.parametrize("key", KEYS, ids=["no dropout", "dropout"])
+@pytest.mark.parametrize("model_name", MODELS)
+@pytest.mark.parametrize("num_microbatches", range(1, 9))
+def test_in_memory(model_name: str, num_microbatches: int, key: Any) -> None:
+    rows = 2 * num_microbatches
+    model, _, loss, batch = make_case(model_name, 1, rows)
+    full = model.init(seed=7)
+    before = full.clone()
+    expected_loss, expected = af.reference_value_and_grad(model, loss, num_microbatches)(full, batch, key)
+    for num_ranks in range(1, 5):
+        for name in SCHEDULES:
+            _, stages, _, _ = make_case(model_name, num_ranks, rows)
+            s = af.schedule.build(name, num_ranks=num_ranks, num_microbatches=num_microbatches)
+            pipe = af.pipeline(stages, s, loss=loss)
+            found_loss, found = af.value_and_grad(pipe)(pipe.place(full), batch, key)
+            assert found_loss.dtype == torch.float32 and found_loss.shape == ()
+            assert torch.equal(found_loss, expected_loss), (name, num_ranks)
+            assert_same_tree(expected, found)
+    assert torch.equal(pipe(full, batch, key), expected_loss), "forward only"
+    assert_same_tree(before, full)
+
+
+@pytest.mark.parametrize("table", [
+    "0F0 0F1 0I0 0W0 0I1 0W1 \n 1F0 1I0 1F1 1W0 1I1 1W1",
+    "0F0 0F1 0F2 0I0 0I1 0I2 0W0 0W1 0W2 \n 1F0 1I0 1F1 1I1 1F2 1I2 1W0 1W1 1W2",
+    "0F0 0F1 0F2 0B0 0I1 0W1 0B2 \n 1F0 1F1 1I0 1W0 1B1 1F2 1B2",
+])  # fmt: skip
+@pytest.mark.parametrize("model_name", MODELS)
+def test_split_backward_from_a_table_by_hand(model_name: str, table: str) -> None:
+    s = af.schedule.from_text(table)
+    model, stages, loss, batch = make_case(model_name, 2, 2 * s.num_microbatches)
+    full = model.init(seed=1)
+    expected_loss, expected = af.reference_value_and_grad(model, loss, s.num_microbatches)(full, batch, (1, 1))
+    found_loss, found = af.value_and_grad(af.pipeline(stages, s, loss=loss))(full, batch, (1, 1))
+    assert torch.equal(found_loss, expected_loss)
+    assert_same_tree(expected, found)
+
+
+def test_several_stages_on_one_rank() -> None:
+    s = af.schedule.from_text("0F0 2F0 0F1 2F1 2B0 0B0 2B1 0B1 \n 1F0 3F0 1F1 3F1 3B0 1B0 3B1 1B1")
+    model, stages, loss, batch = make_case("gpt2", 4, 4)
+    full = model.init(seed=1)
+    expected_loss, expected = af.reference_value_and_grad(model, loss, 2)(full, batch, (1, 1))
+    found_loss, found = af.value_and_grad(af.pipeline(stages, s, loss=loss))(full, batch, (1, 1))
+    assert torch.equal(found_loss, expected_loss)
+    assert_same_tree(expected, found)
+
+
+def test_calling_twice_gives_the_same() -> None:
+    model, stages, loss, batch = make_case("gpt2", 2, 4)
+    s = af.schedule.build("1f1b", num_ranks=2, num_microbatches=2)
+    step = af.value_and_grad(af.pipeline(stages, s, loss=loss))
+    full = model.init()
+    first_loss, first = step(full, batch, (0, 1))
+    second_loss, second = step(full, batch, (0, 1))
+    assert torch.equal(first_loss, second_loss)
+    assert_same_tree(first, second)
+    other_loss, _ = step(full, batch, (0, 2))
+    assert not torch.equal(first_loss, other_loss), "another step draws another dropout"
+
+
+# --- on processes -------------------------------------------------------------------------------------------------
+
+
+def pp_mesh(num_ranks: int) -> DeviceMesh:
+    """A mesh over the pool's four processes; with two ranks, two copies of the pipeline run side by side."""
+    import torch.distributed as dist
+
+    ranks = torch.arange(dist.get_world_size()).view(-1, num_ranks)
+    return DeviceMesh("cpu", ranks, mesh_dim_names=("copy", "pp"))
+
+
+def run_on_gloo(model_name: str, schedule_name: str, num_ranks: int, num_microbatches: int, key: Any) -> None:
+    """On each process: compare with the oracle."""
+    rows = 2 * num_microbatches
+    model, stages, loss, batch = make_case(model_name, num_ranks, rows)
+    mesh = pp_mesh(num_ranks)
+    s = af.schedule.build(schedule_name, num_ranks=num_ranks, num_microbatches=num_microbatches)
+    pipe = af.pipeline(stages, s, loss=loss, mesh=mesh)
+    full = model.init(seed=7)
+    params = pipe.init(seed=7)
+    assert_same_tree(pipe.place(full), params)
+    assert_same_tree(full, pipe.gather(params))
+    expected_loss, expected = af.reference_value_and_grad(model, loss, num_microbatches)(full, batch, key)
+    for _ in range(2):
+        found_loss, found = af.value_and_grad(pipe)(params, batch, key)
+        assert torch.equal(found_loss, expected_loss)
+        assert_same_tree(pipe.place(expected), found)
+        assert_same_tree(expected, pipe.gather(found))
+    assert torch.equal(pipe(params, batch, key), expected_loss)
+    outputs = pipe.forward(params, batch)
+    assert (outputs is not None) == (mesh.get_local_rank("pp") == num_ranks - 1)
+    rows_in_order = torch.cat([model(full, piece) for piece in split_batch(batch, num_microbatches)])
+    assert torch.equal(pipe.forward(params, batch, gather="all"), rows_in_order)
+
+
+@pytest.mark.parametrize(
+    ("model_name", "schedule_name", "num_ranks", "num_microbatches", "key"),
+    [
+        ("mlp", "gpipe", 2, 1, None),
+        ("mlp", "1f1b", 2, 3, (3, 5)),
+        ("mlp", "1f1b", 4, 2, None),
+        ("gpt2", "1f1b", 2, 8, (3, 5)),
+        ("gpt2", "gpipe", 4, 5, (3, 5)),
+        ("gpt2", "1f1b", 4, 8, None),
+        ("gpt2", "1f1b", 4, 8, (3, 5)),
+    ],
+)
+def test_on_gloo(
+    workers: WorkerPool, model_name: str, schedule_name: str, num_ranks: int, num_microbatches: int, key: Any
+) -> None:
+    workers.run(run_on_gloo, model_name, schedule_name, num_ranks, num_microbatches, key)
+
+
+def train_on_gloo(num_ranks: int, steps: int) -> dict[str, Any]:
+    """Several updates; returns losses, and the digest of this rank's copy of the tied weight."""
+    _, stages, loss, batch = make_case("gpt2", num_ranks, 4)
+    s = af.schedule.build("1f1b", num_ranks=num_ranks, num_microbatches=2)
+    pipe = af.pipeline(stages, s, loss=loss, mesh=pp_mesh(num_ranks))
+    params = pipe.init(seed=0)
+    optimizer = af.optimizer(torch.optim.AdamW, lr=1e-2)
+    state = optimizer.init(params)
+    losses = []
+    for step in range(steps):
+        value, grads = af.value_and_grad(pipe)(params, batch, (0, step))
+        params, state = optimizer.update(grads, state, params)
+        losses.append(value.item())
+    return {"losses": losses, "wte": flatten(params).get("wte.weight")}
+
+
+def test_copies_of_a_tied_weight_stay_identical(workers: WorkerPool) -> None:
+    results = workers.run(train_on_gloo, 4, 5)
+    copies = [result["wte"] for result in results if result["wte"] is not None]
+    assert len(copies) == 2 and torch.equal(*copies)
+    assert all(result["losses"] == results[0]["losses"] for result in results)
+    two_ranks = workers.run(train_on_gloo, 2, 5)
+    assert two_ranks[0]["losses"] == results[0]["losses"], "any layout gives the same losses"

@@ -1,0 +1,102 @@
+"""Randomness as a function: statistics, independence, and the same bits however it is asked for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from autofunc.random import InitKey, as_key, bits, dropout, fold, make_key
+
+
+def correlation(a: torch.Tensor, b: torch.Tensor) -> float:
+    return torch.corrcoef(torch.stack((a.double(), b.double())))[0, 1].item()
+
+
+def test_bits_are_uniform_and_uncorrelated() -> None:
+    n = 1 << 18
+    drawn = bits(make_key(1, 2), n)
+    assert drawn.min() >= 0 and drawn.max() < 2**32
+    unit = drawn.double() / 2**32
+    assert abs(unit.mean().item() - 0.5) < 0.005 and abs(unit.var().item() - 1 / 12) < 0.001
+    counts = torch.bincount((unit * 256).long(), minlength=256).double()
+    chi_square = ((counts - n / 256) ** 2 / (n / 256)).sum().item()
+    assert 160 < chi_square < 370, "255 degrees of freedom: far outside, the hash is broken"
+    for lag in (1, 2, 7, 64, 768):
+        assert abs(correlation(unit[:-lag], unit[lag:])) < 0.01
+    for bit in range(32):
+        assert abs(((drawn >> bit) & 1).double().mean().item() - 0.5) < 0.01
+
+
+@pytest.mark.parametrize("other", [make_key(1, 3), make_key(2, 2), fold(make_key(1, 2), 0), fold(make_key(1, 2), "h.0")])
+def test_keys_give_unrelated_bits(other: torch.Tensor) -> None:
+    n = 1 << 16
+    assert abs(correlation(bits(make_key(1, 2), n), bits(other, n))) < 0.02
+
+
+def test_folding_many_at_once_is_folding_one_by_one() -> None:
+    key = make_key(5)
+    assert torch.equal(fold(key, torch.arange(4)), torch.stack([fold(key, index) for index in range(4)]))
+    assert len({tuple(fold(key, index).tolist()) for index in range(1000)}) == 1000
+
+
+def test_bits_can_be_made_in_pieces() -> None:
+    key = make_key(5)
+    assert torch.equal(bits(key, 100), torch.cat((bits(key, 30), bits(key, 70, start=30))))
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+def test_dropout(p: float) -> None:
+    x = torch.ones(400, 250, requires_grad=True)
+    batch = {"key": make_key(0, 1)}
+    y = dropout(x, p, batch, "h.0.mlp")
+    kept = (y != 0).double().mean().item()
+    assert abs(kept - (1 - p)) < 0.01 and abs(y.mean().item() - 1) < 0.05
+    assert torch.equal(y, dropout(x, p, batch, "h.0.mlp")), "the same key makes the same mask"
+    assert not torch.equal(y, dropout(x, p, batch, "h.1.mlp")), "another name makes another"
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    assert torch.equal(grad, y.detach()), "the mask and its scale are the gradient"
+
+
+def test_no_key_no_dropout() -> None:
+    x = torch.ones(3)
+    assert dropout(x, 0.5, {}, "a") is x
+    assert dropout(x, 0.0, {"key": make_key(0)}, "a") is x
+    with pytest.raises(ValueError, match="not a probability"):
+        dropout(x, 1.0, {"key": make_key(0)}, "a")
+
+
+def test_as_key() -> None:
+    assert as_key(None) is None
+    assert torch.equal(as_key((3, 4)), make_key(3, 4))
+    assert torch.equal(as_key(make_key(3, 4)), make_key(3, 4))
+
+
+def test_init_depends_on_seed_and_path_alone() -> None:
+    key = InitKey(3, "h.0")
+    weight = key.normal("attn.weight", (300, 200), std=0.5, mean=1.0)
+    assert torch.equal(weight, InitKey(3).at("h").at("0.attn").normal("weight", (300, 200), std=0.5, mean=1.0))
+    assert not torch.equal(weight, InitKey(3, "h.1").normal("attn.weight", (300, 200), std=0.5, mean=1.0))
+    assert not torch.equal(weight, InitKey(4, "h.0").normal("attn.weight", (300, 200), std=0.5, mean=1.0))
+    assert abs(weight.mean().item() - 1.0) < 0.01 and abs(weight.std().item() - 0.5) < 0.01
+    assert abs(((weight - 1) / 0.5).pow(4).mean().item() - 3.0) < 0.1, "the kurtosis of a normal"
+    uniform = key.uniform("u", (1000, 10), -2.0, 3.0)
+    assert -2 <= uniform.min() < -1.9 and 2.9 < uniform.max() <= 3 and abs(uniform.mean().item() - 0.5) < 0.1
+
+
+def test_init_in_other_dtypes_rounds_the_same_values() -> None:
+    wide = InitKey(0, dtype=torch.float64).normal("w", (50,))
+    assert torch.equal(wide.float(), InitKey(0).normal("w", (50,)))
+    assert torch.equal(wide.bfloat16(), InitKey(0, dtype=torch.bfloat16).normal("w", (50,)))
+
+
+def test_init_large_tensors_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = InitKey(0).normal("w", (1000,))
+    monkeypatch.setattr("autofunc.random._CHUNK", 64)
+    assert torch.equal(whole, InitKey(0).normal("w", (1000,)))
+
+
+def test_generator_for_torchs_own_initialisers() -> None:
+    def draw(seed: int) -> torch.Tensor:
+        return torch.nn.init.normal_(torch.empty(5), generator=InitKey(seed, "a").generator("w"))
+
+    assert torch.equal(draw(0), draw(0)) and not torch.equal(draw(0), draw(1))
