@@ -99,10 +99,17 @@ class Pipeline:
 
         Args:
             batch: an example; only shapes and dtypes matter.
-            params: when they are not fp32 on the CPU, this process's parameters, or tensors like them.
+            params: when they are not fp32 on the batch's device, this process's parameters, or tensors like them.
             key: anything but None when steps will have a key.
         """
-        self._plan(Mode.GRADS, self._flat(params), self._split(batch, key))
+        microbatches = self._split(batch, key)
+        if params is None:
+            flat = self.stages[0].model.init_paths(self._paths, 0, "meta", torch.float32)
+            device = _device(microbatches[0])
+        else:
+            flat = tree.flatten(params)
+            device = _device(flat)
+        self._plan(Mode.GRADS, flat, device, microbatches)
         return self
 
     def explain(self) -> str:
@@ -132,27 +139,30 @@ class Pipeline:
         """Run one step. `af.value_and_grad`, `pipe(...)` and `pipe.forward` are this with a mode."""
         flat = tree.flatten(params)
         microbatches = self._split(batch, key)
-        plan, transport = self._plan(mode, flat, microbatches)
+        plan, transport = self._plan(mode, flat, _device(flat), microbatches)
         with torch.no_grad():
             return run_step(plan, flat, microbatches, transport, next(self._calls), self._trace)
 
     def _split(self, batch: Mapping[str, Any], key: Any) -> list[Microbatch]:
         return split_batch(batch, self.schedule.num_microbatches, key=key, batch_dims=self._batch_dims)
 
-    def _flat(self, params: tree.Nested | None) -> dict[str, Tensor]:
-        if params is not None:
-            return tree.flatten(params)
-        return self.stages[0].model.init_paths(self._paths, 0, "meta", torch.float32)
-
     def _plan(
-        self, mode: Mode, params: Mapping[str, Tensor], microbatches: Sequence[Microbatch]
+        self, mode: Mode, params: Mapping[str, Tensor], device: torch.device, microbatches: Sequence[Microbatch]
     ) -> tuple[Plan, DistributedTransport | None]:
-        key = (mode, _signature(microbatches[0]), tuple(leaf.dtype for leaf in params.values()), _device(params))
+        key = (mode, _signature(microbatches[0]), tuple(leaf.dtype for leaf in params.values()), device)
         if key not in self._plans:
             for path in self._paths:
                 self.stages[0].model.lookup(params, path)
             plan = build_plan(
-                mode, self.stages, self.schedule, self.loss, ENGINES[self.engine], params, microbatches[0], self.local_ranks
+                mode,
+                self.stages,
+                self.schedule,
+                self.loss,
+                ENGINES[self.engine],
+                params,
+                device,
+                microbatches[0],
+                self.local_ranks,
             )
             transport = None
             if self.mesh is not None and self._ranks is not None:
@@ -229,5 +239,7 @@ def _signature(microbatch: Microbatch) -> Any:
     return spec, tuple((leaf.shape, leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else leaf for leaf in leaves)
 
 
-def _device(params: Mapping[str, Tensor]) -> torch.device | None:
-    return next((leaf.device for leaf in params.values()), None)
+def _device(leaves: Mapping[str, Any]) -> torch.device:
+    """The device of the first tensor; the CPU when there is none."""
+    tensors = (leaf for leaf in tree.leaves_and_spec(leaves)[0] if isinstance(leaf, Tensor))
+    return next((leaf.device for leaf in tensors), torch.device("cpu"))

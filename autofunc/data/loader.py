@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -46,14 +47,17 @@ def make_loader(
         sampler = RandomSampler(dataset, generator=torch.Generator().manual_seed(seed))  # type: ignore[arg-type]
     else:
         sampler = SequentialSampler(dataset)  # type: ignore[arg-type]
-    return StatefulDataLoader(
-        dataset,
-        batch_size=rows,
-        sampler=sampler,
-        collate_fn=partial(collate, rows=rows),
-        drop_last=drop_last,
-        num_workers=num_workers,
-    )
+    with warnings.catch_warnings():
+        # torchdata 0.11 calls a function that torch 2.13 is about to drop; nothing a user could change
+        warnings.filterwarnings("ignore", "'set_vital' is deprecated")
+        return StatefulDataLoader(
+            dataset,
+            batch_size=rows,
+            sampler=sampler,
+            collate_fn=partial(collate, rows=rows),
+            drop_last=drop_last,
+            num_workers=num_workers,
+        )
 
 
 def collate(items: Sequence[dict[str, Tensor]], rows: int) -> dict[str, Tensor]:

@@ -55,13 +55,14 @@ class TextFolder(Dataset[dict[str, Tensor]]):
         self.path = Path(path) if path is not None else Path(sysconfig.get_paths()["stdlib"])
         self.tokenizer = load_tokenizer(tokenizer)
         files = _files(self.path, [".py"] if path is None and suffixes is None else suffixes)
-        if len(files) >= _VALIDATION_EVERY:
+        split_by_file = len(files) >= _VALIDATION_EVERY
+        if split_by_file:
             wanted = split == "validation"
             files = [f for index, f in enumerate(files) if (index % _VALIDATION_EVERY == _VALIDATION_EVERY - 1) == wanted]
         chunks = list(self._tokens_of(files))
         self._tokens = np.concatenate(chunks) if chunks else np.empty(0, dtype=np.int32)
         self.num_files = len(chunks)
-        if len(files) < _VALIDATION_EVERY:
+        if not split_by_file:
             cut = len(self._tokens) - len(self._tokens) // _VALIDATION_EVERY
             self._tokens = self._tokens[:cut] if split == "train" else self._tokens[cut:]
         rows = (len(self._tokens) - 1) // seq_len

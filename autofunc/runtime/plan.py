@@ -66,11 +66,12 @@ def build_plan(
     loss: Loss | None,
     make_functions: MakeFunctions,
     params: Mapping[str, Tensor],
+    device: torch.device,
     microbatch: Mapping[str, Any],
     local_ranks: Sequence[int],
 ) -> Plan:
     """Infer the boundaries, lower and check the schedule, and compile the programs of the local ranks."""
-    boundaries = infer_boundaries(stages, params, microbatch, loss, with_loss=mode.ends_in_loss)
+    boundaries = infer_boundaries(stages, params, microbatch, loss, device=device, with_loss=mode.ends_in_loss)
     edges = boundaries.edges()
     lowered = lower(schedule if mode is Mode.GRADS else schedule.forward_form(), edges)
     validate(lowered, edges)
@@ -100,7 +101,7 @@ def build_plan(
         channels=(*by_edge.values(), *(channel for tie in ties for channel in tie.channels)),
         aux=aux,
         aux_spec=aux_spec,
-        device=next((leaf.device for leaf in params.values()), torch.device("cpu")),
+        device=device,
     )
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from autofunc.errors import ScheduleError
-from autofunc.schedule.effects import Activation, Cotangent, Dataflow, Effect, Residuals, Token
+from autofunc.schedule.effects import Activation, Cotangent, Dataflow, Effect, Token
 from autofunc.schedule.grid import grid
 from autofunc.schedule.ir import Action, Schedule
 
@@ -111,23 +111,27 @@ def _check_finished(
 ) -> None:
     if not waiting:
         return
-    maker = {token: (rank, position, action)
-             for rank, row in enumerate(schedule)
-             for position, action in enumerate(row)
-             for token in flow.effect(action).writes}  # fmt: skip
     stuck = []
-    for (rank, token), _ in sorted(waiting.items()):
+    for rank, token in sorted(waiting, key=lambda key: key[0]):
         action = schedule[rank][positions[rank]]
-        made = maker.get(token)
-        reason = (
-            "which no action makes" if made is None or (isinstance(token, Residuals) and made[0] != rank)
-            else f"which {made[2]} makes at position {made[1]} of rank {made[0]}"
-        )  # fmt: skip
+        reason = _why_missing(schedule, flow, rank, token)
         stuck.append(f"rank {rank}, position {positions[rank]}, {action}: needs the {token}, {reason}")
     first = min(rank for rank, _ in waiting)
     raise ScheduleError(
         f"schedule {schedule.name} cannot go on: " + "; ".join(stuck) + "\n" + grid(schedule, (first, positions[first]))
     )
+
+
+def _why_missing(schedule: Schedule, flow: Dataflow, rank: int, token: Token) -> str:
+    """Who should have made a value that a rank waits for."""
+    local_only = schedule.is_lowered or not isinstance(token, (Activation, Cotangent))
+    for maker, row in enumerate(schedule):
+        for position, action in enumerate(row):
+            if token in flow.effect(action).writes and (maker == rank or not local_only):
+                if action.kind.is_receive:
+                    return f"which {action} at position {position} receives, but whose send is not posted"
+                return f"which {action} makes at position {position} of rank {maker}"
+    return f"which no action {f'of rank {rank} ' if local_only else ''}makes"
 
 
 def _check_nothing_left(
@@ -142,4 +146,4 @@ def _check_nothing_left(
             )
     if live:
         rank, token = min(live)
-        raise ScheduleError(f"rank {rank}: the {token} is never used\n{grid(schedule)}")
+        raise ScheduleError(f"rank {rank}: left over at the end: the {token}\n{grid(schedule)}")

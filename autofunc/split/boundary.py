@@ -84,6 +84,7 @@ def infer_boundaries(
     microbatch: Mapping[str, Any],
     loss: Loss | None = None,
     *,
+    device: torch.device | None = None,
     with_loss: bool = True,
 ) -> Boundaries:
     """Run all stages on fake tensors.
@@ -93,13 +94,14 @@ def infer_boundaries(
         params: this rank's flat parameters; those of other ranks are assumed to have the same floating-point dtype.
         microbatch: one microbatch.
         loss: run on the last stage's output; None means the output's own loss.
+        device: where parameters live; the CPU by default.
         with_loss: False leaves the loss out.
 
     Raises:
         ModelError: when a stage fails, naming it and its layers; errors of this library pass as they are.
     """
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.enable_grad():
-        fakes = _fake_parameters(stages[0], params)
+        fakes = _fake_parameters(stages[0], params, device or torch.device("cpu"))
         batch = tree.map_leaves(lambda leaf: mode.from_tensor(leaf) if isinstance(leaf, Tensor) else leaf, dict(microbatch))
         x: Any = None
         found: list[Boundary] = []
@@ -116,11 +118,10 @@ def infer_boundaries(
     return Boundaries(tuple(found), aux)
 
 
-def _fake_parameters(stage: Stage, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _fake_parameters(stage: Stage, params: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     """A fake tensor for every canonical parameter of the whole model; call inside a fake mode."""
     model = stage.model
     floating = next((leaf for leaf in params.values() if leaf.is_floating_point()), torch.empty(0))
-    device = next((leaf.device for leaf in params.values()), torch.device("cpu"))
     fakes = {}
     for path, spec in model.spec.items():
         canonical = model.canonical(path)

@@ -37,7 +37,7 @@ def _matches(layers: Sequence[str], point: str) -> list[int]:
     exact = [position for position, name in enumerate(layers) if name == point]
     if exact:
         return exact
-    pattern = ".".join(re.escape(part).replace(r"\*", "[^.]*") for part in point.split("."))
+    pattern = r"\.".join(re.escape(part).replace(r"\*", "[^.]*") for part in point.split("."))
     found = [position for position, name in enumerate(layers) if re.fullmatch(pattern, name)]
     if not found:
         suffixed = [(position, re.fullmatch(rf"(.+\.){pattern}", name)) for position, name in enumerate(layers)]

@@ -41,7 +41,7 @@ def draw_loss_curve(metrics: Path, picture: Path) -> None:
         if points:
             axes.plot(*zip(*points, strict=True), label=f"{label}, last {points[-1][1]:.3f}", **style)
     axes.set_xlabel("step")
-    axes.set_ylabel("loss (nats per token)")
+    axes.set_ylabel("loss")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(picture)
