@@ -46,6 +46,10 @@ class PipelineRunError(AutofuncError, RuntimeError):
     """An action failed while the pipeline ran. Carries where: rank, step, action and the grid with the action marked."""
 
 
+class PeerLostError(PipelineRunError):
+    """A rank waited for another that is gone or too late: a consequence, the cause is on the other rank."""
+
+
 def one_of(given: object, known: Iterable[object]) -> str:
     """A half sentence that suggests the nearest of `known` for `given`, and lists them all when they are few.
 

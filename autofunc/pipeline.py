@@ -68,7 +68,7 @@ class Pipeline:
         self._local_stages = [stage for stage in stages if schedule.placement[stage.index] in self.local_ranks]
         self._paths = sorted({path for stage in self._local_stages for path in stage.paths}, key=tree.split_path)
         self._plans: dict[Any, tuple[Plan, DistributedTransport | None]] = {}
-        self._calls = itertools.count()
+        self._calls = itertools.count(1)
         self._trace = os.environ.get("AUTOFUNC_TRACE") == "1"
 
     def __repr__(self) -> str:

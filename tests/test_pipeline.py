@@ -112,7 +112,7 @@ def test_an_error_at_run_time_says_where() -> None:
     with pytest.raises(PipelineRunError) as caught:
         pipe(pipe.init(), {"x": torch.zeros(3)})
     text = str(caught.value)
-    assert "rank 1, step 0, action 1F2 (stage 1, microbatch 2): ValueError: a row I cannot read" in text
+    assert "rank 1, step 1, action 1F2 (stage 1, microbatch 2): ValueError: a row I cannot read" in text
     assert ">>1F2<<" in text
 
 
@@ -121,7 +121,7 @@ def test_trace_prints_each_action(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     _, pipe, batch = build()
     pipe(pipe.init(), batch)
     lines = capsys.readouterr().err.splitlines()
-    assert "autofunc: rank 0 step 0 0F0 (2, 6, 8)" in lines
+    assert "autofunc: rank 0 step 1 0F0 (2, 6, 8)" in lines
     assert any("0SEND_F1" in line for line in lines) and any("1RECV_F1" in line for line in lines)
 
 

@@ -35,7 +35,10 @@ def resolve_target(target: str, where: str) -> Callable[..., Any]:
     for part in dotted.split("."):
         if not hasattr(found, part):
             public = [known for known in dir(found) if not known.startswith("_")]
-            raise ConfigError(f"{where}._target_: {target!r}: {found.__name__} has no {part!r}; {one_of(part, public)}")
+            hint = _hidden_folder_hint(target.split(".")[0])
+            raise ConfigError(
+                f"{where}._target_: {target!r}: {found.__name__} has no {part!r}; {one_of(part, public)}{hint}"
+            )
         found = getattr(found, part)
     if not callable(found):
         raise ConfigError(f"{where}._target_: {target!r} is {type(found).__name__}, which cannot be called")
@@ -119,17 +122,18 @@ def _import_longest(target: str, where: str) -> tuple[Any, str]:
                 raise ConfigError(f"{where}._target_: importing {name!r} failed: {error}") from error
         except Exception as error:
             raise ConfigError(f"{where}._target_: importing {name!r} failed: {type(error).__name__}: {error}") from error
-    hint = ""
-    own = Path.cwd() / parts[0]
-    installed = sys.modules.get(parts[0])
-    if own.is_dir() and installed is not None and str(own) not in list(getattr(installed, "__path__", [])):
-        hint = (
-            f" Your folder {parts[0]}/ is hidden by the installed package of that name: rename it, or use 'file.py:name'."
-        )
     raise ConfigError(
         f"{where}._target_: {target!r} cannot be imported: expected a dotted path to a callable, such as "
-        f"'stages.gpt2.build_gpt2_model', or 'path/to/file.py:name'.{hint}"
+        f"'stages.gpt2.build_gpt2_model', or 'path/to/file.py:name'.{_hidden_folder_hint(parts[0])}"
     )
+
+
+def _hidden_folder_hint(package: str) -> str:
+    """What to do about a folder of the user's that has the name of an installed package."""
+    own, installed = Path.cwd() / package, sys.modules.get(package)
+    if installed is None or not own.is_dir() or str(own) in list(getattr(installed, "__path__", [])):
+        return ""
+    return f". Your folder {package}/ is hidden by the installed package of that name: rename it, or use 'file.py:name'."
 
 
 def _load_file(path: Path, where: str) -> Any:

@@ -75,8 +75,9 @@ class TextFolder(Dataset[dict[str, Tensor]]):
         self._starts = np.linspace(0, rows, taken, endpoint=False).astype(np.int64) * seq_len
 
     def __repr__(self) -> str:
+        files = f"{self.num_files:,} {'file' if self.num_files == 1 else 'files'}"
         return (
-            f"{self.num_files:,} files of {self.path}, {len(self._tokens):,} tokens ({self.tokenizer.name}), "
+            f"{self.path} ({files}), {len(self._tokens):,} tokens ({self.tokenizer.name}), "
             f"{len(self):,} rows of {self.seq_len}"
         )
 

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from autofunc.engine import Produced, StageFunctions
-from autofunc.errors import AutofuncError, PipelineRunError
+from autofunc.errors import AutofuncError, PeerLostError, PipelineRunError
 from autofunc.runtime.accumulate import Accumulator
 from autofunc.runtime.program import Op, Program
 from autofunc.runtime.transport import MemoryHub, Transport
@@ -71,13 +71,15 @@ def run_rank(step: RankStep) -> Iterator[None]:
             if step.trace:
                 _print_trace(step, op, results)
             del operands, results
+        except PeerLostError as error:
+            raise PeerLostError(_where(step, op, str(error))) from error
         except AutofuncError:
             raise
         except Exception as error:
             raise PipelineRunError(_where(step, op, f"{type(error).__name__}: {error}")) from error
-    for send_ticket in sends:
-        if send_ticket is not None:
-            transport.settle(send_ticket)
+    for ticket in sends:
+        if ticket is not None:
+            transport.settle(ticket)
 
 
 def _compute(step: RankStep, op: Op, operands: list[Any]) -> Sequence[Any]:

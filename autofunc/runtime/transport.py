@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from autofunc.errors import PeerLostError
 from autofunc.runtime.edge_groups import edge_group
 from autofunc.runtime.program import Channel
 
@@ -122,8 +123,11 @@ class _Transfer:
         self.works = works
 
     def wait(self) -> None:
-        for work in self.works:
-            work.wait()
+        try:
+            for work in self.works:
+                work.wait()
+        except RuntimeError as error:
+            raise PeerLostError(f"the other end of a transfer is gone or too late: {error}") from error
         self.works = []
 
 

@@ -12,7 +12,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 
-from autofunc.errors import PipelineRunError
+from autofunc.errors import PeerLostError, PipelineRunError
 
 WORKER_FAILED = 1
 
@@ -27,7 +27,9 @@ def launch(num_processes: int, arguments: Sequence[str]) -> None:
 
     Raises:
         PipelineRunError: when one fails; holds the traceback of the first that did. All others have been ended.
+        SystemExit: when this process is interrupted or told to end.
     """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -47,6 +49,8 @@ def launch(num_processes: int, arguments: Sequence[str]) -> None:
         elastic_launch(config, sys.executable)("-m", "autofunc", *arguments)
     except ChildFailedError as failed:
         raise PipelineRunError(_report(failed)) from None
+    except SignalException as stopped:  # the launcher has ended the workers
+        sys.exit(128 + stopped.sigval)
 
 
 def run_worker(work: Callable[[], None]) -> None:
@@ -70,9 +74,9 @@ def _report(failed: object) -> str:
 
 
 def _is_victim(failure: object) -> int:
-    """Sorts first what was killed from outside, then what raised, then what was ended by the launcher."""
+    """Sorts first what was killed from outside, then what raised, then what lost a peer or was ended by the launcher."""
     code = int(getattr(failure, "exitcode", 0))
-    if code == -signal.SIGTERM:
+    if code == -signal.SIGTERM or PeerLostError.__name__ in _cause(failure):
         return 2
     return 0 if code < 0 else 1
 

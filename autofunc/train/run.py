@@ -35,15 +35,13 @@ def run(recipe: Recipe, config: FinetuneConfig, output_dir: Path) -> None:
     device = _device()
     mesh = _mesh(recipe, device, config.distributed.timeout_minutes)
     is_first = mesh is None or dist.get_rank() == 0
-    try:
-        if is_first:
-            _lead(recipe, mesh, device, output_dir)
-        else:
-            result = train(recipe, mesh, device, Silent(), None)
-            result.pipe.gather(result.params)
-    finally:
-        if mesh is not None:
-            dist.destroy_process_group()
+    if is_first:
+        _lead(recipe, mesh, device, output_dir)
+    else:
+        result = train(recipe, mesh, device, Silent(), None)
+        result.pipe.gather(result.params)
+    if mesh is not None:  # not after an error: that must be recorded before the others see the connection close
+        dist.destroy_process_group()
 
 
 def _lead(recipe: Recipe, mesh: DeviceMesh | None, device: torch.device, output_dir: Path) -> None:

@@ -1,0 +1,117 @@
+"""Bad input: one clear error each, before any worker starts."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from autofunc.cli import finetune, main
+from tests.cli.test_finetune import CONFIG
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "cfg.yaml").write_text(CONFIG)
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 100)
+    (tmp_path / "model.py").write_text("def number(): return 3\ndef fails(): raise KeyError('inside')\nvalue = 1\n")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str]:
+    def no_worker(*_: object) -> None:
+        raise AssertionError("a worker was started")
+
+    monkeypatch.setattr(finetune, "launch", no_worker)
+    monkeypatch.setattr(finetune, "run", no_worker)
+    monkeypatch.setattr(sys, "argv", ["autofunc", *words])
+    with pytest.raises(SystemExit) as stopped:
+        main.main()
+    code = stopped.value.code
+    assert isinstance(code, int)
+    return code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--distributed.split_points", "[h.9]"], "split point 'h.9' names no layer: did you mean h.1 or h.0"),
+        (["--distributed.split_points", "[h.1, h.0]"], "'h.0' runs before 'h.1'"),
+        (["--distributed.split_points", "[h.0, h.1]"], "pp_size=2 with schedule 1f1b needs 2 stages, but split_points="),
+        (["--distributed.pp_size", "3"], "pp_size=3 with schedule 1f1b needs 3 stages"),
+        (["--distributed.pp_size", "0"], "distributed.pp_size: input should be greater than or equal to 1; got 0"),
+        (["--step_scheduler.local_batch_size", "3"], "global_batch_size=8 is not divisible by local_batch_size=3"),
+        (["--distributed.schedule", "1f1"], "distributed.schedule: unknown schedule '1f1': did you mean 1f1b?"),
+        (["--datset.seq_len", "3"], "unknown key 'datset': did you mean dataset"),
+        (["--step_scheduler.max_step", "3"], "unknown key 'step_scheduler.max_step': did you mean max_steps"),
+        (["--distributed.tp_size", "2"], "distributed.tp_size: only 1 is supported; got 2"),
+        (["--model.n_layers", "3"], "unknown key 'model.n_layers': stages.gpt2.build_gpt2_model has no such argument; did"),
+        (["--optimizer.rate", "3"], "unknown key 'optimizer.rate': torch.optim.AdamW has no such argument"),
+        (["--optimizer.lr", "-1"], "optimizer: "),
+        (["--dataset.path", "nowhere"], "dataset: TextFolder: nowhere is neither a folder nor a file"),
+        (["--dataset.seq_len", "17"], "dataset: gpt2: a sequence of 17 tokens is longer than n_positions=16"),
+        (["--validation_dataset.seq_len", "17"], "validation_dataset: gpt2: a sequence of 17 tokens is longer"),
+        (["--model.vocab_size", "100"], "token ids up to 255 (tokenizer bytes), but the model has vocab_size=100"),
+        (["--model._target_", "stages.gpt3.build"], "model._target_: 'stages.gpt3.build'"),
+        (["--model._target_", "nowhere.build"], "'nowhere.build' cannot be imported: expected a dotted path"),
+        (["--model._target_", "stages.gpt2.build_gpt2"], "has no 'build_gpt2'; did you mean build_gpt2_model"),
+        (["--model._target_", "missing.py:build"], "model._target_: there is no file 'missing.py'"),
+        (["--model._target_", "model.py:value"], "is int, which cannot be called"),
+        (["--loss_fn._target_", "model.py:los"], "has no 'los'"),
+        (["--nproc-per-node", "4"], "--nproc-per-node 4 does not match distributed.pp_size=2"),
+        (["--seed"], "override '--seed' has no value"),
+        (["stray"], "override 'stray' has no value"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_one_clear_error(
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+    message: str,
+) -> None:
+    code, error = run(monkeypatch, capsys, "finetune", "llm", "-c", "cfg.yaml", *words)
+    assert code == 2
+    assert error.startswith("error: ") and message in error
+    assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: {_target_: 'model.py:number'}", "model.py:number returned int; expected an af.Model"),
+        ("model: {_target_: 'model.py:fails'}", "model: model.py:fails failed: KeyError: 'inside'"),
+        ("model: {}", "model: needs a _target_"),
+        ("model: [", "cannot be read"),
+        ("- 1", "is not a mapping of sections"),
+        ("", "missing section 'model'"),
+    ],
+)
+def test_files_that_say_something_else(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], text: str, message: str
+) -> None:
+    rest = "" if text in ("- 1", "") else "\n".join(line for line in CONFIG.splitlines()[9:])
+    (folder / "other.yaml").write_text(f"{text}\n{rest}")
+    code, error = run(monkeypatch, capsys, "finetune", "llm", "-c", "other.yaml")
+    assert code == 2 and message in error
+
+
+def test_missing_file(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    code, error = run(monkeypatch, capsys, "finetune", "llm", "-c", "cgf.yaml")
+    assert code == 2 and error == "error: there is no file 'cgf.yaml'; found cfg.yaml\n"
+
+
+def test_unknown_domain(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    code, error = run(monkeypatch, capsys, "finetune", "lm", "-c", "cfg.yaml")
+    assert code == 2 and "did you mean llm" in error
+
+
+def test_all_problems_of_a_file_at_once(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, error = run(monkeypatch, capsys, "finetune", "llm", "-c", "cfg.yaml", "--sed", "1", "distributed.pp_sise=2")
+    assert "unknown key 'sed': did you mean seed" in error and "unknown key 'distributed.pp_sise'" in error

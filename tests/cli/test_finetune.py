@@ -1,0 +1,163 @@
+"""`autofunc finetune llm` in real processes: layouts agree, torchrun works, a dying worker ends the run."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.cases import assert_same_tree
+
+ROOT = Path(__file__).parent.parent.parent
+
+CONFIG = """
+model:
+  _target_: stages.gpt2.build_gpt2_model
+  vocab_size: 256
+  n_positions: 16
+  n_embd: 16
+  n_layer: 2
+  n_head: 2
+  resid_pdrop: 0.1
+dataset: {_target_: autofunc.data.TextFolder, path: corpus, seq_len: 16}
+validation_dataset: {_target_: autofunc.data.TextFolder, path: corpus, seq_len: 16, split: validation}
+step_scheduler: {global_batch_size: 8, local_batch_size: 2, max_steps: 6, val_every_steps: 4}
+distributed: {strategy: fsdp2, pp_size: 2, split_points: [h.1], schedule: 1f1b, tp_size: 1}
+optimizer: {_target_: torch.optim.AdamW, lr: 1e-2}
+"""
+
+DYING = """
+import os, signal
+import autofunc as af
+from stages.gpt2 import build_gpt2_model
+
+def build(how, **sizes):
+    model = build_gpt2_model(**sizes)
+    block, calls = model.layers["h.1"], []
+
+    def apply(params, x, batch):
+        calls.append(1)
+        if os.environ.get("RANK") == "1" and len(calls) > 8:
+            if how == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise ValueError("broken on purpose")
+        return block.apply(params, x, batch)
+
+    model.layers["h.1"] = af.Layer(apply=apply, init=block.init)
+    return model
+"""
+
+
+def start(folder: Path, *words: str, program: tuple[str, ...] = ("-m", "autofunc")) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "NO_COLOR": "1"}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        environment.pop(name, None)
+    return subprocess.run(
+        [sys.executable, *program, *words],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(folder: Path) -> list[float]:
+    return [line["loss"] for line in metrics(folder) if "loss" in line]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working directory with a corpus and a configuration, and the run that the others are compared with."""
+    folder = tmp_path_factory.mktemp("work")
+    (folder / "cfg.yaml").write_text(CONFIG)
+    (folder / "dying.py").write_text(DYING)
+    (folder / "corpus").mkdir()
+    (folder / "corpus" / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 100)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def two_processes(folder: Path) -> subprocess.CompletedProcess[str]:
+    return start(folder, "finetune", "llm", "-c", "cfg.yaml")
+
+
+def test_trains_on_two_processes(folder: Path, two_processes: subprocess.CompletedProcess[str]) -> None:
+    assert two_processes.returncode == 0, two_processes.stderr
+    assert two_processes.stderr == ""
+    out = two_processes.stdout
+    assert "stage 1 on rank 1: h.1 .. head" in out and "rank 1 | ..0 [0 ]1 [1 ]2 [2 ]3 [3 ]....\n" in out
+    assert "dataset: no tokenizer named, so tokens are bytes" in out
+    lines = metrics(folder / "runs" / "cfg")
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in lines if "validation_loss" in line] == [4, 6]
+    assert lines[0]["num_tokens"] == 128 and lines[0]["step_time_ms"] > 0
+    assert lines[-1]["validation_loss"] < lines[0]["loss"], "it learns"
+    assert out.splitlines()[-1] == f"validation loss: {lines[-1]['validation_loss']:.4f}"
+    assert (folder / "runs" / "cfg" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert max(map(len, out.splitlines())) <= 80 or "corpus" in out
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("--distributed.pp_size", "1"), ("distributed.schedule=gpipe",)],
+    ids=["one process", "gpipe"],
+)
+def test_every_layout_gives_the_same(
+    folder: Path, two_processes: subprocess.CompletedProcess[str], words: tuple[str, ...], request: pytest.FixtureRequest
+) -> None:
+    output = folder / request.node.callspec.id.replace(" ", "-")
+    done = start(folder, "finetune", "llm", "-c", "cfg.yaml", *words, f"--output_dir={output}")
+    assert done.returncode == 0, done.stderr
+    assert losses(output) == losses(folder / "runs" / "cfg"), "bit for bit"
+    assert metrics(output)[-1]["validation_loss"] == metrics(folder / "runs" / "cfg")[-1]["validation_loss"]
+    expected, found = (load_file(each / "model.safetensors") for each in (folder / "runs" / "cfg", output))
+    assert_same_tree(expected, found)
+    assert "head.weight" not in found
+
+
+def test_the_same_file_under_torchrun(folder: Path, two_processes: subprocess.CompletedProcess[str]) -> None:
+    torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "autofunc")
+    done = start(folder, "finetune", "llm", "-c", "cfg.yaml", "--output_dir", "torchrun", program=torchrun)
+    assert done.returncode == 0, done.stderr
+    assert losses(folder / "torchrun") == losses(folder / "runs" / "cfg")
+
+
+@pytest.mark.parametrize("how", ["raised", "killed"])
+def test_a_dying_worker_ends_the_others(folder: Path, how: str) -> None:
+    began = time.monotonic()
+    done = start(
+        folder, "finetune", "llm", "-c", "cfg.yaml", "--model._target_", "dying.py:build", "--model.how", how,
+        "--output_dir", f"dying-{how}",
+    )  # fmt: skip
+    assert time.monotonic() - began < 60, "start-up included"
+    assert done.returncode == 1
+    assert "error: rank 1 failed" in done.stderr
+    if how == "killed":
+        assert "killed by SIGKILL" in done.stderr
+    else:
+        assert done.stderr.count("ValueError: broken on purpose\n") == 2  # the traceback, and where the action was
+        assert done.stderr.count('raise ValueError("broken on purpose")') == 1, "the traceback is shown once"
+        assert "PeerLostError" not in done.stderr, "the other rank's error is a consequence"
+        assert re.search(r"rank 1, step \d, action 1F\d \(stage 1, microbatch \d\)", done.stderr) and ">>1F" in done.stderr
+    assert len(losses(folder / f"dying-{how}")) >= 1, "what was measured before is kept"
+
+
+def test_torchrun_with_another_number_of_processes(folder: Path) -> None:
+    torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", "1", "-m", "autofunc")
+    done = start(folder, "finetune", "llm", "-c", "cfg.yaml", program=torchrun)
+    assert done.returncode != 0
+    assert "pp_size=2 needs 2 processes, but torchrun started 1" in done.stderr
