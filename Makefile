@@ -1,5 +1,6 @@
-# Everything runs in .venv, which `make setup` creates. PYTHON names the interpreter to create it with.
-PYTHON ?= $(firstword $(foreach name,python3.13 python3.12 python3.11 python3,$(shell command -v $(name) 2>/dev/null)))
+# Everything runs in .venv, which `make setup` creates with the first Python of 3.11 or newer; PYTHON=... names another.
+PYTHON ?= $(shell for name in python3 python3.13 python3.12 python3.11; do \
+	$$name -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$name && break; done)
 BIN := .venv/bin
 READY := .venv/.ready
 
@@ -15,8 +16,8 @@ help:
 setup: $(READY)
 
 $(READY): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-		{ echo "error: autofunc needs Python 3.11 or newer; name one: make setup PYTHON=/path/to/python3.11"; exit 1; }
+	@test -n "$(PYTHON)" || \
+		{ echo "error: no Python 3.11 or newer found; name one: make setup PYTHON=/path/to/python3.11"; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $(READY)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+from rich.console import Console
 
 from autofunc.config import load_config, parse_config
 from autofunc.errors import MeshError
@@ -29,8 +32,9 @@ def finetune_llm(config_path: str, overrides: Sequence[str], nproc_per_node: int
     if is_worker():
         run_worker(lambda: _work(config_path, overrides))
         return
-    config = parse_config(load_config(config_path, overrides))
-    recipe = prepare(config)
+    with Console(stderr=True).status(f"checking {config_path}"):  # reads the data; shown on terminals
+        config = parse_config(load_config(config_path, overrides))
+        recipe = prepare(config)
     if nproc_per_node is not None and nproc_per_node != recipe.num_ranks:
         raise MeshError(
             f"--nproc-per-node {nproc_per_node} does not match distributed.pp_size={recipe.num_ranks}; they must be equal"
@@ -39,6 +43,8 @@ def finetune_llm(config_path: str, overrides: Sequence[str], nproc_per_node: int
     if recipe.num_ranks == 1:
         run(recipe, config, output_dir)
         return
+    sys.stdout.write(f"starting {recipe.num_ranks} processes\n")
+    sys.stdout.flush()
     os.environ[_OUTPUT_DIR] = str(output_dir)
     launch(recipe.num_ranks, ["finetune", "llm", "-c", config_path, *overrides])
 

@@ -52,11 +52,14 @@ def finetune(
 
     Example: autofunc finetune llm -c examples/demo.yaml --step_scheduler.max_steps 20
     """
-    from autofunc.cli.finetune import finetune_llm
+    from rich.console import Console
+
     from autofunc.errors import ConfigError, one_of
 
     if domain != "llm":
         raise ConfigError(f"finetune {domain!r}: {one_of(domain, ['llm'])}")
+    with Console(stderr=True).status("loading torch"):  # seconds; shown on terminals
+        from autofunc.cli.finetune import finetune_llm
     finetune_llm(config, context.args, nproc_per_node)
 
 

@@ -67,13 +67,13 @@ def train(
     training_seconds, loss_value = 0.0, float("nan")
     validation_loss: float | None = None
 
+    clock = time.perf_counter()
     for step, batch in enumerate(itertools.islice(_endless(loader), num_steps), start=1):
-        started = time.perf_counter()
         batch = _to(batch, device)
         loss, grads = step_function(params, batch, key=(recipe.seed, step))
         params, state = recipe.optimizer.update(grads, state, params)
         loss_value = loss.item()
-        seconds = time.perf_counter() - started
+        seconds = time.perf_counter() - clock  # the wait for data included
         training_seconds += seconds
         _check_finite(loss_value, step)
         tokens = _count_tokens(batch)
@@ -81,15 +81,16 @@ def train(
         if metrics is not None:
             metrics.write(step=step, loss=loss_value, num_tokens=tokens, step_time_ms=seconds * 1e3)
         if step == num_steps or (recipe.val_every_steps and step % recipe.val_every_steps == 0):
-            validation_loss = validate(recipe, validation_pipe, params, device)
+            validation_loss = validate(recipe, validation_pipe, params, device, reporter)
             if validation_loss is not None:
                 reporter.validation(step, validation_loss)
                 if metrics is not None:
                     metrics.write(step=step, validation_loss=validation_loss)
+        clock = time.perf_counter()
     return TrainResult(pipe, params, num_steps, loss_value, validation_loss, training_seconds)
 
 
-def validate(recipe: Recipe, pipe: Pipeline, params: TensorDict, device: torch.device) -> float | None:
+def validate(recipe: Recipe, pipe: Pipeline, params: TensorDict, device: torch.device, reporter: Reporter) -> float | None:
     """The mean loss over the validation dataset, weighted as the loss says; None without a validation dataset.
 
     Args:
@@ -97,12 +98,15 @@ def validate(recipe: Recipe, pipe: Pipeline, params: TensorDict, device: torch.d
         pipe: whose loss gives its weight as aux.
         params: of this rank.
         device: where batches go.
+        reporter: told of every batch.
     """
     if recipe.make_validation_loader is None:
         return None
     total, weight = 0.0, 0.0
-    for batch in recipe.make_validation_loader():
+    loader = recipe.make_validation_loader()
+    for index, batch in enumerate(loader, start=1):
         loss, batch_weight = pipe(params, _to(batch, device), has_aux=True)
+        reporter.validating(index, len(loader))
         total += loss.item() * batch_weight.item()
         weight += batch_weight.item()
     if not weight:

@@ -19,6 +19,10 @@ class Reporter(Protocol):
         """A step is done."""
         ...
 
+    def validating(self, batch: int, num_batches: int) -> None:
+        """A batch of a validation is done."""
+        ...
+
     def validation(self, step: int, loss: float) -> None:
         """The validation loss was measured."""
         ...
@@ -29,6 +33,9 @@ class Silent:
 
     def step(self, step: int, loss: float, tokens_per_second: float) -> None:
         """See `Reporter.step`."""
+
+    def validating(self, batch: int, num_batches: int) -> None:
+        """See `Reporter.validating`."""
 
     def validation(self, step: int, loss: float) -> None:
         """See `Reporter.validation`."""
@@ -73,6 +80,11 @@ class ProgressReporter:
         elif step in (1, self._num_steps) or time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES:
             self._last_line = time.monotonic()
             self._console.print(f"step {step}/{self._num_steps}  {status}", highlight=False)
+
+    def validating(self, batch: int, num_batches: int) -> None:
+        """See `Reporter.validating`."""
+        if self._bar is not None:
+            self._bar.update(self._task, status=f"validating: batch {batch} of {num_batches}")
 
     def validation(self, step: int, loss: float) -> None:
         """See `Reporter.validation`."""

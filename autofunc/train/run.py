@@ -49,7 +49,7 @@ def _lead(recipe: Recipe, mesh: DeviceMesh | None, device: torch.device, output_
     console = Console(file=sys.stdout)
 
     def show(text: str) -> None:
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
+        console.print(text, highlight=False, markup=False)
 
     for note in recipe.notes:
         show(f"note: {note}")

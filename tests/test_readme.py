@@ -1,0 +1,53 @@
+"""What the README shows must run as it is printed."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from autofunc import schedule
+from autofunc.config import parse_config
+from autofunc.config.schema import FinetuneConfig
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+PYTHON = [block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "import" in block]
+
+
+@pytest.mark.parametrize("code", PYTHON, ids=lambda code: code.strip().splitlines()[-1])
+def test_python_blocks_run(code: str) -> None:
+    exec(compile(code, "README.md", "exec"), {})
+
+
+def test_yaml_blocks_are_valid() -> None:
+    blocks = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+    assert blocks
+    for block in blocks:
+        parse_config({**yaml.safe_load(block), "optimizer": {"_target_": "torch.optim.Adam", "lr": 1e-4}})
+
+
+def test_the_picture_is_the_demos() -> None:
+    s = schedule.build("1f1b", num_ranks=2, num_microbatches=8)
+    assert schedule.draw(s) in README
+
+
+def test_the_demo_is_valid() -> None:
+    config = parse_config(yaml.safe_load((ROOT / "examples" / "demo.yaml").read_text().replace("1e-3", "0.001")))
+    assert config.distributed.pp_size == 2 and config.distributed.split_points == ["h.2"]
+
+
+def test_every_key_is_documented() -> None:
+    text = (ROOT / "docs" / "configuration.md").read_text()
+    for name, field in FinetuneConfig.model_fields.items():
+        below = getattr(field.annotation, "model_fields", None)
+        for key in [f"{name}.{key}" for key in below] if below else [name]:
+            assert f"`{key}`" in text or f"`{key.split('.')[-1]}`" in text, key
+
+
+def test_links_lead_somewhere() -> None:
+    for page in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
