@@ -9,8 +9,9 @@ import pytest
 import yaml
 
 from autofunc import schedule
-from autofunc.config import parse_config
+from autofunc.config import load_config, parse_config
 from autofunc.config.schema import FinetuneConfig
+from autofunc.train.recipe import prepare
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -34,9 +35,11 @@ def test_the_picture_is_the_demos() -> None:
     assert schedule.draw(s) in README
 
 
-def test_the_demo_is_valid() -> None:
-    config = parse_config(yaml.safe_load((ROOT / "examples" / "demo.yaml").read_text().replace("1e-3", "0.001")))
-    assert config.distributed.pp_size == 2 and config.distributed.split_points == ["h.2"]
+@pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda path: path.stem)
+def test_examples_can_be_prepared(example: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    recipe = prepare(parse_config(load_config(example)))
+    assert recipe.num_ranks == len(recipe.stages) == 2
 
 
 def test_every_key_is_documented() -> None:
