@@ -9,18 +9,16 @@ Names are imported when they are first used, so that `import autofunc.schedule` 
 from __future__ import annotations
 
 import importlib
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from autofunc import losses, random, schedule
     from autofunc.mesh import make_mesh
     from autofunc.model import Layer, Model
-    from autofunc.optimizer import optimizer
-    from autofunc.pipeline import pipeline, value_and_grad
+    from autofunc.optim import optimizer
     from autofunc.reference import reference_value_and_grad
-    from autofunc.split import split
+    from autofunc.splitting import split
+    from autofunc.transform import pipeline, value_and_grad
 
 __version__ = "0.1.0"
 
@@ -28,11 +26,11 @@ _HOME = {
     "Layer": "autofunc.model",
     "Model": "autofunc.model",
     "make_mesh": "autofunc.mesh",
-    "optimizer": "autofunc.optimizer",
-    "pipeline": "autofunc.pipeline",
+    "optimizer": "autofunc.optim",
+    "pipeline": "autofunc.transform",
     "reference_value_and_grad": "autofunc.reference",
-    "split": "autofunc.split",
-    "value_and_grad": "autofunc.pipeline",
+    "split": "autofunc.splitting",
+    "value_and_grad": "autofunc.transform",
 }
 _MODULES = ("losses", "random", "schedule")
 
@@ -59,20 +57,6 @@ def __getattr__(name: str) -> Any:
     if name in _MODULES:
         return importlib.import_module(f"autofunc.{name}")
     raise AttributeError(f"module 'autofunc' has no attribute {name!r}")
-
-
-class _Package(ModuleType):
-    """Keeps public functions from being hidden by submodules of the same name (`af.split` lives in `autofunc.split`).
-
-    The import system sets every imported submodule as an attribute of its package; for these names it must not.
-    """
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in _HOME and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
 
 
 def __dir__() -> list[str]:

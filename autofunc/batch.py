@@ -24,8 +24,9 @@ def split_batch(
 ) -> list[Microbatch]:
     """Cut a batch into microbatches of equal size, in order. Tensors are views, nothing is copied.
 
-    The batch size is dim 0 of the first tensor that has dims. Tensors whose dim 0 is the batch size are cut along it; all
-    other leaves go to every microbatch. `batch_dims` says otherwise for a key: a dim to cut along, or None for all rows.
+    The batch size is the size of dim 0 that most tensors share. Tensors whose dim 0 is the batch size are cut along it;
+    all other leaves go to every microbatch. `batch_dims` says otherwise for an entry: a dim to cut along,
+    or None for all rows.
 
     Args:
         batch: mapping of pytrees of tensors. Its `"key"`, when there is one, is the key.
@@ -35,7 +36,7 @@ def split_batch(
         batch_dims: key -> dim or None.
 
     Raises:
-        BatchError: when there is nothing to cut, or rows do not divide.
+        BatchError: when there is nothing to cut, the batch size is ambiguous, or rows do not divide.
     """
     batch_dims = dict(batch_dims or {})
     unknown = sorted(set(batch_dims) - set(batch))
@@ -65,14 +66,26 @@ def split_batch(
 
 
 def _batch_size(batch: Mapping[str, Any], batch_dims: Mapping[str, int | None]) -> int:
+    """The size of the batch dim that most tensors share."""
+    names: dict[int, list[str]] = {}
     for name, value in batch.items():
         dim = batch_dims.get(name, 0)
         if name == "key" or dim is None:
             continue
         for leaf in tree.leaves_and_spec(value)[0]:
             if isinstance(leaf, Tensor) and leaf.dim() > dim:
-                return leaf.shape[dim]
-    raise BatchError(f"nothing in the batch has rows to cut: {', '.join(map(str, batch)) or 'it is empty'}")
+                names.setdefault(leaf.shape[dim], []).append(str(name))
+    if not names:
+        raise BatchError(f"nothing in the batch has rows to cut: {', '.join(map(str, batch)) or 'it is empty'}")
+    (rows, sharing), *others = sorted(names.items(), key=lambda item: -len(item[1]))
+    if others and len(others[0][1]) == len(sharing):
+        raise BatchError(
+            f"cannot tell the batch size: {sharing[0]!r} has {rows} rows and {others[0][1][0]!r} has {others[0][0]}; "
+            f"say batch_dims={{{others[0][1][0]!r}: None}} for what every microbatch gets whole"
+        )
+    if rows == 0:
+        raise BatchError(f"the batch has no rows: {sharing[0]!r} is empty")
+    return rows
 
 
 def _cut(leaf: Any, name: str, rows: int, count: int, batch_dims: Mapping[str, int | None]) -> list[Any]:
@@ -83,7 +96,7 @@ def _cut(leaf: Any, name: str, rows: int, count: int, batch_dims: Mapping[str, i
         if name in batch_dims:
             raise BatchError(f"batch[{name!r}] has {leaf.shape[dim]} rows in dim {dim}, but the batch has {rows}")
         return [leaf] * count
-    return list(torch.split(leaf, rows // count, dim)) if rows else [leaf] * count
+    return list(torch.split(leaf, rows // count, dim))
 
 
 def _device(batch: Mapping[str, Any]) -> torch.device:

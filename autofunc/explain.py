@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from autofunc.schedule import Schedule, draw, simulate
-from autofunc.split import Boundaries, Stage, parameter_count
+from autofunc.splitting import Boundaries, Stage, parameter_count
 
 
 def explain(stages: Sequence[Stage], schedule: Schedule, boundaries: Boundaries | None = None, colour: bool = False) -> str:

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from autofunc.errors import BatchError
 from autofunc.tree import join
 
 _MASK = 0xFFFFFFFF
@@ -52,13 +53,18 @@ def make_key(seed: int, step: int = 0, *, device: torch.device | str = "cpu") ->
 
 
 def as_key(key: Any, *, device: torch.device | str = "cpu") -> Tensor | None:
-    """Read a user's key: None, a pair (seed, step), or a tensor that `make_key` made."""
+    """Read a user's key: None, a pair (seed, step), or a tensor that `make_key` made.
+
+    Raises:
+        BatchError: for anything else.
+    """
     if key is None:
         return None
-    if isinstance(key, Tensor):
+    if isinstance(key, Tensor) and key.shape == (2,) and key.dtype == torch.int64:
         return key.to(device)
-    seed, step = key
-    return make_key(seed, step, device=device)
+    if isinstance(key, (tuple, list)) and len(key) == 2 and all(isinstance(part, int) for part in key):
+        return make_key(*key, device=device)
+    raise BatchError(f"key={key!r}: expected a pair of integers (seed, step), or what af.random.make_key returns")
 
 
 def fold(key: Tensor, data: int | str | Tensor) -> Tensor:

@@ -10,12 +10,18 @@ from tensordict import TensorDict
 
 from autofunc import tree
 from autofunc.batch import split_batch
+from autofunc.errors import BatchError
 from autofunc.losses import Loss, combine_aux, evaluate
 from autofunc.model import Model
 
 
 def reference_value_and_grad(
-    model: Model, loss: Loss | None, num_microbatches: int, *, has_aux: bool = False
+    model: Model,
+    loss: Loss | None,
+    num_microbatches: int,
+    *,
+    has_aux: bool = False,
+    batch_dims: Mapping[str, int | None] | None = None,
 ) -> Callable[..., tuple[Any, TensorDict]]:
     """The loss and gradients of a model by a loop over microbatches.
 
@@ -28,6 +34,7 @@ def reference_value_and_grad(
         loss: see `autofunc.losses`; None uses the output's own loss.
         num_microbatches: how many pieces the batch is cut into.
         has_aux: also return the combined auxiliary outputs.
+        batch_dims: see `af.pipeline`.
 
     Returns:
         `f(params, batch, key=None) -> (loss, grads)`, or `((loss, aux), grads)` with `has_aux`.
@@ -41,7 +48,7 @@ def reference_value_and_grad(
         sums: dict[str, torch.Tensor] = {}
         total, weight = torch.zeros(()), torch.zeros(())
         collected = []
-        for microbatch in split_batch(batch, num_microbatches, key=key):
+        for microbatch in split_batch(batch, num_microbatches, key=key, batch_dims=batch_dims):
             with torch.enable_grad():
                 terms = evaluate(loss, model.run(model.layers, by_layer, None, microbatch), microbatch)
             grads = torch.autograd.grad(terms.sum, list(trainable.values()), allow_unused=True)
@@ -56,6 +63,8 @@ def reference_value_and_grad(
             part = sums.get(path, torch.zeros_like(leaf))
             canonical = model.canonical(path)
             merged[canonical] = merged[canonical] + part if canonical in merged else part
+        if weight == 0:
+            raise BatchError("the total weight of the loss is 0: no microbatch has a label to learn from (all are -100?)")
         mean = total / weight
         tree_of_grads = tree.to_tensordict({path: (s / weight).to(flat[path].dtype) for path, s in merged.items()})
         return ((mean, combine_aux(loss, collected)) if has_aux else mean), tree_of_grads

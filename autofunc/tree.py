@@ -55,17 +55,19 @@ def check_prefix_free(paths: Iterable[str]) -> None:
 
 def flatten(tree: Nested) -> dict[str, Any]:
     """Flatten a nested mapping into {path: leaf}, sorted by path (as tuples of keys)."""
-    flat: dict[tuple[str, ...], Any] = {}
+    found: list[tuple[str, Any]] = []
 
-    def visit(prefix: tuple[str, ...], node: Any) -> None:
-        if isinstance(node, (Mapping, TensorDictBase)):
-            for key, value in node.items():
-                visit((*prefix, *split_path(str(key))), value)
-        else:
-            flat[prefix] = node
+    def visit(prefix: str, node: Nested) -> None:
+        for key, value in node.items():
+            path = f"{prefix}.{key}" if prefix else str(key)
+            if not isinstance(value, torch.Tensor) and isinstance(value, (Mapping, TensorDictBase)):
+                visit(path, value)
+            else:
+                found.append((path, value))
 
-    visit((), tree)
-    return {".".join(path): flat[path] for path in sorted(flat)}
+    visit("", tree)
+    found.sort(key=lambda item: split_path(item[0]))
+    return dict(found)
 
 
 def nest(flat: Mapping[str, Any]) -> dict[str, Any]:

@@ -44,11 +44,14 @@ class GPT2Config:
     initializer_range: float = 0.02
 
     def __post_init__(self) -> None:
-        if self.n_embd % self.n_head:
-            raise ModelError(f"gpt2: n_embd={self.n_embd} is not divisible by n_head={self.n_head}")
         for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
             if getattr(self, name) < 1:
                 raise ModelError(f"gpt2: {name}={getattr(self, name)}, expected at least 1")
+        if self.n_embd % self.n_head:
+            raise ModelError(f"gpt2: n_embd={self.n_embd} is not divisible by n_head={self.n_head}")
+        for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ModelError(f"gpt2: {name}={getattr(self, name)} is not a probability in [0, 1)")
 
     @property
     def mlp_width(self) -> int:

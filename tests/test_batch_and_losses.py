@@ -32,7 +32,19 @@ def test_batch_dims_override() -> None:
     with pytest.raises(BatchError, match="names 'z', which is not in the batch"):
         split_batch({"x": torch.zeros(4)}, 2, batch_dims={"z": 0})
     with pytest.raises(BatchError, match=r"batch\['t'\] has 3 rows in dim 0, but the batch has 4"):
-        split_batch({"x": torch.zeros(4), "t": torch.zeros(3)}, 2, batch_dims={"t": 0})
+        split_batch({"x": torch.zeros(4), "y": torch.zeros(4), "t": torch.zeros(3)}, 2, batch_dims={"t": 0})
+
+
+def test_the_batch_size_does_not_depend_on_the_order_of_entries() -> None:
+    x, y, scale = torch.zeros(4, 6), torch.zeros(4), torch.ones(2)
+    for batch in ({"scale": scale, "x": x, "y": y}, {"x": x, "y": y, "scale": scale}):
+        pieces = split_batch(batch, 2)
+        assert pieces[0]["x"].shape == (2, 6) and pieces[0]["scale"] is scale
+    with pytest.raises(BatchError, match=r"cannot tell the batch size: 'mask' has 6 rows and 'x' has 4; say batch_dims="):
+        split_batch({"mask": torch.zeros(6, 6), "x": x}, 2)
+    assert split_batch({"mask": torch.zeros(6, 6), "x": x}, 2, batch_dims={"mask": None})[0]["x"].shape == (2, 6)
+    with pytest.raises(BatchError, match="the batch has no rows"):
+        split_batch({"x": torch.zeros(0, 3)}, 2)
 
 
 def test_rows_that_do_not_divide() -> None:

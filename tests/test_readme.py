@@ -6,10 +6,9 @@ import re
 from pathlib import Path
 
 import pytest
-import yaml
 
 from autofunc import schedule
-from autofunc.config import load_config, parse_config
+from autofunc.config import check_arguments, load_config, parse_config, resolve_target
 from autofunc.config.schema import FinetuneConfig
 from autofunc.train.recipe import prepare
 
@@ -23,11 +22,15 @@ def test_python_blocks_run(code: str) -> None:
     exec(compile(code, "README.md", "exec"), {})
 
 
-def test_yaml_blocks_are_valid() -> None:
+def test_yaml_blocks_are_valid(tmp_path: Path) -> None:
     blocks = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
     assert blocks
-    for block in blocks:
-        parse_config({**yaml.safe_load(block), "optimizer": {"_target_": "torch.optim.Adam", "lr": 1e-4}})
+    for index, block in enumerate(blocks):
+        (tmp_path / f"{index}.yaml").write_text(block)
+        config = parse_config(load_config(tmp_path / f"{index}.yaml"))
+        for node in (config.model, config.dataset):
+            options = {key: value for key, value in node.items() if key != "_target_"}
+            check_arguments(resolve_target(node["_target_"], "README"), options, "README", node["_target_"])
 
 
 def test_the_picture_is_the_demos() -> None:

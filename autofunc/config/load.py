@@ -32,12 +32,23 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
         if not OmegaConf.is_dict(config):
             raise ConfigError(f"{path} is not a mapping of sections; expected keys such as model:, dataset:, optimizer:")
         for key, value in _pairs(overrides):
-            OmegaConf.update(config, key, OmegaConf.create(f"value: {value}").value, merge=True)
+            OmegaConf.update(config, key, _value(key, value), merge=True)
         resolved = OmegaConf.to_container(config, resolve=True)
     except (YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
     assert isinstance(resolved, dict)
     return {str(key): value for key, value in resolved.items()}
+
+
+def _value(key: str, text: str) -> Any:
+    """The value of an override, read as YAML."""
+    from omegaconf import OmegaConf
+    from yaml import YAMLError
+
+    try:
+        return OmegaConf.create(f"value: {text}").value
+    except YAMLError as error:
+        raise ConfigError(f"override {key}={text!r} is not YAML; put it in quotes inside quotes: '\"{text}\"'") from error
 
 
 def _pairs(overrides: Sequence[str]) -> list[tuple[str, str]]:

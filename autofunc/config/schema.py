@@ -81,7 +81,7 @@ class FinetuneConfig(Section):
     distributed: Distributed = Distributed()
     optimizer: Target = Field(description="a torch.optim class and its options")
     loss_fn: Target | None = Field(None, description="loss(outputs, microbatch); by default autofunc.losses.causal_lm")
-    seed: int = Field(42, description="of weights, data order and dropout")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(42, description="of weights, data order and dropout")
     output_dir: str | None = Field(None, description="where results go; by default runs/<name of the file>")
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from autofunc.data.checks import check_at_least_one
 from autofunc.data.tokenizer import load_tokenizer
 from autofunc.errors import DataError
 
@@ -47,6 +48,7 @@ class HellaSwag(Dataset[dict[str, Tensor]]):
         num_samples_limit: int | None = None,
         seq_len: int | None = None,
     ) -> None:
+        check_at_least_one("HellaSwag", seq_len=seq_len, num_samples_limit=num_samples_limit)
         self.path_or_dataset = path_or_dataset
         self.tokenizer = load_tokenizer(tokenizer)
         table = _load(path_or_dataset, split)
@@ -89,9 +91,10 @@ class HellaSwag(Dataset[dict[str, Tensor]]):
 
     def _encode(self, example: dict[str, Any]) -> tuple[list[int], int]:
         """Tokens of context and ending together, and how many belong to the context."""
-        label = int(example["label"])
-        if not 0 <= label < len(example["endings"]):
-            raise DataError(f"HellaSwag: label {label} with {len(example['endings'])} endings, at {example['ctx'][:60]!r}")
+        given, count = str(example["label"]), len(example["endings"])
+        if not (given.isdigit() and int(given) < count):  # the hub's test split has no labels
+            raise DataError(f"HellaSwag: label {given!r} with {count} endings, at {example['ctx'][:60]!r}")
+        label = int(given)
         context = list(self.tokenizer.encode(example["ctx"]))
         return context + list(self.tokenizer.encode(" " + example["endings"][label])), len(context)
 
@@ -99,7 +102,7 @@ class HellaSwag(Dataset[dict[str, Tensor]]):
 def _load(path_or_dataset: str, split: str) -> Any:
     import datasets  # takes seconds to import
 
-    path = Path(path_or_dataset)
+    path = Path(path_or_dataset).expanduser()
     is_local = path.exists() or path.suffix in _FORMATS or path_or_dataset.startswith((".", "/", "~"))
     if is_local and not path.exists():
         raise DataError(f"HellaSwag: there is no file or folder {path_or_dataset!r} (looked in {Path.cwd()})")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from autofunc.data.checks import check_at_least_one
 from autofunc.data.tokenizer import load_tokenizer
 from autofunc.errors import DataError, one_of
 
@@ -49,10 +50,9 @@ class TextFolder(Dataset[dict[str, Tensor]]):
     ) -> None:
         if split not in ("train", "validation"):
             raise DataError(f"TextFolder: split={split!r}: {one_of(split, ['train', 'validation'])}")
-        if seq_len < 1:
-            raise DataError(f"TextFolder: seq_len={seq_len}, expected at least 1")
+        check_at_least_one("TextFolder", seq_len=seq_len, num_samples_limit=num_samples_limit)
         self.seq_len = seq_len
-        self.path = Path(path) if path is not None else Path(sysconfig.get_paths()["stdlib"])
+        self.path = Path(path).expanduser() if path is not None else Path(sysconfig.get_paths()["stdlib"])
         self.tokenizer = load_tokenizer(tokenizer)
         files = _files(self.path, [".py"] if path is None and suffixes is None else suffixes)
         split_by_file = len(files) >= _VALIDATION_EVERY
@@ -106,13 +106,16 @@ class TextFolder(Dataset[dict[str, Tensor]]):
 
 
 def _files(path: Path, suffixes: Sequence[str] | None) -> list[Path]:
-    """The files of a folder with one of the suffixes, sorted by path; installed packages and caches are not entered."""
+    """The files of a folder with one of the suffixes, sorted by path.
+
+    Installed packages, caches and hidden folders are not entered.
+    """
     if path.is_file():
         return [path]
     if not path.is_dir():
         raise DataError(f"TextFolder: {path} is neither a folder nor a file")
     found = []
     for folder, folders, names in os.walk(path):
-        folders[:] = [name for name in folders if name not in _NOT_ENTERED]
+        folders[:] = [name for name in folders if name not in _NOT_ENTERED and not name.startswith(".")]
         found += [Path(folder, name) for name in names if suffixes is None or name.endswith(tuple(suffixes))]
     return sorted(found)

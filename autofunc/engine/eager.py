@@ -10,7 +10,7 @@ from torch import Tensor
 
 from autofunc.engine.functions import Produced
 from autofunc.losses import Loss, evaluate
-from autofunc.split import Boundary, Stage
+from autofunc.splitting import Boundary, Stage
 
 
 class Bound(NamedTuple):

@@ -29,7 +29,7 @@ class Model:
         trainable: shell-style patterns of the canonical paths that get gradients; `*` crosses dots.
 
     Raises:
-        ModelError: for names that collide, or ties that name no parameter or join different shapes.
+        ModelError: for names that collide. Ties and patterns that name no parameter are found when `spec` is first read.
     """
 
     def __init__(
@@ -109,9 +109,7 @@ class Model:
         """
         flat = tree.flatten(params)
         by_layer = self.layer_trees({path: self.lookup(flat, path) for path in self.spec})
-        return self.run(
-            self.layers, by_layer, None, {**batch, "key": as_key(batch.get("key"))} if "key" in batch else batch
-        )
+        return self.run(self.layers, by_layer, None, {**batch, "key": as_key(batch.get("key"))})
 
     def lookup(self, flat: Mapping[str, torch.Tensor], path: str) -> torch.Tensor:
         """A parameter by any of its names, from a flat tree of canonical ones.

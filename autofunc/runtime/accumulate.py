@@ -14,7 +14,7 @@ from torch import Tensor
 
 from autofunc.runtime.program import Channel
 from autofunc.schedule import Schedule
-from autofunc.split import Stage
+from autofunc.splitting import Stage
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:

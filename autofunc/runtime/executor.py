@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from autofunc.engine import Produced, StageFunctions
-from autofunc.errors import AutofuncError, PeerLostError, PipelineRunError
+from autofunc.errors import AutofuncError, PipelineRunError
 from autofunc.runtime.accumulate import Accumulator
 from autofunc.runtime.program import Op, Program
 from autofunc.runtime.transport import MemoryHub, Transport
@@ -71,10 +71,8 @@ def run_rank(step: RankStep) -> Iterator[None]:
             if step.trace:
                 _print_trace(step, op, results)
             del operands, results
-        except PeerLostError as error:
-            raise PeerLostError(_where(step, op, str(error))) from error
-        except AutofuncError:
-            raise
+        except AutofuncError as error:
+            raise type(error)(_where(step, op, str(error))) from error
         except Exception as error:
             raise PipelineRunError(_where(step, op, f"{type(error).__name__}: {error}")) from error
     for ticket in sends:
@@ -139,6 +137,10 @@ def _where(step: RankStep, op: Op, message: str) -> str:
 
 
 def _print_trace(step: RankStep, op: Op, results: Sequence[Any]) -> None:
-    shapes = [tuple(t.shape) for result in results if isinstance(result, list) for t in result if isinstance(t, Tensor)]
+    if op.channel is not None:
+        shapes: Sequence[Any] = op.channel.shapes
+    else:
+        lists = (result for result in results if isinstance(result, list))
+        shapes = [tuple(leaf.shape) for result in lists for leaf in result if isinstance(leaf, Tensor)]
     action = step.program.schedule[step.program.rank][op.position]
     sys.stderr.write(f"autofunc: rank {step.program.rank} step {step.number} {action} {' '.join(map(str, shapes))}\n")

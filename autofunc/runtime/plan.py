@@ -12,11 +12,12 @@ from torch import Tensor
 
 from autofunc import tree
 from autofunc.engine import StageFunctions
+from autofunc.errors import ScheduleError
 from autofunc.losses import Loss, combine_aux
 from autofunc.runtime.accumulate import Tie, find_ties
 from autofunc.runtime.program import Channel, Program, build_program, edge_channels
 from autofunc.schedule import Schedule, lower, validate
-from autofunc.split import Boundaries, Boundary, Stage, Value, infer_boundaries
+from autofunc.splitting import Boundaries, Boundary, Stage, Value, infer_boundaries
 
 MakeFunctions = Callable[[Stage, Boundary | None, Boundary, Loss | None, bool], StageFunctions]
 """An engine: (stage, boundary before, own boundary, loss, whether to end in the loss) -> its functions."""
@@ -71,6 +72,10 @@ def build_plan(
     local_ranks: Sequence[int],
 ) -> Plan:
     """Infer the boundaries, lower and check the schedule, and compile the programs of the local ranks."""
+    if mode is Mode.GRADS and schedule.is_forward_only:
+        raise ScheduleError(
+            f"schedule {schedule.name} has no backward actions, so it gives no gradients; call the pipeline"
+        )
     boundaries = infer_boundaries(stages, params, microbatch, loss, device=device, with_loss=mode.ends_in_loss)
     edges = boundaries.edges()
     lowered = lower(schedule if mode is Mode.GRADS else schedule.forward_form(), edges)

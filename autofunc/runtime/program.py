@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 
 from autofunc.schedule import Dataflow, Edge, Kind, Schedule
-from autofunc.schedule.effects import Activation, Cotangent, Token
-from autofunc.split import Boundaries
+from autofunc.schedule.effects import Token
+from autofunc.splitting import Boundaries
 
 
 class Channel(NamedTuple):
@@ -82,23 +82,24 @@ def build_program(
 ) -> Program:
     """Compile one rank's lowered row."""
     flow = Dataflow(edges, schedule.is_forward_only)
+    traffic = _Traffic(schedule, flow)
     register_of: dict[Token, int] = {}
-    in_flight: set[int] = set()
+    in_flight: dict[int, Token] = {}  # register -> what a receive is bringing into it
     free: list[int] = []
-    send_of: dict[Activation, int] = {}
     ops: list[Op] = []
     num_registers = num_sends = 0
+    unsettled: dict[int, list[tuple[int, Token]]] = {}  # by rank that receives: sends not known to be complete
     for position, action in enumerate(schedule[rank]):
         effect = flow.effect(action)
         reads = tuple(register_of.pop(token) for token in effect.reads)
         waits = tuple(register for register in reads if register in in_flight)
-        # a cotangent that has arrived proves that the activation it answers has arrived there before
-        settles = tuple(
-            send_of.pop(Activation(token.producer, token.consumer, token.microbatch))
-            for token, register in zip(effect.reads, reads, strict=True)
-            if isinstance(token, Cotangent) and register in waits
-        )
-        in_flight.difference_update(reads)
+        settles: list[int] = []
+        for register in waits:
+            sender, sent_at = traffic.sent[in_flight.pop(register)]
+            waiting = unsettled.get(sender, [])
+            proven = [(number, token) for number, token in waiting if traffic.read_at[token] < sent_at]
+            settles += [number for number, _ in proven]
+            unsettled[sender] = [send for send in waiting if send not in proven]
         free += reads
         writes = []
         for token in effect.writes:
@@ -110,14 +111,30 @@ def build_program(
         channel, send = None, -1
         if action.kind.is_receive:
             channel = channels[action.peer, action.stage]
-            in_flight.update(writes)
+            in_flight[writes[0]] = effect.writes[0]
         elif action.kind.is_send:
             channel = channels[action.stage, action.peer]
             send, num_sends = num_sends, num_sends + 1
-            sent = effect.reads[0]
-            if isinstance(sent, Activation):
-                send_of[sent] = send
-        ops.append(
-            Op(action.kind, action.stage, action.microbatch, reads, tuple(writes), waits, settles, channel, send, position)
-        )
+            unsettled.setdefault(schedule.placement[action.peer], []).append((send, effect.reads[0]))
+        stage, kind, microbatch = action.stage, action.kind, action.microbatch
+        ops.append(Op(kind, stage, microbatch, reads, tuple(writes), waits, tuple(settles), channel, send, position))
     return Program(rank, tuple(ops), num_registers, num_sends, schedule)
+
+
+class _Traffic:
+    """Where every value that travels is sent and read.
+
+    What a rank sends after it has read a value proves to whoever receives it that the value had arrived: that send is
+    complete, and its memory may go.
+    """
+
+    def __init__(self, schedule: Schedule, flow: Dataflow) -> None:
+        self.sent: dict[Token, tuple[int, int]] = {}  # (rank, position) of the SEND
+        self.read_at: dict[Token, int] = {}  # position of the reader in its rank's row
+        for rank, row in enumerate(schedule):
+            for position, action in enumerate(row):
+                effect = flow.effect(action)
+                if action.kind.is_send:
+                    self.sent[effect.reads[0]] = (rank, position)
+                else:
+                    self.read_at.update(dict.fromkeys(effect.reads, position))

@@ -8,7 +8,8 @@ receive's ticket is done (the distributed one blocks until it is, so it is never
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -115,6 +116,15 @@ class MemoryTransport:
         """Handing over completes at once."""
 
 
+@contextmanager
+def _peer() -> Iterator[None]:
+    """Say of a failing transfer that it is a consequence: the cause is at the other end."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise PeerLostError(f"the other end of a transfer is gone or too late: {error}") from error
+
+
 class _Transfer:
     __slots__ = ("tensors", "works")
 
@@ -123,11 +133,9 @@ class _Transfer:
         self.works = works
 
     def wait(self) -> None:
-        try:
+        with _peer():
             for work in self.works:
                 work.wait()
-        except RuntimeError as error:
-            raise PeerLostError(f"the other end of a transfer is gone or too late: {error}") from error
         self.works = []
 
 
@@ -155,28 +163,32 @@ class DistributedTransport:
         self._pp_group = pp_group
         self._ranks = ranks
         self._device = device
-        self._group = {
-            channel: edge_group(pp_group, channel.name, channel.source, channel.target, device)
-            for channel in channels
-            if rank in (channel.source, channel.target)
-        }
+        with _peer():
+            self._group = {
+                channel: edge_group(pp_group, channel.name, channel.source, channel.target, device)
+                for channel in channels
+                if rank in (channel.source, channel.target)
+            }
 
     def send(self, channel: Channel, tensors: list[Tensor]) -> _Transfer:
         """See `Transport.send`."""
         group = self._group[channel]
         tensors = [tensor.contiguous() for tensor in tensors]
-        return _Transfer(tensors, [group.send([tensor], _TARGET, 0) for tensor in tensors])
+        with _peer():
+            return _Transfer(tensors, [group.send([tensor], _TARGET, 0) for tensor in tensors])
 
     def receive(self, channel: Channel) -> _Transfer:
         """See `Transport.receive`."""
         group = self._group[channel]
         described = zip(channel.shapes, channel.dtypes, strict=True)
         tensors = [torch.empty(shape, dtype=dtype, device=self._device) for shape, dtype in described]
-        return _Transfer(tensors, [group.recv([tensor], _SOURCE, 0) for tensor in tensors])
+        with _peer():
+            return _Transfer(tensors, [group.recv([tensor], _SOURCE, 0) for tensor in tensors])
 
     def broadcast(self, root: int, tensors: list[Tensor]) -> _Transfer:
         """See `Transport.broadcast`."""
-        works = [dist.broadcast(t, self._ranks[root], group=self._pp_group, async_op=True) for t in tensors]
+        with _peer():
+            works = [dist.broadcast(t, self._ranks[root], group=self._pp_group, async_op=True) for t in tensors]
         return _Transfer(tensors, [work for work in works if work is not None])
 
     def arrived(self, ticket: _Transfer) -> bool:

@@ -23,8 +23,12 @@ def simulate(schedule: Schedule, costs: Costs | None = None, edges: Sequence[Edg
         schedule: a valid schedule.
         costs: time of one action of one stage; all 1 and free transfers by default.
         edges: connections between stages; a chain by default.
+
+    Raises:
+        ScheduleError: for costs that do not fit, or a schedule that cannot run.
     """
     costs = costs or Costs()
+    costs.check(schedule.num_stages)
     flow = Dataflow(chain(schedule.num_stages) if edges is None else edges, schedule.is_forward_only)
     start = tuple(np.zeros(len(row)) for row in schedule)
     end = tuple(np.zeros(len(row)) for row in schedule)

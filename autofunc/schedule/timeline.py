@@ -9,6 +9,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
+from autofunc.errors import ScheduleError
 from autofunc.schedule.ir import Kind, Schedule
 
 Times = npt.NDArray[np.float64]
@@ -31,7 +32,23 @@ class Costs:
         if kind is Kind.B:
             return self.of(stage, Kind.I) + self.of(stage, Kind.W)
         cost = {Kind.F: self.F, Kind.I: self.I, Kind.W: self.W}[kind]
-        return float(cost[stage]) if isinstance(cost, Sequence) else float(cost)
+        return float(cost) if np.ndim(cost) == 0 else float(cost[stage])  # type: ignore[arg-type, index]
+
+    def check(self, num_stages: int) -> None:
+        """Refuse costs that do not fit a number of stages.
+
+        Raises:
+            ScheduleError: for a wrong number of values, a negative one, or stages whose every action is free.
+        """
+        for name in ("F", "I", "W", "comm"):
+            value = np.asarray(getattr(self, name), dtype=np.float64)
+            expected = "a number" if name == "comm" else f"a number, or one for each of {num_stages} stages"
+            if value.ndim and (name == "comm" or value.shape != (num_stages,)):
+                raise ScheduleError(f"Costs.{name} has shape {value.shape}; expected {expected}")
+            if (value < 0).any():
+                raise ScheduleError(f"Costs.{name}={getattr(self, name)}: a time cannot be negative")
+        if not any(np.any(np.asarray(getattr(self, name))) for name in ("F", "I", "W")):
+            raise ScheduleError("Costs: F, I and W are all 0, so nothing takes any time")
 
 
 @dataclass(frozen=True)

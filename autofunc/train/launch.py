@@ -10,9 +10,10 @@ import logging
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 
-from autofunc.errors import PeerLostError, PipelineRunError
+from autofunc.errors import AutofuncError, PeerLostError, PipelineRunError
 
 WORKER_FAILED = 1
 
@@ -35,6 +36,7 @@ def launch(num_processes: int, arguments: Sequence[str]) -> None:
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # its report is ours to give
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ["PYTHONSAFEPATH"] = "1"  # files in the working directory must not hide installed packages in the workers
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -44,6 +46,7 @@ def launch(num_processes: int, arguments: Sequence[str]) -> None:
         rdzv_endpoint="localhost:0",
         max_restarts=0,
         monitor_interval=0.2,
+        local_addr="127.0.0.1",  # the machine's own name need not resolve
     )
     try:
         elastic_launch(config, sys.executable)("-m", "autofunc", *arguments)
@@ -59,9 +62,17 @@ def run_worker(work: Callable[[], None]) -> None:
 
     try:
         record(work)()
-    except Exception:
+    except Exception as error:
+        if (
+            "TORCHELASTIC_ERROR_FILE" not in os.environ
+        ):  # started by something else than torch's launcher: nobody else tells
+            if isinstance(error, AutofuncError):
+                sys.stderr.write(f"error: {error}\n")
+            else:
+                traceback.print_exc()
         # the process group may be waiting in other threads: leave without its shutdown, so that nothing hangs
         sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(WORKER_FAILED)
 
 

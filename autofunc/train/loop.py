@@ -13,12 +13,12 @@ from tensordict import TensorDict
 from torch.distributed.device_mesh import DeviceMesh
 
 from autofunc import tree
-from autofunc.errors import ConfigError, DataError, PipelineRunError
+from autofunc.errors import PipelineRunError
 from autofunc.losses import Loss, evaluate
-from autofunc.pipeline import Pipeline, pipeline, value_and_grad
 from autofunc.train.metrics import MetricsFile
 from autofunc.train.progress import Reporter
 from autofunc.train.recipe import Recipe
+from autofunc.transform import Pipeline, pipeline, value_and_grad
 
 
 @dataclass(frozen=True)
@@ -31,14 +31,6 @@ class TrainResult:
     loss: float  # of the last step
     validation_loss: float | None
     training_seconds: float  # without validation
-
-
-def count_steps(recipe: Recipe) -> int:
-    """Optimizer steps of the whole run."""
-    steps = len(recipe.make_train_loader()) * recipe.num_epochs
-    if not steps:
-        raise ConfigError("the dataset has no rows, so there is no step to run")
-    return min(steps, recipe.max_steps or steps)
 
 
 def train(
@@ -62,13 +54,12 @@ def train(
     step_function = value_and_grad(pipe)
     params = pipe.init(recipe.seed, device)
     state = recipe.optimizer.init(params)
-    num_steps = count_steps(recipe)
     loader = recipe.make_train_loader()
     training_seconds, loss_value = 0.0, float("nan")
     validation_loss: float | None = None
 
     clock = time.perf_counter()
-    for step, batch in enumerate(itertools.islice(_endless(loader), num_steps), start=1):
+    for step, batch in enumerate(itertools.islice(_endless(loader), recipe.num_steps), start=1):
         batch = _to(batch, device)
         loss, grads = step_function(params, batch, key=(recipe.seed, step))
         params, state = recipe.optimizer.update(grads, state, params)
@@ -80,14 +71,14 @@ def train(
         reporter.step(step, loss_value, tokens / seconds)
         if metrics is not None:
             metrics.write(step=step, loss=loss_value, num_tokens=tokens, step_time_ms=seconds * 1e3)
-        if step == num_steps or (recipe.val_every_steps and step % recipe.val_every_steps == 0):
+        if step == recipe.num_steps or (recipe.val_every_steps and step % recipe.val_every_steps == 0):
             validation_loss = validate(recipe, validation_pipe, params, device, reporter)
             if validation_loss is not None:
                 reporter.validation(step, validation_loss)
                 if metrics is not None:
                     metrics.write(step=step, validation_loss=validation_loss)
         clock = time.perf_counter()
-    return TrainResult(pipe, params, num_steps, loss_value, validation_loss, training_seconds)
+    return TrainResult(pipe, params, recipe.num_steps, loss_value, validation_loss, training_seconds)
 
 
 def validate(recipe: Recipe, pipe: Pipeline, params: TensorDict, device: torch.device, reporter: Reporter) -> float | None:
@@ -109,8 +100,6 @@ def validate(recipe: Recipe, pipe: Pipeline, params: TensorDict, device: torch.d
         reporter.validating(index, len(loader))
         total += loss.item() * batch_weight.item()
         weight += batch_weight.item()
-    if not weight:
-        raise DataError("validation_dataset: it has no labels to measure a loss on")
     return total / weight
 
 
@@ -137,9 +126,11 @@ def _to(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
 
 def _count_tokens(batch: Mapping[str, Any]) -> int:
     """Tokens of a batch, or its rows where it has none."""
-    leaves = [leaf for leaf in tree.leaves_and_spec(dict(batch))[0] if isinstance(leaf, torch.Tensor) and leaf.dim()]
     ids = batch.get("input_ids")
-    return int(ids.numel()) if isinstance(ids, torch.Tensor) else int(leaves[0].shape[0])
+    if isinstance(ids, torch.Tensor):
+        return ids.numel()
+    leaves = [leaf for leaf in tree.leaves_and_spec(dict(batch))[0] if isinstance(leaf, torch.Tensor) and leaf.dim()]
+    return int(leaves[0].shape[0])
 
 
 def _check_finite(loss: float, step: int) -> None:

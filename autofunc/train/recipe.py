@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,13 +13,14 @@ import torch
 from autofunc import losses
 from autofunc.batch import split_batch
 from autofunc.config import FinetuneConfig, check_arguments, instantiate, resolve_target
-from autofunc.data import make_loader
+from autofunc.data import collate, make_loader
 from autofunc.errors import AutofuncError, ConfigError, ModelError, ScheduleError
 from autofunc.losses import Loss
 from autofunc.model import Model
-from autofunc.optimizer import Optimizer, optimizer
+from autofunc.optim import Optimizer, optimizer
 from autofunc.schedule import Schedule, build
-from autofunc.split import Stage, infer_boundaries, split
+from autofunc.splitting import Stage, infer_boundaries, split
+from autofunc.tree import to_tensordict
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,7 @@ class Recipe:
     validation_dataset: Any | None
     make_train_loader: Callable[[], Any]
     make_validation_loader: Callable[[], Any] | None
-    num_epochs: int
-    max_steps: int | None
+    num_steps: int
     val_every_steps: int | None
     seed: int
     notes: tuple[str, ...]  # what the user should know about how the configuration was read
@@ -67,7 +67,8 @@ def prepare(config: FinetuneConfig) -> Recipe:
     if validation is None:
         notes.append("no validation_dataset: the validation loss is not measured")
     for where, given in (("dataset", dataset), ("validation_dataset", validation)):
-        _check_vocabulary(where, given, model)
+        if given is not None:
+            _check_dataset(where, given, model)
         tokenizer = getattr(given, "tokenizer", None)
         if tokenizer is not None and tokenizer.name == "bytes":
             notes.append(f"{where}: no tokenizer named, so tokens are bytes (256 ids)")
@@ -82,9 +83,11 @@ def prepare(config: FinetuneConfig) -> Recipe:
         if validation is not None
         else None
     )
+    steps = len(make_train()) * config.step_scheduler.num_epochs
     for where, given in (("dataset", dataset), ("validation_dataset", validation)):
         if given is not None:
-            _try_on_fake_tensors(where, given, rows, config.seed, stages, schedule, loss)
+            drop_last = loader.drop_last and where == "dataset"
+            _try_on_fake_tensors(where, given, rows, drop_last, stages, schedule, loss)
     return Recipe(
         model=model,
         stages=tuple(stages),
@@ -95,8 +98,7 @@ def prepare(config: FinetuneConfig) -> Recipe:
         validation_dataset=validation,
         make_train_loader=make_train,
         make_validation_loader=make_validation,
-        num_epochs=config.step_scheduler.num_epochs,
-        max_steps=config.step_scheduler.max_steps,
+        num_steps=min(steps, config.step_scheduler.max_steps or steps),
         val_every_steps=config.step_scheduler.val_every_steps,
         seed=config.seed,
         notes=tuple(dict.fromkeys(notes)),
@@ -162,29 +164,43 @@ def _optimizer(config: FinetuneConfig) -> Optimizer:
     options = {key: value for key, value in config.optimizer.items() if key != "_target_"}
     check_arguments(factory, options, "optimizer", name, given_later=1)
     made = optimizer(factory, **options)
+    scratch = to_tensordict({"weight": torch.zeros(2, 2)})
     try:
-        made.init({"weight": torch.zeros(1)})
+        made.update(scratch.clone(), made.init(scratch), scratch)
     except ModelError as error:
         raise ConfigError(f"optimizer: {error}") from error
+    except Exception as error:
+        raise ConfigError(f"optimizer: {name} cannot update a parameter: {type(error).__name__}: {error}") from error
     return made
 
 
-def _check_vocabulary(where: str, dataset: Any, model: Model) -> None:
+def _check_dataset(where: str, dataset: Any, model: Model) -> None:
+    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        raise ConfigError(
+            f"{where}: {type(dataset).__name__} has no length or no rows by index; expected a map-style dataset"
+        )
+    if not len(dataset):
+        raise ConfigError(f"{where} has no rows")
     has, needs = getattr(model.config, "vocab_size", None), getattr(dataset, "vocab_size", None)
     if has is not None and needs is not None and needs > has:
         raise ConfigError(
-            f"{where} has token ids up to {needs - 1} (tokenizer {dataset.tokenizer.name}), but the model has "
-            f"vocab_size={has}; set model.vocab_size: {needs} or more"
+            f"{where} has token ids up to {needs - 1}, but the model has vocab_size={has}; set model.vocab_size: {needs} "
+            "or more"
         )
 
 
 def _try_on_fake_tensors(
-    where: str, dataset: Any, rows: int, seed: int, stages: list[Stage], schedule: Schedule, loss: Loss
+    where: str, dataset: Any, rows: int, drop_last: bool, stages: list[Stage], schedule: Schedule, loss: Loss
 ) -> None:
-    """Run one batch through all stages without allocating: finds wrong shapes, keys and lengths before any process."""
-    batch: Mapping[str, Any] = next(iter(make_loader(dataset, rows, seed=seed, shuffle=False)))
-    try:
-        microbatch = split_batch(batch, schedule.num_microbatches, key=(seed, 0))[0]
-        infer_boundaries(stages, {}, microbatch, loss)
-    except AutofuncError as error:
-        raise type(error)(f"{where}: {error}") from error
+    """Run the model on a first and a last batch without allocating: finds wrong shapes, keys and lengths in time."""
+    last = len(dataset) % rows
+    indices = [range(min(rows, len(dataset)))] + (
+        [range(len(dataset) - last, len(dataset))] if last and not drop_last else []
+    )
+    for chosen in indices:
+        batch = collate([dataset[index] for index in chosen], rows)
+        try:
+            microbatch = split_batch(batch, schedule.num_microbatches, key=(0, 0))[0]
+            infer_boundaries(stages, {}, microbatch, loss)
+        except AutofuncError as error:
+            raise type(error)(f"the model on a batch of {where}: {error}") from error

@@ -17,8 +17,8 @@ from autofunc.errors import MeshError
 from autofunc.explain import explain
 from autofunc.mesh import make_mesh
 from autofunc.schedule import simulate
-from autofunc.split import parameter_count
-from autofunc.train.loop import count_steps, train
+from autofunc.splitting import parameter_count
+from autofunc.train.loop import train
 from autofunc.train.metrics import MetricsFile, draw_loss_curve
 from autofunc.train.progress import ProgressReporter, Silent
 from autofunc.train.recipe import Recipe
@@ -63,7 +63,7 @@ def _lead(recipe: Recipe, mesh: DeviceMesh | None, device: torch.device, output_
 
     metrics = MetricsFile(output_dir / "metrics.jsonl")
     bubble = simulate(recipe.schedule).bubble_fraction
-    with ProgressReporter(console, count_steps(recipe), bubble) as reporter:
+    with ProgressReporter(console, recipe.num_steps, bubble) as reporter:
         result = train(recipe, mesh, device, reporter, metrics)
     metrics.close()
     draw_loss_curve(output_dir / "metrics.jsonl", output_dir / "loss.png")

@@ -10,13 +10,25 @@ import pytest
 from autofunc.cli import finetune, main
 from tests.cli.test_finetune import CONFIG
 
+OWN = """
+import torch
+
+value = 1
+
+def number(**options): return 3
+def loss(outputs, microbatch): return outputs.square().mean()
+def fails(): raise KeyError("inside")
+def empty(**options): return []
+def unlabelled(**options): return [{"input_ids": torch.zeros(16, dtype=torch.int64)}] * 9
+"""
+
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "cfg.yaml").write_text(CONFIG)
     (tmp_path / "corpus").mkdir()
     (tmp_path / "corpus" / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 100)
-    (tmp_path / "model.py").write_text("def number(): return 3\ndef fails(): raise KeyError('inside')\nvalue = 1\n")
+    (tmp_path / "model.py").write_text(OWN)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -52,9 +64,15 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *wo
         (["--optimizer.rate", "3"], "unknown key 'optimizer.rate': torch.optim.AdamW has no such argument"),
         (["--optimizer.lr", "-1"], "optimizer: "),
         (["--dataset.path", "nowhere"], "dataset: TextFolder: nowhere is neither a folder nor a file"),
-        (["--dataset.seq_len", "17"], "dataset: gpt2: a sequence of 17 tokens is longer than n_positions=16"),
-        (["--validation_dataset.seq_len", "17"], "validation_dataset: gpt2: a sequence of 17 tokens is longer"),
-        (["--model.vocab_size", "100"], "token ids up to 255 (tokenizer bytes), but the model has vocab_size=100"),
+        (
+            ["--dataset.seq_len", "17"],
+            "the model on a batch of dataset: gpt2: a sequence of 17 tokens is longer than n_positions=16",
+        ),
+        (
+            ["--validation_dataset.seq_len", "17"],
+            "the model on a batch of validation_dataset: gpt2: a sequence of 17 tokens is longer",
+        ),
+        (["--model.vocab_size", "100"], "token ids up to 255, but the model has vocab_size=100"),
         (["--model._target_", "stages.gpt3.build"], "model._target_: 'stages.gpt3.build'"),
         (["--model._target_", "nowhere.build"], "'nowhere.build' cannot be imported: expected a dotted path"),
         (["--model._target_", "stages.gpt2.build_gpt2"], "has no 'build_gpt2'; did you mean build_gpt2_model"),
@@ -62,6 +80,17 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *wo
         (["--model._target_", "model.py:value"], "is int, which cannot be called"),
         (["--loss_fn._target_", "model.py:los"], "has no 'los'"),
         (["--nproc-per-node", "4"], "--nproc-per-node 4 does not match distributed.pp_size=2"),
+        (["--seed", "99999999999999999999999"], "seed: "),
+        (["--optimizer._target_", "torch.optim.LBFGS"], "optimizer: torch.optim.LBFGS cannot update a parameter"),
+        (["--dataset.num_samples_limit", "0"], "dataset: TextFolder: num_samples_limit=0, expected at least 1"),
+        (["--dataset.num_samples_limit", "4", "--dataloader.drop_last", "true"], "4 rows, fewer than one batch of 8"),
+        (
+            ["--dataset._target_", "model.py:unlabelled", "--loss_fn._target_", "model.py:loss"],
+            "set dataloader.drop_last: true",
+        ),
+        (["--dataset._target_", "model.py:empty"], "dataset has no rows"),
+        (["--dataset._target_", "model.py:number"], "int has no length or no rows by index"),
+        (["output_dir=a: b"], "override output_dir='a: b' is not YAML"),
         (["--seed"], "override '--seed' has no value"),
         (["stray"], "override 'stray' has no value"),
     ],

@@ -132,6 +132,13 @@ def test_hellaswag_from_a_folder_with_splits(tmp_path: Path) -> None:
 def test_hellaswag_that_cannot_be(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"there is no file or folder 'missing.jsonl'"):
         HellaSwag("missing.jsonl")
+    for bad in ({"seq_len": -3}, {"num_samples_limit": 0}):
+        with pytest.raises(DataError, match="expected at least 1"):
+            HellaSwag(str(SAMPLE), **bad)  # type: ignore[arg-type]
+    unlabelled = tmp_path / "unlabelled.jsonl"
+    unlabelled.write_text('{"ctx": "a", "endings": ["b"], "label": ""}\n')
+    with pytest.raises(DataError, match="label '' with 1 endings, at 'a'"):
+        HellaSwag(str(unlabelled))
     other = tmp_path / "other.jsonl"
     other.write_text('{"text": "a"}\n')
     with pytest.raises(DataError, match="has no column 'ctx'; found text, expected ctx, endings, label"):

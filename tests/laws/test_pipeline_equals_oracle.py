@@ -10,6 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 import autofunc as af
 from autofunc.batch import split_batch
+from autofunc.runtime.program import Channel, build_program
 from autofunc.tree import flatten
 from tests.cases import assert_same_tree, make_case
 from tests.pool import WorkerPool
@@ -37,7 +38,8 @@ def test_in_memory(model_name: str, num_microbatches: int, key: Any) -> None:
             assert found_loss.dtype == torch.float32 and found_loss.shape == ()
             assert torch.equal(found_loss, expected_loss), (name, num_ranks)
             assert_same_tree(expected, found)
-    assert torch.equal(pipe(full, batch, key), expected_loss), "forward only"
+            if num_microbatches in (1, 3):  # building another program takes as long as running it
+                assert torch.equal(pipe(full, batch, key), expected_loss), "forward only"
     assert_same_tree(before, full)
 
 
@@ -124,7 +126,7 @@ def run_on_gloo(model_name: str, schedule_name: str, num_ranks: int, num_microba
         ("gpt2", "1f1b", 2, 8, (3, 5)),
         ("gpt2", "gpipe", 4, 5, (3, 5)),
         ("gpt2", "1f1b", 4, 8, None),
-        ("gpt2", "1f1b", 4, 8, (3, 5)),
+        ("gpt2", "1f1b", 4, 12, (3, 5)),
     ],
 )
 def test_on_gloo(
@@ -156,3 +158,25 @@ def test_copies_of_a_tied_weight_stay_identical(workers: WorkerPool) -> None:
     assert all(result["losses"] == results[0]["losses"] for result in results)
     two_ranks = workers.run(train_on_gloo, 2, 5)
     assert two_ranks[0]["losses"] == results[0]["losses"], "any layout gives the same losses"
+
+
+# --- memory of the transport --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_microbatches", [8, 24])
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_sends_are_released_by_what_the_schedule_proves(num_ranks: int, num_microbatches: int) -> None:
+    """In 1F1B a rank holds as many sent values as it has microbatches in flight, however many there are in all."""
+    lowered = af.schedule.lower(af.schedule.build("1f1b", num_ranks=num_ranks, num_microbatches=num_microbatches))
+    edges = af.schedule.chain(num_ranks)
+    channels = {ends: Channel(f"{ends}", *ends, (), ()) for a, b, _ in edges for ends in ((a, b), (b, a))}
+    for rank in range(num_ranks):
+        program = build_program(lowered, rank, edges, channels)
+        held: set[int] = set()
+        most = 0
+        for op in program.ops:
+            assert held.issuperset(op.settles), "each send is settled once, after it was posted"
+            held -= set(op.settles)
+            held |= {op.send} - {-1}
+            most = max(most, len(held))
+        assert most <= 2 * (num_ranks - rank) + 2

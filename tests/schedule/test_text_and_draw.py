@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -70,6 +71,25 @@ def test_costs_per_stage_shape_the_picture() -> None:
     timeline = schedule.simulate(s, schedule.Costs(F=(1, 2), I=(1, 2), W=(1, 2)))
     assert schedule.draw(timeline).splitlines()[:2] == ["rank 0 | 0 ........i0w0", "rank 1 | ..0   i0  w0  "]
     assert timeline.makespan == 7 and timeline.busy == (3, 6)
+
+
+@pytest.mark.parametrize(
+    ("costs", "message"),
+    [
+        (schedule.Costs(F=(1,)), r"Costs.F has shape \(1,\); expected a number, or one for each of 2 stages"),
+        (schedule.Costs(W=-1), "a time cannot be negative"),
+        (schedule.Costs(F=0, I=0, W=0), "nothing takes any time"),
+        (schedule.Costs(comm=(1, 2)), "Costs.comm has shape"),
+    ],
+)
+def test_costs_that_do_not_fit(costs: schedule.Costs, message: str) -> None:
+    with pytest.raises(ScheduleError, match=message):
+        schedule.simulate(schedule.from_text("0F0 0B0\n1F0 1B0"), costs)
+
+
+def test_costs_may_be_arrays() -> None:
+    s = schedule.from_text("0F0 0B0\n1F0 1B0")
+    assert schedule.simulate(s, schedule.Costs(F=np.array([1.0, 2.0]))).makespan == 7
 
 
 def test_communication_delays_readers() -> None:

@@ -87,7 +87,12 @@ def test_attention_with_dropout_is_the_same_attention() -> None:
 
 @pytest.mark.parametrize(
     ("sizes", "message"),
-    [({"n_head": 5}, "n_embd=32 is not divisible by n_head=5"), ({"n_layer": 0}, "n_layer=0, expected at least 1")],
+    [
+        ({"n_head": 5}, "n_embd=32 is not divisible by n_head=5"),
+        ({"n_layer": 0}, "n_layer=0, expected at least 1"),
+        ({"n_head": 0}, "n_head=0, expected"),
+        ({"attn_pdrop": 1.5}, "attn_pdrop=1.5 is not a probability"),
+    ],
 )
 def test_sizes_that_do_not_fit(sizes: dict[str, int], message: str) -> None:
     with pytest.raises(ModelError, match=message):

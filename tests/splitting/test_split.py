@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 import autofunc as af
 from autofunc.errors import ModelError, SplitError
-from autofunc.split.balance import balance
-from autofunc.split.points import resolve_points
+from autofunc.splitting.balance import balance
+from autofunc.splitting.points import resolve_points
 from stages.gpt2 import build_gpt2_model
 from tests.cases import make_case
 

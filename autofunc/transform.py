@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from autofunc import tree
 from autofunc.batch import Microbatch, split_batch
 from autofunc.engine import EagerStage
-from autofunc.errors import AutofuncError, BatchError, MeshError, ScheduleError, one_of
+from autofunc.errors import AutofuncError, BatchError, MeshError, ScheduleError, SplitError, one_of
 from autofunc.explain import explain
 from autofunc.losses import Loss
 from autofunc.mesh import pp_ranks
@@ -24,7 +24,9 @@ from autofunc.runtime.plan import MakeFunctions, Mode, Plan, build_plan
 from autofunc.runtime.step import StepResult, run_step
 from autofunc.runtime.transport import DistributedTransport
 from autofunc.schedule import Schedule, validate
-from autofunc.split import Stage
+from autofunc.splitting import Stage
+
+_MOST_PLANS = 64  # batch signatures a pipeline remembers; beyond that the oldest is forgotten
 
 ENGINES: dict[str, MakeFunctions] = {"eager": EagerStage}
 
@@ -51,6 +53,7 @@ class Pipeline:
             )
         if engine not in ENGINES:
             raise AutofuncError(f"unknown engine {engine!r}: {one_of(engine, ENGINES)}")
+        _check_whole(stages)
         validate(schedule)
         self.stages = tuple(stages)
         self.schedule = schedule
@@ -79,19 +82,22 @@ class Pipeline:
         return tree.to_tensordict(self.stages[0].model.init_paths(self._paths, seed, device, dtype))
 
     def place(self, full_params: tree.Nested) -> TensorDict:
-        """This process's part of a full tree of parameters (or of any tree with the same paths).
+        """A copy of this process's part of a full tree of parameters (or of any tree with the same paths).
 
         Raises:
             ModelError: when a path is missing.
         """
         flat = tree.flatten(full_params)
-        return tree.to_tensordict({path: self.stages[0].model.lookup(flat, path) for path in self._paths})
+        return tree.to_tensordict({path: self.stages[0].model.lookup(flat, path).clone() for path in self._paths})
 
     def gather(self, params: tree.Nested) -> TensorDict:
-        """The full tree, on every process, from each process's part of parameters or gradients. Every process calls it."""
+        """A copy of the full tree, on every process, from each process's part of parameters or gradients.
+
+        Every process calls it.
+        """
         flat = tree.flatten(params)
         if self.mesh is None or self._ranks is None:
-            return tree.to_tensordict(flat)
+            return tree.to_tensordict({path: leaf.detach().clone() for path, leaf in flat.items()})
         return tree.to_tensordict(gather_tree(flat, self._ranks, self.mesh.get_group("pp")))
 
     def build(self, batch: Mapping[str, Any], params: tree.Nested | None = None, key: Any = None) -> Pipeline:
@@ -105,10 +111,10 @@ class Pipeline:
         microbatches = self._split(batch, key)
         if params is None:
             flat = self.stages[0].model.init_paths(self._paths, 0, "meta", torch.float32)
-            device = _device(microbatches[0])
+            device = self._device(microbatches[0])
         else:
             flat = tree.flatten(params)
-            device = _device(flat)
+            device = self._device(flat)
         self._plan(Mode.GRADS, flat, device, microbatches)
         return self
 
@@ -120,7 +126,7 @@ class Pipeline:
     def __call__(self, params: tree.Nested, batch: Mapping[str, Any], key: Any = None, *, has_aux: bool = False) -> Any:
         """The loss, forward only: 0-dim fp32, the same on every process; `(loss, aux)` with `has_aux`."""
         result = self.run(Mode.LOSS, params, batch, key)
-        return (result.loss, result.aux) if has_aux else result.loss
+        return (result.loss, _given_aux(result)) if has_aux else result.loss
 
     def forward(self, params: tree.Nested, batch: Mapping[str, Any], key: Any = None, *, gather: str | None = None) -> Any:
         """The outputs of the last stage for all rows in order: on processes that hold it, elsewhere None.
@@ -139,9 +145,18 @@ class Pipeline:
         """Run one step. `af.value_and_grad`, `pipe(...)` and `pipe.forward` are this with a mode."""
         flat = tree.flatten(params)
         microbatches = self._split(batch, key)
-        plan, transport = self._plan(mode, flat, _device(flat), microbatches)
+        plan, transport = self._plan(mode, flat, self._device(flat), microbatches)
         with torch.no_grad():
             return run_step(plan, flat, microbatches, transport, next(self._calls), self._trace)
+
+    def _device(self, leaves: Mapping[str, Any]) -> torch.device:
+        """The device of the first tensor; where there is none, the mesh's, or the CPU."""
+        for leaf in tree.leaves_and_spec(leaves)[0]:
+            if isinstance(leaf, Tensor) and not leaf.is_meta:
+                return leaf.device
+        if self.mesh is None or self.mesh.device_type == "cpu":
+            return torch.device("cpu")
+        return torch.device(self.mesh.device_type, torch.accelerator.current_device_index())
 
     def _split(self, batch: Mapping[str, Any], key: Any) -> list[Microbatch]:
         return split_batch(batch, self.schedule.num_microbatches, key=key, batch_dims=self._batch_dims)
@@ -149,8 +164,11 @@ class Pipeline:
     def _plan(
         self, mode: Mode, params: Mapping[str, Tensor], device: torch.device, microbatches: Sequence[Microbatch]
     ) -> tuple[Plan, DistributedTransport | None]:
-        key = (mode, _signature(microbatches[0]), tuple(leaf.dtype for leaf in params.values()), device)
+        described = tuple((path, params[path].shape, params[path].dtype) for path in sorted(params))
+        key = (mode, _signature(microbatches[0]), described, device)
         if key not in self._plans:
+            if len(self._plans) >= _MOST_PLANS:
+                self._plans.pop(next(iter(self._plans)))
             for path in self._paths:
                 self.stages[0].model.lookup(params, path)
             plan = build_plan(
@@ -227,19 +245,39 @@ def value_and_grad(pipe: Pipeline, *, has_aux: bool = False) -> Callable[..., tu
 
     def function(params: tree.Nested, batch: Mapping[str, Any], key: Any = None) -> tuple[Any, TensorDict]:
         result = pipe.run(Mode.GRADS, params, batch, key)
-        if has_aux and result.aux is None:
-            raise BatchError("has_aux=True, but the loss returns no aux; return (sum, weight, aux) from it")
-        return ((result.loss, result.aux) if has_aux else result.loss), tree.to_tensordict(result.grads)
+        return ((result.loss, _given_aux(result)) if has_aux else result.loss), tree.to_tensordict(result.grads)
 
     return function
 
 
 def _signature(microbatch: Microbatch) -> Any:
+    """What a plan depends on: shapes, dtypes and devices of tensors, and the values of everything else.
+
+    Raises:
+        BatchError: for a leaf that cannot be compared by value, such as a numpy array.
+    """
     leaves, spec = tree.leaves_and_spec(microbatch)
+    for leaf in leaves:
+        if not isinstance(leaf, (Tensor, Hashable)):
+            raise BatchError(
+                f"the batch holds a {type(leaf).__name__}; expected tensors (torch.from_numpy) or plain values"
+            )
     return spec, tuple((leaf.shape, leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else leaf for leaf in leaves)
 
 
-def _device(leaves: Mapping[str, Any]) -> torch.device:
-    """The device of the first tensor; the CPU when there is none."""
-    tensors = (leaf for leaf in tree.leaves_and_spec(leaves)[0] if isinstance(leaf, Tensor))
-    return next((leaf.device for leaf in tensors), torch.device("cpu"))
+def _check_whole(stages: Sequence[Stage]) -> None:
+    """Refuse stages that are not all the stages of one model, in order."""
+    model = stages[0].model
+    layers = [name for stage in stages for name in stage.layers]
+    ordered = all(stage.index == index and stage.model is model for index, stage in enumerate(stages))
+    if not ordered or layers != list(model.layers):
+        raise SplitError(
+            f"the stages run the layers {', '.join(layers)}, but the model has {', '.join(model.layers)}; pass all that "
+            "one call of af.split returned, in order"
+        )
+
+
+def _given_aux(result: StepResult) -> Any:
+    if result.aux is None:
+        raise BatchError("has_aux=True, but the loss returns no aux; return (sum, weight, aux) from it")
+    return result.aux

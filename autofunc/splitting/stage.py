@@ -11,6 +11,7 @@ import torch
 
 from autofunc import tree
 from autofunc.model import Model
+from autofunc.random import as_key
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,13 +44,30 @@ class Stage:
         """For each holder, whether it gets a gradient."""
         return tuple(self.model.is_trainable(path) for path in self.holders)
 
+    @cached_property
+    def _places(self) -> list[tuple[str, tuple[str, ...], str]]:
+        """For each holder: its layer, and the keys below it that lead to the leaf."""
+        places = []
+        for path in self.holders:
+            name = self.model.layer_of(path)
+            assert name is not None
+            *folders, last = tree.split_path(path[len(name) + 1 :])
+            places.append((name, tuple(folders), last))
+        return places
+
     def leaves(self, params: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
         """The tensors of `holders`, in order, from a flat tree that has at least this stage's canonical paths."""
         return [self.model.lookup(params, path) for path in self.holders]
 
     def bind(self, leaves: list[torch.Tensor]) -> dict[str, dict[str, Any]]:
         """Group leaves (in the order of `holders`) into the nested dicts that the layers receive."""
-        return self.model.layer_trees(dict(zip(self.holders, leaves, strict=True)))
+        bound: dict[str, dict[str, Any]] = {name: {} for name in self.layers}
+        for (name, folders, last), leaf in zip(self._places, leaves, strict=True):
+            node = bound[name]
+            for folder in folders:
+                node = node.setdefault(folder, {})
+            node[last] = leaf
+        return bound
 
     def run(self, bound: Mapping[str, Mapping[str, Any]], x: Any, batch: Mapping[str, Any]) -> Any:
         """Run the layers on bound parameters."""
@@ -63,4 +81,4 @@ class Stage:
             x: what the stage before returned; None for the first.
             batch: the microbatch.
         """
-        return self.run(self.bind(self.leaves(tree.flatten(params))), x, batch)
+        return self.run(self.bind(self.leaves(tree.flatten(params))), x, {**batch, "key": as_key(batch.get("key"))})

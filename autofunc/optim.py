@@ -51,7 +51,7 @@ class Optimizer:
         Returns:
             The new (params, state).
         """
-        weights, gradients = tree.flatten(params), tree.flatten(grads)
+        weights, gradients, slots = tree.flatten(params), tree.flatten(grads), tree.flatten(state)
         unknown = [path for path in gradients if path not in weights]
         if unknown:
             raise ModelError(f"a gradient for {unknown[0]!r}, which is no parameter; {one_of(unknown[0], weights)}")
@@ -62,23 +62,34 @@ class Optimizer:
         if lr is not None:
             for group in optimizer.param_groups:
                 group["lr"] = lr
-        for slot_path, value in tree.flatten(state).items():
+        for slot_path, value in slots.items():
             slot, _, path = slot_path.partition(".")
-            optimizer.state[leaves[path]][slot] = value
+            if path in leaves:
+                optimizer.state[leaves[path]][slot] = value
         optimizer.step()
-        slots_after: dict[str, Tensor] = {}
+        updated = {path: leaf.detach() for path, leaf in leaves.items()}
+        slots_after = dict(slots)
         for path, leaf in leaves.items():
             for slot, value in optimizer.state[leaf].items():
                 if value is not None:
                     slots_after[tree.join(slot, path)] = torch.as_tensor(value)
-        updated = {path: leaves[path].detach() if path in leaves else leaf for path, leaf in weights.items()}
-        return tree.to_tensordict(updated), tree.to_tensordict(slots_after)
+        return _rebuilt(params, weights, weights | updated), _rebuilt(state, slots, slots_after)
 
     def _make(self, leaves: list[Tensor]) -> torch.optim.Optimizer:
         try:
             return self._factory(leaves or [torch.zeros(())], **self._options)
         except (TypeError, ValueError) as error:
             raise ModelError(f"{self!r} cannot be made: {error}") from error
+
+
+def _rebuilt(given: tree.Nested, before: dict[str, Tensor], after: dict[str, Tensor]) -> TensorDict:
+    """The donated tree itself when all its tensors were changed in place, as optimizers do; else a new one."""
+    in_place = before.keys() == after.keys() and all(
+        before[path].data_ptr() == leaf.data_ptr() for path, leaf in after.items()
+    )
+    if in_place and isinstance(given, TensorDict):
+        return given
+    return tree.to_tensordict(after)
 
 
 def optimizer(factory: Callable[..., torch.optim.Optimizer], **options: Any) -> Optimizer:

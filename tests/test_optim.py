@@ -62,6 +62,23 @@ def test_state_is_a_tree_by_path_and_the_whole_truth() -> None:
     assert all(torch.equal(leaf, flatten(again)[path]) for path, leaf in flatten(once).items())
 
 
+def test_state_without_a_gradient_is_carried_through() -> None:
+    params, grads = trees(4)
+    optimizer = af.optimizer(torch.optim.AdamW, lr=0.1)
+    params, state = optimizer.update(grads[0], optimizer.init(params), params)
+    only_a = to_tensordict({"a.weight": grads[1]["a", "weight"]})
+    params, state = optimizer.update(only_a, state, params)
+    assert state["step", "a", "weight"] == 2 and state["step", "b", "0", "bias"] == 1
+
+
+def test_updates_in_place_keep_the_trees() -> None:
+    params, grads = trees(5)
+    optimizer = af.optimizer(torch.optim.AdamW, lr=0.1)
+    params, state = optimizer.update(grads[0], optimizer.init(params), params)
+    again, state_again = optimizer.update(grads[1], state, params)
+    assert again is params and state_again is state
+
+
 def test_learning_rate_of_one_update() -> None:
     params, grads = trees(2)
     before = params.clone()

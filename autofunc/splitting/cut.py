@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 
 from autofunc.errors import SplitError, one_of
 from autofunc.model import Model
-from autofunc.split.balance import balance
-from autofunc.split.cost import layer_costs
-from autofunc.split.points import resolve_points
-from autofunc.split.stage import Stage
+from autofunc.splitting.balance import balance
+from autofunc.splitting.cost import layer_costs
+from autofunc.splitting.points import resolve_points
+from autofunc.splitting.stage import Stage
 
 
 def split(

@@ -8,7 +8,15 @@ import pytest
 import torch
 
 import autofunc as af
-from autofunc.errors import AutofuncError, BatchError, MeshError, ModelError, PipelineRunError, ScheduleError
+from autofunc.errors import (
+    AutofuncError,
+    BatchError,
+    MeshError,
+    ModelError,
+    PipelineRunError,
+    ScheduleError,
+    SplitError,
+)
 from tests.cases import assert_same_tree, make_case
 
 
@@ -29,6 +37,83 @@ def test_an_invalid_schedule_is_refused() -> None:
     _, stages, loss, _ = make_case("gpt2", 2, 2)
     with pytest.raises(ScheduleError, match="cannot go on"):
         af.pipeline(stages, af.schedule.from_text("0F0 0B0 0F1 0B1 \n 1F0 1F1 1B0 1B1"), loss=loss)
+
+
+def test_a_forward_only_schedule_gives_a_loss_but_no_gradients() -> None:
+    model, stages, loss, batch = make_case("gpt2", 2, 4)
+    s = af.schedule.build("1f1b", num_ranks=2, num_microbatches=2)
+    pipe = af.pipeline(stages, s.forward_form(), loss=loss)
+    assert torch.equal(pipe(model.init(), batch), af.pipeline(stages, s, loss=loss)(model.init(), batch))
+    with pytest.raises(ScheduleError, match="has no backward actions"):
+        af.value_and_grad(pipe)(model.init(), batch)
+
+
+@pytest.mark.parametrize("wrong", [lambda s: s[:2], lambda s: s[1:], lambda s: [s[0], s[0]], lambda s: s[1::-1]])
+def test_stages_that_are_not_the_model_are_refused(wrong: Any) -> None:
+    _, stages, loss, _ = make_case("gpt2", 3, 2)
+    s = af.schedule.build("1f1b", num_ranks=2, num_microbatches=2)
+    with pytest.raises(SplitError, match="the stages run the layers"):
+        af.pipeline(wrong(stages), s, loss=loss)
+
+
+def test_a_loss_that_selects_rows_by_a_mask() -> None:
+    def masked(outputs: torch.Tensor, microbatch: Any) -> Any:
+        keep = microbatch["labels"] >= 0
+        chosen = outputs[keep]
+        return torch.nn.functional.cross_entropy(chosen, microbatch["labels"][keep], reduction="sum"), keep.sum()
+
+    model, stages, _, batch = make_case("gpt2", 2, 4)
+    s = af.schedule.build("1f1b", num_ranks=2, num_microbatches=2)
+    params = model.init()
+    found, grads = af.value_and_grad(af.pipeline(stages, s, loss=masked))(params, batch)
+    expected, expected_grads = af.reference_value_and_grad(model, masked, 2)(params, batch)
+    assert torch.equal(found, expected)
+    assert_same_tree(expected_grads, grads)
+
+
+def test_a_layer_that_reads_a_value_is_told_where() -> None:
+    def reads(params: Any, x: Any, batch: Any) -> Any:
+        return batch["x"] if batch["x"].sum() > 0 else -batch["x"]
+
+    s = af.schedule.build("gpipe", num_ranks=1, num_microbatches=1)
+    pipe = af.pipeline(af.split(af.Model({"a": af.Layer(apply=reads)})), s, loss=lambda outputs, mb: outputs.sum())
+    with pytest.raises(ModelError, match=r"reads the value of a tensor \(.*test_transform.py, line \d+: return batch"):
+        pipe(pipe.init(), {"x": torch.ones(2)})
+
+
+def test_plans_are_remembered_within_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("autofunc.transform._MOST_PLANS", 3)
+    _, pipe, batch = build()
+    for number in range(5):
+        pipe(pipe.init(), {**batch, "temperature": float(number)})
+    assert len(pipe._plans) == 3
+    with pytest.raises(BatchError, match="the batch holds a ndarray; expected tensors"):
+        pipe(pipe.init(), {**batch, "more": batch["labels"].numpy()})
+
+
+def test_place_and_gather_copy() -> None:
+    model, pipe, _ = build()
+    full = model.init()
+    placed = pipe.place(full)
+    gathered = pipe.gather(placed)
+    placed["wte", "weight"].zero_()
+    assert full["wte", "weight"].any() and gathered["wte", "weight"].any()
+
+
+def test_parameters_that_change_shape_are_noticed() -> None:
+    model, pipe, batch = build()
+    params = model.init()
+    pipe(params, batch)
+    params["ln_f", "bias"] = torch.zeros(1)
+    with pytest.raises(ModelError, match=r"'ln_f.bias' has shape \(1,\); expected \(8,\)"):
+        pipe(params, batch)
+
+
+@pytest.mark.parametrize("key", [5, (1,), (1.0, 2), torch.tensor(5)])
+def test_keys_that_are_none(key: Any) -> None:
+    _, pipe, batch = build()
+    with pytest.raises(BatchError, match="expected a pair of integers"):
+        pipe(pipe.init(), batch, key)
 
 
 def test_unknown_engine() -> None:

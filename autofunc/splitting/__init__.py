@@ -1,0 +1,17 @@
+"""Splitting a model at its split points into pure stage functions."""
+
+from autofunc.splitting.boundary import Boundaries, Boundary, Value, infer_boundaries
+from autofunc.splitting.cost import layer_costs, parameter_count
+from autofunc.splitting.cut import split
+from autofunc.splitting.stage import Stage
+
+__all__ = [
+    "Boundaries",
+    "Boundary",
+    "Stage",
+    "Value",
+    "infer_boundaries",
+    "layer_costs",
+    "parameter_count",
+    "split",
+]
