@@ -20,25 +20,29 @@ def squared_error(outputs: Tensor, microbatch: Mapping[str, Any]) -> Tensor:
 
 
 def make_case(name: str, num_stages: int, rows: int) -> tuple[af.Model, list[Any], Any, dict[str, Tensor]]:
-    """(model, stages, loss, batch) of a model with at least four layers to cut between."""
+    """(model, stages, loss, batch) of a model with eight layers."""
     generator = torch.Generator().manual_seed(rows)
     if name == "mlp":
-        model = build_mlp_model(in_features=6, hidden_features=8, out_features=3, num_blocks=3, dropout=0.2)
+        model = build_mlp_model(in_features=6, hidden_features=8, out_features=3, num_blocks=6, dropout=0.2)
         batch = {
             "x": torch.randn(rows, 6, generator=generator),
             "y": torch.randn(rows, 3, generator=generator),
         }
-        points = ["blocks.0", "blocks.2", "head"][: num_stages - 1]
-        return model, af.split(model, points), squared_error, batch
+        return model, cut_evenly(model, num_stages), squared_error, batch
     model = build_gpt2_model(
-        vocab_size=17, n_positions=8, n_embd=8, n_layer=3, n_head=2, embd_pdrop=0.1, attn_pdrop=0.1, resid_pdrop=0.1
+        vocab_size=17, n_positions=8, n_embd=8, n_layer=4, n_head=2, embd_pdrop=0.1, attn_pdrop=0.1, resid_pdrop=0.1
     )
     ids = torch.randint(0, 17, (rows, 7), generator=generator)
     labels = ids[:, 1:].clone()
     labels[::3, -2:] = -100  # unequal token counts, so that weights differ
     batch = {"input_ids": ids[:, :-1], "labels": labels}
-    points = ["h.0", "h.2", "head"][: num_stages - 1]
-    return model, af.split(model, points), af.losses.causal_lm, batch
+    return model, cut_evenly(model, num_stages), af.losses.causal_lm, batch
+
+
+def cut_evenly(model: af.Model, num_stages: int) -> list[Any]:
+    """Stages of about as many layers each."""
+    names = list(model.layers)
+    return af.split(model, [names[round(index * len(names) / num_stages)] for index in range(1, num_stages)])
 
 
 def assert_same_tree(expected: Mapping[str, Any], found: Mapping[str, Any]) -> None:

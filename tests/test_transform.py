@@ -151,7 +151,7 @@ def test_build_ahead_and_explain() -> None:
     _, pipe, batch = build()
     assert "bytes a microbatch" not in pipe.explain()
     text = pipe.build(batch, key=(0, 0)).explain()
-    assert "stage 0 on rank 0: wte .. wpe, 200 parameters" in text and "x: float32 2x6x8, 384 bytes a microbatch" in text
+    assert "stage 0 on rank 0: wte .. h.1, 1,944 parameters" in text and "x: float32 2x6x8, 384 bytes a microbatch" in text
     assert "tied across stages: head.weight is wte.weight" in text
     assert "schedule 1f1b: 2 ranks, 2 microbatches, bubble 33.3%" in text
     assert max(map(len, text.splitlines())) <= 80

@@ -13,7 +13,7 @@ from autofunc.schedule.effects import Dataflow, Edge, chain
 from autofunc.schedule.grid import grid
 from autofunc.schedule.ir import Action, Kind, Row, Schedule
 from autofunc.schedule.lower import lower
-from autofunc.schedule.registry import build, names, normalise
+from autofunc.schedule.registry import build, default_stages_per_rank, names, normalise
 from autofunc.schedule.simulate import simulate
 from autofunc.schedule.text import from_actions, from_text, parse_action, to_text
 from autofunc.schedule.timeline import Costs, Timeline
@@ -30,6 +30,7 @@ __all__ = [
     "Timeline",
     "build",
     "chain",
+    "default_stages_per_rank",
     "draw",
     "from_actions",
     "from_text",

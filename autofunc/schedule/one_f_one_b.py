@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import numpy as np
 
-from autofunc.schedule.ir import Kind, Table, compute_table
+from autofunc.schedule.ir import Table
+from autofunc.schedule.phases import alternate
 
 
 def row(rank: int, num_ranks: int, num_microbatches: int) -> Table:
-    """The actions of one rank: warmup forwards, then forward-backward pairs, then the backwards that are left.
+    """The actions of one rank.
 
     With fewer microbatches than ranks the first ranks have no steady phase: they are GPipe rows.
     """
-    warmup = min(num_microbatches, num_ranks - 1 - rank)
-    steady = num_microbatches - warmup
-    pairs = np.stack((warmup + np.arange(steady), np.arange(steady)), axis=-1)
-    microbatch = np.concatenate((np.arange(warmup), pairs.reshape(-1), steady + np.arange(warmup)))
-    kind = np.concatenate((np.full(warmup, Kind.F), np.tile((Kind.F, Kind.B), steady), np.full(warmup, Kind.B)))
-    return compute_table(rank, kind, microbatch)
+    microbatch = np.arange(num_microbatches)
+    columns = np.stack((np.full(num_microbatches, rank), microbatch), axis=-1)
+    return alternate(columns, columns, num_ranks - 1 - rank)

@@ -18,7 +18,7 @@ from autofunc.errors import AutofuncError, ConfigError, ModelError, ScheduleErro
 from autofunc.losses import Loss
 from autofunc.model import Model
 from autofunc.optim import Optimizer, optimizer
-from autofunc.schedule import Schedule, build
+from autofunc.schedule import Schedule, build, default_stages_per_rank
 from autofunc.splitting import Stage, infer_boundaries, split
 from autofunc.tree import to_tensordict
 
@@ -57,8 +57,7 @@ def prepare(config: FinetuneConfig) -> Recipe:
     model = instantiate(config.model, "model")
     if not isinstance(model, Model):
         raise ConfigError(f"model: {config.model['_target_']} returned {type(model).__name__}; expected an af.Model")
-    schedule = _schedule(config)
-    stages = _stages(config, model, schedule, notes)
+    stages, schedule = _stages_and_schedule(config, model, notes)
     loss = _loss(config)
     make_optimizer = _optimizer(config)
 
@@ -112,7 +111,7 @@ def default_output_dir(config_path: str | Path) -> Path:
     return next(candidate for candidate in candidates if not candidate.exists())
 
 
-def _schedule(config: FinetuneConfig) -> Schedule:
+def _count_microbatches(config: FinetuneConfig) -> int:
     rows, per_microbatch = config.step_scheduler.global_batch_size, config.step_scheduler.local_batch_size
     if rows % per_microbatch:
         fitting = [size for size in range(1, rows + 1) if rows % size == 0]
@@ -121,32 +120,42 @@ def _schedule(config: FinetuneConfig) -> Schedule:
             f"step_scheduler: global_batch_size={rows} is not divisible by local_batch_size={per_microbatch} (the rows of "
             f"one microbatch); the nearest that divides it is {nearest}"
         )
+    return rows // per_microbatch
+
+
+def _stages_and_schedule(config: FinetuneConfig, model: Model, notes: list[str]) -> tuple[list[Stage], Schedule]:
+    """The stages that split_points give, and the schedule with as many of them on each rank."""
+    num_microbatches = _count_microbatches(config)
+    name, num_ranks, points = config.distributed.schedule, config.distributed.pp_size, config.distributed.split_points
     try:
-        return build(
-            config.distributed.schedule, num_ranks=config.distributed.pp_size, num_microbatches=rows // per_microbatch
+        per_rank = default_stages_per_rank(name)
+    except ScheduleError as error:
+        raise ConfigError(f"distributed.schedule: {error}") from error
+    try:
+        stages = split(model, num_ranks * per_rank if points is None else points)
+    except AutofuncError as error:
+        raise ConfigError(f"distributed.split_points: {error}") from error
+    if num_ranks == 1 and per_rank == 1 and len(stages) > 1:
+        notes.append("pp_size is 1, so the model is one stage and split_points are not used")
+        stages = split(model, 1)
+    is_looped, smallest = per_rank > 1, num_ranks * per_rank
+    if len(stages) % num_ranks or len(stages) < smallest or (len(stages) > smallest and not is_looped):
+        multiple = " (or a larger multiple)" if is_looped else ""
+        raise ConfigError(
+            f"distributed: pp_size={num_ranks} with schedule {name} needs {smallest} stages{multiple}, but "
+            f"split_points={points} gives {len(stages)}; give {smallest - 1} split points, or set pp_size: "
+            f"{max(len(stages) // per_rank, 1)}"
+        )
+    try:
+        schedule = build(
+            name,
+            num_ranks=num_ranks,
+            num_microbatches=num_microbatches,
+            stages_per_rank=len(stages) // num_ranks,
         )
     except ScheduleError as error:
         raise ConfigError(f"distributed.schedule: {error}") from error
-
-
-def _stages(config: FinetuneConfig, model: Model, schedule: Schedule, notes: list[str]) -> list[Stage]:
-    points = config.distributed.split_points
-    try:
-        if points is None:
-            return split(model, schedule.num_stages)
-        stages = split(model, points)
-    except AutofuncError as error:
-        raise ConfigError(f"distributed.split_points: {error}") from error
-    if len(stages) == schedule.num_stages:
-        return stages
-    if schedule.num_ranks == 1:
-        notes.append("pp_size is 1, so the model is one stage and split_points are not used")
-        return split(model, 1)
-    raise ConfigError(
-        f"distributed: pp_size={schedule.num_ranks} with schedule {schedule.name} needs {schedule.num_stages} stages, but "
-        f"split_points={points} gives {len(stages)}; give {schedule.num_stages - 1} split points, or set pp_size: "
-        f"{len(stages)}"
-    )
+    return stages, schedule
 
 
 def _loss(config: FinetuneConfig) -> Loss:

@@ -54,6 +54,10 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *wo
         (["--distributed.split_points", "[h.1, h.0]"], "'h.0' runs before 'h.1'"),
         (["--distributed.split_points", "[h.0, h.1]"], "pp_size=2 with schedule 1f1b needs 2 stages, but split_points="),
         (["--distributed.pp_size", "3"], "pp_size=3 with schedule 1f1b needs 3 stages"),
+        (
+            ["distributed.schedule=interleaved_1f1b"],
+            "needs 4 stages (or a larger multiple), but split_points=['h.1'] gives 2",
+        ),
         (["--distributed.pp_size", "0"], "distributed.pp_size: input should be greater than or equal to 1; got 0"),
         (["--step_scheduler.local_batch_size", "3"], "global_batch_size=8 is not divisible by local_batch_size=3"),
         (["--distributed.schedule", "1f1"], "distributed.schedule: unknown schedule '1f1': did you mean 1f1b?"),

@@ -31,14 +31,16 @@ def test_in_memory(model_name: str, num_microbatches: int, key: Any) -> None:
     expected_loss, expected = af.reference_value_and_grad(model, loss, num_microbatches)(full, batch, key)
     for num_ranks in range(1, 5):
         for name in SCHEDULES:
-            _, stages, _, _ = make_case(model_name, num_ranks, rows)
+            if name not in ("gpipe", "1f1b") and (key is None or num_microbatches not in (1, 4, 7)):
+                continue  # what these add is tested by some numbers as well as by all
             s = af.schedule.build(name, num_ranks=num_ranks, num_microbatches=num_microbatches)
+            _, stages, _, _ = make_case(model_name, s.num_stages, rows)
             pipe = af.pipeline(stages, s, loss=loss)
             found_loss, found = af.value_and_grad(pipe)(pipe.place(full), batch, key)
             assert found_loss.dtype == torch.float32 and found_loss.shape == ()
             assert torch.equal(found_loss, expected_loss), (name, num_ranks)
             assert_same_tree(expected, found)
-            if num_microbatches in (1, 3):  # building another program takes as long as running it
+            if num_microbatches == 4:  # building another program takes as long as running it
                 assert torch.equal(pipe(full, batch, key), expected_loss), "forward only"
     assert_same_tree(before, full)
 
@@ -96,9 +98,9 @@ def pp_mesh(num_ranks: int) -> DeviceMesh:
 def run_on_gloo(model_name: str, schedule_name: str, num_ranks: int, num_microbatches: int, key: Any) -> None:
     """On each process: compare with the oracle."""
     rows = 2 * num_microbatches
-    model, stages, loss, batch = make_case(model_name, num_ranks, rows)
     mesh = pp_mesh(num_ranks)
     s = af.schedule.build(schedule_name, num_ranks=num_ranks, num_microbatches=num_microbatches)
+    model, stages, loss, batch = make_case(model_name, s.num_stages, rows)
     pipe = af.pipeline(stages, s, loss=loss, mesh=mesh)
     full = model.init(seed=7)
     params = pipe.init(seed=7)
@@ -127,6 +129,11 @@ def run_on_gloo(model_name: str, schedule_name: str, num_ranks: int, num_microba
         ("gpt2", "gpipe", 4, 5, (3, 5)),
         ("gpt2", "1f1b", 4, 8, None),
         ("gpt2", "1f1b", 4, 12, (3, 5)),
+        ("gpt2", "interleaved_1f1b", 2, 5, (3, 5)),
+        ("mlp", "interleaved_1f1b", 4, 8, None),
+        ("gpt2", "looped_bfs", 4, 3, None),
+        ("gpt2", "zb_h1", 4, 8, (3, 5)),
+        ("mlp", "zb_h2", 4, 9, None),
     ],
 )
 def test_on_gloo(

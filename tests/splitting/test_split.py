@@ -95,7 +95,7 @@ def test_split_arguments_that_do_not_fit() -> None:
         af.split(model, ["h.1"], num_stages=2)
     with pytest.raises(SplitError, match="costs have no 'wpe'"):
         af.split(model, 2, costs={"wte": 1.0})
-    with pytest.raises(SplitError, match="cannot split 7 layers into 9"):
+    with pytest.raises(SplitError, match="cannot split 8 layers into 9"):
         af.split(model, 9)
 
 
@@ -107,7 +107,8 @@ def test_stages_compose_to_the_model() -> None:
         own = {path: leaf for path, leaf in af.tree.flatten(params).items() if path in stage.paths}
         x = stage.apply(own, x, batch)
     assert torch.equal(x, model(params, batch))
-    assert list(stages[-1].holders) == ["head.weight"] and stages[-1].paths == ("wte.weight",)
+    assert stages[-1].holders == ("head.weight", "ln_f.bias", "ln_f.weight")
+    assert stages[-1].paths == ("ln_f.bias", "ln_f.weight", "wte.weight")
 
 
 def test_a_failing_layer_is_named_before_anything_runs() -> None:
