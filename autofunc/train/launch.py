@@ -36,7 +36,6 @@ def launch(num_processes: int, arguments: Sequence[str]) -> None:
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # its report is ours to give
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    os.environ["PYTHONSAFEPATH"] = "1"  # files in the working directory must not hide installed packages in the workers
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
