@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from autofunc import __version__
+from autofunc.cli import schedule
 from autofunc.errors import AutofuncError, PipelineRunError
 
 app = typer.Typer(
@@ -16,6 +17,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Pipeline parallelism as pure functions: one YAML trains a model that is split at its split_points.",
 )
+
+
+app.add_typer(schedule.app, name="schedule")
 
 
 def _version(wanted: bool) -> None:

@@ -1,4 +1,4 @@
-"""Interleaved 1F1B: several stages per rank, so that the bubble shrinks by their number.
+"""Interleaved 1F1B: several stages per rank, for a bubble that much smaller.
 
 Source: Narayanan et al., "Efficient Large-Scale Language Model Training on GPU Clusters Using Megatron-LM", SC 2021,
 section 2.2.2 (arXiv 2104.04473). Microbatches go through a rank's stages in rounds of at least `num_ranks`. The paper asks

@@ -1,4 +1,6 @@
-"""Looped breadth-first: several stages per rank, each running all microbatches before the next stage.
+"""Looped breadth-first: several stages per rank, one after the other.
+
+A stage runs all microbatches before the next begins.
 
 Source: Lamy-Poirier, "Breadth-First Pipeline Parallelism", MLSys 2023, section 4.1 (arXiv 2211.05953). The bubble is that
 of interleaved 1F1B; all activations are kept, and each stage's weights are used in one stretch.

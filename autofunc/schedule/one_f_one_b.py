@@ -1,4 +1,6 @@
-"""1F1B: each rank keeps at most `num_ranks - rank` microbatches in flight by alternating forwards and backwards.
+"""1F1B: forwards and backwards in turn, to keep few activations alive.
+
+A rank keeps at most `num_ranks - rank` microbatches in flight.
 
 Source: Narayanan et al., "PipeDream: Generalized Pipeline Parallelism for DNN Training", SOSP 2019, section 3.2, with the
 flush of "Memory-Efficient Pipeline-Parallel DNN Training" (PipeDream-Flush), ICML 2021, section 3.1.

@@ -40,7 +40,7 @@ def test_in_memory(model_name: str, num_microbatches: int, key: Any) -> None:
             assert found_loss.dtype == torch.float32 and found_loss.shape == ()
             assert torch.equal(found_loss, expected_loss), (name, num_ranks)
             assert_same_tree(expected, found)
-            if num_microbatches == 4:  # building another program takes as long as running it
+            if (num_microbatches, num_ranks) == (4, 3):  # building another program takes as long as running it
                 assert torch.equal(pipe(full, batch, key), expected_loss), "forward only"
     assert_same_tree(before, full)
 
