@@ -17,7 +17,7 @@ from autofunc.losses import Loss, combine_aux
 from autofunc.runtime.accumulate import Tie, find_ties
 from autofunc.runtime.program import Channel, Program, build_program, edge_channels
 from autofunc.schedule import Schedule, lower, validate
-from autofunc.splitting import Boundaries, Boundary, Stage, Value, infer_boundaries
+from autofunc.splitting import Boundaries, Boundary, Stage, Value, infer_boundaries, parameter_dtypes
 
 MakeFunctions = Callable[[Stage, Boundary | None, Boundary, Loss | None, bool], StageFunctions]
 """An engine: (stage, boundary before, own boundary, loss, whether to end in the loss) -> its functions."""
@@ -92,7 +92,7 @@ def build_plan(
         )
         for stage in local_stages
     }
-    ties = tuple(find_ties(stages, lowered, _dtypes(stages[0], params))) if mode is Mode.GRADS else ()
+    ties = tuple(find_ties(stages, lowered, parameter_dtypes(stages[0].model, params))) if mode is Mode.GRADS else ()
     aux, aux_spec = _combined_aux(loss, boundaries, lowered.num_microbatches)
     return Plan(
         mode=mode,
@@ -108,18 +108,6 @@ def build_plan(
         aux_spec=aux_spec,
         device=device,
     )
-
-
-def _dtypes(stage: Stage, params: Mapping[str, Tensor]) -> dict[str, torch.dtype]:
-    """Dtype of every canonical path; parameters of other ranks are taken to have this rank's floating dtype."""
-    model = stage.model
-    floating = next((leaf.dtype for leaf in params.values() if leaf.is_floating_point()), torch.float32)
-    dtypes = {}
-    for path, spec in model.spec.items():
-        canonical = model.canonical(path)
-        default = floating if spec.is_floating_point() else spec.dtype
-        dtypes[canonical] = params[canonical].dtype if canonical in params else default
-    return dtypes
 
 
 def _combined_aux(

@@ -19,6 +19,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, S
 from autofunc import tree
 from autofunc.errors import AutofuncError, ModelError
 from autofunc.losses import Loss, evaluate
+from autofunc.model import Model
 from autofunc.schedule import Edge
 from autofunc.splitting.stage import Stage
 
@@ -122,18 +123,35 @@ def infer_boundaries(
     return Boundaries(tuple(found), aux)
 
 
+def parameter_dtypes(model: Model, params: Mapping[str, Tensor]) -> dict[str, torch.dtype]:
+    """Dtype of every canonical path; parameters of other ranks are taken to have this rank's floating dtype.
+
+    Args:
+        model: the whole model.
+        params: this rank's flat parameters.
+    """
+    floating = next((leaf.dtype for leaf in params.values() if leaf.is_floating_point()), torch.float32)
+    dtypes = {}
+    for path, spec in model.spec.items():
+        canonical = model.canonical(path)
+        default = floating if spec.is_floating_point() else spec.dtype
+        dtypes[canonical] = params[canonical].dtype if canonical in params else default
+    return dtypes
+
+
 def _fake_parameters(stage: Stage, params: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     """A fake tensor for every canonical parameter of the whole model; call inside a fake mode."""
     model = stage.model
-    floating = next((leaf for leaf in params.values() if leaf.is_floating_point()), torch.empty(0))
+    dtypes = parameter_dtypes(model, params)
     fakes = {}
     for path, spec in model.spec.items():
         canonical = model.canonical(path)
         known = params.get(canonical)
-        dtype = known.dtype if known is not None else floating.dtype if spec.is_floating_point() else spec.dtype
         if known is not None and known.shape != spec.shape:
             raise ModelError(f"parameter {canonical!r} has shape {tuple(known.shape)}; expected {tuple(spec.shape)}")
-        fakes[canonical] = torch.empty(spec.shape, dtype=dtype, device=device, requires_grad=model.is_trainable(path))
+        fakes[canonical] = torch.empty(
+            spec.shape, dtype=dtypes[canonical], device=device, requires_grad=model.is_trainable(path)
+        )
     return fakes
 
 
