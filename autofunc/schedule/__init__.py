@@ -13,7 +13,7 @@ from autofunc.schedule.effects import Dataflow, Edge, chain
 from autofunc.schedule.grid import grid
 from autofunc.schedule.ir import Action, Kind, Row, Schedule
 from autofunc.schedule.lower import lower
-from autofunc.schedule.registry import build, default_stages_per_rank, names, normalise
+from autofunc.schedule.registry import build, build_row, default_stages_per_rank, names, normalise
 from autofunc.schedule.simulate import simulate
 from autofunc.schedule.text import from_actions, from_text, parse_action, to_text
 from autofunc.schedule.timeline import Costs, Timeline
@@ -29,6 +29,7 @@ __all__ = [
     "Schedule",
     "Timeline",
     "build",
+    "build_row",
     "chain",
     "default_stages_per_rank",
     "draw",

@@ -16,6 +16,9 @@ A token is a value at one stage for one microbatch:
 | SEND_x | the value of its edge                  | (arrives by the peer's RECV_x)   | what it read     |
 | RECV_x |                                        | the value of its edge            |                  |
 
+UNSHARD, RESHARD and REDUCE_GRAD act on a stage's parameters and gradients, not on values of a microbatch: see
+`residency.py`.
+
 A forward-only schedule keeps no residuals.
 """
 
@@ -135,6 +138,8 @@ class Dataflow:
             return Effect((Residuals(stage, microbatch), *cotangents), (*sent_back, *kept))
         if kind is Kind.W:
             return Effect((WeightResiduals(stage, microbatch),), ())
+        if kind.is_sharding:
+            return Effect((), ())
         if kind is Kind.SEND_F:
             return Effect((Activation(stage, peer, microbatch),), ())
         if kind is Kind.RECV_F:

@@ -31,6 +31,9 @@ class Kind(IntEnum):
     RECV_F = 5  # post the receiving of an activation from an earlier stage
     SEND_B = 6  # post the sending of a cotangent to an earlier stage
     RECV_B = 7  # post the receiving of a cotangent from a later stage
+    UNSHARD = 8  # gather a stage's sharded parameters
+    RESHARD = 9  # let go of the gathered parameters
+    REDUCE_GRAD = 10  # sum a stage's gradients over the data-parallel ranks
 
     @property
     def is_compute(self) -> bool:
@@ -52,6 +55,15 @@ class Kind(IntEnum):
         """RECV_F or RECV_B."""
         return self in (Kind.RECV_F, Kind.RECV_B)
 
+    @property
+    def is_sharding(self) -> bool:
+        """UNSHARD, RESHARD or REDUCE_GRAD: of a stage, for all microbatches."""
+        return self >= Kind.UNSHARD
+
+
+OVERLAPPED = -2
+"""In place of a peer: this F may be overlapped with the backward right after it, `(0F4;3B0)OVERLAP_F_B` in text."""
+
 
 class Action(NamedTuple):
     """One instruction of one rank. `str(action)` is torch's text form, such as `2F0` or `1SEND_F3`."""
@@ -59,9 +71,11 @@ class Action(NamedTuple):
     stage: int
     kind: Kind
     microbatch: int
-    peer: int = -1  # the other stage of a send or receive
+    peer: int = -1  # the other stage of a send or receive, or `OVERLAPPED`
 
     def __str__(self) -> str:
+        if self.kind.is_sharding:
+            return f"{self.stage}{self.kind.name}"
         text = f"{self.stage}{self.kind.name}{self.microbatch}"
         if self.kind.is_compute or self.peer == neighbour(self.stage, self.kind):
             return text
@@ -160,8 +174,13 @@ class Schedule:
 
     @cached_property
     def is_lowered(self) -> bool:
-        """Whether it holds sends and receives."""
+        """Whether it holds sends, receives or sharding actions."""
         return any(bool((row.table[:, 1] > Kind.W).any()) for row in self.rows)
+
+    @cached_property
+    def is_sharded(self) -> bool:
+        """Whether it gathers parameters before it uses them."""
+        return any(bool((row.table[:, 1] >= Kind.UNSHARD).any()) for row in self.rows)
 
     @cached_property
     def is_forward_only(self) -> bool:
@@ -174,11 +193,21 @@ class Schedule:
         return tuple(stage for stage, owner in enumerate(self.placement) if owner == rank)
 
     def compute_form(self) -> Schedule:
-        """The same schedule without its sends and receives."""
+        """The same schedule without its sends, receives and sharding actions."""
         rows = tuple(Row(_frozen(row.table[row.table[:, 1] <= Kind.W])) for row in self.rows)
         return Schedule(self.name, self.placement, self.num_microbatches, rows, self.in_order)
 
     def forward_form(self) -> Schedule:
         """Only its forwards, for evaluation."""
         rows = tuple(Row(_frozen(row.table[row.table[:, 1] == Kind.F])) for row in self.rows)
+        return Schedule(self.name, self.placement, self.num_microbatches, rows, self.in_order).without_overlap()
+
+    def without_overlap(self) -> Schedule:
+        """The same schedule with each overlapped pair as two actions of their own."""
+        if not any(bool((row.table[:, 3] == OVERLAPPED).any()) for row in self.rows):
+            return self
+        tables = [row.table.copy() for row in self.rows]
+        for table in tables:
+            table[table[:, 3] == OVERLAPPED, 3] = -1
+        rows = tuple(Row(_frozen(table)) for table in tables)
         return Schedule(self.name, self.placement, self.num_microbatches, rows, self.in_order)

@@ -8,10 +8,8 @@ flush of "Memory-Efficient Pipeline-Parallel DNN Training" (PipeDream-Flush), IC
 
 from __future__ import annotations
 
-import numpy as np
-
 from autofunc.schedule.ir import Table
-from autofunc.schedule.phases import alternate
+from autofunc.schedule.phases import alternate, one_stage
 
 
 def row(rank: int, num_ranks: int, num_microbatches: int) -> Table:
@@ -19,6 +17,5 @@ def row(rank: int, num_ranks: int, num_microbatches: int) -> Table:
 
     With fewer microbatches than ranks the first ranks have no steady phase: they are GPipe rows.
     """
-    microbatch = np.arange(num_microbatches)
-    columns = np.stack((np.full(num_microbatches, rank), microbatch), axis=-1)
+    columns = one_stage(rank, num_microbatches)
     return alternate(columns, columns, num_ranks - 1 - rank)

@@ -1,4 +1,4 @@
-"""The shape that 1F1B schedules share: warmup forwards, forward-backward pairs, the backwards that are left."""
+"""What the rows of several schedules share: the order of microbatches, and the phases of 1F1B."""
 
 from __future__ import annotations
 
@@ -9,6 +9,21 @@ from autofunc.schedule.ir import Kind, Table, compute_table
 
 Columns = npt.NDArray[np.int64]
 """int64 array of shape (number of actions, 2): stage, microbatch."""
+
+
+def one_stage(stage: int, num_microbatches: int) -> Columns:
+    """All microbatches of one stage, in order."""
+    return np.stack((np.full(num_microbatches, stage), np.arange(num_microbatches)), axis=-1)
+
+
+def in_rounds(stages: npt.NDArray[np.int64], num_ranks: int, num_microbatches: int) -> tuple[Columns, int]:
+    """Microbatches in rounds of at least `num_ranks`, each through all stages before the next; and the longest round.
+
+    The rounds are as even as possible, larger ones first, so that any number of microbatches works.
+    """
+    rounds = np.array_split(np.arange(num_microbatches), max(1, num_microbatches // num_ranks))
+    parts = [np.stack((np.full(len(each), stage), each), axis=-1) for each in rounds for stage in stages]
+    return np.concatenate(parts), len(rounds[0])
 
 
 def alternate(forwards: Columns, backwards: Columns, warmup: int) -> Table:

@@ -6,7 +6,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from autofunc.errors import ScheduleError, one_of
-from autofunc.schedule import gpipe, interleaved_1f1b, looped_bfs, one_f_one_b, placement, zb_h1, zb_h2
+from autofunc.schedule import (
+    dualpipe_v,
+    gpipe,
+    interleaved_1f1b,
+    interleaved_zb,
+    looped_bfs,
+    one_f_one_b,
+    placement,
+    v_half,
+    v_min,
+    zb_h1,
+    zb_h2,
+    zbv,
+)
 from autofunc.schedule.ir import Row, Schedule, Table
 
 
@@ -14,44 +27,58 @@ from autofunc.schedule.ir import Row, Schedule, Table
 class Generator:
     """A named construction.
 
-    `row` makes one rank's actions: of (rank, num_ranks, num_microbatches) when there is one stage per rank, else of
-    (rank, num_ranks, num_microbatches, stages_per_rank).
+    `row` makes one rank's actions: of (rank, num_ranks, num_microbatches), and stages_per_rank where that may vary.
     """
 
     row: Callable[..., Table]
     default_stages_per_rank: int = 1
+    is_looped: bool = False  # takes any number of stages per rank from `default_stages_per_rank` on
+    placement: Callable[[int, int], tuple[int, ...]] = placement.loop
 
-    @property
-    def is_looped(self) -> bool:
-        """Whether it takes any number of stages per rank from two on."""
-        return self.default_stages_per_rank > 1
-
-    def rows(self, num_ranks: int, num_microbatches: int, stages_per_rank: int) -> tuple[Row, ...]:
-        """The actions of all ranks."""
+    def make_row(self, rank: int, num_ranks: int, num_microbatches: int, stages_per_rank: int) -> Row:
+        """The actions of one rank."""
         looped = (stages_per_rank,) if self.is_looped else ()
-        return tuple(Row(self.row(rank, num_ranks, num_microbatches, *looped)) for rank in range(num_ranks))
+        return Row(self.row(rank, num_ranks, num_microbatches, *looped))
+
+
+def _looped(row: Callable[..., Table]) -> Generator:
+    return Generator(row, default_stages_per_rank=2, is_looped=True)
+
+
+def _v_shaped(row: Callable[..., Table]) -> Generator:
+    return Generator(row, default_stages_per_rank=2, placement=placement.v_shape)
 
 
 GENERATORS: dict[str, Generator] = {
     "gpipe": Generator(gpipe.row),
     "1f1b": Generator(one_f_one_b.row),
-    "interleaved_1f1b": Generator(interleaved_1f1b.row, default_stages_per_rank=2),
-    "looped_bfs": Generator(looped_bfs.row, default_stages_per_rank=2),
+    "interleaved_1f1b": _looped(interleaved_1f1b.row),
+    "looped_bfs": _looped(looped_bfs.row),
     "zb_h1": Generator(zb_h1.row),
     "zb_h2": Generator(zb_h2.row),
+    "interleaved_zb": _looped(interleaved_zb.row),
+    "zbv": _v_shaped(zbv.row),
+    "v_half": _v_shaped(v_half.row),
+    "v_min": _v_shaped(v_min.row),
+    "dualpipe_v": _v_shaped(dualpipe_v.row),
 }
 
 
+_TORCH_NAMES = {"interleavedzerobubble": "interleaved_zb", "zbvzerobubble": "zbv"}
+
+
 def normalise(name: str) -> str:
-    """The name in the registry for a user's spelling: case, `-`, `_` and torch's prefix `Schedule` do not matter.
+    """The name in the registry for a user's spelling: case, `-`, `_` and torch's class names do not matter.
 
     Raises:
         ScheduleError: for an unknown name, with the nearest known ones.
     """
-    plain = _plain(name)
+    plain = _plain(name).removeprefix("schedule")
     for known in GENERATORS:
-        if plain in (_plain(known), "schedule" + _plain(known)):
+        if plain == _plain(known):
             return known
+    if plain in _TORCH_NAMES:
+        return _TORCH_NAMES[plain]
     raise ScheduleError(f"unknown schedule {name!r}: {one_of(name, GENERATORS)}")
 
 
@@ -65,8 +92,9 @@ def build(name: str, *, num_ranks: int, num_microbatches: int, stages_per_rank: 
     Args:
         name: one of `names()`, in any spelling.
         num_ranks: pp ranks, at least 1.
-        num_microbatches: microbatches of a step, at least 1; fewer than ranks is allowed.
-        stages_per_rank: stages on each rank: 1, or any number from 2 on for interleaved_1f1b and looped_bfs (2 by default).
+        num_microbatches: microbatches of a step, at least 1; fewer than ranks is allowed, but for dualpipe_v.
+        stages_per_rank: stages on each rank: what the construction has by default, or any larger number for
+            interleaved_1f1b, interleaved_zb and looped_bfs.
 
     Raises:
         ScheduleError: for an unknown name, or numbers the construction does not allow.
@@ -76,6 +104,25 @@ def build(name: str, *, num_ranks: int, num_microbatches: int, stages_per_rank: 
         >>> print(*s[0])
         0F0 0F1 0B0 0B1
     """
+    known, generator, per_rank = _checked(name, num_ranks, num_microbatches, stages_per_rank)
+    rows = tuple(generator.make_row(rank, num_ranks, num_microbatches, per_rank) for rank in range(num_ranks))
+    return Schedule(known, generator.placement(num_ranks, per_rank), num_microbatches, rows)
+
+
+def build_row(name: str, *, rank: int, num_ranks: int, num_microbatches: int, stages_per_rank: int | None = None) -> Row:
+    """One rank's row of a named schedule, without the others: what a rank of a thousand needs.
+
+    Raises:
+        ScheduleError: as `build`, or for a rank that does not exist.
+    """
+    _, generator, per_rank = _checked(name, num_ranks, num_microbatches, stages_per_rank)
+    if not 0 <= rank < num_ranks:
+        raise ScheduleError(f"rank={rank}: there are ranks 0 to {num_ranks - 1}")
+    return generator.make_row(rank, num_ranks, num_microbatches, per_rank)
+
+
+def _checked(name: str, num_ranks: int, num_microbatches: int, stages_per_rank: int | None) -> tuple[str, Generator, int]:
+    """The generator of a name, and the number of stages per rank, if it can be built for these numbers."""
     known = normalise(name)
     generator = GENERATORS[known]
     for label, number in (("num_ranks", num_ranks), ("num_microbatches", num_microbatches)):
@@ -84,13 +131,12 @@ def build(name: str, *, num_ranks: int, num_microbatches: int, stages_per_rank: 
     default = generator.default_stages_per_rank
     per_rank = default if stages_per_rank is None else stages_per_rank
     if per_rank != default and not (generator.is_looped and per_rank >= default):
-        needs = f"{default} or more stages" if generator.is_looped else "exactly 1 stage"
+        needs = f"{default} or more stages" if generator.is_looped else f"exactly {default} stage{'s' * (default > 1)}"
         raise ScheduleError(
             f"schedule {known}: stages_per_rank={per_rank}, but it has {needs} per rank; with {num_ranks} ranks the model "
             f"must be split into {num_ranks * default}{' or a larger multiple' if generator.is_looped else ''} stages"
         )
-    rows = generator.rows(num_ranks, num_microbatches, per_rank)
-    return Schedule(known, placement.loop(num_ranks, per_rank), num_microbatches, rows)
+    return known, generator, per_rank
 
 
 def default_stages_per_rank(name: str) -> int:

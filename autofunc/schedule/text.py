@@ -1,17 +1,20 @@
 """The text form of actions and schedules: torch's action words, one line per rank.
 
 `2F0` is stage 2, forward, microbatch 0. A send or receive between stages that are not neighbours names the other stage:
-`0SEND_F3>2`, `2RECV_F3<0`.
+`0SEND_F3>2`, `2RECV_F3<0`. Sharding actions have no microbatch: `0UNSHARD`. A forward that may be overlapped with the
+backward after it is written with it: `(0F4;3B0)OVERLAP_F_B`.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 from autofunc.errors import ScheduleError, one_of
-from autofunc.schedule.ir import Action, Kind, Row, Schedule, as_table, neighbour
+from autofunc.schedule.ir import OVERLAPPED, Action, Kind, Row, Schedule, as_table, neighbour
 
-_ACTION = re.compile(r"(\d+)([A-Z_]+)(\d+)(?:[<>](\d+))?")
+_ACTION = re.compile(r"(\d+)([A-Z_]+)(\d*)(?:[<>](\d+))?")
+_PAIR = re.compile(r"\(([^;()]*);([^;()]*)\)OVERLAP_F_B")
 
 
 def parse_action(text: str) -> Action:
@@ -27,14 +30,45 @@ def parse_action(text: str) -> Action:
     if kind_name not in Kind.__members__:
         raise ScheduleError(f"{text!r}: unknown kind of action {kind_name!r}; {one_of(kind_name, Kind.__members__)}")
     kind = Kind[kind_name]
+    if kind.is_sharding == bool(microbatch):
+        wanted = "no microbatch" if kind.is_sharding else "a microbatch, such as"
+        raise ScheduleError(f"{text!r}: {kind.name} takes {wanted}{'' if kind.is_sharding else f' {stage}{kind.name}0'}")
+    if kind.is_sharding:
+        return Action(int(stage), kind, -1)
     if kind.is_compute:
         return Action(int(stage), kind, int(microbatch))
     return Action(int(stage), kind, int(microbatch), int(peer) if peer else neighbour(int(stage), kind))
 
 
+def parse_cell(text: str) -> list[Action]:
+    """Read one cell of a table: an action, or an overlapped pair."""
+    pair = _PAIR.fullmatch(text.strip())
+    if not pair:
+        return [parse_action(text)]
+    forward, backward = map(parse_action, pair.groups())
+    if forward.kind is not Kind.F or backward.kind not in (Kind.B, Kind.I):
+        raise ScheduleError(f"{text!r}: expected a forward and a backward, such as '(0F4;3B0)OVERLAP_F_B'")
+    return [forward._replace(peer=OVERLAPPED), backward]
+
+
+def cells(row: Iterable[Action]) -> list[str]:
+    """The text of a row's actions; an overlapped pair is one cell."""
+    texts: list[str] = []
+    forward: Action | None = None
+    for action in row:
+        if forward is not None:
+            texts.append(f"({forward};{action})OVERLAP_F_B")
+            forward = None
+        elif action.peer == OVERLAPPED:
+            forward = action
+        else:
+            texts.append(str(action))
+    return texts if forward is None else [*texts, f"({forward};)OVERLAP_F_B"]
+
+
 def to_text(schedule: Schedule) -> str:
     """One line per rank, actions separated by commas."""
-    return "\n".join(",".join(map(str, row)) for row in schedule) + "\n"
+    return "\n".join(",".join(cells(row)) for row in schedule) + "\n"
 
 
 def from_text(text: str, name: str = "custom") -> Schedule:
@@ -46,12 +80,14 @@ def from_text(text: str, name: str = "custom") -> Schedule:
         ScheduleError: when a cell is no action, or a stage has no forward.
     """
     lines = [line for line in text.strip().splitlines() if line.strip()]
-    rows = [[parse_action(cell) for cell in re.split(r"[,\s]+", line) if cell] for line in lines]
-    return from_actions(rows, name)
+    return from_actions(
+        [[action for cell in re.split(r"[,\s]+", line) if cell for action in parse_cell(cell)] for line in lines], name
+    )
 
 
-def from_actions(rows: list[list[Action]], name: str = "custom") -> Schedule:
+def from_actions(rows: Iterable[Iterable[Action]], name: str = "custom") -> Schedule:
     """Make a schedule of actions given as lists, one per rank; see `from_text`."""
+    rows = [list(row) for row in rows]
     placement: dict[int, int] = {}
     weight_order: dict[int, list[int]] = {}
     for rank, row in enumerate(rows):

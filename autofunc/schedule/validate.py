@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+import numpy.typing as npt
+
 from autofunc.errors import ScheduleError
 from autofunc.schedule.effects import Dataflow, Edge, chain
 from autofunc.schedule.grid import grid
-from autofunc.schedule.ir import Kind, Schedule
-from autofunc.schedule.walk import walk
+from autofunc.schedule.ir import OVERLAPPED, Kind, Schedule
+from autofunc.schedule.network import Channel, Network, build_network
+from autofunc.schedule.residency import check_residency
+from autofunc.schedule.walk import at_no_time, walk
 
 
 def validate(schedule: Schedule, edges: Sequence[Edge] | None = None) -> None:
@@ -16,7 +21,8 @@ def validate(schedule: Schedule, edges: Sequence[Edge] | None = None) -> None:
 
     Every (stage, microbatch) runs F once and either B once or I and W once, on the rank its stage is placed on and in
     dependency order; a forward-only schedule runs each F once. In lowered form every send meets a receive, in the same
-    order on both ends of every edge, without deadlock even when nothing is buffered, and nothing is live at the end.
+    order on both ends of every edge, without deadlock even when nothing is buffered, and nothing is live at the end. If
+    the schedule gathers sharded parameters, they are there whenever a computation uses them, and let go of at the end.
 
     Args:
         schedule: what to check.
@@ -25,46 +31,117 @@ def validate(schedule: Schedule, edges: Sequence[Edge] | None = None) -> None:
     Raises:
         ScheduleError: naming rank, position and action, with the grid and the action marked.
     """
-    _check_counts(schedule)
-    for _ in walk(schedule, Dataflow(chain(schedule.num_stages) if edges is None else edges, schedule.is_forward_only)):
-        pass
-
-
-def _check_counts(schedule: Schedule) -> None:
-    seen: dict[tuple[int, Kind, int], tuple[int, int]] = {}
+    flow = Dataflow(chain(schedule.num_stages) if edges is None else edges, schedule.is_forward_only)
     for rank, row in enumerate(schedule):
-        for position, action in enumerate(row):
-            where = f"rank {rank}, position {position}, {action}"
-            if not 0 <= action.stage < schedule.num_stages:
-                raise _error(schedule, rank, position, f"{where}: there are stages 0 to {schedule.num_stages - 1}")
-            if not 0 <= action.microbatch < schedule.num_microbatches:
-                last = schedule.num_microbatches - 1
-                raise _error(schedule, rank, position, f"{where}: there are microbatches 0 to {last}")
-            if schedule.placement[action.stage] != rank:
-                home = schedule.placement[action.stage]
-                raise _error(schedule, rank, position, f"{where}: stage {action.stage} is placed on rank {home}")
-            if not action.kind.is_compute:
-                continue
-            key = (action.stage, action.kind, action.microbatch)
-            if key in seen:
+        _check_ranges(schedule, rank, row.table)
+        _check_overlapped(schedule, rank, row.table)
+    _check_complete(schedule)
+    network = build_network(schedule, flow)
+    if schedule.is_lowered:
+        _check_transfers(network)
+    check_residency(schedule)
+    walk(network, at_no_time(network))
+
+
+def _check_ranges(schedule: Schedule, rank: int, table: npt.NDArray[np.int32]) -> None:
+    """Stages and microbatches exist, and are on the rank they are placed on."""
+    stage, kind, microbatch = table[:, 0], table[:, 1], table[:, 2]
+    placement = np.array(schedule.placement)
+    bad_stage = (stage < 0) | (stage >= schedule.num_stages)
+    bad_microbatch = (kind < Kind.UNSHARD) & ((microbatch < 0) | (microbatch >= schedule.num_microbatches))
+    elsewhere = placement[np.where(bad_stage, 0, stage)] != rank
+    for position in np.flatnonzero(bad_stage | bad_microbatch | elsewhere)[:1]:
+        if bad_stage[position]:
+            reason = f"there are stages 0 to {schedule.num_stages - 1}"
+        elif bad_microbatch[position]:
+            reason = f"there are microbatches 0 to {schedule.num_microbatches - 1}"
+        else:
+            reason = f"stage {stage[position]} is placed on rank {placement[stage[position]]}"
+        raise _error(schedule, rank, int(position), reason)
+
+
+def _check_overlapped(schedule: Schedule, rank: int, table: npt.NDArray[np.int32]) -> None:
+    """An F marked as overlapped has a backward right after it."""
+    marked = np.flatnonzero(table[:, 3] == OVERLAPPED)
+    following = np.append(table[:, 1], -1)[marked + 1]
+    wrong = (table[marked, 1] != Kind.F) | ~np.isin(following, (Kind.B, Kind.I))
+    for position in marked[wrong][:1]:
+        raise _error(schedule, rank, int(position), "it is to overlap with the next action, which is no backward")
+
+
+def _check_complete(schedule: Schedule) -> None:
+    """Each (stage, microbatch) has F once, and B once or I and W once."""
+    shape = (schedule.num_stages, schedule.num_microbatches)
+    has = {kind: np.zeros(shape, bool) for kind in (Kind.F, Kind.B, Kind.I, Kind.W)}
+    for rank, row in enumerate(schedule):
+        for kind, seen in has.items():
+            positions = np.flatnonzero(row.table[:, 1] == kind)
+            key = row.table[positions, 0].astype(np.int64) * shape[1] + row.table[positions, 2]
+            seen.reshape(-1)[key] = True
+            if len(np.unique(key)) != len(key):
+                _, where = np.unique(key, return_index=True)
+                again = int(np.setdiff1d(np.arange(len(key)), where)[0])
+                before = int(positions[np.flatnonzero(key == key[again])[0]])
                 raise _error(
-                    schedule, rank, position, f"{where}: it ran before, at position {seen[key][1]}; each runs exactly once"
+                    schedule, rank, int(positions[again]), f"it ran before, at position {before}; each runs exactly once"
                 )
-            seen[key] = (rank, position)
+    f, b, i, w = has.values()
+    complete = f & ~(b | i | w) if schedule.is_forward_only else f & (b ^ (i & w)) & (b ^ i) & (b ^ w)
+    for stage, microbatch in np.argwhere(~complete)[:1].tolist():
+        found = ", ".join(f"{stage}{kind.name}{microbatch}" for kind, seen in has.items() if seen[stage, microbatch])
+        raise ScheduleError(
+            f"stage {stage}, microbatch {microbatch} on rank {schedule.placement[stage]}: found {found or 'nothing'}; "
+            f"expected F once, and B once or I and W once\n{grid(schedule)}"
+        )
 
-    for stage, rank in enumerate(schedule.placement):
-        for microbatch in range(schedule.num_microbatches):
-            has = {kind for kind in Kind if (stage, kind, microbatch) in seen}
-            if has not in _COMPLETE and not (schedule.is_forward_only and has == {Kind.F}):
-                found = ", ".join(f"{stage}{kind.name}{microbatch}" for kind in sorted(has)) or "nothing"
-                raise ScheduleError(
-                    f"stage {stage}, microbatch {microbatch} on rank {rank}: found {found}; expected F once, and B once or "
-                    f"I and W once\n{grid(schedule)}"
+
+def _check_transfers(network: Network) -> None:
+    """Every value that changes ranks is sent once and received once, in the same order on both ends of its edge."""
+    expected = 0
+    for channel in network.channels:
+        _check_ends(network, channel)
+        expected += 2 * len(channel.send)
+        by_send, by_receive = np.argsort(channel.send), np.argsort(channel.receive)
+        for k in np.flatnonzero(by_send != by_receive)[:1]:
+            sent, received = (int(channel.send[by_send[k]]), int(channel.receive[by_receive[k]]))
+            raise ScheduleError(
+                f"the two ends of the edge from stage {channel.sender} to stage {channel.receiver} disagree on the order: "
+                f"{network.describe(sent)} is sent where {network.describe(received)} is received\n"
+                + grid(network.schedule, network.place(received))
+            )
+    transfers = np.flatnonzero((network.table[:, 1] > Kind.W) & (network.table[:, 1] < Kind.UNSHARD))
+    if len(transfers) == expected:
+        return
+    used = [ends for channel in network.channels for ends in (channel.send, channel.receive)]
+    extra = int(np.setdiff1d(transfers, np.concatenate(used) if used else [])[0])
+    stage, kind, microbatch, peer = network.table[extra].tolist()
+    same = np.flatnonzero((network.table == network.table[extra]).all(axis=1))
+    if len(same) > 1:
+        reason = f"it was posted before, at position {network.place(int(same[0]))[1]}; each is posted exactly once"
+        extra = int(same[1])
+    else:
+        reason = f"no value of microbatch {microbatch} goes between stages {stage} and {peer} this way ({Kind(kind).name})"
+    raise _error(network.schedule, *network.place(extra), reason)
+
+
+def _check_ends(network: Network, channel: Channel) -> None:
+    """The send and the receive of every microbatch are there."""
+    for ends, other, what, missing in (
+        (channel.send, channel.receive, "receive", "send"),
+        (channel.receive, channel.send, "send", "receive"),
+    ):
+        for microbatch in np.flatnonzero(ends < 0)[:1].tolist():
+            token = channel.bundle.name(microbatch)
+            if other[microbatch] >= 0:
+                raise _error(
+                    network.schedule, *network.place(int(other[microbatch])), f"its {missing} is missing ({token})"
                 )
+            reader = int(channel.bundle.reader[microbatch])
+            raise _error(
+                network.schedule, *network.place(reader), f"needs the {token}, for which there is no send and no {what}"
+            )
 
 
-_COMPLETE = ({Kind.F, Kind.B}, {Kind.F, Kind.I, Kind.W})
-
-
-def _error(schedule: Schedule, rank: int, position: int, message: str) -> ScheduleError:
-    return ScheduleError(f"{message}\n{grid(schedule, (rank, position))}")
+def _error(schedule: Schedule, rank: int, position: int, reason: str) -> ScheduleError:
+    where = f"rank {rank}, position {position}, {schedule[rank][position]}"
+    return ScheduleError(f"{where}: {reason}\n{grid(schedule, (rank, position))}")

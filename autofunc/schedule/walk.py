@@ -1,149 +1,186 @@
 """Walk a schedule in an order in which it can really run: the shared heart of the validator and the simulator.
 
-Each rank runs its row in order. An action runs once every value it reads is on its rank. In compute form a value is on
-the reader's rank as soon as it is made; in lowered form it arrives when both its SEND and its RECV have been posted.
-Posting never blocks, so this is exactly execution with zero buffering.
+Each rank runs its row in order. An action runs once every value it reads is on its rank. In compute form a value travels
+as soon as it is made; in lowered form once both its SEND and its RECV have been posted. Posting never blocks, so this is
+exactly execution with zero buffering. All ranks take one step at a time, together: the cost of a step is that of a dozen
+numpy calls, whatever the number of ranks.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
 
 from autofunc.errors import ScheduleError
-from autofunc.schedule.effects import Activation, Cotangent, Dataflow, Effect, Token
+from autofunc.schedule.effects import Token
 from autofunc.schedule.grid import grid
-from autofunc.schedule.ir import Action, Schedule
+from autofunc.schedule.network import Network
+
+Times = npt.NDArray[np.float64]
 
 
-class Step(NamedTuple):
-    """One action at its place."""
+@dataclass(frozen=True)
+class Pace:
+    """How long things take on a walk. Zeros when only the order matters."""
 
-    rank: int
-    position: int
-    action: Action
-    effect: Effect
-
-
-class _Channel:
-    """Values on one directed edge: the k-th send meets the k-th receive."""
-
-    def __init__(self) -> None:
-        self.sent: deque[Step] = deque()
-        self.posted: deque[Step] = deque()
+    duration: Times  # per action of the flat table
+    transfer: Times  # per channel: how long a value occupies its edge
+    latency: float  # from then until it can be read
+    exposed: Times  # per channel: how long a send keeps its rank from going on
 
 
-def walk(schedule: Schedule, flow: Dataflow) -> Iterator[Step]:
-    """Yield every action in an order that respects rows and dependencies.
+def at_no_time(network: Network) -> Pace:
+    """A pace at which only the order matters."""
+    free = np.zeros(len(network.channels))
+    return Pace(np.zeros(len(network.table)), free, 0.0, free)
+
+
+def walk(network: Network, pace: Pace) -> tuple[Times, Times]:
+    """When each action of the flat table starts and ends.
 
     Raises:
-        ScheduleError: when no rank can go on, when the two ends of an edge disagree on the order, or when a value is left
-            over at the end. The message holds the grid with the action marked.
+        ScheduleError: when a value is not made before it is read on its own rank, or no rank can go on. The message holds
+            the grid with the action marked.
     """
-    live: set[tuple[int, Token]] = set()
-    waiting: dict[tuple[int, Token], int] = {}
-    channels: dict[tuple[int, int], _Channel] = {}
-    positions = [0] * schedule.num_ranks
-    rows = [list(row) for row in schedule]
-    runnable = deque(range(schedule.num_ranks))
+    _check_local_order(network)
+    return _Walk(network, pace).run()
 
-    def arrive(rank: int, token: Token) -> None:
-        live.add((rank, token))
-        if (rank, token) in waiting:
-            runnable.append(waiting.pop((rank, token)))
 
-    while runnable:
-        rank = runnable.popleft()
-        while positions[rank] < len(rows[rank]):
-            action = rows[rank][positions[rank]]
-            effect = flow.effect(action)
-            missing = next((token for token in effect.reads if (rank, token) not in live), None)
-            if missing is not None:
-                waiting[rank, missing] = rank
+class _Walk:
+    """The state of one walk: numbers of messages, and when each arrives."""
+
+    def __init__(self, network: Network, pace: Pace) -> None:
+        self.network, self.pace = network, pace
+        channels, lowered = network.channels, network.schedule.is_lowered
+        count = len(network.table)
+        self.num_messages = len(channels) * network.schedule.num_microbatches
+        readers = _together([channel.bundle.reader for channel in channels])
+        self.incoming = _slots(readers, count, padding=self.num_messages)
+        self.outgoing = _slots(_together([channel.send for channel in channels]), count, padding=self.num_messages + 1)
+        receives = _together([channel.receive for channel in channels])
+        self.receiving = _slots(receives, count, padding=self.num_messages + 1) if lowered else None
+        self.arrival = np.full(self.num_messages + 2, np.inf)
+        self.arrival[-2] = -np.inf  # what an action without incoming messages waits for
+        self.posted = np.full(self.num_messages + 2, -np.inf)
+        self.edge_free = np.zeros(len(channels) + 1)
+        self.transfer = np.append(pace.transfer, 0.0)
+        self.exposed = np.append(pace.exposed, 0.0)
+
+    def run(self) -> tuple[Times, Times]:
+        """Step all ranks until their rows are done."""
+        network, duration = self.network, self.pace.duration
+        start, end = np.zeros(len(network.table)), np.zeros(len(network.table))
+        clock = np.zeros(len(network.first) - 1)
+        position, stop = network.first[:-1].copy(), network.first[1:]
+        ranks = np.flatnonzero(position < stop)
+        while len(ranks):
+            here = position[ranks]
+            ready = self._ready(here)
+            can = ready < np.inf
+            if not can.any():
+                raise _stuck(network, {int(rank): int(position[rank]) for rank in ranks}, self.arrival)
+            going, acting = ranks[can], here[can]
+            begin = np.maximum(clock[going], ready[can])
+            finish = begin + duration[acting]
+            start[acting], end[acting] = begin, finish
+            clock[going] = self._send(acting, finish)
+            if self.receiving is not None:
+                self.posted[self.receiving[0, acting]] = finish
+            position[going] += 1
+            ranks = ranks[position[ranks] < stop[ranks]]
+        return start, end
+
+    def _ready(self, here: npt.NDArray[np.int64]) -> Times:
+        """When all that these actions read has arrived."""
+        ready = np.full(len(here), -np.inf)
+        for row in self.incoming:
+            message = row[here]
+            arrived = self.arrival[message]
+            if self.receiving is not None:
+                channel = np.minimum(message // self.network.schedule.num_microbatches, len(self.network.channels))
+                arrived = np.maximum(arrived, self.posted[message] + self.transfer[channel] + self.pace.latency)
+            ready = np.maximum(ready, arrived)
+        return ready
+
+    def _send(self, acting: npt.NDArray[np.int64], finish: Times) -> Times:
+        """Start the transfers of what these actions made or send; returns when their ranks can go on."""
+        for row in self.outgoing:
+            message = row[acting]
+            channel = np.minimum(message // self.network.schedule.num_microbatches, len(self.network.channels))
+            leaves = np.maximum(finish, self.edge_free[channel]) + self.transfer[channel]
+            self.edge_free[channel] = leaves
+            self.edge_free[-1] = 0.0
+            self.arrival[message] = leaves + self.pace.latency
+            finish = finish + self.exposed[channel]
+        return finish
+
+
+def _together(parts: list[npt.NDArray[np.int32]]) -> npt.NDArray[np.int32]:
+    return np.concatenate(parts) if parts else np.empty(0, np.int32)
+
+
+def _slots(actions: npt.NDArray[np.int32], num_actions: int, padding: int) -> npt.NDArray[np.int32]:
+    """Messages by action: int32 array of shape (most messages of one action, at least 1; number of actions)."""
+    message = np.flatnonzero(actions >= 0)
+    action = actions[message]
+    counts = np.bincount(action, minlength=1)
+    slots = np.full((max(int(counts.max()), 1), num_actions), padding, np.int32)
+    if counts.max() <= 1:
+        slots[0, action] = message
+        return slots
+    order = np.argsort(action, kind="stable")
+    begins = np.concatenate(([0], np.cumsum(counts)))[action[order]]
+    slots[np.arange(len(order)) - begins, action[order]] = message[order]
+    return slots
+
+
+def _check_local_order(network: Network) -> None:
+    """Values that stay on a rank: made before they are read; values that travel: made before sent, received before read."""
+    pairs = [(bundle.maker, bundle.reader, bundle) for bundle in network.local]
+    if network.schedule.is_lowered:
+        pairs += [(channel.bundle.maker, channel.send, channel.bundle) for channel in network.channels]
+        pairs += [(channel.receive, channel.bundle.reader, channel.bundle) for channel in network.channels]
+    if not pairs:
+        return
+    maker, reader = _together([pair[0] for pair in pairs]), _together([pair[1] for pair in pairs])
+    wrong = np.flatnonzero((reader >= 0) & ((maker < 0) | (maker > reader)))
+    if not len(wrong):
+        return
+    first = wrong[np.argmin(reader[wrong])]
+    bundle = pairs[first // network.schedule.num_microbatches][2]
+    token = bundle.name(int(first % network.schedule.num_microbatches))
+    raise _cannot_go_on(network, [(int(reader[first]), token, int(maker[first]))])
+
+
+def _stuck(network: Network, positions: dict[int, int], arrival: Times) -> ScheduleError:
+    """Why each rank that is left waits."""
+    waiting: list[tuple[int, Token, int]] = []
+    m = network.schedule.num_microbatches
+    for flat in positions.values():
+        for number, channel in enumerate(network.channels):
+            found = np.flatnonzero(channel.bundle.reader == flat)
+            if len(found) and arrival[number * m + found[0]] == np.inf:
+                waiting.append((flat, channel.bundle.name(int(found[0])), int(channel.send[found[0]])))
                 break
-            step = Step(rank, positions[rank], action, effect)
-            yield step
-            live.difference_update((rank, token) for token in effect.reads)
-            if action.kind.is_compute:
-                for token in effect.writes:
-                    arrive(_home(schedule, rank, token), token)
-            else:
-                _meet(schedule, channels, step, arrive)
-            positions[rank] += 1
-
-    _check_finished(schedule, flow, positions, waiting)
-    _check_nothing_left(schedule, live, channels)
+    return _cannot_go_on(network, waiting)
 
 
-def _home(schedule: Schedule, rank: int, token: Token) -> int:
-    """The rank on which a value is when it has been made: its reader's in compute form, its maker's when lowered."""
-    if schedule.is_lowered or not isinstance(token, (Activation, Cotangent)):
-        return rank
-    return schedule.placement[token[1]]
-
-
-def _meet(
-    schedule: Schedule,
-    channels: dict[tuple[int, int], _Channel],
-    step: Step,
-    arrive: Callable[[int, Token], None],
-) -> None:
-    """Post a send or a receive; when both ends of a transfer are posted, its value arrives."""
-    action = step.action
-    ends = (action.stage, action.peer) if action.kind.is_send else (action.peer, action.stage)
-    channel = channels.setdefault(ends, _Channel())
-    (channel.sent if action.kind.is_send else channel.posted).append(step)
-    if not (channel.sent and channel.posted):
-        return
-    send, receive = channel.sent.popleft(), channel.posted.popleft()
-    if send.action.microbatch != receive.action.microbatch:
-        raise ScheduleError(
-            f"the two ends of the edge from stage {ends[0]} to stage {ends[1]} disagree on the order: rank {send.rank} "
-            f"sends {send.action} (position {send.position}) where rank {receive.rank} receives {receive.action} "
-            f"(position {receive.position})\n{grid(schedule, (receive.rank, receive.position))}"
-        )
-    arrive(receive.rank, receive.effect.writes[0])
-
-
-def _check_finished(
-    schedule: Schedule, flow: Dataflow, positions: list[int], waiting: dict[tuple[int, Token], int]
-) -> None:
-    if not waiting:
-        return
-    stuck = []
-    for rank, token in sorted(waiting, key=lambda key: key[0]):
-        action = schedule[rank][positions[rank]]
-        reason = _why_missing(schedule, flow, rank, token)
-        stuck.append(f"rank {rank}, position {positions[rank]}, {action}: needs the {token}, {reason}")
-    first = min(rank for rank, _ in waiting)
-    raise ScheduleError(
-        f"schedule {schedule.name} cannot go on: " + "; ".join(stuck) + "\n" + grid(schedule, (first, positions[first]))
+def _cannot_go_on(network: Network, waiting: list[tuple[int, Token, int]]) -> ScheduleError:
+    """The error for actions that never start; each with the value it needs and the action that should give it."""
+    reasons = []
+    for flat, token, maker in waiting:
+        giver = "which no action makes" if maker < 0 else f"which {_giver(network, maker)}"
+        reasons.append(f"{network.describe(flat)}: needs the {token}, {giver}")
+    return ScheduleError(
+        f"schedule {network.schedule.name} cannot go on: {'; '.join(reasons)}\n"
+        + grid(network.schedule, network.place(waiting[0][0]))
     )
 
 
-def _why_missing(schedule: Schedule, flow: Dataflow, rank: int, token: Token) -> str:
-    """Who should have made a value that a rank waits for."""
-    local_only = schedule.is_lowered or not isinstance(token, (Activation, Cotangent))
-    for maker, row in enumerate(schedule):
-        for position, action in enumerate(row):
-            if token in flow.effect(action).writes and (maker == rank or not local_only):
-                if action.kind.is_receive:
-                    return f"which {action} at position {position} receives, but whose send is not posted"
-                return f"which {action} makes at position {position} of rank {maker}"
-    return f"which no action {f'of rank {rank} ' if local_only else ''}makes"
-
-
-def _check_nothing_left(
-    schedule: Schedule, live: set[tuple[int, Token]], channels: dict[tuple[int, int], _Channel]
-) -> None:
-    for channel in channels.values():
-        for step in (*channel.sent, *channel.posted):
-            other = "receive" if step.action.kind.is_send else "send"
-            raise ScheduleError(
-                f"rank {step.rank}, position {step.position}: {step.action} has no {other} at the other end\n"
-                + grid(schedule, (step.rank, step.position))
-            )
-    if live:
-        rank, token = min(live)
-        raise ScheduleError(f"rank {rank}: left over at the end: the {token}\n{grid(schedule)}")
+def _giver(network: Network, flat: int) -> str:
+    rank, position = network.place(flat)
+    action = network.schedule[rank][position]
+    verb = "sends" if action.kind.is_send else "receives" if action.kind.is_receive else "makes"
+    return f"{action} {verb} at position {position} of rank {rank}"

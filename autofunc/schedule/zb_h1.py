@@ -7,9 +7,11 @@ holds `num_ranks` activations at most; the bubble is (p - 1)(F + I - W).
 from __future__ import annotations
 
 from autofunc.schedule.ir import Table
+from autofunc.schedule.phases import one_stage
 from autofunc.schedule.zero_bubble import delayed_weight_row
 
 
 def row(rank: int, num_ranks: int, num_microbatches: int) -> Table:
     """The actions of one rank: the warmup of 1F1B, and W `rank` microbatches behind I."""
-    return delayed_weight_row(rank, num_microbatches, warmup=num_ranks - 1 - rank, delay=rank)
+    columns = one_stage(rank, num_microbatches)
+    return delayed_weight_row(columns, columns, warmup=num_ranks - 1 - rank, delay=rank)

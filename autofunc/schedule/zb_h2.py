@@ -8,9 +8,11 @@ at different times.
 from __future__ import annotations
 
 from autofunc.schedule.ir import Table
+from autofunc.schedule.phases import one_stage
 from autofunc.schedule.zero_bubble import delayed_weight_row
 
 
 def row(rank: int, num_ranks: int, num_microbatches: int) -> Table:
     """The actions of one rank: twice the warmup of 1F1B, and W `2 * rank` microbatches behind I."""
-    return delayed_weight_row(rank, num_microbatches, warmup=2 * (num_ranks - 1 - rank), delay=2 * rank)
+    columns = one_stage(rank, num_microbatches)
+    return delayed_weight_row(columns, columns, warmup=2 * (num_ranks - 1 - rank), delay=2 * rank)

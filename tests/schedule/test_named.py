@@ -16,17 +16,40 @@ names = st.sampled_from(schedule.names())
 
 @given(names, sizes, sizes)
 def test_valid_in_every_form(name: str, num_ranks: int, num_microbatches: int) -> None:
-    s = schedule.build(name, num_ranks=num_ranks, num_microbatches=num_microbatches)
+    s = build(name, num_ranks, num_microbatches)
     schedule.validate(s)
-    schedule.validate(schedule.lower(s))
     schedule.validate(s.forward_form())
     schedule.validate(schedule.lower(s.forward_form()))
-    assert schedule.lower(s).compute_form() == s
+    for unshard in ("never", "once", "each_use"):
+        for keep in (False, True):
+            lowered = schedule.lower(s, unshard=unshard, unshard_ahead=2, keep_overlapped=keep)
+            schedule.validate(lowered)
+            assert schedule.lower(lowered, unshard=unshard, unshard_ahead=2, keep_overlapped=keep) == lowered
+            assert split(lowered.compute_form().without_overlap()) == split(s.without_overlap())
+
+
+def split(s: schedule.Schedule) -> list[list[schedule.Action]]:
+    """The actions, with I and W for B."""
+    return [
+        [
+            action._replace(kind=part)
+            for action in row
+            for part in ((Kind.I, Kind.W) if action.kind is Kind.B else (action.kind,))
+        ]
+        for row in s
+    ]
+
+
+def build(name: str, num_ranks: int, num_microbatches: int) -> schedule.Schedule:
+    """The schedule, with as many microbatches as it needs at least."""
+    if name == "dualpipe_v":
+        num_microbatches += 2 * num_ranks
+    return schedule.build(name, num_ranks=num_ranks, num_microbatches=num_microbatches)
 
 
 @given(names, sizes, sizes, st.integers(0, 3))
 def test_lowering_changes_no_times(name: str, num_ranks: int, num_microbatches: int, prefetch: int) -> None:
-    s = schedule.build(name, num_ranks=num_ranks, num_microbatches=num_microbatches)
+    s = build(name, num_ranks, num_microbatches)
     lowered = schedule.lower(s, prefetch=prefetch)
     schedule.validate(lowered)
     assert schedule.simulate(lowered).makespan == schedule.simulate(s).makespan
@@ -95,6 +118,12 @@ def test_zb_h2_has_no_bubble_inside_a_span(p: int, more: int) -> None:
         ("zb_h1", 8, 32, 103, 105.8, 8, 8),
         ("zb_h2", 4, 8, 27, 27, 7, 7),
         ("zb_h2", 8, 32, 103, 103, 15, 15),
+        ("interleaved_zb", 4, 8, 25.5, 26.1, 4, 4),
+        ("interleaved_zb", 8, 32, 99.5, 100.9, 8, 8),
+        ("zbv", 4, 8, 25.5, 25.8, 4, 4),
+        ("zbv", 8, 32, 99.5, 100.2, 8, 8),
+        ("dualpipe_v", 4, 8, 25.5, 26.1, 4.5, 4.5),
+        ("dualpipe_v", 8, 32, 99.5, 101.1, 8.5, 8.5),
     ],
 )
 def test_exact_numbers(name: str, p: int, m: int, equal: float, unequal: float, peak: float, least: float) -> None:
@@ -107,7 +136,45 @@ def test_exact_numbers(name: str, p: int, m: int, equal: float, unequal: float, 
     assert (max(timeline.peak_activations) / v, min(timeline.peak_activations) / v) == (peak, least)
 
 
-@pytest.mark.parametrize(("name", "v"), [("1f1b", 2), ("zb_h1", 2), ("interleaved_1f1b", 1), ("looped_bfs", 0)])
+@given(st.integers(1, 16), st.integers(1, 40))
+def test_controllable_memory(p: int, m: int) -> None:
+    """Qi et al. 2024, table 1: about a half and a third of 1F1B's memory; here in stage activations, two per microbatch."""
+    for name, most in (("v_half", (p + 2) // 2), ("v_min", (p + 4) // 3)):
+        timeline = schedule.simulate(schedule.build(name, num_ranks=p, num_microbatches=m), schedule.Costs(0.5, 0.5, 0.5))
+        assert max(timeline.peak_activations) <= 2 * most
+        if m >= 2 * p:
+            assert timeline.makespan <= 3 * (m + p - 1), "no slower than 1F1B"
+
+
+@given(sizes, st.integers(0, 20))
+def test_zbv_has_the_memory_of_1f1b_and_no_bubble_inside_a_span(p: int, more: int) -> None:
+    m = 2 * p + more
+    timeline = schedule.simulate(schedule.build("zbv", num_ranks=p, num_microbatches=m), schedule.Costs(0.5, 0.5, 0.5))
+    assert timeline.makespan == 3 * m + (p - 1) / 2 and timeline.span_bubble_fraction == pytest.approx(0)
+    assert timeline.peak_activations == (2 * p,) * p
+
+
+@given(sizes, sizes, st.integers(2, 4))
+def test_interleaved_zb_holds_no_more_than_its_stages_times_ranks(p: int, m: int, v: int) -> None:
+    s = schedule.build("interleaved_zb", num_ranks=p, num_microbatches=m, stages_per_rank=v)
+    schedule.validate(s)
+    longest_round = -(-m // max(1, m // p))
+    assert max(schedule.simulate(s).peak_activations) <= (v - 1) * longest_round + p
+
+
+def test_dualpipe_v_says_how_many_microbatches_it_needs() -> None:
+    with pytest.raises(ScheduleError, match="num_microbatches=7, but with 4 ranks it needs at least 8"):
+        schedule.build("dualpipe_v", num_ranks=4, num_microbatches=7)
+
+
+@given(names, sizes, sizes)
+def test_a_rank_alone_builds_its_row(name: str, p: int, m: int) -> None:
+    s = build(name, p, m)
+    for rank in range(p):
+        assert schedule.build_row(name, rank=rank, num_ranks=p, num_microbatches=s.num_microbatches) == s[rank]
+
+
+@pytest.mark.parametrize(("name", "v"), [("zbv", 3), ("1f1b", 2), ("zb_h1", 2), ("interleaved_1f1b", 1), ("looped_bfs", 0)])
 def test_stages_per_rank_a_construction_does_not_have(name: str, v: int) -> None:
     with pytest.raises(ScheduleError, match=f"schedule {name}: stages_per_rank={v}, but it has"):
         schedule.build(name, num_ranks=2, num_microbatches=2, stages_per_rank=v)
@@ -138,6 +205,21 @@ def test_1f1b_row_by_hand() -> None:
 @pytest.mark.parametrize("spelling", ["1F1B", "1f1b", "1-f-1-b", "Schedule1F1B"])
 def test_spellings(spelling: str) -> None:
     assert schedule.normalise(spelling) == "1f1b"
+
+
+@pytest.mark.parametrize(
+    ("torch_name", "name"),
+    [
+        ("ScheduleGPipe", "gpipe"),
+        ("ScheduleInterleaved1F1B", "interleaved_1f1b"),
+        ("ScheduleLoopedBFS", "looped_bfs"),
+        ("ScheduleInterleavedZeroBubble", "interleaved_zb"),
+        ("ScheduleZBVZeroBubble", "zbv"),
+        ("ScheduleDualPipeV", "dualpipe_v"),
+    ],
+)
+def test_names_of_torch_classes(torch_name: str, name: str) -> None:
+    assert schedule.normalise(torch_name) == name
 
 
 def test_unknown_name_suggests() -> None:

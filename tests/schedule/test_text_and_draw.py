@@ -17,6 +17,8 @@ from autofunc.schedule import Action, Kind
 @given(st.integers(0, 200), st.sampled_from(list(Kind)), st.integers(0, 5000), st.integers(0, 200))
 def test_action_round_trip(stage: int, kind: Kind, microbatch: int, peer: int) -> None:
     action = Action(stage, kind, microbatch) if kind.is_compute else Action(stage, kind, microbatch, peer)
+    if kind.is_sharding:
+        action = Action(stage, kind, -1)
     assert schedule.parse_action(str(action)) == action
 
 
@@ -35,8 +37,9 @@ def test_what_is_no_action(text: str, message: str) -> None:
 
 @given(st.sampled_from(schedule.names()), st.integers(1, 6), st.integers(1, 6))
 def test_table_round_trip(name: str, num_ranks: int, num_microbatches: int) -> None:
-    lowered = schedule.lower(schedule.build(name, num_ranks=num_ranks, num_microbatches=num_microbatches))
-    assert schedule.from_text(schedule.to_text(lowered), name) == lowered
+    s = schedule.build(name, num_ranks=num_ranks, num_microbatches=num_microbatches + 2 * num_ranks)
+    for form in (s, schedule.lower(s), schedule.lower(s, unshard="each_use", keep_overlapped=True)):
+        assert schedule.from_text(schedule.to_text(form), name) == form
 
 
 def test_a_stage_without_forward() -> None:
@@ -60,7 +63,7 @@ def test_picture() -> None:
 
 @given(st.sampled_from(schedule.names()), st.integers(1, 12), st.integers(1, 40), st.booleans())
 def test_pictures_fit_the_width(name: str, num_ranks: int, num_microbatches: int, colour: bool) -> None:
-    s = schedule.build(name, num_ranks=num_ranks, num_microbatches=num_microbatches)
+    s = schedule.build(name, num_ranks=num_ranks, num_microbatches=num_microbatches + 2 * num_ranks)
     plain = re.sub("\x1b\\[[0-9;]*m", "", schedule.draw(s, width=80, colour=colour))
     assert plain == schedule.draw(s, width=80)
     assert max(map(len, plain.splitlines())) <= 80

@@ -7,7 +7,6 @@ import pytest
 from autofunc import schedule
 from autofunc.errors import ScheduleError
 from autofunc.schedule import Edge
-from autofunc.schedule.walk import walk
 
 GOOD = "0F0 0F1 0B0 0B1 \n 1F0 1B0 1F1 1B1"
 LOWERED = schedule.to_text(schedule.lower(schedule.from_text(GOOD)))
@@ -46,15 +45,15 @@ def test_marks_the_action() -> None:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("0SEND_F1,", "", r"1RECV_F1 at position 2 receives, but whose send is not posted"),
-        ("1RECV_F0,", "", r"needs the activation of microbatch 0 from stage 0 to stage 1, which no action of rank 1 makes"),
-        ("1SEND_B0,", "", r"rank 0 receives 0RECV_B0|disagree on the order"),
+        ("0SEND_F1,", "", r"rank 1, position 2, 1RECV_F1: its send is missing \(activation of microbatch 1 from stage 0"),
+        ("1RECV_F0,", "", r"rank 0, position 1, 0SEND_F0: its receive is missing"),
+        ("1SEND_B0,", "", r"rank 0, position 2, 0RECV_B0: its send is missing \(cotangent"),
         (
             "0SEND_F0,0RECV_B0,0F1,0SEND_F1",
             "0RECV_B0,0F1,0SEND_F1,0SEND_F0",
-            r"sends 0SEND_F1 .* where rank 1 receives 1RECV_F0",
+            r"disagree on the order: rank 0, position 3, 0SEND_F1 is sent where rank 1, position 0, 1RECV_F0 is",
         ),
-        ("0RECV_B1", "0RECV_B1,0RECV_B1", r"has no send at the other end"),
+        ("0RECV_B1", "0RECV_B1,0RECV_B1", r"rank 0, position 6, 0RECV_B1: it was posted before, at position 5"),
     ],
 )
 def test_refuses_broken_communication(old: str, new: str, message: str) -> None:
@@ -63,9 +62,44 @@ def test_refuses_broken_communication(old: str, new: str, message: str) -> None:
         schedule.validate(schedule.from_text(LOWERED.replace(old, new)))
 
 
-def test_an_unused_value_is_left_over() -> None:
-    with pytest.raises(ScheduleError, match="rank 0: left over at the end: the residuals that 0F0 keeps"):
-        list(walk(schedule.from_text("0F0\n1F0"), schedule.Dataflow(schedule.chain(2))))
+def test_refuses_a_transfer_of_nothing() -> None:
+    with pytest.raises(ScheduleError, match=r"0SEND_F0>2: no value of microbatch 0 goes between stages 0 and 2"):
+        schedule.validate(schedule.from_text("0F0 0SEND_F0 0SEND_F0>2\n1RECV_F0 1F0 1SEND_F0\n2RECV_F0 2F0"))
+
+
+def test_refuses_missing_communication() -> None:
+    table = LOWERED.replace("0SEND_F1,", "").replace("1RECV_F1,", "")
+    with pytest.raises(ScheduleError, match=r"1F1: needs the activation of microbatch 1 .*there is no send and no receive"):
+        schedule.validate(schedule.from_text(table))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("0UNSHARD,", "", r"0F0: the parameters of stage 0 are not gathered; expected 0UNSHARD before"),
+        ("0UNSHARD,", "0UNSHARD,0UNSHARD,", r"already gathered at position 0; expected 0RESHARD in between"),
+        (",0RESHARD", "", r"rank 0, position 0, 0UNSHARD: the parameters are never let go"),
+        (",0REDUCE_GRAD", "", r"rank 0: the gradients of stage 0 are never reduced"),
+        (",0REDUCE_GRAD", ",0REDUCE_GRAD,0REDUCE_GRAD", r"already reduced at position"),
+        ("0REDUCE_GRAD,0RESHARD", "0RESHARD,0REDUCE_GRAD", r"0REDUCE_GRAD: the parameters of stage 0 are not gathered"),
+        ("0F0,", "0RESHARD,0UNSHARD,0F0,0REDUCE_GRAD,", r"0B0: its gradients were already reduced"),
+        (",0RESHARD", ",0RESHARD,0RESHARD", r"0RESHARD: the parameters of stage 0 are not gathered"),
+    ],
+)
+def test_refuses_wrong_residency(old: str, new: str, message: str) -> None:
+    table = schedule.to_text(schedule.lower(schedule.from_text(GOOD), unshard="once"))
+    schedule.validate(schedule.from_text(table))
+    assert old in table
+    with pytest.raises(ScheduleError, match=message):
+        schedule.validate(schedule.from_text(table.replace(old, new)))
+
+
+def test_an_overlapped_forward_needs_its_backward() -> None:
+    s = schedule.from_text("0F0 (0F1;0B0)OVERLAP_F_B 0B1")
+    schedule.validate(s)
+    alone = schedule.from_actions([[action for action in s[0] if str(action) != "0B0"] + [schedule.parse_action("0B0")]])
+    with pytest.raises(ScheduleError, match=r"0F1: it is to overlap with the next action|overlap"):
+        schedule.validate(schedule.from_actions([[alone[0][0], alone[0][1], schedule.parse_action("0F2")]]))
 
 
 def test_edges_that_skip_a_stage() -> None:

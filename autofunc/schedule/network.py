@@ -1,0 +1,135 @@
+"""Who waits for whom: the values of a schedule as arrays, over the actions of all ranks one after the other.
+
+The validator and the simulator read these instead of visiting actions one by one, so that a schedule of millions of
+actions takes seconds. What an action reads and writes is said in `effects.py`; here the same table is applied to all
+microbatches of an edge at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from autofunc.schedule.effects import Activation, Cotangent, Dataflow, Residuals, Token, WeightResiduals
+from autofunc.schedule.ir import Kind, Schedule
+
+Indices = npt.NDArray[np.int32]
+"""Positions in the flat table of all actions; -1 where there is no such action."""
+
+
+class Bundle(NamedTuple):
+    """One kind of value of one stage or edge, for all microbatches: made by some actions, read by others."""
+
+    token: Callable[..., Token]
+    ends: tuple[int, ...]  # the token's stages
+    maker: Indices  # per microbatch
+    reader: Indices  # per microbatch
+
+    def name(self, microbatch: int) -> Token:
+        """The value of one microbatch."""
+        return self.token(*self.ends, microbatch)
+
+
+class Channel(NamedTuple):
+    """A directed edge between stages on different ranks, and what it carries for every microbatch."""
+
+    bundle: Bundle
+    sender: int  # stage
+    receiver: int  # stage
+    send: Indices  # per microbatch; in compute form the maker itself
+    receive: Indices  # per microbatch; empty in compute form
+
+
+@dataclass(frozen=True)
+class Network:
+    """All values of a schedule."""
+
+    schedule: Schedule
+    table: npt.NDArray[np.int32]  # the rows of all ranks, one after the other
+    first: npt.NDArray[np.int64]  # per rank, where its row begins in `table`; one more for the end
+    local: tuple[Bundle, ...]  # values that stay on a rank
+    channels: tuple[Channel, ...]  # values that change ranks
+
+    def place(self, flat: int) -> tuple[int, int]:
+        """(rank, position in its row) of an action."""
+        rank = int(np.searchsorted(self.first, flat, side="right")) - 1
+        return rank, flat - int(self.first[rank])
+
+    def by_rank(self, values: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.float64], ...]:
+        """Values of the flat table, cut into rows."""
+        return tuple(np.split(values, self.first[1:-1]))
+
+    def describe(self, flat: int) -> str:
+        """Rank, position and action, for messages."""
+        rank, position = self.place(flat)
+        return f"rank {rank}, position {position}, {self.schedule[rank][position]}"
+
+
+def build_network(schedule: Schedule, flow: Dataflow) -> Network:
+    """Find the maker and the reader of every value. What is missing or doubled is the validator's to refuse."""
+    lengths = [len(row) for row in schedule]
+    table = np.concatenate([row.table for row in schedule])
+    find = _Finder(schedule, table)
+    forward, split, weight = find(Kind.F), find(Kind.I), find(Kind.W)
+    backward: Indices = np.maximum(find(Kind.B), split)
+    local: list[Bundle] = []
+    channels: list[Channel] = []
+    if not flow.forward_only:
+        for stage in range(schedule.num_stages):
+            local.append(Bundle(Residuals, (stage,), forward[stage], backward[stage]))
+            if (split[stage] >= 0).any() or (weight[stage] >= 0).any():
+                local.append(Bundle(WeightResiduals, (stage,), split[stage], weight[stage]))
+    for producer, consumer, needs_grad in flow.edges:
+        values = [Bundle(Activation, (producer, consumer), forward[producer], forward[consumer])]
+        if needs_grad and not flow.forward_only:
+            values.append(Bundle(Cotangent, (consumer, producer), backward[consumer], backward[producer]))
+        if schedule.placement[producer] == schedule.placement[consumer]:
+            local += values
+        else:
+            channels += [_channel(schedule, bundle, find) for bundle in values]
+    first = np.concatenate(([0], np.cumsum(lengths)))
+    return Network(schedule, table, first, tuple(local), tuple(channels))
+
+
+def _channel(schedule: Schedule, bundle: Bundle, find: _Finder) -> Channel:
+    sender, receiver = bundle.ends
+    if not schedule.is_lowered:
+        return Channel(bundle, sender, receiver, bundle.maker, np.empty(0, np.int32))
+    is_forward = bundle.token is Activation
+    send = find(Kind.SEND_F if is_forward else Kind.SEND_B, sender, receiver)
+    receive = find(Kind.RECV_F if is_forward else Kind.RECV_B, receiver, sender)
+    return Channel(bundle, sender, receiver, send, receive)
+
+
+class _Finder:
+    """Where the action of a kind, stage and microbatch stands in the flat table."""
+
+    def __init__(self, schedule: Schedule, table: npt.NDArray[np.int32]) -> None:
+        self._shape = (schedule.num_stages, schedule.num_microbatches)
+        self._table = table
+        self._transfers: dict[tuple[int, int, int], npt.NDArray[np.int64]] = {}
+        if schedule.is_lowered:
+            transfers = np.flatnonzero((table[:, 1] > Kind.W) & (table[:, 1] < Kind.UNSHARD))
+            keys = table[transfers][:, (1, 0, 3)]
+            order = np.lexsort(keys.T)
+            if len(order):
+                edges = np.flatnonzero(np.any(np.diff(keys[order], axis=0), axis=1)) + 1
+                for group in np.split(transfers[order], edges):
+                    kind, stage, peer = (int(part) for part in table[group[0]][[1, 0, 3]])
+                    self._transfers[kind, stage, peer] = group
+
+    def __call__(self, kind: Kind, stage: int = -1, peer: int = -1) -> Indices:
+        """Of computations: shape (stages, microbatches). Of the transfers of one edge: shape (microbatches,)."""
+        if kind.is_compute:
+            flat = np.flatnonzero(self._table[:, 1] == kind)
+            positions: Indices = np.full(self._shape, -1, np.int32)
+            positions[self._table[flat, 0], self._table[flat, 2]] = flat
+            return positions
+        group = self._transfers.get((int(kind), stage, peer), np.empty(0, np.int64))
+        found: Indices = np.full(self._shape[1], -1, np.int32)
+        found[self._table[group, 2]] = group
+        return found
