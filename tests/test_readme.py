@@ -30,7 +30,7 @@ def test_yaml_blocks_are_valid(tmp_path: Path) -> None:
         config = parse_config(load_config(tmp_path / f"{index}.yaml"))
         for node in (config.model, config.dataset):
             options = {key: value for key, value in node.items() if key != "_target_"}
-            check_arguments(resolve_target(node["_target_"], "README"), options, "README", node["_target_"])
+            check_arguments(resolve_target(node["_target_"], "README._target_"), options, "README", node["_target_"])
 
 
 def test_the_picture_is_the_demos() -> None:

@@ -57,7 +57,10 @@ class Distributed(Section):
         None, description="names or globs of the layers at which a new stage begins, or a number of stages; "
         "by default as many balanced stages as pipeline ranks",
     )  # fmt: skip
-    schedule: str = Field("1f1b", description="name of the pipeline schedule")
+    schedule: str = Field(
+        "1f1b",
+        description="a named pipeline schedule, a table in a .csv or .json file, or a function: path/to/file.py:name",
+    )
     threads_per_rank: Positive = Field(1, description="CPU threads of each process")
     timeout_minutes: float = Field(10.0, gt=0, description="a rank that waits longer for another ends the run")
 

@@ -15,13 +15,13 @@ from autofunc.errors import AutofuncError, ConfigError, one_of
 
 
 def resolve_target(target: str, where: str) -> Callable[..., Any]:
-    """The callable that a `_target_` names: a dotted path, or `path/to/file.py:name`.
+    """The callable that a key such as `_target_` names: a dotted path, or `path/to/file.py:name`.
 
     Dotted paths are also looked for in the working directory, after everything that is installed.
 
     Args:
         target: the name.
-        where: the section, for messages.
+        where: the key, for messages.
 
     Raises:
         ConfigError: when the file, module or name is missing, or is not callable.
@@ -36,12 +36,10 @@ def resolve_target(target: str, where: str) -> Callable[..., Any]:
         if not hasattr(found, part):
             public = [known for known in dir(found) if not known.startswith("_")]
             hint = _hidden_folder_hint(target.split(".")[0])
-            raise ConfigError(
-                f"{where}._target_: {target!r}: {found.__name__} has no {part!r}; {one_of(part, public)}{hint}"
-            )
+            raise ConfigError(f"{where}: {target!r}: {found.__name__} has no {part!r}; {one_of(part, public)}{hint}")
         found = getattr(found, part)
     if not callable(found):
-        raise ConfigError(f"{where}._target_: {target!r} is {type(found).__name__}, which cannot be called")
+        raise ConfigError(f"{where}: {target!r} is {type(found).__name__}, which cannot be called")
     return found  # type: ignore[no-any-return]
 
 
@@ -55,7 +53,7 @@ def instantiate(node: Mapping[str, Any], where: str) -> Any:
     Raises:
         ConfigError: for arguments the target does not take or lacks, or when the call fails.
     """
-    target = resolve_target(node["_target_"], where)
+    target = resolve_target(node["_target_"], f"{where}._target_")
     arguments = {key: _nested(value, f"{where}.{key}") for key, value in node.items() if key != "_target_"}
     check_arguments(target, arguments, where, node["_target_"])
     try:
@@ -119,11 +117,11 @@ def _import_longest(target: str, where: str) -> tuple[Any, str]:
             return importlib.import_module(name), ".".join(parts[count:])
         except ModuleNotFoundError as error:
             if error.name is None or not (name == error.name or name.startswith(error.name + ".")):
-                raise ConfigError(f"{where}._target_: importing {name!r} failed: {error}") from error
+                raise ConfigError(f"{where}: importing {name!r} failed: {error}") from error
         except Exception as error:
-            raise ConfigError(f"{where}._target_: importing {name!r} failed: {type(error).__name__}: {error}") from error
+            raise ConfigError(f"{where}: importing {name!r} failed: {type(error).__name__}: {error}") from error
     raise ConfigError(
-        f"{where}._target_: {target!r} cannot be imported: expected a dotted path to a callable, such as "
+        f"{where}: {target!r} cannot be imported: expected a dotted path to a callable, such as "
         f"'stages.gpt2.build_gpt2_model', or 'path/to/file.py:name'.{_hidden_folder_hint(parts[0])}"
     )
 
@@ -140,7 +138,7 @@ def _load_file(path: Path, where: str) -> Any:
     """Import a file once, whatever it is called by."""
     full = path.expanduser().resolve()
     if not full.is_file():
-        raise ConfigError(f"{where}._target_: there is no file {str(path)!r} (looked for {full})")
+        raise ConfigError(f"{where}: there is no file {str(path)!r} (looked for {full})")
     name = f"autofunc_user_{full.stem}_{hashlib.blake2b(str(full).encode(), digest_size=4).hexdigest()}"
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, full)
@@ -151,5 +149,5 @@ def _load_file(path: Path, where: str) -> Any:
             spec.loader.exec_module(module)
         except Exception as error:
             del sys.modules[name]
-            raise ConfigError(f"{where}._target_: running {path} failed: {type(error).__name__}: {error}") from error
+            raise ConfigError(f"{where}: running {path} failed: {type(error).__name__}: {error}") from error
     return sys.modules[name]

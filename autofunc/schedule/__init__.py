@@ -10,10 +10,14 @@ Example:
 
 from autofunc.schedule.draw import draw
 from autofunc.schedule.effects import Dataflow, Edge, chain
+from autofunc.schedule.exchange import from_csv, from_json, read_file, to_csv, to_json
 from autofunc.schedule.grid import grid
+from autofunc.schedule.idle import Idle, explain_idle
 from autofunc.schedule.ir import Action, Kind, Row, Schedule
 from autofunc.schedule.lower import lower
-from autofunc.schedule.registry import build, build_row, default_stages_per_rank, names, normalise
+from autofunc.schedule.memory import Memory, live_bytes, peak_bytes
+from autofunc.schedule.registry import build, build_row, default_stages_per_rank, is_looped, is_named, names, normalise
+from autofunc.schedule.residency import Unshard
 from autofunc.schedule.simulate import simulate
 from autofunc.schedule.text import from_actions, from_text, parse_action, to_text
 from autofunc.schedule.timeline import Costs, Timeline
@@ -24,23 +28,36 @@ __all__ = [
     "Costs",
     "Dataflow",
     "Edge",
+    "Idle",
     "Kind",
+    "Memory",
     "Row",
     "Schedule",
     "Timeline",
+    "Unshard",
     "build",
     "build_row",
     "chain",
     "default_stages_per_rank",
     "draw",
+    "explain_idle",
     "from_actions",
+    "from_csv",
+    "from_json",
     "from_text",
     "grid",
+    "is_looped",
+    "is_named",
+    "live_bytes",
     "lower",
     "names",
     "normalise",
     "parse_action",
+    "peak_bytes",
+    "read_file",
     "simulate",
+    "to_csv",
+    "to_json",
     "to_text",
     "validate",
 ]

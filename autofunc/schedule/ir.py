@@ -174,13 +174,13 @@ class Schedule:
 
     @cached_property
     def is_lowered(self) -> bool:
-        """Whether it holds sends, receives or sharding actions."""
-        return any(bool((row.table[:, 1] > Kind.W).any()) for row in self.rows)
+        """Whether it holds sends and receives."""
+        return any(bool(((row.table[:, 1] > Kind.W) & (row.table[:, 1] < Kind.UNSHARD)).any()) for row in self.rows)
 
     @cached_property
     def is_sharded(self) -> bool:
         """Whether it gathers parameters before it uses them."""
-        return any(bool((row.table[:, 1] >= Kind.UNSHARD).any()) for row in self.rows)
+        return any(bool((row.table[:, 1] == Kind.UNSHARD).any()) for row in self.rows)
 
     @cached_property
     def is_forward_only(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -20,6 +21,8 @@ from autofunc.schedule import (
     zb_h2,
     zbv,
 )
+from autofunc.schedule.custom import Function, from_file, from_function
+from autofunc.schedule.exchange import SUFFIXES
 from autofunc.schedule.ir import Row, Schedule, Table
 
 
@@ -86,27 +89,45 @@ def _plain(name: str) -> str:
     return name.lower().replace("-", "").replace("_", "")
 
 
-def build(name: str, *, num_ranks: int, num_microbatches: int, stages_per_rank: int | None = None) -> Schedule:
-    """Build a named schedule.
+def build(
+    name: str | os.PathLike[str] | Function,
+    *,
+    num_ranks: int,
+    num_microbatches: int,
+    stages_per_rank: int | None = None,
+) -> Schedule:
+    """Build a schedule: a named one, or the user's own.
 
     Args:
-        name: one of `names()`, in any spelling.
+        name: one of `names()`, in any spelling; or a file that ends in .csv, .txt or .json; or a function of
+            `num_ranks` and `num_microbatches` (and `stages_per_rank`, if it takes that) that returns a `Schedule`, a table
+            as text, or for each rank a list of actions such as "2F0".
         num_ranks: pp ranks, at least 1.
         num_microbatches: microbatches of a step, at least 1; fewer than ranks is allowed, but for dualpipe_v.
         stages_per_rank: stages on each rank: what the construction has by default, or any larger number for
             interleaved_1f1b, interleaved_zb and looped_bfs.
 
     Raises:
-        ScheduleError: for an unknown name, or numbers the construction does not allow.
+        ScheduleError: for an unknown name, numbers the construction does not allow, or a user's schedule that breaks a law
+            or is for other numbers.
 
     Example:
         >>> s = build("1f1b", num_ranks=2, num_microbatches=2)
         >>> print(*s[0])
         0F0 0F1 0B0 0B1
     """
-    known, generator, per_rank = _checked(name, num_ranks, num_microbatches, stages_per_rank)
+    if not is_named(name):
+        if callable(name):
+            return from_function(name, num_ranks, num_microbatches, stages_per_rank)
+        return from_file(os.fspath(name), num_ranks, num_microbatches, stages_per_rank)
+    known, generator, per_rank = _checked(str(name), num_ranks, num_microbatches, stages_per_rank)
     rows = tuple(generator.make_row(rank, num_ranks, num_microbatches, per_rank) for rank in range(num_ranks))
     return Schedule(known, generator.placement(num_ranks, per_rank), num_microbatches, rows)
+
+
+def is_named(name: str | os.PathLike[str] | Function) -> bool:
+    """Whether this is to be looked up among the named schedules: no function, and no file."""
+    return isinstance(name, str) and not name.lower().endswith(SUFFIXES)
 
 
 def build_row(name: str, *, rank: int, num_ranks: int, num_microbatches: int, stages_per_rank: int | None = None) -> Row:
@@ -142,6 +163,11 @@ def _checked(name: str, num_ranks: int, num_microbatches: int, stages_per_rank: 
 def default_stages_per_rank(name: str) -> int:
     """How many stages a rank has when nothing else is said."""
     return GENERATORS[normalise(name)].default_stages_per_rank
+
+
+def is_looped(name: str) -> bool:
+    """Whether a named schedule takes any larger number of stages per rank."""
+    return GENERATORS[normalise(name)].is_looped
 
 
 def names() -> list[str]:

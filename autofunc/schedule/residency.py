@@ -77,25 +77,25 @@ def check_residency(schedule: Schedule) -> None:
     Raises:
         ScheduleError: naming rank, position and action.
     """
-    if not schedule.is_sharded:
-        return
-    for rank in range(schedule.num_ranks):
-        _check_row(schedule, rank)
+    for rank, row in enumerate(schedule):
+        if (row.table[:, 1] >= Kind.UNSHARD).any():
+            _check_row(schedule, rank, gathers=schedule.is_sharded)
 
 
-def _check_row(schedule: Schedule, rank: int) -> None:
+def _check_row(schedule: Schedule, rank: int, gathers: bool) -> None:
+    """`gathers` is False where parameters are not sharded and gradients are reduced all the same."""
     resident: dict[int, int] = {}  # stage -> where it was gathered
     reduced: dict[int, int] = {}
     backwards: set[int] = set()
     for position, (stage, kind, _, _) in enumerate(schedule[rank]):
         reason = None
-        if kind.is_compute and stage not in resident:
+        if kind.is_compute and stage not in resident and gathers:
             reason = f"the parameters of stage {stage} are not gathered; expected {stage}UNSHARD before"
         elif kind.is_backward and stage in reduced:
             reason = f"its gradients were already reduced, at position {reduced[stage]}"
         elif kind is Kind.UNSHARD and stage in resident:
             reason = f"already gathered at position {resident[stage]}; expected {stage}RESHARD in between"
-        elif kind in (Kind.RESHARD, Kind.REDUCE_GRAD) and stage not in resident:
+        elif stage not in resident and (kind is Kind.RESHARD or (kind is Kind.REDUCE_GRAD and gathers)):
             reason = f"the parameters of stage {stage} are not gathered"
         elif kind is Kind.REDUCE_GRAD and stage in reduced:
             reason = f"already reduced at position {reduced[stage]}; each stage reduces once"

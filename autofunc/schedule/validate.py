@@ -10,7 +10,7 @@ import numpy.typing as npt
 from autofunc.errors import ScheduleError
 from autofunc.schedule.effects import Dataflow, Edge, chain
 from autofunc.schedule.grid import grid
-from autofunc.schedule.ir import OVERLAPPED, Kind, Schedule
+from autofunc.schedule.ir import OVERLAPPED, Action, Kind, Schedule
 from autofunc.schedule.network import Channel, Network, build_network
 from autofunc.schedule.residency import check_residency
 from autofunc.schedule.walk import at_no_time, walk
@@ -87,11 +87,17 @@ def _check_complete(schedule: Schedule) -> None:
                 )
     f, b, i, w = has.values()
     complete = f & ~(b | i | w) if schedule.is_forward_only else f & (b ^ (i & w)) & (b ^ i) & (b ^ w)
-    for stage, microbatch in np.argwhere(~complete)[:1].tolist():
-        found = ", ".join(f"{stage}{kind.name}{microbatch}" for kind, seen in has.items() if seen[stage, microbatch])
+    # those of which something is there come first: they say more than what is missing altogether
+    partial = np.concatenate((np.argwhere(~complete & (f | b | i | w)), np.argwhere(~complete)))
+    for stage, microbatch in partial[:1].tolist():
+        rank = schedule.placement[stage]
+        found = [Action(stage, kind, microbatch) for kind, seen in has.items() if seen[stage, microbatch]]
+        places = (schedule[rank].table[:, (0, 2)] == (stage, microbatch)).all(axis=1)
+        position = int(np.argmax(places & (schedule[rank].table[:, 1] <= Kind.W)))
+        named = f", position {position}, {schedule[rank][position]}" if found else ""
         raise ScheduleError(
-            f"stage {stage}, microbatch {microbatch} on rank {schedule.placement[stage]}: found {found or 'nothing'}; "
-            f"expected F once, and B once or I and W once\n{grid(schedule)}"
+            f"rank {rank}{named}: stage {stage}, microbatch {microbatch} has {', '.join(map(str, found)) or 'nothing'}; "
+            f"expected F once, and B once or I and W once\n{grid(schedule, (rank, position) if found else None)}"
         )
 
 

@@ -18,7 +18,7 @@ from autofunc.errors import AutofuncError, ConfigError, ModelError, ScheduleErro
 from autofunc.losses import Loss
 from autofunc.model import Model
 from autofunc.optim import Optimizer, optimizer
-from autofunc.schedule import Schedule, build, default_stages_per_rank
+from autofunc.schedule import Schedule, build, default_stages_per_rank, is_looped, is_named
 from autofunc.splitting import Stage, infer_boundaries, split
 from autofunc.tree import to_tensordict
 
@@ -127,6 +127,8 @@ def _stages_and_schedule(config: FinetuneConfig, model: Model, notes: list[str])
     """The stages that split_points give, and the schedule with as many of them on each rank."""
     num_microbatches = _count_microbatches(config)
     name, num_ranks, points = config.distributed.schedule, config.distributed.pp_size, config.distributed.split_points
+    if not is_named(name) or "." in name:
+        return _stages_and_own_schedule(name, num_ranks, num_microbatches, model, points)
     try:
         per_rank = default_stages_per_rank(name)
     except ScheduleError as error:
@@ -138,9 +140,9 @@ def _stages_and_schedule(config: FinetuneConfig, model: Model, notes: list[str])
     if num_ranks == 1 and per_rank == 1 and len(stages) > 1:
         notes.append("pp_size is 1, so the model is one stage and split_points are not used")
         stages = split(model, 1)
-    is_looped, smallest = per_rank > 1, num_ranks * per_rank
-    if len(stages) % num_ranks or len(stages) < smallest or (len(stages) > smallest and not is_looped):
-        multiple = " (or a larger multiple)" if is_looped else ""
+    smallest = num_ranks * per_rank
+    if len(stages) % num_ranks or len(stages) < smallest or (len(stages) > smallest and not is_looped(name)):
+        multiple = " (or a larger multiple)" if is_looped(name) else ""
         raise ConfigError(
             f"distributed: pp_size={num_ranks} with schedule {name} needs {smallest} stages{multiple}, but "
             f"split_points={points} gives {len(stages)}; give {smallest - 1} split points, or set pp_size: "
@@ -158,10 +160,33 @@ def _stages_and_schedule(config: FinetuneConfig, model: Model, notes: list[str])
     return stages, schedule
 
 
+def _stages_and_own_schedule(
+    name: str, num_ranks: int, num_microbatches: int, model: Model, points: list[str] | int | None
+) -> tuple[list[Stage], Schedule]:
+    """The schedule of a table or of a user's function, and the stages it is for."""
+    source = resolve_target(name, "distributed.schedule") if is_named(name) else name
+    try:
+        schedule = build(source, num_ranks=num_ranks, num_microbatches=num_microbatches)
+    except AutofuncError as error:
+        raise ConfigError(f"distributed.schedule: {error}") from error
+    except Exception as error:
+        raise ConfigError(f"distributed.schedule: {name} failed: {type(error).__name__}: {error}") from error
+    try:
+        stages = split(model, schedule.num_stages if points is None else points)
+    except AutofuncError as error:
+        raise ConfigError(f"distributed.split_points: {error}") from error
+    if len(stages) != schedule.num_stages:
+        raise ConfigError(
+            f"distributed: schedule {name} has {schedule.num_stages} stages, but split_points={points} gives "
+            f"{len(stages)}; give {schedule.num_stages - 1} split points"
+        )
+    return stages, schedule
+
+
 def _loss(config: FinetuneConfig) -> Loss:
     if config.loss_fn is None:
         return losses.causal_lm
-    loss = resolve_target(config.loss_fn["_target_"], "loss_fn")
+    loss = resolve_target(config.loss_fn["_target_"], "loss_fn._target_")
     options = {key: value for key, value in config.loss_fn.items() if key != "_target_"}
     check_arguments(loss, options, "loss_fn", config.loss_fn["_target_"], given_later=2)
     return partial(loss, **options) if options else loss
@@ -169,7 +194,7 @@ def _loss(config: FinetuneConfig) -> Loss:
 
 def _optimizer(config: FinetuneConfig) -> Optimizer:
     name = config.optimizer["_target_"]
-    factory = resolve_target(name, "optimizer")
+    factory = resolve_target(name, "optimizer._target_")
     options = {key: value for key, value in config.optimizer.items() if key != "_target_"}
     check_arguments(factory, options, "optimizer", name, given_later=1)
     made = optimizer(factory, **options)

@@ -21,13 +21,13 @@ def test_accepts_the_good_one() -> None:
     ("table", "message"),
     [
         ("0F0 0F1 0B0 0B0 0B1\n1F0 1B0 1F1 1B1", r"rank 0, position 3, 0B0: it ran before, at position 2"),
-        ("0F0 0F1 0B0 0B1\n1F0 1B0 1F1", r"stage 1, microbatch 1 on rank 1: found 1F1; expected F once"),
-        ("0F0 0F1 0B0 0B1\n1F0 1I0 1F1 1B1", r"found 1F0, 1I0; expected"),
-        ("0F0 0F1 0B0 0B1\n1F0 1B0 1W0 1F1 1B1", r"found 1F0, 1B0, 1W0; expected"),
+        ("0F0 0F1 0B0 0B1\n1F0 1B0 1F1", r"rank 1, position 2, 1F1: stage 1, microbatch 1 has 1F1; expected F once"),
+        ("0F0 0F1 0B0 0B1\n1F0 1I0 1F1 1B1", r"has 1F0, 1I0; expected"),
+        ("0F0 0F1 0B0 0B1\n1F0 1B0 1W0 1F1 1B1", r"has 1F0, 1B0, 1W0; expected"),
         ("0F0 0F1 0B0 0B1 1B1\n1F0 1B0 1F1", r"rank 0, position 4, 1B1: stage 1 is placed on rank 1"),
         ("0F0 0B0 0F1 0B1\n1F0 1F1 1B0 1B1", r"cannot go on: rank 0, position 1, 0B0: needs the cotangent of micro"),
         ("0F0 0F1 0B0 0B1\n1F0 1B1 1F1 1B0", r"rank 1, position 1, 1B1: needs the residuals that 1F1 keeps"),
-        ("0F0 0I0\n1F0 1I0 1W0\n", r"found 0F0, 0I0"),
+        ("0F0 0I0\n1F0 1I0 1W0\n", r"has 0F0, 0I0; expected"),
         ("0W0 0F0 0I0\n1F0 1I0 1W0\n", r"needs the residuals that 0I0 keeps"),
     ],
 )
