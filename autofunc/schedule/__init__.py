@@ -18,6 +18,7 @@ from autofunc.schedule.lower import lower
 from autofunc.schedule.memory import Memory, live_bytes, peak_bytes
 from autofunc.schedule.registry import build, build_row, default_stages_per_rank, is_looped, is_named, names, normalise
 from autofunc.schedule.residency import Unshard
+from autofunc.schedule.search import lower_bound, search
 from autofunc.schedule.simulate import simulate
 from autofunc.schedule.text import from_actions, from_text, parse_action, to_text
 from autofunc.schedule.timeline import Costs, Timeline
@@ -50,11 +51,13 @@ __all__ = [
     "is_named",
     "live_bytes",
     "lower",
+    "lower_bound",
     "names",
     "normalise",
     "parse_action",
     "peak_bytes",
     "read_file",
+    "search",
     "simulate",
     "to_csv",
     "to_json",

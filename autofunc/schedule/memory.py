@@ -91,6 +91,23 @@ def live_bytes(
     return tuple(rows)
 
 
+def peak_held(schedule: Schedule, activation: Sequence[float], weight_activation: Sequence[float]) -> tuple[float, ...]:
+    """Per rank, the most that its stages' residuals take, each from the start of F to the end of its B or W.
+
+    Args:
+        schedule: in any form.
+        activation: by stage, what F keeps until B or I.
+        weight_activation: by stage, what I keeps until W.
+    """
+    kept, weight = np.asarray(activation, np.float64), np.asarray(weight_activation, np.float64)
+    change = np.stack((kept, -kept, weight - kept, -weight))  # by kind: F, B, I, W
+    peaks = []
+    for row in schedule:
+        actions = row.table[row.table[:, 1] <= Kind.W]
+        peaks.append(float(np.cumsum(change[actions[:, 1], actions[:, 0]]).max(initial=0.0)))
+    return tuple(peaks)
+
+
 def peak_bytes(schedule: Schedule, memory: Memory, edges: Sequence[Edge] | None = None) -> tuple[float, ...]:
     """Per rank, the most bytes alive after any action; see `live_bytes`."""
     return tuple(float(row.max(initial=0.0)) for row in live_bytes(schedule, memory, edges))

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from autofunc.errors import ScheduleError
 from autofunc.schedule.ir import Kind, Schedule, Table
+from autofunc.schedule.memory import peak_held
 
 Times = npt.NDArray[np.float64]
 
@@ -115,15 +116,15 @@ class Timeline:
     @cached_property
     def span_bubble_fraction(self) -> float:
         """`1 - busiest rank / longest first-start-to-last-end of a rank`: the zero-bubble papers' measure."""
-        spans = (end.max() - start.min() for start, end in zip(self.start, self.end, strict=True) if start.size)
-        return 1.0 - max(self.busy) / float(max(spans))
+        return 1.0 - max(self.busy) / self.longest_span
+
+    @cached_property
+    def longest_span(self) -> float:
+        """The longest time from a rank's first start to its last end."""
+        return max(float(end.max() - start.min()) for start, end in zip(self.start, self.end, strict=True) if start.size)
 
     @cached_property
     def peak_activations(self) -> tuple[int, ...]:
         """Per rank: most stage activations alive at once, each from the start of its F to the end of its B or W."""
-        peaks = []
-        for row in self.schedule:
-            kind = row.table[:, 1]
-            alive = np.cumsum((kind == Kind.F).astype(np.int64) - np.isin(kind, (Kind.B, Kind.W)))
-            peaks.append(int(alive.max(initial=0)))
-        return tuple(peaks)
+        each = [1.0] * self.schedule.num_stages
+        return tuple(int(peak) for peak in peak_held(self.schedule, each, each))
