@@ -1,7 +1,7 @@
 """How much better is a searched schedule than the best named one, and how far from what is possible?
 
-Random instances: 2 to 8 ranks, as many or more microbatches up to 32, stages of unequal costs, communication, and room for
-between p and 2p activations. Every result is validated and measured by the simulator. Then the 1.5B model of the zero-bubble
+Random instances: 2 to 8 ranks, up to 32 microbatches, stages of unequal costs, communication, and room for p to 2p
+activations. Every result is validated and measured by the simulator. Then the 1.5B model of the zero-bubble
 paper (arXiv 2401.10241, tables of section 5; its figures as recalled from the paper).
 
 Run: make bench-search, or python bench/schedule_search.py --instances 50 --seconds 1
@@ -24,7 +24,7 @@ from autofunc.schedule.search import named_candidates
 
 PAPER_COSTS = schedule.Costs(F=18.522, I=18.086, W=9.337, comm=0.601)
 PAPER_MEMORY = schedule.Memory(residuals=34 + 5 * 16 * 1024 / 2304, weight_residuals=32)
-"""Section 2, table 1: F keeps s b (34 h + 5 a s) bytes, W needs 32 s b h of them; a=16, s=1024, h=2304. In units of s b h."""
+"""Table 1: F keeps s b (34 h + 5 a s) bytes, W needs 32 s b h of them; a=16, s=1024, h=2304. In units of s b h."""
 PUBLISHED = {1: {24: 0.159, 32: 0.124, 64: 0.067}, 2: {24: 0.043, 32: 0.004, 64: 0.003}}
 
 

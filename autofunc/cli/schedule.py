@@ -3,30 +3,25 @@
 from __future__ import annotations
 
 import inspect
-import os
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
 from autofunc import schedule
-from autofunc.errors import ScheduleError, one_of
+from autofunc.cli.options import CostOptions, Sizes, takes_groups
+from autofunc.errors import ScheduleError
 from autofunc.schedule.registry import GENERATORS
 
-app = typer.Typer(no_args_is_help=True, help="Build, check, simulate and draw pipeline schedules.")
+app = typer.Typer(no_args_is_help=True, help="Build, check, simulate, search, draw and exchange pipeline schedules.")
 
-Name = Annotated[str, typer.Argument(metavar="NAME", help="A named schedule, or a file with one line of actions per rank.")]
-Names = Annotated[list[str], typer.Argument(metavar="NAME...", help="Named schedules or files; all named ones by default.")]
-Ranks = Annotated[int, typer.Option("--ranks", "-p", help="Pipeline ranks.")]
-Microbatches = Annotated[int, typer.Option("--microbatches", "-m", help="Microbatches of a step.")]
-Stages = Annotated[int | None, typer.Option("--stages-per-rank", "-v", help="Stages on each rank.")]
-Forward = Annotated[float, typer.Option("-F", help="Time of a rank's forward of one microbatch.")]
-Input = Annotated[float, typer.Option("-I", help="Time of its backward of the input.")]
-Weight = Annotated[float, typer.Option("-W", help="Time of its backward of the weights.")]
-Comm = Annotated[float, typer.Option("--comm", help="Time of one transfer between ranks.")]
+_OWN = "a .csv or .json file, or a function: file.py:name"
+Name = Annotated[str, typer.Argument(metavar="NAME", help=f"A named schedule, {_OWN}.")]
+Names = Annotated[list[str], typer.Argument(metavar="NAME...", help=f"Named schedules, {_OWN}.")]
 
 
 @app.command("list")
@@ -39,86 +34,175 @@ def list_names() -> None:
 
 
 @app.command()
+@takes_groups
 def show(
     name: Name,
-    ranks: Ranks = 4,
-    microbatches: Microbatches = 8,
-    stages_per_rank: Stages = None,
+    sizes: Sizes,
     lowered: Annotated[bool, typer.Option("--lowered", help="With its sends and receives.")] = False,
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", metavar="FILE", help="Write it: .csv as torch reads it, or .json.")
+    ] = None,
 ) -> None:
     """The table of actions, one line per rank: text that these commands read.
 
-    Example: autofunc schedule show 1f1b -p 2 -m 4 > mine.txt
+    Example: autofunc schedule show 1f1b -p 2 -m 4 -o mine.csv
     """
-    s = _read(name, ranks, microbatches, stages_per_rank)
-    typer.echo(schedule.to_text(schedule.lower(s) if lowered else s), nl=False)
+    s = _build(name, sizes)
+    s = schedule.lower(s, keep_overlapped=output is not None) if lowered else s
+    if output is None:
+        typer.echo(schedule.to_text(s), nl=False)
+        return
+    schedule.write_file(s, output)
+    typer.echo(f"wrote {output}")
 
 
 @app.command()
-def simulate(
-    name: Name,
-    ranks: Ranks = 4,
-    microbatches: Microbatches = 8,
-    stages_per_rank: Stages = None,
-    forward: Forward = 1.0,
-    input_: Input = 1.0,
-    weight: Weight = 1.0,
-    comm: Comm = 0.0,
-) -> None:
-    """Draw one schedule in time, and its figures.
+@takes_groups
+def simulate(name: Name, sizes: Sizes, costs: CostOptions) -> None:
+    """Draw one schedule in time, its figures, and why its ranks idle.
 
     Example: autofunc schedule simulate zb_h1 -p 4 -m 8 --comm 0.1
     """
-    s = _read(name, ranks, microbatches, stages_per_rank)
-    timeline = schedule.simulate(s, _costs(s, forward, input_, weight, comm))
     console = Console()
-    sys.stdout.write(
-        schedule.draw(timeline, width=console.width, colour=console.is_terminal and not console.no_color) + "\n"
-    )
+    timeline = _simulate(_build(name, sizes), costs)
+    _draw_text(console, timeline)
     _print_figures(console, [timeline])
+    _print_idle(console, timeline)
 
 
 @app.command()
-def compare(
-    names: Names = [],  # noqa: B006 - typer makes a new one
-    ranks: Ranks = 4,
-    microbatches: Microbatches = 8,
-    stages_per_rank: Stages = None,
-    forward: Forward = 1.0,
-    input_: Input = 1.0,
-    weight: Weight = 1.0,
-    comm: Comm = 0.0,
-) -> None:
-    """Figures of several schedules side by side. `--stages-per-rank` is for those that take more than one.
+@takes_groups
+def compare(sizes: Sizes, costs: CostOptions, names: Names = []) -> None:  # noqa: B006 - typer makes a new one
+    """Figures of several schedules side by side; of all named ones by default.
+
+    `--stages-per-rank` is for those that take more than one.
 
     Example: autofunc schedule compare 1f1b zb_h1 zb_h2 -p 8 -m 32 -F 1 -I 1.2 -W 0.8
     """
-    timelines = []
+    timelines, left_out = [], []
     for name in names or schedule.names():
-        looped = name in GENERATORS and GENERATORS[name].is_looped
-        s = _read(name, ranks, microbatches, stages_per_rank if looped else None)
-        timelines.append(schedule.simulate(s, _costs(s, forward, input_, weight, comm)))
-    _print_figures(Console(), timelines)
+        try:
+            timelines.append(_simulate(_build(name, sizes, only_looped=True), costs))
+        except ScheduleError as error:
+            if names:
+                raise
+            left_out.append(f"left out: {str(error).splitlines()[0]}")
+    console = Console()
+    _print_figures(console, timelines)
+    for line in left_out:
+        console.print(line, highlight=False, markup=False)
 
 
-def _read(name: str, ranks: int, microbatches: int, stages_per_rank: int | None) -> schedule.Schedule:
-    """A named schedule, or one from a file, checked."""
-    path = Path(name)
-    if path.is_file():
-        s = schedule.from_text(path.read_text(encoding="utf-8"), path.stem).compute_form()
-    elif path.suffix or os.sep in name:
-        near = [str(other) for other in path.parent.glob(f"*{path.suffix}")] if path.parent.is_dir() else []
-        raise ScheduleError(f"there is no file {name!r}; {one_of(name, near)}")
-    else:
-        s = schedule.build(name, num_ranks=ranks, num_microbatches=microbatches, stages_per_rank=stages_per_rank)
+@app.command()
+@takes_groups
+def draw(
+    names: Names,
+    sizes: Sizes,
+    costs: CostOptions,
+    output: Annotated[
+        str | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="A picture .svg, a page .html, or a trace for Perfetto .json; text if none.",
+        ),
+    ] = None,
+) -> None:
+    """Draw schedules in time, one under the other.
+
+    Example: autofunc schedule draw 1f1b zbv -p 4 -m 8 -o compared.html
+    """
+    timelines = [_simulate(_build(name, sizes, only_looped=True), costs) for name in names]
+    if output is None:
+        for timeline in timelines:
+            typer.echo(timeline.schedule.name)
+            _draw_text(Console(), timeline)
+        return
+    schedule.draw(timelines, output)
+    typer.echo(f"wrote {output}")
+
+
+@app.command()
+@takes_groups
+def search(
+    sizes: Sizes,
+    costs: CostOptions,
+    memory_limit: Annotated[
+        float | None,
+        typer.Option("--memory-limit", help="Most stage activations of a rank; bytes if the costs file has memory."),
+    ] = None,
+    seconds: Annotated[float, typer.Option("--seconds", help="How long to search.")] = 10.0,
+    span: Annotated[bool, typer.Option("--span", help="Minimise a rank's longest span, not the makespan.")] = False,
+    seed: Annotated[int, typer.Option("--seed", help="Of the random choices.")] = 0,
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", metavar="FILE", help="Write what was found: .csv or .json.")
+    ] = None,
+) -> None:
+    """Find a schedule for given costs, unequal stages and a memory limit; never worse than the best named one.
+
+    Example: autofunc schedule search -p 4 -m 16 -F 1,2,1,1 -I 1,2,1,1 -W 1,1,1,1 --memory-limit 6 -o found.csv
+    """
+    by_stage, memory = costs.by_stage(sizes.stages_per_rank or 1)
+    console = Console(stderr=True)
+    bar = Progress(
+        TextColumn("searching"), BarColumn(), TextColumn("best {task.fields[best]:g}"), console=console, transient=True
+    )
+    with bar:
+        task = bar.add_task("", total=seconds, best=float("inf"))
+        found = schedule.search(
+            by_stage,
+            num_ranks=sizes.ranks,
+            num_microbatches=sizes.microbatches,
+            stages_per_rank=sizes.stages_per_rank,
+            memory_limit=memory_limit,
+            memory=memory,
+            objective="span" if span else "makespan",
+            time_limit_s=seconds,
+            seed=seed,
+            on_progress=lambda elapsed, best: bar.update(task, completed=elapsed, best=best),
+        )
+    timeline = schedule.simulate(found, by_stage)
+    _draw_text(Console(), timeline)
+    _print_figures(Console(), [timeline])
+    if output is not None:
+        schedule.write_file(found, output)
+        typer.echo(f"wrote {output}")
+
+
+def _build(name: str, sizes: Sizes, only_looped: bool = False) -> schedule.Schedule:
+    """A named schedule, one from a file, or one that a function makes, checked.
+
+    A file brings its own sizes. With `only_looped`, stages per rank are given to those that take more than one number.
+    """
+    if Path(name).suffix in schedule.SUFFIXES:
+        s = schedule.read_file(name).compute_form()
+        schedule.validate(s)
+        return s
+    source: str | schedule.Function = name
+    if ".py:" in name:
+        from autofunc.config import resolve_target  # pulls in what named schedules do not need
+
+        source = resolve_target(name, "NAME")
+    fixed = only_looped and isinstance(source, str) and not schedule.is_looped(source)
+    s = schedule.build(
+        source,
+        num_ranks=sizes.ranks,
+        num_microbatches=sizes.microbatches,
+        stages_per_rank=None if fixed else sizes.stages_per_rank,
+    )
     schedule.validate(s)
     return s
 
 
-def _costs(s: schedule.Schedule, forward: float, input_: float, weight: float, comm: float) -> schedule.Costs:
-    """Costs of a stage from those of a rank: stages of a rank share its layers evenly."""
-    v = s.num_stages / s.num_ranks
-    return schedule.Costs(F=forward / v, I=input_ / v, W=weight / v, comm=comm)
+def _simulate(s: schedule.Schedule, costs: CostOptions) -> schedule.Timeline:
+    by_stage, _ = costs.by_stage(s.num_stages / s.num_ranks)
+    return schedule.simulate(s, by_stage)
+
+
+def _draw_text(console: Console, timeline: schedule.Timeline) -> None:
+    colour = console.is_terminal and not console.no_color
+    sys.stdout.write(schedule.draw(timeline, width=console.width, colour=colour) + "\n")
 
 
 def _print_figures(console: Console, timelines: list[schedule.Timeline]) -> None:
@@ -138,3 +222,12 @@ def _print_figures(console: Console, timelines: list[schedule.Timeline]) -> None
         )
     console.print(table)
     console.print("activations: most microbatches whose activations a rank holds at once", highlight=False)
+
+
+def _print_idle(console: Console, timeline: schedule.Timeline) -> None:
+    table = Table()
+    for column in ("rank", "busy", "idle for: dependency", "communication", "imbalance"):
+        table.add_column(column, justify="right")
+    for rank, (busy, idle) in enumerate(zip(timeline.busy, schedule.explain_idle(timeline), strict=True)):
+        table.add_row(str(rank), f"{busy:g}", *(f"{part:g}" for part in idle))
+    console.print(table)

@@ -8,9 +8,11 @@ Example:
     33.0
 """
 
+from autofunc.schedule.costs_file import read_costs, write_costs
+from autofunc.schedule.custom import Function
 from autofunc.schedule.draw import draw
 from autofunc.schedule.effects import Dataflow, Edge, chain
-from autofunc.schedule.exchange import from_csv, from_json, read_file, to_csv, to_json
+from autofunc.schedule.exchange import SUFFIXES, from_csv, from_json, read_file, to_csv, to_json, write_file
 from autofunc.schedule.grid import grid
 from autofunc.schedule.idle import Idle, explain_idle
 from autofunc.schedule.ir import Action, Kind, Row, Schedule
@@ -25,10 +27,12 @@ from autofunc.schedule.timeline import Costs, Timeline
 from autofunc.schedule.validate import validate
 
 __all__ = [
+    "SUFFIXES",
     "Action",
     "Costs",
     "Dataflow",
     "Edge",
+    "Function",
     "Idle",
     "Kind",
     "Memory",
@@ -56,6 +60,7 @@ __all__ = [
     "normalise",
     "parse_action",
     "peak_bytes",
+    "read_costs",
     "read_file",
     "search",
     "simulate",
@@ -63,4 +68,6 @@ __all__ = [
     "to_json",
     "to_text",
     "validate",
+    "write_costs",
+    "write_file",
 ]

@@ -1,4 +1,4 @@
-"""DualPipeV: forwards of one half of a V beside backwards of the other, to be overlapped.
+"""DualPipeV: forwards of one half of a V beside backwards of the other.
 
 Source: DeepSeek-AI, DualPipe repository, `dualpipe/dualpipev.py` ("cut in half" of DualPipe, DeepSeek-V3 technical report,
 arXiv 2412.19437, section 3.2.1), whose eight steps these are. A pair `(0F4;3B0)OVERLAP_F_B` may run at once, for instance

@@ -81,6 +81,14 @@ def read_file(path: StrPath) -> Schedule:
     return from_json(path) if suffix == ".json" else from_csv(path)
 
 
+def write_file(schedule: Schedule, path: StrPath) -> None:
+    """Write a schedule in the form that its file's suffix names: .csv and .txt are tables, .json is JSON."""
+    suffix = Path(path).suffix.lower()
+    if suffix not in SUFFIXES:
+        raise ScheduleError(f"{path}: unknown suffix {suffix!r}; {one_of(suffix, SUFFIXES)}")
+    (to_json if suffix == ".json" else to_csv)(schedule, path)
+
+
 def _read(path: StrPath) -> str:
     file = Path(path)
     if not file.is_file():

@@ -1,4 +1,4 @@
-"""Interleaved zero bubble: interleaved 1F1B on input gradients, with weight gradients in its bubbles.
+"""Interleaved zero bubble: interleaved 1F1B with weight gradients in its bubbles.
 
 Source: Qi et al., "Zero Bubble Pipeline Parallelism", ICLR 2024, section 2.1 (arXiv 2401.10241), applied to the looped
 stages of Narayanan et al. 2021 as in PyTorch, `torch/distributed/pipelining/schedules.py`, ScheduleInterleavedZeroBubble.

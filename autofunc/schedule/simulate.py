@@ -37,4 +37,5 @@ def simulate(schedule: Schedule, costs: Costs | None = None, edges: Sequence[Edg
     pace = Pace(
         costs.durations(network.table, schedule.num_stages), transfer, costs.latency, (1 - costs.overlap) * transfer
     )
-    return Timeline(schedule, *(network.by_rank(times) for times in walk(network, pace)))
+    start, end = walk(network, pace)
+    return Timeline(schedule, network.by_rank(start), network.by_rank(end))

@@ -94,6 +94,7 @@ class Timeline:
     schedule: Schedule
     start: tuple[Times, ...] = field(repr=False)
     end: tuple[Times, ...] = field(repr=False)
+    label: str = ""  # for pictures, where the schedule's name does not say enough: "measured"
 
     @cached_property
     def makespan(self) -> float:

@@ -1,4 +1,4 @@
-"""V-Half: half the memory of 1F1B, with two stages per rank in a V.
+"""V-Half: half the memory of 1F1B, two stages a rank in a V.
 
 Source: Qi et al., "Pipeline Parallelism with Controllable Memory", NeurIPS 2024, section 3.3 (arXiv 2405.15362); offsets of
 the building block as in sail-sg/zero-bubble-pipeline-parallelism, `scheduler/zbv_greedy.py`. Every rank holds

@@ -1,4 +1,4 @@
-"""ZB-H2: no bubble inside a rank's span, for twice the memory of 1F1B.
+"""ZB-H2: no bubble inside a span, for twice the memory of 1F1B.
 
 Source: Qi et al., "Zero Bubble Pipeline Parallelism", ICLR 2024, section 2.1 and figure 3 (arXiv 2401.10241). Every rank
 holds `2 * num_ranks - 1` activations at most; the bubble is (p - 1)(F + I - 2W), once ranks may start their optimizer step

@@ -1,4 +1,4 @@
-"""ZB-V: zero bubble at the memory of 1F1B, with two stages per rank in a V.
+"""ZB-V: zero bubble at the memory of 1F1B, two stages a rank in a V.
 
 Source: Qi et al., "Zero Bubble Pipeline Parallelism", arXiv 2401.10241 (v2 on), section 6, and the same phases in PyTorch,
 `torch/distributed/pipelining/schedules.py`, ScheduleZBVZeroBubble. With F = I = W no rank idles between its first

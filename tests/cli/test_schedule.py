@@ -34,7 +34,8 @@ def test_show_is_text_that_can_be_read_again(tmp_path: Path) -> None:
     lowered = run("show", "zb_h1", "-p", "3", "-m", "4", "--lowered")
     assert schedule.from_text(lowered, "zb_h1") == schedule.lower(built)
     (tmp_path / "mine.txt").write_text(lowered)
-    assert schedule.draw(built) in run("simulate", str(tmp_path / "mine.txt"))
+    merged = schedule.lower(built).compute_form()
+    assert schedule.draw(merged) in run("simulate", str(tmp_path / "mine.txt"))
 
 
 def test_simulate_draws_and_counts() -> None:
@@ -56,6 +57,66 @@ def test_a_file_that_breaks_a_law_is_refused(tmp_path: Path) -> None:
         run("simulate", str(tmp_path / "bad.txt"))
     with pytest.raises(ScheduleError, match=r"there is no file .*bax.txt'; did you mean .*bad.txt"):
         run("simulate", str(tmp_path / "bax.txt"))
+
+
+def test_show_writes_files(tmp_path: Path) -> None:
+    for name in ("mine.csv", "mine.json"):
+        assert f"wrote {tmp_path / name}" in run("show", "zbv", "--lowered", "-o", str(tmp_path / name))
+        s = schedule.read_file(tmp_path / name)
+        assert s == schedule.lower(schedule.build("zbv", num_ranks=4, num_microbatches=8)) or s.name == "mine"
+    assert "makespan" in run("compare", str(tmp_path / "mine.csv"), "1f1b")
+
+
+def test_a_function_of_the_users(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "def serial(num_ranks, num_microbatches):\n"
+        "    return [[f'{r}{k}{m}' for m in range(num_microbatches) for k in 'FB'] for r in range(num_ranks)]\n"
+    )
+    assert re.search(r"serial +│ +2 │ +18 │", run("compare", f"{tmp_path / 'mine.py'}:serial", "-p", "2", "-m", "3"))
+
+
+def test_compare_leaves_out_what_does_not_exist_for_these_numbers() -> None:
+    out = run("compare", "-p", "4", "-m", "3")
+    assert "left out: schedule dualpipe_v: num_microbatches=3" in out and "zbv" in out
+    with pytest.raises(ScheduleError, match="it needs at least 8"):
+        run("compare", "dualpipe_v", "-p", "4", "-m", "3")
+
+
+def test_simulate_explains_idle_time() -> None:
+    out = run("simulate", "1f1b", "-p", "2", "-m", "4", "-F", "1,2", "-I", "1,2", "-W", "1,2")
+    assert re.search(r"│ +0 │ +12 │ +3 │ +0 │ +12 │", out) and re.search(r"│ +1 │ +24 │ +3 │ +0 │ +0 │", out)
+
+
+def test_costs_from_a_file(tmp_path: Path) -> None:
+    schedule.write_costs(tmp_path / "costs.json", schedule.Costs((1, 2), (1, 2), (1, 2)))
+    assert run("simulate", "1f1b", "-p", "2", "-m", "4", "--costs", str(tmp_path / "costs.json")) == run(
+        "simulate", "1f1b", "-p", "2", "-m", "4", "-F", "1,2", "-I", "1,2", "-W", "1,2"
+    )
+    with pytest.raises(ScheduleError, match="-F '1,x': expected a number"):
+        run("simulate", "1f1b", "-F", "1,x")
+
+
+def test_draw_writes_what_the_suffix_says(tmp_path: Path) -> None:
+    for name, begins in (("a.svg", "<svg"), ("a.html", "<!doctype html>"), ("a.json", '{"traceEvents"')):
+        run("draw", "1f1b", "zbv", "-o", str(tmp_path / name))
+        assert (tmp_path / name).read_text().startswith(begins)
+    assert run("draw", "gpipe", "-p", "2", "-m", "2").startswith("gpipe\nrank 0 | 0 1 ")
+
+
+def test_search_finds_and_writes(tmp_path: Path) -> None:
+    words = ("-p", "3", "-m", "6", "-F", "1,2,1", "-I", "1,2,1", "-W", "1,1,2", "--memory-limit", "4", "--seconds", "0.5")
+    out = run("search", *words, "-o", str(tmp_path / "found.csv"))
+    assert "makespan" in out
+    found = schedule.from_csv(tmp_path / "found.csv")
+    schedule.validate(found)
+    assert max(schedule.simulate(found).peak_activations) <= 4
+
+
+@pytest.mark.parametrize("command", ["list", "show", "simulate", "compare", "search", "draw"])
+def test_help_fits_and_has_an_example(command: str) -> None:
+    result = CliRunner().invoke(app, ["schedule", command, "--help"], env={"COLUMNS": "80", "TERMINAL_WIDTH": "80"})
+    assert result.exit_code == 0 and max(map(len, result.output.splitlines())) <= 80
+    assert command == "list" or f"Example: autofunc schedule {command}" in result.output
 
 
 def test_needs_no_torch() -> None:

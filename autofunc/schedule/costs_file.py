@@ -1,0 +1,75 @@
+"""Costs and memory as a JSON file, so that measured ones can be kept and used by the command line."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from autofunc.errors import ScheduleError, one_of
+from autofunc.schedule.memory import Memory
+from autofunc.schedule.timeline import Costs
+
+
+def write_costs(path: str | os.PathLike[str], costs: Costs, memory: Memory | None = None) -> None:
+    """Write costs, and bytes if given. Times of single edges are written as {"0>1": time}."""
+    document = {name: _plain(value) for name, value in vars(costs).items()}
+    if memory is not None:
+        document["memory"] = {name: _plain(value) for name, value in asdict(memory).items()}
+    Path(path).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+def read_costs(path: str | os.PathLike[str]) -> tuple[Costs, Memory | None]:
+    """Read what `write_costs` wrote, or a file written by hand.
+
+    Raises:
+        ScheduleError: when there is no such file, or it holds something else.
+    """
+    try:
+        document = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ScheduleError(f"there is no file {os.fspath(path)!r} with costs") from error
+    except json.JSONDecodeError as error:
+        raise ScheduleError(f"{path} is no JSON: {error}") from error
+    if not isinstance(document, dict):
+        raise ScheduleError(f"{path}: expected a mapping with F, I and W, found {type(document).__name__}")
+    memory = document.pop("memory", None)
+    _check(str(path), document, Costs)
+    if isinstance(document.get("comm"), dict):
+        document["comm"] = {_edge(str(path), edge): time for edge, time in document["comm"].items()}
+    if memory is not None:
+        _check(f"{path}: memory", memory, Memory)
+    try:
+        return Costs(**document), None if memory is None else Memory(**memory)
+    except TypeError as error:
+        raise ScheduleError(f"{path}: {error}") from error
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {f"{sender}>{receiver}": time for (sender, receiver), time in value.items()}
+    return value if isinstance(value, (int, float)) else [float(one) for one in value]
+
+
+def _edge(path: str, text: str) -> tuple[int, int]:
+    sender, arrow, receiver = text.partition(">")
+    if not (arrow and sender.isdigit() and receiver.isdigit()):
+        raise ScheduleError(f"{path}: comm names the edge {text!r}; expected sending and receiving stage, such as '0>1'")
+    return int(sender), int(receiver)
+
+
+def _check(where: str, document: Any, kind: type[Costs] | type[Memory]) -> None:
+    """Only known keys, and only numbers."""
+    known = [field.name for field in fields(kind)]
+    if not isinstance(document, dict):
+        raise ScheduleError(f"{where}: expected a mapping with {', '.join(known)}")
+    for key, value in document.items():
+        if key not in known:
+            raise ScheduleError(f"{where}: unknown key {key!r}; {one_of(key, known)}")
+        numbers = (
+            value.values() if isinstance(value, dict) and key == "comm" else value if isinstance(value, list) else [value]
+        )
+        if not all(isinstance(number, (int, float)) and not isinstance(number, bool) for number in numbers):
+            raise ScheduleError(f"{where}: {key}={value!r}; expected a number, or one for each stage")

@@ -1,0 +1,134 @@
+"""Pictures in files: SVG, traces, and the page, which is opened in a real browser where there is one."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from autofunc import schedule
+from autofunc.errors import ScheduleError
+from autofunc.schedule import Costs, Timeline
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def two() -> list[Timeline]:
+    zbv = schedule.build("zbv", num_ranks=4, num_microbatches=8)
+    return [
+        schedule.simulate(zbv, Costs(0.5, 0.5, 0.5)),
+        schedule.simulate(schedule.build("1f1b", num_ranks=4, num_microbatches=8), Costs(comm=0.25)),
+    ]
+
+
+def test_svg_has_a_block_for_every_action(tmp_path: Path) -> None:
+    schedule.draw(two(), tmp_path / "two.svg")
+    root = ElementTree.parse(tmp_path / "two.svg").getroot()
+    titles = [title.text for title in root.iter(f"{SVG}title")]
+    assert len(titles) == 4 * 8 * 6 + 4 * 8 * 2
+    assert "0F0: 0 to 0.5" in titles and "3B0: 4.75 to 6.75" in titles
+    width = float(root.attrib["width"])
+    for box in root.iter(f"{SVG}rect"):
+        assert float(box.attrib.get("x", 0)) >= 0 and float(box.attrib.get("x", 0)) + float(box.attrib["width"]) <= width
+    captions = [text.text for text in root.iter(f"{SVG}text") if text.attrib["class"] == "caption"]
+    assert captions[0] == "zbv: 4 ranks, 8 stages, 8 microbatches, makespan 25.5, bubble 5.9%"
+
+
+def test_trace_has_the_times_and_what_is_waited_for(tmp_path: Path) -> None:
+    text = schedule.draw(two()[1], tmp_path / "one.json")
+    events = json.loads((tmp_path / "one.json").read_text())["traceEvents"]
+    assert json.loads(text)["traceEvents"] == events
+    runs = {event["name"]: event for event in events if event["ph"] == "X"}
+    assert len(runs) == 64
+    assert (runs["1F0"]["tid"], runs["1F0"]["ts"], runs["1F0"]["dur"]) == (1, 1250, 1000)
+    assert runs["1F0"]["args"] == {"stage": 1, "microbatch": 0, "waited": 1.25, "for": "0F0 on rank 0"}
+    arrows = [event for event in events if event["ph"] in "sf"]
+    assert len(arrows) % 2 == 0 and arrows[0]["tid"] != arrows[1]["tid"] and arrows[0]["ts"] <= arrows[1]["ts"]
+
+
+def test_unknown_suffix_suggests(tmp_path: Path) -> None:
+    with pytest.raises(ScheduleError, match=r"unknown suffix '\.svgg'; did you mean \.svg"):
+        schedule.draw(two(), tmp_path / "x.svgg")
+
+
+def test_a_measured_run_is_drawn_as_one() -> None:
+    predicted = two()[1]
+    late = tuple(start + 100 for start in predicted.start), tuple(end + 100 for end in predicted.end)
+    measured = Timeline(predicted.schedule, *late, label="measured")
+    assert schedule.draw(measured) == schedule.draw(predicted), "only differences of time count"
+    assert measured.makespan == predicted.makespan
+
+
+def browse(page: Path, script: str) -> str:
+    """Open a page, run a script at its end, and return the text that the script leaves in its result."""
+    text = page.read_text().replace("</body>", f"<pre id=result></pre><script>{script}</script></body>")
+    page.write_text(text)
+    assert BROWSER is not None
+    done = subprocess.run(
+        [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1300,700", "--dump-dom", page.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    found = re.search(r'<pre id="result">(.*?)</pre>', done.stdout, re.S)
+    assert found, done.stdout[-2000:]
+    return found[1].replace("&gt;", ">").replace("&lt;", "<").replace("&amp;", "&")
+
+
+SCRIPT = """
+const out = [], panel = panels[1], canvas = panel.canvas;
+const at = (time, rank) => ({ offsetX: xOf(panel, time), offsetY: rank * 27 + 12 });
+function event(kind, time, rank, more) {
+  const place = at(time, rank), box = canvas.getBoundingClientRect();
+  canvas.dispatchEvent(new (kind === "wheel" ? WheelEvent : PointerEvent)(kind, {
+    clientX: box.left + place.offsetX, clientY: box.top + place.offsetY, bubbles: true, cancelable: true, ...more }));
+}
+event("pointermove", 0.5, 0);
+out.push(tip.style.visibility, tip.textContent);
+event("pointermove", 0.5, 1);
+out.push(tip.textContent);
+const before = view.to - view.from;
+event("wheel", 10, 0, { deltaY: -500 });
+out.push("zoomed " + (view.to - view.from < before / 2) + " around 10: " + (view.from < 10 && view.to > 10));
+event("pointermove", 10, 3);
+out.push(tip.textContent);
+dispatchEvent(new KeyboardEvent("keydown", { key: "0" }));
+out.push("all again " + (view.from === 0 && Math.abs(view.to - before) < 1e-9));
+const pen = canvas.getContext("2d"), ratio = devicePixelRatio;
+out.push("painted " + pen.getImageData(xOf(panel, 0.1) * ratio, 5 * ratio, 1, 1).data.slice(0, 3).join(","));
+out.push([...document.querySelectorAll("h2")].map(title => title.textContent).join(" "));
+document.getElementById("result").textContent = out.join("\\n");
+"""
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no browser is installed (apt-get install chromium)")
+def test_the_page_in_a_browser(tmp_path: Path) -> None:
+    schedule.draw(two(), tmp_path / "two.html")
+    assert "http" not in (tmp_path / "two.html").read_text(), "nothing is fetched"
+    lines = browse(tmp_path / "two.html", SCRIPT).split("\n")
+    assert lines[:4] == ["visible", "0F0", "forward of microbatch 0, stage 0, rank 0", "0 to 1, takes 1"]
+    assert lines[4:6] == ["rank 1 idle", "waits for 0F0 on rank 0"]
+    assert lines[6].startswith("in all: dependency 9, communication 4, imbalance 0")
+    assert lines[7] == "zoomed true around 10: true"
+    assert re.fullmatch(r"3[FB]\d", lines[8])
+    assert "all again true" in lines
+    assert "painted 110,168,229" in lines
+    assert lines[-1] == "zbv 1f1b"
+
+
+def test_large_schedules_draw_in_time(tmp_path: Path) -> None:
+    """Not timed: it must only not do anything per pair of actions."""
+    s = schedule.build("interleaved_1f1b", num_ranks=32, num_microbatches=128)
+    page = schedule.draw(schedule.simulate(s), tmp_path / "large.html")
+    found = re.search(r"const data = (\{.*?\});\n", page)
+    assert found
+    blocks = json.loads(found[1])["timelines"][0]["blocks"]
+    assert len(blocks) == 32 * 128 * 2 * 2 and np.all(np.diff([block[5] for block in blocks[:100]]) > 0)
