@@ -4,7 +4,7 @@ Random instances: 2 to 8 ranks, up to 32 microbatches, stages of unequal costs, 
 activations. Every result is validated and measured by the simulator. Then the 1.5B model of the zero-bubble
 paper (arXiv 2401.10241, tables of section 5; its figures as recalled from the paper).
 
-Run: make bench-search, or python bench/schedule_search.py --instances 50 --seconds 1
+Run: make bench, or python bench/schedule_search.py --instances 50 --seconds 1 --paper-seconds 0
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pytest
 from autofunc import schedule
 from autofunc.config import check_arguments, load_config, parse_config, resolve_target
 from autofunc.config.schema import FinetuneConfig
+from autofunc.errors import ConfigError
 from autofunc.train.recipe import prepare
 
 ROOT = Path(__file__).parent.parent
@@ -20,6 +23,46 @@ PYTHON = [block for block in re.findall(r"```python\n(.*?)```", README, re.DOTAL
 @pytest.mark.parametrize("code", PYTHON, ids=lambda code: code.strip().splitlines()[-1])
 def test_python_blocks_run(code: str) -> None:
     exec(compile(code, "README.md", "exec"), {})
+
+
+def test_the_tutorial_runs_as_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (ROOT / "docs" / "schedules.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    own, *blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(own.splitlines()) < 30
+    (tmp_path / "my_schedules.py").write_text(own)
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        for block in blocks:
+            exec(compile(block, "schedules.md", "exec"), {})
+    for promised in re.findall(r"^# (\w*1f1b .*)$", page, re.MULTILINE):
+        assert promised in out.getvalue()
+    assert (tmp_path / "compared.html").exists()
+
+
+@pytest.mark.parametrize("own", ["my_schedules.py:turns", "turns.csv"])
+def test_a_schedule_of_ones_own_in_a_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: str) -> None:
+    monkeypatch.chdir(ROOT)
+    (tmp_path / "my_schedules.py").write_text(
+        "def turns(num_ranks, num_microbatches):\n"
+        "    return [[f'{r}{k}{m}' for m in range(num_microbatches) for k in 'FB'] for r in range(num_ranks)]\n"
+    )
+    (tmp_path / "turns.csv").write_text("\n".join(",".join(f"{r}{k}{m}" for m in range(8) for k in "FB") for r in range(2)))
+    config = load_config(ROOT / "examples" / "demo.yaml", [f"distributed.schedule={tmp_path / own}"])
+    recipe = prepare(parse_config(config))
+    assert recipe.schedule.name == "turns" and str(recipe.schedule[1][1]) == "1B0"
+    config = load_config(
+        ROOT / "examples" / "demo.yaml", [f"distributed.schedule={tmp_path / own}", "distributed.split_points=3"]
+    )
+    with pytest.raises(ConfigError, match=r"turns.* has 2 stages, but split_points=3 gives 3; give 1 split points"):
+        prepare(parse_config(config))
+    if own == "turns.csv":
+        config = load_config(
+            ROOT / "examples" / "demo.yaml", [f"distributed.schedule={tmp_path / own}", "distributed.pp_size=3"]
+        )
+        with pytest.raises(ConfigError, match=r"turns.csv: the schedule is for 2 ranks, 8 microbatches; asked for 3 ranks"):
+            prepare(parse_config(config))
 
 
 def test_yaml_blocks_are_valid(tmp_path: Path) -> None:
