@@ -43,7 +43,7 @@ def main() -> None:
     largest = options.parse_args().largest
     sizes = [ranks for ranks in (4, 16, 64, 256, 1024) if ranks <= largest]
     console = Console()
-    table = Table("schedule", "ranks", "microbatches", "actions", "build s", "validate s", "simulate s")
+    table = Table("schedule", "ranks", "micro-\nbatches", "actions", "build s", "validate s", "simulate s")
     figure, axes = plt.subplots(figsize=(6.4, 4))
     for name in NAMES:
         points = []

@@ -5,7 +5,9 @@ Source: Qi et al., "Zero Bubble Pipeline Parallelism", ICLR 2024, section 2.1 (a
 
 from __future__ import annotations
 
-from autofunc.schedule.ir import Action, Kind, Table, as_table
+import numpy as np
+
+from autofunc.schedule.ir import Kind, Table, compute_table
 from autofunc.schedule.phases import Columns
 
 
@@ -21,13 +23,10 @@ def delayed_weight_row(forwards: Columns, backwards: Columns, warmup: int, delay
         warmup: cut to the number of forwards.
         delay: how many backwards W follows I.
     """
-    run_f = [Action(stage, Kind.F, microbatch) for stage, microbatch in forwards.tolist()]
-    run_i = [Action(stage, Kind.I, microbatch) for stage, microbatch in backwards.tolist()]
-    run_w = [action._replace(kind=Kind.W) for action in run_i]
-    actions = run_f[:warmup]
-    for position, action in enumerate(run_i):
-        actions += run_f[warmup + position : warmup + position + 1]
-        actions.append(action)
-        if position >= delay:
-            actions.append(run_w[position - delay])
-    return as_table([*actions, *run_w[max(len(run_w) - delay, 0) :]])
+    count = len(forwards)
+    number = np.arange(count)
+    # when each action's turn comes: pairs F, I in steps of three, with the delayed W in between
+    turns = np.concatenate((3 * (number - min(warmup, count)), 3 * number + 1, 3 * (number + delay) + 2))
+    order = np.argsort(turns, kind="stable")
+    columns = np.concatenate((forwards, backwards, backwards))[order]
+    return compute_table(columns[:, 0], np.repeat((Kind.F, Kind.I, Kind.W), count)[order], columns[:, 1])
