@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from autofunc import tree
 from autofunc.batch import Microbatch, split_batch
-from autofunc.engine import EagerStage
+from autofunc.engine import EagerStage, GraphStage
 from autofunc.errors import AutofuncError, BatchError, MeshError, ScheduleError, SplitError, one_of
 from autofunc.explain import explain
 from autofunc.losses import Loss
@@ -28,7 +28,7 @@ from autofunc.splitting import Stage
 
 _MOST_PLANS = 64  # batch signatures a pipeline remembers; beyond that the oldest is forgotten
 
-ENGINES: dict[str, MakeFunctions] = {"eager": EagerStage}
+ENGINES: dict[str, MakeFunctions] = {"eager": EagerStage, "graph": GraphStage}
 
 
 class Pipeline:

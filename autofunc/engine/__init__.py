@@ -1,6 +1,7 @@
 """Engines: from a pure stage to its forward and backward functions."""
 
 from autofunc.engine.eager import EagerStage
-from autofunc.engine.functions import Produced, StageFunctions
+from autofunc.engine.functions import Produced, StageContext, StageFunctions
+from autofunc.engine.graph import GraphStage
 
-__all__ = ["EagerStage", "Produced", "StageFunctions"]
+__all__ = ["EagerStage", "GraphStage", "Produced", "StageContext", "StageFunctions"]

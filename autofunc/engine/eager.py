@@ -8,9 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from autofunc.engine.functions import Produced
-from autofunc.losses import Loss, evaluate
-from autofunc.splitting import Boundary, Stage
+from autofunc.engine.functions import Accumulators, Produced, StageContext
+from autofunc.losses import evaluate
 
 
 class Bound(NamedTuple):
@@ -35,22 +34,16 @@ class EagerStage:
     `backward_input` keeps the whole graph for `backward_weight`: correct, not small.
 
     Args:
-        stage: the stage.
-        received: boundary of the stage before; None for the first stage.
-        returned: its own boundary.
-        loss: the loss, for the last stage.
-        with_loss: whether to end in a loss; True for the last stage when training.
+        context: the stage.
     """
 
-    def __init__(
-        self, stage: Stage, received: Boundary | None, returned: Boundary, loss: Loss | None, with_loss: bool
-    ) -> None:
-        self._stage = stage
-        self._received = received
-        self._returned = returned
-        self._loss = loss
-        self._with_loss = with_loss
-        self._input_needs_grad = [value.needs_grad for value in received.values] if received else []
+    def __init__(self, context: StageContext) -> None:
+        self._stage = context.stage
+        self._received = context.received
+        self._returned = context.returned
+        self._loss = context.loss
+        self._with_loss = context.with_loss
+        self._input_needs_grad = [value.needs_grad for value in context.received.values] if context.received else []
 
     def bind(self, leaves: list[Tensor]) -> Bound:
         """Make the parameters leaves of new graphs. Shares their memory; the user's tensors stay as they are."""
@@ -73,23 +66,24 @@ class EagerStage:
             [root for root in roots if root.requires_grad], needing, bound.trainable, self._with_loss
         )
 
-    def backward(self, residuals: Residuals, cotangents: list[Tensor]) -> tuple[list[Tensor], list[Tensor | None]]:
+    def backward(self, residuals: Residuals, cotangents: list[Tensor], sums: Accumulators) -> list[Tensor]:
         """See `StageFunctions.backward`."""
         inputs, weights = residuals.inputs, residuals.weights
         grads = _grad(residuals, cotangents, [*inputs, *weights], keep=False)
-        return _dense(grads[: len(inputs)], inputs), grads[len(inputs) :]
+        sums.add(grads[len(inputs) :])
+        return _dense(grads[: len(inputs)], inputs)
 
     def backward_input(
-        self, residuals: Residuals, cotangents: list[Tensor]
+        self, residuals: Residuals, cotangents: list[Tensor], sums: Accumulators
     ) -> tuple[list[Tensor], tuple[Residuals, list[Tensor]]]:
         """See `StageFunctions.backward_input`."""
         grads = _grad(residuals, cotangents, residuals.inputs, keep=True)
         return _dense(grads, residuals.inputs), (residuals, cotangents)
 
-    def backward_weight(self, weight_residuals: tuple[Residuals, list[Tensor]]) -> list[Tensor | None]:
+    def backward_weight(self, weight_residuals: tuple[Residuals, list[Tensor]], sums: Accumulators) -> None:
         """See `StageFunctions.backward_weight`."""
         residuals, cotangents = weight_residuals
-        return _grad(residuals, cotangents, residuals.weights, keep=False)
+        sums.add(_grad(residuals, cotangents, residuals.weights, keep=False))
 
     def _produce(self, bound: Bound, inputs: list[Tensor], microbatch: Mapping[str, Any]) -> tuple[Produced, list[Tensor]]:
         """Run the stage; returns what it made and the tensors to differentiate."""

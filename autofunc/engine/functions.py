@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
+
+from autofunc.losses import Loss
+from autofunc.splitting import Boundary, Stage
 
 
 class Produced(NamedTuple):
@@ -17,11 +22,37 @@ class Produced(NamedTuple):
     aux: Any = None  # ... and its detached auxiliary outputs
 
 
+class Accumulators(Protocol):
+    """The sums of one stage's weight gradients, one per trainable holder."""
+
+    def of(self, numbers: Sequence[int]) -> list[Tensor]:
+        """The sums of some holders, to be added to in place."""
+        ...
+
+    def add(self, grads: Sequence[Tensor | None]) -> None:
+        """Add one microbatch's gradients of all holders; None is a zero."""
+        ...
+
+
+@dataclass(frozen=True)
+class StageContext:
+    """All that an engine may know of a stage when it makes its functions."""
+
+    stage: Stage
+    received: Boundary | None  # boundary of the stage before; None for the first stage
+    returned: Boundary  # its own boundary
+    loss: Loss | None  # None: the output's own
+    with_loss: bool  # whether to end in the loss: the last stage, unless outputs are wanted
+    dtypes: Mapping[str, torch.dtype]  # of every canonical parameter
+    microbatch: Mapping[str, Any]  # an example
+    device: torch.device
+
+
 class StageFunctions(Protocol):
     """The functions of one stage for one batch signature. Residuals are opaque to the runtime.
 
     Shapes and dtypes of inputs, outputs and cotangents are those of the stage's boundaries, values that need no gradient
-    left out of the cotangents. Weight gradients come in the order of the stage's trainable holders; None is a zero.
+    left out of the cotangents. Lists of tensors may be emptied by the function they are given to, to free them early.
     """
 
     def bind(self, leaves: list[Tensor]) -> Any:
@@ -36,14 +67,17 @@ class StageFunctions(Protocol):
         """Forward; returns what it made and the residuals."""
         ...
 
-    def backward(self, residuals: Any, cotangents: list[Tensor]) -> tuple[list[Tensor], list[Tensor | None]]:
-        """Full backward; returns the cotangents of the inputs and the weight gradients."""
+    def backward(self, residuals: Any, cotangents: list[Tensor], sums: Accumulators) -> list[Tensor]:
+        """Full backward: adds the weight gradients to `sums`; returns the cotangents of the inputs."""
         ...
 
-    def backward_input(self, residuals: Any, cotangents: list[Tensor]) -> tuple[list[Tensor], Any]:
-        """Backward of the inputs only; returns their cotangents and the residuals for `backward_weight`."""
+    def backward_input(self, residuals: Any, cotangents: list[Tensor], sums: Accumulators) -> tuple[list[Tensor], Any]:
+        """Backward of the inputs; returns their cotangents and the residuals for `backward_weight`.
+
+        Weight gradients that come with it anyway, such as a norm's, may be added to `sums` here.
+        """
         ...
 
-    def backward_weight(self, weight_residuals: Any) -> list[Tensor | None]:
-        """Backward of the weights; returns their gradients."""
+    def backward_weight(self, weight_residuals: Any, sums: Accumulators) -> None:
+        """Backward of the weights: adds their gradients to `sums`."""
         ...

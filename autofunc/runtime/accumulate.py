@@ -44,6 +44,15 @@ class Accumulator:
             else:
                 self._sums[index], self._owned[index] = current + grad, True
 
+    def of(self, numbers: Sequence[int]) -> list[Tensor]:
+        """The sums of some parameters, to be added to in place; they begin as zeros."""
+        for number in numbers:
+            if self._sums[number] is None:
+                leaf = self._leaves[number]
+                zeros = torch.zeros(leaf.shape, dtype=accumulator_dtype(leaf.dtype), device=leaf.device)
+                self._sums[number], self._owned[number] = zeros, True
+        return [self._sums[number] for number in numbers]  # type: ignore[misc]
+
     def totals(self) -> list[Tensor]:
         """The sums; zeros for parameters that no microbatch used."""
         return [

@@ -85,6 +85,7 @@ def _compute(step: RankStep, op: Op, operands: list[Any]) -> Sequence[Any]:
     functions = step.functions[op.stage]
     if op.kind is Kind.F:
         inputs = [tensor for operand in operands for tensor in operand]
+        operands.clear()
         bound, microbatch = step.bound[op.stage], step.microbatches[op.microbatch]
         is_last = op.stage == step.program.schedule.num_stages - 1
         kept: tuple[Any, ...] = ()
@@ -97,17 +98,17 @@ def _compute(step: RankStep, op: Op, operands: list[Any]) -> Sequence[Any]:
             step.produced[op.microbatch] = produced
             return kept
         return (*[produced.outputs] * (len(op.writes) - len(kept)), *kept)
-    residuals, *cotangents = operands
+    sums = step.accumulators[op.stage]
+    residuals = operands[0]
+    received = [tensor for cotangent in operands[1:] for tensor in cotangent]
+    operands.clear()  # what is not held here can be freed by the function at its last use
     if op.kind is Kind.W:
-        step.accumulators[op.stage].add(functions.backward_weight(residuals))
+        functions.backward_weight(residuals, sums)
         return ()
-    received = [tensor for cotangent in cotangents for tensor in cotangent]
     if op.kind is Kind.I:
-        sent_back, weight_residuals = functions.backward_input(residuals, received)
+        sent_back, weight_residuals = functions.backward_input(residuals, received, sums)
         return (*[sent_back] * (len(op.writes) - 1), weight_residuals)
-    sent_back, grads = functions.backward(residuals, received)
-    step.accumulators[op.stage].add(grads)
-    return [sent_back] * len(op.writes)
+    return [functions.backward(residuals, received, sums)] * len(op.writes)
 
 
 def run_together(ranks: Sequence[Iterator[None]], hub: MemoryHub) -> None:

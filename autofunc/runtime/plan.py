@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 
 from autofunc import tree
-from autofunc.engine import StageFunctions
+from autofunc.engine import StageContext, StageFunctions
 from autofunc.errors import ScheduleError
 from autofunc.losses import Loss, combine_aux
 from autofunc.runtime.accumulate import Tie, find_ties
 from autofunc.runtime.program import Channel, Program, build_program, edge_channels
 from autofunc.schedule import Schedule, lower, validate
-from autofunc.splitting import Boundaries, Boundary, Stage, Value, infer_boundaries, parameter_dtypes
+from autofunc.splitting import Boundaries, Stage, Value, infer_boundaries, parameter_dtypes
 
-MakeFunctions = Callable[[Stage, Boundary | None, Boundary, Loss | None, bool], StageFunctions]
-"""An engine: (stage, boundary before, own boundary, loss, whether to end in the loss) -> its functions."""
+MakeFunctions = Callable[[StageContext], StageFunctions]
+"""An engine."""
 
 
 class Mode(Enum):
@@ -81,18 +81,24 @@ def build_plan(
     lowered = lower(schedule if mode is Mode.GRADS else schedule.forward_form(), edges)
     validate(lowered, edges)
     by_edge = edge_channels(lowered, boundaries)
+    dtypes = parameter_dtypes(stages[0].model, params)
     local_stages = [stage for stage in stages if lowered.placement[stage.index] in local_ranks]
     functions = {
         stage.index: make_functions(
-            stage,
-            boundaries.stages[stage.index - 1] if stage.index else None,
-            boundaries.stages[stage.index],
-            loss,
-            mode.ends_in_loss and stage is stages[-1],
+            StageContext(
+                stage,
+                boundaries.stages[stage.index - 1] if stage.index else None,
+                boundaries.stages[stage.index],
+                loss,
+                mode.ends_in_loss and stage is stages[-1],
+                dtypes,
+                microbatch,
+                device,
+            )
         )
         for stage in local_stages
     }
-    ties = tuple(find_ties(stages, lowered, parameter_dtypes(stages[0].model, params))) if mode is Mode.GRADS else ()
+    ties = tuple(find_ties(stages, lowered, dtypes)) if mode is Mode.GRADS else ()
     aux, aux_spec = _combined_aux(loss, boundaries, lowered.num_microbatches)
     return Plan(
         mode=mode,

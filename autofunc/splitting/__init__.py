@@ -1,6 +1,6 @@
 """Splitting a model at its split points into pure stage functions."""
 
-from autofunc.splitting.boundary import Boundaries, Boundary, Value, infer_boundaries, parameter_dtypes
+from autofunc.splitting.boundary import Boundaries, Boundary, Value, infer_boundaries, naming_errors, parameter_dtypes
 from autofunc.splitting.cost import layer_costs, parameter_count
 from autofunc.splitting.cut import split
 from autofunc.splitting.stage import Stage
@@ -12,6 +12,7 @@ __all__ = [
     "Value",
     "infer_boundaries",
     "layer_costs",
+    "naming_errors",
     "parameter_count",
     "parameter_dtypes",
     "split",

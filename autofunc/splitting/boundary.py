@@ -111,13 +111,13 @@ def infer_boundaries(
         x: Any = None
         found: list[Boundary] = []
         for stage in stages:
-            with _naming(f"stage {stage.index} (layers {stage.layers[0]} .. {stage.layers[-1]})"):
+            with naming_errors(f"stage {stage.index} (layers {stage.layers[0]} .. {stage.layers[-1]})"):
                 x = stage.run(stage.bind(stage.leaves(fakes)), x, batch)
             found.append(_describe(stage.index, x))
             x = tree.map_leaves(_cut_graph, x) if stage is not stages[-1] else x
         if not with_loss:
             return Boundaries(tuple(found), None)
-        with _naming("the loss"):
+        with naming_errors("the loss"):
             terms = evaluate(loss, x, batch)
         aux = _describe(len(stages), terms.aux) if terms.aux is not None else None
     return Boundaries(tuple(found), aux)
@@ -179,7 +179,8 @@ def _user_line(error: Exception) -> str:
 
 
 @contextmanager
-def _naming(what: str) -> Iterator[None]:
+def naming_errors(what: str) -> Iterator[None]:
+    """Turn what goes wrong on fake tensors into a `ModelError` that names the stage and the user's line."""
     try:
         yield
     except AutofuncError:

@@ -10,6 +10,7 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 import autofunc as af
+from autofunc import transform
 from autofunc.batch import split_batch
 from autofunc.runtime import plan
 from autofunc.runtime.program import Channel, build_program
@@ -20,30 +21,42 @@ from tests.pool import WorkerPool
 MODELS = ["mlp", "gpt2"]
 SCHEDULES = af.schedule.names()
 KEYS = [None, (3, 5)]
+ENGINES = ["eager", "graph"]
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _infer_boundaries_once() -> Iterator[None]:
-    """Shapes between the same stages are the same under every schedule: infer them once, as that takes most of the time."""
-    inferred: dict[Any, Any] = {}
-    infer = plan.infer_boundaries
+def _look_at_stages_once() -> Iterator[None]:
+    """The same stages under another schedule have the same shapes and the same graphs: working them out takes the time."""
+    known: dict[Any, Any] = {}
+    infer, make_graph = plan.infer_boundaries, transform.ENGINES["graph"]
+
+    def shapes(microbatch: Any) -> str:
+        return repr([(name, leaf.shape if isinstance(leaf, torch.Tensor) else leaf) for name, leaf in microbatch.items()])
+
+    def once(signature: Any, make: Any) -> Any:
+        if signature not in known:
+            known[signature] = make()
+        return known[signature]
 
     def infer_once(stages: Any, params: Any, microbatch: Any, loss: Any, **options: Any) -> Any:
-        shapes = [(name, leaf.shape if isinstance(leaf, torch.Tensor) else leaf) for name, leaf in microbatch.items()]
-        signature = (tuple(tuple(stage.layers) for stage in stages), repr(shapes), repr(options))
-        if signature not in inferred:
-            inferred[signature] = infer(stages, params, microbatch, loss, **options)
-        return inferred[signature]
+        signature = (tuple(stage.layers for stage in stages), shapes(microbatch), repr(options))
+        return once(signature, lambda: infer(stages, params, microbatch, loss, **options))
+
+    def make_graph_once(context: Any) -> Any:
+        signature = (context.stage.layers, context.with_loss, shapes(context.microbatch))
+        return once(signature, lambda: make_graph(context))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plan, "infer_boundaries", infer_once)
+        patch.setitem(transform.ENGINES, "graph", make_graph_once)
         yield
 
 
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("key", KEYS, ids=["no dropout", "dropout"])
 @pytest.mark.parametrize("model_name", MODELS)
 @pytest.mark.parametrize("num_microbatches", range(1, 9))
-def test_in_memory(model_name: str, num_microbatches: int, key: Any) -> None:
+def test_in_memory(model_name: str, num_microbatches: int, key: Any, engine: str) -> None:
     rows = 2 * num_microbatches
     model, _, loss, batch = make_case(model_name, 1, rows)
     full = model.init(seed=7)
@@ -57,7 +70,7 @@ def test_in_memory(model_name: str, num_microbatches: int, key: Any) -> None:
                 continue
             s = af.schedule.build(name, num_ranks=num_ranks, num_microbatches=num_microbatches)
             _, stages, _, _ = make_case(model_name, s.num_stages, rows)
-            pipe = af.pipeline(stages, s, loss=loss)
+            pipe = af.pipeline(stages, s, loss=loss, engine=engine)
             found_loss, found = af.value_and_grad(pipe)(pipe.place(full), batch, key)
             assert found_loss.dtype == torch.float32 and found_loss.shape == ()
             assert torch.equal(found_loss, expected_loss), (name, num_ranks)
@@ -72,13 +85,14 @@ def test_in_memory(model_name: str, num_microbatches: int, key: Any) -> None:
     "0F0 0F1 0F2 0I0 0I1 0I2 0W0 0W1 0W2 \n 1F0 1I0 1F1 1I1 1F2 1I2 1W0 1W1 1W2",
     "0F0 0F1 0F2 0B0 0I1 0W1 0B2 \n 1F0 1F1 1I0 1W0 1B1 1F2 1B2",
 ])  # fmt: skip
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("model_name", MODELS)
-def test_split_backward_from_a_table_by_hand(model_name: str, table: str) -> None:
+def test_split_backward_from_a_table_by_hand(model_name: str, table: str, engine: str) -> None:
     s = af.schedule.from_text(table)
     model, stages, loss, batch = make_case(model_name, 2, 2 * s.num_microbatches)
     full = model.init(seed=1)
     expected_loss, expected = af.reference_value_and_grad(model, loss, s.num_microbatches)(full, batch, (1, 1))
-    found_loss, found = af.value_and_grad(af.pipeline(stages, s, loss=loss))(full, batch, (1, 1))
+    found_loss, found = af.value_and_grad(af.pipeline(stages, s, loss=loss, engine=engine))(full, batch, (1, 1))
     assert torch.equal(found_loss, expected_loss)
     assert_same_tree(expected, found)
 
@@ -117,13 +131,13 @@ def pp_mesh(num_ranks: int) -> DeviceMesh:
     return DeviceMesh("cpu", ranks, mesh_dim_names=("copy", "pp"))
 
 
-def run_on_gloo(model_name: str, schedule_name: str, num_ranks: int, num_microbatches: int, key: Any) -> None:
+def run_on_gloo(model_name: str, schedule_name: str, num_ranks: int, num_microbatches: int, key: Any, engine: str) -> None:
     """On each process: compare with the oracle."""
     rows = 2 * num_microbatches
     mesh = pp_mesh(num_ranks)
     s = af.schedule.build(schedule_name, num_ranks=num_ranks, num_microbatches=num_microbatches)
     model, stages, loss, batch = make_case(model_name, s.num_stages, rows)
-    pipe = af.pipeline(stages, s, loss=loss, mesh=mesh)
+    pipe = af.pipeline(stages, s, loss=loss, mesh=mesh, engine=engine)
     full = model.init(seed=7)
     params = pipe.init(seed=7)
     assert_same_tree(pipe.place(full), params)
@@ -167,7 +181,8 @@ def run_on_gloo(model_name: str, schedule_name: str, num_ranks: int, num_microba
 def test_on_gloo(
     workers: WorkerPool, model_name: str, schedule_name: str, num_ranks: int, num_microbatches: int, key: Any
 ) -> None:
-    workers.run(run_on_gloo, model_name, schedule_name, num_ranks, num_microbatches, key)
+    for engine in ENGINES if key is not None else ENGINES[:1]:
+        workers.run(run_on_gloo, model_name, schedule_name, num_ranks, num_microbatches, key, engine)
 
 
 def train_on_gloo(num_ranks: int, steps: int) -> dict[str, Any]:

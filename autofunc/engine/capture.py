@@ -1,0 +1,208 @@
+"""Capture a stage: its forward and its gradient as one graph of operators, on fake tensors.
+
+Nothing runs on real data and nothing is allocated. `make_fx` records what the stage's function and `torch.autograd.grad`
+dispatch, so the graph computes what eager autograd would, with the same kernels, and runs without an autograd engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from operator import getitem
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+# Tracing and fake tensors have no public names; tried with torch 2.13.0.
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from autofunc import tree
+from autofunc.errors import ModelError
+from autofunc.losses import Loss, evaluate
+from autofunc.splitting import Boundary, Stage, naming_errors
+
+Node = fx.Node
+
+
+@dataclass(frozen=True)
+class Joint:
+    """A stage's forward and gradient in one graph. Every field holds nodes of it, in the order the runtime uses."""
+
+    module: fx.GraphModule
+    params: list[Node]  # one per holder
+    inputs: list[Node]  # values of the boundary before
+    batch: list[Node]  # tensors of the microbatch
+    cotangents: list[Node]  # one per output that needs a gradient; of the loss: one
+    outputs: list[Node]  # values of the stage's own boundary; or the loss's sum, weight, and tensors of aux
+    input_grads: list[Node | None]  # one per input that needs a gradient; None is a zero
+    weight_grads: list[Node | None]  # one per trainable holder; None is a zero
+    aux_spec: tree.TreeSpec | None  # of the loss's aux, whose leaves that are no tensors are constants
+    aux_constants: tuple[Any, ...]  # one per leaf: the constant, or `TENSOR`
+
+    @property
+    def graph(self) -> fx.Graph:
+        """All nodes, in an order in which they can run."""
+        return self.module.graph
+
+
+TENSOR = object()
+"""Marks a leaf that is a tensor."""
+
+
+def capture(
+    stage: Stage,
+    received: Boundary | None,
+    returned: Boundary,
+    loss: Loss | None,
+    with_loss: bool,
+    dtypes: Mapping[str, torch.dtype],
+    microbatch: Mapping[str, Any],
+    device: torch.device,
+) -> Joint:
+    """Trace a stage.
+
+    Args:
+        stage: the stage.
+        received: boundary of the stage before; None for the first stage.
+        returned: its own boundary.
+        loss: the loss, for the last stage.
+        with_loss: whether to end in a loss.
+        dtypes: dtype of every canonical parameter.
+        microbatch: one microbatch; only shapes, dtypes and plain values matter.
+        device: where parameters live.
+
+    Raises:
+        ModelError: when the stage cannot be captured, naming the user's line.
+    """
+    tracer = _Tracer(stage, received, returned, loss, with_loss, microbatch)
+    what = f"stage {stage.index} (layers {stage.layers[0]} .. {stage.layers[-1]})"
+    with FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=True) as mode:
+        params = [
+            torch.empty(stage.model.spec[path].shape, dtype=dtypes[stage.model.canonical(path)], device=device)
+            for path in stage.holders
+        ]
+        values = received.values if received is not None else ()
+        inputs = [torch.empty(value.shape, dtype=value.dtype, device=device) for value in values]
+        batch = [mode.from_tensor(leaf) for leaf in tracer.batch_leaves if isinstance(leaf, Tensor)]
+        grown = returned.values if not with_loss else ()
+        cotangents = [torch.empty(v.shape, dtype=v.dtype, device=device) for v in grown if v.needs_grad]
+        if with_loss:
+            cotangents = [torch.empty((), dtype=tracer.sum_dtype(params, inputs, batch), device=device)]
+        with naming_errors(what):
+            # a function of four arguments: make_fx would count the `self` of a method
+            traced = make_fx(lambda *given: tracer.joint(*given), tracing_mode="real")
+            module = traced(params, inputs, batch, cotangents)
+    return tracer.joint_of(module, len(params), len(inputs), len(batch), len(cotangents))
+
+
+class _Tracer:
+    """The function that is traced, and what its outputs are."""
+
+    def __init__(
+        self,
+        stage: Stage,
+        received: Boundary | None,
+        returned: Boundary,
+        loss: Loss | None,
+        with_loss: bool,
+        microbatch: Mapping[str, Any],
+    ) -> None:
+        self.stage, self.received, self.returned, self.loss, self.with_loss = stage, received, returned, loss, with_loss
+        self.batch_leaves, self.batch_spec = tree.leaves_and_spec(dict(microbatch))
+        self.input_wants = [value.needs_grad for value in received.values] if received is not None else []
+        self.aux_spec: tree.TreeSpec | None = None
+        self.aux_constants: tuple[Any, ...] = ()
+        self.num_outputs = self.num_input_grads = 0
+
+    def forward(self, params: Sequence[Tensor], inputs: Sequence[Tensor], batch: Sequence[Tensor]) -> list[Tensor]:
+        """The stage, and the loss if it ends in one: the tensors in the order of `Joint.outputs`."""
+        remaining = iter(batch)
+        leaves = [next(remaining) if isinstance(leaf, Tensor) else leaf for leaf in self.batch_leaves]
+        microbatch = tree.from_leaves(leaves, self.batch_spec)
+        x = self.received.assemble(inputs) if self.received is not None else None
+        x = self.stage.run(self.stage.bind(list(params)), x, microbatch)
+        if not self.with_loss:
+            return self.returned.tensors(x)
+        terms = evaluate(self.loss, x, microbatch)
+        aux, self.aux_spec = tree.leaves_and_spec(terms.aux)
+        self.aux_constants = tuple(TENSOR if isinstance(leaf, Tensor) else leaf for leaf in aux)
+        return [terms.sum, terms.weight, *(leaf for leaf in aux if isinstance(leaf, Tensor))]
+
+    def sum_dtype(self, params: Sequence[Tensor], inputs: Sequence[Tensor], batch: Sequence[Tensor]) -> torch.dtype:
+        """The dtype of the loss's sum."""
+        return self.forward(params, inputs, batch)[0].dtype
+
+    def joint(
+        self, params: list[Tensor], inputs: list[Tensor], batch: list[Tensor], cotangents: list[Tensor]
+    ) -> list[Tensor | None]:
+        """Outputs, gradients of inputs, gradients of trainable parameters, one after the other."""
+        own = [leaf.detach().requires_grad_(wanted) for leaf, wanted in zip(params, self.stage.trainable, strict=True)]
+        leaves = [leaf.detach().requires_grad_(wanted) for leaf, wanted in zip(inputs, self.input_wants, strict=True)]
+        with torch.enable_grad():
+            outputs = self.forward(own, leaves, batch)
+        needing = [leaf for leaf in leaves if leaf.requires_grad]
+        trainable = [leaf for leaf in own if leaf.requires_grad]
+        self.num_outputs, self.num_input_grads = len(outputs), len(needing)
+        roots = outputs[:1] if self.with_loss else outputs
+        roots = [root for root in roots if root.requires_grad]
+        if not roots or not (needing or trainable):
+            return [*outputs, *[None] * (len(needing) + len(trainable))]
+        seeds = cotangents if len(cotangents) == len(roots) else []
+        grads: list[Tensor | None] = list(torch.autograd.grad(roots, [*needing, *trainable], seeds, allow_unused=True))
+        return [*outputs, *grads]
+
+    def joint_of(self, module: fx.GraphModule, *counts: int) -> Joint:
+        """Name the nodes of the traced graph."""
+        graph = module.graph
+        graph.eliminate_dead_code()
+        placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+        ends = [sum(counts[: index + 1]) for index in range(len(counts))]
+        params, inputs, batch, cotangents = (
+            placeholders[end - count : end] for end, count in zip(ends, counts, strict=True)
+        )
+        (returned,) = next(node for node in graph.nodes if node.op == "output").args
+        first, second = self.num_outputs, self.num_outputs + self.num_input_grads
+        outputs, input_grads, weight_grads = returned[:first], returned[first:second], returned[second:]
+        _refuse_writes(graph, self.stage)
+        return Joint(
+            module, params, inputs, batch, cotangents, list(outputs), list(input_grads), list(weight_grads),
+            self.aux_spec, self.aux_constants,
+        )  # fmt: skip
+
+
+def _refuse_writes(graph: fx.Graph, stage: Stage) -> None:
+    """A stage is a pure function: it may not write to its parameters, inputs or batch."""
+    for node in graph.nodes:
+        if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
+            continue
+        for value, argument in zip(node.args, node.target._schema.arguments, strict=False):
+            if isinstance(value, Node) and argument.alias_info is not None and argument.alias_info.is_write:
+                base = _base(value)
+                if base.op == "placeholder":
+                    raise ModelError(
+                        f"stage {stage.index} (layers {stage.layers[0]} .. {stage.layers[-1]}) writes to one of its "
+                        f"inputs or parameters ({node.target}); a stage is a pure function: compute a new tensor instead"
+                    )
+
+
+def _base(node: Node) -> Node:
+    """What a node is a view of."""
+    while node.op == "call_function" and is_view(node):
+        node = node.all_input_nodes[0]
+    return node
+
+
+def is_view(node: Node) -> bool:
+    """Whether an operator's output shares its first argument's memory, so that making it again costs nothing."""
+    target = node.target
+    if target is getitem:
+        return is_view(node.args[0])  # type: ignore[arg-type]
+    if not isinstance(target, torch._ops.OpOverload) or target._schema.is_mutable:
+        return False
+    if target is torch.ops.aten._unsafe_view.default:  # not marked as one, because autograd must not treat it as one
+        return True
+    returns = target._schema.returns
+    return bool(returns) and all(each.alias_info is not None for each in returns)

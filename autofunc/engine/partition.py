@@ -1,0 +1,116 @@
+"""Cut a captured stage into forward, backward, backward_input and backward_weight.
+
+Two cuts: what forward keeps for the backward (F->I), and what the backward of the input keeps for that of the weights
+(I->W). An operator with several outputs belongs to I whole: a norm's weight gradient comes with its input gradient. Views
+cost nothing, so they are made again where they are used and what they are views of is kept; parameters are never kept.
+
+Source of the idea: joint graph partitioning as in `torch._functorch.partitioners`, and the split of GraphPP (torchtitan,
+`graph_pp/split_di_dw.py`); written anew because both work on module graphs of theirs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from operator import getitem
+
+from torch import fx
+
+from autofunc.engine.capture import Joint, is_view
+
+Node = fx.Node
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of the joint graph: nodes that go in, nodes that come out, and gradients that it adds to accumulators."""
+
+    inputs: list[Node]
+    outputs: list[Node]
+    adds: list[tuple[int, Node]]  # (number of the trainable holder, its gradient)
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """A stage, cut. Values kept between the pieces are lists of nodes; `batch` nodes among them cost nothing to keep."""
+
+    forward: Piece  # takes params, inputs, batch; gives outputs, then `saved`
+    evaluate: Piece  # the same without `saved`
+    saved: list[Node]  # what F keeps: no parameters
+    backward: Piece  # takes params, saved, cotangents; gives input gradients
+    backward_input: Piece | None  # the same, and gives `kept` after the input gradients; None where there are none
+    kept: list[Node]  # what I keeps for W: no parameters
+    backward_weight: Piece  # takes params and `kept`; where there is no I, what `backward` takes
+
+
+def partition(joint: Joint) -> Pieces:
+    """Cut a joint graph."""
+    placeholders = [*joint.params, *joint.inputs, *joint.batch]
+    outputs = joint.outputs
+    behind = _depends_on(joint.graph, joint.cotangents)
+    input_grads = [node for node in joint.input_grads if node is not None]
+    adds = [(number, node) for number, node in enumerate(joint.weight_grads) if node is not None]
+    params = set(joint.params)
+
+    everything = [*input_grads, *(node for _, node in adds)]
+    saved = [node for node in _frontier(everything, lambda node: node in behind) if node not in params]
+    saved = [node for node in saved if node not in joint.cotangents]
+    backward = Piece([*joint.params, *saved, *joint.cotangents], input_grads, adds)
+    forward = Piece(placeholders, [*outputs, *saved], [])
+    evaluate = Piece(placeholders, outputs, [])
+    if not input_grads:
+        return Pieces(forward, evaluate, saved, backward, None, [*saved, *joint.cotangents], backward)
+
+    in_i = _ancestors(input_grads) & behind
+    in_i |= {node for node in behind if node.target is getitem and node.args[0] in in_i}
+    early = [(number, node) for number, node in adds if node in in_i or node in joint.cotangents]
+    late = [(number, node) for number, node in adds if (number, node) not in early]
+    in_w = behind - in_i
+    kept = [node for node in _frontier([node for _, node in late], lambda node: node in in_w) if node not in params]
+    return Pieces(
+        forward,
+        evaluate,
+        saved,
+        backward,
+        Piece(backward.inputs, [*input_grads, *kept], early),
+        kept,
+        Piece([*joint.params, *kept], [], late),
+    )
+
+
+def _depends_on(graph: fx.Graph, sources: Iterable[Node]) -> set[Node]:
+    """All nodes that read one of these, directly or not."""
+    found = set(sources)
+    for node in graph.nodes:
+        if node.op != "output" and any(read in found for read in node.all_input_nodes):
+            found.add(node)
+    return found - set(sources)
+
+
+def _ancestors(nodes: Iterable[Node]) -> set[Node]:
+    """These and all that they read, directly or not."""
+    found: set[Node] = set()
+    left = list(nodes)
+    while left:
+        node = left.pop()
+        if node not in found:
+            found.add(node)
+            left += node.all_input_nodes
+    return found
+
+
+def _frontier(targets: Iterable[Node], inside: Callable[[Node], bool]) -> list[Node]:
+    """What a region needs from outside to compute its targets: views are looked through, and made again inside."""
+    needed: dict[Node, None] = {}
+    seen: set[Node] = set()
+    left = list(targets)
+    while left:
+        node = left.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if inside(node) or (node.op == "call_function" and is_view(node)):
+            left += node.all_input_nodes
+        elif node.op != "get_attr":
+            needed[node] = None
+    return sorted(needed)  # nodes compare by their place in the graph
