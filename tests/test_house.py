@@ -47,7 +47,7 @@ def test_torch_distributed_from_the_mesh_on() -> None:
 
 @pytest.mark.parametrize(
     ("module", "home"),
-    [("torch.utils._pytree", "tree.py"), ("torch._subclasses.fake_tensor", "boundary.py")],
+    [("torch.utils._pytree", "tree.py"), ("torch._subclasses.fake_tensor", "fake.py")],
 )
 def test_private_torch_has_one_home(module: str, home: str) -> None:
     assert [path.name for path in SOURCES if module in imports(path)] == [home]

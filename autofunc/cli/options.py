@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from functools import wraps
 from typing import Annotated, Any, get_type_hints
 
+import numpy as np
 import typer
 
 from autofunc import schedule
@@ -22,10 +23,11 @@ from autofunc.errors import ScheduleError
 class Sizes:
     """How large a schedule is."""
 
-    ranks: Annotated[int, typer.Option("--ranks", "-p", help="Pipeline ranks.")] = 4
-    microbatches: Annotated[int, typer.Option("--microbatches", "-m", help="Microbatches of a step.")] = 8
+    ranks: Annotated[int, typer.Option("--ranks", "-p", min=1, help="Pipeline ranks.")] = 4
+    microbatches: Annotated[int, typer.Option("--microbatches", "-m", min=1, help="Microbatches of a step.")] = 8
     stages_per_rank: Annotated[
-        int | None, typer.Option("--stages-per-rank", "-v", help="Stages on each rank.", show_default="the schedule's")
+        int | None,
+        typer.Option("--stages-per-rank", "-v", min=1, help="Stages on each rank.", show_default="the schedule's"),
     ] = None
 
 
@@ -38,27 +40,33 @@ class CostOptions:
     weight: Annotated[str, typer.Option("-W", help="Time of its backward of the weights.")] = "1"
     comm: Annotated[float, typer.Option("--comm", help="Time of one transfer between ranks.")] = 0.0
     costs: Annotated[
-        str | None, typer.Option("--costs", metavar="FILE", help="Costs by stage from a JSON file, instead.")
+        str | None, typer.Option("--costs", metavar="FILE", help="Costs, and bytes, from a JSON file instead.")
     ] = None
 
-    def by_stage(self, stages_per_rank: float) -> tuple[schedule.Costs, schedule.Memory | None]:
-        """Costs of a stage, and bytes if the file has them. Stages of a rank share its time evenly."""
-        if self.costs is not None:
-            return schedule.read_costs(self.costs)
-        f, i, w = (_times(name, text, stages_per_rank) for name, text in zip("FIW", self._texts, strict=True))
-        return schedule.Costs(f, i, w, self.comm), None
+    def read(self) -> tuple[schedule.Costs, schedule.Memory | None]:
+        """The costs as given, and bytes if the file has them: single numbers are a rank's times, lists are by stage."""
+        given = {f"-{name}": text for name, text in zip("FIW", (self.forward, self.input, self.weight), strict=True)}
+        if self.costs is None:
+            f, i, w = (_times(option, text) for option, text in given.items())
+            return schedule.Costs(f, i, w, self.comm), None
+        for option, text in (given | {"--comm": str(self.comm)}).items():
+            if text != ("0.0" if option == "--comm" else "1"):
+                raise ScheduleError(f"{option} {text} and --costs {self.costs} were both given; expected one of them")
+        return schedule.read_costs(self.costs)
 
-    @property
-    def _texts(self) -> tuple[str, str, str]:
-        return self.forward, self.input, self.weight
 
-
-def _times(name: str, text: str, stages_per_rank: float) -> float | list[float]:
+def _times(option: str, text: str) -> float | list[float]:
     try:
         times = [float(part) for part in text.split(",")]
     except ValueError as error:
-        raise ScheduleError(f"-{name} {text!r}: expected a number, or one for each stage with commas between") from error
-    return times[0] / stages_per_rank if len(times) == 1 else times
+        raise ScheduleError(f"{option} {text!r}: expected a number, or one for each stage with commas between") from error
+    return times[0] if len(times) == 1 else times
+
+
+def by_stage(costs: schedule.Costs, stages_per_rank: float) -> schedule.Costs:
+    """Costs of a stage: the stages of a rank share a rank's time evenly."""
+    f, i, w = (cost if np.ndim(cost) else cost / stages_per_rank for cost in (costs.F, costs.I, costs.W))  # type: ignore[operator]
+    return replace(costs, F=f, I=i, W=w)
 
 
 def takes_groups(command: Callable[..., None]) -> Callable[..., None]:

@@ -13,13 +13,13 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
 from autofunc import schedule
-from autofunc.cli.options import CostOptions, Sizes, takes_groups
+from autofunc.cli.options import CostOptions, Sizes, by_stage, takes_groups
 from autofunc.errors import ScheduleError
 from autofunc.schedule.registry import GENERATORS
 
 app = typer.Typer(no_args_is_help=True, help="Build, check, simulate, search, draw and exchange pipeline schedules.")
 
-_OWN = "a .csv or .json file, or a function: file.py:name"
+_OWN = "a .csv, .txt or .json file (which brings its own sizes), or a function: file.py:name"
 Name = Annotated[str, typer.Argument(metavar="NAME", help=f"A named schedule, {_OWN}.")]
 Names = Annotated[list[str], typer.Argument(metavar="NAME...", help=f"Named schedules, {_OWN}.")]
 
@@ -48,7 +48,7 @@ def show(
     Example: autofunc schedule show 1f1b -p 2 -m 4 -o mine.csv
     """
     s = _build(name, sizes)
-    s = schedule.lower(s, keep_overlapped=output is not None) if lowered else s
+    s = schedule.lower(s, keep_overlapped=True) if lowered else s
     if output is None:
         typer.echo(schedule.to_text(s), nl=False)
         return
@@ -64,7 +64,7 @@ def simulate(name: Name, sizes: Sizes, costs: CostOptions) -> None:
     Example: autofunc schedule simulate zb_h1 -p 4 -m 8 --comm 0.1
     """
     console = Console()
-    timeline = _simulate(_build(name, sizes), costs)
+    timeline = _simulate(_build(name, sizes), *costs.read())
     _draw_text(console, timeline)
     _print_figures(console, [timeline])
     _print_idle(console, timeline)
@@ -79,14 +79,16 @@ def compare(sizes: Sizes, costs: CostOptions, names: Names = []) -> None:  # noq
 
     Example: autofunc schedule compare 1f1b zb_h1 zb_h2 -p 8 -m 32 -F 1 -I 1.2 -W 0.8
     """
-    timelines, left_out = [], []
+    given, left_out, timelines = costs.read(), [], []
     for name in names or schedule.names():
         try:
-            timelines.append(_simulate(_build(name, sizes, only_looped=True), costs))
+            timelines.append(_simulate(_build(name, sizes, only_looped=True), *given))
         except ScheduleError as error:
             if names:
                 raise
-            left_out.append(f"left out: {str(error).splitlines()[0]}")
+            left_out.append(f"left out {name}: {str(error).splitlines()[0]}")
+    if not timelines:
+        raise ScheduleError("no named schedule fits: " + left_out[0])
     console = Console()
     _print_figures(console, timelines)
     for line in left_out:
@@ -113,7 +115,8 @@ def draw(
 
     Example: autofunc schedule draw 1f1b zbv -p 4 -m 8 -o compared.html
     """
-    timelines = [_simulate(_build(name, sizes, only_looped=True), costs) for name in names]
+    given = costs.read()
+    timelines = [_simulate(_build(name, sizes, only_looped=True), *given) for name in names]
     if output is None:
         for timeline in timelines:
             typer.echo(timeline.schedule.name)
@@ -130,7 +133,9 @@ def search(
     costs: CostOptions,
     memory_limit: Annotated[
         float | None,
-        typer.Option("--memory-limit", help="Most stage activations of a rank; bytes if the costs file has memory."),
+        typer.Option(
+            "--memory-limit", help="Most stage activations of a rank; bytes of residuals if the costs file has memory."
+        ),
     ] = None,
     seconds: Annotated[float, typer.Option("--seconds", help="How long to search.")] = 10.0,
     span: Annotated[bool, typer.Option("--span", help="Minimise a rank's longest span, not the makespan.")] = False,
@@ -143,7 +148,14 @@ def search(
 
     Example: autofunc schedule search -p 4 -m 16 -F 1,2,1,1 -I 1,2,1,1 -W 1,1,1,1 --memory-limit 6 -o found.csv
     """
-    by_stage, memory = costs.by_stage(sizes.stages_per_rank or 1)
+    if output is not None:
+        schedule.check_suffix(output)
+        if not Path(output).resolve().parent.is_dir():
+            raise ScheduleError(f"cannot write {output}: there is no such folder")
+    given, memory = costs.read()
+    listed = {len(cost) for cost in (given.F, given.I, given.W) if not isinstance(cost, (int, float))}
+    per_rank = sizes.stages_per_rank or max(max(listed, default=sizes.ranks) // sizes.ranks, 1)
+    of_stages = by_stage(given, per_rank)
     console = Console(stderr=True)
     bar = Progress(
         TextColumn("searching"), BarColumn(), TextColumn("best {task.fields[best]:g}"), console=console, transient=True
@@ -151,10 +163,10 @@ def search(
     with bar:
         task = bar.add_task("", total=seconds, best=float("inf"))
         found = schedule.search(
-            by_stage,
+            of_stages,
             num_ranks=sizes.ranks,
             num_microbatches=sizes.microbatches,
-            stages_per_rank=sizes.stages_per_rank,
+            stages_per_rank=per_rank,
             memory_limit=memory_limit,
             memory=memory,
             objective="span" if span else "makespan",
@@ -162,9 +174,19 @@ def search(
             seed=seed,
             on_progress=lambda elapsed, best: bar.update(task, completed=elapsed, best=best),
         )
-    timeline = schedule.simulate(found, by_stage)
+    timeline = schedule.simulate(found, of_stages)
     _draw_text(Console(), timeline)
     _print_figures(Console(), [timeline])
+    bound = schedule.lower_bound(
+        of_stages,
+        num_ranks=sizes.ranks,
+        num_microbatches=sizes.microbatches,
+        stages_per_rank=per_rank,
+        memory_limit=memory_limit,
+        memory=memory,
+        objective="span" if span else "makespan",
+    )
+    typer.echo(f"{'longest span' if span else 'makespan'} of any schedule of these stages: at least {bound:g}")
     if output is not None:
         schedule.write_file(found, output)
         typer.echo(f"wrote {output}")
@@ -175,16 +197,22 @@ def _build(name: str, sizes: Sizes, only_looped: bool = False) -> schedule.Sched
 
     A file brings its own sizes. With `only_looped`, stages per rank are given to those that take more than one number.
     """
-    if Path(name).suffix in schedule.SUFFIXES:
-        s = schedule.read_file(name).compute_form()
-        schedule.validate(s)
-        return s
+    if Path(name).suffix.lower() in schedule.SUFFIXES:
+        read = schedule.read_file(name)
+        try:
+            schedule.validate(read)
+        except ScheduleError as error:
+            raise ScheduleError(f"{name}: {error}") from error
+        return read.compute_form()
     source: str | schedule.Function = name
     if ".py:" in name:
         from autofunc.config import resolve_target  # pulls in what named schedules do not need
 
         source = resolve_target(name, "NAME")
-    fixed = only_looped and isinstance(source, str) and not schedule.is_looped(source)
+    takes = (
+        schedule.is_looped(source) if isinstance(source, str) else "stages_per_rank" in inspect.signature(source).parameters
+    )
+    fixed = only_looped and not takes
     s = schedule.build(
         source,
         num_ranks=sizes.ranks,
@@ -195,9 +223,9 @@ def _build(name: str, sizes: Sizes, only_looped: bool = False) -> schedule.Sched
     return s
 
 
-def _simulate(s: schedule.Schedule, costs: CostOptions) -> schedule.Timeline:
-    by_stage, _ = costs.by_stage(s.num_stages / s.num_ranks)
-    return schedule.simulate(s, by_stage)
+def _simulate(s: schedule.Schedule, costs: schedule.Costs, memory: schedule.Memory | None) -> schedule.Timeline:
+    del memory  # times only
+    return schedule.simulate(s, by_stage(costs, s.num_stages / s.num_ranks))
 
 
 def _draw_text(console: Console, timeline: schedule.Timeline) -> None:

@@ -13,16 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-
-# Tracing and fake tensors have no public names; tried with torch 2.13.0.
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from autofunc import tree
 from autofunc.errors import ModelError
 from autofunc.losses import Loss, evaluate
-from autofunc.splitting import Boundary, Stage, naming_errors
+from autofunc.splitting import Boundary, Stage, fake_mode, naming_errors
 
 Node = fx.Node
 
@@ -79,7 +75,7 @@ def capture(
     """
     tracer = _Tracer(stage, received, returned, loss, with_loss, microbatch)
     what = f"stage {stage.index} (layers {stage.layers[0]} .. {stage.layers[-1]})"
-    with FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=True) as mode:
+    with fake_mode() as mode:
         params = [
             torch.empty(stage.model.spec[path].shape, dtype=dtypes[stage.model.canonical(path)], device=device)
             for path in stage.holders

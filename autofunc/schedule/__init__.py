@@ -12,7 +12,7 @@ from autofunc.schedule.costs_file import read_costs, write_costs
 from autofunc.schedule.custom import Function
 from autofunc.schedule.draw import draw
 from autofunc.schedule.effects import Dataflow, Edge, chain
-from autofunc.schedule.exchange import SUFFIXES, from_csv, from_json, read_file, to_csv, to_json, write_file
+from autofunc.schedule.exchange import SUFFIXES, check_suffix, from_csv, from_json, read_file, to_csv, to_json, write_file
 from autofunc.schedule.grid import grid
 from autofunc.schedule.idle import Idle, explain_idle
 from autofunc.schedule.ir import Action, Kind, Row, Schedule
@@ -43,6 +43,7 @@ __all__ = [
     "build",
     "build_row",
     "chain",
+    "check_suffix",
     "default_stages_per_rank",
     "draw",
     "explain_idle",

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from autofunc.schedule.effects import Dataflow, Edge, chain
+from autofunc.schedule.effects import flow_of
 from autofunc.schedule.ir import Kind, Schedule
 from autofunc.schedule.network import build_network
 from autofunc.schedule.timeline import Timeline
@@ -28,7 +27,7 @@ class Block(NamedTuple):
     start: float  # from the first start of the timeline
     end: float
     waited: float  # idle time of the rank right before
-    cause: str  # what ended the wait: an action of another rank, or nothing
+    cause: str  # what it waited for: an action of another rank, or its own transfers
 
     @property
     def name(self) -> str:
@@ -36,13 +35,12 @@ class Block(NamedTuple):
         return f"{self.stage}{self.kind.name}{self.microbatch}"
 
 
-def blocks_of(timeline: Timeline, edges: Sequence[Edge] | None = None) -> list[Block]:
+def blocks_of(timeline: Timeline) -> list[Block]:
     """All computations, rank by rank."""
-    schedule = timeline.schedule
-    flow = Dataflow(chain(schedule.num_stages) if edges is None else edges, schedule.is_forward_only)
-    network = build_network(schedule, flow)
+    schedule, origin = timeline.schedule, timeline.origin
+    network = build_network(schedule, flow_of(schedule, timeline.edges))
     start, end = np.concatenate(timeline.start), np.concatenate(timeline.end)
-    origin = float(start.min())
+    arrived = start if timeline.arrived is None else np.concatenate(timeline.arrived)
     last_maker = np.full(len(start), -1)
     for channel in network.channels:
         reader, maker = channel.bundle.reader, channel.bundle.maker
@@ -55,21 +53,22 @@ def blocks_of(timeline: Timeline, edges: Sequence[Edge] | None = None) -> list[B
             stage, kind, microbatch, _ = network.table[flat].tolist()
             if kind > Kind.W:
                 continue
-            waited = max(float(start[flat]) - before, 0.0)
+            begun = float(start[flat])
+            waited = max(begun - before, 0.0)
             cause = ""
-            if waited > 1e-9 * (float(end[flat]) - origin) and last_maker[flat] >= 0:
-                maker_rank, position = network.place(int(last_maker[flat]))
-                cause = f"{schedule[maker_rank][position]} on rank {maker_rank}"
+            if waited > 1e-9 * (begun - origin + 1.0):
+                cause = "its own transfers"
+                if last_maker[flat] >= 0 and arrived[flat] >= begun - 1e-9 * abs(begun):
+                    maker_rank, position = network.place(int(last_maker[flat]))
+                    cause = f"{schedule[maker_rank][position]} on rank {maker_rank}"
             before = float(end[flat])
-            blocks.append(
-                Block(rank, stage, Kind(kind), microbatch, float(start[flat]) - origin, before - origin, waited, cause)
-            )
+            blocks.append(Block(rank, stage, Kind(kind), microbatch, begun - origin, before - origin, waited, cause))
     return blocks
 
 
 def letters_of(schedule: Schedule) -> dict[int, str]:
     """By stage, which of its rank's stages it is: a, b, c, ...; nothing where ranks have one stage each."""
-    if schedule.num_stages == schedule.num_ranks:
+    if len(set(schedule.placement)) == schedule.num_stages:
         return dict.fromkeys(range(schedule.num_stages), "")
     names = {}
     for rank in range(schedule.num_ranks):

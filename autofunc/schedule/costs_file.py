@@ -3,36 +3,33 @@
 from __future__ import annotations
 
 import json
-import os
-from dataclasses import asdict, fields
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
+import numpy as np
+
 from autofunc.errors import ScheduleError, one_of
+from autofunc.schedule.files import StrPath, read_json, write_text
 from autofunc.schedule.memory import Memory
 from autofunc.schedule.timeline import Costs
 
 
-def write_costs(path: str | os.PathLike[str], costs: Costs, memory: Memory | None = None) -> None:
+def write_costs(path: StrPath, costs: Costs, memory: Memory | None = None) -> None:
     """Write costs, and bytes if given. Times of single edges are written as {"0>1": time}."""
     document = {name: _plain(value) for name, value in vars(costs).items()}
     if memory is not None:
-        document["memory"] = {name: _plain(value) for name, value in asdict(memory).items()}
-    Path(path).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        document["memory"] = {name: _plain(value) for name, value in vars(memory).items()}
+    write_text(path, json.dumps(document, indent=1) + "\n")
 
 
-def read_costs(path: str | os.PathLike[str]) -> tuple[Costs, Memory | None]:
+def read_costs(path: StrPath) -> tuple[Costs, Memory | None]:
     """Read what `write_costs` wrote, or a file written by hand.
 
     Raises:
         ScheduleError: when there is no such file, or it holds something else.
     """
-    try:
-        document = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ScheduleError(f"there is no file {os.fspath(path)!r} with costs") from error
-    except json.JSONDecodeError as error:
-        raise ScheduleError(f"{path} is no JSON: {error}") from error
+    document = read_json(path)
     if not isinstance(document, dict):
         raise ScheduleError(f"{path}: expected a mapping with F, I and W, found {type(document).__name__}")
     memory = document.pop("memory", None)
@@ -48,9 +45,9 @@ def read_costs(path: str | os.PathLike[str]) -> tuple[Costs, Memory | None]:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {f"{sender}>{receiver}": time for (sender, receiver), time in value.items()}
-    return value if isinstance(value, (int, float)) else [float(one) for one in value]
+    if isinstance(value, Mapping):
+        return {f"{sender}>{receiver}": float(time) for (sender, receiver), time in value.items()}
+    return float(value) if np.ndim(value) == 0 else [float(one) for one in value]
 
 
 def _edge(path: str, text: str) -> tuple[int, int]:

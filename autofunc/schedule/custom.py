@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +36,34 @@ def from_function(function: Function, num_ranks: int, num_microbatches: int, sta
     """
     name = getattr(function, "__name__", type(function).__name__)
     numbers: dict[str, int] = {"num_ranks": num_ranks, "num_microbatches": num_microbatches}
-    if stages_per_rank is not None and "stages_per_rank" in inspect.signature(function).parameters:
+    signature = inspect.signature(function)
+    if stages_per_rank is not None and "stages_per_rank" in signature.parameters:
         numbers["stages_per_rank"] = stages_per_rank
+    try:
+        signature.bind(**numbers)
+    except TypeError as error:
+        raise ScheduleError(
+            f"function {name}{signature} cannot make a schedule: {error}; it is called with num_ranks, num_microbatches, "
+            "and stages_per_rank if it names that"
+        ) from error
     made = function(**numbers)
     if isinstance(made, str):
         made = from_text(made, name)
     elif not isinstance(made, Schedule):
-        made = from_actions([[action for cell in row for action in _actions(cell, name)] for row in made], name)
+        if not isinstance(made, (list, tuple)):
+            raise ScheduleError(
+                f"function {name} returned {type(made).__name__}; expected a Schedule, a table as text, or a list of "
+                "actions for each rank"
+            )
+        made = from_actions([_row(row, name) for row in made], name)
     return _checked(made, f"function {name}", num_ranks, num_microbatches, stages_per_rank)
+
+
+def _row(row: object, name: str) -> list[Action]:
+    cells = row.replace(",", " ").split() if isinstance(row, str) else row
+    if not isinstance(cells, Iterable):
+        raise ScheduleError(f"function {name}: {row!r} is no rank's list of actions")
+    return [action for cell in cells for action in _actions(cell, name)]
 
 
 def _actions(cell: object, name: str) -> list[Action]:
@@ -57,7 +77,6 @@ def _actions(cell: object, name: str) -> list[Action]:
 def _checked(
     schedule: Schedule, source: str, num_ranks: int, num_microbatches: int, stages_per_rank: int | None
 ) -> Schedule:
-    schedule = schedule.compute_form()
     found = {"ranks": schedule.num_ranks, "microbatches": schedule.num_microbatches}
     asked = {"ranks": num_ranks, "microbatches": num_microbatches}
     if stages_per_rank is not None:
@@ -69,4 +88,4 @@ def _checked(
         validate(schedule)
     except ScheduleError as error:
         raise ScheduleError(f"{source}: {error}") from error
-    return schedule
+    return schedule.compute_form()

@@ -11,6 +11,7 @@ from autofunc.schedule.draw_html import to_html
 from autofunc.schedule.draw_svg import to_svg
 from autofunc.schedule.draw_text import to_picture
 from autofunc.schedule.draw_trace import to_trace
+from autofunc.schedule.files import write_text
 from autofunc.schedule.ir import Schedule
 from autofunc.schedule.simulate import simulate
 from autofunc.schedule.timeline import Timeline
@@ -50,6 +51,8 @@ def draw(
         0 forward   [0 ] backward   . idle
     """
     drawables = [what] if isinstance(what, (Schedule, Timeline)) else list(what)
+    if not drawables:
+        raise ScheduleError("nothing to draw: no schedule or timeline was given")
     timelines = [each if isinstance(each, Timeline) else simulate(each) for each in drawables]
     if path is None:
         return "\n\n".join(to_picture(timeline, width, colour) for timeline in timelines)
@@ -57,5 +60,5 @@ def draw(
     if suffix not in _WRITERS:
         raise ScheduleError(f"cannot draw {os.fspath(path)!r}: unknown suffix {suffix!r}; {one_of(suffix, _WRITERS)}")
     text = _WRITERS[suffix](timelines)
-    Path(path).write_text(text, encoding="utf-8")
+    write_text(path, text)
     return text

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from autofunc.schedule.blocks import letters_of
@@ -16,6 +18,7 @@ _LEGEND = {
     Kind.W: "w0 weight gradient",
 }
 _IDLE = "."
+_MOST_COLUMNS = 4000  # where actions are of very different length, short ones lose their labels
 
 
 def to_picture(timeline: Timeline, width: int = 80, colour: bool = False) -> str:
@@ -31,13 +34,12 @@ def to_picture(timeline: Timeline, width: int = 80, colour: bool = False) -> str
     schedule = timeline.schedule
     letters = letters_of(schedule)
     label_width = max(len(str(schedule.num_microbatches - 1)) + 1, 2) + 2 * bool(letters[0])
-    scale = label_width / _shortest(timeline)
+    scale = min(label_width / _shortest(timeline), _MOST_COLUMNS / timeline.makespan)
     columns = max(round(timeline.makespan * scale), 1)
     prefix = max(len(f"rank {schedule.num_ranks - 1}"), len("rank 0"))
     block = max(width - prefix - 3, label_width)
 
-    origin = min(float(times.min()) for times in timeline.start if times.size)
-    canvases = [_paint(timeline, letters, rank, columns, scale, origin) for rank in range(schedule.num_ranks)]
+    canvases = [_paint(timeline, letters, rank, columns, scale) for rank in range(schedule.num_ranks)]
     lines = []
     for begin in range(0, columns, block):
         for rank, (text, kinds) in enumerate(canvases):
@@ -67,13 +69,14 @@ def _shortest(timeline: Timeline) -> float:
 
 
 def _paint(
-    timeline: Timeline, letters: dict[int, str], rank: int, columns: int, scale: float, origin: float
+    timeline: Timeline, letters: dict[int, str], rank: int, columns: int, scale: float
 ) -> tuple[list[str], list[Kind | None]]:
     """The characters of one rank's line, and the kind of action under each."""
     text = [_IDLE] * columns
     kinds: list[Kind | None] = [None] * columns
     for action, start, end in zip(timeline.schedule[rank], timeline.start[rank], timeline.end[rank], strict=True):
-        begin, stop = round((start - origin) * scale), round((end - origin) * scale)
+        begin, stop = (math.floor((time - timeline.origin) * scale + 0.5) for time in (start, end))
+        stop = min(stop, columns)
         if action.kind.is_compute and stop > begin:
             text[begin:stop] = _label(action, letters[action.stage], stop - begin)
             kinds[begin:stop] = [action.kind] * (stop - begin)
@@ -85,7 +88,8 @@ def _label(action: Action, letter: str, width: int) -> str:
     if action.kind is Kind.B and width >= len(number) + 2:
         return f"[{number:<{width - 2}}]"
     marker = {Kind.F: "", Kind.B: "b", Kind.I: "i", Kind.W: "w"}[action.kind]
-    return f"{marker + number:<{width}}"[:width]
+    label = marker + number
+    return f"{label:<{width}}" if len(label) <= width else (marker or "f") * width  # never a part of a number
 
 
 def _coloured(text: list[str], kinds: list[Kind | None], colour: bool) -> str:

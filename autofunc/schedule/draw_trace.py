@@ -43,7 +43,12 @@ def to_trace(timelines: Sequence[Timeline], unit_us: float = 1000.0) -> str:
             if block.cause in by_place:
                 maker, number = by_place[block.cause], len(events)
                 arrow = {"name": "waits for", "cat": "wait", "id": number}
-                from_there = {"ph": "s", "pid": process, "tid": maker.rank, "ts": maker.end * unit_us}
+                from_there = {
+                    "ph": "s",
+                    "pid": process,
+                    "tid": maker.rank,
+                    "ts": (maker.end - 1e-6 * (maker.end - maker.start)) * unit_us,
+                }
                 events += [arrow | from_there, arrow | place | {"ph": "f", "bp": "e", "ts": block.start * unit_us}]
     return json.dumps({"traceEvents": events, "displayTimeUnit": "ms"})
 

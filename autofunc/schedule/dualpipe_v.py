@@ -7,22 +7,12 @@ one's communication beside the other's computation; where nothing overlaps, its 
 
 from __future__ import annotations
 
-from autofunc.errors import ScheduleError
 from autofunc.schedule.ir import Table
 from autofunc.schedule.script import Script
 
 
 def row(rank: int, num_ranks: int, num_microbatches: int) -> Table:
-    """The actions of one rank, which holds the stages `rank` and `2 * num_ranks - 1 - rank`.
-
-    Raises:
-        ScheduleError: for fewer microbatches than stages.
-    """
-    if num_microbatches < 2 * num_ranks:
-        raise ScheduleError(
-            f"schedule dualpipe_v: num_microbatches={num_microbatches}, but with {num_ranks} ranks it needs at least "
-            f"{2 * num_ranks}, two per rank; zbv takes any number"
-        )
+    """The actions of one rank, which holds the stages `rank` and `2 * num_ranks - 1 - rank`."""
     script = Script(rank, num_ranks)
     down, up = script.down, script.up
     above, below = rank + 1, num_ranks - 1 - rank  # this rank and those nearer to the first stage; those nearer to the turn

@@ -1,4 +1,6 @@
-"""What each kind of action reads, writes and frees. The validator, the simulator and the executor all use this table.
+"""What each kind of action reads, writes and frees: the table behind the validator, the simulator and the executor.
+
+`network.py` applies it to all microbatches of an edge at once.
 
 A token is a value at one stage for one microbatch:
 
@@ -28,7 +30,8 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import NamedTuple
 
-from autofunc.schedule.ir import Action, Kind
+from autofunc.errors import ScheduleError
+from autofunc.schedule.ir import Action, Kind, Schedule
 
 
 class Edge(NamedTuple):
@@ -42,6 +45,22 @@ class Edge(NamedTuple):
 def chain(num_stages: int) -> tuple[Edge, ...]:
     """The edges of a chain model: each stage feeds the next."""
     return tuple(Edge(stage, stage + 1) for stage in range(num_stages - 1))
+
+
+def check_edges(edges: Sequence[Edge], num_stages: int) -> None:
+    """Refuse edges that do not lead from an existing stage to a later one, or are given twice.
+
+    Raises:
+        ScheduleError: naming the edge.
+    """
+    seen = set()
+    for edge in edges:
+        ends = (edge.producer, edge.consumer)
+        if not 0 <= edge.producer < edge.consumer < num_stages:
+            raise ScheduleError(f"edge {ends}: expected a stage and a later one, of 0 to {num_stages - 1}")
+        if ends in seen:
+            raise ScheduleError(f"edge {ends} is given twice")
+        seen.add(ends)
 
 
 class Activation(NamedTuple):
@@ -147,6 +166,14 @@ class Dataflow:
         if kind is Kind.SEND_B:
             return Effect((Cotangent(stage, peer, microbatch),), ())
         return Effect((), (Cotangent(peer, stage, microbatch),))
+
+
+def flow_of(schedule: Schedule, edges: Sequence[Edge] | None) -> Dataflow:
+    """The effects of a schedule's actions along edges; along a chain by default."""
+    if edges is None:
+        return Dataflow(chain(schedule.num_stages), schedule.is_forward_only)
+    check_edges(edges, schedule.num_stages)
+    return Dataflow(edges, schedule.is_forward_only)
 
 
 def _grouped(edges: Sequence[Edge], by: str) -> dict[int, list[Edge]]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from autofunc.schedule.ir import Schedule
 
+_MOST_RANKS = 12
+
 
 def grid(schedule: Schedule, mark: tuple[int, int] | None = None, width: int = 78) -> str:
     """One line per rank, actions in order; `mark` is (rank, position) of the action to point at.
 
-    Long rows show only the neighbourhood of the mark.
+    Long rows show only the neighbourhood of the mark, and of many ranks only those near it.
     """
     cells = [[str(action) for action in row] for row in schedule]
     if mark is not None:
@@ -16,7 +18,12 @@ def grid(schedule: Schedule, mark: tuple[int, int] | None = None, width: int = 7
         if position < len(cells[rank]):
             cells[rank][position] = f">>{cells[rank][position]}<<"
     lines = []
+    near = range(len(cells)) if mark is None or len(cells) <= _MOST_RANKS else range(mark[0] - 3, mark[0] + 4)
     for rank, row in enumerate(cells):
+        if rank not in near:
+            if rank in (near[0] - 1, near[-1] + 1):
+                lines.append("...")
+            continue
         centre = mark[1] if mark is not None and mark[0] == rank else 0
         lines.append(f"rank {rank} | " + _window(row, centre, width - 9))
     return "\n".join(lines)

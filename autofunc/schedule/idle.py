@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from autofunc.schedule.effects import Dataflow, Edge, chain
+from autofunc.schedule.effects import flow_of
 from autofunc.schedule.ir import Kind
 from autofunc.schedule.network import build_network
 from autofunc.schedule.timeline import Timeline
@@ -27,7 +26,7 @@ class Idle(NamedTuple):
         return self.dependency + self.communication + self.imbalance
 
 
-def explain_idle(timeline: Timeline, edges: Sequence[Edge] | None = None) -> tuple[Idle, ...]:
+def explain_idle(timeline: Timeline) -> tuple[Idle, ...]:
     """Split the idle time of every rank into its causes.
 
     The same actions, as long as they were, are run again with free transfers. What the makespan loses by that was
@@ -36,16 +35,14 @@ def explain_idle(timeline: Timeline, edges: Sequence[Edge] | None = None) -> tup
 
     Args:
         timeline: simulated or measured.
-        edges: connections between stages; a chain by default.
     """
     schedule = timeline.schedule
-    flow = Dataflow(chain(schedule.num_stages) if edges is None else edges, schedule.is_forward_only)
-    network = build_network(schedule, flow)
+    network = build_network(schedule, flow_of(schedule, timeline.edges))
     computing = network.table[:, 1] <= Kind.W
     duration = np.where(computing, np.concatenate(timeline.end) - np.concatenate(timeline.start), 0.0)
     free = np.zeros(len(network.channels))
-    start, end = walk(network, Pace(duration, free, 0.0, free))
-    without_transfers = min(float(end.max() - start.min()), timeline.makespan)
+    start, end, _ = map(network.by_rank, walk(network, Pace(duration, free, 0.0, free)))
+    without_transfers = min(Timeline(schedule, start, end).makespan, timeline.makespan)
     busiest = min(max(timeline.busy), without_transfers)
     return tuple(
         Idle(without_transfers - busiest, timeline.makespan - without_transfers, busiest - busy) for busy in timeline.busy

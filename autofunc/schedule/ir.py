@@ -151,7 +151,6 @@ class Schedule:
     placement: tuple[int, ...]  # stage -> rank
     num_microbatches: int
     rows: tuple[Row, ...] = field(repr=False)  # one per rank
-    in_order: bool = True  # every stage runs its backwards in microbatch order, so sums are in the oracle's order
 
     @property
     def num_ranks(self) -> int:
@@ -171,6 +170,18 @@ class Schedule:
 
     def __iter__(self) -> Iterator[Row]:
         return iter(self.rows)
+
+    @cached_property
+    def in_order(self) -> bool:
+        """Whether every stage runs its backwards in microbatch order, so that sums are in the oracle's order."""
+        for row in self.rows:
+            for kinds in ((Kind.B, Kind.I), (Kind.B, Kind.W)):
+                backwards = row.table[np.isin(row.table[:, 1], kinds)]
+                by_stage = backwards[np.argsort(backwards[:, 0], kind="stable")]
+                same_stage = np.diff(by_stage[:, 0]) == 0
+                if (np.diff(by_stage[:, 2])[same_stage] < 0).any():
+                    return False
+        return True
 
     @cached_property
     def is_lowered(self) -> bool:
@@ -195,12 +206,12 @@ class Schedule:
     def compute_form(self) -> Schedule:
         """The same schedule without its sends, receives and sharding actions."""
         rows = tuple(Row(_frozen(row.table[row.table[:, 1] <= Kind.W])) for row in self.rows)
-        return Schedule(self.name, self.placement, self.num_microbatches, rows, self.in_order)
+        return Schedule(self.name, self.placement, self.num_microbatches, rows)
 
     def forward_form(self) -> Schedule:
         """Only its forwards, for evaluation."""
         rows = tuple(Row(_frozen(row.table[row.table[:, 1] == Kind.F])) for row in self.rows)
-        return Schedule(self.name, self.placement, self.num_microbatches, rows, self.in_order).without_overlap()
+        return Schedule(self.name, self.placement, self.num_microbatches, rows).without_overlap()
 
     def without_overlap(self) -> Schedule:
         """The same schedule with each overlapped pair as two actions of their own."""
@@ -210,4 +221,4 @@ class Schedule:
         for table in tables:
             table[table[:, 3] == OVERLAPPED, 3] = -1
         rows = tuple(Row(_frozen(table)) for table in tables)
-        return Schedule(self.name, self.placement, self.num_microbatches, rows, self.in_order)
+        return Schedule(self.name, self.placement, self.num_microbatches, rows)

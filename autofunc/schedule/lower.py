@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from autofunc.schedule.effects import Activation, Cotangent, Dataflow, Edge, chain
+from autofunc.errors import ScheduleError, one_of
+from autofunc.schedule.effects import Activation, Cotangent, Dataflow, Edge, flow_of
 from autofunc.schedule.ir import OVERLAPPED, Action, Kind, Row, Schedule, as_table
 from autofunc.schedule.residency import Unshard, place
 
@@ -41,17 +42,27 @@ def lower(
         unshard_ahead: how many computations before their first use gathering begins.
         keep_overlapped: keep overlapped pairs together, with what they send after both, for a runtime that runs them at
             once (torch's takes a function for it). Otherwise their parts run one after the other, each with its sends.
+
+    Raises:
+        ScheduleError: for arguments that do not exist, and edges that do not fit.
     """
-    flow = Dataflow(chain(schedule.num_stages) if edges is None else edges, schedule.is_forward_only)
+    for name, distance in (("prefetch", prefetch), ("unshard_ahead", unshard_ahead)):
+        if distance < 0:
+            raise ScheduleError(f"lower: {name}={distance}, expected 0 or more")
+    try:
+        unshard = Unshard(unshard)
+    except ValueError as error:
+        raise ScheduleError(f"lower: unshard={unshard!r}; {one_of(unshard, [kind.value for kind in Unshard])}") from error
+    flow = flow_of(schedule, edges)
     schedule = merge_backward(schedule.compute_form(), flow)
     if not keep_overlapped:
         schedule = schedule.without_overlap()
     before, after = _transfers(schedule, flow, prefetch)
     rows = []
     for rank, row in enumerate(schedule):
-        gather, release = place(row, Unshard(unshard), unshard_ahead)
+        gather, release = place(row, unshard, unshard_ahead)
         rows.append(Row(as_table(_inserted(row, (gather, before[rank]), (after[rank], release)))))
-    return Schedule(schedule.name, schedule.placement, schedule.num_microbatches, tuple(rows), schedule.in_order)
+    return Schedule(schedule.name, schedule.placement, schedule.num_microbatches, tuple(rows))
 
 
 def merge_backward(schedule: Schedule, flow: Dataflow) -> Schedule:
@@ -71,7 +82,7 @@ def merge_backward(schedule: Schedule, flow: Dataflow) -> Schedule:
             else:
                 actions.append(action)
         rows.append(row if len(actions) == len(row) else Row(as_table(actions)))
-    return Schedule(schedule.name, placement, schedule.num_microbatches, tuple(rows), schedule.in_order)
+    return Schedule(schedule.name, placement, schedule.num_microbatches, tuple(rows))
 
 
 def _transfers(schedule: Schedule, flow: Dataflow, prefetch: int) -> tuple[list[Gaps], list[Gaps]]:

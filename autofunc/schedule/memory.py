@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from autofunc.errors import ScheduleError
-from autofunc.schedule.effects import Activation, Cotangent, Dataflow, Edge, Residuals, Token, chain
+from autofunc.schedule.effects import Activation, Cotangent, Edge, Residuals, Token, flow_of
 from autofunc.schedule.ir import Kind, Schedule
 from autofunc.schedule.lower import lower
 
@@ -65,9 +65,8 @@ def live_bytes(
         edges: connections between stages; a chain by default.
     """
     memory.check(schedule.num_stages)
-    edges = chain(schedule.num_stages) if edges is None else tuple(edges)
     lowered = schedule if schedule.is_lowered else lower(schedule, edges)
-    flow = Dataflow(edges, lowered.is_forward_only)
+    flow = flow_of(lowered, edges)
     residuals, weight, output, accumulators = (
         memory.per_stage(name, schedule.num_stages) for name in ("residuals", "weight_residuals", "output", "accumulators")
     )

@@ -37,6 +37,13 @@ class Generator:
     default_stages_per_rank: int = 1
     is_looped: bool = False  # takes any number of stages per rank from `default_stages_per_rank` on
     placement: Callable[[int, int], tuple[int, ...]] = placement.loop
+    microbatches_per_rank: int = 0  # at least so many for each rank
+
+    def fits(self, num_ranks: int, num_microbatches: int, stages_per_rank: int) -> bool:
+        """Whether the construction exists for these numbers."""
+        enough = num_microbatches >= self.microbatches_per_rank * num_ranks
+        default = self.default_stages_per_rank
+        return enough and (stages_per_rank == default or (self.is_looped and stages_per_rank > default))
 
     def make_row(self, rank: int, num_ranks: int, num_microbatches: int, stages_per_rank: int) -> Row:
         """The actions of one rank."""
@@ -48,8 +55,10 @@ def _looped(row: Callable[..., Table]) -> Generator:
     return Generator(row, default_stages_per_rank=2, is_looped=True)
 
 
-def _v_shaped(row: Callable[..., Table]) -> Generator:
-    return Generator(row, default_stages_per_rank=2, placement=placement.v_shape)
+def _v_shaped(row: Callable[..., Table], microbatches_per_rank: int = 0) -> Generator:
+    return Generator(
+        row, default_stages_per_rank=2, placement=placement.v_shape, microbatches_per_rank=microbatches_per_rank
+    )
 
 
 GENERATORS: dict[str, Generator] = {
@@ -63,7 +72,7 @@ GENERATORS: dict[str, Generator] = {
     "zbv": _v_shaped(zbv.row),
     "v_half": _v_shaped(v_half.row),
     "v_min": _v_shaped(v_min.row),
-    "dualpipe_v": _v_shaped(dualpipe_v.row),
+    "dualpipe_v": _v_shaped(dualpipe_v.row, microbatches_per_rank=2),
 }
 
 
@@ -82,7 +91,9 @@ def normalise(name: str) -> str:
             return known
     if plain in _TORCH_NAMES:
         return _TORCH_NAMES[plain]
-    raise ScheduleError(f"unknown schedule {name!r}: {one_of(name, GENERATORS)}")
+    raise ScheduleError(
+        f"unknown schedule {name!r}: {one_of(name, GENERATORS)}; or a file .csv, .txt or .json, or a function"
+    )
 
 
 def _plain(name: str) -> str:
@@ -151,7 +162,13 @@ def _checked(name: str, num_ranks: int, num_microbatches: int, stages_per_rank: 
             raise ScheduleError(f"schedule {known}: {label}={number}, expected at least 1")
     default = generator.default_stages_per_rank
     per_rank = default if stages_per_rank is None else stages_per_rank
-    if per_rank != default and not (generator.is_looped and per_rank >= default):
+    least = generator.microbatches_per_rank * num_ranks
+    if num_microbatches < least:
+        raise ScheduleError(
+            f"schedule {known}: num_microbatches={num_microbatches}, but with {num_ranks} ranks it needs at least {least}, "
+            f"{generator.microbatches_per_rank} per rank; zbv takes any number"
+        )
+    if not generator.fits(num_ranks, num_microbatches, per_rank):
         needs = f"{default} or more stages" if generator.is_looped else f"exactly {default} stage{'s' * (default > 1)}"
         raise ScheduleError(
             f"schedule {known}: stages_per_rank={per_rank}, but it has {needs} per rank; with {num_ranks} ranks the model "

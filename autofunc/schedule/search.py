@@ -13,9 +13,9 @@ from typing import Literal
 
 import numpy as np
 
-from autofunc.errors import ScheduleError
+from autofunc.errors import ScheduleError, one_of
 from autofunc.schedule.bound import lower_bound as problem_bound
-from autofunc.schedule.ir import Action, Schedule
+from autofunc.schedule.ir import Action, Kind, Schedule
 from autofunc.schedule.memory import Memory, peak_held
 from autofunc.schedule.placement import loop, v_shape
 from autofunc.schedule.policy import NEVER, Policy, Problem, Rules, run_policy
@@ -51,39 +51,34 @@ def search(
         num_microbatches: microbatches of a step.
         memory_limit: the most a rank may hold, or one value per rank: stage activations (each from the start of F to the
             end of W), or bytes of residuals if `memory` is given. No limit by default.
-        memory: bytes that F keeps for I, and I for W, by stage.
+        memory: bytes that F keeps for I, and I for W, by stage; its other figures are not counted here.
         stages_per_rank: by default as many as the costs have values for, else 1.
         objective: "makespan"; or "span", the longest time from a rank's first start to its last end, which the zero-bubble
             papers minimise (ranks then begin the next step at different times).
-        time_limit_s: ends there, or earlier when nothing can be better.
+        time_limit_s: of trying, after the named schedules were looked at; ends earlier when nothing can be better.
         seed: of the random choices.
         on_progress: told (elapsed seconds, best value) now and then.
 
     Raises:
-        ScheduleError: for numbers that do not fit each other, a limit below what one microbatch needs, or when nothing that
-            fits was found in time.
+        ScheduleError: for numbers that do not fit each other, or a limit below what one microbatch needs.
     """
     started = told = time.monotonic()
     problems = _problems(costs, num_ranks, num_microbatches, memory_limit, memory, stages_per_rank, objective)
     best = _best_named(problems, costs, objective)
     climbs = [_Climb(problem, random.Random(seed)) for problem in problems]
     bound = min(map(problem_bound, problems)) * (1 + 1e-9)
-    while best is None or value_of(best, objective) > bound:
+    while value_of(best, objective) > bound:
         now = time.monotonic()
         if now - started > time_limit_s:
             break
         if on_progress is not None and now - told > 0.1:
             told = now
-            on_progress(now - started, NEVER if best is None else value_of(best, objective))
+            on_progress(now - started, value_of(best, objective))
         for climb in climbs:
-            rows = climb.step(NEVER if best is None else value_of(best, objective))
+            rows = climb.step(value_of(best, objective))
             if rows is not None:
                 found = simulate(from_actions(rows, "searched"), costs)
-                best = found if best is None or value_of(found, objective) < value_of(best, objective) else best
-    if best is None:
-        raise ScheduleError(
-            f"no schedule found that keeps memory_limit={memory_limit} in {time_limit_s:g} s; give it more time or room"
-        )
+                best = found if value_of(found, objective) < value_of(best, objective) else best
     return best.schedule
 
 
@@ -127,8 +122,11 @@ def _problems(
     objective: Objective,
 ) -> list[Problem]:
     """One for each placement: stages in a loop, and in a V."""
-    if num_ranks < 1:
-        raise ScheduleError(f"num_ranks={num_ranks}, expected at least 1")
+    for name, number in (("num_ranks", num_ranks), ("stages_per_rank", stages_per_rank)):
+        if number is not None and number < 1:
+            raise ScheduleError(f"{name}={number}, expected at least 1")
+    if objective not in ("makespan", "span"):
+        raise ScheduleError(f"objective={objective!r}; {one_of(objective, ('makespan', 'span'))}")
     per_rank = stages_per_rank or _stages_per_rank(costs, num_ranks)
     costs.check(per_rank * num_ranks)
     return [
@@ -165,37 +163,46 @@ def _problem(
     )
     for rank, stages in enumerate(problem.stages_of):
         needed = sum(problem.activation[stage] for stage in stages)
-        if problem.room[rank] < needed:
+        if not problem.room[rank] >= needed:
             raise ScheduleError(
                 f"memory_limit={problem.room[rank]:g} on rank {rank}: one microbatch alone needs {needed:g} there"
             )
     return problem
 
 
-def _best_named(problems: list[Problem], costs: Costs, objective: Objective) -> Timeline | None:
+def _best_named(problems: list[Problem], costs: Costs, objective: Objective) -> Timeline:
     """The best named schedule that keeps within the room there is."""
-    best = None
     some = problems[0]
+    # one microbatch at a time: slow, but whatever limit has room for one has room for this
+    best = simulate(_serial(some), costs)
     for candidate in named_candidates(some.num_ranks, some.num_microbatches, some.num_stages // some.num_ranks):
         problem = next(problem for problem in problems if problem.placement == candidate.placement)
         held = peak_held(candidate, problem.activation, problem.weight_activation)
         if all(most <= room for most, room in zip(held, problem.room, strict=True)):
             found = simulate(candidate, costs)
-            best = found if best is None or value_of(found, objective) < value_of(best, objective) else best
+            best = found if value_of(found, objective) < value_of(best, objective) else best
     return best
 
 
 def named_candidates(num_ranks: int, num_microbatches: int, stages_per_rank: int) -> Iterator[Schedule]:
     """Every named schedule that exists for these numbers."""
     for name, generator in GENERATORS.items():
-        default = generator.default_stages_per_rank
-        too_few = name == "dualpipe_v" and num_microbatches < 2 * num_ranks
-        if not too_few and (stages_per_rank == default or (generator.is_looped and stages_per_rank > default)):
+        if generator.fits(num_ranks, num_microbatches, stages_per_rank):
             yield build(name, num_ranks=num_ranks, num_microbatches=num_microbatches, stages_per_rank=stages_per_rank)
 
 
 _PATIENCE = 1000
 """Changes without an improvement after which a climb begins anew, elsewhere."""
+
+
+def _serial(problem: Problem) -> Schedule:
+    rows: list[list[Action]] = [[] for _ in range(problem.num_ranks)]
+    for microbatch in range(problem.num_microbatches):
+        for stage in range(problem.num_stages):
+            rows[problem.placement[stage]].append(Action(stage, Kind.F, microbatch))
+        for stage in reversed(range(problem.num_stages)):
+            rows[problem.placement[stage]].append(Action(stage, Kind.B, microbatch))
+    return from_actions(rows, "one_at_a_time")
 
 
 class _Climb:
@@ -227,7 +234,7 @@ class _Climb:
     def _draw(self) -> Policy:
         """One of the shapes that known schedules have."""
         rng, m, last = self.rng, self.problem.num_microbatches, self.problem.num_stages
-        depth = rng.choice((1, 2, m))
+        depth = rng.choice((0, 1, 2, m))
         in_flight = tuple(min(depth * (last - 1 - stage) + 1, m) for stage in range(last))
         rules = Rules(
             patience=rng.choice((0.0, 0.3, 0.6, 1.0)),

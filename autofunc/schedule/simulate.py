@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from autofunc.schedule.effects import Dataflow, Edge, chain
+from autofunc.errors import ScheduleError
+from autofunc.schedule.effects import Edge, flow_of
 from autofunc.schedule.ir import Schedule
 from autofunc.schedule.network import build_network
 from autofunc.schedule.timeline import Costs, Timeline
@@ -17,8 +18,9 @@ def simulate(schedule: Schedule, costs: Costs | None = None, edges: Sequence[Edg
     """Simulate a schedule, in compute form or lowered.
 
     Every rank starts an action when its row allows and all it reads has arrived. A transfer between ranks begins when the
-    value is made (lowered: when both ends are posted) and its edge is free, and takes `comm` on the edge and `latency`
-    after it. Transfers overlap computation, but for the part of `comm` that `overlap` leaves to the sending rank.
+    value is made (lowered: sent) and the wire between the two ranks is free, and takes `comm` on the wire and `latency`
+    after it; lowered, its value arrives no sooner than that long after its receive was posted. Transfers overlap
+    computation, but for the part of `comm` that `overlap` leaves to the sending rank.
     Gathering and reducing (UNSHARD, REDUCE_GRAD) take no time here.
 
     Args:
@@ -31,11 +33,13 @@ def simulate(schedule: Schedule, costs: Costs | None = None, edges: Sequence[Edg
     """
     costs = costs or Costs()
     costs.check(schedule.num_stages)
-    flow = Dataflow(chain(schedule.num_stages) if edges is None else edges, schedule.is_forward_only)
+    flow = flow_of(schedule, edges)
     network = build_network(schedule, flow)
     transfer = np.array([costs.transfer(channel.sender, channel.receiver) for channel in network.channels])
     pace = Pace(
         costs.durations(network.table, schedule.num_stages), transfer, costs.latency, (1 - costs.overlap) * transfer
     )
-    start, end = walk(network, pace)
-    return Timeline(schedule, network.by_rank(start), network.by_rank(end))
+    if not pace.duration.any():
+        raise ScheduleError(f"schedule {schedule.name}: all that it runs costs nothing, so nothing takes any time")
+    start, end, arrived = map(network.by_rank, walk(network, pace))
+    return Timeline(schedule, start, end, edges=None if edges is None else tuple(edges), arrived=arrived)

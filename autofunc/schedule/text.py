@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from autofunc.errors import ScheduleError, one_of
 from autofunc.schedule.ir import OVERLAPPED, Action, Kind, Row, Schedule, as_table, neighbour
 
-_ACTION = re.compile(r"(\d+)([A-Z_]+)(\d*)(?:[<>](\d+))?")
+_ACTION = re.compile(r"(\d{1,9})([A-Z_]+)(\d{0,9})(?:([<>])(\d{1,9}))?")
 _PAIR = re.compile(r"\(([^;()]*);([^;()]*)\)OVERLAP_F_B")
 
 
@@ -26,13 +26,15 @@ def parse_action(text: str) -> Action:
     found = _ACTION.fullmatch(text.strip())
     if not found:
         raise ScheduleError(f"{text!r} is not an action: expected stage, kind, microbatch, such as '2F0' or '1SEND_F3'")
-    stage, kind_name, microbatch, peer = found.groups()
+    stage, kind_name, microbatch, arrow, peer = found.groups()
     if kind_name not in Kind.__members__:
         raise ScheduleError(f"{text!r}: unknown kind of action {kind_name!r}; {one_of(kind_name, Kind.__members__)}")
     kind = Kind[kind_name]
     if kind.is_sharding == bool(microbatch):
         wanted = "no microbatch" if kind.is_sharding else "a microbatch, such as"
         raise ScheduleError(f"{text!r}: {kind.name} takes {wanted}{'' if kind.is_sharding else f' {stage}{kind.name}0'}")
+    if arrow and arrow != (">" if kind.is_send else "<" if kind.is_receive else ""):
+        raise ScheduleError(f"{text!r}: only sends go {stage}SEND_F0>2, and only receives come {stage}RECV_F0<0")
     if kind.is_sharding:
         return Action(int(stage), kind, -1)
     if kind.is_compute:
@@ -67,40 +69,45 @@ def cells(row: Iterable[Action]) -> list[str]:
 
 
 def to_text(schedule: Schedule) -> str:
-    """One line per rank, actions separated by commas."""
-    return "\n".join(",".join(cells(row)) for row in schedule) + "\n"
+    """One line per rank, actions separated by commas; a lone comma for a rank without actions."""
+    return "\n".join(",".join(cells(row)) or "," for row in schedule) + "\n"
 
 
 def from_text(text: str, name: str = "custom") -> Schedule:
     """Read what `to_text` wrote, or a table typed by hand. Spaces and empty cells are ignored.
 
-    The placement is read off the forwards, and `in_order` off the order of each stage's backwards.
+    The placement and the number of microbatches are read off the forwards. Blank lines are no ranks.
 
     Raises:
         ScheduleError: when a cell is no action, or a stage has no forward.
     """
-    lines = [line for line in text.strip().splitlines() if line.strip()]
-    return from_actions(
-        [[action for cell in re.split(r"[,\s]+", line) if cell for action in parse_cell(cell)] for line in lines], name
-    )
+    lines = [line for line in text.splitlines() if line.strip()]
+    return from_actions([_parse_line(rank, line) for rank, line in enumerate(lines)], name)
+
+
+def _parse_line(rank: int, line: str) -> list[Action]:
+    actions: list[Action] = []
+    for position, cell in enumerate(filter(None, re.split(r"[,\s]+", line))):
+        try:
+            actions += parse_cell(cell)
+        except ScheduleError as error:
+            raise ScheduleError(f"rank {rank}, position {position}: {error}") from error
+    return actions
 
 
 def from_actions(rows: Iterable[Iterable[Action]], name: str = "custom") -> Schedule:
     """Make a schedule of actions given as lists, one per rank; see `from_text`."""
     rows = [list(row) for row in rows]
     placement: dict[int, int] = {}
-    weight_order: dict[int, list[int]] = {}
+    microbatches: set[int] = set()
     for rank, row in enumerate(rows):
         for action in row:
             if action.kind is Kind.F:
                 placement.setdefault(action.stage, rank)
-            elif action.kind in (Kind.B, Kind.W):
-                weight_order.setdefault(action.stage, []).append(action.microbatch)
+                microbatches.add(action.microbatch)
     stages = {action.stage for row in rows for action in row}
     missing = sorted(set(range(max(stages, default=-1) + 1)) - set(placement))
     if missing or not stages:
         raise ScheduleError(f"schedule {name!r}: no rank runs the forward of stage {missing or 0}")
-    num_microbatches = 1 + max(action.microbatch for row in rows for action in row)
-    in_order = all(order == sorted(order) for order in weight_order.values())
     table = tuple(Row(as_table(row)) for row in rows)
-    return Schedule(name, tuple(placement[stage] for stage in sorted(placement)), num_microbatches, table, in_order)
+    return Schedule(name, tuple(placement[stage] for stage in sorted(placement)), 1 + max(microbatches), table)

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from autofunc.errors import ScheduleError
+from autofunc.schedule.effects import Edge
 from autofunc.schedule.ir import Kind, Schedule, Table
 from autofunc.schedule.memory import peak_held
 
@@ -26,8 +27,8 @@ class Costs:
         F: forward.
         I: backward of the input.
         W: backward of the weights.
-        comm: how long one transfer occupies the edge between two ranks, in one direction; or by (sending stage, receiving
-            stage), where what is not listed is free.
+        comm: how long one transfer occupies the wire between two ranks, which has room for one in each direction; or by
+            (sending stage, receiving stage), where what is not listed is free.
         latency: from the end of a transfer until its value can be read.
         overlap: the part of `comm` that runs beside computation; for the rest the sending rank stands still.
     """
@@ -38,10 +39,6 @@ class Costs:
     comm: float | Mapping[tuple[int, int], float] = 0.0
     latency: float = 0.0
     overlap: float = 1.0
-
-    def of(self, stage: int, kind: Kind) -> float:
-        """The time of a computation."""
-        return float(self.table(stage + 1)[kind, stage])
 
     def table(self, num_stages: int) -> Times:
         """The time of every kind of computation of every stage: float64 of shape (4, num_stages), rows F, B, I, W."""
@@ -87,7 +84,7 @@ class Costs:
             raise ScheduleError("Costs: F, I and W are all 0, so nothing takes any time")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Timeline:
     """When each action of a schedule starts and ends: one array per rank, in the order of its row."""
 
@@ -95,18 +92,33 @@ class Timeline:
     start: tuple[Times, ...] = field(repr=False)
     end: tuple[Times, ...] = field(repr=False)
     label: str = ""  # for pictures, where the schedule's name does not say enough: "measured"
+    edges: tuple[Edge, ...] | None = field(default=None, repr=False)  # between stages; None: a chain
+    arrived: tuple[Times, ...] | None = field(default=None, repr=False)  # when all that an action reads was there, if known
+
+    @cached_property
+    def _computing(self) -> tuple[npt.NDArray[np.bool_], ...]:
+        return tuple(row.table[:, 1] <= Kind.W for row in self.schedule)
+
+    @cached_property
+    def _spans(self) -> tuple[tuple[float, float], ...]:
+        """Of each rank that computes: its first start and last end."""
+        rows = zip(self._computing, self.start, self.end, strict=True)
+        return tuple((float(start[mask].min()), float(end[mask].max())) for mask, start, end in rows if mask.any())
+
+    @property
+    def origin(self) -> float:
+        """The first start of a computation."""
+        return min(start for start, _ in self._spans)
 
     @cached_property
     def makespan(self) -> float:
-        """From the first start to the last end."""
-        first = min(times.min() for times in self.start if times.size)
-        return float(max(times.max() for times in self.end if times.size) - first)
+        """From the first start of a computation to the last end of one."""
+        return max(end for _, end in self._spans) - self.origin
 
     @cached_property
     def busy(self) -> tuple[float, ...]:
         """Per rank, the time spent computing."""
-        computing = (row.table[:, 1] <= Kind.W for row in self.schedule)
-        rows = zip(computing, self.start, self.end, strict=True)
+        rows = zip(self._computing, self.start, self.end, strict=True)
         return tuple(float((end - start)[compute].sum()) for compute, start, end in rows)
 
     @cached_property
@@ -122,7 +134,7 @@ class Timeline:
     @cached_property
     def longest_span(self) -> float:
         """The longest time from a rank's first start to its last end."""
-        return max(float(end.max() - start.min()) for start, end in zip(self.start, self.end, strict=True) if start.size)
+        return max(end - start for start, end in self._spans)
 
     @cached_property
     def peak_activations(self) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from autofunc.errors import ScheduleError
-from autofunc.schedule.effects import Dataflow, Edge, chain
+from autofunc.schedule.effects import Edge, flow_of
 from autofunc.schedule.grid import grid
 from autofunc.schedule.ir import OVERLAPPED, Action, Kind, Schedule
 from autofunc.schedule.network import Channel, Network, build_network
@@ -31,7 +31,9 @@ def validate(schedule: Schedule, edges: Sequence[Edge] | None = None) -> None:
     Raises:
         ScheduleError: naming rank, position and action, with the grid and the action marked.
     """
-    flow = Dataflow(chain(schedule.num_stages) if edges is None else edges, schedule.is_forward_only)
+    if not all(0 <= rank < schedule.num_ranks for rank in schedule.placement):
+        raise ScheduleError(f"placement {schedule.placement}: there are ranks 0 to {schedule.num_ranks - 1}")
+    flow = flow_of(schedule, edges)
     for rank, row in enumerate(schedule):
         _check_ranges(schedule, rank, row.table)
         _check_overlapped(schedule, rank, row.table)
@@ -67,6 +69,9 @@ def _check_overlapped(schedule: Schedule, rank: int, table: npt.NDArray[np.int32
     wrong = (table[marked, 1] != Kind.F) | ~np.isin(following, (Kind.B, Kind.I))
     for position in marked[wrong][:1]:
         raise _error(schedule, rank, int(position), "it is to overlap with the next action, which is no backward")
+    of_itself = (table[marked, 0] == table[marked + 1, 0]) & (table[marked, 2] == table[marked + 1, 2])
+    for position in marked[of_itself][:1]:
+        raise _error(schedule, rank, int(position), "it is to overlap with its own backward, which needs its result")
 
 
 def _check_complete(schedule: Schedule) -> None:

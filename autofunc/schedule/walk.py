@@ -26,7 +26,7 @@ class Pace:
     """How long things take on a walk. Zeros when only the order matters."""
 
     duration: Times  # per action of the flat table
-    transfer: Times  # per channel: how long a value occupies its edge
+    transfer: Times  # per channel: how long a value occupies the wire between two ranks
     latency: float  # from then until it can be read
     exposed: Times  # per channel: how long a send keeps its rank from going on
 
@@ -37,8 +37,8 @@ def at_no_time(network: Network) -> Pace:
     return Pace(np.zeros(len(network.table)), free, 0.0, free)
 
 
-def walk(network: Network, pace: Pace) -> tuple[Times, Times]:
-    """When each action of the flat table starts and ends.
+def walk(network: Network, pace: Pace) -> tuple[Times, Times, Times]:
+    """When each action of the flat table starts and ends, and when all it reads has arrived.
 
     Raises:
         ScheduleError: when a value is not made before it is read on its own rank, or no rank can go on. The message holds
@@ -64,14 +64,19 @@ class _Walk:
         self.arrival = np.full(self.num_messages + 2, np.inf)
         self.arrival[-2] = -np.inf  # what an action without incoming messages waits for
         self.posted = np.full(self.num_messages + 2, -np.inf)
-        self.edge_free = np.zeros(len(channels) + 1)
+        placement = network.schedule.placement
+        ends = [(placement[channel.sender], placement[channel.receiver]) for channel in channels]
+        number = {pair: index for index, pair in enumerate(dict.fromkeys(ends))}
+        # channels between the same two ranks share their wire; one more for actions that send nothing
+        self.wire = np.array([*(number[pair] for pair in ends), len(number)])
+        self.wire_free = np.zeros(len(number) + 1)
         self.transfer = np.append(pace.transfer, 0.0)
         self.exposed = np.append(pace.exposed, 0.0)
 
-    def run(self) -> tuple[Times, Times]:
+    def run(self) -> tuple[Times, Times, Times]:
         """Step all ranks until their rows are done."""
         network, duration = self.network, self.pace.duration
-        start, end = np.zeros(len(network.table)), np.zeros(len(network.table))
+        start, end, arrived = (np.zeros(len(network.table)) for _ in range(3))
         clock = np.zeros(len(network.first) - 1)
         position, stop = network.first[:-1].copy(), network.first[1:]
         ranks = np.flatnonzero(position < stop)
@@ -84,13 +89,13 @@ class _Walk:
             going, acting = ranks[can], here[can]
             begin = np.maximum(clock[going], ready[can])
             finish = begin + duration[acting]
-            start[acting], end[acting] = begin, finish
+            start[acting], end[acting], arrived[acting] = begin, finish, ready[can]
             clock[going] = self._send(acting, finish)
             if self.receiving is not None:
                 self.posted[self.receiving[0, acting]] = finish
             position[going] += 1
             ranks = ranks[position[ranks] < stop[ranks]]
-        return start, end
+        return start, end, arrived
 
     def _ready(self, here: npt.NDArray[np.int64]) -> Times:
         """When all that these actions read has arrived."""
@@ -109,9 +114,10 @@ class _Walk:
         for row in self.outgoing:
             message = row[acting]
             channel = np.minimum(message // self.network.schedule.num_microbatches, len(self.network.channels))
-            leaves = np.maximum(finish, self.edge_free[channel]) + self.transfer[channel]
-            self.edge_free[channel] = leaves
-            self.edge_free[-1] = 0.0
+            wire = self.wire[channel]
+            leaves = np.maximum(finish, self.wire_free[wire]) + self.transfer[channel]
+            self.wire_free[wire] = leaves
+            self.wire_free[-1] = 0.0
             self.arrival[message] = leaves + self.pace.latency
             finish = finish + self.exposed[channel]
         return finish

@@ -1,8 +1,9 @@
 """Splitting a model at its split points into pure stage functions."""
 
-from autofunc.splitting.boundary import Boundaries, Boundary, Value, infer_boundaries, naming_errors, parameter_dtypes
+from autofunc.splitting.boundary import Boundaries, Boundary, Value, infer_boundaries, parameter_dtypes
 from autofunc.splitting.cost import layer_costs, parameter_count
 from autofunc.splitting.cut import split
+from autofunc.splitting.fake import fake_mode, naming_errors
 from autofunc.splitting.stage import Stage
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "Boundary",
     "Stage",
     "Value",
+    "fake_mode",
     "infer_boundaries",
     "layer_costs",
     "naming_errors",

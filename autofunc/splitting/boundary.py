@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import traceback
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-# Fake tensors and their errors have no public names; tried with torch 2.13.0.
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
-
 from autofunc import tree
-from autofunc.errors import AutofuncError, ModelError
+from autofunc.errors import ModelError
 from autofunc.losses import Loss, evaluate
 from autofunc.model import Model
 from autofunc.schedule import Edge
+from autofunc.splitting.fake import fake_mode, naming_errors
 from autofunc.splitting.stage import Stage
 
 
@@ -104,8 +98,7 @@ def infer_boundaries(
     Raises:
         ModelError: when a stage fails, naming it and its layers; errors of this library pass as they are.
     """
-    # a shape environment lets a loss select rows by a mask, whose number nobody knows yet
-    with FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=True) as mode, torch.enable_grad():
+    with fake_mode() as mode, torch.enable_grad():
         fakes = _fake_parameters(stages[0], params, device or torch.device("cpu"))
         batch = tree.map_leaves(lambda leaf: mode.from_tensor(leaf) if isinstance(leaf, Tensor) else leaf, dict(microbatch))
         x: Any = None
@@ -167,28 +160,3 @@ def _describe(producer: int, x: Any) -> Boundary:
 
 def _cut_graph(leaf: Any) -> Any:
     return leaf.detach().requires_grad_(leaf.requires_grad) if isinstance(leaf, Tensor) else leaf
-
-
-def _user_line(error: Exception) -> str:
-    """The innermost line of the traceback that is neither torch's nor this library's."""
-    frames = traceback.extract_tb(error.__traceback__)
-    own = str(Path(__file__).parent.parent)
-    outside = [f for f in frames if "torch" not in Path(f.filename).parts and not f.filename.startswith(own)]
-    frame = (outside or frames)[-1]
-    return f"{frame.filename}, line {frame.lineno}: {frame.line}"
-
-
-@contextmanager
-def naming_errors(what: str) -> Iterator[None]:
-    """Turn what goes wrong on fake tensors into a `ModelError` that names the stage and the user's line."""
-    try:
-        yield
-    except AutofuncError:
-        raise
-    except (DataDependentOutputException, GuardOnDataDependentSymNode) as error:
-        raise ModelError(
-            f"{what} reads the value of a tensor ({_user_line(error)}), which is not known when shapes are worked out; "
-            "keep it a tensor: no .item(), no 'if' on a tensor"
-        ) from error
-    except Exception as error:
-        raise ModelError(f"{what} cannot run on this batch: {type(error).__name__}: {error}") from error

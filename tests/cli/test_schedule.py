@@ -77,9 +77,45 @@ def test_a_function_of_the_users(tmp_path: Path) -> None:
 
 def test_compare_leaves_out_what_does_not_exist_for_these_numbers() -> None:
     out = run("compare", "-p", "4", "-m", "3")
-    assert "left out: schedule dualpipe_v: num_microbatches=3" in out and "zbv" in out
+    assert "left out dualpipe_v: schedule dualpipe_v: num_microbatches=3" in out and "zbv" in out
     with pytest.raises(ScheduleError, match="it needs at least 8"):
         run("compare", "dualpipe_v", "-p", "4", "-m", "3")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["compare", "-F", "abc"], "-F 'abc': expected a number"),
+        (["compare", "--costs", "none.json"], "there is no file 'none.json'"),
+        (["compare", "-F", "1,2", "-p", "3"], "no named schedule fits: left out gpipe: Costs.F has shape"),
+        (["simulate", "1f1b", "--costs", "x.json", "-F", "2"], "-F 2 and --costs x.json were both given"),
+        (["search", "-o", "found.xml"], "unknown suffix '.xml'"),
+        (["search", "-o", "nowhere/found.csv"], "there is no such folder"),
+        (["show", "1f1b", "-o", "nowhere/found.csv"], "cannot write nowhere/found.csv: No such file or directory"),
+        (["simulate", "zbv.cvs"], "unknown schedule 'zbv.cvs'.*or a file .csv, .txt or .json"),
+    ],
+)
+def test_mistakes(words: list[str], message: str) -> None:
+    with pytest.raises(ScheduleError, match=message):
+        run(*words)
+
+
+def test_a_lowered_file_is_checked_whole(tmp_path: Path) -> None:
+    run("show", "1f1b", "-p", "2", "-m", "2", "--lowered", "-o", str(tmp_path / "low.csv"))
+    run("simulate", str(tmp_path / "low.csv"))
+    broken = (tmp_path / "low.csv").read_text().replace("0RECV_B0,", "")
+    (tmp_path / "low.csv").write_text(broken)
+    with pytest.raises(ScheduleError, match=r"low\.csv: rank 1, position \d, 1SEND_B0: its receive is missing"):
+        run("simulate", str(tmp_path / "low.csv"))
+
+
+def test_costs_mean_the_same_everywhere(tmp_path: Path) -> None:
+    words = ("-p", "2", "-m", "4", "-F", "1,1,1,1")
+    found = re.search(r"│ +4 │ +(\S+) │", run("search", *words, "--seconds", "0.3", "-o", str(tmp_path / "f.csv")))
+    again = re.search(r"│ +4 │ +(\S+) │", run("simulate", str(tmp_path / "f.csv"), *words[4:]))
+    assert found and again and found[1] == again[1]
+    schedule.write_costs(tmp_path / "c.json", schedule.Costs(1, 1, 1))
+    assert run("compare", "--costs", str(tmp_path / "c.json")) == run("compare")
 
 
 def test_simulate_explains_idle_time() -> None:

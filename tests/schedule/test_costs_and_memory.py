@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from autofunc import schedule
 from autofunc.errors import ScheduleError
-from autofunc.schedule import Costs, Memory
+from autofunc.schedule import Costs, Edge, Memory
 
 TWO = "0F0 0B0\n1F0 1B0"
 
@@ -26,6 +26,36 @@ def test_transfers_of_one_edge_follow_each_other() -> None:
     table = "0F0 0F1 0F2\n1F0 1F1 1F2"
     assert makespan(table, Costs(comm=5)) == 1 + 3 * 5 + 1
     assert makespan(table, Costs(latency=5)) == 3 + 5 + 1, "latencies overlap"
+
+
+def test_ranks_share_one_wire() -> None:
+    """Rank 0 sends rank 1 all activations of both its stages: 3 stages of 8 microbatches, one after the other."""
+    s = schedule.build("interleaved_1f1b", num_ranks=2, num_microbatches=8)
+    assert (
+        schedule.simulate(s, Costs(comm=10)).makespan >= 24 * 10 / 2 and schedule.simulate(s, Costs(comm=10)).makespan > 204
+    )
+
+
+def test_the_span_of_a_lowered_schedule_is_that_of_its_computations() -> None:
+    for name in ("zb_h2", "zbv"):
+        s = schedule.build(name, num_ranks=4, num_microbatches=16)
+        lowered = schedule.simulate(schedule.lower(s, unshard="once"))
+        assert lowered.span_bubble_fraction == pytest.approx(schedule.simulate(s).span_bubble_fraction)
+        assert lowered.makespan == schedule.simulate(s).makespan
+
+
+@pytest.mark.parametrize(
+    ("edges", "message"),
+    [
+        ([Edge(0, 9)], r"edge \(0, 9\): expected a stage and a later one, of 0 to 1"),
+        ([Edge(1, 1)], r"edge \(1, 1\): expected"),
+        ([Edge(0, 1), Edge(0, 1)], r"edge \(0, 1\) is given twice"),
+    ],
+)
+def test_edges_that_do_not_fit(edges: list[Edge], message: str) -> None:
+    for use in (schedule.validate, schedule.lower, lambda s, e: schedule.simulate(s, edges=e)):
+        with pytest.raises(ScheduleError, match=message):
+            use(schedule.from_text(TWO), edges)
 
 
 def test_a_transfer_waits_for_its_receive() -> None:

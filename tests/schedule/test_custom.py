@@ -42,6 +42,9 @@ def test_stages_per_rank_are_given_to_those_that_ask() -> None:
     [
         ("0F0 0B0", r"the schedule is for 1 ranks, 1 microbatches; asked for 1 ranks, 2 microbatches"),
         ("0F0 0F1 0B0", r"function mine: rank 0, position 1, 0F1: stage 0, microbatch 1 has 0F1; expected F once"),
+        (["0F0 0F1 0B0"], r"function mine: rank 0, position 1, 0F1"),
+        (None, "function mine returned NoneType; expected a Schedule"),
+        ([3], "3 is no rank's list of actions"),
         ([[3]], "3 is no action; expected an Action or its text"),
     ],
 )
@@ -51,6 +54,14 @@ def test_what_is_refused(made: Any, message: str) -> None:
 
     with pytest.raises(ScheduleError, match=message):
         schedule.build(mine, num_ranks=1, num_microbatches=2)
+
+
+def test_a_function_of_other_names() -> None:
+    def mine(p: int, m: int) -> str:
+        return "0F0 0B0"
+
+    with pytest.raises(ScheduleError, match=r"function mine.* cannot make a schedule: .* called with num_ranks, num_micro"):
+        schedule.build(mine, num_ranks=1, num_microbatches=1)
 
 
 def test_a_file(tmp_path: Path) -> None:

@@ -115,7 +115,7 @@ def test_round_trips(tmp_path_factory: pytest.TempPathFactory, name: str, p: int
         ("{", "is no JSON"),
         ("[]", 'is not a schedule: expected "format": "autofunc.schedule"'),
         ('{"format": "autofunc.schedule", "version": 9}', "has version 9; this release reads version 1"),
-        ('{"format": "autofunc.schedule", "version": 1, "name": "x"}', "lacks num_microbatches, placement, in_order, rows"),
+        ('{"format": "autofunc.schedule", "version": 1, "name": "x"}', "lacks num_microbatches, placement, rows"),
     ],
 )
 def test_json_that_cannot_be_read(tmp_path: Path, content: str, message: str) -> None:
@@ -130,6 +130,43 @@ def test_a_file_that_is_not_there_suggests(tmp_path: Path) -> None:
         schedule.read_file(tmp_path / "mime.csv")
     with pytest.raises(ScheduleError, match=r"unknown suffix '\.yaml'"):
         schedule.read_file(tmp_path / "mine.yaml")
+
+
+def test_a_rank_without_actions_is_kept(tmp_path: Path) -> None:
+    s = schedule.from_actions([
+        [schedule.parse_action("0F0"), schedule.parse_action("0B0")], [],
+        [schedule.parse_action("1F0"), schedule.parse_action("1B0")],
+    ], "gap")  # fmt: skip
+    schedule.to_csv(s, tmp_path / "gap.csv")
+    assert schedule.from_csv(tmp_path / "gap.csv") == s and s.placement == (0, 2)
+
+
+def test_tables_of_spreadsheets(tmp_path: Path) -> None:
+    (tmp_path / "excel.csv").write_bytes('\ufeff"0F0","0B0",\r\n"1F0","1B0"\r\n'.encode())
+    assert schedule.from_csv(tmp_path / "excel.csv").num_ranks == 2
+    (tmp_path / "binary.csv").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ScheduleError, match="cannot read"):
+        schedule.from_csv(tmp_path / "binary.csv")
+    (tmp_path / "bad.csv").write_text("0F0,0B0\n1F0,1X0")
+    with pytest.raises(ScheduleError, match=r"bad.csv: rank 1, position 1: '1X0': unknown kind"):
+        schedule.from_csv(tmp_path / "bad.csv")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rows": 5}, "rows is 5; expected list"),
+        ({"rows": [["0F0"]]}, "rows are actions as text"),
+        ({"placement": [0, 3]}, r"placement is \[0, 3\]; expected for each stage one of the 2 ranks"),
+        ({"num_microbatches": None}, "num_microbatches is None; expected int"),
+    ],
+)
+def test_json_with_wrong_fields(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    schedule.to_json(schedule.build("1f1b", num_ranks=2, num_microbatches=2), tmp_path / "t.json")
+    document = json.loads((tmp_path / "t.json").read_text()) | change
+    (tmp_path / "t.json").write_text(json.dumps(document))
+    with pytest.raises(ScheduleError, match=message):
+        schedule.from_json(tmp_path / "t.json")
 
 
 def test_json_is_readable(tmp_path: Path) -> None:

@@ -31,6 +31,8 @@ def keeps_the_laws(s: Schedule) -> bool:
         for action, following in zip(row, [*row[1:], None], strict=True):
             if action.peer == OVERLAPPED and (following is None or following.kind not in (Kind.B, Kind.I)):
                 return False
+            if action.peer == OVERLAPPED and (action.stage, action.microbatch) == (following.stage, following.microbatch):
+                return False
     live: set[object] = set()
     sends: dict[object, deque[Action]] = {}
     receives: dict[object, deque[Action]] = {}
@@ -78,7 +80,7 @@ def mutate(s: Schedule, rng: random.Random) -> tuple[Schedule, str]:
     else:
         row.insert(there, row.pop(here))
     broken = tuple(Row(as_table(row)) for row in rows)
-    return Schedule(s.name, s.placement, s.num_microbatches, broken, s.in_order), what
+    return Schedule(s.name, s.placement, s.num_microbatches, broken), what
 
 
 def test_the_plain_reading_accepts_what_is_valid() -> None:

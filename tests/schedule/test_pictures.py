@@ -53,6 +53,33 @@ def test_trace_has_the_times_and_what_is_waited_for(tmp_path: Path) -> None:
     assert len(arrows) % 2 == 0 and arrows[0]["tid"] != arrows[1]["tid"] and arrows[0]["ts"] <= arrows[1]["ts"]
 
 
+def test_waits_follow_the_edges_that_were_simulated(tmp_path: Path) -> None:
+    edges = [schedule.Edge(0, 2), schedule.Edge(1, 2)]
+    s = schedule.from_text("1F0 0F0 0B0 1B0\n2F0 2B0")
+    timeline = schedule.simulate(s, edges=edges)
+    page = schedule.draw(timeline, tmp_path / "x.html")
+    assert "2B0 on rank 1" in page and sum(schedule.explain_idle(timeline)[0]) == 3
+
+
+def test_what_is_no_wait_for_a_value(tmp_path: Path) -> None:
+    s = schedule.build("1f1b", num_ranks=3, num_microbatches=4)
+    events = json.loads(schedule.draw(schedule.simulate(s, Costs(comm=1, overlap=0)), tmp_path / "x.json"))["traceEvents"]
+    (found,) = [event["args"] for event in events if event["name"] == "1F2"]
+    assert found["for"] == "its own transfers"
+
+
+def test_actions_of_very_different_length(tmp_path: Path) -> None:
+    s = schedule.build("1f1b", num_ranks=4, num_microbatches=8)
+    text = schedule.draw(schedule.simulate(s, Costs(1e-6, 1000, 1000)))
+    assert len(text) < 100_000
+    tight = schedule.draw(schedule.simulate(schedule.build("zb_h1", num_ranks=2, num_microbatches=16), Costs(1.5, 1, 1)))
+    assert not re.search(r"[iw]1(?![0-5])", tight.replace("i1 ", "").replace("w1 ", "")), "no part of a number"
+    with pytest.raises(ScheduleError, match="nothing to draw"):
+        schedule.draw([], tmp_path / "x.svg")
+    with pytest.raises(ScheduleError, match="all that it runs costs nothing"):
+        schedule.simulate(s.forward_form(), Costs(F=0))
+
+
 def test_unknown_suffix_suggests(tmp_path: Path) -> None:
     with pytest.raises(ScheduleError, match=r"unknown suffix '\.svgg'; did you mean \.svg"):
         schedule.draw(two(), tmp_path / "x.svgg")

@@ -84,6 +84,15 @@ def test_zb_2p_of_the_paper(microbatches: int, published: float) -> None:
     assert 1 - work / schedule.lower_bound(PAPER, **given, memory_limit=16) > published + 0.03
 
 
+@pytest.mark.parametrize(("p", "v", "m", "limit"), [(2, 2, 4, 2), (4, 2, 8, 2), (3, 3, 6, 3), (4, 4, 8, 8)])
+def test_the_tightest_limits_have_a_schedule(p: int, v: int, m: int, limit: int) -> None:
+    found = schedule.search(
+        Costs(), num_ranks=p, num_microbatches=m, stages_per_rank=v, memory_limit=limit, time_limit_s=0.3
+    )
+    schedule.validate(found)
+    assert max(schedule.simulate(found).peak_activations) <= limit
+
+
 @pytest.mark.parametrize(
     ("costs", "options", "message"),
     [
@@ -93,6 +102,9 @@ def test_zb_2p_of_the_paper(microbatches: int, published: float) -> None:
         (Costs(F=(1, 1), I=(1, 1, 1, 1)), {}, r"costs are given for \[2, 4\] stages"),
         (Costs(), {"num_microbatches": 0}, "num_microbatches=0, expected at least 1"),
         (Costs(), {"num_ranks": 0}, "num_ranks=0, expected at least 1"),
+        (Costs(), {"stages_per_rank": 0}, "stages_per_rank=0, expected at least 1"),
+        (Costs(), {"objective": "bubble"}, "objective='bubble'; .*makespan"),
+        (Costs(), {"memory_limit": float("nan")}, "memory_limit=nan on rank 0"),
     ],
 )
 def test_numbers_that_do_not_fit(costs: Costs, options: dict[str, Any], message: str) -> None:

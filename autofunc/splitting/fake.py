@@ -1,0 +1,45 @@
+"""Fake tensors: shapes and dtypes without memory. The only file that knows how torch makes them."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+# Fake tensors and their errors have no public names; tried with torch 2.13.0.
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
+
+from autofunc.errors import AutofuncError, ModelError
+
+
+def fake_mode() -> FakeTensorMode:
+    """A context in which operators compute shapes only. Real constants that a function closes over are let in."""
+    # a shape environment lets a loss select rows by a mask, whose number nobody knows yet
+    return FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=True)
+
+
+def _user_line(error: Exception) -> str:
+    """The innermost line of the traceback that is neither torch's nor this library's."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = str(Path(__file__).parent.parent)
+    outside = [f for f in frames if "torch" not in Path(f.filename).parts and not f.filename.startswith(own)]
+    frame = (outside or frames)[-1]
+    return f"{frame.filename}, line {frame.lineno}: {frame.line}"
+
+
+@contextmanager
+def naming_errors(what: str) -> Iterator[None]:
+    """Turn what goes wrong on fake tensors into a `ModelError` that names the stage and the user's line."""
+    try:
+        yield
+    except AutofuncError:
+        raise
+    except (DataDependentOutputException, GuardOnDataDependentSymNode) as error:
+        raise ModelError(
+            f"{what} reads the value of a tensor ({_user_line(error)}), which is not known when shapes are worked out; "
+            "keep it a tensor: no .item(), no 'if' on a tensor"
+        ) from error
+    except Exception as error:
+        raise ModelError(f"{what} cannot run on this batch: {type(error).__name__}: {error}") from error
