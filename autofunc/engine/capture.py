@@ -91,6 +91,11 @@ def capture(
             # a function of four arguments: make_fx would count the `self` of a method
             traced = make_fx(lambda *given: tracer.joint(*given), tracing_mode="real")
             module = traced(params, inputs, batch, cotangents)
+            module.graph.eliminate_dead_code()
+            if _refuse_effects(module.graph, what):
+                # what writes to its own temporaries (`mask[:, 0] = 1`) is written anew without: no autograd is left to mind
+                functional = torch.func.functionalize(module, remove="mutations")
+                module = make_fx(functional, tracing_mode="real")(params, inputs, batch, cotangents)
     return tracer.joint_of(module, len(params), len(inputs), len(batch), len(cotangents))
 
 
@@ -153,7 +158,6 @@ class _Tracer:
     def joint_of(self, module: fx.GraphModule, *counts: int) -> Joint:
         """Name the nodes of the traced graph."""
         graph = module.graph
-        graph.eliminate_dead_code()
         placeholders = [node for node in graph.nodes if node.op == "placeholder"]
         ends = [sum(counts[: index + 1]) for index in range(len(counts))]
         params, inputs, batch, cotangents = (
@@ -162,26 +166,46 @@ class _Tracer:
         (returned,) = next(node for node in graph.nodes if node.op == "output").args
         first, second = self.num_outputs, self.num_outputs + self.num_input_grads
         outputs, input_grads, weight_grads = returned[:first], returned[first:second], returned[second:]
-        _refuse_writes(graph, self.stage)
         return Joint(
             module, params, inputs, batch, cotangents, list(outputs), list(input_grads), list(weight_grads),
             self.aux_spec, self.aux_constants,
         )  # fmt: skip
 
 
-def _refuse_writes(graph: fx.Graph, stage: Stage) -> None:
-    """A stage is a pure function: it may not write to its parameters, inputs or batch."""
+def _refuse_effects(graph: fx.Graph, what: str) -> bool:
+    """Whether anything is written to in place.
+
+    Raises:
+        ModelError: when that is a parameter or an input, or when the global random generator is used.
+    """
+    writes = False
     for node in graph.nodes:
-        if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
+        if not isinstance(node.target, torch._ops.OpOverload):
             continue
+        if torch.Tag.nondeterministic_seeded in node.target.tags and not _drops_nothing(node):
+            raise ModelError(
+                f"{what} draws from the global random generator ({node.target}), so it is no pure function; use "
+                'af.random.dropout or another function of batch["key"], or engine="eager"'
+            )
         for value, argument in zip(node.args, node.target._schema.arguments, strict=False):
             if isinstance(value, Node) and argument.alias_info is not None and argument.alias_info.is_write:
-                base = _base(value)
-                if base.op == "placeholder":
+                writes = True
+                if _base(value).op == "placeholder":
                     raise ModelError(
-                        f"stage {stage.index} (layers {stage.layers[0]} .. {stage.layers[-1]}) writes to one of its "
-                        f"inputs or parameters ({node.target}); a stage is a pure function: compute a new tensor instead"
+                        f"{what} writes to one of its inputs or parameters ({node.target}); a stage is a pure function: "
+                        "compute a new tensor instead"
                     )
+    return writes
+
+
+def _drops_nothing(node: Node) -> bool:
+    """Whether an operator that could drop values, such as attention, is asked not to."""
+    assert isinstance(node.target, torch._ops.OpOverload)
+    for index, argument in enumerate(node.target._schema.arguments):
+        if argument.name == "dropout_p":
+            given = node.args[index] if index < len(node.args) else node.kwargs.get("dropout_p", argument.default_value)
+            return bool(given == 0)
+    return False
 
 
 def _base(node: Node) -> Node:

@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 from operator import getitem
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
 from autofunc.engine.partition import Piece
@@ -20,10 +19,6 @@ from autofunc.engine.partition import Piece
 Node = fx.Node
 Runnable = Callable[[list[Tensor]], list[Tensor]]
 """Takes the piece's inputs (and then the accumulators it adds to), empties the list, returns the outputs."""
-
-_FUSED_ROWS = 128
-"""Longest sum for which `acc.addmm_(a, b)` has the bits of `acc + a @ b` on CPU: longer ones are summed in blocks, and the
-accumulator joins the first (tried with MKL of torch 2.13.0; 192 still agreed, 256 did not)."""
 
 
 def emit(piece: Piece, order: list[Node], attributes: Mapping[str, Any], name: str) -> Runnable:
@@ -43,7 +38,6 @@ class _Emitter:
         self.piece, self.attributes, self.name = piece, attributes, name
         self.values: dict[str, Any] = {}  # constants and functions that the code names
         self.names: dict[Node, str] = {}
-        self.fused = {node: parts for _, node in piece.adds if (parts := _fusable(node, piece)) is not None}
         self.nodes = self._needed(order)
 
     def function(self) -> Runnable:
@@ -63,7 +57,7 @@ class _Emitter:
         for node in self.nodes:
             lines.append(f"    {self.names[node]} = {self._call(node)}")
             lines += self._adds(node, sums)
-            dead = [self.names[read] for read in (*self._reads(node), node) if last_use.get(read) is node]
+            dead = [self.names[read] for read in (*node.all_input_nodes, node) if last_use.get(read) is node]
             if dead:
                 lines.append(f"    del {', '.join(dict.fromkeys(dead))}")
         for index, (_, node) in enumerate(self.piece.adds):
@@ -82,17 +76,14 @@ class _Emitter:
             node = left.pop()
             if node not in given and node not in found:
                 found.add(node)
-                left += self._reads(node)
+                left += node.all_input_nodes
         return [node for node in order if node in found]
-
-    def _reads(self, node: Node) -> list[Node]:
-        return self.fused[node][0].all_input_nodes if node in self.fused else node.all_input_nodes
 
     def _last_uses(self) -> dict[Node, Node | None]:
         """By value: the node after which it is not used again; None for outputs, which are used to the end."""
         last: dict[Node, Node | None] = {}
         for node in self.nodes:
-            for read in self._reads(node):
+            for read in node.all_input_nodes:
                 last[read] = node
             last.setdefault(node, node)
         given_as_it_is = {node for _, node in self.piece.adds if node in self.piece.inputs}
@@ -102,8 +93,6 @@ class _Emitter:
 
     def _adds(self, node: Node, sums: list[str]) -> list[str]:
         """Statements that add a gradient to its accumulator, right after it was made."""
-        if node in self.fused:
-            return []
         return [
             f"    {sums[index]}.add_({self.names[node]})"
             for index, (_, gradient) in enumerate(self.piece.adds)
@@ -111,11 +100,6 @@ class _Emitter:
         ]
 
     def _call(self, node: Node) -> str:
-        if node in self.fused:
-            product, transposed = self.fused[node]
-            index = next(index for index, (_, gradient) in enumerate(self.piece.adds) if gradient is node)
-            into = f"acc{index}.t()" if transposed else f"acc{index}"
-            return f"{into}.addmm_({', '.join(self._text(argument) for argument in product.args)})"
         if node.op == "get_attr":
             return self._constant(self.attributes[str(node.target)])
         if node.target is getitem:
@@ -142,26 +126,3 @@ class _Emitter:
         name = f"c{len(self.values)}"
         self.values[name] = value
         return name
-
-
-def _fusable(node: Node, piece: Piece) -> tuple[Node, bool] | None:
-    """The product behind a gradient that nobody else reads, and whether it is transposed: it can be summed in place."""
-    transposed = node.target is torch.ops.aten.t.default
-    product = node.args[0] if transposed else node
-    uses = [gradient for _, gradient in piece.adds].count(node)
-    if not isinstance(product, Node) or product.target is not torch.ops.aten.mm.default or uses != 1:
-        return None
-    if (
-        node in piece.outputs
-        or product in piece.outputs
-        or product in piece.inputs
-        or (transposed and len(product.users) > 1)
-    ):
-        return None
-    if any(user.op != "output" for user in node.users):
-        return None
-    left, value = product.args[0], node.meta["val"]
-    assert isinstance(left, Node)
-    if value.dtype.itemsize < 4 or left.meta["val"].shape[1] > _FUSED_ROWS:
-        return None
-    return product, transposed

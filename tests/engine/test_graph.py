@@ -1,0 +1,235 @@
+"""The graph engine: what it captures and what it refuses, what it keeps and when it lets go."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+import autofunc as af
+from autofunc.engine import GraphStage, StageContext
+from autofunc.errors import ModelError
+from autofunc.runtime.accumulate import Accumulator
+from autofunc.splitting import infer_boundaries, parameter_dtypes
+from autofunc.tree import flatten
+from tests.cases import assert_same_tree, make_case
+
+Apply = Callable[[Any, Any, Any], Any]
+
+
+class Product(torch.autograd.Function):
+    """x @ w with a gradient of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(x, w)
+        return x @ w
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
+        x, w = ctx.saved_tensors
+        return g @ w.t(), x.t() @ g
+
+
+CONSTANT = torch.randn(4)
+
+
+def with_mask(p: Any, x: Tensor, b: Any) -> Tensor:
+    mask = torch.zeros(x.shape[0], 4)
+    mask[:, 1] = 2
+    return (x @ p["w"]) * mask
+
+
+def in_place_on_a_temporary(p: Any, x: Tensor, b: Any) -> Tensor:
+    y = x @ p["w"]
+    y.add_(1)
+    return y * 2
+
+
+def two_uses(p: Any, x: Tensor, b: Any) -> Tensor:
+    return torch.tanh(x @ p["w"]) @ p["w"] + x
+
+
+CAPTURED: dict[str, Apply] = {
+    "custom autograd function": lambda p, x, b: Product.apply(x, p["w"]),
+    "checkpoint": lambda p, x, b: checkpoint(lambda x, w: torch.tanh(x @ w), x, p["w"], use_reentrant=False),
+    "mask written in place": with_mask,
+    "temporary written in place": in_place_on_a_temporary,
+    "weight used twice": two_uses,
+    "constant from outside": lambda p, x, b: x @ p["w"] + CONSTANT,
+    "constant made inside": lambda p, x, b: x @ p["w"] + torch.tensor([1.0, 2.0, 3.0, 4.0]),
+    "other dtype inside": lambda p, x, b: (x.double() @ p["w"].double()).float(),
+    "identity": lambda p, x, b: x,
+    "unused parameter": lambda p, x, b: x * 2,
+    "no gradient to the input": lambda p, x, b: x.detach() @ p["w"],
+    "views and lists": lambda p, x, b: torch.cat([x, x @ p["w"]], -1)[:, 2:6].reshape(-1, 2, 2).flatten(1),
+    "indices": lambda p, x, b: (x @ p["w"])[:, torch.tensor([3, 1, 0, 2])],
+    "infinities": lambda p, x, b: (x @ p["w"]).masked_fill(x > 0, float("-inf")).clamp(min=-3.0),
+    "several outputs of one operator": lambda p, x, b: torch.nn.functional.layer_norm(x, (4,), p["w"][0], p["w"][1]),
+}
+
+
+def three_layers(middle: Apply) -> tuple[af.Model, dict[str, Tensor], Callable[[Any, Any], Tensor]]:
+    def init(key: Any) -> dict[str, Tensor]:
+        return {"w": key.normal("w", (4, 4))}
+
+    model = af.Model(
+        {
+            "first": af.Layer(init=init, apply=lambda p, x, b: b["x"] @ p["w"]),
+            "middle": af.Layer(init=init, apply=middle),
+            "last": af.Layer(init=init, apply=lambda p, x, b: x @ p["w"]),
+        }
+    )
+    batch = {"x": torch.randn(6, 4), "y": torch.randn(6, 4)}
+    return model, batch, lambda outputs, mb: (outputs - mb["y"]).square().mean()
+
+
+@pytest.mark.parametrize("name", CAPTURED)
+@pytest.mark.parametrize("schedule", ["1f1b", "zb_h1"])
+def test_what_is_captured_equals_the_oracle(name: str, schedule: str) -> None:
+    model, batch, loss = three_layers(CAPTURED[name])
+    params = model.init()
+    expected_loss, expected = af.reference_value_and_grad(model, loss, 3)(params, batch)
+    s = af.schedule.build(schedule, num_ranks=3, num_microbatches=3)
+    pipe = af.pipeline(af.split(model, ["middle", "last"]), s, loss=loss, engine="graph")
+    found_loss, found = af.value_and_grad(pipe)(params, batch)
+    assert torch.equal(found_loss, expected_loss)
+    assert_same_tree(expected, found)
+
+
+def branch(p: Any, x: Tensor, b: Any) -> Tensor:
+    if x.sum() > 0:
+        return x
+    return -x
+
+
+def writes_parameter(p: Any, x: Tensor, b: Any) -> Tensor:
+    with torch.no_grad():
+        p["w"].mul_(2)
+    return x @ p["w"]
+
+
+@pytest.mark.parametrize(
+    ("middle", "message"),
+    [
+        (branch, r"stage 1 .*reads the value of a tensor \(.*test_graph.py, line \d+: if x.sum\(\) > 0:"),
+        (lambda p, x, b: x * float(x.sum().item()), r"reads the value of a tensor \(.*test_graph.py"),
+        (writes_parameter, r"stage 1 .*writes to one of its inputs or parameters \(aten.mul_.Tensor\)"),
+        (lambda p, x, b: x.add_(1) @ p["w"], r"stage 1 .*in-place operation"),
+        (lambda p, x, b: torch.dropout(x, 0.5, True), r'draws from the global random generator .*engine="eager"'),
+        (lambda p, x, b: x + torch.rand(4), r"draws from the global random generator \(aten.rand"),
+        (lambda p, x, b: checkpoint(torch.tanh, x, use_reentrant=True), r"stage 1 .*use_reentrant=False"),
+    ],
+)
+def test_what_is_refused(middle: Apply, message: str) -> None:
+    model, batch, loss = three_layers(middle)
+    s = af.schedule.build("1f1b", num_ranks=3, num_microbatches=2)
+    pipe = af.pipeline(af.split(model, ["middle", "last"]), s, loss=loss, engine="graph")
+    with pytest.raises(ModelError, match=message):
+        af.value_and_grad(pipe)(model.init(), batch)
+
+
+def middle_stage() -> tuple[GraphStage, StageContext, dict[str, Tensor], dict[str, Any]]:
+    """The middle one of three stages of the small GPT-2."""
+    model, stages, loss, batch = make_case("gpt2", 3, 4)
+    params = flatten(model.init())
+    boundaries = infer_boundaries(stages, params, batch, loss)
+    context = StageContext(
+        stages[1], boundaries.stages[0], boundaries.stages[1], loss, False, parameter_dtypes(model, params), batch,
+        torch.device("cpu"),
+    )  # fmt: skip
+    return GraphStage(context), context, params, batch
+
+
+def test_residuals_are_no_parameters_and_share_no_memory() -> None:
+    stage, context, params, batch = middle_stage()
+    leaves = context.stage.leaves(params)
+    shape = context.received.values[0].shape  # type: ignore[union-attr]
+    with torch.no_grad():
+        _, residuals = stage.forward(stage.bind(leaves), [torch.randn(shape)], batch)
+    storages = [value.untyped_storage().data_ptr() for value in residuals.values]
+    assert len(set(storages)) == len(storages)
+    assert not set(storages) & {leaf.untyped_storage().data_ptr() for leaf in leaves}
+
+
+def alive(references: list[Any]) -> int:
+    gc.collect()
+    return sum(reference() is not None for reference in references)
+
+
+def test_everything_is_let_go_of_at_its_last_use() -> None:
+    stage, context, params, batch = middle_stage()
+    shape = context.received.values[0].shape  # type: ignore[union-attr]
+    bound = stage.bind(context.stage.leaves(params))
+    sums = Accumulator(bound)
+    with torch.no_grad():
+        inputs = [torch.randn(shape)]
+        given = weakref.ref(inputs[0])
+        _, residuals = stage.forward(bound, inputs, batch)
+        assert inputs == [], "the list is taken over"
+        held = [weakref.ref(value) for value in residuals.values]
+        cotangents = [torch.randn(shape)]
+        cotangent = weakref.ref(cotangents[0])
+        sent_back, weight_residuals = stage.backward_input(residuals, cotangents, sums)
+        after_i = alive(held)
+        assert 0 < after_i < len(held), "what only the input gradient needed is gone"
+        kept = [weakref.ref(value) for value in weight_residuals.values]
+        stage.backward_weight(weight_residuals, sums)
+        assert alive(kept) == 0 and alive(held) == 0 and cotangent() is None
+        assert given() is None and len(sent_back) == 1
+
+
+def test_the_first_stage_has_no_input_gradient() -> None:
+    model, stages, loss, batch = make_case("gpt2", 3, 4)
+    params = flatten(model.init())
+    boundaries = infer_boundaries(stages, params, batch, loss)
+    context = StageContext(
+        stages[0], None, boundaries.stages[0], loss, False, parameter_dtypes(model, params), batch, torch.device("cpu")
+    )
+    stage = GraphStage(context)
+    assert stage.pieces.backward_input is None and stage.pieces.backward_weight is stage.pieces.backward
+
+
+def test_frozen_parameters_get_no_gradient() -> None:
+    model, _, loss, batch = make_case("gpt2", 2, 4)
+    frozen = af.Model(model.layers, ties=model.ties, config=model.config, trainable=["h.2*", "ln_f*"])
+    params = frozen.init()
+    expected_loss, expected = af.reference_value_and_grad(frozen, loss, 2)(params, batch)
+    for name in ("1f1b", "zb_h1"):
+        s = af.schedule.build(name, num_ranks=2, num_microbatches=2)
+        pipe = af.pipeline(af.split(frozen, 2), s, loss=loss, engine="graph")
+        found_loss, found = af.value_and_grad(pipe)(params, batch)
+        assert torch.equal(found_loss, expected_loss)
+        assert_same_tree(expected, found)
+
+
+def test_low_precision_accumulates_in_fp32() -> None:
+    model, stages, loss, batch = make_case("gpt2", 2, 8)
+    params = model.init(dtype=torch.bfloat16)
+    expected_loss, expected = af.reference_value_and_grad(model, loss, 4)(params, batch)
+    s = af.schedule.build("zb_h1", num_ranks=2, num_microbatches=4)
+    found_loss, found = af.value_and_grad(af.pipeline(stages, s, loss=loss, engine="graph"))(params, batch)
+    assert torch.equal(found_loss, expected_loss)
+    assert_same_tree(expected, found)
+
+
+def test_aux_comes_through() -> None:
+    model, stages, loss, batch = make_case("mlp", 2, 6)
+
+    def with_aux(outputs: Tensor, mb: Any) -> tuple[Tensor, float, dict[str, Any]]:
+        return loss(outputs, mb), 1.0, {"largest": outputs.amax(), "rows": outputs.shape[0]}
+
+    params = model.init()
+    expected = af.reference_value_and_grad(model, with_aux, 3, has_aux=True)(params, batch)
+    s = af.schedule.build("1f1b", num_ranks=2, num_microbatches=3)
+    pipe = af.pipeline(stages, s, loss=with_aux, engine="graph")
+    (value, aux), grads = af.value_and_grad(pipe, has_aux=True)(params, batch)
+    assert torch.equal(value, expected[0][0]) and torch.equal(aux["largest"], expected[0][1]["largest"])
+    assert int(aux["rows"]) == 6
+    assert_same_tree(expected[1], grads)
