@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from autofunc import tree
+from autofunc.engine.simplify import simplify
 from autofunc.errors import ModelError
 from autofunc.losses import Loss, evaluate
 from autofunc.splitting import Boundary, Stage, fake_mode, naming_errors
@@ -96,6 +97,7 @@ def capture(
                 # what writes to its own temporaries (`mask[:, 0] = 1`) is written anew without: no autograd is left to mind
                 functional = torch.func.functionalize(module, remove="mutations")
                 module = make_fx(functional, tracing_mode="real")(params, inputs, batch, cotangents)
+    simplify(module.graph)
     return tracer.joint_of(module, len(params), len(inputs), len(batch), len(cotangents))
 
 
@@ -190,7 +192,7 @@ def _refuse_effects(graph: fx.Graph, what: str) -> bool:
         for value, argument in zip(node.args, node.target._schema.arguments, strict=False):
             if isinstance(value, Node) and argument.alias_info is not None and argument.alias_info.is_write:
                 writes = True
-                if _base(value).op == "placeholder":
+                if base_of(value).op == "placeholder":
                     raise ModelError(
                         f"{what} writes to one of its inputs or parameters ({node.target}); a stage is a pure function: "
                         "compute a new tensor instead"
@@ -208,9 +210,9 @@ def _drops_nothing(node: Node) -> bool:
     return False
 
 
-def _base(node: Node) -> Node:
+def base_of(node: Node) -> Node:
     """What a node is a view of."""
-    while node.op == "call_function" and is_view(node):
+    while is_view(node):
         node = node.all_input_nodes[0]
     return node
 
@@ -218,6 +220,8 @@ def _base(node: Node) -> Node:
 def is_view(node: Node) -> bool:
     """Whether an operator's output shares its first argument's memory, so that making it again costs nothing."""
     target = node.target
+    if node.op != "call_function":
+        return False
     if target is getitem:
         return is_view(node.args[0])  # type: ignore[arg-type]
     if not isinstance(target, torch._ops.OpOverload) or target._schema.is_mutable:

@@ -12,7 +12,7 @@ from autofunc import tree
 from autofunc.engine.capture import TENSOR, Joint, capture
 from autofunc.engine.emit import Runnable, emit
 from autofunc.engine.functions import Accumulators, Produced, StageContext
-from autofunc.engine.partition import Piece, Pieces, partition
+from autofunc.engine.partition import Piece, partition
 
 
 class Residuals(NamedTuple):
@@ -61,7 +61,6 @@ class GraphStage:
         self._input_grads = joint.input_grads
         self._input_likes = [node for node, wanted in zip(joint.inputs, _wants(context), strict=True) if wanted]
         self._seed = [torch.ones_like(_empty(joint.cotangents[0]))] if context.with_loss else []
-        self._sums = {id(piece): [number for number, _ in piece.adds] for piece in _all(pieces)}
 
     def bind(self, leaves: list[Tensor]) -> list[Tensor]:
         """The parameters, as they are."""
@@ -82,6 +81,7 @@ class GraphStage:
 
     def backward(self, residuals: Residuals, cotangents: list[Tensor], sums: Accumulators) -> list[Tensor]:
         """See `StageFunctions.backward`."""
+        cotangents += self._seed
         return self._dense(self._backward(self._given(self.pieces.backward, residuals, cotangents, sums)))
 
     def backward_input(
@@ -92,23 +92,25 @@ class GraphStage:
             values = [*residuals.values, *cotangents, *self._seed]
             return self._dense([]), Residuals(residuals.params, values)
         assert self.pieces.backward_input is not None
+        cotangents += self._seed
         made = self._backward_input(self._given(self.pieces.backward_input, residuals, cotangents, sums))
         count = len(made) - len(self.pieces.kept)
         return self._dense(made[:count]), Residuals(residuals.params, made[count:])
 
     def backward_weight(self, weight_residuals: Residuals, sums: Accumulators) -> None:
         """See `StageFunctions.backward_weight`."""
-        given = [*weight_residuals.params, *weight_residuals.values]
-        weight_residuals.values.clear()
-        given += sums.of(self._sums[id(self.pieces.backward_weight)])
-        self._backward_weight(given)
+        self._backward_weight(self._given(self.pieces.backward_weight, weight_residuals, [], sums))
 
     def _given(self, piece: Piece, residuals: Residuals, cotangents: list[Tensor], sums: Accumulators) -> list[Tensor]:
         """A piece's arguments; what they are taken from lets go of them."""
-        given = [*residuals.params, *residuals.values, *cotangents, *self._seed]
+        params = residuals.params
+        given = [params[number] for number in piece.params]
+        given += residuals.values
+        given += cotangents
         residuals.values.clear()
         cotangents.clear()
-        return given + sums.of(self._sums[id(piece)])
+        given += sums.of([number for number, _ in piece.adds])
+        return given
 
     def _produced(self, made: list[Tensor]) -> Produced:
         if not self._with_loss:
@@ -133,11 +135,6 @@ class GraphStage:
 
 def _wants(context: StageContext) -> list[bool]:
     return [value.needs_grad for value in context.received.values] if context.received is not None else []
-
-
-def _all(pieces: Pieces) -> list[Piece]:
-    found = [pieces.forward, pieces.backward, pieces.backward_weight]
-    return [*found, pieces.backward_input] if pieces.backward_input is not None else found
 
 
 def _tensors(microbatch: Mapping[str, Any]) -> list[Tensor]:

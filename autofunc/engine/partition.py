@@ -1,8 +1,8 @@
 """Cut a captured stage into forward, backward, backward_input and backward_weight.
 
 Two cuts: what forward keeps for the backward (F->I), and what the backward of the input keeps for that of the weights
-(I->W). An operator with several outputs belongs to I whole: a norm's weight gradient comes with its input gradient. Views
-cost nothing, so they are made again where they are used and what they are views of is kept; parameters are never kept.
+(I->W). An operator with several outputs belongs to I whole: a norm's weight gradient comes with its input gradient.
+Parameters are never kept.
 
 Source of the idea: joint graph partitioning as in `torch._functorch.partitioners`, and the split of GraphPP (torchtitan,
 `graph_pp/split_di_dw.py`); written anew because both work on module graphs of theirs.
@@ -16,7 +16,7 @@ from operator import getitem
 
 from torch import fx
 
-from autofunc.engine.capture import Joint, is_view
+from autofunc.engine.capture import Joint, base_of, is_view
 
 Node = fx.Node
 
@@ -25,7 +25,8 @@ Node = fx.Node
 class Piece:
     """A part of the joint graph: nodes that go in, nodes that come out, and gradients that it adds to accumulators."""
 
-    inputs: list[Node]
+    params: list[int]  # numbers of the holders that go in first
+    inputs: list[Node]  # all that goes in, those parameters first
     outputs: list[Node]
     adds: list[tuple[int, Node]]  # (number of the trainable holder, its gradient)
 
@@ -34,13 +35,13 @@ class Piece:
 class Pieces:
     """A stage, cut. Values kept between the pieces are lists of nodes; `batch` nodes among them cost nothing to keep."""
 
-    forward: Piece  # takes params, inputs, batch; gives outputs, then `saved`
+    forward: Piece  # takes all params, inputs, batch; gives outputs, then `saved`
     evaluate: Piece  # the same without `saved`
     saved: list[Node]  # what F keeps: no parameters
-    backward: Piece  # takes params, saved, cotangents; gives input gradients
+    backward: Piece  # takes saved, cotangents; gives input gradients
     backward_input: Piece | None  # the same, and gives `kept` after the input gradients; None where there are none
     kept: list[Node]  # what I keeps for W: no parameters
-    backward_weight: Piece  # takes params and `kept`; where there is no I, what `backward` takes
+    backward_weight: Piece  # takes `kept`; where there is no I, what `backward` takes
 
 
 def partition(joint: Joint) -> Pieces:
@@ -55,9 +56,10 @@ def partition(joint: Joint) -> Pieces:
     everything = [*input_grads, *(node for _, node in adds)]
     saved = [node for node in _frontier(everything, lambda node: node in behind) if node not in params]
     saved = [node for node in saved if node not in joint.cotangents]
-    backward = Piece([*joint.params, *saved, *joint.cotangents], input_grads, adds)
-    forward = Piece(placeholders, [*outputs, *saved], [])
-    evaluate = Piece(placeholders, outputs, [])
+    backward = _piece(joint, [*saved, *joint.cotangents], input_grads, adds)
+    everyone = list(range(len(joint.params)))
+    forward = Piece(everyone, placeholders, [*outputs, *saved], [])
+    evaluate = Piece(everyone, placeholders, outputs, [])
     if not input_grads:
         return Pieces(forward, evaluate, saved, backward, None, [*saved, *joint.cotangents], backward)
 
@@ -72,10 +74,23 @@ def partition(joint: Joint) -> Pieces:
         evaluate,
         saved,
         backward,
-        Piece(backward.inputs, [*input_grads, *kept], early),
+        _piece(joint, [*saved, *joint.cotangents], [*input_grads, *kept], early),
         kept,
-        Piece([*joint.params, *kept], [], late),
+        _piece(joint, kept, [], late),
     )
+
+
+def _piece(joint: Joint, given: list[Node], outputs: list[Node], adds: list[tuple[int, Node]]) -> Piece:
+    """A piece that takes what is given and the parameters that it needs beside."""
+    needed, stop = set(), set(given)
+    left = [*outputs, *(node for _, node in adds)]
+    while left:
+        node = left.pop()
+        if node not in needed and node not in stop:
+            needed.add(node)
+            left += node.all_input_nodes
+    params = [number for number, node in enumerate(joint.params) if node in needed]
+    return Piece(params, [*(joint.params[number] for number in params), *given], outputs, adds)
 
 
 def _depends_on(graph: fx.Graph, sources: Iterable[Node]) -> set[Node]:
@@ -100,7 +115,11 @@ def _ancestors(nodes: Iterable[Node]) -> set[Node]:
 
 
 def _frontier(targets: Iterable[Node], inside: Callable[[Node], bool]) -> list[Node]:
-    """What a region needs from outside to compute its targets: views are looked through, and made again inside."""
+    """What a region needs from outside to compute its targets.
+
+    A view of a parameter is made again inside, so that the parameter need not be kept; other views are kept as they are,
+    for they hold the memory of what they are views of and cost nothing more.
+    """
     needed: dict[Node, None] = {}
     seen: set[Node] = set()
     left = list(targets)
@@ -109,7 +128,7 @@ def _frontier(targets: Iterable[Node], inside: Callable[[Node], bool]) -> list[N
         if node in seen:
             continue
         seen.add(node)
-        if inside(node) or (node.op == "call_function" and is_view(node)):
+        if inside(node) or (is_view(node) and base_of(node).op == "placeholder"):
             left += node.all_input_nodes
         elif node.op != "get_attr":
             needed[node] = None

@@ -1,0 +1,69 @@
+"""Drop operators that do nothing: detaches, views that change no shape, transposes that undo each other.
+
+Autograd leaves many of them in a captured graph. In a small layer each costs about as much as an operator that computes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+Node = fx.Node
+
+_aten = torch.ops.aten
+_RESHAPES = (_aten.view.default, _aten._unsafe_view.default)
+
+
+def simplify(graph: fx.Graph) -> None:
+    """Change a graph of functional operators in place; every value that is left has the same bits."""
+    for node in list(graph.nodes):
+        if node.op != "call_function":
+            continue
+        same = _same_as(node)
+        if same is not None:
+            node.replace_all_uses_with(same)
+            graph.erase_node(node)
+    graph.eliminate_dead_code()
+    graph.lint()
+
+
+def _same_as(node: Node) -> Node | None:
+    """An earlier node with the same value, shape and strides."""
+    source = node.args[0] if node.args else None
+    if not isinstance(source, Node):
+        return None
+    if node.target in (_aten.detach.default, _aten.alias.default):
+        return source
+    if node.target in (*_RESHAPES, _aten.expand.default):
+        if _layout(node) == _layout(source):
+            return source
+        if node.target in _RESHAPES and source.target in _RESHAPES:
+            return _skipped(node, source)
+    if node.target is _aten.t.default and source.target is _aten.t.default:
+        return source.args[0]  # type: ignore[return-value]
+    swaps = (node.target, source.target) == (_aten.transpose.int, _aten.transpose.int)
+    if swaps and {dim % _rank(node) for dim in node.args[1:]} == {dim % _rank(node) for dim in source.args[1:]}:  # type: ignore[operator]
+        return source.args[0]  # type: ignore[return-value]
+    return None
+
+
+def _skipped(node: Node, source: Node) -> Node | None:
+    """A view of a view is a view of what that is a view of, if it is contiguous; it may even be that itself."""
+    first = source.args[0]
+    if not isinstance(first, Node) or not first.meta["val"].is_contiguous():
+        return None
+    if _layout(node) == _layout(first):
+        return first
+    node.update_arg(0, first)
+    return None
+
+
+def _layout(node: Node) -> tuple[Any, ...]:
+    value = node.meta["val"]
+    return tuple(value.shape), tuple(value.stride()), value.dtype
+
+
+def _rank(node: Node) -> int:
+    return int(node.meta["val"].dim())
