@@ -197,7 +197,7 @@ def pipeline(
     *,
     loss: Loss | None = None,
     mesh: DeviceMesh | None = None,
-    engine: str = "eager",
+    engine: str = "graph",
     batch_dims: Mapping[str, int | None] | None = None,
 ) -> Pipeline:
     """Compose stages by a schedule into one pipelined function.
@@ -207,7 +207,8 @@ def pipeline(
         schedule: from `autofunc.schedule`, in compute form.
         loss: `loss(outputs, microbatch)`, see `autofunc.losses`; None uses the output's own `loss`.
         mesh: from `af.make_mesh`; None runs every rank in this process.
-        engine: how stages are differentiated: "eager".
+        engine: how stages are differentiated: "graph" captures each once and cuts it into forward, backward, backward of
+            the input and of the weights; "eager" runs autograd on it, and takes what cannot be captured.
         batch_dims: which dim of a batch entry holds the rows, or None for entries that every microbatch gets whole.
 
     Raises:

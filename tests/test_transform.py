@@ -193,7 +193,7 @@ def test_an_error_at_run_time_says_where() -> None:
 
     layers = {"a": af.Layer(apply=lambda p, x, batch: batch["x"]), "b": af.Layer(apply=fails_later)}
     s = af.schedule.build("gpipe", num_ranks=2, num_microbatches=3)
-    pipe = af.pipeline(af.split(af.Model(layers), ["b"]), s, loss=lambda outputs, mb: outputs.sum())
+    pipe = af.pipeline(af.split(af.Model(layers), ["b"]), s, loss=lambda outputs, mb: outputs.sum(), engine="eager")
     with pytest.raises(PipelineRunError) as caught:
         pipe(pipe.init(), {"x": torch.zeros(3)})
     text = str(caught.value)

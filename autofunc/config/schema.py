@@ -61,6 +61,9 @@ class Distributed(Section):
         "1f1b",
         description="a named pipeline schedule, a table in a .csv or .json file, or a function: path/to/file.py:name",
     )
+    engine: Literal["graph", "eager"] = Field(
+        "graph", description="how stages are differentiated: captured once, or by autograd"
+    )
     threads_per_rank: Positive = Field(1, description="CPU threads of each process")
     timeout_minutes: float = Field(10.0, gt=0, description="a rank that waits longer for another ends the run")
 

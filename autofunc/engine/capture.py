@@ -32,7 +32,7 @@ class Joint:
     params: list[Node]  # one per holder
     inputs: list[Node]  # values of the boundary before
     batch: list[Node]  # tensors of the microbatch
-    cotangents: list[Node]  # one per output that needs a gradient; of the loss: one
+    cotangents: list[Node]  # one per output that needs a gradient; of the loss: the one it is seeded with
     outputs: list[Node]  # values of the stage's own boundary; or the loss's sum, weight, and tensors of aux
     input_grads: list[Node | None]  # one per input that needs a gradient; None is a zero
     weight_grads: list[Node | None]  # one per trainable holder; None is a zero
@@ -55,6 +55,7 @@ def capture(
     returned: Boundary,
     loss: Loss | None,
     with_loss: bool,
+    with_grads: bool,
     dtypes: Mapping[str, torch.dtype],
     microbatch: Mapping[str, Any],
     device: torch.device,
@@ -67,6 +68,7 @@ def capture(
         returned: its own boundary.
         loss: the loss, for the last stage.
         with_loss: whether to end in a loss.
+        with_grads: whether the gradient is wanted; without it, forward alone is captured.
         dtypes: dtype of every canonical parameter.
         microbatch: one microbatch; only shapes, dtypes and plain values matter.
         device: where parameters live.
@@ -74,7 +76,7 @@ def capture(
     Raises:
         ModelError: when the stage cannot be captured, naming the user's line.
     """
-    tracer = _Tracer(stage, received, returned, loss, with_loss, microbatch)
+    tracer = _Tracer(stage, received, returned, loss, with_loss, with_grads, microbatch)
     what = f"stage {stage.index} (layers {stage.layers[0]} .. {stage.layers[-1]})"
     with fake_mode() as mode:
         params = [
@@ -86,8 +88,6 @@ def capture(
         batch = [mode.from_tensor(leaf) for leaf in tracer.batch_leaves if isinstance(leaf, Tensor)]
         grown = returned.values if not with_loss else ()
         cotangents = [torch.empty(v.shape, dtype=v.dtype, device=device) for v in grown if v.needs_grad]
-        if with_loss:
-            cotangents = [torch.empty((), dtype=tracer.sum_dtype(params, inputs, batch), device=device)]
         with naming_errors(what):
             # a function of four arguments: make_fx would count the `self` of a method
             traced = make_fx(lambda *given: tracer.joint(*given), tracing_mode="real")
@@ -111,9 +111,11 @@ class _Tracer:
         returned: Boundary,
         loss: Loss | None,
         with_loss: bool,
+        with_grads: bool,
         microbatch: Mapping[str, Any],
     ) -> None:
-        self.stage, self.received, self.returned, self.loss, self.with_loss = stage, received, returned, loss, with_loss
+        self.stage, self.received, self.returned, self.loss = stage, received, returned, loss
+        self.with_loss, self.with_grads = with_loss, with_grads
         self.batch_leaves, self.batch_spec = tree.leaves_and_spec(dict(microbatch))
         self.input_wants = [value.needs_grad for value in received.values] if received is not None else []
         self.aux_spec: tree.TreeSpec | None = None
@@ -134,14 +136,15 @@ class _Tracer:
         self.aux_constants = tuple(TENSOR if isinstance(leaf, Tensor) else leaf for leaf in aux)
         return [terms.sum, terms.weight, *(leaf for leaf in aux if isinstance(leaf, Tensor))]
 
-    def sum_dtype(self, params: Sequence[Tensor], inputs: Sequence[Tensor], batch: Sequence[Tensor]) -> torch.dtype:
-        """The dtype of the loss's sum."""
-        return self.forward(params, inputs, batch)[0].dtype
-
     def joint(
         self, params: list[Tensor], inputs: list[Tensor], batch: list[Tensor], cotangents: list[Tensor]
     ) -> list[Tensor | None]:
-        """Outputs, gradients of inputs, gradients of trainable parameters, one after the other."""
+        """Outputs, gradients of inputs, gradients of trainable parameters, the loss's seed, one after the other."""
+        if not self.with_grads:
+            with torch.no_grad():
+                outputs = self.forward(params, inputs, batch)
+            self.num_outputs = len(outputs)
+            return [*outputs, None]
         own = [leaf.detach().requires_grad_(wanted) for leaf, wanted in zip(params, self.stage.trainable, strict=True)]
         leaves = [leaf.detach().requires_grad_(wanted) for leaf, wanted in zip(inputs, self.input_wants, strict=True)]
         with torch.enable_grad():
@@ -152,10 +155,10 @@ class _Tracer:
         roots = outputs[:1] if self.with_loss else outputs
         roots = [root for root in roots if root.requires_grad]
         if not roots or not (needing or trainable):
-            return [*outputs, *[None] * (len(needing) + len(trainable))]
-        seeds = cotangents if len(cotangents) == len(roots) else []
+            return [*outputs, *[None] * (len(needing) + len(trainable)), None]
+        seeds = [torch.ones_like(roots[0])] if self.with_loss else cotangents
         grads: list[Tensor | None] = list(torch.autograd.grad(roots, [*needing, *trainable], seeds, allow_unused=True))
-        return [*outputs, *grads]
+        return [*outputs, *grads, seeds[0] if self.with_loss else None]
 
     def joint_of(self, module: fx.GraphModule, *counts: int) -> Joint:
         """Name the nodes of the traced graph."""
@@ -167,7 +170,10 @@ class _Tracer:
         )
         (returned,) = next(node for node in graph.nodes if node.op == "output").args
         first, second = self.num_outputs, self.num_outputs + self.num_input_grads
+        *returned, seed = returned
         outputs, input_grads, weight_grads = returned[:first], returned[first:second], returned[second:]
+        if seed is not None:  # it is made in the graph; from here on it is given
+            cotangents = [seed]
         return Joint(
             module, params, inputs, batch, cotangents, list(outputs), list(input_grads), list(weight_grads),
             self.aux_spec, self.aux_constants,

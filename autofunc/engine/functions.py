@@ -43,6 +43,7 @@ class StageContext:
     returned: Boundary  # its own boundary
     loss: Loss | None  # None: the output's own
     with_loss: bool  # whether to end in the loss: the last stage, unless outputs are wanted
+    with_grads: bool  # whether the backward is wanted
     dtypes: Mapping[str, torch.dtype]  # of every canonical parameter
     microbatch: Mapping[str, Any]  # an example
     device: torch.device

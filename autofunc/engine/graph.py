@@ -41,6 +41,7 @@ class GraphStage:
             context.returned,
             context.loss,
             context.with_loss,
+            context.with_grads,
             context.dtypes,
             context.microbatch,
             context.device,
@@ -60,7 +61,7 @@ class GraphStage:
         self._num_outputs = len(joint.outputs)
         self._input_grads = joint.input_grads
         self._input_likes = [node for node, wanted in zip(joint.inputs, _wants(context), strict=True) if wanted]
-        self._seed = [torch.ones_like(_empty(joint.cotangents[0]))] if context.with_loss else []
+        self._seed = [torch.ones_like(_empty(node)) for node in joint.cotangents] if context.with_loss else []
 
     def bind(self, leaves: list[Tensor]) -> list[Tensor]:
         """The parameters, as they are."""

@@ -91,6 +91,7 @@ def build_plan(
                 boundaries.stages[stage.index],
                 loss,
                 mode.ends_in_loss and stage is stages[-1],
+                mode is Mode.GRADS,
                 dtypes,
                 microbatch,
                 device,

@@ -49,8 +49,10 @@ def train(
         reporter: told of every step.
         metrics: where every step is written; None on all ranks but the first.
     """
-    pipe = pipeline(recipe.stages, recipe.schedule, loss=recipe.loss, mesh=mesh)
-    validation_pipe = pipeline(recipe.stages, recipe.schedule, loss=_with_weight(recipe.loss), mesh=mesh)
+    pipe = pipeline(recipe.stages, recipe.schedule, loss=recipe.loss, mesh=mesh, engine=recipe.engine)
+    validation_pipe = pipeline(
+        recipe.stages, recipe.schedule, loss=_with_weight(recipe.loss), mesh=mesh, engine=recipe.engine
+    )
     step_function = value_and_grad(pipe)
     params = pipe.init(recipe.seed, device)
     state = recipe.optimizer.init(params)

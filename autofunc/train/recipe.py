@@ -30,6 +30,7 @@ class Recipe:
     model: Model
     stages: tuple[Stage, ...]
     schedule: Schedule
+    engine: str
     loss: Loss
     optimizer: Optimizer
     dataset: Any
@@ -91,6 +92,7 @@ def prepare(config: FinetuneConfig) -> Recipe:
         model=model,
         stages=tuple(stages),
         schedule=schedule,
+        engine=config.distributed.engine,
         loss=loss,
         optimizer=make_optimizer,
         dataset=dataset,

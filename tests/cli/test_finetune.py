@@ -146,7 +146,7 @@ def test_the_same_file_under_torchrun(folder: Path, two_processes: subprocess.Co
 def test_a_dying_worker_ends_the_others(folder: Path, how: str) -> None:
     done = start(
         folder, "finetune", "llm", "-c", "cfg.yaml", "--model._target_", "dying.py:build", "--model.how", how,
-        "--output_dir", f"dying-{how}",
+        "--output_dir", f"dying-{how}", "--distributed.engine", "eager",
     )  # fmt: skip
     died = float((folder / f"died-{how}").read_text())
     assert time.time() - died < 30, "seconds from the death of one to the end of all"

@@ -141,7 +141,7 @@ def middle_stage() -> tuple[GraphStage, StageContext, dict[str, Tensor], dict[st
     params = flatten(model.init())
     boundaries = infer_boundaries(stages, params, batch, loss)
     context = StageContext(
-        stages[1], boundaries.stages[0], boundaries.stages[1], loss, False, parameter_dtypes(model, params), batch,
+        stages[1], boundaries.stages[0], boundaries.stages[1], loss, False, True, parameter_dtypes(model, params), batch,
         torch.device("cpu"),
     )  # fmt: skip
     return GraphStage(context), context, params, batch
@@ -189,7 +189,15 @@ def test_the_first_stage_has_no_input_gradient() -> None:
     params = flatten(model.init())
     boundaries = infer_boundaries(stages, params, batch, loss)
     context = StageContext(
-        stages[0], None, boundaries.stages[0], loss, False, parameter_dtypes(model, params), batch, torch.device("cpu")
+        stages[0],
+        None,
+        boundaries.stages[0],
+        loss,
+        False,
+        True,
+        parameter_dtypes(model, params),
+        batch,
+        torch.device("cpu"),
     )
     stage = GraphStage(context)
     assert stage.pieces.backward_input is None and stage.pieces.backward_weight is stage.pieces.backward

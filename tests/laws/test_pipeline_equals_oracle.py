@@ -43,7 +43,7 @@ def _look_at_stages_once() -> Iterator[None]:
         return once(signature, lambda: infer(stages, params, microbatch, loss, **options))
 
     def make_graph_once(context: Any) -> Any:
-        signature = (context.stage.layers, context.with_loss, shapes(context.microbatch))
+        signature = (context.stage.layers, context.with_loss, context.with_grads, shapes(context.microbatch))
         return once(signature, lambda: make_graph(context))
 
     with pytest.MonkeyPatch.context() as patch:
