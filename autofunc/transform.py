@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,10 +22,11 @@ from autofunc.explain import explain
 from autofunc.losses import Loss
 from autofunc.mesh import pp_ranks
 from autofunc.runtime.gather import gather_tree
+from autofunc.runtime.measure import Profiled, measured_timeline
 from autofunc.runtime.plan import MakeFunctions, Mode, Plan, build_plan
 from autofunc.runtime.step import StepResult, run_step
 from autofunc.runtime.transport import DistributedTransport
-from autofunc.schedule import Schedule, validate
+from autofunc.schedule import Costs, Schedule, Timeline, costs_of, validate
 from autofunc.splitting import Stage
 
 _MOST_PLANS = 64  # batch signatures a pipeline remembers; beyond that the oldest is forgotten
@@ -45,6 +48,7 @@ class Pipeline:
         mesh: DeviceMesh | None,
         engine: str,
         batch_dims: Mapping[str, int | None] | None,
+        merge: bool = True,
     ) -> None:
         if len(stages) != schedule.num_stages:
             raise ScheduleError(
@@ -61,6 +65,7 @@ class Pipeline:
         self.mesh = mesh
         self.engine = engine
         self._batch_dims = batch_dims
+        self._merge = merge
         self._ranks = pp_ranks(mesh) if mesh is not None else None
         if self._ranks is not None and len(self._ranks) != schedule.num_ranks:
             raise MeshError(
@@ -141,13 +146,57 @@ class Pipeline:
             raise AutofuncError(f'gather={gather!r}: expected None or "all"')
         return self.run(Mode.SHARED_OUTPUTS if gather == "all" else Mode.OUTPUTS, params, batch, key).outputs
 
+    def profile(self, params: tree.Nested, batch: Mapping[str, Any], key: Any = None, *, steps: int = 5) -> Timeline:
+        """Run some steps and tell when every action ran: the step of median length, in milliseconds.
+
+        Every process calls it, and every process gets the timeline of all ranks. Ranks of one machine are timed by its
+        clock, those of several from a barrier on. Ranks of one process take turns, so of those only lengths count.
+
+        Args:
+            params: this process's parameters.
+            batch: a batch.
+            key: see `value_and_grad`.
+            steps: how many to measure, after one that is not.
+
+        Example:
+            timeline = pipe.profile(params, batch)
+            predicted = af.schedule.simulate(timeline.schedule, pipe.costs(params, batch))
+            af.schedule.draw([predicted, timeline], "profile.html")
+        """
+
+        def run_once() -> Profiled:
+            result, plan = self._run(Mode.GRADS, params, batch, key, profile=True)
+            return Profiled(plan.schedule, plan.boundaries.edges(), result.clocks)
+
+        return measured_timeline(run_once, self.mesh.get_group("pp") if self.mesh is not None else None, steps)
+
+    def costs(self, params: tree.Nested, batch: Mapping[str, Any], key: Any = None, *, steps: int = 5) -> Costs:
+        """What the stages cost, in milliseconds: for `schedule.simulate` and `schedule.search`.
+
+        Measured in a run of this schedule with every backward split into I and W. The first stage, which needs no input
+        gradient, has almost nothing as I and its whole backward as W. Every process calls it. Arguments as of `profile`.
+        """
+        found = costs_of(self._with_split_backward.profile(params, batch, key, steps=steps))
+        return replace(found, comm=0.0) if self.mesh is None else found  # in one process nothing is transferred
+
+    @cached_property
+    def _with_split_backward(self) -> Pipeline:
+        """This pipeline with I and W everywhere, built once."""
+        split = self.schedule.split_form()
+        return Pipeline(self.stages, split, self.loss, self.mesh, self.engine, self._batch_dims, merge=False)
+
     def run(self, mode: Mode, params: tree.Nested, batch: Mapping[str, Any], key: Any) -> StepResult:
         """Run one step. `af.value_and_grad`, `pipe(...)` and `pipe.forward` are this with a mode."""
+        return self._run(mode, params, batch, key)[0]
+
+    def _run(
+        self, mode: Mode, params: tree.Nested, batch: Mapping[str, Any], key: Any, profile: bool = False
+    ) -> tuple[StepResult, Plan]:
         flat = tree.flatten(params)
         microbatches = self._split(batch, key)
         plan, transport = self._plan(mode, flat, self._device(flat), microbatches)
         with torch.no_grad():
-            return run_step(plan, flat, microbatches, transport, next(self._calls), self._trace)
+            return run_step(plan, flat, microbatches, transport, next(self._calls), self._trace, profile), plan
 
     def _device(self, leaves: Mapping[str, Any]) -> torch.device:
         """The device of the first tensor; where there is none, the mesh's, or the CPU."""
@@ -181,6 +230,7 @@ class Pipeline:
                 device,
                 microbatches[0],
                 self.local_ranks,
+                self._merge,
             )
             transport = None
             if self.mesh is not None and self._ranks is not None:

@@ -236,3 +236,28 @@ def test_memory_of_a_step_is_freed() -> None:
     results = step(params, batch)
     assert tensors() == before
     del results
+
+
+@pytest.mark.parametrize("engine", ["graph", "eager"])
+def test_profile_tells_when_every_action_ran(engine: str) -> None:
+    _, stages, loss, batch = make_case("gpt2", 4, 6)
+    s = af.schedule.build("zbv", num_ranks=2, num_microbatches=3)
+    pipe = af.pipeline(stages, s, loss=loss, engine=engine)
+    params = pipe.init()
+    timeline = pipe.profile(params, batch, steps=2)
+    assert timeline.label == "measured" and timeline.schedule.is_lowered
+    for start, end in zip(timeline.start, timeline.end, strict=True):
+        assert (start > 0).all() and (end >= start).all() and (start[1:] >= end[:-1]).all(), "one after the other"
+    assert 0 < max(timeline.busy) <= timeline.makespan
+    assert "measured" in af.schedule.draw([timeline]) or "rank 0" in af.schedule.draw([timeline])
+    costs = pipe.costs(params, batch, steps=2)
+    assert costs.comm == 0 and len(costs.F) == 4 and min(costs.F) > 0  # type: ignore[arg-type, type-var]
+    assert af.schedule.simulate(s, costs).makespan > 0
+
+
+def test_costs_of_a_schedule_that_never_splits() -> None:
+    _, stages, loss, batch = make_case("gpt2", 2, 6)
+    pipe = af.pipeline(stages, af.schedule.build("1f1b", num_ranks=2, num_microbatches=3), loss=loss)
+    costs = pipe.costs(pipe.init(), batch, steps=3)
+    assert costs.I[1] > 0 and costs.W[1] > 0  # type: ignore[index]
+    assert costs.I[0] < costs.W[0], "the first stage needs no input gradient"  # type: ignore[index]

@@ -7,10 +7,12 @@ pipeline is such a coroutine, and `run_together` takes turns.
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from autofunc.engine import Produced, StageFunctions
@@ -19,6 +21,20 @@ from autofunc.runtime.accumulate import Accumulator
 from autofunc.runtime.program import Op, Program
 from autofunc.runtime.transport import MemoryHub, Transport
 from autofunc.schedule import Kind, grid
+
+
+class Clock:
+    """When each op of a rank started and ended, in seconds of one clock: waiting for its operands comes before."""
+
+    def __init__(self, num_ops: int, device: torch.device) -> None:
+        self.start, self.end = [0.0] * num_ops, [0.0] * num_ops
+        self._synchronize = torch.accelerator.synchronize if device.type != "cpu" else None
+
+    def now(self) -> float:
+        """The time when all that was started is done."""
+        if self._synchronize is not None:
+            self._synchronize()
+        return time.perf_counter()
 
 
 @dataclass
@@ -32,6 +48,7 @@ class RankStep:
     transport: Transport
     number: int  # of this call, for messages
     trace: bool = False
+    clock: Clock | None = None  # of a profiled step
     accumulators: dict[int, Accumulator] = field(default_factory=dict)  # by stage
     produced: dict[int, Produced] = field(default_factory=dict)  # by microbatch: what the last stage made
 
@@ -54,6 +71,8 @@ def run_rank(step: RankStep) -> Iterator[None]:
             for send in op.settles:
                 transport.settle(sends[send])
                 sends[send] = None
+            if step.clock is not None:
+                step.clock.start[op.position] = step.clock.now()
             operands = [registers[register] for register in op.reads]
             for register in op.reads:
                 registers[register] = None
@@ -68,6 +87,8 @@ def run_rank(step: RankStep) -> Iterator[None]:
                 results = _compute(step, op, operands)
             for register, result in zip(op.writes, results, strict=True):
                 registers[register] = result
+            if step.clock is not None:
+                step.clock.end[op.position] = step.clock.now()
             if step.trace:
                 _print_trace(step, op, results)
             del operands, results

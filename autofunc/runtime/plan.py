@@ -70,6 +70,7 @@ def build_plan(
     device: torch.device,
     microbatch: Mapping[str, Any],
     local_ranks: Sequence[int],
+    merge: bool = True,
 ) -> Plan:
     """Infer the boundaries, lower and check the schedule, and compile the programs of the local ranks."""
     if mode is Mode.GRADS and schedule.is_forward_only:
@@ -78,7 +79,7 @@ def build_plan(
         )
     boundaries = infer_boundaries(stages, params, microbatch, loss, device=device, with_loss=mode.ends_in_loss)
     edges = boundaries.edges()
-    lowered = lower(schedule if mode is Mode.GRADS else schedule.forward_form(), edges)
+    lowered = lower(schedule if mode is Mode.GRADS else schedule.forward_form(), edges, merge=merge)
     validate(lowered, edges)
     by_edge = edge_channels(lowered, boundaries)
     dtypes = parameter_dtypes(stages[0].model, params)

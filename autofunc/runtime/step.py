@@ -12,7 +12,7 @@ from torch import Tensor
 from autofunc import tree
 from autofunc.losses import combine_aux
 from autofunc.runtime.accumulate import Accumulator
-from autofunc.runtime.executor import RankStep, run_rank, run_together
+from autofunc.runtime.executor import Clock, RankStep, run_rank, run_together
 from autofunc.runtime.finish import check_weight, divide, exchange_ties, share, total_loss
 from autofunc.runtime.plan import Mode, Plan
 from autofunc.runtime.transport import MemoryHub, MemoryTransport, Transport
@@ -26,6 +26,7 @@ class StepResult:
     aux: Any = None
     grads: dict[str, Tensor] = field(default_factory=dict)  # canonical path -> gradient
     outputs: Any = None  # on the rank that holds the last stage
+    clocks: dict[int, Clock] = field(default_factory=dict)  # of a profiled step, by local rank
 
 
 def run_step(
@@ -35,6 +36,7 @@ def run_step(
     transport: Transport | None,
     number: int,
     trace: bool = False,
+    profile: bool = False,
 ) -> StepResult:
     """Run the plan's programs.
 
@@ -45,8 +47,11 @@ def run_step(
         transport: to the other processes; None when all ranks are in this one.
         number: of this step, for messages.
         trace: print every action as it runs.
+        profile: note when every action runs.
     """
     result = StepResult()
+    if profile:
+        result.clocks = {rank: Clock(len(program.ops), plan.device) for rank, program in plan.programs.items()}
     if transport is not None:
         ((rank, _),) = plan.programs.items()
         for _ in _run(plan, rank, params, microbatches, transport, number, trace, result):
@@ -84,6 +89,7 @@ def _run(
         transport=transport,
         number=number,
         trace=trace,
+        clock=result.clocks.get(rank),
     )
     for stage in stages:
         step.accumulators[stage.index] = Accumulator(

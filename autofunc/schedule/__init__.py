@@ -13,6 +13,7 @@ from autofunc.schedule.custom import Function
 from autofunc.schedule.draw import draw
 from autofunc.schedule.effects import Dataflow, Edge, chain
 from autofunc.schedule.exchange import SUFFIXES, check_suffix, from_csv, from_json, read_file, to_csv, to_json, write_file
+from autofunc.schedule.fit import costs_of
 from autofunc.schedule.grid import grid
 from autofunc.schedule.idle import Idle, explain_idle
 from autofunc.schedule.ir import Action, Kind, Row, Schedule
@@ -44,6 +45,7 @@ __all__ = [
     "build_row",
     "chain",
     "check_suffix",
+    "costs_of",
     "default_stages_per_rank",
     "draw",
     "explain_idle",

@@ -213,6 +213,16 @@ class Schedule:
         rows = tuple(Row(_frozen(row.table[row.table[:, 1] == Kind.F])) for row in self.rows)
         return Schedule(self.name, self.placement, self.num_microbatches, rows).without_overlap()
 
+    def split_form(self) -> Schedule:
+        """The same schedule with every B as an I and a W, one after the other."""
+        rows = []
+        for row in self.rows:
+            parts = np.repeat(row.table, np.where(row.table[:, 1] == Kind.B, 2, 1), axis=0)
+            both = np.flatnonzero(parts[:, 1] == Kind.B)
+            parts[both[0::2], 1], parts[both[1::2], 1] = Kind.I, Kind.W
+            rows.append(Row(_frozen(parts)))
+        return Schedule(self.name, self.placement, self.num_microbatches, tuple(rows))
+
     def without_overlap(self) -> Schedule:
         """The same schedule with each overlapped pair as two actions of their own."""
         if not any(bool((row.table[:, 3] == OVERLAPPED).any()) for row in self.rows):

@@ -28,6 +28,7 @@ def lower(
     unshard: Unshard | str = Unshard.NEVER,
     unshard_ahead: int = 1,
     keep_overlapped: bool = False,
+    merge: bool = True,
 ) -> Schedule:
     """Add SEND and RECV actions for every edge between stages on different ranks, and the sharding actions asked for.
 
@@ -42,6 +43,7 @@ def lower(
         unshard_ahead: how many computations before their first use gathering begins.
         keep_overlapped: keep overlapped pairs together, with what they send after both, for a runtime that runs them at
             once (torch's takes a function for it). Otherwise their parts run one after the other, each with its sends.
+        merge: False leaves every I and W as it is.
 
     Raises:
         ScheduleError: for arguments that do not exist, and edges that do not fit.
@@ -54,7 +56,7 @@ def lower(
     except ValueError as error:
         raise ScheduleError(f"lower: unshard={unshard!r}; {one_of(unshard, [kind.value for kind in Unshard])}") from error
     flow = flow_of(schedule, edges)
-    schedule = merge_backward(schedule.compute_form(), flow)
+    schedule = merge_backward(schedule.compute_form(), flow) if merge else schedule.compute_form()
     if not keep_overlapped:
         schedule = schedule.without_overlap()
     before, after = _transfers(schedule, flow, prefetch)

@@ -185,6 +185,25 @@ def test_on_gloo(
         workers.run(run_on_gloo, model_name, schedule_name, num_ranks, num_microbatches, key, engine)
 
 
+def profile_on_gloo() -> list[float]:
+    """The timeline of all ranks, as each process has it."""
+    _, stages, loss, batch = make_case("gpt2", 2, 8)
+    s = af.schedule.build("zb_h1", num_ranks=2, num_microbatches=4)
+    pipe = af.pipeline(stages, s, loss=loss, mesh=pp_mesh(2))
+    timeline = pipe.profile(pipe.init(), batch, steps=1)
+    sends = [(a, float(end)) for a, end in zip(timeline.schedule[0], timeline.end[0], strict=True) if a.kind.name == "F"]
+    reads = {
+        a.microbatch: float(end) for a, end in zip(timeline.schedule[1], timeline.end[1], strict=True) if a.kind.name == "F"
+    }
+    assert all(made < reads[action.microbatch] for action, made in sends), "what is read was made before"
+    return [float(row.sum()) for row in timeline.start]
+
+
+def test_a_profile_holds_all_ranks_on_every_process(workers: WorkerPool) -> None:
+    first, *others = workers.run(profile_on_gloo)[:2]
+    assert all(other == first for other in others)
+
+
 def train_on_gloo(num_ranks: int, steps: int) -> dict[str, Any]:
     """Several updates; returns losses, and the digest of this rank's copy of the tied weight."""
     _, stages, loss, batch = make_case("gpt2", num_ranks, 4)

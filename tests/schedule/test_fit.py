@@ -1,0 +1,48 @@
+"""Costs read off a timeline, and schedules with every backward split."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from autofunc import schedule
+from autofunc.errors import ScheduleError
+from autofunc.schedule import Costs, Kind
+
+times = st.lists(st.floats(0.5, 4, width=16), min_size=12, max_size=12)
+
+
+@given(st.sampled_from(["zb_h1", "zb_h2", "interleaved_zb", "zbv", "v_half"]), st.integers(1, 2), st.integers(2, 8), times)
+def test_costs_of_a_simulated_run_are_those_it_was_simulated_with(name: str, p: int, m: int, costs: list[float]) -> None:
+    s = schedule.build(name, num_ranks=p, num_microbatches=m)
+    f, i, w = np.array(costs).reshape(3, 4)[:, : s.num_stages]
+    found = schedule.costs_of(schedule.simulate(s, Costs(f, i, w)))
+    assert pytest.approx(f.tolist()) == found.F and pytest.approx(i.tolist()) == found.I
+    assert pytest.approx(w.tolist()) == found.W and found.comm == 0
+
+
+def test_transfers_are_read_off_those_who_waited() -> None:
+    s = schedule.build("1f1b", num_ranks=3, num_microbatches=4)
+    assert schedule.costs_of(schedule.simulate(s, Costs(comm=0.25))).comm == pytest.approx(0.25)
+
+
+def test_a_backward_that_is_never_split_counts_as_w() -> None:
+    found = schedule.costs_of(schedule.simulate(schedule.build("1f1b", num_ranks=2, num_microbatches=3), Costs(1, 2, 3)))
+    assert (found.F, found.I, found.W) == ([1, 1], [0, 0], [5, 5])
+
+
+def test_forwards_alone_have_no_costs_of_backwards() -> None:
+    with pytest.raises(ScheduleError, match="no forward and backward of stage 0"):
+        schedule.costs_of(schedule.simulate(schedule.build("gpipe", num_ranks=2, num_microbatches=2).forward_form()))
+
+
+@given(st.sampled_from(schedule.names()), st.integers(1, 3), st.integers(1, 4))
+def test_split_form(name: str, p: int, m: int) -> None:
+    s = schedule.build(name, num_ranks=p, num_microbatches=m + 2 * p).split_form()
+    schedule.validate(s.without_overlap())
+    assert not any(action.kind is Kind.B for row in s for action in row)
+    lowered = schedule.lower(s, merge=False)
+    schedule.validate(lowered)
+    assert not any(action.kind is Kind.B for row in lowered for action in row)
