@@ -59,8 +59,8 @@ def _of_all_ranks(clocks: dict[int, Clock], began: float, group: dist.ProcessGro
         dist.all_gather_object(gathered, (platform.node(), began, local), group=group)
     one_machine = len({machine for machine, _, _ in gathered}) == 1
     earliest = min(begun for _, begun, _ in gathered)
-    return {
-        rank: (rows - (earliest if one_machine else begun)) * 1e3
-        for _, begun, part in gathered
-        for rank, rows in part.items()
-    }
+    found = {}
+    for _, begun, part in gathered:
+        origin = earliest if one_machine else begun
+        found.update({rank: (rows - origin) * 1e3 for rank, rows in part.items()})
+    return found
