@@ -64,7 +64,7 @@ def simulate(name: Name, sizes: Sizes, costs: CostOptions) -> None:
     Example: autofunc schedule simulate zb_h1 -p 4 -m 8 --comm 0.1
     """
     console = Console()
-    timeline = _simulate(_build(name, sizes), *costs.read())
+    timeline = _simulate(_build(name, sizes), costs.read()[0])
     _draw_text(console, timeline)
     _print_figures(console, [timeline])
     _print_idle(console, timeline)
@@ -79,10 +79,10 @@ def compare(sizes: Sizes, costs: CostOptions, names: Names = []) -> None:  # noq
 
     Example: autofunc schedule compare 1f1b zb_h1 zb_h2 -p 8 -m 32 -F 1 -I 1.2 -W 0.8
     """
-    given, left_out, timelines = costs.read(), [], []
+    (given, _), left_out, timelines = costs.read(), [], []
     for name in names or schedule.names():
         try:
-            timelines.append(_simulate(_build(name, sizes, only_looped=True), *given))
+            timelines.append(_simulate(_build(name, sizes, only_looped=True), given))
         except ScheduleError as error:
             if names:
                 raise
@@ -115,8 +115,8 @@ def draw(
 
     Example: autofunc schedule draw 1f1b zbv -p 4 -m 8 -o compared.html
     """
-    given = costs.read()
-    timelines = [_simulate(_build(name, sizes, only_looped=True), *given) for name in names]
+    given, _ = costs.read()
+    timelines = [_simulate(_build(name, sizes, only_looped=True), given) for name in names]
     if output is None:
         for timeline in timelines:
             typer.echo(timeline.schedule.name)
@@ -223,8 +223,7 @@ def _build(name: str, sizes: Sizes, only_looped: bool = False) -> schedule.Sched
     return s
 
 
-def _simulate(s: schedule.Schedule, costs: schedule.Costs, memory: schedule.Memory | None) -> schedule.Timeline:
-    del memory  # times only
+def _simulate(s: schedule.Schedule, costs: schedule.Costs) -> schedule.Timeline:
     return schedule.simulate(s, by_stage(costs, s.num_stages / s.num_ranks))
 
 
