@@ -36,6 +36,7 @@ lint: $(READY)
 
 bench: $(READY)
 	$(BIN)/python bench/step_time.py
+	$(BIN)/python bench/engine_pieces.py
 	$(BIN)/python bench/prediction.py
 	$(BIN)/python bench/schedule_scale.py
 	$(BIN)/python bench/schedule_search.py
