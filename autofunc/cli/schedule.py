@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -156,6 +156,14 @@ def search(
     listed = {len(cost) for cost in (given.F, given.I, given.W) if not isinstance(cost, (int, float))}
     per_rank = sizes.stages_per_rank or max(max(listed, default=sizes.ranks) // sizes.ranks, 1)
     of_stages = by_stage(given, per_rank)
+    asked: dict[str, Any] = {
+        "num_ranks": sizes.ranks,
+        "num_microbatches": sizes.microbatches,
+        "stages_per_rank": per_rank,
+        "memory_limit": memory_limit,
+        "memory": memory,
+        "objective": "span" if span else "makespan",
+    }
     console = Console(stderr=True)
     bar = Progress(
         TextColumn("searching"), BarColumn(), TextColumn("best {task.fields[best]:g}"), console=console, transient=True
@@ -164,12 +172,7 @@ def search(
         task = bar.add_task("", total=seconds, best=float("inf"))
         found = schedule.search(
             of_stages,
-            num_ranks=sizes.ranks,
-            num_microbatches=sizes.microbatches,
-            stages_per_rank=per_rank,
-            memory_limit=memory_limit,
-            memory=memory,
-            objective="span" if span else "makespan",
+            **asked,
             time_limit_s=seconds,
             seed=seed,
             on_progress=lambda elapsed, best: bar.update(task, completed=elapsed, best=best),
@@ -177,15 +180,7 @@ def search(
     timeline = schedule.simulate(found, of_stages)
     _draw_text(Console(), timeline)
     _print_figures(Console(), [timeline])
-    bound = schedule.lower_bound(
-        of_stages,
-        num_ranks=sizes.ranks,
-        num_microbatches=sizes.microbatches,
-        stages_per_rank=per_rank,
-        memory_limit=memory_limit,
-        memory=memory,
-        objective="span" if span else "makespan",
-    )
+    bound = schedule.lower_bound(of_stages, **asked)
     typer.echo(f"{'longest span' if span else 'makespan'} of any schedule of these stages: at least {bound:g}")
     if output is not None:
         schedule.write_file(found, output)

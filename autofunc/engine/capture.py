@@ -6,7 +6,7 @@ dispatch, so the graph computes what eager autograd would, with the same kernels
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import getitem
 from typing import Any
@@ -16,10 +16,11 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from autofunc import tree
+from autofunc.engine.functions import StageContext
 from autofunc.engine.simplify import simplify
 from autofunc.errors import ModelError
-from autofunc.losses import Loss, evaluate
-from autofunc.splitting import Boundary, Stage, fake_mode, naming_errors
+from autofunc.losses import evaluate
+from autofunc.splitting import fake_mode, naming_errors
 
 Node = fx.Node
 
@@ -49,44 +50,26 @@ TENSOR = object()
 """Marks a leaf that is a tensor."""
 
 
-def capture(
-    stage: Stage,
-    received: Boundary | None,
-    returned: Boundary,
-    loss: Loss | None,
-    with_loss: bool,
-    with_grads: bool,
-    dtypes: Mapping[str, torch.dtype],
-    microbatch: Mapping[str, Any],
-    device: torch.device,
-) -> Joint:
+def capture(context: StageContext) -> Joint:
     """Trace a stage.
 
     Args:
-        stage: the stage.
-        received: boundary of the stage before; None for the first stage.
-        returned: its own boundary.
-        loss: the loss, for the last stage.
-        with_loss: whether to end in a loss.
-        with_grads: whether the gradient is wanted; without it, forward alone is captured.
-        dtypes: dtype of every canonical parameter.
-        microbatch: one microbatch; only shapes, dtypes and plain values matter.
-        device: where parameters live.
+        context: the stage; of its microbatch only shapes, dtypes and plain values matter.
 
     Raises:
         ModelError: when the stage cannot be captured, naming the user's line.
     """
-    tracer = _Tracer(stage, received, returned, loss, with_loss, with_grads, microbatch)
-    what = f"stage {stage.index} (layers {stage.layers[0]} .. {stage.layers[-1]})"
+    tracer = _Tracer(context)
+    stage, received, device, what = context.stage, context.received, context.device, context.stage.title
     with fake_mode() as mode:
         params = [
-            torch.empty(stage.model.spec[path].shape, dtype=dtypes[stage.model.canonical(path)], device=device)
+            torch.empty(stage.model.spec[path].shape, dtype=context.dtypes[stage.model.canonical(path)], device=device)
             for path in stage.holders
         ]
         values = received.values if received is not None else ()
         inputs = [torch.empty(value.shape, dtype=value.dtype, device=device) for value in values]
         batch = [mode.from_tensor(leaf) for leaf in tracer.batch_leaves if isinstance(leaf, Tensor)]
-        grown = returned.values if not with_loss else ()
+        grown = context.returned.values if not context.with_loss else ()
         cotangents = [torch.empty(v.shape, dtype=v.dtype, device=device) for v in grown if v.needs_grad]
         with naming_errors(what):
             # a function of four arguments: make_fx would count the `self` of a method
@@ -104,20 +87,13 @@ def capture(
 class _Tracer:
     """The function that is traced, and what its outputs are."""
 
-    def __init__(
-        self,
-        stage: Stage,
-        received: Boundary | None,
-        returned: Boundary,
-        loss: Loss | None,
-        with_loss: bool,
-        with_grads: bool,
-        microbatch: Mapping[str, Any],
-    ) -> None:
-        self.stage, self.received, self.returned, self.loss = stage, received, returned, loss
-        self.with_loss, self.with_grads = with_loss, with_grads
-        self.batch_leaves, self.batch_spec = tree.leaves_and_spec(dict(microbatch))
-        self.input_wants = [value.needs_grad for value in received.values] if received is not None else []
+    def __init__(self, context: StageContext) -> None:
+        self.stage, self.received, self.returned, self.loss = (
+            context.stage, context.received, context.returned, context.loss,
+        )  # fmt: skip
+        self.with_loss, self.with_grads = context.with_loss, context.with_grads
+        self.batch_leaves, self.batch_spec = tree.leaves_and_spec(dict(context.microbatch))
+        self.input_wants = context.input_wants
         self.aux_spec: tree.TreeSpec | None = None
         self.aux_constants: tuple[Any, ...] = ()
         self.num_outputs = self.num_input_grads = 0

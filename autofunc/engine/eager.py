@@ -43,7 +43,7 @@ class EagerStage:
         self._returned = context.returned
         self._loss = context.loss
         self._with_loss = context.with_loss
-        self._input_needs_grad = [value.needs_grad for value in context.received.values] if context.received else []
+        self._input_needs_grad = context.input_wants
 
     def bind(self, leaves: list[Tensor]) -> Bound:
         """Make the parameters leaves of new graphs. Shares their memory; the user's tensors stay as they are."""

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from autofunc.engine.partition import Piece
+from autofunc.engine.partition import Piece, ancestors
 
 Node = fx.Node
 Runnable = Callable[[list[Tensor]], list[Tensor]]
@@ -38,7 +38,8 @@ class _Emitter:
         self.piece, self.attributes, self.name = piece, attributes, name
         self.values: dict[str, Any] = {}  # constants and functions that the code names
         self.names: dict[Node, str] = {}
-        self.nodes = self._needed(order)
+        needed = ancestors([*piece.outputs, *(node for _, node in piece.adds)], piece.inputs)
+        self.nodes = [node for node in order if node in needed]
 
     def function(self) -> Runnable:
         """Write the code and compile it."""
@@ -67,17 +68,6 @@ class _Emitter:
         scope = dict(self.values)
         exec(compile("\n".join(lines), f"<{self.name}>", "exec"), scope)
         return scope[self.name]  # type: ignore[no-any-return]
-
-    def _needed(self, order: list[Node]) -> list[Node]:
-        """What has to be computed, in the graph's order."""
-        given, found = set(self.piece.inputs), set()
-        left = [*self.piece.outputs, *(node for _, node in self.piece.adds)]
-        while left:
-            node = left.pop()
-            if node not in given and node not in found:
-                found.add(node)
-                left += node.all_input_nodes
-        return [node for node in order if node in found]
 
     def _last_uses(self) -> dict[Node, Node | None]:
         """By value: the node after which it is not used again; None for outputs, which are used to the end."""

@@ -48,6 +48,11 @@ class StageContext:
     microbatch: Mapping[str, Any]  # an example
     device: torch.device
 
+    @property
+    def input_wants(self) -> list[bool]:
+        """For each value received, whether it needs a gradient."""
+        return [value.needs_grad for value in self.received.values] if self.received is not None else []
+
 
 class StageFunctions(Protocol):
     """The functions of one stage for one batch signature. Residuals are opaque to the runtime.

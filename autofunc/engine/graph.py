@@ -35,17 +35,7 @@ class GraphStage:
 
     def __init__(self, context: StageContext) -> None:
         stage, self._with_loss = context.stage, context.with_loss
-        joint = capture(
-            stage,
-            context.received,
-            context.returned,
-            context.loss,
-            context.with_loss,
-            context.with_grads,
-            context.dtypes,
-            context.microbatch,
-            context.device,
-        )
+        joint = capture(context)
         pieces = partition(joint)
         self.joint, self.pieces = joint, pieces
         order, attributes = list(joint.graph.nodes), _attributes(joint)
@@ -60,7 +50,7 @@ class GraphStage:
         self._backward_input = compiled(pieces.backward_input, "backward_input") if pieces.backward_input else None
         self._num_outputs = len(joint.outputs)
         self._input_grads = joint.input_grads
-        self._input_likes = [node for node, wanted in zip(joint.inputs, _wants(context), strict=True) if wanted]
+        self._input_likes = [node for node, wanted in zip(joint.inputs, context.input_wants, strict=True) if wanted]
         self._seed = [torch.ones_like(_empty(node)) for node in joint.cotangents] if context.with_loss else []
 
     def bind(self, leaves: list[Tensor]) -> list[Tensor]:
@@ -132,10 +122,6 @@ class GraphStage:
             torch.zeros_like(_empty(like)) if node is None else next(remaining)
             for node, like in zip(self._input_grads, self._input_likes, strict=True)
         ]
-
-
-def _wants(context: StageContext) -> list[bool]:
-    return [value.needs_grad for value in context.received.values] if context.received is not None else []
 
 
 def _tensors(microbatch: Mapping[str, Any]) -> list[Tensor]:

@@ -63,7 +63,7 @@ def partition(joint: Joint) -> Pieces:
     if not input_grads:
         return Pieces(forward, evaluate, saved, backward, None, [*saved, *joint.cotangents], backward)
 
-    in_i = _ancestors(input_grads) & behind
+    in_i = ancestors(input_grads) & behind
     in_i |= {node for node in behind if node.target is getitem and node.args[0] in in_i}
     early = [(number, node) for number, node in adds if node in in_i or node in joint.cotangents]
     late = [(number, node) for number, node in adds if (number, node) not in early]
@@ -82,13 +82,7 @@ def partition(joint: Joint) -> Pieces:
 
 def _piece(joint: Joint, given: list[Node], outputs: list[Node], adds: list[tuple[int, Node]]) -> Piece:
     """A piece that takes what is given and the parameters that it needs beside."""
-    needed, stop = set(), set(given)
-    left = [*outputs, *(node for _, node in adds)]
-    while left:
-        node = left.pop()
-        if node not in needed and node not in stop:
-            needed.add(node)
-            left += node.all_input_nodes
+    needed = ancestors([*outputs, *(node for _, node in adds)], given)
     params = [number for number, node in enumerate(joint.params) if node in needed]
     return Piece(params, [*(joint.params[number] for number in params), *given], outputs, adds)
 
@@ -102,13 +96,13 @@ def _depends_on(graph: fx.Graph, sources: Iterable[Node]) -> set[Node]:
     return found - set(sources)
 
 
-def _ancestors(nodes: Iterable[Node]) -> set[Node]:
-    """These and all that they read, directly or not."""
+def ancestors(nodes: Iterable[Node], given: Iterable[Node] = ()) -> set[Node]:
+    """These and all that they read, directly or not, but for what is given and what only that reads."""
     found: set[Node] = set()
-    left = list(nodes)
+    stop, left = set(given), list(nodes)
     while left:
         node = left.pop()
-        if node not in found:
+        if node not in found and node not in stop:
             found.add(node)
             left += node.all_input_nodes
     return found

@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from autofunc.schedule.effects import flow_of
 from autofunc.schedule.ir import Kind, Schedule
 from autofunc.schedule.network import build_network
 from autofunc.schedule.timeline import Timeline
@@ -38,7 +37,7 @@ class Block(NamedTuple):
 def blocks_of(timeline: Timeline) -> list[Block]:
     """All computations, rank by rank."""
     schedule, origin = timeline.schedule, timeline.origin
-    network = build_network(schedule, flow_of(schedule, timeline.edges))
+    network = build_network(schedule, timeline.edges)
     start, end = np.concatenate(timeline.start), np.concatenate(timeline.end)
     arrived = start if timeline.arrived is None else np.concatenate(timeline.arrived)
     last_maker = np.full(len(start), -1)

@@ -8,7 +8,6 @@ import numpy as np
 import numpy.typing as npt
 
 from autofunc.errors import ScheduleError
-from autofunc.schedule.effects import flow_of
 from autofunc.schedule.ir import Kind
 from autofunc.schedule.network import Network, build_network
 from autofunc.schedule.timeline import Costs, Timeline
@@ -27,7 +26,7 @@ def costs_of(timeline: Timeline) -> Costs:
         ScheduleError: when a stage has no forward or no backward.
     """
     schedule = timeline.schedule
-    network = build_network(schedule, flow_of(schedule, timeline.edges))
+    network = build_network(schedule, timeline.edges)
     start, end = np.concatenate(timeline.start), np.concatenate(timeline.end)
     times: dict[Literal["F", "I", "W"], list[float]] = {"F": [], "I": [], "W": []}
     for stage in range(schedule.num_stages):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from autofunc.errors import ScheduleError
 from autofunc.schedule.ir import Schedule
 
 _MOST_RANKS = 12
@@ -27,6 +28,12 @@ def grid(schedule: Schedule, mark: tuple[int, int] | None = None, width: int = 7
         centre = mark[1] if mark is not None and mark[0] == rank else 0
         lines.append(f"rank {rank} | " + _window(row, centre, width - 9))
     return "\n".join(lines)
+
+
+def error_at(schedule: Schedule, rank: int, position: int, reason: str) -> ScheduleError:
+    """An error about one action: rank, position, action, the reason, and the grid with the action marked."""
+    where = f"rank {rank}, position {position}, {schedule[rank][position]}"
+    return ScheduleError(f"{where}: {reason}\n{grid(schedule, (rank, position))}")
 
 
 def _window(cells: list[str], centre: int, width: int) -> str:

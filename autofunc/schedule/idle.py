@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from autofunc.schedule.effects import flow_of
 from autofunc.schedule.ir import Kind
 from autofunc.schedule.network import build_network
 from autofunc.schedule.timeline import Timeline
@@ -37,7 +36,7 @@ def explain_idle(timeline: Timeline) -> tuple[Idle, ...]:
         timeline: simulated or measured.
     """
     schedule = timeline.schedule
-    network = build_network(schedule, flow_of(schedule, timeline.edges))
+    network = build_network(schedule, timeline.edges)
     computing = network.table[:, 1] <= Kind.W
     duration = np.where(computing, np.concatenate(timeline.end) - np.concatenate(timeline.start), 0.0)
     free = np.zeros(len(network.channels))

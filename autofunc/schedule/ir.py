@@ -134,6 +134,11 @@ def compute_table(stage: npt.ArrayLike, kind: npt.ArrayLike, microbatch: npt.Arr
     return _frozen(np.stack(columns, axis=-1).astype(np.int32).reshape(-1, 4))
 
 
+def is_transfer(table: Table) -> npt.NDArray[np.bool_]:
+    """Which actions of a table are sends or receives."""
+    return (table[:, 1] > Kind.W) & (table[:, 1] < Kind.UNSHARD)
+
+
 def _frozen(table: Table) -> Table:
     table.flags.writeable = False
     return table
@@ -186,7 +191,7 @@ class Schedule:
     @cached_property
     def is_lowered(self) -> bool:
         """Whether it holds sends and receives."""
-        return any(bool(((row.table[:, 1] > Kind.W) & (row.table[:, 1] < Kind.UNSHARD)).any()) for row in self.rows)
+        return any(bool(is_transfer(row.table).any()) for row in self.rows)
 
     @cached_property
     def is_sharded(self) -> bool:

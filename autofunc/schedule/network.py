@@ -7,15 +7,15 @@ microbatches of an edge at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from autofunc.schedule.effects import Activation, Cotangent, Dataflow, Residuals, Token, WeightResiduals
-from autofunc.schedule.ir import Kind, Schedule
+from autofunc.schedule.effects import Activation, Cotangent, Edge, Residuals, Token, WeightResiduals, flow_of
+from autofunc.schedule.ir import Kind, Schedule, is_transfer
 
 Indices = npt.NDArray[np.int32]
 """Positions in the flat table of all actions; -1 where there is no such action."""
@@ -69,8 +69,12 @@ class Network:
         return f"rank {rank}, position {position}, {self.schedule[rank][position]}"
 
 
-def build_network(schedule: Schedule, flow: Dataflow) -> Network:
-    """Find the maker and the reader of every value. What is missing or doubled is the validator's to refuse."""
+def build_network(schedule: Schedule, edges: Sequence[Edge] | None) -> Network:
+    """Find the maker and the reader of every value along edges (None: a chain).
+
+    What is missing or doubled is the validator's to refuse.
+    """
+    flow = flow_of(schedule, edges)
     lengths = [len(row) for row in schedule]
     table = np.concatenate([row.table for row in schedule])
     find = _Finder(schedule, table)
@@ -113,7 +117,7 @@ class _Finder:
         self._table = table
         self._transfers: dict[tuple[int, int, int], npt.NDArray[np.int64]] = {}
         if schedule.is_lowered:
-            transfers = np.flatnonzero((table[:, 1] > Kind.W) & (table[:, 1] < Kind.UNSHARD))
+            transfers = np.flatnonzero(is_transfer(table))
             keys = table[transfers][:, (1, 0, 3)]
             order = np.lexsort(keys.T)
             if len(order):

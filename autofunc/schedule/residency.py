@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from enum import Enum
 
 from autofunc.errors import ScheduleError
-from autofunc.schedule.grid import grid
+from autofunc.schedule.grid import error_at, grid
 from autofunc.schedule.ir import OVERLAPPED, Action, Kind, Schedule
 
 
@@ -100,7 +100,7 @@ def _check_row(schedule: Schedule, rank: int, gathers: bool) -> None:
         elif kind is Kind.REDUCE_GRAD and stage in reduced:
             reason = f"already reduced at position {reduced[stage]}; each stage reduces once"
         if reason is not None:
-            raise _error(schedule, rank, position, reason)
+            raise error_at(schedule, rank, position, reason)
         if kind is Kind.UNSHARD:
             resident[stage] = position
         elif kind is Kind.RESHARD:
@@ -110,14 +110,9 @@ def _check_row(schedule: Schedule, rank: int, gathers: bool) -> None:
         elif kind.is_backward:
             backwards.add(stage)
     for stage, position in sorted(resident.items()):
-        raise _error(schedule, rank, position, f"the parameters are never let go; expected {stage}RESHARD")
+        raise error_at(schedule, rank, position, f"the parameters are never let go; expected {stage}RESHARD")
     for stage in sorted(backwards - set(reduced)):
         raise ScheduleError(
             f"rank {rank}: the gradients of stage {stage} are never reduced; expected {stage}REDUCE_GRAD after its last "
             f"backward\n{grid(schedule)}"
         )
-
-
-def _error(schedule: Schedule, rank: int, position: int, reason: str) -> ScheduleError:
-    where = f"rank {rank}, position {position}, {schedule[rank][position]}"
-    return ScheduleError(f"{where}: {reason}\n{grid(schedule, (rank, position))}")

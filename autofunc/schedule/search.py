@@ -78,7 +78,7 @@ def search(
             rows = climb.step(value_of(best, objective))
             if rows is not None:
                 found = simulate(from_actions(rows, "searched"), costs)
-                best = found if value_of(found, objective) < value_of(best, objective) else best
+                best = min(best, found, key=lambda timeline: value_of(timeline, objective))
     return best.schedule
 
 
@@ -179,8 +179,7 @@ def _best_named(problems: list[Problem], costs: Costs, objective: Objective) -> 
         problem = next(problem for problem in problems if problem.placement == candidate.placement)
         held = peak_held(candidate, problem.activation, problem.weight_activation)
         if all(most <= room for most, room in zip(held, problem.room, strict=True)):
-            found = simulate(candidate, costs)
-            best = found if value_of(found, objective) < value_of(best, objective) else best
+            best = min(best, simulate(candidate, costs), key=lambda timeline: value_of(timeline, objective))
     return best
 
 

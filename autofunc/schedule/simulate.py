@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from autofunc.errors import ScheduleError
-from autofunc.schedule.effects import Edge, flow_of
+from autofunc.schedule.effects import Edge
 from autofunc.schedule.ir import Schedule
 from autofunc.schedule.network import build_network
 from autofunc.schedule.timeline import Costs, Timeline
@@ -33,8 +33,7 @@ def simulate(schedule: Schedule, costs: Costs | None = None, edges: Sequence[Edg
     """
     costs = costs or Costs()
     costs.check(schedule.num_stages)
-    flow = flow_of(schedule, edges)
-    network = build_network(schedule, flow)
+    network = build_network(schedule, edges)
     transfer = np.array([costs.transfer(channel.sender, channel.receiver) for channel in network.channels])
     pace = Pace(
         costs.durations(network.table, schedule.num_stages), transfer, costs.latency, (1 - costs.overlap) * transfer

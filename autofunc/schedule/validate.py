@@ -8,9 +8,9 @@ import numpy as np
 import numpy.typing as npt
 
 from autofunc.errors import ScheduleError
-from autofunc.schedule.effects import Edge, flow_of
-from autofunc.schedule.grid import grid
-from autofunc.schedule.ir import OVERLAPPED, Action, Kind, Schedule
+from autofunc.schedule.effects import Edge
+from autofunc.schedule.grid import error_at, grid
+from autofunc.schedule.ir import OVERLAPPED, Action, Kind, Schedule, is_transfer
 from autofunc.schedule.network import Channel, Network, build_network
 from autofunc.schedule.residency import check_residency
 from autofunc.schedule.walk import at_no_time, walk
@@ -33,12 +33,11 @@ def validate(schedule: Schedule, edges: Sequence[Edge] | None = None) -> None:
     """
     if not all(0 <= rank < schedule.num_ranks for rank in schedule.placement):
         raise ScheduleError(f"placement {schedule.placement}: there are ranks 0 to {schedule.num_ranks - 1}")
-    flow = flow_of(schedule, edges)
     for rank, row in enumerate(schedule):
         _check_ranges(schedule, rank, row.table)
         _check_overlapped(schedule, rank, row.table)
     _check_complete(schedule)
-    network = build_network(schedule, flow)
+    network = build_network(schedule, edges)
     if schedule.is_lowered:
         _check_transfers(network)
     check_residency(schedule)
@@ -59,7 +58,7 @@ def _check_ranges(schedule: Schedule, rank: int, table: npt.NDArray[np.int32]) -
             reason = f"there are microbatches 0 to {schedule.num_microbatches - 1}"
         else:
             reason = f"stage {stage[position]} is placed on rank {placement[stage[position]]}"
-        raise _error(schedule, rank, int(position), reason)
+        raise error_at(schedule, rank, int(position), reason)
 
 
 def _check_overlapped(schedule: Schedule, rank: int, table: npt.NDArray[np.int32]) -> None:
@@ -68,10 +67,10 @@ def _check_overlapped(schedule: Schedule, rank: int, table: npt.NDArray[np.int32
     following = np.append(table[:, 1], -1)[marked + 1]
     wrong = (table[marked, 1] != Kind.F) | ~np.isin(following, (Kind.B, Kind.I))
     for position in marked[wrong][:1]:
-        raise _error(schedule, rank, int(position), "it is to overlap with the next action, which is no backward")
+        raise error_at(schedule, rank, int(position), "it is to overlap with the next action, which is no backward")
     of_itself = (table[marked, 0] == table[marked + 1, 0]) & (table[marked, 2] == table[marked + 1, 2])
     for position in marked[of_itself][:1]:
-        raise _error(schedule, rank, int(position), "it is to overlap with its own backward, which needs its result")
+        raise error_at(schedule, rank, int(position), "it is to overlap with its own backward, which needs its result")
 
 
 def _check_complete(schedule: Schedule) -> None:
@@ -87,7 +86,7 @@ def _check_complete(schedule: Schedule) -> None:
                 _, where = np.unique(key, return_index=True)
                 again = int(np.setdiff1d(np.arange(len(key)), where)[0])
                 before = int(positions[np.flatnonzero(key == key[again])[0]])
-                raise _error(
+                raise error_at(
                     schedule, rank, int(positions[again]), f"it ran before, at position {before}; each runs exactly once"
                 )
     f, b, i, w = has.values()
@@ -120,7 +119,7 @@ def _check_transfers(network: Network) -> None:
                 f"{network.describe(sent)} is sent where {network.describe(received)} is received\n"
                 + grid(network.schedule, network.place(received))
             )
-    transfers = np.flatnonzero((network.table[:, 1] > Kind.W) & (network.table[:, 1] < Kind.UNSHARD))
+    transfers = np.flatnonzero(is_transfer(network.table))
     if len(transfers) == expected:
         return
     used = [ends for channel in network.channels for ends in (channel.send, channel.receive)]
@@ -132,7 +131,7 @@ def _check_transfers(network: Network) -> None:
         extra = int(same[1])
     else:
         reason = f"no value of microbatch {microbatch} goes between stages {stage} and {peer} this way ({Kind(kind).name})"
-    raise _error(network.schedule, *network.place(extra), reason)
+    raise error_at(network.schedule, *network.place(extra), reason)
 
 
 def _check_ends(network: Network, channel: Channel) -> None:
@@ -144,15 +143,10 @@ def _check_ends(network: Network, channel: Channel) -> None:
         for microbatch in np.flatnonzero(ends < 0)[:1].tolist():
             token = channel.bundle.name(microbatch)
             if other[microbatch] >= 0:
-                raise _error(
+                raise error_at(
                     network.schedule, *network.place(int(other[microbatch])), f"its {missing} is missing ({token})"
                 )
             reader = int(channel.bundle.reader[microbatch])
-            raise _error(
+            raise error_at(
                 network.schedule, *network.place(reader), f"needs the {token}, for which there is no send and no {what}"
             )
-
-
-def _error(schedule: Schedule, rank: int, position: int, reason: str) -> ScheduleError:
-    where = f"rank {rank}, position {position}, {schedule[rank][position]}"
-    return ScheduleError(f"{where}: {reason}\n{grid(schedule, (rank, position))}")

@@ -104,7 +104,7 @@ def infer_boundaries(
         x: Any = None
         found: list[Boundary] = []
         for stage in stages:
-            with naming_errors(f"stage {stage.index} (layers {stage.layers[0]} .. {stage.layers[-1]})"):
+            with naming_errors(stage.title):
                 x = stage.run(stage.bind(stage.leaves(fakes)), x, batch)
             found.append(_describe(stage.index, x))
             x = tree.map_leaves(_cut_graph, x) if stage is not stages[-1] else x

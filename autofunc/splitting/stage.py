@@ -29,6 +29,11 @@ class Stage:
     def __repr__(self) -> str:
         return f"Stage({self.index}: {self.layers[0]} .. {self.layers[-1]})"
 
+    @property
+    def title(self) -> str:
+        """What it is called in messages."""
+        return f"stage {self.index} (layers {self.layers[0]} .. {self.layers[-1]})"
+
     @cached_property
     def holders(self) -> tuple[str, ...]:
         """Paths of the parameters as this stage's layers see them, aliases included, sorted."""
