@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 import autofunc as af
-from autofunc.engine import EagerStage, GraphStage, StageContext
+from autofunc.engine import EagerStage, GraphStage, Microbatch, StageContext
 from autofunc.engine.capture import base_of
 from autofunc.runtime.accumulate import Accumulator
 from autofunc.splitting import infer_boundaries, parameter_dtypes
@@ -61,11 +61,12 @@ def pieces(engine: Any, context: StageContext, params: dict[str, torch.Tensor]) 
     x, cotangent = torch.randn(shape), torch.randn(shape)
     bound = engine.bind(context.stage.leaves(params))
     sums = Accumulator(context.stage.leaves(params))
-    sums.of(range(len(context.stage.holders)))
+    microbatch = Microbatch.of(context.microbatch)
+    assert sums.sums, "made before anything is timed"
     with torch.no_grad():
-        (_, residuals), f = timed(lambda: engine.forward(bound, [x], context.microbatch))
+        (_, residuals), f = timed(lambda: engine.forward(bound, [x], microbatch))
         _, b = timed(lambda: engine.backward(residuals, [cotangent], sums))
-        _, again = engine.forward(bound, [x], context.microbatch)
+        _, again = engine.forward(bound, [x], microbatch)
         (_, kept), i = timed(lambda: engine.backward_input(again, [cotangent], sums))
         _, w = timed(lambda: engine.backward_weight(kept, sums))
     return f, b, i, w

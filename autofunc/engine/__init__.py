@@ -1,7 +1,7 @@
 """Engines: from a pure stage to its forward and backward functions."""
 
 from autofunc.engine.eager import EagerStage
-from autofunc.engine.functions import Produced, StageContext, StageFunctions
+from autofunc.engine.functions import Microbatch, Produced, StageContext, StageFunctions
 from autofunc.engine.graph import GraphStage
 
-__all__ = ["EagerStage", "GraphStage", "Produced", "StageContext", "StageFunctions"]
+__all__ = ["EagerStage", "GraphStage", "Microbatch", "Produced", "StageContext", "StageFunctions"]

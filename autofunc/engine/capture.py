@@ -81,6 +81,7 @@ def capture(context: StageContext) -> Joint:
                 functional = torch.func.functionalize(module, remove="mutations")
                 module = make_fx(functional, tracing_mode="real")(params, inputs, batch, cotangents)
     simplify(module.graph)
+    _set_apart(module.graph)
     return tracer.joint_of(module, len(params), len(inputs), len(batch), len(cotangents))
 
 
@@ -154,6 +155,38 @@ class _Tracer:
             module, params, inputs, batch, cotangents, list(outputs), list(input_grads), list(weight_grads),
             self.aux_spec, self.aux_constants,
         )  # fmt: skip
+
+
+def _set_apart(graph: fx.Graph) -> None:
+    """Give every output but the weight gradients memory of its own: whole, contiguous, shared with nothing that was given.
+
+    What is received lies in memory that is reused, and what is handed on is counted, and let go of, value by value.
+    """
+    output = next(node for node in graph.nodes if node.op == "output")
+    (returned,) = output.args
+    taken: set[Node] = set()
+    apart: list[Node | None] = []
+    for node in returned:
+        if isinstance(node, Node):
+            base, value = base_of(node), node.meta["val"]
+            size = storage_bytes(base)
+            whole = size is None or (size == value.numel() * value.element_size() and value.is_contiguous())
+            if base in taken or not whole or base.op in ("placeholder", "get_attr"):
+                with graph.inserting_before(output):
+                    node = graph.call_function(
+                        torch.ops.aten.clone.default, (node,), {"memory_format": torch.contiguous_format}
+                    )
+                node.meta["val"] = value.new_empty(value.shape)
+                base = node
+            taken.add(base)
+        apart.append(node)
+    output.args = (apart,)
+
+
+def storage_bytes(node: Node) -> int | None:
+    """Bytes of the memory that a node's value lies in; None where its size depends on data."""
+    size = base_of(node).meta["val"].untyped_storage().nbytes()
+    return None if isinstance(size, torch.SymInt) else int(size)
 
 
 def _refuse_effects(graph: fx.Graph, what: str) -> bool:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from autofunc.engine.functions import Accumulators, Produced, StageContext
+from autofunc import tree
+from autofunc.engine.functions import Accumulators, Microbatch, Produced, StageContext
 from autofunc.losses import evaluate
+from autofunc.schedule import StageBytes
 
 
 class Bound(NamedTuple):
@@ -31,11 +32,15 @@ class Residuals(NamedTuple):
 class EagerStage:
     """Implements `StageFunctions` by `torch.autograd.grad`.
 
-    `backward_input` keeps the whole graph for `backward_weight`: correct, not small.
+    `backward_input` keeps the whole graph for `backward_weight`: correct, not small. What autograd keeps is not known
+    ahead, so everything received is taken to be kept.
 
     Args:
         context: the stage.
     """
+
+    exact_bytes = False
+    constants: tuple[Tensor, ...] = ()
 
     def __init__(self, context: StageContext) -> None:
         self._stage = context.stage
@@ -44,6 +49,13 @@ class EagerStage:
         self._loss = context.loss
         self._with_loss = context.with_loss
         self._input_needs_grad = context.input_wants
+        values = context.returned.values if not context.with_loss else ()
+        inputs = tuple(range(len(context.input_wants)))
+        cotangents = tuple(value.num_bytes for value in values if value.needs_grad)
+        self.bytes = StageBytes(
+            tuple(value.num_bytes for value in values), cotangents, 0, 0, context.accumulator_bytes,
+            kept_inputs=inputs, weight_inputs=inputs, weight_cotangents=tuple(range(len(cotangents))),
+        )  # fmt: skip
 
     def bind(self, leaves: list[Tensor]) -> Bound:
         """Make the parameters leaves of new graphs. Shares their memory; the user's tensors stay as they are."""
@@ -51,12 +63,12 @@ class EagerStage:
         fresh = [leaf.detach().requires_grad_(wanted) for leaf, wanted in zip(leaves, trainable, strict=True)]
         return Bound(self._stage.bind(fresh), [leaf for leaf in fresh if leaf.requires_grad])
 
-    def evaluate(self, bound: Bound, inputs: list[Tensor], microbatch: Mapping[str, Any]) -> Produced:
+    def evaluate(self, bound: Bound, inputs: list[Tensor], microbatch: Microbatch) -> Produced:
         """See `StageFunctions.evaluate`."""
         with torch.no_grad():
             return self._produce(bound, inputs, microbatch)[0]
 
-    def forward(self, bound: Bound, inputs: list[Tensor], microbatch: Mapping[str, Any]) -> tuple[Produced, Residuals]:
+    def forward(self, bound: Bound, inputs: list[Tensor], microbatch: Microbatch) -> tuple[Produced, Residuals]:
         """See `StageFunctions.forward`."""
         leaves = [leaf.detach().requires_grad_(w) for leaf, w in zip(inputs, self._input_needs_grad, strict=True)]
         with torch.enable_grad():
@@ -71,28 +83,36 @@ class EagerStage:
         inputs, weights = residuals.inputs, residuals.weights
         grads = _grad(residuals, cotangents, [*inputs, *weights], keep=False)
         sums.add(grads[len(inputs) :])
-        return _dense(grads[: len(inputs)], inputs)
+        return _apart(_dense(grads[: len(inputs)], inputs), cotangents)
 
     def backward_input(
         self, residuals: Residuals, cotangents: list[Tensor], sums: Accumulators
     ) -> tuple[list[Tensor], tuple[Residuals, list[Tensor]]]:
         """See `StageFunctions.backward_input`."""
         grads = _grad(residuals, cotangents, residuals.inputs, keep=True)
-        return _dense(grads, residuals.inputs), (residuals, cotangents)
+        return _apart(_dense(grads, residuals.inputs), cotangents), (residuals, cotangents)
 
     def backward_weight(self, weight_residuals: tuple[Residuals, list[Tensor]], sums: Accumulators) -> None:
         """See `StageFunctions.backward_weight`."""
         residuals, cotangents = weight_residuals
         sums.add(_grad(residuals, cotangents, residuals.weights, keep=False))
 
-    def _produce(self, bound: Bound, inputs: list[Tensor], microbatch: Mapping[str, Any]) -> tuple[Produced, list[Tensor]]:
+    def _produce(self, bound: Bound, inputs: list[Tensor], microbatch: Microbatch) -> tuple[Produced, list[Tensor]]:
         """Run the stage; returns what it made and the tensors to differentiate."""
-        x = self._stage.run(bound.tree, self._received.assemble(inputs) if self._received else None, microbatch)
+        entries = microbatch.entries
+        x = self._stage.run(bound.tree, self._received.assemble(inputs) if self._received else None, entries)
         if self._with_loss:
-            terms = evaluate(self._loss, x, microbatch)
-            return Produced([], terms.sum.detach(), terms.weight, terms.aux), [terms.sum]
+            terms = evaluate(self._loss, x, entries)
+            aux = tree.map_leaves(lambda leaf: _apart([leaf], inputs)[0] if isinstance(leaf, Tensor) else leaf, terms.aux)
+            return Produced([], terms.sum.detach(), terms.weight, aux), [terms.sum]
         tensors = self._returned.tensors(x)
-        return Produced([tensor.detach() for tensor in tensors]), tensors
+        return Produced(_apart([tensor.detach() for tensor in tensors], inputs)), tensors
+
+
+def _apart(tensors: list[Tensor], given: list[Tensor]) -> list[Tensor]:
+    """The tensors, copied where they lie in memory that was given."""
+    taken = {tensor.untyped_storage().data_ptr() for tensor in given}
+    return [tensor.clone() if tensor.untyped_storage().data_ptr() in taken else tensor for tensor in tensors]
 
 
 def _grad(residuals: Residuals, cotangents: list[Tensor], of: list[Tensor], keep: bool) -> list[Tensor | None]:

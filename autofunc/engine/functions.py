@@ -9,8 +9,22 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from autofunc import tree
 from autofunc.losses import Loss
+from autofunc.schedule import StageBytes
 from autofunc.splitting import Boundary, Stage
+
+
+class Microbatch(NamedTuple):
+    """One microbatch, with its tensors also as a list in leaf order, which is worked out once for all stages."""
+
+    entries: Mapping[str, Any]
+    tensors: list[Tensor]
+
+    @classmethod
+    def of(cls, entries: Mapping[str, Any]) -> Microbatch:
+        """From a mapping."""
+        return cls(entries, [leaf for leaf in tree.leaves_and_spec(dict(entries))[0] if isinstance(leaf, Tensor)])
 
 
 class Produced(NamedTuple):
@@ -25,13 +39,19 @@ class Produced(NamedTuple):
 class Accumulators(Protocol):
     """The sums of one stage's weight gradients, one per trainable holder."""
 
-    def of(self, numbers: Sequence[int]) -> list[Tensor]:
-        """The sums of some holders, to be added to in place."""
+    @property
+    def sums(self) -> list[Tensor]:
+        """All of them, to be added to in place."""
         ...
 
     def add(self, grads: Sequence[Tensor | None]) -> None:
         """Add one microbatch's gradients of all holders; None is a zero."""
         ...
+
+
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In what the gradients of a parameter are summed: fp32 for anything less precise."""
+    return torch.float32 if dtype.itemsize < 4 else dtype
 
 
 @dataclass(frozen=True)
@@ -53,23 +73,51 @@ class StageContext:
         """For each value received, whether it needs a gradient."""
         return [value.needs_grad for value in self.received.values] if self.received is not None else []
 
+    @property
+    def accumulator_bytes(self) -> int:
+        """Bytes of the sums of all trainable holders."""
+        model, total = self.stage.model, 0
+        for path, wanted in zip(self.stage.holders, self.stage.trainable, strict=True):
+            if wanted and self.with_grads:
+                dtype = accumulator_dtype(self.dtypes[model.canonical(path)])
+                total += model.spec[path].numel() * dtype.itemsize
+        return total
+
 
 class StageFunctions(Protocol):
     """The functions of one stage for one batch signature. Residuals are opaque to the runtime.
 
     Shapes and dtypes of inputs, outputs and cotangents are those of the stage's boundaries, values that need no gradient
     left out of the cotangents. Lists of tensors may be emptied by the function they are given to, to free them early.
+
+    Inputs and cotangents may lie in memory that is reused once nothing needs them any more, as `bytes` says; so nothing
+    else that a function returns may share memory with them.
     """
+
+    @property
+    def bytes(self) -> StageBytes:
+        """What is kept between the functions."""
+        ...
+
+    @property
+    def exact_bytes(self) -> bool:
+        """Whether `bytes` tells sizes too, and not only which received values are kept."""
+        ...
+
+    @property
+    def constants(self) -> Sequence[Tensor]:
+        """Tensors of its own, which residuals may hold."""
+        ...
 
     def bind(self, leaves: list[Tensor]) -> Any:
         """Prepare the stage's parameters, once per step."""
         ...
 
-    def evaluate(self, bound: Any, inputs: list[Tensor], microbatch: Mapping[str, Any]) -> Produced:
+    def evaluate(self, bound: Any, inputs: list[Tensor], microbatch: Microbatch) -> Produced:
         """Forward without keeping anything."""
         ...
 
-    def forward(self, bound: Any, inputs: list[Tensor], microbatch: Mapping[str, Any]) -> tuple[Produced, Any]:
+    def forward(self, bound: Any, inputs: list[Tensor], microbatch: Microbatch) -> tuple[Produced, Any]:
         """Forward; returns what it made and the residuals."""
         ...
 

@@ -12,53 +12,38 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from autofunc.engine.functions import accumulator_dtype
 from autofunc.runtime.program import Channel
 from autofunc.schedule import Schedule
 from autofunc.splitting import Stage
 
 
-def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
-    """fp32 for anything less precise."""
-    return torch.float32 if dtype.itemsize < 4 else dtype
-
-
 class Accumulator:
-    """Sums the gradients of one stage's trainable holders."""
+    """Sums the gradients of one stage's trainable holders. It holds memory from the first of them on."""
 
     def __init__(self, leaves: Sequence[Tensor]) -> None:
         self._leaves = leaves
-        self._sums: list[Tensor | None] = [None] * len(leaves)
-        self._owned = [False] * len(leaves)
+        self._sums: list[Tensor] = []
+
+    @property
+    def sums(self) -> list[Tensor]:
+        """One sum per holder, to be added to in place; zeros at first."""
+        if not self._sums:
+            self._sums = [
+                torch.zeros(leaf.shape, dtype=accumulator_dtype(leaf.dtype), device=leaf.device) for leaf in self._leaves
+            ]
+        return self._sums
+
+    @property
+    def held(self) -> list[Tensor]:
+        """What is in memory now."""
+        return self._sums
 
     def add(self, grads: Sequence[Tensor | None]) -> None:
         """Add one microbatch's gradients; None is a zero."""
-        for index, grad in enumerate(grads):
-            if grad is None:
-                continue
-            current = self._sums[index]
-            if current is None:
-                # the first gradient may share memory with a cotangent, so it is not written to
-                self._sums[index] = grad.to(accumulator_dtype(grad.dtype))
-            elif self._owned[index]:
-                current.add_(grad)
-            else:
-                self._sums[index], self._owned[index] = current + grad, True
-
-    def of(self, numbers: Sequence[int]) -> list[Tensor]:
-        """The sums of some parameters, to be added to in place; they begin as zeros."""
-        for number in numbers:
-            if self._sums[number] is None:
-                leaf = self._leaves[number]
-                zeros = torch.zeros(leaf.shape, dtype=accumulator_dtype(leaf.dtype), device=leaf.device)
-                self._sums[number], self._owned[number] = zeros, True
-        return [self._sums[number] for number in numbers]  # type: ignore[misc]
-
-    def totals(self) -> list[Tensor]:
-        """The sums; zeros for parameters that no microbatch used."""
-        return [
-            torch.zeros(leaf.shape, dtype=accumulator_dtype(leaf.dtype), device=leaf.device) if total is None else total
-            for leaf, total in zip(self._leaves, self._sums, strict=True)
-        ]
+        for total, grad in zip(self.sums, grads, strict=True):
+            if grad is not None:
+                total.add_(grad)
 
 
 @dataclass(frozen=True)
@@ -100,7 +85,7 @@ def find_ties(stages: Sequence[Stage], schedule: Schedule, dtypes: Mapping[str, 
         ranks = sorted({rank for _, rank in held})
         shape, dtype = tuple(model.spec[canonical].shape), accumulator_dtype(dtypes[canonical])
         channels = tuple(
-            Channel(tie_name(path, target), source, target, (shape,), (dtype,))
+            Channel(tie_name(path, target), source, target, ((shape, dtype),))
             for path, source in held
             for target in ranks
             if target != source

@@ -3,7 +3,8 @@
 `torch.distributed.new_group(use_local_synchronization=True)` would be the public way. It names a group after the number
 of groups its process already knows, which differs between ranks that hold different edges: the two ends then wait for
 each other for ever. So the backends are made here directly, over the store of the pp group, under names that both ends
-know. Private parts of torch used, tried with 2.13.0: `ProcessGroup._get_backend`, `Options._timeout`.
+know. Private parts of torch used, tried with 2.13.0: `ProcessGroup._get_backend`, `Options._timeout`,
+`FakeProcessGroup`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import FakeProcessGroup
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from autofunc.errors import MeshError
@@ -41,11 +43,14 @@ def edge_group(pp_group: dist.ProcessGroup, name: str, source: int, target: int,
     if edge not in known:
         own = 0 if pp_group.rank() == source else 1
         store = PrefixStore(f"autofunc/{name}/{source}/{target}", pp_group.get_group_store())
-        known[edge] = _backend(store, own, device, pp_group._get_backend(device).options._timeout)
+        known[edge] = _backend(store, own, device, pp_group)
     return known[edge]
 
 
-def _backend(store: Store, rank: int, device: torch.device, timeout: timedelta) -> Any:
+def _backend(store: Store, rank: int, device: torch.device, pp_group: dist.ProcessGroup) -> Any:
+    if dist.get_backend(pp_group) == "fake":  # torch's group that sends nowhere: for measuring and trying one rank alone
+        return FakeProcessGroup._create_internal(rank, 2)
+    timeout: timedelta = pp_group._get_backend(device).options._timeout
     if device.type == "cpu":
         return dist.ProcessGroupGloo(store, rank, 2, timeout=timeout)
     if device.type == "cuda":

@@ -6,35 +6,30 @@ pipeline is such a coroutine, and `run_together` takes turns.
 
 from __future__ import annotations
 
-import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
-from autofunc.engine import Produced, StageFunctions
+from autofunc.engine import Microbatch, Produced, StageFunctions
 from autofunc.errors import AutofuncError, PipelineRunError
 from autofunc.runtime.accumulate import Accumulator
 from autofunc.runtime.program import Op, Program
-from autofunc.runtime.transport import MemoryHub, Transport
+from autofunc.runtime.transport import MemoryHub, Port, Ticket
 from autofunc.schedule import Kind, grid
 
 
-class Clock:
-    """When each op of a rank started and ended, in seconds of one clock: waiting for its operands comes before."""
+class Observer(Protocol):
+    """Looks on while a rank runs: for measuring and tracing. Steps that nobody looks at pay nothing for it."""
 
-    def __init__(self, num_ops: int, device: torch.device) -> None:
-        self.start, self.end = [0.0] * num_ops, [0.0] * num_ops
-        self._synchronize = torch.accelerator.synchronize if device.type != "cpu" else None
+    def before(self, op: Op) -> None:
+        """All that the op reads is there; it has not begun."""
+        ...
 
-    def now(self) -> float:
-        """The time when all that was started is done."""
-        if self._synchronize is not None:
-            self._synchronize()
-        return time.perf_counter()
+    def after(self, op: Op, step: RankStep, registers: list[Any], sends: list[Ticket | None]) -> None:
+        """The op is done."""
+        ...
 
 
 @dataclass
@@ -44,12 +39,12 @@ class RankStep:
     program: Program
     functions: Mapping[int, StageFunctions]  # by stage
     bound: Mapping[int, Any]  # by stage: what `StageFunctions.bind` made
-    microbatches: Sequence[Mapping[str, Any]]
-    transport: Transport
+    accumulators: Mapping[int, Accumulator]  # by stage
+    microbatches: Sequence[Microbatch]
+    ports: Sequence[Port]  # by number of the channel
+    slots: Sequence[Tensor]
     number: int  # of this call, for messages
-    trace: bool = False
-    clock: Clock | None = None  # of a profiled step
-    accumulators: dict[int, Accumulator] = field(default_factory=dict)  # by stage
+    observers: Sequence[Observer] = ()
     produced: dict[int, Produced] = field(default_factory=dict)  # by microbatch: what the last stage made
 
 
@@ -59,77 +54,89 @@ def run_rank(step: RankStep) -> Iterator[None]:
     Raises:
         PipelineRunError: when an op fails; carries rank, step, action and the grid with the action marked.
     """
-    registers: list[Any] = [None] * step.program.num_registers
-    sends: list[Any] = [None] * step.program.num_sends
-    transport = step.transport
-    for op in step.program.ops:
-        try:
-            for register in op.waits:
-                while not transport.arrived(registers[register]):
+    program = step.program
+    registers: list[Any] = [None] * program.num_registers
+    sends: list[Ticket | None] = [None] * program.num_sends
+    ports, slots, observers = step.ports, step.slots, step.observers
+    compute = _Compute(step)
+    op = None
+    try:
+        for op in program.ops:
+            kind, stage, microbatch, reads, writes, waits, settles, channel, send, into, _ = op
+            for register in waits:
+                ticket = registers[register]
+                while not ticket.arrived():
                     yield
-                registers[register] = transport.take(registers[register])
-            for send in op.settles:
-                transport.settle(sends[send])
-                sends[send] = None
-            if step.clock is not None:
-                step.clock.start[op.position] = step.clock.now()
-            operands = [registers[register] for register in op.reads]
-            for register in op.reads:
-                registers[register] = None
-            if op.kind.is_receive:
-                assert op.channel is not None
-                results: Sequence[Any] = (transport.receive(op.channel),)
-            elif op.kind.is_send:
-                assert op.channel is not None
-                sends[op.send] = transport.send(op.channel, operands[0])
-                results = ()
+                registers[register] = ticket.tensors
+            for number in settles:
+                sends[number].settle()  # type: ignore[union-attr]
+                sends[number] = None
+            for observer in observers:
+                observer.before(op)
+            if channel < 0:
+                compute.run(kind, stage, microbatch, reads, writes, registers)
+            elif send < 0:
+                registers[writes[0]] = ports[channel].receive([slots[slot] for slot in into])
             else:
-                results = _compute(step, op, operands)
-            for register, result in zip(op.writes, results, strict=True):
-                registers[register] = result
-            if step.clock is not None:
-                step.clock.end[op.position] = step.clock.now()
-            if step.trace:
-                _print_trace(step, op, results)
-            del operands, results
-        except AutofuncError as error:
-            raise type(error)(_where(step, op, str(error))) from error
-        except Exception as error:
-            raise PipelineRunError(_where(step, op, f"{type(error).__name__}: {error}")) from error
-    for ticket in sends:
-        if ticket is not None:
-            transport.settle(ticket)
+                sends[send] = ports[channel].send(registers[reads[0]])
+                registers[reads[0]] = None
+            for observer in observers:
+                observer.after(op, step, registers, sends)
+        for left in sends:
+            if left is not None:
+                left.settle()
+    except AutofuncError as error:
+        raise type(error)(_where(step, op, str(error))) from error
+    except Exception as error:
+        raise PipelineRunError(_where(step, op, f"{type(error).__name__}: {error}")) from error
 
 
-def _compute(step: RankStep, op: Op, operands: list[Any]) -> Sequence[Any]:
-    """Run F, B, I or W; returns what goes into `op.writes`, in order."""
-    functions = step.functions[op.stage]
-    if op.kind is Kind.F:
-        inputs = [tensor for operand in operands for tensor in operand]
-        operands.clear()
-        bound, microbatch = step.bound[op.stage], step.microbatches[op.microbatch]
-        is_last = op.stage == step.program.schedule.num_stages - 1
-        kept: tuple[Any, ...] = ()
-        if step.program.schedule.is_forward_only:
-            produced = functions.evaluate(bound, inputs, microbatch)
+class _Compute:
+    """Runs F, B, I and W on registers."""
+
+    def __init__(self, step: RankStep) -> None:
+        self.functions, self.bound, self.sums = step.functions, step.bound, step.accumulators
+        self.microbatches, self.produced = step.microbatches, step.produced
+        self.last_stage = step.program.schedule.num_stages - 1
+        self.forward_only = step.program.schedule.is_forward_only
+
+    def run(
+        self, kind: Kind, stage: int, microbatch: int, reads: Sequence[int], writes: Sequence[int], registers: list[Any]
+    ) -> None:
+        functions = self.functions[stage]
+        residuals: Any = None
+        given: list[Tensor] = []
+        for register in reads:
+            value, registers[register] = registers[register], None  # so that its last user can free it
+            if type(value) is not list:
+                residuals = value
+            elif given:
+                given += value
+            else:
+                given = value
+        value = None
+        if kind is Kind.F:
+            if self.forward_only:
+                produced = functions.evaluate(self.bound[stage], given, self.microbatches[microbatch])
+            else:
+                produced, residuals = functions.forward(self.bound[stage], given, self.microbatches[microbatch])
+                registers[writes[-1]] = residuals
+                writes = writes[:-1]
+            if stage == self.last_stage:
+                self.produced[microbatch] = produced
+                return
+            results = produced.outputs
+        elif kind is Kind.B:
+            results = functions.backward(residuals, given, self.sums[stage])
+        elif kind is Kind.I:
+            results, weight_residuals = functions.backward_input(residuals, given, self.sums[stage])
+            registers[writes[-1]] = weight_residuals
+            writes = writes[:-1]
         else:
-            produced, residuals = functions.forward(bound, inputs, microbatch)
-            kept = (residuals,)
-        if is_last:
-            step.produced[op.microbatch] = produced
-            return kept
-        return (*[produced.outputs] * (len(op.writes) - len(kept)), *kept)
-    sums = step.accumulators[op.stage]
-    residuals = operands[0]
-    received = [tensor for cotangent in operands[1:] for tensor in cotangent]
-    operands.clear()  # what is not held here can be freed by the function at its last use
-    if op.kind is Kind.W:
-        functions.backward_weight(residuals, sums)
-        return ()
-    if op.kind is Kind.I:
-        sent_back, weight_residuals = functions.backward_input(residuals, received, sums)
-        return (*[sent_back] * (len(op.writes) - 1), weight_residuals)
-    return [functions.backward(residuals, received, sums)] * len(op.writes)
+            functions.backward_weight(residuals, self.sums[stage])
+            return
+        for register in writes:  # whoever reads it takes the list over
+            registers[register] = results if len(writes) == 1 else list(results)
 
 
 def run_together(ranks: Sequence[Iterator[None]], hub: MemoryHub) -> None:
@@ -149,20 +156,12 @@ def run_together(ranks: Sequence[Iterator[None]], hub: MemoryHub) -> None:
 _FINISHED = object()
 
 
-def _where(step: RankStep, op: Op, message: str) -> str:
+def _where(step: RankStep, op: Op | None, message: str) -> str:
     schedule, rank = step.program.schedule, step.program.rank
+    if op is None:
+        return f"rank {rank}, step {step.number}: {message}"
     action = schedule[rank][op.position]
     return (
         f"rank {rank}, step {step.number}, action {action} (stage {op.stage}, microbatch {op.microbatch}): {message}\n"
         + grid(schedule, (rank, op.position))
     )
-
-
-def _print_trace(step: RankStep, op: Op, results: Sequence[Any]) -> None:
-    if op.channel is not None:
-        shapes: Sequence[Any] = op.channel.shapes
-    else:
-        lists = (result for result in results if isinstance(result, list))
-        shapes = [tuple(leaf.shape) for result in lists for leaf in result if isinstance(leaf, Tensor)]
-    action = step.program.schedule[step.program.rank][op.position]
-    sys.stderr.write(f"autofunc: rank {step.program.rank} step {step.number} {action} {' '.join(map(str, shapes))}\n")

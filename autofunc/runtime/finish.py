@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from autofunc.errors import BatchError
 from autofunc.runtime.accumulate import Tie, tie_name
-from autofunc.runtime.transport import Transport
+from autofunc.runtime.program import Layout
+from autofunc.runtime.transport import Ticket, Transport
 
 
-def exchange_ties(rank: int, sums: dict[str, Tensor], ties: Sequence[Tie], transport: Transport) -> Iterator[None]:
+def exchange_ties(
+    rank: int, sums: dict[str, Tensor], ties: Sequence[Tie], transport: Transport, device: torch.device
+) -> Iterator[None]:
     """Replace the sums of the holders of each tied parameter by their total, in path order, under the canonical path.
 
     Args:
@@ -21,15 +23,20 @@ def exchange_ties(rank: int, sums: dict[str, Tensor], ties: Sequence[Tie], trans
         sums: path of each local holder -> its sum; changed in place.
         ties: all ties of the model.
         transport: how sums reach the other ranks that hold the parameter.
+        device: where the sums are.
     """
-    posted: list[tuple[Tie, list[Any], dict[str, Any]]] = []
+    posted: list[tuple[Tie, list[Ticket], dict[str, Ticket]]] = []
     for tie in ties:
         if rank not in tie.ranks():
             continue
         # receives first: with zero buffering a send completes only once its receive is posted
-        incoming = {c.name: transport.receive(c) for c in tie.channels if c.target == rank}
+        incoming = {
+            channel.name: transport.open(channel).receive(empty(channel.layouts, device))
+            for channel in tie.channels
+            if channel.target == rank
+        }
         outgoing = [
-            transport.send(channel, [sums[path]])
+            transport.open(channel).send([sums[path]])
             for path, owner in tie.holders
             if owner == rank
             for channel in tie.channels
@@ -43,12 +50,12 @@ def exchange_ties(rank: int, sums: dict[str, Tensor], ties: Sequence[Tie], trans
                 part = sums.pop(path)
             else:
                 ticket = incoming[tie_name(path, rank)]
-                while not transport.arrived(ticket):
+                while not ticket.arrived():
                     yield
-                part = transport.take(ticket)[0]
+                part = ticket.tensors[0]
             total = part if total is None else total + part
         for ticket in outgoing:
-            transport.settle(ticket)
+            ticket.settle()
         assert total is not None
         sums[tie.path] = total
 
@@ -62,16 +69,20 @@ def total_loss(sums: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
 
 
 def share(
-    rank: int, root: int, make: Callable[[], list[Tensor]], like: Sequence[tuple[tuple[int, ...], torch.dtype]],
+    rank: int, root: int, make: Callable[[], list[Tensor]], like: Sequence[Layout],
     device: torch.device, transport: Transport, into: list[Tensor],
 ) -> Iterator[None]:  # fmt: skip
     """Give tensors that the root makes to all pp ranks; `like` describes them to the others. Appends them to `into`."""
-    buffers = (torch.empty(shape, dtype=dtype, device=device) for shape, dtype in like)
-    tensors = make() if rank == root else list(buffers)
+    tensors = make() if rank == root else empty(like, device)
     ticket = transport.broadcast(root, tensors)
-    while not transport.arrived(ticket):
+    while not ticket.arrived():
         yield
-    into += transport.take(ticket)
+    into += ticket.tensors
+
+
+def empty(layouts: Sequence[Layout], device: torch.device) -> list[Tensor]:
+    """Memory for what will be received. It holds ones, so that a group that moves nothing ("fake") lets a step end."""
+    return [torch.ones(shape, dtype=dtype, device=device) for shape, dtype in layouts]
 
 
 def check_weight(weight: Tensor) -> None:

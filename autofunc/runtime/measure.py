@@ -5,33 +5,43 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from autofunc.runtime.executor import Clock
-from autofunc.schedule import Edge, Schedule, Timeline
+from autofunc.engine import Microbatch
+from autofunc.runtime.observe import Clock, LiveBytes
+from autofunc.runtime.plan import Plan
+from autofunc.runtime.program import Program
+from autofunc.schedule import Timeline
 
 Times = npt.NDArray[np.float64]
 """Shape (2, number of ops)."""
 
 
-class Profiled(NamedTuple):
-    """One profiled step of this process's ranks."""
+class Watch:
+    """Puts a clock on every local rank of a step, and remembers the clocks and the plan."""
 
-    schedule: Schedule  # lowered
-    edges: Sequence[Edge]
-    clocks: dict[int, Clock]  # by rank
+    def __init__(self) -> None:
+        self.clocks: dict[int, Clock] = {}
+        self.plan: Plan | None = None
+
+    def __call__(self, plan: Plan, program: Program, microbatches: Sequence[Microbatch]) -> list[Clock]:
+        """See `step.Observe`."""
+        self.plan = plan
+        self.clocks[program.rank] = clock = Clock(len(program.ops), plan.device)
+        return [clock]
 
 
-def measured_timeline(run_once: Callable[[], Profiled], group: dist.ProcessGroup | None, steps: int) -> Timeline:
+def measured_timeline(run_once: Callable[[Watch], Any], group: dist.ProcessGroup | None, steps: int) -> Timeline:
     """Run a step that is not measured and then some that are; the timeline of the one of median length, in milliseconds.
 
     Args:
-        run_once: runs one profiled step.
+        run_once: runs one step under a watch.
         group: all pp ranks; None when they are in this process.
         steps: how many to measure.
     """
@@ -39,12 +49,38 @@ def measured_timeline(run_once: Callable[[], Profiled], group: dist.ProcessGroup
     for _ in range(steps + 1):
         if group is not None:
             dist.all_reduce(torch.zeros(1), group=group)  # all ranks begin together
-        began = time.perf_counter()
-        step = run_once()
-        rows = _of_all_ranks(step.clocks, began, group)
-        start, end = (tuple(rows[rank][which] for rank in range(step.schedule.num_ranks)) for which in (0, 1))
-        timelines.append(Timeline(step.schedule, start, end, label="measured", edges=tuple(step.edges)))
+        began, watch = time.perf_counter(), Watch()
+        run_once(watch)
+        assert watch.plan is not None
+        schedule, edges = watch.plan.schedule, watch.plan.boundaries.edges()
+        rows = _of_all_ranks(watch.clocks, began, group)
+        start, end = (tuple(rows[rank][which] for rank in range(schedule.num_ranks)) for which in (0, 1))
+        timelines.append(Timeline(schedule, start, end, label="measured", edges=edges))
     return sorted(timelines[1:], key=lambda timeline: timeline.makespan)[steps // 2]
+
+
+class Scales:
+    """Weighs what is alive on every local rank of a step, action by action."""
+
+    def __init__(self, params: Sequence[Tensor]) -> None:
+        self._params = params
+        self.ranks: dict[int, LiveBytes] = {}
+
+    def __call__(self, plan: Plan, program: Program, microbatches: Sequence[Microbatch]) -> list[LiveBytes]:
+        """See `step.Observe`."""
+        batch = [tensor for microbatch in microbatches for tensor in microbatch.tensors]
+        constants = [tensor for functions in plan.functions.values() for tensor in functions.constants]
+        self.ranks[program.rank] = scale = LiveBytes(len(program.ops), [*self._params, *batch, *constants])
+        return [scale]
+
+
+def of_all(local: dict[int, Any], group: dist.ProcessGroup | None) -> dict[int, Any]:
+    """What every process knows of its own, on every process."""
+    parts: list[Any] = [local]
+    if group is not None:
+        parts = [None] * group.size()
+        dist.all_gather_object(parts, local, group=group)
+    return {key: value for part in parts for key, value in part.items()}
 
 
 def _of_all_ranks(clocks: dict[int, Clock], began: float, group: dist.ProcessGroup | None) -> dict[int, Times]:

@@ -15,8 +15,9 @@ from autofunc.engine import StageContext, StageFunctions
 from autofunc.errors import ScheduleError
 from autofunc.losses import Loss, combine_aux
 from autofunc.runtime.accumulate import Tie, find_ties
-from autofunc.runtime.program import Channel, Program, build_program, edge_channels
-from autofunc.schedule import Schedule, lower, validate
+from autofunc.runtime.buffers import SlotPool
+from autofunc.runtime.program import Channel, Layout, Program, build_program, edge_channels
+from autofunc.schedule import Schedule, lower, settled_sends, validate
 from autofunc.splitting import Boundaries, Stage, Value, infer_boundaries, parameter_dtypes
 
 MakeFunctions = Callable[[StageContext], StageFunctions]
@@ -47,10 +48,11 @@ class Plan:
     schedule: Schedule  # lowered
     boundaries: Boundaries
     programs: Mapping[int, Program]  # by local pp rank
+    slots: Mapping[int, Sequence[Tensor]]  # by local pp rank: memory that receives write into
     functions: Mapping[int, StageFunctions]  # by local stage
     ties: tuple[Tie, ...]
     channels: tuple[Channel, ...]  # of the whole pipeline, in the same order on every rank
-    aux: tuple[tuple[tuple[int, ...], torch.dtype], ...]  # shape and dtype of each leaf of the combined aux
+    aux: tuple[Layout, ...]  # shape and dtype of each leaf of the combined aux
     aux_spec: tree.TreeSpec | None
     device: torch.device
 
@@ -69,10 +71,13 @@ def build_plan(
     params: Mapping[str, Tensor],
     device: torch.device,
     microbatch: Mapping[str, Any],
-    local_ranks: Sequence[int],
+    pools: Mapping[int, SlotPool],
     merge: bool = True,
 ) -> Plan:
-    """Infer the boundaries, lower and check the schedule, and compile the programs of the local ranks."""
+    """Infer the boundaries, lower and check the schedule, and compile the programs of the local ranks.
+
+    `pools` has one entry for each of them.
+    """
     if mode is Mode.GRADS and schedule.is_forward_only:
         raise ScheduleError(
             f"schedule {schedule.name} has no backward actions, so it gives no gradients; call the pipeline"
@@ -83,7 +88,7 @@ def build_plan(
     validate(lowered, edges)
     by_edge = edge_channels(lowered, boundaries)
     dtypes = parameter_dtypes(stages[0].model, params)
-    local_stages = [stage for stage in stages if lowered.placement[stage.index] in local_ranks]
+    local_stages = [stage for stage in stages if lowered.placement[stage.index] in pools]
     functions = {
         stage.index: make_functions(
             StageContext(
@@ -101,6 +106,9 @@ def build_plan(
         for stage in local_stages
     }
     ties = tuple(find_ties(stages, lowered, dtypes)) if mode is Mode.GRADS else ()
+    settled = settled_sends(lowered, edges)
+    keeps = {index: stage.bytes for index, stage in functions.items()}
+    programs = {rank: build_program(lowered, rank, edges, by_edge, keeps, settled[rank]) for rank in pools}
     aux, aux_spec = _combined_aux(loss, boundaries, lowered.num_microbatches)
     return Plan(
         mode=mode,
@@ -108,7 +116,8 @@ def build_plan(
         loss=loss,
         schedule=lowered,
         boundaries=boundaries,
-        programs={rank: build_program(lowered, rank, edges, by_edge) for rank in local_ranks},
+        programs=programs,
+        slots={rank: pools[rank].tensors(program.slots, device) for rank, program in programs.items()},
         functions=functions,
         ties=ties,
         channels=(*by_edge.values(), *(channel for tie in ties for channel in tie.channels)),
@@ -120,7 +129,7 @@ def build_plan(
 
 def _combined_aux(
     loss: Loss | None, boundaries: Boundaries, num_microbatches: int
-) -> tuple[tuple[tuple[tuple[int, ...], torch.dtype], ...], tree.TreeSpec | None]:
+) -> tuple[tuple[Layout, ...], tree.TreeSpec | None]:
     """What the aux of all microbatches looks like once combined, worked out on meta tensors."""
     if boundaries.aux is None:
         return (), None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from autofunc import tree
+from autofunc.engine import Microbatch
 from autofunc.losses import combine_aux
 from autofunc.runtime.accumulate import Accumulator
-from autofunc.runtime.executor import Clock, RankStep, run_rank, run_together
+from autofunc.runtime.executor import Observer, RankStep, run_rank, run_together
 from autofunc.runtime.finish import check_weight, divide, exchange_ties, share, total_loss
 from autofunc.runtime.plan import Mode, Plan
+from autofunc.runtime.program import Program
 from autofunc.runtime.transport import MemoryHub, MemoryTransport, Transport
 
 
@@ -26,7 +28,10 @@ class StepResult:
     aux: Any = None
     grads: dict[str, Tensor] = field(default_factory=dict)  # canonical path -> gradient
     outputs: Any = None  # on the rank that holds the last stage
-    clocks: dict[int, Clock] = field(default_factory=dict)  # of a profiled step, by local rank
+
+
+Observe = Callable[[Plan, Program, Sequence[Microbatch]], Sequence[Observer]]
+"""Makes the observers of one rank's step."""
 
 
 def run_step(
@@ -35,8 +40,7 @@ def run_step(
     microbatches: Sequence[Mapping[str, Any]],
     transport: Transport | None,
     number: int,
-    trace: bool = False,
-    profile: bool = False,
+    observe: Observe | None = None,
 ) -> StepResult:
     """Run the plan's programs.
 
@@ -46,23 +50,18 @@ def run_step(
         microbatches: all microbatches of the step.
         transport: to the other processes; None when all ranks are in this one.
         number: of this step, for messages.
-        trace: print every action as it runs.
-        profile: note when every action runs.
+        observe: who looks on.
     """
     result = StepResult()
-    if profile:
-        result.clocks = {rank: Clock(len(program.ops), plan.device) for rank, program in plan.programs.items()}
+    given = [Microbatch.of(entries) for entries in microbatches]
     if transport is not None:
         ((rank, _),) = plan.programs.items()
-        for _ in _run(plan, rank, params, microbatches, transport, number, trace, result):
+        for _ in _run(plan, rank, params, given, transport, number, observe, result):
             raise AssertionError("a transport between processes blocks; it never yields")
         return result
     hub = MemoryHub(plan.schedule.num_ranks)
     run_together(
-        [
-            _run(plan, rank, params, microbatches, MemoryTransport(hub, rank), number, trace, result)
-            for rank in plan.programs
-        ],
+        [_run(plan, rank, params, given, MemoryTransport(hub, rank), number, observe, result) for rank in plan.programs],
         hub,
     )
     return result
@@ -72,29 +71,31 @@ def _run(
     plan: Plan,
     rank: int,
     params: Mapping[str, Tensor],
-    microbatches: Sequence[Mapping[str, Any]],
+    microbatches: Sequence[Microbatch],
     transport: Transport,
     number: int,
-    trace: bool,
+    observe: Observe | None,
     result: StepResult,
 ) -> Iterator[None]:
     """One rank's step, from binding its parameters to the finished gradients."""
-    stages = [plan.stages[index] for index in plan.schedule.stages_of(rank)]
+    stages, program = [plan.stages[index] for index in plan.schedule.stages_of(rank)], plan.programs[rank]
     leaves = {stage.index: stage.leaves(params) for stage in stages}
     step = RankStep(
-        program=plan.programs[rank],
+        program=program,
         functions=plan.functions,
         bound={stage.index: plan.functions[stage.index].bind(leaves[stage.index]) for stage in stages},
+        accumulators={
+            stage.index: Accumulator(
+                [leaf for leaf, wanted in zip(leaves[stage.index], stage.trainable, strict=True) if wanted]
+            )
+            for stage in stages
+        },
         microbatches=microbatches,
-        transport=transport,
+        ports=[transport.open(channel) for channel in program.channels],
+        slots=plan.slots[rank],
         number=number,
-        trace=trace,
-        clock=result.clocks.get(rank),
+        observers=observe(plan, program, microbatches) if observe is not None else (),
     )
-    for stage in stages:
-        step.accumulators[stage.index] = Accumulator(
-            [leaf for leaf, wanted in zip(leaves[stage.index], stage.trainable, strict=True) if wanted]
-        )
     yield from run_rank(step)
     produced = [step.produced[index] for index in sorted(step.produced)]
     if not plan.mode.ends_in_loss:
@@ -120,8 +121,8 @@ def _run(
         sums: dict[str, Tensor] = {}
         for stage in stages:
             holders = [path for path, wanted in zip(stage.holders, stage.trainable, strict=True) if wanted]
-            sums.update(zip(holders, step.accumulators[stage.index].totals(), strict=True))
-        yield from exchange_ties(rank, sums, plan.ties, transport)
+            sums.update(zip(holders, step.accumulators[stage.index].sums, strict=True))
+        yield from exchange_ties(rank, sums, plan.ties, transport, plan.device)
         result.grads.update(divide(sums, weight, {path: params[path].dtype for path in sums}))
 
 

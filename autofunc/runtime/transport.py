@@ -1,15 +1,14 @@
 """How values travel between pp ranks: in the memory of one process, or by `torch.distributed`.
 
-Both transports have the same four verbs. `send` and `receive` post and return a ticket; `arrived` says whether a
-receive's ticket is done (the distributed one blocks until it is, so it is never False there); `take` gives its tensors.
-`settle` waits until a send's memory may be reused.
+A transport opens a `Port` for each of a rank's channels. Ports post sends and receives, which give tickets: of a receive
+`arrived` says whether it is done (the distributed one blocks until it is), of a send `settle` waits until its memory may be
+reused. A ticket holds the tensors until then.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -23,120 +22,183 @@ from autofunc.runtime.program import Channel
 _SOURCE, _TARGET = 0, 1  # ranks within an edge's group
 
 
-class Transport(Protocol):
-    """What the executor needs of a transport."""
+class Ticket(Protocol):
+    """A transfer that was posted."""
 
-    def send(self, channel: Channel, tensors: list[Tensor]) -> Any:
-        """Post a send; returns a ticket for `settle`."""
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What is sent; or, once it has arrived, what was received."""
         ...
 
-    def receive(self, channel: Channel) -> Any:
-        """Post a receive; returns a ticket for `arrived` and `take`."""
-        ...
-
-    def broadcast(self, root: int, tensors: list[Tensor]) -> Any:
-        """Give the root's tensors to all pp ranks; on other ranks `tensors` are buffers of the same shapes."""
-        ...
-
-    def arrived(self, ticket: Any) -> bool:
+    def arrived(self) -> bool:
         """Whether a receive or broadcast is complete."""
         ...
 
-    def take(self, ticket: Any) -> list[Tensor]:
-        """The tensors of a complete receive or broadcast."""
-        ...
-
-    def settle(self, ticket: Any) -> None:
+    def settle(self) -> None:
         """Wait until a send is complete."""
         ...
 
 
-class _Ticket:
-    __slots__ = ("tensors",)
+class Port(Protocol):
+    """One rank's end of a channel."""
 
-    def __init__(self, tensors: list[Tensor] | None = None) -> None:
-        self.tensors = tensors
+    def send(self, tensors: list[Tensor]) -> Ticket:
+        """Post a send."""
+        ...
+
+    def receive(self, into: list[Tensor]) -> Ticket:
+        """Post a receive."""
+        ...
+
+
+class Transport(Protocol):
+    """What the executor needs of a transport."""
+
+    def open(self, channel: Channel) -> Port:
+        """This rank's end of a channel."""
+        ...
+
+    def broadcast(self, root: int, tensors: list[Tensor]) -> Ticket:
+        """Give the root's tensors to all pp ranks; on other ranks `tensors` are written to."""
+        ...
+
+
+# --- in memory ----------------------------------------------------------------------------------------------------
+
+
+class _MemoryTicket:
+    __slots__ = ("done", "tensors")
+
+    def __init__(self, tensors: list[Tensor], done: bool = False) -> None:
+        self.tensors, self.done = tensors, done
+
+    def arrived(self) -> bool:
+        return self.done
+
+    def settle(self) -> None:
+        """A send was copied when its receive was posted, which the schedule has proved by now."""
+
+
+class _Mailbox:
+    """Both ends of a channel in one process. Messages are copied, as they are between processes."""
+
+    def __init__(self, hub: MemoryHub) -> None:
+        self._hub = hub
+        self._sent: deque[_MemoryTicket] = deque()
+        self._posted: deque[_MemoryTicket] = deque()
+
+    def send(self, tensors: list[Tensor]) -> _MemoryTicket:
+        """See `Port.send`."""
+        ticket = _MemoryTicket(tensors)
+        self._sent.append(ticket)
+        self._meet()
+        return ticket
+
+    def receive(self, into: list[Tensor]) -> _MemoryTicket:
+        """See `Port.receive`."""
+        ticket = _MemoryTicket(into)
+        self._posted.append(ticket)
+        self._meet()
+        return ticket
+
+    def _meet(self) -> None:
+        """Deliver what has been both sent and posted."""
+        while self._sent and self._posted:
+            source, target = self._sent.popleft(), self._posted.popleft()
+            for copy, tensor in zip(target.tensors, source.tensors, strict=True):
+                copy.copy_(tensor)
+            source.done = target.done = True
+            self._hub.delivered += 1
 
 
 class MemoryHub:
-    """What the ranks of one process share."""
+    """What the ranks of one process share during one step."""
 
     def __init__(self, num_ranks: int) -> None:
         self.num_ranks = num_ranks
-        self.sent: dict[str, deque[list[Tensor]]] = defaultdict(deque)
-        self.posted: dict[str, deque[_Ticket]] = defaultdict(deque)
         self.delivered = 0  # counts deliveries, so that the scheduler of coroutines can tell waiting from a deadlock
+        self._boxes: dict[str, _Mailbox] = {}
 
-    def meet(self, name: str) -> None:
-        """Deliver what has been both sent and posted."""
-        sent, posted = self.sent[name], self.posted[name]
-        while sent and posted:
-            posted.popleft().tensors = sent.popleft()
-            self.delivered += 1
+    def box(self, name: str) -> _Mailbox:
+        """The mailbox of a channel."""
+        if name not in self._boxes:
+            self._boxes[name] = _Mailbox(self)
+        return self._boxes[name]
 
 
 class MemoryTransport:
-    """One rank's end of a `MemoryHub`: tensors are handed over, not copied."""
+    """One rank's end of a `MemoryHub`."""
 
     def __init__(self, hub: MemoryHub, rank: int) -> None:
         self._hub = hub
         self._rank = rank
 
-    def send(self, channel: Channel, tensors: list[Tensor]) -> None:
-        """See `Transport.send`."""
-        self._hub.sent[channel.name].append(tensors)
-        self._hub.meet(channel.name)
+    def open(self, channel: Channel) -> _Mailbox:
+        """See `Transport.open`."""
+        return self._hub.box(channel.name)
 
-    def receive(self, channel: Channel) -> _Ticket:
-        """See `Transport.receive`."""
-        ticket = _Ticket()
-        self._hub.posted[channel.name].append(ticket)
-        self._hub.meet(channel.name)
-        return ticket
-
-    def broadcast(self, root: int, tensors: list[Tensor]) -> _Ticket:
+    def broadcast(self, root: int, tensors: list[Tensor]) -> _MemoryTicket:
         """See `Transport.broadcast`."""
         if self._rank != root:
-            return self.receive(Channel(f"broadcast to {self._rank}", root, self._rank, (), ()))
+            return self._hub.box(f"broadcast to {self._rank}").receive(tensors)
         for target in range(self._hub.num_ranks):
             if target != root:
-                self.send(Channel(f"broadcast to {target}", root, target, (), ()), tensors)
-        return _Ticket(tensors)
-
-    def arrived(self, ticket: _Ticket) -> bool:
-        """See `Transport.arrived`."""
-        return ticket.tensors is not None
-
-    def take(self, ticket: _Ticket) -> list[Tensor]:
-        """See `Transport.take`."""
-        assert ticket.tensors is not None
-        return ticket.tensors
-
-    def settle(self, ticket: None) -> None:
-        """Handing over completes at once."""
+                self._hub.box(f"broadcast to {target}").send(tensors)
+        return _MemoryTicket(tensors, done=True)
 
 
-@contextmanager
-def _peer() -> Iterator[None]:
-    """Say of a failing transfer that it is a consequence: the cause is at the other end."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise PeerLostError(f"the other end of a transfer is gone or too late: {error}") from error
+# --- between processes --------------------------------------------------------------------------------------------
+
+
+def _lost(error: RuntimeError) -> PeerLostError:
+    """Says of a failing transfer that it is a consequence: the cause is at the other end."""
+    return PeerLostError(f"the other end of a transfer is gone or too late: {error}")
 
 
 class _Transfer:
     __slots__ = ("tensors", "works")
 
-    def __init__(self, tensors: list[Tensor], works: list[dist.Work]) -> None:
-        self.tensors = tensors
-        self.works = works
+    def __init__(self, tensors: list[Tensor], works: list[Any]) -> None:
+        self.tensors, self.works = tensors, works
 
-    def wait(self) -> None:
-        with _peer():
+    def arrived(self) -> bool:
+        """Blocks until it is: a rank of its own process waits in program order."""
+        try:
             for work in self.works:
                 work.wait()
+        except RuntimeError as error:
+            raise _lost(error) from error
         self.works = []
+        return True
+
+    def settle(self) -> None:
+        self.arrived()
+
+
+class _GroupPort:
+    """One end of an edge's process group."""
+
+    __slots__ = ("_recv", "_send")
+
+    def __init__(self, group: Any) -> None:
+        self._send, self._recv = group.send, group.recv
+
+    def send(self, tensors: list[Tensor]) -> _Transfer:
+        """See `Port.send`."""
+        try:
+            if len(tensors) == 1 and tensors[0].is_contiguous():  # the usual case, without the lists
+                return _Transfer(tensors, [self._send(tensors, _TARGET, 0)])
+            tensors = [tensor.contiguous() for tensor in tensors]
+            return _Transfer(tensors, [self._send([tensor], _TARGET, 0) for tensor in tensors])
+        except RuntimeError as error:
+            raise _lost(error) from error
+
+    def receive(self, into: list[Tensor]) -> _Transfer:
+        """See `Port.receive`."""
+        try:
+            return _Transfer(into, [self._recv([tensor], _SOURCE, 0) for tensor in into])
+        except RuntimeError as error:
+            raise _lost(error) from error
 
 
 class DistributedTransport:
@@ -148,7 +210,7 @@ class DistributedTransport:
         pp_group: the process group of this process's pp axis.
         ranks: global ranks along it, by pp rank.
         rank: this process's pp rank.
-        device: where received tensors are made.
+        device: where tensors live.
         channels: all channels of the pipeline; only this rank's own get groups.
     """
 
@@ -162,44 +224,23 @@ class DistributedTransport:
     ) -> None:
         self._pp_group = pp_group
         self._ranks = ranks
-        self._device = device
-        with _peer():
-            self._group = {
-                channel: edge_group(pp_group, channel.name, channel.source, channel.target, device)
+        try:
+            self._ports = {
+                channel: _GroupPort(edge_group(pp_group, channel.name, channel.source, channel.target, device))
                 for channel in channels
                 if rank in (channel.source, channel.target)
             }
+        except RuntimeError as error:
+            raise _lost(error) from error
 
-    def send(self, channel: Channel, tensors: list[Tensor]) -> _Transfer:
-        """See `Transport.send`."""
-        group = self._group[channel]
-        tensors = [tensor.contiguous() for tensor in tensors]
-        with _peer():
-            return _Transfer(tensors, [group.send([tensor], _TARGET, 0) for tensor in tensors])
-
-    def receive(self, channel: Channel) -> _Transfer:
-        """See `Transport.receive`."""
-        group = self._group[channel]
-        described = zip(channel.shapes, channel.dtypes, strict=True)
-        tensors = [torch.empty(shape, dtype=dtype, device=self._device) for shape, dtype in described]
-        with _peer():
-            return _Transfer(tensors, [group.recv([tensor], _SOURCE, 0) for tensor in tensors])
+    def open(self, channel: Channel) -> _GroupPort:
+        """See `Transport.open`."""
+        return self._ports[channel]
 
     def broadcast(self, root: int, tensors: list[Tensor]) -> _Transfer:
         """See `Transport.broadcast`."""
-        with _peer():
+        try:
             works = [dist.broadcast(t, self._ranks[root], group=self._pp_group, async_op=True) for t in tensors]
+        except RuntimeError as error:
+            raise _lost(error) from error
         return _Transfer(tensors, [work for work in works if work is not None])
-
-    def arrived(self, ticket: _Transfer) -> bool:
-        """Blocks until it is: a rank of its own process waits in program order."""
-        ticket.wait()
-        return True
-
-    def take(self, ticket: _Transfer) -> list[Tensor]:
-        """See `Transport.take`."""
-        return ticket.tensors
-
-    def settle(self, ticket: _Transfer) -> None:
-        """See `Transport.settle`."""
-        ticket.wait()

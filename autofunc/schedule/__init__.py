@@ -22,7 +22,9 @@ from autofunc.schedule.memory import Memory, live_bytes, peak_bytes
 from autofunc.schedule.registry import build, build_row, default_stages_per_rank, is_looped, is_named, names, normalise
 from autofunc.schedule.residency import Unshard
 from autofunc.schedule.search import lower_bound, search
+from autofunc.schedule.settle import settled_sends
 from autofunc.schedule.simulate import simulate
+from autofunc.schedule.storage import StageBytes
 from autofunc.schedule.text import from_actions, from_text, parse_action, to_text
 from autofunc.schedule.timeline import Costs, Timeline
 from autofunc.schedule.validate import validate
@@ -39,6 +41,7 @@ __all__ = [
     "Memory",
     "Row",
     "Schedule",
+    "StageBytes",
     "Timeline",
     "Unshard",
     "build",
@@ -66,6 +69,7 @@ __all__ = [
     "read_costs",
     "read_file",
     "search",
+    "settled_sends",
     "simulate",
     "to_csv",
     "to_json",

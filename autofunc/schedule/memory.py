@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,9 +10,11 @@ import numpy as np
 import numpy.typing as npt
 
 from autofunc.errors import ScheduleError
-from autofunc.schedule.effects import Activation, Cotangent, Edge, Residuals, Token, flow_of
+from autofunc.schedule.effects import Edge, Residuals, Token, WeightResiduals, chain, flow_of
 from autofunc.schedule.ir import Kind, Schedule
 from autofunc.schedule.lower import lower
+from autofunc.schedule.settle import settled_sends
+from autofunc.schedule.storage import StageBytes, Storage, Storages
 
 PerStage = float | Sequence[float]
 
@@ -51,42 +54,75 @@ class Memory:
         """One of the fields, for every stage."""
         return np.broadcast_to(np.asarray(getattr(self, name), np.float64), num_stages)
 
+    def by_stage(self, num_stages: int) -> list[StageBytes]:
+        """The same figures, stage by stage."""
+        self.check(num_stages)
+        names = ("output", "residuals", "weight_residuals", "accumulators")
+        columns = zip(*(self.per_stage(name, num_stages).tolist() for name in names), strict=True)
+        return [StageBytes((out,), (out,), *rest) for out, *rest in columns]
+
+    @classmethod
+    def of_stages(cls, stages: Sequence[StageBytes], edges: Sequence[Edge] | None = None) -> Memory:
+        """Rough figures from exact ones, for a search: every value that residuals hold counts as theirs.
+
+        Args:
+            stages: one per stage.
+            edges: connections between stages; a chain by default.
+        """
+        storages = Storages(stages, chain(len(stages)) if edges is None else edges)
+        kept, weight = (
+            [sum(size for _, size in storages.of(token(stage, 0))) for stage in range(len(stages))]
+            for token in (Residuals, WeightResiduals)
+        )
+        return cls(kept, weight, [sum(s.outputs) for s in stages], [s.accumulators for s in stages])
+
 
 def live_bytes(
-    schedule: Schedule, memory: Memory, edges: Sequence[Edge] | None = None
+    schedule: Schedule, memory: Memory | Sequence[StageBytes], edges: Sequence[Edge] | None = None
 ) -> tuple[npt.NDArray[np.float64], ...]:
     """Bytes alive on each rank after each action of the lowered schedule, parameters and the batch left out.
 
-    A value lives from the action that makes or receives it to the one that reads or sends it.
+    A value lives from the action that makes or receives it to the one that reads it last; what is sent, until the schedule
+    proves that it has arrived. Memory that several values share counts once.
 
     Args:
         schedule: lowered; in compute form it is lowered first.
-        memory: bytes of the values.
+        memory: bytes of the values: rough (`Memory`, with nothing shared), or as `Pipeline.memory` gives them.
         edges: connections between stages; a chain by default.
     """
-    memory.check(schedule.num_stages)
+    if isinstance(memory, Memory):
+        memory = memory.by_stage(schedule.num_stages)
+    elif len(memory) != schedule.num_stages:
+        raise ScheduleError(f"memory is given for {len(memory)} stages; the schedule has {schedule.num_stages}")
     lowered = schedule if schedule.is_lowered else lower(schedule, edges)
     flow = flow_of(lowered, edges)
-    residuals, weight, output, accumulators = (
-        memory.per_stage(name, schedule.num_stages) for name in ("residuals", "weight_residuals", "output", "accumulators")
-    )
-
-    def size(token: Token) -> float:
-        if isinstance(token, (Activation, Cotangent)):
-            return float(output[token.producer])
-        return float((residuals if isinstance(token, Residuals) else weight)[token.stage])
-
+    storages = Storages(memory, flow.edges)
     rows = []
-    for row in lowered:
-        change = np.zeros(len(row))
+    for row, settled in zip(lowered, settled_sends(lowered, flow.edges), strict=True):
+        holders: Counter[Storage] = Counter()
+        live, alive = 0.0, np.zeros(len(row))
         accumulating: set[int] = set()
+        sent: dict[int, Token] = {}
         for position, action in enumerate(row):
             effect = flow.effect(action)
-            change[position] += sum(map(size, effect.writes)) - sum(map(size, effect.reads))
-            if action.kind in (Kind.B, Kind.W) and action.stage not in accumulating:
+            released: list[Token] = [sent.pop(earlier) for earlier in settled.get(position, ())]
+            if action.kind.is_send:
+                sent[position] = effect.reads[0]
+            else:
+                released += effect.reads
+            for token in effect.writes:
+                for storage, size in storages.of(token):
+                    live += size if not holders[storage] else 0
+                    holders[storage] += 1
+            for token in released:
+                for storage, size in storages.of(token):
+                    holders[storage] -= 1
+                    live -= size if not holders[storage] else 0
+            if action.kind.is_backward and action.stage not in accumulating:
                 accumulating.add(action.stage)
-                change[position] += accumulators[action.stage]
-        rows.append(np.cumsum(change))
+                live += memory[action.stage].accumulators
+            alive[position] = live
+        rows.append(alive)
     return tuple(rows)
 
 
@@ -107,6 +143,8 @@ def peak_held(schedule: Schedule, activation: Sequence[float], weight_activation
     return tuple(peaks)
 
 
-def peak_bytes(schedule: Schedule, memory: Memory, edges: Sequence[Edge] | None = None) -> tuple[float, ...]:
+def peak_bytes(
+    schedule: Schedule, memory: Memory | Sequence[StageBytes], edges: Sequence[Edge] | None = None
+) -> tuple[float, ...]:
     """Per rank, the most bytes alive after any action; see `live_bytes`."""
     return tuple(float(row.max(initial=0.0)) for row in live_bytes(schedule, memory, edges))

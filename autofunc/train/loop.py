@@ -15,10 +15,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from autofunc import tree
 from autofunc.errors import PipelineRunError
 from autofunc.losses import Loss, evaluate
+from autofunc.pipe import Pipeline
 from autofunc.train.metrics import MetricsFile
 from autofunc.train.progress import Reporter
 from autofunc.train.recipe import Recipe
-from autofunc.transform import Pipeline, pipeline, value_and_grad
+from autofunc.transform import pipeline, value_and_grad
 
 
 @dataclass(frozen=True)

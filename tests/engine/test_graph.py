@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import autofunc as af
-from autofunc.engine import GraphStage, StageContext
+from autofunc.engine import GraphStage, Microbatch, StageContext
 from autofunc.errors import ModelError
 from autofunc.runtime.accumulate import Accumulator
 from autofunc.splitting import infer_boundaries, parameter_dtypes
@@ -152,7 +152,7 @@ def test_residuals_hold_no_parameters() -> None:
     leaves = context.stage.leaves(params)
     shape = context.received.values[0].shape  # type: ignore[union-attr]
     with torch.no_grad():
-        _, residuals = stage.forward(stage.bind(leaves), [torch.randn(shape)], batch)
+        _, residuals = stage.forward(stage.bind(leaves), [torch.randn(shape)], Microbatch.of(batch))
     storages = {value.untyped_storage().data_ptr() for value in residuals.values}
     assert not storages & {leaf.untyped_storage().data_ptr() for leaf in leaves}
 
@@ -166,11 +166,11 @@ def test_everything_is_let_go_of_at_its_last_use() -> None:
     stage, context, params, batch = middle_stage()
     shape = context.received.values[0].shape  # type: ignore[union-attr]
     bound = stage.bind(context.stage.leaves(params))
-    sums = Accumulator(bound)
+    sums = Accumulator(context.stage.leaves(params))
     with torch.no_grad():
         inputs = [torch.randn(shape)]
         given = weakref.ref(inputs[0])
-        _, residuals = stage.forward(bound, inputs, batch)
+        _, residuals = stage.forward(bound, inputs, Microbatch.of(batch))
         assert inputs == [], "the list is taken over"
         held = [weakref.ref(value) for value in residuals.values]
         cotangents = [torch.randn(shape)]

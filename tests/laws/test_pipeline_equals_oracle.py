@@ -10,10 +10,9 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 import autofunc as af
-from autofunc import transform
+from autofunc import pipe as pipe_module
 from autofunc.batch import split_batch
 from autofunc.runtime import plan
-from autofunc.runtime.program import Channel, build_program
 from autofunc.tree import flatten
 from tests.cases import assert_same_tree, make_case
 from tests.pool import WorkerPool
@@ -28,7 +27,7 @@ ENGINES = ["eager", "graph"]
 def _look_at_stages_once() -> Iterator[None]:
     """The same stages under another schedule have the same shapes and the same graphs: working them out takes the time."""
     known: dict[Any, Any] = {}
-    infer, make_graph = plan.infer_boundaries, transform.ENGINES["graph"]
+    infer, make_graph = plan.infer_boundaries, pipe_module.ENGINES["graph"]
 
     def shapes(microbatch: Any) -> str:
         return repr([(name, leaf.shape if isinstance(leaf, torch.Tensor) else leaf) for name, leaf in microbatch.items()])
@@ -48,7 +47,7 @@ def _look_at_stages_once() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plan, "infer_boundaries", infer_once)
-        patch.setitem(transform.ENGINES, "graph", make_graph_once)
+        patch.setitem(pipe_module.ENGINES, "graph", make_graph_once)
         yield
 
 
@@ -227,25 +226,3 @@ def test_copies_of_a_tied_weight_stay_identical(workers: WorkerPool) -> None:
     assert all(result["losses"] == results[0]["losses"] for result in results)
     two_ranks = workers.run(train_on_gloo, 2, 5)
     assert two_ranks[0]["losses"] == results[0]["losses"], "any layout gives the same losses"
-
-
-# --- memory of the transport --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("num_microbatches", [8, 24])
-@pytest.mark.parametrize("num_ranks", [2, 4])
-def test_sends_are_released_by_what_the_schedule_proves(num_ranks: int, num_microbatches: int) -> None:
-    """In 1F1B a rank holds as many sent values as it has microbatches in flight, however many there are in all."""
-    lowered = af.schedule.lower(af.schedule.build("1f1b", num_ranks=num_ranks, num_microbatches=num_microbatches))
-    edges = af.schedule.chain(num_ranks)
-    channels = {ends: Channel(f"{ends}", *ends, (), ()) for a, b, _ in edges for ends in ((a, b), (b, a))}
-    for rank in range(num_ranks):
-        program = build_program(lowered, rank, edges, channels)
-        held: set[int] = set()
-        most = 0
-        for op in program.ops:
-            assert held.issuperset(op.settles), "each send is settled once, after it was posted"
-            held -= set(op.settles)
-            held |= {op.send} - {-1}
-            most = max(most, len(held))
-        assert most <= 2 * (num_ranks - rank) + 2
