@@ -17,8 +17,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from autofunc import tree
 from autofunc.batch import Microbatch, split_batch
-from autofunc.engine import EagerStage, GraphStage
-from autofunc.errors import AutofuncError, BatchError, MeshError, ScheduleError, SplitError, one_of
+from autofunc.engine import EngineOptions, require_compiler
+from autofunc.errors import AutofuncError, BatchError, MeshError, ScheduleError, SplitError
 from autofunc.explain import explain
 from autofunc.losses import Loss
 from autofunc.mesh import pp_ranks
@@ -26,15 +26,13 @@ from autofunc.runtime.buffers import SlotPool
 from autofunc.runtime.gather import gather_tree
 from autofunc.runtime.measure import Scales, Watch, measured_timeline, of_all
 from autofunc.runtime.observe import Trace
-from autofunc.runtime.plan import MakeFunctions, Mode, Plan, build_plan
+from autofunc.runtime.plan import Mode, Plan, build_plan
 from autofunc.runtime.step import Observe, StepResult, run_step
 from autofunc.runtime.transport import DistributedTransport
 from autofunc.schedule import Costs, Schedule, StageBytes, Timeline, costs_of, validate
 from autofunc.splitting import Stage
 
 _MOST_PLANS = 64  # batch signatures a pipeline remembers; beyond that the oldest is forgotten
-
-ENGINES: dict[str, MakeFunctions] = {"eager": EagerStage, "graph": GraphStage}
 
 
 class Pipeline:
@@ -49,7 +47,7 @@ class Pipeline:
         schedule: Schedule,
         loss: Loss | None,
         mesh: DeviceMesh | None,
-        engine: str,
+        options: EngineOptions,
         batch_dims: Mapping[str, int | None] | None,
         merge: bool = True,
     ) -> None:
@@ -58,15 +56,15 @@ class Pipeline:
                 f"schedule {schedule.name} with {schedule.num_ranks} ranks has {schedule.num_stages} stages, but the model "
                 f"is split into {len(stages)}; use {schedule.num_stages - 1} split points, or another number of ranks"
             )
-        if engine not in ENGINES:
-            raise AutofuncError(f"unknown engine {engine!r}: {one_of(engine, ENGINES)}")
+        if options.compile:
+            require_compiler()
         _check_whole(stages)
         validate(schedule)
         self.stages = tuple(stages)
         self.schedule = schedule
         self.loss = loss
         self.mesh = mesh
-        self.engine = engine
+        self.options = options
         self._batch_dims = batch_dims
         self._merge = merge
         self._ranks = pp_ranks(mesh) if mesh is not None else None
@@ -86,7 +84,7 @@ class Pipeline:
             self._trace = lambda plan, program, microbatches: [Trace(program)]
 
     def __repr__(self) -> str:
-        return f"Pipeline({self.schedule}, {len(self.stages)} stages, engine={self.engine!r})"
+        return f"Pipeline({self.schedule}, {len(self.stages)} stages, engine={self.options.engine!r})"
 
     def init(self, seed: int = 0, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> TensorDict:
         """The initial parameters of this process's ranks: the same values in every layout."""
@@ -188,7 +186,7 @@ class Pipeline:
     def _with_split_backward(self) -> Pipeline:
         """This pipeline with I and W everywhere, built once."""
         split = self.schedule.split_form()
-        return Pipeline(self.stages, split, self.loss, self.mesh, self.engine, self._batch_dims, merge=False)
+        return Pipeline(self.stages, split, self.loss, self.mesh, self.options, self._batch_dims, merge=False)
 
     def memory(self, params: tree.Nested, batch: Mapping[str, Any], key: Any = None) -> tuple[StageBytes, ...]:
         """What each stage keeps for one microbatch, in bytes: known from its graph, nothing is run.
@@ -202,7 +200,7 @@ class Pipeline:
         if not all(stage.exact_bytes for stage in functions.values()):
             raise AutofuncError(
                 "what this pipeline keeps is not known before it runs: "
-                + ("a size depends on data" if self.engine == "graph" else 'use engine="graph"')
+                + ("a size depends on data" if self.options.engine == "graph" else 'use engine="graph"')
             )
         known = of_all({index: stage.bytes for index, stage in functions.items()}, self._group)
         return tuple(known[stage.index] for stage in self.stages)
@@ -264,7 +262,7 @@ class Pipeline:
                 self.stages,
                 self.schedule,
                 self.loss,
-                ENGINES[self.engine],
+                self.options,
                 params,
                 device,
                 microbatches[0],

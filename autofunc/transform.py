@@ -9,6 +9,7 @@ from tensordict import TensorDict
 from torch.distributed.device_mesh import DeviceMesh
 
 from autofunc import tree
+from autofunc.engine import EngineOptions
 from autofunc.errors import AutofuncError
 from autofunc.losses import Loss
 from autofunc.pipe import Pipeline, given_aux
@@ -24,6 +25,9 @@ def pipeline(
     loss: Loss | None = None,
     mesh: DeviceMesh | None = None,
     engine: str = "graph",
+    compile: bool = False,
+    remat: str | None = None,
+    memory_budget: int | None = None,
     batch_dims: Mapping[str, int | None] | None = None,
 ) -> Pipeline:
     """Compose stages by a schedule into one pipelined function.
@@ -35,11 +39,18 @@ def pipeline(
         mesh: from `af.make_mesh`; None runs every rank in this process.
         engine: how stages are differentiated: "graph" captures each once and cuts it into forward, backward, backward of
             the input and of the weights; "eager" runs autograd on it, and takes what cannot be captured.
+        compile: run the captured pieces as compiled code. Equal to 1e-5, not bit for bit.
+        remat: what the backward computes again instead of keeping it: None; "layer", all but what goes from layer to layer;
+            "stage", all but what the stage received; "auto", what makes the shortest step within `memory_budget`, which may
+            also move part of W's work into I. A microbatch has two forwards at most. The eager engine runs the whole
+            stage again in either case.
+        memory_budget: for "auto": bytes of values that may be alive on a rank, as `schedule.live_bytes` counts them.
         batch_dims: which dim of a batch entry holds the rows, or None for entries that every microbatch gets whole.
 
     Raises:
         ScheduleError: when the schedule is invalid or does not fit the number of stages.
         MeshError: when the mesh does not fit the schedule.
+        AutofuncError: for choices that do not go together.
 
     Example:
         stages = af.split(model, ["h.4"])
@@ -48,7 +59,8 @@ def pipeline(
         params = pipe.init(seed=0)
         loss, grads = af.value_and_grad(pipe)(params, batch)
     """
-    return Pipeline(stages, schedule, loss, mesh, engine, batch_dims)
+    options = EngineOptions(engine, compile, remat, memory_budget)
+    return Pipeline(stages, schedule, loss, mesh, options, batch_dims)
 
 
 def value_and_grad(pipe: Pipeline, *, has_aux: bool = False) -> Callable[..., tuple[Any, TensorDict]]:

@@ -8,24 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from operator import getitem
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.traceback import annotate, preserve_node_meta
 
 from autofunc import tree
 from autofunc.engine.functions import StageContext
+from autofunc.engine.purity import globals_unchanged, refuse_effects
 from autofunc.engine.simplify import simplify
-from autofunc.errors import ModelError
+from autofunc.engine.views import base_of, storage_bytes
 from autofunc.losses import evaluate
 from autofunc.splitting import fake_mode, naming_errors
 
 Node = fx.Node
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Joint:
     """A stage's forward and gradient in one graph. Every field holds nodes of it, in the order the runtime uses."""
 
@@ -71,15 +72,16 @@ def capture(context: StageContext) -> Joint:
         batch = [mode.from_tensor(leaf) for leaf in tracer.batch_leaves if isinstance(leaf, Tensor)]
         grown = context.returned.values if not context.with_loss else ()
         cotangents = [torch.empty(v.shape, dtype=v.dtype, device=device) for v in grown if v.needs_grad]
-        with naming_errors(what):
+        given: tuple[list[Any], ...] = (params, inputs, batch, cotangents)
+        with naming_errors(what), preserve_node_meta(), globals_unchanged(stage.functions, what):
             # a function of four arguments: make_fx would count the `self` of a method
-            traced = make_fx(lambda *given: tracer.joint(*given), tracing_mode="real")
-            module = traced(params, inputs, batch, cotangents)
+            module = make_fx(lambda *given: tracer.joint(*given), tracing_mode="real")(*given)
             module.graph.eliminate_dead_code()
-            if _refuse_effects(module.graph, what):
+            if refuse_effects(module.graph, what, lambda: tracer.joint(*given)):
                 # what writes to its own temporaries (`mask[:, 0] = 1`) is written anew without: no autograd is left to mind
-                functional = torch.func.functionalize(module, remove="mutations")
-                module = make_fx(functional, tracing_mode="real")(params, inputs, batch, cotangents)
+                functional = torch.func.functionalize(lambda *given: fx.Interpreter(module).run(*given), remove="mutations")
+                leaves = [leaf for part in given for leaf in part]
+                module = make_fx(functional, tracing_mode="real")(*leaves)
     simplify(module.graph)
     _set_apart(module.graph)
     return tracer.joint_of(module, len(params), len(inputs), len(batch), len(cotangents))
@@ -105,10 +107,14 @@ class _Tracer:
         leaves = [next(remaining) if isinstance(leaf, Tensor) else leaf for leaf in self.batch_leaves]
         microbatch = tree.from_leaves(leaves, self.batch_spec)
         x = self.received.assemble(inputs) if self.received is not None else None
-        x = self.stage.run(self.stage.bind(list(params)), x, microbatch)
+        bound = self.stage.bind(list(params))
+        for number, name in enumerate(self.stage.layers):
+            with annotate({"layer": number}):
+                x = self.stage.model.run([name], bound, x, microbatch)
         if not self.with_loss:
             return self.returned.tensors(x)
-        terms = evaluate(self.loss, x, microbatch)
+        with annotate({"layer": len(self.stage.layers)}):
+            terms = evaluate(self.loss, x, microbatch)
         aux, self.aux_spec = tree.leaves_and_spec(terms.aux)
         self.aux_constants = tuple(TENSOR if isinstance(leaf, Tensor) else leaf for leaf in aux)
         return [terms.sum, terms.weight, *(leaf for leaf in aux if isinstance(leaf, Tensor))]
@@ -181,67 +187,3 @@ def _set_apart(graph: fx.Graph) -> None:
             taken.add(base)
         apart.append(node)
     output.args = (apart,)
-
-
-def storage_bytes(node: Node) -> int | None:
-    """Bytes of the memory that a node's value lies in; None where its size depends on data."""
-    size = base_of(node).meta["val"].untyped_storage().nbytes()
-    return None if isinstance(size, torch.SymInt) else int(size)
-
-
-def _refuse_effects(graph: fx.Graph, what: str) -> bool:
-    """Whether anything is written to in place.
-
-    Raises:
-        ModelError: when that is a parameter or an input, or when the global random generator is used.
-    """
-    writes = False
-    for node in graph.nodes:
-        if not isinstance(node.target, torch._ops.OpOverload):
-            continue
-        if torch.Tag.nondeterministic_seeded in node.target.tags and not _drops_nothing(node):
-            raise ModelError(
-                f"{what} draws from the global random generator ({node.target}), so it is no pure function; use "
-                'af.random.dropout or another function of batch["key"], or engine="eager"'
-            )
-        for value, argument in zip(node.args, node.target._schema.arguments, strict=False):
-            if isinstance(value, Node) and argument.alias_info is not None and argument.alias_info.is_write:
-                writes = True
-                if base_of(value).op == "placeholder":
-                    raise ModelError(
-                        f"{what} writes to one of its inputs or parameters ({node.target}); a stage is a pure function: "
-                        "compute a new tensor instead"
-                    )
-    return writes
-
-
-def _drops_nothing(node: Node) -> bool:
-    """Whether an operator that could drop values, such as attention, is asked not to."""
-    assert isinstance(node.target, torch._ops.OpOverload)
-    for index, argument in enumerate(node.target._schema.arguments):
-        if argument.name == "dropout_p":
-            given = node.args[index] if index < len(node.args) else node.kwargs.get("dropout_p", argument.default_value)
-            return bool(given == 0)
-    return False
-
-
-def base_of(node: Node) -> Node:
-    """What a node is a view of."""
-    while is_view(node):
-        node = node.all_input_nodes[0]
-    return node
-
-
-def is_view(node: Node) -> bool:
-    """Whether an operator's output shares its first argument's memory, so that making it again costs nothing."""
-    target = node.target
-    if node.op != "call_function":
-        return False
-    if target is getitem:
-        return is_view(node.args[0])  # type: ignore[arg-type]
-    if not isinstance(target, torch._ops.OpOverload) or target._schema.is_mutable:
-        return False
-    if target is torch.ops.aten._unsafe_view.default:  # not marked as one, because autograd must not treat it as one
-        return True
-    returns = target._schema.returns
-    return bool(returns) and all(each.alias_info is not None for each in returns)

@@ -29,6 +29,14 @@ class Residuals(NamedTuple):
     is_loss: bool
 
 
+class Again(NamedTuple):
+    """What one microbatch's graph can be made from once more."""
+
+    bound: Bound
+    inputs: list[Tensor]
+    microbatch: Microbatch
+
+
 class EagerStage:
     """Implements `StageFunctions` by `torch.autograd.grad`.
 
@@ -37,12 +45,14 @@ class EagerStage:
 
     Args:
         context: the stage.
+        remat: keep what the stage received only, and run it once more in B or I.
     """
 
     exact_bytes = False
     constants: tuple[Tensor, ...] = ()
 
-    def __init__(self, context: StageContext) -> None:
+    def __init__(self, context: StageContext, *, remat: bool = False) -> None:
+        self._remat = remat
         self._stage = context.stage
         self._received = context.received
         self._returned = context.returned
@@ -68,8 +78,14 @@ class EagerStage:
         with torch.no_grad():
             return self._produce(bound, inputs, microbatch)[0]
 
-    def forward(self, bound: Bound, inputs: list[Tensor], microbatch: Microbatch) -> tuple[Produced, Residuals]:
+    def forward(self, bound: Bound, inputs: list[Tensor], microbatch: Microbatch) -> tuple[Produced, Residuals | Again]:
         """See `StageFunctions.forward`."""
+        if self._remat:
+            return self.evaluate(bound, inputs, microbatch), Again(bound, list(inputs), microbatch)
+        return self._record(bound, inputs, microbatch)
+
+    def _record(self, bound: Bound, inputs: list[Tensor], microbatch: Microbatch) -> tuple[Produced, Residuals]:
+        """Run the stage and keep its graph."""
         leaves = [leaf.detach().requires_grad_(w) for leaf, w in zip(inputs, self._input_needs_grad, strict=True)]
         with torch.enable_grad():
             produced, roots = self._produce(bound, leaves, microbatch)
@@ -78,17 +94,25 @@ class EagerStage:
             [root for root in roots if root.requires_grad], needing, bound.trainable, self._with_loss
         )
 
-    def backward(self, residuals: Residuals, cotangents: list[Tensor], sums: Accumulators) -> list[Tensor]:
+    def _graph(self, residuals: Residuals | Again) -> Residuals:
+        """The graph to differentiate; made now if it was not kept."""
+        if isinstance(residuals, Residuals):
+            return residuals
+        return self._record(*residuals)[1]
+
+    def backward(self, residuals: Residuals | Again, cotangents: list[Tensor], sums: Accumulators) -> list[Tensor]:
         """See `StageFunctions.backward`."""
+        residuals = self._graph(residuals)
         inputs, weights = residuals.inputs, residuals.weights
         grads = _grad(residuals, cotangents, [*inputs, *weights], keep=False)
         sums.add(grads[len(inputs) :])
         return _apart(_dense(grads[: len(inputs)], inputs), cotangents)
 
     def backward_input(
-        self, residuals: Residuals, cotangents: list[Tensor], sums: Accumulators
+        self, residuals: Residuals | Again, cotangents: list[Tensor], sums: Accumulators
     ) -> tuple[list[Tensor], tuple[Residuals, list[Tensor]]]:
         """See `StageFunctions.backward_input`."""
+        residuals = self._graph(residuals)
         grads = _grad(residuals, cotangents, residuals.inputs, keep=True)
         return _apart(_dense(grads, residuals.inputs), cotangents), (residuals, cotangents)
 

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from operator import getitem
 from typing import Any
 
 from torch import Tensor, fx
 
-from autofunc.engine.partition import Piece, ancestors
+from autofunc.engine.partition import Piece, in_order
 
 Node = fx.Node
-Runnable = Callable[[list[Tensor]], list[Tensor]]
+Runnable = Callable[[list[Tensor]], Sequence[Tensor]]
 """Takes the piece's inputs (and then the accumulators it adds to), empties the list, returns the outputs."""
 
 
@@ -38,8 +38,7 @@ class _Emitter:
         self.piece, self.attributes, self.name = piece, attributes, name
         self.values: dict[str, Any] = {}  # constants and functions that the code names
         self.names: dict[Node, str] = {}
-        needed = ancestors([*piece.outputs, *(node for _, node in piece.adds)], piece.inputs)
-        self.nodes = [node for node in order if node in needed]
+        self.nodes = in_order(piece, order)
 
     def function(self) -> Runnable:
         """Write the code and compile it."""

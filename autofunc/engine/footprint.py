@@ -6,9 +6,10 @@ from collections.abc import Iterable, Sequence
 
 from torch import fx
 
-from autofunc.engine.capture import Joint, base_of, storage_bytes
+from autofunc.engine.capture import Joint
 from autofunc.engine.functions import StageContext
 from autofunc.engine.partition import Pieces
+from autofunc.engine.views import base_of, storage_bytes
 from autofunc.schedule import StageBytes
 
 Node = fx.Node

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Container, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from autofunc import tree
-from autofunc.engine.capture import TENSOR, Joint, capture
+from autofunc.engine.capture import TENSOR, Joint
+from autofunc.engine.compile import compile_piece
 from autofunc.engine.emit import Runnable, emit
 from autofunc.engine.footprint import footprint
 from autofunc.engine.functions import Accumulators, Microbatch, Produced, StageContext
-from autofunc.engine.partition import Piece, partition
+from autofunc.engine.partition import Piece, in_order, partition
+from autofunc.engine.residuals import KEEP_ALL, Keep, cost_of, early_gradients, recomputed
+from autofunc.schedule import Kind
+
+COMPUTATIONS = frozenset((Kind.F, Kind.B, Kind.I, Kind.W))
 
 
 class Bound(NamedTuple):
@@ -39,25 +45,41 @@ class GraphStage:
     `backward_weight` is the whole backward.
 
     Args:
-        context: the stage and what it is captured on.
+        joint: the captured stage, see `capture`.
+        context: the stage.
+        keep: what is kept between the pieces.
+        kinds: which actions will be run; pieces for others are not made.
+        compiled: run the pieces as compiled code.
     """
 
-    def __init__(self, context: StageContext) -> None:
+    def __init__(
+        self,
+        joint: Joint,
+        context: StageContext,
+        keep: Keep = KEEP_ALL,
+        kinds: Container[Kind] = COMPUTATIONS,
+        *,
+        compiled: bool = False,
+    ) -> None:
         self._with_loss = context.with_loss
-        joint = capture(context)
-        pieces = partition(joint)
+        pieces = partition(joint, recomputed(joint, keep), early_gradients(joint, keep))
         self.joint, self.pieces = joint, pieces
         self.bytes, self.exact_bytes = footprint(joint, pieces, context)
-        order, attributes = list(joint.graph.nodes), _attributes(joint)
+        self._order, attributes = list(joint.graph.nodes), _attributes(joint)
 
-        def runnable(piece: Piece, name: str) -> Runnable:
-            return emit(piece, order, attributes, f"stage_{context.stage.index}_{name}")
+        def runnable(piece: Piece | None, name: str, kind: Kind) -> Runnable:
+            if piece is None or kind not in kinds:
+                return _not_made
+            if compiled:
+                return compile_piece(piece, self._order, attributes, f"{name} of {context.stage.title}")
+            return emit(piece, self._order, attributes, f"stage_{context.stage.index}_{name}")
 
-        self._forward = runnable(pieces.forward, "forward")
-        self._evaluate = runnable(pieces.evaluate, "evaluate")
-        self._backward = runnable(pieces.backward, "backward")
-        self._backward_weight = runnable(pieces.backward_weight, "backward_weight")
-        self._backward_input = runnable(pieces.backward_input, "backward_input") if pieces.backward_input else None
+        forward, evaluate = (pieces.forward, None) if context.with_grads else (None, pieces.evaluate)
+        self._forward = runnable(forward, "forward", Kind.F)
+        self._evaluate = runnable(evaluate, "evaluate", Kind.F)
+        self._backward = runnable(pieces.backward, "backward", Kind.B)
+        self._backward_input = runnable(pieces.backward_input, "backward_input", Kind.I)
+        self._backward_weight = runnable(pieces.backward_weight, "backward_weight", Kind.W)
         self._backward_adds, self._input_adds, self._weight_adds = (
             [number for number, _ in piece.adds] if piece is not None else []
             for piece in (pieces.backward, pieces.backward_input, pieces.backward_weight)
@@ -68,6 +90,13 @@ class GraphStage:
         self._input_likes = [node for node, wanted in zip(joint.inputs, context.input_wants, strict=True) if wanted]
         self._seed = [torch.ones_like(_empty(node)) for node in joint.cotangents] if context.with_loss else []
         self.constants = [*attributes.values(), *self._seed]
+
+    @property
+    def work(self) -> tuple[float, float, float]:
+        """How long F, I and W take, in multiplications, see `residuals.cost_of`."""
+        pieces = (self.pieces.forward, self.pieces.backward_input, self.pieces.backward_weight)
+        f, i, w = (cost_of(in_order(piece, self._order)) if piece is not None else 0.0 for piece in pieces)
+        return f, i, w
 
     def bind(self, leaves: list[Tensor]) -> Bound:
         """The parameters, as they are."""
@@ -89,7 +118,7 @@ class GraphStage:
         given = [*bound.forward, *inputs, *microbatch.tensors]
         inputs.clear()
         made = self._forward(given)
-        return self._produced(made[: self._num_outputs]), Residuals(bound, made[self._num_outputs :])
+        return self._produced(made[: self._num_outputs]), Residuals(bound, [*made[self._num_outputs :]])
 
     def backward(self, residuals: Residuals, cotangents: list[Tensor], sums: Accumulators) -> list[Tensor]:
         """See `StageFunctions.backward`."""
@@ -106,7 +135,7 @@ class GraphStage:
         """See `StageFunctions.backward_input`."""
         bound, values = residuals
         totals = sums.sums
-        if self._backward_input is None:
+        if self.pieces.backward_input is None:
             return self._dense([]), Residuals(bound, [*values, *cotangents, *self._seed])
         given = [*bound.backward_input, *values, *cotangents, *self._seed]
         given += [totals[number] for number in self._input_adds]
@@ -114,7 +143,7 @@ class GraphStage:
         cotangents.clear()
         made = self._backward_input(given)
         count = self._num_input_grads
-        return self._dense(made[:count]), Residuals(bound, made[count:])
+        return self._dense(made[:count]), Residuals(bound, [*made[count:]])
 
     def backward_weight(self, weight_residuals: Residuals, sums: Accumulators) -> None:
         """See `StageFunctions.backward_weight`."""
@@ -124,9 +153,9 @@ class GraphStage:
         values.clear()
         self._backward_weight(given)
 
-    def _produced(self, made: list[Tensor]) -> Produced:
+    def _produced(self, made: Sequence[Tensor]) -> Produced:
         if not self._with_loss:
-            return Produced(made)
+            return Produced([*made])
         total, weight, *aux = made
         if self.joint.aux_spec is None:
             return Produced([], total, weight, None)
@@ -134,15 +163,19 @@ class GraphStage:
         leaves = [next(remaining) if leaf is TENSOR else leaf for leaf in self.joint.aux_constants]
         return Produced([], total, weight, tree.from_leaves(leaves, self.joint.aux_spec))
 
-    def _dense(self, grads: list[Tensor]) -> list[Tensor]:
+    def _dense(self, grads: Sequence[Tensor]) -> list[Tensor]:
         """Zeros for inputs that the outputs do not depend on."""
         if self._num_input_grads == len(self._input_grads):
-            return grads
+            return [*grads]
         remaining = iter(grads)
         return [
             torch.zeros_like(_empty(like)) if node is None else next(remaining)
             for node, like in zip(self._input_grads, self._input_likes, strict=True)
         ]
+
+
+def _not_made(given: list[Tensor]) -> Sequence[Tensor]:
+    raise AssertionError("this piece was not asked for when the stage was made")
 
 
 def _empty(node: Any) -> Tensor:

@@ -10,13 +10,14 @@ Source of the idea: joint graph partitioning as in `torch._functorch.partitioner
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Set
 from dataclasses import dataclass
 from operator import getitem
 
 from torch import fx
 
-from autofunc.engine.capture import Joint, base_of, is_view
+from autofunc.engine.capture import Joint
+from autofunc.engine.views import base_of, is_view
 
 Node = fx.Node
 
@@ -44,18 +45,23 @@ class Pieces:
     backward_weight: Piece  # takes `kept`; where there is no I, what `backward` takes
 
 
-def partition(joint: Joint) -> Pieces:
-    """Cut a joint graph."""
+def partition(joint: Joint, again: Set[Node] = frozenset(), early: Set[int] = frozenset()) -> Pieces:
+    """Cut a joint graph.
+
+    Args:
+        joint: the captured stage.
+        again: nodes of the forward that are computed again in the backward instead of kept.
+        early: numbers of the trainable holders whose gradients are computed in I.
+    """
     placeholders = [*joint.params, *joint.inputs, *joint.batch]
     outputs = joint.outputs
-    behind = _depends_on(joint.graph, joint.cotangents)
+    behind = depends_on(joint.graph, joint.cotangents)
     input_grads = [node for node in joint.input_grads if node is not None]
     adds = [(number, node) for number, node in enumerate(joint.weight_grads) if node is not None]
-    params = set(joint.params)
+    unkept = {*joint.params, *joint.cotangents}
 
     everything = [*input_grads, *(node for _, node in adds)]
-    saved = [node for node in _frontier(everything, lambda node: node in behind) if node not in params]
-    saved = [node for node in saved if node not in joint.cotangents]
+    saved = [node for node in frontier(everything, behind | again) if node not in unkept]
     backward = _piece(joint, [*saved, *joint.cotangents], input_grads, adds)
     everyone = list(range(len(joint.params)))
     forward = Piece(everyone, placeholders, [*outputs, *saved], [])
@@ -63,18 +69,20 @@ def partition(joint: Joint) -> Pieces:
     if not input_grads:
         return Pieces(forward, evaluate, saved, backward, None, [*saved, *joint.cotangents], backward)
 
-    in_i = ancestors(input_grads) & behind
+    in_i = ancestors([*input_grads, *(node for number, node in adds if number in early)]) & behind
     in_i |= {node for node in behind if node.target is getitem and node.args[0] in in_i}
-    early = [(number, node) for number, node in adds if node in in_i or node in joint.cotangents]
-    late = [(number, node) for number, node in adds if (number, node) not in early]
-    in_w = behind - in_i
-    kept = [node for node in _frontier([node for _, node in late], lambda node: node in in_w) if node not in params]
+    soon = [(number, node) for number, node in adds if node in in_i or node in joint.cotangents]
+    late = [(number, node) for number, node in adds if (number, node) not in soon]
+    # what is computed again is so in I, once; only what the batch alone gives is made once more in W
+    of_batch = again - depends_on(joint.graph, [*joint.params, *joint.inputs])
+    inside = (behind - in_i) | of_batch
+    kept = [node for node in frontier([node for _, node in late], inside) if node not in joint.params]
     return Pieces(
         forward,
         evaluate,
         saved,
         backward,
-        _piece(joint, [*saved, *joint.cotangents], [*input_grads, *kept], early),
+        _piece(joint, [*saved, *joint.cotangents], [*input_grads, *kept], soon),
         kept,
         _piece(joint, kept, [], late),
     )
@@ -87,7 +95,7 @@ def _piece(joint: Joint, given: list[Node], outputs: list[Node], adds: list[tupl
     return Piece(params, [*(joint.params[number] for number in params), *given], outputs, adds)
 
 
-def _depends_on(graph: fx.Graph, sources: Iterable[Node]) -> set[Node]:
+def depends_on(graph: fx.Graph, sources: Iterable[Node]) -> set[Node]:
     """All nodes that read one of these, directly or not."""
     found = set(sources)
     for node in graph.nodes:
@@ -108,7 +116,7 @@ def ancestors(nodes: Iterable[Node], given: Iterable[Node] = ()) -> set[Node]:
     return found
 
 
-def _frontier(targets: Iterable[Node], inside: Callable[[Node], bool]) -> list[Node]:
+def frontier(targets: Iterable[Node], inside: Set[Node]) -> list[Node]:
     """What a region needs from outside to compute its targets.
 
     A view of a parameter is made again inside, so that the parameter need not be kept; other views are kept as they are,
@@ -122,8 +130,30 @@ def _frontier(targets: Iterable[Node], inside: Callable[[Node], bool]) -> list[N
         if node in seen:
             continue
         seen.add(node)
-        if inside(node) or (is_view(node) and base_of(node).op == "placeholder"):
+        if node in inside or (is_view(node) and base_of(node).op == "placeholder"):
             left += node.all_input_nodes
         elif node.op != "get_attr":
             needed[node] = None
     return sorted(needed)  # nodes compare by their place in the graph
+
+
+def in_order(piece: Piece, order: list[Node]) -> list[Node]:
+    """All nodes that a piece computes, each made as late as its readers allow: what is computed again lives shortly.
+
+    Args:
+        piece: what to compute.
+        order: all nodes of the joint graph, in order.
+    """
+    ends = {*piece.outputs, *(node for _, node in piece.adds)}
+    needed = ancestors(ends, piece.inputs)
+    place = {node: number for number, node in enumerate(order) if node in needed}
+    made: dict[Node, None] = {}
+    for end in (node for node in place if node in ends):
+        stack = [end]
+        while stack:
+            missing = [read for read in stack[-1].all_input_nodes if read in place and read not in made]
+            if missing:
+                stack.append(max(missing, key=place.__getitem__))
+            else:
+                made.setdefault(stack.pop())
+    return list(made)

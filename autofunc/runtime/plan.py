@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -11,17 +11,15 @@ import torch
 from torch import Tensor
 
 from autofunc import tree
-from autofunc.engine import StageContext, StageFunctions
+from autofunc.engine import EngineOptions, StageContext, StageFunctions
 from autofunc.errors import ScheduleError
 from autofunc.losses import Loss, combine_aux
 from autofunc.runtime.accumulate import Tie, find_ties
 from autofunc.runtime.buffers import SlotPool
+from autofunc.runtime.build import make_stages
 from autofunc.runtime.program import Channel, Layout, Program, build_program, edge_channels
 from autofunc.schedule import Schedule, lower, settled_sends, validate
 from autofunc.splitting import Boundaries, Stage, Value, infer_boundaries, parameter_dtypes
-
-MakeFunctions = Callable[[StageContext], StageFunctions]
-"""An engine."""
 
 
 class Mode(Enum):
@@ -67,7 +65,7 @@ def build_plan(
     stages: Sequence[Stage],
     schedule: Schedule,
     loss: Loss | None,
-    make_functions: MakeFunctions,
+    options: EngineOptions,
     params: Mapping[str, Tensor],
     device: torch.device,
     microbatch: Mapping[str, Any],
@@ -89,22 +87,21 @@ def build_plan(
     by_edge = edge_channels(lowered, boundaries)
     dtypes = parameter_dtypes(stages[0].model, params)
     local_stages = [stage for stage in stages if lowered.placement[stage.index] in pools]
-    functions = {
-        stage.index: make_functions(
-            StageContext(
-                stage,
-                boundaries.stages[stage.index - 1] if stage.index else None,
-                boundaries.stages[stage.index],
-                loss,
-                mode.ends_in_loss and stage is stages[-1],
-                mode is Mode.GRADS,
-                dtypes,
-                microbatch,
-                device,
-            )
+    contexts = {
+        stage.index: StageContext(
+            stage,
+            boundaries.stages[stage.index - 1] if stage.index else None,
+            boundaries.stages[stage.index],
+            loss,
+            mode.ends_in_loss and stage is stages[-1],
+            mode is Mode.GRADS,
+            dtypes,
+            microbatch,
+            device,
         )
         for stage in local_stages
     }
+    functions = make_stages(contexts, options, lowered, boundaries)
     ties = tuple(find_ties(stages, lowered, dtypes)) if mode is Mode.GRADS else ()
     settled = settled_sends(lowered, edges)
     keeps = {index: stage.bytes for index, stage in functions.items()}

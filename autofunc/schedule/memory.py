@@ -78,7 +78,10 @@ class Memory:
 
 
 def live_bytes(
-    schedule: Schedule, memory: Memory | Sequence[StageBytes], edges: Sequence[Edge] | None = None
+    schedule: Schedule,
+    memory: Memory | Sequence[StageBytes],
+    edges: Sequence[Edge] | None = None,
+    ranks: Sequence[int] | None = None,
 ) -> tuple[npt.NDArray[np.float64], ...]:
     """Bytes alive on each rank after each action of the lowered schedule, parameters and the batch left out.
 
@@ -89,6 +92,7 @@ def live_bytes(
         schedule: lowered; in compute form it is lowered first.
         memory: bytes of the values: rough (`Memory`, with nothing shared), or as `Pipeline.memory` gives them.
         edges: connections between stages; a chain by default.
+        ranks: which ranks to work out; all by default.
     """
     if isinstance(memory, Memory):
         memory = memory.by_stage(schedule.num_stages)
@@ -98,7 +102,9 @@ def live_bytes(
     flow = flow_of(lowered, edges)
     storages = Storages(memory, flow.edges)
     rows = []
-    for row, settled in zip(lowered, settled_sends(lowered, flow.edges), strict=True):
+    all_settled = settled_sends(lowered, flow.edges)
+    for rank in range(lowered.num_ranks) if ranks is None else ranks:
+        row, settled = lowered[rank], all_settled[rank]
         holders: Counter[Storage] = Counter()
         live, alive = 0.0, np.zeros(len(row))
         accumulating: set[int] = set()

@@ -3,7 +3,7 @@
 from autofunc.splitting.boundary import Boundaries, Boundary, Value, infer_boundaries, parameter_dtypes
 from autofunc.splitting.cost import layer_costs, parameter_count
 from autofunc.splitting.cut import split
-from autofunc.splitting.fake import fake_mode, naming_errors
+from autofunc.splitting.fake import fake_mode, naming_errors, user_line
 from autofunc.splitting.stage import Stage
 
 __all__ = [
@@ -18,4 +18,5 @@ __all__ = [
     "parameter_count",
     "parameter_dtypes",
     "split",
+    "user_line",
 ]

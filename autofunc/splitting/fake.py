@@ -20,9 +20,8 @@ def fake_mode() -> FakeTensorMode:
     return FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=True)
 
 
-def _user_line(error: Exception) -> str:
-    """The innermost line of the traceback that is neither torch's nor this library's."""
-    frames = traceback.extract_tb(error.__traceback__)
+def user_line(frames: traceback.StackSummary) -> str:
+    """The innermost line of a traceback that is neither torch's nor this library's."""
     own = str(Path(__file__).parent.parent)
     outside = [f for f in frames if "torch" not in Path(f.filename).parts and not f.filename.startswith(own)]
     frame = (outside or frames)[-1]
@@ -37,9 +36,11 @@ def naming_errors(what: str) -> Iterator[None]:
     except AutofuncError:
         raise
     except (DataDependentOutputException, GuardOnDataDependentSymNode) as error:
+        line = user_line(traceback.extract_tb(error.__traceback__))
         raise ModelError(
-            f"{what} reads the value of a tensor ({_user_line(error)}), which is not known when shapes are worked out; "
+            f"{what} reads the value of a tensor ({line}), which is not known when shapes are worked out; "
             "keep it a tensor: no .item(), no 'if' on a tensor"
         ) from error
     except Exception as error:
-        raise ModelError(f"{what} cannot run on this batch: {type(error).__name__}: {error}") from error
+        line = user_line(traceback.extract_tb(error.__traceback__))
+        raise ModelError(f"{what} cannot run on this batch: {type(error).__name__}: {error} ({line})") from error

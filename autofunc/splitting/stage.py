@@ -11,6 +11,7 @@ import torch
 
 from autofunc import tree
 from autofunc.model import Model
+from autofunc.model.layer import Apply
 from autofunc.random import as_key
 
 
@@ -33,6 +34,11 @@ class Stage:
     def title(self) -> str:
         """What it is called in messages."""
         return f"stage {self.index} (layers {self.layers[0]} .. {self.layers[-1]})"
+
+    @property
+    def functions(self) -> list[Apply]:
+        """What its layers run."""
+        return [self.model.layers[name].apply for name in self.layers]
 
     @cached_property
     def holders(self) -> tuple[str, ...]:

@@ -13,11 +13,14 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import autofunc as af
-from autofunc.engine import GraphStage, Microbatch, StageContext
+from autofunc.engine import GraphStage, Microbatch, StageContext, capture
+from autofunc.engine.same import fingerprint
 from autofunc.errors import ModelError
+from autofunc.runtime import build
 from autofunc.runtime.accumulate import Accumulator
 from autofunc.splitting import infer_boundaries, parameter_dtypes
 from autofunc.tree import flatten
+from stages.gpt2 import build_gpt2_model
 from tests.cases import assert_same_tree, make_case
 
 Apply = Callable[[Any, Any, Any], Any]
@@ -120,7 +123,10 @@ def writes_parameter(p: Any, x: Tensor, b: Any) -> Tensor:
     [
         (branch, r"stage 1 .*reads the value of a tensor \(.*test_graph.py, line \d+: if x.sum\(\) > 0:"),
         (lambda p, x, b: x * float(x.sum().item()), r"reads the value of a tensor \(.*test_graph.py"),
-        (writes_parameter, r"stage 1 .*writes to one of its inputs or parameters \(aten.mul_.Tensor\)"),
+        (
+            writes_parameter,
+            r"stage 1 .*writes to one of its inputs or parameters \(aten.mul_.Tensor; .*test_graph.py, line",
+        ),
         (lambda p, x, b: x.add_(1) @ p["w"], r"stage 1 .*in-place operation"),
         (lambda p, x, b: torch.dropout(x, 0.5, True), r'draws from the global random generator .*engine="eager"'),
         (lambda p, x, b: x + torch.rand(4), r"draws from the global random generator \(aten.rand"),
@@ -135,6 +141,90 @@ def test_what_is_refused(middle: Apply, message: str) -> None:
         af.value_and_grad(pipe)(model.init(), batch)
 
 
+SEEN: list[Any] = []
+STATE = torch.zeros(4)
+
+
+def rebinds_a_global(p: Any, x: Tensor, b: Any) -> Tensor:
+    global CONSTANT
+    CONSTANT = CONSTANT + 1
+    return x @ p["w"]
+
+
+def fills_a_global(p: Any, x: Tensor, b: Any) -> Tensor:
+    SEEN.append(x.shape)
+    return x @ p["w"]
+
+
+def writes_a_tensor_from_outside(p: Any, x: Tensor, b: Any) -> Tensor:
+    STATE.add_(1)
+    return x @ p["w"]
+
+
+@pytest.mark.parametrize(
+    ("middle", "message"),
+    [
+        (rebinds_a_global, r"stage 1 .*changes the global 'CONSTANT' of tests.engine.test_graph.*engine=\"eager\""),
+        (fills_a_global, r"stage 1 .*changes the global 'SEEN'"),
+        (writes_a_tensor_from_outside, r"stage 1 .*writes to a tensor from outside .*line \d+: STATE.add_\(1\)"),
+    ],
+)
+def test_state_outside_is_refused(middle: Apply, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(globals(), "CONSTANT", CONSTANT)  # undone at the end
+    test_what_is_refused(middle, message)
+
+
+def test_equal_stages_are_captured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    captured: list[int] = []
+
+    def counted(context: StageContext) -> Any:
+        captured.append(context.stage.index)
+        return capture(context)
+
+    monkeypatch.setattr(build, "capture", counted)
+    model = build_gpt2_model(vocab_size=17, n_positions=8, n_embd=8, n_layer=6, n_head=2, resid_pdrop=0.1)
+    stages = af.split(model, ["h.0", "h.1", "h.2", "h.3", "h.4", "h.5"])
+    ids = torch.randint(0, 17, (4, 7))
+    batch = {"input_ids": ids[:, :-1], "labels": ids[:, 1:]}
+    params = model.init()
+    s = af.schedule.build("zb_h1", num_ranks=7, num_microbatches=2)
+    pipe = af.pipeline(stages, s, loss=af.losses.causal_lm)
+    expected_loss, expected = af.reference_value_and_grad(model, af.losses.causal_lm, 2)(params, batch)
+    found_loss, found = af.value_and_grad(pipe)(params, batch)
+    assert captured == [0, 1, 6], "embeddings, one of the blocks, the last block with norm, head and loss"
+    assert torch.equal(found_loss, expected_loss)
+    assert_same_tree(expected, found)
+    captured.clear()
+    af.value_and_grad(pipe)(params, batch, (0, 1))
+    assert captured == list(range(7)), "dropout depends on the layer's name"
+
+
+def scaled(factor: Any) -> af.Layer:
+    return af.Layer(init=lambda key: {"w": key.normal("w", (4, 4))}, apply=lambda p, x, b: factor * (x @ p["w"]))
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "equal"),
+    [(2.0, 2.0, True), (2.0, 3.0, False), (2, 2.0, False), (torch.ones(1), torch.ones(1), False)],
+)
+def test_stages_with_other_closures_are_not_equal(left: Any, right: Any, equal: bool) -> None:
+    first = af.Layer(init=lambda key: {"w": key.normal("w", (4, 4))}, apply=lambda p, x, b: b["x"] @ p["w"])
+    model = af.Model({"first": first, "a": scaled(left), "b": scaled(right), "last": scaled(1.0)})
+    batch = {"x": torch.randn(4, 4)}
+    stages = af.split(model, 4)
+    boundaries = infer_boundaries(stages, flatten(model.init()), batch, lambda out, mb: out.mean())
+    keys = [
+        fingerprint(
+            StageContext(
+                stages[index], boundaries.stages[index - 1], boundaries.stages[index], None, False, True,
+                parameter_dtypes(model, {}), batch, torch.device("cpu"),
+            )
+        )
+        for index in (1, 2)
+    ]  # fmt: skip
+    assert (keys[0] == keys[1]) == equal
+
+
 def middle_stage() -> tuple[GraphStage, StageContext, dict[str, Tensor], dict[str, Any]]:
     """The middle one of three stages of the small GPT-2."""
     model, stages, loss, batch = make_case("gpt2", 3, 4)
@@ -144,7 +234,7 @@ def middle_stage() -> tuple[GraphStage, StageContext, dict[str, Tensor], dict[st
         stages[1], boundaries.stages[0], boundaries.stages[1], loss, False, True, parameter_dtypes(model, params), batch,
         torch.device("cpu"),
     )  # fmt: skip
-    return GraphStage(context), context, params, batch
+    return GraphStage(capture(context), context), context, params, batch
 
 
 def test_residuals_hold_no_parameters() -> None:
@@ -199,7 +289,7 @@ def test_the_first_stage_has_no_input_gradient() -> None:
         batch,
         torch.device("cpu"),
     )
-    stage = GraphStage(context)
+    stage = GraphStage(capture(context), context)
     assert stage.pieces.backward_input is None and stage.pieces.backward_weight is stage.pieces.backward
 
 

@@ -10,9 +10,8 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 import autofunc as af
-from autofunc import pipe as pipe_module
 from autofunc.batch import split_batch
-from autofunc.runtime import plan
+from autofunc.runtime import build, plan
 from autofunc.tree import flatten
 from tests.cases import assert_same_tree, make_case
 from tests.pool import WorkerPool
@@ -27,7 +26,7 @@ ENGINES = ["eager", "graph"]
 def _look_at_stages_once() -> Iterator[None]:
     """The same stages under another schedule have the same shapes and the same graphs: working them out takes the time."""
     known: dict[Any, Any] = {}
-    infer, make_graph = plan.infer_boundaries, pipe_module.ENGINES["graph"]
+    infer, capture, graph_stage = plan.infer_boundaries, build.capture, build.GraphStage
 
     def shapes(microbatch: Any) -> str:
         return repr([(name, leaf.shape if isinstance(leaf, torch.Tensor) else leaf) for name, leaf in microbatch.items()])
@@ -41,13 +40,17 @@ def _look_at_stages_once() -> Iterator[None]:
         signature = (tuple(stage.layers for stage in stages), shapes(microbatch), repr(options))
         return once(signature, lambda: infer(stages, params, microbatch, loss, **options))
 
-    def make_graph_once(context: Any) -> Any:
+    def capture_once(context: Any) -> Any:
         signature = (context.stage.layers, context.with_loss, context.with_grads, shapes(context.microbatch))
-        return once(signature, lambda: make_graph(context))
+        return once(signature, lambda: capture(context))
+
+    def make_stage_once(joint: Any, context: Any, keep: Any, kinds: Any, **options: Any) -> Any:
+        return once((joint, keep, repr(options)), lambda: graph_stage(joint, context, keep, **options))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plan, "infer_boundaries", infer_once)
-        patch.setitem(pipe_module.ENGINES, "graph", make_graph_once)
+        patch.setattr(build, "capture", capture_once)
+        patch.setattr(build, "GraphStage", make_stage_once)
         yield
 
 

@@ -1,0 +1,159 @@
+"""From a piece of a graph to compiled code, with as little to pay per call as there can be.
+
+Inductor compiles the piece for exactly the shapes it was captured on, so nothing is checked when it is called: its code
+takes a list of tensors, empties it, frees what it no longer needs and returns the outputs. That is 278 us a forward and
+348 a backward of two small blocks (GPT-2, d=64, T=32), where a call through `torch.compile` would add its guards, and
+`torch._inductor.standalone_compile` its wrappers, 20 to 60 us (`bench/engine_pieces.py`).
+
+Pieces that are equal, in one process or several, are compiled once: a lock per piece lets the first compile and the others
+load what it left in inductor's cache (`TORCHINDUCTOR_CACHE_DIR`, which lasts from run to run).
+
+Private parts of torch used, tried with 2.13.0: `torch._inductor.compile_fx.compile_fx_inner`, `torch._inductor.config`,
+`torch._inductor.decomposition.select_decomp_table`, `torch._inductor.cpp_builder.get_cpp_compiler`,
+`torch._inductor.runtime.cache_dir_utils.cache_dir`, `torch._guards`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from autofunc.engine.emit import Runnable
+from autofunc.engine.functions import accumulator_dtype
+from autofunc.engine.matmul import choose_matmuls
+from autofunc.engine.partition import Piece, in_order
+from autofunc.errors import AutofuncError, ModelError
+from autofunc.splitting import fake_mode
+
+Node = fx.Node
+
+_OPTIONS = {
+    "size_asserts": False,  # the runtime gives what was captured, as laws and boundaries say: asserting it costs 14 %
+    "alignment_asserts": False,
+    "nan_asserts": False,
+    "compile_threads": 1,  # pieces are small, and ranks compile side by side
+}
+
+_compiled: dict[str, Any] = {}  # by key: what was compiled or loaded in this process
+
+
+def require_compiler() -> None:
+    """Refuse to compile for the CPU without a C++ compiler. With an accelerator the code is not for the CPU.
+
+    Raises:
+        AutofuncError: when none is found.
+    """
+    if torch.accelerator.is_available():
+        return
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        raise AutofuncError(
+            "compile=True needs a C++ compiler, and none was found; install g++ or name one in CXX, or use compile=False"
+        ) from error
+
+
+def compile_piece(piece: Piece, order: list[Node], attributes: Mapping[str, Any], name: str) -> Runnable:
+    """Compile a piece.
+
+    Args:
+        piece: what to compute.
+        order: all nodes of the joint graph, in order.
+        attributes: values of its `get_attr` nodes.
+        name: of the piece, for messages.
+
+    Raises:
+        ModelError: when the piece cannot be compiled.
+    """
+    graph, constants = _graph_of(piece, order, attributes)
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    key = _key(graph, inputs)
+    if key not in _compiled:
+        try:
+            _compiled[key] = _compile(graph, inputs, key)
+        except Exception as error:
+            raise ModelError(f"{name} cannot be compiled: {type(error).__name__}: {error}; use compile=False") from error
+    call = _compiled[key]
+    if not constants:
+        return call  # type: ignore[no-any-return]
+
+    def with_constants(given: list[Tensor]) -> list[Tensor]:
+        given += constants
+        return call(given)  # type: ignore[no-any-return]
+
+    return with_constants
+
+
+def _graph_of(piece: Piece, order: list[Node], attributes: Mapping[str, Any]) -> tuple[fx.Graph, list[Tensor]]:
+    """The piece as a graph of its own that takes inputs, accumulators and constants; and the constants."""
+    nodes = in_order(piece, order)
+    graph, copies, constants = fx.Graph(), {}, []
+
+    def placeholder(value: Tensor) -> Node:
+        made = graph.placeholder(f"in{len(graph.nodes)}")
+        made.meta["val"] = value
+        return made
+
+    for node in piece.inputs:
+        copies[node] = placeholder(node.meta["val"])
+    sums = []
+    for _, node in piece.adds:
+        value = node.meta["val"]
+        sums.append(placeholder(value.new_empty(value.shape, dtype=accumulator_dtype(value.dtype))))
+    for node in nodes:
+        if node.op == "get_attr":
+            copies[node] = placeholder(node.meta["val"])
+            constants.append(attributes[str(node.target)])
+    for node in nodes:
+        if node.op != "get_attr":
+            copies[node] = graph.node_copy(node, lambda read: copies[read])
+    for total, (_, node) in zip(sums, piece.adds, strict=True):
+        graph.call_function(
+            torch.ops.aten.copy_.default,
+            (total, graph.call_function(torch.ops.aten.add.Tensor, (total, copies[node]))),
+        )
+    graph.output(tuple(copies[node] for node in piece.outputs))
+    return graph, constants
+
+
+def _key(graph: fx.Graph, inputs: list[Node]) -> str:
+    """Equal for pieces that can share their code."""
+    described = [
+        (tuple(value.shape), tuple(value.stride()), value.dtype, str(value.device))
+        for value in (node.meta["val"] for node in inputs)
+    ]
+    text = "\0".join((torch.__version__, str(graph), repr(described), repr(_OPTIONS)))
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _compile(graph: fx.Graph, inputs: list[Node], key: str) -> Any:
+    from torch._guards import TracingContext, tracing
+    from torch._inductor import config
+    from torch._inductor.compile_fx import compile_fx_inner
+    from torch._inductor.decomposition import select_decomp_table
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    with fake_mode() as mode, torch.no_grad():
+        values = [node.meta["val"] for node in inputs]
+        fakes = [torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device=v.device) for v in values]
+        module = make_fx(
+            fx.GraphModule({}, graph), decomposition_table=select_decomp_table(), tracing_mode="real"
+        )(*fakes)  # fmt: skip
+    choose_matmuls(module.graph)
+    module.recompile()
+    output = next(node for node in module.graph.nodes if node.op == "output")
+    output.meta["user_visible_output_idxs"] = list(range(len(output.args[0])))  # the next piece relies on their strides
+    folder = Path(cache_dir()) / "autofunc"
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / f"{key}.lock"), config.patch(_OPTIONS), tracing(TracingContext(mode)), torch.no_grad():
+        return compile_fx_inner(module, fakes).current_callable  # type: ignore[attr-defined]

@@ -1,0 +1,141 @@
+"""A stage is a pure function: what is written to in place, drawn from a generator or left in a global is refused."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils._python_dispatch import TorchDispatchMode  # has no public name; tried with torch 2.13.0
+
+from autofunc.engine.views import base_of
+from autofunc.errors import ModelError
+from autofunc.splitting import user_line
+
+Node = fx.Node
+
+
+def refuse_effects(graph: fx.Graph, what: str, run: Callable[[], Any]) -> bool:
+    """Whether anything is written to in place.
+
+    Args:
+        graph: what was traced.
+        what: the stage, for messages.
+        run: traces again, to find the user's line.
+
+    Raises:
+        ModelError: when that is a parameter, an input or a tensor from outside, or when the global random generator is
+            used; names the user's line.
+    """
+    writes = False
+    for node in graph.nodes:
+        if not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        if torch.Tag.nondeterministic_seeded in node.target.tags and not _drops_nothing(node):
+            raise ModelError(
+                f"{what} draws from the global random generator ({node.target}; {_line_of(node.target, run)}), so it is no "
+                'pure function; use af.random.dropout or another function of batch["key"], or engine="eager"'
+            )
+        for value, argument in zip(node.args, node.target._schema.arguments, strict=False):
+            if isinstance(value, Node) and argument.alias_info is not None and argument.alias_info.is_write:
+                writes = True
+                base = base_of(value)
+                if base.op == "placeholder" or (base.op == "get_attr" and not _is_fresh(base)):
+                    written = "one of its inputs or parameters" if base.op == "placeholder" else "a tensor from outside"
+                    raise ModelError(
+                        f"{what} writes to {written} ({node.target}; {_line_of(node.target, run)}); a stage is a pure "
+                        "function: compute a new tensor instead"
+                    )
+    return writes
+
+
+def _is_fresh(node: Node) -> bool:
+    """Whether a constant was made while tracing (`torch.tensor(1.0)`): then only its copy is written to."""
+    return all(user.target is torch.ops.aten.lift_fresh_copy.default for user in node.users)
+
+
+def _drops_nothing(node: Node) -> bool:
+    """Whether an operator that could drop values, such as attention, is asked not to."""
+    assert isinstance(node.target, torch._ops.OpOverload)
+    for index, argument in enumerate(node.target._schema.arguments):
+        if argument.name == "dropout_p":
+            given = node.args[index] if index < len(node.args) else node.kwargs.get("dropout_p", argument.default_value)
+            return bool(given == 0)
+    return False
+
+
+class _Found(Exception):
+    """Ends a run at the operator that is looked for."""
+
+
+class _Finder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Stops at the first call of an operator."""
+
+    def __init__(self, target: Any) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.target, self.line = target, ""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is self.target:
+            self.line = user_line(traceback.extract_stack())
+            raise _Found
+        return func(*args, **(kwargs or {}))
+
+
+def _line_of(target: Any, run: Callable[[], Any]) -> str:
+    """The line of the user's code that first calls an operator."""
+    finder = _Finder(target)
+    try:
+        with finder:
+            run()
+    except _Found:
+        return finder.line
+    return "its line was not found"
+
+
+@contextmanager
+def globals_unchanged(functions: Iterable[Callable[..., Any]], what: str) -> Iterator[None]:
+    """Refuse functions that change a global variable, or the length of a global container, while they are traced.
+
+    Raises:
+        ModelError: naming the variable: a captured stage runs without the function, so it would change only once.
+    """
+    known = {(id(space), name): (space, _state(space[name])) for space, name in _globals_of(functions)}
+    yield
+    for (_, name), (space, before) in known.items():
+        if _state(space.get(name)) != before:
+            raise ModelError(
+                f"{what} changes the global {name!r} of {space.get('__name__')} while it runs, which a captured stage "
+                'would do only once; return what it needs to keep, for example as aux of the loss, or use engine="eager"'
+            )
+
+
+def _state(value: Any) -> tuple[int, int]:
+    plain = isinstance(value, (list, dict, set)) and isinstance(value, Sized)
+    return id(value), len(value) if plain else 0
+
+
+def _globals_of(functions: Iterable[Callable[..., Any]]) -> Iterator[tuple[dict[str, Any], str]]:
+    """(module's variables, name) of all globals that functions, and functions in their closures, name."""
+    seen: set[int] = set()
+    left: list[Any] = list(functions)
+    while left:
+        function = left.pop()
+        function = getattr(function, "func", function)  # of a partial
+        code = getattr(function, "__code__", None)
+        if code is None or id(function) in seen:
+            continue
+        seen.add(id(function))
+        codes = [code]
+        while codes:
+            inner = codes.pop()
+            codes += [constant for constant in inner.co_consts if hasattr(constant, "co_names")]
+            for name in inner.co_names:
+                if name in function.__globals__:
+                    yield function.__globals__, name
+                    left.append(function.__globals__[name])
+        for cell in function.__closure__ or ():
+            left.append(cell.cell_contents)

@@ -1,0 +1,211 @@
+"""What to keep between the pieces of a stage, and what to compute again: two cuts, F -> I and I -> W.
+
+F -> I: everything is kept, or only what is dear to compute ("cheap" values are made again), or only what goes from layer to
+layer, or only what the stage received. Values that depend on the batch alone, such as dropout masks made from a key, are
+never kept. What is computed again is computed once, in B or I, so a microbatch has two forwards at most.
+
+I -> W: W of a matrix product needs its input and the gradient of its output, which together take as much as F kept. No
+choice of what to recompute makes that small without running products again; but a weight's gradient may be computed in I
+already, where both are at hand. `early` is the part of W's work that moves there, largest memory per work first.
+
+Sources of the ideas: Chen et al., "Training Deep Nets with Sublinear Memory Cost", arXiv 1604.06174, section 3 (layers);
+recomputing what is cheap, as the min-cut partitioner of functorch (`torch._functorch.partitioners`) does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from operator import getitem
+from typing import NamedTuple
+
+import torch
+from torch import fx
+
+from autofunc.engine.capture import Joint
+from autofunc.engine.partition import depends_on, frontier
+from autofunc.engine.views import base_of, is_view, storage_bytes
+
+Node = fx.Node
+
+
+class Keep(NamedTuple):
+    """A choice for one stage."""
+
+    recompute: str | None = None  # what is made again in the backward: "cheap", "layer", "stage"
+    early: float = 0.0  # the part of W's work that is done in I
+
+
+KEEP_ALL = Keep()
+
+_aten = torch.ops.aten
+_CHEAP = {
+    _aten.native_layer_norm.default,
+    _aten._fused_rms_norm.default,
+    _aten.mean.dim,
+    _aten.sum.dim_IntList,
+    _aten.amax.default,
+    _aten.var_mean.correction,
+    _aten._softmax.default,
+    _aten._log_softmax.default,
+    _aten.logsumexp.default,
+    _aten._to_copy.default,
+    _aten.clone.default,
+    _aten.cat.default,
+}
+_PRODUCTS = {
+    _aten.mm.default: (0, 1),
+    _aten.addmm.default: (1, 2),
+    _aten.bmm.default: (0, 1),
+    _aten.baddbmm.default: (1, 2),
+}
+_BYTE = 8.0  # multiplications that take as long as reading or writing a byte
+
+
+def recomputed(joint: Joint, keep: Keep) -> set[Node]:
+    """Nodes of the forward that the backward computes again."""
+    behind = depends_on(joint.graph, joint.cotangents)
+    seeds = set(joint.cotangents)
+    forward = [node for node in joint.graph.nodes if node.op == "call_function" and node not in behind | seeds]
+    given = depends_on(joint.graph, [*joint.params, *joint.inputs])
+    chosen = {node for node in forward if node not in given}
+    if keep.recompute == "stage":
+        return set(forward)
+    if keep.recompute == "layer":
+        return chosen | {node for node in forward if not _crosses(node, behind)}
+    if keep.recompute == "cheap":
+        return chosen | _cheap(joint, behind, chosen)
+    return chosen
+
+
+def _crosses(node: Node, behind: set[Node]) -> bool:
+    """Whether a later layer reads it."""
+    if is_view(node) and node.target is not getitem:
+        return False  # what it is a view of crosses in its stead
+    return any(
+        layer_of(user) > layer_of(node) or (is_view(user) and user.target is not getitem and _crosses_as_view(user, node))
+        for user in node.users
+        if user not in behind and user.op != "output"
+    )
+
+
+def _crosses_as_view(view: Node, node: Node) -> bool:
+    return any(
+        layer_of(user) > layer_of(node) or (is_view(user) and _crosses_as_view(user, node))
+        for user in view.users
+        if user.op != "output"
+    )
+
+
+def layer_of(node: Node) -> int:
+    """Position in the stage of the layer that made it; -1 where there is none."""
+    return int((node.meta.get("custom") or {}).get("layer", -1))
+
+
+def _cheap(joint: Joint, behind: set[Node], chosen: set[Node]) -> set[Node]:
+    """Values that are cheap to make from what is kept anyway, where that frees memory; largest first."""
+    targets = [node for node in (*joint.input_grads, *joint.weight_grads) if node is not None]
+    constant = {*joint.params, *joint.batch, *joint.cotangents}
+    found: set[Node] = set()
+
+    def kept(again: set[Node]) -> list[Node]:
+        return [node for node in frontier(targets, behind | chosen | again) if node not in constant]
+
+    def total(again: set[Node]) -> int:
+        return sum(storage_bytes(node) or 0 for node in {base_of(node) for node in kept(again)})
+
+    best = total(found)
+    for node in sorted(kept(found), key=lambda node: -(storage_bytes(node) or 0)):
+        tried = found | _cheap_chain(node)
+        now = total(tried)
+        if now < best:
+            found, best = tried, now
+    return found
+
+
+def _cheap_chain(node: Node) -> set[Node]:
+    """The node and those before it, as far as they are cheap."""
+    chain: set[Node] = set()
+    left = [node]
+    while left:
+        each = left.pop()
+        if each not in chain and is_cheap(each):
+            chain.add(each)
+            left += each.all_input_nodes
+    return chain
+
+
+def is_cheap(node: Node) -> bool:
+    """Whether computing it takes about as long as reading and writing it."""
+    if node.op != "call_function":
+        return False
+    if node.target is getitem:
+        return is_cheap(node.args[0])  # type: ignore[arg-type]
+    if is_view(node) or node.target in _CHEAP:
+        return True
+    return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
+
+
+def early_gradients(joint: Joint, keep: Keep) -> set[int]:
+    """Numbers of the trainable holders whose gradients are computed in I.
+
+    Args:
+        joint: the captured stage.
+        keep: the choice.
+    """
+    if keep.early <= 0.0:
+        return set()
+    behind = depends_on(joint.graph, joint.cotangents)
+    input_grads = [node for node in joint.input_grads if node is not None]
+    in_i = _ancestors_within(input_grads, behind)
+    constant = {*joint.params, *joint.batch}
+    needs: dict[int, list[Node]] = {}
+    work: dict[int, float] = {}
+    for number, node in enumerate(joint.weight_grads):
+        if node is None or node in in_i or node not in behind:
+            continue
+        own = _ancestors_within([node], behind) - in_i
+        needs[number] = [base_of(each) for each in frontier([node], own) if each not in constant]
+        work[number] = cost_of(own)
+    sharing: dict[Node, int] = {}
+    for nodes in needs.values():
+        for node in nodes:
+            sharing[node] = sharing.get(node, 0) + 1
+    freed = {number: sum((storage_bytes(n) or 0) / sharing[n] for n in nodes) for number, nodes in needs.items()}
+    chosen: set[int] = set()
+    done, wanted = 0.0, keep.early * sum(work.values())
+    for number in sorted(needs, key=lambda number: (-freed[number] / max(work[number], 1.0), number)):
+        if done >= wanted:
+            break
+        chosen.add(number)
+        done += work[number]
+    return chosen
+
+
+def cost_of(nodes: Iterable[Node]) -> float:
+    """How long some operators take, in multiplications: those of products, and the bytes that the others touch."""
+    total = 0.0
+    for node in nodes:
+        if node.op != "call_function" or is_view(node) or node.target is getitem:
+            continue
+        if node.target in _PRODUCTS:
+            left, right = (node.args[place].meta["val"] for place in _PRODUCTS[node.target])  # type: ignore[union-attr]
+            total += float(left.numel() * right.shape[-1])
+        else:
+            value = node.meta["val"]
+            made = value if isinstance(value, (tuple, list)) else (value,)
+            read = [each.meta["val"] for each in node.all_input_nodes if isinstance(each.meta.get("val"), torch.Tensor)]
+            tensors = [each for each in (*made, *read) if isinstance(each, torch.Tensor)]
+            total += _BYTE * sum(float(each.numel() * each.element_size()) for each in tensors)
+    return total
+
+
+def _ancestors_within(nodes: Iterable[Node], inside: set[Node]) -> set[Node]:
+    """Nodes of a region that lead to these, with all outputs of operators that have several."""
+    found: set[Node] = set()
+    left = [node for node in nodes if node in inside]
+    while left:
+        node = left.pop()
+        if node not in found:
+            found.add(node)
+            left += [read for read in node.all_input_nodes if read in inside]
+    return found | {node for node in inside if node.target is getitem and node.args[0] in found}

@@ -1,0 +1,167 @@
+"""Compiled pieces: close to the oracle for every schedule, compiled once, and honest about what cannot be compiled."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import autofunc as af
+from autofunc.engine import compile as compile_module
+from autofunc.engine import matmul
+from autofunc.errors import AutofuncError, ModelError
+from autofunc.tree import flatten
+from tests.cases import make_case
+from tests.laws.test_pipeline_equals_oracle import pp_mesh
+from tests.pool import WorkerPool
+
+
+def assert_close(expected: Any, found: Any) -> None:
+    """Every gradient is within 1e-5 of the largest: one that is zero by symmetry has no digits of its own."""
+    left, right = flatten(expected), flatten(found)
+    assert list(left) == list(right)
+    largest = max(leaf.abs().max() for leaf in left.values())
+    for path in left:
+        assert (left[path] - right[path]).abs().max() <= 1e-5 * largest, path
+
+
+@pytest.mark.parametrize(
+    ("model_name", "name", "remat", "key"),
+    [*(("gpt2", name, None, None) for name in af.schedule.names()), ("mlp", "zb_h1", "layer", (3, 5))],
+)
+def test_close_to_the_oracle(model_name: str, name: str, remat: str | None, key: Any) -> None:
+    s = af.schedule.build(name, num_ranks=2, num_microbatches=4)
+    model, stages, loss, batch = make_case(model_name, s.num_stages, 8)
+    full = model.init(seed=7)
+    expected_loss, expected = af.reference_value_and_grad(model, loss, 4)(full, batch, key)
+    step = af.value_and_grad(af.pipeline(stages, s, loss=loss, compile=True, remat=remat))
+    for _ in range(2):
+        found_loss, found = step(full, batch, key)
+        torch.testing.assert_close(found_loss, expected_loss, rtol=1e-5, atol=0)
+        assert_close(expected, found)
+
+
+def compiled_on_gloo(name: str, num_ranks: int) -> None:
+    s = af.schedule.build(name, num_ranks=num_ranks, num_microbatches=4)
+    model, stages, loss, batch = make_case("gpt2", s.num_stages, 8)
+    full = model.init(seed=7)
+    expected_loss, expected = af.reference_value_and_grad(model, loss, 4)(full, batch)
+    pipe = af.pipeline(stages, s, loss=loss, mesh=pp_mesh(num_ranks), compile=True)
+    found_loss, found = af.value_and_grad(pipe)(pipe.place(full), batch)
+    torch.testing.assert_close(found_loss, expected_loss, rtol=1e-5, atol=0)
+    assert_close(expected, pipe.gather(found))
+
+
+@pytest.mark.parametrize(("name", "num_ranks"), [("zbv", 2), ("1f1b", 4)])
+def test_close_to_the_oracle_on_gloo(workers: WorkerPool, name: str, num_ranks: int) -> None:
+    workers.run(compiled_on_gloo, name, num_ranks)
+
+
+def test_equal_stages_are_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    compile_once = compile_module._compile
+
+    def counted(graph: Any, inputs: Any, key: str) -> Any:
+        calls.append(key)
+        return compile_once(graph, inputs, key)
+
+    monkeypatch.setattr(compile_module, "_compile", counted)
+    monkeypatch.setattr(compile_module, "_compiled", {})
+    layer = af.Layer(
+        init=lambda key: {"w": key.normal("w", (5, 5))}, apply=lambda p, x, b: (b["x"] if x is None else x.tanh()) @ p["w"]
+    )
+    model = af.Model({f"l.{index}": layer for index in range(6)})
+    s = af.schedule.build("zb_h1", num_ranks=6, num_microbatches=6)
+    pipe = af.pipeline(af.split(model, 6), s, loss=lambda out, mb: out.square().mean(), compile=True)
+    pipe.build({"x": torch.randn(6, 5)})
+    assert len(calls) == len(set(calls)), "no piece twice"
+    assert len(calls) <= 2 + 3 * 3, "a first, a middle and a last stage"
+    pipe.build({"x": torch.randn(6, 5)})
+
+
+def test_the_accumulator_is_added_to_by_the_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both rewrites, made to happen on small sizes, leave the numbers as they are."""
+    monkeypatch.setattr(matmul, "LARGE", 1)
+    monkeypatch.setattr(compile_module, "_compiled", {})
+    seen: list[str] = []
+    choose = compile_module.choose_matmuls
+
+    def look(graph: Any) -> None:
+        choose(graph)
+        seen.extend(str(node.target) for node in graph.nodes if node.op == "call_function")
+
+    monkeypatch.setattr(compile_module, "choose_matmuls", look)
+    s = af.schedule.build("zb_h1", num_ranks=2, num_microbatches=2)
+    model, stages, loss, batch = make_case("mlp", 2, 6)
+    full = model.init()
+    expected_loss, expected = af.reference_value_and_grad(model, loss, 2)(full, batch)
+    found_loss, found = af.value_and_grad(af.pipeline(stages, s, loss=loss, compile=True))(full, batch)
+    torch.testing.assert_close(found_loss, expected_loss, rtol=1e-5, atol=0)
+    assert_close(expected, found)
+    assert "aten.addmm_.default" in seen and "autofunc.linear.default" in seen
+    assert "aten.addmm.default" not in seen and "aten.mm.default" not in seen
+
+
+def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import cpp_builder
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    def none() -> str:
+        raise InvalidCxxCompiler
+
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", none)
+    s = af.schedule.build("1f1b", num_ranks=2, num_microbatches=2)
+    _, stages, loss, _ = make_case("mlp", 2, 4)
+    with pytest.raises(AutofuncError, match=r"needs a C\+\+ compiler.*install g\+\+"):
+        af.pipeline(stages, s, loss=loss, compile=True)
+
+
+def test_what_cannot_be_compiled_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(graph: Any, inputs: Any, key: str) -> Any:
+        raise NotImplementedError("no such operator")
+
+    monkeypatch.setattr(compile_module, "_compile", fails)
+    monkeypatch.setattr(compile_module, "_compiled", {})
+    s = af.schedule.build("1f1b", num_ranks=2, num_microbatches=2)
+    model, stages, loss, batch = make_case("mlp", 2, 4)
+    pipe = af.pipeline(stages, s, loss=loss, compile=True)
+    with pytest.raises(ModelError, match=r"forward of stage 0 .*cannot be compiled: .*no such operator.*compile=False"):
+        af.value_and_grad(pipe)(model.init(), batch)
+
+
+def test_low_precision_accumulates_in_fp32() -> None:
+    """256 + 1 + 1 + 1 + 1 is 260, and in bfloat16 it is 256."""
+    layer = af.Layer(
+        init=lambda key: {"w": key.ones("w", (1, 1))}, apply=lambda p, x, b: (b["x"] if x is None else x) @ p["w"]
+    )
+    model = af.Model({"first": layer, "last": layer})
+    batch = {"x": torch.tensor([[256.0], [1.0], [1.0], [1.0], [1.0]], dtype=torch.bfloat16)}
+    s = af.schedule.build("zb_h1", num_ranks=2, num_microbatches=5)
+    pipe = af.pipeline(af.split(model, 2), s, loss=lambda out, mb: (out.float().sum(), 1.0), compile=True)
+    _, found = af.value_and_grad(pipe)(model.init(dtype=torch.bfloat16), batch)
+    for leaf in flatten(found).values():
+        assert leaf.dtype == torch.bfloat16 and leaf.item() == 260 / 5
+
+
+def constant_inside(p: Any, x: Tensor, b: Any) -> Tensor:
+    return x @ p["w"] * torch.tensor([1.0, 2.0, 3.0, 4.0])
+
+
+def test_constants_travel_beside_the_code() -> None:
+    def init(key: Any) -> dict[str, Tensor]:
+        return {"w": key.normal("w", (4, 4))}
+
+    first = af.Layer(init=init, apply=lambda p, x, b: b["x"] @ p["w"])
+    model = af.Model({"first": first, "last": af.Layer(init=init, apply=constant_inside)})
+    batch, params = {"x": torch.randn(4, 4)}, model.init()
+
+    def loss(out: Tensor, mb: Any) -> Tensor:
+        return out.square().mean()
+
+    s = af.schedule.build("1f1b", num_ranks=2, num_microbatches=2)
+    expected_loss, expected = af.reference_value_and_grad(model, loss, 2)(params, batch)
+    found_loss, found = af.value_and_grad(af.pipeline(af.split(model, 2), s, loss=loss, compile=True))(params, batch)
+    torch.testing.assert_close(found_loss, expected_loss, rtol=1e-5, atol=0)
+    assert_close(expected, found)
