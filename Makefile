@@ -11,7 +11,7 @@ help:
 	@echo "make demo    train GPT-2 on two processes (about three minutes)"
 	@echo "make test    run all tests"
 	@echo "make lint    formatting, lints, types, import directions"
-	@echo "make bench   measure"
+	@echo "make bench   measure (about forty minutes)"
 
 setup: $(READY)
 
@@ -37,7 +37,12 @@ lint: $(READY)
 bench: $(READY)
 	$(BIN)/python bench/step_time.py
 	$(BIN)/python bench/engine_pieces.py
+	$(BIN)/python bench/engine_memory.py
+	$(BIN)/python bench/python_overhead.py
+	$(BIN)/python bench/against_torch.py --setting small
+	$(BIN)/python bench/against_torch.py --setting large --repetitions 5
 	$(BIN)/python bench/prediction.py
+	$(BIN)/python bench/matmul_kernels.py
 	$(BIN)/python bench/schedule_scale.py
 	$(BIN)/python bench/schedule_search.py
 

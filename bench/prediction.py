@@ -1,7 +1,8 @@
 """How well is a step's time predicted from costs measured in a run of another schedule?
 
-GPT-2 on two gloo processes with one thread each. Costs are measured in runs of the first schedule of each list, right
-before each run of another, because machines drift; that one is simulated with them and then run.
+GPT-2 on two gloo processes with one thread each. In every round each pipeline runs a profiled step, one after the other, so
+that all meet the same state of the machine; the first of each family also runs with every backward split, and its medians
+over rounds are the costs. Each of the others is simulated with them, and compared with the median of its own steps.
 
 Run: make bench, or python bench/prediction.py --repetitions 1
 """
@@ -16,12 +17,16 @@ import argparse
 import pickle
 import statistics
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from machine import describe_machine
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 import autofunc as af
@@ -31,31 +36,47 @@ FAMILIES = {
     1: ("1f1b", "gpipe", "zb_h1", "zb_h2"),
     2: ("interleaved_1f1b", "looped_bfs", "interleaved_zb", "zbv", "v_half"),
 }
-MICROBATCHES, STEPS = 8, 3
+MICROBATCHES = 8
+
+Found = list[tuple[int, str, float, float]]
+"""(repetition, schedule, predicted ms, measured ms)."""
 
 
-def one_process(rank: int, store: str, results: str, repetitions: int) -> None:
-    """Measure; the first process writes (repetition, schedule, predicted ms, measured ms)."""
+def middle(costs: Sequence[af.schedule.Costs]) -> af.schedule.Costs:
+    """Medians of every figure."""
+    f, i, w = (np.median([getattr(each, kind) for each in costs], axis=0).tolist() for kind in "FIW")
+    return af.schedule.Costs(f, i, w, comm=float(np.median([each.comm for each in costs])))
+
+
+def one_process(rank: int, store: str, results: str, repetitions: int, rounds: int, compiled: bool) -> None:
+    """Measure; the first process writes what was found."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)
     mesh = af.make_mesh(pp=2, device_type="cpu")
     model = build_gpt2_model(vocab_size=256, n_positions=128, n_embd=192, n_layer=4, n_head=6)
     ids = torch.randint(0, 256, (4 * MICROBATCHES, 129), generator=torch.Generator().manual_seed(0))
     batch = {"input_ids": ids[:, :-1], "labels": ids[:, 1:]}
-    found: list[tuple[int, str, float, float]] = []
+    found: Found = []
     for stages_per_rank, names in FAMILIES.items():
         stages = af.split(model, 2 * stages_per_rank)
         pipes: dict[str, Any] = {}
         for name in names:
             s = af.schedule.build(name, num_ranks=2, num_microbatches=MICROBATCHES)
-            pipes[name] = af.pipeline(stages, s, loss=af.losses.causal_lm, mesh=mesh)
+            pipes[name] = af.pipeline(stages, s, loss=af.losses.causal_lm, mesh=mesh, compile=compiled)
         params = {name: pipe.init() for name, pipe in pipes.items()}
-        for repetition in range(repetitions):
-            for name, pipe in pipes.items():
-                costs = pipes[names[0]].costs(params[names[0]], batch, steps=STEPS)
-                measured = pipe.profile(params[name], batch, steps=STEPS)
-                predicted = af.schedule.simulate(measured.schedule, costs, measured.edges)
-                found.append((repetition, name, predicted.makespan, measured.makespan))
+        for pipe, name in zip(pipes.values(), names, strict=True):
+            pipe.profile(params[name], batch, steps=1)
+        for repetition in track(range(repetitions), f"{names[0]} ...", disable=rank != 0, transient=True):
+            costs: list[af.schedule.Costs] = []
+            steps: dict[str, list[af.schedule.Timeline]] = {name: [] for name in names}
+            for _ in range(rounds):
+                costs.append(pipes[names[0]].costs(params[names[0]], batch, steps=1))
+                for name, pipe in pipes.items():
+                    steps[name].append(pipe.profile(params[name], batch, steps=1))
+            for name, timelines in steps.items():
+                predicted = af.schedule.simulate(timelines[0].schedule, middle(costs), timelines[0].edges)
+                measured = statistics.median(timeline.makespan for timeline in timelines)
+                found.append((repetition, name, predicted.makespan, measured))
     if rank == 0:
         Path(results).write_bytes(pickle.dumps(found))
     dist.destroy_process_group()
@@ -65,21 +86,25 @@ def main() -> None:
     """Run and print."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--repetitions", type=int, default=3)
-    repetitions = options.parse_args().repetitions
+    options.add_argument("--rounds", type=int, default=9, help="of each repetition, whose medians count")
+    options.add_argument("--compile", action="store_true")
+    given = options.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         store, results = str(Path(folder, "store")), str(Path(folder, "found.pkl"))
-        torch.multiprocessing.spawn(one_process, (store, results, repetitions), 2)
-        found = pickle.loads(Path(results).read_bytes())
-    table = Table(
-        "schedule", "costs from", *(f"predicted / measured ms, {1 + r}" for r in range(repetitions)), "median error"
-    )
+        torch.multiprocessing.spawn(one_process, (store, results, given.repetitions, given.rounds, given.compile), 2)
+        found: Found = pickle.loads(Path(results).read_bytes())
+    console = Console()
+    console.print(describe_machine())
+    table = Table("schedule", *(f"{1 + r}" for r in range(given.repetitions)), "errors", "within 5 %")
+    table.title = "predicted / measured ms in each repetition"
     for names in FAMILIES.values():
         for name in names:
             pairs = [(predicted, measured) for _, which, predicted, measured in found if which == name]
             errors = [predicted / measured - 1 for predicted, measured in pairs]
             cells = [f"{predicted:.0f} / {measured:.0f}" for predicted, measured in pairs]
-            table.add_row(name, names[0], *cells, f"{statistics.median(errors):+.1%}")
-    Console().print(table)
+            near = sum(abs(each) <= 0.05 for each in errors)
+            table.add_row(name, *cells, " ".join(f"{each:+.1%}" for each in errors), f"{near} of {len(errors)}")
+    console.print(table)
 
 
 if __name__ == "__main__":

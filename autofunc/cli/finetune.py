@@ -11,6 +11,7 @@ from rich.console import Console
 
 from autofunc.config import load_config, parse_config
 from autofunc.errors import MeshError
+from autofunc.train.budget import check_budget
 from autofunc.train.launch import is_worker, launch, run_worker
 from autofunc.train.recipe import default_output_dir, prepare
 from autofunc.train.run import run
@@ -35,6 +36,7 @@ def finetune_llm(config_path: str, overrides: Sequence[str], nproc_per_node: int
     with Console(stderr=True).status(f"checking {config_path}"):  # reads the data; shown on terminals
         config = parse_config(load_config(config_path, overrides))
         recipe = prepare(config)
+        check_budget(recipe)
     if nproc_per_node is not None and nproc_per_node != recipe.num_ranks:
         raise MeshError(
             f"--nproc-per-node {nproc_per_node} does not match distributed.pp_size={recipe.num_ranks}; they must be equal"

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from autofunc.config.units import parse_bytes
 from autofunc.errors import ConfigError, one_of
 
 Positive = Annotated[int, Field(ge=1)]
@@ -25,6 +26,8 @@ def _check_one(size: int) -> int:
 
 
 OnlyOne = Annotated[int, AfterValidator(_check_one)]
+
+Bytes = Annotated[int, BeforeValidator(parse_bytes)]
 
 Target = Annotated[dict[str, Any], AfterValidator(_check_target)]
 """A section that names a callable in `_target_`; its other keys are the callable's arguments."""
@@ -59,10 +62,18 @@ class Distributed(Section):
     )  # fmt: skip
     schedule: str = Field(
         "1f1b",
-        description="a named pipeline schedule, a table in a .csv or .json file, or a function: path/to/file.py:name",
-    )
+        description="a named pipeline schedule, a table in a .csv or .json file, or a function: path/to/file.py:name; "
+        "auto searches for one with costs measured at the start of the run",
+    )  # fmt: skip
     engine: Literal["graph", "eager"] = Field(
         "graph", description="how stages are differentiated: captured once, or by autograd"
+    )
+    compile: bool = Field(False, description="run the captured stages as compiled code")
+    remat: Literal["layer", "stage", "auto"] | None = Field(
+        None, description="what the backward computes again instead of keeping it"
+    )
+    memory_budget: Bytes | None = Field(
+        None, description="bytes of a rank that remat auto, or else schedule auto, keeps within"
     )
     threads_per_rank: Positive = Field(1, description="CPU threads of each process")
     timeout_minutes: float = Field(10.0, gt=0, description="a rank that waits longer for another ends the run")

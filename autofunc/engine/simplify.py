@@ -1,14 +1,17 @@
-"""Drop operators that do nothing: detaches, views that change no shape, transposes that undo each other.
+"""Drop operators that do nothing: detaches, views that change nothing or exist already, transposes that undo each other.
 
 Autograd leaves many of them in a captured graph. In a small layer each costs about as much as an operator that computes.
 """
 
 from __future__ import annotations
 
+from operator import getitem
 from typing import Any
 
 import torch
 from torch import fx
+
+from autofunc.engine.views import is_view
 
 Node = fx.Node
 
@@ -18,10 +21,14 @@ _RESHAPES = (_aten.view.default, _aten._unsafe_view.default)
 
 def simplify(graph: fx.Graph) -> None:
     """Change a graph of functional operators in place; every value that is left has the same bits."""
+    views: dict[Any, Node] = {}
     for node in list(graph.nodes):
         if node.op != "call_function":
             continue
         same = _same_as(node)
+        if same is None and is_view(node) and node.target is not getitem:
+            same = views.setdefault((node.target, repr(node.args), repr(node.kwargs)), node)
+            same = None if same is node else same
         if same is not None:
             node.replace_all_uses_with(same)
             graph.erase_node(node)

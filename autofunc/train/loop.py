@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -50,9 +50,14 @@ def train(
         reporter: told of every step.
         metrics: where every step is written; None on all ranks but the first.
     """
-    pipe = pipeline(recipe.stages, recipe.schedule, loss=recipe.loss, mesh=mesh, engine=recipe.engine)
+    pipe = build_pipe(recipe, mesh)
     validation_pipe = pipeline(
-        recipe.stages, recipe.schedule, loss=_with_weight(recipe.loss), mesh=mesh, engine=recipe.engine
+        recipe.stages,
+        recipe.schedule,
+        loss=_with_weight(recipe.loss),
+        mesh=mesh,
+        engine=recipe.options.engine,
+        compile=recipe.options.compile,  # nothing is kept without a backward, so there is no choice of what to keep
     )
     step_function = value_and_grad(pipe)
     params = pipe.init(recipe.seed, device)
@@ -63,7 +68,7 @@ def train(
 
     clock = time.perf_counter()
     for step, batch in enumerate(itertools.islice(_endless(loader), recipe.num_steps), start=1):
-        batch = _to(batch, device)
+        batch = to_device(batch, device)
         loss, grads = step_function(params, batch, key=(recipe.seed, step))
         params, state = recipe.optimizer.update(grads, state, params)
         loss_value = loss.item()
@@ -84,6 +89,11 @@ def train(
     return TrainResult(pipe, params, recipe.num_steps, loss_value, validation_loss, training_seconds)
 
 
+def build_pipe(recipe: Recipe, mesh: DeviceMesh | None) -> Pipeline:
+    """The pipeline of a recipe."""
+    return pipeline(recipe.stages, recipe.schedule, loss=recipe.loss, mesh=mesh, **asdict(recipe.options))
+
+
 def validate(recipe: Recipe, pipe: Pipeline, params: TensorDict, device: torch.device, reporter: Reporter) -> float | None:
     """The mean loss over the validation dataset, weighted as the loss says; None without a validation dataset.
 
@@ -99,7 +109,7 @@ def validate(recipe: Recipe, pipe: Pipeline, params: TensorDict, device: torch.d
     total, weight = 0.0, 0.0
     loader = recipe.make_validation_loader()
     for index, batch in enumerate(loader, start=1):
-        loss, batch_weight = pipe(params, _to(batch, device), has_aux=True)
+        loss, batch_weight = pipe(params, to_device(batch, device), has_aux=True)
         reporter.validating(index, len(loader))
         total += loss.item() * batch_weight.item()
         weight += batch_weight.item()
@@ -121,7 +131,8 @@ def _endless(loader: Iterable[dict[str, Any]]) -> Iterable[dict[str, Any]]:
         yield from loader
 
 
-def _to(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """The batch with its tensors on a device."""
     return tree.map_leaves(  # type: ignore[no-any-return]
         lambda leaf: leaf.to(device, non_blocking=True) if isinstance(leaf, torch.Tensor) else leaf, dict(batch)
     )

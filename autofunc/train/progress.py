@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Protocol
 
@@ -89,3 +91,19 @@ class ProgressReporter:
     def validation(self, step: int, loss: float) -> None:
         """See `Reporter.validation`."""
         self._console.print(f"step {step}: validation loss: {loss:.4f}", highlight=False)
+
+
+@contextmanager
+def search_bar(console: Console, seconds: float) -> Iterator[Callable[[float, float], None]]:
+    """A bar while a schedule is searched for, gone when that ends; nothing where there is no terminal.
+
+    Yields what `schedule.search` tells (elapsed seconds, best step time in ms).
+    """
+    columns = (
+        TextColumn("searching for a schedule"),
+        BarColumn(bar_width=None),
+        TextColumn("best {task.fields[best]:.3g} ms"),
+    )
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("searching", total=seconds, best=float("inf"))
+        yield lambda elapsed, best: bar.update(task, completed=elapsed, best=best)

@@ -14,12 +14,14 @@ from autofunc import losses
 from autofunc.batch import split_batch
 from autofunc.config import FinetuneConfig, check_arguments, instantiate, resolve_target
 from autofunc.data import collate, make_loader
-from autofunc.errors import AutofuncError, ConfigError, ModelError, ScheduleError
+from autofunc.engine import EngineOptions, require_compiler
+from autofunc.errors import AutofuncError, ConfigError, ModelError
 from autofunc.losses import Loss
 from autofunc.model import Model
 from autofunc.optim import Optimizer, optimizer
-from autofunc.schedule import Schedule, build, default_stages_per_rank, is_looped, is_named
-from autofunc.splitting import Stage, infer_boundaries, split
+from autofunc.schedule import Schedule
+from autofunc.splitting import Stage, infer_boundaries
+from autofunc.train.layout import is_auto, stages_and_schedule
 from autofunc.tree import to_tensordict
 
 
@@ -29,8 +31,10 @@ class Recipe:
 
     model: Model
     stages: tuple[Stage, ...]
-    schedule: Schedule
-    engine: str
+    schedule: Schedule  # to train with; of a run that searches, to measure costs with
+    searches: bool  # whether a schedule is searched for when the run starts
+    search_budget: int | None  # bytes of residuals that it keeps within; None: as many activations as 1F1B
+    options: EngineOptions
     loss: Loss
     optimizer: Optimizer
     dataset: Any
@@ -40,12 +44,17 @@ class Recipe:
     num_steps: int
     val_every_steps: int | None
     seed: int
+    rows: int  # of a batch
     notes: tuple[str, ...]  # what the user should know about how the configuration was read
 
     @property
     def num_ranks(self) -> int:
         """Processes the run needs."""
         return self.schedule.num_ranks
+
+    def example(self) -> dict[str, Any]:
+        """A batch of the dataset's first rows, to measure on."""
+        return collate([self.dataset[index] for index in range(min(self.rows, len(self.dataset)))], self.rows)
 
 
 def prepare(config: FinetuneConfig) -> Recipe:
@@ -58,7 +67,11 @@ def prepare(config: FinetuneConfig) -> Recipe:
     model = instantiate(config.model, "model")
     if not isinstance(model, Model):
         raise ConfigError(f"model: {config.model['_target_']} returned {type(model).__name__}; expected an af.Model")
-    stages, schedule = _stages_and_schedule(config, model, notes)
+    stages, schedule = stages_and_schedule(config, model, notes)
+    options, search_budget = _engine_options(config)
+    searches = is_auto(config) and schedule.num_ranks > 1
+    if search_budget is not None and not searches:
+        notes.append("pp_size is 1, so memory_budget has no search to limit")
     loss = _loss(config)
     make_optimizer = _optimizer(config)
 
@@ -92,7 +105,9 @@ def prepare(config: FinetuneConfig) -> Recipe:
         model=model,
         stages=tuple(stages),
         schedule=schedule,
-        engine=config.distributed.engine,
+        searches=searches,
+        search_budget=search_budget if searches else None,
+        options=options,
         loss=loss,
         optimizer=make_optimizer,
         dataset=dataset,
@@ -102,6 +117,7 @@ def prepare(config: FinetuneConfig) -> Recipe:
         num_steps=min(steps, config.step_scheduler.max_steps or steps),
         val_every_steps=config.step_scheduler.val_every_steps,
         seed=config.seed,
+        rows=rows,
         notes=tuple(dict.fromkeys(notes)),
     )
 
@@ -113,76 +129,36 @@ def default_output_dir(config_path: str | Path) -> Path:
     return next(candidate for candidate in candidates if not candidate.exists())
 
 
-def _count_microbatches(config: FinetuneConfig) -> int:
-    rows, per_microbatch = config.step_scheduler.global_batch_size, config.step_scheduler.local_batch_size
-    if rows % per_microbatch:
-        fitting = [size for size in range(1, rows + 1) if rows % size == 0]
-        nearest = min(fitting, key=lambda size: abs(size - per_microbatch))
+def _engine_options(config: FinetuneConfig) -> tuple[EngineOptions, int | None]:
+    """How stages are differentiated, and the bytes that a search for a schedule keeps within."""
+    wanted = config.distributed
+    remat, budget = wanted.remat, wanted.memory_budget
+    if remat == "auto" and budget is None:
         raise ConfigError(
-            f"step_scheduler: global_batch_size={rows} is not divisible by local_batch_size={per_microbatch} (the rows of "
-            f"one microbatch); the nearest that divides it is {nearest}"
+            "distributed: remat=auto needs memory_budget, the bytes that may be alive on a rank, such as 2GiB; "
+            "remat: layer and remat: stage need none"
         )
-    return rows // per_microbatch
-
-
-def _stages_and_schedule(config: FinetuneConfig, model: Model, notes: list[str]) -> tuple[list[Stage], Schedule]:
-    """The stages that split_points give, and the schedule with as many of them on each rank."""
-    num_microbatches = _count_microbatches(config)
-    name, num_ranks, points = config.distributed.schedule, config.distributed.pp_size, config.distributed.split_points
-    if not is_named(name) or "." in name:
-        return _stages_and_own_schedule(name, num_ranks, num_microbatches, model, points)
-    try:
-        per_rank = default_stages_per_rank(name)
-    except ScheduleError as error:
-        raise ConfigError(f"distributed.schedule: {error}") from error
-    try:
-        stages = split(model, num_ranks * per_rank if points is None else points)
-    except AutofuncError as error:
-        raise ConfigError(f"distributed.split_points: {error}") from error
-    if num_ranks == 1 and per_rank == 1 and len(stages) > 1:
-        notes.append("pp_size is 1, so the model is one stage and split_points are not used")
-        stages = split(model, 1)
-    smallest = num_ranks * per_rank
-    if len(stages) % num_ranks or len(stages) < smallest or (len(stages) > smallest and not is_looped(name)):
-        multiple = " (or a larger multiple)" if is_looped(name) else ""
+    if budget is not None and remat != "auto" and not is_auto(config):
         raise ConfigError(
-            f"distributed: pp_size={num_ranks} with schedule {name} needs {smallest} stages{multiple}, but "
-            f"split_points={points} gives {len(stages)}; give {smallest - 1} split points, or set pp_size: "
-            f"{max(len(stages) // per_rank, 1)}"
+            f"distributed: memory_budget={budget} goes with remat: auto, which chooses what to compute again within it, or "
+            f"with schedule: auto, which searches within it; got remat={remat or 'none'} and schedule={wanted.schedule}"
         )
-    try:
-        schedule = build(
-            name,
-            num_ranks=num_ranks,
-            num_microbatches=num_microbatches,
-            stages_per_rank=len(stages) // num_ranks,
-        )
-    except ScheduleError as error:
-        raise ConfigError(f"distributed.schedule: {error}") from error
-    return stages, schedule
-
-
-def _stages_and_own_schedule(
-    name: str, num_ranks: int, num_microbatches: int, model: Model, points: list[str] | int | None
-) -> tuple[list[Stage], Schedule]:
-    """The schedule of a table or of a user's function, and the stages it is for."""
-    source = resolve_target(name, "distributed.schedule") if is_named(name) else name
-    try:
-        schedule = build(source, num_ranks=num_ranks, num_microbatches=num_microbatches)
-    except AutofuncError as error:
-        raise ConfigError(f"distributed.schedule: {error}") from error
-    except Exception as error:
-        raise ConfigError(f"distributed.schedule: {name} failed: {type(error).__name__}: {error}") from error
-    try:
-        stages = split(model, schedule.num_stages if points is None else points)
-    except AutofuncError as error:
-        raise ConfigError(f"distributed.split_points: {error}") from error
-    if len(stages) != schedule.num_stages:
+    search_budget = budget if remat != "auto" else None
+    if search_budget is not None and wanted.engine != "graph":
         raise ConfigError(
-            f"distributed: schedule {name} has {schedule.num_stages} stages, but split_points={points} gives "
-            f"{len(stages)}; give {schedule.num_stages - 1} split points"
+            f"distributed: memory_budget={budget} with schedule auto counts the bytes of captured stages, so it needs "
+            f"engine: graph; got {wanted.engine}"
         )
-    return stages, schedule
+    try:
+        options = EngineOptions(wanted.engine, wanted.compile, remat, budget if remat == "auto" else None)
+    except AutofuncError as error:
+        raise ConfigError(f"distributed: {error}") from error
+    if options.compile:
+        try:
+            require_compiler()
+        except AutofuncError as error:
+            raise ConfigError(f"distributed.compile: {error}") from error
+    return options, search_budget
 
 
 def _loss(config: FinetuneConfig) -> Loss:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -16,8 +17,9 @@ from autofunc.config import FinetuneConfig
 from autofunc.errors import MeshError
 from autofunc.explain import explain
 from autofunc.mesh import make_mesh
-from autofunc.schedule import simulate
+from autofunc.schedule import simulate, write_file
 from autofunc.splitting import parameter_count
+from autofunc.train.autoschedule import find_schedule
 from autofunc.train.loop import train
 from autofunc.train.metrics import MetricsFile, draw_loss_curve
 from autofunc.train.progress import ProgressReporter, Silent
@@ -38,6 +40,8 @@ def run(recipe: Recipe, config: FinetuneConfig, output_dir: Path) -> None:
     if is_first:
         _lead(recipe, mesh, device, output_dir)
     else:
+        if recipe.searches and mesh is not None:
+            recipe = replace(recipe, schedule=find_schedule(recipe, mesh, device, None).schedule)
         result = train(recipe, mesh, device, Silent(), None)
         result.pipe.gather(result.params)
     if mesh is not None:  # not after an error: that must be recorded before the others see the connection close
@@ -57,13 +61,21 @@ def _lead(recipe: Recipe, mesh: DeviceMesh | None, device: torch.device, output_
     show(f"data: {recipe.dataset!r}")
     if recipe.validation_dataset is not None:
         show(f"validation: {recipe.validation_dataset!r}")
+    timeline = simulate(recipe.schedule)
+    if recipe.searches and mesh is not None:
+        found = find_schedule(recipe, mesh, device, console)
+        recipe, timeline = replace(recipe, schedule=found.schedule), found.timeline
+        for line in found.report():
+            show(line)
+        output_dir.mkdir(parents=True, exist_ok=True)
+        write_file(found.schedule, output_dir / "schedule.csv")
+        show(f"written to {output_dir / 'schedule.csv'}, which distributed.schedule takes to use it again")
     colour = console.is_terminal and not console.no_color
     sys.stdout.write(explain(recipe.stages, recipe.schedule, colour=colour) + "\n")  # it brings its own colours
     sys.stdout.flush()
 
     metrics = MetricsFile(output_dir / "metrics.jsonl")
-    bubble = simulate(recipe.schedule).bubble_fraction
-    with ProgressReporter(console, recipe.num_steps, bubble) as reporter:
+    with ProgressReporter(console, recipe.num_steps, timeline.bubble_fraction) as reporter:
         result = train(recipe, mesh, device, reporter, metrics)
     metrics.close()
     draw_loss_curve(output_dir / "metrics.jsonl", output_dir / "loss.png")

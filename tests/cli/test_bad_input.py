@@ -95,6 +95,44 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *wo
         (["--dataset._target_", "model.py:empty"], "dataset has no rows"),
         (["--dataset._target_", "model.py:number"], "int has no length or no rows by index"),
         (["output_dir=a: b"], "override output_dir='a: b' is not YAML"),
+        (
+            ["distributed.memory_budget=3kX"],
+            "distributed.memory_budget: expected a number of bytes, such as 2000000, 512M",
+        ),
+        (["distributed.memory_budget=true"], "distributed.memory_budget: expected a number of bytes"),
+        (["distributed.memory_budget=1MB"], "memory_budget=1000000 goes with remat: auto, which chooses"),
+        (
+            ["distributed.memory_budget=1MB", "distributed.remat=layer"],
+            "or with schedule: auto, which searches within it; got remat=layer and schedule=1f1b",
+        ),
+        (["distributed.remat=auto"], "distributed: remat=auto needs memory_budget, the bytes that may be alive on a rank"),
+        (["distributed.remat=layers"], "distributed.remat: input should be 'layer', 'stage' or 'auto'; got 'layers'"),
+        (
+            ["distributed.remat=auto", "distributed.memory_budget=3kB"],
+            "distributed: memory_budget=3,000 bytes: rank 0 with schedule 1f1b keeps at least",
+        ),
+        (
+            ["distributed.remat=auto", "distributed.memory_budget=1MB", "distributed.engine=eager"],
+            'distributed: remat="auto" weighs captured stages, so it needs engine="graph"',
+        ),
+        (["distributed.compile=1"], "distributed.compile: input should be a valid boolean; got 1"),
+        (
+            ["distributed.compile=true", "distributed.engine=eager"],
+            'distributed: compile=True compiles captured stages, so it needs engine="graph"',
+        ),
+        (["distributed.schedule=aut"], "or auto, which searches for one"),
+        (
+            ["distributed.schedule=auto", "--distributed.split_points", "[h.0, h.1]"],
+            "with schedule auto needs a multiple of 2 stages, such as 2 or 4, but split_points=['h.0', 'h.1'] gives 3",
+        ),
+        (
+            ["distributed.schedule=auto", "distributed.memory_budget=3kB"],
+            "distributed.memory_budget=3000 is too small for schedule auto: memory_limit=3000 on rank 0: one microb",
+        ),
+        (
+            ["distributed.schedule=auto", "distributed.memory_budget=3kB", "distributed.engine=eager"],
+            "with schedule auto counts the bytes of captured stages, so it needs engine: graph; got eager",
+        ),
         (["--seed"], "override '--seed' has no value"),
         (["stray"], "override 'stray' has no value"),
     ],
@@ -131,6 +169,19 @@ def test_files_that_say_something_else(
     (folder / "other.yaml").write_text(f"{text}\n{rest}")
     code, error = run(monkeypatch, capsys, "finetune", "llm", "-c", "other.yaml")
     assert code == 2 and message in error
+
+
+def test_no_compiler(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from torch._inductor import cpp_builder
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    def none() -> str:
+        raise InvalidCxxCompiler
+
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", none)
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    code, error = run(monkeypatch, capsys, "finetune", "llm", "-c", "cfg.yaml", "distributed.compile=true")
+    assert code == 2 and error.startswith("error: distributed.compile: compile=True needs a C++ compiler")
 
 
 def test_missing_file(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from autofunc import schedule
 from tests.cases import assert_same_tree
 
 ROOT = Path(__file__).parent.parent.parent
@@ -119,8 +120,8 @@ def test_trains_on_two_processes(folder: Path, two_processes: subprocess.Complet
 
 @pytest.mark.parametrize(
     "words",
-    [("--distributed.pp_size", "1"), ("distributed.schedule=gpipe",)],
-    ids=["one process", "gpipe"],
+    [("--distributed.pp_size", "1"), ("distributed.schedule=gpipe",), ("distributed.remat=layer",)],
+    ids=["one process", "gpipe", "remat"],
 )
 def test_every_layout_gives_the_same(
     folder: Path, two_processes: subprocess.CompletedProcess[str], words: tuple[str, ...], request: pytest.FixtureRequest
@@ -133,6 +134,22 @@ def test_every_layout_gives_the_same(
     expected, found = (load_file(each / "model.safetensors") for each in (folder / "runs" / "cfg", output))
     assert_same_tree(expected, found)
     assert "head.weight" not in found
+
+
+def test_a_searched_schedule_gives_the_same(folder: Path, two_processes: subprocess.CompletedProcess[str]) -> None:
+    done = start(folder, "finetune", "llm", "-c", "cfg.yaml", "distributed.schedule=auto", "--output_dir", "auto")
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert losses(folder / "auto") == losses(folder / "runs" / "cfg"), "bit for bit"
+    assert metrics(folder / "auto")[-1]["validation_loss"] == metrics(folder / "runs" / "cfg")[-1]["validation_loss"]
+    expected, found = (load_file(folder / name / "model.safetensors") for name in ("runs/cfg", "auto"))
+    assert_same_tree(expected, found)
+    words = " ".join(done.stdout.split())
+    chosen = re.search(r"ms of a microbatch by stage: F .* schedule auto: (\w+), [\d.]+ ms a step predicted", words)
+    assert chosen and f"schedule {chosen[1]}: 2 ranks, 4 microbatches" in words, "it is drawn"
+    assert "written to auto/schedule.csv, which distributed.schedule takes to use it again" in words
+    written = schedule.read_file(folder / "auto" / "schedule.csv")
+    schedule.validate(written)
+    assert written.in_order and (written.num_ranks, written.num_stages, written.num_microbatches) == (2, 2, 4)
 
 
 def test_the_same_file_under_torchrun(folder: Path, two_processes: subprocess.CompletedProcess[str]) -> None:

@@ -1,0 +1,28 @@
+"""Sizes as people write them: `512MB` is 512 times 1000 * 1000 bytes, `2GiB` is 2 times 1024 * 1024 * 1024."""
+
+from __future__ import annotations
+
+import re
+
+_NUMBER_AND_UNIT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", re.IGNORECASE)
+_UNITS: dict[str, int] = {"": 1, "b": 1}
+for _power, _letter in enumerate("kmgt", start=1):
+    _UNITS |= {f"{_letter}b": 10 ** (3 * _power), f"{_letter}ib": 2 ** (10 * _power)}
+
+
+def parse_bytes(given: object) -> int:
+    """A number of bytes: given as a whole number, or as text with a unit, upper or lower case.
+
+    Raises:
+        ValueError: saying what would be one.
+    """
+    if isinstance(given, (int, float)) and not isinstance(given, bool) and given >= 1 and given == given // 1:
+        return int(given)
+    found = _NUMBER_AND_UNIT.fullmatch(given) if isinstance(given, str) else None
+    if found and found[2].lower() in _UNITS:
+        size = round(float(found[1]) * _UNITS[found[2].lower()])
+        if size >= 1:
+            return size
+    raise ValueError(
+        "expected a number of bytes, such as 2000000, 512MB or 2GiB (units B, kB, MB, GB, TB, KiB, MiB, GiB, TiB)"
+    )

@@ -1,0 +1,114 @@
+"""How a configuration lays a model out: its stages, and the schedule with as many of them on each rank."""
+
+from __future__ import annotations
+
+from autofunc.config import FinetuneConfig, resolve_target
+from autofunc.errors import AutofuncError, ConfigError, ScheduleError
+from autofunc.model import Model
+from autofunc.schedule import Schedule, build, default_stages_per_rank, is_looped, is_named
+from autofunc.splitting import Stage, split
+
+Points = list[str] | int | None
+
+
+def is_auto(config: FinetuneConfig) -> bool:
+    """Whether the schedule is to be searched for."""
+    return config.distributed.schedule.lower() == "auto"
+
+
+def stages_and_schedule(config: FinetuneConfig, model: Model, notes: list[str]) -> tuple[list[Stage], Schedule]:
+    """The stages that split_points give, and their schedule; for `auto` the one that costs are measured with.
+
+    Args:
+        config: what is wanted.
+        model: what is split.
+        notes: told of everything that is done otherwise than the configuration says.
+
+    Raises:
+        ConfigError: when they do not fit each other.
+    """
+    num_microbatches = _count_microbatches(config)
+    name, num_ranks, points = config.distributed.schedule, config.distributed.pp_size, config.distributed.split_points
+    if is_auto(config):
+        return _to_measure(num_ranks, num_microbatches, model, points, notes)
+    if not is_named(name) or "." in name:
+        return _own(name, num_ranks, num_microbatches, model, points)
+    try:
+        per_rank = default_stages_per_rank(name)
+    except ScheduleError as error:
+        raise ConfigError(f"distributed.schedule: {error}; or auto, which searches for one") from error
+    stages = _split(model, points, num_ranks * per_rank)
+    if num_ranks == 1 and per_rank == 1 and len(stages) > 1:
+        notes.append("pp_size is 1, so the model is one stage and split_points are not used")
+        stages = split(model, 1)
+    smallest = num_ranks * per_rank
+    if len(stages) % num_ranks or len(stages) < smallest or (len(stages) > smallest and not is_looped(name)):
+        multiple = " (or a larger multiple)" if is_looped(name) else ""
+        raise ConfigError(
+            f"distributed: pp_size={num_ranks} with schedule {name} needs {smallest} stages{multiple}, but "
+            f"split_points={points} gives {len(stages)}; give {smallest - 1} split points, or set pp_size: "
+            f"{max(len(stages) // per_rank, 1)}"
+        )
+    return stages, _named(name, num_ranks, num_microbatches, len(stages) // num_ranks)
+
+
+def _to_measure(
+    num_ranks: int, num_microbatches: int, model: Model, points: Points, notes: list[str]
+) -> tuple[list[Stage], Schedule]:
+    """The stages of `auto`, and the plainest schedule for as many."""
+    stages = _split(model, points, num_ranks)
+    per_rank, left = divmod(len(stages), num_ranks)
+    if left:
+        near = " or ".join(str(number * num_ranks) for number in (per_rank, per_rank + 1) if number)
+        raise ConfigError(
+            f"distributed: pp_size={num_ranks} with schedule auto needs a multiple of {num_ranks} stages, such as {near}, "
+            f"but split_points={points} gives {len(stages)}"
+        )
+    name = "1f1b" if per_rank == 1 else "interleaved_1f1b"
+    if num_ranks == 1:
+        notes.append(f"pp_size is 1, so schedule auto has nothing to search for: it is {name}")
+    return stages, _named(name, num_ranks, num_microbatches, per_rank)
+
+
+def _own(name: str, num_ranks: int, num_microbatches: int, model: Model, points: Points) -> tuple[list[Stage], Schedule]:
+    """The schedule of a table or of a user's function, and the stages it is for."""
+    source = resolve_target(name, "distributed.schedule") if is_named(name) else name
+    try:
+        schedule = build(source, num_ranks=num_ranks, num_microbatches=num_microbatches)
+    except AutofuncError as error:
+        raise ConfigError(f"distributed.schedule: {error}") from error
+    except Exception as error:
+        raise ConfigError(f"distributed.schedule: {name} failed: {type(error).__name__}: {error}") from error
+    stages = _split(model, points, schedule.num_stages)
+    if len(stages) != schedule.num_stages:
+        raise ConfigError(
+            f"distributed: schedule {name} has {schedule.num_stages} stages, but split_points={points} gives "
+            f"{len(stages)}; give {schedule.num_stages - 1} split points"
+        )
+    return stages, schedule
+
+
+def _named(name: str, num_ranks: int, num_microbatches: int, stages_per_rank: int) -> Schedule:
+    try:
+        return build(name, num_ranks=num_ranks, num_microbatches=num_microbatches, stages_per_rank=stages_per_rank)
+    except ScheduleError as error:
+        raise ConfigError(f"distributed.schedule: {error}") from error
+
+
+def _split(model: Model, points: Points, default: int) -> list[Stage]:
+    try:
+        return split(model, default if points is None else points)
+    except AutofuncError as error:
+        raise ConfigError(f"distributed.split_points: {error}") from error
+
+
+def _count_microbatches(config: FinetuneConfig) -> int:
+    rows, per_microbatch = config.step_scheduler.global_batch_size, config.step_scheduler.local_batch_size
+    if rows % per_microbatch:
+        fitting = [size for size in range(1, rows + 1) if rows % size == 0]
+        nearest = min(fitting, key=lambda size: abs(size - per_microbatch))
+        raise ConfigError(
+            f"step_scheduler: global_batch_size={rows} is not divisible by local_batch_size={per_microbatch} (the rows of "
+            f"one microbatch); the nearest that divides it is {nearest}"
+        )
+    return rows // per_microbatch
