@@ -1,7 +1,8 @@
 """Which kernel runs a matrix product in compiled pieces. Choices are by shape alone, so every run makes the same.
 
-- A weight's gradient is added by the product itself (`addmm_` into the accumulator): 1.02 to 1.6 times as fast as a product
-  and an addition. The bits are not those of the addition, so only compiled pieces do it.
+- A weight's gradient of at least `MEDIUM` multiplications is added by the product itself (`addmm_` into the accumulator):
+  1.02 to 1.6 times as fast as a product and an addition; below, calling the operator costs more than that saves. The bits
+  are not those of the addition, so only compiled pieces do it.
 - On the CPU, products of at least `LARGE` multiplications go to oneDNN, which torch 2.13 uses for inference only: 1.05 to
   1.2 times as fast as MKL from there on, slower below (`bench/matmul_kernels.py`).
 """
@@ -15,6 +16,8 @@ from torch import fx
 
 Node = fx.Node
 
+MEDIUM = 1 << 21
+"""Multiplications of a product from which adding inside it is faster."""
 LARGE = 1 << 24
 """Multiplications of a product from which oneDNN is faster."""
 
@@ -55,7 +58,7 @@ def _fuse_accumulation(graph: fx.Graph, copy: Node) -> None:
     product = added.args[1]
     if not isinstance(product, Node) or product.target is not _aten.mm.default or len(product.users) != 1:
         return
-    if _value(product).dtype != _value(total).dtype:
+    if _value(product).dtype != _value(total).dtype or _work(product) < MEDIUM:
         return
     with graph.inserting_before(copy):
         fused = graph.call_function(_aten.addmm_.default, (total, *product.args))
@@ -75,7 +78,7 @@ def _use_onednn(graph: fx.Graph, node: Node) -> None:
     left, right, out = (_value(part) for part in (x, w, node))
     if out.device.type != "cpu" or out.dtype != torch.float32 or (bias is not None and _value(bias).dim() != 1):
         return
-    if left.shape[0] * left.shape[1] * right.shape[1] < LARGE or not left.is_contiguous():
+    if _work(node) < LARGE or not left.is_contiguous():
         return
     with graph.inserting_before(node):
         if isinstance(w, Node) and w.target is _aten.permute.default and _value(w.args[0]).is_contiguous():
@@ -87,6 +90,12 @@ def _use_onednn(graph: fx.Graph, node: Node) -> None:
     linear.meta["val"] = out
     node.replace_all_uses_with(linear)
     graph.erase_node(node)
+
+
+def _work(product: Node) -> int:
+    """Multiplications of a product."""
+    left, right = (_value(part) for part in product.args[-2:])
+    return int(left.shape[0] * left.shape[1] * right.shape[1])
 
 
 def _value(node: Any) -> Any:
