@@ -2,7 +2,8 @@
 
 GPT-2 on two gloo processes with one thread each. In every round each pipeline runs a profiled step, one after the other, so
 that all meet the same state of the machine; the first of each family also runs with every backward split, and its medians
-over rounds are the costs. Each of the others is simulated with them, and compared with the median of its own steps.
+over rounds are the costs. Each schedule is predicted from them, with as much chance as was measured
+(`schedule.expected_makespan`), and compared with the median of its own steps.
 
 Run: make bench, or python bench/prediction.py --repetitions 1
 """
@@ -45,7 +46,8 @@ Found = list[tuple[int, str, float, float]]
 def middle(costs: Sequence[af.schedule.Costs]) -> af.schedule.Costs:
     """Medians of every figure."""
     f, i, w = (np.median([getattr(each, kind) for each in costs], axis=0).tolist() for kind in "FIW")
-    return af.schedule.Costs(f, i, w, comm=float(np.median([each.comm for each in costs])))
+    comm, spread = (float(np.median([getattr(each, field) for each in costs])) for field in ("comm", "spread"))
+    return af.schedule.Costs(f, i, w, comm=comm, spread=spread)
 
 
 def one_process(rank: int, store: str, results: str, repetitions: int, rounds: int, compiled: bool) -> None:
@@ -74,9 +76,9 @@ def one_process(rank: int, store: str, results: str, repetitions: int, rounds: i
                 for name, pipe in pipes.items():
                     steps[name].append(pipe.profile(params[name], batch, steps=1))
             for name, timelines in steps.items():
-                predicted = af.schedule.simulate(timelines[0].schedule, middle(costs), timelines[0].edges)
+                predicted = af.schedule.expected_makespan(timelines[0].schedule, middle(costs), timelines[0].edges)
                 measured = statistics.median(timeline.makespan for timeline in timelines)
-                found.append((repetition, name, predicted.makespan, measured))
+                found.append((repetition, name, predicted, measured))
     if rank == 0:
         Path(results).write_bytes(pickle.dumps(found))
     dist.destroy_process_group()

@@ -3,8 +3,8 @@
 - A weight's gradient of at least `MEDIUM` multiplications is added by the product itself (`addmm_` into the accumulator):
   1.02 to 1.6 times as fast as a product and an addition; below, calling the operator costs more than that saves. The bits
   are not those of the addition, so only compiled pieces do it.
-- On the CPU, products of at least `LARGE` multiplications go to oneDNN, which torch 2.13 uses for inference only: 1.05 to
-  1.2 times as fast as MKL from there on, slower below (`bench/matmul_kernels.py`).
+- On the CPU, products of at least `LARGE` multiplications go to oneDNN, which torch 2.13 uses for inference only: 1.03 to
+  1.25 times as fast as MKL from there on, slower below (`bench/matmul_kernels.py`).
 """
 
 from __future__ import annotations

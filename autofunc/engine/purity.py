@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sysconfig
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -118,15 +120,25 @@ def _state(value: Any) -> tuple[int, int]:
     return id(value), len(value) if plain else 0
 
 
+_LIBRARIES = (sysconfig.get_paths()["stdlib"], str(Path(__file__).parent.parent))
+
+
+def _is_installed(filename: str) -> bool:
+    return filename.startswith(_LIBRARIES) or not {"site-packages", "dist-packages"}.isdisjoint(Path(filename).parts)
+
+
 def _globals_of(functions: Iterable[Callable[..., Any]]) -> Iterator[tuple[dict[str, Any], str]]:
-    """(module's variables, name) of all globals that functions, and functions in their closures, name."""
+    """(module's variables, name) of all globals that the user's functions, and those they call or close over, name.
+
+    Installed libraries are left out: they keep caches, which grow.
+    """
     seen: set[int] = set()
     left: list[Any] = list(functions)
     while left:
         function = left.pop()
         function = getattr(function, "func", function)  # of a partial
         code = getattr(function, "__code__", None)
-        if code is None or id(function) in seen:
+        if code is None or id(function) in seen or _is_installed(code.co_filename):
             continue
         seen.add(id(function))
         codes = [code]

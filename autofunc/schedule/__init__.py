@@ -23,7 +23,7 @@ from autofunc.schedule.registry import build, build_row, default_stages_per_rank
 from autofunc.schedule.residency import Unshard
 from autofunc.schedule.search import lower_bound, search
 from autofunc.schedule.settle import settled_sends
-from autofunc.schedule.simulate import simulate
+from autofunc.schedule.simulate import expected_makespan, simulate
 from autofunc.schedule.storage import StageBytes
 from autofunc.schedule.text import from_actions, from_text, parse_action, to_text
 from autofunc.schedule.timeline import Costs, Timeline
@@ -51,6 +51,7 @@ __all__ = [
     "costs_of",
     "default_stages_per_rank",
     "draw",
+    "expected_makespan",
     "explain_idle",
     "from_actions",
     "from_csv",

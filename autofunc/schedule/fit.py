@@ -14,10 +14,11 @@ from autofunc.schedule.timeline import Costs, Timeline
 
 
 def costs_of(timeline: Timeline) -> Costs:
-    """Costs of every stage, in the timeline's unit: medians over microbatches.
+    """Costs of every stage, in the timeline's unit: means over microbatches, because a step is as long as their sum.
 
-    `comm` is the median time from the end of an action to the start of one on another rank that waited for it. A stage
-    whose backward is never split into I and W has all of it as W.
+    `spread` is how much microbatches differ, the median over stages and kinds. `comm` is the median time from the end of an
+    action to the start of one on another rank that waited for it. A stage whose backward is never split into I and W has
+    all of it as W.
 
     Args:
         timeline: of a whole step, with forwards and backwards of every stage.
@@ -29,19 +30,24 @@ def costs_of(timeline: Timeline) -> Costs:
     network = build_network(schedule, timeline.edges)
     start, end = np.concatenate(timeline.start), np.concatenate(timeline.end)
     times: dict[Literal["F", "I", "W"], list[float]] = {"F": [], "I": [], "W": []}
+    spreads: list[float] = []
     for stage in range(schedule.num_stages):
-        medians = {}
+        means = {}
         for kind in (Kind.F, Kind.B, Kind.I, Kind.W):
             mine = (network.table[:, 0] == stage) & (network.table[:, 1] == kind)
-            medians[kind] = float(np.median((end - start)[mine])) if mine.any() else None
-        forward, both, first, second = medians.values()
+            lengths = (end - start)[mine]
+            means[kind] = float(np.mean(lengths)) if len(lengths) else None
+            if len(lengths) > 1 and means[kind]:
+                spreads.append(float(np.std(lengths, ddof=1)) / float(np.mean(lengths)))
+        forward, both, first, second = means.values()
         if forward is None or (both is None and (first is None or second is None)):
             raise ScheduleError(f"the timeline has no forward and backward of stage {stage}, so it has no costs")
         split = first is not None and second is not None
         times["F"].append(forward)
         times["I"].append(first if split and first is not None else 0.0)
         times["W"].append(second if split and second is not None else both or 0.0)
-    return Costs(times["F"], times["I"], times["W"], comm=_transfer_time(network, start, end))
+    spread = float(np.median(spreads)) if spreads else 0.0
+    return Costs(times["F"], times["I"], times["W"], comm=_transfer_time(network, start, end), spread=spread)
 
 
 def _transfer_time(network: Network, start: npt.NDArray[np.float64], end: npt.NDArray[np.float64]) -> float:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from autofunc.errors import ScheduleError
 from autofunc.schedule.effects import Edge
 from autofunc.schedule.ir import Schedule
-from autofunc.schedule.network import build_network
+from autofunc.schedule.network import Network, build_network
 from autofunc.schedule.timeline import Costs, Timeline
 from autofunc.schedule.walk import Pace, walk
 
@@ -31,7 +32,35 @@ def simulate(schedule: Schedule, costs: Costs | None = None, edges: Sequence[Edg
     Raises:
         ScheduleError: for costs that do not fit, or a schedule that cannot run.
     """
-    costs = costs or Costs()
+    network, pace = _network_and_pace(schedule, costs or Costs(), edges)
+    return _timeline(network, pace, edges)
+
+
+def expected_makespan(
+    schedule: Schedule, costs: Costs, edges: Sequence[Edge] | None = None, *, samples: int = 100, seed: int = 0
+) -> float:
+    """The mean makespan when computations differ by chance, each by `costs.spread`.
+
+    It is longer than the simulated one: a rank that waits for another waits for whichever of the two happens to be slow,
+    and what is saved by a fast action is lost again at the next wait.
+
+    Args:
+        schedule: as for `simulate`.
+        costs: as for `simulate`, with a `spread`.
+        edges: connections between stages; a chain by default.
+        samples: how many steps are drawn.
+        seed: of the draws.
+    """
+    network, pace = _network_and_pace(schedule, costs, edges)
+    draws = np.random.default_rng(seed)
+    found = []
+    for _ in range(samples):
+        factor = np.maximum(1.0 + costs.spread * draws.standard_normal(len(pace.duration)), 0.0)
+        found.append(_timeline(network, replace(pace, duration=pace.duration * factor), edges).makespan)
+    return float(np.mean(found))
+
+
+def _network_and_pace(schedule: Schedule, costs: Costs, edges: Sequence[Edge] | None) -> tuple[Network, Pace]:
     costs.check(schedule.num_stages)
     network = build_network(schedule, edges)
     transfer = np.array([costs.transfer(channel.sender, channel.receiver) for channel in network.channels])
@@ -40,5 +69,9 @@ def simulate(schedule: Schedule, costs: Costs | None = None, edges: Sequence[Edg
     )
     if not pace.duration.any():
         raise ScheduleError(f"schedule {schedule.name}: all that it runs costs nothing, so nothing takes any time")
+    return network, pace
+
+
+def _timeline(network: Network, pace: Pace, edges: Sequence[Edge] | None) -> Timeline:
     start, end, arrived = map(network.by_rank, walk(network, pace))
-    return Timeline(schedule, start, end, edges=None if edges is None else tuple(edges), arrived=arrived)
+    return Timeline(network.schedule, start, end, edges=None if edges is None else tuple(edges), arrived=arrived)

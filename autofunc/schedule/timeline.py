@@ -31,6 +31,8 @@ class Costs:
             (sending stage, receiving stage), where what is not listed is free.
         latency: from the end of a transfer until its value can be read.
         overlap: the part of `comm` that runs beside computation; for the rest the sending rank stands still.
+        spread: how much computations of one kind and stage differ, as a fraction of their time (one standard deviation).
+            Only `expected_makespan` looks at it.
     """
 
     F: float | Sequence[float] = 1.0
@@ -39,6 +41,7 @@ class Costs:
     comm: float | Mapping[tuple[int, int], float] = 0.0
     latency: float = 0.0
     overlap: float = 1.0
+    spread: float = 0.0
 
     def table(self, num_stages: int) -> Times:
         """The time of every kind of computation of every stage: float64 of shape (4, num_stages), rows F, B, I, W."""
@@ -58,7 +61,7 @@ class Costs:
     def scaled(self, factor: float) -> Costs:
         """The same costs with every computation `factor` times as long: a rank's costs times 1/v are a stage's."""
         f, i, w = (np.multiply(cost, factor).tolist() for cost in (self.F, self.I, self.W))
-        return Costs(f, i, w, self.comm, self.latency, self.overlap)
+        return Costs(f, i, w, self.comm, self.latency, self.overlap, self.spread)
 
     def check(self, num_stages: int) -> None:
         """Refuse costs that do not fit a number of stages.
@@ -75,6 +78,8 @@ class Costs:
                 raise ScheduleError(f"Costs.{name} has shape {value.shape}; expected {expected}")
             if (value < 0).any() or not np.isfinite(value).all():
                 raise ScheduleError(f"Costs.{name}={given}: a time cannot be negative or without bound")
+        if not 0.0 <= self.spread < np.inf:
+            raise ScheduleError(f"Costs.spread={self.spread}: expected a fraction, 0 or more")
         if not 0.0 <= self.overlap <= 1.0:
             raise ScheduleError(f"Costs.overlap={self.overlap}: expected a fraction, from 0 to 1")
         for edge in self.comm if isinstance(self.comm, Mapping) else ():

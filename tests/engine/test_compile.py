@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -57,6 +58,30 @@ def compiled_on_gloo(name: str, num_ranks: int) -> None:
 @pytest.mark.parametrize(("name", "num_ranks"), [("zbv", 2), ("1f1b", 4)])
 def test_close_to_the_oracle_on_gloo(workers: WorkerPool, name: str, num_ranks: int) -> None:
     workers.run(compiled_on_gloo, name, num_ranks)
+
+
+def compile_equal_stages(cache: str) -> tuple[int, int]:
+    """(pieces compiled, pieces loaded) of this rank's stage of four, of which the second and the third are equal."""
+    from torch._dynamo.utils import counters
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", cache)
+        patch.setattr(compile_module, "_compiled", {})
+        counters.clear()
+        layer = af.Layer(init=lambda key: {"w": key.normal("w", (7, 7))}, apply=lambda p, x, b: x.tanh() @ p["w"])
+        first = af.Layer(init=layer.init, apply=lambda p, x, b: b["x"] @ p["w"])
+        model = af.Model({"first": first, "b": layer, "c": layer, "last": layer})
+        s = af.schedule.build("1f1b", num_ranks=4, num_microbatches=4)
+        pipe = af.pipeline(af.split(model, 4), s, loss=lambda out, mb: out.sum(), mesh=pp_mesh(4), compile=True)
+        pipe.build({"x": torch.randn(4, 7)})
+        found = counters["inductor"]
+        return found["fxgraph_cache_miss"], found["fxgraph_cache_hit"]
+
+
+def test_one_rank_compiles_and_the_others_load(workers: WorkerPool, tmp_path: Path) -> None:
+    first, *middle, last = workers.run(compile_equal_stages, str(tmp_path))
+    assert first == (2, 0) and last == (2, 0), "F and B, which no other rank has"
+    assert sum(compiled for compiled, _ in middle) == 2 and sum(loaded for _, loaded in middle) == 2
 
 
 def test_equal_stages_are_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,3 +46,30 @@ def test_split_form(name: str, p: int, m: int) -> None:
     lowered = schedule.lower(s, merge=False)
     schedule.validate(lowered)
     assert not any(action.kind is Kind.B for row in lowered for action in row)
+
+
+def test_the_spread_of_microbatches_is_read_off() -> None:
+    s = schedule.build("1f1b", num_ranks=2, num_microbatches=40)
+    plain = schedule.simulate(s, Costs(2, 2, 2))
+    assert schedule.costs_of(plain).spread == pytest.approx(0, abs=1e-9)
+    noise = np.random.default_rng(0)
+    longer = tuple(
+        np.where(row.table[:, 1] <= Kind.W, end + (end - start) * 0.2 * noise.standard_normal(len(end)), end)
+        for row, start, end in zip(s, plain.start, plain.end, strict=True)
+    )
+    found = schedule.costs_of(schedule.Timeline(s, plain.start, longer))
+    assert found.spread == pytest.approx(0.2, rel=0.25) and pytest.approx([2, 2], rel=0.1) == found.F
+
+
+def test_chance_makes_a_step_longer() -> None:
+    s = schedule.build("1f1b", num_ranks=4, num_microbatches=16)
+    simulated = schedule.simulate(s, Costs()).makespan
+    assert schedule.expected_makespan(s, Costs(), samples=3) == pytest.approx(simulated), "without a spread, nothing"
+    little, much = (schedule.expected_makespan(s, Costs(spread=spread)) for spread in (0.05, 0.2))
+    assert simulated < little < much < 1.5 * simulated
+    assert schedule.expected_makespan(s, Costs(spread=0.2)) == much, "the same draws every time"
+    alone = schedule.build("1f1b", num_ranks=1, num_microbatches=64)
+    expected = schedule.simulate(alone, Costs()).makespan
+    assert schedule.expected_makespan(alone, Costs(spread=0.2)) == pytest.approx(expected, rel=0.02), "nobody waits"
+    with pytest.raises(ScheduleError, match="expected a fraction"):
+        schedule.expected_makespan(s, Costs(spread=-1))
