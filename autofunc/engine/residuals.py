@@ -78,22 +78,20 @@ def recomputed(joint: Joint, keep: Keep) -> set[Node]:
 
 
 def _crosses(node: Node, behind: set[Node]) -> bool:
-    """Whether a later layer reads it."""
-    if is_view(node) and node.target is not getitem:
-        return False  # what it is a view of crosses in its stead
+    """Whether a later layer reads it, itself or through a view; what a view is of crosses in its stead."""
+    return not _is_proper_view(node) and _read_later(node, layer_of(node), behind)
+
+
+def _read_later(value: Node, layer: int, behind: set[Node]) -> bool:
     return any(
-        layer_of(user) > layer_of(node) or (is_view(user) and user.target is not getitem and _crosses_as_view(user, node))
-        for user in node.users
+        layer_of(user) > layer or (_is_proper_view(user) and _read_later(user, layer, behind))
+        for user in value.users
         if user not in behind and user.op != "output"
     )
 
 
-def _crosses_as_view(view: Node, node: Node) -> bool:
-    return any(
-        layer_of(user) > layer_of(node) or (is_view(user) and _crosses_as_view(user, node))
-        for user in view.users
-        if user.op != "output"
-    )
+def _is_proper_view(node: Node) -> bool:
+    return is_view(node) and node.target is not getitem
 
 
 def layer_of(node: Node) -> int:
