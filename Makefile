@@ -4,12 +4,13 @@ PYTHON ?= $(shell for name in python3 python3.13 python3.12 python3.11; do \
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help setup demo test lint bench clean
+.PHONY: help setup demo test test-full lint bench clean
 
 help:
 	@echo "make setup   create .venv and install autofunc with its tested versions"
 	@echo "make demo    train GPT-2 on two processes (about three minutes)"
 	@echo "make test    run all tests"
+	@echo "make test-full  run also the combinations that other tests cover in parts"
 	@echo "make lint    formatting, lints, types, import directions"
 	@echo "make bench   measure (about forty minutes)"
 
@@ -28,6 +29,9 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest
 
+test-full: $(READY)
+	$(BIN)/python -m pytest --full
+
 lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -42,6 +46,7 @@ bench: $(READY)
 	$(BIN)/python bench/against_torch.py --setting small
 	$(BIN)/python bench/against_torch.py --setting large --repetitions 5
 	$(BIN)/python bench/prediction.py
+	$(BIN)/python bench/tensor_parallel.py
 	$(BIN)/python bench/matmul_kernels.py
 	$(BIN)/python bench/schedule_scale.py
 	$(BIN)/python bench/schedule_search.py

@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from autofunc import losses, random, schedule
-    from autofunc.mesh import make_mesh
-    from autofunc.model import Layer, Model
+    from autofunc.markers import constrain
+    from autofunc.mesh import data_coordinate, make_mesh
+    from autofunc.model import Layer, Model, TensorParallel
     from autofunc.optim import optimizer
     from autofunc.reference import reference_value_and_grad
+    from autofunc.shard import Sharding
     from autofunc.splitting import split
     from autofunc.transform import pipeline, value_and_grad
 
@@ -25,6 +27,10 @@ __version__ = "0.1.0"
 _HOME = {
     "Layer": "autofunc.model",
     "Model": "autofunc.model",
+    "Sharding": "autofunc.shard",
+    "TensorParallel": "autofunc.model",
+    "constrain": "autofunc.markers",
+    "data_coordinate": "autofunc.mesh",
     "make_mesh": "autofunc.mesh",
     "optimizer": "autofunc.optim",
     "pipeline": "autofunc.transform",
@@ -37,6 +43,10 @@ _MODULES = ("losses", "random", "schedule")
 __all__ = [
     "Layer",
     "Model",
+    "Sharding",
+    "TensorParallel",
+    "constrain",
+    "data_coordinate",
     "losses",
     "make_mesh",
     "optimizer",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ def split_batch(
     *,
     key: Any = None,
     batch_dims: Mapping[str, int | None] | None = None,
+    first: int = 0,
 ) -> list[Microbatch]:
     """Cut a batch into microbatches of equal size, in order. Tensors are views, nothing is copied.
 
@@ -34,6 +35,7 @@ def split_batch(
         key: randomness of this step: None, (seed, step), or a tensor from `af.random.make_key`. Each microbatch gets its
             own key, folded from this one and its number.
         batch_dims: key -> dim or None.
+        first: number of the first microbatch among those of all data parallel ranks.
 
     Raises:
         BatchError: when there is nothing to cut, the batch size is ambiguous, or rows do not divide.
@@ -59,7 +61,7 @@ def split_batch(
             piece[name] = tree.from_leaves([leaf[index] for leaf in cut], spec)
     step_key = as_key(batch.get("key") if key is None else key, device=_device(batch))
     if step_key is not None:
-        keys = fold(step_key, torch.arange(num_microbatches, device=step_key.device))
+        keys = fold(step_key, torch.arange(first, first + num_microbatches, device=step_key.device))
         for piece, microbatch_key in zip(pieces, keys.unbind(), strict=True):
             piece["key"] = microbatch_key
     return pieces
@@ -102,3 +104,18 @@ def _cut(leaf: Any, name: str, rows: int, count: int, batch_dims: Mapping[str, i
 def _device(batch: Mapping[str, Any]) -> torch.device:
     leaves = tree.leaves_and_spec({name: value for name, value in batch.items() if name != "key"})[0]
     return next((leaf.device for leaf in leaves if isinstance(leaf, Tensor)), torch.device("cpu"))
+
+
+def signature(microbatch: Microbatch) -> Any:
+    """What a plan depends on: shapes, dtypes and devices of tensors, and the values of everything else.
+
+    Raises:
+        BatchError: for a leaf that cannot be compared by value, such as a numpy array.
+    """
+    leaves, spec = tree.leaves_and_spec(microbatch)
+    for leaf in leaves:
+        if not isinstance(leaf, (Tensor, Hashable)):
+            raise BatchError(
+                f"the batch holds a {type(leaf).__name__}; expected tensors (torch.from_numpy) or plain values"
+            )
+    return spec, tuple((leaf.shape, leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else leaf for leaf in leaves)

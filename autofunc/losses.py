@@ -16,10 +16,13 @@ from torch.nn import functional
 
 from autofunc import tree
 from autofunc.errors import BatchError, one_of
+from autofunc.markers import current_spread
 
 Loss = Callable[[Any, Mapping[str, Any]], Any]
 
 REDUCTIONS = ("sum", "mean", "max", "cat")
+IGNORED = -100
+"""A label that does not count."""
 
 
 class LossTerms(NamedTuple):
@@ -34,15 +37,19 @@ def causal_lm(outputs: Any, microbatch: Mapping[str, Any]) -> tuple[Tensor, Tens
     """Sum of the cross-entropy in nats over all labels that are not -100, and their number.
 
     Args:
-        outputs: logits of shape (..., vocabulary), or a mapping or object with "logits".
+        outputs: logits of shape (..., vocabulary), or a mapping or object with "logits". Those that tp ranks have cut along
+            the vocabulary are not put together.
         microbatch: `microbatch["labels"]`, int64 of shape (...), already aligned: `labels[..., t]` is the token that
             `logits[..., t, :]` predicts.
     """
     logits = _entry(outputs, "logits")
     logits = outputs if logits is None else logits
-    labels = microbatch["labels"]
-    total = functional.cross_entropy(logits.flatten(0, -2).float(), labels.flatten(), ignore_index=-100, reduction="sum")
-    return total, (labels != -100).sum()
+    logits, labels = logits.flatten(0, -2).float(), microbatch["labels"].flatten()
+    spread = current_spread()
+    total = spread.cross_entropy(logits, labels) if spread is not None else None
+    if total is None:
+        total = functional.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+    return total, (labels != IGNORED).sum()
 
 
 def reduce_aux(**how: str) -> Callable[[Loss], Loss]:

@@ -2,49 +2,123 @@
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from autofunc.errors import MeshError
+from autofunc.errors import MeshError, one_of
+
+AXES = ("pp", "dp_replicate", "dp_shard", "tp")
+"""In the order in which ranks count: neighbours along tp are next to each other, on one machine if possible."""
+DATA_AXES = ("dp_replicate", "dp_shard")
 
 
-def make_mesh(pp: int = 1, *, device_type: str | None = None) -> DeviceMesh:
-    """Make the device mesh of all processes, with the axis "pp".
+def make_mesh(
+    pp: int = 1, dp_replicate: int = 1, dp_shard: int = 1, tp: int = 1, *, device_type: str | None = None
+) -> DeviceMesh:
+    """Make the device mesh of all processes, with the axes "pp", "dp_replicate", "dp_shard" and "tp", in that order.
 
     Starts the default process group when there is none yet: call it in processes started by `torchrun`.
 
     Args:
-        pp: number of pp ranks.
+        pp: ranks along the pipeline.
+        dp_replicate: groups of data parallel ranks that each hold all parameters (of their stages).
+        dp_shard: data parallel ranks in a group, over which its parameters are sharded.
+        tp: ranks that compute each layer together.
         device_type: "cpu" or "cuda"; cuda by default where there is one.
 
     Raises:
         MeshError: when the number of processes is not the product of the axes, or there are no processes.
     """
+    sizes = (pp, dp_replicate, dp_shard, tp)
+    given = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True) if size != 1) or "pp=1"
+    needed = math.prod(sizes)
+    if min(sizes) < 1:
+        raise MeshError(f"a mesh of {given}: every axis needs at least one rank")
     if not dist.is_initialized() and "WORLD_SIZE" not in os.environ:
         raise MeshError(
             "make_mesh needs the processes that torchrun starts (WORLD_SIZE is not set). Start the program with "
-            f"'torchrun --nproc-per-node {pp} ...', or pass mesh=None to run every pp rank in this one process."
+            f"'torchrun --nproc-per-node {needed} ...', or pass mesh=None to run every pp rank in this one process."
         )
     world = dist.get_world_size() if dist.is_initialized() else int(os.environ["WORLD_SIZE"])
-    if pp != world:
+    if needed != world:
         raise MeshError(
-            f"a mesh of pp={pp} needs {pp} processes, but there are {world}; the sizes must multiply to {world}"
+            f"a mesh of {given} needs {needed} processes, but there are {world}; the sizes must multiply to {world}"
         )
     if device_type is None:
         device_type = "cuda" if torch.cuda.is_available() else "cpu"
-    return init_device_mesh(device_type, (pp,), mesh_dim_names=("pp",))
+    return init_device_mesh(device_type, sizes, mesh_dim_names=AXES)
+
+
+def check_axes(mesh: DeviceMesh) -> None:
+    """Refuse a mesh with axes whose meaning is not known, or without a pp axis.
+
+    Raises:
+        MeshError: naming the axis.
+    """
+    names = mesh.mesh_dim_names or ()
+    for name in names:
+        if name not in AXES:
+            raise MeshError(f"the mesh has an axis {name!r}; {one_of(name, AXES)} (af.make_mesh makes them)")
+    if "pp" not in names:
+        raise MeshError(f"the mesh has axes {names}; expected one named 'pp' (af.make_mesh makes it)")
+
+
+def axis_size(mesh: DeviceMesh | None, axis: str) -> int:
+    """Number of ranks along an axis; 1 where there is no such axis."""
+    return mesh[axis].size() if _has(mesh, axis) and mesh is not None else 1
+
+
+def coordinate(mesh: DeviceMesh | None, axis: str) -> int:
+    """This process's place along an axis; 0 where there is no such axis."""
+    return mesh.get_local_rank(axis) if _has(mesh, axis) and mesh is not None else 0
+
+
+def axis_group(mesh: DeviceMesh | None, axis: str) -> dist.ProcessGroup | None:
+    """The processes along an axis; None where this one is alone on it."""
+    return mesh.get_group(axis) if mesh is not None and axis_size(mesh, axis) > 1 else None
+
+
+def data_coordinate(mesh: DeviceMesh | None) -> tuple[int, int]:
+    """(this process's place, number of places) among those that see different rows."""
+    size = axis_size(mesh, "dp_shard")
+    return coordinate(mesh, "dp_replicate") * size + coordinate(mesh, "dp_shard"), axis_size(mesh, "dp_replicate") * size
+
+
+def sum_over(mesh: DeviceMesh | None, axes: Sequence[str], tensor: Tensor) -> Tensor:
+    """Sum a tensor in place over axes of the mesh; returns it. All their processes call it."""
+    for axis in axes:
+        group = axis_group(mesh, axis)
+        if group is not None:
+            dist.all_reduce(tensor, group=group)
+    return tensor
+
+
+def gather_over(mesh: DeviceMesh | None, axes: Sequence[str], tensor: Tensor) -> list[Tensor]:
+    """Tensors of one shape from all ranks of some axes, the last axis counting fastest. All their processes call it."""
+    tensors = [tensor.contiguous()]
+    for axis in reversed(axes):
+        group = axis_group(mesh, axis)
+        if group is not None:
+            found = []
+            for each in tensors:
+                parts = [torch.empty_like(each) for _ in range(group.size())]
+                dist.all_gather(parts, each, group=group)
+                found.append(parts)
+            tensors = [each for place in zip(*found, strict=True) for each in place]
+    return tensors
 
 
 def pp_ranks(mesh: DeviceMesh) -> list[int]:
-    """Global ranks along this process's pp axis, by pp rank.
-
-    Raises:
-        MeshError: when the mesh has no such axis.
-    """
-    if "pp" not in (mesh.mesh_dim_names or ()):
-        raise MeshError(f"the mesh has axes {mesh.mesh_dim_names}; expected one named 'pp' (af.make_mesh makes it)")
+    """Global ranks along this process's pp axis, by pp rank."""
     ranks: list[int] = mesh["pp"].mesh.flatten().tolist()
     return ranks
+
+
+def _has(mesh: DeviceMesh | None, axis: str) -> bool:
+    return mesh is not None and axis in (mesh.mesh_dim_names or ())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -16,12 +16,13 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from autofunc import tree
-from autofunc.batch import Microbatch, split_batch
+from autofunc.batch import Microbatch, signature, split_batch
 from autofunc.engine import EngineOptions, require_compiler
-from autofunc.errors import AutofuncError, BatchError, MeshError, ScheduleError, SplitError
+from autofunc.errors import AutofuncError, BatchError, MeshError, ScheduleError
 from autofunc.explain import explain
 from autofunc.losses import Loss
-from autofunc.mesh import pp_ranks
+from autofunc.mesh import check_axes, data_coordinate, pp_ranks
+from autofunc.model import Model
 from autofunc.runtime.buffers import SlotPool
 from autofunc.runtime.gather import gather_tree
 from autofunc.runtime.measure import Scales, Watch, measured_timeline, of_all
@@ -30,7 +31,10 @@ from autofunc.runtime.plan import Mode, Plan, build_plan
 from autofunc.runtime.step import Observe, StepResult, run_step
 from autofunc.runtime.transport import DistributedTransport
 from autofunc.schedule import Costs, Schedule, StageBytes, Timeline, costs_of, validate
-from autofunc.splitting import Stage
+from autofunc.shard import Sharding
+from autofunc.shard.norm import clip_by_norm, global_norm
+from autofunc.shard.parameters import Parameters, local
+from autofunc.splitting import Stage, check_whole
 
 _MOST_PLANS = 64  # batch signatures a pipeline remembers; beyond that the oldest is forgotten
 
@@ -49,7 +53,9 @@ class Pipeline:
         mesh: DeviceMesh | None,
         options: EngineOptions,
         batch_dims: Mapping[str, int | None] | None,
+        sharding: Sharding,
         merge: bool = True,
+        parameters: Parameters | None = None,
     ) -> None:
         if len(stages) != schedule.num_stages:
             raise ScheduleError(
@@ -58,15 +64,18 @@ class Pipeline:
             )
         if options.compile:
             require_compiler()
-        _check_whole(stages)
+        check_whole(stages)
         validate(schedule)
         self.stages = tuple(stages)
         self.schedule = schedule
         self.loss = loss
         self.mesh = mesh
         self.options = options
+        self.sharding = sharding
         self._batch_dims = batch_dims
         self._merge = merge
+        if mesh is not None:
+            check_axes(mesh)
         self._ranks = pp_ranks(mesh) if mesh is not None else None
         if self._ranks is not None and len(self._ranks) != schedule.num_ranks:
             raise MeshError(
@@ -75,7 +84,7 @@ class Pipeline:
             )
         self.local_ranks = tuple(range(schedule.num_ranks)) if mesh is None else (mesh.get_local_rank("pp"),)
         self._local_stages = [stage for stage in stages if schedule.placement[stage.index] in self.local_ranks]
-        self._paths = sorted({path for stage in self._local_stages for path in stage.paths}, key=tree.split_path)
+        self._parameters = parameters or Parameters(self._local_stages, stages[0].model, mesh, sharding)
         self._plans: dict[Any, tuple[Plan, DistributedTransport | None]] = {}
         self._calls = itertools.count(1)
         self._pools = {rank: SlotPool() for rank in self.local_ranks}
@@ -88,7 +97,7 @@ class Pipeline:
 
     def init(self, seed: int = 0, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> TensorDict:
         """The initial parameters of this process's ranks: the same values in every layout."""
-        return tree.to_tensordict(self.stages[0].model.init_paths(self._paths, seed, device, dtype))
+        return tree.to_tensordict(self._parameters.make(lambda paths: self._model.init_paths(paths, seed, device, dtype)))
 
     def place(self, full_params: tree.Nested) -> TensorDict:
         """A copy of this process's part of a full tree of parameters (or of any tree with the same paths).
@@ -97,17 +106,44 @@ class Pipeline:
             ModelError: when a path is missing.
         """
         flat = tree.flatten(full_params)
-        return tree.to_tensordict({path: self.stages[0].model.lookup(flat, path).clone() for path in self._paths})
+        return tree.to_tensordict(
+            self._parameters.make(lambda paths: {path: self._model.lookup(flat, path).clone() for path in paths})
+        )
 
     def gather(self, params: tree.Nested) -> TensorDict:
         """A copy of the full tree, on every process, from each process's part of parameters or gradients.
 
         Every process calls it.
         """
-        flat = tree.flatten(params)
+        flat = {path: self._parameters.full(leaf) for path, leaf in tree.flatten(params).items()}
         if self._group is None or self._ranks is None:
-            return tree.to_tensordict({path: leaf.detach().clone() for path, leaf in flat.items()})
+            return tree.to_tensordict(flat)
         return tree.to_tensordict(gather_tree(flat, self._ranks, self._group))
+
+    def global_norm(self, grads: tree.Nested) -> Tensor:
+        """The 2-norm of all gradients of the model: 0-dim fp32, the same on every process; a tied one counts once.
+
+        Every process calls it.
+        """
+        flat = tree.flatten(grads)
+        owned = {path: leaf for path, leaf in flat.items() if self._owner(path) in self.local_ranks}
+        return global_norm(owned, self.mesh, self._device(flat))
+
+    def clip(self, grads: tree.Nested, max_norm: float) -> tuple[TensorDict, Tensor]:
+        """Scale gradients so that their global norm is at most `max_norm`; returns them and the norm before.
+
+        Every process calls it. Nothing waits for the norm on the host.
+        """
+        norm = self.global_norm(grads)
+        return tree.to_tensordict(clip_by_norm(tree.flatten(grads), norm, max_norm)), norm
+
+    @property
+    def _model(self) -> Model:
+        return self.stages[0].model
+
+    def _owner(self, path: str) -> int:
+        """The first pp rank that holds a parameter."""
+        return min(self.schedule.placement[stage.index] for stage in self.stages if path in stage.paths)
 
     def build(self, batch: Mapping[str, Any], params: tree.Nested | None = None, key: Any = None) -> Pipeline:
         """Build for batches with this signature ahead of the first call.
@@ -119,7 +155,7 @@ class Pipeline:
         """
         microbatches = self._split(batch, key)
         if params is None:
-            flat = self.stages[0].model.init_paths(self._paths, 0, "meta", torch.float32)
+            flat = self._model.init_paths(self._parameters.paths, 0, "meta", torch.float32)
             device = self._device(microbatches[0])
         else:
             flat = tree.flatten(params)
@@ -186,7 +222,16 @@ class Pipeline:
     def _with_split_backward(self) -> Pipeline:
         """This pipeline with I and W everywhere, built once."""
         split = self.schedule.split_form()
-        return Pipeline(self.stages, split, self.loss, self.mesh, self.options, self._batch_dims, merge=False)
+        return self._variant(split, self.loss, merge=False)
+
+    def with_loss(self, loss: Loss | None) -> Pipeline:
+        """This pipeline with another loss, on the same parameters: for measuring something else on them."""
+        return self._variant(self.schedule, loss, self._merge)
+
+    def _variant(self, schedule: Schedule, loss: Loss | None, merge: bool) -> Pipeline:
+        return Pipeline(
+            self.stages, schedule, loss, self.mesh, self.options, self._batch_dims, self.sharding, merge, self._parameters
+        )  # fmt: skip
 
     def memory(self, params: tree.Nested, batch: Mapping[str, Any], key: Any = None) -> tuple[StageBytes, ...]:
         """What each stage keeps for one microbatch, in bytes: known from its graph, nothing is run.
@@ -211,7 +256,7 @@ class Pipeline:
         Distinct storages of residuals, boundary values, cotangents, receive slots and accumulators are counted; parameters,
         the batch and an operator's temporaries are not. Every process calls it.
         """
-        scales = Scales([leaf for leaf in tree.flatten(params).values() if isinstance(leaf, Tensor)])
+        scales = Scales([local(leaf) for leaf in tree.flatten(params).values() if isinstance(leaf, Tensor)])
         self.run(Mode.GRADS, params, batch, key, scales)
         alive = of_all({rank: scale.alive for rank, scale in scales.ranks.items()}, self._group)
         return tuple(alive[rank] for rank in range(self.schedule.num_ranks))
@@ -236,27 +281,29 @@ class Pipeline:
         return (*self._plan(mode, flat, self._device(flat), microbatches), flat, microbatches)
 
     def _device(self, leaves: Mapping[str, Any]) -> torch.device:
-        """The device of the first tensor; where there is none, the mesh's, or the CPU."""
-        for leaf in tree.leaves_and_spec(leaves)[0]:
-            if isinstance(leaf, Tensor) and not leaf.is_meta:
-                return leaf.device
-        if self.mesh is None or self.mesh.device_type == "cpu":
-            return torch.device("cpu")
-        return torch.device(self.mesh.device_type, torch.accelerator.current_device_index())
+        """The mesh's; without one that of the first tensor, or the CPU."""
+        if self.mesh is not None and self.mesh.device_type != "cpu":
+            return torch.device(self.mesh.device_type, torch.accelerator.current_device_index())
+        given = (leaf for leaf in tree.leaves_and_spec(leaves)[0] if isinstance(leaf, Tensor) and not leaf.is_meta)
+        first = next(given, None)
+        return first.device if first is not None and self.mesh is None else torch.device("cpu")
 
     def _split(self, batch: Mapping[str, Any], key: Any) -> list[Microbatch]:
-        return split_batch(batch, self.schedule.num_microbatches, key=key, batch_dims=self._batch_dims)
+        place, _ = data_coordinate(self.mesh)
+        count = self.schedule.num_microbatches
+        return split_batch(batch, count, key=key, batch_dims=self._batch_dims, first=place * count)
 
     def _plan(
         self, mode: Mode, params: Mapping[str, Tensor], device: torch.device, microbatches: Sequence[Microbatch]
     ) -> tuple[Plan, DistributedTransport | None]:
-        described = tuple((path, params[path].shape, params[path].dtype) for path in sorted(params))
-        key = (mode, _signature(microbatches[0]), described, device)
+        described = tuple(
+            (path, leaf.shape, leaf.dtype, getattr(leaf, "placements", None)) for path, leaf in sorted(params.items())
+        )
+        key = (mode, signature(microbatches[0]), described, device)
         if key not in self._plans:
             if len(self._plans) >= _MOST_PLANS:
                 self._plans.pop(next(iter(self._plans)))
-            for path in self._paths:
-                self.stages[0].model.lookup(params, path)
+            self._parameters.check(params)
             plan = build_plan(
                 mode,
                 self.stages,
@@ -267,6 +314,7 @@ class Pipeline:
                 device,
                 microbatches[0],
                 self._pools,
+                self._parameters,
                 self._merge,
             )
             transport = None
@@ -274,33 +322,6 @@ class Pipeline:
                 transport = DistributedTransport(self._group, self._ranks, self.local_ranks[0], plan.device, plan.channels)
             self._plans[key] = (plan, transport)
         return self._plans[key]
-
-
-def _signature(microbatch: Microbatch) -> Any:
-    """What a plan depends on: shapes, dtypes and devices of tensors, and the values of everything else.
-
-    Raises:
-        BatchError: for a leaf that cannot be compared by value, such as a numpy array.
-    """
-    leaves, spec = tree.leaves_and_spec(microbatch)
-    for leaf in leaves:
-        if not isinstance(leaf, (Tensor, Hashable)):
-            raise BatchError(
-                f"the batch holds a {type(leaf).__name__}; expected tensors (torch.from_numpy) or plain values"
-            )
-    return spec, tuple((leaf.shape, leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else leaf for leaf in leaves)
-
-
-def _check_whole(stages: Sequence[Stage]) -> None:
-    """Refuse stages that are not all the stages of one model, in order."""
-    model = stages[0].model
-    layers = [name for stage in stages for name in stage.layers]
-    ordered = all(stage.index == index and stage.model is model for index, stage in enumerate(stages))
-    if not ordered or layers != list(model.layers):
-        raise SplitError(
-            f"the stages run the layers {', '.join(layers)}, but the model has {', '.join(model.layers)}; pass all that "
-            "one call of af.split returned, in order"
-        )
 
 
 def given_aux(result: StepResult) -> Any:

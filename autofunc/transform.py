@@ -15,6 +15,7 @@ from autofunc.losses import Loss
 from autofunc.pipe import Pipeline, given_aux
 from autofunc.runtime.plan import Mode
 from autofunc.schedule import Schedule
+from autofunc.shard import Sharding
 from autofunc.splitting import Stage
 
 
@@ -29,6 +30,7 @@ def pipeline(
     remat: str | None = None,
     memory_budget: int | None = None,
     batch_dims: Mapping[str, int | None] | None = None,
+    sharding: Sharding | None = None,
 ) -> Pipeline:
     """Compose stages by a schedule into one pipelined function.
 
@@ -36,7 +38,8 @@ def pipeline(
         stages: from `af.split`; as many as the schedule has.
         schedule: from `autofunc.schedule`, in compute form.
         loss: `loss(outputs, microbatch)`, see `autofunc.losses`; None uses the output's own `loss`.
-        mesh: from `af.make_mesh`; None runs every rank in this process.
+        mesh: from `af.make_mesh`; None runs every pp rank in this process. Ranks with the same dp coordinate pass the same
+            rows, those with another pass others: the loss and the gradients are those of all rows.
         engine: how stages are differentiated: "graph" captures each once and cuts it into forward, backward, backward of
             the input and of the weights; "eager" runs autograd on it, and takes what cannot be captured.
         compile: run the captured pieces as compiled code. Equal to 1e-5, not bit for bit.
@@ -45,6 +48,7 @@ def pipeline(
             also move part of W's work into I. A microbatch has two forwards at most. The eager engine runs the whole
             stage again in either case.
         memory_budget: for "auto": bytes of values that may be alive on a rank, as `schedule.live_bytes` counts them.
+        sharding: how parameters and work are shared over the dp and tp axes of the mesh, and in what precision.
         batch_dims: which dim of a batch entry holds the rows, or None for entries that every microbatch gets whole.
 
     Raises:
@@ -60,7 +64,7 @@ def pipeline(
         loss, grads = af.value_and_grad(pipe)(params, batch)
     """
     options = EngineOptions(engine, compile, remat, memory_budget)
-    return Pipeline(stages, schedule, loss, mesh, options, batch_dims)
+    return Pipeline(stages, schedule, loss, mesh, options, batch_dims, sharding or Sharding())
 
 
 def value_and_grad(pipe: Pipeline, *, has_aux: bool = False) -> Callable[..., tuple[Any, TensorDict]]:

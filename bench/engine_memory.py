@@ -67,7 +67,7 @@ def ours(
 ) -> tuple[int, int, float, list[float]]:
     """(bytes after F, bytes after I, forwards, [I us, W us])."""
     stage, microbatch = GraphStage(joint, context, keep), Microbatch.of(context.microbatch)
-    sums = Accumulator(leaves)
+    sums = Accumulator(context.accumulator_layouts, context.device)
     excluded = [*leaves, *microbatch.tensors]
     times = []
     with torch.no_grad():

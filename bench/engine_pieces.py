@@ -88,7 +88,7 @@ def main() -> None:
                 "graph": GraphStage(joint, context),
                 "compiled": GraphStage(joint, context, compiled=True),
             }
-            sums = {name: Accumulator(leaves) for name in made}
+            sums = {name: Accumulator(context.accumulator_layouts, context.device) for name in made}
             found: dict[str, list[tuple[float, ...]]] = {"torch": [], **{name: [] for name in made}}
             for repetition in track(range(repetitions + WARMUP), f"{family}, d={features}", transient=True):
                 measured = {"torch": torch_pieces(context, own)}

@@ -129,7 +129,8 @@ def autofunc_compute() -> Callable[[], Any]:
     )
     engine = GraphStage(capture(context), context)
     leaves = stages[RANK].leaves(params)
-    bound, sums, x, cotangent = engine.bind(leaves), Accumulator(leaves), torch.zeros(1, WIDTH), torch.zeros(1, WIDTH)
+    bound, sums = engine.bind(leaves), Accumulator(context.accumulator_layouts, context.device)
+    x, cotangent = torch.zeros(1, WIDTH), torch.zeros(1, WIDTH)
     prepared = Microbatch.of(microbatch)
 
     def call() -> None:

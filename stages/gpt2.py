@@ -4,7 +4,8 @@ Source: Radford et al., "Language Models are Unsupervised Multitask Learners", 2
 Hugging Face transformers, `models/gpt2/modeling_gpt2.py` (`GPT2LMHeadModel`), whose weights load and whose logits are
 equal.
 
-Shapes: B rows, T tokens, D = n_embd, N heads, H = D / N per head, V vocabulary.
+Shapes: B rows, T tokens, D = n_embd, N heads, H = D / N per head, V vocabulary. Over tp ranks heads, MLP features and
+vocabulary are cut (`TENSOR_PARALLEL`).
 """
 
 from __future__ import annotations
@@ -25,6 +26,15 @@ from autofunc.errors import ModelError
 from autofunc.tree import flatten, to_tensordict
 
 Params = Mapping[str, Any]
+
+TENSOR_PARALLEL = {
+    "wte.weight": "shard(0)",
+    "*.attn.[qkv].*": "shard(0)",
+    "*.attn.proj.weight": "shard(1)",
+    "*.mlp.fc.*": "shard(0)",
+    "*.mlp.proj.weight": "shard(1)",
+}
+"""Source: Shoeybi et al., "Megatron-LM", arXiv 1909.08053, section 3."""
 
 
 @dataclass(frozen=True)
@@ -112,8 +122,11 @@ def build_gpt2_model(
     layers["ln_f"] = af.Layer(
         init=lambda key: _norm_init(key, "", config), apply=lambda params, x, batch: layer_norm(params, x, config)
     )
-    layers["head"] = af.Layer(apply=lambda params, x_BTD, batch: functional.linear(x_BTD, params["weight"]))
-    return af.Model(layers, ties={"head.weight": "wte.weight"}, config=config)
+    layers["head"] = af.Layer(
+        apply=lambda params, x_BTD, batch: functional.linear(af.constrain(x_BTD, "replicate"), params["weight"])
+    )
+    spread = af.TensorParallel(TENSOR_PARALLEL, divisible={"n_head": n_head, "vocab_size": vocab_size})
+    return af.Model(layers, ties={"head.weight": "wte.weight"}, config=config, tensor_parallel=spread)
 
 
 def layer_norm(params: Params, x_BTD: Tensor, config: GPT2Config) -> Tensor:
@@ -130,7 +143,7 @@ def attention(params: Params, x_BTD: Tensor, batch: Params, config: GPT2Config, 
         y_BNTH = _attention_with_dropout(q_BNTH, k_BNTH, v_BNTH, batch, config, f"{name}.weights")
     else:
         y_BNTH = functional.scaled_dot_product_attention(q_BNTH, k_BNTH, v_BNTH, is_causal=True)
-    y_BTD = _linear(params["proj"], rearrange(y_BNTH, "b n t h -> b t (n h)"))
+    y_BTD = af.constrain(_linear(params["proj"], rearrange(y_BNTH, "b n t h -> b t (n h)")), "sequence")
     return af.random.dropout(y_BTD, config.resid_pdrop, batch, name)
 
 
@@ -145,7 +158,8 @@ def _attention_with_dropout(q: Tensor, k: Tensor, v: Tensor, batch: Params, conf
 
 def mlp(params: Params, x_BTD: Tensor, batch: Params, config: GPT2Config, name: str) -> Tensor:
     """Two linear maps with a GELU (tanh approximation) between them."""
-    y_BTD = _linear(params["proj"], functional.gelu(_linear(params["fc"], x_BTD), approximate="tanh"))
+    h_BTF = functional.gelu(_linear(params["fc"], x_BTD), approximate="tanh")
+    y_BTD = af.constrain(_linear(params["proj"], h_BTF), "sequence")
     return af.random.dropout(y_BTD, config.resid_pdrop, batch, name)
 
 
@@ -170,8 +184,10 @@ def _block(config: GPT2Config, name: str) -> af.Layer:
         }
 
     def apply(params: Params, x_BTD: Tensor, batch: Params) -> Tensor:
-        x_BTD = x_BTD + attention(params["attn"], layer_norm(params["ln_1"], x_BTD, config), batch, config, f"{name}.attn")
-        return x_BTD + mlp(params["mlp"], layer_norm(params["ln_2"], x_BTD, config), batch, config, f"{name}.mlp")
+        h_BTD = af.constrain(layer_norm(params["ln_1"], x_BTD, config), "replicate")
+        x_BTD = x_BTD + attention(params["attn"], h_BTD, batch, config, f"{name}.attn")
+        h_BTD = af.constrain(layer_norm(params["ln_2"], x_BTD, config), "replicate")
+        return x_BTD + mlp(params["mlp"], h_BTD, batch, config, f"{name}.mlp")
 
     return af.Layer(init=init, apply=apply)
 
@@ -190,7 +206,7 @@ def _norm_init(key: af.random.InitKey, name: str, config: GPT2Config) -> dict[st
 def _token_embedding(config: GPT2Config) -> af.Layer:
     return af.Layer(
         init=lambda key: {"weight": key.normal("weight", (config.vocab_size, config.n_embd), std=config.initializer_range)},
-        apply=lambda params, x, batch: functional.embedding(batch["input_ids"], params["weight"]),
+        apply=lambda params, x, batch: af.constrain(functional.embedding(batch["input_ids"], params["weight"]), "sequence"),
     )
 
 
@@ -202,7 +218,8 @@ def _position_embedding(config: GPT2Config) -> af.Layer:
                 f"gpt2: a sequence of {tokens} tokens is longer than n_positions={config.n_positions}; shorten the "
                 "sequences (seq_len of the dataset) or build the model with more positions"
             )
-        return af.random.dropout(x_BTD + params["weight"][:tokens], config.embd_pdrop, batch, "wpe")
+        positions_1TD = af.constrain(params["weight"][:tokens].unsqueeze(0), "sequence")
+        return af.random.dropout(x_BTD + positions_1TD, config.embd_pdrop, batch, "wpe")
 
     return af.Layer(
         init=lambda key: {

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 import autofunc as af
 from autofunc.tree import flatten
@@ -37,6 +39,12 @@ def make_case(name: str, num_stages: int, rows: int) -> tuple[af.Model, list[Any
     labels[::3, -2:] = -100  # unequal token counts, so that weights differ
     batch = {"input_ids": ids[:, :-1], "labels": labels}
     return model, cut_evenly(model, num_stages), af.losses.causal_lm, batch
+
+
+@cache
+def mesh_of(pp: int = 1, dp_replicate: int = 1, dp_shard: int = 1, tp: int = 1) -> DeviceMesh:
+    """A mesh of all processes, made once in each: its process groups cost threads."""
+    return af.make_mesh(pp, dp_replicate, dp_shard, tp)
 
 
 def cut_evenly(model: af.Model, num_stages: int) -> list[Any]:

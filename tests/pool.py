@@ -20,14 +20,18 @@ class WorkerPool:
 
     def __init__(self, size: int) -> None:
         self.size = size
+        self._start()
+
+    def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         store = Path(tempfile.mkdtemp()) / "store"
         self._ends: list[Connection] = []
         self._processes = []
-        for rank in range(size):
+        for rank in range(self.size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, size, str(store), theirs), daemon=True)
+            process = context.Process(target=_serve, args=(rank, self.size, str(store), theirs), daemon=True)
             process.start()
+            theirs.close()  # so that the end of the process ends the connection
             self._ends.append(ours)
             self._processes.append(process)
 
@@ -35,16 +39,20 @@ class WorkerPool:
         """Results by rank. The function and its arguments must be picklable; it is called without the rank.
 
         Raises:
-            AssertionError: with the traceback of every rank that failed, or when one does not answer.
+            AssertionError: with the traceback of every rank that failed, or when one does not answer or is gone. Then new
+                processes are started for the next call.
         """
         for end in self._ends:
             end.send((function, arguments))
         answers = []
         for rank, end in enumerate(self._ends):
-            if not end.poll(SECONDS_FOR_ONE_CALL):
+            try:
+                assert end.poll(SECONDS_FOR_ONE_CALL), f"rank {rank} did not answer within {SECONDS_FOR_ONE_CALL} s"
+                answers.append(end.recv())
+            except (AssertionError, EOFError, ConnectionError) as error:
                 self.close()
-                raise AssertionError(f"rank {rank} did not answer within {SECONDS_FOR_ONE_CALL} s")
-            answers.append(end.recv())
+                self._start()
+                raise AssertionError(f"rank {rank}: {error or 'its process is gone'}") from error
         failures = [f"rank {rank}:\n{value}" for rank, (ok, value) in enumerate(answers) if not ok]
         assert not failures, "\n".join(failures)
         return [value for _, value in answers]

@@ -6,8 +6,10 @@ import contextlib
 import io
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
+from pydantic import BaseModel
 
 from autofunc import schedule
 from autofunc.config import check_arguments, load_config, parse_config, resolve_target
@@ -85,15 +87,23 @@ def test_the_picture_is_the_demos() -> None:
 def test_examples_can_be_prepared(example: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     recipe = prepare(parse_config(load_config(example)))
-    assert recipe.num_ranks == len(recipe.stages) == 2
+    assert recipe.axes.pp == len(recipe.stages) == 2
 
 
 def test_every_key_is_documented() -> None:
     text = (ROOT / "docs" / "configuration.md").read_text()
-    for name, field in FinetuneConfig.model_fields.items():
-        below = getattr(field.annotation, "model_fields", None)
-        for key in [f"{name}.{key}" for key in below] if below else [name]:
-            assert f"`{key}`" in text or f"`{key.split('.')[-1]}`" in text, key
+    for key in keys_of(FinetuneConfig):
+        assert f"`{key}`" in text or f"`{key.split('.')[-1]}`" in text, key
+
+
+def keys_of(section: type[BaseModel], prefix: str = "") -> list[str]:
+    """All keys below a section, with dots."""
+    found = []
+    for name, field in section.model_fields.items():
+        kinds = [kind for kind in (field.annotation, *get_args(field.annotation)) if isinstance(kind, type)]
+        below = [kind for kind in kinds if issubclass(kind, BaseModel)]
+        found += keys_of(below[0], f"{prefix}{name}.") if below else [prefix + name]
+    return found
 
 
 def test_links_lead_somewhere() -> None:

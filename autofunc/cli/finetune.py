@@ -10,10 +10,10 @@ from pathlib import Path
 from rich.console import Console
 
 from autofunc.config import load_config, parse_config
-from autofunc.errors import MeshError
 from autofunc.train.budget import check_budget
 from autofunc.train.launch import is_worker, launch, run_worker
 from autofunc.train.recipe import default_output_dir, prepare
+from autofunc.train.rehearsal import rehearse
 from autofunc.train.run import run
 
 _OUTPUT_DIR = "AUTOFUNC_OUTPUT_DIR"  # chosen once, by the process that starts the workers
@@ -35,25 +35,22 @@ def finetune_llm(config_path: str, overrides: Sequence[str], nproc_per_node: int
         return
     with Console(stderr=True).status(f"checking {config_path}"):  # reads the data; shown on terminals
         config = parse_config(load_config(config_path, overrides))
-        recipe = prepare(config)
+        recipe = prepare(config, nproc_per_node)
+        rehearse(recipe)
         check_budget(recipe)
-    if nproc_per_node is not None and nproc_per_node != recipe.num_ranks:
-        raise MeshError(
-            f"--nproc-per-node {nproc_per_node} does not match distributed.pp_size={recipe.num_ranks}; they must be equal"
-        )
     output_dir = _output_dir(config.output_dir, config_path)
-    if recipe.num_ranks == 1:
+    if recipe.axes.num_processes == 1:
         run(recipe, config, output_dir)
         return
-    sys.stdout.write(f"starting {recipe.num_ranks} processes\n")
+    sys.stdout.write(f"starting {recipe.axes.num_processes} processes\n")
     sys.stdout.flush()
     os.environ[_OUTPUT_DIR] = str(output_dir)
-    launch(recipe.num_ranks, ["finetune", "llm", "-c", config_path, *overrides])
+    launch(recipe.axes.num_processes, ["finetune", "llm", "-c", config_path, *overrides])
 
 
 def _work(config_path: str, overrides: Sequence[str]) -> None:
     config = parse_config(load_config(config_path, overrides))
-    run(prepare(config), config, _output_dir(config.output_dir, config_path))
+    run(prepare(config, int(os.environ["WORLD_SIZE"])), config, _output_dir(config.output_dir, config_path))
 
 
 def _output_dir(configured: str | None, config_path: str) -> Path:

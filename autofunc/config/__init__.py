@@ -2,6 +2,14 @@
 
 from autofunc.config.load import load_config
 from autofunc.config.schema import FinetuneConfig, parse_config
-from autofunc.config.target import check_arguments, instantiate, resolve_target
+from autofunc.config.target import check_arguments, import_object, instantiate, resolve_target
 
-__all__ = ["FinetuneConfig", "check_arguments", "instantiate", "load_config", "parse_config", "resolve_target"]
+__all__ = [
+    "FinetuneConfig",
+    "check_arguments",
+    "import_object",
+    "instantiate",
+    "load_config",
+    "parse_config",
+    "resolve_target",
+]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
@@ -21,9 +21,23 @@ def _check_target(node: dict[str, Any]) -> dict[str, Any]:
 
 def _check_one(size: int) -> int:
     if size != 1:
-        raise ValueError("only 1 is supported")
+        raise ValueError("only 1 is supported so far")
     return size
 
+
+_DTYPES = {"float32": "float32", "fp32": "float32", "bfloat16": "bfloat16", "bf16": "bfloat16"}
+
+
+def _dtype_name(given: object) -> object:
+    """`bf16`, `bfloat16` and `torch.bfloat16` are one."""
+    name = given.removeprefix("torch.") if isinstance(given, str) else given
+    if name is None or name in _DTYPES:
+        return _DTYPES[name] if isinstance(name, str) else None
+    reason = "; float16 would need loss scaling, which is not supported" if name in ("float16", "fp16", "half") else ""
+    raise ValueError(f"expected bfloat16 or float32{reason}")
+
+
+Dtype = Annotated[Literal["float32", "bfloat16"], BeforeValidator(_dtype_name)]
 
 OnlyOne = Annotated[int, AfterValidator(_check_one)]
 
@@ -49,13 +63,42 @@ class StepScheduler(Section):
     val_every_steps: Positive | None = Field(None, description="also validate every so many steps, not only at the end")
 
 
+class MixedPrecision(Section):
+    """In what precision parameters are gathered and computed with, and gradients travel."""
+
+    param_dtype: Dtype | None = Field(None, description="of parameters as layers see them, and so of activations")
+    reduce_dtype: Dtype | None = Field(None, description="in which gradients are summed over ranks; fp32 by default")
+    output_dtype: Dtype | None = Field(None, description="of the model's outputs as the loss sees them")
+    cast_forward_inputs: bool = Field(True, description="cast floating-point entries of the batch for the layers too")
+
+
 class Distributed(Section):
     """How the model is spread over processes."""
 
-    strategy: Literal["fsdp2", "ddp"] = Field("fsdp2", description="how data parallel ranks share work")
-    pp_size: Positive = Field(1, description="pipeline ranks, one process each")
-    dp_size: OnlyOne | None = Field(None, description="data parallel ranks")
-    tp_size: OnlyOne = Field(1, description="tensor parallel ranks")
+    strategy: Literal["fsdp2", "ddp"] = Field(
+        "fsdp2", description="fsdp2: data parallel ranks share the parameters; ddp: each holds all"
+    )
+    pp_size: Positive = Field(1, description="pipeline ranks")
+    dp_size: Positive | None = Field(
+        None, description="data parallel ranks; by default as many as the processes that were asked for leave, or 1"
+    )
+    dp_replicate_size: Positive | None = Field(
+        None, description="groups of data parallel ranks that each share a whole set of parameters (HSDP); divides dp_size"
+    )
+    tp_size: Positive = Field(1, description="tensor parallel ranks: they compute each layer together")
+    cp_size: OnlyOne = Field(1, description="context parallel ranks")
+    ep_size: OnlyOne = Field(1, description="expert parallel ranks")
+    sequence_parallel: bool = Field(False, description="keep the stream between blocks cut over the tp ranks too")
+    tp_plan: dict[str, str] | str | None = Field(
+        None, description="pattern of parameter paths -> shard(d) or replicate, or where to import such a table from; "
+        "instead of the model's own",
+    )  # fmt: skip
+    reshard_after_forward: bool = Field(
+        False, description="gather a stage's parameters for each of its computations, not once a step"
+    )
+    prefetch: Annotated[int, Field(ge=0)] = Field(1, description="computations ahead of its use that a gather starts")
+    mp_policy: MixedPrecision = MixedPrecision()
+    offload_policy: Literal["cpu"] | None = Field(None, description="where sharded parameters wait: cpu, or the device")
     split_points: list[str] | Positive | None = Field(
         None, description="names or globs of the layers at which a new stage begins, or a number of stages; "
         "by default as many balanced stages as pipeline ranks",
@@ -87,6 +130,12 @@ class Dataloader(Section):
     num_workers: Annotated[int, Field(ge=0)] = Field(0, description="processes that load rows")
 
 
+class ClipGradNorm(Section):
+    """Clipping of gradients."""
+
+    max_norm: float = Field(1.0, gt=0, description="the global norm that gradients are scaled down to")
+
+
 class FinetuneConfig(Section):
     """The whole file."""
 
@@ -98,6 +147,7 @@ class FinetuneConfig(Section):
     distributed: Distributed = Distributed()
     optimizer: Target = Field(description="a torch.optim class and its options")
     loss_fn: Target | None = Field(None, description="loss(outputs, microbatch); by default autofunc.losses.causal_lm")
+    clip_grad_norm: ClipGradNorm | None = Field(None, description="scale gradients down to a global norm")
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(42, description="of weights, data order and dropout")
     output_dir: str | None = Field(None, description="where results go; by default runs/<name of the file>")
 
@@ -139,7 +189,9 @@ def _keys_below(path: list[str]) -> list[str]:
     for part in path:
         field = section.model_fields.get(part)
         kind = field.annotation if field is not None else None
-        if not (isinstance(kind, type) and issubclass(kind, BaseModel)):
+        kinds = [each for each in (kind, *get_args(kind)) if isinstance(each, type) and issubclass(each, BaseModel)]
+        if not kinds:
             return []
+        (kind,) = kinds
         section = kind
     return list(section.model_fields)

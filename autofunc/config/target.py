@@ -15,7 +15,19 @@ from autofunc.errors import AutofuncError, ConfigError, one_of
 
 
 def resolve_target(target: str, where: str) -> Callable[..., Any]:
-    """The callable that a key such as `_target_` names: a dotted path, or `path/to/file.py:name`.
+    """The callable that a key such as `_target_` names, see `import_object`.
+
+    Raises:
+        ConfigError: when it is missing, or is not callable.
+    """
+    found = import_object(target, where)
+    if not callable(found):
+        raise ConfigError(f"{where}: {target!r} is {type(found).__name__}, which cannot be called")
+    return found  # type: ignore[no-any-return]
+
+
+def import_object(target: str, where: str) -> Any:
+    """What a name in a configuration stands for: a dotted path, or `path/to/file.py:name`.
 
     Dotted paths are also looked for in the working directory, after everything that is installed.
 
@@ -24,7 +36,7 @@ def resolve_target(target: str, where: str) -> Callable[..., Any]:
         where: the key, for messages.
 
     Raises:
-        ConfigError: when the file, module or name is missing, or is not callable.
+        ConfigError: when the file, module or name is missing.
     """
     if ".py:" in target:
         file, _, name = target.partition(".py:")
@@ -38,9 +50,7 @@ def resolve_target(target: str, where: str) -> Callable[..., Any]:
             hint = _hidden_folder_hint(target.split(".")[0])
             raise ConfigError(f"{where}: {target!r}: {found.__name__} has no {part!r}; {one_of(part, public)}{hint}")
         found = getattr(found, part)
-    if not callable(found):
-        raise ConfigError(f"{where}: {target!r} is {type(found).__name__}, which cannot be called")
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def instantiate(node: Mapping[str, Any], where: str) -> Any:

@@ -20,7 +20,6 @@ from autofunc.engine.functions import StageContext
 from autofunc.engine.purity import globals_unchanged, refuse_effects
 from autofunc.engine.simplify import simplify
 from autofunc.engine.views import base_of, storage_bytes
-from autofunc.losses import evaluate
 from autofunc.splitting import fake_mode, naming_errors
 
 Node = fx.Node
@@ -40,6 +39,7 @@ class Joint:
     weight_grads: list[Node | None]  # one per trainable holder; None is a zero
     aux_spec: tree.TreeSpec | None  # of the loss's aux, whose leaves that are no tensors are constants
     aux_constants: tuple[Any, ...]  # one per leaf: the constant, or `TENSOR`
+    terms: tuple[bool, ...]  # for each trainable holder, see `StageFunctions.terms`
 
     @property
     def graph(self) -> fx.Graph:
@@ -63,10 +63,7 @@ def capture(context: StageContext) -> Joint:
     tracer = _Tracer(context)
     stage, received, device, what = context.stage, context.received, context.device, context.stage.title
     with fake_mode() as mode:
-        params = [
-            torch.empty(stage.model.spec[path].shape, dtype=context.dtypes[stage.model.canonical(path)], device=device)
-            for path in stage.holders
-        ]
+        params = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in context.parameters]
         values = received.values if received is not None else ()
         inputs = [torch.empty(value.shape, dtype=value.dtype, device=device) for value in values]
         batch = [mode.from_tensor(leaf) for leaf in tracer.batch_leaves if isinstance(leaf, Tensor)]
@@ -83,6 +80,7 @@ def capture(context: StageContext) -> Joint:
                 leaves = [leaf for part in given for leaf in part]
                 module = make_fx(functional, tracing_mode="real")(*leaves)
     simplify(module.graph)
+    context.setting.partitioning.refine(module.graph)
     _set_apart(module.graph)
     return tracer.joint_of(module, len(params), len(inputs), len(batch), len(cotangents))
 
@@ -91,30 +89,25 @@ class _Tracer:
     """The function that is traced, and what its outputs are."""
 
     def __init__(self, context: StageContext) -> None:
-        self.stage, self.received, self.returned, self.loss = (
-            context.stage, context.received, context.returned, context.loss,
-        )  # fmt: skip
-        self.with_loss, self.with_grads = context.with_loss, context.with_grads
+        self.context, self.stage, self.partitioning = context, context.stage, context.setting.partitioning
         self.batch_leaves, self.batch_spec = tree.leaves_and_spec(dict(context.microbatch))
         self.input_wants = context.input_wants
         self.aux_spec: tree.TreeSpec | None = None
         self.aux_constants: tuple[Any, ...] = ()
         self.num_outputs = self.num_input_grads = 0
+        self.terms: tuple[bool, ...] = ()
 
     def forward(self, params: Sequence[Tensor], inputs: Sequence[Tensor], batch: Sequence[Tensor]) -> list[Tensor]:
         """The stage, and the loss if it ends in one: the tensors in the order of `Joint.outputs`."""
         remaining = iter(batch)
         leaves = [next(remaining) if isinstance(leaf, Tensor) else leaf for leaf in self.batch_leaves]
         microbatch = tree.from_leaves(leaves, self.batch_spec)
-        x = self.received.assemble(inputs) if self.received is not None else None
-        bound = self.stage.bind(list(params))
-        for number, name in enumerate(self.stage.layers):
-            with annotate({"layer": number}):
-                x = self.stage.model.run([name], bound, x, microbatch)
-        if not self.with_loss:
-            return self.returned.tensors(x)
+        context = self.context
+        x = context.run(self.stage.bind(list(params)), inputs, microbatch, around=lambda layer: annotate({"layer": layer}))
+        if not context.with_loss:
+            return context.returned.tensors(x, self.partitioning)
         with annotate({"layer": len(self.stage.layers)}):
-            terms = evaluate(self.loss, x, microbatch)
+            terms = context.loss_terms(x, microbatch)
         aux, self.aux_spec = tree.leaves_and_spec(terms.aux)
         self.aux_constants = tuple(TENSOR if isinstance(leaf, Tensor) else leaf for leaf in aux)
         return [terms.sum, terms.weight, *(leaf for leaf in aux if isinstance(leaf, Tensor))]
@@ -123,25 +116,40 @@ class _Tracer:
         self, params: list[Tensor], inputs: list[Tensor], batch: list[Tensor], cotangents: list[Tensor]
     ) -> list[Tensor | None]:
         """Outputs, gradients of inputs, gradients of trainable parameters, the loss's seed, one after the other."""
-        if not self.with_grads:
-            with torch.no_grad():
-                outputs = self.forward(params, inputs, batch)
-            self.num_outputs = len(outputs)
-            return [*outputs, None]
-        own = [leaf.detach().requires_grad_(wanted) for leaf, wanted in zip(params, self.stage.trainable, strict=True)]
-        leaves = [leaf.detach().requires_grad_(wanted) for leaf, wanted in zip(inputs, self.input_wants, strict=True)]
-        with torch.enable_grad():
-            outputs = self.forward(own, leaves, batch)
-        needing = [leaf for leaf in leaves if leaf.requires_grad]
-        trainable = [leaf for leaf in own if leaf.requires_grad]
+        own = [self.partitioning.parameter(path, leaf) for path, leaf in zip(self.stage.holders, params, strict=True)]
+        with self.partitioning.running():
+            if not self.context.with_grads:
+                with torch.no_grad():
+                    outputs = self.forward(own, inputs, batch)
+                self.num_outputs = len(outputs)
+                return [*outputs, None]
+            own = [leaf.requires_grad_(wanted) for leaf, wanted in zip(own, self.stage.trainable, strict=True)]
+            leaves = [leaf.detach().requires_grad_(wanted) for leaf, wanted in zip(inputs, self.input_wants, strict=True)]
+            with torch.enable_grad():
+                outputs = self.forward(own, leaves, batch)
+            return self._differentiated(outputs, own, leaves, cotangents)
+
+    def _differentiated(
+        self, outputs: list[Tensor], params: list[Tensor], inputs: list[Tensor], cotangents: list[Tensor]
+    ) -> list[Tensor | None]:
+        with_loss = self.context.with_loss
+        needing = [leaf for leaf in inputs if leaf.requires_grad]
+        trainable = [leaf for leaf in params if leaf.requires_grad]
         self.num_outputs, self.num_input_grads = len(outputs), len(needing)
-        roots = outputs[:1] if self.with_loss else outputs
+        self.terms = (False,) * len(trainable)
+        roots = outputs[:1] if with_loss else outputs
         roots = [root for root in roots if root.requires_grad]
         if not roots or not (needing or trainable):
             return [*outputs, *[None] * (len(needing) + len(trainable)), None]
-        seeds = [torch.ones_like(roots[0])] if self.with_loss else cotangents
+        seeds = [torch.ones_like(roots[0])] if with_loss else cotangents
         grads: list[Tensor | None] = list(torch.autograd.grad(roots, [*needing, *trainable], seeds, allow_unused=True))
-        return [*outputs, *grads, seeds[0] if self.with_loss else None]
+        count = len(needing)
+        parts = [
+            (None, False) if grad is None else self.partitioning.gradient(path, grad)
+            for path, grad in zip(self.stage.trainable_holders, grads[count:], strict=True)
+        ]
+        self.terms = tuple(term for _, term in parts)
+        return [*outputs, *grads[:count], *(part for part, _ in parts), seeds[0] if with_loss else None]
 
     def joint_of(self, module: fx.GraphModule, *counts: int) -> Joint:
         """Name the nodes of the traced graph."""
@@ -159,7 +167,7 @@ class _Tracer:
             cotangents = [seed]
         return Joint(
             module, params, inputs, batch, cotangents, list(outputs), list(input_grads), list(weight_grads),
-            self.aux_spec, self.aux_constants,
+            self.aux_spec, self.aux_constants, self.terms,
         )  # fmt: skip
 
 

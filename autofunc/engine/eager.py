@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from autofunc import tree
-from autofunc.engine.functions import Accumulators, Microbatch, Produced, StageContext
-from autofunc.losses import evaluate
+from autofunc.engine.functions import Accumulators, Microbatch, Produced, Ready, StageContext
 from autofunc.schedule import StageBytes
 
 
@@ -18,6 +17,7 @@ class Bound(NamedTuple):
 
     tree: dict[str, dict[str, Any]]
     trainable: list[Tensor]
+    ready: Ready | None
 
 
 class Residuals(NamedTuple):
@@ -26,7 +26,6 @@ class Residuals(NamedTuple):
     roots: list[Tensor]  # outputs that need a gradient, or the loss
     inputs: list[Tensor]  # received values that need one
     weights: list[Tensor]
-    is_loss: bool
 
 
 class Again(NamedTuple):
@@ -53,12 +52,11 @@ class EagerStage:
 
     def __init__(self, context: StageContext, *, remat: bool = False) -> None:
         self._remat = remat
-        self._stage = context.stage
-        self._received = context.received
-        self._returned = context.returned
-        self._loss = context.loss
+        self._context, self._stage, self._partitioning = context, context.stage, context.setting.partitioning
         self._with_loss = context.with_loss
         self._input_needs_grad = context.input_wants
+        self._trainable = self._stage.trainable_holders
+        self.terms = [False] * len(self._trainable)
         values = context.returned.values if not context.with_loss else ()
         inputs = tuple(range(len(context.input_wants)))
         cotangents = tuple(value.num_bytes for value in values if value.needs_grad)
@@ -67,15 +65,18 @@ class EagerStage:
             kept_inputs=inputs, weight_inputs=inputs, weight_cotangents=tuple(range(len(cotangents))),
         )  # fmt: skip
 
-    def bind(self, leaves: list[Tensor]) -> Bound:
-        """Make the parameters leaves of new graphs. Shares their memory; the user's tensors stay as they are."""
-        trainable = self._stage.trainable
-        fresh = [leaf.detach().requires_grad_(wanted) for leaf, wanted in zip(leaves, trainable, strict=True)]
-        return Bound(self._stage.bind(fresh), [leaf for leaf in fresh if leaf.requires_grad])
+    def bind(self, leaves: list[Tensor], ready: Ready | None = None) -> Bound:
+        """Make the parameters leaves of new graphs. Shares their memory; the given tensors stay as they are."""
+        stage = self._stage
+        fresh = [
+            self._partitioning.parameter(path, leaf).requires_grad_(wanted)
+            for path, leaf, wanted in zip(stage.holders, leaves, stage.trainable, strict=True)
+        ]
+        return Bound(stage.bind(fresh), [leaf for leaf in fresh if leaf.requires_grad], ready)
 
     def evaluate(self, bound: Bound, inputs: list[Tensor], microbatch: Microbatch) -> Produced:
         """See `StageFunctions.evaluate`."""
-        with torch.no_grad():
+        with torch.no_grad(), self._partitioning.running():
             return self._produce(bound, inputs, microbatch)[0]
 
     def forward(self, bound: Bound, inputs: list[Tensor], microbatch: Microbatch) -> tuple[Produced, Residuals | Again]:
@@ -87,12 +88,10 @@ class EagerStage:
     def _record(self, bound: Bound, inputs: list[Tensor], microbatch: Microbatch) -> tuple[Produced, Residuals]:
         """Run the stage and keep its graph."""
         leaves = [leaf.detach().requires_grad_(w) for leaf, w in zip(inputs, self._input_needs_grad, strict=True)]
-        with torch.enable_grad():
+        with torch.enable_grad(), self._partitioning.running():
             produced, roots = self._produce(bound, leaves, microbatch)
         needing = [leaf for leaf in leaves if leaf.requires_grad]
-        return produced, Residuals(
-            [root for root in roots if root.requires_grad], needing, bound.trainable, self._with_loss
-        )
+        return produced, Residuals([root for root in roots if root.requires_grad], needing, bound.trainable)
 
     def _graph(self, residuals: Residuals | Again) -> Residuals:
         """The graph to differentiate; made now if it was not kept."""
@@ -104,8 +103,8 @@ class EagerStage:
         """See `StageFunctions.backward`."""
         residuals = self._graph(residuals)
         inputs, weights = residuals.inputs, residuals.weights
-        grads = _grad(residuals, cotangents, [*inputs, *weights], keep=False)
-        sums.add(grads[len(inputs) :])
+        grads = self._grad(residuals, cotangents, [*inputs, *weights], keep=False)
+        self._add(grads[len(inputs) :], sums)
         return _apart(_dense(grads[: len(inputs)], inputs), cotangents)
 
     def backward_input(
@@ -113,23 +112,40 @@ class EagerStage:
     ) -> tuple[list[Tensor], tuple[Residuals, list[Tensor]]]:
         """See `StageFunctions.backward_input`."""
         residuals = self._graph(residuals)
-        grads = _grad(residuals, cotangents, residuals.inputs, keep=True)
+        grads = self._grad(residuals, cotangents, residuals.inputs, keep=True)
         return _apart(_dense(grads, residuals.inputs), cotangents), (residuals, cotangents)
 
     def backward_weight(self, weight_residuals: tuple[Residuals, list[Tensor]], sums: Accumulators) -> None:
         """See `StageFunctions.backward_weight`."""
         residuals, cotangents = weight_residuals
-        sums.add(_grad(residuals, cotangents, residuals.weights, keep=False))
+        self._add(self._grad(residuals, cotangents, residuals.weights, keep=False), sums)
+
+    def _grad(
+        self, residuals: Residuals, cotangents: list[Tensor], of: list[Tensor], keep: bool
+    ) -> list[Tensor | None]:  # fmt: skip
+        roots = residuals.roots
+        if not roots or not of:
+            return [None] * len(of)
+        seeds = [torch.ones_like(roots[0])] if self._with_loss else cotangents
+        with self._partitioning.running():
+            return list(torch.autograd.grad(roots, of, seeds, retain_graph=keep, allow_unused=True))
+
+    def _add(self, grads: list[Tensor | None], sums: Accumulators) -> None:
+        """Add the gradients of all trainable holders to their sums."""
+        parts: list[Tensor | None] = [None] * len(grads)
+        for number, (path, grad) in enumerate(zip(self._trainable, grads, strict=True)):
+            if grad is not None:
+                parts[number], self.terms[number] = self._partitioning.gradient(path, grad)
+        sums.add(parts)
 
     def _produce(self, bound: Bound, inputs: list[Tensor], microbatch: Microbatch) -> tuple[Produced, list[Tensor]]:
         """Run the stage; returns what it made and the tensors to differentiate."""
-        entries = microbatch.entries
-        x = self._stage.run(bound.tree, self._received.assemble(inputs) if self._received else None, entries)
+        x = self._context.run(bound.tree, inputs, microbatch.entries, bound.ready)
         if self._with_loss:
-            terms = evaluate(self._loss, x, entries)
+            terms = self._context.loss_terms(x, microbatch.entries)
             aux = tree.map_leaves(lambda leaf: _apart([leaf], inputs)[0] if isinstance(leaf, Tensor) else leaf, terms.aux)
             return Produced([], terms.sum.detach(), terms.weight, aux), [terms.sum]
-        tensors = self._returned.tensors(x)
+        tensors = self._context.returned.tensors(x, self._partitioning)
         return Produced(_apart([tensor.detach() for tensor in tensors], inputs)), tensors
 
 
@@ -137,14 +153,6 @@ def _apart(tensors: list[Tensor], given: list[Tensor]) -> list[Tensor]:
     """The tensors, copied where they lie in memory that was given."""
     taken = {tensor.untyped_storage().data_ptr() for tensor in given}
     return [tensor.clone() if tensor.untyped_storage().data_ptr() in taken else tensor for tensor in tensors]
-
-
-def _grad(residuals: Residuals, cotangents: list[Tensor], of: list[Tensor], keep: bool) -> list[Tensor | None]:
-    roots = residuals.roots
-    if not roots or not of:
-        return [None] * len(of)
-    seeds = [torch.ones_like(roots[0])] if residuals.is_loss else cotangents
-    return list(torch.autograd.grad(roots, of, seeds, retain_graph=keep, allow_unused=True))
 
 
 def _dense(grads: list[Tensor | None], like: list[Tensor]) -> list[Tensor]:

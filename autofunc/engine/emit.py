@@ -17,11 +17,13 @@ from torch import Tensor, fx
 from autofunc.engine.partition import Piece, in_order
 
 Node = fx.Node
-Runnable = Callable[[list[Tensor]], Sequence[Tensor]]
+Runnable = Callable[[list[Any]], Sequence[Tensor]]
 """Takes the piece's inputs (and then the accumulators it adds to), empties the list, returns the outputs."""
 
 
-def emit(piece: Piece, order: list[Node], attributes: Mapping[str, Any], name: str) -> Runnable:
+def emit(
+    piece: Piece, order: list[Node], attributes: Mapping[str, Any], name: str, arrivals: Mapping[Node, int] | None = None
+) -> Runnable:
     """Compile a piece.
 
     Args:
@@ -29,13 +31,17 @@ def emit(piece: Piece, order: list[Node], attributes: Mapping[str, Any], name: s
         order: all nodes of the joint graph, in order.
         attributes: values of its `get_attr` nodes.
         name: of the function, for tracebacks.
+        arrivals: layers of the parameters that may still be on their way: then the function takes, last, one that waits
+            for a layer's, and calls it before each layer is first needed.
     """
-    return _Emitter(piece, order, attributes, name).function()
+    return _Emitter(piece, order, attributes, name, arrivals or {}).function()
 
 
 class _Emitter:
-    def __init__(self, piece: Piece, order: list[Node], attributes: Mapping[str, Any], name: str) -> None:
-        self.piece, self.attributes, self.name = piece, attributes, name
+    def __init__(
+        self, piece: Piece, order: list[Node], attributes: Mapping[str, Any], name: str, arrivals: Mapping[Node, int]
+    ) -> None:
+        self.piece, self.attributes, self.name, self.arrivals = piece, attributes, name, arrivals
         self.values: dict[str, Any] = {}  # constants and functions that the code names
         self.names: dict[Node, str] = {}
         self.nodes = in_order(piece, order)
@@ -47,7 +53,8 @@ class _Emitter:
             self.names[node] = f"v{next(counter)}"
         sums = [f"acc{index}" for index in range(len(self.piece.adds))]
         last_use = self._last_uses()
-        taken = [*(self.names[node] for node in self.piece.inputs), *sums]
+        taken = [*(self.names[node] for node in self.piece.inputs), *sums, *(["ready"] if self.arrivals else [])]
+        arrived: set[int] = set()
         lines = [f"def {self.name}(given):"]
         if taken:
             lines += [f"    [{', '.join(taken)}] = given", "    given.clear()"]
@@ -55,6 +62,9 @@ class _Emitter:
         if unused:
             lines.append(f"    del {', '.join(unused)}")
         for node in self.nodes:
+            awaited = {self.arrivals[read] for read in node.all_input_nodes if read in self.arrivals} - arrived
+            lines += [f"    ready({layer})" for layer in sorted(awaited)]
+            arrived |= awaited
             lines.append(f"    {self.names[node]} = {self._call(node)}")
             lines += self._adds(node, sums)
             dead = [self.names[read] for read in (*node.all_input_nodes, node) if last_use.get(read) is node]

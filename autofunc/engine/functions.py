@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -10,9 +11,9 @@ import torch
 from torch import Tensor
 
 from autofunc import tree
-from autofunc.losses import Loss
+from autofunc.losses import Loss, LossTerms, evaluate
 from autofunc.schedule import StageBytes
-from autofunc.splitting import Boundary, Stage
+from autofunc.splitting import ALONE, Boundary, Setting, Stage
 
 
 class Microbatch(NamedTuple):
@@ -34,6 +35,10 @@ class Produced(NamedTuple):
     sum: Tensor | None = None  # of the last stage with a loss: detached 0-dim sum of the loss ...
     weight: Tensor | None = None  # ... its weight, 0-dim fp32 ...
     aux: Any = None  # ... and its detached auxiliary outputs
+
+
+Ready = Callable[[int], None]
+"""Waits until the parameters of a layer, by its position in the stage, have arrived."""
 
 
 class Accumulators(Protocol):
@@ -64,9 +69,10 @@ class StageContext:
     loss: Loss | None  # None: the output's own
     with_loss: bool  # whether to end in the loss: the last stage, unless outputs are wanted
     with_grads: bool  # whether the backward is wanted
-    dtypes: Mapping[str, torch.dtype]  # of every canonical parameter
+    dtypes: Mapping[str, torch.dtype]  # of every canonical parameter, as it is computed with
     microbatch: Mapping[str, Any]  # an example
     device: torch.device
+    setting: Setting = ALONE
 
     @property
     def input_wants(self) -> list[bool]:
@@ -74,14 +80,55 @@ class StageContext:
         return [value.needs_grad for value in self.received.values] if self.received is not None else []
 
     @property
+    def parameters(self) -> list[tuple[torch.Size, torch.dtype]]:
+        """Shape and dtype of each holder's parameter, as this process computes with it."""
+        model, shape = self.stage.model, self.setting.partitioning.shape
+        return [
+            (shape(path, model.spec[path].shape), self.dtypes[model.canonical(path)]) for path in self.stage.holders
+        ]  # fmt: skip
+
+    @property
+    def accumulator_layouts(self) -> list[tuple[torch.Size, torch.dtype]]:
+        """Shape and dtype of the sum of each trainable holder's gradients."""
+        return [
+            (shape, accumulator_dtype(dtype))
+            for (shape, dtype), wanted in zip(self.parameters, self.stage.trainable, strict=True)
+            if wanted and self.with_grads
+        ]
+
+    @property
     def accumulator_bytes(self) -> int:
         """Bytes of the sums of all trainable holders."""
-        model, total = self.stage.model, 0
-        for path, wanted in zip(self.stage.holders, self.stage.trainable, strict=True):
-            if wanted and self.with_grads:
-                dtype = accumulator_dtype(self.dtypes[model.canonical(path)])
-                total += model.spec[path].numel() * dtype.itemsize
-        return total
+        return sum(shape.numel() * dtype.itemsize for shape, dtype in self.accumulator_layouts)
+
+    def run(
+        self, bound: Mapping[str, Any], inputs: Sequence[Tensor], microbatch: Mapping[str, Any],
+        ready: Ready | None = None, around: Callable[[int], AbstractContextManager[None]] = lambda layer: nullcontext(),
+    ) -> Any:  # fmt: skip
+        """The stage on local tensors; returns what its function made. It runs in `partitioning.running()`.
+
+        Args:
+            bound: its parameters, see `Stage.bind`.
+            inputs: values of the boundary before.
+            microbatch: the microbatch.
+            ready: called before each layer, see `StageFunctions.bind`.
+            around: what each layer runs in, by its position in the stage.
+        """
+        x = self.received.assemble(inputs, self.setting.partitioning) if self.received is not None else None
+        entries = self.setting.precision.batch(microbatch)
+        for number, name in enumerate(self.stage.layers):
+            if ready is not None:
+                ready(number)
+            with around(number):
+                x = self.stage.model.run([name], bound, x, entries)
+        return self.setting.precision.output(x) if self.stage.is_last else x
+
+    def loss_terms(self, x: Any, microbatch: Mapping[str, Any]) -> LossTerms:
+        """The loss of what the last stage made, all of it."""
+        whole = self.setting.partitioning.whole
+        terms = evaluate(self.loss, x, microbatch)
+        aux = tree.map_leaves(lambda leaf: whole(leaf) if isinstance(leaf, Tensor) else leaf, terms.aux)
+        return LossTerms(whole(terms.sum), whole(terms.weight), aux)
 
 
 class StageFunctions(Protocol):
@@ -109,8 +156,16 @@ class StageFunctions(Protocol):
         """Tensors of its own, which residuals may hold."""
         ...
 
-    def bind(self, leaves: list[Tensor]) -> Any:
-        """Prepare the stage's parameters, once per step."""
+    @property
+    def terms(self) -> Sequence[bool]:
+        """For each trainable holder, whether its sum is one of several that the processes of this stage have."""
+        ...
+
+    def bind(self, leaves: list[Tensor], ready: Ready | None = None) -> Any:
+        """Prepare the stage's parameters: local tensors, one per holder.
+
+        Where they arrive by layer, the forward calls `ready` with a layer's position before it uses that layer's.
+        """
         ...
 
     def evaluate(self, bound: Any, inputs: list[Tensor], microbatch: Microbatch) -> Produced:

@@ -13,7 +13,7 @@ from autofunc.engine.capture import TENSOR, Joint
 from autofunc.engine.compile import compile_piece
 from autofunc.engine.emit import Runnable, emit
 from autofunc.engine.footprint import footprint
-from autofunc.engine.functions import Accumulators, Microbatch, Produced, StageContext
+from autofunc.engine.functions import Accumulators, Microbatch, Produced, Ready, StageContext
 from autofunc.engine.partition import Piece, in_order, partition
 from autofunc.engine.residuals import KEEP_ALL, Keep, cost_of, early_gradients, recomputed
 from autofunc.schedule import Kind
@@ -28,6 +28,7 @@ class Bound(NamedTuple):
     backward: list[Tensor]
     backward_input: list[Tensor]
     backward_weight: list[Tensor]
+    ready: list[Ready]  # what the forward takes last: where parameters arrive by layer, who waits for them
 
 
 class Residuals(NamedTuple):
@@ -67,12 +68,19 @@ class GraphStage:
         self.bytes, self.exact_bytes = footprint(joint, pieces, context)
         self._order, attributes = list(joint.graph.nodes), _attributes(joint)
 
+        stage = context.stage
+        number_of = {name: number for number, name in enumerate(stage.layers)}
+        layers = [number_of[stage.model.layer_of(path) or ""] for path in stage.holders]
+        self._arrivals = dict(zip(joint.params, layers, strict=True)) if context.setting.arrive_by_layer else {}
+
         def runnable(piece: Piece | None, name: str, kind: Kind) -> Runnable:
             if piece is None or kind not in kinds:
                 return _not_made
+            arrivals = self._arrivals if kind is Kind.F else {}
             if compiled:
-                return compile_piece(piece, self._order, attributes, f"{name} of {context.stage.title}")
-            return emit(piece, self._order, attributes, f"stage_{context.stage.index}_{name}")
+                call = compile_piece(piece, self._order, attributes, f"{name} of {stage.title}")
+                return _after(sorted(set(arrivals.values())), call) if arrivals else call
+            return emit(piece, self._order, attributes, f"stage_{stage.index}_{name}", arrivals)
 
         forward, evaluate = (pieces.forward, None) if context.with_grads else (None, pieces.evaluate)
         self._forward = runnable(forward, "forward", Kind.F)
@@ -90,6 +98,7 @@ class GraphStage:
         self._input_likes = [node for node, wanted in zip(joint.inputs, context.input_wants, strict=True) if wanted]
         self._seed = [torch.ones_like(_empty(node)) for node in joint.cotangents] if context.with_loss else []
         self.constants = [*attributes.values(), *self._seed]
+        self.terms = joint.terms
 
     @property
     def work(self) -> tuple[float, float, float]:
@@ -98,24 +107,24 @@ class GraphStage:
         f, i, w = (cost_of(in_order(piece, self._order)) if piece is not None else 0.0 for piece in pieces)
         return f, i, w
 
-    def bind(self, leaves: list[Tensor]) -> Bound:
+    def bind(self, leaves: list[Tensor], ready: Ready | None = None) -> Bound:
         """The parameters, as they are."""
         leaves = [leaf.detach() for leaf in leaves]
         pieces = self.pieces
-        return Bound(
-            *(
-                [leaves[number] for number in piece.params] if piece is not None else []
-                for piece in (pieces.forward, pieces.backward, pieces.backward_input, pieces.backward_weight)
-            )
+        forward, backward, backward_input, backward_weight = (
+            [leaves[number] for number in piece.params] if piece is not None else []
+            for piece in (pieces.forward, pieces.backward, pieces.backward_input, pieces.backward_weight)
         )
+        waits = [ready] if ready is not None and self._arrivals else []
+        return Bound(forward, backward, backward_input, backward_weight, waits)
 
     def evaluate(self, bound: Bound, inputs: list[Tensor], microbatch: Microbatch) -> Produced:
         """See `StageFunctions.evaluate`."""
-        return self._produced(self._evaluate([*bound.forward, *inputs, *microbatch.tensors]))
+        return self._produced(self._evaluate([*bound.forward, *inputs, *microbatch.tensors, *bound.ready]))
 
     def forward(self, bound: Bound, inputs: list[Tensor], microbatch: Microbatch) -> tuple[Produced, Residuals]:
         """See `StageFunctions.forward`."""
-        given = [*bound.forward, *inputs, *microbatch.tensors]
+        given: list[Any] = [*bound.forward, *inputs, *microbatch.tensors, *bound.ready]
         inputs.clear()
         made = self._forward(given)
         return self._produced(made[: self._num_outputs]), Residuals(bound, [*made[self._num_outputs :]])
@@ -172,6 +181,18 @@ class GraphStage:
             torch.zeros_like(_empty(like)) if node is None else next(remaining)
             for node, like in zip(self._input_grads, self._input_likes, strict=True)
         ]
+
+
+def _after(layers: Sequence[int], call: Runnable) -> Runnable:
+    """A compiled forward that waits for all its parameters first: it cannot wait in between."""
+
+    def waiting(given: list[Any]) -> Sequence[Tensor]:
+        ready = given.pop()
+        for layer in layers:
+            ready(layer)
+        return call(given)
+
+    return waiting
 
 
 def _not_made(given: list[Tensor]) -> Sequence[Tensor]:

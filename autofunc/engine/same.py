@@ -38,6 +38,7 @@ def fingerprint(context: StageContext) -> Hashable:
             (
                 path[len(name) + 1 :],
                 tuple(model.spec[path].shape),
+                tuple(context.setting.partitioning.shape(path, model.spec[path].shape)),
                 context.dtypes[model.canonical(path)],
                 model.is_trainable(path),
             )
@@ -50,14 +51,17 @@ def fingerprint(context: StageContext) -> Hashable:
     )
     loss = _Comparer("", "").key(context.loss) if context.with_loss else None
     edges = (_boundary_key(context.received), _boundary_key(context.returned))
-    return tuple(layers), edges, repr(spec), microbatch, loss, context.with_loss, context.with_grads, context.device
+    setting = (id(context.setting.partitioning), context.setting.precision)
+    what = (context.with_loss, context.with_grads, context.device, stage.is_last)
+    return tuple(layers), edges, repr(spec), microbatch, loss, what, setting
 
 
 def _boundary_key(boundary: Boundary | None) -> Hashable:
     if boundary is None:
         return None
     leaves = (
-        (leaf.shape, leaf.dtype, leaf.needs_grad) if isinstance(leaf, Value) else repr(leaf) for leaf in boundary.leaves
+        (leaf.shape, leaf.dtype, leaf.needs_grad, leaf.placement) if isinstance(leaf, Value) else repr(leaf)
+        for leaf in boundary.leaves
     )
     return repr(boundary.spec), tuple(leaves)
 

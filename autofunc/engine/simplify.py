@@ -16,6 +16,7 @@ from autofunc.engine.views import is_view
 Node = fx.Node
 
 _aten = torch.ops.aten
+_WAIT = torch.ops._c10d_functional.wait_tensor.default
 _RESHAPES = (_aten.view.default, _aten._unsafe_view.default)
 
 
@@ -42,6 +43,8 @@ def _same_as(node: Node) -> Node | None:
     if not isinstance(source, Node):
         return None
     if node.target in (_aten.detach.default, _aten.alias.default):
+        return source
+    if node.target is _WAIT and source.target is _WAIT:
         return source
     if node.target in (*_RESHAPES, _aten.expand.default):
         if _layout(node) == _layout(source):

@@ -9,6 +9,9 @@ from torch import fx
 
 Node = fx.Node
 
+# not marked as views: autograd must not treat the first as one; the second returns what the collective before it made
+_UNMARKED = (torch.ops.aten._unsafe_view.default, torch.ops._c10d_functional.wait_tensor.default)
+
 
 def base_of(node: Node) -> Node:
     """What a node is a view of."""
@@ -26,7 +29,7 @@ def is_view(node: Node) -> bool:
         return is_view(node.args[0])  # type: ignore[arg-type]
     if not isinstance(target, torch._ops.OpOverload) or target._schema.is_mutable:
         return False
-    if target is torch.ops.aten._unsafe_view.default:  # not marked as one, because autograd must not treat it as one
+    if target in _UNMARKED:
         return True
     returns = target._schema.returns
     return bool(returns) and all(each.alias_info is not None for each in returns)

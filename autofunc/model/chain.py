@@ -12,6 +12,7 @@ from tensordict import TensorDict
 from autofunc import tree
 from autofunc.errors import ModelError, one_of
 from autofunc.model.layer import Layer
+from autofunc.model.placement_rules import TensorParallel
 from autofunc.random import InitKey, as_key
 
 
@@ -27,6 +28,7 @@ class Model:
         ties: alias path -> canonical path.
         config: anything that describes the model; kept as it is.
         trainable: shell-style patterns of the canonical paths that get gradients; `*` crosses dots.
+        tensor_parallel: how its parameters are cut over a tp axis; without one they cannot be.
 
     Raises:
         ModelError: for names that collide. Ties and patterns that name no parameter are found when `spec` is first read.
@@ -39,6 +41,7 @@ class Model:
         ties: Mapping[str, str] | None = None,
         config: Any = None,
         trainable: Sequence[str] = ("*",),
+        tensor_parallel: TensorParallel | None = None,
     ) -> None:
         if not layers:
             raise ModelError("a model needs at least one layer")
@@ -47,6 +50,7 @@ class Model:
         self.ties = dict(ties or {})
         self.config = config
         self.trainable = tuple(trainable)
+        self.tensor_parallel = tensor_parallel
         for alias, canonical in self.ties.items():
             if canonical in self.ties:
                 raise ModelError(f"tie {alias!r}: {canonical!r} is itself tied; name {self.ties[canonical]!r} instead")

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from autofunc.engine.functions import accumulator_dtype
-from autofunc.runtime.program import Channel
+from autofunc.runtime.program import Channel, Layout
 from autofunc.schedule import Schedule
 from autofunc.splitting import Stage
 
@@ -21,18 +20,21 @@ from autofunc.splitting import Stage
 class Accumulator:
     """Sums the gradients of one stage's trainable holders. It holds memory from the first of them on."""
 
-    def __init__(self, leaves: Sequence[Tensor]) -> None:
-        self._leaves = leaves
+    def __init__(self, layouts: Sequence[Layout], device: torch.device) -> None:
+        self._layouts, self._device = layouts, device
         self._sums: list[Tensor] = []
 
     @property
     def sums(self) -> list[Tensor]:
         """One sum per holder, to be added to in place; zeros at first."""
         if not self._sums:
-            self._sums = [
-                torch.zeros(leaf.shape, dtype=accumulator_dtype(leaf.dtype), device=leaf.device) for leaf in self._leaves
-            ]
+            self._sums = [torch.zeros(shape, dtype=dtype, device=self._device) for shape, dtype in self._layouts]
         return self._sums
+
+    def take(self) -> list[Tensor]:
+        """The sums, which are no longer held here."""
+        sums, self._sums = self.sums, []
+        return sums
 
     @property
     def held(self) -> list[Tensor]:
@@ -64,13 +66,13 @@ def tie_name(path: str, target: int) -> str:
     return f"tie {path} to rank {target}"
 
 
-def find_ties(stages: Sequence[Stage], schedule: Schedule, dtypes: Mapping[str, torch.dtype]) -> list[Tie]:
+def find_ties(stages: Sequence[Stage], schedule: Schedule, layouts: Mapping[str, Layout]) -> list[Tie]:
     """All trainable parameters with more than one holder, in path order.
 
     Args:
         stages: all stages.
         schedule: for its placement.
-        dtypes: dtype of each canonical path, as this rank's parameters or the others' are.
+        layouts: of each parameter's sum of gradients, as this process sends it.
     """
     model = stages[0].model
     holders: dict[str, list[tuple[str, int]]] = {}
@@ -83,9 +85,8 @@ def find_ties(stages: Sequence[Stage], schedule: Schedule, dtypes: Mapping[str, 
         if len(held) < 2:
             continue
         ranks = sorted({rank for _, rank in held})
-        shape, dtype = tuple(model.spec[canonical].shape), accumulator_dtype(dtypes[canonical])
         channels = tuple(
-            Channel(tie_name(path, target), source, target, ((shape, dtype),))
+            Channel(tie_name(path, target), source, target, (layouts[canonical],))
             for path, source in held
             for target in ranks
             if target != source

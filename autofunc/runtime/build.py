@@ -39,8 +39,8 @@ def make_stages(
     for index, context in contexts.items():
         if keys[index] not in joints:
             joints[keys[index]] = capture(context)
-    keeps = dict.fromkeys(contexts, Keep(options.remat))  # "auto" is replaced below
-    if options.memory_budget is not None:
+    keeps = dict.fromkeys(contexts, Keep() if options.remat == "auto" else Keep(options.remat))
+    if options.memory_budget is not None and not schedule.is_forward_only:  # without a backward nothing is kept
         by_stage = {index: joints[keys[index]] for index in contexts}
         keeps = _fitting(by_stage, contexts, options.memory_budget, schedule, boundaries)
     kinds: dict[Hashable, set[Kind]] = {}

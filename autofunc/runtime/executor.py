@@ -18,6 +18,9 @@ from autofunc.runtime.accumulate import Accumulator
 from autofunc.runtime.program import Op, Program
 from autofunc.runtime.transport import MemoryHub, Port, Ticket
 from autofunc.schedule import Kind, grid
+from autofunc.shard.parameters import StepParameters
+from autofunc.shard.reduce import Reduction
+from autofunc.splitting import Stage
 
 
 class Observer(Protocol):
@@ -38,7 +41,9 @@ class RankStep:
 
     program: Program
     functions: Mapping[int, StageFunctions]  # by stage
-    bound: Mapping[int, Any]  # by stage: what `StageFunctions.bind` made
+    stages: Mapping[int, Stage]  # those of this rank
+    parameters: StepParameters
+    reduction: Reduction
     accumulators: Mapping[int, Accumulator]  # by stage
     microbatches: Sequence[Microbatch]
     ports: Sequence[Port]  # by number of the channel
@@ -73,7 +78,9 @@ def run_rank(step: RankStep) -> Iterator[None]:
                 sends[number] = None
             for observer in observers:
                 observer.before(op)
-            if channel < 0:
+            if kind >= Kind.UNSHARD:
+                compute.place(kind, stage)
+            elif channel < 0:
                 compute.run(kind, stage, microbatch, reads, writes, registers)
             elif send < 0:
                 registers[writes[0]] = ports[channel].receive([slots[slot] for slot in into])
@@ -92,18 +99,35 @@ def run_rank(step: RankStep) -> Iterator[None]:
 
 
 class _Compute:
-    """Runs F, B, I and W on registers."""
+    """Runs F, B, I and W on registers, and what comes before and after them for a stage's parameters."""
 
     def __init__(self, step: RankStep) -> None:
-        self.functions, self.bound, self.sums = step.functions, step.bound, step.accumulators
+        self.functions, self.sums = step.functions, step.accumulators
+        self.stages, self.parameters, self.reduction = step.stages, step.parameters, step.reduction
+        self.bound: dict[int, Any] = {}  # by stage, while its parameters are there: what `StageFunctions.bind` made
         self.microbatches, self.produced = step.microbatches, step.produced
         self.last_stage = step.program.schedule.num_stages - 1
         self.forward_only = step.program.schedule.is_forward_only
+
+    def place(self, kind: Kind, stage: int) -> None:
+        """UNSHARD starts to gather, the first computation waits for it; RESHARD lets go; REDUCE_GRAD starts to add up."""
+        if kind is Kind.UNSHARD:
+            self.parameters.gather(stage)
+        elif kind is Kind.RESHARD:
+            self.bound.pop(stage, None)
+            self.parameters.release(stage)
+        else:
+            for sums in self.stages[stage].by_layer(self.sums[stage].take()):
+                self.reduction.post(sums)
 
     def run(
         self, kind: Kind, stage: int, microbatch: int, reads: Sequence[int], writes: Sequence[int], registers: list[Any]
     ) -> None:
         functions = self.functions[stage]
+        if stage not in self.bound:
+            self.bound[stage] = functions.bind(self.parameters.leaves(self.stages[stage]), self.parameters.ready(stage))
+            if kind is not Kind.F:  # a forward waits for each layer's parameters when it comes to the layer
+                self.parameters.arrive(stage)
         residuals: Any = None
         given: list[Tensor] = []
         for register in reads:

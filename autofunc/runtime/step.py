@@ -12,12 +12,14 @@ from torch import Tensor
 from autofunc import tree
 from autofunc.engine import Microbatch
 from autofunc.losses import combine_aux
+from autofunc.mesh import DATA_AXES, data_coordinate, gather_over, sum_over
 from autofunc.runtime.accumulate import Accumulator
 from autofunc.runtime.executor import Observer, RankStep, run_rank, run_together
 from autofunc.runtime.finish import check_weight, divide, exchange_ties, share, total_loss
 from autofunc.runtime.plan import Mode, Plan
 from autofunc.runtime.program import Program
 from autofunc.runtime.transport import MemoryHub, MemoryTransport, Transport
+from autofunc.shard.reduce import Reduction
 
 
 @dataclass
@@ -79,34 +81,36 @@ def _run(
 ) -> Iterator[None]:
     """One rank's step, from binding its parameters to the finished gradients."""
     stages, program = [plan.stages[index] for index in plan.schedule.stages_of(rank)], plan.programs[rank]
-    leaves = {stage.index: stage.leaves(params) for stage in stages}
+    parameters = plan.parameters.step(params)
     step = RankStep(
         program=program,
         functions=plan.functions,
-        bound={stage.index: plan.functions[stage.index].bind(leaves[stage.index]) for stage in stages},
-        accumulators={
-            stage.index: Accumulator(
-                [leaf for leaf, wanted in zip(leaves[stage.index], stage.trainable, strict=True) if wanted]
-            )
-            for stage in stages
-        },
+        stages={stage.index: stage for stage in stages},
+        parameters=parameters,
+        reduction=Reduction(plan.parameters.mesh, plan.parameters.sharding.mp_policy.reduce_dtype),
+        accumulators={stage.index: Accumulator(plan.layouts[stage.index], plan.device) for stage in stages},
         microbatches=microbatches,
         ports=[transport.open(channel) for channel in program.channels],
         slots=plan.slots[rank],
         number=number,
         observers=observe(plan, program, microbatches) if observe is not None else (),
     )
-    yield from run_rank(step)
+    try:
+        yield from run_rank(step)
+    finally:
+        parameters.end()
     produced = [step.produced[index] for index in sorted(step.produced)]
     if not plan.mode.ends_in_loss:
         yield from _finish_outputs(plan, rank, [each.outputs for each in produced], transport, result)
         return
 
     def make() -> list[Tensor]:
-        made = [total_loss([_tensor(each.sum) for each in produced], [_tensor(each.weight) for each in produced])]
+        total = total_loss([_tensor(each.sum) for each in produced], [_tensor(each.weight) for each in produced])
+        made = [sum_over(plan.parameters.mesh, DATA_AXES, total)]
         if plan.aux_spec is not None:
             combined = combine_aux(plan.loss, [each.aux for each in produced])
-            made += [torch.as_tensor(leaf, device=plan.device) for leaf in tree.leaves_and_spec(combined)[0]]
+            leaves = [torch.as_tensor(leaf, device=plan.device) for leaf in tree.leaves_and_spec(combined)[0]]
+            made += _aux_of_all(plan, leaves)
         return made
 
     shared: list[Tensor] = []
@@ -118,12 +122,27 @@ def _run(
     if plan.aux_spec is not None:
         result.aux = tree.from_leaves(shared[1:], plan.aux_spec)
     if plan.mode is Mode.GRADS:
-        sums: dict[str, Tensor] = {}
+        terms: set[str] = set()
         for stage in stages:
-            holders = [path for path, wanted in zip(stage.holders, stage.trainable, strict=True) if wanted]
-            sums.update(zip(holders, step.accumulators[stage.index].sums, strict=True))
+            if not plan.parameters.reduces:
+                step.reduction.post(dict(zip(stage.trainable_holders, step.accumulators[stage.index].take(), strict=True)))
+            partial = plan.functions[stage.index].terms
+            terms.update(path for path, is_term in zip(stage.trainable_holders, partial, strict=True) if is_term)
+        sums = step.reduction.finish(terms)
         yield from exchange_ties(rank, sums, plan.ties, transport, plan.device)
-        result.grads.update(divide(sums, weight, {path: params[path].dtype for path in sums}))
+        for path, gradient in divide(sums, weight, {path: params[path].dtype for path in sums}).items():
+            result.grads[path] = plan.parameters.like(params[path], gradient)
+
+
+def _aux_of_all(plan: Plan, leaves: list[Tensor]) -> list[Tensor]:
+    """The aux of all data parallel ranks, combined as the loss declares."""
+    _, size = data_coordinate(plan.parameters.mesh)
+    if size == 1:
+        return leaves
+    assert plan.aux_spec is not None
+    columns = [gather_over(plan.parameters.mesh, DATA_AXES, leaf) for leaf in leaves]
+    each = [tree.from_leaves([column[place] for column in columns], plan.aux_spec) for place in range(size)]
+    return tree.leaves_and_spec(combine_aux(plan.loss, each))[0]
 
 
 def _tensor(value: Tensor | None) -> Tensor:

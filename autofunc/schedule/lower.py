@@ -27,6 +27,7 @@ def lower(
     prefetch: int = 1,
     unshard: Unshard | str = Unshard.NEVER,
     unshard_ahead: int = 1,
+    reduce_grads: bool = False,
     keep_overlapped: bool = False,
     merge: bool = True,
 ) -> Schedule:
@@ -41,6 +42,8 @@ def lower(
         prefetch: how many computations before its reader a receive is posted; 0 posts it right before.
         unshard: how often a stage's sharded parameters are gathered: "never", "once" (a step) or "each_use".
         unshard_ahead: how many computations before their first use gathering begins.
+        reduce_grads: whether each stage's gradients are summed over data parallel ranks after its last backward; they are
+            always where parameters are sharded.
         keep_overlapped: keep overlapped pairs together, with what they send after both, for a runtime that runs them at
             once (torch's takes a function for it). Otherwise their parts run one after the other, each with its sends.
         merge: False leaves every I and W as it is.
@@ -62,7 +65,7 @@ def lower(
     before, after = _transfers(schedule, flow, prefetch)
     rows = []
     for rank, row in enumerate(schedule):
-        gather, release = place(row, unshard, unshard_ahead)
+        gather, release = place(row, unshard, unshard_ahead, reduce_grads)
         rows.append(Row(as_table(_inserted(row, (gather, before[rank]), (after[rank], release)))))
     return Schedule(schedule.name, schedule.placement, schedule.num_microbatches, tuple(rows))
 

@@ -23,20 +23,27 @@ class Unshard(Enum):
     EACH_USE = "each_use"  # for every computation; less memory, more traffic
 
 
-def place(row: Sequence[Action], unshard: Unshard, ahead: int) -> tuple[list[list[Action]], list[list[Action]]]:
+def place(
+    row: Sequence[Action], unshard: Unshard, ahead: int, reduce: bool = False
+) -> tuple[list[list[Action]], list[list[Action]]]:
     """The sharding actions of a rank, to be put before and after each of its computations.
 
     Args:
         row: computations of the rank.
         unshard: how often to gather.
         ahead: how many computations before its first use a gather starts.
+        reduce: whether gradients are reduced where parameters are not sharded.
     """
     before: list[list[Action]] = [[] for _ in row]
     after: list[list[Action]] = [[] for _ in row]
-    if unshard is Unshard.NEVER:
-        return before, after
     turns = _turns(row)
     last_backward = {action.stage: position for position, action in enumerate(row) if action.kind.is_backward}
+    if unshard is Unshard.NEVER:
+        for turn in turns if reduce else []:
+            for stage in sorted({row[position].stage for position in turn}):
+                if last_backward.get(stage, -1) in turn:
+                    after[turn[-1]].append(Action(stage, Kind.REDUCE_GRAD, -1))
+        return before, after
     free_from: dict[int, int] = {}  # by stage: the turn from which it may be gathered again
     for stage, first, last in _uses(row, turns, once=unshard is Unshard.ONCE):
         gather_at = turns[max(first - ahead, free_from.get(stage, 0))][0]

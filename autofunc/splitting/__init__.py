@@ -2,15 +2,22 @@
 
 from autofunc.splitting.boundary import Boundaries, Boundary, Value, infer_boundaries, parameter_dtypes
 from autofunc.splitting.cost import layer_costs, parameter_count
-from autofunc.splitting.cut import split
+from autofunc.splitting.cut import check_whole, split
 from autofunc.splitting.fake import fake_mode, naming_errors, user_line
+from autofunc.splitting.setting import ALONE, WHOLE, Partitioning, Precision, Setting
 from autofunc.splitting.stage import Stage
 
 __all__ = [
+    "ALONE",
+    "WHOLE",
     "Boundaries",
     "Boundary",
+    "Partitioning",
+    "Precision",
+    "Setting",
     "Stage",
     "Value",
+    "check_whole",
     "fake_mode",
     "infer_boundaries",
     "layer_costs",

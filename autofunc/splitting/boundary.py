@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,23 +10,24 @@ import torch
 from torch import Tensor
 
 from autofunc import tree
-from autofunc.errors import ModelError
 from autofunc.losses import Loss, evaluate
 from autofunc.model import Model
 from autofunc.schedule import Edge
 from autofunc.splitting.fake import fake_mode, naming_errors
+from autofunc.splitting.setting import ALONE, WHOLE, Partitioning, Setting
 from autofunc.splitting.stage import Stage
 
 
 @dataclass(frozen=True)
 class Value:
-    """One tensor of what a stage hands on for one microbatch."""
+    """One tensor of what a stage hands on for one microbatch: this process's part of it."""
 
     producer: int
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     needs_grad: bool
+    placement: Hashable = None  # how it lies over the processes that compute the stage together; None: whole on each
 
     @property
     def num_bytes(self) -> int:
@@ -51,14 +52,22 @@ class Boundary:
         """Bytes of one microbatch."""
         return sum(value.num_bytes for value in self.values)
 
-    def tensors(self, x: Any) -> list[Tensor]:
-        """Flatten what the stage returned into its tensors."""
-        return [leaf for leaf in tree.leaves_and_spec(x)[0] if isinstance(leaf, Tensor)]
+    def tensors(self, x: Any, partitioning: Partitioning = WHOLE) -> list[Tensor]:
+        """Flatten what the stage returned into its tensors, as they are handed on."""
+        leaves = [leaf for leaf in tree.leaves_and_spec(x)[0] if isinstance(leaf, Tensor)]
+        return [
+            partitioning.whole(leaf) if value.placement is None else partitioning.handed_on(leaf, value.placement)[0]
+            for leaf, value in zip(leaves, self.values, strict=True)
+        ]
 
-    def assemble(self, tensors: Sequence[Tensor]) -> Any:
+    def assemble(self, tensors: Sequence[Tensor], partitioning: Partitioning = WHOLE) -> Any:
         """Inverse of `tensors`: put the constants back."""
         remaining = iter(tensors)
-        return tree.from_leaves([next(remaining) if isinstance(leaf, Value) else leaf for leaf in self.leaves], self.spec)
+        leaves = [
+            partitioning.received(next(remaining), leaf.placement) if isinstance(leaf, Value) else leaf
+            for leaf in self.leaves
+        ]
+        return tree.from_leaves(leaves, self.spec)
 
 
 @dataclass(frozen=True)
@@ -84,6 +93,7 @@ def infer_boundaries(
     *,
     device: torch.device | None = None,
     with_loss: bool = True,
+    setting: Setting = ALONE,
 ) -> Boundaries:
     """Run all stages on fake tensors.
 
@@ -94,25 +104,34 @@ def infer_boundaries(
         loss: run on the last stage's output; None means the output's own loss.
         device: where parameters live; the CPU by default.
         with_loss: False leaves the loss out.
+        setting: what surrounds the stages.
 
     Raises:
         ModelError: when a stage fails, naming it and its layers; errors of this library pass as they are.
     """
-    with fake_mode() as mode, torch.enable_grad():
-        fakes = _fake_parameters(stages[0], params, device or torch.device("cpu"))
+    partitioning, precision = setting.partitioning, setting.precision
+    _ = stages[0].model.spec  # worked out once, and not on fake tensors, which would stay
+    with fake_mode() as mode, torch.enable_grad(), partitioning.running():
+        fakes = _fake_parameters(stages[0], params, device or torch.device("cpu"), setting)
         batch = tree.map_leaves(lambda leaf: mode.from_tensor(leaf) if isinstance(leaf, Tensor) else leaf, dict(microbatch))
+        entries = precision.batch(batch)
         x: Any = None
         found: list[Boundary] = []
         for stage in stages:
             with naming_errors(stage.title):
-                x = stage.run(stage.bind(stage.leaves(fakes)), x, batch)
-            found.append(_describe(stage.index, x))
-            x = tree.map_leaves(_cut_graph, x) if stage is not stages[-1] else x
+                x = stage.run(stage.bind([fakes[path] for path in stage.holders]), x, entries)
+                if stage is stages[-1]:
+                    x = precision.output(x)
+                    whole = tree.map_leaves(lambda leaf: partitioning.whole(leaf) if isinstance(leaf, Tensor) else leaf, x)
+                    boundary, _ = _handed_on(stage.index, whole, partitioning)
+                else:
+                    boundary, x = _handed_on(stage.index, x, partitioning)
+            found.append(boundary)
         if not with_loss:
             return Boundaries(tuple(found), None)
         with naming_errors("the loss"):
             terms = evaluate(loss, x, batch)
-        aux = _describe(len(stages), terms.aux) if terms.aux is not None else None
+        aux = _handed_on(len(stages), terms.aux, WHOLE)[0] if terms.aux is not None else None
     return Boundaries(tuple(found), aux)
 
 
@@ -132,31 +151,32 @@ def parameter_dtypes(model: Model, params: Mapping[str, Tensor]) -> dict[str, to
     return dtypes
 
 
-def _fake_parameters(stage: Stage, params: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """A fake tensor for every canonical parameter of the whole model; call inside a fake mode."""
+def _fake_parameters(
+    stage: Stage, params: Mapping[str, Tensor], device: torch.device, setting: Setting
+) -> dict[str, Tensor]:  # fmt: skip
+    """A fake tensor for every parameter of the whole model, as a layer sees it; call inside a fake mode."""
     model = stage.model
     dtypes = parameter_dtypes(model, params)
     fakes = {}
     for path, spec in model.spec.items():
         canonical = model.canonical(path)
-        known = params.get(canonical)
-        if known is not None and known.shape != spec.shape:
-            raise ModelError(f"parameter {canonical!r} has shape {tuple(known.shape)}; expected {tuple(spec.shape)}")
-        fakes[canonical] = torch.empty(
-            spec.shape, dtype=dtypes[canonical], device=device, requires_grad=model.is_trainable(path)
-        )
+        dtype = setting.precision.parameter_dtype(dtypes[canonical])
+        local = torch.empty(setting.partitioning.shape(path, spec.shape), dtype=dtype, device=device)
+        fakes[path] = setting.partitioning.parameter(path, local).requires_grad_(model.is_trainable(path))
     return fakes
 
 
-def _describe(producer: int, x: Any) -> Boundary:
+def _handed_on(producer: int, x: Any, partitioning: Partitioning) -> tuple[Boundary, Any]:
+    """What a stage returned, described; and as the next stage gets it, with a graph of its own."""
     leaves, spec = tree.leaves_and_spec(x)
-    names = tree.leaf_names(x, "x")
-    described = (
-        Value(producer, name, tuple(leaf.shape), leaf.dtype, leaf.requires_grad) if isinstance(leaf, Tensor) else leaf
-        for name, leaf in zip(names, leaves, strict=True)
-    )
-    return Boundary(spec, tuple(described))
-
-
-def _cut_graph(leaf: Any) -> Any:
-    return leaf.detach().requires_grad_(leaf.requires_grad) if isinstance(leaf, Tensor) else leaf
+    described: list[Any] = []
+    tensors: list[Tensor] = []
+    for name, leaf in zip(tree.leaf_names(x, "x"), leaves, strict=True):
+        if not isinstance(leaf, Tensor):
+            described.append(leaf)
+            continue
+        local, placement = partitioning.handed_on(leaf)
+        described.append(Value(producer, name, tuple(local.shape), local.dtype, local.requires_grad, placement))
+        tensors.append(local.detach().requires_grad_(local.requires_grad))
+    boundary = Boundary(spec, tuple(described))
+    return boundary, boundary.assemble(tensors, partitioning)

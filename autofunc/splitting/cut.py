@@ -56,3 +56,19 @@ def split(
         starts = resolve_points(names, split_points)
     bounds = zip([0, *starts], [*starts, len(names)], strict=True)
     return [Stage(model, index, tuple(names[begin:end])) for index, (begin, end) in enumerate(bounds)]
+
+
+def check_whole(stages: Sequence[Stage]) -> None:
+    """Refuse stages that are not all the stages of one model, in order.
+
+    Raises:
+        SplitError: when they are not.
+    """
+    model = stages[0].model
+    layers = [name for stage in stages for name in stage.layers]
+    ordered = all(stage.index == index and stage.model is model for index, stage in enumerate(stages))
+    if not ordered or layers != list(model.layers):
+        raise SplitError(
+            f"the stages run the layers {', '.join(layers)}, but the model has {', '.join(model.layers)}; pass all that "
+            "one call of af.split returned, in order"
+        )

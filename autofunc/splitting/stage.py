@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -36,6 +36,11 @@ class Stage:
         return f"stage {self.index} (layers {self.layers[0]} .. {self.layers[-1]})"
 
     @property
+    def is_last(self) -> bool:
+        """Whether it ends the model."""
+        return self.layers[-1] == next(reversed(self.model.layers))
+
+    @property
     def functions(self) -> list[Apply]:
         """What its layers run."""
         return [self.model.layers[name].apply for name in self.layers]
@@ -54,6 +59,18 @@ class Stage:
     def trainable(self) -> tuple[bool, ...]:
         """For each holder, whether it gets a gradient."""
         return tuple(self.model.is_trainable(path) for path in self.holders)
+
+    @cached_property
+    def trainable_holders(self) -> tuple[str, ...]:
+        """Those that get a gradient, sorted."""
+        return tuple(path for path, wanted in zip(self.holders, self.trainable, strict=True) if wanted)
+
+    def by_layer(self, values: Sequence[torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+        """Values of the trainable holders by path, a dict for each layer that has some, in the order of the layers."""
+        groups: dict[str, dict[str, torch.Tensor]] = {name: {} for name in self.layers}
+        for path, value in zip(self.trainable_holders, values, strict=True):
+            groups[self.model.layer_of(path) or ""][path] = value
+        return [group for group in groups.values() if group]
 
     @cached_property
     def _places(self) -> list[tuple[str, tuple[str, ...], str]]:

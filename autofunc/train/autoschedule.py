@@ -84,7 +84,7 @@ def find_schedule(recipe: Recipe, mesh: DeviceMesh, device: torch.device, consol
         ConfigError: when the memory budget is too small.
     """
     by_bytes = recipe.search_budget is not None or recipe.options.remat == "auto"
-    group, shown = mesh.get_group("pp"), console or Console(quiet=True)
+    shown = console or Console(quiet=True)
     pipe = build_pipe(recipe, mesh)
     params = pipe.init(recipe.seed, device)
     batch = to_device(recipe.example(), device)
@@ -94,11 +94,11 @@ def find_schedule(recipe: Recipe, mesh: DeviceMesh, device: torch.device, consol
         memory = pipe.memory(params, batch, key) if by_bytes else None
     limits = search_limits(recipe, memory)
     answer: list[tuple[str, str] | None] = [None]
-    if group.rank() == 0:
+    if dist.get_rank() == 0:
         with search_bar(shown, SECONDS) as on_progress:
             best = search(costs, **limits, time_limit_s=SECONDS, seed=recipe.seed, on_progress=on_progress)
         answer = [(best.name, to_text(best))]
-    dist.broadcast_object_list(answer, group=group, group_src=0)
+    dist.broadcast_object_list(answer, src=0)  # to all, for each dp and tp coordinate has measured by itself
     assert answer[0] is not None
     name, text = answer[0]
     return Found(simulate(from_text(text, name), costs), simulate(recipe.schedule, costs), costs, memory)
@@ -114,7 +114,7 @@ def search_limits(recipe: Recipe, memory: Sequence[StageBytes] | None) -> dict[s
     Raises:
         ConfigError: when not even one microbatch fits into `recipe.search_budget`.
     """
-    num_ranks, num_stages = recipe.num_ranks, recipe.schedule.num_stages
+    num_ranks, num_stages = recipe.schedule.num_ranks, recipe.schedule.num_stages
     limits: dict[str, Any] = {
         "num_ranks": num_ranks,
         "num_microbatches": recipe.schedule.num_microbatches,

@@ -7,6 +7,7 @@ from autofunc.errors import AutofuncError, ConfigError, ScheduleError
 from autofunc.model import Model
 from autofunc.schedule import Schedule, build, default_stages_per_rank, is_looped, is_named
 from autofunc.splitting import Stage, split
+from autofunc.train.axes import Axes
 
 Points = list[str] | int | None
 
@@ -16,18 +17,21 @@ def is_auto(config: FinetuneConfig) -> bool:
     return config.distributed.schedule.lower() == "auto"
 
 
-def stages_and_schedule(config: FinetuneConfig, model: Model, notes: list[str]) -> tuple[list[Stage], Schedule]:
+def stages_and_schedule(
+    config: FinetuneConfig, axes: Axes, model: Model, notes: list[str]
+) -> tuple[list[Stage], Schedule]:  # fmt: skip
     """The stages that split_points give, and their schedule; for `auto` the one that costs are measured with.
 
     Args:
         config: what is wanted.
+        axes: of the mesh.
         model: what is split.
         notes: told of everything that is done otherwise than the configuration says.
 
     Raises:
         ConfigError: when they do not fit each other.
     """
-    num_microbatches = _count_microbatches(config)
+    num_microbatches = _count_microbatches(config, axes.dp)
     name, num_ranks, points = config.distributed.schedule, config.distributed.pp_size, config.distributed.split_points
     if is_auto(config):
         return _to_measure(num_ranks, num_microbatches, model, points, notes)
@@ -102,13 +106,20 @@ def _split(model: Model, points: Points, default: int) -> list[Stage]:
         raise ConfigError(f"distributed.split_points: {error}") from error
 
 
-def _count_microbatches(config: FinetuneConfig) -> int:
+def _count_microbatches(config: FinetuneConfig, dp: int) -> int:
+    """How many each data parallel rank has."""
     rows, per_microbatch = config.step_scheduler.global_batch_size, config.step_scheduler.local_batch_size
-    if rows % per_microbatch:
-        fitting = [size for size in range(1, rows + 1) if rows % size == 0]
+    if rows % (per_microbatch * dp):
+        shared = f" times {dp} data parallel ranks" if dp > 1 else ""
+        fitting = [size for size in range(1, rows + 1) if rows % (size * dp) == 0]
+        if not fitting:
+            raise ConfigError(
+                f"step_scheduler: global_batch_size={rows} cannot be shared by {dp} data parallel ranks; the nearest that "
+                f"can is {max(round(rows / dp), 1) * dp}"
+            )
         nearest = min(fitting, key=lambda size: abs(size - per_microbatch))
         raise ConfigError(
             f"step_scheduler: global_batch_size={rows} is not divisible by local_batch_size={per_microbatch} (the rows of "
-            f"one microbatch); the nearest that divides it is {nearest}"
+            f"one microbatch){shared}; the nearest that divides it is {nearest}"
         )
-    return rows // per_microbatch
+    return rows // (per_microbatch * dp)

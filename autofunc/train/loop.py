@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from autofunc import tree
 from autofunc.errors import PipelineRunError
 from autofunc.losses import Loss, evaluate
+from autofunc.mesh import data_coordinate
 from autofunc.pipe import Pipeline
 from autofunc.train.metrics import MetricsFile
 from autofunc.train.progress import Reporter
@@ -51,18 +52,12 @@ def train(
         metrics: where every step is written; None on all ranks but the first.
     """
     pipe = build_pipe(recipe, mesh)
-    validation_pipe = pipeline(
-        recipe.stages,
-        recipe.schedule,
-        loss=_with_weight(recipe.loss),
-        mesh=mesh,
-        engine=recipe.options.engine,
-        compile=recipe.options.compile,  # nothing is kept without a backward, so there is no choice of what to keep
-    )
+    validation_pipe = pipe.with_loss(_with_weight(recipe.loss))
+    place, places = data_coordinate(mesh)
     step_function = value_and_grad(pipe)
     params = pipe.init(recipe.seed, device)
     state = recipe.optimizer.init(params)
-    loader = recipe.make_train_loader()
+    loader = recipe.make_train_loader(place=place, places=places)
     training_seconds, loss_value = 0.0, float("nan")
     validation_loss: float | None = None
 
@@ -70,15 +65,19 @@ def train(
     for step, batch in enumerate(itertools.islice(_endless(loader), recipe.num_steps), start=1):
         batch = to_device(batch, device)
         loss, grads = step_function(params, batch, key=(recipe.seed, step))
+        norm = None
+        if recipe.max_norm is not None:
+            grads, norm = pipe.clip(grads, recipe.max_norm)
         params, state = recipe.optimizer.update(grads, state, params)
         loss_value = loss.item()
         seconds = time.perf_counter() - clock  # the wait for data included
         training_seconds += seconds
         _check_finite(loss_value, step)
-        tokens = _count_tokens(batch)
+        tokens = _count_tokens(batch) * places
         reporter.step(step, loss_value, tokens / seconds)
         if metrics is not None:
-            metrics.write(step=step, loss=loss_value, num_tokens=tokens, step_time_ms=seconds * 1e3)
+            extra = {} if norm is None else {"grad_norm": norm.item()}
+            metrics.write(step=step, loss=loss_value, **extra, num_tokens=tokens, step_time_ms=seconds * 1e3)
         if step == recipe.num_steps or (recipe.val_every_steps and step % recipe.val_every_steps == 0):
             validation_loss = validate(recipe, validation_pipe, params, device, reporter)
             if validation_loss is not None:
@@ -91,7 +90,8 @@ def train(
 
 def build_pipe(recipe: Recipe, mesh: DeviceMesh | None) -> Pipeline:
     """The pipeline of a recipe."""
-    return pipeline(recipe.stages, recipe.schedule, loss=recipe.loss, mesh=mesh, **asdict(recipe.options))
+    options = asdict(recipe.options)
+    return pipeline(recipe.stages, recipe.schedule, loss=recipe.loss, mesh=mesh, sharding=recipe.sharding, **options)
 
 
 def validate(recipe: Recipe, pipe: Pipeline, params: TensorDict, device: torch.device, reporter: Reporter) -> float | None:
@@ -107,7 +107,8 @@ def validate(recipe: Recipe, pipe: Pipeline, params: TensorDict, device: torch.d
     if recipe.make_validation_loader is None:
         return None
     total, weight = 0.0, 0.0
-    loader = recipe.make_validation_loader()
+    place, places = data_coordinate(pipe.mesh)
+    loader = recipe.make_validation_loader(place=place, places=places)
     for index, batch in enumerate(loader, start=1):
         loss, batch_weight = pipe(params, to_device(batch, device), has_aux=True)
         reporter.validating(index, len(loader))

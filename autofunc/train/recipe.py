@@ -13,14 +13,16 @@ import torch
 from autofunc import losses
 from autofunc.batch import split_batch
 from autofunc.config import FinetuneConfig, check_arguments, instantiate, resolve_target
-from autofunc.data import collate, make_loader
+from autofunc.data import first_rows, make_loader
 from autofunc.engine import EngineOptions, require_compiler
 from autofunc.errors import AutofuncError, ConfigError, ModelError
 from autofunc.losses import Loss
 from autofunc.model import Model
 from autofunc.optim import Optimizer, optimizer
 from autofunc.schedule import Schedule
+from autofunc.shard import Sharding
 from autofunc.splitting import Stage, infer_boundaries
+from autofunc.train.axes import Axes, axes_of, sharding_of
 from autofunc.train.layout import is_auto, stages_and_schedule
 from autofunc.tree import to_tensordict
 
@@ -31,6 +33,8 @@ class Recipe:
 
     model: Model
     stages: tuple[Stage, ...]
+    axes: Axes  # sizes of the mesh
+    sharding: Sharding
     schedule: Schedule  # to train with; of a run that searches, to measure costs with
     searches: bool  # whether a schedule is searched for when the run starts
     search_budget: int | None  # bytes of residuals that it keeps within; None: as many activations as 1F1B
@@ -39,26 +43,26 @@ class Recipe:
     optimizer: Optimizer
     dataset: Any
     validation_dataset: Any | None
-    make_train_loader: Callable[[], Any]
-    make_validation_loader: Callable[[], Any] | None
+    make_train_loader: Callable[..., Any]  # of (place=, places=): which part of each batch
+    make_validation_loader: Callable[..., Any] | None
     num_steps: int
     val_every_steps: int | None
+    max_norm: float | None  # of the gradients
     seed: int
-    rows: int  # of a batch
+    rows: int  # of a batch, over all data parallel ranks
     notes: tuple[str, ...]  # what the user should know about how the configuration was read
 
-    @property
-    def num_ranks(self) -> int:
-        """Processes the run needs."""
-        return self.schedule.num_ranks
-
     def example(self) -> dict[str, Any]:
-        """A batch of the dataset's first rows, to measure on."""
-        return collate([self.dataset[index] for index in range(min(self.rows, len(self.dataset)))], self.rows)
+        """A batch of the dataset's first rows, as many as a data parallel rank has: to measure on."""
+        return first_rows(self.dataset, self.rows // self.axes.dp)
 
 
-def prepare(config: FinetuneConfig) -> Recipe:
+def prepare(config: FinetuneConfig, num_processes: int | None = None) -> Recipe:
     """Build a recipe and try it on fake tensors.
+
+    Args:
+        config: what is wanted.
+        num_processes: how many there are, or were asked for; None lets the configuration say.
 
     Raises:
         AutofuncError: naming the key, what was given and what would work.
@@ -67,7 +71,9 @@ def prepare(config: FinetuneConfig) -> Recipe:
     model = instantiate(config.model, "model")
     if not isinstance(model, Model):
         raise ConfigError(f"model: {config.model['_target_']} returned {type(model).__name__}; expected an af.Model")
-    stages, schedule = stages_and_schedule(config, model, notes)
+    axes = axes_of(config, num_processes)
+    stages, schedule = stages_and_schedule(config, axes, model, notes)
+    sharding = sharding_of(config, axes, notes)
     options, search_budget = _engine_options(config)
     searches = is_auto(config) and schedule.num_ranks > 1
     if search_budget is not None and not searches:
@@ -100,10 +106,12 @@ def prepare(config: FinetuneConfig) -> Recipe:
     for where, given in (("dataset", dataset), ("validation_dataset", validation)):
         if given is not None:
             drop_last = loader.drop_last and where == "dataset"
-            _try_on_fake_tensors(where, given, rows, drop_last, stages, schedule, loss)
+            _try_on_fake_tensors(where, given, rows, axes.dp, drop_last, stages, schedule, loss)
     return Recipe(
         model=model,
         stages=tuple(stages),
+        axes=axes,
+        sharding=sharding,
         schedule=schedule,
         searches=searches,
         search_budget=search_budget if searches else None,
@@ -116,6 +124,7 @@ def prepare(config: FinetuneConfig) -> Recipe:
         make_validation_loader=make_validation,
         num_steps=min(steps, config.step_scheduler.max_steps or steps),
         val_every_steps=config.step_scheduler.val_every_steps,
+        max_norm=config.clip_grad_norm.max_norm if config.clip_grad_norm is not None else None,
         seed=config.seed,
         rows=rows,
         notes=tuple(dict.fromkeys(notes)),
@@ -202,15 +211,12 @@ def _check_dataset(where: str, dataset: Any, model: Model) -> None:
 
 
 def _try_on_fake_tensors(
-    where: str, dataset: Any, rows: int, drop_last: bool, stages: list[Stage], schedule: Schedule, loss: Loss
+    where: str, dataset: Any, rows: int, dp: int, drop_last: bool, stages: list[Stage], schedule: Schedule, loss: Loss
 ) -> None:
     """Run the model on a first and a last batch without allocating: finds wrong shapes, keys and lengths in time."""
     last = len(dataset) % rows
-    indices = [range(min(rows, len(dataset)))] + (
-        [range(len(dataset) - last, len(dataset))] if last and not drop_last else []
-    )
-    for chosen in indices:
-        batch = collate([dataset[index] for index in chosen], rows)
+    for start in [0, len(dataset) - last] if last and not drop_last else [0]:
+        batch = first_rows(dataset, rows // dp, start)
         try:
             microbatch = split_batch(batch, schedule.num_microbatches, key=(0, 0))[0]
             infer_boundaries(stages, {}, microbatch, loss)

@@ -96,12 +96,13 @@ def _device() -> torch.device:
 
 def _mesh(recipe: Recipe, device: torch.device, timeout_minutes: float) -> DeviceMesh | None:
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world != recipe.num_ranks:
+    axes = recipe.axes
+    if world != axes.num_processes:
         raise MeshError(
-            f"distributed: pp_size={recipe.num_ranks} needs {recipe.num_ranks} processes, but torchrun started {world}; "
-            f"start it with --nproc-per-node {recipe.num_ranks}, or set pp_size: {world}"
+            f"distributed: {axes} needs {axes.num_processes} processes, but torchrun started {world}; "
+            f"start it with --nproc-per-node {axes.num_processes}, or change the sizes"
         )
     if world == 1:
         return None
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=timeout_minutes))
-    return make_mesh(pp=recipe.num_ranks, device_type=device.type)
+    return make_mesh(axes.pp, axes.dp_replicate, axes.dp_shard, axes.tp, device_type=device.type)

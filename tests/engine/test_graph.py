@@ -256,7 +256,7 @@ def test_everything_is_let_go_of_at_its_last_use() -> None:
     stage, context, params, batch = middle_stage()
     shape = context.received.values[0].shape  # type: ignore[union-attr]
     bound = stage.bind(context.stage.leaves(params))
-    sums = Accumulator(context.stage.leaves(params))
+    sums = Accumulator(context.accumulator_layouts, context.device)
     with torch.no_grad():
         inputs = [torch.randn(shape)]
         given = weakref.ref(inputs[0])

@@ -130,7 +130,7 @@ def pp_mesh(num_ranks: int) -> DeviceMesh:
     import torch.distributed as dist
 
     ranks = torch.arange(dist.get_world_size()).view(-1, num_ranks)
-    return DeviceMesh("cpu", ranks, mesh_dim_names=("copy", "pp"))
+    return DeviceMesh("cpu", ranks, mesh_dim_names=("copy", "pp"))["pp"]
 
 
 def run_on_gloo(model_name: str, schedule_name: str, num_ranks: int, num_microbatches: int, key: Any, engine: str) -> None:

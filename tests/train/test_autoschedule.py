@@ -37,7 +37,7 @@ def recipe_of(folder: Path, *words: str) -> Recipe:
 
 def test_what_is_measured_with(folder: Path) -> None:
     recipe = recipe_of(folder, "distributed.schedule=auto")
-    assert recipe.searches and recipe.schedule.name == "1f1b" and recipe.num_ranks == 2
+    assert recipe.searches and recipe.schedule.name == "1f1b" and recipe.axes.pp == 2
     several = recipe_of(folder, "distributed.schedule=Auto", "distributed.split_points=4")
     assert several.searches and several.schedule.name == "interleaved_1f1b" and several.schedule.num_stages == 4
     default = recipe_of(folder, "distributed.schedule=auto", "distributed.split_points=null", "distributed.pp_size=3")

@@ -1,0 +1,76 @@
+"""Placement tables: how a model's parameters are cut over the tp axis, as plain data beside the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from autofunc import tree
+from autofunc.errors import MeshError, ModelError, one_of
+from autofunc.markers import sharded_dim
+
+
+@dataclass(frozen=True)
+class TensorParallel:
+    """How a model is cut over the tp axis. The model's functions stay as they are.
+
+    Args:
+        params: shell-style pattern of parameter paths (`*` crosses dots) -> "shard(d)" or "replicate". The first pattern
+            that matches counts; parameters that none matches are whole on every rank.
+        divisible: what else must divide by the number of tp ranks, by name, such as `{"n_head": 12}`.
+
+    Raises:
+        ModelError: for an unknown placement.
+    """
+
+    params: Mapping[str, str]
+    divisible: Mapping[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for pattern, placement in self.params.items():
+            try:
+                sharded_dim(placement)
+            except ModelError as error:
+                raise ModelError(f"tensor parallel table, {pattern!r}: {error}") from error
+
+
+def cut_dims(table: TensorParallel, spec: Mapping[str, torch.Tensor], size: int) -> dict[str, int]:
+    """The dim along which each parameter is cut; those that are whole are left out.
+
+    Args:
+        table: of the model.
+        spec: canonical path -> a tensor of its shape.
+        size: number of tp ranks.
+
+    Raises:
+        ModelError: for a pattern that matches no parameter, or a dim that a parameter does not have.
+        MeshError: when something does not divide by the number of ranks.
+    """
+    for pattern in table.params:
+        if not any(tree.matches(path, [pattern]) for path in spec):
+            raise ModelError(f"tensor parallel table: {pattern!r} matches no parameter; {one_of(pattern, spec)}")
+    for name, number in table.divisible.items():
+        if number % size:
+            raise MeshError(f"tp={size} does not divide {name}={number}; {_fitting(number)}")
+    dims: dict[str, int] = {}
+    for path, leaf in spec.items():
+        placement = next((each for pattern, each in table.params.items() if tree.matches(path, [pattern])), "replicate")
+        dim = sharded_dim(placement)
+        if dim is None:
+            continue
+        if dim >= leaf.dim():
+            raise ModelError(f"tensor parallel table: {placement} for {path!r}, which has the shape {tuple(leaf.shape)}")
+        if leaf.shape[dim] % size:
+            raise MeshError(
+                f"tp={size} does not divide dim {dim} of parameter {path!r}, which has the shape {tuple(leaf.shape)}; "
+                + _fitting(leaf.shape[dim])
+            )
+        dims[path] = dim
+    return dims
+
+
+def _fitting(number: int) -> str:
+    sizes = [size for size in range(1, min(number, 64) + 1) if number % size == 0]
+    return f"sizes that do: {', '.join(map(str, sizes[:12]))}"

@@ -1,0 +1,96 @@
+"""Collectives of captured stages on CPU, as direct exchanges: every rank sends to every other, and adds up in rank order.
+
+Between two ranks nothing more is sent than in a ring; between more of them, small tensors gain by having one round. Sums
+are in the order of ranks, so all ranks have the same bits. See `links.py` for why, and `bench/tensor_parallel.py` for how
+much it is.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, fx
+
+from autofunc.shard.links import Links, links
+
+SMALL = 1 << 20
+"""Bytes up to which more than two ranks exchange directly."""
+
+_c10d = torch.ops._c10d_functional
+_links: dict[str, Links] = {}  # by name of the group
+
+_library = torch.library.Library("autofunc", "FRAGMENT")  # type: ignore[no-untyped-call]
+_library.define("all_reduce(Tensor x, str how, str group) -> Tensor")  # type: ignore[no-untyped-call]
+_library.define("all_gather(Tensor x, int size, str group) -> Tensor")  # type: ignore[no-untyped-call]
+_library.define("reduce_scatter(Tensor x, str how, int size, str group) -> Tensor")  # type: ignore[no-untyped-call]
+
+
+def _all_reduce(x: Tensor, how: str, group: str) -> Tensor:
+    """Everyone's `x` added up, or the largest of each element."""
+    x = x.contiguous()
+    return _combined(_links[group].exchange([x] * _links[group].size), how)
+
+
+def _all_gather(x: Tensor, size: int, group: str) -> Tensor:
+    """Everyone's `x`, one after the other along dim 0."""
+    return torch.cat(_links[group].exchange([x.contiguous()] * size))
+
+
+def _reduce_scatter(x: Tensor, how: str, size: int, group: str) -> Tensor:
+    """This rank's part along dim 0 of what `_all_reduce` gives."""
+    return _combined(_links[group].exchange(x.contiguous().chunk(size)), how)
+
+
+def _combined(parts: list[Tensor], how: str) -> Tensor:
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part if how == "sum" else torch.maximum(total, part)
+    return total
+
+
+_library.impl("all_reduce", _all_reduce, "CPU")  # type: ignore[no-untyped-call]
+_library.impl("all_gather", _all_gather, "CPU")  # type: ignore[no-untyped-call]
+_library.impl("reduce_scatter", _reduce_scatter, "CPU")  # type: ignore[no-untyped-call]
+torch.library.register_fake("autofunc::all_reduce", lambda x, how, group: x.new_empty(x.shape))
+torch.library.register_fake(
+    "autofunc::all_gather", lambda x, size, group: x.new_empty((size * x.shape[0], *x.shape[1:]))
+)  # fmt: skip
+torch.library.register_fake(
+    "autofunc::reduce_scatter", lambda x, how, size, group: x.new_empty((x.shape[0] // size, *x.shape[1:]))
+)
+
+
+def exchange_directly(graph: fx.Graph, group: dist.ProcessGroup) -> None:
+    """Change a captured graph in place: its collectives over this group become exchanges where that is faster.
+
+    Args:
+        graph: of local operators and functional collectives.
+        group: the tp axis.
+    """
+    ours = {
+        _c10d.all_reduce.default: torch.ops.autofunc.all_reduce.default,
+        _c10d.all_gather_into_tensor.default: torch.ops.autofunc.all_gather.default,
+        _c10d.reduce_scatter_tensor.default: torch.ops.autofunc.reduce_scatter.default,
+    }
+    name, connected = group.group_name, links(group)
+    if connected is None:
+        return
+    _links[name] = connected
+    for node in list(graph.nodes):
+        if node.target not in ours or node.args[-1] != name or "avg" in node.args:
+            continue
+        value, waits = node.meta["val"], list(node.users)
+        largest = max(value.numel(), node.args[0].meta["val"].numel()) * value.element_size()
+        suits = value.device.type == "cpu" and (group.size() == 2 or largest <= SMALL) and math.prod(value.shape)
+        if not suits or any(wait.target is not _c10d.wait_tensor.default for wait in waits):
+            continue
+        with graph.inserting_before(node):
+            direct = graph.call_function(ours[node.target], node.args)
+        direct.meta.update(node.meta)
+        for wait in waits:
+            wait.replace_all_uses_with(direct)
+            graph.erase_node(wait)
+        graph.erase_node(node)
+    graph.lint()

@@ -1,0 +1,179 @@
+"""Parameters sharded over the dp_shard axis, stored and gathered by torch's `fully_shard`.
+
+Each layer's parameters are held by a small module of its own, its own root, so that `unshard()` and `reshard()` are plain
+calls and the gathers of several layers overlap computing. HSDP, mixed precision, offload and a tp axis come with it.
+Gradients do not go through it: they would be rounded to the parameters' precision first (see `reduce.py`).
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, UnshardHandle, fully_shard
+from torch.distributed.tensor import DTensor
+
+from autofunc.mesh import axis_size
+from autofunc.shard.options import Sharding
+
+Group = tuple[str, ...]
+"""Canonical paths of the parameters that are gathered together: those of one layer."""
+
+_KEPT = 2  # trees whose storage a pipeline keeps ready; a tree beyond that is copied into one of its own for each step
+
+
+class _Holder(nn.Module):
+    """The parameters of one layer; nothing calls it."""
+
+    def __init__(self, locals_: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.names = {path: f"p{number}" for number, path in enumerate(locals_)}
+        for path, leaf in locals_.items():
+            self.register_parameter(self.names[path], nn.Parameter(leaf, requires_grad=False))
+
+    def get(self, path: str) -> Tensor:
+        """The parameter as it is now: sharded, or gathered."""
+        return self.get_parameter(self.names[path]).detach()
+
+
+class ShardedTree:
+    """The storage of one tree of sharded parameters.
+
+    Args:
+        groups: what is gathered together.
+        make: gives the parameters of a group, whole over the dp_shard axis (cut over tp already).
+        mesh: with the axis dp_shard.
+        sharding: the policies.
+    """
+
+    def __init__(
+        self, groups: Sequence[Group], make: Callable[[Group], Mapping[str, Tensor]], mesh: DeviceMesh, sharding: Sharding
+    ) -> None:
+        axes = ("dp_replicate", "dp_shard") if axis_size(mesh, "dp_replicate") > 1 else ("dp_shard",)
+        self._holders: dict[Group, Any] = {}
+        for group in groups:  # one layer at a time, so that no more than one is whole
+            holder = _Holder(make(group))
+            fully_shard(
+                holder,
+                mesh=mesh[axes],
+                reshard_after_forward=False,
+                mp_policy=sharding.mp_policy,
+                offload_policy=sharding.offload_policy,
+            )
+            self._holders[group] = holder
+        self._home = {path: group for group in groups for path in group}
+        self.sharded = {path: self._holders[group].get(path) for path, group in self._home.items()}
+        self._places = {path: _place(leaf) for path, leaf in self.sharded.items()}
+        self._users: dict[Group, int] = dict.fromkeys(groups, 0)
+        self._gathering: dict[Group, UnshardHandle] = {}
+        self._whole: dict[str, Tensor] = {}  # known from the first gather on; their memory comes and goes
+
+    def holds(self, flat: Mapping[str, Tensor]) -> bool:
+        """Whether these leaves lie in this storage."""
+        return all(_place(flat[path]) == place for path, place in self._places.items())
+
+    def is_like(self, flat: Mapping[str, Tensor]) -> bool:
+        """Whether leaves have the precision of this storage."""
+        return all(flat[path].dtype == leaf.dtype for path, leaf in self.sharded.items())
+
+    @torch.no_grad()
+    def load(self, flat: Mapping[str, Tensor]) -> None:
+        """Copy leaves into this storage."""
+        for path, leaf in self.sharded.items():
+            _local(leaf).copy_(_local(flat[path]))
+
+    def gather(self, groups: Sequence[Group]) -> None:
+        """Start to gather. Groups that are in use already stay as they are."""
+        for group in groups:
+            self._users[group] += 1
+            if self._users[group] == 1:
+                holder: FSDPModule = self._holders[group]
+                handle = holder.unshard(async_op=True)
+                if handle is not None:
+                    self._gathering[group] = handle
+
+    def whole(self, path: str) -> Tensor:
+        """A parameter, whole over dp_shard and local over tp; it may still be on its way."""
+        if path not in self._whole:
+            group = self._home[path]
+            self.arrive([group])
+            self._whole.update({each: _local(self._holders[group].get(each)) for each in group})
+        return self._whole[path]
+
+    def arrive(self, groups: Iterable[Group]) -> None:
+        """Wait for what is on its way."""
+        for group in groups:
+            handle = self._gathering.pop(group, None)
+            if handle is not None:
+                handle.wait()
+
+    def release(self, groups: Sequence[Group]) -> None:
+        """Let go of gathered parameters that nobody else uses."""
+        for group in groups:
+            self._users[group] -= 1
+            if self._users[group] == 0:
+                self.arrive([group])
+                self._holders[group].reshard()
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the parameters that are in memory now, sharded or gathered; of gathers under way nothing."""
+        leaves = [*self.sharded.values(), *(holder.get(path) for group, holder in self._holders.items() for path in group)]
+        storages = (_local(leaf).untyped_storage() for leaf in leaves)
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages if storage.nbytes()}.values())
+
+    def release_all(self) -> None:
+        """Whatever was gathered, let go of it: after a step that failed."""
+        for group, users in self._users.items():
+            if users:
+                self._users[group] = 1
+                self.release([group])
+
+
+class Storages:
+    """The storages behind the trees that a pipeline works on.
+
+    Trees that it made itself are used where they lie. Another tree, such as an average of several, is copied: parameters
+    are arguments, and a call must not change those of an earlier one.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[Callable[[Group], Mapping[str, Tensor]]], ShardedTree],
+        blank: Callable[[Group, Mapping[str, Tensor]], Mapping[str, Tensor]],
+    ) -> None:
+        self._make, self._blank = make, blank
+        self._own: OrderedDict[int, ShardedTree] = OrderedDict()
+        self._copy: ShardedTree | None = None
+
+    def add(self, make: Callable[[Group], Mapping[str, Tensor]]) -> ShardedTree:
+        """Make storage for a new tree."""
+        tree = self._make(make)
+        self._own[id(tree)] = tree
+        if len(self._own) > _KEPT:
+            self._own.popitem(last=False)
+        return tree
+
+    def of(self, flat: Mapping[str, Tensor]) -> ShardedTree:
+        """The storage in which these leaves lie, or that they are copied into."""
+        for key, tree in reversed(self._own.items()):
+            if tree.holds(flat):
+                self._own.move_to_end(key)
+                return tree
+        if self._copy is None or not self._copy.is_like(flat):
+            self._copy = self._make(lambda group: self._blank(group, flat))
+        if not self._copy.holds(flat):
+            self._copy.load(flat)
+        return self._copy
+
+
+def _place(leaf: Tensor) -> int:
+    return _local(leaf).data_ptr()
+
+
+def _local(leaf: Tensor) -> Tensor:
+    return leaf.to_local() if isinstance(leaf, DTensor) else leaf

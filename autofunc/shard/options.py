@@ -1,0 +1,74 @@
+"""How a pipeline shares its parameters and work over the axes of a mesh: the choices of `af.pipeline`, checked together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy
+
+from autofunc.errors import AutofuncError
+from autofunc.model import TensorParallel
+from autofunc.splitting import Precision
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """Checked when made.
+
+    Args:
+        reshard_after_forward: gather the parameters of a stage for each of its computations, and let them go after it:
+            less memory, one gather a use. By default they are gathered once a step.
+        prefetch: how many computations ahead of the first use gathering starts.
+        mp_policy: in what precision parameters are gathered and computed with (`param_dtype`), gradients are reduced
+            (`reduce_dtype`; fp32 by default) and the last outputs are given to the loss (`output_dtype`). Applies without a
+            mesh too. Sums over microbatches are fp32 at least.
+        offload_policy: where the sharded parameters wait, see `torch.distributed.fsdp.CPUOffloadPolicy`.
+        tensor_parallel: how parameters are cut over the tp axis, instead of the model's own table.
+        sequence_parallel: keep the stream between blocks cut along the tokens over the tp axis: less memory, the same
+            traffic.
+
+    Raises:
+        AutofuncError: for choices that do not exist or go together.
+    """
+
+    reshard_after_forward: bool = False
+    prefetch: int = 1
+    mp_policy: MixedPrecisionPolicy = field(default_factory=MixedPrecisionPolicy)
+    offload_policy: OffloadPolicy = field(default_factory=OffloadPolicy)
+    tensor_parallel: TensorParallel | Mapping[str, str] | None = None
+    sequence_parallel: bool = False
+
+    def __post_init__(self) -> None:
+        if self.prefetch < 0:
+            raise AutofuncError(f"sharding: prefetch={self.prefetch}, expected 0 or more")
+        for name in ("param_dtype", "output_dtype"):
+            dtype = getattr(self.mp_policy, name)
+            if dtype is torch.float16:
+                raise AutofuncError(
+                    f"sharding: mp_policy.{name} is float16, whose gradients underflow without loss scaling, which is not "
+                    "supported; use bfloat16"
+                )
+            if dtype is not None and not dtype.is_floating_point:
+                raise AutofuncError(f"sharding: mp_policy.{name} is {dtype}; expected a floating-point type")
+        if self.reduce_dtype.itemsize < 2 or not self.reduce_dtype.is_floating_point:
+            raise AutofuncError(f"sharding: mp_policy.reduce_dtype is {self.reduce_dtype}; expected a floating-point type")
+
+    @property
+    def precision(self) -> Precision:
+        """What stages compute in."""
+        policy = self.mp_policy
+        return Precision(policy.param_dtype, policy.output_dtype, policy.cast_forward_inputs)
+
+    @property
+    def reduce_dtype(self) -> torch.dtype:
+        """In what gradients travel."""
+        return self.mp_policy.reduce_dtype or torch.float32
+
+    def table(self, own: TensorParallel | None) -> TensorParallel | None:
+        """The placement table for a model that brings this one. What must divide stays the model's to say."""
+        given = self.tensor_parallel
+        if given is None or isinstance(given, TensorParallel):
+            return given or own
+        return TensorParallel(given, own.divisible if own is not None else {})

@@ -1,0 +1,287 @@
+"""How a process holds its parameters, and how a step comes by them.
+
+Without data parallel shards a leaf of a tree is a plain tensor, or a DTensor over the tp axis; with them it is a DTensor
+that `fully_shard` made. A stage computes with local tensors: whole over dp_shard, this process's part over tp, in the
+precision of the policy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import OffloadPolicy
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from autofunc import tree
+from autofunc.errors import AutofuncError, MeshError, ModelError
+from autofunc.mesh import axis_size, coordinate
+from autofunc.model import Model, cut_dims
+from autofunc.shard.fsdp import Group, ShardedTree, Storages
+from autofunc.shard.options import Sharding
+from autofunc.shard.reduce import shard_shape
+from autofunc.shard.tensor_parallel import OverTP
+from autofunc.splitting import WHOLE, Partitioning, Setting, Stage
+
+Full = Callable[[Sequence[str]], Mapping[str, Tensor]]
+"""Makes whole parameters with these canonical paths."""
+
+
+class Parameters:
+    """The parameters of this process's stages.
+
+    Args:
+        stages: the stages that this process runs.
+        mesh: None when it runs all of them.
+        sharding: the choices.
+
+    Raises:
+        MeshError: when the model cannot be cut over the tp axis.
+        ModelError: for a placement table that does not fit the model.
+        AutofuncError: for policies that need a mesh.
+    """
+
+    def __init__(self, stages: Sequence[Stage], model: Model, mesh: DeviceMesh | None, sharding: Sharding) -> None:
+        self.stages, self.model, self.mesh, self.sharding = stages, model, mesh, sharding
+        self.paths = sorted({path for stage in stages for path in stage.paths}, key=tree.split_path)
+        offloads = type(sharding.offload_policy) is not OffloadPolicy
+        if mesh is None and (offloads or sharding.sequence_parallel):
+            choice = "offload_policy" if offloads else "sequence_parallel"
+            raise AutofuncError(f"sharding: {choice} needs a mesh; make one with af.make_mesh")
+        self.dp_shard = axis_size(mesh, "dp_shard")
+        self.is_sharded = self.dp_shard > 1 or offloads
+        self._cut = cut_over_tp(model, axis_size(mesh, "tp"), sharding)
+        self.partitioning: Partitioning = WHOLE
+        if mesh is not None and axis_size(mesh, "tp") > 1:
+            dims = {path: self._cut[model.canonical(path)] for path in model.spec if model.canonical(path) in self._cut}
+            self.partitioning = OverTP(mesh["tp"], dims, sharding.sequence_parallel)
+        self.setting = Setting(self.partitioning, sharding.precision, arrive_by_layer=self.is_sharded)
+        if self.is_sharded:
+            for path in self.paths:
+                if model.spec[path].dim() == 0:
+                    raise ModelError(f"parameter {path!r} is 0-dim, which cannot be sharded; give it the shape (1,)")
+
+    @property
+    def unshard(self) -> str:
+        """How often a stage's parameters are gathered, see `schedule.lower`."""
+        if not self.is_sharded:
+            return "never"
+        return "each_use" if self.sharding.reshard_after_forward else "once"
+
+    @property
+    def reduces(self) -> bool:
+        """Whether gradients are summed over data parallel ranks."""
+        return self.dp_shard * axis_size(self.mesh, "dp_replicate") > 1
+
+    @cached_property
+    def groups(self) -> list[Group]:
+        """What is gathered together: the parameters of each layer; one that several use goes with the first."""
+        found: dict[str, str] = {}
+        for stage in self.stages:
+            for holder in stage.holders:
+                found.setdefault(self.model.canonical(holder), self.model.layer_of(holder) or "")
+        return [
+            tuple(path for path in self.paths if found[path] == layer)
+            for layer in self.model.layers
+            if layer in set(found.values())
+        ]
+
+    @cached_property
+    def _groups_of(self) -> dict[int, list[Group]]:
+        return {
+            stage.index: [group for group in self.groups if not set(group).isdisjoint(stage.paths)] for stage in self.stages
+        }
+
+    @cached_property
+    def _groups_by_layer(self) -> dict[int, list[list[Group]]]:
+        """By stage and position of the layer: what holds the layer's parameters."""
+        home = {path: group for group in self.groups for path in group}
+        found: dict[int, list[list[Group]]] = {}
+        for stage in self.stages:
+            by_layer: dict[str, dict[Group, None]] = {name: {} for name in stage.layers}
+            for holder in stage.holders:
+                by_layer[self.model.layer_of(holder) or ""][home[self.model.canonical(holder)]] = None
+            found[stage.index] = [list(groups) for groups in by_layer.values()]
+        return found
+
+    def local_shape(self, path: str) -> torch.Size:
+        """Shape of the part of a parameter, or of its gradient, that this process holds; for any parameter of the model."""
+        shape = self.partitioning.shape(path, self.model.spec[path].shape)
+        return shard_shape(shape, self.dp_shard, coordinate(self.mesh, "dp_shard"))
+
+    # --- trees
+
+    def make(self, full: Full) -> dict[str, Tensor]:
+        """The leaves of this process, layer by layer: no more than one layer is whole at a time."""
+        if self.is_sharded:
+            return dict(self._storages.add(lambda group: self._over_tp(full(group))).sharded)
+        return {path: leaf for group in self.groups for path, leaf in self._over_tp(full(group)).items()}
+
+    def full(self, leaf: Tensor) -> Tensor:
+        """A leaf put together from all ranks of the dp_shard and tp axes, which all call it; a copy."""
+        if not isinstance(leaf, DTensor):
+            return leaf.detach().clone()
+        with torch.no_grad():
+            for axis in range(len(leaf.placements)):  # one at a time, dp_shard first: FSDP cuts what tp has cut
+                target = [*leaf.placements[:axis], Replicate(), *leaf.placements[axis + 1 :]]
+                leaf = leaf.redistribute(placements=target)
+            whole: Tensor = leaf.to_local()
+            return whole.clone()
+
+    def like(self, leaf: Tensor, local: Tensor) -> Tensor:
+        """This process's part as a leaf that lies as another does."""
+        if not isinstance(leaf, DTensor):
+            return local
+        return DTensor.from_local(
+            local, leaf.device_mesh, leaf.placements, run_check=False, shape=leaf.shape, stride=leaf.stride()
+        )
+
+    def check(self, flat: Mapping[str, Tensor]) -> None:
+        """Refuse a tree that does not lie as this process's parameters do.
+
+        Raises:
+            ModelError: naming the parameter.
+        """
+        for path in self.paths:
+            leaf, expected_shape = self.model.lookup(flat, path), tuple(self.model.spec[path].shape)
+            if tuple(leaf.shape) != expected_shape:
+                raise ModelError(f"parameter {path!r} has shape {tuple(leaf.shape)}; expected {expected_shape}")
+            if leaf.is_meta:
+                continue
+            spread = self.is_sharded or self.partitioning is not WHOLE
+            if isinstance(leaf, DTensor) != spread or local(leaf).shape != self.local_shape(path):
+                expected = "a DTensor over the mesh" if spread else "a plain tensor"
+                raise ModelError(
+                    f"parameter {path!r} is a {type(leaf).__name__} of shape {tuple(leaf.shape)}, of which this rank has "
+                    f"{tuple(local(leaf).shape)}; expected {expected}, of which it has {tuple(self.local_shape(path))}: "
+                    "params come from pipe.init or pipe.place of this pipeline, or one with the same mesh"
+                )
+
+    # --- one step
+
+    def step(self, flat: Mapping[str, Tensor]) -> StepParameters:
+        """What a step computes with."""
+        if self.is_sharded:
+            return StepParameters(self, flat, self._storages.of(flat))
+        return StepParameters(self, flat, None)
+
+    @cached_property
+    def _storages(self) -> Storages:
+        assert self.mesh is not None
+        mesh, device = self.mesh, torch.device(self.mesh.device_type)
+
+        def blank(group: Group, like: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+            return self._over_tp(
+                {path: torch.empty(like[path].shape, dtype=like[path].dtype, device=device) for path in group}
+            )  # fmt: skip
+
+        return Storages(lambda make: ShardedTree(self.groups, make, mesh, self.sharding), blank)
+
+    def _over_tp(self, full: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Each process's part of whole parameters; all have the same ones, so nothing is sent."""
+        if self.mesh is None or self.partitioning is WHOLE:
+            return dict(full)
+        axis, size, place = self.mesh["tp"], axis_size(self.mesh, "tp"), coordinate(self.mesh, "tp")
+        leaves: dict[str, Tensor] = {}
+        for path, leaf in full.items():
+            dim = self._cut.get(path)
+            part = leaf if dim is None else leaf.chunk(size, dim)[place].contiguous()
+            placement = Replicate() if dim is None else Shard(dim)
+            leaves[path] = DTensor.from_local(part, axis, [placement], run_check=False)
+        return leaves
+
+
+class StepParameters:
+    """Comes by the parameters of stages in one step.
+
+    Args:
+        parameters: how this process holds them.
+        flat: the leaves of this step.
+        storage: where sharded ones lie.
+    """
+
+    def __init__(self, parameters: Parameters, flat: Mapping[str, Tensor], storage: ShardedTree | None) -> None:
+        self._parameters, self._flat, self._storage = parameters, flat, storage
+        self._cast: dict[str, Tensor] = {}
+
+    def gather(self, stage: int) -> None:
+        """Start to gather a stage's parameters."""
+        if self._storage is not None:
+            self._storage.gather(self._parameters._groups_of[stage])
+
+    def release(self, stage: int) -> None:
+        """Let go of them."""
+        if self._storage is not None:
+            self._storage.release(self._parameters._groups_of[stage])
+
+    def leaves(self, stage: Stage) -> list[Tensor]:
+        """Local tensors for all holders of a stage, in order; sharded ones may still be on their way."""
+        canonical = (self._parameters.model.canonical(path) for path in stage.holders)
+        if self._storage is not None:
+            storage = self._storage
+            return [storage.whole(path) for path in canonical]
+        return [self._cast_once(path) for path in canonical]
+
+    def ready(self, stage: int) -> Callable[[int], None] | None:
+        """Waits for the parameters of a layer of a stage, by its position; None where there is nothing to wait for."""
+        if self._storage is None:
+            return None
+        arrive, groups = self._storage.arrive, self._parameters._groups_by_layer[stage]
+        return lambda layer: arrive(groups[layer])
+
+    def arrive(self, stage: int) -> None:
+        """Wait for all of a stage's."""
+        if self._storage is not None:
+            self._storage.arrive(self._parameters._groups_of[stage])
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the parameters that are in memory now."""
+        if self._storage is not None:
+            return self._storage.num_bytes
+        held = [local(self._parameters.model.lookup(self._flat, path)) for path in self._parameters.paths]
+        return sum(leaf.numel() * leaf.element_size() for leaf in [*held, *self._cast.values()])
+
+    def end(self) -> None:
+        """After the step, or when it failed: nothing stays gathered."""
+        if self._storage is not None:
+            self._storage.release_all()
+
+    def _cast_once(self, path: str) -> Tensor:
+        """A parameter that need not be gathered: cast once a step, if at all."""
+        leaf = local(self._parameters.model.lookup(self._flat, path)).detach()
+        dtype = self._parameters.sharding.precision.parameter_dtype(leaf.dtype)
+        if dtype == leaf.dtype:
+            return leaf
+        if path not in self._cast:
+            self._cast[path] = leaf.to(dtype)
+        return self._cast[path]
+
+
+def local(leaf: Tensor) -> Tensor:
+    """This process's part of a leaf."""
+    return leaf.to_local() if isinstance(leaf, DTensor) else leaf
+
+
+def cut_over_tp(model: Model, size: int, sharding: Sharding) -> dict[str, int]:
+    """Canonical path -> the dim that `size` tp ranks cut.
+
+    Raises:
+        MeshError: when the model has no placement table, or something does not divide.
+        ModelError: for a table that does not fit the model, also where there is nothing to cut.
+    """
+    table = sharding.table(model.tensor_parallel)
+    canonical = {path: leaf for path, leaf in model.spec.items() if path not in model.ties}
+    if size == 1:
+        if sharding.tensor_parallel is not None and table is not None:
+            cut_dims(table, canonical, 1)  # its patterns are checked all the same
+        return {}
+    if table is None:
+        raise MeshError(
+            f"the mesh has tp={size}, but the model has no placement table for its parameters; give it one "
+            "(af.Model(..., tensor_parallel=...) or af.Sharding(tensor_parallel={'*.weight': 'shard(0)'})), or use tp=1"
+        )
+    return cut_dims(table, canonical, size)

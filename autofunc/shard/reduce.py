@@ -1,0 +1,125 @@
+"""Summing gradients over data parallel ranks, and over those of the tp axis where each has a part of the sum.
+
+The sums over microbatches are added up as they are, fp32 at least, and not sent back through the gathered parameters, where
+they would be rounded first. All gradients of a layer travel together: one reduce-scatter over dp_shard, then, of what is
+left, one all-reduce over dp_replicate. Both are started as soon as a layer's last gradient is there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from autofunc.mesh import axis_group, axis_size, coordinate
+
+
+def shard_rows(rows: int, size: int, place: int) -> int:
+    """How many of the rows of a parameter the rank at this place holds: as `torch.chunk` cuts them."""
+    each = math.ceil(rows / size)
+    return max(0, min(each, rows - place * each))
+
+
+def shard_shape(shape: torch.Size, size: int, place: int) -> torch.Size:
+    """Shape of a rank's part of a parameter."""
+    return shape if size == 1 else torch.Size([shard_rows(shape[0], size, place), *shape[1:]])
+
+
+@dataclass
+class _Pending:
+    """A layer's gradients on their way."""
+
+    work: Any
+    arriving: Tensor
+    given: Tensor  # must live until then
+    layouts: list[tuple[str, torch.Size, torch.dtype]]  # path, shape of this rank's part, dtype of the sum
+    padded: list[int]  # elements of each part in `arriving`
+
+
+class Reduction:
+    """One step's sums over ranks.
+
+    Args:
+        mesh: of the pipeline; None or without data parallel axes leaves sums as they are.
+        dtype: in what sums travel; None for the sums' own.
+    """
+
+    def __init__(self, mesh: DeviceMesh | None, dtype: torch.dtype | None) -> None:
+        self._mesh, self._dtype = mesh, dtype
+        self._size, self._place = axis_size(mesh, "dp_shard"), coordinate(mesh, "dp_shard")
+        self._scattering, self._replicating = axis_group(mesh, "dp_shard"), axis_group(mesh, "dp_replicate")
+        self._pending: list[_Pending] = []
+        self._sums: dict[str, Tensor] = {}
+
+    def post(self, sums: Mapping[str, Tensor]) -> None:
+        """Start to add up the gradients of a layer; their memory may be let go of.
+
+        Args:
+            sums: path of each holder -> its sum over microbatches on this rank.
+        """
+        if not sums:
+            return
+        if self._scattering is None and self._replicating is None:
+            self._sums.update(sums)
+            return
+        dtype = self._dtype or next(iter(sums.values())).dtype
+        device = next(iter(sums.values())).device
+        each = {path: self._padded(total) for path, total in sums.items()}
+        given = torch.zeros((self._size, sum(each.values())), dtype=dtype, device=device)
+        layouts, start = [], 0
+        for path, total in sums.items():
+            rows = math.ceil(total.shape[0] / self._size) if self._size > 1 else None
+            for place in range(self._size):
+                part = total if rows is None else total[place * rows : (place + 1) * rows]
+                given[place, start : start + part.numel()].copy_(part.reshape(-1))
+            layouts.append((path, shard_shape(total.shape, self._size, self._place), total.dtype))
+            start += each[path]
+        if self._scattering is not None:
+            arriving = torch.empty(given.shape[1], dtype=dtype, device=device)
+            work = dist.reduce_scatter_single(arriving, given.view(-1), group=self._scattering, async_op=True)
+        else:
+            arriving = given.view(-1)
+            work = dist.all_reduce(arriving, group=self._replicating, async_op=True)
+        self._pending.append(_Pending(work, arriving, given, layouts, list(each.values())))
+
+    def finish(self, terms: Container[str]) -> dict[str, Tensor]:
+        """Wait for everything: path of each holder -> this rank's part of the sum over all ranks.
+
+        Args:
+            terms: paths of holders of whose sums each tp rank has a part.
+        """
+        for each in self._pending:
+            each.work.wait()
+            if self._scattering is not None and self._replicating is not None:
+                each.work = dist.all_reduce(each.arriving, group=self._replicating, async_op=True)
+        for each in self._pending:
+            if self._scattering is not None and self._replicating is not None:
+                each.work.wait()
+            for part, (path, shape, dtype) in zip(_cut(each.arriving, each.padded), each.layouts, strict=True):
+                self._sums[path] = part[: shape.numel()].view(shape).to(dtype)
+        self._pending = []
+        sums, self._sums = self._sums, {}
+        group = axis_group(self._mesh, "tp")
+        parts = [path for path in sums if path in terms]
+        if group is not None and parts:
+            joined = torch.cat([sums[path].reshape(-1) for path in parts])
+            dist.all_reduce(joined, group=group)
+            for path, part in zip(parts, _cut(joined, [sums[path].numel() for path in parts]), strict=True):
+                sums[path] = part.view(sums[path].shape)
+        return sums
+
+    def _padded(self, total: Tensor) -> int:
+        """Elements of the largest part of a sum."""
+        if self._size == 1:
+            return total.numel()
+        return math.ceil(total.shape[0] / self._size) * total.shape[1:].numel()
+
+
+def _cut(joined: Tensor, sizes: list[int]) -> Sequence[Tensor]:
+    return torch.split(joined, sizes)

@@ -1,0 +1,139 @@
+"""What surrounds a stage's function when it runs: how its values lie over processes, and in what precision.
+
+The function itself is the same everywhere. Outside it, all tensors are local: what this process holds, sends and receives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, fx
+
+from autofunc import tree
+
+
+class Partitioning(Protocol):
+    """How the values of a stage lie over the processes that compute it together. Paths are those of holders."""
+
+    def shape(self, path: str, shape: torch.Size) -> torch.Size:
+        """Of a parameter here, when the whole one has this shape."""
+        ...
+
+    def running(self) -> AbstractContextManager[None]:
+        """In effect while the stage, and its gradient, run or are captured."""
+        ...
+
+    def parameter(self, path: str, local: Tensor) -> Tensor:
+        """As the stage's function sees it: a leaf, not differentiable to `local`."""
+        ...
+
+    def received(self, local: Tensor, placement: Hashable) -> Tensor:
+        """A value from the stage before, as the function sees it; differentiable."""
+        ...
+
+    def handed_on(self, value: Tensor, placement: Hashable = None) -> tuple[Tensor, Hashable]:
+        """What this process hands on of a value that the function made, and its placement; differentiable.
+
+        A given placement is brought about; otherwise it is the value's own.
+        """
+        ...
+
+    def whole(self, value: Tensor) -> Tensor:
+        """All of a value that the function made; differentiable."""
+        ...
+
+    def gradient(self, path: str, gradient: Tensor) -> tuple[Tensor, bool]:
+        """This process's part of a parameter's gradient; and whether it is one of several terms, still to be summed."""
+        ...
+
+    def refine(self, graph: fx.Graph) -> None:
+        """Choose how the exchanges in a captured graph are made; changes it in place."""
+        ...
+
+
+class Whole:
+    """A `Partitioning` over one process: everything is as it is."""
+
+    def shape(self, path: str, shape: torch.Size) -> torch.Size:
+        """See `Partitioning.shape`."""
+        return shape
+
+    def running(self) -> AbstractContextManager[None]:
+        """See `Partitioning.running`."""
+        return nullcontext()
+
+    def parameter(self, path: str, local: Tensor) -> Tensor:
+        """See `Partitioning.parameter`."""
+        return local.detach()
+
+    def received(self, local: Tensor, placement: Hashable) -> Tensor:
+        """See `Partitioning.received`."""
+        return local
+
+    def handed_on(self, value: Tensor, placement: Hashable = None) -> tuple[Tensor, Hashable]:
+        """See `Partitioning.handed_on`."""
+        return value, None
+
+    def whole(self, value: Tensor) -> Tensor:
+        """See `Partitioning.whole`."""
+        return value
+
+    def gradient(self, path: str, gradient: Tensor) -> tuple[Tensor, bool]:
+        """See `Partitioning.gradient`."""
+        return gradient, False
+
+    def refine(self, graph: fx.Graph) -> None:
+        """See `Partitioning.refine`."""
+
+
+WHOLE = Whole()
+
+
+@dataclass(frozen=True)
+class Precision:
+    """In what floating-point types a stage computes; None leaves things as they are.
+
+    Args:
+        param_dtype: of the parameters as layers see them, and so of activations.
+        output_dtype: of the last layer's outputs, as the loss sees them.
+        cast_batch: whether layers see the batch's floating-point entries in `param_dtype`; the loss sees them as they are.
+    """
+
+    param_dtype: torch.dtype | None = None
+    output_dtype: torch.dtype | None = None
+    cast_batch: bool = True
+
+    def parameter_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """What a parameter of this dtype is computed in."""
+        return dtype if self.param_dtype is None or not dtype.is_floating_point else self.param_dtype
+
+    def batch(self, microbatch: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The microbatch as layers see it."""
+        if self.param_dtype is None or not self.cast_batch:
+            return microbatch
+        return tree.map_leaves(lambda leaf: _cast(leaf, self.param_dtype), dict(microbatch))  # type: ignore[no-any-return]
+
+    def output(self, x: Any) -> Any:
+        """The last layer's output as the loss sees it."""
+        return x if self.output_dtype is None else tree.map_leaves(lambda leaf: _cast(leaf, self.output_dtype), x)
+
+
+def _cast(leaf: Any, dtype: torch.dtype | None) -> Any:
+    return leaf.to(dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What surrounds a stage's function."""
+
+    partitioning: Partitioning = WHOLE
+    precision: Precision = Precision()
+    arrive_by_layer: bool = False  # whether a forward may begin while parameters of its later layers are on their way
+
+
+ALONE = Setting()
+"""One process, and every value in the precision it has."""

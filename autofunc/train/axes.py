@@ -1,0 +1,140 @@
+"""How a configuration spreads a run over processes: the sizes of the mesh's axes, and what is sharded over them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from autofunc.config import FinetuneConfig, import_object
+from autofunc.errors import AutofuncError, ConfigError
+from autofunc.model import TensorParallel
+from autofunc.shard import Sharding
+
+
+@dataclass(frozen=True)
+class Axes:
+    """Sizes of the mesh's axes, as `af.make_mesh` takes them."""
+
+    pp: int = 1
+    dp_replicate: int = 1
+    dp_shard: int = 1
+    tp: int = 1
+
+    @property
+    def dp(self) -> int:
+        """Data parallel ranks in all."""
+        return self.dp_replicate * self.dp_shard
+
+    @property
+    def num_processes(self) -> int:
+        """Processes of the run."""
+        return self.pp * self.dp * self.tp
+
+    def __str__(self) -> str:
+        sizes = {"pp_size": self.pp, "dp_size": self.dp, "tp_size": self.tp}
+        return ", ".join(f"{name}={size}" for name, size in sizes.items() if size > 1) or "pp_size=1"
+
+
+def axes_of(config: FinetuneConfig, num_processes: int | None) -> Axes:
+    """The sizes that the configuration gives; `dp_size`, when it is absent, is what the processes leave.
+
+    Args:
+        config: what is wanted.
+        num_processes: how many there are, or were asked for; None lets the configuration say.
+
+    Raises:
+        ConfigError: when the sizes do not fit each other or the processes.
+    """
+    wanted = config.distributed
+    others = wanted.pp_size * wanted.tp_size
+    replicate = wanted.dp_replicate_size
+    dp = wanted.dp_size
+    if dp is None and num_processes is not None:
+        if num_processes % others:
+            raise ConfigError(
+                f"distributed: pp_size={wanted.pp_size} and tp_size={wanted.tp_size} need {others} processes or a "
+                f"multiple, but there are {num_processes}"
+            )
+        dp = num_processes // others
+    dp = dp or replicate or 1
+    if num_processes is not None and dp * others != num_processes:
+        raise ConfigError(
+            f"distributed: pp_size={wanted.pp_size}, dp_size={dp} and tp_size={wanted.tp_size} need {dp * others} "
+            f"processes, but there are {num_processes}; start as many, or leave dp_size out, which then is what they leave"
+        )
+    if replicate is not None and dp % replicate:
+        raise ConfigError(
+            f"distributed: dp_replicate_size={replicate} does not divide dp_size={dp}; it is the number of groups that "
+            "each hold all parameters"
+        )
+    if wanted.strategy == "ddp":
+        if replicate not in (None, dp):
+            raise ConfigError(
+                f"distributed: dp_replicate_size={replicate} with strategy ddp, where all {dp} data parallel ranks hold "
+                "all parameters; leave it out, or use strategy: fsdp2"
+            )
+        return Axes(wanted.pp_size, dp, 1, wanted.tp_size)
+    return Axes(wanted.pp_size, replicate or 1, dp // (replicate or 1), wanted.tp_size)
+
+
+def sharding_of(config: FinetuneConfig, axes: Axes, notes: list[str]) -> Sharding:
+    """The choices of `distributed`, as the pipeline takes them.
+
+    Args:
+        config: what is wanted.
+        axes: of the mesh.
+        notes: told of what has no effect.
+
+    Raises:
+        ConfigError: for choices that do not go together.
+    """
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy
+
+    wanted = config.distributed
+    alone = axes.num_processes == 1
+    if wanted.offload_policy is not None and (alone or wanted.strategy == "ddp"):
+        raise ConfigError(
+            "distributed: offload_policy needs strategy: fsdp2 and several processes; got strategy "
+            f"{wanted.strategy} and {axes.num_processes} process(es)"
+        )
+    for name, needs in (("sequence_parallel", "tp_size"), ("reshard_after_forward", "dp_size")):
+        if getattr(wanted, name) and (axes.tp if needs == "tp_size" else axes.dp_shard) == 1:
+            notes.append(f"{name} has no effect: there is one rank along {needs}")
+    policy = wanted.mp_policy
+    try:
+        return Sharding(
+            reshard_after_forward=wanted.reshard_after_forward,
+            prefetch=wanted.prefetch,
+            mp_policy=MixedPrecisionPolicy(
+                param_dtype=_dtype(policy.param_dtype),
+                reduce_dtype=_dtype(policy.reduce_dtype),
+                output_dtype=_dtype(policy.output_dtype),
+                cast_forward_inputs=policy.cast_forward_inputs,
+            ),
+            offload_policy=CPUOffloadPolicy() if wanted.offload_policy == "cpu" else OffloadPolicy(),
+            tensor_parallel=_table(wanted.tp_plan),
+            sequence_parallel=wanted.sequence_parallel and axes.tp > 1,
+        )
+    except AutofuncError as error:
+        raise ConfigError(f"distributed: {error}") from error
+
+
+def _table(plan: Mapping[str, str] | str | None) -> TensorParallel | Mapping[str, str] | None:
+    if not isinstance(plan, str):
+        return plan
+    found: Any = import_object(plan, "distributed.tp_plan")
+    if callable(found) and not isinstance(found, TensorParallel):
+        found = found()
+    if not isinstance(found, (TensorParallel, Mapping)):
+        raise ConfigError(
+            f"distributed.tp_plan: {plan!r} is {type(found).__name__}; expected a mapping of patterns to placements, an "
+            "af.TensorParallel, or a function that returns one"
+        )
+    return found
+
+
+def _dtype(name: str | None) -> torch.dtype | None:
+    return None if name is None else getattr(torch, name)

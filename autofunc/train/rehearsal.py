@@ -1,0 +1,52 @@
+"""A run's layers on a mesh of processes that do not exist: what cannot be cut over the tp axis is found in time.
+
+Private parts of torch used, tried with 2.13.0: the fake process group of its own tests, whose transfers move nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from autofunc.batch import split_batch
+from autofunc.errors import AutofuncError, ConfigError
+from autofunc.mesh import make_mesh
+from autofunc.shard.parameters import Parameters, cut_over_tp
+from autofunc.splitting import infer_boundaries
+from autofunc.train.axes import Axes
+from autofunc.train.recipe import Recipe
+
+
+def rehearse(recipe: Recipe) -> None:
+    """Infer what crosses between stages as the first rank would; on one tp rank there is nothing to find.
+
+    Only for a process that starts the others: what torch remembers of the mesh must not meet the real one.
+
+    Raises:
+        ConfigError: naming what does not divide, or the stage that cannot be cut.
+    """
+    model = recipe.stages[0].model
+    try:
+        cut_over_tp(model, recipe.axes.tp, recipe.sharding)
+        if recipe.axes.tp == 1:
+            return
+        with _imagined(recipe.axes) as mesh:
+            parameters = Parameters(recipe.stages, model, mesh, recipe.sharding)
+            microbatch = split_batch(recipe.example(), recipe.schedule.num_microbatches, key=(0, 0))[0]
+            infer_boundaries(recipe.stages, {}, microbatch, recipe.loss, setting=parameters.setting)
+    except AutofuncError as error:
+        raise ConfigError(f"distributed, with {recipe.axes}: {error}") from error
+
+
+@contextmanager
+def _imagined(axes: Axes) -> Iterator[DeviceMesh]:
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=axes.num_processes)
+    try:
+        yield make_mesh(axes.pp, axes.dp_replicate, axes.dp_shard, axes.tp, device_type="cpu")
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,220 @@
+"""The law of meshes: training over pp, dp and tp ranks follows the same training on one process."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.fsdp import MixedPrecisionPolicy
+
+import autofunc as af
+from autofunc.mesh import AXES, data_coordinate
+from autofunc.tree import flatten
+from stages.gpt2 import build_gpt2_model
+from stages.llama import build_llama_model
+from tests.cases import cut_evenly, mesh_of
+from tests.pool import WorkerPool
+
+SCHEDULES = ["1f1b", "interleaved_1f1b", "zb_h1", "zbv"]
+STEPS, MAX_NORM, LR = 20, 0.5, 1e-3
+MICROBATCHES = 4  # of all data parallel ranks together
+ROWS = 2 * MICROBATCHES
+
+
+def build(name: str) -> af.Model:
+    if name.startswith("gpt2"):
+        return build_gpt2_model(
+            vocab_size=18,
+            n_positions=8,
+            n_embd=8,
+            n_layer=2,
+            n_head=2,
+            resid_pdrop=0.1 if name == "gpt2 with dropout" else 0.0,
+        )
+    return build_llama_model(
+        vocab_size=18,
+        hidden_size=8,
+        intermediate_size=12,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+
+
+def batch_of(step: int) -> dict[str, Tensor]:
+    """Rows whose counted tokens differ."""
+    generator = torch.Generator().manual_seed(step)
+    ids = torch.randint(0, 18, (ROWS, 7), generator=generator)
+    labels = ids[:, 1:].clone()
+    for row in range(ROWS):
+        labels[row, : row % 5] = -100
+    return {"input_ids": ids[:, :-1], "labels": labels}
+
+
+@cache
+def on_one_process(name: str) -> tuple[list[float], list[float], dict[str, Tensor]]:
+    """Losses, norms and the last parameters."""
+    model = build(name)
+    params = model.init(seed=3)
+    optimizer = af.optimizer(torch.optim.AdamW, lr=LR)
+    state = optimizer.init(params)
+    step_function = af.reference_value_and_grad(model, af.losses.causal_lm, MICROBATCHES)
+    losses, norms = [], []
+    for step in range(STEPS):
+        loss, grads = step_function(params, batch_of(step), (0, step))
+        flat = flatten(grads)
+        leaves = [torch.nn.Parameter(torch.empty(0)) for _ in flat]
+        for leaf, grad in zip(leaves, flat.values(), strict=True):
+            leaf.data, leaf.grad = torch.empty_like(grad), grad
+        norms.append(torch.nn.utils.clip_grad_norm_(leaves, MAX_NORM).item())
+        params, state = optimizer.update(grads, state, params)
+        losses.append(loss.item())
+    return losses, norms, flatten(params)
+
+
+def train_on_mesh(
+    name: str, schedule: str, sizes: tuple[int, int, int, int], how: dict[str, Any], options: dict[str, Any]
+) -> tuple[list[float], list[float], dict[str, Tensor] | None]:
+    mesh = mesh_of(*sizes)
+    place, dp = data_coordinate(mesh)
+    s = af.schedule.build(schedule, num_ranks=sizes[0], num_microbatches=MICROBATCHES // dp)
+    pipe = af.pipeline(
+        cut_evenly(build(name), s.num_stages),
+        s,
+        loss=af.losses.causal_lm,
+        mesh=mesh,
+        **how,
+        sharding=af.Sharding(**options),
+    )
+    params = pipe.init(seed=3)
+    optimizer = af.optimizer(torch.optim.AdamW, lr=LR)
+    state = optimizer.init(params)
+    losses, norms = [], []
+    for step in range(STEPS):
+        rows = {key: leaf.chunk(dp)[place] for key, leaf in batch_of(step).items()}
+        loss, grads = af.value_and_grad(pipe)(params, rows, (0, step))
+        grads, norm = pipe.clip(grads, MAX_NORM)
+        params, state = optimizer.update(grads, state, params)
+        losses.append(loss.item())
+        norms.append(norm.item())
+    full = flatten(pipe.gather(params))
+    return losses, norms, full if dist.get_rank() == 0 else None
+
+
+def check(
+    pool: WorkerPool, name: str, schedule: str, sizes: tuple[int, ...], how: dict[str, Any] | None = None, **options: Any
+) -> None:
+    """`how`: options of `af.pipeline`; `options`: of `af.Sharding`."""
+    found = pool.run(train_on_mesh, name, schedule, sizes, how or {}, options)
+    losses, norms, params = on_one_process(name)
+    for each in found:
+        assert each[0] == found[0][0] and each[1] == found[0][1], "the same on every rank"
+    torch.testing.assert_close(found[0][0], losses, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found[0][1], norms, rtol=1e-4, atol=1e-5)
+    full = found[0][2]
+    assert full.keys() == params.keys()
+    for path, leaf in params.items():
+        torch.testing.assert_close(full[path], leaf, rtol=1e-5, atol=1e-5, msg=lambda text, path=path: f"{path}: {text}")
+
+
+def test_axes_are_in_the_order_of_the_mesh() -> None:
+    assert AXES == ("pp", "dp_replicate", "dp_shard", "tp")
+
+
+def combinations(shift: int) -> list[Any]:
+    """All of (model, schedule, engine). A quarter is run by default: each schedule, and each pair of the other two."""
+    engines, found = ["graph", "eager"], []
+    for name in ("gpt2", "llama"):
+        for number, schedule in enumerate(SCHEDULES):
+            for engine in engines:
+                chosen = (number + shift) % 4 == 2 * (name == "llama") + engines.index(engine)
+                marks = [] if chosen else [pytest.mark.full]
+                found.append(pytest.param(name, schedule, engine, marks=marks))
+    return found
+
+
+@pytest.mark.parametrize(("name", "schedule", "engine"), combinations(0))
+@pytest.mark.parametrize("sizes", [(2, 1, 2, 1), (2, 1, 1, 2), (1, 1, 2, 2)], ids=["pp dp", "pp tp", "dp tp"])
+def test_each_pair_on_four_processes(
+    workers: WorkerPool, sizes: tuple[int, ...], name: str, schedule: str, engine: str
+) -> None:
+    check(workers, name, schedule, sizes, {"engine": engine})
+
+
+@pytest.mark.parametrize(("name", "schedule", "engine"), combinations(2))
+def test_pp_dp_tp_on_eight_processes(eight_workers: WorkerPool, name: str, schedule: str, engine: str) -> None:
+    check(eight_workers, name, schedule, (2, 1, 2, 2), {"engine": engine})
+
+
+@pytest.mark.parametrize("engine", ["graph", "eager"])
+@pytest.mark.parametrize(
+    ("name", "schedule", "sizes", "how", "options"),
+    [
+        ("gpt2 with dropout", "zb_h1", (2, 1, 1, 2), {}, {"sequence_parallel": True}),
+        ("llama", "zbv", (2, 1, 2, 1), {}, {"reshard_after_forward": True}),
+        ("gpt2", "interleaved_1f1b", (2, 1, 2, 1), {}, {"reshard_after_forward": True, "prefetch": 3}),
+        ("gpt2 with dropout", "1f1b", (1, 2, 2, 1), {}, {"prefetch": 0}),
+        ("gpt2", "zb_h1", (2, 2, 1, 1), {}, {}),
+        ("llama", "1f1b", (1, 1, 2, 2), {"remat": "stage"}, {"sequence_parallel": True}),
+    ],
+    ids=["sequence", "each use", "each use, ahead", "hsdp", "ddp", "remat"],
+)
+def test_other_ways(
+    workers: WorkerPool,
+    name: str,
+    schedule: str,
+    sizes: tuple[int, ...],
+    how: dict[str, Any],
+    options: dict[str, Any],
+    engine: str,
+) -> None:
+    check(workers, name, schedule, sizes, {"engine": engine, **how}, **options)
+
+
+def test_all_of_it_on_eight_processes(eight_workers: WorkerPool) -> None:
+    options = {"sequence_parallel": True, "reshard_after_forward": True}
+    check(eight_workers, "gpt2 with dropout", "zbv", (2, 1, 2, 2), **options)
+
+
+def test_compiled(workers: WorkerPool) -> None:
+    check(workers, "llama", "1f1b", (1, 1, 2, 2), {"compile": True})
+
+
+# --- precision ----------------------------------------------------------------------------------------------------
+
+BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+
+
+@cache
+def on_one_process_in_bf16(name: str) -> tuple[list[float], dict[str, Tensor]]:
+    s = af.schedule.build("1f1b", num_ranks=1, num_microbatches=MICROBATCHES)
+    sharding = af.Sharding(mp_policy=BF16)
+    pipe = af.pipeline(af.split(build(name)), s, loss=af.losses.causal_lm, sharding=sharding)
+    params, optimizer = pipe.init(seed=3), af.optimizer(torch.optim.AdamW, lr=LR)
+    state, losses = optimizer.init(params), []
+    for step in range(STEPS):
+        loss, grads = af.value_and_grad(pipe)(params, batch_of(step), (0, step))
+        grads, _ = pipe.clip(grads, MAX_NORM)
+        params, state = optimizer.update(grads, state, params)
+        losses.append(loss.item())
+    return losses, flatten(params)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "tolerance"),
+    [((2, 1, 2, 1), 1e-5), ((1, 1, 2, 2), 1e-2)],
+    ids=["pp dp: the same products", "tp: other products in bf16"],
+)
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_bf16_follows_one_process_in_bf16(workers: WorkerPool, name: str, sizes: tuple[int, ...], tolerance: float) -> None:
+    found = workers.run(train_on_mesh, name, "1f1b", sizes, {}, {"mp_policy": BF16})[0]
+    losses, params = on_one_process_in_bf16(name)
+    torch.testing.assert_close(found[0], losses, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(losses, on_one_process(name)[0], rtol=1e-2, atol=1e-2)
+    for path, leaf in params.items():
+        torch.testing.assert_close(found[2][path], leaf, rtol=tolerance, atol=tolerance)
+        assert leaf.dtype == torch.float32

@@ -1,0 +1,203 @@
+"""How a process holds its parameters: trees stay arguments, whatever lies behind them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+import autofunc as af
+from autofunc.errors import MeshError, ModelError
+from autofunc.mesh import data_coordinate
+from autofunc.model import cut_dims
+from autofunc.tree import flatten
+from stages.gpt2 import TENSOR_PARALLEL, build_gpt2_model
+from tests.cases import assert_same_tree, cut_evenly, mesh_of, squared_error
+from tests.pool import WorkerPool
+
+SIZES: dict[str, int] = {"vocab_size": 18, "n_positions": 8, "n_embd": 8, "n_layer": 2, "n_head": 2}
+
+
+def pipe_on(mesh: Any, **options: Any) -> tuple[Any, af.Model, dict[str, Any]]:
+    model = build_gpt2_model(**SIZES)
+    s = af.schedule.build("1f1b", num_ranks=mesh["pp"].size(), num_microbatches=2)
+    pipe = af.pipeline(
+        cut_evenly(model, s.num_stages), s, loss=af.losses.causal_lm, mesh=mesh, sharding=af.Sharding(**options)
+    )
+    place, places = data_coordinate(mesh)
+    ids = torch.randint(0, 18, (4 * places, 7), generator=torch.Generator().manual_seed(0)).chunk(places)[place]
+    return pipe, model, {"input_ids": ids[:, :-1], "labels": ids[:, 1:]}
+
+
+def trees(sizes: dict[str, int]) -> None:
+    pipe, model, batch = pipe_on(mesh_of(**sizes))
+    full = model.init(seed=5)
+    params = pipe.init(seed=5)
+    assert_same_tree(full, pipe.gather(params))
+    assert_same_tree(full, pipe.gather(pipe.place(full)))
+    step = af.value_and_grad(pipe)
+    first_loss, first = step(params, batch)
+    for path, leaf in flatten(first).items():
+        given = flatten(params)[path]
+        assert type(leaf) is type(given) and leaf.shape == given.shape and leaf.dtype == given.dtype
+        if isinstance(leaf, DTensor):
+            assert leaf.placements == given.placements and leaf.device_mesh == given.device_mesh
+    assert_same_tree(full, pipe.gather(params))  # unchanged
+    # other trees, one after the other, do not disturb each other
+    doubled, other = params + params, pipe.init(seed=6)
+    for tree in (doubled, other, pipe.place(full), doubled + other):
+        step(tree, batch)
+        pipe(tree, batch)
+    again_loss, again = step(params, batch)
+    assert torch.equal(first_loss, again_loss)
+    assert_same_tree(pipe.gather(first), pipe.gather(again))
+    assert_same_tree(full, pipe.gather(params))
+    assert_same_tree(full + full, pipe.gather(doubled))
+    assert torch.equal(step(doubled, batch)[0], step(pipe.place(full + full), batch)[0])
+    assert torch.equal(pipe(params, batch), first_loss), "forward only"
+    assert_same_tree(pipe.gather(first + first), pipe.gather(first) + pipe.gather(first))
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"dp_shard": 4},
+        {"pp": 2, "dp_shard": 2},
+        {"dp_shard": 2, "tp": 2},
+        {"dp_replicate": 2, "dp_shard": 2},
+        {"pp": 2, "dp_replicate": 2},
+        {"dp_replicate": 2, "tp": 2},
+    ],
+    ids=str,
+)
+def test_trees_are_arguments(workers: WorkerPool, sizes: dict[str, int]) -> None:
+    workers.run(trees, sizes)
+
+
+def outputs(sizes: dict[str, int], options: dict[str, Any]) -> None:
+    """Forward only: this dp coordinate's rows, whole over tp."""
+    pipe, model, batch = pipe_on(mesh_of(**sizes), **options)
+    params = pipe.init(seed=5)
+    expected = model(model.init(seed=5), batch)
+    found = pipe.forward(params, batch, gather="all")
+    assert type(found) is torch.Tensor
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {"sequence_parallel": True, "reshard_after_forward": True}], ids=str)
+def test_outputs(workers: WorkerPool, options: dict[str, Any]) -> None:
+    workers.run(outputs, {"pp": 2, "tp": 2}, options)
+    workers.run(outputs, {"dp_shard": 2, "tp": 2}, options)
+
+
+def aux_over_ranks(sizes: dict[str, int]) -> tuple[Any, ...]:
+    """Aux of all data parallel ranks, and rows that count differently."""
+
+    @af.losses.reduce_aux(rows="cat", most="max", mean="mean")
+    def loss(out: Any, microbatch: Any) -> Any:
+        weight = microbatch["x"].new_tensor(float(len(microbatch["x"])))
+        x = microbatch["x"][:, 0]
+        return (out - x[:, None]).square().sum(), weight, {"rows": x, "most": x.amax(), "mean": x.mean(), "sum": x.sum()}
+
+    model = af.Model(
+        {
+            name: af.Layer(
+                lambda p, x, b: (b["x"] if x is None else x) @ p["w"], lambda key: {"w": key.normal("w", (3, 3))}
+            )
+            for name in ("a", "b")
+        }
+    )
+    mesh = mesh_of(**sizes)
+    s = af.schedule.build("1f1b", num_ranks=mesh["pp"].size(), num_microbatches=2)
+    pipe = af.pipeline(af.split(model, mesh["pp"].size()), s, loss=loss, mesh=mesh)
+    place, places = data_coordinate(mesh)
+    x = torch.arange(8.0)[:, None].expand(8, 3).contiguous()
+    (value, aux), grads = af.value_and_grad(pipe, has_aux=True)(pipe.init(), {"x": x.chunk(places)[place]})
+    expected_loss, expected = af.reference_value_and_grad(model, loss, 2 * places)(model.init(), {"x": x})
+    torch.testing.assert_close(value, expected_loss)
+    for path, leaf in flatten(pipe.gather(grads)).items():
+        torch.testing.assert_close(leaf, flatten(expected)[path])
+    return tuple(aux[name].tolist() for name in ("rows", "most", "mean", "sum"))
+
+
+def test_aux_is_combined_over_data_parallel_ranks(workers: WorkerPool) -> None:
+    for sizes in ({"pp": 2, "dp_replicate": 2}, {"dp_replicate": 2, "dp_shard": 2}):
+        for found in workers.run(aux_over_ranks, sizes):
+            assert found == (list(map(float, range(8))), 7.0, 3.5, 28.0)
+
+
+def unused_parameter() -> None:
+    """A parameter without a cotangent on some ranks: nobody waits for it."""
+
+    def apply(p: Any, x: Any, batch: Any) -> Any:
+        return batch["x"] @ p["w"]  # never p["idle"]
+
+    layer = af.Layer(apply, lambda key: {"w": key.normal("w", (3, 2)), "idle": key.normal("idle", (4,))})
+    mesh = mesh_of(dp_shard=4)
+    s = af.schedule.build("1f1b", num_ranks=1, num_microbatches=1)
+    for engine in ("graph", "eager"):
+        pipe = af.pipeline(af.split(af.Model({"only": layer})), s, loss=squared_error, mesh=mesh, engine=engine)
+        batch = {"x": torch.ones(2, 3), "y": torch.ones(2, 2)}
+        _, grads = af.value_and_grad(pipe)(pipe.init(), batch)
+        assert flatten(pipe.gather(grads))["only.idle"].count_nonzero() == 0
+
+
+def test_a_parameter_without_a_cotangent(workers: WorkerPool) -> None:
+    workers.run(unused_parameter)
+
+
+def foreign_parameters() -> str:
+    pipe, model, batch = pipe_on(mesh_of(dp_shard=4))
+    with pytest.raises(ModelError) as caught:
+        af.value_and_grad(pipe)(model.init(), batch)
+    return str(caught.value)
+
+
+def test_parameters_of_another_layout_are_refused(workers: WorkerPool) -> None:
+    message = workers.run(foreign_parameters)[0]
+    assert "expected a DTensor over the mesh" in message and "pipe.place" in message
+
+
+def wrong_mesh() -> str:
+    ranks = torch.arange(4).view(2, 2)
+    with pytest.raises(MeshError) as caught:
+        pipe_on(DeviceMesh("cpu", ranks, mesh_dim_names=("pp", "model")))
+    return str(caught.value)
+
+
+def test_an_unknown_axis(workers: WorkerPool) -> None:
+    assert "axis 'model'" in workers.run(wrong_mesh)[0]
+
+
+# --- placement tables ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "table", "message"),
+    [
+        ({"n_head": 1}, {}, "tp=2 does not divide n_head=1"),
+        ({"vocab_size": 17}, {}, "tp=2 does not divide vocab_size=17"),
+        ({"n_inner": 9}, {}, "tp=2 does not divide dim 0 of parameter 'h.0.mlp.fc.bias'"),
+        ({}, {"h.*.atn.q.weight": "shard(0)"}, "'h.*.atn.q.weight' matches no parameter; did you mean"),
+        ({}, {"*.ln_1.weight": "shard(1)"}, "shard(1) for 'h.0.ln_1.weight', which has the shape"),
+        ({}, {"*.ln_1.weight": "rows"}, "unknown placement 'rows'; expected 'replicate' or 'shard(0)'"),
+    ],
+)
+def test_a_table_that_does_not_fit(change: dict[str, int], table: dict[str, str], message: str) -> None:
+    model = build_gpt2_model(**(SIZES | change))
+    assert model.tensor_parallel is not None
+    canonical = {path: leaf for path, leaf in model.spec.items() if path not in model.ties}
+    with pytest.raises((ModelError, MeshError)) as caught:
+        rules = af.TensorParallel({**table, **TENSOR_PARALLEL}, model.tensor_parallel.divisible)
+        cut_dims(rules, canonical, 2)
+    assert message in str(caught.value)
+
+
+def test_constrain_refuses_what_it_does_not_know() -> None:
+    with pytest.raises(ModelError, match="unknown placement 'shard'"):
+        af.constrain(torch.ones(2), "shard")
+    x = torch.ones(2)
+    assert af.constrain(x, "sequence") is x and af.constrain(x, "shard(0)") is x
