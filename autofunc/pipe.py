@@ -297,7 +297,7 @@ class Pipeline:
         self, mode: Mode, params: Mapping[str, Tensor], device: torch.device, microbatches: Sequence[Microbatch]
     ) -> tuple[Plan, DistributedTransport | None]:
         described = tuple(
-            (path, leaf.shape, leaf.dtype, getattr(leaf, "placements", None)) for path, leaf in sorted(params.items())
+            (path, leaf.shape, leaf.dtype, self._parameters.lies_right(leaf)) for path, leaf in sorted(params.items())
         )
         key = (mode, signature(microbatches[0]), described, device)
         if key not in self._plans:

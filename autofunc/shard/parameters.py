@@ -139,6 +139,14 @@ class Parameters:
             local, leaf.device_mesh, leaf.placements, run_check=False, shape=leaf.shape, stride=leaf.stride()
         )
 
+    @property
+    def _is_spread(self) -> bool:
+        return self.is_sharded or self.partitioning is not WHOLE
+
+    def lies_right(self, leaf: Tensor) -> bool:
+        """Whether a leaf is a DTensor where it should be one; a meta tensor stands for any."""
+        return leaf.is_meta or isinstance(leaf, DTensor) == self._is_spread
+
     def check(self, flat: Mapping[str, Tensor]) -> None:
         """Refuse a tree that does not lie as this process's parameters do.
 
@@ -151,9 +159,8 @@ class Parameters:
                 raise ModelError(f"parameter {path!r} has shape {tuple(leaf.shape)}; expected {expected_shape}")
             if leaf.is_meta:
                 continue
-            spread = self.is_sharded or self.partitioning is not WHOLE
-            if isinstance(leaf, DTensor) != spread or local(leaf).shape != self.local_shape(path):
-                expected = "a DTensor over the mesh" if spread else "a plain tensor"
+            if not self.lies_right(leaf) or local(leaf).shape != self.local_shape(path):
+                expected = "a DTensor over the mesh" if self._is_spread else "a plain tensor"
                 raise ModelError(
                     f"parameter {path!r} is a {type(leaf).__name__} of shape {tuple(leaf.shape)}, of which this rank has "
                     f"{tuple(local(leaf).shape)}; expected {expected}, of which it has {tuple(self.local_shape(path))}: "

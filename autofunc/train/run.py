@@ -58,6 +58,8 @@ def _lead(recipe: Recipe, mesh: DeviceMesh | None, device: torch.device, output_
     for note in recipe.notes:
         show(f"note: {note}")
     show(f"model: {parameter_count(recipe.model):,} parameters on {device.type}")
+    if mesh is not None:
+        show(f"mesh: {recipe.axes}, {recipe.axes.num_processes} processes")
     show(f"data: {recipe.dataset!r}")
     if recipe.validation_dataset is not None:
         show(f"validation: {recipe.validation_dataset!r}")

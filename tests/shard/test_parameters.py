@@ -13,9 +13,10 @@ import autofunc as af
 from autofunc.errors import MeshError, ModelError
 from autofunc.mesh import data_coordinate
 from autofunc.model import cut_dims
+from autofunc.runtime.plan import Mode
 from autofunc.tree import flatten
 from stages.gpt2 import TENSOR_PARALLEL, build_gpt2_model
-from tests.cases import assert_same_tree, cut_evenly, mesh_of, squared_error
+from tests.cases import assert_same_tree, cut_evenly, make_case, mesh_of, squared_error
 from tests.pool import WorkerPool
 
 SIZES: dict[str, int] = {"vocab_size": 18, "n_positions": 8, "n_embd": 8, "n_layer": 2, "n_head": 2}
@@ -91,6 +92,59 @@ def outputs(sizes: dict[str, int], options: dict[str, Any]) -> None:
 def test_outputs(workers: WorkerPool, options: dict[str, Any]) -> None:
     workers.run(outputs, {"pp": 2, "tp": 2}, options)
     workers.run(outputs, {"dp_shard": 2, "tp": 2}, options)
+
+
+def built_ahead(sizes: dict[str, int]) -> int:
+    pipe, _, batch = pipe_on(mesh_of(**sizes))
+    pipe.build(batch)
+    af.value_and_grad(pipe)(pipe.init(), batch)
+    return len(pipe._plans)
+
+
+def test_what_was_built_ahead_is_used(workers: WorkerPool) -> None:
+    assert workers.run(built_ahead, {"dp_shard": 2, "tp": 2}) == [1] * 4
+
+
+def boundary(options: dict[str, Any]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shape of what stage 0 sends, and of what it is to the pipeline on one process."""
+    pipe, _, batch = pipe_on(mesh_of(pp=2, tp=2), **options)
+    plan = pipe._prepare(Mode.GRADS, pipe.init(), batch, None)[0]
+    (value,) = plan.boundaries.stages[0].values
+    channels = [channel for channel in plan.channels if channel.name == "stage 0 to 1"]
+    assert channels[0].layouts == ((value.shape, value.dtype),)
+    return value.shape, (2, 6, 8)
+
+
+def test_what_stages_send_is_cut_over_tp(workers: WorkerPool) -> None:
+    for found, whole in workers.run(boundary, {}):
+        assert found == whole
+    for (rows, tokens, width), whole in workers.run(boundary, {"sequence_parallel": True}):
+        assert (rows, 2 * tokens, width) == whole
+
+
+OWN_TABLE = {"blocks.*.up.*": "shard(0)", "blocks.*.down.weight": "shard(1)"}
+
+
+def own_table(engine: str) -> None:
+    """A model without marks and without a table of its own."""
+    mesh = mesh_of(dp_shard=2, tp=2)
+    s = af.schedule.build("1f1b", num_ranks=1, num_microbatches=2)
+    model, stages, loss, batch = make_case("mlp", 1, 8)
+    expected_loss, expected = af.reference_value_and_grad(model, loss, 4)(model.init(), batch, (0, 1))
+    pipe = af.pipeline(
+        stages, s, loss=loss, mesh=mesh, engine=engine, sharding=af.Sharding(tensor_parallel=OWN_TABLE)
+    )  # fmt: skip
+    place, places = data_coordinate(mesh)
+    rows = {key: leaf.chunk(places)[place] for key, leaf in batch.items()}
+    found_loss, found = af.value_and_grad(pipe)(pipe.init(), rows, (0, 1))
+    torch.testing.assert_close(found_loss, expected_loss)
+    for path, leaf in flatten(pipe.gather(found)).items():
+        torch.testing.assert_close(leaf, flatten(expected)[path], msg=lambda text, path=path: f"{path}: {text}")
+
+
+@pytest.mark.parametrize("engine", ["graph", "eager"])
+def test_a_table_for_a_model_of_ones_own(workers: WorkerPool, engine: str) -> None:
+    workers.run(own_table, engine)
 
 
 def aux_over_ranks(sizes: dict[str, int]) -> tuple[Any, ...]:
