@@ -84,12 +84,15 @@ class Optimizer:
 
 def _rebuilt(given: tree.Nested, before: dict[str, Tensor], after: dict[str, Tensor]) -> TensorDict:
     """The donated tree itself when all its tensors were changed in place, as optimizers do; else a new one."""
-    in_place = before.keys() == after.keys() and all(
-        before[path].data_ptr() == leaf.data_ptr() for path, leaf in after.items()
-    )
+    in_place = before.keys() == after.keys() and all(_place(before[path]) == _place(leaf) for path, leaf in after.items())
     if in_place and isinstance(given, TensorDict):
         return given
     return tree.to_tensordict(after)
+
+
+def _place(leaf: Tensor) -> int:
+    """Where a tensor's memory lies; a DTensor has none but that of its local tensor."""
+    return (leaf.to_local() if hasattr(leaf, "to_local") else leaf).data_ptr()
 
 
 def optimizer(factory: Callable[..., torch.optim.Optimizer], **options: Any) -> Optimizer:

@@ -95,8 +95,17 @@ class Pipeline:
     def __repr__(self) -> str:
         return f"Pipeline({self.schedule}, {len(self.stages)} stages, engine={self.options.engine!r})"
 
-    def init(self, seed: int = 0, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> TensorDict:
-        """The initial parameters of this process's ranks: the same values in every layout."""
+    def init(
+        self, seed: int = 0, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
+    ) -> TensorDict:
+        """The initial parameters of this process's ranks: the same values in every layout.
+
+        Args:
+            seed: of the weights.
+            device: where they are made and live; by default the mesh's device, or the CPU.
+            dtype: of the weights.
+        """
+        device = self._device({}) if device is None else device
         return tree.to_tensordict(self._parameters.make(lambda paths: self._model.init_paths(paths, seed, device, dtype)))
 
     def place(self, full_params: tree.Nested) -> TensorDict:

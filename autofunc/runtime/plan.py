@@ -97,7 +97,7 @@ def build_plan(
         edges,
         unshard=parameters.unshard,
         unshard_ahead=sharding.prefetch,
-        reduce_grads=parameters.reduces,
+        reduce_grads=parameters.has_reduce_actions,
         merge=merge,
     )
     validate(lowered, edges)

@@ -19,6 +19,7 @@ from autofunc.runtime.finish import check_weight, divide, exchange_ties, share, 
 from autofunc.runtime.plan import Mode, Plan
 from autofunc.runtime.program import Program
 from autofunc.runtime.transport import MemoryHub, MemoryTransport, Transport
+from autofunc.shard.parameters import like
 from autofunc.shard.reduce import Reduction
 
 
@@ -114,8 +115,8 @@ def _run(
         return made
 
     shared: list[Tensor] = []
-    like = [((2,), torch.float32), *plan.aux]
-    yield from share(rank, plan.last_rank, make, like, plan.device, transport, shared)
+    layouts = [((2,), torch.float32), *plan.aux]
+    yield from share(rank, plan.last_rank, make, layouts, plan.device, transport, shared)
     total, weight = shared[0].unbind()
     check_weight(weight)
     result.loss = total / weight
@@ -124,14 +125,14 @@ def _run(
     if plan.mode is Mode.GRADS:
         terms: set[str] = set()
         for stage in stages:
-            if not plan.parameters.reduces:
+            if not plan.parameters.has_reduce_actions:
                 step.reduction.post(dict(zip(stage.trainable_holders, step.accumulators[stage.index].take(), strict=True)))
             partial = plan.functions[stage.index].terms
             terms.update(path for path, is_term in zip(stage.trainable_holders, partial, strict=True) if is_term)
         sums = step.reduction.finish(terms)
         yield from exchange_ties(rank, sums, plan.ties, transport, plan.device)
         for path, gradient in divide(sums, weight, {path: params[path].dtype for path in sums}).items():
-            result.grads[path] = plan.parameters.like(params[path], gradient)
+            result.grads[path] = like(params[path], gradient)
 
 
 def _aux_of_all(plan: Plan, leaves: list[Tensor]) -> list[Tensor]:

@@ -79,7 +79,8 @@ def exchange_directly(graph: fx.Graph, group: dist.ProcessGroup) -> None:
         return
     _links[name] = connected
     for node in list(graph.nodes):
-        if node.target not in ours or node.args[-1] != name or "avg" in node.args:
+        gathers = node.target is _c10d.all_gather_into_tensor.default
+        if node.target not in ours or node.args[-1] != name or not (gathers or node.args[1] in ("sum", "max")):
             continue
         value, waits = node.meta["val"], list(node.users)
         largest = max(value.numel(), node.args[0].meta["val"].numel()) * value.element_size()

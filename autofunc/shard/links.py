@@ -34,7 +34,7 @@ def links(group: dist.ProcessGroup) -> Links | None:
     """Connections between all ranks of a group, made once; all of them call it.
 
     Returns:
-        None where ranks are on several machines, or the group is not one of gloo.
+        None where ranks are on several machines, cannot have sockets, or the group is not one of gloo.
     """
     if group not in _made:
         _made[group] = _connect(group) if dist.get_backend(group) == "gloo" else None
@@ -87,10 +87,14 @@ def _connect(group: dist.ProcessGroup) -> Links | None:
     folder = Path(tempfile.mkdtemp(prefix="autofunc-"))
     listener = socket.socket(socket.AF_UNIX)
     try:
-        listener.bind(str(folder / "s"))
-        listener.listen(size)
-        places: list[tuple[str, str]] = _of_all((platform.node(), str(folder / "s")), group)
-        here = all(node == platform.node() and Path(path).exists() for node, path in places)
+        path = str(folder / "s")
+        try:
+            listener.bind(path)
+            listener.listen(size)
+        except OSError:  # the path of a temporary folder may be too long for a socket
+            path = ""
+        places: list[tuple[str, str]] = _of_all((platform.node(), path), group)
+        here = all(node == platform.node() and each and Path(each).exists() for node, each in places)
         if not all(_of_all(here, group)):
             return None
         timeout = group._get_backend(torch.device("cpu")).options._timeout.total_seconds()

@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from autofunc.mesh import AXES, coordinate, sum_over
-from autofunc.shard.parameters import local
+from autofunc.shard.parameters import like, local
 
 
 def global_norm(grads: Mapping[str, Tensor], mesh: DeviceMesh | None, device: torch.device) -> Tensor:
@@ -38,13 +38,8 @@ def clip_by_norm(grads: Mapping[str, Tensor], norm: Tensor, max_norm: float) -> 
 
 
 def _scaled(leaf: Tensor, factor: Tensor) -> Tensor:
-    if not isinstance(leaf, DTensor):
-        return leaf * factor.to(leaf.device, leaf.dtype)
-    part = leaf.to_local()
-    scaled = part * factor.to(part.device, part.dtype)
-    return DTensor.from_local(
-        scaled, leaf.device_mesh, leaf.placements, run_check=False, shape=leaf.shape, stride=leaf.stride()
-    )
+    part = local(leaf)
+    return like(leaf, part * factor.to(part.device, part.dtype))
 
 
 def _is_first_copy(leaf: Tensor, mesh: DeviceMesh | None) -> bool:

@@ -43,28 +43,21 @@ class Sharding:
     def __post_init__(self) -> None:
         if self.prefetch < 0:
             raise AutofuncError(f"sharding: prefetch={self.prefetch}, expected 0 or more")
-        for name in ("param_dtype", "output_dtype"):
+        for name in ("param_dtype", "reduce_dtype", "output_dtype"):
             dtype = getattr(self.mp_policy, name)
             if dtype is torch.float16:
                 raise AutofuncError(
-                    f"sharding: mp_policy.{name} is float16, whose gradients underflow without loss scaling, which is not "
-                    "supported; use bfloat16"
+                    f"sharding: mp_policy.{name} is float16, in whose range gradients do not fit without loss scaling, "
+                    "which is not supported; use bfloat16"
                 )
             if dtype is not None and not dtype.is_floating_point:
                 raise AutofuncError(f"sharding: mp_policy.{name} is {dtype}; expected a floating-point type")
-        if self.reduce_dtype.itemsize < 2 or not self.reduce_dtype.is_floating_point:
-            raise AutofuncError(f"sharding: mp_policy.reduce_dtype is {self.reduce_dtype}; expected a floating-point type")
 
     @property
     def precision(self) -> Precision:
         """What stages compute in."""
         policy = self.mp_policy
         return Precision(policy.param_dtype, policy.output_dtype, policy.cast_forward_inputs)
-
-    @property
-    def reduce_dtype(self) -> torch.dtype:
-        """In what gradients travel."""
-        return self.mp_policy.reduce_dtype or torch.float32
 
     def table(self, own: TensorParallel | None) -> TensorParallel | None:
         """The placement table for a model that brings this one. What must divide stays the model's to say."""

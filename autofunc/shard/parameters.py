@@ -72,9 +72,9 @@ class Parameters:
         return "each_use" if self.sharding.reshard_after_forward else "once"
 
     @property
-    def reduces(self) -> bool:
-        """Whether gradients are summed over data parallel ranks."""
-        return self.dp_shard * axis_size(self.mesh, "dp_replicate") > 1
+    def has_reduce_actions(self) -> bool:
+        """Whether the lowered schedule says when gradients are summed over data parallel ranks."""
+        return self.is_sharded or axis_size(self.mesh, "dp_replicate") > 1
 
     @cached_property
     def groups(self) -> list[Group]:
@@ -125,19 +125,15 @@ class Parameters:
         if not isinstance(leaf, DTensor):
             return leaf.detach().clone()
         with torch.no_grad():
+            # it moves an offloaded part to the mesh's device, where collectives are
+            leaf = DTensor.from_local(
+                leaf.to_local(), leaf.device_mesh, leaf.placements, run_check=False, shape=leaf.shape, stride=leaf.stride()
+            )
             for axis in range(len(leaf.placements)):  # one at a time, dp_shard first: FSDP cuts what tp has cut
                 target = [*leaf.placements[:axis], Replicate(), *leaf.placements[axis + 1 :]]
                 leaf = leaf.redistribute(placements=target)
             whole: Tensor = leaf.to_local()
             return whole.clone()
-
-    def like(self, leaf: Tensor, local: Tensor) -> Tensor:
-        """This process's part as a leaf that lies as another does."""
-        if not isinstance(leaf, DTensor):
-            return local
-        return DTensor.from_local(
-            local, leaf.device_mesh, leaf.placements, run_check=False, shape=leaf.shape, stride=leaf.stride()
-        )
 
     @property
     def _is_spread(self) -> bool:
@@ -195,7 +191,7 @@ class Parameters:
         leaves: dict[str, Tensor] = {}
         for path, leaf in full.items():
             dim = self._cut.get(path)
-            part = leaf if dim is None else leaf.chunk(size, dim)[place].contiguous()
+            part = leaf if dim is None else leaf.chunk(size, dim)[place].clone(memory_format=torch.contiguous_format)
             placement = Replicate() if dim is None else Shard(dim)
             leaves[path] = DTensor.from_local(part, axis, [placement], run_check=False)
         return leaves
@@ -266,6 +262,19 @@ class StepParameters:
         if path not in self._cast:
             self._cast[path] = leaf.to(dtype)
         return self._cast[path]
+
+
+def like(leaf: Tensor, part: Tensor) -> Tensor:
+    """This process's part as a leaf that lies as another does, on the same device."""
+    if not isinstance(leaf, DTensor):
+        return part
+    if part.device != leaf.to_local().device:  # offloaded: `from_local` would move it to the mesh's device
+        made = torch.empty_like(leaf, dtype=part.dtype)
+        local(made).copy_(part)
+        return made
+    return DTensor.from_local(
+        part, leaf.device_mesh, leaf.placements, run_check=False, shape=leaf.shape, stride=leaf.stride()
+    )  # fmt: skip
 
 
 def local(leaf: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ def cross_entropy_sum(logits: Tensor, labels: Tensor, mesh: DeviceMesh) -> Tenso
 
     Args:
         logits: this rank's columns, floating point, shape (tokens, vocabulary / tp).
-        labels: int64, shape (tokens,), in the whole vocabulary.
+        labels: int64, shape (tokens,), in the whole vocabulary; one outside it makes the sum NaN.
         mesh: the tp axis.
     """
     total: Tensor = _CrossEntropy.apply(logits, labels, mesh)  # type: ignore[no-untyped-call]
@@ -39,8 +39,10 @@ class _CrossEntropy(torch.autograd.Function):
         shifted = logits - _over_ranks(logits.amax(-1), "max", mesh).unsqueeze(-1)
         exponential = shifted.exp()
         picked = torch.where(mine, shifted.gather(-1, column).squeeze(-1), 0.0)
-        total, picked = _over_ranks(torch.stack((exponential.sum(-1), picked)), "sum", mesh).unbind()
+        parts = torch.stack((exponential.sum(-1), picked, mine.to(logits.dtype)))
+        total, picked, known = _over_ranks(parts, "sum", mesh).unbind()
         counted = labels != IGNORED
+        picked = torch.where(counted & (known == 0), torch.nan, picked)  # a label outside the vocabulary
         ctx.save_for_backward(exponential, total, column, mine & counted, counted)
         return torch.where(counted, total.log() - picked, 0.0).sum()
 

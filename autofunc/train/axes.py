@@ -114,7 +114,7 @@ def sharding_of(config: FinetuneConfig, axes: Axes, notes: list[str]) -> Shardin
                 output_dtype=_dtype(policy.output_dtype),
                 cast_forward_inputs=policy.cast_forward_inputs,
             ),
-            offload_policy=CPUOffloadPolicy() if wanted.offload_policy == "cpu" else OffloadPolicy(),
+            offload_policy=CPUOffloadPolicy(torch.accelerator.is_available()) if wanted.offload_policy else OffloadPolicy(),
             tensor_parallel=_table(wanted.tp_plan),
             sequence_parallel=wanted.sequence_parallel and axes.tp > 1,
         )

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from autofunc.batch import split_batch
-from autofunc.errors import AutofuncError, ConfigError
+from autofunc.errors import AutofuncError, ConfigError, MeshError
 from autofunc.mesh import make_mesh
 from autofunc.shard.parameters import Parameters, cut_over_tp
 from autofunc.splitting import infer_boundaries
@@ -33,12 +33,24 @@ def rehearse(recipe: Recipe) -> None:
         cut_over_tp(model, recipe.axes.tp, recipe.sharding)
         if recipe.axes.tp == 1:
             return
+        if recipe.sharding.sequence_parallel:
+            _check_lengths(recipe)
         with _imagined(recipe.axes) as mesh:
             parameters = Parameters(recipe.stages, model, mesh, recipe.sharding)
             microbatch = split_batch(recipe.example(), recipe.schedule.num_microbatches, key=(0, 0))[0]
             infer_boundaries(recipe.stages, {}, microbatch, recipe.loss, setting=parameters.setting)
     except AutofuncError as error:
         raise ConfigError(f"distributed, with {recipe.axes}: {error}") from error
+
+
+def _check_lengths(recipe: Recipe) -> None:
+    for where, dataset in (("dataset", recipe.dataset), ("validation_dataset", recipe.validation_dataset)):
+        ids = dataset[0].get("input_ids") if dataset is not None else None
+        if ids is not None and ids.shape[-1] % recipe.axes.tp:
+            raise MeshError(
+                f"sequence_parallel cuts sequences into {recipe.axes.tp} equal parts, and those of {where} have "
+                f"{ids.shape[-1]} tokens; use another seq_len"
+            )
 
 
 @contextmanager

@@ -73,7 +73,11 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *wo
         ),
         (
             ["--distributed.tp_size", "2", "--distributed.sequence_parallel", "true", "--dataset.seq_len", "15"],
-            "cannot be cut into 2 equal parts along dim 1 (sequence_parallel needs a number of tokens that tp divides)",
+            "sequence_parallel cuts sequences into 2 equal parts, and those of dataset have 15 tokens",
+        ),
+        (
+            ["--distributed.tp_size", "2", "distributed.sequence_parallel=true", "--validation_dataset.seq_len", "15"],
+            "sequence_parallel cuts sequences into 2 equal parts, and those of validation_dataset have 15 tokens",
         ),
         (
             ["--distributed.tp_plan", "{h.*.atn.q.weight: shard(0)}"],

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 
 import autofunc as af
 from autofunc.mesh import AXES, data_coordinate
@@ -160,8 +160,9 @@ def test_pp_dp_tp_on_eight_processes(eight_workers: WorkerPool, name: str, sched
         ("gpt2 with dropout", "1f1b", (1, 2, 2, 1), {}, {"prefetch": 0}),
         ("gpt2", "zb_h1", (2, 2, 1, 1), {}, {}),
         ("llama", "1f1b", (1, 1, 2, 2), {"remat": "stage"}, {"sequence_parallel": True}),
+        ("gpt2", "1f1b", (2, 1, 1, 2), {}, {"offload_policy": CPUOffloadPolicy(pin_memory=False)}),
     ],
-    ids=["sequence", "each use", "each use, ahead", "hsdp", "ddp", "remat"],
+    ids=["sequence", "each use", "each use, ahead", "hsdp", "ddp", "remat", "offload without dp"],
 )
 def test_other_ways(
     workers: WorkerPool,

@@ -94,6 +94,49 @@ def test_outputs(workers: WorkerPool, options: dict[str, Any]) -> None:
     workers.run(outputs, {"dp_shard": 2, "tp": 2}, options)
 
 
+def held_over_tp() -> list[tuple[int, int]]:
+    """(bytes in memory, bytes needed) of each parameter."""
+    pipe, _, _ = pipe_on(mesh_of(dp_replicate=2, tp=2))
+    parts = [leaf.to_local() for leaf in flatten(pipe.init()).values()]
+    return [(part.untyped_storage().nbytes(), part.numel() * part.element_size()) for part in parts]
+
+
+def test_a_part_does_not_hold_the_whole(workers: WorkerPool) -> None:
+    assert all(held == needed for held, needed in workers.run(held_over_tp)[0])
+
+
+def outside_the_vocabulary() -> bool:
+    pipe, _, batch = pipe_on(mesh_of(dp_replicate=2, tp=2))
+    batch["labels"] = batch["labels"].clone()
+    batch["labels"][0, 0] = 18
+    return bool(pipe(pipe.init(), batch).isnan())
+
+
+def test_a_label_outside_the_vocabulary_is_noticed(workers: WorkerPool) -> None:
+    assert all(workers.run(outside_the_vocabulary))
+
+
+def other_reductions() -> None:
+    """Reductions over a dim that is cut, other than sums."""
+
+    def apply(p: Any, x: Any, batch: Any) -> Any:
+        h = af.constrain(batch["x"] @ p["w"].t(), "shard(1)")
+        low, high = h.amin(-1, keepdim=True), h.amax(-1, keepdim=True)
+        return af.constrain(low, "replicate") * 2 + af.constrain(high, "replicate") + h.mean(-1, keepdim=True)
+
+    layer = af.Layer(apply, lambda key: {"w": key.normal("w", (4, 3))})
+    model = af.Model({"only": layer}, tensor_parallel=af.TensorParallel({"*.w": "shard(0)"}))
+    s = af.schedule.build("1f1b", num_ranks=1, num_microbatches=1)
+    pipe = af.pipeline(af.split(model), s, loss=squared_error, mesh=mesh_of(dp_replicate=2, tp=2))
+    x = torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
+    found = pipe.forward(pipe.init(), {"x": x, "y": torch.zeros(2, 1)})
+    torch.testing.assert_close(found, model(model.init(), {"x": x}))
+
+
+def test_reductions_over_what_is_cut(workers: WorkerPool) -> None:
+    workers.run(other_reductions)
+
+
 def built_ahead(sizes: dict[str, int]) -> int:
     pipe, _, batch = pipe_on(mesh_of(**sizes))
     pipe.build(batch)
