@@ -71,12 +71,13 @@ def check_axes(mesh: DeviceMesh) -> None:
 
 def axis_size(mesh: DeviceMesh | None, axis: str) -> int:
     """Number of ranks along an axis; 1 where there is no such axis."""
-    return mesh[axis].size() if _has(mesh, axis) and mesh is not None else 1
+    names = mesh.mesh_dim_names or () if mesh is not None else ()
+    return mesh.size(names.index(axis)) if mesh is not None and axis in names else 1
 
 
 def coordinate(mesh: DeviceMesh | None, axis: str) -> int:
     """This process's place along an axis; 0 where there is no such axis."""
-    return mesh.get_local_rank(axis) if _has(mesh, axis) and mesh is not None else 0
+    return mesh.get_local_rank(axis) if mesh is not None and axis_size(mesh, axis) > 1 else 0
 
 
 def axis_group(mesh: DeviceMesh | None, axis: str) -> dist.ProcessGroup | None:
@@ -118,7 +119,3 @@ def pp_ranks(mesh: DeviceMesh) -> list[int]:
     """Global ranks along this process's pp axis, by pp rank."""
     ranks: list[int] = mesh["pp"].mesh.flatten().tolist()
     return ranks
-
-
-def _has(mesh: DeviceMesh | None, axis: str) -> bool:
-    return mesh is not None and axis in (mesh.mesh_dim_names or ())

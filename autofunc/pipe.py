@@ -32,8 +32,9 @@ from autofunc.runtime.step import Observe, StepResult, run_step
 from autofunc.runtime.transport import DistributedTransport
 from autofunc.schedule import Costs, Schedule, StageBytes, Timeline, costs_of, validate
 from autofunc.shard import Sharding
+from autofunc.shard.dtensors import local
 from autofunc.shard.norm import clip_by_norm, global_norm
-from autofunc.shard.parameters import Parameters, local
+from autofunc.shard.parameters import Parameters
 from autofunc.splitting import Stage, check_whole
 
 _MOST_PLANS = 64  # batch signatures a pipeline remembers; beyond that the oldest is forgotten
@@ -135,7 +136,7 @@ class Pipeline:
         Every process calls it.
         """
         flat = tree.flatten(grads)
-        owned = {path: leaf for path, leaf in flat.items() if self._owner(path) in self.local_ranks}
+        owned = {path: leaf for path, leaf in flat.items() if path in self._owned}
         return global_norm(owned, self.mesh, self._device(flat))
 
     def clip(self, grads: tree.Nested, max_norm: float) -> tuple[TensorDict, Tensor]:
@@ -150,9 +151,12 @@ class Pipeline:
     def _model(self) -> Model:
         return self.stages[0].model
 
-    def _owner(self, path: str) -> int:
-        """The first pp rank that holds a parameter."""
-        return min(self.schedule.placement[stage.index] for stage in self.stages if path in stage.paths)
+    @cached_property
+    def _owned(self) -> set[str]:
+        """Paths of the parameters that no pp rank before this process's holds."""
+        first = min(self.local_ranks)
+        before = (stage for stage in self.stages if self.schedule.placement[stage.index] < first)
+        return set(self._parameters.paths).difference(*(stage.paths for stage in before))
 
     def build(self, batch: Mapping[str, Any], params: tree.Nested | None = None, key: Any = None) -> Pipeline:
         """Build for batches with this signature ahead of the first call.

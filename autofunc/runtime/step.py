@@ -19,7 +19,7 @@ from autofunc.runtime.finish import check_weight, divide, exchange_ties, share, 
 from autofunc.runtime.plan import Mode, Plan
 from autofunc.runtime.program import Program
 from autofunc.runtime.transport import MemoryHub, MemoryTransport, Transport
-from autofunc.shard.parameters import like
+from autofunc.shard.dtensors import like
 from autofunc.shard.reduce import Reduction
 
 
@@ -158,9 +158,9 @@ def _finish_outputs(
     boundary = plan.boundaries.stages[-1]
     if plan.mode is Mode.SHARED_OUTPUTS:
         count = plan.schedule.num_microbatches
-        like = [(_joined_shape(value.shape, count), value.dtype) for value in boundary.values]
+        layouts = [(_joined_shape(value.shape, count), value.dtype) for value in boundary.values]
         shared: list[Tensor] = []
-        yield from share(rank, plan.last_rank, lambda: _joined(outputs), like, plan.device, transport, shared)
+        yield from share(rank, plan.last_rank, lambda: _joined(outputs), layouts, plan.device, transport, shared)
         result.outputs = boundary.assemble(shared)
     elif outputs:
         result.outputs = boundary.assemble(_joined(outputs))

@@ -7,8 +7,6 @@ much it is.
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.distributed as dist
 from torch import Tensor, fx
@@ -84,7 +82,7 @@ def exchange_directly(graph: fx.Graph, group: dist.ProcessGroup) -> None:
             continue
         value, waits = node.meta["val"], list(node.users)
         largest = max(value.numel(), node.args[0].meta["val"].numel()) * value.element_size()
-        suits = value.device.type == "cpu" and (group.size() == 2 or largest <= SMALL) and math.prod(value.shape)
+        suits = value.device.type == "cpu" and (group.size() == 2 or largest <= SMALL) and value.numel() > 0
         if not suits or any(wait.target is not _c10d.wait_tensor.default for wait in waits):
             continue
         with graph.inserting_before(node):

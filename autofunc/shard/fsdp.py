@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, UnshardHandle, fully_shard
-from torch.distributed.tensor import DTensor
 
 from autofunc.mesh import axis_size
+from autofunc.shard.dtensors import local
 from autofunc.shard.options import Sharding
 
 Group = tuple[str, ...]
@@ -84,7 +84,7 @@ class ShardedTree:
     def load(self, flat: Mapping[str, Tensor]) -> None:
         """Copy leaves into this storage."""
         for path, leaf in self.sharded.items():
-            _local(leaf).copy_(_local(flat[path]))
+            local(leaf).copy_(local(flat[path]))
 
     def gather(self, groups: Sequence[Group]) -> None:
         """Start to gather. Groups that are in use already stay as they are."""
@@ -101,7 +101,7 @@ class ShardedTree:
         if path not in self._whole:
             group = self._home[path]
             self.arrive([group])
-            self._whole.update({each: _local(self._holders[group].get(each)) for each in group})
+            self._whole.update({each: local(self._holders[group].get(each)) for each in group})
         return self._whole[path]
 
     def arrive(self, groups: Iterable[Group]) -> None:
@@ -123,7 +123,7 @@ class ShardedTree:
     def num_bytes(self) -> int:
         """Bytes of the parameters that are in memory now, sharded or gathered; of gathers under way nothing."""
         leaves = [*self.sharded.values(), *(holder.get(path) for group, holder in self._holders.items() for path in group)]
-        storages = (_local(leaf).untyped_storage() for leaf in leaves)
+        storages = (local(leaf).untyped_storage() for leaf in leaves)
         return sum({storage.data_ptr(): storage.nbytes() for storage in storages if storage.nbytes()}.values())
 
     def release_all(self) -> None:
@@ -172,8 +172,4 @@ class Storages:
 
 
 def _place(leaf: Tensor) -> int:
-    return _local(leaf).data_ptr()
-
-
-def _local(leaf: Tensor) -> Tensor:
-    return leaf.to_local() if isinstance(leaf, DTensor) else leaf
+    return local(leaf).data_ptr()

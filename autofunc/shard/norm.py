@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from autofunc.mesh import AXES, coordinate, sum_over
-from autofunc.shard.parameters import like, local
+from autofunc.shard.dtensors import like, local
 
 
 def global_norm(grads: Mapping[str, Tensor], mesh: DeviceMesh | None, device: torch.device) -> Tensor:

@@ -20,6 +20,7 @@ from autofunc import tree
 from autofunc.errors import AutofuncError, MeshError, ModelError
 from autofunc.mesh import axis_size, coordinate
 from autofunc.model import Model, cut_dims
+from autofunc.shard.dtensors import local, on_mesh
 from autofunc.shard.fsdp import Group, ShardedTree, Storages
 from autofunc.shard.options import Sharding
 from autofunc.shard.reduce import shard_shape
@@ -91,8 +92,10 @@ class Parameters:
 
     @cached_property
     def _groups_of(self) -> dict[int, list[Group]]:
+        """By stage: what holds its parameters, in the order in which its layers need it."""
         return {
-            stage.index: [group for group in self.groups if not set(group).isdisjoint(stage.paths)] for stage in self.stages
+            stage: list(dict.fromkeys(group for groups in by_layer for group in groups))
+            for stage, by_layer in self._groups_by_layer.items()
         }
 
     @cached_property
@@ -126,9 +129,7 @@ class Parameters:
             return leaf.detach().clone()
         with torch.no_grad():
             # it moves an offloaded part to the mesh's device, where collectives are
-            leaf = DTensor.from_local(
-                leaf.to_local(), leaf.device_mesh, leaf.placements, run_check=False, shape=leaf.shape, stride=leaf.stride()
-            )
+            leaf = on_mesh(leaf, leaf.to_local())
             for axis in range(len(leaf.placements)):  # one at a time, dp_shard first: FSDP cuts what tp has cut
                 target = [*leaf.placements[:axis], Replicate(), *leaf.placements[axis + 1 :]]
                 leaf = leaf.redistribute(placements=target)
@@ -262,24 +263,6 @@ class StepParameters:
         if path not in self._cast:
             self._cast[path] = leaf.to(dtype)
         return self._cast[path]
-
-
-def like(leaf: Tensor, part: Tensor) -> Tensor:
-    """This process's part as a leaf that lies as another does, on the same device."""
-    if not isinstance(leaf, DTensor):
-        return part
-    if part.device != leaf.to_local().device:  # offloaded: `from_local` would move it to the mesh's device
-        made = torch.empty_like(leaf, dtype=part.dtype)
-        local(made).copy_(part)
-        return made
-    return DTensor.from_local(
-        part, leaf.device_mesh, leaf.placements, run_check=False, shape=leaf.shape, stride=leaf.stride()
-    )  # fmt: skip
-
-
-def local(leaf: Tensor) -> Tensor:
-    """This process's part of a leaf."""
-    return leaf.to_local() if isinstance(leaf, DTensor) else leaf
 
 
 def cut_over_tp(model: Model, size: int, sharding: Sharding) -> dict[str, int]:

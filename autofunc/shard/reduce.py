@@ -20,15 +20,17 @@ from torch.distributed.device_mesh import DeviceMesh
 from autofunc.mesh import axis_group, axis_size, coordinate
 
 
-def shard_rows(rows: int, size: int, place: int) -> int:
-    """How many of the rows of a parameter the rank at this place holds: as `torch.chunk` cuts them."""
-    each = math.ceil(rows / size)
-    return max(0, min(each, rows - place * each))
+def _rows_each(rows: int, size: int) -> int:
+    """Rows of the largest part: as `torch.chunk` cuts."""
+    return math.ceil(rows / size)
 
 
 def shard_shape(shape: torch.Size, size: int, place: int) -> torch.Size:
-    """Shape of a rank's part of a parameter."""
-    return shape if size == 1 else torch.Size([shard_rows(shape[0], size, place), *shape[1:]])
+    """Shape of the part of a parameter that the rank at this place holds."""
+    if size == 1:
+        return shape
+    each = _rows_each(shape[0], size)
+    return torch.Size([max(0, min(each, shape[0] - place * each)), *shape[1:]])
 
 
 @dataclass
@@ -74,7 +76,7 @@ class Reduction:
         given = torch.zeros((self._size, sum(each.values())), dtype=dtype, device=device)
         layouts, start = [], 0
         for path, total in sums.items():
-            rows = math.ceil(total.shape[0] / self._size) if self._size > 1 else None
+            rows = _rows_each(total.shape[0], self._size) if self._size > 1 else None
             for place in range(self._size):
                 part = total if rows is None else total[place * rows : (place + 1) * rows]
                 given[place, start : start + part.numel()].copy_(part.reshape(-1))
@@ -118,7 +120,7 @@ class Reduction:
         """Elements of the largest part of a sum."""
         if self._size == 1:
             return total.numel()
-        return math.ceil(total.shape[0] / self._size) * total.shape[1:].numel()
+        return _rows_each(total.shape[0], self._size) * total.shape[1:].numel()
 
 
 def _cut(joined: Tensor, sizes: list[int]) -> Sequence[Tensor]:

@@ -17,6 +17,7 @@ from torch.distributed.tensor.experimental import implicit_replication, register
 
 from autofunc.errors import ModelError
 from autofunc.markers import SEQUENCE_DIM, sharded_dim, spreading
+from autofunc.shard.dtensors import settled
 from autofunc.shard.exchange import exchange_directly
 from autofunc.shard.vocabulary import cross_entropy_sum
 
@@ -75,7 +76,7 @@ class OverTP:
             return gradient, False
         own, wanted = gradient.placements[0], self._placement(path)
         if own.is_partial("sum") and isinstance(wanted, Replicate):
-            return _settled(gradient.to_local()), True
+            return settled(gradient.to_local()), True
         return self._local(gradient, wanted), False
 
     def refine(self, graph: fx.Graph) -> None:
@@ -119,12 +120,7 @@ class OverTP:
     def _local(self, value: DTensor, placement: Placement) -> Tensor:
         if value.placements[0] != placement:
             value = value.redistribute(placements=[placement])
-        return _settled(value.to_local())
-
-
-def _settled(local: Tensor) -> Tensor:
-    """A collective's result, waited for: outside the stage nobody else would."""
-    return local.wait() if hasattr(local, "wait") else local
+        return settled(value.to_local())
 
 
 # On CUDA attention has sharding strategies; for the CPU they are given here: by heads (dim 1), or not at all.

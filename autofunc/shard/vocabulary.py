@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from autofunc.losses import IGNORED
+from autofunc.shard.dtensors import settled
 
 
 def cross_entropy_sum(logits: Tensor, labels: Tensor, mesh: DeviceMesh) -> Tensor:
@@ -55,5 +56,4 @@ class _CrossEntropy(torch.autograd.Function):
 
 def _over_ranks(local: Tensor, how: str, mesh: DeviceMesh) -> Tensor:
     parts = DTensor.from_local(local, mesh, [Partial(how)], run_check=False)
-    whole = parts.redistribute(placements=[Replicate()]).to_local()
-    return whole.wait() if hasattr(whole, "wait") else whole
+    return settled(parts.redistribute(placements=[Replicate()]).to_local())

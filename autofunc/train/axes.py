@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 
 from autofunc.config import FinetuneConfig, import_object
 from autofunc.errors import AutofuncError, ConfigError
+from autofunc.mesh import make_mesh
 from autofunc.model import TensorParallel
 from autofunc.shard import Sharding
 
@@ -32,6 +34,10 @@ class Axes:
     def num_processes(self) -> int:
         """Processes of the run."""
         return self.pp * self.dp * self.tp
+
+    def mesh(self, device_type: str) -> DeviceMesh:
+        """The mesh of this run's processes."""
+        return make_mesh(self.pp, self.dp_replicate, self.dp_shard, self.tp, device_type=device_type)
 
     def __str__(self) -> str:
         sizes = {"pp_size": self.pp, "dp_size": self.dp, "tp_size": self.tp}

@@ -13,7 +13,6 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from autofunc.batch import split_batch
 from autofunc.errors import AutofuncError, ConfigError, MeshError
-from autofunc.mesh import make_mesh
 from autofunc.shard.parameters import Parameters, cut_over_tp
 from autofunc.splitting import infer_boundaries
 from autofunc.train.axes import Axes
@@ -59,6 +58,6 @@ def _imagined(axes: Axes) -> Iterator[DeviceMesh]:
 
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=axes.num_processes)
     try:
-        yield make_mesh(axes.pp, axes.dp_replicate, axes.dp_shard, axes.tp, device_type="cpu")
+        yield axes.mesh("cpu")
     finally:
         dist.destroy_process_group()

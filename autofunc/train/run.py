@@ -16,7 +16,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from autofunc.config import FinetuneConfig
 from autofunc.errors import MeshError
 from autofunc.explain import explain
-from autofunc.mesh import make_mesh
 from autofunc.schedule import simulate, write_file
 from autofunc.splitting import parameter_count
 from autofunc.train.autoschedule import find_schedule
@@ -107,4 +106,4 @@ def _mesh(recipe: Recipe, device: torch.device, timeout_minutes: float) -> Devic
     if world == 1:
         return None
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=timeout_minutes))
-    return make_mesh(axes.pp, axes.dp_replicate, axes.dp_shard, axes.tp, device_type=device.type)
+    return axes.mesh(device.type)
