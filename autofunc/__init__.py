@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from autofunc import losses, random, schedule
-    from autofunc.markers import constrain
+    from autofunc.captured import from_function, from_module
+    from autofunc.markers import constrain, split_point
     from autofunc.mesh import data_coordinate, make_mesh
     from autofunc.model import Layer, Model, TensorParallel
     from autofunc.optim import optimizer
@@ -31,11 +32,14 @@ _HOME = {
     "TensorParallel": "autofunc.model",
     "constrain": "autofunc.markers",
     "data_coordinate": "autofunc.mesh",
+    "from_function": "autofunc.captured",
+    "from_module": "autofunc.captured",
     "make_mesh": "autofunc.mesh",
     "optimizer": "autofunc.optim",
     "pipeline": "autofunc.transform",
     "reference_value_and_grad": "autofunc.reference",
     "split": "autofunc.splitting",
+    "split_point": "autofunc.markers",
     "value_and_grad": "autofunc.transform",
 }
 _MODULES = ("losses", "random", "schedule")
@@ -47,6 +51,8 @@ __all__ = [
     "TensorParallel",
     "constrain",
     "data_coordinate",
+    "from_function",
+    "from_module",
     "losses",
     "make_mesh",
     "optimizer",
@@ -55,6 +61,7 @@ __all__ = [
     "reference_value_and_grad",
     "schedule",
     "split",
+    "split_point",
     "value_and_grad",
 ]
 

@@ -78,7 +78,7 @@ def evaluate(loss: Loss | None, outputs: Any, microbatch: Mapping[str, Any]) -> 
         BatchError: when the loss is not a floating-point scalar, or there is none.
     """
     if loss is None:
-        value = _entry(outputs, "loss")
+        value = outputs if isinstance(outputs, Tensor) and outputs.dim() == 0 else _entry(outputs, "loss")
         if value is None:
             raise BatchError(
                 f"no loss given, and the model's output ({type(outputs).__name__}) has no 'loss'; pass loss=..., for "

@@ -11,10 +11,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
-from typing import Protocol
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
+from autofunc import tree
 from autofunc.errors import ModelError
 
 SEQUENCE_DIM = 1
@@ -89,3 +91,50 @@ def sharded_dim(placement: str) -> int | None:
     if placement == "replicate":
         return None
     raise ModelError(f"unknown placement {placement!r}; expected 'replicate' or 'shard(0)', 'shard(1)', ...")
+
+
+torch.library.define("autofunc::split_point", "(Tensor(a) x, str name) -> Tensor(a)")
+
+
+@torch.library.impl("autofunc::split_point", "CompositeExplicitAutograd")
+def _marked(x: Tensor, name: str) -> Tensor:
+    return x.view_as(x)
+
+
+_marking: ContextVar[bool] = ContextVar("marking", default=False)
+
+
+@contextmanager
+def marking() -> Iterator[None]:
+    """While a forward is captured, its markers leave a trace."""
+    token = _marking.set(True)
+    try:
+        yield
+    finally:
+        _marking.reset(token)
+
+
+def split_point(name: str, x: Any) -> Any:
+    """Name a place at which a captured function or module may be cut: `x` itself, and a stage may begin after it.
+
+    Args:
+        name: what `split_points` call it; once in a model.
+        x: a value that is needed afterwards: a tensor, or a pytree with one.
+
+    Raises:
+        ModelError: when there is no tensor in it.
+
+    Example:
+        def net(params, batch):
+            x = torch.tanh(batch["x"] @ params["first"])
+            x = af.split_point("second", x)
+            return x @ params["second"]
+    """
+    if not _marking.get():
+        return x
+    leaves, spec = tree.leaves_and_spec(x)
+    position = next((index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)), None)
+    if position is None:
+        raise ModelError(f"af.split_point({name!r}, ...): there is no tensor in {type(x).__name__}")
+    leaves[position] = torch.ops.autofunc.split_point(leaves[position], name)
+    return tree.from_leaves(leaves, spec)

@@ -96,15 +96,13 @@ class Pipeline:
     def __repr__(self) -> str:
         return f"Pipeline({self.schedule}, {len(self.stages)} stages, engine={self.options.engine!r})"
 
-    def init(
-        self, seed: int = 0, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
-    ) -> TensorDict:
+    def init(self, seed: int = 0, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> TensorDict:
         """The initial parameters of this process's ranks: the same values in every layout.
 
         Args:
             seed: of the weights.
             device: where they are made and live; by default the mesh's device, or the CPU.
-            dtype: of the weights.
+            dtype: of the weights; by default fp32, or what a module's own weights have.
         """
         device = self._device({}) if device is None else device
         return tree.to_tensordict(self._parameters.make(lambda paths: self._model.init_paths(paths, seed, device, dtype)))
@@ -168,7 +166,7 @@ class Pipeline:
         """
         microbatches = self._split(batch, key)
         if params is None:
-            flat = self._model.init_paths(self._parameters.paths, 0, "meta", torch.float32)
+            flat = self._model.init_paths(self._parameters.paths, 0, "meta")
             device = self._device(microbatches[0])
         else:
             flat = tree.flatten(params)

@@ -49,8 +49,10 @@ def reference_value_and_grad(
         total, weight = torch.zeros(()), torch.zeros(())
         collected = []
         for microbatch in split_batch(batch, num_microbatches, key=key, batch_dims=batch_dims):
+            model.prepare(microbatch)
             with torch.enable_grad():
-                terms = evaluate(loss, model.run(model.layers, by_layer, None, microbatch), microbatch)
+                outputs = model.run(model.layers, by_layer, None, model.shared(model.layers, microbatch))
+                terms = evaluate(loss, outputs, microbatch)
             grads = torch.autograd.grad(terms.sum, list(trainable.values()), allow_unused=True)
             for path, grad in zip(trainable, grads, strict=True):
                 if grad is not None:

@@ -10,6 +10,7 @@ This is the only file that uses `torch.utils._pytree` (torch has no public pytre
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import is_dataclass
 from fnmatch import fnmatchcase
 from itertools import pairwise
 from typing import Any
@@ -107,6 +108,15 @@ def from_leaves(leaves: Iterable[Any], spec: TreeSpec) -> Any:
 def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:
     """Apply a function to every leaf of a pytree."""
     return _pytree.tree_map(function, tree)
+
+
+def with_known_classes(tree: Any) -> Any:
+    """The tree itself; from here on dataclasses in it count as nodes with their fields, not as leaves."""
+    for part in _pytree.tree_leaves(tree):
+        if is_dataclass(part) and not isinstance(part, type):
+            torch.export.register_dataclass(type(part))
+            return with_known_classes(tree)
+    return tree
 
 
 def leaf_names(tree: Any, root: str) -> list[str]:

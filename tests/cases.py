@@ -47,6 +47,14 @@ def mesh_of(pp: int = 1, dp_replicate: int = 1, dp_shard: int = 1, tp: int = 1) 
     return af.make_mesh(pp, dp_replicate, dp_shard, tp)
 
 
+def pp_mesh(num_ranks: int) -> DeviceMesh:
+    """A mesh over the pool's processes; with fewer ranks, copies of the pipeline run side by side."""
+    import torch.distributed as dist
+
+    ranks = torch.arange(dist.get_world_size()).view(-1, num_ranks)
+    return DeviceMesh("cpu", ranks, mesh_dim_names=("copy", "pp"))["pp"]
+
+
 def cut_evenly(model: af.Model, num_stages: int) -> list[Any]:
     """Stages of about as many layers each."""
     names = list(model.layers)

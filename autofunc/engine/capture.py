@@ -20,7 +20,7 @@ from autofunc.engine.functions import StageContext
 from autofunc.engine.purity import globals_unchanged, refuse_effects
 from autofunc.engine.simplify import simplify
 from autofunc.engine.views import base_of, storage_bytes
-from autofunc.splitting import fake_mode, naming_errors
+from autofunc.fake import fake_mode, naming_errors
 
 Node = fx.Node
 

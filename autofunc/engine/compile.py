@@ -30,7 +30,7 @@ from autofunc.engine.functions import accumulator_dtype
 from autofunc.engine.matmul import choose_matmuls
 from autofunc.engine.partition import Piece, in_order
 from autofunc.errors import AutofuncError, ModelError
-from autofunc.splitting import fake_mode
+from autofunc.fake import fake_mode
 
 Node = fx.Node
 

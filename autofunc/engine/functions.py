@@ -115,7 +115,8 @@ class StageContext:
             around: what each layer runs in, by its position in the stage.
         """
         x = self.received.assemble(inputs, self.setting.partitioning) if self.received is not None else None
-        entries = self.setting.precision.batch(microbatch)
+        with around(0):
+            entries = self.stage.model.shared(self.stage.layers, self.setting.precision.batch(microbatch))
         for number, name in enumerate(self.stage.layers):
             if ready is not None:
                 ready(number)

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode  # has no public name
 
 from autofunc.engine.views import base_of
 from autofunc.errors import ModelError
-from autofunc.splitting import user_line
+from autofunc.fake import user_line
 
 Node = fx.Node
 

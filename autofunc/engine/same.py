@@ -31,12 +31,13 @@ def fingerprint(context: StageContext) -> Hashable:
     stage, model = context.stage, context.stage.model
     random = context.microbatch.get("key") is not None
     layers = []
-    for number, name in enumerate(stage.layers):
+    shared, *programs = model.program(stage.layers, context.setting.precision.batch(context.microbatch))
+    for number, (name, program) in enumerate(zip(stage.layers, programs, strict=True)):
         label = name if random else f"layer {number}"
         own = [path for path in stage.holders if model.layer_of(path) == name]
         params = tuple(
             (
-                path[len(name) + 1 :],
+                model.inner_path(path),
                 tuple(model.spec[path].shape),
                 tuple(context.setting.partitioning.shape(path, model.spec[path].shape)),
                 context.dtypes[model.canonical(path)],
@@ -44,7 +45,7 @@ def fingerprint(context: StageContext) -> Hashable:
             )
             for path in own
         )
-        layers.append((label, _Comparer(name, label).key(model.layers[name].apply), params))
+        layers.append((label, _Comparer(name, label).key(program), params))
     leaves, spec = tree.leaves_and_spec(dict(context.microbatch))
     microbatch = tuple(
         (tuple(leaf.shape), leaf.stride(), leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else leaf for leaf in leaves
@@ -52,7 +53,7 @@ def fingerprint(context: StageContext) -> Hashable:
     loss = _Comparer("", "").key(context.loss) if context.with_loss else None
     edges = (_boundary_key(context.received), _boundary_key(context.returned))
     setting = (id(context.setting.partitioning), context.setting.precision)
-    what = (context.with_loss, context.with_grads, context.device, stage.is_last)
+    what = (context.with_loss, context.with_grads, context.device, stage.is_last, _Comparer("", "").key(shared))
     return tuple(layers), edges, repr(spec), microbatch, loss, what, setting
 
 

@@ -13,6 +13,7 @@ from autofunc import tree
 from autofunc.errors import ModelError, one_of
 from autofunc.model.layer import Layer
 from autofunc.model.placement_rules import TensorParallel
+from autofunc.model.places import Places
 from autofunc.random import InitKey, as_key
 
 
@@ -45,7 +46,7 @@ class Model:
     ) -> None:
         if not layers:
             raise ModelError("a model needs at least one layer")
-        tree.check_prefix_free(layers)
+        self._check_names(layers)
         self.layers = dict(layers)
         self.ties = dict(ties or {})
         self.config = config
@@ -54,6 +55,9 @@ class Model:
         for alias, canonical in self.ties.items():
             if canonical in self.ties:
                 raise ModelError(f"tie {alias!r}: {canonical!r} is itself tied; name {self.ties[canonical]!r} instead")
+
+    def _check_names(self, layers: Iterable[str]) -> None:
+        tree.check_prefix_free(layers)
 
     def __repr__(self) -> str:
         return f"Model({', '.join(self.layers)})"
@@ -73,10 +77,14 @@ class Model:
                     f"tie {alias!r} -> {canonical!r}: shapes {tuple(own.shape)} and {tuple(flat[canonical].shape)} differ"
                 )
             flat[alias] = flat[canonical]
-        unused = [pattern for pattern in self.trainable if not any(tree.matches(path, [pattern]) for path in flat)]
-        if unused and flat:
-            raise ModelError(f"trainable pattern {unused[0]!r} matches no parameter; {one_of(unused[0], flat)}")
+        self._check_trainable(flat)
         return {path: flat[path] for path in sorted(flat, key=tree.split_path)}
+
+    def _check_trainable(self, paths: Iterable[str]) -> None:
+        known = list(paths)
+        unused = [pattern for pattern in self.trainable if not any(tree.matches(path, [pattern]) for path in known)]
+        if unused and known:
+            raise ModelError(f"trainable pattern {unused[0]!r} matches no parameter; {one_of(unused[0], known)}")
 
     def canonical(self, path: str) -> str:
         """The path under which trees hold this parameter."""
@@ -90,18 +98,52 @@ class Model:
         """The name of the layer a parameter path belongs to."""
         return next((name for name in self.layers if path.startswith(name + ".")), None)
 
-    def init(self, seed: int = 0, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> TensorDict:
-        """Make all parameters. Each depends on (seed, path) alone, whatever the layout, device or order."""
+    def inner_path(self, path: str) -> str:
+        """Where the layer that a parameter path belongs to finds it in its own nested dicts."""
+        return path[len(self.layer_of(path) or "") + 1 :]
+
+    @property
+    def places(self) -> Places:
+        """Where a stage may begin."""
+        return Places({name: position for position, name in enumerate(self.layers)})
+
+    def cut_before(self, names: Sequence[str]) -> Model:
+        """This model with layers that begin at these places.
+
+        Args:
+            names: of `places`.
+        """
+        return self
+
+    def prepare(self, batch: Mapping[str, Any]) -> None:
+        """Work out what depends on a microbatch's shapes; called before layers run, and never inside a capture."""
+
+    def shared(self, names: Iterable[str], batch: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The microbatch as some layers that run one after the other see it, with what they compute from it together."""
+        return batch
+
+    def program(self, names: Iterable[str], batch: Mapping[str, Any]) -> list[Any]:
+        """What computes `shared`, and each layer, for such batches: by these, stages are found to be the same."""
+        return [None, *(self.layers[name].apply for name in names)]
+
+    def init(self, seed: int = 0, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> TensorDict:
+        """Make all parameters. Each depends on (seed, path) alone, whatever the layout, device or order.
+
+        Args:
+            seed: of the values.
+            device: where they are made.
+            dtype: of floating-point ones; by default fp32.
+        """
         return tree.to_tensordict(self.init_paths(self.spec, seed, device, dtype))
 
     def init_paths(
-        self, paths: Iterable[str], seed: int, device: torch.device | str, dtype: torch.dtype
+        self, paths: Iterable[str], seed: int, device: torch.device | str, dtype: torch.dtype | None = None
     ) -> dict[str, torch.Tensor]:
         """Make the parameters with these paths (aliases give their canonical one), running only their layers' inits."""
         wanted = {self.canonical(path) for path in paths}
         names = {self.layer_of(path) for path in wanted}
         layers = {name: layer for name, layer in self.layers.items() if name in names}
-        flat = self._init_layers(layers, seed, torch.device(device), dtype)
+        flat = self._init_layers(layers, seed, torch.device(device), dtype or torch.float32)
         return {path: leaf for path, leaf in flat.items() if path in wanted}
 
     def __call__(self, params: tree.Nested, batch: Mapping[str, Any]) -> Any:
@@ -113,7 +155,9 @@ class Model:
         """
         flat = tree.flatten(params)
         by_layer = self.layer_trees({path: self.lookup(flat, path) for path in self.spec})
-        return self.run(self.layers, by_layer, None, {**batch, "key": as_key(batch.get("key"))})
+        batch = {**batch, "key": as_key(batch.get("key"))}
+        self.prepare(batch)
+        return self.run(self.layers, by_layer, None, self.shared(self.layers, batch))
 
     def lookup(self, flat: Mapping[str, torch.Tensor], path: str) -> torch.Tensor:
         """A parameter by any of its names, from a flat tree of canonical ones.
@@ -134,7 +178,7 @@ class Model:
         for path, leaf in flat.items():
             name = self.layer_of(path)
             assert name is not None
-            groups[name][path[len(name) + 1 :]] = leaf
+            groups[name][self.inner_path(path)] = leaf
         return {name: tree.nest(group) for name, group in groups.items()}
 
     def run(self, names: Iterable[str], by_layer: Mapping[str, Mapping[str, Any]], x: Any, batch: Mapping[str, Any]) -> Any:

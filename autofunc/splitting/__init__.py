@@ -3,7 +3,6 @@
 from autofunc.splitting.boundary import Boundaries, Boundary, Value, infer_boundaries, parameter_dtypes
 from autofunc.splitting.cost import layer_costs, parameter_count
 from autofunc.splitting.cut import check_whole, split
-from autofunc.splitting.fake import fake_mode, naming_errors, user_line
 from autofunc.splitting.setting import ALONE, WHOLE, Partitioning, Precision, Setting
 from autofunc.splitting.stage import Stage
 
@@ -18,12 +17,9 @@ __all__ = [
     "Stage",
     "Value",
     "check_whole",
-    "fake_mode",
     "infer_boundaries",
     "layer_costs",
-    "naming_errors",
     "parameter_count",
     "parameter_dtypes",
     "split",
-    "user_line",
 ]

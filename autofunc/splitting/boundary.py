@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from autofunc import tree
+from autofunc.fake import fake_mode, naming_errors
 from autofunc.losses import Loss, evaluate
 from autofunc.model import Model
 from autofunc.schedule import Edge
-from autofunc.splitting.fake import fake_mode, naming_errors
 from autofunc.splitting.setting import ALONE, WHOLE, Partitioning, Setting
 from autofunc.splitting.stage import Stage
 
@@ -111,6 +111,7 @@ def infer_boundaries(
     """
     partitioning, precision = setting.partitioning, setting.precision
     _ = stages[0].model.spec  # worked out once, and not on fake tensors, which would stay
+    stages[0].model.prepare(precision.batch(microbatch))
     with fake_mode() as mode, torch.enable_grad(), partitioning.running():
         fakes = _fake_parameters(stages[0], params, device or torch.device("cpu"), setting)
         batch = tree.map_leaves(lambda leaf: mode.from_tensor(leaf) if isinstance(leaf, Tensor) else leaf, dict(microbatch))

@@ -37,7 +37,6 @@ def split(
         >>> af.split(model, ["b"])
         [Stage(0: a .. a), Stage(1: b .. c)]
     """
-    names = list(model.layers)
     if isinstance(split_points, str):
         if split_points != "auto":
             raise SplitError(f'split_points={split_points!r}: expected a list of names, a number of stages, or "auto"')
@@ -47,15 +46,26 @@ def split(
     elif num_stages is not None:
         raise SplitError(f'num_stages={num_stages} goes with split_points="auto" only')
     if isinstance(split_points, int):
+        if costs is None and split_points > len(model.layers):  # more stages than layers: wherever it can be cut
+            model = model.cut_before(list(model.places.start))
+        names = list(model.layers)
         costs = layer_costs(model) if costs is None else costs
         missing = [name for name in names if name not in costs]
         if missing:
             raise SplitError(f"costs have no {missing[0]!r}; {one_of(missing[0], costs)}")
         starts = balance([costs[name] for name in names], split_points)
     else:
-        starts = resolve_points(names, split_points)
+        points = resolve_points(model.places, split_points)
+        model = model.cut_before(points)
+        names, start = list(model.layers), model.places.start
+        starts = [_layer_at(names, start, start[point]) for point in points]
     bounds = zip([0, *starts], [*starts, len(names)], strict=True)
     return [Stage(model, index, tuple(names[begin:end])) for index, (begin, end) in enumerate(bounds)]
+
+
+def _layer_at(names: Sequence[str], start: Mapping[str, int], position: int) -> int:
+    """The number of the layer that begins at a place."""
+    return next(number for number, name in enumerate(names) if start.get(name) == position)
 
 
 def check_whole(stages: Sequence[Stage]) -> None:

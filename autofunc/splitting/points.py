@@ -1,54 +1,65 @@
-"""Split points: from names and globs to the layers at which new stages begin."""
+"""Split points: from names and globs to the places at which new stages begin."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from autofunc.errors import SplitError, one_of
+from autofunc.model import Places
 
 
-def resolve_points(layers: Sequence[str], points: Sequence[str]) -> list[int]:
-    """The positions in `layers` at which a new stage begins.
+def resolve_points(places: Places, points: Sequence[str]) -> list[str]:
+    """The names of the places at which a new stage begins.
 
-    A point is a layer's name, or a glob in which `*` stops at a dot; a unique suffix is enough (`h.*` finds
-    `transformer.h.0`). A glob cuts before each layer it matches. A cut before the first layer is dropped.
+    A point is a name, or a glob in which `*` stops at a dot; a unique suffix is enough (`h.*` finds `transformer.h.0`). A
+    glob cuts before each place it matches. A cut before everything is dropped.
 
     Raises:
-        SplitError: for a point that is no string, matches nothing or several places, comes twice or out of order.
+        SplitError: for a point that is no string, names no place or several, or one that is refused, comes twice or out of
+            order.
     """
-    cuts: list[int] = []
+    first = min(places.start.values(), default=0)
+    cuts: list[str] = []
     for point in points:
         if not isinstance(point, str):
             raise SplitError(f"split point {point!r} is {type(point).__name__}; expected the name of a layer or a glob")
-        for position in _matches(layers, point):
-            if cuts and position == cuts[-1]:
-                raise SplitError(f"split point {point!r}: a stage already begins at {layers[position]!r}")
-            if cuts and position < cuts[-1]:
+        for name in _matches(places, point):
+            position, last = places.start[name], places.start[cuts[-1]] if cuts else -1
+            if position == last:
+                raise SplitError(f"split point {point!r}: a stage already begins at {cuts[-1]!r}")
+            if position < last:
                 raise SplitError(
-                    f"split point {point!r}: {layers[position]!r} runs before {layers[cuts[-1]]!r}; "
-                    "list split points in the order in which the layers run"
+                    f"split point {point!r}: {name!r} runs before {cuts[-1]!r}; list split points in the order in which "
+                    "the layers run"
                 )
-            cuts.append(position)
-    return [cut for cut in cuts if cut > 0]
+            cuts.append(name)
+    return [name for name in cuts if places.start[name] > first]
 
 
-def _matches(layers: Sequence[str], point: str) -> list[int]:
-    exact = [position for position, name in enumerate(layers) if name == point]
-    if exact:
-        return exact
-    pattern = r"\.".join(re.escape(part).replace(r"\*", "[^.]*") for part in point.split("."))
-    found = [position for position, name in enumerate(layers) if re.fullmatch(pattern, name)]
+def _matches(places: Places, point: str) -> list[str]:
+    found = _named(places.start, point)
     if not found:
-        suffixed = [(position, re.fullmatch(rf"(.+\.){pattern}", name)) for position, name in enumerate(layers)]
-        hits = [(position, match.group(1)) for position, match in suffixed if match]
-        prefixes = sorted({prefix for _, prefix in hits})
-        if len(prefixes) > 1:
-            candidates = ", ".join(layers[position] for position, _ in hits)
+        refused = _named(places.refused, point)
+        if refused:
             raise SplitError(
-                f"split point {point!r} is ambiguous: it is the end of {candidates}; write one of them in full"
+                f"split point {point!r}: {refused[0]!r} {places.refused[refused[0]]}; {one_of(point, places.start)}"
             )
-        found = [position for position, _ in hits]
-    if not found:
-        raise SplitError(f"split point {point!r} names no layer: {one_of(point, layers)}")
+        raise SplitError(f"split point {point!r} names no layer: {one_of(point, places.start)}")
     return found
+
+
+def _named(names: Iterable[str], point: str) -> list[str]:
+    known = list(names)
+    if point in known:
+        return [point]
+    pattern = r"\.".join(re.escape(part).replace(r"\*", "[^.]*") for part in point.split("."))
+    found = [name for name in known if re.fullmatch(pattern, name)]
+    if found:
+        return found
+    matches = [(name, re.fullmatch(rf"(.+\.){pattern}", name)) for name in known]
+    hits = [(name, match.group(1)) for name, match in matches if match]
+    if len({prefix for _, prefix in hits}) > 1:
+        candidates = ", ".join(name for name, _ in hits[:8])
+        raise SplitError(f"split point {point!r} is ambiguous: it is the end of {candidates}; write one of them in full")
+    return [name for name, _ in hits]

@@ -79,7 +79,7 @@ class Stage:
         for path in self.holders:
             name = self.model.layer_of(path)
             assert name is not None
-            *folders, last = tree.split_path(path[len(name) + 1 :])
+            *folders, last = tree.split_path(self.model.inner_path(path))
             places.append((name, tuple(folders), last))
         return places
 
@@ -98,8 +98,8 @@ class Stage:
         return bound
 
     def run(self, bound: Mapping[str, Mapping[str, Any]], x: Any, batch: Mapping[str, Any]) -> Any:
-        """Run the layers on bound parameters."""
-        return self.model.run(self.layers, bound, x, batch)
+        """Run the layers on bound parameters, after `model.prepare`."""
+        return self.model.run(self.layers, bound, x, self.model.shared(self.layers, batch))
 
     def apply(self, params: tree.Nested, x: Any, batch: Mapping[str, Any]) -> Any:
         """Run the stage: pure, on any tree that has at least this stage's canonical paths.
@@ -109,4 +109,6 @@ class Stage:
             x: what the stage before returned; None for the first.
             batch: the microbatch.
         """
-        return self.run(self.bind(self.leaves(tree.flatten(params))), x, {**batch, "key": as_key(batch.get("key"))})
+        batch = {**batch, "key": as_key(batch.get("key"))}
+        self.model.prepare(batch)
+        return self.run(self.bind(self.leaves(tree.flatten(params))), x, batch)

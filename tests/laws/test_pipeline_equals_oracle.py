@@ -7,13 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch.distributed.device_mesh import DeviceMesh
 
 import autofunc as af
 from autofunc.batch import split_batch
 from autofunc.runtime import build, plan
 from autofunc.tree import flatten
-from tests.cases import assert_same_tree, make_case
+from tests.cases import assert_same_tree, make_case, pp_mesh
 from tests.pool import WorkerPool
 
 MODELS = ["mlp", "gpt2"]
@@ -123,14 +122,6 @@ def test_calling_twice_gives_the_same() -> None:
 
 
 # --- on processes -------------------------------------------------------------------------------------------------
-
-
-def pp_mesh(num_ranks: int) -> DeviceMesh:
-    """A mesh over the pool's four processes; with two ranks, two copies of the pipeline run side by side."""
-    import torch.distributed as dist
-
-    ranks = torch.arange(dist.get_world_size()).view(-1, num_ranks)
-    return DeviceMesh("cpu", ranks, mesh_dim_names=("copy", "pp"))["pp"]
 
 
 def run_on_gloo(model_name: str, schedule_name: str, num_ranks: int, num_microbatches: int, key: Any, engine: str) -> None:

@@ -11,12 +11,20 @@ from hypothesis import strategies as st
 
 import autofunc as af
 from autofunc.errors import ModelError, SplitError
+from autofunc.model import Places
 from autofunc.splitting.balance import balance
 from autofunc.splitting.points import resolve_points
 from stages.gpt2 import build_gpt2_model
 from tests.cases import make_case
 
 GPT2 = ["wte", "wpe", "h.0", "h.1", "h.2", "h.3", "ln_f", "head"]
+
+
+def places(layers: list[str]) -> Places:
+    """The layers as places, with a part at which nothing begins."""
+    return Places({name: position for position, name in enumerate(layers)}, {"rotary": "needs no weights"})
+
+
 PREFIXED = ["embed", "transformer.h.0", "transformer.h.1", "transformer.norm"]
 
 
@@ -38,9 +46,9 @@ PREFIXED = ["embed", "transformer.h.0", "transformer.h.1", "transformer.norm"]
 def test_points(layers: list[str], points: list[str], starts: list[int] | None) -> None:
     if starts is None:
         with pytest.raises(SplitError):
-            resolve_points(layers, points)
+            resolve_points(places(layers), points)
     else:
-        assert resolve_points(layers, points) == starts
+        assert resolve_points(places(layers), points) == [layers[start] for start in starts]
 
 
 @pytest.mark.parametrize(
@@ -51,12 +59,13 @@ def test_points(layers: list[str], points: list[str], starts: list[int] | None) 
         (GPT2, ["h.2", "h.2"], "a stage already begins at 'h.2'"),
         (GPT2, ["h.2", "h.*"], "'h.0' runs before 'h.2'"),
         (GPT2, [2], "split point 2 is int"),
+        (GPT2, ["rotary"], "'rotary' needs no weights"),
         (["a.h.0", "b.h.0"], ["h.0"], "ambiguous: it is the end of a.h.0, b.h.0"),
     ],
 )
 def test_points_that_are_none(layers: list[str], points: list[str], message: str) -> None:
     with pytest.raises(SplitError, match=message):
-        resolve_points(layers, points)
+        resolve_points(places(layers), points)
 
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=8), st.integers(1, 8))

@@ -22,7 +22,7 @@ def fake_mode() -> FakeTensorMode:
 
 def user_line(frames: traceback.StackSummary) -> str:
     """The innermost line of a traceback that is neither torch's nor this library's."""
-    own = str(Path(__file__).parent.parent)
+    own = str(Path(__file__).parent)
     outside = [f for f in frames if "torch" not in Path(f.filename).parts and not f.filename.startswith(own)]
     frame = (outside or frames)[-1]
     return f"{frame.filename}, line {frame.lineno}: {frame.line}"

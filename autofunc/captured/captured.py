@@ -1,0 +1,261 @@
+"""A model that was captured from a module or a function: its layers are pieces of one graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from autofunc import tree
+from autofunc.batch import signature
+from autofunc.captured.cut import Cut
+from autofunc.captured.export import Exported, export
+from autofunc.captured.flow import Flow
+from autofunc.captured.masks import use_is_causal
+from autofunc.captured.places import FIRST, default_layers, find_places
+from autofunc.captured.source import Source
+from autofunc.errors import ModelError
+from autofunc.markers import marking
+from autofunc.model import Layer, Model, Places, TensorParallel
+
+Node = fx.Node
+
+SHARED = "autofunc.shared"
+"""The batch entry in which layers find what they share."""
+
+_MOST_COMPARED = 1 << 20  # elements of a constant that is compared by value
+
+
+class Captures:
+    """The forward of a source, captured once for each signature of a batch."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self._known: dict[Any, Flow] = {}
+        self._constants: dict[Any, Tensor] = {}
+
+    def flow(self, batch: Mapping[str, Any], *, new: bool = True) -> tuple[Any, Flow]:
+        """The captured forward for a batch, and the signature it is for.
+
+        Args:
+            batch: a microbatch.
+            new: whether it may be captured now.
+        """
+        entries = self.source.select(batch)
+        spec, leaves = signature(entries)
+        shapes = (spec, tuple(leaf[:2] if isinstance(leaf, tuple) else leaf for leaf in leaves))  # on any device
+        if shapes not in self._known:
+            if not new:
+                raise ModelError(f"{self.source.what} was not captured for such a batch; call model.prepare(batch) first")
+            self._known[shapes] = self._capture(entries)
+        return shapes, self._known[shapes]
+
+    def _constant(self, node: Node, exported: Exported) -> Tensor:
+        """The real value of a buffer or a constant; equal ones are one tensor, so that equal layers are found to be."""
+        value = self.source.buffer(exported.buffers[node]) if node in exported.buffers else exported.constants[node]
+        value = value.detach()
+        if value.numel() > _MOST_COMPARED:
+            return value
+        content = value.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes() if value.numel() else b""
+        return self._constants.setdefault((value.dtype, value.device, tuple(value.shape), content), value)
+
+    def _capture(self, entries: Mapping[str, Any]) -> Flow:
+        source = self.source
+        device = next((leaf.device for leaf in source.module.parameters()), torch.device("cpu"))
+        example = tree.map_leaves(
+            lambda leaf: torch.zeros_like(leaf, device=device) if isinstance(leaf, Tensor) else leaf, dict(entries)
+        )
+        with torch.enable_grad(), marking():
+            exported = export(source.module, source.arguments, example, source.what)
+        exported.params = {node: source.canonical(name) for node, name in exported.params.items()}
+        flow = Flow(exported, source.what)
+        fixed = {*exported.buffers, *exported.constants}
+        if use_is_causal(flow, lambda node: self._constant(node, exported).cpu() if node in fixed else None):
+            flow = Flow(exported, source.what)  # without what made the mask
+        exported.constants = {node: self._constant(node, exported) for node in fixed if node in flow.alive}
+        return flow
+
+
+class CapturedModel(Model):
+    """A `Model` whose layers are pieces of a captured forward; made by `af.from_module` and `af.from_function`.
+
+    The graph is captured again for every signature of a microbatch. What depends on the batch and on constants alone is
+    computed once per stage and microbatch (`shared`), not handed on.
+    """
+
+    def __init__(
+        self,
+        captures: Captures,
+        example: Mapping[str, Any],
+        names: Sequence[str] | None = None,
+        *,
+        config: Any = None,
+        trainable: Sequence[str] = ("*",),
+        tensor_parallel: TensorParallel | None = None,
+    ) -> None:
+        self._captures, self._example, self._source = captures, example, captures.source
+        flow = captures.flow(example)[1]
+        self._found = self._places(flow)
+        if names is None:
+            names = default_layers(self._source.module, self._found, flow.exported.markers)
+        first = self._first_name(flow)
+        self._found = Places({first: _first_position(flow), **self._found.start}, self._found.refused)
+        # a layer that begins with the first operator gives the first layer its name
+        layers = [first, *(name for name in names if self._found.start[name] > self._found.start[first])]
+        self._names = layers
+        probe = self._cut_of(flow, [{} for _ in layers])
+        self._holders = _holders(layers, probe.params, self._source.aliases)
+        ties = {path: name for owned in self._holders.values() for name, path in owned.items() if path != name}
+        self._layer_of_path = {path: layer for layer, owned in self._holders.items() for path in owned.values()}
+        self._cuts: dict[Any, Cut] = {}
+        super().__init__(
+            {name: Layer(self._apply(number)) for number, name in enumerate(layers)},
+            ties=ties, config=config, trainable=trainable, tensor_parallel=tensor_parallel,
+        )  # fmt: skip
+
+    @property
+    def places(self) -> Places:
+        """See `Model.places`: every module that runs once, and every marker."""
+        return self._found
+
+    def cut_before(self, names: Sequence[str]) -> CapturedModel:
+        """See `Model.cut_before`: layers begin at these places too."""
+        start = self._found.start
+        known = {start[name]: name for name in self._names if name in start}
+        wanted = {**{start[name]: name for name in names}, **known}
+        if wanted.keys() == known.keys():
+            return self
+        ordered = [wanted[position] for position in sorted(wanted)]
+        return CapturedModel(
+            self._captures, self._example, ordered,
+            config=self.config, trainable=self.trainable, tensor_parallel=self.tensor_parallel,
+        )  # fmt: skip
+
+    # --- what `Model` works out from its layers
+
+    def _check_names(self, layers: Iterable[str]) -> None:
+        """Layers may be inside one another: parameters are found by what uses them, not by their names."""
+
+    @cached_property
+    def spec(self) -> dict[str, Tensor]:
+        """See `Model.spec`."""
+        params = self._source.parameters
+        made = {
+            path: torch.empty_like(params[name], device="meta")
+            for owned in self._holders.values()
+            for name, path in owned.items()
+        }
+        self._check_trainable(made)
+        return {path: made[path] for path in sorted(made, key=tree.split_path)}
+
+    def layer_of(self, path: str) -> str | None:
+        """See `Model.layer_of`."""
+        return self._layer_of_path.get(path)
+
+    def inner_path(self, path: str) -> str:
+        """See `Model.inner_path`."""
+        return path.removeprefix((self.layer_of(path) or "") + ".")
+
+    def init_paths(
+        self, paths: Iterable[str], seed: int, device: torch.device | str, dtype: torch.dtype | None = None
+    ) -> dict[str, Tensor]:
+        """See `Model.init_paths`. Real weights are copied; those on the meta device are made from (seed, path)."""
+        wanted = sorted({self.canonical(path) for path in paths}, key=tree.split_path)
+        return self._source.weights(wanted, seed, torch.device(device), dtype)
+
+    def prepare(self, batch: Mapping[str, Any]) -> None:
+        """See `Model.prepare`: captures the forward for such batches."""
+        self._cut(batch, new=True)
+
+    def shared(self, names: Iterable[str], batch: Mapping[str, Any]) -> Mapping[str, Any]:
+        """See `Model.shared`."""
+        segment, keys = self._cut(batch).shared(self._numbers(names))
+        leaves = [leaf for leaf in tree.leaves_and_spec(self._source.select(batch))[0] if isinstance(leaf, Tensor)]
+        values = segment({}, leaves, {}, _device(leaves), batch.get("key"))
+        return {**batch, SHARED: dict(zip(keys, values if len(keys) != 1 else [values], strict=True))}
+
+    def program(self, names: Iterable[str], batch: Mapping[str, Any]) -> list[Any]:
+        """See `Model.program`."""
+        cut, numbers = self._cut(batch), self._numbers(names)
+        return [cut.shared(numbers), *(cut.segments[number] for number in numbers)]
+
+    # --- captures
+
+    def _apply(self, number: int) -> Callable[[Mapping[str, Any], Any, Mapping[str, Any]], Any]:
+        def apply(params: Mapping[str, Any], x: Any, batch: Mapping[str, Any]) -> Any:
+            if SHARED not in batch:
+                batch = self.shared([self._names[number]], batch)
+            segment = self._cut(batch).segments[number]
+            received = [] if not segment.num_received else [x] if segment.num_received == 1 else x
+            leaves = [leaf for leaf in tree.leaves_and_spec(self._source.select(batch))[0] if isinstance(leaf, Tensor)]
+            return segment(params, received, batch[SHARED], _device(leaves), batch.get("key"))
+
+        return apply
+
+    def _numbers(self, names: Iterable[str]) -> tuple[int, ...]:
+        return tuple(self._names.index(name) for name in names)
+
+    def _cut(self, batch: Mapping[str, Any], *, new: bool = False) -> Cut:
+        signature, flow = self._captures.flow(batch, new=new)
+        if signature not in self._cuts:
+            cut = self._cut_of(flow, [self._inner(layer) for layer in self._names])
+            for layer, used in zip(self._names, cut.params, strict=True):
+                missing = set(used) - self._holders[layer].keys()
+                if missing:
+                    raise ModelError(
+                        f"{self._source.what}: for this batch, layer {layer!r} uses {sorted(missing)[0]!r}, which it did "
+                        "not use for the example; give an example with all entries"
+                    )
+            self._cuts[signature] = cut
+        return self._cuts[signature]
+
+    def _inner(self, layer: str) -> dict[str, str]:
+        return {name: self.inner_path(path) for name, path in self._holders[layer].items()}
+
+    def _cut_of(self, flow: Flow, inner_paths: Sequence[Mapping[str, str]]) -> Cut:
+        places = self._places(flow)
+        gone = [name for name in self._names[1:] if name not in places.start]
+        if gone:
+            raise ModelError(f"{self._source.what}: for this batch there is no {gone[0]!r}, at which a layer begins")
+        starts = [places.start[name] for name in self._names[1:]]
+        return Cut(flow, starts, inner_paths)
+
+    def _places(self, flow: Flow) -> Places:
+        return find_places(flow, self._source.module_names)
+
+    def _first_name(self, flow: Flow) -> str:
+        start = self._found.start
+        at_first = [name for name, position in start.items() if position == _first_position(flow)]
+        listed = default_layers(self._source.module, self._found, flow.exported.markers)
+        return next((name for name in listed if name in at_first), at_first[-1] if at_first else FIRST)
+
+
+def _holders(
+    layers: Sequence[str], params: Sequence[Sequence[str]], aliases: Mapping[str, Sequence[str]]
+) -> dict[str, dict[str, str]]:
+    """By layer: canonical name of each parameter it uses -> the path under which it holds it.
+
+    The first layer to use a parameter holds it by its name; the others by another name that the module has for it, or one
+    made of both.
+    """
+    found: dict[str, dict[str, str]] = {}
+    taken: set[str] = set()
+    for layer, names in zip(layers, params, strict=True):
+        found[layer] = {}
+        for name in names:
+            own = [alias for alias in aliases.get(name, ()) if alias.startswith(layer + ".") and alias not in taken]
+            path = name if name not in taken else own[0] if own else f"{name}@{layer}"
+            taken.add(path)
+            found[layer][name] = path
+    return found
+
+
+def _first_position(flow: Flow) -> int:
+    return min((flow.position[node] for node in flow.nodes if node in flow.weighted and node in flow.alive), default=0)
+
+
+def _device(leaves: Sequence[Tensor]) -> torch.device:
+    return leaves[0].device if leaves else torch.device("cpu")

@@ -1,0 +1,174 @@
+"""A captured forward, cut into the segments of its layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from operator import getitem
+from typing import Any
+
+import torch
+from torch import fx
+
+from autofunc.captured.flow import Flow
+from autofunc.captured.segment import Instruction, Ref, Runtime, Segment
+
+Node = fx.Node
+
+
+class Cut:
+    """One captured forward with its layers.
+
+    Args:
+        flow: of the forward.
+        starts: for each layer after the first, the position of its first operator.
+        inner_paths: for each layer, name of a parameter in the module -> path inside the layer.
+    """
+
+    def __init__(self, flow: Flow, starts: Sequence[int], inner_paths: Sequence[Mapping[str, str]]) -> None:
+        self._flow, self._inner_paths = flow, inner_paths
+        self._layer: dict[Node, int] = {}
+        for position, node in enumerate(flow.nodes):
+            if node.target is getitem and node.args[0] in self._layer:
+                self._layer[node] = self._layer[node.args[0]]
+            else:
+                self._layer[node] = sum(start <= position for start in starts)
+        self._num_layers = len(starts) + 1
+        self._shared: dict[tuple[int, ...], tuple[Segment, tuple[str, ...]]] = {}
+
+    @cached_property
+    def params(self) -> list[list[str]]:
+        """For each layer, the names of the parameters it uses, in the order of the graph."""
+        names = self._flow.exported.params
+        return [[names[node] for node in names if node in used] for used in map(set, self._arguments)]
+
+    @cached_property
+    def crossing(self) -> list[list[Node]]:
+        """What each layer receives, in the order in which it was made; the first receives nothing."""
+        flow, last = self._flow, self._num_layers
+        latest: dict[Node, int] = {}
+        for node in self._live:
+            users = [self._layer[user] for user in flow.users.get(node, ()) if user in flow.weighted]
+            if node in flow.returned:
+                users.append(last - 1)
+            latest[node] = max(users, default=0)
+        return [
+            [node for node in self._live if self._layer[node] < layer <= latest[node] and not _is_several(node)]
+            for layer in range(last)
+        ]
+
+    @cached_property
+    def segments(self) -> list[Segment]:
+        """One per layer."""
+        return [self._segment(layer) for layer in range(self._num_layers)]
+
+    def shared(self, layers: Iterable[int]) -> tuple[Segment, tuple[str, ...]]:
+        """What some layers need of the batch and constants alone: how it is made of the batch's tensors, and its names."""
+        key = tuple(layers)
+        if key not in self._shared:
+            flow = self._flow
+            wanted = [node for node in self._unweighted if any(node in self._shared_by(layer) for layer in key)]
+            needed = flow.closure(wanted)
+            nodes = [node for node in flow.nodes if node in needed]
+            segment = self._build([], list(flow.exported.inputs), [], nodes, [_Returned(node) for node in wanted])
+            self._shared[key] = segment, tuple(node.name for node in wanted)
+        return self._shared[key]
+
+    @cached_property
+    def _live(self) -> list[Node]:
+        return [node for node in self._flow.nodes if node in self._flow.weighted and node in self._flow.alive]
+
+    @cached_property
+    def _unweighted(self) -> list[Node]:
+        return [node for node in self._flow.exported.graph.nodes if node not in self._flow.weighted and node.op != "output"]
+
+    @cached_property
+    def _arguments(self) -> list[list[Node]]:
+        """For each layer, all that its operators read."""
+        found: list[dict[Node, None]] = [{} for _ in range(self._num_layers)]
+        for node in self._live:
+            found[self._layer[node]].update(dict.fromkeys(node.all_input_nodes))
+        found[-1].update(dict.fromkeys(self._flow.returned))
+        return [list(each) for each in found]
+
+    def _shared_by(self, layer: int) -> set[Node]:
+        constants = self._flow.exported.constants
+        return {node for node in self._arguments[layer] if node not in self._flow.weighted and node not in constants}
+
+    def _segment(self, layer: int) -> Segment:
+        exported = self._flow.exported
+        inner = self._inner_paths[layer]
+        params = [node for node in exported.params if node in set(self._arguments[layer])]
+        returned: list[Any]
+        if layer == self._num_layers - 1:
+            returned, spec = (
+                [_Returned(each) if isinstance(each, Node) else each for each in exported.returned],
+                exported.output,
+            )
+        else:
+            returned, spec = [_Returned(node) for node in self.crossing[layer + 1]], None
+        return self._build(
+            [(inner[exported.params[node]], node) for node in params],
+            self.crossing[layer],
+            sorted(self._shared_by(layer), key=lambda node: node.name),
+            [node for node in self._live if self._layer[node] == layer],
+            returned,
+            spec,
+        )
+
+    def _build(
+        self,
+        params: Sequence[tuple[str, Node]],
+        received: Sequence[Node],
+        shared: Sequence[Node],
+        nodes: Sequence[Node],
+        returned: Sequence[Any],
+        spec: Any = None,
+    ) -> Segment:
+        own = set(nodes)
+        returned_nodes = {each.node for each in returned if isinstance(each, _Returned)}
+        arguments = {argument for node in nodes for argument in node.all_input_nodes} | returned_nodes
+        constants = [node for node in self._constants if node in arguments and node not in own]
+        given = [*(node for _, node in params), *received, *shared, *constants]
+        register = {node: number for number, node in enumerate(given)}
+        instructions = []
+        for number, node in enumerate(nodes, start=len(given)):
+            register[node] = number
+            args = tuple(_plain(argument, register) for argument in node.args)
+            kwargs = tuple((name, _plain(argument, register)) for name, argument in node.kwargs.items())
+            instructions.append(Instruction(node.target, args, kwargs, number, node.meta.get("modes", ())))  # type: ignore[arg-type]
+        return Segment(
+            tuple(path for path, _ in params),
+            len(received),
+            tuple(node.name for node in shared),
+            tuple(self._flow.exported.constants[node] for node in constants),
+            tuple(instructions),
+            tuple(Ref(register[each.node]) if isinstance(each, _Returned) else each for each in returned),
+            spec,
+        )
+
+    @cached_property
+    def _constants(self) -> list[Node]:
+        return [node for node in self._flow.exported.graph.nodes if node in self._flow.exported.constants]
+
+
+class _Returned:
+    """A node that is returned, until its register is known."""
+
+    def __init__(self, node: Node) -> None:
+        self.node = node
+
+
+def _is_several(node: Node) -> bool:
+    """Whether an operator returns a list of tensors, which are taken out one by one."""
+    return isinstance(node.meta.get("val"), (list, tuple))
+
+
+def _plain(argument: Any, register: Mapping[Node, int]) -> Any:
+    if isinstance(argument, Node):
+        return Ref(register[argument])
+    if isinstance(argument, torch.device):
+        return Runtime("device")
+    if isinstance(argument, (list, tuple)):
+        return [_plain(part, register) for part in argument]
+    return argument

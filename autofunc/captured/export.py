@@ -1,0 +1,200 @@
+"""Capture a module's forward as a graph of operators. The only file that uses `torch.export` (tried with 2.13.0).
+
+Nothing runs on real data, and the module keeps its weights: they may be on the meta device.
+"""
+
+from __future__ import annotations
+
+import operator
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from autofunc import tree
+from autofunc.captured.keyed import replace_random
+from autofunc.captured.unchanged import left_as_it_was, restored
+from autofunc.errors import ModelError
+from autofunc.fake import naming_errors
+
+Node = fx.Node
+
+_ASSERTIONS = ("aten._assert_tensor_metadata", "aten._assert_async", "aten._assert_scalar", "aten.sym_constrain_range")
+
+
+@dataclass(eq=False)
+class Exported:
+    """A forward as operators. Nodes say in `meta` which calls of modules they were made in, and under which modes."""
+
+    graph: fx.Graph
+    output: Any  # pytree spec of what it returns
+    params: dict[Node, str] = field(default_factory=dict)  # name in the module
+    buffers: dict[Node, str] = field(default_factory=dict)
+    constants: dict[Node, Tensor] = field(default_factory=dict)  # in the end with the values of the buffers that are used
+    inputs: dict[Node, int] = field(default_factory=dict)  # position among the tensors of the batch
+    markers: dict[str, Node] = field(default_factory=dict)  # by name: the first operator after `af.split_point`
+
+    @property
+    def returned(self) -> list[Any]:
+        """Nodes, or constants, of what it returns, in leaf order."""
+        return list(next(node for node in self.graph.nodes if node.op == "output").args[0])
+
+
+Arguments = Callable[[Mapping[str, Any]], tuple[tuple[Any, ...], dict[str, Any]]]
+"""From the entries of a batch to what a module is called with."""
+
+
+class Call(nn.Module):
+    """What is exported: one call of a module, on the entries of a batch that it takes."""
+
+    def __init__(self, module: nn.Module, arguments: Arguments, what: str) -> None:
+        super().__init__()
+        self.module, self._arguments, self._what = module, arguments, what
+
+    def forward(self, batch: Mapping[str, Any]) -> Any:
+        """Call the module."""
+        args, kwargs = self._arguments(batch)
+        with left_as_it_was(self.module, self._what):
+            return tree.with_known_classes(self.module(*args, **kwargs))
+
+
+PREFIX = "module."
+"""What `Call` puts before the names of a module's parts."""
+
+
+def export(module: nn.Module, arguments: Arguments, batch: Mapping[str, Any], what: str) -> Exported:
+    """Capture a forward for a batch of these shapes.
+
+    Args:
+        module: whose.
+        arguments: what it is called with.
+        batch: an example; on the meta device where the module is.
+        what: the module, for messages.
+
+    Raises:
+        ModelError: when it cannot be captured, naming the user's line.
+    """
+    call = Call(module, arguments, what)
+    with restored(module), naming_errors(what), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.export.export(call, (dict(batch),), strict=False)
+    flattening = _Inliner(program.graph_module)
+    exported = Exported(flattening.graph, program.call_spec.out_spec)
+    leaves = tree.leaves_and_spec(dict(batch))[0]
+    tensors = iter(range(sum(isinstance(leaf, Tensor) for leaf in leaves)))
+    given = iter(leaves)
+    nodes = [node for node in program.graph.nodes if node.op == "placeholder"]
+    for node, spec in zip(nodes, program.graph_signature.input_specs, strict=True):
+        kind = spec.kind.name
+        if kind == "USER_INPUT":
+            leaf = next(given)
+            if isinstance(leaf, Tensor):
+                exported.inputs[flattening.placeholder(node)] = next(tensors)
+            else:
+                flattening.values[node] = leaf
+            continue
+        if kind not in ("PARAMETER", "BUFFER", "CONSTANT_TENSOR"):
+            raise ModelError(
+                f"{what} holds a {kind.lower()} ({spec.target}), which cannot be split; keep it out of forward"
+            )
+        new, name = flattening.placeholder(node), str(spec.target)
+        if kind == "CONSTANT_TENSOR":
+            exported.constants[new] = program.constants[name]
+        else:
+            (exported.params if kind == "PARAMETER" else exported.buffers)[new] = name.removeprefix(PREFIX)
+    exported.graph.output(tuple(flattening.run(program.graph)))
+    replace_random(exported.graph, what)
+    _take_out_markers(exported)
+    exported.graph.lint()
+    return exported
+
+
+class _Inliner:
+    """Copies a graph, with the bodies of its no-grad and autocast regions in their places."""
+
+    def __init__(self, root: fx.GraphModule) -> None:
+        self.root = root
+        self.graph = fx.Graph()
+        self.values: dict[Node, Any] = {}  # old node -> new one, or a tuple of them, or a constant
+
+    def placeholder(self, node: Node) -> Node:
+        """Copy a placeholder."""
+        new = self.graph.placeholder(node.name)
+        new.meta["val"] = node.meta["val"]
+        self.values[node] = new
+        return new
+
+    def run(
+        self, graph: fx.Graph, modes: tuple[tuple[Any, ...], ...] = (), owner: fx.GraphModule | None = None
+    ) -> list[Any]:
+        """Copy the operators of a graph; returns the new nodes of what it returns."""
+        owner = owner or self.root
+        for node in graph.nodes:
+            if node.op == "placeholder":
+                continue
+            if node.op == "output":
+                return [self.values[leaf] if isinstance(leaf, Node) else leaf for leaf in node.args[0]]
+            if node.op == "get_attr":
+                self.values[node] = getattr(owner, str(node.target))
+            elif node.op == "call_function":
+                self._call(node, modes)
+            else:
+                raise ModelError(f"a captured graph has a node of kind {node.op} ({node.target}), which cannot be split")
+        raise AssertionError("a graph ends in an output")
+
+    def _call(self, node: Node, modes: tuple[tuple[Any, ...], ...]) -> None:
+        name = str(node.target)
+        if name in ("wrap_with_set_grad_enabled", "wrap_with_autocast"):
+            count = 1 if name == "wrap_with_set_grad_enabled" else 4
+            options, body, operands = node.args[:count], self.values[node.args[count]], node.args[count + 1 :]  # type: ignore[index]
+            mode = ("grad" if count == 1 else "autocast", *options)
+            inner = [each for each in body.graph.nodes if each.op == "placeholder"]
+            self.values.update(zip(inner, map(self._value, operands), strict=True))
+            self.values[node] = tuple(self.run(body.graph, (*modes, mode), body))
+            return
+        if node.target is operator.getitem and isinstance(self.values[node.args[0]], tuple):  # type: ignore[index]
+            self.values[node] = self.values[node.args[0]][node.args[1]]  # type: ignore[index]
+            return
+        if name.startswith(_ASSERTIONS):
+            return
+        if not isinstance(node.target, torch._ops.OpOverload) and node.target is not operator.getitem:
+            raise ModelError(f"{name} cannot be split over stages ({line_of(node)}); write it without")
+        new = self.graph.call_function(
+            node.target, tuple(map(self._value, node.args)), {key: self._value(value) for key, value in node.kwargs.items()}
+        )
+        stack = (node.meta.get("nn_module_stack") or {}).items()
+        new.meta.update(
+            val=node.meta.get("val"),
+            modules=[(key, path.removeprefix(PREFIX)) for key, (path, _) in stack if path.startswith(PREFIX)],
+            modes=modes,
+            stack_trace=node.meta.get("stack_trace", ""),
+        )
+        self.values[node] = new
+
+    def _value(self, argument: Any) -> Any:
+        return fx.node.map_arg(argument, lambda node: self.values[node])
+
+
+def _take_out_markers(exported: Exported) -> None:
+    """Remove what `af.split_point` left, remembering where."""
+    for node in list(exported.graph.nodes):
+        if node.op == "call_function" and node.target is torch.ops.autofunc.split_point.default:
+            name, after = str(node.args[1]), node.next
+            if name in exported.markers:
+                raise ModelError(
+                    f"af.split_point({name!r}) is passed twice ({line_of(node)}); give each marker its own name"
+                )
+            exported.markers[name] = after
+            node.replace_all_uses_with(node.args[0])
+            exported.markers = {known: after if at is node else at for known, at in exported.markers.items()}
+            exported.graph.erase_node(node)
+
+
+def line_of(node: Node) -> str:
+    """The user's line that made a node."""
+    lines = [line.strip() for line in str(node.meta.get("stack_trace", "")).strip().splitlines()]
+    where = [line for line in lines if line.startswith("File ")]
+    return f"{where[-1]}: {lines[-1]}".replace('"', "") if where else "its line is not known"

@@ -1,0 +1,171 @@
+"""What depends on what in a captured graph: which values need weights, which memory is written to, what is used at all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cached_property
+from operator import getitem
+
+import torch
+from torch import fx
+
+from autofunc.captured.export import Exported, line_of
+from autofunc.errors import ModelError
+
+Node = fx.Node
+
+
+class Flow:
+    """The dependencies of a captured forward.
+
+    A value is *weighted* when parameters are among its ancestors. Weighted values are computed once, by the layer they
+    belong to, and cross boundaries; all others depend on the batch and on constants alone, and any stage computes them
+    itself.
+
+    Raises:
+        ModelError: when a parameter, a buffer or the batch is written to.
+    """
+
+    def __init__(self, exported: Exported, what: str) -> None:
+        self.exported = exported
+        self.nodes = [node for node in exported.graph.nodes if node.op == "call_function"]
+        self.position = {node: index for index, node in enumerate(self.nodes)}
+        self._base: dict[Node, Node] = {}
+        for node in exported.graph.nodes:
+            shared = _aliased(node)
+            self._base[node] = self._base[shared] if shared is not None else node
+        self.writes: dict[Node, list[Node]] = {}  # base -> what writes to its memory, in order
+        for node in self.nodes:
+            for written in _written(node):
+                self._check(self._base[written], node, what)
+                self.writes.setdefault(self._base[written], []).append(node)
+        self.weighted = self._weighted()
+
+    def needs(self, node: Node) -> list[Node]:
+        """What must run before a node: its arguments, and what has written to their memory before it."""
+        found: dict[Node, None] = dict.fromkeys(node.all_input_nodes)
+        for argument in node.all_input_nodes:
+            for write in self.writes.get(self._base[argument], ()):
+                if self.position[write] < self.position.get(node, len(self.nodes)) and write is not node:
+                    found[write] = None
+        return list(found)
+
+    def closure(self, roots: Iterable[Node]) -> set[Node]:
+        """The nodes, and everything they need."""
+        found: set[Node] = set()
+        left = list(roots)
+        while left:
+            node = left.pop()
+            if node not in found:
+                found.add(node)
+                left += self.needs(node)
+        return found
+
+    @cached_property
+    def returned(self) -> list[Node]:
+        """Nodes of what the forward returns."""
+        return [each for each in self.exported.returned if isinstance(each, Node)]
+
+    @cached_property
+    def alive(self) -> set[Node]:
+        """Everything that the returned values need."""
+        output = next(node for node in self.exported.graph.nodes if node.op == "output")
+        return self.closure([*self.returned, *(write for write in self.needs(output))])
+
+    @cached_property
+    def users(self) -> dict[Node, list[Node]]:
+        """By node: the live nodes that need it."""
+        found: dict[Node, list[Node]] = {}
+        for node in self.nodes:
+            if node in self.alive:
+                for needed in self.needs(node):
+                    found.setdefault(needed, []).append(node)
+        return found
+
+    @cached_property
+    def uncuttable(self) -> list[tuple[int, int]]:
+        """(first, last) positions of memory that weighted values are written into: both on one side of any cut."""
+        spans = []
+        for base, writes in self.writes.items():
+            if any(node in self.weighted for node in (base, *writes)):
+                spans.append((self.position[base], max(self.position[write] for write in writes)))
+        return spans
+
+    def _weighted(self) -> set[Node]:
+        weighted: set[Node] = set(self.exported.params)
+        grown = True
+        while grown:
+            size = len(weighted)
+            for node in self.nodes:
+                if any(needed in weighted for needed in self.needs(node)):
+                    weighted.add(node)
+            for base, writes in self.writes.items():
+                members = [node for node in self.nodes if self._base[node] is base]
+                last = max(self.position[write] for write in writes)
+                read_before = any(
+                    user in weighted and self.position[user] < last
+                    for member in members for user in member.users if user in self.position
+                )  # fmt: skip
+                if read_before or any(node in weighted for node in (*members, *writes)):
+                    weighted.update(members, writes)
+            grown = len(weighted) > size
+        return weighted
+
+    def _check(self, base: Node, write: Node, what: str) -> None:
+        exported = self.exported
+        if base in exported.params:
+            raise ModelError(
+                f"{what} writes to its parameter {exported.params[base]!r} ({write.target}; {line_of(write)}); a forward "
+                "is a pure function: compute a new tensor instead"
+            )
+        if base in exported.buffers:
+            raise ModelError(
+                f"{what} writes to its buffer {exported.buffers[base]!r} ({write.target}; {line_of(write)}){_advice(write)}"
+            )
+        if base in exported.inputs:
+            raise ModelError(
+                f"{what} writes to the batch ({write.target}; {line_of(write)}), which other stages read; write to a copy: "
+                "x = x.clone()"
+            )
+
+
+def _advice(write: Node) -> str:
+    if "batch_norm" in str(write.target) or "num_batches_tracked" in str(write.target):
+        return (
+            ": batch normalisation in training mode depends on the whole batch and keeps statistics. Use nn.GroupNorm, "
+            "nn.LayerNorm or nn.InstanceNorm instead, or put the module into eval mode to freeze its statistics"
+        )
+    return "; return what it keeps, or compute it in __init__"
+
+
+def _aliased(node: Node) -> Node | None:
+    """The argument whose memory a node's result may share."""
+    if node.op != "call_function":
+        return None
+    if node.target is getitem:
+        return _aliased(node.args[0]) and node.args[0]  # type: ignore[arg-type,return-value]
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return None
+    schema = node.target._schema
+    returns = {name for each in schema.returns if each.alias_info for name in each.alias_info.before_set}
+    for value, argument in zip(node.args, schema.arguments, strict=False):
+        if isinstance(value, Node) and argument.alias_info and argument.alias_info.before_set & returns:
+            return value
+    return None
+
+
+def _written(node: Node) -> list[Node]:
+    """The arguments that an operator writes to."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return []
+    if node.target is torch.ops.aten.batch_norm.default:  # its schema does not say so
+        running, training = node.args[3:5], node.args[5]
+        return [each for each in running if isinstance(each, Node)] if training else []
+    if node.target is torch.ops.aten.detach_.default:  # only its graph changes
+        return []
+    pairs = zip(node.args, node.target._schema.arguments, strict=False)
+    return [
+        value
+        for value, argument in pairs
+        if isinstance(value, Node) and argument.alias_info and argument.alias_info.is_write
+    ]

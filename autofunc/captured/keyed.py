@@ -1,0 +1,111 @@
+"""Dropout of a captured module becomes a function of the key, the same in every layout; other randomness is refused."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from autofunc import random
+from autofunc.captured.segment import Runtime
+from autofunc.errors import ModelError
+
+_aten = torch.ops.aten
+_DROPOUT = (_aten.dropout.default, _aten.dropout_.default)
+_FEATURES = (_aten.feature_dropout.default, _aten.feature_dropout_.default)
+_ATTENTION = _aten.scaled_dot_product_attention.default
+_ATTENTION_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+
+
+def dropout(x: Tensor, p: float, key: Tensor | None, name: str) -> Tensor:
+    """See `af.random.dropout`."""
+    return random.dropout(x, p, {"key": key}, name)
+
+
+def feature_dropout(x: Tensor, p: float, key: Tensor | None, name: str) -> Tensor:
+    """Drops whole channels: one draw for each of the first two dims."""
+    if key is None:
+        return x
+    ones = torch.ones(*x.shape[:2], *[1] * (x.dim() - 2), dtype=x.dtype, device=x.device)
+    return x * random.dropout(ones, p, {"key": key}, name)
+
+
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, p: float, is_causal: bool, scale: float | None,
+    enable_gqa: bool, random_key: Tensor | None, name: str,
+) -> Tensor:  # fmt: skip
+    """Attention with dropout of its weights; without a key it is `scaled_dot_product_attention` itself."""
+    if random_key is None:
+        return torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+    if enable_gqa:
+        group = query.shape[-3] // key.shape[-3]
+        key, value = key.repeat_interleave(group, -3), value.repeat_interleave(group, -3)
+    scores = query @ key.transpose(-2, -1) * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)
+    if is_causal:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+    return random.dropout(scores.softmax(-1), p, {"key": random_key}, name) @ value
+
+
+def replace_random(graph: fx.Graph, what: str) -> None:
+    """Change a graph in place.
+
+    Raises:
+        ModelError: for randomness other than dropout.
+    """
+    count: Counter[str] = Counter()
+    for node in list(graph.nodes):
+        if not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        options: dict[str, Any] = {}
+        if node.target in (*_DROPOUT, *_FEATURES):
+            x, p, train = node.args
+            if not train or p == 0.0:
+                _replace(graph, node, x)
+                continue
+            function: Any = dropout if node.target in _DROPOUT else feature_dropout
+            args: tuple[Any, ...] = (x, p)
+        elif node.target is _ATTENTION:
+            options = dict(zip(_ATTENTION_ARGUMENTS, (None, None, None, None, 0.0, False, None, False), strict=True))
+            options.update(zip(_ATTENTION_ARGUMENTS, node.args, strict=False))
+            options.update(node.kwargs)
+            if options["dropout_p"] == 0.0:
+                continue
+            function, args = attention, tuple(options.values())
+        elif torch.Tag.nondeterministic_seeded in node.target.tags:
+            from autofunc.captured.export import line_of
+
+            raise ModelError(
+                f"{what} draws from the global random generator ({node.target}; {line_of(node)}), which would differ from "
+                "layout to layout; use dropout, which becomes a function of the key, or af.random"
+            )
+        else:
+            continue
+        place = node.meta["modules"][-1][0] if node.meta["modules"] else ""
+        label = _label(place)
+        name = f"{label}#{count[label]}" if count[label] else label
+        count[label] += 1
+        with graph.inserting_before(node):
+            new = graph.call_function(function, (*args, Runtime("key"), name))  # type: ignore[arg-type]
+        new.meta.update(node.meta)
+        _replace(graph, node, new)
+
+
+def _label(place: str) -> str:
+    """The module's name, with the number of the call where there are several: `L__self__module.h.0.drop@1`."""
+    return place.partition("module.")[2] or place
+
+
+def _replace(graph: fx.Graph, node: fx.Node, value: Any) -> None:
+    """Later users of what was dropped in place see the result, too."""
+    if str(node.target).endswith("_.default"):
+        written, order = node.args[0], {each: position for position, each in enumerate(graph.nodes)}
+        written.replace_all_uses_with(value, lambda user: order.get(user, 0) > order[node])  # type: ignore[union-attr]
+    node.replace_all_uses_with(value)
+    graph.erase_node(node)

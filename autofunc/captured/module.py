@@ -1,0 +1,165 @@
+"""`af.from_module`: any `nn.Module` as a model of named layers."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from autofunc.captured.captured import CapturedModel, Captures
+from autofunc.captured.initial import initial_buffer, initial_weights
+from autofunc.errors import ModelError, one_of
+from autofunc.model import TensorParallel
+
+_NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+
+
+def from_module(
+    module: nn.Module,
+    example_batch: Mapping[str, Any],
+    *,
+    inputs: Sequence[str] | Mapping[str, str] | None = None,
+    trainable: Sequence[str] | None = None,
+    tensor_parallel: TensorParallel | None = None,
+) -> CapturedModel:
+    """Any module as a model of named pure layers: captured as it is, never copied, patched or changed.
+
+    Its layers are the items of its outermost lists of modules and the modules beside them; `af.split` takes the name of any
+    module that runs once. Parameters keep their names. A parameter that several layers use is tied. Dropout becomes a
+    function of the key; a module in eval mode has none. A module on the meta device is captured without weights, and
+    initialised layer by layer by its own initialisers.
+
+    Args:
+        module: what is captured, in the mode (train or eval) it is in.
+        example_batch: a batch; only shapes and dtypes matter. Other shapes are captured when they are met.
+        inputs: which entries forward gets: names of entries in the order of its arguments, or argument -> entry. By default
+            the entries that forward names, or all of them where it takes any.
+        trainable: patterns of the parameters that get gradients; by default those with `requires_grad`.
+        tensor_parallel: refused where tp > 1, for a captured forward has the sizes of the whole in it.
+
+    Raises:
+        ModelError: for what cannot be captured, is written to, keeps state, or is used by no layer.
+
+    Example:
+        model = af.from_module(GPT2LMHeadModel(config), {"input_ids": ids})
+        stages = af.split(model, ["h.4", "h.8"])
+    """
+    source = ModuleSource(module, inputs)
+    if trainable is None:
+        frozen = [name for name, leaf in source.parameters.items() if not leaf.requires_grad]
+        trainable = ("*",) if not frozen else tuple(name for name in source.parameters if name not in frozen)
+    model = CapturedModel(
+        Captures(source), example_batch,
+        config=getattr(module, "config", None), trainable=trainable, tensor_parallel=tensor_parallel,
+    )  # fmt: skip
+    used = {model.canonical(path) for path in model.spec}
+    unused = [name for name, leaf in source.parameters.items() if name not in used and leaf.requires_grad]
+    if unused:
+        listed = ", ".join(unused[:5]) + (f" and {len(unused) - 5} more" if len(unused) > 5 else "")
+        raise ModelError(
+            f"{source.what}: no layer uses {listed}; with these inputs ({', '.join(source.select(example_batch))}) they "
+            "would never be trained. Leave them out of the module, freeze them (requires_grad_(False)), or give the inputs "
+            "they need"
+        )
+    return model
+
+
+class ModuleSource:
+    """See `Source`."""
+
+    def __init__(self, module: nn.Module, inputs: Sequence[str] | Mapping[str, str] | None = None) -> None:
+        if not isinstance(module, nn.Module):
+            raise ModelError(f"expected an nn.Module, got {type(module).__name__}; for a function see af.from_function")
+        self.module = module
+        self.what = type(module).__name__
+        self.parameters = dict(module.named_parameters())
+        self.module_names = [name for name, _ in module.named_modules(remove_duplicate=False) if name]
+        self._inputs = inputs
+        self._takes = dict(inspect.signature(module.forward).parameters)
+
+    @cached_property
+    def _canonical(self) -> dict[str, str]:
+        first = {id(leaf): name for name, leaf in self.parameters.items()}
+        return {name: first[id(leaf)] for name, leaf in self.module.named_parameters(remove_duplicate=False)}
+
+    @cached_property
+    def aliases(self) -> dict[str, list[str]]:
+        """See `Source.aliases`."""
+        found: dict[str, list[str]] = {}
+        for name, canonical in self._canonical.items():
+            if name != canonical:
+                found.setdefault(canonical, []).append(name)
+        return found
+
+    def canonical(self, name: str) -> str:
+        """See `Source.canonical`."""
+        return self._canonical[name]
+
+    def select(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """See `Source.select`.
+
+        Raises:
+            ModelError: when forward lacks an argument.
+        """
+        entries = {
+            str(name): value for name, value in batch.items() if name != "key" and not str(name).startswith("autofunc.")
+        }
+        if self._inputs is not None:
+            wanted = list(self._inputs.values()) if isinstance(self._inputs, Mapping) else list(self._inputs)
+            missing = [name for name in wanted if name not in entries]
+            if missing:
+                raise ModelError(
+                    f"{self.what}: inputs name {missing[0]!r}, which the batch does not have; {one_of(missing[0], entries)}"
+                )
+            return {name: entries[name] for name in wanted}
+        if "batch" in self._takes and "batch" not in entries:
+            return entries
+        named = {name for name, each in self._takes.items() if each.kind in _NAMED}
+        chosen = {name: value for name, value in entries.items() if name in named}
+        takes_any = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in self._takes.values())
+        if not chosen and takes_any:
+            return entries
+        required = [
+            name for name, each in self._takes.items() if each.kind in _NAMED and each.default is inspect.Parameter.empty
+        ]
+        lacking = [name for name in required if name not in chosen]
+        if lacking or not chosen:
+            needs = ", ".join(required) or ", ".join(sorted(named)) or "nothing"
+            raise ModelError(
+                f"{self.what}.forward needs {needs}, but the batch has {', '.join(entries) or 'no entries'}; say which "
+                f"entries it gets: inputs={list(entries)[: max(len(required), 1)]}"
+            )
+        return chosen
+
+    def arguments(self, batch: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """See `Source.arguments`. Caches of keys and values are for generating, so they are turned off."""
+        fixed = {"use_cache": False} if "use_cache" in self._takes and "use_cache" not in batch else {}
+        if isinstance(self._inputs, Mapping):
+            return (), {name: batch[entry] for name, entry in self._inputs.items()} | fixed
+        if self._inputs is not None:
+            return tuple(batch[name] for name in self._inputs), fixed
+        if "batch" in self._takes and "batch" not in batch:
+            return (dict(batch),), fixed
+        return (), dict(batch) | fixed
+
+    def weights(
+        self, paths: Iterable[str], seed: int, device: torch.device, dtype: torch.dtype | None
+    ) -> dict[str, Tensor]:  # fmt: skip
+        """See `Source.weights`."""
+        made: dict[str, Tensor] = {}
+        on_meta = [path for path in paths if self.parameters[path].is_meta and device.type != "meta"]
+        values = {**self.parameters, **initial_weights(self.module, on_meta, seed)} if on_meta else self.parameters
+        for path in paths:
+            leaf = values[path].detach()
+            wanted = dtype if dtype is not None and leaf.is_floating_point() else leaf.dtype
+            made[path] = leaf.to(device=device, dtype=wanted, copy=True)
+        return made
+
+    def buffer(self, name: str) -> Tensor:
+        """See `Source.buffer`."""
+        buffer = self.module.get_buffer(name)
+        return initial_buffer(self.module, name) if buffer.is_meta else buffer

@@ -1,0 +1,73 @@
+"""Where a captured forward can be cut, and what its layers are by default."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import fx, nn
+
+from autofunc.captured.flow import Flow
+from autofunc.model import Places
+
+Node = fx.Node
+
+FIRST = "input"
+"""Name of what comes before the first named place."""
+
+
+def find_places(flow: Flow, modules: Iterable[str]) -> Places:
+    """All named modules and markers, told apart by whether a cut before them is legal.
+
+    Args:
+        flow: of the captured forward.
+        modules: names of all submodules.
+    """
+    starts: dict[str, int] = {}
+    calls: dict[str, set[str]] = {}
+    seen: set[str] = set()
+    for position, node in enumerate(flow.nodes):
+        for key, name in node.meta.get("modules", ()):
+            seen.add(name)
+            if node in flow.weighted and node in flow.alive:
+                starts.setdefault(name, position)
+                calls.setdefault(name, set()).add(key)
+    for name, node in flow.exported.markers.items():
+        later = (position for position in range(flow.position.get(node, len(flow.nodes)), len(flow.nodes)))
+        start = next((p for p in later if flow.nodes[p] in flow.weighted and flow.nodes[p] in flow.alive), None)
+        if start is not None:
+            starts[name], calls[name] = start, {name}
+    refused: dict[str, str] = {}
+    for name in modules:
+        if name and name not in starts:
+            refused[name] = "needs no weights, so each stage computes it itself" if name in seen else "is not run"
+    for name, keys in calls.items():
+        if len(keys) > 1:
+            refused[name] = f"is run {len(keys)} times, so it is no one place"
+        elif any(first < starts[name] <= last for first, last in flow.uncuttable):
+            refused[name] = "begins between two writes to the same memory"
+    legal = sorted((start, name) for name, start in starts.items() if name not in refused)
+    return Places({name: start for start, name in legal}, refused)
+
+
+def default_layers(module: nn.Module | None, places: Places, markers: Iterable[str]) -> list[str]:
+    """The names at which layers begin when nothing else is asked for.
+
+    Markers, if there are any. Otherwise the items of the outermost lists of modules, and the modules beside them that
+    hold no list: of a transformer the embeddings, each block, the last norm, the head.
+    """
+    named = [name for name in markers if name in places.start]
+    found = named or ([*_outermost(module, "")] if module is not None else [])
+    return sorted((name for name in dict.fromkeys(found) if name in places.start), key=places.start.__getitem__)
+
+
+def _outermost(module: nn.Module, prefix: str) -> Iterable[str]:
+    for name, child in module.named_children():
+        path = f"{prefix}{name}"
+        if isinstance(module, (nn.ModuleList, nn.Sequential)) or not _holds_list(child):
+            yield path
+        else:
+            yield from _outermost(child, path + ".")
+
+
+def _holds_list(module: nn.Module) -> bool:
+    return any(isinstance(part, (nn.ModuleList, nn.Sequential)) for part in module.modules())

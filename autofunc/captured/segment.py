@@ -1,0 +1,138 @@
+"""A piece of a captured graph as plain data, and how it runs.
+
+Segments are compared by value: two equal blocks of a model give equal segments, so that a pipeline captures them once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autofunc import tree
+
+
+@dataclass(frozen=True)
+class Ref:
+    """An argument that is a value, by its register."""
+
+    register: int
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """An argument that is known when it runs: "device", where the parameters are, or "key", of the microbatch."""
+
+    what: str
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One operator."""
+
+    target: Callable[..., Any]
+    args: tuple[Any, ...]  # with `Ref` and `Runtime`
+    kwargs: tuple[tuple[str, Any], ...]
+    register: int  # of its result
+    modes: tuple[tuple[Any, ...], ...] = ()  # ("grad", enabled) or ("autocast", ...) that it runs under
+
+
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """A piece of a captured graph.
+
+    Registers are filled with parameters, received values, shared values and constants, in that order, then by instructions.
+    """
+
+    params: tuple[str, ...]  # paths inside the layer
+    num_received: int
+    shared: tuple[str, ...]  # names of values that depend on the batch alone
+    constants: tuple[Tensor, ...]
+    instructions: tuple[Instruction, ...]
+    returned: tuple[Any, ...]  # `Ref`s, or constants
+    spec: Any = None  # the pytree that is returned; None: a tuple, or the value itself where there is one
+
+    def __call__(
+        self,
+        params: Mapping[str, Any],
+        received: Sequence[Tensor],
+        shared: Mapping[str, Any],
+        device: torch.device,
+        key: Any,
+    ) -> Any:
+        """Run it.
+
+        Args:
+            params: nested dicts of the layer's parameters.
+            received: values of the layer before.
+            shared: by name.
+            device: where constants are needed and new tensors are made.
+            key: of the microbatch, or None.
+        """
+        flat = tree.flatten(params)
+        constants = (constant.to(device) for constant in self.constants)
+        given = [*(flat[path] for path in self.params), *received, *(shared[name] for name in self.shared), *constants]
+        registers: dict[int, Any] = dict(enumerate(given))
+        runtime = {"device": device, "key": key}
+
+        def value(argument: Any) -> Any:
+            if isinstance(argument, Ref):
+                return registers[argument.register]
+            if isinstance(argument, Runtime):
+                return runtime[argument.what]
+            if isinstance(argument, (list, tuple)):
+                return type(argument)(value(part) for part in argument)
+            return argument
+
+        for instruction, done in zip(self.instructions, self._last_uses, strict=True):
+            args = [value(argument) for argument in instruction.args]
+            kwargs = {name: value(argument) for name, argument in instruction.kwargs}
+            if instruction.modes:
+                with ExitStack() as stack:
+                    for mode in instruction.modes:
+                        stack.enter_context(_entered(mode))
+                    registers[instruction.register] = instruction.target(*args, **kwargs)
+            else:
+                registers[instruction.register] = instruction.target(*args, **kwargs)
+            for register in done:
+                del registers[register]
+        results = [value(each) for each in self.returned]
+        if self.spec is not None:
+            return tree.from_leaves(results, self.spec)
+        return results[0] if len(results) == 1 else tuple(results)
+
+    @cached_property
+    def _last_uses(self) -> list[list[int]]:
+        """For each instruction, the registers that nothing reads after it."""
+        last: dict[int, int] = {}
+        for position, instruction in enumerate(self.instructions):
+            last[instruction.register] = position
+            for register in _registers((instruction.args, [argument for _, argument in instruction.kwargs])):
+                last[register] = position
+        for register in _registers(self.returned):
+            last.pop(register, None)
+        done: list[list[int]] = [[] for _ in self.instructions]
+        for register, position in last.items():
+            done[position].append(register)
+        return done
+
+
+def _registers(argument: Any) -> list[int]:
+    if isinstance(argument, Ref):
+        return [argument.register]
+    if isinstance(argument, (list, tuple)):
+        return [register for part in argument for register in _registers(part)]
+    return []
+
+
+def _entered(mode: tuple[Any, ...]) -> Any:
+    kind, *options = mode
+    if kind == "grad":
+        return torch.set_grad_enabled(*options)
+    device_type, dtype, enabled, cache = options
+    return torch.autocast(device_type, dtype, enabled, cache)
