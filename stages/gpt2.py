@@ -23,7 +23,8 @@ from torch.nn import functional
 
 import autofunc as af
 from autofunc.errors import ModelError
-from autofunc.tree import flatten, to_tensordict
+from autofunc.tree import flatten
+from stages.huggingface import drop_tied, fill, read_settings, read_weights, require
 
 Params = Mapping[str, Any]
 
@@ -35,6 +36,8 @@ TENSOR_PARALLEL = {
     "*.mlp.proj.weight": "shard(1)",
 }
 """Source: Shoeybi et al., "Megatron-LM", arXiv 1909.08053, section 3."""
+
+SIZES = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class GPT2Config:
     initializer_range: float = 0.02
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
+        for name in SIZES:
             if getattr(self, name) < 1:
                 raise ModelError(f"gpt2: {name}={getattr(self, name)}, expected at least 1")
         if self.n_embd % self.n_head:
@@ -103,19 +106,7 @@ def build_gpt2_model(
     Raises:
         ModelError: for sizes that do not fit together; when it runs, for a sequence longer than `n_positions`.
     """
-    config = GPT2Config(
-        vocab_size=vocab_size,
-        n_positions=n_positions,
-        n_embd=n_embd,
-        n_layer=n_layer,
-        n_head=n_head,
-        n_inner=n_inner,
-        embd_pdrop=embd_pdrop,
-        attn_pdrop=attn_pdrop,
-        resid_pdrop=resid_pdrop,
-        layer_norm_epsilon=layer_norm_epsilon,
-        initializer_range=initializer_range,
-    )
+    config = GPT2Config(**locals())
     layers = {"wte": _token_embedding(config), "wpe": _position_embedding(config)}
     for index in range(n_layer):
         layers[f"h.{index}"] = _block(config, f"h.{index}")
@@ -229,10 +220,26 @@ def _position_embedding(config: GPT2Config) -> af.Layer:
     )
 
 
-# --- the weights of Hugging Face's GPT2LMHeadModel --------------------------------------------------------------------
+# --- from and to Hugging Face -----------------------------------------------------------------------------------------
 # It keeps linear weights as (in, out), q, k and v in one tensor, and everything but the head under "transformer.".
 
 _HF_NAMES = {"attn.proj": "attn.c_proj", "mlp.fc": "mlp.c_fc", "mlp.proj": "mlp.c_proj"}
+
+
+def config_from_hf(config: Any) -> GPT2Config:
+    """The arguments of `build_gpt2_model` (its fields, `vars(...)`) for a GPT-2 of transformers.
+
+    Args:
+        config: what `AutoConfig` returns, or the mapping in a `config.json`.
+
+    Raises:
+        ModelError: for another model, or a setting that this one does not follow.
+    """
+    settings = read_settings("gpt2", config)
+    require("gpt2", settings, activation_function="gelu_new", tie_word_embeddings=True, add_cross_attention=False)
+    require("gpt2", settings, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False)
+    rates = {"embd_pdrop": 0.1, "attn_pdrop": 0.1, "resid_pdrop": 0.1}  # theirs drop unless told otherwise
+    return fill("gpt2", GPT2Config, {**rates, **settings}, SIZES)
 
 
 def from_hf(state_dict: Mapping[str, Tensor], config: GPT2Config) -> TensorDict:
@@ -241,30 +248,21 @@ def from_hf(state_dict: Mapping[str, Tensor], config: GPT2Config) -> TensorDict:
     Raises:
         ModelError: when a weight is missing, left over or of another shape.
     """
+
+    def read(path: str, leaf: Tensor) -> Tensor:
+        part = _hf_name(path)[1]
+        leaf = leaf if part is None else leaf.chunk(3, dim=-1)["qkv".index(part)]
+        return leaf.t() if _is_linear_weight(path) else leaf
+
     given = {name.removeprefix("transformer."): leaf for name, leaf in state_dict.items()}
     given = {name: leaf for name, leaf in given.items() if not name.endswith((".attn.bias", ".attn.masked_bias"))}
-    tied_head = given.pop("lm_head.weight", None)
-    if tied_head is not None and not torch.equal(tied_head, given.get("wte.weight", tied_head)):
-        raise ModelError("gpt2: lm_head.weight differs from wte.weight, but this model ties them")
-    flat: dict[str, Tensor] = {}
-    for path, spec in build_gpt2_model(**vars(config)).init(device="meta").flatten_keys(".").items():
-        name, part = _hf_name(path)
-        if name not in given:
-            raise ModelError(f"gpt2: the state dict has no {name!r}")
-        leaf = given[name] if part is None else given[name].chunk(3, dim=-1)["qkv".index(part)]
-        flat[path] = (leaf.t() if _is_linear_weight(path) else leaf).detach().clone().contiguous()
-        if flat[path].shape != spec.shape:
-            raise ModelError(
-                f"gpt2: {name!r} gives {path!r} the shape {tuple(flat[path].shape)}; expected {tuple(spec.shape)}"
-            )
-    left_over = set(given) - {_hf_name(path)[0] for path in flat}
-    if left_over:
-        raise ModelError(f"gpt2: the state dict has {min(left_over)!r}, which this model does not know")
-    return to_tensordict(flat)
+    drop_tied("gpt2", given, "lm_head.weight", "wte.weight")
+    spec = flatten(build_gpt2_model(**vars(config)).init(device="meta"))
+    return read_weights("gpt2", given, spec, lambda path: _hf_name(path)[0], read)
 
 
-def to_hf(params: Params) -> dict[str, Tensor]:
-    """The state dict of the `GPT2LMHeadModel` with these parameters."""
+def to_hf(params: Params, config: GPT2Config) -> dict[str, Tensor]:
+    """The state dict of the `GPT2LMHeadModel` with these parameters; the head is there under both names."""
     flat = flatten(params)
     state: dict[str, Tensor] = {}
     for path, leaf in flat.items():

@@ -1,7 +1,9 @@
-"""Llama: rotary positions, grouped-query attention, RMS norms, gated MLP.
+"""Llama, Mistral and Qwen3: rotary positions, grouped-query attention, RMS norms, gated MLP.
 
-Source: Touvron et al., "LLaMA", arXiv 2302.13971, section 2.2; grouped queries from Ainslie et al., arXiv 2305.13245; names
-and numerics as in Hugging Face transformers, `models/llama/modeling_llama.py` (`LlamaForCausalLM`).
+Source: Touvron et al., "LLaMA", arXiv 2302.13971, section 2.2; grouped queries from Ainslie et al., arXiv 2305.13245; the
+sliding window from Jiang et al., "Mistral 7B", arXiv 2310.06825, section 2; normalised queries and keys from Yang et al.,
+"Qwen3", arXiv 2505.09388, section 2. Names and numerics as in Hugging Face transformers, `models/llama/modeling_llama.py`,
+`models/mistral/modeling_mistral.py` and `models/qwen3/modeling_qwen3.py`, whose weights load and whose logits are equal.
 
 Shapes: B rows, T tokens, D = hidden_size, N heads, K key and value heads, H = head_dim, F = intermediate_size,
 V vocabulary. Over tp ranks heads, MLP features and vocabulary are cut (`TENSOR_PARALLEL`).
@@ -15,17 +17,23 @@ from typing import Any
 
 import torch
 from einops import rearrange, repeat
+from tensordict import TensorDict
 from torch import Tensor
 from torch.nn import functional
 
 import autofunc as af
 from autofunc.errors import ModelError
+from autofunc.tree import flatten
+from stages.huggingface import drop_tied, fill, read_settings, read_weights, require
+from stages.rotary import Scaling, check_scaling, rope_from_hf, rotary, rotate
 
 Params = Mapping[str, Any]
 
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+
 TENSOR_PARALLEL = {
     "embed_tokens.weight": "shard(0)",
-    "*.self_attn.[qkv]_proj.weight": "shard(0)",
+    "*.self_attn.[qkv]_proj.*": "shard(0)",
     "*.self_attn.o_proj.weight": "shard(1)",
     "*.mlp.gate_proj.weight": "shard(0)",
     "*.mlp.up_proj.weight": "shard(0)",
@@ -36,7 +44,7 @@ TENSOR_PARALLEL = {
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """Sizes; the names are those of Hugging Face's `LlamaConfig`."""
+    """Sizes; the names are those of Hugging Face's configurations, and `use_qk_norm` is what Qwen3 always does."""
 
     vocab_size: int = 32000
     hidden_size: int = 4096
@@ -46,25 +54,34 @@ class LlamaConfig:
     num_key_value_heads: int | None = None
     head_dim: int | None = None
     rope_theta: float = 10000.0
+    rope_scaling: Scaling | None = None
+    sliding_window: int | None = None
+    attention_bias: bool = False
+    use_qk_norm: bool = False
     rms_norm_eps: float = 1e-6
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+        module = type(self).__name__.removesuffix("Config").lower()
+        for name in SIZES:
             if getattr(self, name) < 1:
-                raise ModelError(f"llama: {name}={getattr(self, name)}, expected at least 1")
+                raise ModelError(f"{module}: {name}={getattr(self, name)}, expected at least 1")
         if self.head_dim is None and self.hidden_size % self.num_attention_heads:
             raise ModelError(
-                f"llama: hidden_size={self.hidden_size} is not divisible by num_attention_heads={self.num_attention_heads}"
+                f"{module}: hidden_size={self.hidden_size} is not divisible by "
+                f"num_attention_heads={self.num_attention_heads}"
             )
         if self.num_attention_heads % self.kv_heads:
             raise ModelError(
-                f"llama: num_attention_heads={self.num_attention_heads} is not divisible by "
+                f"{module}: num_attention_heads={self.num_attention_heads} is not divisible by "
                 f"num_key_value_heads={self.num_key_value_heads}"
             )
         if self.features_per_head % 2:
-            raise ModelError(f"llama: a head of {self.features_per_head} features; rotary positions need an even number")
+            raise ModelError(f"{module}: a head of {self.features_per_head} features; rotary positions need an even number")
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise ModelError(f"{module}: sliding_window={self.sliding_window}, expected at least 1, or None for no window")
+        check_scaling(module, self.rope_scaling)
 
     @property
     def features_per_head(self) -> int:
@@ -86,6 +103,10 @@ def build_llama_model(
     num_key_value_heads: int | None = None,
     head_dim: int | None = None,
     rope_theta: float = 10000.0,
+    rope_scaling: Scaling | None = None,
+    sliding_window: int | None = None,
+    attention_bias: bool = False,
+    use_qk_norm: bool = False,
     rms_norm_eps: float = 1e-6,
     initializer_range: float = 0.02,
     tie_word_embeddings: bool = False,
@@ -103,87 +124,95 @@ def build_llama_model(
         num_key_value_heads: K; must divide N; N by default.
         head_dim: H; D / N by default.
         rope_theta: base of the wavelengths of the rotary positions.
+        rope_scaling: `{"rope_type": "llama3", ...}` or `{"rope_type": "linear", "factor": 2.0}`, for longer contexts.
+        sliding_window: how many tokens a token sees, itself included; all before it by default. A window shorter than the
+            sequence needs a mask, with which torch 2.13 cannot spread attention over tp ranks on CPU.
+        attention_bias: whether the four maps of attention have biases.
+        use_qk_norm: whether the queries and keys of each head are normalised, as in Qwen3.
         rms_norm_eps: added to the mean square.
         initializer_range: standard deviation of the initial weights.
         tie_word_embeddings: whether the head uses the weight of the embedding.
 
     Raises:
-        ModelError: for sizes that do not fit together.
+        ModelError: for sizes that do not fit together, or an unknown scaling of the positions.
     """
-    config = LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=hidden_size,
-        intermediate_size=intermediate_size,
-        num_hidden_layers=num_hidden_layers,
-        num_attention_heads=num_attention_heads,
-        num_key_value_heads=num_key_value_heads,
-        head_dim=head_dim,
-        rope_theta=rope_theta,
-        rms_norm_eps=rms_norm_eps,
-        initializer_range=initializer_range,
-        tie_word_embeddings=tie_word_embeddings,
-    )
-    layers = {"embed_tokens": _embedding(config)}
+    config = LlamaConfig(**locals())
+    layers = {"embed_tokens": embedding(config)}
     for index in range(num_hidden_layers):
         layers[f"layers.{index}"] = _block(config)
     layers["norm"] = af.Layer(
-        init=lambda key: {"weight": key.ones("weight", (hidden_size,))},
-        apply=lambda params, x_BTD, batch: rms_norm(params, x_BTD, config),
+        init=lambda key: norm_init(key, "", hidden_size),
+        apply=lambda params, x_BTD, batch: rms_norm(params, x_BTD, rms_norm_eps),
     )
-    layers["lm_head"] = _head(config)
+    layers["lm_head"] = head(config)
     divisible = {
         "num_attention_heads": num_attention_heads,
         "num_key_value_heads": config.kv_heads,
         "vocab_size": vocab_size,
     }
     table = TENSOR_PARALLEL if tie_word_embeddings else {**TENSOR_PARALLEL, "lm_head.weight": "shard(0)"}
-    return af.Model(
-        layers,
-        ties={"lm_head.weight": "embed_tokens.weight"} if tie_word_embeddings else None,
-        config=config,
-        tensor_parallel=af.TensorParallel(table, divisible),
-    )
+    return af.Model(layers, ties=ties(config), config=config, tensor_parallel=af.TensorParallel(table, divisible))
 
 
-def rms_norm(params: Params, x_BTD: Tensor, config: LlamaConfig) -> Tensor:
+def ties(config: LlamaConfig) -> dict[str, str]:
+    """The embedding as the head's weight, when they are one."""
+    return {"lm_head.weight": "embed_tokens.weight"} if config.tie_word_embeddings else {}
+
+
+def rms_norm(params: Params, x: Tensor, eps: float) -> Tensor:
     """Divide by the root of the mean square of the last dim, computed in fp32."""
-    x = x_BTD.float()
-    scaled = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + config.rms_norm_eps)
+    wide = x.float()
+    scaled = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     weight: Tensor = params["weight"]
-    return weight * scaled.to(x_BTD.dtype)
+    return weight * scaled.to(x.dtype)
 
 
-def rotary(tokens: int, config: LlamaConfig, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines for every position, fp32, shape (T, H).
-
-    Source: Su et al., "RoFormer", arXiv 2104.09864, section 3.2.2; halves paired as in transformers.
-    """
-    half = torch.arange(0, config.features_per_head, 2, dtype=torch.float32, device=device) / config.features_per_head
-    angle = torch.outer(torch.arange(tokens, dtype=torch.float32, device=device), config.rope_theta**-half)
-    angle = torch.cat((angle, angle), dim=-1)
-    return angle.cos(), angle.sin()
-
-
-def rotate(x_BNTH: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> Tensor:
-    """Turn each pair of features by its position's angle."""
-    half = x_BNTH.shape[-1] // 2
-    turned = torch.cat((-x_BNTH[..., half:], x_BNTH[..., :half]), dim=-1)
-    return x_BNTH * cos_TH.to(x_BNTH.dtype) + turned * sin_TH.to(x_BNTH.dtype)
+def norm_init(key: af.random.InitKey, name: str, width: int) -> dict[str, Tensor]:
+    """The weight of `rms_norm`."""
+    return {"weight": key.at(name).ones("weight", (width,))}
 
 
 def attention(params: Params, x_BTD: Tensor, config: LlamaConfig) -> Tensor:
     """Causal attention; each key and value head serves N / K query heads."""
-    q_BNTH, k_BKTH, v_BKTH = (
-        rearrange(functional.linear(x_BTD, params[f"{part}_proj"]["weight"]), "b t (n h) -> b n t h", n=heads)
+    q_BTNH, k_BTKH, v_BTKH = (
+        rearrange(_linear(params[f"{part}_proj"], x_BTD), "b t (n h) -> b t n h", n=heads)
         for part, heads in (("q", config.num_attention_heads), ("k", config.kv_heads), ("v", config.kv_heads))
     )
-    cos_TH, sin_TH = rotary(x_BTD.shape[1], config, x_BTD.device)
+    if config.use_qk_norm:
+        q_BTNH = rms_norm(params["q_norm"], q_BTNH, config.rms_norm_eps)
+        k_BTKH = rms_norm(params["k_norm"], k_BTKH, config.rms_norm_eps)
+    q_BNTH, k_BKTH, v_BKTH = (rearrange(x, "b t n h -> b n t h") for x in (q_BTNH, k_BTKH, v_BTKH))
+    tokens = x_BTD.shape[1]
+    cos_TH, sin_TH = rotary(tokens, config.features_per_head, config.rope_theta, config.rope_scaling, x_BTD.device)
     q_BNTH, k_BKTH = rotate(q_BNTH, cos_TH, sin_TH), rotate(k_BKTH, cos_TH, sin_TH)
     group = config.num_attention_heads // config.kv_heads
     k_BNTH, v_BNTH = (repeat(x, "b k t h -> b (k g) t h", g=group) if group > 1 else x for x in (k_BKTH, v_BKTH))
-    y_BNTH = functional.scaled_dot_product_attention(q_BNTH, k_BNTH, v_BNTH, is_causal=True)
-    y_BTD = functional.linear(rearrange(y_BNTH, "b n t h -> b t (n h)"), params["o_proj"]["weight"])
-    return af.constrain(y_BTD, "sequence")
+    seen_TT = None  # without a mask, attention may use its fastest kernels
+    if config.sliding_window is not None and config.sliding_window < tokens:
+        position = torch.arange(tokens, device=x_BTD.device)
+        distance_TT = position[:, None] - position
+        seen_TT = (distance_TT >= 0) & (distance_TT < config.sliding_window)
+    y_BNTH = functional.scaled_dot_product_attention(
+        q_BNTH, k_BNTH, v_BNTH, attn_mask=seen_TT, is_causal=seen_TT is None
+    )  # fmt: skip
+    return af.constrain(_linear(params["o_proj"], rearrange(y_BNTH, "b n t h -> b t (n h)")), "sequence")
+
+
+def attention_init(key: af.random.InitKey, name: str, config: LlamaConfig) -> dict[str, dict[str, Tensor]]:
+    """The parameters of `attention`."""
+    key, width, per_head = key.at(name), config.hidden_size, config.features_per_head
+    heads, kv = per_head * config.num_attention_heads, per_head * config.kv_heads
+    sizes = {"q_proj": (heads, width), "k_proj": (kv, width), "v_proj": (kv, width), "o_proj": (width, heads)}
+    made = {part: weight_init(key, part, size, config) for part, size in sizes.items()}
+    if config.attention_bias:
+        made = {part: {**each, "bias": key.zeros(f"{part}.bias", sizes[part][:1])} for part, each in made.items()}
+    norms = ("q_norm", "k_norm") if config.use_qk_norm else ()
+    return {**made, **{part: norm_init(key, part, per_head) for part in norms}}
+
+
+def weight_init(key: af.random.InitKey, name: str, size: tuple[int, ...], config: LlamaConfig) -> dict[str, Tensor]:
+    """A linear map's weight, (out, in)."""
+    return {"weight": key.at(name).normal("weight", size, std=config.initializer_range)}
 
 
 def mlp(params: Params, x_BTD: Tensor) -> Tensor:
@@ -192,48 +221,102 @@ def mlp(params: Params, x_BTD: Tensor) -> Tensor:
     return af.constrain(functional.linear(functional.silu(gate_BTF) * up_BTF, params["down_proj"]["weight"]), "sequence")
 
 
+def _linear(params: Params, x: Tensor) -> Tensor:
+    return functional.linear(x, params["weight"], params.get("bias"))
+
+
 def _block(config: LlamaConfig) -> af.Layer:
-    width, heads = config.hidden_size, config.features_per_head * config.num_attention_heads
-    kv, hidden = config.features_per_head * config.kv_heads, config.intermediate_size
+    width, hidden = config.hidden_size, config.intermediate_size
+    mlp_sizes = {"gate_proj": (hidden, width), "up_proj": (hidden, width), "down_proj": (width, hidden)}
 
     def init(key: af.random.InitKey) -> dict[str, Any]:
-        def weight(name: str, rows: int, columns: int) -> dict[str, Tensor]:
-            return {"weight": key.normal(f"{name}.weight", (rows, columns), std=config.initializer_range)}
-
-        def norm(name: str) -> dict[str, Tensor]:
-            return {"weight": key.ones(f"{name}.weight", (width,))}
-
-        sizes = {"q_proj": (heads, width), "k_proj": (kv, width), "v_proj": (kv, width), "o_proj": (width, heads)}
-        mlp_sizes = {"gate_proj": (hidden, width), "up_proj": (hidden, width), "down_proj": (width, hidden)}
         return {
-            "input_layernorm": norm("input_layernorm"),
-            "self_attn": {name: weight(f"self_attn.{name}", *size) for name, size in sizes.items()},
-            "post_attention_layernorm": norm("post_attention_layernorm"),
-            "mlp": {name: weight(f"mlp.{name}", *size) for name, size in mlp_sizes.items()},
+            "input_layernorm": norm_init(key, "input_layernorm", width),
+            "self_attn": attention_init(key, "self_attn", config),
+            "post_attention_layernorm": norm_init(key, "post_attention_layernorm", width),
+            "mlp": {name: weight_init(key, f"mlp.{name}", size, config) for name, size in mlp_sizes.items()},
         }
 
     def apply(params: Params, x_BTD: Tensor, batch: Params) -> Tensor:
-        h_BTD = af.constrain(rms_norm(params["input_layernorm"], x_BTD, config), "replicate")
+        h_BTD = af.constrain(rms_norm(params["input_layernorm"], x_BTD, config.rms_norm_eps), "replicate")
         x_BTD = x_BTD + attention(params["self_attn"], h_BTD, config)
-        h_BTD = af.constrain(rms_norm(params["post_attention_layernorm"], x_BTD, config), "replicate")
+        h_BTD = af.constrain(rms_norm(params["post_attention_layernorm"], x_BTD, config.rms_norm_eps), "replicate")
         return x_BTD + mlp(params["mlp"], h_BTD)
 
     return af.Layer(init=init, apply=apply)
 
 
-def _vocabulary(key: af.random.InitKey, config: LlamaConfig) -> dict[str, Tensor]:
-    return {"weight": key.normal("weight", (config.vocab_size, config.hidden_size), std=config.initializer_range)}
-
-
-def _embedding(config: LlamaConfig) -> af.Layer:
+def embedding(config: LlamaConfig) -> af.Layer:
+    """From batch["input_ids"] (B, T) to (B, T, D)."""
     return af.Layer(
-        init=lambda key: _vocabulary(key, config),
+        init=lambda key: weight_init(key, "", (config.vocab_size, config.hidden_size), config),
         apply=lambda params, x, batch: af.constrain(functional.embedding(batch["input_ids"], params["weight"]), "sequence"),
     )
 
 
-def _head(config: LlamaConfig) -> af.Layer:
+def head(config: LlamaConfig) -> af.Layer:
+    """From (B, T, D) to logits (B, T, V); without parameters of its own when tied."""
+
     def apply(params: Params, x_BTD: Tensor, batch: Params) -> Tensor:
         return functional.linear(af.constrain(x_BTD, "replicate"), params["weight"])
 
-    return af.Layer(apply) if config.tie_word_embeddings else af.Layer(apply, lambda key: _vocabulary(key, config))
+    return af.Layer(apply) if config.tie_word_embeddings else af.Layer(apply, embedding(config).init)
+
+
+# --- from and to Hugging Face -----------------------------------------------------------------------------------------
+# Paths are theirs without "model."; a tied head is in their state dict too.
+
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
+    "qwen3": {"num_key_value_heads": 32, "head_dim": 128, "use_qk_norm": True},
+}
+
+
+def config_from_hf(config: Any) -> LlamaConfig:
+    """The arguments of `build_llama_model` (its fields, `vars(...)`) for a Llama, Mistral or Qwen3 of transformers.
+
+    Args:
+        config: what `AutoConfig` returns, or the mapping in a `config.json`.
+
+    Raises:
+        ModelError: for another model, or a setting that this one does not follow.
+    """
+    settings = read_settings("llama", config)
+    settings = {**_DEFAULTS[settings["model_type"]], **settings}
+    require("llama", settings, hidden_act="silu", mlp_bias=False, attention_dropout=0.0)
+    if settings["model_type"] == "qwen3":
+        settings["sliding_window"] = _window_of_all_layers(settings)
+    settings["rope_theta"], settings["rope_scaling"] = rope_from_hf("llama", settings, 10000.0)
+    return fill("llama", LlamaConfig, settings, SIZES)
+
+
+def _window_of_all_layers(settings: Params) -> int | None:
+    """Qwen3 may give a window to its last layers only."""
+    window = settings.get("sliding_window") if settings.get("use_sliding_window") else None
+    full = min(settings.get("max_window_layers", 28), settings["num_hidden_layers"])
+    default = ["full_attention"] * full + ["sliding_attention"] * (settings["num_hidden_layers"] - full)
+    kinds = set(settings.get("layer_types") or default) if window else {"full_attention"}
+    if len(kinds) > 1:
+        raise ModelError("llama: a sliding window in some layers only is not supported; expected all or none")
+    return window if kinds == {"sliding_attention"} else None
+
+
+def from_hf(state_dict: Mapping[str, Tensor], config: LlamaConfig) -> TensorDict:
+    """Parameters of this model from the state dict of a `...ForCausalLM`. Makes copies.
+
+    Raises:
+        ModelError: when a weight is missing, left over or of another shape.
+    """
+    given = {name.removeprefix("model."): leaf for name, leaf in state_dict.items()}
+    given = {name: leaf for name, leaf in given.items() if not name.endswith(".rotary_emb.inv_freq")}  # in old files
+    for alias, canonical in ties(config).items():
+        drop_tied("llama", given, alias, canonical)
+    return read_weights("llama", given, flatten(build_llama_model(**vars(config)).init(device="meta")))
+
+
+def to_hf(params: Params, config: LlamaConfig) -> dict[str, Tensor]:
+    """The state dict of the `...ForCausalLM` with these parameters; a tied head is there under both names."""
+    flat = flatten(params)
+    flat.update({alias: flat[canonical] for alias, canonical in ties(config).items()})
+    return {path if path == "lm_head.weight" else f"model.{path}": leaf.contiguous() for path, leaf in flat.items()}

@@ -9,8 +9,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import autofunc as af
 from autofunc.errors import ModelError
 from autofunc.tree import flatten
-from stages.gpt2 import build_gpt2_model, from_hf, to_hf
-from tests.cases import assert_same_tree
+from stages.gpt2 import build_gpt2_model, from_hf
 
 SIZES = {"vocab_size": 61, "n_positions": 24, "n_embd": 32, "n_layer": 3, "n_head": 4}
 
@@ -22,15 +21,6 @@ def theirs() -> GPT2LMHeadModel:
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, std=0.2)  # biases and norms too
     return module
-
-
-def test_logits_are_theirs(theirs: GPT2LMHeadModel) -> None:
-    model = build_gpt2_model(**SIZES)
-    params = from_hf(theirs.state_dict(), model.config)
-    ids = torch.randint(0, 61, (3, 24))
-    with torch.no_grad():
-        expected = theirs(ids, use_cache=False).logits
-        assert (model(params, {"input_ids": ids}) - expected).abs().max() < 1e-5
 
 
 def test_loss_and_gradients_are_theirs(theirs: GPT2LMHeadModel) -> None:
@@ -47,17 +37,6 @@ def test_loss_and_gradients_are_theirs(theirs: GPT2LMHeadModel) -> None:
     expected = from_hf({name: p.grad for name, p in theirs.named_parameters()}, model.config)
     for path, leaf in flatten(grads).items():
         assert torch.allclose(leaf, flatten(expected)[path], atol=1e-5, rtol=1e-4), path
-
-
-def test_weights_both_ways(theirs: GPT2LMHeadModel) -> None:
-    config = build_gpt2_model(**SIZES).config
-    state = theirs.state_dict()
-    given_back = to_hf(from_hf(state, config))
-    assert given_back.keys() == state.keys()
-    assert all(torch.equal(given_back[name], state[name]) for name in state)
-    assert theirs.load_state_dict(given_back, strict=True)
-    ours = build_gpt2_model(**SIZES).init(seed=5)
-    assert_same_tree(ours, from_hf(to_hf(ours), config))
 
 
 def test_layers_and_ties() -> None:

@@ -1,0 +1,288 @@
+"""Mixtral: Llama's blocks with routed experts in place of the MLP, and the loss that balances them.
+
+Source: Jiang et al., "Mixtral of Experts", arXiv 2401.04088, section 2; the balance loss from Fedus et al., "Switch
+Transformers", arXiv 2101.03961, section 2.2, equations 4-6, for k experts a token. Names and numerics as in Hugging Face
+transformers, `models/mixtral/modeling_mixtral.py` (`MixtralForCausalLM`), whose weights load and whose logits are equal.
+
+Shapes: as in `stages.llama`, and E = num_local_experts, k = num_experts_per_tok, F = intermediate_size of one expert.
+
+**What it costs.** Every token goes through every expert, as one MLP of E F hidden features, of which all but the k chosen
+experts' are multiplied by zero: E / k times the work and the memory of the experts that count. In return no shape depends
+on the data, so a stage can be captured, and products are as large as can be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from einops import rearrange
+from tensordict import TensorDict
+from torch import Tensor
+from torch.nn import functional
+
+import autofunc as af
+from autofunc.errors import ModelError
+from autofunc.tree import flatten
+from stages.huggingface import drop_tied, fill, read_settings, read_weights, require
+from stages.llama import (
+    SIZES,
+    LlamaConfig,
+    attention,
+    attention_init,
+    embedding,
+    head,
+    norm_init,
+    rms_norm,
+    ties,
+    weight_init,
+)
+from stages.rotary import Scaling, rope_from_hf
+
+Params = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class MoEConfig(LlamaConfig):
+    """Sizes; the names are those of Hugging Face's `MixtralConfig`."""
+
+    num_local_experts: int = 8
+    num_experts_per_tok: int = 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 1 <= self.num_experts_per_tok <= self.num_local_experts:
+            raise ModelError(
+                f"moe: num_experts_per_tok={self.num_experts_per_tok}, expected from 1 to "
+                f"num_local_experts={self.num_local_experts}"
+            )
+
+
+def build_moe_model(
+    vocab_size: int = 32000,
+    hidden_size: int = 4096,
+    intermediate_size: int = 14336,
+    num_hidden_layers: int = 32,
+    num_attention_heads: int = 32,
+    num_key_value_heads: int | None = 8,
+    head_dim: int | None = None,
+    rope_theta: float = 1e6,
+    rope_scaling: Scaling | None = None,
+    sliding_window: int | None = None,
+    attention_bias: bool = False,
+    use_qk_norm: bool = False,
+    rms_norm_eps: float = 1e-5,
+    initializer_range: float = 0.02,
+    tie_word_embeddings: bool = False,
+    num_local_experts: int = 8,
+    num_experts_per_tok: int = 2,
+) -> af.Model:
+    """Mixtral as layers `embed_tokens`, `layers.0` ..., `norm`, `lm_head`.
+
+    The batch has "input_ids", int64 (B, T). Between layers goes {"hidden": (B, T, D), "balance_loss": fp32, 0-dim}; the
+    output is {"logits": (B, T, V), "balance_loss": fp32, 0-dim}, see `balance_loss`.
+
+    Args:
+        vocab_size: V.
+        hidden_size: D.
+        intermediate_size: F, hidden features of an expert.
+        num_hidden_layers: number of blocks.
+        num_attention_heads: N.
+        num_key_value_heads: K; must divide N; N when None.
+        head_dim: H; D / N by default.
+        rope_theta: base of the wavelengths of the rotary positions.
+        rope_scaling: as in `build_llama_model`.
+        sliding_window: how many tokens a token sees, itself included; all before it by default.
+        attention_bias: whether the four maps of attention have biases.
+        use_qk_norm: whether the queries and keys of each head are normalised.
+        rms_norm_eps: added to the mean square.
+        initializer_range: standard deviation of the initial weights.
+        tie_word_embeddings: whether the head uses the weight of the embedding.
+        num_local_experts: E.
+        num_experts_per_tok: k.
+
+    Raises:
+        ModelError: for sizes that do not fit together, or an unknown scaling of the positions.
+    """
+    config = MoEConfig(**locals())
+    embed, project = embedding(config), head(config)
+
+    def apply_embedding(params: Params, x: Any, batch: Params) -> dict[str, Tensor]:
+        hidden_BTD = embed.apply(params, x, batch)
+        return {"hidden": hidden_BTD, "balance_loss": torch.zeros((), device=hidden_BTD.device)}
+
+    def apply_norm(params: Params, x: Params, batch: Params) -> dict[str, Tensor]:
+        return {**x, "hidden": rms_norm(params, x["hidden"], rms_norm_eps)}
+
+    def apply_head(params: Params, x: Params, batch: Params) -> dict[str, Tensor]:
+        return {"logits": project.apply(params, x["hidden"], batch), "balance_loss": x["balance_loss"]}
+
+    layers = {"embed_tokens": af.Layer(apply_embedding, embed.init)}
+    for index in range(num_hidden_layers):
+        layers[f"layers.{index}"] = _block(config)
+    layers["norm"] = af.Layer(apply_norm, lambda key: norm_init(key, "", hidden_size))
+    layers["lm_head"] = af.Layer(apply_head, project.init)
+    return af.Model(layers, ties=ties(config), config=config)
+
+
+def route(params: Params, x_BTD: Tensor, config: MoEConfig) -> tuple[Tensor, Tensor]:
+    """How much each expert counts for each token, and the balance loss of this layer.
+
+    Returns:
+        fp32 (B, T, E), zero for all but k experts of a token and summing to 1 over them; and fp32, 0-dim.
+    """
+    probability_BTE = functional.linear(x_BTD, params["weight"]).float().softmax(dim=-1)
+    best_BTK = probability_BTE.topk(config.num_experts_per_tok, dim=-1).indices
+    expert_E = torch.arange(config.num_local_experts, device=x_BTD.device)
+    chosen_BTE = (best_BTK[..., None] == expert_E).any(dim=-2)
+    weight_BTE = probability_BTE * chosen_BTE
+    return weight_BTE / weight_BTE.sum(dim=-1, keepdim=True), balance_loss(probability_BTE, chosen_BTE)
+
+
+def balance_loss(probability_BTE: Tensor, chosen_BTE: Tensor) -> Tensor:
+    """`E * sum over experts of (share of tokens that chose it) * (its mean probability)`: k when all count alike.
+
+    The model's is the mean over its layers, to which each block adds its own part. Transformers
+    (`load_balancing_loss_func`) takes both factors over the tokens of all layers at once, which no layer can add to alone:
+    there the excess of an expert in one layer makes up for the lack of the one with its number in another, here every layer
+    is to be balanced. With one layer they are equal, and so is the value at balance, so the same coefficient fits.
+    """
+    share_E = chosen_BTE.float().mean(dim=(0, 1))
+    return chosen_BTE.shape[-1] * (share_E * probability_BTE.mean(dim=(0, 1))).sum()
+
+
+def experts(params: Params, x_BTD: Tensor, weight_BTE: Tensor) -> Tensor:
+    """The weighted sum of all experts, `down(silu(gate(x)) * up(x))` each, as one MLP of E F hidden features."""
+    count = weight_BTE.shape[-1]
+    gate_BTEF, up_BTEF = (
+        rearrange(functional.linear(x_BTD, params[name].flatten(0, 1)), "b t (e f) -> b t e f", e=count)
+        for name in ("gate_proj", "up_proj")
+    )
+    hidden_BTEF = functional.silu(gate_BTEF) * up_BTEF * weight_BTE[..., None].to(x_BTD.dtype)
+    return functional.linear(hidden_BTEF.flatten(-2), rearrange(params["down_proj"], "e d f -> d (e f)"))
+
+
+@af.losses.reduce_aux(balance_loss="mean")
+def moe_causal_lm(
+    outputs: Params, microbatch: Params, router_aux_loss_coef: float = 0.001
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """`af.losses.causal_lm`, plus a coefficient times the balance loss.
+
+    Of one microbatch the mean is cross-entropy + coefficient * balance loss; over several, the balance losses are weighted
+    by their numbers of labels like the cross-entropies.
+
+    Args:
+        outputs: what this model returns.
+        microbatch: has "labels", see `af.losses.causal_lm`.
+        router_aux_loss_coef: the coefficient.
+
+    Returns:
+        (sum, number of labels, {"balance_loss": fp32, 0-dim}).
+    """
+    total, weight = af.losses.causal_lm(outputs, microbatch)
+    balance = outputs["balance_loss"]
+    return total + router_aux_loss_coef * balance * weight, weight, {"balance_loss": balance}
+
+
+def _block(config: MoEConfig) -> af.Layer:
+    width, count, hidden = config.hidden_size, config.num_local_experts, config.intermediate_size
+    sizes = {"gate_proj": (count, hidden, width), "up_proj": (count, hidden, width), "down_proj": (count, width, hidden)}
+
+    def init(key: af.random.InitKey) -> dict[str, Any]:
+        stacks = key.at("mlp.experts")
+        return {
+            "input_layernorm": norm_init(key, "input_layernorm", width),
+            "self_attn": attention_init(key, "self_attn", config),
+            "post_attention_layernorm": norm_init(key, "post_attention_layernorm", width),
+            "mlp": {
+                "gate": weight_init(key, "mlp.gate", (count, width), config),
+                "experts": {name: stacks.normal(name, size, std=config.initializer_range) for name, size in sizes.items()},
+            },
+        }
+
+    def apply(params: Params, x: Params, batch: Params) -> dict[str, Tensor]:
+        x_BTD = x["hidden"]
+        x_BTD = x_BTD + attention(
+            params["self_attn"], rms_norm(params["input_layernorm"], x_BTD, config.rms_norm_eps), config
+        )
+        h_BTD = rms_norm(params["post_attention_layernorm"], x_BTD, config.rms_norm_eps)
+        weight_BTE, balance = route(params["mlp"]["gate"], h_BTD, config)
+        x_BTD = x_BTD + experts(params["mlp"]["experts"], h_BTD, weight_BTE)
+        return {"hidden": x_BTD, "balance_loss": x["balance_loss"] + balance / config.num_hidden_layers}
+
+    return af.Layer(init=init, apply=apply)
+
+
+# --- from and to Hugging Face -----------------------------------------------------------------------------------------
+# A module has the gate and up projections of all experts in one tensor; the files on the hub have each expert's alone.
+
+_GATE, _UP, _BOTH = ".experts.gate_proj", ".experts.up_proj", ".experts.gate_up_proj"
+_IN_FILES = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+
+
+def config_from_hf(config: Any) -> MoEConfig:
+    """The arguments of `build_moe_model` (its fields, `vars(...)`) for a Mixtral of transformers.
+
+    Args:
+        config: what `AutoConfig` returns, or the mapping in a `config.json`.
+
+    Raises:
+        ModelError: for another model, or a setting that this one does not follow.
+    """
+    defaults = {"num_key_value_heads": 8, "rms_norm_eps": 1e-5}
+    settings = {**defaults, **read_settings("moe", config)}
+    require("moe", settings, hidden_act="silu", attention_dropout=0.0, router_jitter_noise=0.0)
+    settings["rope_theta"], settings["rope_scaling"] = rope_from_hf("moe", settings, 1e6)
+    return fill("moe", MoEConfig, settings, SIZES)
+
+
+def from_hf(state_dict: Mapping[str, Tensor], config: MoEConfig) -> TensorDict:
+    """Parameters of this model from the state dict of a `MixtralForCausalLM`, or its files' weights. Makes copies.
+
+    Raises:
+        ModelError: when a weight is missing, left over or of another shape.
+    """
+
+    def read(path: str, leaf: Tensor) -> Tensor:
+        half = config.intermediate_size
+        return leaf[:, :half] if path.endswith(_GATE) else leaf[:, half:] if path.endswith(_UP) else leaf
+
+    given = _stack({name.removeprefix("model."): leaf for name, leaf in state_dict.items()}, config)
+    for alias, canonical in ties(config).items():
+        drop_tied("moe", given, alias, canonical)
+    spec = flatten(build_moe_model(**vars(config)).init(device="meta"))
+    return read_weights("moe", given, spec, _hf_name, read)
+
+
+def to_hf(params: Params, config: MoEConfig) -> dict[str, Tensor]:
+    """The state dict of the `MixtralForCausalLM` with these parameters; a tied head is there under both names."""
+    flat = flatten(params)
+    flat.update({alias: flat[canonical] for alias, canonical in ties(config).items()})
+    state: dict[str, Tensor] = {}
+    for path, leaf in flat.items():
+        if path.endswith(_GATE):
+            leaf = torch.cat((leaf, flat[path.replace(_GATE, _UP)]), dim=1)
+        if not path.endswith(_UP):
+            state[path if path == "lm_head.weight" else f"model.{_hf_name(path)}"] = leaf.contiguous()
+    return state
+
+
+def _hf_name(path: str) -> str:
+    return path.replace(_GATE, _BOTH).replace(_UP, _BOTH)
+
+
+def _stack(given: dict[str, Tensor], config: MoEConfig) -> dict[str, Tensor]:
+    """The weights of a module from those in files; a module's stay as they are."""
+    found = {name.replace(".block_sparse_moe.", ".mlp."): leaf for name, leaf in given.items()}
+    for index in range(config.num_hidden_layers):
+        stem = f"layers.{index}.mlp.experts."
+        names = {
+            part: [f"{stem}{e}.{short}.weight" for e in range(config.num_local_experts)]
+            for part, short in _IN_FILES.items()
+        }
+        if all(name in found for part in names.values() for name in part):
+            gate, up, down = (torch.stack([found.pop(name) for name in part]) for part in names.values())
+            found[f"{stem}gate_up_proj"], found[f"{stem}down_proj"] = torch.cat((gate, up), dim=1), down
+    return found

@@ -1,0 +1,112 @@
+"""Rotary positions, and how they are stretched for longer contexts.
+
+Source: Su et al., "RoFormer", arXiv 2104.09864, section 3.2.2; scalings and numerics as in Hugging Face transformers,
+`modeling_rope_utils.py`, halves paired as there.
+
+Shapes: B rows, N heads, T tokens, H features of a head.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autofunc.errors import ModelError, one_of
+
+Scaling = Mapping[str, Any]
+
+SCALINGS = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+"""`rope_type` -> the numbers that it needs."""
+
+
+def rotary(
+    tokens: int, features: int, theta: float, scaling: Scaling | None, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines for every position, fp32, shape (T, H).
+
+    Args:
+        tokens: T.
+        features: H.
+        theta: base of the wavelengths.
+        scaling: as `check_scaling` takes it.
+        device: where to make them.
+    """
+    exponent = torch.arange(0, features, 2, dtype=torch.float32, device=device) / features
+    frequency = _stretched(1.0 / theta**exponent, scaling or {})
+    angle = torch.outer(torch.arange(tokens, dtype=torch.float32, device=device), frequency)
+    angle = torch.cat((angle, angle), dim=-1)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x_BNTH: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> Tensor:
+    """Turn each pair of features by its position's angle."""
+    half = x_BNTH.shape[-1] // 2
+    turned = torch.cat((-x_BNTH[..., half:], x_BNTH[..., :half]), dim=-1)
+    return x_BNTH * cos_TH.to(x_BNTH.dtype) + turned * sin_TH.to(x_BNTH.dtype)
+
+
+def check_scaling(module: str, scaling: Scaling | None) -> None:
+    """Refuse a scaling that is unknown or incomplete; None is one that changes nothing.
+
+    Raises:
+        ModelError: naming the known ones.
+    """
+    if scaling is None:
+        return
+    kind = _kind(scaling)
+    if kind not in SCALINGS:
+        raise ModelError(f"{module}: rope_scaling of type {kind!r} is not supported; {one_of(kind, SCALINGS)}")
+    for name in SCALINGS[kind]:
+        if not isinstance(scaling.get(name), (int, float)) or scaling[name] <= 0:
+            raise ModelError(
+                f"{module}: rope_scaling of type {kind!r} has {name}={scaling.get(name)!r}; expected a number > 0"
+            )
+
+
+def rope_from_hf(module: str, settings: Mapping[str, Any], theta: float) -> tuple[float, Scaling | None]:
+    """`rope_theta` and `rope_scaling` of a configuration, which since transformers 5 are one entry, `rope_parameters`.
+
+    Args:
+        module: for messages.
+        settings: the configuration.
+        theta: what `rope_theta` is where the configuration does not say.
+
+    Raises:
+        ModelError: for positions that differ by layer or turn a part of the features only.
+    """
+    given = dict(settings.get("rope_parameters") or settings.get("rope_scaling") or {})
+    if any(isinstance(value, Mapping) for value in given.values()):
+        raise ModelError(f"{module}: rope_parameters by type of layer are not supported; expected one for all layers")
+    theta = given.pop("rope_theta", None) or settings.get("rope_theta") or theta
+    part = given.pop("partial_rotary_factor", None) or settings.get("partial_rotary_factor") or 1.0
+    if part != 1.0:
+        raise ModelError(f"{module}: partial_rotary_factor={part} is not supported; expected 1.0")
+    return theta, None if _kind(given) == "default" else given
+
+
+def _kind(scaling: Scaling) -> str:
+    return str(scaling.get("rope_type") or scaling.get("type") or "default")
+
+
+def _stretched(frequency: Tensor, scaling: Scaling) -> Tensor:
+    """Llama 3 leaves short wavelengths, divides long ones by a factor, and goes smoothly from one to the other between."""
+    kind = _kind(scaling)
+    if kind == "default":
+        return frequency
+    divided = frequency / float(scaling["factor"])
+    if kind == "linear":
+        return divided
+    low, high, length = (float(scaling[name]) for name in SCALINGS["llama3"][1:])
+    wavelength = 2 * math.pi / frequency
+    smooth = (length / wavelength - low) / (high - low)
+    between = (1 - smooth) * divided + smooth * frequency
+    stretched = torch.where(wavelength > length / low, divided, between)
+    return torch.where(wavelength < length / high, frequency, stretched)
