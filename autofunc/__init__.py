@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from autofunc import losses, random, schedule
-    from autofunc.captured import from_function, from_module
+    from autofunc.automodel import AutoModel, register_architecture, register_modeling_path
+    from autofunc.captured import empty_weights, from_function, from_module
+    from autofunc.checks import check
     from autofunc.markers import constrain, split_point
     from autofunc.mesh import data_coordinate, make_mesh
     from autofunc.model import Layer, Model, TensorParallel
@@ -26,18 +28,23 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "AutoModel": "autofunc.automodel",
     "Layer": "autofunc.model",
     "Model": "autofunc.model",
     "Sharding": "autofunc.shard",
     "TensorParallel": "autofunc.model",
+    "check": "autofunc.checks",
     "constrain": "autofunc.markers",
     "data_coordinate": "autofunc.mesh",
+    "empty_weights": "autofunc.captured",
     "from_function": "autofunc.captured",
     "from_module": "autofunc.captured",
     "make_mesh": "autofunc.mesh",
     "optimizer": "autofunc.optim",
     "pipeline": "autofunc.transform",
     "reference_value_and_grad": "autofunc.reference",
+    "register_architecture": "autofunc.automodel",
+    "register_modeling_path": "autofunc.automodel",
     "split": "autofunc.splitting",
     "split_point": "autofunc.markers",
     "value_and_grad": "autofunc.transform",
@@ -45,12 +52,15 @@ _HOME = {
 _MODULES = ("losses", "random", "schedule")
 
 __all__ = [
+    "AutoModel",
     "Layer",
     "Model",
     "Sharding",
     "TensorParallel",
+    "check",
     "constrain",
     "data_coordinate",
+    "empty_weights",
     "from_function",
     "from_module",
     "losses",
@@ -59,6 +69,8 @@ __all__ = [
     "pipeline",
     "random",
     "reference_value_and_grad",
+    "register_architecture",
+    "register_modeling_path",
     "schedule",
     "split",
     "split_point",

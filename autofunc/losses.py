@@ -71,6 +71,13 @@ def reduce_aux(**how: str) -> Callable[[Loss], Loss]:
     return declare
 
 
+def own_loss(outputs: Any) -> Any:
+    """The loss among a model's outputs: a scalar output itself, or its `loss`; None when there is none."""
+    if tuple(getattr(outputs, "shape", (1,))) == ():
+        return outputs
+    return _entry(outputs, "loss")
+
+
 def evaluate(loss: Loss | None, outputs: Any, microbatch: Mapping[str, Any]) -> LossTerms:
     """Call a loss and bring what it returns into one form. Without a loss, the outputs' own `loss` is the mean.
 
@@ -78,7 +85,7 @@ def evaluate(loss: Loss | None, outputs: Any, microbatch: Mapping[str, Any]) -> 
         BatchError: when the loss is not a floating-point scalar, or there is none.
     """
     if loss is None:
-        value = outputs if isinstance(outputs, Tensor) and outputs.dim() == 0 else _entry(outputs, "loss")
+        value = own_loss(outputs)
         if value is None:
             raise BatchError(
                 f"no loss given, and the model's output ({type(outputs).__name__}) has no 'loss'; pass loss=..., for "

@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from autofunc import tree
 from autofunc.batch import signature
@@ -50,7 +50,10 @@ class Captures:
         if shapes not in self._known:
             if not new:
                 raise ModelError(f"{self.source.what} was not captured for such a batch; call model.prepare(batch) first")
-            self._known[shapes] = self._capture(entries)
+            own = (leaf.device for leaf in self.source.module.parameters() if not leaf.is_meta)
+            device = next(own, torch.device("cpu"))
+            with torch.device(device):  # whatever the default is around here
+                self._known[shapes] = self._capture(entries, device)
         return shapes, self._known[shapes]
 
     def _constant(self, node: Node, exported: Exported) -> Tensor:
@@ -62,9 +65,8 @@ class Captures:
         content = value.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes() if value.numel() else b""
         return self._constants.setdefault((value.dtype, value.device, tuple(value.shape), content), value)
 
-    def _capture(self, entries: Mapping[str, Any]) -> Flow:
+    def _capture(self, entries: Mapping[str, Any], device: torch.device) -> Flow:
         source = self.source
-        device = next((leaf.device for leaf in source.module.parameters()), torch.device("cpu"))
         example = tree.map_leaves(
             lambda leaf: torch.zeros_like(leaf, device=device) if isinstance(leaf, Tensor) else leaf, dict(entries)
         )
@@ -115,6 +117,11 @@ class CapturedModel(Model):
             {name: Layer(self._apply(number)) for number, name in enumerate(layers)},
             ties=ties, config=config, trainable=trainable, tensor_parallel=tensor_parallel,
         )  # fmt: skip
+
+    @property
+    def module(self) -> nn.Module:
+        """What was captured."""
+        return self._source.module
 
     @property
     def places(self) -> Places:

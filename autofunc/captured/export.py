@@ -18,7 +18,7 @@ from autofunc import tree
 from autofunc.captured.keyed import replace_random
 from autofunc.captured.unchanged import left_as_it_was, restored
 from autofunc.errors import ModelError
-from autofunc.fake import naming_errors
+from autofunc.fake import fake_mode, naming_errors
 
 Node = fx.Node
 
@@ -71,7 +71,7 @@ def export(module: nn.Module, arguments: Arguments, batch: Mapping[str, Any], wh
     Args:
         module: whose.
         arguments: what it is called with.
-        batch: an example; on the meta device where the module is.
+        batch: an example, on the module's device, or on the CPU where that is meta.
         what: the module, for messages.
 
     Raises:
@@ -80,6 +80,7 @@ def export(module: nn.Module, arguments: Arguments, batch: Mapping[str, Any], wh
     call = Call(module, arguments, what)
     with restored(module), naming_errors(what), warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        _fake_what_is_on_meta(module)
         program = torch.export.export(call, (dict(batch),), strict=False)
     flattening = _Inliner(program.graph_module)
     exported = Exported(flattening.graph, program.call_spec.out_spec)
@@ -110,6 +111,21 @@ def export(module: nn.Module, arguments: Arguments, batch: Mapping[str, Any], wh
     _take_out_markers(exported)
     exported.graph.lint()
     return exported
+
+
+def _fake_what_is_on_meta(module: nn.Module) -> None:
+    """Let tensors on the meta device pass for tensors on the CPU, where the others are; inside `restored`."""
+    mode, known = fake_mode(), {}
+    for part in module.modules():
+        for space in (part._parameters, part._buffers):
+            for name, leaf in space.items():
+                if leaf is None or not leaf.is_meta:
+                    continue
+                if leaf not in known:
+                    with mode:
+                        fake = torch.empty(leaf.shape, dtype=leaf.dtype, device="cpu")
+                    known[leaf] = nn.Parameter(fake, leaf.requires_grad) if isinstance(leaf, nn.Parameter) else fake
+                space[name] = known[leaf]  # type: ignore[assignment]
 
 
 class _Inliner:

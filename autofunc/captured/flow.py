@@ -120,7 +120,8 @@ class Flow:
             )
         if base in exported.buffers:
             raise ModelError(
-                f"{what} writes to its buffer {exported.buffers[base]!r} ({write.target}; {line_of(write)}){_advice(write)}"
+                f"{what} writes to its buffer {exported.buffers[base]!r} ({write.target}; {line_of(write)})"
+                f"{_advice(exported.buffers[base])}"
             )
         if base in exported.inputs:
             raise ModelError(
@@ -129,8 +130,8 @@ class Flow:
             )
 
 
-def _advice(write: Node) -> str:
-    if "batch_norm" in str(write.target) or "num_batches_tracked" in str(write.target):
+def _advice(buffer: str) -> str:
+    if buffer.endswith(("running_mean", "running_var", "num_batches_tracked")):
         return (
             ": batch normalisation in training mode depends on the whole batch and keeps statistics. Use nn.GroupNorm, "
             "nn.LayerNorm or nn.InstanceNorm instead, or put the module into eval mode to freeze its statistics"

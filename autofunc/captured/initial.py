@@ -1,15 +1,15 @@
 """Weights and buffers of a module on the meta device, made by the module's own initialisers, a part at a time.
 
 The module stays on the meta device. Parts of it are stood in for by shells: objects of the same class and settings with
-real tensors of their own, on which `reset_parameters`, or the `_init_weights(part)` of a part above (the way of
-transformers and nanoGPT), is called. The generator is seeded from (seed, path of the part), so values do not depend on the
+real tensors of their own, on which `reset_parameters`, and the `_init_weights(part)` of parts above (the way of
+transformers and nanoGPT), are called. The generator is seeded from (seed, path of the part), so values do not depend on the
 layout.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -31,14 +31,14 @@ def initial_weights(module: nn.Module, paths: Iterable[str], seed: int) -> dict[
         owners.setdefault(owner, []).append(name)
     made = {}
     for owner, names in owners.items():
-        shell = _shell(module, owner)
-        blank = {name: nn.Parameter(_blank(getattr(shell, name))) for name in names}
-        shell._parameters.update(blank)
-        _initialise(module, owner, shell, seed)
+        shells = _shells(module, owner)
+        blank = {name: nn.Parameter(_blank(getattr(shells[-1], name))) for name in names}
+        shells[-1]._parameters.update(blank)
+        _initialise(shells, owner, seed)
         for name, leaf in blank.items():
             if leaf.isnan().any():
                 raise ModelError(
-                    f"{type(shell).__name__} ({owner or 'the module itself'}) is on the meta device, and neither its "
+                    f"{type(shells[-1]).__name__} ({owner or 'the module itself'}) is on the meta device, and neither its "
                     f"reset_parameters nor an _init_weights of a module above fills {name!r}; define one, build it with "
                     "real weights, or load weights from a file"
                 )
@@ -53,49 +53,67 @@ def initial_buffer(module: nn.Module, path: str) -> Tensor:
         ModelError: when no initialiser makes it.
     """
     owner, _, name = path.rpartition(".")
-    shell = _shell(module, owner)
-    for other, buffer in shell._buffers.items():
-        if buffer is not None:
-            shell._buffers[other] = _blank(buffer)
-    _initialise(module, owner, shell, 0)
-    value = shell._buffers[name]
-    untouched = value is None or value.is_meta or (value.is_floating_point() and bool(value.isnan().any()))
-    if untouched:
+    shells = _shells(module, owner)
+    buffers = shells[-1]._buffers
+    blank = {other: _blank(buffer) for other, buffer in buffers.items() if buffer is not None}
+    buffers.update(blank)
+    _initialise(shells, owner, 0)
+    value = buffers[name]
+    filled = value is not None and not value.is_meta and (value is not blank[name] or _was_filled(value))
+    if value is None or not filled:
         raise ModelError(
-            f"the buffer {path!r} of {type(shell).__name__} is on the meta device, and no initialiser makes it; build the "
-            "module with af.empty_weights(), which keeps buffers real: with af.empty_weights(): module = ..."
+            f"the buffer {path!r} of {type(shells[-1]).__name__} is on the meta device, and no initialiser makes it; build "
+            "the module with its buffers: with af.empty_weights(): module = ..."
         )
-    assert value is not None
     return value
+
+
+_UNLIKELY = -7  # what blank integers hold, for they cannot hold NaN
 
 
 def _blank(leaf: Tensor) -> Tensor:
     """A tensor that shows whether it was filled."""
-    filler = float("nan") if leaf.is_floating_point() else 0
+    filler = float("nan") if leaf.is_floating_point() else leaf.dtype != torch.bool and _UNLIKELY
     return torch.full(leaf.shape, filler, dtype=leaf.dtype, device="cpu")
 
 
-def _shell(module: nn.Module, name: str) -> nn.Module:
-    """An object like the part with this name, whose tensors can be set without touching the part."""
-    part = module.get_submodule(name)
+def _was_filled(value: Tensor) -> bool:
+    if value.dtype == torch.bool:
+        return bool(value.any())
+    return not bool((value.isnan() if value.is_floating_point() else value == _UNLIKELY).any())
+
+
+def _shells(module: nn.Module, name: str) -> list[nn.Module]:
+    """Objects like the module, the part with this name and all between, whose tensors can be set without touching them."""
+    shells = [_shell(module)]
+    for key in name.split(".") if name else ():
+        shell = _shell(shells[-1].get_submodule(key))
+        shells[-1]._modules[key] = shell
+        shells.append(shell)
+    return shells
+
+
+def _shell(part: nn.Module) -> nn.Module:
     shell = copy.copy(part)
-    shell._parameters, shell._buffers = dict(part._parameters), dict(part._buffers)
+    shell._parameters, shell._buffers, shell._modules = dict(part._parameters), dict(part._buffers), dict(part._modules)
     return shell
 
 
-def _initialise(module: nn.Module, owner: str, shell: nn.Module, seed: int) -> None:
-    """Run what initialises a part: its own `reset_parameters`, then the `_init_weights` of the nearest part above."""
-    parts = owner.split(".") if owner else []
-    above = [module.get_submodule(".".join(parts[:count])) for count in range(len(parts), -1, -1)]
-    with _seeded(seed, owner), torch.no_grad():
-        reset = getattr(shell, "reset_parameters", None)
+def _initialise(shells: Sequence[nn.Module], owner: str, seed: int) -> None:
+    """Run what initialises a part: its own `reset_parameters`, then `_init_weights` on it and on each part above.
+
+    Each is initialised by the nearest part at or above it that has an `_init_weights`, innermost first, as `apply` would.
+    Tensors of the other parts are on the meta device, where nothing happens.
+    """
+    with _seeded(seed, owner), torch.no_grad(), torch.device("cpu"):
+        reset = getattr(shells[-1], "reset_parameters", None)
         if callable(reset):
             reset()
-        for each in dict.fromkeys(above):
-            initialise = getattr(each, "_init_weights", None)
-            if callable(initialise):
-                initialise(shell)
-                return
+        for depth in range(len(shells) - 1, -1, -1):
+            above = (getattr(shell, "_init_weights", None) for shell in reversed(shells[: depth + 1]))
+            initialise = next((each for each in above if callable(each)), None)
+            if initialise is not None:
+                initialise(shells[depth])
 
 
 @contextmanager

@@ -5,13 +5,16 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from autofunc import tree
 from autofunc.captured.captured import CapturedModel, Captures
 from autofunc.captured.initial import initial_buffer, initial_weights
+from autofunc.captured.pretrained import Pretrained, SafetensorsWeights, Weights
 from autofunc.errors import ModelError, one_of
 from autofunc.model import TensorParallel
 
@@ -19,12 +22,13 @@ _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONL
 
 
 def from_module(
-    module: nn.Module,
+    module: nn.Module | Pretrained,
     example_batch: Mapping[str, Any],
     *,
     inputs: Sequence[str] | Mapping[str, str] | None = None,
     trainable: Sequence[str] | None = None,
     tensor_parallel: TensorParallel | None = None,
+    weights: str | Path | None = None,
 ) -> CapturedModel:
     """Any module as a model of named pure layers: captured as it is, never copied, patched or changed.
 
@@ -34,21 +38,31 @@ def from_module(
     initialised layer by layer by its own initialisers.
 
     Args:
-        module: what is captured, in the mode (train or eval) it is in.
+        module: what is captured, in the mode (train or eval) it is in; or what `af.AutoModel.from_pretrained` returned: its
+            parameters on the meta device are read from its files instead of initialised, each when it is asked for.
         example_batch: a batch; only shapes and dtypes matter. Other shapes are captured when they are met.
         inputs: which entries forward gets: names of entries in the order of its arguments, or argument -> entry. By default
             the entries that forward names, or all of them where it takes any.
         trainable: patterns of the parameters that get gradients; by default those with `requires_grad`.
         tensor_parallel: refused where tp > 1, for a captured forward has the sizes of the whole in it.
+        weights: a `.safetensors` file, or a folder with one or with shards: parameters and buffers have the values in it,
+            whatever they are in the module.
 
     Raises:
-        ModelError: for what cannot be captured, is written to, keeps state, or is used by no layer.
+        ModelError: for what cannot be captured, is written to, keeps state, or is used by no layer; for weights that do not
+            fit the module.
 
     Example:
         model = af.from_module(GPT2LMHeadModel(config), {"input_ids": ids})
         stages = af.split(model, ["h.4", "h.8"])
     """
-    source = ModuleSource(module, inputs)
+    stored: Weights | None = None
+    if isinstance(module, Pretrained):
+        stored, trainable = module.weights, module.trainable if trainable is None else trainable
+        module = module.module
+    if weights is not None:
+        stored = SafetensorsWeights(weights, module)
+    source = ModuleSource(module, inputs, stored, keep_real=weights is None)
     if trainable is None:
         frozen = [name for name, leaf in source.parameters.items() if not leaf.requires_grad]
         trainable = ("*",) if not frozen else tuple(name for name in source.parameters if name not in frozen)
@@ -57,7 +71,12 @@ def from_module(
         config=getattr(module, "config", None), trainable=trainable, tensor_parallel=tensor_parallel,
     )  # fmt: skip
     used = {model.canonical(path) for path in model.spec}
-    unused = [name for name, leaf in source.parameters.items() if name not in used and leaf.requires_grad]
+    if isinstance(stored, SafetensorsWeights):
+        stored.check(name for name in source.parameters if name in used and not source.keeps(name))
+    unused = [
+        name for name, leaf in source.parameters.items()
+        if name not in used and leaf.requires_grad and tree.matches(name, trainable)
+    ]  # fmt: skip
     if unused:
         listed = ", ".join(unused[:5]) + (f" and {len(unused) - 5} more" if len(unused) > 5 else "")
         raise ModelError(
@@ -68,17 +87,46 @@ def from_module(
     return model
 
 
-class ModuleSource:
-    """See `Source`."""
+def source_of(model: CapturedModel | Pretrained | nn.Module) -> ModuleSource:
+    """The module of a model, and where its values come from.
 
-    def __init__(self, module: nn.Module, inputs: Sequence[str] | Mapping[str, str] | None = None) -> None:
+    Raises:
+        ModelError: for a model that was captured from a function.
+    """
+    if isinstance(model, Pretrained):
+        return ModuleSource(model.module, stored=model.weights, keep_real=True)
+    if not isinstance(model, CapturedModel):
+        return ModuleSource(model)
+    if not isinstance(model._source, ModuleSource):
+        raise ModelError(f"{model._source.what} is a function; expected a model made by af.from_module")
+    return model._source
+
+
+class ModuleSource:
+    """See `Source`.
+
+    Args:
+        module: what is captured.
+        inputs: see `from_module`.
+        stored: values that are read from files.
+        keep_real: whether a parameter that has a value in the module keeps it.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        inputs: Sequence[str] | Mapping[str, str] | None = None,
+        stored: Weights | None = None,
+        *,
+        keep_real: bool = False,
+    ) -> None:
         if not isinstance(module, nn.Module):
             raise ModelError(f"expected an nn.Module, got {type(module).__name__}; for a function see af.from_function")
         self.module = module
         self.what = type(module).__name__
         self.parameters = dict(module.named_parameters())
         self.module_names = [name for name, _ in module.named_modules(remove_duplicate=False) if name]
-        self._inputs = inputs
+        self._inputs, self._stored, self._keep_real = inputs, stored, keep_real
         self._takes = dict(inspect.signature(module.forward).parameters)
 
     @cached_property
@@ -151,15 +199,34 @@ class ModuleSource:
     ) -> dict[str, Tensor]:  # fmt: skip
         """See `Source.weights`."""
         made: dict[str, Tensor] = {}
-        on_meta = [path for path in paths if self.parameters[path].is_meta and device.type != "meta"]
-        values = {**self.parameters, **initial_weights(self.module, on_meta, seed)} if on_meta else self.parameters
-        for path in paths:
-            leaf = values[path].detach()
-            wanted = dtype if dtype is not None and leaf.is_floating_point() else leaf.dtype
+        values: dict[str, Tensor] = {path: self.parameters[path] for path in paths}
+        if device.type != "meta":
+            read = self._read(path for path in values if not self.keeps(path))
+            on_meta = [path for path, leaf in values.items() if leaf.is_meta and path not in read]
+            values |= read | (initial_weights(self.module, on_meta, seed) if on_meta else {})
+        for path, value in values.items():
+            leaf = value.detach()
+            own = self.parameters[path].dtype
+            wanted = dtype if dtype is not None and leaf.is_floating_point() else own
             made[path] = leaf.to(device=device, dtype=wanted, copy=True)
         return made
 
     def buffer(self, name: str) -> Tensor:
         """See `Source.buffer`."""
         buffer = self.module.get_buffer(name)
+        read = self._read([name])
+        if read:
+            return read[name].to(buffer.dtype, copy=True)
         return initial_buffer(self.module, name) if buffer.is_meta else buffer
+
+    def keeps(self, path: str) -> bool:
+        """Whether a parameter has its value in the module, whatever is stored."""
+        return self._keep_real and not self.parameters[path].is_meta
+
+    def has_value(self, path: str) -> bool:
+        """Whether a parameter is stored, or has its value in the module."""
+        return not self.parameters[path].is_meta or (self._stored is not None and path in self._stored)
+
+    def _read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        stored = self._stored
+        return {} if stored is None else stored.read([name for name in names if name in stored])

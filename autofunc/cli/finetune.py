@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from autofunc.config import load_config, parse_config
+from autofunc.config import read_config
 from autofunc.train.budget import check_budget
 from autofunc.train.launch import is_worker, launch, run_worker
 from autofunc.train.recipe import default_output_dir, prepare
@@ -34,8 +34,8 @@ def finetune_llm(config_path: str, overrides: Sequence[str], nproc_per_node: int
         run_worker(lambda: _work(config_path, overrides))
         return
     with Console(stderr=True).status(f"checking {config_path}"):  # reads the data; shown on terminals
-        config = parse_config(load_config(config_path, overrides))
-        recipe = prepare(config, nproc_per_node)
+        config, notes = read_config(config_path, overrides)
+        recipe = prepare(config, nproc_per_node, notes=notes)
         rehearse(recipe)
         check_budget(recipe)
     output_dir = _output_dir(config.output_dir, config_path)
@@ -49,8 +49,8 @@ def finetune_llm(config_path: str, overrides: Sequence[str], nproc_per_node: int
 
 
 def _work(config_path: str, overrides: Sequence[str]) -> None:
-    config = parse_config(load_config(config_path, overrides))
-    run(prepare(config, int(os.environ["WORLD_SIZE"])), config, _output_dir(config.output_dir, config_path))
+    config, notes = read_config(config_path, overrides)
+    run(prepare(config, int(os.environ["WORLD_SIZE"]), notes=notes), config, _output_dir(config.output_dir, config_path))
 
 
 def _output_dir(configured: str | None, config_path: str) -> Path:

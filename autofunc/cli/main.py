@@ -67,6 +67,36 @@ def finetune(
     finetune_llm(config, context.args, nproc_per_node)
 
 
+@app.command(
+    "plan",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    epilog="Example: autofunc plan -c examples/demo.yaml --distributed.pp_size 4",
+)
+def plan(
+    context: typer.Context,
+    config: Annotated[str, typer.Option("--config", "-c", help="YAML file of the run.")],
+    nproc_per_node: Annotated[
+        int | None, typer.Option("--nproc-per-node", "--nproc_per_node", help="Processes; what the file says by default.")
+    ] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Time every layer here, with weights, and balance stages by that.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of tables.")] = False,
+    picture: Annotated[
+        str | None, typer.Option("--draw", metavar="FILE", help="Draw the predicted step: .svg, .html or .json (a trace).")
+    ] = None,
+) -> None:
+    """Say what a run would do, without weights or processes.
+
+    Stages, parameters, operations, what is sent, memory, step time and bubble.
+    """
+    from rich.console import Console
+
+    with Console(stderr=True).status("loading torch"):
+        from autofunc.cli.plan import plan as show_plan
+    show_plan(config, context.args, nproc_per_node, measure, as_json, picture)
+
+
 def main() -> None:
     """Entry point: errors made for people are printed without a traceback."""
     try:

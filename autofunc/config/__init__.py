@@ -1,6 +1,7 @@
 """Configuration: read, checked and turned into objects at the edge; nothing below `train/` sees it."""
 
 from autofunc.config.load import load_config
+from autofunc.config.read import read_config
 from autofunc.config.schema import FinetuneConfig, parse_config
 from autofunc.config.target import check_arguments, import_object, instantiate, resolve_target
 
@@ -11,5 +12,6 @@ __all__ = [
     "instantiate",
     "load_config",
     "parse_config",
+    "read_config",
     "resolve_target",
 ]

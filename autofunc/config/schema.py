@@ -99,9 +99,9 @@ class Distributed(Section):
     prefetch: Annotated[int, Field(ge=0)] = Field(1, description="computations ahead of its use that a gather starts")
     mp_policy: MixedPrecision = MixedPrecision()
     offload_policy: Literal["cpu"] | None = Field(None, description="where sharded parameters wait: cpu, or the device")
-    split_points: list[str] | Positive | None = Field(
-        None, description="names or globs of the layers at which a new stage begins, or a number of stages; "
-        "by default as many balanced stages as pipeline ranks",
+    split_points: list[str] | Positive | Literal["auto"] | None = Field(
+        None, description="names or globs of the layers at which a new stage begins, or a number of stages, balanced by "
+        "what layers cost; auto, and by default: as many as the schedule has",
     )  # fmt: skip
     schedule: str = Field(
         "1f1b",
@@ -139,7 +139,18 @@ class ClipGradNorm(Section):
 class FinetuneConfig(Section):
     """The whole file."""
 
-    model: Target = Field(description="a callable that returns an af.Model")
+    model: Target = Field(description="a callable that returns an nn.Module or an af.Model")
+    inputs: list[str] | dict[str, str] | None = Field(
+        None, description="entries of a batch that a module's forward gets, in the order of its arguments, or argument -> "
+        "entry; by default those that it names",
+    )  # fmt: skip
+    trainable: list[str] | None = Field(
+        None,
+        description="patterns of the parameters that are trained, such as lm_head*; by default all that are not frozen",
+    )
+    weights: str | None = Field(
+        None, description="own: those a module is made with (default); seed: made from the seed, each rank its stages' only"
+    )
     dataset: Target = Field(description="what is learnt from")
     validation_dataset: Target | None = Field(None, description="what the validation loss is measured on")
     dataloader: Dataloader = Dataloader()

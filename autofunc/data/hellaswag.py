@@ -35,6 +35,7 @@ class HellaSwag(Dataset[dict[str, Tensor]]):
         num_samples_limit: take the first examples only.
         seq_len: tokens in a row; None takes the longest example, rounded up to a multiple of 8. Longer examples lose the
             beginning of their context.
+        aligned_labels: False gives `labels[t] = input_ids[t]` of the ending, for models that shift labels themselves.
 
     Raises:
         DataError: when the dataset cannot be loaded, is empty or has other columns.
@@ -47,9 +48,10 @@ class HellaSwag(Dataset[dict[str, Tensor]]):
         split: str = "train",
         num_samples_limit: int | None = None,
         seq_len: int | None = None,
+        aligned_labels: bool = True,
     ) -> None:
         check_at_least_one("HellaSwag", seq_len=seq_len, num_samples_limit=num_samples_limit)
-        self.path_or_dataset = path_or_dataset
+        self.path_or_dataset, self.aligned_labels = path_or_dataset, aligned_labels
         self.tokenizer = load_tokenizer(tokenizer)
         table = _load(path_or_dataset, split)
         missing = [column for column in _COLUMNS if column not in table.column_names]
@@ -85,8 +87,9 @@ class HellaSwag(Dataset[dict[str, Tensor]]):
         labels = torch.full((self.seq_len,), -100, dtype=torch.int64)
         length = len(tokens) - 1
         input_ids[:length] = torch.tensor(tokens[:-1])
-        first = max(context_length - 1, 0)
-        labels[first:length] = torch.tensor(tokens[first + 1 :])
+        ahead = 1 if self.aligned_labels else 0
+        first = max(context_length - ahead, 0)
+        labels[first:length] = torch.tensor(tokens[first + ahead : length + ahead])
         return {"input_ids": input_ids, "labels": labels}
 
     def _encode(self, example: dict[str, Any]) -> tuple[list[int], int]:

@@ -34,6 +34,7 @@ class TextFolder(Dataset[dict[str, Tensor]]):
         suffixes: which files, such as [".txt", ".md"]; None takes all (of the standard library: [".py"]). Files with zero
             bytes in them are no text and are left out.
         num_samples_limit: take this many rows only, evenly spread.
+        aligned_labels: False gives `labels[t] = input_ids[t]`, for models that shift labels themselves.
 
     Raises:
         DataError: when the folder is missing, or has too little text.
@@ -47,11 +48,12 @@ class TextFolder(Dataset[dict[str, Tensor]]):
         tokenizer: str | None = None,
         suffixes: Sequence[str] | None = None,
         num_samples_limit: int | None = None,
+        aligned_labels: bool = True,
     ) -> None:
         if split not in ("train", "validation"):
             raise DataError(f"TextFolder: split={split!r}: {one_of(split, ['train', 'validation'])}")
         check_at_least_one("TextFolder", seq_len=seq_len, num_samples_limit=num_samples_limit)
-        self.seq_len = seq_len
+        self.seq_len, self.aligned_labels = seq_len, aligned_labels
         self.path = Path(path).expanduser() if path is not None else Path(sysconfig.get_paths()["stdlib"])
         self.tokenizer = load_tokenizer(tokenizer)
         files = _files(self.path, [".py"] if path is None and suffixes is None else suffixes)
@@ -92,7 +94,7 @@ class TextFolder(Dataset[dict[str, Tensor]]):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         start = self._starts[index]
         row = torch.from_numpy(self._tokens[start : start + self.seq_len + 1].astype(np.int64))
-        return {"input_ids": row[:-1], "labels": row[1:]}
+        return {"input_ids": row[:-1], "labels": row[1:] if self.aligned_labels else row[:-1]}
 
     def _tokens_of(self, files: list[Path]) -> Iterator[np.ndarray]:
         for file in files:

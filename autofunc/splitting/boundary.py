@@ -113,7 +113,7 @@ def infer_boundaries(
     _ = stages[0].model.spec  # worked out once, and not on fake tensors, which would stay
     stages[0].model.prepare(precision.batch(microbatch))
     with fake_mode() as mode, torch.enable_grad(), partitioning.running():
-        fakes = _fake_parameters(stages[0], params, device or torch.device("cpu"), setting)
+        fakes = fake_parameters(stages[0], params, device or torch.device("cpu"), setting)
         batch = tree.map_leaves(lambda leaf: mode.from_tensor(leaf) if isinstance(leaf, Tensor) else leaf, dict(microbatch))
         entries = precision.batch(batch)
         x: Any = None
@@ -152,7 +152,7 @@ def parameter_dtypes(model: Model, params: Mapping[str, Tensor]) -> dict[str, to
     return dtypes
 
 
-def _fake_parameters(
+def fake_parameters(
     stage: Stage, params: Mapping[str, Tensor], device: torch.device, setting: Setting
 ) -> dict[str, Tensor]:  # fmt: skip
     """A fake tensor for every parameter of the whole model, as a layer sees it; call inside a fake mode."""

@@ -2,17 +2,66 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
 from autofunc import tree
+from autofunc.fake import fake_mode, naming_errors
+from autofunc.losses import Loss, evaluate
 from autofunc.model import Model
+from autofunc.splitting.boundary import fake_parameters
+from autofunc.splitting.setting import ALONE, Setting
+from autofunc.splitting.stage import Stage
+
+OPERATIONS_PER_NUMBER = 40
+"""How many multiplications of a matrix product take as long as one number of an elementwise operator, roughly."""
+
+_ELEMENTWISE = (
+    "add", "sub", "mul", "div", "neg", "pow", "exp", "log", "sqrt", "rsqrt", "sin", "cos", "tanh", "sigmoid", "silu",
+    "gelu", "relu", "where", "masked_fill", "maximum", "minimum", "clamp", "_softmax", "_log_softmax", "nll_loss_forward",
+    "_to_copy", "native_layer_norm", "native_group_norm", "_fused_rms_norm", "mean", "sum", "var", "var_mean", "cumsum",
+    "cat", "clone", "copy_", "embedding", "index", "gather", "repeat", "topk", "sort", "argmax", "erf", "square",
+    "reciprocal", "abs", "stack",
+)  # fmt: skip
+"""Operators that are counted by what they write."""
 
 
-def layer_costs(model: Model) -> dict[str, float]:
-    """An estimate from shapes alone: for each layer, the elements of its weights with two or more dims.
+@dataclass(frozen=True)
+class LayerCost:
+    """One layer's forward on one microbatch."""
 
-    A matrix of n elements takes about 2n floating-point operations per row, whatever the layer does with it. A lookup in a
-    table takes none, but shapes cannot tell a table from a matrix; so a first layer, which sees only the batch, counts as
-    free. Tied weights count where they are used.
+    flops: int  # of matrix products, convolutions and attention
+    numbers: int  # that other operators write, each as often as it is written
+
+    @property
+    def cost(self) -> float:
+        """In floating-point operations of a product."""
+        return float(self.flops + OPERATIONS_PER_NUMBER * self.numbers)
+
+
+def layer_costs(model: Model, batch: Mapping[str, Any] | None = None, loss: Loss | None = None) -> dict[str, float]:
+    """What each layer costs, by its name: for `af.split(model, number, costs=...)`.
+
+    With a batch the layers run on fake tensors, and their operations are counted: those of products, and of everything else
+    the numbers that are written. The loss belongs to the last layer. A backward is taken to cost the same multiple of each.
+
+    Without one the estimate is from shapes alone: the elements of a layer's weights with two or more dims. A matrix of n
+    elements takes about 2n floating-point operations per row. A lookup in a table takes none, but shapes cannot tell a
+    table from a matrix; so a first layer, which sees only the batch, counts as free. Tied weights count where they are
+    used.
+
+    Args:
+        model: the model.
+        batch: one microbatch; only shapes and dtypes matter.
+        loss: counted into the last layer.
     """
+    if batch is not None:
+        return {name: each.cost for name, each in count_operations(model, batch, loss).items()}
     costs = dict.fromkeys(model.layers, 0.0)
     for path, leaf in model.spec.items():
         name = model.layer_of(path)
@@ -22,7 +71,78 @@ def layer_costs(model: Model) -> dict[str, float]:
     return costs
 
 
+def count_operations(
+    model: Model, batch: Mapping[str, Any], loss: Loss | None = None, setting: Setting = ALONE
+) -> dict[str, LayerCost]:
+    """Count what each layer does for one microbatch, by its name; on fake tensors.
+
+    Args:
+        model: the model.
+        batch: one microbatch.
+        loss: counted into the last layer; None leaves it out.
+        setting: in what precision layers run.
+    """
+    _ = model.spec
+    batch = setting.precision.batch({"key": None, **batch})
+    model.prepare(batch)
+    found: dict[str, LayerCost] = {}
+    whole = Stage(model, 0, tuple(model.layers))
+    with fake_mode() as mode, torch.no_grad(), naming_errors("the model"):
+        fakes = fake_parameters(whole, {}, torch.device("cpu"), setting)
+        bound = whole.bind([fakes[path] for path in whole.holders])
+        microbatch = tree.map_leaves(lambda leaf: mode.from_tensor(leaf) if isinstance(leaf, Tensor) else leaf, dict(batch))
+        entries = model.shared(model.layers, microbatch)
+        x: Any = None
+        for name in model.layers:
+            with _Counter() as counter:
+                x = model.run([name], bound, x, entries)
+                if name == whole.layers[-1] and loss is not None:
+                    evaluate(loss, x, microbatch)
+            found[name] = counter.cost
+    return found
+
+
+class _Counter:
+    """Counts the operations of what runs inside."""
+
+    def __init__(self) -> None:
+        self._numbers = 0
+        counted = {packet: self._write for packet in map(_packet, _ELEMENTWISE) if packet is not None}
+        attention = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention}  # torch counts those of GPUs
+        self._mode = FlopCounterMode(display=False, custom_mapping={**counted, **attention})
+
+    def _write(self, *shapes: Any, out_shape: Any = None, **options: Any) -> int:
+        first = out_shape[0] if out_shape and isinstance(out_shape[0], (tuple, list, torch.Size)) else out_shape
+        self._numbers += int(torch.Size(first or ()).numel())
+        return 0
+
+    def __enter__(self) -> _Counter:
+        self._mode.__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._mode.__exit__(*error)  # type: ignore[no-untyped-call]
+
+    @property
+    def cost(self) -> LayerCost:
+        return LayerCost(int(self._mode.get_total_flops()), self._numbers)
+
+
+def _attention(query: Any, key: Any, value: Any, *rest: Any, out_shape: Any = None, **options: Any) -> int:
+    return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
+
+
+def _packet(name: str) -> Callable[..., Any] | None:
+    return getattr(torch.ops.aten, name, None)
+
+
 def parameter_count(model: Model, paths: list[str] | None = None) -> int:
     """Number of distinct parameters (tied ones once), of all paths or of some."""
     chosen = {model.canonical(path) for path in (model.spec if paths is None else paths)}
     return sum(model.spec[path].numel() for path in sorted(chosen, key=tree.split_path))
+
+
+def imbalance(stages: Sequence[Stage], costs: Mapping[str, float]) -> float:
+    """The costliest stage over the mean: 1 is even."""
+    sums = [sum(costs[name] for name in stage.layers) for stage in stages]
+    return max(sums) * len(sums) / sum(sums) if sum(sums) else 1.0

@@ -45,8 +45,15 @@ def _matches(places: Places, point: str) -> list[str]:
             raise SplitError(
                 f"split point {point!r}: {refused[0]!r} {places.refused[refused[0]]}; {one_of(point, places.start)}"
             )
-        raise SplitError(f"split point {point!r} names no layer: {one_of(point, places.start)}")
+        raise SplitError(f"split point {point!r} names no layer: {one_of(point, _ends(places.start, point))}")
     return found
+
+
+def _ends(names: Iterable[str], point: str) -> list[str]:
+    """The names as they can be written, with as many parts as the point has."""
+    depth = point.count(".") + 1
+    ends = [".".join(name.split(".")[-depth:]) for name in names]
+    return [end if ends.count(end) == 1 else name for end, name in zip(ends, names, strict=True)]
 
 
 def _named(names: Iterable[str], point: str) -> list[str]:

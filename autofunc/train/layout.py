@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, Literal
+
 from autofunc.config import FinetuneConfig, resolve_target
+from autofunc.data import first_rows
 from autofunc.errors import AutofuncError, ConfigError, ScheduleError
+from autofunc.losses import Loss
 from autofunc.model import Model
 from autofunc.schedule import Schedule, build, default_stages_per_rank, is_looped, is_named
 from autofunc.splitting import Stage, split
 from autofunc.train.axes import Axes
 
-Points = list[str] | int | None
+Points = list[str] | int | Literal["auto"] | None
+LayerCosts = Callable[[Model, Mapping[str, Any], Loss | None], Mapping[str, float]]
+"""See `layer_costs`."""
+
+Cut = Callable[[int], list[Stage]]
+"""From the number of stages that a schedule needs to the stages; split points may say another number."""
 
 
 def is_auto(config: FinetuneConfig) -> bool:
@@ -18,30 +29,41 @@ def is_auto(config: FinetuneConfig) -> bool:
 
 
 def stages_and_schedule(
-    config: FinetuneConfig, axes: Axes, model: Model, notes: list[str]
-) -> tuple[list[Stage], Schedule]:  # fmt: skip
+    config: FinetuneConfig,
+    axes: Axes,
+    model: Model,
+    loss: Loss | None,
+    dataset: Any,
+    notes: list[str],
+    layer_costs: LayerCosts,
+) -> tuple[list[Stage], Schedule]:
     """The stages that split_points give, and their schedule; for `auto` the one that costs are measured with.
 
     Args:
         config: what is wanted.
         axes: of the mesh.
         model: what is split.
+        loss: which the last layer's cost is counted with.
+        dataset: whose rows costs are counted on.
         notes: told of everything that is done otherwise than the configuration says.
+        layer_costs: what stages are balanced by, where split points leave that open.
 
     Raises:
         ConfigError: when they do not fit each other.
     """
     num_microbatches = _count_microbatches(config, axes.dp)
     name, num_ranks, points = config.distributed.schedule, config.distributed.pp_size, config.distributed.split_points
+    microbatch = first_rows(dataset, config.step_scheduler.local_batch_size)
+    cut = partial(_split, model, points, lambda model: layer_costs(model, microbatch, loss))
     if is_auto(config):
-        return _to_measure(num_ranks, num_microbatches, model, points, notes)
+        return _to_measure(num_ranks, num_microbatches, cut, points, notes)
     if not is_named(name) or "." in name:
-        return _own(name, num_ranks, num_microbatches, model, points)
+        return _own(name, num_ranks, num_microbatches, cut, points)
     try:
         per_rank = default_stages_per_rank(name)
     except ScheduleError as error:
         raise ConfigError(f"distributed.schedule: {error}; or auto, which searches for one") from error
-    stages = _split(model, points, num_ranks * per_rank)
+    stages = cut(num_ranks * per_rank)
     if num_ranks == 1 and per_rank == 1 and len(stages) > 1:
         notes.append("pp_size is 1, so the model is one stage and split_points are not used")
         stages = split(model, 1)
@@ -57,10 +79,10 @@ def stages_and_schedule(
 
 
 def _to_measure(
-    num_ranks: int, num_microbatches: int, model: Model, points: Points, notes: list[str]
+    num_ranks: int, num_microbatches: int, cut: Cut, points: Points, notes: list[str]
 ) -> tuple[list[Stage], Schedule]:
     """The stages of `auto`, and the plainest schedule for as many."""
-    stages = _split(model, points, num_ranks)
+    stages = cut(num_ranks)
     per_rank, left = divmod(len(stages), num_ranks)
     if left:
         near = " or ".join(str(number * num_ranks) for number in (per_rank, per_rank + 1) if number)
@@ -74,7 +96,7 @@ def _to_measure(
     return stages, _named(name, num_ranks, num_microbatches, per_rank)
 
 
-def _own(name: str, num_ranks: int, num_microbatches: int, model: Model, points: Points) -> tuple[list[Stage], Schedule]:
+def _own(name: str, num_ranks: int, num_microbatches: int, cut: Cut, points: Points) -> tuple[list[Stage], Schedule]:
     """The schedule of a table or of a user's function, and the stages it is for."""
     source = resolve_target(name, "distributed.schedule") if is_named(name) else name
     try:
@@ -83,7 +105,7 @@ def _own(name: str, num_ranks: int, num_microbatches: int, model: Model, points:
         raise ConfigError(f"distributed.schedule: {error}") from error
     except Exception as error:
         raise ConfigError(f"distributed.schedule: {name} failed: {type(error).__name__}: {error}") from error
-    stages = _split(model, points, schedule.num_stages)
+    stages = cut(schedule.num_stages)
     if len(stages) != schedule.num_stages:
         raise ConfigError(
             f"distributed: schedule {name} has {schedule.num_stages} stages, but split_points={points} gives "
@@ -99,9 +121,17 @@ def _named(name: str, num_ranks: int, num_microbatches: int, stages_per_rank: in
         raise ConfigError(f"distributed.schedule: {error}") from error
 
 
-def _split(model: Model, points: Points, default: int) -> list[Stage]:
+def _split(model: Model, points: Points, costs: Callable[[Model], Mapping[str, float]], default: int) -> list[Stage]:
+    """Split where `points` say; balanced by costs where they give a number or nothing."""
     try:
-        return split(model, default if points is None else points)
+        if isinstance(points, list):
+            return split(model, points)
+        number = points if isinstance(points, int) else default
+        if number == 1:
+            return split(model)
+        if number > len(model.layers):
+            model = model.cut_before(list(model.places.start))
+        return split(model, number, costs=costs(model))
     except AutofuncError as error:
         raise ConfigError(f"distributed.split_points: {error}") from error
 

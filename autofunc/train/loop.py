@@ -117,7 +117,7 @@ def validate(recipe: Recipe, pipe: Pipeline, params: TensorDict, device: torch.d
     return total / weight
 
 
-def _with_weight(loss: Loss) -> Loss:
+def _with_weight(loss: Loss | None) -> Loss:
     """The same loss, with its weight as aux."""
 
     def weighed(outputs: Any, microbatch: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

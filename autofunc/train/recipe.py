@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from autofunc import losses
 from autofunc.batch import split_batch
 from autofunc.config import FinetuneConfig, check_arguments, instantiate, resolve_target
 from autofunc.data import first_rows, make_loader
@@ -21,9 +20,10 @@ from autofunc.model import Model
 from autofunc.optim import Optimizer, optimizer
 from autofunc.schedule import Schedule
 from autofunc.shard import Sharding
-from autofunc.splitting import Stage, infer_boundaries
+from autofunc.splitting import Stage, infer_boundaries, layer_costs
 from autofunc.train.axes import Axes, axes_of, sharding_of
-from autofunc.train.layout import is_auto, stages_and_schedule
+from autofunc.train.layout import LayerCosts, is_auto, stages_and_schedule
+from autofunc.train.model import build_loss, build_model
 from autofunc.tree import to_tensordict
 
 
@@ -39,7 +39,7 @@ class Recipe:
     searches: bool  # whether a schedule is searched for when the run starts
     search_budget: int | None  # bytes of residuals that it keeps within; None: as many activations as 1F1B
     options: EngineOptions
-    loss: Loss
+    loss: Loss | None  # None: the model's own
     optimizer: Optimizer
     dataset: Any
     validation_dataset: Any | None
@@ -57,56 +57,62 @@ class Recipe:
         return first_rows(self.dataset, self.rows // self.axes.dp)
 
 
-def prepare(config: FinetuneConfig, num_processes: int | None = None) -> Recipe:
+def prepare(
+    config: FinetuneConfig,
+    num_processes: int | None = None,
+    *,
+    notes: Sequence[str] = (),
+    layer_costs: LayerCosts = layer_costs,
+) -> Recipe:
     """Build a recipe and try it on fake tensors.
 
     Args:
         config: what is wanted.
         num_processes: how many there are, or were asked for; None lets the configuration say.
+        notes: what the user should know already.
+        layer_costs: what stages are balanced by.
 
     Raises:
         AutofuncError: naming the key, what was given and what would work.
     """
-    notes: list[str] = []
-    model = instantiate(config.model, "model")
-    if not isinstance(model, Model):
-        raise ConfigError(f"model: {config.model['_target_']} returned {type(model).__name__}; expected an af.Model")
+    told = list(notes)
     axes = axes_of(config, num_processes)
-    stages, schedule = stages_and_schedule(config, axes, model, notes)
-    sharding = sharding_of(config, axes, notes)
+    dataset = instantiate(config.dataset, "dataset")
+    _check_rows("dataset", dataset)
+    model = build_model(config, dataset)
+    _check_tokens("dataset", dataset, model)
+    loss = build_loss(config, model, dataset, told)
+    stages, schedule = stages_and_schedule(config, axes, model, loss, dataset, told, layer_costs)
+    model = stages[0].model
+    sharding = sharding_of(config, axes, told)
     options, search_budget = _engine_options(config)
     searches = is_auto(config) and schedule.num_ranks > 1
     if search_budget is not None and not searches:
-        notes.append("pp_size is 1, so memory_budget has no search to limit")
-    loss = _loss(config)
+        told.append("pp_size is 1, so memory_budget has no search to limit")
     make_optimizer = _optimizer(config)
 
-    dataset = instantiate(config.dataset, "dataset")
     validation = instantiate(config.validation_dataset, "validation_dataset") if config.validation_dataset else None
     if validation is None:
-        notes.append("no validation_dataset: the validation loss is not measured")
+        told.append("no validation_dataset: the validation loss is not measured")
+    else:
+        _check_rows("validation_dataset", validation)
+        _check_tokens("validation_dataset", validation, model)
     for where, given in (("dataset", dataset), ("validation_dataset", validation)):
-        if given is not None:
-            _check_dataset(where, given, model)
         tokenizer = getattr(given, "tokenizer", None)
         if tokenizer is not None and tokenizer.name == "bytes":
-            notes.append(f"{where}: no tokenizer named, so tokens are bytes (256 ids)")
+            told.append(f"{where}: no tokenizer named, so tokens are bytes (256 ids)")
 
     rows, loader = config.step_scheduler.global_batch_size, config.dataloader
-    make_train = partial(
-        make_loader, dataset, rows, seed=config.seed, shuffle=loader.shuffle, drop_last=loader.drop_last,
-        num_workers=loader.num_workers,
-    )  # fmt: skip
-    make_validation = (
-        partial(make_loader, validation, rows, seed=config.seed, shuffle=False, num_workers=loader.num_workers)
-        if validation is not None
-        else None
-    )
+    # a short batch is filled with rows without labels, of which a loss that is a mean makes nothing
+    drop_last = loader.drop_last or loss is None
+    make = partial(make_loader, seed=config.seed, num_workers=loader.num_workers)
+    make_train = partial(make, dataset, rows, shuffle=loader.shuffle, drop_last=drop_last)
+    make_validation = partial(make, validation, rows, shuffle=False, drop_last=loss is None) if validation else None
     steps = len(make_train()) * config.step_scheduler.num_epochs
     for where, given in (("dataset", dataset), ("validation_dataset", validation)):
         if given is not None:
-            drop_last = loader.drop_last and where == "dataset"
-            _try_on_fake_tensors(where, given, rows, axes.dp, drop_last, stages, schedule, loss)
+            dropped = drop_last if where == "dataset" else loss is None
+            _try_on_fake_tensors(where, given, rows, axes.dp, dropped, stages, schedule, loss)
     return Recipe(
         model=model,
         stages=tuple(stages),
@@ -127,7 +133,7 @@ def prepare(config: FinetuneConfig, num_processes: int | None = None) -> Recipe:
         max_norm=config.clip_grad_norm.max_norm if config.clip_grad_norm is not None else None,
         seed=config.seed,
         rows=rows,
-        notes=tuple(dict.fromkeys(notes)),
+        notes=tuple(dict.fromkeys(told)),
     )
 
 
@@ -170,15 +176,6 @@ def _engine_options(config: FinetuneConfig) -> tuple[EngineOptions, int | None]:
     return options, search_budget
 
 
-def _loss(config: FinetuneConfig) -> Loss:
-    if config.loss_fn is None:
-        return losses.causal_lm
-    loss = resolve_target(config.loss_fn["_target_"], "loss_fn._target_")
-    options = {key: value for key, value in config.loss_fn.items() if key != "_target_"}
-    check_arguments(loss, options, "loss_fn", config.loss_fn["_target_"], given_later=2)
-    return partial(loss, **options) if options else loss
-
-
 def _optimizer(config: FinetuneConfig) -> Optimizer:
     name = config.optimizer["_target_"]
     factory = resolve_target(name, "optimizer._target_")
@@ -195,13 +192,16 @@ def _optimizer(config: FinetuneConfig) -> Optimizer:
     return made
 
 
-def _check_dataset(where: str, dataset: Any, model: Model) -> None:
+def _check_rows(where: str, dataset: Any) -> None:
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         raise ConfigError(
             f"{where}: {type(dataset).__name__} has no length or no rows by index; expected a map-style dataset"
         )
     if not len(dataset):
         raise ConfigError(f"{where} has no rows")
+
+
+def _check_tokens(where: str, dataset: Any, model: Model) -> None:
     has, needs = getattr(model.config, "vocab_size", None), getattr(dataset, "vocab_size", None)
     if has is not None and needs is not None and needs > has:
         raise ConfigError(
@@ -211,7 +211,14 @@ def _check_dataset(where: str, dataset: Any, model: Model) -> None:
 
 
 def _try_on_fake_tensors(
-    where: str, dataset: Any, rows: int, dp: int, drop_last: bool, stages: list[Stage], schedule: Schedule, loss: Loss
+    where: str,
+    dataset: Any,
+    rows: int,
+    dp: int,
+    drop_last: bool,
+    stages: list[Stage],
+    schedule: Schedule,
+    loss: Loss | None,
 ) -> None:
     """Run the model on a first and a last batch without allocating: finds wrong shapes, keys and lengths in time."""
     last = len(dataset) % rows

@@ -1,0 +1,159 @@
+"""`af.AutoModel`: a model by the name of its architecture, registered or known to transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import nn
+
+from autofunc import tree
+from autofunc.automodel.build import build, without_values
+from autofunc.automodel.description import Description, describe
+from autofunc.automodel.hub import CONFIGS, WEIGHTS, folder_of
+from autofunc.automodel.in_transformers import WholeModel, is_model
+from autofunc.automodel.write import write_pretrained
+from autofunc.captured import CapturedModel
+from autofunc.captured.pretrained import (
+    INDEX,
+    SINGLE,
+    ConvertedForm,
+    Pretrained,
+    SafetensorsWeights,
+    StoredTensors,
+    Weights,
+)
+from autofunc.errors import ModelError, one_of
+
+
+class AutoModel:
+    """Modules by the name of their architecture. Registered classes come first, then those of transformers.
+
+    The first of `architectures` in the config says which; where that names nothing known, `model_type`: `my_custom` finds
+    `MyCustomForCausalLM`. A registered class is called with its config: of its `config_class`, else of the dataclass that
+    its first argument is annotated with, else a namespace with the keys of the config.json.
+
+    Example:
+        af.register_modeling_path("my_models.custom_llm")
+        pretrained = af.AutoModel.from_pretrained("path/to/folder", trainable=["lm_head*"])
+        model = af.from_module(pretrained, {"input_ids": ids})
+    """
+
+    def __init__(self) -> NoReturn:
+        raise ModelError("AutoModel is not built itself; call AutoModel.from_config(...) or AutoModel.from_pretrained(...)")
+
+    @staticmethod
+    def from_config(
+        config: Any, *, trust_remote_code: bool = False, revision: str | None = None, **overrides: Any
+    ) -> nn.Module:  # fmt: skip
+        """A module without pretrained weights. Its parameters take no memory: a pipeline initialises those of its stages.
+
+        Args:
+            config: a mapping, a config object, a config.json or the folder of one, or the name of a model on the hub.
+            trust_remote_code: whether code that lies beside the config.json may be run.
+            revision: of a model on the hub.
+            overrides: keys of the config with other values (`num_hidden_layers=2`, `dtype="bfloat16"`).
+
+        Returns:
+            A module for `af.from_module`, in train mode, with its parameters on the meta device.
+
+        Raises:
+            ModelError: when there is no such config or class, or the class refuses its config.
+        """
+        description = describe(config, overrides, lambda name: folder_of(name, CONFIGS, revision))
+        return build(description, description.dtype, trust_remote_code=trust_remote_code)
+
+    @staticmethod
+    def from_pretrained(
+        path_or_id: str | Path,
+        *,
+        trainable: Sequence[str] | None = None,
+        dtype: torch.dtype | str | None = None,
+        trust_remote_code: bool = False,
+        revision: str | None = None,
+        **overrides: Any,
+    ) -> Pretrained:
+        """A module and where its weights are; each is read when a pipeline asks for it, so a process reads its part only.
+
+        Args:
+            path_or_id: a folder with config.json and safetensors files, or the name of a model on the hub, which is taken
+                from the local cache (and downloaded before, unless HF_HUB_OFFLINE is set).
+            trainable: patterns of the parameters that get gradients; by default all.
+            dtype: of floating-point parameters; by default the config's, else that of the files.
+            trust_remote_code: see `from_config`.
+            revision: a branch, tag or commit of a model on the hub.
+            overrides: see `from_config`.
+
+        Returns:
+            What `af.from_module` takes; its module is in train mode.
+
+        Raises:
+            ModelError: see `from_config`; for weights that are missing, have no place, or have another shape.
+        """
+        folder = Path(path_or_id).expanduser()
+        if not folder.is_dir():
+            if folder.is_file():
+                raise ModelError(f"{folder} is a file; name the folder that has it and a config.json")
+            folder = folder_of(str(path_or_id), WEIGHTS, revision)
+        overrides = overrides if dtype is None else {**overrides, "dtype": dtype}
+        description = describe(folder, overrides, lambda name: folder_of(name, WEIGHTS, revision))
+        stored = StoredTensors(folder) if _has_safetensors(folder) else None
+        chosen = description.dtype or (stored.dtype if stored is not None else None) or torch.get_default_dtype()
+        module = without_values(build(description, chosen, trust_remote_code=trust_remote_code))
+        if trainable is not None:
+            _check_patterns(module, trainable)
+        _read_generation_config(module, folder)
+        return Pretrained(
+            module, _weights(module, stored, description, chosen), None if trainable is None else tuple(trainable)
+        )
+
+    @staticmethod
+    def export(
+        model: CapturedModel | Pretrained | nn.Module,
+        params: tree.Nested | str | Path,
+        folder: str | Path,
+        *,
+        max_shard_size: int | str = "5GB",
+    ) -> Path:
+        """See `autofunc.automodel.write_pretrained`."""
+        return write_pretrained(model, params, folder, max_shard_size=max_shard_size)
+
+
+def _has_safetensors(folder: Path) -> bool:
+    return (folder / SINGLE).is_file() or (folder / INDEX).is_file()
+
+
+def _weights(
+    module: nn.Module, stored: StoredTensors | None, description: Description, dtype: torch.dtype
+) -> Weights:  # fmt: skip
+    folder = description.folder
+    assert folder is not None
+    if stored is None and not is_model(module):
+        stored = StoredTensors(folder)  # says what is missing
+    reason = "it has no safetensors files"
+    if stored is not None:
+        try:
+            weights = SafetensorsWeights(stored, module)
+            weights.check(name for name, _ in module.named_parameters())
+            return weights
+        except ConvertedForm as error:
+            reason = str(error)
+    return WholeModel(type(module), folder, module, dtype, reason)
+
+
+def _check_patterns(module: nn.Module, trainable: Sequence[str]) -> None:
+    """Find mistakes before anything is captured; see `Model.trainable`."""
+    names = [name for name, _ in module.named_parameters()]
+    unused = [pattern for pattern in trainable if not any(tree.matches(name, [pattern]) for name in names)]
+    if unused:
+        raise ModelError(f"trainable pattern {unused[0]!r} matches no parameter; {one_of(unused[0], names)}")
+
+
+def _read_generation_config(module: nn.Module, folder: Path) -> None:
+    """How the model is meant to generate travels with it."""
+    if hasattr(module, "generation_config") and (folder / "generation_config.json").is_file():
+        from transformers import GenerationConfig
+
+        module.generation_config = GenerationConfig.from_pretrained(folder)

@@ -1,0 +1,219 @@
+"""What a config.json says of a model, and the config object that a registered class takes."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import inspect
+import json
+import typing
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+
+from autofunc.errors import ModelError, one_of
+
+CONFIG = "config.json"
+
+_ABOUT = frozenset(
+    ("architectures", "model_type", "dtype", "torch_dtype", "transformers_version", "auto_map", "_name_or_path")
+)
+"""Keys that say what a model is, rather than how large."""
+
+_FLOATS = {str(each).removeprefix("torch."): each for each in (torch.float64, torch.float32, torch.float16, torch.bfloat16)}
+
+
+@dataclass(frozen=True)
+class Description:
+    """What is known of a model before it is built."""
+
+    values: Mapping[str, Any]  # as in config.json, overrides included
+    before: Mapping[str, Any]  # without the overrides
+    overrides: Mapping[str, Any]
+    given: Any  # the config object, when one was given
+    folder: Path | None  # where its config.json is
+    what: str  # for messages
+
+    @property
+    def architecture(self) -> str | None:
+        """The first of `architectures`."""
+        named = self.values.get("architectures")
+        named = [named] if isinstance(named, str) else list(named or ())
+        return str(named[0]) if named else None
+
+    @property
+    def model_type(self) -> str | None:
+        """Its `model_type`, when there is one."""
+        return str(self.values["model_type"]) if self.values.get("model_type") else None
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Of floating-point parameters.
+
+        Raises:
+            ModelError: when it is none that is known.
+        """
+        named = self.values.get("dtype") or self.values.get("torch_dtype")
+        if named is None or isinstance(named, torch.dtype):
+            return named
+        found = _FLOATS.get(str(named).removeprefix("torch."))
+        if found is None:
+            raise ModelError(f"{self.what}: dtype {named!r} is not a floating-point dtype; {one_of(named, _FLOATS)}")
+        return found
+
+
+def describe(config: Any, overrides: Mapping[str, Any], find_folder: Callable[[str], Path]) -> Description:
+    """Read a description.
+
+    Args:
+        config: a mapping, a config object, a config.json or the folder of one, or the name of a model.
+        overrides: keys with other values.
+        find_folder: from a name to a folder.
+
+    Raises:
+        ModelError: when there is no config.json, or it is not JSON.
+    """
+    folder, given, what = None, None, "config"
+    if isinstance(config, (str, Path)):
+        what, path = str(config), Path(config).expanduser()
+        file = path if path.is_file() else (path if path.is_dir() else find_folder(str(config))) / CONFIG
+        folder, values = file.parent, _read(file)
+    elif isinstance(config, Mapping):
+        values = dict(config)
+    else:
+        given, what, values = config, type(config).__name__, values_of(config)
+    changes = {key: str(value).removeprefix("torch.") if key == "dtype" else value for key, value in overrides.items()}
+    return Description({**values, **changes}, values, changes, given, folder, what)
+
+
+def values_of(config: Any) -> dict[str, Any]:
+    """A config as a mapping: a mapping, a dataclass, or an object with `to_dict` or attributes.
+
+    Raises:
+        ModelError: for anything else.
+    """
+    if isinstance(config, Mapping):
+        return dict(config)
+    if callable(getattr(config, "to_dict", None)):
+        return dict(config.to_dict())
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        return dataclasses.asdict(config)
+    if hasattr(config, "__dict__") and not isinstance(config, (type, nn.Module)):
+        return dict(vars(config))
+    raise ModelError(
+        f"expected a config (a mapping, a config object, a folder with a {CONFIG}, or the name of a model), "
+        f"got {type(config).__name__}"
+    )
+
+
+def config_for(cls: type[nn.Module], description: Description) -> Any:
+    """What a registered class is called with.
+
+    Its `config_class` says which type; else the annotation of its first argument, when that is a dataclass, a class with
+    `from_dict`, or a dict; else it is a namespace with the keys of the config.json.
+
+    Raises:
+        ModelError: for keys that the type does not have, or lacks.
+    """
+    wanted = getattr(cls, "config_class", None) or _annotated(cls)
+    given, overrides, values = description.given, description.overrides, description.values
+    if wanted is dict:
+        return dict(values)
+    if given is not None and (wanted is None or isinstance(given, wanted)):
+        return changed(given, overrides, description.what)
+    if wanted is None:
+        _check_keys(cls, overrides, description.before, description)
+        return SimpleNamespace(**values)
+    if callable(getattr(wanted, "from_dict", None)):
+        return from_dict(wanted, description)
+    if dataclasses.is_dataclass(wanted):
+        known = {each.name for each in dataclasses.fields(wanted) if each.init}
+        _check_keys(cls, [key for key in values if key not in _ABOUT], known, description)
+        values = {key: value for key, value in values.items() if key in known}
+    try:
+        return wanted(**values)
+    except TypeError as error:
+        raise ModelError(f"{description.what}: {wanted.__name__}, the config of {cls.__name__}, says {error}") from error
+
+
+def changed(config: Any, overrides: Mapping[str, Any], what: str) -> Any:
+    """A copy of a config object with other values.
+
+    Raises:
+        ModelError: for keys that it does not have.
+    """
+    copied = copy.deepcopy(config)
+    for key, value in overrides.items():
+        try:
+            setattr(copied, _attribute(copied, key, what), value)
+        except dataclasses.FrozenInstanceError:
+            object.__setattr__(copied, key, value)
+    return copied
+
+
+def from_dict(config_class: Any, description: Description) -> Any:
+    """A config by its class's own `from_dict`.
+
+    Raises:
+        ModelError: when it does not take the values, or for overrides of what it does not have.
+    """
+    overrides = description.overrides
+    try:
+        made = config_class.from_dict(dict(description.values))
+    except Exception as error:
+        raise ModelError(f"{description.what}: {config_class.__name__}: {type(error).__name__}: {error}") from error
+    plain = made
+    with suppress(Exception):  # without the overrides it may lack what it needs
+        plain = config_class.from_dict(dict(description.before))
+    for key in overrides:
+        _attribute(plain, key, description.what)
+    return made
+
+
+def _attribute(config: Any, key: str, what: str) -> str:
+    """Under which name a config holds a key; transformers' hold some behind an underscore."""
+    name = next((each for each in (key, "_" + key) if hasattr(config, each)), key if key in _ABOUT else None)
+    if name is None:
+        raise ModelError(f"{what}: {type(config).__name__} has no {key!r}; {one_of(key, sorted(values_of(config)))}")
+    return name
+
+
+def _check_keys(cls: type, keys: Any, known: Any, description: Description) -> None:
+    for key in keys:
+        if key not in known and key not in _ABOUT:
+            raise ModelError(
+                f"{description.what}: the config of {cls.__name__} has no {key!r}; {one_of(key, sorted(known))}"
+            )
+
+
+def _annotated(cls: type[nn.Module]) -> Any:
+    """The type that the first argument of `__init__` is annotated with, when it is one of configs."""
+    arguments = [name for name in inspect.signature(cls.__init__).parameters if name != "self"]
+    try:
+        found = typing.get_type_hints(cls.__init__).get(arguments[0]) if arguments else None
+    except NameError:  # an annotation that only a type checker can follow
+        return None
+    origin = typing.get_origin(found) or found
+    if origin in (dict, Mapping):
+        return dict
+    is_config = isinstance(found, type) and (dataclasses.is_dataclass(found) or callable(getattr(found, "from_dict", None)))
+    return found if is_config else None
+
+
+def _read(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        found = ", ".join(sorted(each.name for each in file.parent.iterdir())[:12]) if file.parent.is_dir() else ""
+        raise ModelError(f"there is no {file}; {file.parent} has {found or 'nothing'}")
+    try:
+        values = json.loads(file.read_text())
+    except ValueError as error:
+        raise ModelError(f"{file} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ModelError(f"{file}: expected an object with keys, got {type(values).__name__}")
+    return values

@@ -1,0 +1,43 @@
+"""Folders of models that are named as on the Hugging Face hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from autofunc.errors import ModelError, one_of
+
+CONFIGS = ("*.json", "*.py")
+WEIGHTS = (*CONFIGS, "*.safetensors")
+
+
+def folder_of(name: str, patterns: tuple[str, ...], revision: str | None = None) -> Path:
+    """Where the files of a model are: in the local cache, after a download when that is allowed (HF_HUB_OFFLINE).
+
+    Args:
+        name: `organisation/model`, as on the hub.
+        patterns: of the files that are needed.
+        revision: a branch, tag or commit.
+
+    Raises:
+        ModelError: when it is neither a folder nor a model that can be had.
+    """
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
+    except Exception as error:  # offline, no such name, no access: each is an error of its own
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
+        raise ModelError(
+            f"{name!r} is neither a folder nor a model in the Hugging Face cache, and cannot be downloaded "
+            f"({type(error).__name__}: {reason}); cached models: {one_of(name, _cached())}"
+        ) from error
+
+
+def _cached() -> list[str]:
+    from huggingface_hub import scan_cache_dir
+    from huggingface_hub.errors import CacheNotFound
+
+    try:
+        return sorted(repo.repo_id for repo in scan_cache_dir().repos if repo.repo_type == "model")
+    except CacheNotFound:
+        return []

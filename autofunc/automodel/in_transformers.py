@@ -1,0 +1,175 @@
+"""The models of `transformers`: their classes, configs, and weights that only they know how to read."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from autofunc.automodel.description import Description, changed, from_dict
+from autofunc.errors import ModelError, one_of
+
+
+def find_class(name: str) -> Any:
+    """The model class of transformers with this name, or None."""
+    import transformers  # takes seconds to import
+
+    found = getattr(transformers, name, None)
+    return found if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel) else None
+
+
+def is_model(module: nn.Module) -> bool:
+    """Whether a module is of a class of transformers, or derived from one."""
+    transformers = sys.modules.get("transformers")  # such a module has imported it
+    return transformers is not None and isinstance(module, transformers.PreTrainedModel)
+
+
+def set_dtype(config: Any, dtype: torch.dtype | None) -> None:
+    """Say in a config of transformers, and in those inside it, what dtype the model is built in."""
+    for part in (config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", ()))):
+        if part is not None and dtype is not None:
+            part.dtype = dtype
+
+
+def class_and_config(description: Description, *, trust_remote_code: bool) -> tuple[Any, Any]:
+    """The class that transformers has for a model, and its config.
+
+    It is the one that `architectures` names; without that, the one for causal language models of its `model_type`.
+
+    Args:
+        description: of the model.
+        trust_remote_code: whether code that lies beside the config.json may be run.
+
+    Raises:
+        ModelError: when there is none.
+    """
+    import transformers
+
+    values, what = description.values, description.what
+    if values.get("quantization_config"):
+        raise ModelError(f"{what} is quantized (quantization_config), which cannot be trained; take unquantized weights")
+    cls = find_class(description.architecture) if description.architecture else None
+    if cls is None and description.folder is not None and values.get("auto_map"):
+        if not trust_remote_code:
+            raise ModelError(
+                f"{what} brings its own code ({', '.join(values['auto_map'].values())}); read it, then pass "
+                "trust_remote_code=True to run it"
+            )
+        return _remote(description)
+    if isinstance(description.given, transformers.PreTrainedConfig):
+        config = changed(description.given, description.overrides, what)
+    else:
+        config_class = cls.config_class if cls is not None else _config_class(description)
+        config = from_dict(config_class, description)
+    if cls is None:
+        causal = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+        if description.architecture is not None or type(config) not in causal:
+            raise unknown(description)
+        cls = causal[type(config)]
+        cls = cls[0] if isinstance(cls, (list, tuple)) else cls
+    return cls, config
+
+
+def unknown(description: Description) -> ModelError:
+    """The error for a model that nobody can build."""
+    import transformers
+
+    from autofunc.automodel.registry import known_architectures
+
+    named, model_type = description.architecture, description.model_type
+    if named is None and model_type is None:
+        return ModelError(
+            f"{description.what} says neither architectures nor model_type, so its class is not known; add "
+            '"architectures": ["MyCustomForCausalLM"]'
+        )
+    registered = known_architectures()
+    listed = f"registered are {', '.join(registered)}" if registered else "none are registered"
+    given = f"architecture {named!r}" if named is not None else f"model_type {model_type!r}"
+    near = one_of(named or model_type, _nearby(named))
+    return ModelError(
+        f"{description.what}: there is no {given}: {listed} (af.register_modeling_path registers your own), and of those "
+        f"of transformers {transformers.__version__}: {near}"
+    )
+
+
+def _nearby(architecture: str | None) -> list[str]:
+    import transformers
+
+    if architecture is None:
+        return list(transformers.CONFIG_MAPPING.keys())
+    return [name for name in dir(transformers) if "For" in name and name[0].isupper() and not name.startswith("Auto")]
+
+
+def _config_class(description: Description) -> Any:
+    import transformers
+
+    if description.model_type not in transformers.CONFIG_MAPPING:
+        raise unknown(description)
+    return transformers.CONFIG_MAPPING[description.model_type]
+
+
+def _remote(description: Description) -> tuple[Any, Any]:
+    """A class and a config whose code lies beside the config.json."""
+    import transformers
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    folder, places = str(description.folder), dict(description.values["auto_map"])
+    named = [place for place in places.values() if str(place).rpartition(".")[2] == description.architecture]
+    place = named[0] if named else places.get("AutoModelForCausalLM") or places.get("AutoModel")
+    if place is None:
+        raise ModelError(f"{description.what}: auto_map has no class {description.architecture!r}; {one_of('', places)}")
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    return get_class_from_dynamic_module(str(place), folder), changed(config, description.overrides, description.what)
+
+
+class WholeModel:
+    """Weights that transformers converts while it loads: it loads the whole model, once in this process.
+
+    Args:
+        cls: its class.
+        folder: with its files.
+        module: the same model without values.
+        dtype: of floating-point parameters.
+        reason: why.
+    """
+
+    def __init__(self, cls: Any, folder: Path, module: nn.Module, dtype: torch.dtype, reason: str) -> None:
+        self._cls, self._folder, self._dtype = cls, folder, dtype
+        self._config: Any = module.config
+        self._names = {*module.state_dict(), *dict(module.named_parameters(remove_duplicate=False))}
+        self._values: Mapping[str, Tensor] | None = None
+        self.note: str | None = f"{folder}: every process loads the whole model to read its part of it, because {reason}"
+        warnings.warn(self.note, stacklevel=4)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """See `Weights.read`.
+
+        Raises:
+            ModelError: when transformers cannot load it, or finds weights missing or left over.
+        """
+        wanted = list(names)
+        if wanted and self._values is None:
+            self._values = self._load()
+        return {name: self._values[name] for name in wanted} if self._values is not None else {}
+
+    def _load(self) -> Mapping[str, Tensor]:
+        try:
+            model, info = self._cls.from_pretrained(
+                self._folder, config=self._config, dtype=self._dtype, output_loading_info=True, local_files_only=True
+            )
+        except Exception as error:
+            raise ModelError(f"{self._folder}: transformers cannot load it: {type(error).__name__}: {error}") from error
+        for what, names in info.items():
+            if names:
+                listed = ", ".join(sorted(map(str, names))[:5])
+                raise ModelError(f"{self._folder} does not fit {self._cls.__name__}: {what.replace('_', ' ')}: {listed}")
+        values: dict[str, Tensor] = {**model.state_dict(), **dict(model.named_parameters(remove_duplicate=False))}
+        return {name: leaf.detach() for name, leaf in values.items() if isinstance(leaf, Tensor)}

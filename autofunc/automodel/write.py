@@ -1,0 +1,152 @@
+"""Write trained parameters as a folder that `from_pretrained` loads, here and in transformers."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from autofunc import tree
+from autofunc.automodel.description import CONFIG, values_of
+from autofunc.automodel.in_transformers import is_model
+from autofunc.automodel.registry import ARCHITECTURES, model_type_of
+from autofunc.captured import CapturedModel
+from autofunc.captured.module import ModuleSource, source_of
+from autofunc.captured.pretrained import INDEX, SINGLE, Pretrained, StoredTensors
+from autofunc.errors import ModelError, one_of
+
+
+def write_pretrained(
+    model: CapturedModel | Pretrained | nn.Module,
+    params: tree.Nested | str | Path,
+    folder: str | Path,
+    *,
+    max_shard_size: int | str = "5GB",
+) -> Path:
+    """Write a folder with config.json and the weights, each bit as it is in `params`.
+
+    A model of transformers is written by its own `save_pretrained`: tied parameters once, its generation config, and
+    weights in the form in which its checkpoints store them. Any other module needs a `config` attribute; its folder is for
+    `af.AutoModel.from_pretrained`, once its class is registered. The module stays as it is.
+
+    Args:
+        model: what the parameters are of; its module may be on the meta device.
+        params: a full tree of parameters, on any device, nested or flat (canonical path -> tensor); or a file that
+            training wrote (model.safetensors).
+        folder: made when it is not there; weights of an earlier export in it are replaced.
+        max_shard_size: of one file, in bytes or as "5GB"; larger weights are written as several files.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ModelError: for parameters that are missing, unknown or of another shape, and for a config that is none.
+    """
+    source = source_of(model)
+    filled = _filled(source, _full_tree(source, params))
+    folder = Path(folder).expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    _remove_weights(folder)
+    if is_model(filled):
+        filled.save_pretrained(folder, max_shard_size=max_shard_size)
+    else:
+        _write(filled, folder, max_shard_size)
+    return folder
+
+
+def _full_tree(source: ModuleSource, params: tree.Nested | str | Path) -> dict[str, Tensor]:
+    """All parameters of a module by canonical path; what no layer uses has the value it has in the module or its files."""
+    if isinstance(params, (str, Path)):
+        stored = StoredTensors(params)
+        flat: dict[str, Tensor] = stored.read(stored.shapes)
+    else:
+        flat = tree.flatten(params)
+    expected = source.parameters
+    extra = [name for name in flat if name not in expected]
+    if extra:
+        raise ModelError(f"{source.what} has no parameter {extra[0]!r}; {one_of(extra[0], expected)}")
+    missing = [name for name in expected if name not in flat]
+    unknown = [name for name in missing if not source.has_value(name)]
+    if unknown:
+        raise ModelError(
+            f"params have no {unknown[0]!r}, one of {len(unknown)} parameters of {source.what} that are missing; give the "
+            f"full tree, of all stages (pipe.gather); {one_of(unknown[0], flat)}"
+        )
+    for name, leaf in flat.items():
+        if leaf.shape != expected[name].shape:
+            raise ModelError(f"{name!r} is {tuple(leaf.shape)}, but in {source.what} {tuple(expected[name].shape)}")
+    flat = {**flat, **source.weights(missing, 0, torch.device("cpu"), None)}
+    return {name: flat[name].detach().cpu().contiguous() for name in expected}
+
+
+def _filled(source: ModuleSource, values: dict[str, Tensor]) -> Any:
+    """A copy of a module that holds these tensors; they are not copied."""
+    module = source.module
+    memo: dict[int, Any] = {
+        id(leaf): nn.Parameter(values[name], requires_grad=values[name].is_floating_point())
+        for name, leaf in module.named_parameters()
+    }
+    for name, buffer in module.named_buffers():
+        if name in module.state_dict(keep_vars=True):
+            memo[id(buffer)] = source.buffer(name).cpu()
+    try:
+        return copy.deepcopy(module, memo)
+    except Exception as error:
+        raise ModelError(f"{source.what} cannot be copied to be written: {type(error).__name__}: {error}") from error
+
+
+def _write(module: nn.Module, folder: Path, max_shard_size: int | str) -> None:
+    """A module that does not write itself: each parameter once, under its canonical name."""
+    from huggingface_hub import split_torch_state_dict_into_shards
+    from safetensors.torch import save_file
+
+    config = _config_values(module)
+    state = module.state_dict(keep_vars=True)
+    first = {id(leaf): name for name, leaf in module.named_parameters()}
+    # a parameter may share memory with another without being it: a file holds each by itself
+    leaves = {
+        name: leaf.detach().clone() for name, leaf in state.items()
+        if isinstance(leaf, Tensor) and first.get(id(leaf), name) == name
+    }  # fmt: skip
+    floats = [leaf.dtype for leaf in leaves.values() if leaf.is_floating_point()]
+    if floats:
+        config["dtype"] = str(floats[0]).removeprefix("torch.")
+    (folder / CONFIG).write_text(_as_json(config, type(module).__name__))
+    split = split_torch_state_dict_into_shards(leaves, max_shard_size=max_shard_size)
+    for file, names in split.filename_to_tensors.items():
+        save_file({name: leaves[name] for name in names}, folder / file, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def _config_values(module: nn.Module) -> dict[str, Any]:
+    cls = type(module)
+    config = getattr(module, "config", None)
+    if config is None:
+        raise ModelError(
+            f"{cls.__name__} has no config attribute, without which it could not be built again; set self.config (a "
+            "dataclass, a dict, or an object with attributes) in __init__"
+        )
+    values = values_of(config)
+    name = ARCHITECTURES.name_of(cls) or cls.__name__
+    values.pop("torch_dtype", None)
+    return {**values, "architectures": [name], "model_type": values.get("model_type") or model_type_of(name)}
+
+
+def _as_json(config: dict[str, Any], what: str) -> str:
+    for key, value in config.items():
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError) as error:
+            raise ModelError(f"the config of {what} cannot be written as JSON: {key!r} is {value!r}: {error}") from error
+    return json.dumps(config, indent=2, sort_keys=True) + "\n"
+
+
+def _remove_weights(folder: Path) -> None:
+    for file in [folder / SINGLE, folder / INDEX, *folder.glob("model-*-of-*.safetensors")]:
+        file.unlink(missing_ok=True)

@@ -1,0 +1,36 @@
+"""Build a module without memory for its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+
+class _EmptyOnMeta(TorchFunctionMode):
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Sequence[type], args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.empty and kwargs.get("device") is None:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def empty_weights() -> Iterator[None]:
+    """Inside, what `torch.empty` makes, as modules do for their weights, lies on the meta device.
+
+    Other tensors are real: tables that are computed once and kept as buffers stay as they are. Under
+    `torch.device("meta")` those would be lost.
+
+    Example:
+        with af.empty_weights():
+            module = LlamaForCausalLM(config)  # 8 billion parameters, no memory
+        model = af.from_module(module, {"input_ids": ids})
+    """
+    with _EmptyOnMeta():
+        yield

@@ -1,0 +1,249 @@
+"""Weights in safetensors files, by the names that a module has for them. A tensor is read when it is asked for."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from autofunc.errors import ModelError, one_of
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+"""What files with weights are called in a folder."""
+
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+class Weights(Protocol):
+    """Stored values of a module's parameters and buffers."""
+
+    @property
+    def note(self) -> str | None:
+        """What is unusual about how they are read."""
+        ...
+
+    def __contains__(self, name: object) -> bool: ...
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Values on the CPU, by the module's names; they may be views of files."""
+        ...
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A module without values, and where its values are stored; `af.from_module` takes it like a module."""
+
+    module: nn.Module
+    weights: Weights
+    trainable: tuple[str, ...] | None = None  # patterns of the parameters that get gradients; None: see `af.from_module`
+
+
+class ConvertedForm(ModelError):
+    """The file stores weights in another form than the module has, so that names alone do not find them."""
+
+
+class StoredTensors:
+    """The tensors of a `.safetensors` file, or of all files of a folder, by their stored names; only headers are read.
+
+    Args:
+        path: a file, or a folder with `model.safetensors` or with `model.safetensors.index.json` and its shards.
+
+    Raises:
+        ModelError: when it is missing, is no such file, or lacks a shard.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path).expanduser()
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, torch.dtype | None] = {}  # of floating-point ones, else None
+        self.by_transformers = False
+        self._files: dict[str, Path] = {}
+        for file, wanted in _files_of(self.path).items():
+            with _opened(file) as stored:
+                self.by_transformers |= (stored.metadata() or {}).get("format") == "pt"
+                known = set(stored.keys())
+                lacking = sorted((wanted or set()) - known)
+                if lacking:
+                    raise ModelError(f"{file} has no {lacking[0]!r}, which {INDEX} says it has")
+                for name in sorted(known if wanted is None else wanted):
+                    header = stored.get_slice(name)
+                    self._files[name] = file
+                    self.shapes[name] = tuple(header.get_shape())
+                    self.dtypes[name] = _DTYPES.get(header.get_dtype())
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """The tensors with these stored names, and no others."""
+        by_file: dict[Path, list[str]] = {}
+        for name in names:
+            by_file.setdefault(self._files[name], []).append(name)
+        found: dict[str, Tensor] = {}
+        for file, inside in by_file.items():
+            with _opened(file) as stored:
+                found.update({name: stored.get_tensor(name) for name in inside})
+        return found
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The first floating-point dtype in it."""
+        return next((dtype for dtype in self.dtypes.values() if dtype is not None), None)
+
+
+class SafetensorsWeights:
+    """Weights of a module in safetensors files, found by name.
+
+    A stored name may be any of a parameter's names, may have or lack the module's `base_model_prefix`, or may be one that
+    transformers knows for it. Persistent buffers are found too.
+
+    Args:
+        stored: the files, or their path (see `StoredTensors`).
+        module: whose names and shapes count; it may be on the meta device.
+
+    Raises:
+        ConvertedForm: when transformers would compute weights from what is stored.
+        ModelError: for a stored tensor that the module has no place for, or that has another shape.
+    """
+
+    note: str | None = None
+
+    def __init__(self, stored: StoredTensors | str | Path, module: nn.Module) -> None:
+        self._tensors = stored if isinstance(stored, StoredTensors) else StoredTensors(stored)
+        self._what = f"{self._tensors.path} does not fit {type(module).__name__}"
+        parameters = dict(module.named_parameters())
+        first = {id(leaf): name for name, leaf in [*parameters.items(), *module.named_buffers()]}
+        state = {**module.state_dict(keep_vars=True), **dict(module.named_parameters(remove_duplicate=False))}
+        leaves = {name: leaf for name, leaf in state.items() if isinstance(leaf, Tensor)}
+        self._canonical = {name: first.get(id(leaf), name) for name, leaf in leaves.items()}
+        self._optional = _patterns(module, "_keys_to_ignore_on_load_missing")
+        self._stored: dict[str, list[str]] = {}
+        wrong, extra = [], []
+        for name, own in _own_names(self._tensors, module, leaves).items():
+            if own is None:
+                extra.append(name)
+            elif self._tensors.shapes[name] != tuple(leaves[own].shape):
+                wrong.append(f"{name!r} is {self._tensors.shapes[name]}, not {tuple(leaves[own].shape)}")
+            else:
+                self._stored.setdefault(self._canonical[own], []).append(name)
+        if extra:
+            places = [name for name in parameters if name not in self._stored] or parameters
+            near = one_of(extra[0], places)
+            raise ModelError(f"{self._what}: the module has no place for {_listed(extra)}; {near}")
+        if wrong:
+            raise ModelError(f"{self._what}: {_listed(wrong)}. Are the sizes in its config those of these weights?")
+
+    def __contains__(self, name: object) -> bool:
+        return self._canonical.get(str(name)) in self._stored
+
+    def check(self, names: Iterable[str]) -> None:
+        """Refuse parameters that are not stored.
+
+        Raises:
+            ModelError: naming them.
+        """
+        missing = [name for name in names if name not in self and not any(each.search(name) for each in self._optional)]
+        if missing:
+            near = one_of(missing[0], self._tensors.shapes)
+            raise ModelError(f"{self._what}: it has no {_listed(missing)}; {near}")
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """See `Weights.read`.
+
+        Raises:
+            ModelError: when a tied parameter is stored under several names with different values.
+        """
+        copies = {name: self._stored[self._canonical[name]] for name in names}
+        values = self._tensors.read(dict.fromkeys(each for several in copies.values() for each in several))
+        for name, (one, *others) in copies.items():
+            for other in others:
+                if not torch.equal(values[one], values[other]):
+                    raise ModelError(
+                        f"{self._tensors.path}: {one!r} and {other!r} have different values, but in the module they are "
+                        f"one parameter ({name!r}); untie them in its config (tie_word_embeddings: false)"
+                    )
+        return {name: values[several[0]] for name, several in copies.items()}
+
+
+def _own_names(stored: StoredTensors, module: nn.Module, leaves: Mapping[str, Tensor]) -> dict[str, str | None]:
+    """For each stored name the module's; None where it has none. What may be left over is left out."""
+    ignored = _patterns(module, "_keys_to_ignore_on_load_unexpected")
+    temporary = {name for name, _ in module.named_buffers(remove_duplicate=False)} - leaves.keys()
+    renamed = _names_in_transformers(stored, module, leaves)
+    prefix = str(getattr(module, "base_model_prefix", "") or "")
+    found: dict[str, str | None] = {}
+    for name in stored.shapes:
+        given = renamed.get(name, name)
+        tried = [given, given.removeprefix(prefix + "."), f"{prefix}.{given}"] if prefix else [given]
+        own = next((each for each in tried if each in leaves), None)
+        # older versions stored buffers that are computed now
+        if own is not None or not (temporary.intersection(tried) or any(each.search(given) for each in ignored)):
+            found[name] = own
+    return found
+
+
+def _names_in_transformers(stored: StoredTensors, module: nn.Module, leaves: Mapping[str, Tensor]) -> dict[str, str]:
+    """The names that transformers gives what it stored, while it loads it into one of its own models."""
+    transformers = sys.modules.get("transformers")  # a module of its classes has imported it
+    if transformers is None or not isinstance(module, transformers.PreTrainedModel) or not stored.by_transformers:
+        return {}
+    try:
+        # internals of transformers (tried with 5.23); without them it has to load the model itself
+        from transformers import conversion_mapping, core_model_loading
+
+        rules = conversion_mapping.get_model_conversion_mapping(module)
+        renamings = [rule for rule in rules if isinstance(rule, core_model_loading.WeightRenaming)]
+        converters = [rule for rule in rules if isinstance(rule, core_model_loading.WeightConverter)]
+        found = {name: core_model_loading.rename_source_key(name, renamings, converters) for name in stored.shapes}
+    except Exception as error:
+        raise ConvertedForm(f"transformers does not say how it loads {type(module).__name__}: {error}") from error
+    converted = [name for name, (own, rule) in found.items() if rule is not None and (own in leaves or name not in leaves)]
+    if converted:
+        raise ConvertedForm(
+            f"{stored.path} stores {type(module).__name__} in another form than it has in memory ({converted[0]!r} and "
+            f"{len(converted) - 1} more are converted while loading); load it with af.AutoModel.from_pretrained"
+        )
+    return {name: own for name, (own, _) in found.items() if own in leaves or name not in leaves}
+
+
+def _files_of(path: Path) -> dict[Path, set[str] | None]:
+    """File -> the names in it that count; None: all."""
+    if path.is_file() and path.suffix == ".safetensors":
+        return {path: None}
+    if (path / SINGLE).is_file():
+        return {path / SINGLE: None}
+    if (path / INDEX).is_file():
+        try:
+            files: dict[Path, set[str]] = {}
+            for name, file in json.loads((path / INDEX).read_text())["weight_map"].items():
+                files.setdefault(path / file, set()).add(name)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ModelError(f"{path / INDEX} is not an index of shards: {type(error).__name__}: {error}") from error
+        lacking = [file.name for file in files if not file.is_file()]
+        if lacking:
+            raise ModelError(f"{path / INDEX} names {lacking[0]}, which is not there")
+        return dict(files)
+    if path.is_dir():
+        found = ", ".join(sorted(each.name for each in path.iterdir())[:12]) or "nothing"
+        raise ModelError(f"{path} has neither {SINGLE} nor {INDEX}; it has {found}")
+    raise ModelError(f"no weights at {path}: expected a .safetensors file, or a folder with {SINGLE} or {INDEX}")
+
+
+def _opened(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt")
+    except Exception as error:
+        raise ModelError(f"{file} is not a safetensors file: {error}") from error
+
+
+def _patterns(module: nn.Module, attribute: str) -> list[re.Pattern[str]]:
+    return [re.compile(pattern) for pattern in getattr(module, attribute, None) or ()]
+
+
+def _listed(items: Sequence[str]) -> str:
+    return ", ".join(items[:5]) + (f" and {len(items) - 5} more" if len(items) > 5 else "")

@@ -1,0 +1,58 @@
+"""P1: the module can be captured and cut, the same way each time; where, and what crosses there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from autofunc.checks.report import Verdict
+from autofunc.checks.subject import Subject
+from autofunc.errors import AutofuncError
+from autofunc.model import Model
+from autofunc.splitting import infer_boundaries, split
+
+
+def check_cuts(subject: Subject) -> list[Verdict]:
+    """See above."""
+    if subject.first.draws:
+        drawn = " and ".join(subject.first.draws)
+        text = f"forward draws from {drawn}, so that calls differ in what they run; draw before, and pass it in the batch"
+        return [Verdict("P1", "fail", text, subject.where)]
+    model, problem = subject.captured
+    if model is None:
+        return [Verdict("P1", "fail", problem, subject.where)]
+    try:
+        points = _points(subject, model)
+    except AutofuncError as error:
+        return [Verdict("P1", "fail", str(error), subject.where)]
+    if not points:
+        refused = [f"{name!r} {why}" for name, why in model.places.refused.items()]
+        reason = f": {'; '.join(refused[:3])}" if refused else ""
+        text = f"no place at which a second stage could begin{reason}. It takes two parts with weights, one after the other"
+        return [Verdict("P1", "fail", text, subject.where)]
+    least = min(points, key=lambda point: int(point["bytes"]))
+    text = (
+        f"can be cut at {len(points)} places; least crosses at {least['names'][0]!r}: {least['bytes']:,} bytes for "
+        f"{subject.rows} rows"
+    )
+    return [Verdict("P1", "pass", text, data={"split_points": points})]
+
+
+def _points(subject: Subject, model: Model) -> list[dict[str, Any]]:
+    """One entry for each place after the first, in the order in which they run."""
+    start, layers = model.places.start, set(model.layers)
+    first = min(start.values(), default=0)
+    named: dict[int, list[str]] = {}
+    for name in sorted(start, key=lambda name: (start[name], name not in layers)):  # a layer's name first
+        named.setdefault(start[name], []).append(name)
+    named.pop(first, None)
+    if not named:
+        return []
+    stages = split(model, [names[0] for names in named.values()])
+    boundaries = infer_boundaries(stages, subject.params, subject.batch, with_loss=False)
+    return [
+        {
+            "names": names, "layer": names[0] in layers,
+            "values": len(boundary.values), "bytes": boundary.num_bytes,
+        }
+        for names, boundary in zip(named.values(), boundaries.stages, strict=False)
+    ]  # fmt: skip

@@ -1,0 +1,55 @@
+"""P5: each part can be initialised by itself, so that the module can be built without memory, a layer at a time."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from autofunc.captured.initial import initial_weights
+from autofunc.checks.report import Verdict, where
+from autofunc.checks.subject import Subject
+from autofunc.errors import ModelError
+
+
+def check_empty_build(subject: Subject) -> list[Verdict]:
+    """See above."""
+    if subject.module is None:
+        return [Verdict("P5", "pass", "layers make their parameters themselves, one by one")]
+    try:
+        empty = _without_memory(subject)
+    except Exception as error:  # its parts say how they are copied
+        text = f"cannot be copied to the meta device ({type(error).__name__}: {error})"
+        return [Verdict("P5", "warn", text, subject.where)]
+    missing: dict[type, list[str]] = {}
+    reasons: dict[type, str] = {}
+    for path in dict(empty.named_parameters()):
+        owner, _, name = path.rpartition(".")
+        cls = type(empty.get_submodule(owner))
+        try:
+            initial_weights(empty, [path], 0)
+        except ModelError:
+            missing.setdefault(cls, []).append(path)
+            reasons[cls] = f"has no reset_parameters, nor a module above it an _init_weights, that fills {name!r}"
+        except Exception as error:  # the user's initialisers may raise anything
+            missing.setdefault(cls, []).append(path)
+            reasons[cls] = f"has an initialiser that raises {type(error).__name__}: {error}"
+    found = []
+    for cls, paths in missing.items():
+        text = f"{cls.__name__} {reasons[cls]} ({len(paths)} parameters), so its weights must be real or come from a file"
+        found.append(Verdict("P5", "warn", text, where(cls, paths[0].rpartition(".")[0])))
+    return found or [Verdict("P5", "pass", "every parameter can be made by itself from the meta device")]
+
+
+def _without_memory(subject: Subject) -> nn.Module:
+    """A copy of the module whose tensors are on the meta device; nothing is allocated for it."""
+    assert subject.module is not None and subject.snapshot is not None
+    memo = {id(tensor): _empty(tensor) for tensor in [*subject.snapshot.tensors, *subject.module.buffers()]}
+    copied: nn.Module = copy.deepcopy(subject.module, memo)
+    return copied
+
+
+def _empty(tensor: Tensor) -> Tensor:
+    made = torch.empty_like(tensor, device="meta", requires_grad=False)
+    return nn.Parameter(made, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made

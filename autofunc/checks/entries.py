@@ -1,0 +1,39 @@
+"""P4: which entries of the batch are cut into microbatches, and which go to all of them whole."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any
+
+from torch import Tensor
+
+from autofunc import tree
+from autofunc.checks.report import Verdict
+from autofunc.checks.subject import Subject
+
+
+def check_entries(subject: Subject) -> list[Verdict]:
+    """See above."""
+    found = []
+    for name, value in subject.batch.items():
+        if name == "key":
+            continue
+        for path, leaf in zip(tree.leaf_names(value, str(name)), tree.leaves_and_spec(value)[0], strict=True):
+            found += _entry(subject, str(name), path, leaf)
+    return found or [Verdict("P4", "pass", f"every tensor of the batch has its {subject.rows} rows in dim 0")]
+
+
+def _entry(subject: Subject, name: str, path: str, leaf: Any) -> list[Verdict]:
+    if not isinstance(leaf, Tensor):
+        if isinstance(leaf, Hashable):
+            return []  # a setting, the same for all rows
+        text = f"{path!r} is a {type(leaf).__name__}; expected a tensor (torch.from_numpy) or a plain value"
+        return [Verdict("P4", "fail", text)]
+    if leaf.dim() > 0 and leaf.shape[0] == subject.rows:
+        return []
+    dims = [dim for dim, size in enumerate(leaf.shape) if size == subject.rows]
+    advice = f"; if dim {dims[0]} is that of the rows, say batch_dims={{{name!r}: {dims[0]}}}" if dims else ""
+    text = (
+        f"{path!r} of shape {tuple(leaf.shape)} goes whole to every microbatch, for its dim 0 is not {subject.rows}{advice}"
+    )
+    return [Verdict("P4", "warn", text)]

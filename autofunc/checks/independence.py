@@ -1,0 +1,63 @@
+"""P3: a batch gives what its microbatches give, put together: rows do not depend on one another."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from autofunc import tree
+from autofunc.checks.pieces import close, compared, first_coupled, loss_kind, run_pieces
+from autofunc.checks.report import Verdict
+from autofunc.checks.still import WithoutDropout
+from autofunc.checks.subject import ForwardError, Subject
+
+_LOSS = ("output", "output.loss")
+
+
+def check_independence(subject: Subject) -> list[Verdict]:
+    """See above."""
+    if len(subject.parts()) < 2:
+        return [Verdict("P3", "skip", f"takes a batch that can be cut into microbatches, this one has {subject.rows} rows")]
+    if _draws(subject):
+        return [Verdict("P3", "skip", "forward draws random numbers that are no dropout, so runs cannot be compared")]
+    try:
+        pieces = run_pieces(subject, subject.batch)
+    except ForwardError as error:
+        text = f"runs on the batch of {subject.rows} rows, but not on a part of it: {error}"
+        return [Verdict("P3", "fail", text, subject.where)]
+    found = compared(pieces.whole.outputs, [part.outputs for part in pieces.parts])
+    rest = {name: how for name, how in found.items() if not (name in _LOSS and how in ("reduced", "same", "other"))}
+    differs = [name for name, how in rest.items() if how == "differs"]
+    if differs:
+        return [_coupled(subject, f"{', '.join(differs[:4])} of a row depends on the other rows of its batch")]
+    if loss_kind(pieces) == "coupled":
+        if "rows" not in rest.values():
+            return [_coupled(subject, "the loss of the batch is not that of its microbatches, put together")]
+        text = (
+            "the loss depends on which rows are in a microbatch together, though the other outputs do not; one that "
+            "compares rows with each other becomes another loss, an auxiliary one (load balancing) is taken over each "
+            "microbatch"
+        )
+        return [Verdict("P3", "warn", text, subject.where)]
+    whole = [name for name, how in rest.items() if how == "other"]
+    if whole:
+        text = f"{', '.join(whole[:4])} has no rows and depends on which rows are in a microbatch together"
+        return [Verdict("P3", "warn", text, subject.where)]
+    return [Verdict("P3", "pass", f"the batch and its {len(pieces.parts)} microbatches give the same")]
+
+
+def _coupled(subject: Subject, text: str) -> Verdict:
+    """The verdict, at the first module from which rows depend on each other."""
+    module = first_coupled(subject) if subject.module is not None else None
+    at = subject.where_of(module) if module else subject.where
+    advice = "normalise or compare within a row, not over dim 0"
+    return Verdict("P3", "fail", f"{text}; {advice}", at)
+
+
+def _draws(subject: Subject) -> bool:
+    """Whether other seeds give other outputs, without dropout."""
+    runs = []
+    for seed in (0, 1):
+        runs.append(subject.run(subject.batch, seed=seed, mode=WithoutDropout()))
+        subject.restore()
+    leaves = [[leaf for leaf in tree.leaves_and_spec(run)[0] if isinstance(leaf, Tensor)] for run in runs]
+    return len(leaves[0]) != len(leaves[1]) or not all(map(close, *leaves))

@@ -1,0 +1,143 @@
+"""C4: one forward leaves nothing behind for the next.
+
+Several microbatches are on their way at a time, and a layer may run again when its gradient is needed: whatever one call
+keeps in the module, another finds there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from autofunc import tree
+from autofunc.checks.pieces import close
+from autofunc.checks.report import Verdict, where
+from autofunc.checks.state import Change
+from autofunc.checks.subject import ForwardError, Subject
+
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+def check_kept(subject: Subject) -> list[Verdict]:
+    """See above."""
+    if subject.module is None:
+        return [Verdict("C4", "skip", "layers are functions, and keep nothing")]
+    changes = [change for change in subject.first.changes if change.kind != "parameter"]
+    kept = [change for change in changes if change.how != "noted"]
+    if kept:
+        return [_kept(subject, module, named) for module, named in _by_class(subject, kept).items()]
+    for problem in (_runs_differ, _order_matters, _checkpoints_differ):
+        try:
+            text, at = problem(subject)
+        except (RuntimeError, ForwardError) as error:
+            text, at = f"{_WHAT[problem]}: {str(error).strip().splitlines()[0]}", ""
+        finally:
+            subject.restore()
+        if text:
+            return [Verdict("C4", "fail", text, subject.where_of(at))]
+    found = [_noted(subject, module, named) for module, named in _by_class(subject, changes).items()]
+    return found or [
+        Verdict("C4", "pass", "forwards leave nothing behind, may overlap, and may be run again for their gradients")
+    ]
+
+
+def _by_class(subject: Subject, changes: list[Change]) -> dict[str, list[Change]]:
+    """Changes by the first module of each class that has them."""
+    assert subject.module is not None
+    first: dict[tuple[type, str], str] = {}
+    found: dict[str, list[Change]] = {}
+    for change in changes:
+        cls = type(subject.module.get_submodule(change.module))
+        at = first.setdefault((cls, change.attribute), change.module)
+        if at == change.module:
+            found.setdefault(at, []).append(change)
+    return found
+
+
+def _kept(subject: Subject, module: str, changes: list[Change]) -> Verdict:
+    assert subject.module is not None
+    part = subject.module.get_submodule(module)
+    names = ", ".join(change.attribute for change in changes)
+    if isinstance(part, _NORMS):
+        text = (
+            f"{type(part).__name__} changes its buffers {names} in every forward, and normalises over the batch; use "
+            "nn.GroupNorm, nn.LayerNorm or nn.InstanceNorm, or eval mode to freeze its statistics"
+        )
+    elif all(change.kind == "buffer" for change in changes):
+        text = f"forward changes the buffers {names}; return what it keeps, or compute it in __init__"
+    else:
+        text = f"forward stores {names} in the module; return it, or compute it in __init__"
+    return Verdict("C4", "fail", text, where(type(part), module))
+
+
+def _noted(subject: Subject, module: str, changes: list[Change]) -> Verdict:
+    names = ", ".join(change.attribute for change in changes)
+    text = f"forward sets a plain value inside {names}, in a pipeline maybe on one rank only; set it before"
+    return Verdict("C4", "warn", text, subject.where_of(module))
+
+
+Finding = tuple[str, str]
+"""What is wrong, and the module; empty where nothing is."""
+
+
+def _runs_differ(subject: Subject) -> Finding:
+    outputs = [subject.run(subject.batch) for _ in range(2)]
+    leaves = [[leaf for leaf in tree.leaves_and_spec(each)[0] if isinstance(leaf, Tensor)] for each in outputs]
+    if len(leaves[0]) == len(leaves[1]) and all(map(close, *leaves)):
+        return "", ""
+    return "two forwards in a row, with the same random numbers, differ: something outside of the module is kept", ""
+
+
+def _order_matters(subject: Subject) -> Finding:
+    parts = (subject.parts() * 2)[:2]
+    expected = [subject.gradients(subject.run(part, seed=seed), part) for seed, part in enumerate(parts)]
+    subject.restore()
+    outputs = [subject.run(part, seed=seed) for seed, part in enumerate(parts)]
+    found = [subject.gradients(output, part) for output, part in zip(outputs, parts, strict=True)]
+    return _differing(expected, found, "gradients are others when the next microbatch's forward comes before the backward")
+
+
+def _checkpoints_differ(subject: Subject) -> Finding:
+    expected = subject.gradients(subject.run(subject.batch), subject.batch)
+    subject.restore()
+    with _checkpointed(subject):
+        found = subject.gradients(subject.run(subject.batch), subject.batch)
+    return _differing([expected], [found], "gradients are others when layers are run again for them (checkpointing)")
+
+
+_WHAT: Mapping[Callable[[Subject], Finding], str] = {
+    _runs_differ: "forward cannot run twice",
+    _order_matters: "forward cannot run for one microbatch before the backward of another",
+    _checkpoints_differ: "layers cannot be run again for their gradients (checkpointing)",
+}
+
+
+def _differing(expected: list[dict[str, Tensor]], found: list[dict[str, Tensor]], what: str) -> Finding:
+    for one, other in zip(expected, found, strict=True):
+        for name in {**one, **other}:
+            if name not in one or name not in other or not close(one[name], other[name]):
+                return f"{what}: first that of {name!r}", name.rpartition(".")[0]
+    return "", ""
+
+
+@contextmanager
+def _checkpointed(subject: Subject) -> Iterator[None]:
+    """Run layers under `torch.utils.checkpoint`; they are the same objects, with a forward of their own for a while."""
+    assert subject.module is not None
+    before: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    parts = {id(part): part for part in map(subject.module.get_submodule, subject.layers)}
+    for part in parts.values():
+        space = vars(part)
+        before.append((space, {"forward": space["forward"]} if "forward" in space else {}))
+        space["forward"] = partial(checkpoint, part.forward, use_reentrant=False)
+    try:
+        yield
+    finally:
+        for space, forward in before:
+            del space["forward"]
+            space.update(forward)

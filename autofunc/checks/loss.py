@@ -1,0 +1,132 @@
+"""C3: there is a loss, a scalar that can be learnt from, and microbatches weigh in it as they should."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autofunc.checks.pieces import LossKind, close, labels_of, loss_kind, run_pieces
+from autofunc.checks.report import Status, Verdict
+from autofunc.checks.still import WithoutDropout
+from autofunc.checks.subject import ForwardError, Subject
+from autofunc.losses import IGNORED, LossTerms, evaluate
+
+
+def check_loss(subject: Subject) -> list[Verdict]:
+    """See above."""
+
+    def verdict(status: Status, message: str) -> Verdict:
+        return Verdict("C3", status, message, subject.where)
+
+    first = subject.first
+    if first.error:
+        return [verdict("fail", f"forward does not run on this batch: {first.error}")]
+    kind = _kind(first.outputs)
+    try:
+        terms = evaluate(subject.loss, first.outputs, subject.batch)
+    except Exception as error:  # the user's loss may raise anything
+        wanted = _labels_wanted(subject) if subject.loss is None else ""
+        return [verdict("fail", f"forward returns {kind}: {error}{wanted}")]
+    if not bool(terms.sum.isfinite()):
+        return [verdict("fail", f"the loss is {float(terms.sum)}; look for a division by zero, or rows without labels")]
+    if not terms.sum.requires_grad:
+        return [verdict("fail", "the loss has no gradient: forward detaches it, or no parameter requires one")]
+    found = [verdict("warn", text) for text in (_shifts(subject, terms), _weighs(subject)) if text]
+    source = "the given loss is a scalar" if subject.loss is not None else f"forward returns {kind} with a scalar loss"
+    return found or [Verdict("C3", "pass", f"{source} that has a gradient")]
+
+
+def _kind(outputs: Any) -> str:
+    if isinstance(outputs, Tensor):
+        return f"a tensor of shape {tuple(outputs.shape)}" if outputs.dim() else "a scalar"
+    if isinstance(outputs, Mapping) or is_dataclass(outputs):
+        names = list(outputs) if isinstance(outputs, Mapping) else list(vars(outputs))
+        return f"{type(outputs).__name__} ({', '.join(map(str, names[:5]))})"
+    return f"a {type(outputs).__name__}"
+
+
+def _labels_wanted(subject: Subject) -> str:
+    """A module that would make its loss itself, given labels."""
+    if subject.module is None:
+        return ""
+    names = [name for name in ("labels", "label", "targets", "target") if name in subject.arguments]
+    return f". Forward takes {names[0]!r}, which the batch does not have" if names and names[0] not in subject.batch else ""
+
+
+def _shifts(subject: Subject, terms: LossTerms) -> str:
+    """Whether the forward shifts the labels: then the first of each row makes no difference, and the last does."""
+    labels = {name: leaf for name, leaf in labels_of(subject.batch).items() if leaf.dim() == 2 and leaf.shape[1] > 1}
+    if subject.loss is not None or len(labels) != 1:
+        return ""
+    name, leaf = next(iter(labels.items()))
+    runs = [leaf]
+    for column in (0, -1):
+        changed = leaf.clone()
+        changed[:, column] = leaf[:, column].roll(1, 0) if _varies(leaf[:, column]) else leaf.roll(1, 1)[:, column]
+        runs.append(changed)
+    losses = [_loss_of(subject, {**subject.batch, name: each}) for each in runs]
+    if any(loss is None for loss in losses):
+        return ""
+    same, first, last = (loss for loss in losses if loss is not None)
+    if not torch.equal(same, first) or torch.equal(same, last):
+        return ""
+    return (
+        f"the model shifts {name!r} itself, so they must be as long as the tokens and not shifted; af.losses.causal_lm, "
+        "and data made for it, has labels that are shifted already"
+    )
+
+
+def _varies(column: Tensor) -> bool:
+    return bool((column != column.roll(1, 0)).any())
+
+
+def _loss_of(subject: Subject, batch: Mapping[str, Any]) -> Tensor | None:
+    """The mean loss without dropout; None where it cannot be computed."""
+    try:
+        terms = subject.terms(subject.run(batch, mode=WithoutDropout()), batch)
+    except ForwardError:  # these labels may not be labels it knows
+        return None
+    finally:
+        subject.restore()
+    return None if terms is None else terms.sum.detach() / terms.weight
+
+
+def _weighs(subject: Subject) -> str:
+    """Whether the mean over microbatches is the loss of the batch, also when these have different numbers of labels."""
+    try:
+        kind = loss_kind(run_pieces(subject, subject.batch))
+    except ForwardError:  # P3 says so
+        return ""
+    if kind == "equal":
+        kind = _with_fewer_labels(subject)
+    if kind == "tokens":
+        return (
+            "the loss is a mean over labels, and the mean over microbatches weighs them all alike, however many labels "
+            "they have: not the loss of the batch when these differ. Return (sum, number of labels) from a loss, as "
+            "af.losses.causal_lm does"
+        )
+    if kind == "sum":
+        return (
+            "the loss is a sum over rows, and that of a step is the mean over microbatches: it depends on how many there "
+            "are. Return (sum, weight) from a loss, or a mean"
+        )
+    return ""
+
+
+def _with_fewer_labels(subject: Subject) -> LossKind:
+    """What becomes of the loss when one microbatch has only half of its labels."""
+    for name, leaf in labels_of(subject.batch).items():
+        if leaf.dim() < 2 or leaf.shape[0] != subject.rows:
+            continue
+        fewer = leaf.clone()
+        fewer[0, ..., leaf.shape[-1] // 2 :] = IGNORED
+        batch = {**subject.batch, name: fewer}
+        whole, plain = _loss_of(subject, batch), _loss_of(subject, subject.batch)
+        if whole is None or plain is None or not bool(whole.isfinite()) or close(whole, plain):
+            return "equal"  # -100 is no label that it leaves out
+        return loss_kind(run_pieces(subject, batch))
+    return "equal"

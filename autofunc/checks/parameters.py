@@ -1,0 +1,153 @@
+"""C1: parameters belong to the modules that use them, in a form that can be sharded.
+
+`fully_shard` gathers the parameters of a layer when the layer's forward begins and frees them when it ends. It refuses
+parameters without dims, strided ones, and layers with several dtypes.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from autofunc.checks.report import Status, Verdict, is_torch, where
+from autofunc.checks.subject import Subject
+
+_STATE = ("_parameters", "_buffers", "_modules")
+_CONTAINERS = (nn.ParameterList, nn.ParameterDict)
+
+
+def check_parameters(subject: Subject) -> list[Verdict]:
+    """See above."""
+    if subject.module is None:
+        return [Verdict("C1", "skip", "a model of pure layers has no modules that could own parameters")]
+    found = [*_unregistered(subject.module), *_forms(subject.module), *_dtypes(subject), *_elsewhere(subject)]
+    found += _custom_owners(subject.module)
+    return found or [Verdict("C1", "pass", "all parameters belong to layers of torch.nn, and can be sharded")]
+
+
+def _unregistered(module: nn.Module) -> Iterator[Verdict]:
+    """Parameters that nobody would find: kept beside those that are registered."""
+    registered = {id(leaf) for leaf in module.parameters()} | {id(part) for part in module.modules()}
+    for name, part in module.named_modules():
+        for attribute, value in vars(part).items():
+            if attribute in _STATE:
+                continue
+            kind = next((kind for kind in _hidden(value, registered)), None)
+            if kind is not None:
+                advice = {
+                    "module": "modules that are not registered; use nn.ModuleList or nn.ModuleDict",
+                    "parameter": "a parameter that is not registered; use nn.ParameterList, or assign it itself",
+                    "tensor": "a tensor that requires a gradient and is not registered; make it an nn.Parameter",
+                    "result": "a result with its graph; return it instead",
+                }[kind]
+                yield Verdict("C1", "fail", f"{attribute!r} holds {advice}", where(type(part), name))
+
+
+def _hidden(value: Any, registered: set[int], depth: int = 0) -> Iterator[str]:
+    if id(value) in registered:
+        return
+    if isinstance(value, Tensor):
+        if value.requires_grad:
+            yield "parameter" if isinstance(value, nn.Parameter) else "tensor" if value.is_leaf else "result"
+    elif isinstance(value, nn.Module):
+        if any(id(leaf) not in registered for leaf in value.parameters()):
+            yield "module"
+    elif isinstance(value, (list, tuple, set, deque, dict)) and depth < 3:
+        for member in list(value.values()) if isinstance(value, dict) else value:
+            yield from _hidden(member, registered, depth + 1)
+
+
+def _forms(module: nn.Module) -> Iterator[Verdict]:
+    """Parameters that are no plain dense floating-point tensors."""
+    for name, part in module.named_modules():
+        for attribute, leaf in part._parameters.items():
+            if leaf is None:
+                continue
+            finding = _form(leaf)
+            if finding is not None:
+                status, what = finding
+                yield Verdict("C1", status, f"the parameter {attribute!r} {what}", where(type(part), name))
+
+
+def _form(leaf: Tensor) -> tuple[Status, str] | None:
+    if leaf.dim() == 0:
+        return "fail", "has no dim that could be sharded; give it the shape (1,)"
+    if leaf.is_quantized:
+        return "fail", f"is quantised ({leaf.dtype}); quantise after training"
+    if leaf.layout != torch.strided or not leaf.is_contiguous():
+        return "fail", "is not contiguous in memory; make it of tensor.contiguous()"
+    if leaf.is_complex():
+        return "warn", f"is complex ({leaf.dtype}), which few collectives and kernels know; keep real and imaginary parts"
+    if not leaf.is_floating_point():
+        return "warn", f"is no floating-point tensor ({leaf.dtype}), so it is not trained; make it a buffer"
+    return None
+
+
+def _dtypes(subject: Subject) -> Iterator[Verdict]:
+    """Layers whose trained parameters are of several dtypes."""
+    assert subject.module is not None
+    units: dict[str, dict[torch.dtype, str]] = {}
+    for name, leaf in subject.trainable.items():
+        units.setdefault(_unit(subject, name), {}).setdefault(leaf.dtype, name)
+    for unit, dtypes in units.items():
+        if len(dtypes) > 1:
+            listed = ", ".join(f"{name} is {str(dtype).removeprefix('torch.')}" for dtype, name in dtypes.items())
+            text = f"one layer has parameters of several dtypes ({listed}), which cannot be sharded together"
+            yield Verdict("C1", "fail", text, subject.where_of(unit))
+
+
+def _elsewhere(subject: Subject) -> Iterator[Verdict]:
+    """Parameters that are read while a module of another layer runs."""
+    assert subject.module is not None
+    owners: dict[int, list[str]] = {}
+    for name, leaf in subject.module.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(leaf), []).append(_owner(subject.module, name))
+    for name, readers in subject.first.watched.reads.items():
+        own = owners[id(subject.params[name])]
+        for reader in sorted(readers):
+            if reader in own or any(_unit(subject, reader) == _unit(subject, each) for each in own):
+                continue
+            at = subject.where_of(reader)
+            text = (
+                f"{at.class_name} reads {name!r} while {own[0] or 'the module'!r}, which owns it, does not run; sharded "
+                "parameters are gathered for their owner's layer alone. A pipeline ties it"
+            )
+            yield Verdict("C1", "warn", text, at)
+
+
+def _custom_owners(module: nn.Module) -> Iterator[Verdict]:
+    """Classes of the user with parameters of their own, each once."""
+    owners: dict[type, list[tuple[str, list[str]]]] = {}
+    for name, part in module.named_modules():
+        own = [attribute for attribute, leaf in part._parameters.items() if leaf is not None]
+        if own and not _is_standard(type(part)):
+            owners.setdefault(type(part), []).append((name, own))
+    for cls, places in owners.items():
+        name, own = places[0]
+        listed = ", ".join(own[:4]) + (", ..." if len(own) > 4 else "")
+        times = f"; {len(places)} modules" if len(places) > 1 else ""
+        text = f"{cls.__name__} owns parameters itself ({listed}{times}): see that only its forward reads them"
+        yield Verdict("C1", "warn", text, where(cls, name))
+
+
+def _is_standard(cls: type) -> bool:
+    """Whether the forward that uses the parameters is torch's: also in a subclass that only sets a layer up."""
+    definer = next(each for each in cls.__mro__ if "forward" in vars(each))
+    return is_torch(cls) or (is_torch(definer) and definer is not nn.Module)
+
+
+def _owner(module: nn.Module, parameter: str) -> str:
+    """Whose forward should read a parameter: lists of parameters have none, so it is that of what holds them."""
+    owner = parameter.rpartition(".")[0]
+    while owner and isinstance(module.get_submodule(owner), _CONTAINERS):
+        owner = owner.rpartition(".")[0]
+    return owner
+
+
+def _unit(subject: Subject, name: str) -> str:
+    """The layer that a parameter or a module belongs to; empty for what is beside all layers."""
+    return next((layer for layer in subject.layers if f"{name}.".startswith(f"{layer}.")), "")

@@ -1,0 +1,185 @@
+"""A batch at once, and in microbatches: the outputs and losses of both, without dropout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
+
+from autofunc import tree
+from autofunc.checks.still import WithoutDropout
+from autofunc.checks.subject import Subject
+from autofunc.losses import IGNORED, LossTerms
+
+LossKind = Literal["none", "equal", "tokens", "sum", "coupled"]
+"""How the mean of the microbatches' losses compares with the loss of the batch: equal to it; both are means over labels, of
+which microbatches have different numbers; both are sums; or it depends on more than that."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One forward without dropout."""
+
+    batch: Mapping[str, Any]
+    outputs: Any
+    terms: LossTerms | None
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """A batch, and its microbatches."""
+
+    whole: Run
+    parts: Sequence[Run]
+
+
+def run_pieces(subject: Subject, batch: Mapping[str, Any]) -> Pieces:
+    """Run a batch and its microbatches.
+
+    Raises:
+        ForwardError: when a forward fails.
+    """
+    return Pieces(_run(subject, batch), [_run(subject, part) for part in subject.parts(batch)])
+
+
+def _run(subject: Subject, batch: Mapping[str, Any]) -> Run:
+    outputs = subject.run(batch, mode=WithoutDropout())
+    terms = subject.terms(outputs, batch)
+    subject.restore()
+    return Run(batch, outputs, terms)
+
+
+def close(one: Tensor, other: Tensor) -> bool:
+    """Equal but for rounding: in relation to the largest value, a third of the square root of the dtype's precision."""
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    if not one.numel():
+        return True
+    if not (one.is_floating_point() or one.is_complex()):
+        return torch.equal(one, other)
+    one, other = one.detach(), other.detach()
+    finite = other.abs()[other.isfinite()]
+    scale = float(finite.max()) if finite.numel() else 0.0
+    tolerance = 0.3 * torch.finfo(one.dtype).eps ** 0.5 * max(scale, 1e-6)
+    return torch.allclose(one, other, rtol=0.0, atol=tolerance, equal_nan=True)
+
+
+def loss_kind(pieces: Pieces) -> LossKind:
+    """See `LossKind`."""
+    terms = [run.terms for run in pieces.parts]
+    whole = pieces.whole.terms
+    if whole is None or any(each is None for each in terms):
+        return "none"
+    sums = torch.stack([each.sum.detach().float() for each in terms if each is not None])
+    weights = torch.stack([each.weight for each in terms if each is not None])
+    expected = whole.sum.detach().float()
+    if close(sums.sum() / weights.sum(), expected / whole.weight):
+        return "equal"
+    if len(set(weights.tolist())) == 1 and float(whole.weight) == float(weights[0]):  # plain means
+        if close(sums.sum(), expected):
+            return "sum"
+        for counts in _label_counts(pieces.parts):
+            if close((sums * counts).sum() / counts.sum(), expected):
+                return "tokens"
+    return "coupled"
+
+
+def labels_of(batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The entries that hold whole numbers to learn from."""
+    return {
+        name: value
+        for name, value in batch.items()
+        if isinstance(value, Tensor)
+        and value.dtype == torch.int64
+        and value.dim() > 0
+        and any(word in name.lower() for word in ("label", "target"))
+    }
+
+
+def _label_counts(parts: Sequence[Run]) -> Iterator[Tensor]:
+    """Numbers of labels of each microbatch, with and without the first of each row, which models that shift leave out."""
+    for name in labels_of(parts[0].batch):
+        for begin in (0, 1):
+            counts = [(part.batch[name][..., begin:] != IGNORED).sum() for part in parts]
+            if any(counts):
+                yield torch.stack(counts).float()
+
+
+def compared(whole: Any, parts: Sequence[Any]) -> dict[str, Literal["rows", "same", "reduced", "differs", "other"]]:
+    """For each tensor of an output, how it is made of those of the microbatches.
+
+    Returns:
+        By name: "rows": those put together; "same": each of them; "reduced": their mean or sum; "differs": it has rows,
+        with other values; "other": it has none, and other values.
+    """
+    names, leaves = tree.leaf_names(whole, "output"), tree.leaves_and_spec(whole)[0]
+    columns = [tree.leaves_and_spec(part)[0] for part in parts]
+    found: dict[str, Any] = {}
+    if any(len(column) != len(leaves) for column in columns):
+        return {"output": "differs"}
+    for name, leaf, *pieces in zip(names, leaves, *columns, strict=True):
+        if isinstance(leaf, Tensor) and all(isinstance(piece, Tensor) for piece in pieces):
+            found[name] = _composed(leaf, pieces)
+    return found
+
+
+def _composed(whole: Tensor, pieces: Sequence[Tensor]) -> str:
+    if whole.dim() > 0 and all(piece.dim() == whole.dim() for piece in pieces):
+        for dim in range(whole.dim()):
+            others = [[*piece.shape[:dim], *piece.shape[dim + 1 :]] for piece in pieces]
+            fits = all(other == [*whole.shape[:dim], *whole.shape[dim + 1 :]] for other in others)
+            if fits and sum(piece.shape[dim] for piece in pieces) == whole.shape[dim]:
+                return "rows" if close(torch.cat(list(pieces), dim), whole) else "differs"
+    if any(piece.shape != whole.shape for piece in pieces):
+        return "differs"
+    if all(close(piece, whole) for piece in pieces):
+        return "same"
+    total = torch.stack([piece.detach() for piece in pieces]).sum(0) if whole.is_floating_point() else whole
+    if whole.is_floating_point() and (close(total, whole) or close(total / len(pieces), whole)):
+        return "reduced"
+    return "other"
+
+
+def first_coupled(subject: Subject) -> str | None:
+    """The first module whose output for the batch is not made of those for the microbatches; None when there is none."""
+    whole = _outputs(subject, subject.batch)
+    parts = [_outputs(subject, part) for part in subject.parts()]
+    for position, (name, output) in enumerate(whole):
+        calls = [part[position] for part in parts if len(part) == len(whole) and part[position][0] == name]
+        if len(calls) == len(parts) and "differs" in compared(output, [output for _, output in calls]).values():
+            return name
+    return None
+
+
+def _outputs(subject: Subject, batch: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """What each module returned, in the order in which they end."""
+    assert subject.module is not None
+    names = {id(part): name for name, part in subject.module.named_modules()}
+    found: list[tuple[str, Any]] = []
+
+    def keep(part: nn.Module, args: Any, output: Any) -> None:
+        if id(part) in names:
+            found.append((names[id(part)], tree.map_leaves(_kept, output)))
+
+    with _hook(keep):
+        _run(subject, batch)
+    return found
+
+
+def _kept(leaf: Any) -> Any:
+    """A copy: modules may write to it later."""
+    return leaf.detach().clone() if isinstance(leaf, Tensor) else None
+
+
+@contextmanager
+def _hook(function: Any) -> Iterator[None]:
+    handle = register_module_forward_hook(function)
+    try:
+        yield
+    finally:
+        handle.remove()

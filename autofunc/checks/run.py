@@ -1,0 +1,97 @@
+"""`af.check`: what stands in the way of sharding and pipelining a module, found on a small batch in seconds."""
+
+from __future__ import annotations
+
+import traceback
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from autofunc.checks.config import check_config
+from autofunc.checks.cuts import check_cuts
+from autofunc.checks.empty_build import check_empty_build
+from autofunc.checks.entries import check_entries
+from autofunc.checks.independence import check_independence
+from autofunc.checks.kept import check_kept
+from autofunc.checks.loss import check_loss
+from autofunc.checks.parameters import check_parameters
+from autofunc.checks.report import Report, Verdict
+from autofunc.checks.subject import ForwardError, Subject
+from autofunc.checks.ties import check_ties
+from autofunc.checks.writes import check_writes
+from autofunc.fake import user_line
+from autofunc.losses import Loss
+from autofunc.model import Model
+
+UNFINISHED = "the check could not be finished: "
+_NEED_A_RUN = ("C2", "C4", "P3")
+
+
+def check(
+    module: nn.Module | Model,
+    batch: Mapping[str, Any],
+    *,
+    loss: Loss | None = None,
+    inputs: Sequence[str] | Mapping[str, str] | None = None,
+    registry: bool = False,
+    rows: int | None = None,
+) -> Report:
+    """Look for what stands in the way of sharding and pipelining a module.
+
+    It runs the module a few times, on the batch and on parts of it, and captures it. Afterwards the module is as it was,
+    bit for bit, and so are the global random generators. It takes memory for a copy of all weights.
+
+    Args:
+        module: with real weights, in the mode (train or eval) it is used in; or a model, of which only some is checked.
+        batch: a small example, with at least two rows.
+        loss: see `af.pipeline`; by default the output's own.
+        inputs: which entries forward gets, see `af.from_module`.
+        registry: whether it is to be found in a registry of models, which needs a `config`.
+        rows: how many rows the batch has, where its tensors leave that open.
+
+    Raises:
+        ModelError: for what is no module, or has no weights.
+        BatchError: when it cannot be told how many rows the batch has.
+
+    Example:
+        report = af.check(model, {"input_ids": ids, "labels": ids})
+        assert report.ok, autofunc.checks.table(report)
+    """
+    subject = Subject(module, batch, loss, inputs, rows)
+    _ = subject.snapshot  # before anything runs
+    checks: dict[str, Callable[[Subject], list[Verdict]]] = {
+        "C1": check_parameters,
+        "C2": check_writes,
+        "C3": check_loss,
+        "C4": check_kept,
+        "C5": partial(check_config, registry=registry),
+        "P1": check_cuts,
+        "P2": check_ties,
+        "P3": check_independence,
+        "P4": check_entries,
+        "P5": check_empty_build,
+    }
+    verdicts: list[Verdict] = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of running a module more often and otherwise than it is used to
+        for code, run in checks.items():
+            verdicts += _verdicts(code, run, subject)
+    return Report(subject.name, tuple(verdicts))
+
+
+def _verdicts(code: str, run: Callable[[Subject], list[Verdict]], subject: Subject) -> list[Verdict]:
+    """What one check finds; whatever goes wrong in it stops no other."""
+    try:
+        if code in _NEED_A_RUN and subject.first.error:
+            return [Verdict(code, "skip", "forward does not run on this batch, see C3")]
+        return run(subject)
+    except ForwardError as error:
+        return [Verdict(code, "fail", str(error), subject.where)]
+    except Exception as error:  # a module can do what nobody thought of
+        line = user_line(traceback.extract_tb(error.__traceback__))
+        return [Verdict(code, "fail", f"{UNFINISHED}{type(error).__name__}: {error} ({line})", subject.where)]
+    finally:
+        subject.restore()

@@ -1,0 +1,237 @@
+"""All that a module holds, remembered: what has changed since, and how to put it back."""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from types import FunctionType, MethodType, ModuleType
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+Kind = Literal["parameter", "buffer", "attribute"]
+
+_REGISTERED: dict[str, Kind] = {"_parameters": "parameter", "_buffers": "buffer", "_modules": "attribute"}
+_DEEPEST = 4  # objects inside an attribute that are looked into
+_OPAQUE = (type, FunctionType, MethodType, ModuleType, torch.device, torch.dtype, torch.Size)
+
+
+@dataclass(frozen=True)
+class Change:
+    """One attribute of one part of a module that is not what it was."""
+
+    module: str
+    attribute: str
+    kind: Kind
+    how: How
+
+
+How = Literal["set", "written", "noted"]
+"""Another object; the same with other contents; or an object, such as a config, in which a plain value is another."""
+
+
+@dataclass(frozen=True)
+class _Place:
+    module: str
+    attribute: str  # empty for the attributes themselves
+    kind: Kind = "attribute"
+    by_key: bool = False  # a dict whose keys are attributes, too
+    is_object: bool = False  # the attributes of an object that is no module
+
+
+@dataclass(frozen=True)
+class _Held:
+    place: _Place
+    tensor: Tensor
+    data: Tensor  # the same memory
+    clone: Tensor
+    grad: Tensor | None
+    is_leaf: bool
+    requires_grad: bool
+
+
+class Snapshot:
+    """A module's attributes and everything in them: containers, plain objects, tensors, generators.
+
+    It copies all tensors, so it takes as much memory as the module.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._containers: list[tuple[_Place, Any, Any]] = []
+        self._tensors: list[_Held] = []
+        self._generators: list[tuple[_Place, torch.Generator, Tensor]] = []
+        self._seen: set[int] = set()
+        for name, part in module.named_modules():
+            self._container(_Place(name, ""), vars(part), 0)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Every tensor, wherever it is kept, once."""
+        return [held.tensor for held in self._tensors]
+
+    def changes(self) -> list[Change]:
+        """What differs from when it was taken, each attribute once."""
+        found: dict[tuple[str, str], Change] = {}
+
+        def note(place: _Place, attribute: str, how: How) -> None:
+            key = (place.module, attribute)
+            if key not in found or found[key].how == "noted":
+                found[key] = Change(place.module, attribute, place.kind, how)
+
+        for place, container, copy in self._containers:
+            if not place.attribute or place.by_key:
+                for key in _differing(container, copy):
+                    note(place, str(key), "set")
+            elif not _same_members(container, copy):
+                plain = place.is_object and all(_is_plain(container.get(key)) for key in _differing(container, copy))
+                note(place, place.attribute, "noted" if plain else "written")
+        for held in self._tensors:
+            moved = held.tensor.data_ptr() != held.data.data_ptr()
+            if moved or held.tensor.requires_grad != held.requires_grad or not same_bits(held.tensor.detach(), held.clone):
+                note(held.place, held.place.attribute, "written")
+        for place, generator, state in self._generators:
+            if not torch.equal(generator.get_state(), state):
+                note(place, place.attribute, "written")
+        return list(found.values())
+
+    def restore(self) -> None:
+        """Put everything back: the same objects with the same contents."""
+        for _, container, copy in self._containers:
+            if not _same_objects(container, copy):
+                _refill(container, copy)
+        for held in self._tensors:
+            tensor, data = held.tensor, held.data
+            if held.is_leaf and not tensor.is_leaf:
+                tensor.detach_()  # something with a history was written into it
+            if tensor.data_ptr() != data.data_ptr() or tensor.shape != data.shape:
+                tensor.data = data
+            if not same_bits(data, held.clone):
+                data.copy_(held.clone)  # not through the tensor itself: autograd need not know
+            if held.is_leaf and tensor.grad is not held.grad:
+                tensor.grad = held.grad
+            if held.is_leaf and tensor.requires_grad != held.requires_grad:
+                tensor.requires_grad_(held.requires_grad)
+        for _, generator, state in self._generators:
+            generator.set_state(state)
+
+    def _container(self, place: _Place, value: Any, depth: int) -> None:
+        if id(value) in self._seen:
+            return
+        self._seen.add(id(value))
+        copy = _copy(value)
+        self._containers.append((place, value, copy))
+        for key, member in copy.items() if isinstance(copy, dict) else enumerate(copy):
+            inner, name = place, str(key)
+            if not place.attribute:
+                inner = _Place(place.module, name, _REGISTERED.get(name, "attribute"), name in _REGISTERED)
+            elif place.by_key:
+                inner = _Place(place.module, name, place.kind)
+            if not (isinstance(member, nn.Module) and place.by_key):  # a registered part, which has its own turn
+                self._member(replace(inner, is_object=False), member, depth)
+
+    def _member(self, place: _Place, value: Any, depth: int) -> None:
+        if isinstance(value, Tensor):
+            if id(value) not in self._seen and _has_memory(value):
+                self._seen.add(id(value))
+                data, grad = value.detach(), value.grad if value.is_leaf else None
+                self._tensors.append(_Held(place, value, data, data.clone(), grad, value.is_leaf, value.requires_grad))
+        elif isinstance(value, torch.Generator):
+            self._generators.append((place, value, value.get_state()))
+        elif isinstance(value, (dict, list, set, deque)):
+            self._container(place, value, depth)
+        elif isinstance(value, tuple):
+            for member in value:
+                self._member(place, member, depth)
+        elif isinstance(value, nn.Module):  # one that is not registered
+            self._container(place, vars(value), depth)
+        elif depth < _DEEPEST and not isinstance(value, _OPAQUE) and isinstance(getattr(value, "__dict__", None), dict):
+            self._container(replace(place, is_object=True), value.__dict__, depth + 1)
+
+
+def storage_of(tensor: Tensor) -> int | None:
+    """Where a tensor's memory begins; None when it has none."""
+    try:
+        return tensor.untyped_storage().data_ptr() or None
+    except (NotImplementedError, RuntimeError):  # sparse, or a stand-in while something is traced
+        return None
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """All global random generators begin at a seed, and are put back afterwards."""
+    python, numbers = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=list(range(torch.cuda.device_count()))):
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numbers)
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    return tensor.layout == torch.strided and not tensor.is_meta
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are equal bit for bit, so that NaN equals itself."""
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    return torch.equal(one, other) if one.is_quantized else torch.equal(_bits(one), _bits(other))
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.resolve_conj().resolve_neg().contiguous().view(-1).view(torch.uint8)
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, dict):
+        return dict(value)
+    return list(value) if isinstance(value, (list, deque)) else set(value)
+
+
+def _refill(value: Any, copy: Any) -> None:
+    value.clear()
+    if isinstance(value, (dict, set)):
+        value.update(copy)
+    else:
+        value.extend(copy)
+
+
+def _same_objects(value: Any, copy: Any) -> bool:
+    if isinstance(value, set):
+        return bool(value == copy)
+    if isinstance(value, dict):
+        return list(value) == list(copy) and all(value[key] is copy[key] for key in copy)
+    return len(value) == len(copy) and all(one is other for one, other in zip(value, copy, strict=True))
+
+
+def _same_members(value: Any, copy: Any) -> bool:
+    if isinstance(value, dict):
+        return not _differing(value, copy)
+    if isinstance(value, set):
+        return bool(value == copy)
+    return len(value) == len(copy) and all(_same(one, other) for one, other in zip(value, copy, strict=True))
+
+
+def _differing(value: Any, copy: Any) -> list[Any]:
+    missing = object()
+    return [key for key in {**copy, **value} if not _same(value.get(key, missing), copy.get(key, missing))]
+
+
+def _same(one: Any, other: Any) -> bool:
+    """The same object, or plain values that are equal."""
+    return one is other or (_is_plain(one) and type(one) is type(other) and bool(one == other))
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (tuple, frozenset)):
+        return all(_is_plain(member) for member in value)
+    return value is None or isinstance(value, (int, float, complex, str, bytes, torch.dtype, torch.device))

@@ -1,0 +1,261 @@
+"""What is checked: a module, or a model of pure layers, with a batch; how it is run, and its parts."""
+
+from __future__ import annotations
+
+import inspect
+import pickle
+import random
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from autofunc import tree
+from autofunc.batch import split_batch
+from autofunc.captured import from_module
+from autofunc.captured.module import ModuleSource
+from autofunc.captured.places import default_layers
+from autofunc.checks.report import Where, where
+from autofunc.checks.state import Change, Snapshot, seeded
+from autofunc.checks.watch import Watched, watching
+from autofunc.errors import AutofuncError, BatchError, ModelError
+from autofunc.fake import user_line
+from autofunc.losses import Loss, LossTerms, evaluate
+from autofunc.model import Model, Places
+
+
+class ForwardError(ModelError):
+    """The forward of what is checked raised something."""
+
+
+@dataclass
+class First:
+    """What the first forward did."""
+
+    error: str = ""  # why it does not run
+    outputs: Any = None
+    watched: Watched = field(default_factory=Watched)
+    changes: list[Change] = field(default_factory=list)
+    draws: list[str] = field(default_factory=list)  # generators, other than torch's, that it drew from
+
+
+class Subject:
+    """What is checked.
+
+    Args:
+        checked: a module with real weights, or a model.
+        batch: an example. It is copied for each run.
+        loss: see `af.pipeline`.
+        inputs: see `af.from_module`.
+        rows: the number of rows of the batch; by default the size of dim 0 that most of its tensors share.
+
+    Raises:
+        ModelError: for anything else, or weights on the meta device.
+        BatchError: when the batch has no rows, or it cannot be told how many.
+    """
+
+    def __init__(
+        self,
+        checked: nn.Module | Model,
+        batch: Mapping[str, Any],
+        loss: Loss | None,
+        inputs: Sequence[str] | Mapping[str, str] | None,
+        rows: int | None,
+    ) -> None:
+        if not isinstance(checked, (nn.Module, Model)):
+            raise ModelError(f"expected an nn.Module or an af.Model, got {type(checked).__name__}")
+        self.batch, self.loss, self.inputs = dict(batch), loss, inputs
+        self.checked = checked
+        self.module = checked if isinstance(checked, nn.Module) else None
+        self.name = type(checked).__name__
+        if self.module is not None:
+            self._source = ModuleSource(self.module, inputs)
+            on_meta = [name for name, leaf in self._source.parameters.items() if leaf.is_meta]
+            if on_meta:
+                raise ModelError(f"{self.name}: {on_meta[0]!r} is on the meta device; a check runs it, so give it weights")
+        self.rows = _rows(self.batch) if rows is None else rows
+
+    @cached_property
+    def model(self) -> Model:
+        """The model that is checked; only where it is no module."""
+        assert isinstance(self.checked, Model)
+        return self.checked
+
+    @cached_property
+    def params(self) -> dict[str, Tensor]:
+        """All parameters by canonical path: the module's own, or the model's initial ones."""
+        if self.module is not None:
+            return dict(self.module.named_parameters())
+        made = self.model.init_paths(self.model.spec, 0, "cpu")
+        return {path: leaf.requires_grad_(self.model.is_trainable(path)) for path, leaf in made.items()}
+
+    @property
+    def trainable(self) -> dict[str, Tensor]:
+        """Those that get gradients."""
+        return {path: leaf for path, leaf in self.params.items() if leaf.requires_grad}
+
+    @property
+    def where(self) -> Where | None:
+        """The class of the module; a model has none that the user wrote."""
+        return where(type(self.module)) if self.module is not None else None
+
+    def where_of(self, module: str) -> Where:
+        """The class of a part of the module."""
+        assert self.module is not None
+        return where(type(self.module.get_submodule(module)), module)
+
+    @property
+    def arguments(self) -> list[str]:
+        """Names of what forward takes; a model takes the batch."""
+        return list(inspect.signature(self.module.forward).parameters) if self.module is not None else []
+
+    @cached_property
+    def layers(self) -> list[str]:
+        """Names of the module's layers: the items of its outermost lists, and the modules beside them."""
+        if self.module is None:
+            return list(self.model.layers)
+        names = {name: number for number, (name, _) in enumerate(self.module.named_modules()) if name}
+        return default_layers(self.module, Places(names), ())
+
+    def run(self, batch: Mapping[str, Any], *, seed: int = 0, mode: AbstractContextManager[Any] | None = None) -> Any:
+        """Run the forward once, with gradients.
+
+        Args:
+            batch: whole or a part.
+            seed: of the global random generators, which are put back.
+            mode: entered around the call.
+
+        Raises:
+            ForwardError: naming the user's line.
+        """
+        batch = {name: tree.map_leaves(_copied, value) for name, value in batch.items()}
+        try:
+            with seeded(seed), torch.enable_grad():
+                if self.module is None:
+                    return self.model(self.params, batch)
+                args, kwargs = self._source.arguments(self._source.select(batch))
+                with mode or nullcontext():
+                    return tree.with_known_classes(self.module(*args, **kwargs))
+        except AutofuncError as error:
+            raise ForwardError(str(error)) from error
+        except Exception as error:  # whatever the user's code raises
+            line = user_line(traceback.extract_tb(error.__traceback__))
+            raise ForwardError(f"forward raises {type(error).__name__}: {error} ({line})") from error
+
+    def terms(self, outputs: Any, batch: Mapping[str, Any]) -> LossTerms | None:
+        """The loss of what a run returned; None when there is none."""
+        try:
+            return evaluate(self.loss, outputs, batch)
+        except Exception:  # C3 says why
+            return None
+
+    def gradients(self, outputs: Any, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Of the loss, or else of the sum of all outputs, for the parameters that have one."""
+        terms = self.terms(outputs, batch)
+        leaves = [terms.sum] if terms is not None else tree.leaves_and_spec(outputs)[0]
+        roots = [leaf.sum() for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
+        if not roots or not self.trainable:
+            return {}
+        total = sum(root.real.double() for root in roots)
+        found = torch.autograd.grad(total, list(self.trainable.values()), allow_unused=True)  # type: ignore[arg-type]
+        return {name: grad for name, grad in zip(self.trainable, found, strict=True) if grad is not None}
+
+    @cached_property
+    def snapshot(self) -> Snapshot | None:
+        """What the module holds before any check; None for a model, which holds nothing."""
+        return Snapshot(self.module) if self.module is not None else None
+
+    def restore(self) -> None:
+        """Undo what the last runs left behind."""
+        if self.snapshot is not None:
+            self.snapshot.restore()
+
+    @cached_property
+    def first(self) -> First:
+        """The first forward on the whole batch, and what it did."""
+        first = First()
+        try:
+            first.outputs = self.run(self.batch, mode=self._observing(first))
+            if self.snapshot is not None:
+                first.changes = [change for change in self.snapshot.changes() if not self._is_flag(change)]
+        except ForwardError as error:
+            first.error = str(error)
+        finally:
+            self.restore()
+        return first
+
+    @contextmanager
+    def _observing(self, first: First) -> Iterator[None]:
+        before = _drawn_so_far()
+        with watching(self.module) if self.module is not None else nullcontext(Watched()) as first.watched:
+            yield
+        first.draws += [name for name, state in _drawn_so_far().items() if state != before[name]]
+
+    def _is_flag(self, change: Change) -> bool:
+        """Hooks and private flags, which libraries set when forward first runs: they change no value."""
+        assert self.module is not None
+        value = vars(self.module.get_submodule(change.module)).get(change.attribute)
+        return change.attribute.endswith("_hooks") or (change.attribute.startswith("_") and isinstance(value, bool))
+
+    @cached_property
+    def captured(self) -> tuple[Model | None, str]:
+        """The model that is captured from the module, or why there is none."""
+        if self.module is None:
+            return self.model, ""
+        try:
+            return from_module(self.module, self.batch, inputs=self.inputs), ""
+        except AutofuncError as error:
+            return None, str(error)
+        finally:
+            self.restore()
+
+    def parts(self, batch: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
+        """The batch, or one like it, cut into two microbatches, or where that leaves a rest into a few more.
+
+        One piece when it has one row, or its rows cannot be cut.
+        """
+        batch = self.batch if batch is None else batch
+        count = next((count for count in range(2, self.rows + 1) if self.rows % count == 0), 1)
+        whole = {name: None for name, value in batch.items() if name != "key" and not self.has_rows(value)}
+        try:
+            return list(split_batch(batch, count, batch_dims=whole))
+        except BatchError:
+            return [dict(batch)]
+
+    def has_rows(self, entry: Any) -> bool:
+        """Whether any tensor of an entry has the batch's rows in dim 0."""
+        leaves = tree.leaves_and_spec(entry)[0]
+        return any(isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == self.rows for leaf in leaves)
+
+
+def _drawn_so_far() -> dict[str, Any]:
+    """The states of the generators that no captured graph could draw from."""
+    return {"Python's random": random.getstate(), "numpy.random": pickle.dumps(np.random.get_state())}
+
+
+def _rows(batch: Mapping[str, Any]) -> int:
+    sizes: dict[int, int] = {}
+    for name, value in batch.items():
+        for leaf in tree.leaves_and_spec(value)[0] if name != "key" else ():
+            if isinstance(leaf, Tensor) and leaf.dim() > 0:
+                sizes[leaf.shape[0]] = sizes.get(leaf.shape[0], 0) + 1
+    if not sizes:
+        raise BatchError(
+            f"no tensor in the batch has rows: {', '.join(map(str, batch)) or 'it is empty'}; expected a mapping"
+        )
+    most = [size for size, count in sizes.items() if count == max(sizes.values())]
+    if len(most) > 1:
+        raise BatchError(
+            f"cannot tell the batch size: tensors have {most[0]} rows and {most[1]}; say which: rows={most[0]}"
+        )
+    return most[0]
+
+
+def _copied(leaf: Any) -> Any:
+    return leaf.detach().clone() if isinstance(leaf, Tensor) else leaf

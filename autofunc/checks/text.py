@@ -1,0 +1,57 @@
+"""A report for people."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from autofunc.checks.report import Report, Verdict
+
+WIDTH = 80
+_COLOURS = {"pass": "32", "warn": "33", "fail": "31", "skip": "2"}
+_MOST_POINTS = 16
+
+
+def table(report: Report, colour: bool = False) -> str:
+    """A report as text, at most 80 columns wide: each finding, then where the module can be split and what crosses there.
+
+    Args:
+        report: what `af.check` returned.
+        colour: paint the statuses with ANSI colours.
+    """
+    count = {status: sum(each.status == status for each in report.verdicts) for status in _COLOURS}
+    words = {"fail": "failed", "warn": "warnings", "pass": "passed", "skip": "skipped"}
+    lines = _wrapped(f"{report.subject}: " + ", ".join(f"{count[status]} {word}" for status, word in words.items()), "")
+    for verdict in report.verdicts:
+        lines += _finding(verdict, colour)
+    points = [point for verdict in report.of("P1") for point in verdict.data.get("split_points", ())]
+    return "\n".join([*lines, *_points(points)])
+
+
+def _finding(verdict: Verdict, colour: bool) -> list[str]:
+    status = f"{verdict.status:<4}"
+    painted = f"\x1b[{_COLOURS[verdict.status]}m{status}\x1b[0m" if colour else status
+    text = _wrapped(verdict.message, " " * 10)
+    text[0] = f"{verdict.code:<4}{painted}  {text[0].lstrip()}"
+    return text + (_wrapped(f"at {verdict.where}", " " * 10) if verdict.where else [])
+
+
+def _points(points: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The places at which layers begin; where there are few, all."""
+    every = list(points)
+    shown = every if len(every) <= _MOST_POINTS else [point for point in every if point["layer"]] or every
+    rows = [(_fitted(point["names"][0]), f"{point['values']:,}", f"{point['bytes']:,}") for point in shown[:_MOST_POINTS]]
+    if not rows:
+        return []
+    lines = ["", f"{'a stage may begin at':<44}{'tensors':>12}{'bytes received':>20}"]
+    lines += [f"{name:<44}{values:>12}{size:>20}" for name, values, size in rows]
+    return lines if len(rows) == len(every) else [*lines, f"and at {len(every) - len(rows)} more places"]
+
+
+def _fitted(name: str) -> str:
+    return name if len(name) <= 42 else f"{name[:16]}...{name[-23:]}"
+
+
+def _wrapped(text: str, indent: str) -> list[str]:
+    return textwrap.wrap(text, WIDTH, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False) or [indent]

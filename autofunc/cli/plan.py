@@ -1,0 +1,106 @@
+"""`autofunc plan`: a dry run, for people and as JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from autofunc.config import read_config
+from autofunc.schedule import draw
+from autofunc.train.planning import RunPlan, plan_run
+from autofunc.train.rehearsal import rehearse
+
+
+def plan(
+    config_path: str, overrides: Sequence[str], num_processes: int | None, measure: bool, as_json: bool, picture: str | None
+) -> None:
+    """Print a plan.
+
+    Args:
+        config_path: the YAML file.
+        overrides: see `config.load_config`.
+        num_processes: how many there would be; the configuration's own number by default.
+        measure: see `plan_run`.
+        as_json: JSON instead of tables.
+        picture: a file for the drawn schedule: .svg, .html or .json (a trace).
+
+    Raises:
+        AutofuncError: for every mistake in the configuration.
+    """
+    shown = Console(stderr=True)
+    with shown.status(f"planning {config_path}") as status:
+        config, notes = read_config(config_path, overrides)
+        made = plan_run(config, num_processes, notes, measure=measure, on_progress=status.update)
+        rehearse(made.recipe)
+    if picture is not None:
+        draw(made.timeline, picture)
+    if as_json:
+        sys.stdout.write(json.dumps(made.to_dict(), indent=2) + "\n")
+        return
+    console = Console(file=sys.stdout)
+    for note in made.recipe.notes:
+        console.print(f"note: {note}", highlight=False, markup=False)
+    _show(made, console)
+    if picture is not None:
+        console.print(f"written to {Path(picture)}", highlight=False, markup=False)
+
+
+def _show(made: RunPlan, console: Console) -> None:
+    recipe, timeline = made.recipe, made.timeline
+    table = Table("stage", "rank", "layers", box=None, pad_edge=False, header_style="bold")
+    for title in ("params", "GFLOP", "ms F+B", "sends"):
+        table.add_column(title, justify="right")
+    for stage in made.stages:
+        layers = (
+            stage.first_layer if stage.first_layer == stage.last_layer else f"{stage.first_layer} .. {stage.last_layer}"
+        )
+        table.add_row(
+            str(stage.stage), str(stage.rank), layers, _count(stage.parameters), f"{stage.forward_flops / 1e9:.3g}",
+            f"{stage.forward_ms + stage.backward_ms:.3g}", _bytes(stage.sends_bytes) if stage.sends_bytes else "-",
+        )  # fmt: skip
+    console.print(table, highlight=False)
+    memory = Table("rank", box=None, pad_edge=False, header_style="bold")
+    for title in ("parameters", "optimizer", "activations, gradients", "in all"):
+        memory.add_column(title, justify="right")
+    for rank in made.ranks:
+        total = rank.parameter_bytes + rank.optimizer_bytes + (rank.activation_bytes or 0)
+        peak = "not known" if rank.activation_bytes is None else _bytes(rank.activation_bytes)
+        in_all = _bytes(total) + (" +" if rank.activation_bytes is None else "")
+        memory.add_row(str(rank.rank), _bytes(rank.parameter_bytes), _bytes(rank.optimizer_bytes), peak, in_all)
+    console.print()
+    console.print(memory, highlight=False)
+    times = "layers, measured here" if made.measured else "operations, at this machine's rate"
+    lines = [
+        "",
+        f"schedule {recipe.schedule.name}: {recipe.axes}, {recipe.axes.num_processes} processes, "
+        f"{recipe.schedule.num_microbatches} microbatches",
+        f"step: {timeline.makespan:.3g} ms, bubble {timeline.bubble_fraction:.1%}; "
+        f"longest stage {made.imbalance:.2f}x the mean",
+        f"times: {times}; transfers count as nothing",
+    ]
+    if len(made.stages) > 1:
+        lines.append(f"split_points: [{', '.join(stage.first_layer for stage in made.stages[1:])}]")
+    if recipe.searches:
+        lines.append("schedule auto: a better one is searched for when the run starts")
+    for line in lines:
+        console.print(line, highlight=False, markup=False)
+    sys.stdout.write(draw(recipe.schedule, colour=console.is_terminal and not console.no_color) + "\n")
+
+
+def _count(number: int) -> str:
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return str(number)
+
+
+def _bytes(number: int) -> str:
+    for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number} B"

@@ -1,0 +1,208 @@
+"""What a run will do, worked out without a process or a weight: stages, memory, traffic, step time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+from autofunc import tree
+from autofunc.batch import split_batch
+from autofunc.config import FinetuneConfig
+from autofunc.errors import AutofuncError
+from autofunc.losses import Loss
+from autofunc.model import Model
+from autofunc.schedule import Costs, StageBytes, Timeline, peak_bytes, simulate
+from autofunc.shard import Sharding
+from autofunc.splitting import Stage, count_operations, imbalance, infer_boundaries, measure_layers, parameter_count
+from autofunc.train.loop import build_pipe
+from autofunc.train.model import SEED
+from autofunc.train.recipe import Recipe, prepare
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage; figures of one microbatch."""
+
+    stage: int
+    rank: int
+    first_layer: str
+    last_layer: str
+    parameters: int
+    forward_flops: int
+    forward_ms: float
+    backward_ms: float
+    sends_bytes: int  # to the next stage; as many come back for what needs a gradient
+
+
+@dataclass(frozen=True)
+class RankPlan:
+    """One pp rank of one data and tensor parallel coordinate."""
+
+    rank: int
+    parameter_bytes: int
+    optimizer_bytes: int
+    activation_bytes: int | None  # most that is alive, sums of gradients included; None: known only where it runs
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """A dry run."""
+
+    recipe: Recipe
+    stages: tuple[StagePlan, ...]
+    ranks: tuple[RankPlan, ...]
+    timeline: Timeline  # predicted, in ms
+    measured: bool  # whether times are of layers that ran here, or of counted operations
+    imbalance: float  # the longest stage over the mean
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return {
+            "processes": self.recipe.axes.num_processes,
+            "schedule": self.recipe.schedule.name,
+            "microbatches": self.recipe.schedule.num_microbatches,
+            "step_time_ms": self.timeline.makespan,
+            "bubble_fraction": self.timeline.bubble_fraction,
+            "imbalance": self.imbalance,
+            "times_are": "measured" if self.measured else "counted",
+            "split_points": [stage.first_layer for stage in self.stages[1:]],
+            "stages": [asdict(stage) for stage in self.stages],
+            "ranks": [asdict(rank) for rank in self.ranks],
+            "notes": list(self.recipe.notes),
+        }
+
+
+def plan_run(
+    config: FinetuneConfig,
+    num_processes: int | None,
+    notes: Sequence[str],
+    *,
+    measure: bool,
+    on_progress: Callable[[str], None],
+) -> RunPlan:
+    """Work out what a run will do.
+
+    Args:
+        config: what is wanted.
+        num_processes: see `prepare`.
+        notes: see `prepare`.
+        measure: time every layer on this machine with real weights, and balance stages by that.
+        on_progress: told what is being done.
+
+    Raises:
+        AutofuncError: for every mistake in the configuration.
+    """
+    torch.set_num_threads(config.distributed.threads_per_rank)
+    times: dict[str, tuple[float, float]] = {}
+
+    def measured(model: Model, microbatch: Mapping[str, Any], loss: Loss | None) -> dict[str, float]:
+        params = model.init(config.seed)
+        times.update(
+            measure_layers(model, params, microbatch, loss, on_progress=lambda name: on_progress(f"measured {name}"))
+        )
+        return {name: forward + backward for name, (forward, backward) in times.items()}
+
+    on_progress("reading the model and the data")
+    options: dict[str, Any] = {"layer_costs": measured} if measure else {}
+    recipe = prepare(_without_weights(config), num_processes, notes=notes, **options)
+    microbatch = split_batch(recipe.example(), recipe.schedule.num_microbatches, key=(recipe.seed, 1))[0]
+    if measure and not times:  # split points were given
+        measured(recipe.model, microbatch, recipe.loss)
+    on_progress("counting operations")
+    counted = count_operations(recipe.model, microbatch, recipe.loss)
+    if not measure:
+        rate = flops_per_ms()
+        times = {name: (each.cost / rate, 2 * each.cost / rate) for name, each in counted.items()}
+    on_progress("following values over the boundaries")
+    boundaries = infer_boundaries(recipe.stages, {}, microbatch, recipe.loss)
+    forward, backward = ([sum(times[name][part] for name in stage.layers) for stage in recipe.stages] for part in (0, 1))
+    stages = tuple(
+        StagePlan(
+            stage.index,
+            recipe.schedule.placement[stage.index],
+            stage.layers[0],
+            stage.layers[-1],
+            parameter_count(recipe.model, list(stage.holders)),
+            sum(counted[name].flops for name in stage.layers),
+            forward[stage.index],
+            backward[stage.index],
+            boundaries.stages[stage.index].num_bytes if stage is not recipe.stages[-1] else 0,
+        )
+        for stage in recipe.stages
+    )
+    # the first stage needs no gradient of its input: its whole backward is W
+    inputs = [0.0, *(each / 2 for each in backward[1:])]
+    costs = Costs(forward, inputs, [whole - part for whole, part in zip(backward, inputs, strict=True)], 0.0)
+    on_progress("capturing the stages")
+    uneven = imbalance(recipe.stages, {name: sum(pair) for name, pair in times.items()})
+    return RunPlan(recipe, stages, tuple(_ranks(recipe)), simulate(recipe.schedule, costs), measure, uneven)
+
+
+def flops_per_ms() -> float:
+    """How many floating-point operations of a matrix product this process does in a millisecond."""
+    a = torch.randn(512, 512)
+    best = float("inf")
+    for _ in range(20):
+        start = time.perf_counter()
+        a @ a
+        best = min(best, time.perf_counter() - start)
+    return 2 * 512**3 / (best * 1e3)
+
+
+def _without_weights(config: FinetuneConfig) -> FinetuneConfig:
+    """Nothing is trained, so no weights are made."""
+    return config if config.weights is not None else config.model_copy(update={"weights": SEED})
+
+
+def _ranks(recipe: Recipe) -> list[RankPlan]:
+    kept = _kept(recipe)
+    peaks = peak_bytes(recipe.schedule, kept) if kept is not None else None
+    shared_by = recipe.axes.dp_shard * recipe.axes.tp
+    slots = _optimizer_slots(recipe)
+    found = []
+    for rank in range(recipe.schedule.num_ranks):
+        mine = [recipe.stages[stage] for stage in recipe.schedule.stages_of(rank)]
+        held = _held(mine)
+        trained = [path for path in held if recipe.model.is_trainable(path)]
+        sizes = {path: leaf.numel() * leaf.element_size() for path, leaf in held.items()}
+        found.append(
+            RankPlan(
+                rank,
+                sum(sizes.values()) // shared_by,
+                int(slots * sum(sizes[path] for path in trained)) // shared_by,
+                None if peaks is None else int(peaks[rank]),
+            )
+        )
+    return found
+
+
+def _held(stages: Sequence[Stage]) -> dict[str, torch.Tensor]:
+    """Canonical path -> meta tensor of the parameters of some stages."""
+    model = stages[0].model
+    return {path: model.spec[path] for stage in stages for path in stage.paths}
+
+
+def _optimizer_slots(recipe: Recipe) -> float:
+    """Numbers of the optimizer's state for each number of a parameter."""
+    params = tree.to_tensordict({"weight": torch.zeros(16, 16)})
+    _, state = recipe.optimizer.update(params.clone(), recipe.optimizer.init(params), params)
+    numbers: int = sum(leaf.numel() for leaf in tree.flatten(state).values() if leaf.numel() > 1)
+    return numbers / 256
+
+
+def _kept(recipe: Recipe) -> tuple[StageBytes, ...] | None:
+    """What each stage keeps, from its captured graph; None where only the ranks themselves know."""
+    if recipe.options.engine != "graph" or recipe.axes.tp > 1:
+        return None
+    alone = Sharding(mp_policy=recipe.sharding.mp_policy)
+    pipe = build_pipe(replace(recipe, options=replace(recipe.options, compile=False), sharding=alone), None)
+    try:
+        return pipe.memory(pipe.init(recipe.seed, "meta"), recipe.example(), (recipe.seed, 1))
+    except AutofuncError:
+        if recipe.options.memory_budget is not None:
+            raise  # nothing fits
+        return None  # a size that depends on data

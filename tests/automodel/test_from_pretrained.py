@@ -1,0 +1,339 @@
+"""Weights that are read from files, a tensor when it is asked for."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import autofunc as af
+from autofunc.automodel.in_transformers import WholeModel
+from autofunc.captured.pretrained import Pretrained, SafetensorsWeights, StoredTensors
+from autofunc.errors import ModelError
+from autofunc.train.weights import save_weights
+from tests.automodel.models import TinyConfig, TinyForCausalLM, assert_same, gradients, ids, real
+from tests.captured.zoo import ZOO
+from tests.cases import pp_mesh
+from tests.pool import WorkerPool
+
+SHARDED = "20KB"
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[nn.Module, Path]]:
+    """A model of the zoo and a folder that transformers wrote, once for all tests."""
+    known: dict[Any, tuple[nn.Module, Path]] = {}
+
+    def save(name: str, shards: str = "5GB", dtype: torch.dtype | None = None) -> tuple[nn.Module, Path]:
+        if (name, shards, dtype) not in known:
+            module: Any = ZOO[name][0]().to(dtype)
+            folder = tmp_path_factory.mktemp(name)
+            module.save_pretrained(folder, max_shard_size=shards)
+            known[name, shards, dtype] = module, folder
+        return known[name, shards, dtype]
+
+    return save
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Stored names, in the order in which they were read."""
+    found: list[str] = []
+    original = StoredTensors.read
+
+    def read(self: StoredTensors, names: Iterable[str]) -> dict[str, Tensor]:
+        listed = list(names)
+        found.extend(listed)
+        return original(self, listed)
+
+    monkeypatch.setattr(StoredTensors, "read", read)
+    return found
+
+
+@pytest.mark.parametrize("shards", ["5GB", SHARDED])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "t5", "bert", "vit"])
+def test_values_are_those_of_the_files(saved: Any, name: str, shards: str) -> None:
+    module, folder = saved(name, shards)
+    assert (folder / "model.safetensors.index.json").exists() == (shards == SHARDED)
+    pretrained = af.AutoModel.from_pretrained(folder)
+    assert all(leaf.is_meta for leaf in pretrained.module.parameters())
+    assert isinstance(pretrained.weights, SafetensorsWeights) and pretrained.weights.note is None
+    model = af.from_module(pretrained, ZOO[name][1]())
+    assert_same(model.init(), real(module))
+    batch = ZOO[name][1]()
+    assert torch.allclose(model(model.init(), batch).logits, module(**batch).logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("shards", ["5GB", SHARDED])
+def test_what_transformers_converts_it_loads(saved: Any, shards: str, reads: list[str]) -> None:
+    module, folder = saved("mixtral", shards)
+    with pytest.warns(UserWarning, match="every process loads the whole model.*converted while loading"):
+        pretrained = af.AutoModel.from_pretrained(folder)
+    assert isinstance(pretrained.weights, WholeModel) and "block_sparse_moe" in str(pretrained.weights.note)
+    assert_same(af.from_module(pretrained, ZOO["mixtral"][1]()).init(), real(module))
+    assert reads == []
+
+
+def test_a_stage_reads_its_own_tensors_only(saved: Any, reads: list[str]) -> None:
+    module, folder = saved("llama", SHARDED)
+    model = af.from_module(af.AutoModel.from_pretrained(folder), ZOO["llama"][1]())
+    assert reads == []
+    paths = [path for path in model.spec if path.startswith("model.layers.2.")]
+    found = model.init_paths(paths, 0, "cpu")
+    assert sorted(reads) == sorted(paths) == sorted(found)
+    reads.clear()
+    model.init(device="meta")
+    assert reads == []
+
+
+def test_tied_parameters_are_read_once(saved: Any, reads: list[str]) -> None:
+    module, folder = saved("t5")
+    model = af.from_module(af.AutoModel.from_pretrained(folder), ZOO["t5"][1]())
+    model.init()
+    assert sorted(reads) == sorted(real(module))
+
+
+def test_two_processes_read_their_stages(saved: Any, workers: WorkerPool) -> None:
+    module, folder = saved("gpt2", SHARDED)
+    expected = set(real(module))
+    results = workers.run(_init_on_gloo, folder)
+    assert set(results[0][0]) | set(results[1][0]) == expected
+    assert len(results[0][0]) < len(expected) > len(results[1][0])
+    for _, gathered in results:
+        assert_same(gathered, real(module))
+
+
+def _init_on_gloo(folder: Path) -> tuple[list[str], Any]:
+    found: list[str] = []
+    original = StoredTensors.read
+    try:
+        StoredTensors.read = lambda self, names: original(self, found.extend(listed := list(names)) or listed)  # type: ignore
+        model = af.from_module(af.AutoModel.from_pretrained(folder), ZOO["gpt2"][1]())
+        s = af.schedule.build("1f1b", num_ranks=2, num_microbatches=2)
+        pipe = af.pipeline(af.split(model, 2), s, mesh=pp_mesh(2))
+        return found, pipe.gather(pipe.init())
+    finally:
+        StoredTensors.read = original  # type: ignore[method-assign]
+
+
+def test_dtypes(saved: Any) -> None:
+    module, folder = saved("gpt2", dtype=torch.bfloat16)
+    batch = ZOO["gpt2"][1]()
+    assert_same(af.from_module(af.AutoModel.from_pretrained(folder), batch).init(), real(module))
+    wide = {name: leaf.float() for name, leaf in real(module).items()}
+    assert_same(af.from_module(af.AutoModel.from_pretrained(folder, dtype="float32"), batch).init(), wide)
+    assert_same(af.from_module(af.AutoModel.from_pretrained(folder), batch).init(dtype=torch.float32), wide)
+
+
+@pytest.mark.parametrize("shards", ["5GB", SHARDED])
+def test_a_prefix_may_be_stored_or_not(saved: Any, tmp_path: Path, shards: str) -> None:
+    module, folder = saved("gpt2", shards)
+    without = {name.removeprefix("transformer."): leaf.contiguous() for name, leaf in real(module).items()}
+    shutil.copy(folder / "config.json", tmp_path)
+    save_file(without | {"h.0.attn.bias": torch.ones(1)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert_same(af.from_module(af.AutoModel.from_pretrained(tmp_path), ZOO["gpt2"][1]()).init(), real(module))
+    base: Any = module
+    weights = SafetensorsWeights(_renamed(folder, tmp_path, lambda name: f"transformer.{name}"), base.transformer)
+    assert_same(weights.read(real(base.transformer)), real(base.transformer))
+
+
+def _renamed(folder: Path, to: Path, rename: Callable[[str], str]) -> Path:
+    names = StoredTensors(folder)
+    values = names.read(names.shapes)
+    stripped = {rename(name.removeprefix("transformer.")): leaf for name, leaf in values.items()}
+    save_file(stripped, to / "renamed.safetensors", metadata={"format": "pt"})
+    return to / "renamed.safetensors"
+
+
+def test_frozen_parameters_get_no_gradient(saved: Any) -> None:
+    _, folder = saved("llama")
+    batch = ZOO["llama"][1]()
+    pretrained = af.AutoModel.from_pretrained(folder, trainable=["lm_head*", "*.layers.3.*"])
+    model = af.from_module(pretrained, batch)
+    found = set(gradients(model, batch, model.init()))
+    assert found == {name for name in model.spec if name.startswith(("lm_head", "model.layers.3."))}
+    other = af.from_module(pretrained, batch, trainable=["lm_head*"])
+    assert set(gradients(other, batch, other.init())) == {"lm_head.weight"}
+    with pytest.raises(ModelError, match=r"trainable pattern 'lmhead\*' matches no parameter; did you mean lm_head.weight"):
+        af.AutoModel.from_pretrained(folder, trainable=["lmhead*"])
+
+
+def test_parameters_that_are_not_used_may_be_frozen_by_patterns() -> None:
+    module = TinyForCausalLM(TinyConfig())
+    module.extra = nn.Linear(2, 2)
+    with pytest.raises(ModelError, match=r"no layer uses extra\.weight"):
+        af.from_module(module, ids())
+    af.from_module(module, ids(), trainable=["blocks*"])
+
+
+# --- a module of one's own
+
+
+def tiny(folder: Path) -> TinyForCausalLM:
+    """Real, with a buffer that is not what its initialiser makes, and a file of it."""
+    torch.manual_seed(0)
+    module = TinyForCausalLM(TinyConfig())
+    module.get_buffer("scale").mul_(torch.randn(8))
+    stored = {name: leaf.contiguous() for name, leaf in module.state_dict().items() if name != "embed.weight"}
+    save_file(stored, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"architectures": ["TinyForCausalLM"]}))
+    return module
+
+
+def test_registered_with_a_buffer_and_under_another_tied_name(tmp_path: Path, reads: list[str]) -> None:
+    af.register_architecture(TinyForCausalLM)
+    module = tiny(tmp_path)
+    pretrained = af.AutoModel.from_pretrained(tmp_path)
+    assert type(pretrained.module) is TinyForCausalLM and pretrained.module.training
+    model = af.from_module(pretrained, ids())
+    assert reads == ["scale"]  # a constant of the graph
+    assert_same(model.init(), real(module))
+    assert torch.equal(model(model.init(), ids()), module(**ids()))
+
+
+def test_a_parameter_that_was_given_a_value_keeps_it(tmp_path: Path) -> None:
+    af.register_architecture(TinyForCausalLM)
+    tiny(tmp_path)
+    pretrained = af.AutoModel.from_pretrained(tmp_path)
+    pretrained.module.lm_head = nn.Linear(8, 3)  # another task
+    model = af.from_module(pretrained, ids())
+    assert torch.equal(model.init()["lm_head", "weight"], pretrained.module.lm_head.weight)
+
+
+@pytest.mark.parametrize("meta", [False, True])
+def test_weights_for_any_module(tmp_path: Path, meta: bool) -> None:
+    module = tiny(tmp_path)
+    with torch.device("meta" if meta else "cpu"):
+        other = TinyForCausalLM(TinyConfig())
+    other.order = torch.arange(8)
+    for path in (tmp_path, str(tmp_path / "model.safetensors")):
+        model = af.from_module(other, ids(), weights=path)
+        assert_same(model.init(), real(module))
+        assert torch.equal(model(model.init(), ids()), module(**ids()))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "mixtral", "bert"])
+def test_weights_that_training_wrote(tmp_path: Path, name: str) -> None:
+    batch = ZOO[name][1]()
+    trained = af.from_module(ZOO[name][0](), batch)
+    params = trained.init().apply(lambda leaf: leaf + 1)
+    save_weights(params, tmp_path / "model.safetensors")
+    model = af.from_module(ZOO[name][0](), batch, weights=tmp_path)
+    assert_same(model.init(), {path: leaf for path, leaf in params.flatten_keys(".").items()})
+
+
+def test_weights_of_another_form_are_refused(saved: Any) -> None:
+    module, folder = saved("mixtral")
+    with pytest.raises(ModelError, match=r"load it with af\.AutoModel\.from_pretrained"):
+        af.from_module(module, ZOO["mixtral"][1](), weights=folder)
+
+
+# --- errors
+
+
+def change(folder: Path, to: Path, edit: Callable[[dict[str, Tensor]], Any]) -> Path:
+    shutil.copytree(folder, to, dirs_exist_ok=True)
+    values = load_file(to / "model.safetensors")
+    edit(values)
+    save_file(values, to / "model.safetensors", metadata={"format": "pt"})
+    return to
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda v: v.pop("model.norm.weight"), r"does not fit LlamaForCausalLM: it has no model\.norm\.weight; did you mean"),
+        (lambda v: v.update(odd=torch.ones(1)), r"the module has no place for odd; "),
+        (
+            lambda v: v.update({"model.norm.weight": torch.ones(3)}),
+            r"'model\.norm\.weight' is \(3,\), not \(32,\). Are the sizes",
+        ),
+    ],
+)  # fmt: skip
+def test_weights_that_do_not_fit(saved: Any, tmp_path: Path, edit: Any, message: str) -> None:
+    folder = change(saved("llama")[1], tmp_path, edit)
+    with pytest.raises(ModelError, match=message):
+        af.AutoModel.from_pretrained(folder)
+
+
+def test_whole_models_that_do_not_fit(saved: Any, tmp_path: Path) -> None:
+    folder = change(saved("mixtral")[1], tmp_path, lambda values: values.pop("model.norm.weight"))
+    with pytest.warns(UserWarning):
+        model = af.from_module(af.AutoModel.from_pretrained(folder), ZOO["mixtral"][1]())
+    with pytest.raises(ModelError, match=r"does not fit MixtralForCausalLM: missing keys: model\.norm\.weight"):
+        model.init()
+
+
+def test_tied_in_the_module_but_not_in_the_file(saved: Any, tmp_path: Path) -> None:
+    folder = change(saved("gpt2")[1], tmp_path, lambda v: v.update({"lm_head.weight": v["transformer.wte.weight"] + 1}))
+    model = af.from_module(af.AutoModel.from_pretrained(folder), ZOO["gpt2"][1]())
+    with pytest.raises(ModelError, match="have different values, but in the module they are one parameter"):
+        model.init()
+
+
+def test_old_files_are_loaded_whole(saved: Any, tmp_path: Path) -> None:
+    module, folder = saved("llama")
+    shutil.copy(folder / "config.json", tmp_path)
+    torch.save(module.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.warns(UserWarning, match="has no safetensors files"):
+        pretrained = af.AutoModel.from_pretrained(tmp_path)
+    assert_same(af.from_module(pretrained, ZOO["llama"][1]()).init(), real(module))
+
+
+def test_folders_without_weights(saved: Any, tmp_path: Path) -> None:
+    af.register_architecture(TinyForCausalLM)
+    with pytest.raises(ModelError, match=r"no .*config\.json"):
+        af.AutoModel.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["TinyForCausalLM"]}))
+    with pytest.raises(ModelError, match="has neither model.safetensors nor model.safetensors.index.json; it has config.json"):
+        af.AutoModel.from_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"no")
+    with pytest.raises(ModelError, match="is not a safetensors file"):
+        af.AutoModel.from_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="is a file; name the folder"):
+        af.AutoModel.from_pretrained(tmp_path / "config.json")
+    with pytest.raises(ModelError, match="no weights at"):
+        af.from_module(TinyForCausalLM(TinyConfig()), ids(), weights=tmp_path / "absent")
+
+
+def test_broken_indices(saved: Any, tmp_path: Path) -> None:
+    _, folder = saved("llama", SHARDED)
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    name, file = next(iter(index["weight_map"].items()))
+    other = next(each for each in index["weight_map"].values() if each != file)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {**index["weight_map"], name: other}}))
+    with pytest.raises(ModelError, match=f"has no '{name}', which model.safetensors.index.json says it has"):
+        StoredTensors(tmp_path)
+    (tmp_path / file).unlink()
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ModelError, match=f"names {file}, which is not there"):
+        StoredTensors(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text("[]")
+    with pytest.raises(ModelError, match="is not an index of shards"):
+        StoredTensors(tmp_path)
+
+
+def test_a_model_in_the_cache_of_the_hub(saved: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    module, folder = saved("llama")
+    commit = "a" * 40
+    home = tmp_path / "models--team--small-llama"
+    shutil.copytree(folder, home / "snapshots" / commit)
+    (home / "refs").mkdir()
+    (home / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    pretrained = af.AutoModel.from_pretrained("team/small-llama")
+    assert isinstance(pretrained, Pretrained)
+    assert_same(af.from_module(pretrained, ZOO["llama"][1]()).init(), real(module))
+    with pytest.raises(ModelError, match="did you mean team/small-llama"):
+        af.AutoModel.from_pretrained("team/smal-llama")

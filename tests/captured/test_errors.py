@@ -1,0 +1,176 @@
+"""What cannot be captured or cut is one error that says what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import autofunc as af
+from autofunc.errors import ModelError, SplitError
+from tests.captured.laws import assert_unchanged, contents
+from tests.captured.zoo import ZOO
+
+BATCH = {"x": torch.randn(4, 6, generator=torch.Generator().manual_seed(0))}
+
+
+class Made(nn.Module):
+    """A layer, and a forward that a test gives."""
+
+    def __init__(self, forward: Callable[[Any, Tensor], Any]) -> None:
+        super().__init__()
+        self.linear, self.norm = nn.Linear(6, 6), nn.BatchNorm1d(6)
+        self.norm.requires_grad_(False)
+        self.register_buffer("steps", torch.zeros(()))
+        self.seen: list[Any] = []
+        self.calls = 0
+        self.forward_ = forward
+
+    def forward(self, x: Tensor) -> Any:
+        """Whatever was given."""
+        return self.forward_(self, self.linear(x))
+
+
+def counting(self: Any, h: Tensor) -> Tensor:
+    self.calls += 1
+    return h
+
+
+def caching(self: Any, h: Tensor) -> Tensor:
+    self.cache = h
+    return h
+
+
+def collecting(self: Any, h: Tensor) -> Tensor:
+    self.seen.append(h)
+    return h
+
+
+def stepping(self: Any, h: Tensor) -> Tensor:
+    self.steps += 1
+    return h
+
+
+def normalising(self: Any, h: Tensor) -> Tensor:
+    return self.norm(h)
+
+
+def clamping(self: Any, h: Tensor) -> Tensor:
+    with torch.no_grad():
+        self.linear.weight.clamp_(-1, 1)
+    return h
+
+
+def branching(self: Any, h: Tensor) -> Tensor:
+    return h if h.sum() > 0 else -h
+
+
+def drawing(self: Any, h: Tensor) -> Tensor:
+    return h + torch.rand(6)
+
+
+def marking_twice(self: Any, h: Tensor) -> Tensor:
+    return af.split_point("here", torch.relu(af.split_point("here", h)))
+
+
+@pytest.mark.parametrize(
+    ("forward", "message"),
+    [
+        (counting, r"Made \(the module itself\) stores 'calls'"),
+        (caching, r"stores 'cache'"),
+        (collecting, r"stores 'seen'"),
+        (stepping, r"writes to its buffer 'steps' \(aten.add_.Tensor; .*test_errors.py"),
+        (normalising, r"batch normalisation in training mode.*GroupNorm"),
+        (clamping, r"writes to its parameter 'linear.weight' \(aten.clamp_.*test_errors.py"),
+        (branching, r"reads the value of a tensor \(.*h.sum\(\) > 0"),
+        (drawing, r"draws from the global random generator \(aten.rand"),
+        (marking_twice, r"af.split_point\('here'\) is passed twice"),
+        (lambda self, h: h @ torch.ones(5, 5), r"Made cannot run on this batch: .*test_errors.py"),
+    ],
+)
+def test_forwards(forward: Callable[[Any, Tensor], Any], message: str) -> None:
+    module = Made(forward)
+    before = contents(module)
+    with pytest.raises(ModelError, match=message):
+        af.from_module(module, BATCH)
+    assert_unchanged(before, module)
+
+
+def test_batch_normalisation_in_eval_mode_is_fine() -> None:
+    module = Made(normalising).eval()
+    model = af.from_module(module, BATCH)
+    assert torch.equal(model(model.init(), BATCH), module(BATCH["x"]))
+
+
+def test_a_batch_that_is_written_to() -> None:
+    class Scaling(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x /= 2
+            return self.linear(x)
+
+    with pytest.raises(ModelError, match=r"writes to the batch .*x.clone()"):
+        af.from_module(Scaling(), BATCH)
+
+
+def test_a_parameter_that_nothing_uses() -> None:
+    module = nn.Sequential(nn.Linear(6, 6))
+    module.extra = nn.Parameter(torch.zeros(3))
+    with pytest.raises(ModelError, match=r"no layer uses extra; .*freeze"):
+        af.from_module(module, {"input": BATCH["x"]})
+    module.extra.requires_grad_(False)
+    assert list(af.from_module(module, {"input": BATCH["x"]}).spec) == ["0.bias", "0.weight"]
+
+
+@pytest.mark.parametrize(
+    ("batch", "options", "message"),
+    [
+        ({"y": BATCH["x"]}, {}, r"Made.forward needs x, but the batch has y; .*inputs=\['y'\]"),
+        ({"y": BATCH["x"]}, {"inputs": ["z"]}, "inputs name 'z', which the batch does not have"),
+        (BATCH, {"trainable": ["head.*"]}, "trainable pattern 'head.*' matches no parameter"),
+    ],
+)
+def test_arguments(batch: dict[str, Tensor], options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        af.from_module(Made(lambda self, h: h), batch, **options).init_paths([], 0, "cpu")
+        _ = af.from_module(Made(lambda self, h: h), batch, **options).spec
+
+
+def test_no_module() -> None:
+    with pytest.raises(ModelError, match=r"expected an nn.Module, got function; for a function see af.from_function"):
+        af.from_module(functional.relu, BATCH)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("points", "message"),
+    [
+        (["h.7"], "names no layer: did you mean"),
+        (["h.2", "h.1"], "'transformer.h.1' runs before 'transformer.h.2'"),
+        (["h.2", "h.2.ln_1"], "a stage already begins at 'transformer.h.2'"),
+        (["drop"], "'transformer.drop' is not run|needs no weights|names no layer"),
+        (["mlp"], "ambiguous: it is the end of transformer.h.0.mlp"),
+        (["transformer.h"], "'transformer.h' is not run"),
+        (9000, "cannot split"),
+    ],
+)
+def test_split_points(points: Any, message: str) -> None:
+    build, batch = ZOO["gpt2"]
+    model = af.from_module(build(), batch())
+    with pytest.raises(SplitError, match=message):
+        af.split(model, points)
+
+
+def test_finer_than_layers() -> None:
+    build, batch = ZOO["gpt2"]
+    model = af.from_module(build(), batch())
+    stages = af.split(model, ["h.0.mlp", "h.3.attn"])
+    assert stages[1].layers[0] == "transformer.h.0.mlp" and stages[2].layers[0] == "transformer.h.3.attn"
+    assert len(af.split(model, 12)) == 12
+    assert [stage.layers[0] for stage in af.split(model, ["h.*"])[1:]] == [f"transformer.h.{index}" for index in range(4)]

@@ -1,0 +1,79 @@
+"""Modules without weights: planned, and initialised layer by layer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import autofunc as af
+from autofunc import tree
+from autofunc.errors import ModelError
+from tests.captured.zoo import ZOO
+from tests.cases import assert_same_tree
+
+BUILDERS = {"meta": lambda: torch.device("meta"), "empty_weights": af.empty_weights}
+
+
+@pytest.mark.parametrize("where", BUILDERS)
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gemma", "gpt_neox", "mixtral", "t5", "bert", "vit"])
+def test_like_the_real_module(name: str, where: str) -> None:
+    """Same shapes, ties and buffers; weights with the same statistics; on the real weights the same outputs."""
+    build, batch = ZOO[name]
+    real = build()
+    with BUILDERS[where]():
+        empty = build()
+    model, expected = af.from_module(empty, batch()), af.from_module(real, batch())
+    assert list(model.layers) == list(expected.layers) and model.ties == expected.ties
+    found, like = tree.flatten(model.init(seed=1)), tree.flatten(expected.init())
+    assert found.keys() == like.keys()
+    for path, leaf in like.items():
+        assert found[path].shape == leaf.shape and not found[path].is_meta
+        if leaf.numel() >= 256:
+            assert torch.isclose(found[path].std(), leaf.std(), rtol=0.25, atol=1e-6), path
+            assert abs(found[path].mean() - leaf.mean()) < 0.2 * leaf.std() + 1e-6, path
+        else:
+            assert found[path].isfinite().all()
+    assert torch.equal(model(expected.init(), batch()).loss, expected(expected.init(), batch()).loss)
+    assert all(leaf.is_meta for leaf in empty.parameters() if where == "meta")
+
+
+def test_the_layout_does_not_matter() -> None:
+    build, batch = ZOO["gpt2"]
+    with torch.device("meta"):
+        model = af.from_module(build(), batch())
+    s = af.schedule.build("1f1b", num_ranks=3, num_microbatches=2)
+    pipe = af.pipeline(af.split(model, 3), s)
+    assert_same_tree(model.init(seed=3), pipe.init(seed=3))
+    some = model.init_paths(["transformer.h.2.mlp.c_proj.weight"], 3, "cpu")
+    assert torch.equal(*some.values(), model.init(seed=3)["transformer", "h", "2", "mlp", "c_proj", "weight"])
+    other = model.init(seed=4)["transformer", "wpe", "weight"]
+    assert not torch.equal(other, model.init(seed=3)["transformer", "wpe", "weight"])
+
+
+class Scale(nn.Module):
+    """A parameter that only a constructor fills, and a buffer likewise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.factor = nn.Parameter(torch.randn(4))
+        self.register_buffer("table", torch.arange(4.0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x * self.table) * self.factor
+
+
+def test_what_cannot_be_made_again() -> None:
+    x = {"x": torch.randn(2, 4)}
+    with torch.device("meta"):
+        lost = Scale()
+    with pytest.raises(ModelError, match=r"the buffer 'table' of Scale is on the meta device.*af.empty_weights"):
+        af.from_module(lost, x)
+    with af.empty_weights():
+        kept = Scale()
+    assert kept.linear.weight.is_meta and not kept.table.is_meta and not kept.factor.is_meta
+    assert torch.equal(af.from_module(kept, x).init()["factor"], kept.factor)
+    lost.table = torch.arange(4.0)
+    with pytest.raises(ModelError, match=r"Scale \(the module itself\) is on the meta device.*'factor'"):
+        af.from_module(lost, x).init()
