@@ -1,0 +1,114 @@
+"""A configuration that was written for NeMo AutoModel, unchanged, with the hub's dataset in the local cache."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from autofunc.config import read_config
+from autofunc.config.renamed import RENAMED, with_new_names
+from autofunc.errors import ConfigError
+
+CONFIG = """
+# my_gpt2_config.yaml
+model:
+  _target_: nemo_automodel.components.models.gpt2.build_gpt2_model
+  n_layer: 12
+  n_embd: 768
+  n_head: 12
+  vocab_size: 50257
+
+dataset:
+  _target_: nemo_automodel.components.datasets.llm.hellaswag.HellaSwag
+  path_or_dataset: rowan/hellaswag
+  split: train
+
+step_scheduler:
+  global_batch_size: 64
+  local_batch_size: 8
+  num_epochs: 1
+
+distributed:
+  strategy: fsdp2
+  tp_size: 1
+
+optimizer:
+  _target_: torch.optim.Adam
+  lr: 1e-4
+"""
+
+CACHING = """
+import datasets, os
+datasets.load_dataset(os.path.abspath("hellaswag"), split="train", cache_dir=os.environ["HF_DATASETS_CACHE"])
+cache = os.environ["HF_DATASETS_CACHE"]
+os.rename(os.path.join(cache, "hellaswag"), os.path.join(cache, "rowan___hellaswag"))
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working directory with the configuration, and a cache that looks as after a download."""
+    path = tmp_path_factory.mktemp("old")
+    rows = [{"ctx": f"Cat {n}", "endings": ["sat.", "ran.", "is.", "was."], "label": str(n % 4)} for n in range(130)]
+    (path / "hellaswag").mkdir()
+    (path / "hellaswag" / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (path / "my_gpt2_config.yaml").write_text(CONFIG)
+    subprocess.run([sys.executable, "-c", CACHING], cwd=path, env=environment(path), check=True, capture_output=True)
+    return path
+
+
+def environment(folder: Path) -> dict[str, str]:
+    return {**os.environ, "HF_HOME": str(folder / "home"), "HF_DATASETS_CACHE": str(folder / "cache"), "NO_COLOR": "1"}
+
+
+def autofunc(folder: Path, *arguments: str) -> str:
+    command = [sys.executable, "-m", "autofunc", *arguments]
+    done = subprocess.run(command, cwd=folder, env=environment(folder), capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+SMALL = ["--model.n_layer", "2", "--model.n_embd", "48", "--model.vocab_size", "256"]
+
+
+def test_plan_says_what_became_of_the_names(folder: Path) -> None:
+    shown = autofunc(folder, "plan", "-c", "my_gpt2_config.yaml", "--distributed.pp_size", "2")
+    words = " ".join(shown.split())
+    assert "model._target_: nemo_automodel.components.models.gpt2.build_gpt2_model is stages.gpt2.build_gpt2_model" in words
+    assert (
+        "dataset._target_: nemo_automodel.components.datasets.llm.hellaswag.HellaSwag is autofunc.data.HellaSwag" in words
+    )
+    assert "8 microbatches" in words and "split_points: [h.9]" in words  # the head of 50,257 words weighs three blocks
+
+
+def test_two_steps_of_a_smaller_one(folder: Path) -> None:
+    shown = autofunc(folder, "finetune", "llm", "-c", "my_gpt2_config.yaml", "--step_scheduler.max_steps", "2", *SMALL)
+    assert "2 steps in" in shown
+    lines = (folder / "runs" / "my_gpt2_config" / "metrics.jsonl").read_text().splitlines()
+    metrics = [json.loads(line) for line in lines]
+    assert [entry["step"] for entry in metrics] == [1, 2] and all(4 < entry["loss"] < 7 for entry in metrics)
+
+
+@pytest.mark.full
+def test_two_steps_as_printed(folder: Path) -> None:
+    shown = autofunc(folder, "finetune", "llm", "-c", "my_gpt2_config.yaml", "--step_scheduler.max_steps", "2")
+    assert "2 steps in" in shown
+
+
+def test_names_that_are_not_known() -> None:
+    raw = {"model": {"_target_": "nemo_automodel.components.models.gpt3.build_gpt3_model"}}
+    with pytest.raises(ConfigError, match=r"model._target_: .* has no name here; .*build_gpt2_model"):
+        with_new_names(raw)
+    same = {"model": {"_target_": "torch.nn.Linear", "nested": {"_target_": "nemo_automodel.x.HellaSwag"}}, "seed": 3}
+    renamed, notes = with_new_names(same)
+    assert renamed["model"]["nested"]["_target_"] == RENAMED["HellaSwag"] and renamed["seed"] == 3 and len(notes) == 1
+
+
+def test_it_validates(folder: Path) -> None:
+    config, notes = read_config(folder / "my_gpt2_config.yaml")
+    assert config.model["_target_"] == "stages.gpt2.build_gpt2_model" and len(notes) == 2
