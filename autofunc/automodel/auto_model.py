@@ -11,6 +11,7 @@ from torch import nn
 
 from autofunc import tree
 from autofunc.automodel.build import build, without_values
+from autofunc.automodel.converted import ConvertedTensors
 from autofunc.automodel.description import Description, describe
 from autofunc.automodel.hub import CONFIGS, WEIGHTS, folder_of
 from autofunc.automodel.in_transformers import WholeModel, is_model
@@ -80,7 +81,7 @@ class AutoModel:
         Args:
             path_or_id: a folder with config.json and safetensors files, or the name of a model on the hub, which is taken
                 from the local cache (and downloaded before, unless HF_HUB_OFFLINE is set).
-            trainable: patterns of the parameters that get gradients; by default all.
+            trainable: patterns of the parameters that get gradients, such as ["lm_head*"]; by default all.
             dtype: of floating-point parameters; by default the config's, else that of the files.
             trust_remote_code: see `from_config`.
             revision: a branch, tag or commit of a model on the hub.
@@ -135,20 +136,35 @@ def _weights(
     reason = "it has no safetensors files"
     if stored is not None:
         try:
-            weights = SafetensorsWeights(stored, module)
-            weights.check(name for name, _ in module.named_parameters())
-            return weights
+            weights = _by_name(stored, module)
         except ConvertedForm as error:
             reason = str(error)
+        else:
+            weights.check(name for name, _ in module.named_parameters())
+            return weights
     return WholeModel(type(module), folder, module, dtype, reason)
+
+
+def _by_name(stored: StoredTensors, module: nn.Module) -> SafetensorsWeights:
+    try:
+        return SafetensorsWeights(stored, module)
+    except ConvertedForm:
+        return SafetensorsWeights(ConvertedTensors(stored, module), module)
 
 
 def _check_patterns(module: nn.Module, trainable: Sequence[str]) -> None:
     """Find mistakes before anything is captured; see `Model.trainable`."""
-    names = [name for name, _ in module.named_parameters()]
-    unused = [pattern for pattern in trainable if not any(tree.matches(name, [pattern]) for name in names)]
-    if unused:
-        raise ModelError(f"trainable pattern {unused[0]!r} matches no parameter; {one_of(unused[0], names)}")
+    names = {id(leaf): name for name, leaf in module.named_parameters()}
+    for pattern in trainable:
+        if any(tree.matches(name, [pattern]) for name in names.values()):
+            continue
+        for alias, leaf in module.named_parameters(remove_duplicate=False):
+            if tree.matches(alias, [pattern]):
+                raise ModelError(
+                    f"trainable pattern {pattern!r} matches {alias}, which is tied to {names[id(leaf)]}; name that, or untie "
+                    "them in the config (tie_word_embeddings=False)"
+                )
+        raise ModelError(f"trainable pattern {pattern!r} matches no parameter; {one_of(pattern, names.values())}")
 
 
 def _read_generation_config(module: nn.Module, folder: Path) -> None:

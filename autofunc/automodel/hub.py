@@ -34,10 +34,10 @@ def folder_of(name: str, patterns: tuple[str, ...], revision: str | None = None)
 
 
 def _cached() -> list[str]:
-    from huggingface_hub import scan_cache_dir
+    from huggingface_hub import constants, scan_cache_dir
     from huggingface_hub.errors import CacheNotFound
 
     try:
-        return sorted(repo.repo_id for repo in scan_cache_dir().repos if repo.repo_type == "model")
+        return sorted(repo.repo_id for repo in scan_cache_dir(constants.HF_HUB_CACHE).repos if repo.repo_type == "model")
     except CacheNotFound:
         return []

@@ -50,8 +50,8 @@ def write_pretrained(
     filled = _filled(source, _full_tree(source, params))
     folder = Path(folder).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
-    _remove_weights(folder)
     if is_model(filled):
+        _remove_weights(folder)
         filled.save_pretrained(folder, max_shard_size=max_shard_size)
     else:
         _write(filled, folder, max_shard_size)
@@ -115,7 +115,9 @@ def _write(module: nn.Module, folder: Path, max_shard_size: int | str) -> None:
     floats = [leaf.dtype for leaf in leaves.values() if leaf.is_floating_point()]
     if floats:
         config["dtype"] = str(floats[0]).removeprefix("torch.")
-    (folder / CONFIG).write_text(_as_json(config, type(module).__name__))
+    text = _as_json(config, type(module).__name__)
+    _remove_weights(folder)
+    (folder / CONFIG).write_text(text)
     split = split_torch_state_dict_into_shards(leaves, max_shard_size=max_shard_size)
     for file, names in split.filename_to_tensors.items():
         save_file({name: leaves[name] for name in names}, folder / file, metadata={"format": "pt"})

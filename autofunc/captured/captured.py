@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -19,7 +20,7 @@ from autofunc.captured.places import FIRST, default_layers, find_places
 from autofunc.captured.source import Source
 from autofunc.errors import ModelError
 from autofunc.markers import marking
-from autofunc.model import Layer, Model, Places, TensorParallel
+from autofunc.model import Layer, Model, Places
 
 Node = fx.Node
 
@@ -29,31 +30,41 @@ SHARED = "autofunc.shared"
 _MOST_COMPARED = 1 << 20  # elements of a constant that is compared by value
 
 
+@dataclass(frozen=True)
+class Shared:
+    """What the layers of a stage share for one microbatch."""
+
+    cut: Cut
+    values: Mapping[str, Any]  # that depend on the batch and on constants alone, by name
+    device: torch.device
+
+
 class Captures:
-    """The forward of a source, captured once for each signature of a batch."""
+    """The forward of a source, captured once for each signature of a batch and dtype of the parameters."""
 
     def __init__(self, source: Source) -> None:
         self.source = source
         self._known: dict[Any, Flow] = {}
         self._constants: dict[Any, Tensor] = {}
 
-    def flow(self, batch: Mapping[str, Any], *, new: bool = True) -> tuple[Any, Flow]:
+    def flow(self, batch: Mapping[str, Any], recast: torch.dtype | None, *, new: bool = True) -> tuple[Any, Flow]:
         """The captured forward for a batch, and the signature it is for.
 
         Args:
             batch: a microbatch.
+            recast: dtype of the floating-point parameters; None: what they are in the module.
             new: whether it may be captured now.
         """
         entries = self.source.select(batch)
         spec, leaves = signature(entries)
-        shapes = (spec, tuple(leaf[:2] if isinstance(leaf, tuple) else leaf for leaf in leaves))  # on any device
+        shapes = (recast, spec, tuple(leaf[:2] if isinstance(leaf, tuple) else leaf for leaf in leaves))  # on any device
         if shapes not in self._known:
             if not new:
                 raise ModelError(f"{self.source.what} was not captured for such a batch; call model.prepare(batch) first")
             own = (leaf.device for leaf in self.source.module.parameters() if not leaf.is_meta)
             device = next(own, torch.device("cpu"))
             with torch.device(device):  # whatever the default is around here
-                self._known[shapes] = self._capture(entries, device)
+                self._known[shapes] = self._capture(entries, device, recast)
         return shapes, self._known[shapes]
 
     def _constant(self, node: Node, exported: Exported) -> Tensor:
@@ -65,13 +76,13 @@ class Captures:
         content = value.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes() if value.numel() else b""
         return self._constants.setdefault((value.dtype, value.device, tuple(value.shape), content), value)
 
-    def _capture(self, entries: Mapping[str, Any], device: torch.device) -> Flow:
+    def _capture(self, entries: Mapping[str, Any], device: torch.device, recast: torch.dtype | None) -> Flow:
         source = self.source
         example = tree.map_leaves(
             lambda leaf: torch.zeros_like(leaf, device=device) if isinstance(leaf, Tensor) else leaf, dict(entries)
         )
         with torch.enable_grad(), marking():
-            exported = export(source.module, source.arguments, example, source.what)
+            exported = export(source.module, source.arguments, example, source.what, recast)
         exported.params = {node: source.canonical(name) for node, name in exported.params.items()}
         flow = Flow(exported, source.what)
         fixed = {*exported.buffers, *exported.constants}
@@ -96,10 +107,9 @@ class CapturedModel(Model):
         *,
         config: Any = None,
         trainable: Sequence[str] = ("*",),
-        tensor_parallel: TensorParallel | None = None,
     ) -> None:
         self._captures, self._example, self._source = captures, example, captures.source
-        flow = captures.flow(example)[1]
+        flow = captures.flow(example, None)[1]
         self._found = self._places(flow)
         if names is None:
             names = default_layers(self._source.module, self._found, flow.exported.markers)
@@ -115,8 +125,13 @@ class CapturedModel(Model):
         self._cuts: dict[Any, Cut] = {}
         super().__init__(
             {name: Layer(self._apply(number)) for number, name in enumerate(layers)},
-            ties=ties, config=config, trainable=trainable, tensor_parallel=tensor_parallel,
+            ties=ties, config=config, trainable=trainable,
         )  # fmt: skip
+
+    @property
+    def uncut(self) -> str:
+        """See `Model.uncut`."""
+        return f"{self._source.what} was captured with the sizes of the whole in its graph"
 
     @property
     def module(self) -> nn.Module:
@@ -138,7 +153,7 @@ class CapturedModel(Model):
         ordered = [wanted[position] for position in sorted(wanted)]
         return CapturedModel(
             self._captures, self._example, ordered,
-            config=self.config, trainable=self.trainable, tensor_parallel=self.tensor_parallel,
+            config=self.config, trainable=self.trainable,
         )  # fmt: skip
 
     # --- what `Model` works out from its layers
@@ -173,40 +188,60 @@ class CapturedModel(Model):
         wanted = sorted({self.canonical(path) for path in paths}, key=tree.split_path)
         return self._source.weights(wanted, seed, torch.device(device), dtype)
 
-    def prepare(self, batch: Mapping[str, Any]) -> None:
-        """See `Model.prepare`: captures the forward for such batches."""
-        self._cut(batch, new=True)
+    def recast(self, dtypes: Mapping[str, torch.dtype]) -> torch.dtype | None:
+        """See `Model.recast`: a captured forward has the dtypes in it that its parameters had.
 
-    def shared(self, names: Iterable[str], batch: Mapping[str, Any]) -> Mapping[str, Any]:
+        Raises:
+            ModelError: for parameters that differ from the module's, and from one another.
+        """
+        own = {path: leaf.dtype for path, leaf in self.spec.items() if leaf.is_floating_point()}
+        given = {path: dtype for path, dtype in dtypes.items() if path in own}
+        if all(dtype == own[path] for path, dtype in given.items()):
+            return None
+        if len(set(given.values())) > 1:
+            names = ", ".join(sorted(map(str, set(given.values()))))
+            raise ModelError(f"{self._source.what}: its parameters are {names}; give all the same dtype, or their own")
+        return next(iter(given.values()))
+
+    def prepare(self, batch: Mapping[str, Any], recast: torch.dtype | None = None) -> None:
+        """See `Model.prepare`: captures the forward for such batches."""
+        self._cut(batch, recast, new=True)
+
+    def shared(
+        self, names: Iterable[str], batch: Mapping[str, Any], recast: torch.dtype | None = None
+    ) -> Mapping[str, Any]:  # fmt: skip
         """See `Model.shared`."""
-        segment, keys = self._cut(batch).shared(self._numbers(names))
+        cut = self._cut(batch, recast)
+        segment, keys = cut.shared(self._numbers(names))
         leaves = [leaf for leaf in tree.leaves_and_spec(self._source.select(batch))[0] if isinstance(leaf, Tensor)]
         values = segment({}, leaves, {}, _device(leaves), batch.get("key"))
-        return {**batch, SHARED: dict(zip(keys, values if len(keys) != 1 else [values], strict=True))}
+        named = dict(zip(keys, values if len(keys) != 1 else [values], strict=True))
+        return {**batch, SHARED: Shared(cut, named, _device(leaves))}
 
-    def program(self, names: Iterable[str], batch: Mapping[str, Any]) -> list[Any]:
+    def program(self, names: Iterable[str], batch: Mapping[str, Any], recast: torch.dtype | None = None) -> list[Any]:
         """See `Model.program`."""
-        cut, numbers = self._cut(batch), self._numbers(names)
+        cut, numbers = self._cut(batch, recast), self._numbers(names)
         return [cut.shared(numbers), *(cut.segments[number] for number in numbers)]
 
     # --- captures
 
     def _apply(self, number: int) -> Callable[[Mapping[str, Any], Any, Mapping[str, Any]], Any]:
         def apply(params: Mapping[str, Any], x: Any, batch: Mapping[str, Any]) -> Any:
-            if SHARED not in batch:
+            if SHARED not in batch:  # a layer that is run by itself
+                self.prepare(batch)
                 batch = self.shared([self._names[number]], batch)
-            segment = self._cut(batch).segments[number]
+            shared: Shared = batch[SHARED]
+            segment = shared.cut.segments[number]
             received = [] if not segment.num_received else [x] if segment.num_received == 1 else x
-            leaves = [leaf for leaf in tree.leaves_and_spec(self._source.select(batch))[0] if isinstance(leaf, Tensor)]
-            return segment(params, received, batch[SHARED], _device(leaves), batch.get("key"))
+            return segment(params, received, shared.values, shared.device, batch.get("key"))
 
         return apply
 
     def _numbers(self, names: Iterable[str]) -> tuple[int, ...]:
         return tuple(self._names.index(name) for name in names)
 
-    def _cut(self, batch: Mapping[str, Any], *, new: bool = False) -> Cut:
-        signature, flow = self._captures.flow(batch, new=new)
+    def _cut(self, batch: Mapping[str, Any], recast: torch.dtype | None, *, new: bool = False) -> Cut:
+        signature, flow = self._captures.flow(batch, recast, new=new)
         if signature not in self._cuts:
             cut = self._cut_of(flow, [self._inner(layer) for layer in self._names])
             for layer, used in zip(self._names, cut.params, strict=True):

@@ -65,7 +65,9 @@ PREFIX = "module."
 """What `Call` puts before the names of a module's parts."""
 
 
-def export(module: nn.Module, arguments: Arguments, batch: Mapping[str, Any], what: str) -> Exported:
+def export(
+    module: nn.Module, arguments: Arguments, batch: Mapping[str, Any], what: str, dtype: torch.dtype | None = None
+) -> Exported:
     """Capture a forward for a batch of these shapes.
 
     Args:
@@ -73,6 +75,7 @@ def export(module: nn.Module, arguments: Arguments, batch: Mapping[str, Any], wh
         arguments: what it is called with.
         batch: an example, on the module's device, or on the CPU where that is meta.
         what: the module, for messages.
+        dtype: what its floating-point parameters are taken to be; None: what they are.
 
     Raises:
         ModelError: when it cannot be captured, naming the user's line.
@@ -80,7 +83,7 @@ def export(module: nn.Module, arguments: Arguments, batch: Mapping[str, Any], wh
     call = Call(module, arguments, what)
     with restored(module), naming_errors(what), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        _fake_what_is_on_meta(module)
+        _stand_in(module, dtype)
         program = torch.export.export(call, (dict(batch),), strict=False)
     flattening = _Inliner(program.graph_module)
     exported = Exported(flattening.graph, program.call_spec.out_spec)
@@ -113,17 +116,22 @@ def export(module: nn.Module, arguments: Arguments, batch: Mapping[str, Any], wh
     return exported
 
 
-def _fake_what_is_on_meta(module: nn.Module) -> None:
-    """Let tensors on the meta device pass for tensors on the CPU, where the others are; inside `restored`."""
-    mode, known = fake_mode(), {}
+def _stand_in(module: nn.Module, dtype: torch.dtype | None) -> None:
+    """Put fake tensors in the places of what is on the meta device or of another dtype; inside `restored`."""
+    mode: Any = fake_mode()
+    known: dict[Tensor, Tensor] = {}
     for part in module.modules():
         for space in (part._parameters, part._buffers):
             for name, leaf in space.items():
-                if leaf is None or not leaf.is_meta:
+                if leaf is None:
+                    continue
+                recast = dtype is not None and isinstance(leaf, nn.Parameter) and leaf.is_floating_point()
+                if not leaf.is_meta and (not recast or leaf.dtype == dtype):
                     continue
                 if leaf not in known:
+                    device = "cpu" if leaf.is_meta else leaf.device
                     with mode:
-                        fake = torch.empty(leaf.shape, dtype=leaf.dtype, device="cpu")
+                        fake = torch.empty(leaf.shape, dtype=dtype if recast else leaf.dtype, device=device)
                     known[leaf] = nn.Parameter(fake, leaf.requires_grad) if isinstance(leaf, nn.Parameter) else fake
                 space[name] = known[leaf]  # type: ignore[assignment]
 

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from autofunc import tree
 from autofunc.captured.captured import CapturedModel, Captures
-from autofunc.model import TensorParallel
 
 
 def from_function(
@@ -19,7 +18,6 @@ def from_function(
     example_batch: Mapping[str, Any],
     *,
     trainable: Sequence[str] = ("*",),
-    tensor_parallel: TensorParallel | None = None,
 ) -> CapturedModel:
     """A function with markers as a model: a layer begins at each `af.split_point(name, x)` that it passes.
 
@@ -28,7 +26,6 @@ def from_function(
         params: a tree of parameters: the model's initial weights. Their paths are the model's.
         example_batch: a batch; only shapes and dtypes matter.
         trainable: patterns of the parameters that get gradients.
-        tensor_parallel: see `af.from_module`.
 
     Raises:
         ModelError: for what cannot be captured.
@@ -43,7 +40,7 @@ def from_function(
         stages = af.split(model, ["second"])
     """
     source = FunctionSource(function, params)
-    return CapturedModel(Captures(source), example_batch, trainable=trainable, tensor_parallel=tensor_parallel)
+    return CapturedModel(Captures(source), example_batch, trainable=trainable)
 
 
 class _Module(nn.Module):

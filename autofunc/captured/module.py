@@ -16,7 +16,6 @@ from autofunc.captured.captured import CapturedModel, Captures
 from autofunc.captured.initial import initial_buffer, initial_weights
 from autofunc.captured.pretrained import Pretrained, SafetensorsWeights, Weights
 from autofunc.errors import ModelError, one_of
-from autofunc.model import TensorParallel
 
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
@@ -27,7 +26,6 @@ def from_module(
     *,
     inputs: Sequence[str] | Mapping[str, str] | None = None,
     trainable: Sequence[str] | None = None,
-    tensor_parallel: TensorParallel | None = None,
     weights: str | Path | None = None,
 ) -> CapturedModel:
     """Any module as a model of named pure layers: captured as it is, never copied, patched or changed.
@@ -35,7 +33,8 @@ def from_module(
     Its layers are the items of its outermost lists of modules and the modules beside them; `af.split` takes the name of any
     module that runs once. Parameters keep their names. A parameter that several layers use is tied. Dropout becomes a
     function of the key; a module in eval mode has none. A module on the meta device is captured without weights, and
-    initialised layer by layer by its own initialisers.
+    initialised layer by layer by its own initialisers. It cannot be cut over tensor parallel ranks: the sizes of
+    the whole are in its graph.
 
     Args:
         module: what is captured, in the mode (train or eval) it is in; or what `af.AutoModel.from_pretrained` returned: its
@@ -44,7 +43,6 @@ def from_module(
         inputs: which entries forward gets: names of entries in the order of its arguments, or argument -> entry. By default
             the entries that forward names, or all of them where it takes any.
         trainable: patterns of the parameters that get gradients; by default those with `requires_grad`.
-        tensor_parallel: refused where tp > 1, for a captured forward has the sizes of the whole in it.
         weights: a `.safetensors` file, or a folder with one or with shards: parameters and buffers have the values in it,
             whatever they are in the module.
 
@@ -68,11 +66,11 @@ def from_module(
         trainable = ("*",) if not frozen else tuple(name for name in source.parameters if name not in frozen)
     model = CapturedModel(
         Captures(source), example_batch,
-        config=getattr(module, "config", None), trainable=trainable, tensor_parallel=tensor_parallel,
+        config=getattr(module, "config", None), trainable=trainable,
     )  # fmt: skip
     used = {model.canonical(path) for path in model.spec}
-    if isinstance(stored, SafetensorsWeights):
-        stored.check(name for name in source.parameters if name in used and not source.keeps(name))
+    if isinstance(stored, SafetensorsWeights) and weights is not None:
+        stored.check(name for name in source.parameters if name in used)
     unused = [
         name for name, leaf in source.parameters.items()
         if name not in used and leaf.requires_grad and tree.matches(name, trainable)
@@ -205,9 +203,10 @@ class ModuleSource:
             on_meta = [path for path, leaf in values.items() if leaf.is_meta and path not in read]
             values |= read | (initial_weights(self.module, on_meta, seed) if on_meta else {})
         for path, value in values.items():
-            leaf = value.detach()
-            own = self.parameters[path].dtype
-            wanted = dtype if dtype is not None and leaf.is_floating_point() else own
+            leaf, own = value.detach(), self.parameters[path]
+            if leaf.shape != own.shape:  # the module was changed after its files were looked at
+                raise ModelError(f"{path!r} is stored as {tuple(leaf.shape)}, but in {self.what} it is {tuple(own.shape)}")
+            wanted = dtype if dtype is not None and leaf.is_floating_point() else own.dtype
             made[path] = leaf.to(device=device, dtype=wanted, copy=True)
         return made
 

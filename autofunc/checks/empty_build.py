@@ -34,10 +34,10 @@ def check_empty_build(subject: Subject) -> list[Verdict]:
             reasons[cls] = f"has no reset_parameters, nor a module above it an _init_weights, that fills {name!r}"
         except Exception as error:  # the user's initialisers may raise anything
             missing.setdefault(cls, []).append(path)
-            reasons[cls] = f"has an initialiser that raises {type(error).__name__}: {error}"
+            reasons[cls] = f"cannot be initialised by itself: {type(error).__name__}: {error}"
     found = []
     for cls, paths in missing.items():
-        text = f"{cls.__name__} {reasons[cls]} ({len(paths)} parameters), so its weights must be real or come from a file"
+        text = f"{cls.__name__} {reasons[cls]} ({len(paths)} in all), so its weights must be real or come from a file"
         found.append(Verdict("P5", "warn", text, where(cls, paths[0].rpartition(".")[0])))
     return found or [Verdict("P5", "pass", "every parameter can be made by itself from the meta device")]
 

@@ -108,8 +108,8 @@ def _elsewhere(subject: Subject) -> Iterator[Verdict]:
         owners.setdefault(id(leaf), []).append(_owner(subject.module, name))
     for name, readers in subject.first.watched.reads.items():
         own = owners[id(subject.params[name])]
-        for reader in sorted(readers):
-            if reader in own or any(_unit(subject, reader) == _unit(subject, each) for each in own):
+        for reader in sorted({running[-1] for running in readers if not set(own) & set(running)}):
+            if any(_unit(subject, reader) == _unit(subject, each) for each in own):
                 continue
             at = subject.where_of(reader)
             text = (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,6 +20,7 @@ from autofunc.checks.kept import check_kept
 from autofunc.checks.loss import check_loss
 from autofunc.checks.parameters import check_parameters
 from autofunc.checks.report import Report, Verdict
+from autofunc.checks.state import seeded
 from autofunc.checks.subject import ForwardError, Subject
 from autofunc.checks.ties import check_ties
 from autofunc.checks.writes import check_writes
@@ -27,6 +29,7 @@ from autofunc.losses import Loss
 from autofunc.model import Model
 
 UNFINISHED = "the check could not be finished: "
+_LONGEST = 600
 _NEED_A_RUN = ("C2", "C4", "P3")
 
 
@@ -75,11 +78,17 @@ def check(
         "P5": check_empty_build,
     }
     verdicts: list[Verdict] = []
-    with warnings.catch_warnings():
+    with seeded(0), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of running a module more often and otherwise than it is used to
         for code, run in checks.items():
-            verdicts += _verdicts(code, run, subject)
+            verdicts += [replace(each, message=_one_line(each.message)) for each in _verdicts(code, run, subject)]
     return Report(subject.name, tuple(verdicts))
+
+
+def _one_line(text: str) -> str:
+    """Without the breaks and the length of messages that come from elsewhere."""
+    line = " ".join(text.split())
+    return line if len(line) <= _LONGEST else f"{line[:_LONGEST]} ..."
 
 
 def _verdicts(code: str, run: Callable[[Subject], list[Verdict]], subject: Subject) -> list[Verdict]:

@@ -21,7 +21,7 @@ from autofunc.batch import split_batch
 from autofunc.captured import from_module
 from autofunc.captured.module import ModuleSource
 from autofunc.captured.places import default_layers
-from autofunc.checks.report import Where, where
+from autofunc.checks.report import Where, is_torch, where
 from autofunc.checks.state import Change, Snapshot, seeded
 from autofunc.checks.watch import Watched, watching
 from autofunc.errors import AutofuncError, BatchError, ModelError
@@ -109,6 +109,13 @@ class Subject:
         """The class of a part of the module."""
         assert self.module is not None
         return where(type(self.module.get_submodule(module)), module)
+
+    def where_above(self, module: str) -> Where:
+        """The class of the nearest part, from this one up, that is not torch's own."""
+        assert self.module is not None
+        while module and is_torch(type(self.module.get_submodule(module))):
+            module = module.rpartition(".")[0]
+        return self.where_of(module)
 
     @property
     def arguments(self) -> list[str]:
@@ -212,6 +219,8 @@ class Subject:
             return from_module(self.module, self.batch, inputs=self.inputs), ""
         except AutofuncError as error:
             return None, str(error)
+        except Exception as error:  # what no message is written for
+            return None, f"{self.name} cannot be captured: {type(error).__name__}: {error}"
         finally:
             self.restore()
 

@@ -34,7 +34,7 @@ class Write:
 class Watched:
     """What was seen."""
 
-    reads: dict[str, set[str]] = field(default_factory=dict)  # parameter -> modules whose forward read it
+    reads: dict[str, set[tuple[str, ...]]] = field(default_factory=dict)  # parameter -> modules that ran, outermost first
     writes: dict[str, Write] = field(default_factory=dict)  # parameter -> the first that wrote to it
 
 
@@ -88,7 +88,7 @@ class _Watch(TorchFunctionMode):
         name = getattr(func, "__name__", str(func))
         if name not in ("__get__", "__set__"):  # of an attribute such as shape or data
             for parameter in read:
-                self.seen.reads.setdefault(parameter, set()).add(self._running[-1])
+                self.seen.reads.setdefault(parameter, set()).add(tuple(self._running))
         before = {parameter: self._values(parameter) for parameter in touched} if self._thorough else {}
         result = func(*args, **kwargs)
         for parameter in touched & self._written(func, name, args, kwargs):

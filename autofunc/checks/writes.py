@@ -28,7 +28,7 @@ def check_writes(subject: Subject) -> list[Verdict]:
         if name not in writes:
             how = "forward replaces" if change.how == "set" else "something outside of torch's operators writes to"
             text = f"{how} the parameter {name!r}; compute a new tensor"
-            verdicts.append(Verdict("C2", "fail", text, subject.where_of(change.module)))
+            verdicts.append(Verdict("C2", "fail", text, subject.where_above(change.module)))
     return verdicts or [Verdict("C2", "pass", "the forward leaves all parameters as they are")]
 
 

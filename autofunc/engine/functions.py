@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -79,6 +80,11 @@ class StageContext:
         """For each value received, whether it needs a gradient."""
         return [value.needs_grad for value in self.received.values] if self.received is not None else []
 
+    @cached_property
+    def recast(self) -> torch.dtype | None:
+        """See `Model.recast`."""
+        return self.stage.model.recast(self.dtypes)
+
     @property
     def parameters(self) -> list[tuple[torch.Size, torch.dtype]]:
         """Shape and dtype of each holder's parameter, as this process computes with it."""
@@ -116,7 +122,7 @@ class StageContext:
         """
         x = self.received.assemble(inputs, self.setting.partitioning) if self.received is not None else None
         with around(0):
-            entries = self.stage.model.shared(self.stage.layers, self.setting.precision.batch(microbatch))
+            entries = self.stage.model.shared(self.stage.layers, self.setting.precision.batch(microbatch), self.recast)
         for number, name in enumerate(self.stage.layers):
             if ready is not None:
                 ready(number)

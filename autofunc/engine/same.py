@@ -31,7 +31,8 @@ def fingerprint(context: StageContext) -> Hashable:
     stage, model = context.stage, context.stage.model
     random = context.microbatch.get("key") is not None
     layers = []
-    shared, *programs = model.program(stage.layers, context.setting.precision.batch(context.microbatch))
+    entries = context.setting.precision.batch(context.microbatch)
+    shared, *programs = model.program(stage.layers, entries, context.recast)
     for number, (name, program) in enumerate(zip(stage.layers, programs, strict=True)):
         label = name if random else f"layer {number}"
         own = [path for path in stage.holders if model.layer_of(path) == name]

@@ -103,6 +103,11 @@ class Model:
         return path[len(self.layer_of(path) or "") + 1 :]
 
     @property
+    def uncut(self) -> str | None:
+        """Why its parameters cannot be cut over tensor parallel ranks by any table; None: by one that fits they can."""
+        return None
+
+    @property
     def places(self) -> Places:
         """Where a stage may begin."""
         return Places({name: position for position, name in enumerate(self.layers)})
@@ -115,14 +120,20 @@ class Model:
         """
         return self
 
-    def prepare(self, batch: Mapping[str, Any]) -> None:
+    def recast(self, dtypes: Mapping[str, torch.dtype]) -> torch.dtype | None:
+        """What its functions must know of the dtypes that parameters have, by canonical path; None: nothing."""
+        return None
+
+    def prepare(self, batch: Mapping[str, Any], recast: torch.dtype | None = None) -> None:
         """Work out what depends on a microbatch's shapes; called before layers run, and never inside a capture."""
 
-    def shared(self, names: Iterable[str], batch: Mapping[str, Any]) -> Mapping[str, Any]:
+    def shared(
+        self, names: Iterable[str], batch: Mapping[str, Any], recast: torch.dtype | None = None
+    ) -> Mapping[str, Any]:  # fmt: skip
         """The microbatch as some layers that run one after the other see it, with what they compute from it together."""
         return batch
 
-    def program(self, names: Iterable[str], batch: Mapping[str, Any]) -> list[Any]:
+    def program(self, names: Iterable[str], batch: Mapping[str, Any], recast: torch.dtype | None = None) -> list[Any]:
         """What computes `shared`, and each layer, for such batches: by these, stages are found to be the same."""
         return [None, *(self.layers[name].apply for name in names)]
 
@@ -156,8 +167,9 @@ class Model:
         flat = tree.flatten(params)
         by_layer = self.layer_trees({path: self.lookup(flat, path) for path in self.spec})
         batch = {**batch, "key": as_key(batch.get("key"))}
-        self.prepare(batch)
-        return self.run(self.layers, by_layer, None, self.shared(self.layers, batch))
+        recast = self.recast({path: leaf.dtype for path, leaf in flat.items()})
+        self.prepare(batch, recast)
+        return self.run(self.layers, by_layer, None, self.shared(self.layers, batch, recast))
 
     def lookup(self, flat: Mapping[str, torch.Tensor], path: str) -> torch.Tensor:
         """A parameter by any of its names, from a flat tree of canonical ones.

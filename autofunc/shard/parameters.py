@@ -278,6 +278,8 @@ def cut_over_tp(model: Model, size: int, sharding: Sharding) -> dict[str, int]:
         if sharding.tensor_parallel is not None and table is not None:
             cut_dims(table, canonical, 1)  # its patterns are checked all the same
         return {}
+    if model.uncut is not None:
+        raise MeshError(f"the mesh has tp={size}, but {model.uncut}; use tp=1, or a model of named layers with a table")
     if table is None:
         raise MeshError(
             f"the mesh has tp={size}, but the model has no placement table for its parameters; give it one "

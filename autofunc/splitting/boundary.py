@@ -111,7 +111,11 @@ def infer_boundaries(
     """
     partitioning, precision = setting.partitioning, setting.precision
     _ = stages[0].model.spec  # worked out once, and not on fake tensors, which would stay
-    stages[0].model.prepare(precision.batch(microbatch))
+    model = stages[0].model
+    recast = model.recast(
+        {path: precision.parameter_dtype(dtype) for path, dtype in parameter_dtypes(model, params).items()}
+    )
+    model.prepare(precision.batch(microbatch), recast)
     with fake_mode() as mode, torch.enable_grad(), partitioning.running():
         fakes = fake_parameters(stages[0], params, device or torch.device("cpu"), setting)
         batch = tree.map_leaves(lambda leaf: mode.from_tensor(leaf) if isinstance(leaf, Tensor) else leaf, dict(microbatch))
@@ -120,7 +124,7 @@ def infer_boundaries(
         found: list[Boundary] = []
         for stage in stages:
             with naming_errors(stage.title):
-                x = stage.run(stage.bind([fakes[path] for path in stage.holders]), x, entries)
+                x = stage.run(stage.bind([fakes[path] for path in stage.holders]), x, entries, recast)
                 if stage is stages[-1]:
                     x = precision.output(x)
                     whole = tree.map_leaves(lambda leaf: partitioning.whole(leaf) if isinstance(leaf, Tensor) else leaf, x)

@@ -14,7 +14,7 @@ from autofunc import tree
 from autofunc.fake import fake_mode, naming_errors
 from autofunc.losses import Loss, evaluate
 from autofunc.model import Model
-from autofunc.splitting.boundary import fake_parameters
+from autofunc.splitting.boundary import fake_parameters, parameter_dtypes
 from autofunc.splitting.setting import ALONE, Setting
 from autofunc.splitting.stage import Stage
 
@@ -33,22 +33,29 @@ _ELEMENTWISE = (
 
 @dataclass(frozen=True)
 class LayerCost:
-    """One layer's forward on one microbatch."""
+    """What one layer does for one microbatch."""
 
-    flops: int  # of matrix products, convolutions and attention
-    numbers: int  # that other operators write, each as often as it is written
+    flops: int  # of the products, convolutions and attention of its forward
+    numbers: int  # that other operators of its forward write, each as often as it is written
+    gradients: int  # numbers of the gradients of its weights
 
     @property
-    def cost(self) -> float:
+    def forward(self) -> float:
         """In floating-point operations of a product."""
         return float(self.flops + OPERATIONS_PER_NUMBER * self.numbers)
+
+    @property
+    def backward(self) -> float:
+        """Twice the forward, and the gradients: they are written, and added to their sums, with every microbatch."""
+        return 2 * self.forward + 2 * OPERATIONS_PER_NUMBER * self.gradients
 
 
 def layer_costs(model: Model, batch: Mapping[str, Any] | None = None, loss: Loss | None = None) -> dict[str, float]:
     """What each layer costs, by its name: for `af.split(model, number, costs=...)`.
 
     With a batch the layers run on fake tensors, and their operations are counted: those of products, and of everything else
-    the numbers that are written. The loss belongs to the last layer. A backward is taken to cost the same multiple of each.
+    the numbers that are written. The loss belongs to the last layer. A backward is taken to cost twice as much, and two
+    numbers for each of the layer's weights: of a table of 50,000 words that is more than the lookup.
 
     Without one the estimate is from shapes alone: the elements of a layer's weights with two or more dims. A matrix of n
     elements takes about 2n floating-point operations per row. A lookup in a table takes none, but shapes cannot tell a
@@ -61,7 +68,7 @@ def layer_costs(model: Model, batch: Mapping[str, Any] | None = None, loss: Loss
         loss: counted into the last layer.
     """
     if batch is not None:
-        return {name: each.cost for name, each in count_operations(model, batch, loss).items()}
+        return {name: each.forward + each.backward for name, each in count_operations(model, batch, loss).items()}
     costs = dict.fromkeys(model.layers, 0.0)
     for path, leaf in model.spec.items():
         name = model.layer_of(path)
@@ -84,21 +91,25 @@ def count_operations(
     """
     _ = model.spec
     batch = setting.precision.batch({"key": None, **batch})
-    model.prepare(batch)
+    recast = model.recast(
+        {path: setting.precision.parameter_dtype(dtype) for path, dtype in parameter_dtypes(model, {}).items()}
+    )
+    model.prepare(batch, recast)
     found: dict[str, LayerCost] = {}
     whole = Stage(model, 0, tuple(model.layers))
     with fake_mode() as mode, torch.no_grad(), naming_errors("the model"):
         fakes = fake_parameters(whole, {}, torch.device("cpu"), setting)
         bound = whole.bind([fakes[path] for path in whole.holders])
         microbatch = tree.map_leaves(lambda leaf: mode.from_tensor(leaf) if isinstance(leaf, Tensor) else leaf, dict(batch))
-        entries = model.shared(model.layers, microbatch)
+        entries = model.shared(model.layers, microbatch, recast)
         x: Any = None
         for name in model.layers:
             with _Counter() as counter:
                 x = model.run([name], bound, x, entries)
                 if name == whole.layers[-1] and loss is not None:
                     evaluate(loss, x, microbatch)
-            found[name] = counter.cost
+            trained = [leaf for path, leaf in fakes.items() if model.layer_of(path) == name and leaf.requires_grad]
+            found[name] = LayerCost(counter.flops, counter.numbers, sum(leaf.numel() for leaf in trained))
     return found
 
 
@@ -106,14 +117,14 @@ class _Counter:
     """Counts the operations of what runs inside."""
 
     def __init__(self) -> None:
-        self._numbers = 0
+        self.numbers = 0
         counted = {packet: self._write for packet in map(_packet, _ELEMENTWISE) if packet is not None}
         attention = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention}  # torch counts those of GPUs
         self._mode = FlopCounterMode(display=False, custom_mapping={**counted, **attention})
 
     def _write(self, *shapes: Any, out_shape: Any = None, **options: Any) -> int:
         first = out_shape[0] if out_shape and isinstance(out_shape[0], (tuple, list, torch.Size)) else out_shape
-        self._numbers += int(torch.Size(first or ()).numel())
+        self.numbers += int(torch.Size(first or ()).numel())
         return 0
 
     def __enter__(self) -> _Counter:
@@ -124,8 +135,8 @@ class _Counter:
         self._mode.__exit__(*error)  # type: ignore[no-untyped-call]
 
     @property
-    def cost(self) -> LayerCost:
-        return LayerCost(int(self._mode.get_total_flops()), self._numbers)
+    def flops(self) -> int:
+        return int(self._mode.get_total_flops())
 
 
 def _attention(query: Any, key: Any, value: Any, *rest: Any, out_shape: Any = None, **options: Any) -> int:

@@ -21,7 +21,8 @@ def measure_layers(
 ) -> dict[str, tuple[float, float]]:  # fmt: skip
     """Time each layer by itself, with autograd: (forward_ms, backward_ms) by name, medians.
 
-    The last layer is timed with the loss. Layers run with as many threads as torch has in this process.
+    A backward ends with the weight gradients added to their sums. The last layer is timed with the loss. Layers run with as
+    many threads as torch has in this process.
 
     Args:
         model: the model.
@@ -31,14 +32,16 @@ def measure_layers(
         repeats: of each, after one that does not count.
         on_progress: told the name of each layer when it is done.
     """
-    model.prepare(batch)
+    recast = model.recast({path: leaf.dtype for path, leaf in tree.flatten(params).items()})
+    model.prepare(batch, recast)
     flat = tree.flatten(params)
     leaves = {path: model.lookup(flat, path).detach().requires_grad_(model.is_trainable(path)) for path in model.spec}
     by_layer = model.layer_trees(leaves)
-    entries = model.shared(model.layers, batch)
+    entries = model.shared(model.layers, batch, recast)
     found, x = {}, None
     for name in model.layers:
         own = [leaf for path, leaf in leaves.items() if model.layer_of(path) == name and leaf.requires_grad]
+        sums = [torch.zeros_like(leaf) for leaf in own]
         forward, backward = [], []
         for _ in range(repeats + 1):
             given = tree.map_leaves(_leaf, x)
@@ -50,7 +53,11 @@ def measure_layers(
             middle = time.perf_counter()
             roots = [leaf for leaf in tree.leaves_and_spec(returned)[0] if isinstance(leaf, Tensor) and leaf.requires_grad]
             if roots and (own or received):
-                torch.autograd.grad(roots, [*own, *received], [torch.ones_like(root) for root in roots], allow_unused=True)
+                seeds = [torch.ones_like(root) for root in roots]
+                grads = torch.autograd.grad(roots, [*own, *received], seeds, allow_unused=True)
+                for total, grad in zip(sums, grads, strict=False):
+                    if grad is not None:
+                        total += grad
             forward.append((middle - start) * 1e3)
             backward.append((time.perf_counter() - middle) * 1e3)
         found[name] = median(forward[1:]), median(backward[1:])

@@ -97,9 +97,11 @@ class Stage:
             node[last] = leaf
         return bound
 
-    def run(self, bound: Mapping[str, Mapping[str, Any]], x: Any, batch: Mapping[str, Any]) -> Any:
+    def run(
+        self, bound: Mapping[str, Mapping[str, Any]], x: Any, batch: Mapping[str, Any], recast: torch.dtype | None = None
+    ) -> Any:
         """Run the layers on bound parameters, after `model.prepare`."""
-        return self.model.run(self.layers, bound, x, self.model.shared(self.layers, batch))
+        return self.model.run(self.layers, bound, x, self.model.shared(self.layers, batch, recast))
 
     def apply(self, params: tree.Nested, x: Any, batch: Mapping[str, Any]) -> Any:
         """Run the stage: pure, on any tree that has at least this stage's canonical paths.
@@ -110,5 +112,7 @@ class Stage:
             batch: the microbatch.
         """
         batch = {**batch, "key": as_key(batch.get("key"))}
-        self.model.prepare(batch)
-        return self.run(self.bind(self.leaves(tree.flatten(params))), x, batch)
+        flat = tree.flatten(params)
+        recast = self.model.recast({path: leaf.dtype for path, leaf in flat.items()})
+        self.model.prepare(batch, recast)
+        return self.run(self.bind(self.leaves(flat)), x, batch, recast)

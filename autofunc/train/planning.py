@@ -116,7 +116,7 @@ def plan_run(
     counted = count_operations(recipe.model, microbatch, recipe.loss)
     if not measure:
         rate = flops_per_ms()
-        times = {name: (each.cost / rate, 2 * each.cost / rate) for name, each in counted.items()}
+        times = {name: (each.forward / rate, each.backward / rate) for name, each in counted.items()}
     on_progress("following values over the boundaries")
     boundaries = infer_boundaries(recipe.stages, {}, microbatch, recipe.loss)
     forward, backward = ([sum(times[name][part] for name in stage.layers) for stage in recipe.stages] for part in (0, 1))

@@ -13,14 +13,15 @@ import torch
 from torch import nn
 
 import autofunc as af
+from autofunc import tree
 from autofunc.errors import ModelError
 from tests.automodel.models import TinyConfig, TinyForCausalLM, ids
 from tests.captured.zoo import ZOO
 
 TINY = {"architectures": ["TinyForCausalLM"], "model_type": "tiny", "hidden_size": 4, "dtype": "float32"}
 LLAMA = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "vocab_size": 96,
-    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0,
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 32, "intermediate_size": 48,
+    "vocab_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0,
 }  # fmt: skip
 
 
@@ -79,7 +80,9 @@ def test_transformers() -> None:
     import transformers
 
     assert type(built(LLAMA)) is transformers.LlamaForCausalLM
-    assert type(built({key: value for key, value in LLAMA.items() if key != "architectures"})) is transformers.LlamaForCausalLM
+    assert (
+        type(built({key: value for key, value in LLAMA.items() if key != "architectures"})) is transformers.LlamaForCausalLM
+    )
     assert type(built({**LLAMA, "architectures": ["LlamaModel"]})) is transformers.LlamaModel
     config = ZOO["t5"][0]().config
     module = built(config, num_layers=1, architectures=["T5ForConditionalGeneration"], attn_implementation="eager")
@@ -98,14 +101,8 @@ def test_llama_without_values_equals_llama_with_them() -> None:
     batch = {"input_ids": torch.arange(8).view(2, 4) + 3}
     model = af.from_module(built(LLAMA), batch)
     params = model.init(0)
-    usual.load_state_dict({name: leaf for name, leaf in af_flat(params).items()})
+    usual.load_state_dict(tree.flatten(params))
     assert torch.allclose(model(params, batch).logits, usual(**batch).logits, atol=1e-6)
-
-
-def af_flat(params: Any) -> dict[str, torch.Tensor]:
-    from autofunc import tree
-
-    return tree.flatten(params)
 
 
 class OfConfigClass(nn.Module):
@@ -156,7 +153,7 @@ def test_kinds_of_configs(cls: type[nn.Module]) -> None:
     if cls is not OfDict:
         with pytest.raises(ModelError, match="has no 'widht'; did you mean width"):
             built(config, widht=5)
-    with pytest.raises(ModelError, match="KeyError|missing 1 required|no attribute 'width'"):
+    with pytest.raises(ModelError, match=r"KeyError|missing 1 required|no attribute 'width'"):
         built({"architectures": [cls.__name__]})
 
 
@@ -175,9 +172,11 @@ def test_by_the_model_type_of_a_config_class() -> None:
 def test_errors(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="says neither architectures nor model_type"):
         built({"hidden_size": 3})
-    with pytest.raises(ModelError, match="no architecture 'LlamaForCausalLn': registered are TinyForCausalLM .*LlamaForCausalLM"):
+    with pytest.raises(
+        ModelError, match=r"no architecture 'LlamaForCausalLn': registered are TinyForCausalLM .*LlamaForCausalLM"
+    ):
         built({**LLAMA, "architectures": ["LlamaForCausalLn"]})
-    with pytest.raises(ModelError, match="no model_type 'lama'.*did you mean .*llama"):
+    with pytest.raises(ModelError, match=r"no model_type 'lama'.*did you mean .*llama"):
         built({"model_type": "lama"})
     with pytest.raises(ModelError, match="LlamaConfig has no 'num_hiden_layers'; did you mean num_hidden_layers"):
         built(LLAMA, num_hiden_layers=3)
@@ -189,7 +188,7 @@ def test_errors(tmp_path: Path) -> None:
         built(TINY, hidden_size="wide")
     with pytest.raises(ModelError, match="cannot be trained"):
         built(LLAMA, quantization_config={"bits": 4})
-    with pytest.raises(ModelError, match="expected a config .* got int"):
+    with pytest.raises(ModelError, match=r"expected a config .* got int"):
         built(3)
     with pytest.raises(ModelError, match=r"there is no .*config\.json"):
         built(tmp_path)
@@ -221,8 +220,8 @@ def test_code_that_comes_with_a_model(tmp_path: Path) -> None:
         "class OwnConfig(PreTrainedConfig):\n    model_type = 'own_thing'\n"
         "    width: int = 2\n"
         "class OwnThing(PreTrainedModel):\n    config_class = OwnConfig\n"
-        "    def __init__(self, config):\n        super().__init__(config)\n        self.layer = nn.Linear(config.width, 3)\n"
-        "        self.post_init()\n"
+        "    def __init__(self, config):\n        super().__init__(config)\n"
+        "        self.layer = nn.Linear(config.width, 3)\n        self.post_init()\n"
     )
     config = {
         "architectures": ["OwnThing"], "model_type": "own_thing", "width": 2,

@@ -14,7 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import autofunc as af
+from autofunc import tree
 from autofunc.automodel.in_transformers import WholeModel
+from autofunc.captured.module import ModuleSource
 from autofunc.captured.pretrained import Pretrained, SafetensorsWeights, StoredTensors
 from autofunc.errors import ModelError
 from autofunc.train.weights import save_weights
@@ -72,17 +74,35 @@ def test_values_are_those_of_the_files(saved: Any, name: str, shards: str) -> No
 
 
 @pytest.mark.parametrize("shards", ["5GB", SHARDED])
-def test_what_transformers_converts_it_loads(saved: Any, shards: str, reads: list[str]) -> None:
+def test_what_is_stored_in_another_form_is_converted_when_asked_for(saved: Any, shards: str, reads: list[str]) -> None:
     module, folder = saved("mixtral", shards)
-    with pytest.warns(UserWarning, match="every process loads the whole model.*converted while loading"):
+    pretrained = af.AutoModel.from_pretrained(folder)
+    assert pretrained.weights.note is None
+    model = af.from_module(pretrained, ZOO["mixtral"][1]())
+    assert reads == []
+    model.init_paths([path for path in model.spec if path.startswith("model.layers.2.")], 0, "cpu")
+    assert len(reads) == len(set(reads)) > 12 and all(name.startswith("model.layers.2.") for name in reads)
+    assert_same(model.init(), real(module))
+
+
+@pytest.mark.parametrize("shards", ["5GB", SHARDED])
+def test_else_transformers_loads_it_whole(
+    saved: Any, shards: str, reads: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    from transformers import core_model_loading
+
+    module, folder = saved("mixtral", shards)
+    monkeypatch.delattr(core_model_loading, "dot_natural_key")
+    with pytest.warns(UserWarning, match="every process loads the whole model.*cannot be applied to one tensor at a time"):
         pretrained = af.AutoModel.from_pretrained(folder)
-    assert isinstance(pretrained.weights, WholeModel) and "block_sparse_moe" in str(pretrained.weights.note)
+    monkeypatch.undo()
+    assert isinstance(pretrained.weights, WholeModel) and "MixtralForCausalLM" in str(pretrained.weights.note)
     assert_same(af.from_module(pretrained, ZOO["mixtral"][1]()).init(), real(module))
     assert reads == []
 
 
 def test_a_stage_reads_its_own_tensors_only(saved: Any, reads: list[str]) -> None:
-    module, folder = saved("llama", SHARDED)
+    _, folder = saved("llama", SHARDED)
     model = af.from_module(af.AutoModel.from_pretrained(folder), ZOO["llama"][1]())
     assert reads == []
     paths = [path for path in model.spec if path.startswith("model.layers.2.")]
@@ -163,6 +183,8 @@ def test_frozen_parameters_get_no_gradient(saved: Any) -> None:
     assert set(gradients(other, batch, other.init())) == {"lm_head.weight"}
     with pytest.raises(ModelError, match=r"trainable pattern 'lmhead\*' matches no parameter; did you mean lm_head.weight"):
         af.AutoModel.from_pretrained(folder, trainable=["lmhead*"])
+    with pytest.raises(ModelError, match=r"matches lm_head\.weight, which is tied to transformer\.wte\.weight; name that"):
+        af.AutoModel.from_pretrained(saved("gpt2")[1], trainable=["lm_head*"])
 
 
 def test_parameters_that_are_not_used_may_be_frozen_by_patterns() -> None:
@@ -205,6 +227,9 @@ def test_a_parameter_that_was_given_a_value_keeps_it(tmp_path: Path) -> None:
     pretrained.module.lm_head = nn.Linear(8, 3)  # another task
     model = af.from_module(pretrained, ids())
     assert torch.equal(model.init()["lm_head", "weight"], pretrained.module.lm_head.weight)
+    pretrained.module.to_empty(device="meta").embed = nn.Embedding(30, 8, device="meta")
+    with pytest.raises(ModelError, match=r"'embed\.weight' is stored as \(20, 8\), but in TinyForCausalLM it is \(30, 8\)"):
+        ModuleSource(pretrained.module, stored=pretrained.weights).weights(["embed.weight"], 0, torch.device("cpu"), None)
 
 
 @pytest.mark.parametrize("meta", [False, True])
@@ -226,7 +251,7 @@ def test_weights_that_training_wrote(tmp_path: Path, name: str) -> None:
     params = trained.init().apply(lambda leaf: leaf + 1)
     save_weights(params, tmp_path / "model.safetensors")
     model = af.from_module(ZOO[name][0](), batch, weights=tmp_path)
-    assert_same(model.init(), {path: leaf for path, leaf in params.flatten_keys(".").items()})
+    assert_same(model.init(), tree.flatten(params))
 
 
 def test_weights_of_another_form_are_refused(saved: Any) -> None:
@@ -249,7 +274,7 @@ def change(folder: Path, to: Path, edit: Callable[[dict[str, Tensor]], Any]) -> 
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda v: v.pop("model.norm.weight"), r"does not fit LlamaForCausalLM: it has no model\.norm\.weight; did you mean"),
+        (lambda v: v.pop("model.norm.weight"), r"not fit LlamaForCausalLM: it has no model\.norm\.weight; did you mean"),
         (lambda v: v.update(odd=torch.ones(1)), r"the module has no place for odd; "),
         (
             lambda v: v.update({"model.norm.weight": torch.ones(3)}),
@@ -263,11 +288,30 @@ def test_weights_that_do_not_fit(saved: Any, tmp_path: Path, edit: Any, message:
         af.AutoModel.from_pretrained(folder)
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("model.norm.weight", r"it has no model\.norm\.weight"),
+        (
+            "model.layers.1.block_sparse_moe.experts.3.w2.weight",
+            r"'model.layers.1.mlp.experts.down_proj' is \(3, 32, 48\), not",
+        ),
+    ],
+)
+def test_converted_weights_that_do_not_fit(saved: Any, tmp_path: Path, name: str, message: str) -> None:
+    folder = change(saved("mixtral")[1], tmp_path, lambda values: values.pop(name))
+    with pytest.raises(ModelError, match=message):
+        af.AutoModel.from_pretrained(folder)
+
+
 def test_whole_models_that_do_not_fit(saved: Any, tmp_path: Path) -> None:
-    folder = change(saved("mixtral")[1], tmp_path, lambda values: values.pop("model.norm.weight"))
+    module, folder = saved("llama")
+    shutil.copy(folder / "config.json", tmp_path)
+    values = {name: leaf for name, leaf in module.state_dict().items() if name != "model.norm.weight"}
+    torch.save(values, tmp_path / "pytorch_model.bin")
     with pytest.warns(UserWarning):
-        model = af.from_module(af.AutoModel.from_pretrained(folder), ZOO["mixtral"][1]())
-    with pytest.raises(ModelError, match=r"does not fit MixtralForCausalLM: missing keys: model\.norm\.weight"):
+        model = af.from_module(af.AutoModel.from_pretrained(tmp_path), ZOO["llama"][1]())
+    with pytest.raises(ModelError, match=r"does not fit LlamaForCausalLM: missing keys: model\.norm\.weight"):
         model.init()
 
 
@@ -292,7 +336,9 @@ def test_folders_without_weights(saved: Any, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"no .*config\.json"):
         af.AutoModel.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"architectures": ["TinyForCausalLM"]}))
-    with pytest.raises(ModelError, match="has neither model.safetensors nor model.safetensors.index.json; it has config.json"):
+    with pytest.raises(
+        ModelError, match=r"has neither model\.safetensors nor model\.safetensors\.index\.json; it has config\.json"
+    ):
         af.AutoModel.from_pretrained(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"no")
     with pytest.raises(ModelError, match="is not a safetensors file"):

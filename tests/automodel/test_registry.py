@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -35,7 +36,7 @@ class NotAModuleForCausalLM:
 
 
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     before = set(sys.modules)
@@ -111,7 +112,10 @@ def test_another_class_of_that_name(here: Path) -> None:
         ("ModelClass = 3\n", "ModelClass is 3; expected a class"),
         ("1 / 0\n", "importing one_module failed: ZeroDivisionError"),
         ("import not_there_at_all\n", "importing one_module failed: No module named 'not_there_at_all'"),
-        ("from torch import nn\nimport autofunc as af\n@af.register_architecture\ndef f(): pass\n", "derived from nn.Module"),
+        (
+            "from torch import nn\nimport autofunc as af\n@af.register_architecture\ndef f(): pass\n",
+            "derived from nn.Module",
+        ),
     ],
 )
 def test_modules_without_models(here: Path, text: str, message: str) -> None:
@@ -125,7 +129,7 @@ def test_what_cannot_be_imported(here: Path) -> None:
     write(here / "my_models/custom_llm.py", BODY.format(name="MyForCausalLM"))
     with pytest.raises(ModelError, match=r"did you mean my_models\.custom_llm\?"):
         af.register_modeling_path("my_models.custom_lm")
-    with pytest.raises(ModelError, match="did you mean my_models?"):
+    with pytest.raises(ModelError, match=r"did you mean my_models\?"):
         af.register_modeling_path("my_model.custom_llm")
     with pytest.raises(ModelError, match=r"no file 'my_models/custom_lm\.py'.*did you mean custom_llm\.py"):
         af.register_modeling_path("my_models/custom_lm.py")
@@ -140,7 +144,9 @@ def install(here: Path, name: str, lines: str) -> None:
 
 def test_entry_points_are_loaded_when_asked_for(here: Path) -> None:
     write(here / "one_module.py", BODY.format(name="MyForCausalLM"))
-    install(here, "plugin", "MyForCausalLM = one_module:MyForCausalLM\nBroken = one_module:Absent\nText = one_module:__name__")
+    install(
+        here, "plugin", "MyForCausalLM = one_module:MyForCausalLM\nBroken = one_module:Absent\nText = one_module:__name__"
+    )
     assert known_architectures() == ["Broken", "MyForCausalLM", "Text"]
     assert "one_module" not in sys.modules
     found = ARCHITECTURES.find_by_type("my")

@@ -9,9 +9,11 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 import autofunc as af
+from autofunc import tree
+from autofunc.errors import MeshError, ModelError
 from tests.captured.laws import check_layouts
 from tests.captured.zoo import ZOO
-from tests.cases import assert_same_tree, pp_mesh
+from tests.cases import assert_same_tree, mesh_of, pp_mesh
 from tests.pool import WorkerPool
 
 LAYOUTS = [(2, "1f1b"), (3, "zb_h1"), (4, "1f1b")]
@@ -66,3 +68,94 @@ def test_a_plain_causal_mask_is_not_built(name: str) -> None:
     assert len(calls) == 4
     plain = name == "llama"
     assert all((args[3] is None and args[5] is True) == plain for args in calls)
+
+
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_other_dtypes(name: str) -> None:
+    """In bf16 as asked for, or by the policy: what the plain module does in bf16."""
+    build, batch = ZOO[name]
+    module, mb = build(), batch()
+    model = af.from_module(module, mb)
+    stages = af.split(model, 2)
+    s = af.schedule.build("1f1b", num_ranks=2, num_microbatches=2)
+    half = model.init(dtype=torch.bfloat16)
+    loss, grads = af.value_and_grad(af.pipeline(stages, s))(half, mb)
+    expected_loss, expected = af.reference_value_and_grad(model, None, 2)(half, mb)
+    assert torch.equal(loss, expected_loss)
+    assert_same_tree(expected, grads)
+    policy = torch.distributed.fsdp.MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    mixed = af.pipeline(stages, s, sharding=af.Sharding(mp_policy=policy))
+    mixed_loss, mixed_grads = af.value_and_grad(mixed)(model.init(), mb)
+    assert torch.equal(mixed_loss, loss)
+    assert next(iter(mixed_grads.values(include_nested=True, leaves_only=True))).dtype == torch.float32
+    plain = build().to(torch.bfloat16)(**mb).loss
+    assert abs(plain - model(half, mb).loss) <= 2e-2 * abs(plain)
+    some = next(path for path in half.keys(include_nested=True, leaves_only=True))
+    half[some] = half[some].double()
+    with pytest.raises(ModelError, match=r"its parameters are torch.bfloat16, torch.float64; give all the same dtype"):
+        model(half, mb)
+
+
+@pytest.mark.parametrize("engine", ["eager", "graph"])
+@pytest.mark.parametrize("remat", [None, "layer"])
+def test_engines(engine: str, remat: str | None) -> None:
+    build, batch = ZOO["qwen3"]
+    model = af.from_module(build(), batch())
+    params, s = model.init(), af.schedule.build("zb_h1", num_ranks=2, num_microbatches=2)
+    expected_loss, expected = af.reference_value_and_grad(model, None, 2)(params, batch())
+    loss, grads = af.value_and_grad(af.pipeline(af.split(model, 2), s, engine=engine, remat=remat))(params, batch())
+    assert torch.equal(loss, expected_loss)
+    assert_same_tree(expected, grads)
+
+
+@pytest.mark.full
+def test_compiled() -> None:
+    build, batch = ZOO["gpt2"]
+    model = af.from_module(build(), batch())
+    params, s = model.init(), af.schedule.build("zb_h1", num_ranks=2, num_microbatches=2)
+    expected_loss, expected = af.reference_value_and_grad(model, None, 2)(params, batch())
+    loss, grads = af.value_and_grad(af.pipeline(af.split(model, 2), s, compile=True))(params, batch())
+    assert torch.allclose(loss, expected_loss, rtol=1e-5)
+    found = tree.flatten(grads)
+    for path, leaf in tree.flatten(expected).items():
+        assert torch.allclose(found[path], leaf, rtol=1e-4, atol=1e-5), path
+
+
+def test_sharded_over_data_parallel_ranks(workers: WorkerPool) -> None:
+    """pp 2 x dp_shard 2: FSDP2 holds the parameters of a captured module; four steps follow one process."""
+    alone = _trained(None)
+    for losses in workers.run(_trained_on_a_mesh):
+        assert torch.allclose(losses, alone, rtol=1e-5)
+
+
+def _trained_on_a_mesh() -> torch.Tensor:
+    return _trained(mesh_of(pp=2, dp_shard=2))
+
+
+def _trained(mesh: DeviceMesh | None) -> torch.Tensor:
+    build, batch = ZOO["llama"]
+    with torch.device("meta"):
+        module = build()
+    data = batch()
+    model = af.from_module(module, data)
+    place, places = af.data_coordinate(mesh)
+    mine = {name: leaf.chunk(places)[place] for name, leaf in data.items()}
+    s = af.schedule.build("1f1b", num_ranks=2, num_microbatches=4 // (2 * places))
+    pipe = af.pipeline(af.split(model, 2), s, mesh=mesh)
+    params = pipe.init(seed=3)
+    optimizer = af.optimizer(torch.optim.AdamW, lr=1e-3)
+    state, losses = optimizer.init(params), []
+    for _ in range(4):
+        loss, grads = af.value_and_grad(pipe)(params, mine)
+        params, state = optimizer.update(grads, state, params)
+        losses.append(loss)
+    return torch.stack(losses)
+
+
+def test_not_over_tensor_parallel_ranks() -> None:
+    from autofunc.shard.parameters import cut_over_tp
+
+    build, batch = ZOO["llama"]
+    model = af.from_module(build(), batch())
+    with pytest.raises(MeshError, match=r"LlamaForCausalLM was captured with the sizes of the whole.*tp=1"):
+        cut_over_tp(model, 2, af.Sharding(tensor_parallel={"*.weight": "shard(0)"}))

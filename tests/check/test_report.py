@@ -33,7 +33,7 @@ def test_table_of_faults(name: str) -> None:
     text = table(report)
     assert max(map(len, text.splitlines())) <= 80
     assert f"{fault.code}  {fault.status}" in text
-    assert "1 failed" in text.splitlines()[0] or "2 failed" in text.splitlines()[0] or "3 failed" in text.splitlines()[0]
+    assert re.match(r"\w+: [123] failed, ", text)
 
 
 def test_table(report: Report) -> None:

@@ -32,7 +32,7 @@ class Output:
 
 
 class Encoder(nn.Module):
-    """Attention with dropout, a tied table, a buffer, a dataclass; unsure rows of another length than tokens."""
+    """Attention with dropout, a tied table, a buffer, a dataclass."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -71,7 +71,9 @@ def test_plain() -> None:
 @pytest.mark.parametrize("training", [True, False])
 def test_with_dropout(training: bool) -> None:
     report = check(Encoder().train(training), {"ids": IDS, "labels": IDS[:, 0]}, registry=True)
-    assert set(statuses(report).values()) == {"pass"}
+    found = statuses(report)
+    assert found.pop("P5") == "warn"  # MultiheadAttention has no reset_parameters
+    assert set(found.values()) == {"pass"}
     assert report.of("P2")[0].data == {"ties": [["embed.weight", "head.weight"]]}
 
 

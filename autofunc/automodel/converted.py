@@ -1,0 +1,98 @@
+"""Tensors that transformers stores in another form than a module has: converted by its rules when they are asked for.
+
+A Mixtral's experts, say, are stored one by one and are one tensor in memory.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from autofunc.captured.pretrained import ConvertedForm, StoredTensors
+
+
+@dataclass
+class _Group:
+    """Stored tensors that are converted together."""
+
+    rule: Any  # a converter of transformers
+    sources: list[tuple[str, str]] = field(default_factory=list)  # stored name, the pattern of the rule that it matches
+
+
+class ConvertedTensors(StoredTensors):
+    """What is stored, by the names and with the shapes that a module of transformers has for it.
+
+    Args:
+        stored: as it lies in the files.
+        module: of the model; it may be on the meta device.
+
+    Raises:
+        ConvertedForm: when transformers' rules cannot be applied one tensor at a time.
+    """
+
+    def __init__(self, stored: StoredTensors, module: nn.Module) -> None:
+        self.path, self.by_transformers = stored.path, False
+        self._stored, self._module = stored, module
+        self._names: dict[str, str] = {}  # what is only renamed
+        self._groups: dict[str, _Group] = {}  # by the first name that a group is converted to
+        self._group_of: dict[str, str] = {}
+        try:
+            self._sort()
+            self.shapes = {name: stored.shapes[old] for name, old in self._names.items()}
+            self.dtypes = {name: stored.dtypes[old] for name, old in self._names.items()}
+            for first, group in self._groups.items():
+                like = {name: torch.empty(stored.shapes[name], device="meta") for name, _ in group.sources}
+                for name, made in self._converted(first, like).items():
+                    self._group_of[name] = first
+                    self.shapes[name] = tuple(made.shape)
+                    self.dtypes[name] = stored.dtypes[group.sources[0][0]]
+        except Exception as error:
+            raise ConvertedForm(
+                f"the rules of transformers for {type(module).__name__} cannot be applied to one tensor at a time "
+                f"({type(error).__name__}: {error})"
+            ) from error
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """See `StoredTensors.read`; what is converted together is read together."""
+        wanted = dict.fromkeys(names)
+        groups = dict.fromkeys(self._group_of[name] for name in wanted if name in self._group_of)
+        found: dict[str, Tensor] = {}
+        for first in groups:
+            values = self._stored.read(name for name, _ in self._groups[first].sources)
+            made = self._converted(first, values)
+            found.update({name: leaf for name, leaf in made.items() if name in wanted})
+        plain = {name: self._names[name] for name in wanted if name in self._names}
+        values = self._stored.read(plain.values())
+        return {**found, **{name: values[old] for name, old in plain.items()}}
+
+    def _sort(self) -> None:
+        """Tell what is renamed from what is converted, as transformers does (`core_model_loading`, tried with 5.23)."""
+        from transformers import conversion_mapping, core_model_loading
+
+        rules = conversion_mapping.get_model_conversion_mapping(self._module)
+        renamings = [rule for rule in rules if isinstance(rule, core_model_loading.WeightRenaming)]
+        converters = [rule for rule in rules if isinstance(rule, core_model_loading.WeightConverter)]
+        by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
+        own = self._module.state_dict()
+        prefix: Any = self._module.base_model_prefix
+        for name in sorted(self._stored.shapes, key=core_model_loading.dot_natural_key):  # experts by their numbers
+            target, pattern = core_model_loading.rename_source_key(name, renamings, converters, prefix, own)
+            if target not in own:
+                target, pattern = name, None
+            if pattern is None:
+                self._names[target] = name
+            else:
+                self._groups.setdefault(target, _Group(by_pattern[pattern])).sources.append((name, pattern))
+
+    def _converted(self, first: str, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        group = self._groups[first]
+        rule = copy.deepcopy(group.rule)  # it collects tensors
+        for name, pattern in group.sources:
+            rule.add_tensor(first, name, pattern, values[name])
+        made = rule.convert(first, model=self._module, config=self._module.config)
+        return {name: leaf[0] if isinstance(leaf, list) else leaf for name, leaf in made.items()}
