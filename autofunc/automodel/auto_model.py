@@ -68,7 +68,7 @@ class AutoModel:
 
     @staticmethod
     def from_pretrained(
-        path_or_id: str | Path,
+        pretrained_model_name_or_path: str | Path,
         *,
         trainable: Sequence[str] | None = None,
         dtype: torch.dtype | str | None = None,
@@ -79,8 +79,8 @@ class AutoModel:
         """A module and where its weights are; each is read when a pipeline asks for it, so a process reads its part only.
 
         Args:
-            path_or_id: a folder with config.json and safetensors files, or the name of a model on the hub, which is taken
-                from the local cache (and downloaded before, unless HF_HUB_OFFLINE is set).
+            pretrained_model_name_or_path: a folder with config.json and safetensors files, or the name of a model on
+                the hub, which is taken from the local cache (and downloaded before, unless HF_HUB_OFFLINE is set).
             trainable: patterns of the parameters that get gradients, such as ["lm_head*"]; by default all.
             dtype: of floating-point parameters; by default the config's, else that of the files.
             trust_remote_code: see `from_config`.
@@ -93,11 +93,11 @@ class AutoModel:
         Raises:
             ModelError: see `from_config`; for weights that are missing, have no place, or have another shape.
         """
-        folder = Path(path_or_id).expanduser()
+        folder = Path(pretrained_model_name_or_path).expanduser()
         if not folder.is_dir():
             if folder.is_file():
                 raise ModelError(f"{folder} is a file; name the folder that has it and a config.json")
-            folder = folder_of(str(path_or_id), WEIGHTS, revision)
+            folder = folder_of(str(pretrained_model_name_or_path), WEIGHTS, revision)
         overrides = overrides if dtype is None else {**overrides, "dtype": dtype}
         description = describe(folder, overrides, lambda name: folder_of(name, WEIGHTS, revision))
         stored = StoredTensors(folder) if _has_safetensors(folder) else None
@@ -161,8 +161,8 @@ def _check_patterns(module: nn.Module, trainable: Sequence[str]) -> None:
         for alias, leaf in module.named_parameters(remove_duplicate=False):
             if tree.matches(alias, [pattern]):
                 raise ModelError(
-                    f"trainable pattern {pattern!r} matches {alias}, which is tied to {names[id(leaf)]}; name that, or untie "
-                    "them in the config (tie_word_embeddings=False)"
+                    f"trainable pattern {pattern!r} matches {alias}, which is tied to {names[id(leaf)]}; name that, or "
+                    "untie them in the config (tie_word_embeddings=False)"
                 )
         raise ModelError(f"trainable pattern {pattern!r} matches no parameter; {one_of(pattern, names.values())}")
 

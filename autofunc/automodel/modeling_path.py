@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import importlib.util
 import inspect
@@ -16,7 +15,8 @@ from typing import Any
 from torch import nn
 
 from autofunc.automodel.registry import ARCHITECTURES, follows_convention
-from autofunc.errors import AutofuncError, ModelError, one_of
+from autofunc.errors import AutofuncError, ConfigError, ModelError, one_of
+from autofunc.source_file import load_file
 
 
 def register_modeling_path(path: str | Path, *, exist_ok: bool = False) -> list[str]:
@@ -42,7 +42,7 @@ def register_modeling_path(path: str | Path, *, exist_ok: bool = False) -> list[
         module = af.AutoModel.from_config({"architectures": ["MyCustomForCausalLM"], "hidden_size": 64})
     """
     given = str(path)
-    modules = [_load_file(Path(given))] if given.endswith(".py") else _import_all(given)
+    modules = [_file(given)] if given.endswith(".py") else _import_all(given)
     found = ARCHITECTURES.registered_in(module.__name__ for module in modules)  # those that are decorated
     decorated = set(found.values())
     for cls in (cls for module in modules for cls in _models_in(module, given) if cls not in decorated):
@@ -63,6 +63,13 @@ def register_modeling_path(path: str | Path, *, exist_ok: bool = False) -> list[
     for name, cls in found.items():
         ARCHITECTURES.register(name, cls, exist_ok=exist_ok)
     return sorted(found)
+
+
+def _file(given: str) -> ModuleType:
+    try:
+        return load_file(Path(given))
+    except ConfigError as error:
+        raise ModelError(f"register_modeling_path: {error}") from error
 
 
 def _own_classes(module: ModuleType) -> list[tuple[str, type[nn.Module]]]:
@@ -116,26 +123,3 @@ def _neighbours(name: str) -> list[str]:
     places = list(getattr(package, "__path__", [])) if package is not None else [str(Path.cwd())]
     prefix = f"{parent}." if package is not None else ""
     return sorted(prefix + each.name for each in pkgutil.iter_modules(places))
-
-
-def _load_file(path: Path) -> ModuleType:
-    """Import a file once, whatever it is called by; `_target_` in configurations names its module the same."""
-    full = path.expanduser().resolve()
-    if not full.is_file():
-        beside = sorted(each.name for each in full.parent.glob("*.py")) if full.parent.is_dir() else []
-        raise ModelError(f"there is no file {str(path)!r} (looked for {full}); {one_of(path.name, beside)}")
-    name = f"autofunc_user_{full.stem}_{hashlib.blake2b(str(full).encode(), digest_size=4).hexdigest()}"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, full)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
-        try:
-            spec.loader.exec_module(module)
-        except AutofuncError:
-            del sys.modules[name]
-            raise
-        except Exception as error:
-            del sys.modules[name]
-            raise ModelError(f"running {path} failed: {type(error).__name__}: {error}") from error
-    return sys.modules[name]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from autofunc import tree
 from autofunc.automodel.description import CONFIG, values_of
+from autofunc.automodel.filled import filled
 from autofunc.automodel.in_transformers import is_model
 from autofunc.automodel.registry import ARCHITECTURES, model_type_of
 from autofunc.captured import CapturedModel
@@ -47,14 +47,14 @@ def write_pretrained(
         ModelError: for parameters that are missing, unknown or of another shape, and for a config that is none.
     """
     source = source_of(model)
-    filled = _filled(source, _full_tree(source, params))
+    made = filled(source, _full_tree(source, params))
     folder = Path(folder).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
-    if is_model(filled):
+    if is_model(made):
         _remove_weights(folder)
-        filled.save_pretrained(folder, max_shard_size=max_shard_size)
+        made.save_pretrained(folder, max_shard_size=max_shard_size)
     else:
-        _write(filled, folder, max_shard_size)
+        _write(made, folder, max_shard_size)
     return folder
 
 
@@ -81,22 +81,6 @@ def _full_tree(source: ModuleSource, params: tree.Nested | str | Path) -> dict[s
             raise ModelError(f"{name!r} is {tuple(leaf.shape)}, but in {source.what} {tuple(expected[name].shape)}")
     flat = {**flat, **source.weights(missing, 0, torch.device("cpu"), None)}
     return {name: flat[name].detach().cpu().contiguous() for name in expected}
-
-
-def _filled(source: ModuleSource, values: dict[str, Tensor]) -> Any:
-    """A copy of a module that holds these tensors; they are not copied."""
-    module = source.module
-    memo: dict[int, Any] = {
-        id(leaf): nn.Parameter(values[name], requires_grad=values[name].is_floating_point())
-        for name, leaf in module.named_parameters()
-    }
-    for name, buffer in module.named_buffers():
-        if name in module.state_dict(keep_vars=True):
-            memo[id(buffer)] = source.buffer(name).cpu()
-    try:
-        return copy.deepcopy(module, memo)
-    except Exception as error:
-        raise ModelError(f"{source.what} cannot be copied to be written: {type(error).__name__}: {error}") from error
 
 
 def _write(module: nn.Module, folder: Path, max_shard_size: int | str) -> None:

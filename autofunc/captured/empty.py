@@ -21,16 +21,20 @@ class _EmptyOnMeta(TorchFunctionMode):
 
 
 @contextmanager
-def empty_weights() -> Iterator[None]:
+def empty_weights(seed: int = 0) -> Iterator[None]:
     """Inside, what `torch.empty` makes, as modules do for their weights, lies on the meta device.
 
     Other tensors are real: tables that are computed once and kept as buffers stay as they are. Under
-    `torch.device("meta")` those would be lost.
+    `torch.device("meta")` those would be lost. Random ones depend on the seed alone, so that all processes get the same.
+
+    Args:
+        seed: of the global generator inside; it is put back afterwards.
 
     Example:
         with af.empty_weights():
             module = LlamaForCausalLM(config)  # 8 billion parameters, no memory
         model = af.from_module(module, {"input_ids": ids})
     """
-    with _EmptyOnMeta():
+    with torch.random.fork_rng(devices=[]), _EmptyOnMeta():
+        torch.manual_seed(seed)
         yield

@@ -11,9 +11,8 @@ from torch import Tensor
 
 from autofunc.checks.pieces import LossKind, close, labels_of, loss_kind, run_pieces
 from autofunc.checks.report import Status, Verdict
-from autofunc.checks.still import WithoutDropout
 from autofunc.checks.subject import ForwardError, Subject
-from autofunc.losses import IGNORED, LossTerms, evaluate
+from autofunc.losses import IGNORED, evaluate
 
 
 def check_loss(subject: Subject) -> list[Verdict]:
@@ -35,7 +34,7 @@ def check_loss(subject: Subject) -> list[Verdict]:
         return [verdict("fail", f"the loss is {float(terms.sum)}; look for a division by zero, or rows without labels")]
     if not terms.sum.requires_grad:
         return [verdict("fail", "the loss has no gradient: forward detaches it, or no parameter requires one")]
-    found = [verdict("warn", text) for text in (_shifts(subject, terms), _weighs(subject)) if text]
+    found = [verdict("warn", text) for text in (_shifts(subject), _weighs(subject)) if text]
     source = "the given loss is a scalar" if subject.loss is not None else f"forward returns {kind} with a scalar loss"
     return found or [Verdict("C3", "pass", f"{source} that has a gradient")]
 
@@ -57,18 +56,20 @@ def _labels_wanted(subject: Subject) -> str:
     return f". Forward takes {names[0]!r}, which the batch does not have" if names and names[0] not in subject.batch else ""
 
 
-def _shifts(subject: Subject, terms: LossTerms) -> str:
+def _shifts(subject: Subject) -> str:
     """Whether the forward shifts the labels: then the first of each row makes no difference, and the last does."""
     labels = {name: leaf for name, leaf in labels_of(subject.batch).items() if leaf.dim() == 2 and leaf.shape[1] > 1}
     if subject.loss is not None or len(labels) != 1:
         return ""
     name, leaf = next(iter(labels.items()))
-    runs = [leaf]
+    try:
+        losses = [subject.still[0].loss]
+    except ForwardError:  # of a part; P3 says so
+        return ""
     for column in (0, -1):
         changed = leaf.clone()
         changed[:, column] = leaf[:, column].roll(1, 0) if _varies(leaf[:, column]) else leaf.roll(1, 1)[:, column]
-        runs.append(changed)
-    losses = [_loss_of(subject, {**subject.batch, name: each}) for each in runs]
+        losses.append(_loss_of(subject, {**subject.batch, name: changed}))
     if any(loss is None for loss in losses):
         return ""
     same, first, last = (loss for loss in losses if loss is not None)
@@ -87,18 +88,15 @@ def _varies(column: Tensor) -> bool:
 def _loss_of(subject: Subject, batch: Mapping[str, Any]) -> Tensor | None:
     """The mean loss without dropout; None where it cannot be computed."""
     try:
-        terms = subject.terms(subject.run(batch, mode=WithoutDropout()), batch)
+        return subject.run_still(batch).loss
     except ForwardError:  # these labels may not be labels it knows
         return None
-    finally:
-        subject.restore()
-    return None if terms is None else terms.sum.detach() / terms.weight
 
 
 def _weighs(subject: Subject) -> str:
     """Whether the mean over microbatches is the loss of the batch, also when these have different numbers of labels."""
     try:
-        kind = loss_kind(run_pieces(subject, subject.batch))
+        kind = loss_kind(run_pieces(subject))
     except ForwardError:  # P3 says so
         return ""
     if kind == "equal":
@@ -125,8 +123,12 @@ def _with_fewer_labels(subject: Subject) -> LossKind:
         fewer = leaf.clone()
         fewer[0, ..., leaf.shape[-1] // 2 :] = IGNORED
         batch = {**subject.batch, name: fewer}
-        whole, plain = _loss_of(subject, batch), _loss_of(subject, subject.batch)
-        if whole is None or plain is None or not bool(whole.isfinite()) or close(whole, plain):
+        try:
+            pieces = run_pieces(subject, batch)
+        except ForwardError:
             return "equal"  # -100 is no label that it leaves out
-        return loss_kind(run_pieces(subject, batch))
+        loss, plain = pieces.whole.loss, subject.still[0].loss
+        if loss is None or plain is None or not bool(loss.isfinite()) or close(loss, plain):
+            return "equal"
+        return loss_kind(pieces)
     return "equal"

@@ -12,22 +12,12 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
 from autofunc import tree
-from autofunc.checks.still import WithoutDropout
-from autofunc.checks.subject import Subject
-from autofunc.losses import IGNORED, LossTerms
+from autofunc.checks.subject import Run, Subject
+from autofunc.losses import IGNORED
 
 LossKind = Literal["none", "equal", "tokens", "sum", "coupled"]
 """How the mean of the microbatches' losses compares with the loss of the batch: equal to it; both are means over labels, of
 which microbatches have different numbers; both are sums; or it depends on more than that."""
-
-
-@dataclass(frozen=True)
-class Run:
-    """One forward without dropout."""
-
-    batch: Mapping[str, Any]
-    outputs: Any
-    terms: LossTerms | None
 
 
 @dataclass(frozen=True)
@@ -38,20 +28,14 @@ class Pieces:
     parts: Sequence[Run]
 
 
-def run_pieces(subject: Subject, batch: Mapping[str, Any]) -> Pieces:
-    """Run a batch and its microbatches.
+def run_pieces(subject: Subject, batch: Mapping[str, Any] | None = None) -> Pieces:
+    """Run a batch and its microbatches; by default the subject's own, which are run once and remembered.
 
     Raises:
         ForwardError: when a forward fails.
     """
-    return Pieces(_run(subject, batch), [_run(subject, part) for part in subject.parts(batch)])
-
-
-def _run(subject: Subject, batch: Mapping[str, Any]) -> Run:
-    outputs = subject.run(batch, mode=WithoutDropout())
-    terms = subject.terms(outputs, batch)
-    subject.restore()
-    return Run(batch, outputs, terms)
+    whole, *parts = subject.still if batch is None else map(subject.run_still, (batch, *subject.parts(batch)))
+    return Pieces(whole, parts)
 
 
 def close(one: Tensor, other: Tensor) -> bool:
@@ -167,7 +151,7 @@ def _outputs(subject: Subject, batch: Mapping[str, Any]) -> list[tuple[str, Any]
             found.append((names[id(part)], tree.map_leaves(_kept, output)))
 
     with _hook(keep):
-        _run(subject, batch)
+        subject.run_still(batch)
     return found
 
 

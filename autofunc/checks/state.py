@@ -18,6 +18,7 @@ Kind = Literal["parameter", "buffer", "attribute"]
 
 _REGISTERED: dict[str, Kind] = {"_parameters": "parameter", "_buffers": "buffer", "_modules": "attribute"}
 _DEEPEST = 4  # objects inside an attribute that are looked into
+_AS_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # as wide as the dtype: compared several times as fast
 _OPAQUE = (type, FunctionType, MethodType, ModuleType, torch.device, torch.dtype, torch.Size)
 
 
@@ -66,7 +67,12 @@ class Snapshot:
         self._tensors: list[_Held] = []
         self._generators: list[tuple[_Place, torch.Generator, Tensor]] = []
         self._seen: set[int] = set()
-        for name, part in module.named_modules():
+        parts = dict(module.named_modules())
+        self._registered = {id(part) for part in parts.values()}
+        for name, part in parts.items():  # first, so that they are known by these names wherever else they are kept
+            for registered, kind in _REGISTERED.items():
+                self._container(_Place(name, registered, kind, by_key=True), vars(part)[registered], 0)
+        for name, part in parts.items():
             self._container(_Place(name, ""), vars(part), 0)
 
     @property
@@ -111,7 +117,7 @@ class Snapshot:
             if tensor.data_ptr() != data.data_ptr() or tensor.shape != data.shape:
                 tensor.data = data
             if not same_bits(data, held.clone):
-                data.copy_(held.clone)  # not through the tensor itself: autograd need not know
+                data.copy_(held.clone)  # the tensor itself may require a gradient
             if held.is_leaf and tensor.grad is not held.grad:
                 tensor.grad = held.grad
             if held.is_leaf and tensor.requires_grad != held.requires_grad:
@@ -126,13 +132,9 @@ class Snapshot:
         copy = _copy(value)
         self._containers.append((place, value, copy))
         for key, member in copy.items() if isinstance(copy, dict) else enumerate(copy):
-            inner, name = place, str(key)
-            if not place.attribute:
-                inner = _Place(place.module, name, _REGISTERED.get(name, "attribute"), name in _REGISTERED)
-            elif place.by_key:
-                inner = _Place(place.module, name, place.kind)
-            if not (isinstance(member, nn.Module) and place.by_key):  # a registered part, which has its own turn
-                self._member(replace(inner, is_object=False), member, depth)
+            named = not place.attribute or place.by_key
+            inner = _Place(place.module, str(key), place.kind) if named else replace(place, is_object=False)
+            self._member(inner, member, depth)
 
     def _member(self, place: _Place, value: Any, depth: int) -> None:
         if isinstance(value, Tensor):
@@ -147,8 +149,9 @@ class Snapshot:
         elif isinstance(value, tuple):
             for member in value:
                 self._member(place, member, depth)
-        elif isinstance(value, nn.Module):  # one that is not registered
-            self._container(place, vars(value), depth)
+        elif isinstance(value, nn.Module):
+            if id(value) not in self._registered:  # those have their own turn
+                self._container(place, vars(value), depth)
         elif depth < _DEEPEST and not isinstance(value, _OPAQUE) and isinstance(getattr(value, "__dict__", None), dict):
             self._container(replace(place, is_object=True), value.__dict__, depth + 1)
 
@@ -188,7 +191,7 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    return tensor.resolve_conj().resolve_neg().contiguous().view(-1).view(torch.uint8)
+    return tensor.resolve_conj().resolve_neg().contiguous().view(-1).view(_AS_BITS.get(tensor.dtype.itemsize, torch.uint8))
 
 
 def _copy(value: Any) -> Any:

@@ -23,6 +23,7 @@ from autofunc.captured.module import ModuleSource
 from autofunc.captured.places import default_layers
 from autofunc.checks.report import Where, is_torch, where
 from autofunc.checks.state import Change, Snapshot, seeded
+from autofunc.checks.still import WithoutDropout
 from autofunc.checks.watch import Watched, watching
 from autofunc.errors import AutofuncError, BatchError, ModelError
 from autofunc.fake import user_line
@@ -43,6 +44,20 @@ class First:
     watched: Watched = field(default_factory=Watched)
     changes: list[Change] = field(default_factory=list)
     draws: list[str] = field(default_factory=list)  # generators, other than torch's, that it drew from
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a forward without dropout gave, without its graph."""
+
+    batch: Mapping[str, Any]
+    outputs: Any
+    terms: LossTerms | None
+
+    @property
+    def loss(self) -> Tensor | None:
+        """The mean loss, 0-dim."""
+        return None if self.terms is None else self.terms.sum / self.terms.weight
 
 
 class Subject:
@@ -154,6 +169,29 @@ class Subject:
         except Exception as error:  # whatever the user's code raises
             line = user_line(traceback.extract_tb(error.__traceback__))
             raise ForwardError(f"forward raises {type(error).__name__}: {error} ({line})") from error
+
+    def run_still(self, batch: Mapping[str, Any]) -> Run:
+        """Run the forward once without dropout, so that its values can be compared with those of other runs.
+
+        Raises:
+            ForwardError: see `run`.
+        """
+        try:
+            outputs = self.run(batch, mode=WithoutDropout())
+            terms = self.terms(outputs, batch)
+        finally:
+            self.restore()
+        detached = tree.map_leaves(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, outputs)
+        return Run(batch, detached, None if terms is None else terms._replace(sum=terms.sum.detach()))
+
+    @cached_property
+    def still(self) -> list[Run]:
+        """Of the batch, and then of each of its microbatches.
+
+        Raises:
+            ForwardError: see `run`.
+        """
+        return [self.run_still(each) for each in (self.batch, *self.parts())]
 
     def terms(self, outputs: Any, batch: Mapping[str, Any]) -> LossTerms | None:
         """The loss of what a run returned; None when there is none."""

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from autofunc import __version__
+from autofunc.cli import config as config_commands
 from autofunc.cli import schedule
 from autofunc.errors import AutofuncError, PipelineRunError
 
@@ -20,6 +21,7 @@ app = typer.Typer(
 
 
 app.add_typer(schedule.app, name="schedule")
+app.add_typer(config_commands.app, name="config")
 
 
 def _version(wanted: bool) -> None:
@@ -95,6 +97,47 @@ def plan(
     with Console(stderr=True).status("loading torch"):
         from autofunc.cli.plan import plan as show_plan
     show_plan(config, context.args, nproc_per_node, measure, as_json, picture)
+
+
+@app.command(
+    "check",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    epilog="Example: autofunc check -c examples/custom_model.yaml --json",
+)
+def check(
+    context: typer.Context,
+    config: Annotated[str, typer.Option("--config", "-c", help="YAML file of the run.")],
+    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
+) -> None:
+    """Look for what stands in the way of sharding and pipelining a model.
+
+    Ten checks on a few rows of the dataset. The status is 1 when one fails.
+    """
+    from rich.console import Console
+
+    with Console(stderr=True).status("loading torch"):
+        from autofunc.cli.check import check as run_check
+    if not run_check(config, context.args, as_json):
+        raise typer.Exit(1)
+
+
+@app.command(
+    "export",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    epilog="Example: autofunc export -c run.yaml --weights runs/run -o my_model",
+)
+def export(
+    context: typer.Context,
+    config: Annotated[str, typer.Option("--config", "-c", help="YAML file of the run.")],
+    weights: Annotated[str, typer.Option("--weights", help="Output folder of the run, or its model.safetensors.")],
+    output: Annotated[str, typer.Option("--output", "-o", help="Folder to write.")],
+) -> None:
+    """Write trained weights as a folder that transformers' from_pretrained loads."""
+    from rich.console import Console
+
+    with Console(stderr=True).status("loading torch"):
+        from autofunc.cli.export import export as write
+    write(config, context.args, weights, output)
 
 
 def main() -> None:

@@ -149,7 +149,12 @@ class FinetuneConfig(Section):
         description="patterns of the parameters that are trained, such as lm_head*; by default all that are not frozen",
     )
     weights: str | None = Field(
-        None, description="own: those a module is made with (default); seed: made from the seed, each rank its stages' only"
+        None,
+        description="own: those a module is made with (default); seed: made from the seed, each rank its stages' only; "
+        "or a folder or file of safetensors, of which each rank reads its part",
+    )
+    modeling_paths: list[str] = Field(
+        [], description="modules, packages or files whose model classes autofunc.AutoModel is to find"
     )
     dataset: Target = Field(description="what is learnt from")
     validation_dataset: Target | None = Field(None, description="what the validation loss is measured on")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import importlib.util
 import inspect
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from autofunc.errors import AutofuncError, ConfigError, one_of
+from autofunc.source_file import load_file
 
 
 def resolve_target(target: str, where: str) -> Callable[..., Any]:
@@ -40,7 +40,10 @@ def import_object(target: str, where: str) -> Any:
     """
     if ".py:" in target:
         file, _, name = target.partition(".py:")
-        module, dotted = _load_file(Path(file + ".py"), where), name
+        try:
+            module, dotted = load_file(Path(file + ".py")), name
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error}") from error
     else:
         module, dotted = _import_longest(target, where)
     found: Any = module
@@ -142,22 +145,3 @@ def _hidden_folder_hint(package: str) -> str:
     if installed is None or not own.is_dir() or str(own) in list(getattr(installed, "__path__", [])):
         return ""
     return f". Your folder {package}/ is hidden by the installed package of that name: rename it, or use 'file.py:name'."
-
-
-def _load_file(path: Path, where: str) -> Any:
-    """Import a file once, whatever it is called by."""
-    full = path.expanduser().resolve()
-    if not full.is_file():
-        raise ConfigError(f"{where}: there is no file {str(path)!r} (looked for {full})")
-    name = f"autofunc_user_{full.stem}_{hashlib.blake2b(str(full).encode(), digest_size=4).hexdigest()}"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, full)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
-        try:
-            spec.loader.exec_module(module)
-        except Exception as error:
-            del sys.modules[name]
-            raise ConfigError(f"{where}: running {path} failed: {type(error).__name__}: {error}") from error
-    return sys.modules[name]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from tensordict import TensorDict
@@ -15,6 +15,19 @@ from autofunc.model.layer import Layer
 from autofunc.model.placement_rules import TensorParallel
 from autofunc.model.places import Places
 from autofunc.random import InitKey, as_key
+
+
+class Stored(Protocol):
+    """Stored values of parameters, by canonical path."""
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Of each."""
+        ...
+
+    def read(self, names: Iterable[str]) -> Mapping[str, torch.Tensor]:
+        """Some of them."""
+        ...
 
 
 class Model:
@@ -52,6 +65,7 @@ class Model:
         self.config = config
         self.trainable = tuple(trainable)
         self.tensor_parallel = tensor_parallel
+        self.stored: Stored | None = None  # initial values, instead of what layers make
         for alias, canonical in self.ties.items():
             if canonical in self.ties:
                 raise ModelError(f"tie {alias!r}: {canonical!r} is itself tied; name {self.ties[canonical]!r} instead")
@@ -85,6 +99,21 @@ class Model:
         unused = [pattern for pattern in self.trainable if not any(tree.matches(path, [pattern]) for path in known)]
         if unused and known:
             raise ModelError(f"trainable pattern {unused[0]!r} matches no parameter; {one_of(unused[0], known)}")
+
+    def check_stored(self) -> None:
+        """Refuse stored values that are not those of this model.
+
+        Raises:
+            ModelError: naming what is missing, or has another shape.
+        """
+        shapes = self.stored.shapes if self.stored is not None else {}
+        for path, leaf in self.spec.items():
+            canonical = self.canonical(path)
+            if shapes.get(canonical) != tuple(leaf.shape):
+                has = f"{shapes[canonical]}" if canonical in shapes else "missing"
+                raise ModelError(
+                    f"stored {canonical!r} is {has}, and the model needs {tuple(leaf.shape)}; {one_of(canonical, shapes)}"
+                )
 
     def canonical(self, path: str) -> str:
         """The path under which trees hold this parameter."""
@@ -152,6 +181,9 @@ class Model:
     ) -> dict[str, torch.Tensor]:
         """Make the parameters with these paths (aliases give their canonical one), running only their layers' inits."""
         wanted = {self.canonical(path) for path in paths}
+        if self.stored is not None and torch.device(device).type != "meta":
+            read = self.stored.read(sorted(wanted, key=tree.split_path))
+            return {path: leaf.to(device, dtype or torch.float32, copy=True) for path, leaf in read.items()}
         names = {self.layer_of(path) for path in wanted}
         layers = {name: layer for name, layer in self.layers.items() if name in names}
         flat = self._init_layers(layers, seed, torch.device(device), dtype or torch.float32)

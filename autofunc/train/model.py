@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from autofunc import losses, tree
-from autofunc.captured import empty_weights, from_module
+from autofunc.automodel import register_modeling_path
+from autofunc.captured import Pretrained, StoredTensors, empty_weights, from_module
 from autofunc.config import FinetuneConfig, check_arguments, instantiate, resolve_target
 from autofunc.data import first_rows
 from autofunc.errors import AutofuncError, ConfigError
@@ -34,38 +35,48 @@ def build_model(config: FinetuneConfig, dataset: Any) -> Model:
         ConfigError: for what is neither a module nor a model; other errors as they come, with the key.
     """
     made = make(config)
+    stored = None if config.weights in (None, OWN, SEED) else config.weights
     if not isinstance(made, Model):
         example = first_rows(dataset, config.step_scheduler.local_batch_size)
         try:
-            return from_module(made, example, inputs=config.inputs, trainable=config.trainable)
+            return from_module(made, example, inputs=config.inputs, trainable=config.trainable, weights=stored)
         except AutofuncError as error:
             raise type(error)(f"model: {error}") from error
     if config.inputs is not None:
         raise ConfigError("inputs says what a module's forward gets, but model._target_ gives an af.Model: leave it out")
-    if config.weights not in (None, SEED):
-        raise ConfigError(
-            f"weights={config.weights!r}: an af.Model has none of its own; leave it out, or use weights: seed"
-        )
-    if config.trainable is None:
-        return made
+    if config.weights == OWN:
+        raise ConfigError("weights: own: an af.Model has none of its own; leave it out")
     model = copy.copy(made)
-    model.trainable = tuple(config.trainable)
+    if config.trainable is not None:
+        model.trainable = tuple(config.trainable)
+    if stored is not None:
+        try:
+            model.stored = StoredTensors(stored)
+            model.check_stored()
+        except AutofuncError as error:
+            raise ConfigError(f"weights: {error}") from error
     return model
 
 
-def make(config: FinetuneConfig) -> Model | nn.Module:
-    """Call `model._target_`: with a seeded generator, so that all processes get the same; without weights for `seed`."""
+def make(config: FinetuneConfig) -> Model | nn.Module | Pretrained:
+    """Call `model._target_`: with a seeded generator, so that all processes get the same; without weights if not `own`."""
     wanted = config.weights or OWN
+    for path in config.modeling_paths:
+        try:
+            register_modeling_path(path, exist_ok=True)
+        except AutofuncError as error:
+            raise ConfigError(f"modeling_paths: {error}") from error
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         if wanted == OWN:
             made = instantiate(config.model, "model")
         else:
-            with empty_weights():
+            with empty_weights(config.seed):
                 made = instantiate(config.model, "model")
-    if not isinstance(made, (Model, nn.Module)):
+    if not isinstance(made, (Model, nn.Module, Pretrained)):
         raise ConfigError(
-            f"model: {config.model['_target_']} returned {type(made).__name__}; expected an nn.Module or an af.Model"
+            f"model: {config.model['_target_']} returned {type(made).__name__}; expected an nn.Module, an "
+            "af.Model, or what af.AutoModel.from_pretrained returns"
         )
     return made
 
@@ -83,10 +94,7 @@ def build_loss(config: FinetuneConfig, model: Model, dataset: Any, notes: list[s
         ConfigError: where a model would shift labels that the dataset has aligned already.
     """
     if config.loss_fn is not None:
-        loss = resolve_target(config.loss_fn["_target_"], "loss_fn._target_")
-        options = {key: value for key, value in config.loss_fn.items() if key != "_target_"}
-        check_arguments(loss, options, "loss_fn", config.loss_fn["_target_"], given_later=2)
-        return partial(loss, **options) if options else loss
+        return _configured_loss(config.loss_fn)
     if not gives_loss(model, first_rows(dataset, config.step_scheduler.local_batch_size)):
         return losses.causal_lm
     if getattr(dataset, "aligned_labels", False) and shifts_labels(model):
@@ -97,6 +105,24 @@ def build_loss(config: FinetuneConfig, model: Model, dataset: Any, notes: list[s
         )
     notes.append("no loss_fn: the loss is the model's own")
     return None
+
+
+def loss_to_check(config: FinetuneConfig, made: Model | nn.Module | Pretrained, batch: Mapping[str, Any]) -> Loss | None:
+    """The loss that a run would use, as far as the model lets itself be looked at."""
+    if config.loss_fn is not None:
+        return _configured_loss(config.loss_fn)
+    try:
+        model = made if isinstance(made, Model) else from_module(made, batch, inputs=config.inputs)
+        return None if gives_loss(model, batch) else losses.causal_lm
+    except AutofuncError:
+        return None  # a check will tell
+
+
+def _configured_loss(section: Mapping[str, Any]) -> Loss:
+    loss = resolve_target(section["_target_"], "loss_fn._target_")
+    options = {key: value for key, value in section.items() if key != "_target_"}
+    check_arguments(loss, options, "loss_fn", section["_target_"], given_later=2)
+    return partial(loss, **options) if options else loss
 
 
 def gives_loss(model: Model, microbatch: Mapping[str, Any]) -> bool:

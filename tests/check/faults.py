@@ -103,6 +103,18 @@ class ThroughData(Sound):
         self.blocks[1] = Clamp(6, 6)
 
 
+class Aliased(Sound):
+    """Keeps what is registered in a list, too."""
+
+    def build(self) -> None:
+        self.kept = [self.blocks[1].bias, self.blocks[0]]
+
+    def hidden(self, x: Tensor) -> Tensor:
+        for leaf in (self.kept[0], self.kept[1].weight):
+            leaf.data.add_(1)
+        return super().hidden(x)
+
+
 class Undone(Sound):
     """Writes, and takes it back before it ends."""
 
@@ -389,6 +401,7 @@ FAULTS = {
     "custom owner": Fault(NoInitialiser, "C1", "warn", Scaled, "Scaled owns parameters itself (scale)"),
     "under no_grad": Fault(UnderNoGrad, "C2", "fail", UnderNoGrad, "'blocks.1.weight' (mul_; "),
     "through data": Fault(ThroughData, "C2", "fail", Clamp, "'blocks.1.weight' (clamp_; "),
+    "aliased": Fault(Aliased, "C2", "fail", Aliased, "'blocks.1.bias' (add_; "),
     "undone": Fault(Undone, "C2", "fail", Undone, "'blocks.0.weight' (add_; "),
     "max norm": Fault(MaxNorm, "C2", "fail", None, "'table.weight' (embedding; "),
     "through numpy": Fault(ThroughNumpy, "C2", "fail", ThroughNumpy, "outside of torch's operators writes"),

@@ -45,6 +45,11 @@ def test_a_warning_stops_nothing(name: str) -> None:
     assert af.check(fault.build(), fault.batch, **fault.options).ok
 
 
+def test_what_is_kept_twice_has_its_registered_name() -> None:
+    report = af.check(FAULTS["aliased"].build(), FAULTS["aliased"].batch)
+    assert len(report.of("C2")) == 2 and [each.status for each in report.of("C4")] == ["skip"]
+
+
 def test_a_failing_check_stops_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(subject: object) -> None:
         raise ZeroDivisionError("never thought of")

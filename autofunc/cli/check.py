@@ -1,0 +1,47 @@
+"""`autofunc check`: what stands in the way of the model of a configuration, for people and as JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+
+from rich.console import Console
+
+from autofunc.automodel import with_values
+from autofunc.checks import check as run_checks
+from autofunc.checks import table
+from autofunc.config import instantiate, read_config
+from autofunc.data import first_rows
+from autofunc.model import Model
+from autofunc.train.model import loss_to_check, make
+
+_MOST_ROWS = 4  # of the example: forward runs on it about twenty times
+
+
+def check(config_path: str, overrides: Sequence[str], as_json: bool) -> bool:
+    """Print what is found; returns whether nothing failed.
+
+    Args:
+        config_path: the YAML file.
+        overrides: see `config.load_config`.
+        as_json: JSON instead of a table.
+
+    Raises:
+        AutofuncError: for mistakes in the configuration itself.
+    """
+    with Console(stderr=True).status(f"checking {config_path}"):
+        config, notes = read_config(config_path, overrides)
+        dataset = instantiate(config.dataset, "dataset")
+        made = make(config)
+        module = made if isinstance(made, Model) else with_values(made, config.seed)
+        batch = first_rows(dataset, min(max(config.step_scheduler.local_batch_size, 2), _MOST_ROWS))
+        report = run_checks(module, batch, loss=loss_to_check(config, module, batch), inputs=config.inputs)
+    if as_json:
+        sys.stdout.write(json.dumps({**report.to_dict(), "notes": notes}, indent=2) + "\n")
+        return report.ok
+    console = Console(file=sys.stdout)
+    for note in notes:
+        console.print(f"note: {note}", highlight=False, markup=False)
+    sys.stdout.write(table(report, colour=console.is_terminal and not console.no_color) + "\n")
+    return report.ok

@@ -1,0 +1,41 @@
+"""`autofunc config`: look at a configuration without running it. Nothing here imports torch."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, help="Validate a configuration, print it with its defaults, or its schema.")
+
+_SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True}
+_File = Annotated[str, typer.Option("--config", "-c", help="YAML file of a run.")]
+
+
+@app.command("validate", context_settings=_SETTINGS, epilog="Example: autofunc config validate -c examples/demo.yaml")
+def validate(context: typer.Context, config: _File) -> None:
+    """Check every key and value. `autofunc plan` also builds what they name."""
+    from autofunc.config.read import read_config
+
+    for note in read_config(config, context.args)[1]:
+        typer.echo(f"note: {note}")
+    typer.echo(f"{config}: every key and value is allowed")
+
+
+@app.command("print", context_settings=_SETTINGS, epilog="Example: autofunc config print -c examples/demo.yaml")
+def show(context: typer.Context, config: _File) -> None:
+    """Print the configuration that a run would use: overrides applied, defaults filled in."""
+    from omegaconf import OmegaConf
+
+    from autofunc.config.read import read_config
+
+    typer.echo(OmegaConf.to_yaml(OmegaConf.create(read_config(config, context.args)[0].model_dump())), nl=False)
+
+
+@app.command("schema", epilog="Example: autofunc config schema > autofunc.schema.json")
+def schema() -> None:
+    """Print the JSON schema of configurations, for editors."""
+    from autofunc.config.schema import FinetuneConfig
+
+    typer.echo(json.dumps(FinetuneConfig.model_json_schema(), indent=2))
