@@ -1,10 +1,10 @@
 """What do balanced stages gain where the head is large? GPT-2 with its 50,257 words on two processes.
 
-`split_points="auto"` against equal numbers of layers, steps in pairs (A B A B ...) in the same two processes; the model is
-transformers' own, captured. Reported: the median of the ratios, and what `auto` chose by counted operations and by measured
-layers.
+Equal numbers of layers against stages balanced by counted operations (`split_points: auto`) and by measured layers
+(`autofunc plan --measure`), a step of each in turn in the same two processes; the model is transformers' own, captured.
+Reported: the medians of the ratios.
 
-Run: python bench/auto_split.py [--layers 12 --width 768 --tokens 64 --pairs 5]
+Run: python bench/auto_split.py [--layers 6 --width 768 --tokens 256 --rounds 5]
 """
 
 from __future__ import annotations
@@ -49,40 +49,37 @@ def halves(model: af.Model) -> list[Stage]:
     return af.split(model, [names[len(names) // 2]])
 
 
-def measure(rank: int, store: str, results: str, options: argparse.Namespace) -> None:
-    """One of two processes; the first writes pairs of seconds."""
+def measure(rank: int, store: str, results: str, options: argparse.Namespace, starts: dict[str, str]) -> None:
+    """One of two processes; the first writes seconds, a row for each round."""
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)
     model, batch = build(options)
     mesh = af.make_mesh(pp=2, device_type="cpu")
     s = af.schedule.build("1f1b", num_ranks=2, num_microbatches=MICROBATCHES)
-    balanced = af.split(
-        model, "auto", num_stages=2, costs=layer_costs(model, {name: leaf[:1] for name, leaf in batch.items()})
-    )
     steps: list[Any] = []
-    for stages in (halves(model), balanced):
-        pipe = af.pipeline(stages, s, mesh=mesh)
+    for start in starts.values():
+        pipe = af.pipeline(af.split(model, [start]), s, mesh=mesh)
         steps.append((af.value_and_grad(pipe), pipe.init(seed=0)))
         steps[-1][0](steps[-1][1], batch)
-    pairs = []
-    for _ in track(range(options.pairs), description="pairs of steps", disable=rank != 0, transient=True):
+    rounds = []
+    for _ in track(range(options.rounds), description="rounds", disable=rank != 0, transient=True):
         seconds = []
         for step, params in steps:
             dist.barrier()
             began = time.perf_counter()
             step(params, batch)
             seconds.append(time.perf_counter() - began)
-        pairs.append(seconds)
+        rounds.append(seconds)
     if rank == 0:
-        torch.save(pairs, results)
+        torch.save(rounds, results)
     dist.destroy_process_group()
 
 
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("layers", 12), ("width", 768), ("tokens", 64), ("pairs", 5)):
+    for name, default in (("layers", 6), ("width", 768), ("tokens", 256), ("rounds", 5)):
         parser.add_argument(f"--{name}", type=int, default=default)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -90,20 +87,23 @@ def main() -> None:
     one = {name: leaf[:1] for name, leaf in batch.items()}
     counted = layer_costs(model, one)
     timed = {name: sum(times) for name, times in measure_layers(model, model.init(), one, None, repeats=3).items()}
+    starts = {}
     for title, stages in (
         ("equal numbers", halves(model)),
-        ("auto, counted", af.split(model, 2, costs=counted)),
-        ("auto, measured", af.split(model, 2, costs=timed)),
+        ("counted", af.split(model, 2, costs=counted)),
+        ("measured", af.split(model, 2, costs=timed)),
     ):
-        print(f"{title}: second stage from {stages[1].layers[0]}, longest {imbalance(stages, timed):.2f}x the mean")
+        starts[title] = stages[1].layers[0]
+        print(f"{title}: second stage from {starts[title]}, longest {imbalance(stages, timed):.2f}x the mean")
     with tempfile.TemporaryDirectory() as folder:
-        results = str(Path(folder, "pairs.pt"))
-        torch.multiprocessing.spawn(measure, (str(Path(folder, "store")), results, options), 2)
-        pairs = torch.load(results)
+        results = str(Path(folder, "rounds.pt"))
+        torch.multiprocessing.spawn(measure, (str(Path(folder, "store")), results, options, starts), 2)
+        rounds = torch.load(results)
     print(describe_machine())
-    equal, auto = (statistics.median(column) for column in zip(*pairs, strict=True))
-    gain = statistics.median(a / b for a, b in pairs)
-    print(f"equal numbers {equal:.2f} s, auto {auto:.2f} s a step: {gain:.2f}x (median of {len(pairs)} pairs)")
+    for number, title in enumerate(starts):
+        seconds = statistics.median(row[number] for row in rounds)
+        gain = statistics.median(row[0] / row[number] for row in rounds)
+        print(f"{title}: {seconds:.2f} s a step, {gain:.2f}x equal numbers (median of {len(rounds)} rounds)")
 
 
 if __name__ == "__main__":

@@ -5,9 +5,13 @@ Nothing runs on real data, and the module keeps its weights: they may be on the 
 
 from __future__ import annotations
 
+import io
+import logging
 import operator
+import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,8 +85,7 @@ def export(
         ModelError: when it cannot be captured, naming the user's line.
     """
     call = Call(module, arguments, what)
-    with restored(module), naming_errors(what), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with restored(module), naming_errors(what), _quiet():
         _stand_in(module, dtype)
         program = torch.export.export(call, (dict(batch),), strict=False)
     flattening = _Inliner(program.graph_module)
@@ -114,6 +117,20 @@ def export(
     _take_out_markers(exported)
     exported.graph.lint()
     return exported
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """When it fails, torch prints the graph so far and logs; the error says it better."""
+    log, printed = logging.getLogger("torch.fx.experimental.symbolic_shapes"), io.StringIO()
+    disabled, log.disabled = log.disabled, True
+    try:
+        with redirect_stderr(printed), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+        sys.stderr.write(printed.getvalue())  # what forward itself had to say
+    finally:
+        log.disabled = disabled
 
 
 def _stand_in(module: nn.Module, dtype: torch.dtype | None) -> None:

@@ -123,11 +123,20 @@ class Flow:
                 f"{what} writes to its buffer {exported.buffers[base]!r} ({write.target}; {line_of(write)})"
                 f"{_advice(exported.buffers[base])}"
             )
+        if base in exported.constants and not _is_fresh(base):
+            raise ModelError(
+                f"{what} writes to a tensor that it keeps ({write.target}; {line_of(write)}); return it, or compute it anew"
+            )
         if base in exported.inputs:
             raise ModelError(
                 f"{what} writes to the batch ({write.target}; {line_of(write)}), which other stages read; write to a copy: "
                 "x = x.clone()"
             )
+
+
+def _is_fresh(constant: Node) -> bool:
+    """Whether a constant was made in forward (`torch.tensor(1.0)`), where only its copy can be written to."""
+    return all(user.target is torch.ops.aten.lift_fresh_copy.default for user in constant.users)
 
 
 def _advice(buffer: str) -> str:

@@ -106,9 +106,12 @@ def _initialise(shells: Sequence[nn.Module], owner: str, seed: int) -> None:
     Tensors of the other parts are on the meta device, where nothing happens.
     """
     with _seeded(seed, owner), torch.no_grad(), torch.device("cpu"):
-        reset = getattr(shells[-1], "reset_parameters", None)
-        if callable(reset):
-            reset()
+        # torch's attention and transformers spell it with an underscore
+        for name in ("reset_parameters", "_reset_parameters"):
+            reset = getattr(shells[-1], name, None)
+            if callable(reset):
+                reset()
+                break
         for depth in range(len(shells) - 1, -1, -1):
             above = (getattr(shell, "_init_weights", None) for shell in reversed(shells[: depth + 1]))
             initialise = next((each for each in above if callable(each)), None)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,8 +19,12 @@ from autofunc.splitting.boundary import fake_parameters, parameter_dtypes
 from autofunc.splitting.setting import ALONE, Setting
 from autofunc.splitting.stage import Stage
 
-OPERATIONS_PER_NUMBER = 40
-"""How many multiplications of a matrix product take as long as one number of an elementwise operator, roughly."""
+OPERATIONS_PER_NUMBER = 80
+"""How many operations of a matrix product take as long as one number of an elementwise operator: measured on a CPU core,
+where memory is what they wait for."""
+
+_PASSES = {"_softmax": 4, "_log_softmax": 4}
+"""Operators that go over their numbers more than once."""
 
 _ELEMENTWISE = (
     "add", "sub", "mul", "div", "neg", "pow", "exp", "log", "sqrt", "rsqrt", "sin", "cos", "tanh", "sigmoid", "silu",
@@ -118,13 +123,14 @@ class _Counter:
 
     def __init__(self) -> None:
         self.numbers = 0
-        counted = {packet: self._write for packet in map(_packet, _ELEMENTWISE) if packet is not None}
+        packets = {name: getattr(torch.ops.aten, name, None) for name in _ELEMENTWISE}
+        counted = {packet: partial(self._write, _PASSES.get(name, 1)) for name, packet in packets.items() if packet}
         attention = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention}  # torch counts those of GPUs
         self._mode = FlopCounterMode(display=False, custom_mapping={**counted, **attention})
 
-    def _write(self, *shapes: Any, out_shape: Any = None, **options: Any) -> int:
+    def _write(self, passes: int, *shapes: Any, out_shape: Any = None, **options: Any) -> int:
         first = out_shape[0] if out_shape and isinstance(out_shape[0], (tuple, list, torch.Size)) else out_shape
-        self.numbers += int(torch.Size(first or ()).numel())
+        self.numbers += passes * int(torch.Size(first or ()).numel())
         return 0
 
     def __enter__(self) -> _Counter:
@@ -141,10 +147,6 @@ class _Counter:
 
 def _attention(query: Any, key: Any, value: Any, *rest: Any, out_shape: Any = None, **options: Any) -> int:
     return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
-
-
-def _packet(name: str) -> Callable[..., Any] | None:
-    return getattr(torch.ops.aten, name, None)
 
 
 def parameter_count(model: Model, paths: list[str] | None = None) -> int:

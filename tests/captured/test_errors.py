@@ -27,6 +27,7 @@ class Made(nn.Module):
         self.norm.requires_grad_(False)
         self.register_buffer("steps", torch.zeros(()))
         self.seen: list[Any] = []
+        self.kept = [torch.zeros(6)]
         self.calls = 0
         self.forward_ = forward
 
@@ -48,6 +49,11 @@ def caching(self: Any, h: Tensor) -> Tensor:
 def collecting(self: Any, h: Tensor) -> Tensor:
     self.seen.append(h)
     return h
+
+
+def averaging(self: Any, h: Tensor) -> Tensor:
+    self.kept[0].mul_(0.9)
+    return h + self.kept[0]
 
 
 def stepping(self: Any, h: Tensor) -> Tensor:
@@ -83,6 +89,7 @@ def marking_twice(self: Any, h: Tensor) -> Tensor:
         (counting, r"Made \(the module itself\) stores 'calls'"),
         (caching, r"stores 'cache'"),
         (collecting, r"stores 'seen'"),
+        (averaging, r"writes to a tensor that it keeps \(aten.mul_"),
         (stepping, r"writes to its buffer 'steps' \(aten.add_.Tensor; .*test_errors.py"),
         (normalising, r"batch normalisation in training mode.*GroupNorm"),
         (clamping, r"writes to its parameter 'linear.weight' \(aten.clamp_.*test_errors.py"),

@@ -77,3 +77,12 @@ def test_what_cannot_be_made_again() -> None:
     lost.table = torch.arange(4.0)
     with pytest.raises(ModelError, match=r"Scale \(the module itself\) is on the meta device.*'factor'"):
         af.from_module(lost, x).init()
+
+
+def test_attention_of_torch() -> None:
+    with torch.device("meta"):
+        module = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    model = af.from_module(module, {"src": torch.zeros(2, 4, 8)})
+    params = model.init(seed=0)
+    assert all(leaf.isfinite().all() for leaf in tree.flatten(params).values())
+    assert params["self_attn", "in_proj_weight"].std() > 0.1

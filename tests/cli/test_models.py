@@ -1,0 +1,205 @@
+"""The three ways to bring a model, by the commands a user types."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parent.parent.parent
+
+RUN = """
+dataset: {_target_: autofunc.data.TextFolder, path: corpus, seq_len: 16, aligned_labels: false}
+step_scheduler: {global_batch_size: 8, local_batch_size: 2, max_steps: 4}
+distributed: {pp_size: 2, schedule: zb_h1}
+optimizer: {_target_: torch.optim.AdamW, lr: 1e-3}
+"""
+
+MODELS = '''
+from dataclasses import dataclass
+import torch
+from torch import nn
+from torch.nn import functional
+
+
+@dataclass
+class TinyConfig:
+    vocab_size: int = 256
+    width: int = 16
+    depth: int = 3
+
+
+class TinyForCausalLM(nn.Module):
+    """model_type: tiny."""
+
+    config_class = TinyConfig
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.width)
+        self.blocks = nn.ModuleList([nn.Linear(config.width, config.width) for _ in range(config.depth)])
+        self.lm_head = nn.Linear(config.width, config.vocab_size)
+
+    def forward(self, input_ids, labels):
+        x = self.embed(input_ids)
+        for block in self.blocks:
+            x = x + torch.tanh(block(x))
+        logits = self.lm_head(x)
+        loss = functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        return {"loss": loss, "logits": logits}
+
+
+def build(**sizes):
+    return TinyForCausalLM(TinyConfig(**sizes))
+
+
+def build_broken(**sizes):
+    module = build(**sizes)
+    module.norm = nn.BatchNorm1d(16)
+    inner = module.blocks[1].forward
+    module.blocks[1].forward = lambda x: module.norm(inner(x).transpose(1, 2)).transpose(1, 2)
+    return module
+'''
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A user's working directory."""
+    path = tmp_path_factory.mktemp("models")
+    (path / "corpus").mkdir()
+    (path / "corpus" / "a.txt").write_text("the quick brown fox jumps over the lazy dog. " * 40)
+    (path / "my_models").mkdir()
+    (path / "my_models" / "custom_llm.py").write_text(MODELS)
+    for name, model in (
+        ("own", "{_target_: my_models.custom_llm.build, width: 16}"),
+        ("file", '{_target_: "my_models/custom_llm.py:build", width: 16}'),
+        ("broken", "{_target_: my_models.custom_llm.build_broken}"),
+        ("registered", "{_target_: autofunc.AutoModel.from_config, config: {model_type: tiny, width: 16}}"),
+    ):
+        (path / f"{name}.yaml").write_text(f"model: {model}\n{RUN}")
+    return path
+
+
+def autofunc(folder: Path, *arguments: str, status: int = 0) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "autofunc", *arguments], cwd=folder, capture_output=True, text=True, timeout=300,
+        env={**os.environ, "NO_COLOR": "1", "COLUMNS": "80"},
+    )  # fmt: skip
+    assert done.returncode == status, done.stdout + done.stderr
+    return done.stdout if status != 2 else done.stderr
+
+
+def losses(folder: Path, run: str) -> list[float]:
+    return [json.loads(line)["loss"] for line in (folder / run / "metrics.jsonl").read_text().splitlines()]
+
+
+def train(folder: Path, config: str, run: str, *overrides: str) -> list[float]:
+    autofunc(folder, "finetune", "llm", "-c", config, "--output_dir", run, *overrides)
+    return losses(folder, run)
+
+
+def test_any_module(folder: Path) -> None:
+    """On two processes, on one, and by its file: the same losses, from the module's own weights and its own loss."""
+    two = train(folder, "own.yaml", "two")
+    assert train(folder, "file.yaml", "one", "--distributed.pp_size", "1", "--distributed.split_points", "1") == two
+    assert two[0] != two[-1] and 4 < two[0] < 7
+
+
+def test_registered(folder: Path) -> None:
+    """By the registry, without weights in any process; its trained part exported, read again by stage, and trained on."""
+    paths = ["--modeling_paths", "[my_models.custom_llm]"]
+    first = train(folder, "registered.yaml", "registered", *paths)
+    exported = autofunc(
+        folder, "export", "-c", "registered.yaml", "--weights", "registered", "-o", "exported", *paths
+    )  # fmt: skip
+    assert "written to exported" in exported
+    assert json.loads((folder / "exported" / "config.json").read_text())["model_type"] == "tiny"
+    (folder / "again.yaml").write_text(
+        "model: {_target_: autofunc.AutoModel.from_pretrained, pretrained_model_name_or_path: exported}\n"
+        'modeling_paths: ["my_models/custom_llm.py"]\n'
+        f'trainable: ["lm_head*"]\n{RUN}'
+    )
+    second = train(folder, "again.yaml", "again")
+    assert second[0] < first[0]
+    before, after = (load_file(folder / run / "model.safetensors") for run in ("registered", "again"))
+    changed = {path for path, leaf in before.items() if not torch.equal(leaf, after[path])}
+    assert changed == {"lm_head.weight", "lm_head.bias"}
+
+
+def test_weights_from_the_seed_and_from_a_run(folder: Path) -> None:
+    seeded = train(folder, "own.yaml", "seeded", "--weights", "seed")
+    other = train(folder, "own.yaml", "seeded_one", "--weights", "seed", "--distributed.pp_size", "1")
+    assert seeded == other
+    went_on = train(folder, "own.yaml", "went_on", "--weights", "seeded/model.safetensors")
+    assert went_on[0] < seeded[0]
+
+
+def test_check(folder: Path) -> None:
+    shown = autofunc(folder, "check", "-c", "own.yaml")
+    assert "0 failed" in shown and max(map(len, shown.splitlines())) <= 80
+    shown = autofunc(folder, "check", "-c", "broken.yaml", status=1)
+    assert "C4  fail" in shown and "custom_llm.py" in shown and "GroupNorm" in " ".join(shown.split())
+    report: dict[str, Any] = json.loads(autofunc(folder, "check", "-c", "broken.yaml", "--json", status=1))
+    assert report["ok"] is False and {verdict["code"] for verdict in report["verdicts"]} >= {"C1", "C5", "P1", "P5"}
+
+
+def test_plan(folder: Path) -> None:
+    shown = autofunc(folder, "plan", "-c", "own.yaml", "--draw", "plan.svg")
+    assert "split_points: [" in shown and "rank 1 |" in shown and (folder / "plan.svg").exists()
+    assert max(map(len, shown.splitlines())) <= 80
+    planned: dict[str, Any] = json.loads(autofunc(folder, "plan", "-c", "own.yaml", "--json", "--measure"))
+    assert planned["times_are"] == "measured" and planned["processes"] == 2
+    first, second = planned["stages"]
+    assert first["sends_bytes"] == 2 * 16 * 16 * 4 and second["sends_bytes"] == 0
+    assert sum(stage["parameters"] for stage in (first, second)) == 256 * 16 + 3 * 272 + 256 * 17
+    assert planned["ranks"][0]["optimizer_bytes"] == 2 * planned["ranks"][0]["parameter_bytes"]
+    assert planned["step_time_ms"] > 0 and 0 < planned["bubble_fraction"] < 1
+
+
+@pytest.mark.parametrize(
+    ("config", "overrides", "message"),
+    [
+        ("own.yaml", ["--inputs", "[input_id]"], "inputs name 'input_id', which the batch does not have"),
+        ("own.yaml", ["--trainable", "[lm_haed*]"], "trainable pattern 'lm_haed*' matches no parameter"),
+        ("own.yaml", ["--weights", "nowhere"], "no weights at nowhere"),
+        ("own.yaml", ["--distributed.split_points", "[block.1]"], "did you mean blocks.1"),
+        ("own.yaml", ["--distributed.tp_size", "2"], "captured with the sizes of the whole"),
+        ("broken.yaml", [], "batch normalisation in training mode"),
+        ("registered.yaml", [], "tiny"),
+        ("registered.yaml", ["--modeling_paths", "[my_model]"], "modeling_paths: "),
+    ],
+)
+def test_mistakes(folder: Path, config: str, overrides: list[str], message: str) -> None:
+    error = autofunc(folder, "finetune", "llm", "-c", config, *overrides, status=2)
+    assert message in " ".join(error.split()), error
+    assert error.count("error: ") == 1 and "Traceback" not in error
+
+
+def test_labels_are_not_shifted_twice(folder: Path) -> None:
+    (folder / "hf.yaml").write_text(
+        "model:\n  _target_: transformers.GPT2LMHeadModel\n  config: {_target_: transformers.GPT2Config, n_layer: 2, "
+        f"n_embd: 16, n_head: 2, vocab_size: 256, n_positions: 16, bos_token_id: 1, eos_token_id: 1}}\n{RUN}"
+    )
+    error = autofunc(folder, "plan", "-c", "hf.yaml", "--dataset.aligned_labels", "true", status=2)
+    assert "shifts labels by one" in error and "aligned_labels: false" in error
+    assert "no loss_fn: the loss is the model's own" in autofunc(folder, "plan", "-c", "hf.yaml")
+    causal = ["--loss_fn._target_", "autofunc.losses.causal_lm", "--dataset.aligned_labels", "true"]
+    assert "split_points" in autofunc(folder, "plan", "-c", "hf.yaml", *causal)
+
+
+def test_the_example_trains() -> None:
+    text = (ROOT / "examples" / "custom_model.py").read_text()
+    assert len(text.splitlines()) < 60 and "autofunc" not in text
+    shown = autofunc(
+        ROOT, "finetune", "llm", "-c", "examples/custom_model.yaml", "--step_scheduler.max_steps", "2",
+        "--output_dir", str(Path(os.environ.get("TMPDIR", "/tmp")) / f"autofunc_example_{os.getpid()}"),
+    )  # fmt: skip
+    assert "2 steps in" in shown
