@@ -91,12 +91,18 @@ def build_loss(config: FinetuneConfig, model: Model, dataset: Any, notes: list[s
         notes: told what was chosen.
 
     Raises:
-        ConfigError: where a model would shift labels that the dataset has aligned already.
+        AutofuncError: where it cannot run on the dataset's rows, or would shift labels that are aligned already.
     """
-    if config.loss_fn is not None:
-        return _configured_loss(config.loss_fn)
-    if not gives_loss(model, first_rows(dataset, config.step_scheduler.local_batch_size)):
-        return losses.causal_lm
+    microbatch = first_rows(dataset, config.step_scheduler.local_batch_size)
+    loss = _configured_loss(config.loss_fn) if config.loss_fn is not None else None
+    try:
+        if loss is None and not gives_loss(model, microbatch):
+            loss = losses.causal_lm
+        infer_boundaries(split(model), {}, microbatch, loss)
+    except AutofuncError as error:
+        raise type(error)(f"the model on a batch of dataset: {error}") from error
+    if loss is not None:
+        return loss
     if getattr(dataset, "aligned_labels", False) and shifts_labels(model):
         raise ConfigError(
             f"loss_fn: the model's own loss shifts labels by one, and {type(dataset).__name__} gives labels that are "

@@ -198,7 +198,7 @@ def test_one_clear_error(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("model: {_target_: 'model.py:number'}", "model.py:number returned int; expected an af.Model"),
+        ("model: {_target_: 'model.py:number'}", "model.py:number returned int; expected an nn.Module, an af.Model, or"),
         ("model: {_target_: 'model.py:fails'}", "model: model.py:fails failed: KeyError: 'inside'"),
         ("model: {}", "model: needs a _target_"),
         ("model: [", "cannot be read"),
