@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 
 from autofunc import tree
 from autofunc.captured.keyed import replace_random
+from autofunc.captured.recurrent import unfuse
 from autofunc.captured.unchanged import left_as_it_was, restored
 from autofunc.errors import ModelError
 from autofunc.fake import fake_mode, naming_errors
@@ -114,6 +115,7 @@ def export(
             (exported.params if kind == "PARAMETER" else exported.buffers)[new] = name.removeprefix(PREFIX)
     exported.graph.output(tuple(flattening.run(program.graph)))
     replace_random(exported.graph, what)
+    unfuse(exported.graph)
     _take_out_markers(exported)
     exported.graph.lint()
     return exported

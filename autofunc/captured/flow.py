@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import cached_property
 from operator import getitem
+from typing import Any
 
 import torch
 from torch import fx
@@ -158,10 +159,17 @@ def _aliased(node: Node) -> Node | None:
         return None
     schema = node.target._schema
     returns = {name for each in schema.returns if each.alias_info for name in each.alias_info.before_set}
-    for value, argument in zip(node.args, schema.arguments, strict=False):
+    for value, argument in _arguments(node):
         if isinstance(value, Node) and argument.alias_info and argument.alias_info.before_set & returns:
             return value
     return None
+
+
+def _arguments(node: Node) -> list[tuple[Any, Any]]:
+    """The arguments of an operator, each with what its schema says of it; `out=` is one."""
+    described = node.target._schema.arguments  # type: ignore[union-attr]
+    named = {each.name: each for each in described}
+    return [*zip(node.args, described, strict=False), *((value, named[name]) for name, value in node.kwargs.items())]
 
 
 def _written(node: Node) -> list[Node]:
@@ -173,9 +181,7 @@ def _written(node: Node) -> list[Node]:
         return [each for each in running if isinstance(each, Node)] if training else []
     if node.target is torch.ops.aten.detach_.default:  # only its graph changes
         return []
-    pairs = zip(node.args, node.target._schema.arguments, strict=False)
     return [
-        value
-        for value, argument in pairs
+        value for value, argument in _arguments(node)
         if isinstance(value, Node) and argument.alias_info and argument.alias_info.is_write
-    ]
+    ]  # fmt: skip

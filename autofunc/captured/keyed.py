@@ -78,7 +78,7 @@ def replace_random(graph: fx.Graph, what: str) -> None:
             if options["dropout_p"] == 0.0:
                 continue
             function, args = attention, tuple(options.values())
-        elif torch.Tag.nondeterministic_seeded in node.target.tags:
+        elif torch.Tag.nondeterministic_seeded in node.target.tags and not _drops_nothing(node):
             from autofunc.captured.export import line_of
 
             raise ModelError(
@@ -95,6 +95,14 @@ def replace_random(graph: fx.Graph, what: str) -> None:
             new = graph.call_function(function, (*args, Runtime("key"), name))  # type: ignore[arg-type]
         new.meta.update(node.meta)
         _replace(graph, node, new)
+
+
+def _drops_nothing(node: fx.Node) -> bool:
+    """Whether an operator that could drop values, such as a recurrent layer, is asked not to."""
+    described = node.target._schema.arguments  # type: ignore[union-attr]
+    given = dict(zip((each.name for each in described), node.args, strict=False)) | node.kwargs
+    probability = next((given[name] for name in ("dropout", "dropout_p", "p") if name in given), None)
+    return probability == 0 or given.get("train") is False or given.get("training") is False
 
 
 def _label(place: str) -> str:

@@ -11,6 +11,9 @@ from torch import nn
 from autofunc.errors import ModelError
 
 _STATE = ("_parameters", "_buffers", "_modules")
+_CACHES = ("_flat_weights", "_flat_weight_refs")
+"""Lists of its own parameters that a recurrent layer of torch keeps, and makes anew when they are others."""
+
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
 """Where libraries put hooks when forward first runs; they are removed again."""
 
@@ -40,7 +43,8 @@ def left_as_it_was(module: nn.Module, what: str) -> Iterator[None]:
     finally:
         for name, (part, contents) in before.items():
             flags = {key for key, value in vars(part).items() if key.startswith("_") and isinstance(value, bool)}
-            for attribute in set(_put_back(part, contents)) - flags - set(_HOOKS):
+            caches = set(_CACHES if isinstance(part, nn.RNNBase) else ())
+            for attribute in set(_put_back(part, contents)) - flags - set(_HOOKS) - caches:
                 changed.append(f"{type(part).__name__} ({name or 'the module itself'}) stores {attribute!r}")
     if changed:
         raise ModelError(

@@ -107,6 +107,12 @@ def test_forwards(forward: Callable[[Any, Tensor], Any], message: str) -> None:
     assert_unchanged(before, module)
 
 
+def test_spectral_norm_writes_to_its_buffers() -> None:
+    module = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(6, 6)))
+    with pytest.raises(ModelError, match=r"writes to its buffer '0.parametrizations.weight.0._[uv]'"):
+        af.from_module(module, {"input": BATCH["x"]})
+
+
 def test_batch_normalisation_in_eval_mode_is_fine() -> None:
     module = Made(normalising).eval()
     model = af.from_module(module, BATCH)

@@ -171,6 +171,37 @@ def test_dataclass_frozen_twice(name: str) -> None:
         af.split(model, ["twice"])
 
 
+@pytest.mark.parametrize("name", BOTH)
+def test_torch_s_own_layers(name: str) -> None:
+    """Attention, an encoder-decoder, a recurrent layer, convolutions, operators in place."""
+    batch = {"src": rows(5, 8), "tgt": rows(3, 8, seed=1), "target": rows(3, 8, seed=2)}
+    transformer = nn.Transformer(8, 2, 2, 2, 16, batch_first=True, dropout=0.0)
+    check_layouts(
+        transformer, batch, [(["decoder.layers.0", "decoder.layers.1"], name)],
+        loss=squared, call=lambda module, mb: module(mb["src"], mb["tgt"]),
+    )  # fmt: skip
+
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.lstm, self.last = nn.Linear(8, 6), nn.LSTM(6, 6, batch_first=True), nn.Linear(6, 8)
+
+        def forward(self, src: Tensor) -> Tensor:
+            h: Tensor = self.last(self.lstm(self.first(src))[0])
+            return h[:, :3]
+
+    check_layouts(
+        Recurrent(), batch, [(["lstm", "last"], name)], loss=squared, call=lambda module, mb: module(mb["src"])
+    )  # fmt: skip
+    image = {"input": rows(1, 8, 8), "target": rows(2, seed=1)}
+    convolutions = nn.Sequential(
+        nn.Conv2d(1, 2, 3), nn.GroupNorm(1, 2), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(72, 2)
+    )  # fmt: skip
+    check_layouts(
+        convolutions, image, [(["1", "4"], name)], loss=squared, call=lambda module, mb: module(mb["input"])
+    )  # fmt: skip
+
+
 def test_dropout_does_not_depend_on_the_layout() -> None:
     class Dropping(nn.Module):
         def __init__(self) -> None:
