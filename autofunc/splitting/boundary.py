@@ -141,17 +141,20 @@ def infer_boundaries(
 
 
 def parameter_dtypes(model: Model, params: Mapping[str, Tensor]) -> dict[str, torch.dtype]:
-    """Dtype of every canonical path; parameters of other ranks are taken to have this rank's floating dtype.
+    """Dtype of every canonical path.
+
+    Parameters of other ranks are taken to have the model's own dtypes where this rank's have theirs, and else this rank's.
 
     Args:
         model: the whole model.
         params: this rank's flat parameters.
     """
-    floating = next((leaf.dtype for leaf in params.values() if leaf.is_floating_point()), torch.float32)
+    known = {path: leaf for path, leaf in params.items() if leaf.is_floating_point() and path in model.spec}
+    recast = next((leaf.dtype for path, leaf in known.items() if leaf.dtype != model.spec[path].dtype), None)
     dtypes = {}
     for path, spec in model.spec.items():
         canonical = model.canonical(path)
-        default = floating if spec.is_floating_point() else spec.dtype
+        default = recast if recast is not None and spec.is_floating_point() else spec.dtype
         dtypes[canonical] = params[canonical].dtype if canonical in params else default
     return dtypes
 

@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 import autofunc as af
 from autofunc import tree
 from autofunc.errors import MeshError, ModelError
+from autofunc.splitting import infer_boundaries
 from tests.captured.laws import check_layouts
 from tests.captured.zoo import ZOO
 from tests.cases import assert_same_tree, mesh_of, pp_mesh
@@ -159,3 +161,33 @@ def test_not_over_tensor_parallel_ranks() -> None:
     model = af.from_module(build(), batch())
     with pytest.raises(MeshError, match=r"LlamaForCausalLM was captured with the sizes of the whole.*tp=1"):
         cut_over_tp(model, 2, af.Sharding(tensor_parallel={"*.weight": "shard(0)"}))
+
+
+class _Mixed(nn.Module):
+    """A layer in bf16 between others in fp32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(8, 8, dtype=torch.bfloat16), nn.LayerNorm(8), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h: torch.Tensor = self.last(self.norm(self.first(x.bfloat16()).float()))
+        return h
+
+
+def test_a_module_with_two_dtypes() -> None:
+    data = {"x": torch.randn(4, 8, generator=torch.Generator().manual_seed(0))}
+    model = af.from_module(_Mixed(), data)
+    params = model.init()
+    assert {leaf.dtype for leaf in tree.flatten(params).values()} == {torch.bfloat16, torch.float32}
+    stages = af.split(model, ["last"])
+    assert infer_boundaries(stages, {}, data, with_loss=False).stages[0].values[0].dtype == torch.float32
+
+    def loss(outputs: torch.Tensor, microbatch: Any) -> torch.Tensor:
+        return outputs.square().mean()
+
+    s = af.schedule.build("1f1b", num_ranks=2, num_microbatches=2)
+    found_loss, found = af.value_and_grad(af.pipeline(stages, s, loss=loss))(params, data)
+    expected_loss, expected = af.reference_value_and_grad(model, loss, 2)(params, data)
+    assert torch.equal(found_loss, expected_loss)
+    assert_same_tree(expected, found)
