@@ -118,4 +118,7 @@ def signature(microbatch: Microbatch) -> Any:
             raise BatchError(
                 f"the batch holds a {type(leaf).__name__}; expected tensors (torch.from_numpy) or plain values"
             )
-    return spec, tuple((leaf.shape, leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else leaf for leaf in leaves)
+    # with their types: True, 1 and 1.0 are equal
+    return spec, tuple(
+        (leaf.shape, leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else (type(leaf), leaf) for leaf in leaves
+    )

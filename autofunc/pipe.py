@@ -315,13 +315,15 @@ class Pipeline:
             if len(self._plans) >= _MOST_PLANS:
                 self._plans.pop(next(iter(self._plans)))
             self._parameters.check(params)
+            dtypes = of_all({path: leaf.dtype for path, leaf in params.items()}, self._group)
+            of_all_ranks = {path: torch.empty((), dtype=dtype, device="meta") for path, dtype in dtypes.items()}
             plan = build_plan(
                 mode,
                 self.stages,
                 self.schedule,
                 self.loss,
                 self.options,
-                params,
+                of_all_ranks,
                 device,
                 microbatches[0],
                 self._pools,

@@ -46,6 +46,7 @@ class Captures:
         self.source = source
         self._known: dict[Any, Flow] = {}
         self._constants: dict[Any, Tensor] = {}
+        self._buffers: dict[str, Tensor] = {}  # as they were when they were first needed
 
     def flow(self, batch: Mapping[str, Any], recast: torch.dtype | None, *, new: bool = True) -> tuple[Any, Flow]:
         """The captured forward for a batch, and the signature it is for.
@@ -57,7 +58,7 @@ class Captures:
         """
         entries = self.source.select(batch)
         spec, leaves = signature(entries)
-        shapes = (recast, spec, tuple(leaf[:2] if isinstance(leaf, tuple) else leaf for leaf in leaves))  # on any device
+        shapes = (recast, spec, tuple(leaf[:2] for leaf in leaves))  # on any device
         if shapes not in self._known:
             if not new:
                 raise ModelError(f"{self.source.what} was not captured for such a batch; call model.prepare(batch) first")
@@ -69,12 +70,17 @@ class Captures:
 
     def _constant(self, node: Node, exported: Exported) -> Tensor:
         """The real value of a buffer or a constant; equal ones are one tensor, so that equal layers are found to be."""
-        value = self.source.buffer(exported.buffers[node]) if node in exported.buffers else exported.constants[node]
-        value = value.detach()
-        if value.numel() > _MOST_COMPARED:
-            return value
-        content = value.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes() if value.numel() else b""
-        return self._constants.setdefault((value.dtype, value.device, tuple(value.shape), content), value)
+        name = exported.buffers.get(node)
+        if name in self._buffers:
+            return self._buffers[name]
+        value = (exported.constants[node] if name is None else self.source.buffer(name)).detach()
+        value = value.resolve_conj().resolve_neg().clone()  # whatever becomes of the module's own
+        if value.numel() <= _MOST_COMPARED:
+            content = value.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes() if value.numel() else b""
+            value = self._constants.setdefault((value.dtype, value.device, tuple(value.shape), content), value)
+        if name is not None:
+            self._buffers[name] = value
+        return value
 
     def _capture(self, entries: Mapping[str, Any], device: torch.device, recast: torch.dtype | None) -> Flow:
         source = self.source
@@ -134,6 +140,11 @@ class CapturedModel(Model):
         return f"{self._source.what} was captured with the sizes of the whole in its graph"
 
     @property
+    def used(self) -> list[str]:
+        """Canonical paths of the parameters that a layer uses."""
+        return list(dict.fromkeys(name for owned in self._holders.values() for name in owned))
+
+    @property
     def module(self) -> nn.Module:
         """What was captured."""
         return self._source.module
@@ -179,7 +190,9 @@ class CapturedModel(Model):
 
     def inner_path(self, path: str) -> str:
         """See `Model.inner_path`."""
-        return path.removeprefix((self.layer_of(path) or "") + ".")
+        prefix = (self.layer_of(path) or "") + "."
+        # what is not its own must not be taken for what is
+        return path.removeprefix(prefix) if path.startswith(prefix) else "@" + path.replace(".", "/")
 
     def init_paths(
         self, paths: Iterable[str], seed: int, device: torch.device | str, dtype: torch.dtype | None = None
@@ -272,7 +285,10 @@ class CapturedModel(Model):
         start = self._found.start
         at_first = [name for name, position in start.items() if position == _first_position(flow)]
         listed = default_layers(self._source.module, self._found, flow.exported.markers)
-        return next((name for name in listed if name in at_first), at_first[-1] if at_first else FIRST)
+        free = FIRST
+        while free in start:
+            free += "_"
+        return next((name for name in listed if name in at_first), at_first[-1] if at_first else free)
 
 
 def _holders(

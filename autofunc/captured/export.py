@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from autofunc import tree
+from autofunc.captured.gradients import refuse_own_backward, without_hooks
 from autofunc.captured.keyed import replace_random
 from autofunc.captured.recurrent import unfuse
 from autofunc.captured.unchanged import left_as_it_was, restored
@@ -62,8 +63,10 @@ class Call(nn.Module):
     def forward(self, batch: Mapping[str, Any]) -> Any:
         """Call the module."""
         args, kwargs = self._arguments(batch)
-        with left_as_it_was(self.module, self._what):
-            return tree.with_known_classes(self.module(*args, **kwargs))
+        with left_as_it_was(self.module, self._what), without_hooks(self.module, self._what):
+            outputs = tree.with_known_classes(self.module(*args, **kwargs))
+        refuse_own_backward(outputs, self._what)
+        return outputs
 
 
 PREFIX = "module."

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import cached_property
-from operator import getitem
-from typing import Any
 
 import torch
 from torch import fx
 
+from autofunc.captured.aliases import aliased, written
 from autofunc.captured.export import Exported, line_of
 from autofunc.errors import ModelError
 
@@ -33,13 +32,17 @@ class Flow:
         self.position = {node: index for index, node in enumerate(self.nodes)}
         self._base: dict[Node, Node] = {}
         for node in exported.graph.nodes:
-            shared = _aliased(node)
+            shared = aliased(node)
             self._base[node] = self._base[shared] if shared is not None else node
         self.writes: dict[Node, list[Node]] = {}  # base -> what writes to its memory, in order
         for node in self.nodes:
-            for written in _written(node):
-                self._check(self._base[written], node, what)
-                self.writes.setdefault(self._base[written], []).append(node)
+            if "_foreach_" in str(node.target) and written(node):
+                raise ModelError(
+                    f"{what} writes to a list of tensors ({node.target}; {line_of(node)}); write to them one by one"
+                )
+            for target in written(node):
+                self._check(self._base[target], node, what)
+                self.writes.setdefault(self._base[target], []).append(node)
         self.weighted = self._weighted()
 
     def needs(self, node: Node) -> list[Node]:
@@ -50,6 +53,10 @@ class Flow:
                 if self.position[write] < self.position.get(node, len(self.nodes)) and write is not node:
                     found[write] = None
         return list(found)
+
+    def writes_to(self, node: Node) -> list[Node]:
+        """All that writes to a node's memory, in order."""
+        return self.writes.get(self._base[node], [])
 
     def closure(self, roots: Iterable[Node]) -> set[Node]:
         """The nodes, and everything they need."""
@@ -147,41 +154,3 @@ def _advice(buffer: str) -> str:
             "nn.LayerNorm or nn.InstanceNorm instead, or put the module into eval mode to freeze its statistics"
         )
     return "; return what it keeps, or compute it in __init__"
-
-
-def _aliased(node: Node) -> Node | None:
-    """The argument whose memory a node's result may share."""
-    if node.op != "call_function":
-        return None
-    if node.target is getitem:
-        return _aliased(node.args[0]) and node.args[0]  # type: ignore[arg-type,return-value]
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return None
-    schema = node.target._schema
-    returns = {name for each in schema.returns if each.alias_info for name in each.alias_info.before_set}
-    for value, argument in _arguments(node):
-        if isinstance(value, Node) and argument.alias_info and argument.alias_info.before_set & returns:
-            return value
-    return None
-
-
-def _arguments(node: Node) -> list[tuple[Any, Any]]:
-    """The arguments of an operator, each with what its schema says of it; `out=` is one."""
-    described = node.target._schema.arguments  # type: ignore[union-attr]
-    named = {each.name: each for each in described}
-    return [*zip(node.args, described, strict=False), *((value, named[name]) for name, value in node.kwargs.items())]
-
-
-def _written(node: Node) -> list[Node]:
-    """The arguments that an operator writes to."""
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return []
-    if node.target is torch.ops.aten.batch_norm.default:  # its schema does not say so
-        running, training = node.args[3:5], node.args[5]
-        return [each for each in running if isinstance(each, Node)] if training else []
-    if node.target is torch.ops.aten.detach_.default:  # only its graph changes
-        return []
-    return [
-        value for value, argument in _arguments(node)
-        if isinstance(value, Node) and argument.alias_info and argument.alias_info.is_write
-    ]  # fmt: skip

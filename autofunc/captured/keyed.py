@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, fx
 
 from autofunc import random
-from autofunc.captured.segment import Runtime
+from autofunc.captured.aliases import aliased
+from autofunc.captured.segment import Name, Runtime
 from autofunc.errors import ModelError
 
 _aten = torch.ops.aten
@@ -92,7 +93,7 @@ def replace_random(graph: fx.Graph, what: str) -> None:
         name = f"{label}#{count[label]}" if count[label] else label
         count[label] += 1
         with graph.inserting_before(node):
-            new = graph.call_function(function, (*args, Runtime("key"), name))  # type: ignore[arg-type]
+            new = graph.call_function(function, (*args, Runtime("key"), Name(name)))  # type: ignore[arg-type]
         new.meta.update(node.meta)
         _replace(graph, node, new)
 
@@ -112,8 +113,15 @@ def _label(place: str) -> str:
 
 def _replace(graph: fx.Graph, node: fx.Node, value: Any) -> None:
     """Later users of what was dropped in place see the result, too."""
-    if str(node.target).endswith("_.default"):
-        written, order = node.args[0], {each: position for position, each in enumerate(graph.nodes)}
-        written.replace_all_uses_with(value, lambda user: order.get(user, 0) > order[node])  # type: ignore[union-attr]
+    if str(node.target).endswith("_.default") and value is not node.args[0]:
+        target: Any = node.args[0]
+        if aliased(target) is not None or any(aliased(user) is target for user in target.users if user is not node):
+            with graph.inserting_before(node):  # whatever shares its memory sees it too
+                copied = graph.call_function(_aten.copy_.default, (target, value))
+            copied.meta.update(node.meta)
+            value = copied
+        else:
+            order = {each: position for position, each in enumerate(graph.nodes)}
+            target.replace_all_uses_with(value, lambda user: order.get(user, 0) > order[node])
     node.replace_all_uses_with(value)
     graph.erase_node(node)

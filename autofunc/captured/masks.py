@@ -39,7 +39,7 @@ def use_is_causal(flow: Flow, constant: Callable[[Node], Tensor | None]) -> bool
         if node.target is not _ATTENTION:
             continue
         mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
-        if not isinstance(mask, Node) or mask in flow.weighted:
+        if not isinstance(mask, Node) or mask in flow.weighted or flow.writes_to(mask):
             continue
         if mask not in known:
             known[mask] = _is_causal(mask, node, flow, constant)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
@@ -61,19 +62,18 @@ def from_module(
     if weights is not None:
         stored = SafetensorsWeights(weights, module)
     source = ModuleSource(module, inputs, stored, keep_real=weights is None)
-    if trainable is None:
-        frozen = [name for name, leaf in source.parameters.items() if not leaf.requires_grad]
-        trainable = ("*",) if not frozen else tuple(name for name in source.parameters if name not in frozen)
     model = CapturedModel(
-        Captures(source), example_batch,
-        config=getattr(module, "config", None), trainable=trainable,
+        Captures(source), example_batch, config=getattr(module, "config", None), trainable=trainable or ("*",)
     )  # fmt: skip
-    used = {model.canonical(path) for path in model.spec}
+    used = model.used
+    frozen = any(not leaf.requires_grad for leaf in source.parameters.values())
+    if trainable is None and frozen:  # names, not patterns
+        model.trainable = tuple(glob.escape(name) for name in used if source.parameters[name].requires_grad)
     if isinstance(stored, SafetensorsWeights) and weights is not None:
         stored.check(name for name in source.parameters if name in used)
     unused = [
         name for name, leaf in source.parameters.items()
-        if name not in used and leaf.requires_grad and tree.matches(name, trainable)
+        if name not in used and leaf.requires_grad and tree.matches(name, trainable or ("*",))
     ]  # fmt: skip
     if unused:
         listed = ", ".join(unused[:5]) + (f" and {len(unused) - 5} more" if len(unused) > 5 else "")

@@ -32,6 +32,13 @@ class Runtime:
 
 
 @dataclass(frozen=True)
+class Name:
+    """An argument that names a place in the model: equal layers differ in it."""
+
+    text: str
+
+
+@dataclass(frozen=True)
 class Instruction:
     """One operator."""
 
@@ -85,6 +92,8 @@ class Segment:
                 return registers[argument.register]
             if isinstance(argument, Runtime):
                 return runtime[argument.what]
+            if isinstance(argument, Name):
+                return argument.text
             if isinstance(argument, (list, tuple)):
                 return type(argument)(value(part) for part in argument)
             return argument

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from autofunc import tree
+from autofunc.captured.segment import Name, Segment
 from autofunc.engine.functions import StageContext
 from autofunc.splitting import Boundary, Value
 
@@ -49,7 +50,8 @@ def fingerprint(context: StageContext) -> Hashable:
         layers.append((label, _Comparer(name, label).key(program), params))
     leaves, spec = tree.leaves_and_spec(dict(context.microbatch))
     microbatch = tuple(
-        (tuple(leaf.shape), leaf.stride(), leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else leaf for leaf in leaves
+        (tuple(leaf.shape), leaf.stride(), leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else (type(leaf), leaf)
+        for leaf in leaves
     )
     loss = _Comparer("", "").key(context.loss) if context.with_loss else None
     edges = (_boundary_key(context.received), _boundary_key(context.returned))
@@ -71,15 +73,21 @@ def _boundary_key(boundary: Boundary | None) -> Hashable:
 class _Comparer:
     """Makes keys of functions and what they close over; the layer's own name counts as its label."""
 
-    def __init__(self, name: str, label: str) -> None:
-        self._name, self._label = name, label
+    def __init__(self, name: str, label: str, *, literal: bool = False) -> None:
+        self._name, self._label, self._literal = name, label, literal
         self._open: list[int] = []  # what is being looked at, so that a loop ends
 
     def key(self, value: Any) -> Hashable:
-        if isinstance(value, str) and self._name and (value == self._name or value.startswith(self._name + ".")):
-            return (str, self._label + value[len(self._name) :])
+        if isinstance(value, Name):
+            return (Name, self._labelled(value.text))
+        if isinstance(value, str) and not self._literal:
+            return (str, self._labelled(value))
+        if isinstance(value, float):
+            return (float, value.hex())  # 0.0 == -0.0
         if isinstance(value, _PLAIN):
             return (type(value), value)
+        if isinstance(value, Segment) and not self._literal:  # says itself what is a name
+            return _Comparer(self._name, self._label, literal=True).key(value)
         if id(value) in self._open:
             return ("again", self._open.index(id(value)))
         self._open.append(id(value))
@@ -87,6 +95,11 @@ class _Comparer:
             return self._composite(value)
         finally:
             self._open.pop()
+
+    def _labelled(self, text: str) -> str:
+        if self._name and (text == self._name or text.startswith(self._name + ".")):
+            return self._label + text[len(self._name) :]
+        return text
 
     def _composite(self, value: Any) -> Hashable:
         if isinstance(value, FunctionType):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -74,7 +74,10 @@ class Scales:
         return [scale]
 
 
-def of_all(local: dict[int, Any], group: dist.ProcessGroup | None) -> dict[int, Any]:
+Key = TypeVar("Key", bound=Hashable)
+
+
+def of_all(local: Mapping[Key, Any], group: dist.ProcessGroup | None) -> dict[Key, Any]:
     """What every process knows of its own, on every process."""
     parts: list[Any] = [local]
     if group is not None:

@@ -80,7 +80,7 @@ def build_plan(
 ) -> Plan:
     """Infer the boundaries, lower and check the schedule, and compile the programs of the local ranks.
 
-    `pools` has one entry for each of them.
+    Of `params` only the dtypes matter; they are those of all ranks. `pools` has one entry for each of them.
     """
     setting = parameters.setting
     if mode is Mode.GRADS and schedule.is_forward_only:

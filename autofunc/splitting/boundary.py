@@ -99,7 +99,7 @@ def infer_boundaries(
 
     Args:
         stages: all stages of the model.
-        params: this rank's flat parameters; those of other ranks are assumed to have the same floating-point dtype.
+        params: flat parameters, of which only dtypes matter; for those that are not there see `parameter_dtypes`.
         microbatch: one microbatch.
         loss: run on the last stage's output; None means the output's own loss.
         device: where parameters live; the CPU by default.
@@ -143,11 +143,11 @@ def infer_boundaries(
 def parameter_dtypes(model: Model, params: Mapping[str, Tensor]) -> dict[str, torch.dtype]:
     """Dtype of every canonical path.
 
-    Parameters of other ranks are taken to have the model's own dtypes where this rank's have theirs, and else this rank's.
+    Parameters that are not given are taken to have the model's own dtypes where those given have theirs, else theirs.
 
     Args:
         model: the whole model.
-        params: this rank's flat parameters.
+        params: flat parameters.
     """
     known = {path: leaf for path, leaf in params.items() if leaf.is_floating_point() and path in model.spec}
     recast = next((leaf.dtype for path, leaf in known.items() if leaf.dtype != model.spec[path].dtype), None)

@@ -108,7 +108,7 @@ def plan_run(
 
     on_progress("reading the model and the data")
     options: dict[str, Any] = {"layer_costs": measured} if measure else {}
-    recipe = prepare(_without_weights(config), num_processes, notes=notes, **options)
+    recipe = prepare(config if measure else _without_weights(config), num_processes, notes=notes, **options)
     microbatch = split_batch(recipe.example(), recipe.schedule.num_microbatches, key=(recipe.seed, 1))[0]
     if measure and not times:  # split points were given
         measured(recipe.model, microbatch, recipe.loss)

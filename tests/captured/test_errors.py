@@ -187,3 +187,44 @@ def test_finer_than_layers() -> None:
     assert stages[1].layers[0] == "transformer.h.0.mlp" and stages[2].layers[0] == "transformer.h.3.attn"
     assert len(af.split(model, 12)) == 12
     assert [stage.layers[0] for stage in af.split(model, ["h.*"])[1:]] == [f"transformer.h.{index}" for index in range(4)]
+
+
+class Negated(torch.autograd.Function):
+    """The identity, with a backward of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return -grads[0]
+
+
+def hooking(self: Any, h: Tensor) -> Tensor:
+    h.register_hook(lambda grad: grad * 3)
+    return h
+
+
+def checkpointing(self: Any, h: Tensor) -> Tensor:
+    return torch.utils.checkpoint.checkpoint(self.linear, h, use_reentrant=True)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("forward", "message"),
+    [
+        (lambda self, h: Negated.apply(h), "Made applies Negated, whose backward a captured forward would lose"),
+        (hooking, r"Made puts a hook on a gradient \(register_hook\)"),
+        (checkpointing, "applies CheckpointFunction.*use_reentrant=False"),
+    ],
+)
+def test_gradients_written_by_hand(forward: Callable[[Any, Tensor], Any], message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        af.from_module(Made(forward), BATCH)
+
+
+def test_backward_hooks() -> None:
+    module = Made(lambda self, h: h)
+    module.linear.register_full_backward_hook(lambda *_: None)
+    with pytest.raises(ModelError, match=r"Linear \(linear\) has backward hooks"):
+        af.from_module(module, BATCH)
