@@ -191,3 +191,44 @@ def test_a_module_with_two_dtypes() -> None:
     expected_loss, expected = af.reference_value_and_grad(model, loss, 2)(params, data)
     assert torch.equal(found_loss, expected_loss)
     assert_same_tree(expected, found)
+
+
+class _Cast(nn.Module):
+    """A layer that takes what it gets to its own dtype."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8, dtype=dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h: torch.Tensor = self.linear(x.to(self.linear.weight.dtype))
+        return h
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("last", ["no parameters", "fp32"])
+def test_ranks_agree_on_dtypes(dtype: torch.dtype, last: str, workers: WorkerPool) -> None:
+    """Also where a rank has no parameters, or its own have the wanted dtype already."""
+    expected = _cast_loss(dtype, last, None)
+    for loss in workers.run(_cast_on_gloo, dtype, last):
+        assert torch.equal(loss, expected)
+
+
+def _cast_on_gloo(dtype: torch.dtype, last: str) -> torch.Tensor:
+    return _cast_loss(dtype, last, pp_mesh(2))
+
+
+def _cast_loss(dtype: torch.dtype, last: str, mesh: DeviceMesh | None) -> torch.Tensor:
+    torch.manual_seed(0)
+    second = nn.Tanh() if last == "no parameters" else _Cast(torch.float32)
+    x = torch.randn(4, 8)
+    first = _Cast(torch.bfloat16 if last == "fp32" else torch.float32)
+    model = af.from_module(nn.Sequential(first, second), {"input": x})
+    s = af.schedule.build("1f1b", num_ranks=2, num_microbatches=2)
+    pipe = af.pipeline(af.split(model, ["1"]), s, loss=_squared, mesh=mesh)
+    loss: torch.Tensor = af.value_and_grad(pipe)(pipe.init(dtype=dtype), {"input": x})[0]
+    return loss
+
+
+def _squared(outputs: torch.Tensor, microbatch: Any) -> torch.Tensor:
+    return outputs.float().square().mean()
