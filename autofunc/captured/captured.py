@@ -45,6 +45,7 @@ class Captures:
     def __init__(self, source: Source) -> None:
         self.source = source
         self._known: dict[Any, Flow] = {}
+        self._modes = {part: part.training for part in source.module.modules()}  # whatever becomes of them later
         self._constants: dict[Any, Tensor] = {}
         self._buffers: dict[str, Tensor] = {}  # as they were when they were first needed
 
@@ -88,7 +89,7 @@ class Captures:
             lambda leaf: torch.zeros_like(leaf, device=device) if isinstance(leaf, Tensor) else leaf, dict(entries)
         )
         with torch.enable_grad(), marking():
-            exported = export(source.module, source.arguments, example, source.what, recast)
+            exported = export(source.module, source.arguments, example, source.what, recast, self._modes)
         exported.params = {node: source.canonical(name) for node, name in exported.params.items()}
         flow = Flow(exported, source.what)
         fixed = {*exported.buffers, *exported.constants}

@@ -74,7 +74,12 @@ PREFIX = "module."
 
 
 def export(
-    module: nn.Module, arguments: Arguments, batch: Mapping[str, Any], what: str, dtype: torch.dtype | None = None
+    module: nn.Module,
+    arguments: Arguments,
+    batch: Mapping[str, Any],
+    what: str,
+    dtype: torch.dtype | None,
+    modes: Mapping[nn.Module, bool],
 ) -> Exported:
     """Capture a forward for a batch of these shapes.
 
@@ -84,6 +89,7 @@ def export(
         batch: an example, on the module's device, or on the CPU where that is meta.
         what: the module, for messages.
         dtype: what its floating-point parameters are taken to be; None: what they are.
+        modes: whether each part is captured in train mode.
 
     Raises:
         ModelError: when it cannot be captured, naming the user's line.
@@ -91,6 +97,8 @@ def export(
     call = Call(module, arguments, what)
     with restored(module), naming_errors(what), _quiet():
         _stand_in(module, dtype)
+        for part, mode in modes.items():
+            part.training = mode
         program = torch.export.export(call, (dict(batch),), strict=False)
     flattening = _Inliner(program.graph_module)
     exported = Exported(flattening.graph, program.call_spec.out_spec)

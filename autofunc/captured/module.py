@@ -42,7 +42,7 @@ def from_module(
             parameters on the meta device are read from its files instead of initialised, each when it is asked for.
         example_batch: a batch; only shapes and dtypes matter. Other shapes are captured when they are met.
         inputs: which entries forward gets: names of entries in the order of its arguments, or argument -> entry. By default
-            the entries that forward names, or all of them where it takes any.
+            the entries that forward names; all of them where it names none and takes any.
         trainable: patterns of the parameters that get gradients; by default those with `requires_grad`.
         weights: a `.safetensors` file, or a folder with one or with shards: parameters and buffers have the values in it,
             whatever they are in the module.

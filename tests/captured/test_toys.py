@@ -231,6 +231,9 @@ def test_dropout_does_not_depend_on_the_layout() -> None:
         assert_same_tree(results[0][1], grads)
     # without a key nothing is dropped, as in eval mode; in eval mode a key changes nothing
     assert torch.allclose(model(params, batch), module.eval()(batch["x"]), atol=1e-6)
+    other = {name: leaf[:2] for name, leaf in batch.items()}  # a shape that was not captured in train mode
+    assert not torch.equal(model(params, {**other, "key": (0, 1)}), model(params, other))
+    assert not module.training
     still = af.from_module(module, batch)
     assert torch.equal(still(params, {**batch, "key": (0, 1)}), still(params, batch))
 
