@@ -86,6 +86,11 @@ def test_plan_says_what_became_of_the_names(folder: Path) -> None:
     assert "8 microbatches" in words and "split_points: [h.9]" in words  # the head of 50,257 words weighs three blocks
 
 
+def test_check(folder: Path) -> None:
+    shown = autofunc(folder, "check", "-c", "my_gpt2_config.yaml", *SMALL)
+    assert "0 failed" in shown and "is stages.gpt2.build_gpt2_model here" in " ".join(shown.split())
+
+
 def test_two_steps_of_a_smaller_one(folder: Path) -> None:
     shown = autofunc(folder, "finetune", "llm", "-c", "my_gpt2_config.yaml", "--step_scheduler.max_steps", "2", *SMALL)
     assert "2 steps in" in shown
