@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
 
 import typer
 
+from autofunc.cli.options import TAKES_OVERRIDES, ConfigFile
+
 app = typer.Typer(no_args_is_help=True, help="Validate a configuration, print it with its defaults, or its schema.")
 
-_SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True}
-_File = Annotated[str, typer.Option("--config", "-c", help="YAML file of a run.")]
 
-
-@app.command("validate", context_settings=_SETTINGS, epilog="Example: autofunc config validate -c examples/demo.yaml")
-def validate(context: typer.Context, config: _File) -> None:
+@app.command("validate", context_settings=TAKES_OVERRIDES, epilog="Example: autofunc config validate -c examples/demo.yaml")
+def validate(context: typer.Context, config: ConfigFile) -> None:
     """Check every key and value. `autofunc plan` also builds what they name."""
     from autofunc.config.read import read_config
 
@@ -23,8 +21,8 @@ def validate(context: typer.Context, config: _File) -> None:
     typer.echo(f"{config}: every key and value is allowed")
 
 
-@app.command("print", context_settings=_SETTINGS, epilog="Example: autofunc config print -c examples/demo.yaml")
-def show(context: typer.Context, config: _File) -> None:
+@app.command("print", context_settings=TAKES_OVERRIDES, epilog="Example: autofunc config print -c examples/demo.yaml")
+def show(context: typer.Context, config: ConfigFile) -> None:
     """Print the configuration that a run would use: overrides applied, defaults filled in."""
     from omegaconf import OmegaConf
 

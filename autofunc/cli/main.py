@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import AbstractContextManager
 from typing import Annotated
 
 import typer
@@ -10,6 +11,7 @@ import typer
 from autofunc import __version__
 from autofunc.cli import config as config_commands
 from autofunc.cli import schedule
+from autofunc.cli.options import TAKES_OVERRIDES, ConfigFile
 from autofunc.errors import AutofuncError, PipelineRunError
 
 app = typer.Typer(
@@ -22,6 +24,13 @@ app = typer.Typer(
 
 app.add_typer(schedule.app, name="schedule")
 app.add_typer(config_commands.app, name="config")
+
+
+def _loading_torch() -> AbstractContextManager[object]:
+    """Shown on terminals while a command imports what takes seconds."""
+    from rich.console import Console
+
+    return Console(stderr=True).status("loading torch")
 
 
 def _version(wanted: bool) -> None:
@@ -41,13 +50,13 @@ def _common(
 
 @app.command(
     "finetune",
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    context_settings=TAKES_OVERRIDES,
     epilog="Any key of the file can be set: --step_scheduler.max_steps 10, or distributed.schedule=gpipe",
 )
 def finetune(
     context: typer.Context,
     domain: Annotated[str, typer.Argument(metavar="llm", help="What is trained: llm.")],
-    config: Annotated[str, typer.Option("--config", "-c", help="YAML file of the run.")],
+    config: ConfigFile,
     nproc_per_node: Annotated[
         int | None, typer.Option("--nproc-per-node", "--nproc_per_node", help="Processes to start; pp_size by default.")
     ] = None,
@@ -58,25 +67,23 @@ def finetune(
 
     Example: autofunc finetune llm -c examples/demo.yaml --step_scheduler.max_steps 20
     """
-    from rich.console import Console
-
     from autofunc.errors import ConfigError, one_of
 
     if domain != "llm":
         raise ConfigError(f"finetune {domain!r}: {one_of(domain, ['llm'])}")
-    with Console(stderr=True).status("loading torch"):  # seconds; shown on terminals
+    with _loading_torch():
         from autofunc.cli.finetune import finetune_llm
     finetune_llm(config, context.args, nproc_per_node)
 
 
 @app.command(
     "plan",
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    context_settings=TAKES_OVERRIDES,
     epilog="Example: autofunc plan -c examples/demo.yaml --distributed.pp_size 4",
 )
 def plan(
     context: typer.Context,
-    config: Annotated[str, typer.Option("--config", "-c", help="YAML file of the run.")],
+    config: ConfigFile,
     nproc_per_node: Annotated[
         int | None, typer.Option("--nproc-per-node", "--nproc_per_node", help="Processes; what the file says by default.")
     ] = None,
@@ -92,30 +99,26 @@ def plan(
 
     Stages, parameters, operations, what is sent, memory, step time and bubble.
     """
-    from rich.console import Console
-
-    with Console(stderr=True).status("loading torch"):
+    with _loading_torch():
         from autofunc.cli.plan import plan as show_plan
     show_plan(config, context.args, nproc_per_node, measure, as_json, picture)
 
 
 @app.command(
     "check",
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    context_settings=TAKES_OVERRIDES,
     epilog="Example: autofunc check -c examples/custom_model.yaml --json",
 )
 def check(
     context: typer.Context,
-    config: Annotated[str, typer.Option("--config", "-c", help="YAML file of the run.")],
+    config: ConfigFile,
     as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
 ) -> None:
     """Look for what stands in the way of sharding and pipelining a model.
 
     Ten checks on a few rows of the dataset. The status is 1 when one fails.
     """
-    from rich.console import Console
-
-    with Console(stderr=True).status("loading torch"):
+    with _loading_torch():
         from autofunc.cli.check import check as run_check
     if not run_check(config, context.args, as_json):
         raise typer.Exit(1)
@@ -123,19 +126,17 @@ def check(
 
 @app.command(
     "export",
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    context_settings=TAKES_OVERRIDES,
     epilog="Example: autofunc export -c run.yaml --weights runs/run -o my_model",
 )
 def export(
     context: typer.Context,
-    config: Annotated[str, typer.Option("--config", "-c", help="YAML file of the run.")],
+    config: ConfigFile,
     weights: Annotated[str, typer.Option("--weights", help="Output folder of the run, or its model.safetensors.")],
     output: Annotated[str, typer.Option("--output", "-o", help="Folder to write.")],
 ) -> None:
     """Write trained weights as a folder that transformers' from_pretrained loads."""
-    from rich.console import Console
-
-    with Console(stderr=True).status("loading torch"):
+    with _loading_torch():
         from autofunc.cli.export import export as write
     write(config, context.args, weights, output)
 

@@ -18,6 +18,11 @@ import typer
 from autofunc import schedule
 from autofunc.errors import ScheduleError
 
+TAKES_OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
+"""Settings of a command whose other arguments set keys of the configuration."""
+
+ConfigFile = Annotated[str, typer.Option("--config", "-c", help="YAML file of a run.")]
+
 
 @dataclass(frozen=True)
 class Sizes:
