@@ -23,11 +23,12 @@ from autofunc.explain import explain
 from autofunc.losses import Loss
 from autofunc.mesh import check_axes, data_coordinate, pp_ranks
 from autofunc.model import Model
+from autofunc.runtime.agree import agree
 from autofunc.runtime.buffers import SlotPool
 from autofunc.runtime.gather import gather_tree
 from autofunc.runtime.measure import Scales, Watch, measured_timeline, of_all
 from autofunc.runtime.observe import Trace
-from autofunc.runtime.plan import Mode, Plan, build_plan
+from autofunc.runtime.plan import Blueprint, Mode, Plan, build_plan
 from autofunc.runtime.step import Observe, StepResult, run_step
 from autofunc.runtime.transport import DistributedTransport
 from autofunc.schedule import Costs, Schedule, StageBytes, Timeline, costs_of, validate
@@ -74,7 +75,6 @@ class Pipeline:
         self.options = options
         self.sharding = sharding
         self._batch_dims = batch_dims
-        self._merge = merge
         if mesh is not None:
             check_axes(mesh)
         self._ranks = pp_ranks(mesh) if mesh is not None else None
@@ -88,7 +88,8 @@ class Pipeline:
         self._parameters = parameters or Parameters(self._local_stages, stages[0].model, mesh, sharding)
         self._plans: dict[Any, tuple[Plan, DistributedTransport | None]] = {}
         self._calls = itertools.count(1)
-        self._pools = {rank: SlotPool() for rank in self.local_ranks}
+        pools = {rank: SlotPool() for rank in self.local_ranks}
+        self._blueprint = Blueprint(self.stages, schedule, loss, options, self._parameters, pools, merge)
         self._trace: Observe | None = None
         if os.environ.get("AUTOFUNC_TRACE") == "1":
             self._trace = lambda plan, program, microbatches: [Trace(program)]
@@ -237,7 +238,7 @@ class Pipeline:
 
     def with_loss(self, loss: Loss | None) -> Pipeline:
         """This pipeline with another loss, on the same parameters: for measuring something else on them."""
-        return self._variant(self.schedule, loss, self._merge)
+        return self._variant(self.schedule, loss, self._blueprint.merge)
 
     def _variant(self, schedule: Schedule, loss: Loss | None, merge: bool) -> Pipeline:
         return Pipeline(
@@ -315,21 +316,11 @@ class Pipeline:
             if len(self._plans) >= _MOST_PLANS:
                 self._plans.pop(next(iter(self._plans)))
             self._parameters.check(params)
-            dtypes = of_all({path: leaf.dtype for path, leaf in params.items()}, self._group)
+            dtypes = {path: leaf.dtype for path, leaf in params.items()}
+            if self._group is not None:
+                dtypes = agree(self._group, mode.value, microbatches[0], dtypes)
             of_all_ranks = {path: torch.empty((), dtype=dtype, device="meta") for path, dtype in dtypes.items()}
-            plan = build_plan(
-                mode,
-                self.stages,
-                self.schedule,
-                self.loss,
-                self.options,
-                of_all_ranks,
-                device,
-                microbatches[0],
-                self._pools,
-                self._parameters,
-                self._merge,
-            )
+            plan = build_plan(self._blueprint, mode, of_all_ranks, device, microbatches[0])
             transport = None
             if self._group is not None and self._ranks is not None:
                 transport = DistributedTransport(self._group, self._ranks, self.local_ranks[0], plan.device, plan.channels)

@@ -45,14 +45,14 @@ def reference_value_and_grad(
         leaves = {path: model.lookup(flat, path).detach().requires_grad_(model.is_trainable(path)) for path in model.spec}
         trainable = {path: leaf for path, leaf in leaves.items() if leaf.requires_grad}
         by_layer = model.layer_trees(leaves)
-        recast = model.recast({path: leaf.dtype for path, leaf in flat.items()})
+        dtypes = {path: leaf.dtype for path, leaf in flat.items()}
         sums: dict[str, torch.Tensor] = {}
         total, weight = torch.zeros(()), torch.zeros(())
         collected = []
         for microbatch in split_batch(batch, num_microbatches, key=key, batch_dims=batch_dims):
-            model.prepare(microbatch, recast)
+            specialised = model.specialise(microbatch, dtypes)
             with torch.enable_grad():
-                outputs = model.run(model.layers, by_layer, None, model.shared(model.layers, microbatch, recast))
+                outputs = specialised.run(list(model.layers), by_layer, None, microbatch)
                 terms = evaluate(loss, outputs, microbatch)
             grads = torch.autograd.grad(terms.sum, list(trainable.values()), allow_unused=True)
             for path, grad in zip(trainable, grads, strict=True):

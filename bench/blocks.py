@@ -10,8 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import autofunc as af
-from autofunc.engine import StageContext
-from autofunc.splitting import infer_boundaries, parameter_dtypes
+from autofunc.splitting import StageContext, follow
 from autofunc.tree import flatten
 from stages.gpt2 import build_gpt2_model
 
@@ -59,7 +58,4 @@ def middle_stage(family: str, features: int, tokens: int, heads: int) -> tuple[S
     params = flatten(model.init())
     ids = torch.randint(0, 64, (1, tokens))
     microbatch = {"input_ids": ids, "labels": ids}
-    boundaries = infer_boundaries(stages, params, microbatch, af.losses.causal_lm)
-    before, own = boundaries.stages[:2]
-    dtypes = parameter_dtypes(model, params)
-    return StageContext(stages[1], before, own, None, False, True, dtypes, microbatch, torch.device("cpu")), params
+    return follow(stages, params, microbatch, af.losses.causal_lm)[0][1], params

@@ -31,8 +31,10 @@ from rich.table import Table
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from autofunc.engine import GraphStage, Keep, Microbatch, StageContext, capture
+from autofunc.engine import GraphStage, Keep, Microbatch, capture
+from autofunc.engine.graph import COMPUTATIONS
 from autofunc.runtime.accumulate import Accumulator
+from autofunc.splitting import StageContext, infer
 
 FEATURES, TOKENS, HEADS, REPETITIONS = 768, 128, 12, 7
 KEEPS = (
@@ -67,6 +69,7 @@ def ours(
 ) -> tuple[int, int, float, list[float]]:
     """(bytes after F, bytes after I, forwards, [I us, W us])."""
     stage, microbatch = GraphStage(joint, context, keep), Microbatch.of(context.microbatch)
+    stage.make(COMPUTATIONS)
     sums = Accumulator(context.accumulator_layouts, context.device)
     excluded = [*leaves, *microbatch.tensors]
     times = []
@@ -108,9 +111,9 @@ def torch_bytes(context: StageContext, leaves: list[Tensor]) -> tuple[int, int]:
         gc.collect()
         return {place: size for held, place, size in saved if held() is not None and place not in parameters}
 
-    x = torch.randn(context.returned.values[0].shape, requires_grad=True)
+    x = torch.randn(infer(context).boundary.values[0].shape, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda held: held.tensor):
-        out = context.stage.run(context.stage.bind(own), x, context.microbatch)
+        out = context.run(context.stage.bind(own), [x], context.microbatch)
     after_f = sum(alive().values())
     _, groups = stage_backward_input((out,), (torch.randn(out.shape),), [x], iter(own))
     del out

@@ -26,8 +26,10 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from autofunc.engine import EagerStage, GraphStage, Microbatch, StageContext, capture
+from autofunc.engine import EagerStage, GraphStage, Microbatch, capture
+from autofunc.engine.graph import COMPUTATIONS
 from autofunc.runtime.accumulate import Accumulator
+from autofunc.splitting import StageContext, infer
 
 SIZES = ((32, 8, 4, 200), (64, 32, 4, 100), (768, 128, 12, 15))  # features, tokens, heads, repetitions
 WARMUP = 3
@@ -57,12 +59,12 @@ def torch_pieces(context: StageContext, leaves: list[Tensor]) -> tuple[float, ..
     """The same of torch, which accumulates into `.grad`."""
     from torch.distributed.pipelining._backward import stage_backward, stage_backward_input, stage_backward_weight
 
-    cotangent = torch.randn(context.returned.values[0].shape)
+    cotangent = torch.randn(infer(context).boundary.values[0].shape)
     bound = context.stage.bind(leaves)
 
     def forward() -> tuple[Tensor, Tensor]:
         x = torch.randn(cotangent.shape, requires_grad=True)
-        return x, context.stage.run(bound, x, context.microbatch)
+        return x, context.run(bound, [x], context.microbatch)
 
     (x, out), f = timed(forward)
     _, b = timed(lambda: stage_backward((out,), (cotangent,), [x]))
@@ -84,10 +86,12 @@ def main() -> None:
             leaves, joint = context.stage.leaves(params), capture(context)
             own = [leaf.detach().clone().requires_grad_() for leaf in leaves]
             made: dict[str, Any] = {
-                "eager": EagerStage(context),
+                "eager": EagerStage(context, joint.returned.boundary),
                 "graph": GraphStage(joint, context),
                 "compiled": GraphStage(joint, context, compiled=True),
             }
+            for name in ("graph", "compiled"):
+                made[name].make(COMPUTATIONS)
             sums = {name: Accumulator(context.accumulator_layouts, context.device) for name in made}
             found: dict[str, list[tuple[float, ...]]] = {"torch": [], **{name: [] for name in made}}
             for repetition in track(range(repetitions + WARMUP), f"{family}, d={features}", transient=True):

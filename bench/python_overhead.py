@@ -38,9 +38,10 @@ from torch.distributed.pipelining.schedules import PipelineScheduleMulti, _Pipel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import autofunc as af
-from autofunc.engine import GraphStage, Microbatch, StageContext, capture
+from autofunc.engine import GraphStage, Microbatch, capture
+from autofunc.engine.graph import COMPUTATIONS
 from autofunc.runtime.accumulate import Accumulator
-from autofunc.splitting import infer_boundaries, parameter_dtypes
+from autofunc.splitting import follow
 from autofunc.tree import flatten
 
 RANK, RANKS, MICROBATCHES, WIDTH = 1, 4, 32, 4
@@ -122,12 +123,9 @@ def autofunc_compute() -> Callable[[], Any]:
     model = scale_model(RANKS)
     stages, params = af.split(model, RANKS), flatten(model.init())
     microbatch = {"x": torch.zeros(1, WIDTH)}
-    boundaries = infer_boundaries(stages, params, microbatch, sum_of).stages
-    dtypes = parameter_dtypes(model, params)
-    context = StageContext(
-        stages[RANK], boundaries[RANK - 1], boundaries[RANK], None, False, True, dtypes, microbatch, torch.device("cpu")
-    )
+    context = follow(stages, params, microbatch, sum_of)[0][RANK]
     engine = GraphStage(capture(context), context)
+    engine.make(COMPUTATIONS)
     leaves = stages[RANK].leaves(params)
     bound, sums = engine.bind(leaves), Accumulator(context.accumulator_layouts, context.device)
     x, cotangent = torch.zeros(1, WIDTH), torch.zeros(1, WIDTH)

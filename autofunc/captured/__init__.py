@@ -1,8 +1,8 @@
 """Models captured from modules and functions."""
 
-from autofunc.captured.captured import CapturedModel
 from autofunc.captured.empty import empty_weights
 from autofunc.captured.function import from_function
+from autofunc.captured.model import CapturedModel
 from autofunc.captured.module import from_module
 from autofunc.captured.pretrained import Pretrained, StoredTensors
 

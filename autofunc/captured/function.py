@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from autofunc import tree
-from autofunc.captured.captured import CapturedModel, Captures
+from autofunc.captured.captures import Captures
+from autofunc.captured.model import CapturedModel
 
 
 def from_function(
@@ -74,7 +75,7 @@ class FunctionSource:
 
     def select(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """See `Source.select`."""
-        return {name: value for name, value in batch.items() if name != "key" and not str(name).startswith("autofunc.")}
+        return {name: value for name, value in batch.items() if name != "key"}
 
     def arguments(self, batch: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """See `Source.arguments`."""

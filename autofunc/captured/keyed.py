@@ -11,8 +11,9 @@ from torch import Tensor, fx
 
 from autofunc import random
 from autofunc.captured.aliases import aliased
-from autofunc.captured.segment import Name, Runtime
+from autofunc.captured.segment import Runtime
 from autofunc.errors import ModelError
+from autofunc.fingerprint import Name
 
 _aten = torch.ops.aten
 _DROPOUT = (_aten.dropout.default, _aten.dropout_.default)

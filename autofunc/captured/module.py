@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from autofunc import tree
-from autofunc.captured.captured import CapturedModel, Captures
+from autofunc.captured.captures import Captures
 from autofunc.captured.initial import initial_buffer, initial_weights
+from autofunc.captured.model import CapturedModel
 from autofunc.captured.pretrained import Pretrained, SafetensorsWeights, Weights
 from autofunc.errors import ModelError, one_of
 
@@ -151,9 +152,7 @@ class ModuleSource:
         Raises:
             ModelError: when forward lacks an argument.
         """
-        entries = {
-            str(name): value for name, value in batch.items() if name != "key" and not str(name).startswith("autofunc.")
-        }
+        entries = {str(name): value for name, value in batch.items() if name != "key"}
         if self._inputs is not None:
             wanted = list(self._inputs.values()) if isinstance(self._inputs, Mapping) else list(self._inputs)
             missing = [name for name in wanted if name not in entries]

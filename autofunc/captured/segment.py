@@ -5,9 +5,9 @@ Segments are compared by value: two equal blocks of a model give equal segments,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from autofunc import tree
+from autofunc.fingerprint import Fingerprint, Fingerprinted, Name
 
 
 @dataclass(frozen=True)
@@ -32,13 +33,6 @@ class Runtime:
 
 
 @dataclass(frozen=True)
-class Name:
-    """An argument that names a place in the model: equal layers differ in it."""
-
-    text: str
-
-
-@dataclass(frozen=True)
 class Instruction:
     """One operator."""
 
@@ -50,7 +44,7 @@ class Instruction:
 
 
 @dataclass(frozen=True, eq=False)
-class Segment:
+class Segment(Fingerprinted):
     """A piece of a captured graph.
 
     Registers are filled with parameters, received values, shared values and constants, in that order, then by instructions.
@@ -63,6 +57,11 @@ class Segment:
     instructions: tuple[Instruction, ...]
     returned: tuple[Any, ...]  # `Ref`s, or constants
     spec: Any = None  # the pytree that is returned; None: a tuple, or the value itself where there is one
+
+    def fingerprint(self, keys: Fingerprint) -> Hashable:
+        """By its fields, in which strings are what they are."""
+        exact = keys.literally()
+        return tuple(exact.of(getattr(self, each.name)) for each in fields(self))
 
     def __call__(
         self,

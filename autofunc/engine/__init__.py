@@ -3,7 +3,7 @@
 from autofunc.engine.capture import capture
 from autofunc.engine.compile import require_compiler
 from autofunc.engine.eager import EagerStage
-from autofunc.engine.functions import Microbatch, Produced, StageContext, StageFunctions
+from autofunc.engine.functions import Microbatch, Produced, StageFunctions
 from autofunc.engine.graph import GraphStage
 from autofunc.engine.options import EngineOptions
 from autofunc.engine.residuals import Keep
@@ -15,7 +15,6 @@ __all__ = [
     "Keep",
     "Microbatch",
     "Produced",
-    "StageContext",
     "StageFunctions",
     "capture",
     "require_compiler",

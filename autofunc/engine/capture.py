@@ -16,11 +16,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import annotate, preserve_node_meta
 
 from autofunc import tree
-from autofunc.engine.functions import StageContext
 from autofunc.engine.purity import globals_unchanged, refuse_effects
 from autofunc.engine.simplify import simplify
 from autofunc.engine.views import base_of, storage_bytes
 from autofunc.fake import fake_mode, naming_errors
+from autofunc.splitting import Returned, StageContext, describe, outline
 
 Node = fx.Node
 
@@ -37,8 +37,7 @@ class Joint:
     outputs: list[Node]  # values of the stage's own boundary; or the loss's sum, weight, and tensors of aux
     input_grads: list[Node | None]  # one per input that needs a gradient; None is a zero
     weight_grads: list[Node | None]  # one per trainable holder; None is a zero
-    aux_spec: tree.TreeSpec | None  # of the loss's aux, whose leaves that are no tensors are constants
-    aux_constants: tuple[Any, ...]  # one per leaf: the constant, or `TENSOR`
+    returned: Returned  # what it returns, and the loss's aux; its number is left open
     terms: tuple[bool, ...]  # for each trainable holder, see `StageFunctions.terms`
 
     @property
@@ -47,12 +46,8 @@ class Joint:
         return self.module.graph
 
 
-TENSOR = object()
-"""Marks a leaf that is a tensor."""
-
-
 def capture(context: StageContext) -> Joint:
-    """Trace a stage.
+    """Trace a stage, once: what it returns is found on the way.
 
     Args:
         context: the stage; of its microbatch only shapes, dtypes and plain values matter.
@@ -60,18 +55,15 @@ def capture(context: StageContext) -> Joint:
     Raises:
         ModelError: when the stage cannot be captured, naming the user's line.
     """
-    tracer = _Tracer(context)
-    stage, received, device, what = context.stage, context.received, context.device, context.stage.title
+    tracer, what = _Tracer(context), context.stage.title
+    device, received = context.device, context.received.values if context.received is not None else ()
     with fake_mode() as mode:
         params = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in context.parameters]
-        values = received.values if received is not None else ()
-        inputs = [torch.empty(value.shape, dtype=value.dtype, device=device) for value in values]
+        inputs = [torch.empty(value.shape, dtype=value.dtype, device=device) for value in received]
         batch = [mode.from_tensor(leaf) for leaf in tracer.batch_leaves if isinstance(leaf, Tensor)]
-        grown = context.returned.values if not context.with_loss else ()
-        cotangents = [torch.empty(v.shape, dtype=v.dtype, device=device) for v in grown if v.needs_grad]
-        given: tuple[list[Any], ...] = (params, inputs, batch, cotangents)
-        with naming_errors(what), preserve_node_meta(), globals_unchanged(stage.functions, what):
-            # a function of four arguments: make_fx would count the `self` of a method
+        given: tuple[list[Any], ...] = (params, inputs, batch)
+        with naming_errors(what), preserve_node_meta(), globals_unchanged(context.stage.functions, what):
+            # a function of three arguments: make_fx would count the `self` of a method
             module = make_fx(lambda *given: tracer.joint(*given), tracing_mode="real")(*given)
             module.graph.eliminate_dead_code()
             if refuse_effects(module.graph, what, lambda: tracer.joint(*given)):
@@ -79,10 +71,11 @@ def capture(context: StageContext) -> Joint:
                 functional = torch.func.functionalize(lambda *given: fx.Interpreter(module).run(*given), remove="mutations")
                 leaves = [leaf for part in given for leaf in part]
                 module = make_fx(functional, tracing_mode="real")(*leaves)
+    _take_cotangents(module.graph, tracer.num_cotangents)
     simplify(module.graph)
     context.setting.partitioning.refine(module.graph)
     _set_apart(module.graph)
-    return tracer.joint_of(module, len(params), len(inputs), len(batch), len(cotangents))
+    return tracer.joint_of(module, len(params), len(inputs), len(batch))
 
 
 class _Tracer:
@@ -91,10 +84,8 @@ class _Tracer:
     def __init__(self, context: StageContext) -> None:
         self.context, self.stage, self.partitioning = context, context.stage, context.setting.partitioning
         self.batch_leaves, self.batch_spec = tree.leaves_and_spec(dict(context.microbatch))
-        self.input_wants = context.input_wants
-        self.aux_spec: tree.TreeSpec | None = None
-        self.aux_constants: tuple[Any, ...] = ()
-        self.num_outputs = self.num_input_grads = 0
+        self.returned: Returned | None = None
+        self.num_outputs = self.num_input_grads = self.num_cotangents = 0
         self.terms: tuple[bool, ...] = ()
 
     def forward(self, params: Sequence[Tensor], inputs: Sequence[Tensor], batch: Sequence[Tensor]) -> list[Tensor]:
@@ -105,70 +96,81 @@ class _Tracer:
         context = self.context
         x = context.run(self.stage.bind(list(params)), inputs, microbatch, around=lambda layer: annotate({"layer": layer}))
         if not context.with_loss:
-            return context.returned.tensors(x, self.partitioning)
-        with annotate({"layer": len(self.stage.layers)}):
+            boundary, outputs = context.describe(x)
+            self.returned = Returned(boundary)
+            return outputs
+        with annotate({"layer": len(self.stage.layers)}), naming_errors("the loss"):
             terms = context.loss_terms(x, microbatch)
-        aux, self.aux_spec = tree.leaves_and_spec(terms.aux)
-        self.aux_constants = tuple(TENSOR if isinstance(leaf, Tensor) else leaf for leaf in aux)
-        return [terms.sum, terms.weight, *(leaf for leaf in aux if isinstance(leaf, Tensor))]
+        aux, tensors = describe(terms.aux)
+        self.returned = Returned(outline(x), aux if terms.aux is not None else None)
+        return [terms.sum, terms.weight, *tensors]
 
-    def joint(
-        self, params: list[Tensor], inputs: list[Tensor], batch: list[Tensor], cotangents: list[Tensor]
-    ) -> list[Tensor | None]:
-        """Outputs, gradients of inputs, gradients of trainable parameters, the loss's seed, one after the other."""
-        own = [self.partitioning.parameter(path, leaf) for path, leaf in zip(self.stage.holders, params, strict=True)]
-        with self.partitioning.running():
+    def joint(self, params: list[Tensor], inputs: list[Tensor], batch: list[Tensor]) -> list[Tensor | None]:
+        """Outputs, gradients of inputs, gradients of trainable parameters, cotangents of outputs, one after the other."""
+        stage, wants = self.stage, self.context.input_wants
+        with self.partitioning.running(), torch.enable_grad():
+            own = [
+                self.partitioning.parameter(path, leaf).requires_grad_(wanted)
+                for path, leaf, wanted in zip(stage.holders, params, stage.trainable, strict=True)
+            ]
+            leaves = [leaf.detach().requires_grad_(wanted) for leaf, wanted in zip(inputs, wants, strict=True)]
+            outputs = self.forward(own, leaves, batch)
+            self.num_outputs = len(outputs)
             if not self.context.with_grads:
-                with torch.no_grad():
-                    outputs = self.forward(own, inputs, batch)
-                self.num_outputs = len(outputs)
-                return [*outputs, None]
-            own = [leaf.requires_grad_(wanted) for leaf, wanted in zip(own, self.stage.trainable, strict=True)]
-            leaves = [leaf.detach().requires_grad_(wanted) for leaf, wanted in zip(inputs, self.input_wants, strict=True)]
-            with torch.enable_grad():
-                outputs = self.forward(own, leaves, batch)
-            return self._differentiated(outputs, own, leaves, cotangents)
+                return list(outputs)
+            return self._differentiated(outputs, own, leaves)
 
     def _differentiated(
-        self, outputs: list[Tensor], params: list[Tensor], inputs: list[Tensor], cotangents: list[Tensor]
-    ) -> list[Tensor | None]:
-        with_loss = self.context.with_loss
+        self, outputs: list[Tensor], params: list[Tensor], inputs: list[Tensor]
+    ) -> list[Tensor | None]:  # fmt: skip
         needing = [leaf for leaf in inputs if leaf.requires_grad]
         trainable = [leaf for leaf in params if leaf.requires_grad]
-        self.num_outputs, self.num_input_grads = len(outputs), len(needing)
+        self.num_input_grads = count = len(needing)
         self.terms = (False,) * len(trainable)
-        roots = outputs[:1] if with_loss else outputs
-        roots = [root for root in roots if root.requires_grad]
+        roots = [root for root in (outputs[:1] if self.context.with_loss else outputs) if root.requires_grad]
+        # they become arguments of the graph: how many there are is known only now
+        cotangents = [torch.empty(root.shape, dtype=root.dtype, device=root.device) for root in roots]
+        self.num_cotangents = len(cotangents)
         if not roots or not (needing or trainable):
-            return [*outputs, *[None] * (len(needing) + len(trainable)), None]
-        seeds = [torch.ones_like(roots[0])] if with_loss else cotangents
-        grads: list[Tensor | None] = list(torch.autograd.grad(roots, [*needing, *trainable], seeds, allow_unused=True))
-        count = len(needing)
+            return [*outputs, *[None] * (count + len(trainable)), *cotangents]
+        grads: list[Tensor | None] = list(torch.autograd.grad(roots, [*needing, *trainable], cotangents, allow_unused=True))
         parts = [
             (None, False) if grad is None else self.partitioning.gradient(path, grad)
             for path, grad in zip(self.stage.trainable_holders, grads[count:], strict=True)
         ]
         self.terms = tuple(term for _, term in parts)
-        return [*outputs, *grads[:count], *(part for part, _ in parts), seeds[0] if with_loss else None]
+        return [*outputs, *grads[:count], *(part for part, _ in parts), *cotangents]
 
     def joint_of(self, module: fx.GraphModule, *counts: int) -> Joint:
         """Name the nodes of the traced graph."""
         graph = module.graph
         placeholders = [node for node in graph.nodes if node.op == "placeholder"]
         ends = [sum(counts[: index + 1]) for index in range(len(counts))]
-        params, inputs, batch, cotangents = (
-            placeholders[end - count : end] for end, count in zip(ends, counts, strict=True)
-        )
+        params, inputs, batch = (placeholders[end - count : end] for end, count in zip(ends, counts, strict=True))
+        cotangents = placeholders[ends[-1] :]
         (returned,) = next(node for node in graph.nodes if node.op == "output").args
         first, second = self.num_outputs, self.num_outputs + self.num_input_grads
-        *returned, seed = returned
         outputs, input_grads, weight_grads = returned[:first], returned[first:second], returned[second:]
-        if seed is not None:  # it is made in the graph; from here on it is given
-            cotangents = [seed]
+        assert self.returned is not None
         return Joint(
             module, params, inputs, batch, cotangents, list(outputs), list(input_grads), list(weight_grads),
-            self.aux_spec, self.aux_constants, self.terms,
+            self.returned, self.terms,
         )  # fmt: skip
+
+
+def _take_cotangents(graph: fx.Graph, count: int) -> None:
+    """Make arguments of the last outputs, which were made in the graph to stand for cotangents."""
+    output = next(node for node in graph.nodes if node.op == "output")
+    kept = len(output.args[0]) - count
+    last = [node for node in graph.nodes if node.op == "placeholder"][-1:]
+    for number, node in enumerate(output.args[0][kept:]):
+        with graph.inserting_after(last[0]) if last else graph.inserting_before(next(iter(graph.nodes))):
+            placeholder = graph.placeholder(f"cotangent_{number}")
+        placeholder.meta["val"] = node.meta["val"]
+        node.replace_all_uses_with(placeholder)
+        graph.erase_node(node)
+        last = [placeholder]
+    output.args = (output.args[0][:kept],)
 
 
 def _set_apart(graph: fx.Graph) -> None:

@@ -25,12 +25,13 @@ from filelock import FileLock
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from autofunc import cache
 from autofunc.engine.emit import Runnable
-from autofunc.engine.functions import accumulator_dtype
 from autofunc.engine.matmul import choose_matmuls
 from autofunc.engine.partition import Piece, in_order
 from autofunc.errors import AutofuncError, ModelError
 from autofunc.fake import fake_mode
+from autofunc.splitting import accumulator_dtype
 
 Node = fx.Node
 
@@ -40,8 +41,6 @@ _OPTIONS = {
     "nan_asserts": False,
     "compile_threads": 1,  # pieces are small, and ranks compile side by side
 }
-
-_compiled: dict[str, Any] = {}  # by key: what was compiled or loaded in this process
 
 
 def require_compiler() -> None:
@@ -78,12 +77,10 @@ def compile_piece(piece: Piece, order: list[Node], attributes: Mapping[str, Any]
     graph, constants = _graph_of(piece, order, attributes)
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     key = _key(graph, inputs)
-    if key not in _compiled:
-        try:
-            _compiled[key] = _compile(graph, inputs, key)
-        except Exception as error:
-            raise ModelError(f"{name} cannot be compiled: {type(error).__name__}: {error}; use compile=False") from error
-    call = _compiled[key]
+    try:
+        call = cache.shared.get(("compiled", key), lambda: _compile(graph, inputs, key))
+    except Exception as error:
+        raise ModelError(f"{name} cannot be compiled: {type(error).__name__}: {error}; use compile=False") from error
     if not constants:
         return call  # type: ignore[no-any-return]
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from autofunc import tree
-from autofunc.engine.functions import Accumulators, Microbatch, Produced, Ready, StageContext
+from autofunc.engine.functions import Accumulators, Microbatch, Produced
 from autofunc.schedule import StageBytes
+from autofunc.splitting import Boundary, Ready, StageContext
 
 
 class Bound(NamedTuple):
@@ -44,20 +45,21 @@ class EagerStage:
 
     Args:
         context: the stage.
+        returned: its boundary.
         remat: keep what the stage received only, and run it once more in B or I.
     """
 
     exact_bytes = False
     constants: tuple[Tensor, ...] = ()
 
-    def __init__(self, context: StageContext, *, remat: bool = False) -> None:
-        self._remat = remat
+    def __init__(self, context: StageContext, returned: Boundary, *, remat: bool = False) -> None:
+        self._remat, self._returned = remat, returned
         self._context, self._stage, self._partitioning = context, context.stage, context.setting.partitioning
         self._with_loss = context.with_loss
         self._input_needs_grad = context.input_wants
         self._trainable = self._stage.trainable_holders
         self.terms = [False] * len(self._trainable)
-        values = context.returned.values if not context.with_loss else ()
+        values = returned.values if not context.with_loss else ()
         inputs = tuple(range(len(context.input_wants)))
         cotangents = tuple(value.num_bytes for value in values if value.needs_grad)
         self.bytes = StageBytes(
@@ -145,7 +147,7 @@ class EagerStage:
             terms = self._context.loss_terms(x, microbatch.entries)
             aux = tree.map_leaves(lambda leaf: _apart([leaf], inputs)[0] if isinstance(leaf, Tensor) else leaf, terms.aux)
             return Produced([], terms.sum.detach(), terms.weight, aux), [terms.sum]
-        tensors = self._context.returned.tensors(x, self._partitioning)
+        tensors = self._returned.tensors(x, self._partitioning)
         return Produced(_apart([tensor.detach() for tensor in tensors], inputs)), tensors
 
 

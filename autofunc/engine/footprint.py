@@ -7,10 +7,10 @@ from collections.abc import Iterable, Sequence
 from torch import fx
 
 from autofunc.engine.capture import Joint
-from autofunc.engine.functions import StageContext
 from autofunc.engine.partition import Pieces
 from autofunc.engine.views import base_of, storage_bytes
 from autofunc.schedule import StageBytes
+from autofunc.splitting import StageContext
 
 Node = fx.Node
 
@@ -21,7 +21,7 @@ def footprint(joint: Joint, pieces: Pieces, context: StageContext) -> tuple[Stag
     Returns:
         The bytes, and whether they are all: a value whose size depends on data is not counted.
     """
-    values = context.returned.values if not context.with_loss else ()
+    values = joint.returned.boundary.values if not context.with_loss else ()
     outputs = [base_of(node) for node in joint.outputs] if values else []
     sent_back: dict[Node, int] = {}
     for order, node in enumerate(joint.input_grads):

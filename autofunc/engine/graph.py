@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
-from autofunc import tree
-from autofunc.engine.capture import TENSOR, Joint
+from autofunc.engine.capture import Joint
 from autofunc.engine.compile import compile_piece
 from autofunc.engine.emit import Runnable, emit
 from autofunc.engine.footprint import footprint
-from autofunc.engine.functions import Accumulators, Microbatch, Produced, Ready, StageContext
+from autofunc.engine.functions import Accumulators, Microbatch, Produced
 from autofunc.engine.partition import Piece, in_order, partition
 from autofunc.engine.residuals import KEEP_ALL, Keep, cost_of, early_gradients, recomputed
 from autofunc.schedule import Kind
+from autofunc.splitting import Ready, StageContext
 
 COMPUTATIONS = frozenset((Kind.F, Kind.B, Kind.I, Kind.W))
+Node = fx.Node
 
 
 class Bound(NamedTuple):
@@ -49,45 +50,28 @@ class GraphStage:
         joint: the captured stage, see `capture`.
         context: the stage.
         keep: what is kept between the pieces.
-        kinds: which actions will be run; pieces for others are not made.
         compiled: run the pieces as compiled code.
     """
 
     def __init__(
-        self,
-        joint: Joint,
-        context: StageContext,
-        keep: Keep = KEEP_ALL,
-        kinds: Container[Kind] = COMPUTATIONS,
-        *,
-        compiled: bool = False,
-    ) -> None:
-        self._with_loss = context.with_loss
+        self, joint: Joint, context: StageContext, keep: Keep = KEEP_ALL, *, compiled: bool = False
+    ) -> None:  # fmt: skip
+        self._with_loss, self._with_grads, self._compiled = context.with_loss, context.with_grads, compiled
         pieces = partition(joint, recomputed(joint, keep), early_gradients(joint, keep))
         self.joint, self.pieces = joint, pieces
         self.bytes, self.exact_bytes = footprint(joint, pieces, context)
-        self._order, attributes = list(joint.graph.nodes), _attributes(joint)
-
+        self._order, self._attributes = list(joint.graph.nodes), _attributes(joint)
         stage = context.stage
+        self._title, self._index = stage.title, stage.index
         number_of = {name: number for number, name in enumerate(stage.layers)}
         layers = [number_of[stage.model.layer_of(path) or ""] for path in stage.holders]
         self._arrivals = dict(zip(joint.params, layers, strict=True)) if context.setting.arrive_by_layer else {}
-
-        def runnable(piece: Piece | None, name: str, kind: Kind) -> Runnable:
-            if piece is None or kind not in kinds:
-                return _not_made
-            arrivals = self._arrivals if kind is Kind.F else {}
-            if compiled:
-                call = compile_piece(piece, self._order, attributes, f"{name} of {stage.title}")
-                return _after(sorted(set(arrivals.values())), call) if arrivals else call
-            return emit(piece, self._order, attributes, f"stage_{stage.index}_{name}", arrivals)
-
-        forward, evaluate = (pieces.forward, None) if context.with_grads else (None, pieces.evaluate)
-        self._forward = runnable(forward, "forward", Kind.F)
-        self._evaluate = runnable(evaluate, "evaluate", Kind.F)
-        self._backward = runnable(pieces.backward, "backward", Kind.B)
-        self._backward_input = runnable(pieces.backward_input, "backward_input", Kind.I)
-        self._backward_weight = runnable(pieces.backward_weight, "backward_weight", Kind.W)
+        self._made: set[Kind] = set()
+        self._forward: Runnable = _not_made
+        self._evaluate: Runnable = _not_made
+        self._backward: Runnable = _not_made
+        self._backward_input: Runnable = _not_made
+        self._backward_weight: Runnable = _not_made
         self._backward_adds, self._input_adds, self._weight_adds = (
             [number for number, _ in piece.adds] if piece is not None else []
             for piece in (pieces.backward, pieces.backward_input, pieces.backward_weight)
@@ -97,8 +81,36 @@ class GraphStage:
         self._num_input_grads = sum(node is not None for node in joint.input_grads)
         self._input_likes = [node for node, wanted in zip(joint.inputs, context.input_wants, strict=True) if wanted]
         self._seed = [torch.ones_like(_empty(node)) for node in joint.cotangents] if context.with_loss else []
-        self.constants = [*attributes.values(), *self._seed]
+        self.constants = [*self._attributes.values(), *self._seed]
         self.terms = joint.terms
+
+    def make(self, kinds: Iterable[Kind]) -> None:
+        """Make the pieces that these actions run, if they are not there yet.
+
+        Raises:
+            ModelError: when one cannot be compiled.
+        """
+        pieces = self.pieces
+        for kind in set(kinds) - self._made:
+            if kind is Kind.F and self._with_grads:
+                self._forward = self._runnable(pieces.forward, "forward", self._arrivals)
+            elif kind is Kind.F:
+                self._evaluate = self._runnable(pieces.evaluate, "evaluate", self._arrivals)
+            elif kind is Kind.B:
+                self._backward = self._runnable(pieces.backward, "backward")
+            elif kind is Kind.I and pieces.backward_input is not None:
+                self._backward_input = self._runnable(pieces.backward_input, "backward_input")
+            elif kind is Kind.W:
+                self._backward_weight = self._runnable(pieces.backward_weight, "backward_weight")
+            self._made.add(kind)
+
+    def _runnable(self, piece: Piece, name: str, arrivals: Mapping[Node, int] | None = None) -> Runnable:
+        """A piece as a function; `arrivals` says which parameters it waits for."""
+        arrivals = arrivals or {}
+        if self._compiled:
+            call = compile_piece(piece, self._order, self._attributes, f"{name} of {self._title}")
+            return _after(sorted(set(arrivals.values())), call) if arrivals else call
+        return emit(piece, self._order, self._attributes, f"stage_{self._index}_{name}", arrivals)
 
     @property
     def work(self) -> tuple[float, float, float]:
@@ -166,11 +178,8 @@ class GraphStage:
         if not self._with_loss:
             return Produced([*made])
         total, weight, *aux = made
-        if self.joint.aux_spec is None:
-            return Produced([], total, weight, None)
-        remaining = iter(aux)
-        leaves = [next(remaining) if leaf is TENSOR else leaf for leaf in self.joint.aux_constants]
-        return Produced([], total, weight, tree.from_leaves(leaves, self.joint.aux_spec))
+        described = self.joint.returned.aux
+        return Produced([], total, weight, described.assemble(aux) if described is not None else None)
 
     def _dense(self, grads: Sequence[Tensor]) -> list[Tensor]:
         """Zeros for inputs that the outputs do not depend on."""

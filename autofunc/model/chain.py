@@ -14,6 +14,7 @@ from autofunc.errors import ModelError, one_of
 from autofunc.model.layer import Layer
 from autofunc.model.placement_rules import TensorParallel
 from autofunc.model.places import Places
+from autofunc.model.specialised import Specialised
 from autofunc.random import InitKey, as_key
 
 
@@ -131,40 +132,41 @@ class Model:
         """Where the layer that a parameter path belongs to finds it in its own nested dicts."""
         return path[len(self.layer_of(path) or "") + 1 :]
 
-    @property
-    def uncut(self) -> str | None:
-        """Why its parameters cannot be cut over tensor parallel ranks by any table; None: by one that fits they can."""
-        return None
+    uncut: str | None = None
+    """Why its parameters cannot be cut over tensor parallel ranks by any table; None: by one that fits they can."""
 
-    @property
-    def places(self) -> Places:
-        """Where a stage may begin."""
-        return Places({name: position for position, name in enumerate(self.layers)})
+    def specialise(
+        self, microbatch: Mapping[str, Any] | None = None, dtypes: Mapping[str, torch.dtype] | None = None
+    ) -> Specialised:
+        """The model as plain functions, for microbatches of one signature and parameters of known dtypes.
+
+        Args:
+            microbatch: one with real tensors, as layers see it; of these only shapes, dtypes and devices matter. None: the
+                one that the model was made with, where there is one.
+            dtypes: of parameters as they are computed with, by canonical path; None: the model's own.
+
+        Raises:
+            ModelError: when it cannot run on such a microbatch, or with such dtypes.
+        """
+        return self._specialised
+
+    @cached_property
+    def _specialised(self) -> Specialised:
+        """Layers of pure functions are the same for every batch."""
+        functions = {name: layer.apply for name, layer in self.layers.items()}
+        places = Places({name: position for position, name in enumerate(self.layers)})
+        return Specialised(
+            functions, lambda layers, microbatch: microbatch,
+            lambda layers: [None, *(functions[name] for name in layers)], places,
+        )  # fmt: skip
 
     def cut_before(self, names: Sequence[str]) -> Model:
         """This model with layers that begin at these places.
 
         Args:
-            names: of `places`.
+            names: of the places that `specialise` gives.
         """
         return self
-
-    def recast(self, dtypes: Mapping[str, torch.dtype]) -> torch.dtype | None:
-        """What its functions must know of the dtypes that parameters have, by canonical path; None: nothing."""
-        return None
-
-    def prepare(self, batch: Mapping[str, Any], recast: torch.dtype | None = None) -> None:
-        """Work out what depends on a microbatch's shapes; called before layers run, and never inside a capture."""
-
-    def shared(
-        self, names: Iterable[str], batch: Mapping[str, Any], recast: torch.dtype | None = None
-    ) -> Mapping[str, Any]:  # fmt: skip
-        """The microbatch as some layers that run one after the other see it, with what they compute from it together."""
-        return batch
-
-    def program(self, names: Iterable[str], batch: Mapping[str, Any], recast: torch.dtype | None = None) -> list[Any]:
-        """What computes `shared`, and each layer, for such batches: by these, stages are found to be the same."""
-        return [None, *(self.layers[name].apply for name in names)]
 
     def init(self, seed: int = 0, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> TensorDict:
         """Make all parameters. Each depends on (seed, path) alone, whatever the layout, device or order.
@@ -199,9 +201,8 @@ class Model:
         flat = tree.flatten(params)
         by_layer = self.layer_trees({path: self.lookup(flat, path) for path in self.spec})
         batch = {**batch, "key": as_key(batch.get("key"))}
-        recast = self.recast({path: leaf.dtype for path, leaf in flat.items()})
-        self.prepare(batch, recast)
-        return self.run(self.layers, by_layer, None, self.shared(self.layers, batch, recast))
+        specialised = self.specialise(batch, {path: leaf.dtype for path, leaf in flat.items()})
+        return specialised.run(list(self.layers), by_layer, None, batch)
 
     def lookup(self, flat: Mapping[str, torch.Tensor], path: str) -> torch.Tensor:
         """A parameter by any of its names, from a flat tree of canonical ones.
@@ -224,12 +225,6 @@ class Model:
             assert name is not None
             groups[name][self.inner_path(path)] = leaf
         return {name: tree.nest(group) for name, group in groups.items()}
-
-    def run(self, names: Iterable[str], by_layer: Mapping[str, Mapping[str, Any]], x: Any, batch: Mapping[str, Any]) -> Any:
-        """Run some layers in order on trees made by `layer_trees`."""
-        for name in names:
-            x = self.layers[name].apply(by_layer[name], x, batch)
-        return x
 
     def _init_layers(
         self, layers: Mapping[str, Layer], seed: int, device: torch.device, dtype: torch.dtype

@@ -47,10 +47,16 @@ def edge_group(pp_group: dist.ProcessGroup, name: str, source: int, target: int,
     return known[edge]
 
 
+def timeout_of(group: dist.ProcessGroup, device: torch.device | None = None) -> timedelta:
+    """How long the ranks of a group wait for each other; by the backend for a device where it has several."""
+    found: timedelta = group._get_backend(device or group._device_types[0]).options._timeout
+    return found
+
+
 def _backend(store: Store, rank: int, device: torch.device, pp_group: dist.ProcessGroup) -> Any:
     if dist.get_backend(pp_group) == "fake":  # torch's group that sends nowhere: for measuring and trying one rank alone
         return FakeProcessGroup._create_internal(rank, 2)
-    timeout: timedelta = pp_group._get_backend(device).options._timeout
+    timeout = timeout_of(pp_group, device)
     if device.type == "cpu":
         return dist.ProcessGroupGloo(store, rank, 2, timeout=timeout)
     if device.type == "cuda":

@@ -11,18 +11,27 @@ import torch
 from torch import Tensor
 
 from autofunc import tree
-from autofunc.engine import EngineOptions, StageContext, StageFunctions
-from autofunc.engine.functions import accumulator_dtype
+from autofunc.engine import EngineOptions, StageFunctions
 from autofunc.errors import ScheduleError
 from autofunc.losses import Loss, combine_aux
 from autofunc.mesh import data_coordinate
 from autofunc.runtime.accumulate import Tie, find_ties
 from autofunc.runtime.buffers import SlotPool
-from autofunc.runtime.build import make_stages
+from autofunc.runtime.build import captured, make_functions
 from autofunc.runtime.program import Channel, Layout, Program, build_program, edge_channels
-from autofunc.schedule import Schedule, lower, settled_sends, validate
+from autofunc.schedule import Edge, Schedule, lower, settled_sends, validate
 from autofunc.shard.parameters import Parameters
-from autofunc.splitting import Boundaries, Stage, Value, infer_boundaries, parameter_dtypes
+from autofunc.splitting import (
+    Boundaries,
+    Returned,
+    Stage,
+    StageContext,
+    Value,
+    accumulator_dtype,
+    follow,
+    infer,
+    parameter_dtypes,
+)
 
 
 class Mode(Enum):
@@ -65,80 +74,59 @@ class Plan:
         return self.schedule.placement[-1]
 
 
-def build_plan(
-    mode: Mode,
-    stages: Sequence[Stage],
-    schedule: Schedule,
-    loss: Loss | None,
-    options: EngineOptions,
-    params: Mapping[str, Tensor],
-    device: torch.device,
-    microbatch: Mapping[str, Any],
-    pools: Mapping[int, SlotPool],
-    parameters: Parameters,
-    merge: bool = True,
-) -> Plan:
-    """Infer the boundaries, lower and check the schedule, and compile the programs of the local ranks.
+@dataclass(frozen=True)
+class Blueprint:
+    """What a pipeline has decided, whatever the batch."""
 
-    Of `params` only the dtypes matter; they are those of all ranks. `pools` has one entry for each of them.
+    stages: tuple[Stage, ...]
+    schedule: Schedule  # in compute form
+    loss: Loss | None
+    options: EngineOptions
+    parameters: Parameters  # how this process holds them
+    pools: Mapping[int, SlotPool]  # by local pp rank
+    merge: bool = True  # whether lowering makes one B of an I and a W that are adjacent
+
+
+def build_plan(
+    blueprint: Blueprint, mode: Mode, params: Mapping[str, Tensor], device: torch.device, microbatch: Mapping[str, Any]
+) -> Plan:
+    """Work out what crosses between stages, lower and check the schedule, and make the programs of the local ranks.
+
+    Args:
+        blueprint: of the pipeline.
+        mode: what steps are for.
+        params: flat parameters of all ranks, of which only the dtypes matter.
+        device: where this process computes.
+        microbatch: an example.
+
+    Raises:
+        ScheduleError: for a schedule without backwards where gradients are wanted.
+        ModelError: for stages that cannot run on such a microbatch, be captured or compiled.
+        AutofuncError: when nothing fits into the memory budget.
     """
-    setting = parameters.setting
-    if mode is Mode.GRADS and schedule.is_forward_only:
+    stages, loss, parameters = blueprint.stages, blueprint.loss, blueprint.parameters
+    if mode is Mode.GRADS and blueprint.schedule.is_forward_only:
         raise ScheduleError(
-            f"schedule {schedule.name} has no backward actions, so it gives no gradients; call the pipeline"
+            f"schedule {blueprint.schedule.name} has no backward actions, so it gives no gradients; call the pipeline"
         )
-    boundaries = infer_boundaries(
-        stages, params, microbatch, loss, device=device, with_loss=mode.ends_in_loss, setting=setting
-    )
+    contexts, boundaries = _followed(blueprint, mode, params, device, microbatch)
     edges = boundaries.edges()
-    sharding = parameters.sharding
-    lowered = lower(
-        schedule if mode is Mode.GRADS else schedule.forward_form(),
-        edges,
-        unshard=parameters.unshard,
-        unshard_ahead=sharding.prefetch,
-        reduce_grads=parameters.has_reduce_actions,
-        merge=merge,
-    )
-    validate(lowered, edges)
+    lowered = _lowered(blueprint, mode, edges)
+    functions = make_functions(contexts, blueprint.options, lowered, boundaries)
+    ties = _ties(blueprint, lowered, params) if mode is Mode.GRADS else ()
     by_edge = edge_channels(lowered, boundaries)
-    model = stages[0].model
-    dtypes = {
-        path: setting.precision.parameter_dtype(dtype) for path, dtype in parameter_dtypes(model, params).items()
-    }  # fmt: skip
-    local_stages = [stage for stage in stages if lowered.placement[stage.index] in pools]
-    contexts = {
-        stage.index: StageContext(
-            stage,
-            boundaries.stages[stage.index - 1] if stage.index else None,
-            boundaries.stages[stage.index],
-            loss,
-            mode.ends_in_loss and stage is stages[-1],
-            mode is Mode.GRADS,
-            dtypes,
-            microbatch,
-            device,
-            setting,
-        )
-        for stage in local_stages
-    }
-    functions = make_stages(contexts, options, lowered, boundaries)
-    layouts = {
-        path: (tuple(parameters.local_shape(path)), accumulator_dtype(dtypes[model.canonical(path)])) for path in model.spec
-    }
-    ties = tuple(find_ties(stages, lowered, layouts)) if mode is Mode.GRADS else ()
     settled = settled_sends(lowered, edges)
     keeps = {index: stage.bytes for index, stage in functions.items()}
-    programs = {rank: build_program(lowered, rank, edges, by_edge, keeps, settled[rank]) for rank in pools}
+    programs = {rank: build_program(lowered, rank, edges, by_edge, keeps, settled[rank]) for rank in blueprint.pools}
     aux, aux_spec = _combined_aux(loss, boundaries, lowered.num_microbatches, data_coordinate(parameters.mesh)[1])
     return Plan(
         mode=mode,
-        stages=tuple(stages),
+        stages=stages,
         loss=loss,
         schedule=lowered,
         boundaries=boundaries,
         programs=programs,
-        slots={rank: pools[rank].tensors(program.slots, device) for rank, program in programs.items()},
+        slots={rank: blueprint.pools[rank].tensors(program.slots, device) for rank, program in programs.items()},
         functions=functions,
         layouts={index: tuple(context.accumulator_layouts) for index, context in contexts.items()},
         parameters=parameters,
@@ -148,6 +136,49 @@ def build_plan(
         aux_spec=aux_spec,
         device=device,
     )
+
+
+def _followed(
+    blueprint: Blueprint, mode: Mode, params: Mapping[str, Tensor], device: torch.device, microbatch: Mapping[str, Any]
+) -> tuple[dict[int, StageContext], Boundaries]:
+    """The local stages in their surroundings, and all boundaries. What is captured anyway says itself what it returns."""
+    placement, by_capture = blueprint.schedule.placement, blueprint.options.engine == "graph"
+
+    def returned_by(context: StageContext) -> Returned:
+        is_local = placement[context.stage.index] in blueprint.pools
+        return captured(context).returned if by_capture and is_local else infer(context)
+
+    contexts, boundaries = follow(
+        blueprint.stages, params, microbatch, blueprint.loss, device=device, with_loss=mode.ends_in_loss,
+        with_grads=mode is Mode.GRADS, setting=blueprint.parameters.setting, returned_by=returned_by,
+    )  # fmt: skip
+    return {c.stage.index: c for c in contexts if placement[c.stage.index] in blueprint.pools}, boundaries
+
+
+def _lowered(blueprint: Blueprint, mode: Mode, edges: Sequence[Edge]) -> Schedule:
+    """The schedule with its transfers and sharding actions, validated."""
+    schedule, parameters = blueprint.schedule, blueprint.parameters
+    lowered = lower(
+        schedule if mode is Mode.GRADS else schedule.forward_form(),
+        edges,
+        unshard=parameters.unshard,
+        unshard_ahead=parameters.sharding.prefetch,
+        reduce_grads=parameters.has_reduce_actions,
+        merge=blueprint.merge,
+    )
+    validate(lowered, edges)
+    return lowered
+
+
+def _ties(blueprint: Blueprint, schedule: Schedule, params: Mapping[str, Tensor]) -> tuple[Tie, ...]:
+    """Tied parameters, with the layouts of their sums as this process sends them."""
+    model, parameters = blueprint.stages[0].model, blueprint.parameters
+    precision, dtypes = parameters.setting.precision, parameter_dtypes(model, params)
+    layouts: dict[str, Layout] = {}
+    for path in model.spec:
+        computed = precision.parameter_dtype(dtypes[model.canonical(path)])
+        layouts[path] = tuple(parameters.local_shape(path)), accumulator_dtype(computed)
+    return tuple(find_ties(blueprint.stages, schedule, layouts))
 
 
 def _combined_aux(

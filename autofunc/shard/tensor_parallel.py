@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor.experimental import implicit_replication, register_sharding
 
+from autofunc.cache import Identity
 from autofunc.errors import ModelError
 from autofunc.markers import SEQUENCE_DIM, sharded_dim, spreading
 from autofunc.shard.dtensors import settled
@@ -36,6 +37,11 @@ class OverTP:
         self.size = mesh.size()
 
     # --- Partitioning
+
+    @property
+    def fingerprint(self) -> Hashable:
+        """The group whose collectives a captured stage names, and what "sequence" means."""
+        return Identity(self.mesh.get_group()), self.sequence_parallel
 
     def shape(self, path: str, shape: torch.Size) -> torch.Size:
         """See `Partitioning.shape`."""

@@ -1,8 +1,10 @@
 """Splitting a model at its split points into pure stage functions."""
 
-from autofunc.splitting.boundary import Boundaries, Boundary, Value, infer_boundaries, parameter_dtypes
+from autofunc.splitting.boundary import Boundaries, Boundary, Returned, Value, describe, outline
+from autofunc.splitting.context import Ready, StageContext, accumulator_dtype
 from autofunc.splitting.cost import count_operations, imbalance, layer_costs, parameter_count
 from autofunc.splitting.cut import check_whole, split
+from autofunc.splitting.infer import follow, infer, infer_boundaries, parameter_dtypes
 from autofunc.splitting.measure import measure_layers
 from autofunc.splitting.setting import ALONE, WHOLE, Partitioning, Precision, Setting
 from autofunc.splitting.stage import Stage
@@ -14,15 +16,23 @@ __all__ = [
     "Boundary",
     "Partitioning",
     "Precision",
+    "Ready",
+    "Returned",
     "Setting",
     "Stage",
+    "StageContext",
     "Value",
+    "accumulator_dtype",
     "check_whole",
     "count_operations",
+    "describe",
+    "follow",
     "imbalance",
+    "infer",
     "infer_boundaries",
     "layer_costs",
     "measure_layers",
+    "outline",
     "parameter_count",
     "parameter_dtypes",
     "split",

@@ -8,14 +8,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from autofunc import tree
 from autofunc.fake import fake_mode, naming_errors
 from autofunc.losses import Loss, evaluate
 from autofunc.model import Model
-from autofunc.splitting.boundary import fake_parameters, parameter_dtypes
+from autofunc.splitting.context import StageContext, specialise
+from autofunc.splitting.infer import fake_arguments, parameter_dtypes
 from autofunc.splitting.setting import ALONE, Setting
 from autofunc.splitting.stage import Stage
 
@@ -94,27 +94,22 @@ def count_operations(
         loss: counted into the last layer; None leaves it out.
         setting: in what precision layers run.
     """
-    _ = model.spec
-    batch = setting.precision.batch({"key": None, **batch})
-    recast = model.recast(
-        {path: setting.precision.parameter_dtype(dtype) for path, dtype in parameter_dtypes(model, {}).items()}
-    )
-    model.prepare(batch, recast)
-    found: dict[str, LayerCost] = {}
     whole = Stage(model, 0, tuple(model.layers))
-    with fake_mode() as mode, torch.no_grad(), naming_errors("the model"):
-        fakes = fake_parameters(whole, {}, torch.device("cpu"), setting)
-        bound = whole.bind([fakes[path] for path in whole.holders])
-        microbatch = tree.map_leaves(lambda leaf: mode.from_tensor(leaf) if isinstance(leaf, Tensor) else leaf, dict(batch))
-        entries = model.shared(model.layers, microbatch, recast)
+    batch = {"key": None, **batch}
+    specialised, dtypes = specialise(model, parameter_dtypes(model, {}), batch, setting)
+    context = StageContext(whole, specialised, None, loss, True, True, dtypes, batch, torch.device("cpu"), setting)
+    found: dict[str, LayerCost] = {}
+    with fake_mode(), torch.no_grad(), naming_errors("the model"):
+        bound, _, microbatch = fake_arguments(context)
+        entries = specialised.share(whole.layers, setting.precision.batch(microbatch))
         x: Any = None
-        for name in model.layers:
+        for name in whole.layers:
             with _Counter() as counter:
-                x = model.run([name], bound, x, entries)
+                x = specialised.functions[name](bound[name], x, entries)
                 if name == whole.layers[-1] and loss is not None:
                     evaluate(loss, x, microbatch)
-            trained = [leaf for path, leaf in fakes.items() if model.layer_of(path) == name and leaf.requires_grad]
-            found[name] = LayerCost(counter.flops, counter.numbers, sum(leaf.numel() for leaf in trained))
+            trained = sum(model.spec[path].numel() for path in whole.trainable_holders if model.layer_of(path) == name)
+            found[name] = LayerCost(counter.flops, counter.numbers, trained)
     return found
 
 

@@ -47,7 +47,7 @@ def split(
         raise SplitError(f'num_stages={num_stages} goes with split_points="auto" only')
     if isinstance(split_points, int):
         if costs is None and split_points > len(model.layers):  # more stages than layers: wherever it can be cut
-            model = model.cut_before(list(model.places.start))
+            model = model.cut_before(list(model.specialise().places.start))
         names = list(model.layers)
         costs = layer_costs(model) if costs is None else costs
         missing = [name for name in names if name not in costs]
@@ -55,9 +55,10 @@ def split(
             raise SplitError(f"costs have no {missing[0]!r}; {one_of(missing[0], costs)}")
         starts = balance([costs[name] for name in names], split_points)
     else:
-        points = resolve_points(model.places, split_points)
+        places = model.specialise().places
+        points = resolve_points(places, split_points)
         model = model.cut_before(points)
-        names, start = list(model.layers), model.places.start
+        names, start = list(model.layers), places.start
         starts = [_layer_at(names, start, start[point]) for point in points]
     bounds = zip([0, *starts], [*starts, len(names)], strict=True)
     return [Stage(model, index, tuple(names[begin:end])) for index, (begin, end) in enumerate(bounds)]

@@ -32,12 +32,11 @@ def measure_layers(
         repeats: of each, after one that does not count.
         on_progress: told the name of each layer when it is done.
     """
-    recast = model.recast({path: leaf.dtype for path, leaf in tree.flatten(params).items()})
-    model.prepare(batch, recast)
     flat = tree.flatten(params)
+    specialised = model.specialise(batch, {path: leaf.dtype for path, leaf in flat.items()})
     leaves = {path: model.lookup(flat, path).detach().requires_grad_(model.is_trainable(path)) for path in model.spec}
     by_layer = model.layer_trees(leaves)
-    entries = model.shared(model.layers, batch, recast)
+    entries = specialised.share(list(model.layers), batch)
     found, x = {}, None
     for name in model.layers:
         own = [leaf for path, leaf in leaves.items() if model.layer_of(path) == name and leaf.requires_grad]
@@ -48,7 +47,7 @@ def measure_layers(
             received = [leaf for leaf in tree.leaves_and_spec(given)[0] if isinstance(leaf, Tensor) and leaf.requires_grad]
             start = time.perf_counter()
             with torch.enable_grad():
-                made = model.run([name], by_layer, given, entries)
+                made = specialised.functions[name](by_layer[name], given, entries)
                 returned = evaluate(loss, made, batch).sum if name == next(reversed(model.layers)) else made
             middle = time.perf_counter()
             roots = [leaf for leaf in tree.leaves_and_spec(returned)[0] if isinstance(leaf, Tensor) and leaf.requires_grad]

@@ -19,6 +19,11 @@ from autofunc import tree
 class Partitioning(Protocol):
     """How the values of a stage lie over the processes that compute it together. Paths are those of holders."""
 
+    @property
+    def fingerprint(self) -> Hashable:
+        """Equal where all that is not said by shapes and placements is: which processes, and how they exchange values."""
+        ...
+
     def shape(self, path: str, shape: torch.Size) -> torch.Size:
         """Of a parameter here, when the whole one has this shape."""
         ...
@@ -57,6 +62,8 @@ class Partitioning(Protocol):
 
 class Whole:
     """A `Partitioning` over one process: everything is as it is."""
+
+    fingerprint: Hashable = "whole"
 
     def shape(self, path: str, shape: torch.Size) -> torch.Size:
         """See `Partitioning.shape`."""

@@ -97,12 +97,6 @@ class Stage:
             node[last] = leaf
         return bound
 
-    def run(
-        self, bound: Mapping[str, Mapping[str, Any]], x: Any, batch: Mapping[str, Any], recast: torch.dtype | None = None
-    ) -> Any:
-        """Run the layers on bound parameters, after `model.prepare`."""
-        return self.model.run(self.layers, bound, x, self.model.shared(self.layers, batch, recast))
-
     def apply(self, params: tree.Nested, x: Any, batch: Mapping[str, Any]) -> Any:
         """Run the stage: pure, on any tree that has at least this stage's canonical paths.
 
@@ -113,6 +107,5 @@ class Stage:
         """
         batch = {**batch, "key": as_key(batch.get("key"))}
         flat = tree.flatten(params)
-        recast = self.model.recast({path: leaf.dtype for path, leaf in flat.items()})
-        self.model.prepare(batch, recast)
-        return self.run(self.bind(self.leaves(flat)), x, batch, recast)
+        specialised = self.model.specialise(batch, {path: leaf.dtype for path, leaf in flat.items()})
+        return specialised.run(self.layers, self.bind(self.leaves(flat)), x, batch)

@@ -61,7 +61,7 @@ def test_a_plain_causal_mask_is_not_built(name: str) -> None:
     """Attention is asked to be causal, so that it may use its fast kernels; other masks stay."""
     build, batch = ZOO[name]
     model = af.from_module(build(), batch())
-    segments = model.program(list(model.layers), batch())[1:]
+    segments = model.specialise(batch()).programs(list(model.layers))[1:]
     calls = [
         instruction.args
         for segment in segments for instruction in segment.instructions

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import autofunc as af
+from autofunc import cache
 from autofunc.engine import compile as compile_module
 from autofunc.engine import matmul
 from autofunc.errors import AutofuncError, ModelError
@@ -66,7 +67,7 @@ def compile_equal_stages(cache: str) -> tuple[int, int]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCHINDUCTOR_CACHE_DIR", cache)
-        patch.setattr(compile_module, "_compiled", {})
+        cache.shared.clear()
         counters.clear()
         layer = af.Layer(init=lambda key: {"w": key.normal("w", (7, 7))}, apply=lambda p, x, b: x.tanh() @ p["w"])
         first = af.Layer(init=layer.init, apply=lambda p, x, b: b["x"] @ p["w"])
@@ -93,7 +94,7 @@ def test_equal_stages_are_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None
         return compile_once(graph, inputs, key)
 
     monkeypatch.setattr(compile_module, "_compile", counted)
-    monkeypatch.setattr(compile_module, "_compiled", {})
+    monkeypatch.setattr(cache, "shared", cache.Cache(1024))
     layer = af.Layer(
         init=lambda key: {"w": key.normal("w", (5, 5))}, apply=lambda p, x, b: (b["x"] if x is None else x.tanh()) @ p["w"]
     )
@@ -110,7 +111,7 @@ def test_the_accumulator_is_added_to_by_the_product(monkeypatch: pytest.MonkeyPa
     """Both rewrites, made to happen on small sizes, leave the numbers as they are."""
     monkeypatch.setattr(matmul, "LARGE", 1)
     monkeypatch.setattr(matmul, "MEDIUM", 1)
-    monkeypatch.setattr(compile_module, "_compiled", {})
+    monkeypatch.setattr(cache, "shared", cache.Cache(1024))
     seen: list[str] = []
     choose = compile_module.choose_matmuls
 
@@ -149,7 +150,7 @@ def test_what_cannot_be_compiled_is_said(monkeypatch: pytest.MonkeyPatch) -> Non
         raise NotImplementedError("no such operator")
 
     monkeypatch.setattr(compile_module, "_compile", fails)
-    monkeypatch.setattr(compile_module, "_compiled", {})
+    monkeypatch.setattr(cache, "shared", cache.Cache(1024))
     s = af.schedule.build("1f1b", num_ranks=2, num_microbatches=2)
     model, stages, loss, batch = make_case("mlp", 2, 4)
     pipe = af.pipeline(stages, s, loss=loss, compile=True)

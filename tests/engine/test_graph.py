@@ -13,12 +13,13 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import autofunc as af
-from autofunc.engine import GraphStage, Microbatch, StageContext, capture
-from autofunc.engine.same import fingerprint
+from autofunc import cache
+from autofunc.engine import GraphStage, Microbatch, capture
+from autofunc.engine.graph import COMPUTATIONS
 from autofunc.errors import ModelError
 from autofunc.runtime import build
 from autofunc.runtime.accumulate import Accumulator
-from autofunc.splitting import infer_boundaries, parameter_dtypes
+from autofunc.splitting import StageContext, follow
 from autofunc.tree import flatten
 from stages.gpt2 import build_gpt2_model
 from tests.cases import assert_same_tree, make_case
@@ -182,6 +183,7 @@ def test_equal_stages_are_captured_once(monkeypatch: pytest.MonkeyPatch) -> None
         return capture(context)
 
     monkeypatch.setattr(build, "capture", counted)
+    cache.shared.clear()
     model = build_gpt2_model(vocab_size=17, n_positions=8, n_embd=8, n_layer=6, n_head=2, resid_pdrop=0.1)
     stages = af.split(model, ["h.0", "h.1", "h.2", "h.3", "h.4", "h.5"])
     ids = torch.randint(0, 17, (4, 7))
@@ -212,29 +214,23 @@ def test_stages_with_other_closures_are_not_equal(left: Any, right: Any, equal: 
     model = af.Model({"first": first, "a": scaled(left), "b": scaled(right), "last": scaled(1.0)})
     batch = {"x": torch.randn(4, 4)}
     stages = af.split(model, 4)
-    boundaries = infer_boundaries(stages, flatten(model.init()), batch, lambda out, mb: out.mean())
-    keys = [
-        fingerprint(
-            StageContext(
-                stages[index], boundaries.stages[index - 1], boundaries.stages[index], None, False, True,
-                parameter_dtypes(model, {}), batch, torch.device("cpu"),
-            )
-        )
-        for index in (1, 2)
-    ]  # fmt: skip
-    assert (keys[0] == keys[1]) == equal
+    _, one, other, _ = follow(stages, {}, batch, lambda out, mb: out.mean())[0]
+    assert (one.fingerprint == other.fingerprint) == equal
+
+
+def made(
+    context: StageContext, params: dict[str, Tensor], batch: dict[str, Any]
+) -> tuple[GraphStage, StageContext, dict[str, Tensor], dict[str, Any]]:
+    stage = GraphStage(capture(context), context)
+    stage.make(COMPUTATIONS)
+    return stage, context, params, batch
 
 
 def middle_stage() -> tuple[GraphStage, StageContext, dict[str, Tensor], dict[str, Any]]:
     """The middle one of three stages of the small GPT-2."""
     model, stages, loss, batch = make_case("gpt2", 3, 4)
     params = flatten(model.init())
-    boundaries = infer_boundaries(stages, params, batch, loss)
-    context = StageContext(
-        stages[1], boundaries.stages[0], boundaries.stages[1], loss, False, True, parameter_dtypes(model, params), batch,
-        torch.device("cpu"),
-    )  # fmt: skip
-    return GraphStage(capture(context), context), context, params, batch
+    return made(follow(stages, params, batch, loss)[0][1], params, batch)
 
 
 def test_residuals_hold_no_parameters() -> None:
@@ -277,19 +273,7 @@ def test_everything_is_let_go_of_at_its_last_use() -> None:
 def test_the_first_stage_has_no_input_gradient() -> None:
     model, stages, loss, batch = make_case("gpt2", 3, 4)
     params = flatten(model.init())
-    boundaries = infer_boundaries(stages, params, batch, loss)
-    context = StageContext(
-        stages[0],
-        None,
-        boundaries.stages[0],
-        loss,
-        False,
-        True,
-        parameter_dtypes(model, params),
-        batch,
-        torch.device("cpu"),
-    )
-    stage = GraphStage(capture(context), context)
+    stage = made(follow(stages, params, batch, loss)[0][0], params, batch)[0]
     assert stage.pieces.backward_input is None and stage.pieces.backward_weight is stage.pieces.backward
 
 

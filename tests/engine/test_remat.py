@@ -9,12 +9,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import autofunc as af
-from autofunc.engine import GraphStage, Keep, StageContext, capture
+from autofunc.engine import GraphStage, Keep, capture
 from autofunc.engine.residuals import recomputed
 from autofunc.errors import AutofuncError
 from autofunc.schedule import StageBytes
-from autofunc.splitting import infer_boundaries, parameter_dtypes
-from autofunc.tree import flatten
+from autofunc.splitting import StageContext, follow
 from stages.gpt2 import build_gpt2_model
 from tests.cases import assert_same_tree, make_case
 from tests.laws.test_memory import check_bytes
@@ -79,10 +78,7 @@ def two_blocks(**options: Any) -> tuple[Any, StageContext]:
     stages = af.split(model, ["h.1", "h.3"])
     ids = torch.randint(0, 16, (2, 8))
     microbatch = {"input_ids": ids, "labels": ids, "key": af.random.make_key(0)}
-    boundaries = infer_boundaries(stages, flatten(model.init()), microbatch, af.losses.causal_lm)
-    before, own = boundaries.stages[:2]
-    dtypes = parameter_dtypes(model, {})
-    context = StageContext(stages[1], before, own, None, False, True, dtypes, microbatch, torch.device("cpu"))
+    context = follow(stages, {}, microbatch, af.losses.causal_lm)[0][1]
     return capture(context), context
 
 
@@ -96,7 +92,7 @@ def held(bytes_: StageBytes) -> tuple[int, int]:
 def test_what_is_kept() -> None:
     """In units of one activation, a GPT-2 block keeps 16 after F; the norms' statistics come on top."""
     joint, context = two_blocks()
-    x = context.returned.num_bytes
+    x = joint.returned.boundary.num_bytes
     after = {keep: held(GraphStage(joint, context, keep).bytes) for keep in map(Keep, (None, "cheap", "layer", "stage"))}
     assert after[Keep()][0] // x == 2 * 16
     assert after[Keep("cheap")][0] // x == 2 * 10, "norms and GELU are made again"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,7 +9,6 @@ import torch
 
 import autofunc as af
 from autofunc.batch import split_batch
-from autofunc.runtime import build, plan
 from autofunc.tree import flatten
 from tests.cases import assert_same_tree, make_case, pp_mesh
 from tests.pool import WorkerPool
@@ -19,38 +17,6 @@ MODELS = ["mlp", "gpt2"]
 SCHEDULES = af.schedule.names()
 KEYS = [None, (3, 5)]
 ENGINES = ["eager", "graph"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _look_at_stages_once() -> Iterator[None]:
-    """The same stages under another schedule have the same shapes and the same graphs: working them out takes the time."""
-    known: dict[Any, Any] = {}
-    infer, capture, graph_stage = plan.infer_boundaries, build.capture, build.GraphStage
-
-    def shapes(microbatch: Any) -> str:
-        return repr([(name, leaf.shape if isinstance(leaf, torch.Tensor) else leaf) for name, leaf in microbatch.items()])
-
-    def once(signature: Any, make: Any) -> Any:
-        if signature not in known:
-            known[signature] = make()
-        return known[signature]
-
-    def infer_once(stages: Any, params: Any, microbatch: Any, loss: Any, **options: Any) -> Any:
-        signature = (tuple(stage.layers for stage in stages), shapes(microbatch), repr(options))
-        return once(signature, lambda: infer(stages, params, microbatch, loss, **options))
-
-    def capture_once(context: Any) -> Any:
-        signature = (context.stage.layers, context.with_loss, context.with_grads, shapes(context.microbatch))
-        return once(signature, lambda: capture(context))
-
-    def make_stage_once(joint: Any, context: Any, keep: Any, kinds: Any, **options: Any) -> Any:
-        return once((joint, keep, repr(options)), lambda: graph_stage(joint, context, keep, **options))
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan, "infer_boundaries", infer_once)
-        patch.setattr(build, "capture", capture_once)
-        patch.setattr(build, "GraphStage", make_stage_once)
-        yield
 
 
 @pytest.mark.parametrize("engine", ENGINES)

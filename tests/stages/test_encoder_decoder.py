@@ -23,7 +23,7 @@ def test_only_what_is_needed_crosses() -> None:
     by_layer = model.layer_trees({path: model.lookup(flat, path) for path in model.spec})
     x, crossing = None, {}
     for name in model.layers:
-        x = model.run([name], by_layer, x, BATCH)
+        x = model.layers[name].apply(by_layer[name], x, BATCH)
         crossing[name] = {part: tuple(leaf.shape) for part, leaf in x.items()} if isinstance(x, dict) else tuple(x.shape)
     both = {"hidden": (3, 7, 16), "encoder_hidden": (3, 12, 16)}
     assert crossing == {

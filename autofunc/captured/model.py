@@ -8,102 +8,34 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from autofunc import tree
-from autofunc.batch import signature
+from autofunc import cache, tree
+from autofunc.cache import Identity
+from autofunc.captured.captures import Captures
 from autofunc.captured.cut import Cut
-from autofunc.captured.export import Exported, export
 from autofunc.captured.flow import Flow
-from autofunc.captured.masks import use_is_causal
 from autofunc.captured.places import FIRST, default_layers, find_places
-from autofunc.captured.source import Source
+from autofunc.captured.segment import Segment
 from autofunc.errors import ModelError
-from autofunc.markers import marking
-from autofunc.model import Layer, Model, Places
-
-Node = fx.Node
-
-SHARED = "autofunc.shared"
-"""The batch entry in which layers find what they share."""
-
-_MOST_COMPARED = 1 << 20  # elements of a constant that is compared by value
+from autofunc.model import Layer, Model, Places, Specialised
+from autofunc.model.specialised import LayerFunction
 
 
 @dataclass(frozen=True)
 class Shared:
     """What the layers of a stage share for one microbatch."""
 
-    cut: Cut
     values: Mapping[str, Any]  # that depend on the batch and on constants alone, by name
     device: torch.device
-
-
-class Captures:
-    """The forward of a source, captured once for each signature of a batch and dtype of the parameters."""
-
-    def __init__(self, source: Source) -> None:
-        self.source = source
-        self._known: dict[Any, Flow] = {}
-        self._modes = {part: part.training for part in source.module.modules()}  # whatever becomes of them later
-        self._constants: dict[Any, Tensor] = {}
-        self._buffers: dict[str, Tensor] = {}  # as they were when they were first needed
-
-    def flow(self, batch: Mapping[str, Any], recast: torch.dtype | None, *, new: bool = True) -> tuple[Any, Flow]:
-        """The captured forward for a batch, and the signature it is for.
-
-        Args:
-            batch: a microbatch.
-            recast: dtype of the floating-point parameters; None: what they are in the module.
-            new: whether it may be captured now.
-        """
-        entries = self.source.select(batch)
-        spec, leaves = signature(entries)
-        shapes = (recast, spec, tuple(leaf[:2] for leaf in leaves))  # on any device
-        if shapes not in self._known:
-            if not new:
-                raise ModelError(f"{self.source.what} was not captured for such a batch; call model.prepare(batch) first")
-            own = (leaf.device for leaf in self.source.module.parameters() if not leaf.is_meta)
-            device = next(own, torch.device("cpu"))
-            with torch.device(device):  # whatever the default is around here
-                self._known[shapes] = self._capture(entries, device, recast)
-        return shapes, self._known[shapes]
-
-    def _constant(self, node: Node, exported: Exported) -> Tensor:
-        """The real value of a buffer or a constant; equal ones are one tensor, so that equal layers are found to be."""
-        name = exported.buffers.get(node)
-        if name in self._buffers:
-            return self._buffers[name]
-        value = (exported.constants[node] if name is None else self.source.buffer(name)).detach()
-        value = value.resolve_conj().resolve_neg().clone()  # whatever becomes of the module's own
-        if value.numel() <= _MOST_COMPARED:
-            content = value.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes() if value.numel() else b""
-            value = self._constants.setdefault((value.dtype, value.device, tuple(value.shape), content), value)
-        if name is not None:
-            self._buffers[name] = value
-        return value
-
-    def _capture(self, entries: Mapping[str, Any], device: torch.device, recast: torch.dtype | None) -> Flow:
-        source = self.source
-        example = tree.map_leaves(
-            lambda leaf: torch.zeros_like(leaf, device=device) if isinstance(leaf, Tensor) else leaf, dict(entries)
-        )
-        with torch.enable_grad(), marking():
-            exported = export(source.module, source.arguments, example, source.what, recast, self._modes)
-        exported.params = {node: source.canonical(name) for node, name in exported.params.items()}
-        flow = Flow(exported, source.what)
-        fixed = {*exported.buffers, *exported.constants}
-        if use_is_causal(flow, lambda node: self._constant(node, exported).cpu() if node in fixed else None):
-            flow = Flow(exported, source.what)  # without what made the mask
-        exported.constants = {node: self._constant(node, exported) for node in fixed if node in flow.alive}
-        return flow
+    key: Tensor | None  # of the microbatch's randomness
 
 
 class CapturedModel(Model):
     """A `Model` whose layers are pieces of a captured forward; made by `af.from_module` and `af.from_function`.
 
     The graph is captured again for every signature of a microbatch. What depends on the batch and on constants alone is
-    computed once per stage and microbatch (`shared`), not handed on.
+    computed once per stage and microbatch (`Specialised.share`), not handed on.
     """
 
     def __init__(
@@ -129,16 +61,11 @@ class CapturedModel(Model):
         self._holders = _holders(layers, probe.params, self._source.aliases)
         ties = {path: name for owned in self._holders.values() for name, path in owned.items() if path != name}
         self._layer_of_path = {path: layer for layer, owned in self._holders.items() for path in owned.values()}
-        self._cuts: dict[Any, Cut] = {}
         super().__init__(
             {name: Layer(self._apply(number)) for number, name in enumerate(layers)},
             ties=ties, config=config, trainable=trainable,
         )  # fmt: skip
-
-    @property
-    def uncut(self) -> str:
-        """See `Model.uncut`."""
-        return f"{self._source.what} was captured with the sizes of the whole in its graph"
+        self.uncut = f"{self._source.what} was captured with the sizes of the whole in its graph"
 
     @property
     def used(self) -> list[str]:
@@ -149,11 +76,6 @@ class CapturedModel(Model):
     def module(self) -> nn.Module:
         """What was captured."""
         return self._source.module
-
-    @property
-    def places(self) -> Places:
-        """See `Model.places`: every module that runs once, and every marker."""
-        return self._found
 
     def cut_before(self, names: Sequence[str]) -> CapturedModel:
         """See `Model.cut_before`: layers begin at these places too."""
@@ -202,12 +124,51 @@ class CapturedModel(Model):
         wanted = sorted({self.canonical(path) for path in paths}, key=tree.split_path)
         return self._source.weights(wanted, seed, torch.device(device), dtype)
 
-    def recast(self, dtypes: Mapping[str, torch.dtype]) -> torch.dtype | None:
-        """See `Model.recast`: a captured forward has the dtypes in it that its parameters had.
+    # --- captures
+
+    def specialise(
+        self, microbatch: Mapping[str, Any] | None = None, dtypes: Mapping[str, torch.dtype] | None = None
+    ) -> Specialised:
+        """See `Model.specialise`: captures the forward for such microbatches, and cuts it at the layers.
 
         Raises:
-            ModelError: for parameters that differ from the module's, and from one another.
+            ModelError: for what cannot be captured, a microbatch for which it has no such layers, or parameters that have
+                neither the module's dtypes nor one dtype.
         """
+        batch = self._example if microbatch is None else microbatch
+        signature, flow = self._captures.flow(batch, self._recast(dtypes or {}))
+        entries = tuple(self._source.select(batch))
+        key = ("specialised", Identity(self), signature, entries)
+        return cache.shared.get(key, lambda: self._specialised_for(flow, entries))
+
+    def _specialised_for(self, flow: Flow, entries: Sequence[str]) -> Specialised:
+        cut = self._cut_of(flow, [self._inner(layer) for layer in self._names])
+        for layer, used in zip(self._names, cut.params, strict=True):
+            missing = set(used) - self._holders[layer].keys()
+            if missing:
+                raise ModelError(
+                    f"{self._source.what}: for this batch, layer {layer!r} uses {sorted(missing)[0]!r}, which it did "
+                    "not use for the example; give an example with all entries"
+                )
+        number_of = {name: number for number, name in enumerate(self._names)}
+
+        def share(layers: Sequence[str], microbatch: Mapping[str, Any]) -> Shared:
+            segment, keys = cut.shared([number_of[name] for name in layers])
+            given = {name: microbatch[name] for name in entries}
+            leaves = [leaf for leaf in tree.leaves_and_spec(given)[0] if isinstance(leaf, Tensor)]
+            device, key = _device(leaves), microbatch.get("key")
+            values = segment({}, leaves, {}, device, key)
+            return Shared(dict(zip(keys, values if len(keys) != 1 else [values], strict=True)), device, key)
+
+        def programs(layers: Sequence[str]) -> list[Any]:
+            numbers = [number_of[name] for name in layers]
+            return [cut.shared(numbers), *(cut.segments[number] for number in numbers)]
+
+        functions = {name: _function(segment) for name, segment in zip(self._names, cut.segments, strict=True)}
+        return Specialised(functions, share, programs, self._found)
+
+    def _recast(self, dtypes: Mapping[str, torch.dtype]) -> torch.dtype | None:
+        """What a forward must be captured with, where the dtypes of parameters are not the module's."""
         own = {path: leaf.dtype for path, leaf in self.spec.items() if leaf.is_floating_point()}
         given = {path: dtype for path, dtype in dtypes.items() if path in own}
         if all(dtype == own[path] for path, dtype in given.items()):
@@ -217,56 +178,14 @@ class CapturedModel(Model):
             raise ModelError(f"{self._source.what}: its parameters are {names}; give all the same dtype, or their own")
         return next(iter(given.values()))
 
-    def prepare(self, batch: Mapping[str, Any], recast: torch.dtype | None = None) -> None:
-        """See `Model.prepare`: captures the forward for such batches."""
-        self._cut(batch, recast, new=True)
-
-    def shared(
-        self, names: Iterable[str], batch: Mapping[str, Any], recast: torch.dtype | None = None
-    ) -> Mapping[str, Any]:  # fmt: skip
-        """See `Model.shared`."""
-        cut = self._cut(batch, recast)
-        segment, keys = cut.shared(self._numbers(names))
-        leaves = [leaf for leaf in tree.leaves_and_spec(self._source.select(batch))[0] if isinstance(leaf, Tensor)]
-        values = segment({}, leaves, {}, _device(leaves), batch.get("key"))
-        named = dict(zip(keys, values if len(keys) != 1 else [values], strict=True))
-        return {**batch, SHARED: Shared(cut, named, _device(leaves))}
-
-    def program(self, names: Iterable[str], batch: Mapping[str, Any], recast: torch.dtype | None = None) -> list[Any]:
-        """See `Model.program`."""
-        cut, numbers = self._cut(batch, recast), self._numbers(names)
-        return [cut.shared(numbers), *(cut.segments[number] for number in numbers)]
-
-    # --- captures
-
     def _apply(self, number: int) -> Callable[[Mapping[str, Any], Any, Mapping[str, Any]], Any]:
+        """A layer that is run by itself."""
+
         def apply(params: Mapping[str, Any], x: Any, batch: Mapping[str, Any]) -> Any:
-            if SHARED not in batch:  # a layer that is run by itself
-                self.prepare(batch)
-                batch = self.shared([self._names[number]], batch)
-            shared: Shared = batch[SHARED]
-            segment = shared.cut.segments[number]
-            received = [] if not segment.num_received else [x] if segment.num_received == 1 else x
-            return segment(params, received, shared.values, shared.device, batch.get("key"))
+            name, specialised = self._names[number], self.specialise(batch)
+            return specialised.functions[name](params, x, specialised.share([name], batch))
 
         return apply
-
-    def _numbers(self, names: Iterable[str]) -> tuple[int, ...]:
-        return tuple(self._names.index(name) for name in names)
-
-    def _cut(self, batch: Mapping[str, Any], recast: torch.dtype | None, *, new: bool = False) -> Cut:
-        signature, flow = self._captures.flow(batch, recast, new=new)
-        if signature not in self._cuts:
-            cut = self._cut_of(flow, [self._inner(layer) for layer in self._names])
-            for layer, used in zip(self._names, cut.params, strict=True):
-                missing = set(used) - self._holders[layer].keys()
-                if missing:
-                    raise ModelError(
-                        f"{self._source.what}: for this batch, layer {layer!r} uses {sorted(missing)[0]!r}, which it did "
-                        "not use for the example; give an example with all entries"
-                    )
-            self._cuts[signature] = cut
-        return self._cuts[signature]
 
     def _inner(self, layer: str) -> dict[str, str]:
         return {name: self.inner_path(path) for name, path in self._holders[layer].items()}
@@ -290,6 +209,16 @@ class CapturedModel(Model):
         while free in start:
             free += "_"
         return next((name for name in listed if name in at_first), at_first[-1] if at_first else free)
+
+
+def _function(segment: Segment) -> LayerFunction:
+    """A segment as the function of a layer."""
+
+    def function(params: Mapping[str, Any], x: Any, shared: Shared) -> Any:
+        received = [] if not segment.num_received else [x] if segment.num_received == 1 else x
+        return segment(params, received, shared.values, shared.device, shared.key)
+
+    return function
 
 
 def _holders(

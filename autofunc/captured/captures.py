@@ -1,0 +1,78 @@
+"""The forward of a module or function, captured once for each signature of a batch and dtype of the parameters."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Hashable, Mapping
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor, fx
+
+from autofunc import cache, tree
+from autofunc.batch import signature
+from autofunc.cache import Identity
+from autofunc.captured.export import Exported, export
+from autofunc.captured.flow import Flow
+from autofunc.captured.masks import use_is_causal
+from autofunc.captured.source import Source
+from autofunc.markers import marking
+
+Node = fx.Node
+
+_MOST_COMPARED = 1 << 20  # elements of a constant that is compared by value
+
+
+class Captures:
+    """Captured forwards of a source. They are kept in the cache of the process, and hold nothing of the source."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self._modes = {part: part.training for part in source.module.modules()}  # whatever becomes of them later
+        self._constants: WeakValueDictionary[Any, Tensor] = WeakValueDictionary()
+        self._buffers: dict[str, Tensor] = {}  # as they were when they were first needed
+
+    def flow(self, batch: Mapping[str, Any], recast: torch.dtype | None) -> tuple[Hashable, Flow]:
+        """The captured forward for a batch, and the signature it is for.
+
+        Args:
+            batch: a microbatch.
+            recast: dtype of the floating-point parameters; None: what they are in the module.
+        """
+        entries = self.source.select(batch)
+        spec, leaves = signature(entries)
+        shapes = (recast, spec, tuple(leaf[:2] for leaf in leaves))  # on any device
+        return shapes, cache.shared.get(("flow", Identity(self), shapes), lambda: self._capture(entries, recast))
+
+    def _constant(self, node: Node, exported: Exported) -> Tensor:
+        """The real value of a buffer or a constant; equal ones are one tensor, so that equal layers are found to be."""
+        name = exported.buffers.get(node)
+        if name in self._buffers:
+            return self._buffers[name]
+        value = (exported.constants[node] if name is None else self.source.buffer(name)).detach()
+        value = value.resolve_conj().resolve_neg().clone()  # whatever becomes of the module's own
+        if value.numel() <= _MOST_COMPARED:
+            content = value.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes() if value.numel() else b""
+            digest = hashlib.blake2b(content).digest()
+            value = self._constants.setdefault((value.dtype, value.device, tuple(value.shape), digest), value)
+        if name is not None:
+            self._buffers[name] = value
+        return value
+
+    def _capture(self, entries: Mapping[str, Any], recast: torch.dtype | None) -> Flow:
+        source = self.source
+        own = (leaf.device for leaf in source.module.parameters() if not leaf.is_meta)
+        device = next(own, torch.device("cpu"))
+        example = tree.map_leaves(
+            lambda leaf: torch.zeros_like(leaf, device=device) if isinstance(leaf, Tensor) else leaf, dict(entries)
+        )
+        with torch.device(device), torch.enable_grad(), marking():  # whatever the defaults are around here
+            exported = export(source.module, source.arguments, example, source.what, recast, self._modes)
+            exported.params = {node: source.canonical(name) for node, name in exported.params.items()}
+            flow = Flow(exported, source.what)
+            fixed = {*exported.buffers, *exported.constants}
+            if use_is_causal(flow, lambda node: self._constant(node, exported).cpu() if node in fixed else None):
+                flow = Flow(exported, source.what)  # without what made the mask
+            exported.constants = {node: self._constant(node, exported) for node in fixed if node in flow.alive}
+        return flow

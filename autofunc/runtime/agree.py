@@ -1,0 +1,108 @@
+"""Before a new kind of step the ranks of a pipeline tell each other what they are about to do; nothing is sent in a step.
+
+What they say lies in the store that the processes were started with, so that a rank which comes alone can name the others.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import DistStoreError
+
+from autofunc import tree
+from autofunc.errors import BatchError, ModelError, PeerLostError
+from autofunc.runtime.edge_groups import timeout_of
+
+# pipelines on one mesh are built one after the other on every rank, so the same number means the same plan
+_numbers: WeakKeyDictionary[dist.ProcessGroup, Iterator[int]] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Intent:
+    """What a rank is about to do."""
+
+    mode: str
+    entries: Mapping[str, str]  # of a microbatch: name of a leaf -> what it is
+    dtypes: Mapping[str, str]  # of its parameters, by path
+
+
+def agree(
+    group: dist.ProcessGroup, mode: str, microbatch: Mapping[str, Any], dtypes: Mapping[str, torch.dtype]
+) -> dict[str, torch.dtype]:
+    """Dtypes of the parameters of all ranks, which must be about to do the same; all ranks of the group call it.
+
+    Args:
+        group: of the pp axis.
+        mode: what the step is for.
+        microbatch: an example.
+        dtypes: of this rank's parameters, by path.
+
+    Raises:
+        BatchError: when ranks have microbatches of different shapes, dtypes or values that are no tensors, or want
+            different things.
+        ModelError: when a parameter has different dtypes on two ranks.
+        PeerLostError: when a rank does not come within the timeout of the group.
+    """
+    if dist.get_backend(group) == "fake":  # torch's group that sends nowhere: this rank is alone
+        return dict(dtypes)
+    number = next(_numbers.setdefault(group, itertools.count()))
+    store, rank, size = group.get_group_store(), group.rank(), group.size()
+    keys = [f"autofunc/intent/{number}/{each}" for each in range(size)]
+    own = Intent(mode, _described(microbatch), {path: _name(dtype) for path, dtype in dtypes.items()})
+    store.set(keys[rank], json.dumps(asdict(own)))
+    try:
+        store.wait(keys, timeout_of(group))
+    except DistStoreError as error:
+        missing = [str(each) for each, key in enumerate(keys) if not store.check([key])]
+        raise PeerLostError(
+            f"pp rank {rank} prepares a step ({mode}; {_text(own.entries)}), and rank {', '.join(missing)} does not: it "
+            "has run such a step before, or is gone. All ranks must call the pipeline in the same order, with microbatches "
+            "of the same shapes, and parameters must change their dtype on all ranks or on none"
+        ) from error
+    intents = [Intent(**json.loads(store.get(key))) for key in keys]
+    _check(intents)
+    return {path: getattr(torch, name) for intent in intents for path, name in intent.dtypes.items()}
+
+
+def _check(intents: list[Intent]) -> None:
+    first = intents[0]
+    known: dict[str, tuple[int, str]] = {}
+    for rank, intent in enumerate(intents):
+        if intent.mode != first.mode:
+            raise BatchError(f"pp rank 0 wants {first.mode}, and rank {rank} wants {intent.mode}; all must call the same")
+        for name in {**first.entries, **intent.entries}:
+            here, there = (each.entries.get(name, "missing") for each in (first, intent))
+            if here != there:
+                raise BatchError(
+                    f"{name} of a microbatch is {here} on pp rank 0, and {there} on rank {rank}; all pp ranks of a data "
+                    "parallel coordinate pass the same batch"
+                )
+        for path, dtype in intent.dtypes.items():
+            owner, expected = known.setdefault(path, (rank, dtype))
+            if dtype != expected:
+                raise ModelError(f"parameter {path!r} is {expected} on pp rank {owner}, and {dtype} on rank {rank}")
+
+
+def _described(microbatch: Mapping[str, Any]) -> dict[str, str]:
+    leaves = tree.leaves_and_spec(dict(microbatch))[0]
+    named = zip(tree.leaf_names(dict(microbatch), "batch"), leaves, strict=True)
+    return {
+        name: f"{_name(leaf.dtype)} of shape {tuple(leaf.shape)}" if isinstance(leaf, Tensor) else repr(leaf)
+        for name, leaf in named
+    }
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _text(entries: Mapping[str, str]) -> str:
+    return ", ".join(f"{name}: {what}" for name, what in entries.items())

@@ -1,0 +1,187 @@
+"""A stage in its surroundings: all that it takes to run it, to work out what it returns, and to capture it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autofunc import tree
+from autofunc.fingerprint import Fingerprint
+from autofunc.losses import Loss, LossTerms, evaluate
+from autofunc.model import Model, Specialised
+from autofunc.splitting.boundary import Boundary, Value, describe
+from autofunc.splitting.setting import ALONE, Setting
+from autofunc.splitting.stage import Stage
+
+Layout = tuple[torch.Size, torch.dtype]
+"""Shape and dtype of a tensor."""
+
+Ready = Callable[[int], None]
+"""Waits until the parameters of a layer, by its position in the stage, have arrived."""
+
+
+@dataclass(frozen=True)
+class StageContext:
+    """A stage for one batch signature."""
+
+    stage: Stage
+    specialised: Specialised  # the stage's model, for microbatches as layers see them
+    received: Boundary | None  # boundary of the stage before; None for the first stage
+    loss: Loss | None  # None: the output's own
+    with_loss: bool  # whether to end in the loss: the last stage, unless outputs are wanted
+    with_grads: bool  # whether the backward is wanted
+    dtypes: Mapping[str, torch.dtype]  # of every canonical parameter, as it is computed with
+    microbatch: Mapping[str, Any]  # an example
+    device: torch.device
+    setting: Setting = ALONE
+
+    @property
+    def input_wants(self) -> list[bool]:
+        """For each value received, whether it needs a gradient."""
+        return [value.needs_grad for value in self.received.values] if self.received is not None else []
+
+    @property
+    def parameters(self) -> list[Layout]:
+        """Of each holder's parameter, as this process computes with it."""
+        model, shape = self.stage.model, self.setting.partitioning.shape
+        return [
+            (shape(path, model.spec[path].shape), self.dtypes[model.canonical(path)]) for path in self.stage.holders
+        ]  # fmt: skip
+
+    @property
+    def accumulator_layouts(self) -> list[Layout]:
+        """Of the sum of each trainable holder's gradients."""
+        return [
+            (shape, accumulator_dtype(dtype))
+            for (shape, dtype), wanted in zip(self.parameters, self.stage.trainable, strict=True)
+            if wanted and self.with_grads
+        ]
+
+    @property
+    def accumulator_bytes(self) -> int:
+        """Bytes of the sums of all trainable holders."""
+        return sum(shape.numel() * dtype.itemsize for shape, dtype in self.accumulator_layouts)
+
+    def run(
+        self, bound: Mapping[str, Any], inputs: Sequence[Tensor], microbatch: Mapping[str, Any],
+        ready: Ready | None = None, around: Callable[[int], AbstractContextManager[None]] = lambda layer: nullcontext(),
+    ) -> Any:  # fmt: skip
+        """The stage on local tensors; returns what its function made. It runs in `partitioning.running()`.
+
+        Args:
+            bound: its parameters, see `Stage.bind`.
+            inputs: values of the boundary before.
+            microbatch: the microbatch.
+            ready: called before each layer with its position in the stage.
+            around: what each layer runs in, by its position in the stage.
+        """
+        x = self.received.assemble(inputs, self.setting.partitioning) if self.received is not None else None
+        with around(0):
+            entries = self.specialised.share(self.stage.layers, self.setting.precision.batch(microbatch))
+        for number, name in enumerate(self.stage.layers):
+            if ready is not None:
+                ready(number)
+            with around(number):
+                x = self.specialised.functions[name](bound[name], x, entries)
+        return self.setting.precision.output(x) if self.stage.is_last else x
+
+    def describe(self, x: Any) -> tuple[Boundary, list[Tensor]]:
+        """What `run` returned as a boundary, and its tensors as they are handed on; of the last stage all of it."""
+        partitioning = self.setting.partitioning
+        if self.stage.is_last:
+            x = tree.map_leaves(lambda leaf: partitioning.whole(leaf) if isinstance(leaf, Tensor) else leaf, x)
+        return describe(x, partitioning)
+
+    def loss_terms(self, x: Any, microbatch: Mapping[str, Any]) -> LossTerms:
+        """The loss of what the last stage made, all of it."""
+        whole = self.setting.partitioning.whole
+        terms = evaluate(self.loss, x, microbatch)
+        aux = tree.map_leaves(lambda leaf: whole(leaf) if isinstance(leaf, Tensor) else leaf, terms.aux)
+        return LossTerms(whole(terms.sum), whole(terms.weight), aux)
+
+    @cached_property
+    def fingerprint(self) -> Hashable:
+        """Equal for stages that do the same to values of the same shapes, in any pipeline of this process.
+
+        Names of layers are left out, unless the microbatch has a key: randomness depends on them.
+        """
+        stage, model = self.stage, self.stage.model
+        random = self.microbatch.get("key") is not None
+        labels = stage.layers if random else [f"layer {number}" for number in range(len(stage.layers))]
+        params = tuple(
+            tuple(self._parameter_key(path) for path in stage.holders if model.layer_of(path) == name)
+            for name in stage.layers
+        )
+        leaves, spec = tree.leaves_and_spec(dict(self.microbatch))
+        microbatch = tuple(
+            (tuple(leaf.shape), leaf.stride(), leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else (type(leaf), leaf)
+            for leaf in leaves
+        )
+        what = (self.with_loss, self.with_grads, self.device, stage.is_last)
+        return (
+            self.specialised.fingerprints(stage.layers, labels), tuple(labels), params, _boundary_key(self.received),
+            repr(spec), microbatch, Fingerprint().of(self.loss) if self.with_loss else None, what,
+            self.setting.partitioning.fingerprint, self.setting.precision, _surroundings(),
+        )  # fmt: skip
+
+    def _parameter_key(self, path: str) -> Hashable:
+        model, shape = self.stage.model, self.stage.model.spec[path].shape
+        return (
+            model.inner_path(path), tuple(shape), tuple(self.setting.partitioning.shape(path, shape)),
+            self.dtypes[model.canonical(path)], model.is_trainable(path),
+        )  # fmt: skip
+
+
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In what the gradients of a parameter are summed: fp32 for anything less precise."""
+    return torch.float32 if dtype.itemsize < 4 else dtype
+
+
+def specialise(
+    model: Model, dtypes: Mapping[str, torch.dtype], microbatch: Mapping[str, Any], setting: Setting = ALONE
+) -> tuple[Specialised, dict[str, torch.dtype]]:
+    """A model for microbatches as its layers see them in a setting, and the dtypes that they compute with.
+
+    Args:
+        model: the model.
+        dtypes: of every canonical parameter, as it is stored; see `parameter_dtypes`.
+        microbatch: one microbatch with real tensors; of these only shapes, dtypes and devices matter.
+        setting: what surrounds the stages.
+    """
+    computed = {path: setting.precision.parameter_dtype(dtype) for path, dtype in dtypes.items()}
+    return model.specialise(setting.precision.batch(microbatch), computed), computed
+
+
+def _boundary_key(boundary: Boundary | None) -> Hashable:
+    if boundary is None:
+        return None
+    leaves = (
+        (leaf.shape, leaf.dtype, leaf.needs_grad, leaf.placement) if isinstance(leaf, Value) else repr(leaf)
+        for leaf in boundary.leaves
+    )
+    return repr(boundary.spec), tuple(leaves)
+
+
+def _surroundings() -> Hashable:
+    """What operators look at beside their arguments, and a capture makes permanent."""
+    cuda: Any = torch.backends.cuda
+    kernels = (
+        cuda.flash_sdp_enabled(),
+        cuda.mem_efficient_sdp_enabled(),
+        cuda.math_sdp_enabled(),
+        cuda.cudnn_sdp_enabled(),
+    )
+    return (
+        torch.get_default_dtype(),
+        torch.get_default_device(),
+        torch.get_float32_matmul_precision(),
+        torch.are_deterministic_algorithms_enabled(),
+        tuple((kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")),
+        kernels,
+    )

@@ -1,0 +1,145 @@
+"""What crosses the boundaries between stages, inferred on fake tensors: nothing is allocated, nothing is negotiated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autofunc import cache, tree
+from autofunc.fake import current_fake_mode, fake_mode, naming_errors
+from autofunc.losses import Loss
+from autofunc.model import Model
+from autofunc.splitting.boundary import Boundaries, Returned, Value, describe, outline
+from autofunc.splitting.context import StageContext, specialise
+from autofunc.splitting.setting import ALONE, Setting
+from autofunc.splitting.stage import Stage
+
+
+def infer_boundaries(
+    stages: Sequence[Stage],
+    params: Mapping[str, Tensor],
+    microbatch: Mapping[str, Any],
+    loss: Loss | None = None,
+    *,
+    device: torch.device | None = None,
+    with_loss: bool = True,
+    setting: Setting = ALONE,
+) -> Boundaries:
+    """Run all stages on fake tensors, one after the other.
+
+    Args:
+        stages: all stages of the model.
+        params: flat parameters, of which only dtypes matter; for those that are not there see `parameter_dtypes`.
+        microbatch: one microbatch.
+        loss: run on the last stage's output; None means the output's own loss.
+        device: where parameters live; the CPU by default.
+        with_loss: False leaves the loss out.
+        setting: what surrounds the stages.
+
+    Raises:
+        ModelError: when a stage fails, naming it and its layers; errors of this library pass as they are.
+    """
+    return follow(stages, params, microbatch, loss, device=device, with_loss=with_loss, setting=setting)[1]
+
+
+def follow(
+    stages: Sequence[Stage],
+    params: Mapping[str, Tensor],
+    microbatch: Mapping[str, Any],
+    loss: Loss | None = None,
+    *,
+    device: torch.device | None = None,
+    with_loss: bool = True,
+    with_grads: bool = True,
+    setting: Setting = ALONE,
+    returned_by: Callable[[StageContext], Returned] | None = None,
+) -> tuple[list[StageContext], Boundaries]:
+    """Follow what each stage hands on to the next.
+
+    Args:
+        stages, params, microbatch, loss, device, with_loss, setting: see `infer_boundaries`.
+        with_grads: whether the stages will be differentiated.
+        returned_by: works out what a stage returns; by default `infer` does.
+
+    Returns:
+        The stages in their surroundings, and what crosses between them.
+
+    Raises:
+        ModelError: see `infer_boundaries`.
+    """
+    model = stages[0].model
+    specialised, dtypes = specialise(model, parameter_dtypes(model, params), microbatch, setting)
+    contexts: list[StageContext] = []
+    found: list[Returned] = []
+    for stage in stages:
+        context = StageContext(
+            stage, specialised, found[-1].boundary if found else None, loss, with_loss and stage is stages[-1], with_grads,
+            dtypes, microbatch, device or torch.device("cpu"), setting,
+        )  # fmt: skip
+        contexts.append(context)
+        found.append((returned_by or infer)(context).of(stage.index))
+    return contexts, Boundaries(tuple(each.boundary for each in found), found[-1].aux)
+
+
+def infer(context: StageContext) -> Returned:
+    """What a stage returns, worked out once for all that are like it. Its number is left open, see `Returned.of`."""
+    return cache.shared.get(("returned", context.fingerprint), lambda: _infer(context))
+
+
+def _infer(context: StageContext) -> Returned:
+    partitioning = context.setting.partitioning
+    with fake_mode(), torch.enable_grad(), partitioning.running(), naming_errors(context.stage.title):
+        bound, inputs, microbatch = fake_arguments(context)
+        x = context.run(bound, inputs, microbatch)
+        if not context.with_loss:
+            return Returned(context.describe(x)[0])
+        with naming_errors("the loss"):
+            aux = context.loss_terms(x, microbatch).aux
+        return Returned(outline(x), describe(aux)[0] if aux is not None else None)
+
+
+def fake_arguments(context: StageContext) -> tuple[dict[str, dict[str, Any]], list[Tensor], dict[str, Any]]:
+    """What a stage runs on, on fake tensors of the mode that this is called in.
+
+    Returns:
+        Its parameters as its layers receive them; what it receives, leaves that need a gradient where it is wanted; the
+        microbatch.
+    """
+    stage, partitioning, device, mode = context.stage, context.setting.partitioning, context.device, current_fake_mode()
+    leaves = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in context.parameters]
+    bound = stage.bind(
+        [
+            partitioning.parameter(path, leaf).requires_grad_(wanted)
+            for path, leaf, wanted in zip(stage.holders, leaves, stage.trainable, strict=True)
+        ]
+    )
+    values: Sequence[Value] = context.received.values if context.received is not None else ()
+    inputs = [
+        torch.empty(value.shape, dtype=value.dtype, device=device).requires_grad_(value.needs_grad) for value in values
+    ]
+    microbatch = tree.map_leaves(
+        lambda leaf: mode.from_tensor(leaf) if isinstance(leaf, Tensor) else leaf, dict(context.microbatch)
+    )
+    return bound, inputs, microbatch
+
+
+def parameter_dtypes(model: Model, params: Mapping[str, Tensor]) -> dict[str, torch.dtype]:
+    """Dtype of every canonical path.
+
+    Parameters that are not given are taken to have the model's own dtypes where those given have theirs, else theirs.
+
+    Args:
+        model: the whole model.
+        params: flat parameters.
+    """
+    known = {path: leaf for path, leaf in params.items() if leaf.is_floating_point() and path in model.spec}
+    recast = next((leaf.dtype for path, leaf in known.items() if leaf.dtype != model.spec[path].dtype), None)
+    dtypes = {}
+    for path, spec in model.spec.items():
+        canonical = model.canonical(path)
+        default = recast if recast is not None and spec.is_floating_point() else spec.dtype
+        dtypes[canonical] = params[canonical].dtype if canonical in params else default
+    return dtypes
