@@ -131,7 +131,7 @@ class CapturedModel(Model):
         self._layer_of_path = {path: layer for layer, owned in self._holders.items() for path in owned.values()}
         self._cuts: dict[Any, Cut] = {}
         super().__init__(
-            {name: Layer(self._apply(number)) for number, name in enumerate(layers)},
+            {name: Layer(apply=self._apply(number)) for number, name in enumerate(layers)},
             ties=ties, config=config, trainable=trainable,
         )  # fmt: skip
 

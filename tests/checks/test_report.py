@@ -10,7 +10,7 @@ import pytest
 import autofunc as af
 from autofunc.checks import Report, Verdict, Where, table
 from tests.captured.zoo import ZOO
-from tests.check.faults import FAULTS
+from tests.checks.faults import FAULTS
 
 
 @pytest.fixture(scope="module")
