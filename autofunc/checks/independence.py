@@ -6,8 +6,8 @@ from torch import Tensor
 
 from autofunc import tree
 from autofunc.checks.pieces import Pieces, close, compared, first_coupled, loss_kind, run_pieces
-from autofunc.checks.report import Verdict
 from autofunc.checks.subject import ForwardError, Subject
+from autofunc.checks.verdict import Verdict
 from autofunc.checks.without_dropout import WithoutDropout
 
 _LOSS = ("output", "output.loss")

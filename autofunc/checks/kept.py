@@ -16,9 +16,9 @@ from torch.utils.checkpoint import checkpoint
 
 from autofunc import tree
 from autofunc.checks.pieces import close
-from autofunc.checks.report import Verdict, where
 from autofunc.checks.state import Change
 from autofunc.checks.subject import ForwardError, Subject
+from autofunc.checks.verdict import Verdict, where
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 

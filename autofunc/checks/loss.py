@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from autofunc.checks.pieces import LossKind, close, labels_of, loss_kind, run_pieces
-from autofunc.checks.report import Status, Verdict
 from autofunc.checks.subject import ForwardError, Subject
+from autofunc.checks.verdict import Status, Verdict
 from autofunc.losses import IGNORED, evaluate
 
 

@@ -19,10 +19,11 @@ from autofunc.checks.independence import check_independence
 from autofunc.checks.kept import check_kept
 from autofunc.checks.loss import check_loss
 from autofunc.checks.parameters import check_parameters
-from autofunc.checks.report import Report, Verdict
+from autofunc.checks.report import Report
 from autofunc.checks.state import seeded
 from autofunc.checks.subject import ForwardError, Subject
 from autofunc.checks.ties import check_ties
+from autofunc.checks.verdict import Verdict
 from autofunc.checks.writes import check_writes
 from autofunc.fake import user_line
 from autofunc.losses import Loss
@@ -61,7 +62,7 @@ def check(
 
     Example:
         report = af.check(model, {"input_ids": ids, "labels": ids})
-        assert report.ok, autofunc.checks.table(report)
+        assert report.ok, report  # print(report) shows it as a table
     """
     subject = Subject(module, batch, loss, inputs, rows)
     _ = subject.snapshot  # before anything runs

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import autofunc as af
-from autofunc.checks.report import TITLES
 from autofunc.checks.run import UNFINISHED
+from autofunc.checks.verdict import TITLES
 from tests.captured.laws import assert_unchanged, contents
 from tests.checks import faults
 from tests.checks.faults import FAULTS
