@@ -21,7 +21,7 @@ from autofunc.batch import split_batch
 from autofunc.captured import from_module
 from autofunc.captured.module import ModuleSource
 from autofunc.captured.places import default_layers
-from autofunc.checks.state import Change, Snapshot, seeded
+from autofunc.checks.snapshot import Change, Snapshot, seeded
 from autofunc.checks.verdict import Where, is_torch, where
 from autofunc.checks.watch import Watched, watching
 from autofunc.checks.without_dropout import WithoutDropout
