@@ -195,6 +195,15 @@ class CapturedModel(Model):
         # what is not its own must not be taken for what is
         return path.removeprefix(prefix) if path.startswith(prefix) else "@" + path.replace(".", "/")
 
+    @property
+    def title(self) -> str:
+        """See `Model.title`."""
+        return self._source.what
+
+    def has_own_value(self, path: str) -> bool:
+        """See `Model.has_own_value`."""
+        return self._source.has_value(path)
+
     def init_paths(
         self, paths: Iterable[str], seed: int, device: torch.device | str, dtype: torch.dtype | None = None
     ) -> dict[str, Tensor]:

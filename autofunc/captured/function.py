@@ -80,6 +80,10 @@ class FunctionSource:
         """See `Source.arguments`."""
         return (dict(batch),), {}
 
+    def has_value(self, path: str) -> bool:
+        """See `Source.has_value`."""
+        return True
+
     def weights(
         self, paths: Iterable[str], seed: int, device: torch.device, dtype: torch.dtype | None
     ) -> dict[str, Tensor]:  # fmt: skip
