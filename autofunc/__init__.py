@@ -12,29 +12,36 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from autofunc import losses, random, schedule
+    from autofunc import errors, losses, random, schedule, tree
     from autofunc.automodel import AutoModel, register_architecture, register_modeling_path
     from autofunc.captured import empty_weights, from_function, from_module
     from autofunc.checks import check
-    from autofunc.markers import constrain, split_point
+    from autofunc.errors import AutofuncError
+    from autofunc.markers import split_point
     from autofunc.mesh import data_coordinate, make_mesh
     from autofunc.model import Layer, Model, TensorParallel
-    from autofunc.optim import optimizer
+    from autofunc.optim import Optimizer, optimizer
+    from autofunc.pipe import Pipeline
     from autofunc.reference import reference_value_and_grad
     from autofunc.shard import Sharding
-    from autofunc.splitting import split
+    from autofunc.splitting import Stage, split
+    from autofunc.spread import constrain
     from autofunc.transform import pipeline, value_and_grad
 
 __version__ = "0.1.0"
 
 _HOME = {
     "AutoModel": "autofunc.automodel",
+    "AutofuncError": "autofunc.errors",
     "Layer": "autofunc.model",
     "Model": "autofunc.model",
+    "Optimizer": "autofunc.optim",
+    "Pipeline": "autofunc.pipe",
     "Sharding": "autofunc.shard",
+    "Stage": "autofunc.splitting",
     "TensorParallel": "autofunc.model",
     "check": "autofunc.checks",
-    "constrain": "autofunc.markers",
+    "constrain": "autofunc.spread",
     "data_coordinate": "autofunc.mesh",
     "empty_weights": "autofunc.captured",
     "from_function": "autofunc.captured",
@@ -49,18 +56,23 @@ _HOME = {
     "split_point": "autofunc.markers",
     "value_and_grad": "autofunc.transform",
 }
-_MODULES = ("losses", "random", "schedule")
+_MODULES = ("errors", "losses", "random", "schedule", "tree")
 
 __all__ = [
     "AutoModel",
+    "AutofuncError",
     "Layer",
     "Model",
+    "Optimizer",
+    "Pipeline",
     "Sharding",
+    "Stage",
     "TensorParallel",
     "check",
     "constrain",
     "data_coordinate",
     "empty_weights",
+    "errors",
     "from_function",
     "from_module",
     "losses",
@@ -74,6 +86,7 @@ __all__ = [
     "schedule",
     "split",
     "split_point",
+    "tree",
     "value_and_grad",
 ]
 
@@ -89,4 +102,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from autofunc import tree
 from autofunc.errors import BatchError
-from autofunc.random import as_key, fold
+from autofunc.random import as_key, fold_in
 
 Microbatch = dict[str, Any]
 
@@ -61,7 +61,7 @@ def split_batch(
             piece[name] = tree.from_leaves([leaf[index] for leaf in cut], spec)
     step_key = as_key(batch.get("key") if key is None else key, device=_device(batch))
     if step_key is not None:
-        keys = fold(step_key, torch.arange(first, first + num_microbatches, device=step_key.device))
+        keys = fold_in(step_key, torch.arange(first, first + num_microbatches, device=step_key.device))
         for piece, microbatch_key in zip(pieces, keys.unbind(), strict=True):
             piece["key"] = microbatch_key
     return pieces

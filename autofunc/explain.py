@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from autofunc.model import Model
 from autofunc.schedule import Schedule, draw, simulate
 from autofunc.splitting import Boundaries, Stage, parameter_count
 
 
 def explain(stages: Sequence[Stage], schedule: Schedule, boundaries: Boundaries | None = None, colour: bool = False) -> str:
-    """Stages with their ranks, layers and parameters, what crosses between them, and the schedule drawn.
+    """Stages with their ranks, layers and parameters, what crosses between them, where weights come from; the schedule.
 
     Args:
         stages: all stages.
@@ -35,12 +36,23 @@ def explain(stages: Sequence[Stage], schedule: Schedule, boundaries: Boundaries 
         if _stage_of(stages, alias) is not _stage_of(stages, canonical)
     ]
     lines += [f"tied across stages: {alias} is {canonical}" for alias, canonical in crossing]
+    lines.append(f"initial weights: {_origin(model)}")
     bubble = simulate(schedule).bubble_fraction
     lines.append(
         f"schedule {schedule.name}: {schedule.num_ranks} ranks, {schedule.num_microbatches} microbatches, "
         f"bubble {bubble:.1%}"
     )
     return "\n".join([*lines, draw(schedule, colour=colour)])
+
+
+def _origin(model: Model) -> str:
+    """Where `init` takes values from."""
+    own = {path: model.has_own_value(path) for path in map(model.canonical, model.spec)}
+    seeded = [path for path, has_value in own.items() if not has_value]
+    if len(seeded) == len(own):
+        return "made from the seed"
+    others = f", but for {len(seeded)} parameters that are made from the seed" if seeded else ", whatever the seed"
+    return f"{model.title}'s own{others}"
 
 
 def _stage_of(stages: Sequence[Stage], path: str) -> Stage:

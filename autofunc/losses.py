@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from autofunc import tree
 from autofunc.errors import BatchError, one_of
-from autofunc.markers import current_spread
+from autofunc.spread import current_spread
 
 Loss = Callable[[Any, Mapping[str, Any]], Any]
 

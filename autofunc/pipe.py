@@ -17,11 +17,12 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from autofunc import tree
 from autofunc.batch import Microbatch, signature, split_batch
+from autofunc.compatible import check_compatible
 from autofunc.engine import EngineOptions, require_compiler
-from autofunc.errors import AutofuncError, BatchError, MeshError, ScheduleError
+from autofunc.errors import AutofuncError, BatchError
 from autofunc.explain import explain
 from autofunc.losses import Loss
-from autofunc.mesh import check_axes, data_coordinate, pp_ranks
+from autofunc.mesh import data_coordinate, pp_ranks
 from autofunc.model import Model
 from autofunc.runtime.agree import agree
 from autofunc.runtime.buffers import SlotPool
@@ -31,12 +32,12 @@ from autofunc.runtime.observe import Trace
 from autofunc.runtime.plan import Blueprint, Mode, Plan, build_plan
 from autofunc.runtime.step import Observe, StepResult, run_step
 from autofunc.runtime.transport import DistributedTransport
-from autofunc.schedule import Costs, Schedule, StageBytes, Timeline, costs_of, validate
+from autofunc.schedule import Costs, Schedule, StageBytes, Timeline, costs_of
 from autofunc.shard import Sharding
 from autofunc.shard.dtensors import local
 from autofunc.shard.norm import clip_by_norm, global_norm
 from autofunc.shard.parameters import Parameters
-from autofunc.splitting import Stage, check_whole
+from autofunc.splitting import Stage
 
 _MOST_PLANS = 64  # batch signatures a pipeline remembers; beyond that the oldest is forgotten
 
@@ -45,6 +46,15 @@ class Pipeline:
     """A pipelined function of (params, batch); made by `af.pipeline`.
 
     It holds no parameters and no state of training, only what was built for the batch signatures it has seen.
+
+    Example:
+        pipe = af.pipeline(stages, af.schedule.build("1f1b", num_ranks=2, num_microbatches=8), loss=af.losses.causal_lm)
+        params = pipe.init(seed=0)
+        loss, grads = af.value_and_grad(pipe)(params, batch, key=(0, step))
+        grads, norm = pipe.clip(grads, max_norm=1.0)
+        validation_loss = pipe(params, validation_batch)  # forward only
+        logits = pipe.forward(params, batch)
+        print(pipe.explain())
     """
 
     def __init__(
@@ -59,15 +69,9 @@ class Pipeline:
         merge: bool = True,
         parameters: Parameters | None = None,
     ) -> None:
-        if len(stages) != schedule.num_stages:
-            raise ScheduleError(
-                f"schedule {schedule.name} with {schedule.num_ranks} ranks has {schedule.num_stages} stages, but the model "
-                f"is split into {len(stages)}; use {schedule.num_stages - 1} split points, or another number of ranks"
-            )
+        check_compatible(stages, schedule, mesh)
         if options.compile:
             require_compiler()
-        check_whole(stages)
-        validate(schedule)
         self.stages = tuple(stages)
         self.schedule = schedule
         self.loss = loss
@@ -75,14 +79,7 @@ class Pipeline:
         self.options = options
         self.sharding = sharding
         self._batch_dims = batch_dims
-        if mesh is not None:
-            check_axes(mesh)
         self._ranks = pp_ranks(mesh) if mesh is not None else None
-        if self._ranks is not None and len(self._ranks) != schedule.num_ranks:
-            raise MeshError(
-                f"the mesh has {len(self._ranks)} pp ranks, but schedule {schedule.name} was built for "
-                f"{schedule.num_ranks}; they must be equal"
-            )
         self.local_ranks = tuple(range(schedule.num_ranks)) if mesh is None else (mesh.get_local_rank("pp"),)
         self._local_stages = [stage for stage in stages if schedule.placement[stage.index] in self.local_ranks]
         self._parameters = parameters or Parameters(self._local_stages, stages[0].model, mesh, sharding)
@@ -97,16 +94,28 @@ class Pipeline:
     def __repr__(self) -> str:
         return f"Pipeline({self.schedule}, {len(self.stages)} stages, engine={self.options.engine!r})"
 
-    def init(self, seed: int = 0, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> TensorDict:
+    def init(
+        self, seed: int | None = None, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> TensorDict:  # fmt: skip
         """The initial parameters of this process's ranks: the same values in every layout.
 
+        Weights that a captured module has, or that are stored in files, are copied; all others are made from the seed.
+        `explain` says which.
+
         Args:
-            seed: of the weights.
+            seed: of the weights; by default 0. A `UserWarning` says so when the model has all of its own, and the seed is
+                not used.
             device: where they are made and live; by default the mesh's device, or the CPU.
             dtype: of the weights; by default fp32, or what a module's own weights have.
+
+        Returns:
+            A tree by canonical path; DTensors where parameters are sharded.
         """
         device = self._device({}) if device is None else device
-        return tree.to_tensordict(self._parameters.make(lambda paths: self._model.init_paths(paths, seed, device, dtype)))
+        made_from = self._model.seed_of(seed, device)
+        return tree.to_tensordict(
+            self._parameters.make(lambda paths: self._model.init_paths(paths, made_from, device, dtype))
+        )
 
     def place(self, full_params: tree.Nested) -> TensorDict:
         """A copy of this process's part of a full tree of parameters (or of any tree with the same paths).

@@ -5,7 +5,7 @@ computed with integer tensor operations, so they are the same on CPU and GPU, in
 instead of being stored.
 
 - Initial weights depend on (seed, path) alone: `InitKey`.
-- Dropout depends on (seed, step, microbatch, layer name) alone: `fold`, `dropout`.
+- Dropout depends on (seed, step, microbatch, layer name) alone: `fold_in`, `dropout`.
 
 The mixer is the 32-bit finaliser with multipliers 0x21f0aaad and 0x735a2d97 found by C. Wellons' hash-prospector
 (github.com/skeeto/hash-prospector, issue 19). Both multipliers are below 2**31, so that products of 32-bit values fit
@@ -67,12 +67,15 @@ def as_key(key: Any, *, device: torch.device | str = "cpu") -> Tensor | None:
     raise BatchError(f"key={key!r}: expected a pair of integers (seed, step), or what af.random.make_key returns")
 
 
-def fold(key: Tensor, data: int | str | Tensor) -> Tensor:
-    """Derive a new key from a key and a number, a name, or a tensor of numbers.
+def fold_in(key: Tensor, data: int | str | Tensor) -> Tensor:
+    """Derive a new key from a key and a number, a name, or a tensor of numbers, as `jax.random.fold_in` does.
 
     Args:
         key: int64, shape (2,).
         data: what to fold in. A tensor of shape (n,) gives n keys at once, shape (n, 2).
+
+    Returns:
+        A key: int64, shape (2,), or (n, 2) for a tensor of numbers.
     """
     if isinstance(data, str):
         low, high = _words(data)
@@ -106,7 +109,7 @@ def dropout(x: Tensor, p: float, batch: Mapping[str, Any], name: str) -> Tensor:
     if not 0.0 <= p < 1.0:
         raise ValueError(f"dropout {name!r}: p={p} is not a probability in [0, 1)")
     threshold = round(p * 2.0**32)
-    keep = (bits(fold(key, name), x.numel()) >= threshold).view(x.shape)
+    keep = (bits(fold_in(key, name), x.numel()) >= threshold).view(x.shape)
     return x * keep.to(x.dtype) * (1.0 / (1.0 - p))
 
 
@@ -143,8 +146,8 @@ class InitKey:
         """Normal values by Box-Muller, computed in fp64 and rounded once."""
 
         def draw(key: Tensor, count: int, start: int) -> Tensor:
-            radius = torch.sqrt(-2.0 * torch.log(_unit(bits(fold(key, 0), count, start))))
-            return mean + std * radius * torch.cos(2.0 * math.pi * _unit(bits(fold(key, 1), count, start)))
+            radius = torch.sqrt(-2.0 * torch.log(_unit(bits(fold_in(key, 0), count, start))))
+            return mean + std * radius * torch.cos(2.0 * math.pi * _unit(bits(fold_in(key, 1), count, start)))
 
         return self._fill(name, shape, draw)
 

@@ -51,6 +51,20 @@ def pipeline(
         sharding: how parameters and work are shared over the dp and tp axes of the mesh, and in what precision.
         batch_dims: which dim of a batch entry holds the rows, or None for entries that every microbatch gets whole.
 
+    Returns:
+        An `af.Pipeline`: `pipe(params, batch)` is the loss, `af.value_and_grad(pipe)(params, batch)` loss and gradients.
+        It holds no parameters. Its methods (`help(af.Pipeline)` says more):
+
+        - `init(seed)`, `place(full_params)`: initial parameters, or this process's part of given ones
+        - `gather(params_or_grads)`: the full tree, on every process
+        - `forward(params, batch)`: outputs of the last stage
+        - `clip(grads, max_norm)`, `global_norm(grads)`: gradients with a bounded norm, and the norm
+        - `build(batch)`: builds for such batches ahead of the first call
+        - `explain()`: stages, what crosses between them, and the schedule drawn, as text
+        - `profile(params, batch)`, `costs(params, batch)`: when every action ran; what stages cost, for the simulator
+        - `memory(params, batch)`, `measure_bytes(params, batch)`: bytes that stages keep, known ahead; and weighed in a run
+        - `with_loss(loss)`: the same pipeline with another loss
+
     Raises:
         ScheduleError: when the schedule is invalid or does not fit the number of stages.
         MeshError: when the mesh does not fit the schedule.

@@ -257,7 +257,7 @@ def _shared(config: EncoderDecoderConfig) -> af.Layer:
             functional.embedding(batch["input_ids"], params["weight"]), config.dropout_rate, batch, "shared"
         )
 
-    return af.Layer(apply, lambda key: _weight(key, "", (config.vocab_size, config.d_model), config.initializer_factor))
+    return af.Layer(lambda key: _weight(key, "", (config.vocab_size, config.d_model), config.initializer_factor), apply)
 
 
 def _decoder_embedding(config: EncoderDecoderConfig) -> af.Layer:
@@ -266,20 +266,20 @@ def _decoder_embedding(config: EncoderDecoderConfig) -> af.Layer:
         x_BTD = af.random.dropout(x_BTD, config.dropout_rate, batch, "decoder.embed_tokens")
         return {"hidden": x_BTD, "encoder_hidden": x_BSD}
 
-    return af.Layer(apply)
+    return af.Layer(apply=apply)
 
 
 def _final_norm(config: EncoderDecoderConfig, name: str) -> af.Layer:
     def apply(params: Params, x_BTD: Tensor, batch: Params) -> Tensor:
         return af.random.dropout(rms_norm(params, x_BTD, config.layer_norm_epsilon), config.dropout_rate, batch, name)
 
-    return af.Layer(apply, lambda key: norm_init(key, "", config.d_model))
+    return af.Layer(lambda key: norm_init(key, "", config.d_model), apply)
 
 
 def _head(config: EncoderDecoderConfig) -> af.Layer:
     if not config.tie_word_embeddings:
-        return af.Layer(lambda params, x_BTD, batch: functional.linear(x_BTD, params["weight"]), _shared(config).init)
-    return af.Layer(lambda params, x_BTD, batch: functional.linear(x_BTD * config.d_model**-0.5, params["weight"]))
+        return af.Layer(_shared(config).init, lambda params, x_BTD, batch: functional.linear(x_BTD, params["weight"]))
+    return af.Layer(apply=lambda params, x_BTD, batch: functional.linear(x_BTD * config.d_model**-0.5, params["weight"]))
 
 
 def _ties_in_state(config: EncoderDecoderConfig) -> dict[str, str]:

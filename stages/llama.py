@@ -260,7 +260,7 @@ def head(config: LlamaConfig) -> af.Layer:
     def apply(params: Params, x_BTD: Tensor, batch: Params) -> Tensor:
         return functional.linear(af.constrain(x_BTD, "replicate"), params["weight"])
 
-    return af.Layer(apply) if config.tie_word_embeddings else af.Layer(apply, embedding(config).init)
+    return af.Layer(apply=apply) if config.tie_word_embeddings else af.Layer(embedding(config).init, apply)
 
 
 # --- from and to Hugging Face -----------------------------------------------------------------------------------------

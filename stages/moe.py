@@ -119,11 +119,11 @@ def build_moe_model(
     def apply_head(params: Params, x: Params, batch: Params) -> dict[str, Tensor]:
         return {"logits": project.apply(params, x["hidden"], batch), "balance_loss": x["balance_loss"]}
 
-    layers = {"embed_tokens": af.Layer(apply_embedding, embed.init)}
+    layers = {"embed_tokens": af.Layer(embed.init, apply_embedding)}
     for index in range(num_hidden_layers):
         layers[f"layers.{index}"] = _block(config)
-    layers["norm"] = af.Layer(apply_norm, lambda key: norm_init(key, "", hidden_size))
-    layers["lm_head"] = af.Layer(apply_head, project.init)
+    layers["norm"] = af.Layer(lambda key: norm_init(key, "", hidden_size), apply_norm)
+    layers["lm_head"] = af.Layer(project.init, apply_head)
     return af.Model(layers, ties=ties(config), config=config)
 
 

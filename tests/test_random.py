@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from autofunc.random import InitKey, as_key, bits, dropout, fold, make_key
+from autofunc.random import InitKey, as_key, bits, dropout, fold_in, make_key
 
 
 def correlation(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -27,7 +27,9 @@ def test_bits_are_uniform_and_uncorrelated() -> None:
         assert abs(((drawn >> bit) & 1).double().mean().item() - 0.5) < 0.01
 
 
-@pytest.mark.parametrize("other", [make_key(1, 3), make_key(2, 2), fold(make_key(1, 2), 0), fold(make_key(1, 2), "h.0")])
+@pytest.mark.parametrize(
+    "other", [make_key(1, 3), make_key(2, 2), fold_in(make_key(1, 2), 0), fold_in(make_key(1, 2), "h.0")]
+)
 def test_keys_give_unrelated_bits(other: torch.Tensor) -> None:
     n = 1 << 16
     assert abs(correlation(bits(make_key(1, 2), n), bits(other, n))) < 0.02
@@ -35,8 +37,8 @@ def test_keys_give_unrelated_bits(other: torch.Tensor) -> None:
 
 def test_folding_many_at_once_is_folding_one_by_one() -> None:
     key = make_key(5)
-    assert torch.equal(fold(key, torch.arange(4)), torch.stack([fold(key, index) for index in range(4)]))
-    assert len({tuple(fold(key, index).tolist()) for index in range(1000)}) == 1000
+    assert torch.equal(fold_in(key, torch.arange(4)), torch.stack([fold_in(key, index) for index in range(4)]))
+    assert len({tuple(fold_in(key, index).tolist()) for index in range(1000)}) == 1000
 
 
 def test_bits_can_be_made_in_pieces() -> None:

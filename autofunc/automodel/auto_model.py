@@ -17,15 +17,8 @@ from autofunc.automodel.hub import CONFIGS, WEIGHTS, folder_of
 from autofunc.automodel.in_transformers import WholeModel, is_model
 from autofunc.automodel.write import write_pretrained
 from autofunc.captured import CapturedModel
-from autofunc.captured.pretrained import (
-    INDEX,
-    SINGLE,
-    ConvertedForm,
-    Pretrained,
-    SafetensorsWeights,
-    StoredTensors,
-    Weights,
-)
+from autofunc.captured.pretrained import ConvertedForm, Pretrained, SafetensorsWeights, Weights
+from autofunc.captured.stored_tensors import INDEX, SINGLE, StoredTensors
 from autofunc.errors import ModelError, one_of
 
 

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autofunc.captured.pretrained import ConvertedForm, StoredTensors
+from autofunc.captured.pretrained import ConvertedForm
+from autofunc.captured.stored_tensors import StoredTensors
 
 
 @dataclass

@@ -16,7 +16,8 @@ from autofunc.automodel.in_transformers import is_model
 from autofunc.automodel.registry import ARCHITECTURES, model_type_of
 from autofunc.captured import CapturedModel
 from autofunc.captured.module import ModuleSource, source_of
-from autofunc.captured.pretrained import INDEX, SINGLE, Pretrained, StoredTensors
+from autofunc.captured.pretrained import Pretrained
+from autofunc.captured.stored_tensors import INDEX, SINGLE, StoredTensors
 from autofunc.errors import ModelError, one_of
 
 

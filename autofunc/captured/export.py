@@ -239,7 +239,7 @@ def _take_out_markers(exported: Exported) -> None:
             name, after = str(node.args[1]), node.next
             if name in exported.markers:
                 raise ModelError(
-                    f"af.split_point({name!r}) is passed twice ({line_of(node)}); give each marker its own name"
+                    f"af.split_point(x, {name!r}) is passed twice ({line_of(node)}); give each marker its own name"
                 )
             exported.markers[name] = after
             node.replace_all_uses_with(node.args[0])

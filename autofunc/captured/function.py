@@ -20,7 +20,7 @@ def from_function(
     *,
     trainable: Sequence[str] = ("*",),
 ) -> CapturedModel:
-    """A function with markers as a model: a layer begins at each `af.split_point(name, x)` that it passes.
+    """A function with markers as a model: a layer begins at each `af.split_point(x, name)` that it passes.
 
     Args:
         function: `function(params, batch)`, pure: params as nested dicts, batch a mapping without the key.
@@ -34,7 +34,7 @@ def from_function(
     Example:
         def net(params, batch):
             x = torch.tanh(batch["x"] @ params["first"])
-            x = af.split_point("second", x)
+            x = af.split_point(x, "second")
             return x @ params["second"]
 
         model = af.from_function(net, {"first": torch.randn(4, 8), "second": torch.randn(8, 2)}, {"x": torch.randn(6, 4)})
@@ -80,6 +80,10 @@ class FunctionSource:
     def arguments(self, batch: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """See `Source.arguments`."""
         return (dict(batch),), {}
+
+    def has_value(self, path: str) -> bool:
+        """See `Source.has_value`."""
+        return True
 
     def weights(
         self, paths: Iterable[str], seed: int, device: torch.device, dtype: torch.dtype | None

@@ -62,7 +62,7 @@ class CapturedModel(Model):
         ties = {path: name for owned in self._holders.values() for name, path in owned.items() if path != name}
         self._layer_of_path = {path: layer for layer, owned in self._holders.items() for path in owned.values()}
         super().__init__(
-            {name: Layer(self._apply(number)) for number, name in enumerate(layers)},
+            {name: Layer(apply=self._apply(number)) for number, name in enumerate(layers)},
             ties=ties, config=config, trainable=trainable,
         )  # fmt: skip
         self.uncut = f"{self._source.what} was captured with the sizes of the whole in its graph"
@@ -116,6 +116,15 @@ class CapturedModel(Model):
         prefix = (self.layer_of(path) or "") + "."
         # what is not its own must not be taken for what is
         return path.removeprefix(prefix) if path.startswith(prefix) else "@" + path.replace(".", "/")
+
+    @property
+    def title(self) -> str:
+        """See `Model.title`."""
+        return self._source.what
+
+    def has_own_value(self, path: str) -> bool:
+        """See `Model.has_own_value`."""
+        return self._source.has_value(path)
 
     def init_paths(
         self, paths: Iterable[str], seed: int, device: torch.device | str, dtype: torch.dtype | None = None

@@ -222,7 +222,7 @@ class ModuleSource:
         return self._keep_real and not self.parameters[path].is_meta
 
     def has_value(self, path: str) -> bool:
-        """Whether a parameter is stored, or has its value in the module."""
+        """See `Source.has_value`."""
         return not self.parameters[path].is_meta or (self._stored is not None and path in self._stored)
 
     def _read(self, names: Iterable[str]) -> dict[str, Tensor]:

@@ -49,6 +49,10 @@ class Source(Protocol):
         """What `module` is called with, given the selected entries."""
         ...
 
+    def has_value(self, path: str) -> bool:
+        """Whether a parameter, by its canonical path, has a value: it is not on the meta device, or stored in a file."""
+        ...
+
     def weights(
         self, paths: Iterable[str], seed: int, device: torch.device, dtype: torch.dtype | None
     ) -> dict[str, Tensor]:  # fmt: skip

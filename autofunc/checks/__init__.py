@@ -1,7 +1,7 @@
 """Whether a module can be sharded and pipelined, and if not, why."""
 
-from autofunc.checks.report import Report, Verdict, Where
+from autofunc.checks.report import Report
 from autofunc.checks.run import check
-from autofunc.checks.text import table
+from autofunc.checks.verdict import Verdict, Where
 
-__all__ = ["Report", "Verdict", "Where", "check", "table"]
+__all__ = ["Report", "Verdict", "Where", "check"]

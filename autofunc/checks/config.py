@@ -8,8 +8,8 @@ from dataclasses import asdict, is_dataclass
 from types import SimpleNamespace
 from typing import Any
 
-from autofunc.checks.report import Verdict
 from autofunc.checks.subject import Subject
+from autofunc.checks.verdict import Verdict
 
 
 def check_config(subject: Subject, registry: bool) -> list[Verdict]:

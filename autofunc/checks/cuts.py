@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from autofunc.checks.report import Verdict
 from autofunc.checks.subject import Subject
+from autofunc.checks.verdict import Verdict
 from autofunc.errors import AutofuncError
 from autofunc.model import Model
 from autofunc.splitting import infer_boundaries, split

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from autofunc.captured.initial import initial_weights
-from autofunc.checks.report import Verdict, where
 from autofunc.checks.subject import Subject
+from autofunc.checks.verdict import Verdict, where
 from autofunc.errors import ModelError
 
 

@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from autofunc import tree
-from autofunc.checks.report import Verdict
 from autofunc.checks.subject import Subject
+from autofunc.checks.verdict import Verdict
 
 
 def check_entries(subject: Subject) -> list[Verdict]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from autofunc import tree
-from autofunc.checks.pieces import Pieces, close, compared, first_coupled, loss_kind, run_pieces
-from autofunc.checks.report import Verdict
-from autofunc.checks.still import WithoutDropout
 from autofunc.checks.subject import ForwardError, Subject
+from autofunc.checks.verdict import Verdict
+from autofunc.checks.whole_and_parts import WholeAndParts, close, compared, first_coupled, loss_kind, run_whole_and_parts
+from autofunc.checks.without_dropout import WithoutDropout
 
 _LOSS = ("output", "output.loss")
 
@@ -18,18 +18,18 @@ def check_independence(subject: Subject) -> list[Verdict]:
     if len(subject.parts()) < 2:
         return [Verdict("P3", "skip", f"takes a batch that can be cut into microbatches, this one has {subject.rows} rows")]
     try:
-        pieces = run_pieces(subject)
+        both = run_whole_and_parts(subject)
     except ForwardError as error:
         text = f"runs on the batch of {subject.rows} rows, but not on a part of it: {error}"
         return [Verdict("P3", "fail", text, subject.where)]
-    if _draws(subject, pieces):
+    if _draws(subject, both):
         return [Verdict("P3", "skip", "forward draws random numbers that are no dropout, so runs cannot be compared")]
-    found = compared(pieces.whole.outputs, [part.outputs for part in pieces.parts])
+    found = compared(both.whole.outputs, [part.outputs for part in both.parts])
     rest = {name: how for name, how in found.items() if not (name in _LOSS and how in ("reduced", "same", "other"))}
     differs = [name for name, how in rest.items() if how == "differs"]
     if differs:
         return [_coupled(subject, f"{', '.join(differs[:4])} of a row depends on the other rows of its batch")]
-    if loss_kind(pieces) == "coupled":
+    if loss_kind(both) == "coupled":
         if "rows" not in rest.values():
             return [_coupled(subject, "the loss of the batch is not that of its microbatches, put together")]
         text = (
@@ -42,7 +42,7 @@ def check_independence(subject: Subject) -> list[Verdict]:
     if whole:
         text = f"{', '.join(whole[:4])} has no rows and depends on which rows are in a microbatch together"
         return [Verdict("P3", "warn", text, subject.where)]
-    return [Verdict("P3", "pass", f"the batch and its {len(pieces.parts)} microbatches give the same")]
+    return [Verdict("P3", "pass", f"the batch and its {len(both.parts)} microbatches give the same")]
 
 
 def _coupled(subject: Subject, text: str) -> Verdict:
@@ -53,8 +53,8 @@ def _coupled(subject: Subject, text: str) -> Verdict:
     return Verdict("P3", "fail", f"{text}; {advice}", at)
 
 
-def _draws(subject: Subject, pieces: Pieces) -> bool:
+def _draws(subject: Subject, both: WholeAndParts) -> bool:
     """Whether other seeds give other outputs, without dropout."""
-    runs = [pieces.whole.outputs, subject.run(subject.batch, seed=1, mode=WithoutDropout())]
+    runs = [both.whole.outputs, subject.run(subject.batch, seed=1, mode=WithoutDropout())]
     leaves = [[leaf for leaf in tree.leaves_and_spec(run)[0] if isinstance(leaf, Tensor)] for run in runs]
     return len(leaves[0]) != len(leaves[1]) or not all(map(close, *leaves))

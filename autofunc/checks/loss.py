@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autofunc.checks.pieces import LossKind, close, labels_of, loss_kind, run_pieces
-from autofunc.checks.report import Status, Verdict
 from autofunc.checks.subject import ForwardError, Subject
+from autofunc.checks.verdict import Status, Verdict
+from autofunc.checks.whole_and_parts import LossKind, close, labels_of, loss_kind, run_whole_and_parts
 from autofunc.losses import IGNORED, evaluate
 
 
@@ -96,7 +96,7 @@ def _loss_of(subject: Subject, batch: Mapping[str, Any]) -> Tensor | None:
 def _weighs(subject: Subject) -> str:
     """Whether the mean over microbatches is the loss of the batch, also when these have different numbers of labels."""
     try:
-        kind = loss_kind(run_pieces(subject))
+        kind = loss_kind(run_whole_and_parts(subject))
     except ForwardError:  # P3 says so
         return ""
     if kind == "equal":
@@ -124,11 +124,11 @@ def _with_fewer_labels(subject: Subject) -> LossKind:
         fewer[0, ..., leaf.shape[-1] // 2 :] = IGNORED
         batch = {**subject.batch, name: fewer}
         try:
-            pieces = run_pieces(subject, batch)
+            both = run_whole_and_parts(subject, batch)
         except ForwardError:
             return "equal"  # -100 is no label that it leaves out
-        loss, plain = pieces.whole.loss, subject.still[0].loss
+        loss, plain = both.whole.loss, subject.still[0].loss
         if loss is None or plain is None or not bool(loss.isfinite()) or close(loss, plain):
             return "equal"
-        return loss_kind(pieces)
+        return loss_kind(both)
     return "equal"

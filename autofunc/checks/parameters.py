@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autofunc.checks.report import Status, Verdict, is_torch, where
 from autofunc.checks.subject import Subject
+from autofunc.checks.verdict import Status, Verdict, is_torch, where
 
 _STATE = ("_parameters", "_buffers", "_modules")
 _CONTAINERS = (nn.ParameterList, nn.ParameterDict)

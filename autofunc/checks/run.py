@@ -16,13 +16,14 @@ from autofunc.checks.cuts import check_cuts
 from autofunc.checks.empty_build import check_empty_build
 from autofunc.checks.entries import check_entries
 from autofunc.checks.independence import check_independence
-from autofunc.checks.kept import check_kept
+from autofunc.checks.leftovers import check_leftovers
 from autofunc.checks.loss import check_loss
 from autofunc.checks.parameters import check_parameters
-from autofunc.checks.report import Report, Verdict
-from autofunc.checks.state import seeded
+from autofunc.checks.report import Report
+from autofunc.checks.snapshot import seeded
 from autofunc.checks.subject import ForwardError, Subject
 from autofunc.checks.ties import check_ties
+from autofunc.checks.verdict import Verdict
 from autofunc.checks.writes import check_writes
 from autofunc.fake import user_line
 from autofunc.losses import Loss
@@ -61,7 +62,7 @@ def check(
 
     Example:
         report = af.check(model, {"input_ids": ids, "labels": ids})
-        assert report.ok, autofunc.checks.table(report)
+        assert report.ok, report  # print(report) shows it as a table
     """
     subject = Subject(module, batch, loss, inputs, rows)
     _ = subject.snapshot  # before anything runs
@@ -69,7 +70,7 @@ def check(
         "C1": check_parameters,
         "C2": check_writes,
         "C3": check_loss,
-        "C4": check_kept,
+        "C4": check_leftovers,
         "C5": partial(check_config, registry=registry),
         "P1": check_cuts,
         "P2": check_ties,

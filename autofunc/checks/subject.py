@@ -21,10 +21,10 @@ from autofunc.batch import split_batch
 from autofunc.captured import from_module
 from autofunc.captured.module import ModuleSource
 from autofunc.captured.places import default_layers
-from autofunc.checks.report import Where, is_torch, where
-from autofunc.checks.state import Change, Snapshot, seeded
-from autofunc.checks.still import WithoutDropout
+from autofunc.checks.snapshot import Change, Snapshot, seeded
+from autofunc.checks.verdict import Where, is_torch, where
 from autofunc.checks.watch import Watched, watching
+from autofunc.checks.without_dropout import WithoutDropout
 from autofunc.errors import AutofuncError, BatchError, ModelError
 from autofunc.fake import user_line
 from autofunc.losses import Loss, LossTerms, evaluate

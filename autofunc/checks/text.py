@@ -1,31 +1,37 @@
-"""A report for people."""
+"""Findings for people."""
 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from autofunc.checks.report import Report, Verdict
+from autofunc.checks.verdict import Verdict
 
 WIDTH = 80
 _COLOURS = {"pass": "32", "warn": "33", "fail": "31", "skip": "2"}
 _MOST_POINTS = 16
 
 
-def table(report: Report, colour: bool = False) -> str:
-    """A report as text, at most 80 columns wide: each finding, then where the module can be split and what crosses there.
+def summary(subject: str, verdicts: Sequence[Verdict]) -> str:
+    """How many findings there are of each status, in one line."""
+    words = {"fail": "failed", "warn": "warnings", "pass": "passed", "skip": "skipped"}
+    counted = (f"{sum(each.status == status for each in verdicts)} {word}" for status, word in words.items())
+    return f"{subject}: " + ", ".join(counted)
+
+
+def table(subject: str, verdicts: Sequence[Verdict], colour: bool = False) -> str:
+    """Findings as text, at most 80 columns wide: each of them, then where the module can be split and what crosses there.
 
     Args:
-        report: what `af.check` returned.
+        subject: name of the module.
+        verdicts: what was found.
         colour: paint the statuses with ANSI colours.
     """
-    count = {status: sum(each.status == status for each in report.verdicts) for status in _COLOURS}
-    words = {"fail": "failed", "warn": "warnings", "pass": "passed", "skip": "skipped"}
-    lines = _wrapped(f"{report.subject}: " + ", ".join(f"{count[status]} {word}" for status, word in words.items()), "")
-    for verdict in report.verdicts:
+    lines = _wrapped(summary(subject, verdicts), "")
+    for verdict in verdicts:
         lines += _finding(verdict, colour)
-    points = [point for verdict in report.of("P1") for point in verdict.data.get("split_points", ())]
+    points = [point for each in verdicts if each.code == "P1" for point in each.data.get("split_points", ())]
     return "\n".join([*lines, *_points(points)])
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from autofunc.checks.report import Verdict
-from autofunc.checks.state import storage_of
+from autofunc.checks.snapshot import storage_of
 from autofunc.checks.subject import Subject
+from autofunc.checks.verdict import Verdict
 
 
 def check_ties(subject: Subject) -> list[Verdict]:

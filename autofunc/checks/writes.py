@@ -6,8 +6,8 @@ A sharded parameter is gathered into memory that is freed afterwards, so what is
 from __future__ import annotations
 
 from autofunc import tree
-from autofunc.checks.report import Verdict
 from autofunc.checks.subject import Subject
+from autofunc.checks.verdict import Verdict
 from autofunc.checks.watch import Watched, watching
 
 

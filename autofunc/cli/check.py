@@ -10,7 +10,6 @@ from rich.console import Console
 
 from autofunc.automodel import with_values
 from autofunc.checks import check as run_checks
-from autofunc.checks import table
 from autofunc.config import instantiate, read_config
 from autofunc.data import first_rows
 from autofunc.model import Model
@@ -43,5 +42,5 @@ def check(config_path: str, overrides: Sequence[str], as_json: bool) -> bool:
     console = Console(file=sys.stdout)
     for note in notes:
         console.print(f"note: {note}", highlight=False, markup=False)
-    sys.stdout.write(table(report, colour=console.is_terminal and not console.no_color) + "\n")
+    sys.stdout.write(report.table(colour=console.is_terminal and not console.no_color) + "\n")
     return report.ok

@@ -10,11 +10,11 @@ from pathlib import Path
 from rich.console import Console
 
 from autofunc.config import read_config
-from autofunc.train.budget import check_budget
 from autofunc.train.launch import is_worker, launch, run_worker
+from autofunc.train.memory_budget import check_budget
 from autofunc.train.recipe import default_output_dir, prepare
-from autofunc.train.rehearsal import rehearse
 from autofunc.train.run import run
+from autofunc.train.tensor_parallel_check import check_tensor_parallel
 
 _OUTPUT_DIR = "AUTOFUNC_OUTPUT_DIR"  # chosen once, by the process that starts the workers
 
@@ -36,7 +36,7 @@ def finetune_llm(config_path: str, overrides: Sequence[str], nproc_per_node: int
     with Console(stderr=True).status(f"checking {config_path}"):  # reads the data; shown on terminals
         config, notes = read_config(config_path, overrides)
         recipe = prepare(config, nproc_per_node, notes=notes)
-        rehearse(recipe)
+        check_tensor_parallel(recipe)
         check_budget(recipe)
     output_dir = _output_dir(config.output_dir, config_path)
     if recipe.axes.num_processes == 1:

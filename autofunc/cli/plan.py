@@ -13,7 +13,7 @@ from rich.table import Table
 from autofunc.config import read_config
 from autofunc.schedule import draw
 from autofunc.train.planning import RunPlan, plan_run
-from autofunc.train.rehearsal import rehearse
+from autofunc.train.tensor_parallel_check import check_tensor_parallel
 
 
 def plan(
@@ -36,7 +36,7 @@ def plan(
     with shown.status(f"planning {config_path}") as status:
         config, notes = read_config(config_path, overrides)
         made = plan_run(config, num_processes, notes, measure=measure, on_progress=status.update)
-        rehearse(made.recipe)
+        check_tensor_parallel(made.recipe)
     if picture is not None:
         draw(made.timeline, picture)
     if as_json:

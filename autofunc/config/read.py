@@ -1,13 +1,14 @@
-"""From a file to a checked configuration."""
+"""From a YAML file and overrides to plain nested dicts, and to a checked configuration."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from autofunc.config.load import load_config
-from autofunc.config.renamed import with_new_names
+from autofunc.config.nemo_names import with_new_names
 from autofunc.config.schema import FinetuneConfig, parse_config
+from autofunc.errors import ConfigError
 
 
 def read_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[FinetuneConfig, list[str]]:
@@ -22,3 +23,63 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Finetu
     """
     raw, notes = with_new_names(load_config(path, overrides))
     return parse_config(raw), notes
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Read a YAML file, apply overrides, resolve `${...}`.
+
+    Args:
+        path: the file.
+        overrides: `--a.b.c VALUE`, `--a.b.c=VALUE` or `a.b.c=VALUE`; values are read as YAML.
+
+    Raises:
+        ConfigError: when the file is missing, is no YAML mapping, or an override cannot be read.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    path = Path(path)
+    if not path.is_file():
+        near = sorted(str(other) for other in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
+        raise ConfigError(f"there is no file {str(path)!r}" + (f"; found {', '.join(near[:8])}" if near else ""))
+    try:
+        config = OmegaConf.load(path)
+        if not OmegaConf.is_dict(config):
+            raise ConfigError(f"{path} is not a mapping of sections; expected keys such as model:, dataset:, optimizer:")
+        for key, value in _pairs(overrides):
+            OmegaConf.update(config, key, _value(key, value), merge=True)
+        resolved = OmegaConf.to_container(config, resolve=True)
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+    assert isinstance(resolved, dict)
+    return {str(key): value for key, value in resolved.items()}
+
+
+def _value(key: str, text: str) -> Any:
+    """The value of an override, read as YAML."""
+    from omegaconf import OmegaConf
+    from yaml import YAMLError
+
+    try:
+        return OmegaConf.create(f"value: {text}").value
+    except YAMLError as error:
+        raise ConfigError(f"override {key}={text!r} is not YAML; put it in quotes inside quotes: '\"{text}\"'") from error
+
+
+def _pairs(overrides: Sequence[str]) -> list[tuple[str, str]]:
+    """Pair up keys and values given in any of the three forms."""
+    pairs, words = [], list(overrides)
+    while words:
+        word = words.pop(0)
+        key = word.removeprefix("--")
+        if "=" in key:
+            key, value = key.split("=", 1)
+        elif word.startswith("--") and words and not words[0].startswith("--"):
+            value = words.pop(0)
+        else:
+            raise ConfigError(f"override {word!r} has no value; write '--a.b.c VALUE' or 'a.b.c=VALUE'")
+        if not key or not all(key.split(".")):
+            raise ConfigError(f"override {word!r}: {key!r} is not a key such as 'step_scheduler.max_steps'")
+        pairs.append((key, value))
+    return pairs

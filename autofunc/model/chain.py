@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Protocol
@@ -168,15 +169,49 @@ class Model:
         """
         return self
 
-    def init(self, seed: int = 0, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> TensorDict:
+    @property
+    def title(self) -> str:
+        """What it is called in messages."""
+        return "the model"
+
+    def has_own_value(self, path: str) -> bool:
+        """Whether a parameter, by its canonical path, has an initial value of its own, which no seed changes."""
+        return self.stored is not None
+
+    @property
+    def uses_seed(self) -> bool:
+        """Whether `init` makes any parameter from the seed."""
+        own = [self.has_own_value(self.canonical(path)) for path in self.spec]
+        return not own or not all(own)
+
+    def seed_of(self, seed: int | None, device: torch.device | str) -> int:
+        """What `init` makes values from; warns where a seed is given and no value is made from it."""
+        if seed is not None and torch.device(device).type != "meta" and not self.uses_seed:
+            warnings.warn(
+                f"{self.title} has weights of its own, and init returns copies of them: seed={seed} changes none. Leave it "
+                "out; weights are made from a seed where a module is on the meta device",
+                stacklevel=3,
+            )
+        return 0 if seed is None else seed
+
+    def init(
+        self, seed: int | None = None, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    ) -> TensorDict:  # fmt: skip
         """Make all parameters. Each depends on (seed, path) alone, whatever the layout, device or order.
 
+        Parameters that have values of their own, because a captured module or function has real ones or because they are
+        stored in files, keep those.
+
         Args:
-            seed: of the values.
+            seed: of the values; by default 0. A `UserWarning` says so when all parameters have values of their own, and
+                the seed is not used.
             device: where they are made.
-            dtype: of floating-point ones; by default fp32.
+            dtype: of floating-point ones; by default fp32, or what a captured module's own weights have.
+
+        Returns:
+            A tree of all parameters by canonical path.
         """
-        return tree.to_tensordict(self.init_paths(self.spec, seed, device, dtype))
+        return tree.to_tensordict(self.init_paths(self.spec, self.seed_of(seed, device), device, dtype))
 
     def init_paths(
         self, paths: Iterable[str], seed: int, device: torch.device | str, dtype: torch.dtype | None = None

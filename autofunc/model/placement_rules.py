@@ -9,7 +9,7 @@ import torch
 
 from autofunc import tree
 from autofunc.errors import MeshError, ModelError, one_of
-from autofunc.markers import sharded_dim
+from autofunc.spread import sharded_dim
 
 
 @dataclass(frozen=True)

@@ -79,3 +79,7 @@ __all__ = [
     "write_costs",
     "write_file",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})

@@ -17,19 +17,19 @@ from torch.distributed.tensor.experimental import implicit_replication, register
 
 from autofunc.cache import Identity
 from autofunc.errors import ModelError
-from autofunc.markers import SEQUENCE_DIM, sharded_dim, spreading
 from autofunc.shard.dtensors import settled
 from autofunc.shard.exchange import exchange_directly
 from autofunc.shard.vocabulary import cross_entropy_sum
+from autofunc.spread import SEQUENCE_DIM, sharded_dim, spreading
 
 
 class OverTP:
-    """A `splitting.Partitioning`, and a `markers.Spread`, over a tp axis.
+    """A `splitting.Partitioning`, and a `spread.Spread`, over a tp axis.
 
     Args:
         mesh: the tp axis.
         dims: path of a holder -> the dim along which its parameter is cut; others are whole.
-        sequence_parallel: what "sequence" means, see `markers.constrain`.
+        sequence_parallel: what "sequence" means, see `spread.constrain`.
     """
 
     def __init__(self, mesh: DeviceMesh, dims: Mapping[str, int], sequence_parallel: bool) -> None:
@@ -92,7 +92,7 @@ class OverTP:
     # --- Spread
 
     def constrain(self, x: Tensor, placement: str) -> Tensor:
-        """See `markers.constrain`."""
+        """See `spread.constrain`."""
         sequence = SEQUENCE_DIM if self.sequence_parallel else None
         dim = sequence if placement == "sequence" else sharded_dim(placement)
         if not isinstance(x, DTensor):

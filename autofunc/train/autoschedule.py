@@ -86,7 +86,7 @@ def find_schedule(recipe: Recipe, mesh: DeviceMesh, device: torch.device, consol
     by_bytes = recipe.search_budget is not None or recipe.options.remat == "auto"
     shown = console or Console(quiet=True)
     pipe = build_pipe(recipe, mesh)
-    params = pipe.init(recipe.seed, device)
+    params = pipe.init(recipe.init_seed, device)
     batch = to_device(recipe.example(), device)
     key = (recipe.seed, 1)  # of the first step: what is measured is what is trained, dropout included
     with shown.status("measuring what the stages cost"):

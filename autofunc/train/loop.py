@@ -55,7 +55,7 @@ def train(
     validation_pipe = pipe.with_loss(_with_weight(recipe.loss))
     place, places = data_coordinate(mesh)
     step_function = value_and_grad(pipe)
-    params = pipe.init(recipe.seed, device)
+    params = pipe.init(recipe.init_seed, device)
     state = recipe.optimizer.init(params)
     loader = recipe.make_train_loader(place=place, places=places)
     training_seconds, loss_value = 0.0, float("nan")

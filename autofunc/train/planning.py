@@ -100,7 +100,7 @@ def plan_run(
     times: dict[str, tuple[float, float]] = {}
 
     def measured(model: Model, microbatch: Mapping[str, Any], loss: Loss | None) -> dict[str, float]:
-        params = model.init(config.seed)
+        params = model.init(config.seed if model.uses_seed else None)
         times.update(
             measure_layers(model, params, microbatch, loss, on_progress=lambda name: on_progress(f"measured {name}"))
         )
@@ -201,7 +201,7 @@ def _kept(recipe: Recipe) -> tuple[StageBytes, ...] | None:
     alone = Sharding(mp_policy=recipe.sharding.mp_policy)
     pipe = build_pipe(replace(recipe, options=replace(recipe.options, compile=False), sharding=alone), None)
     try:
-        return pipe.memory(pipe.init(recipe.seed, "meta"), recipe.example(), (recipe.seed, 1))
+        return pipe.memory(pipe.init(device="meta"), recipe.example(), (recipe.seed, 1))
     except AutofuncError:
         if recipe.options.memory_budget is not None:
             raise  # nothing fits

@@ -52,6 +52,11 @@ class Recipe:
     rows: int  # of a batch, over all data parallel ranks
     notes: tuple[str, ...]  # what the user should know about how the configuration was read
 
+    @property
+    def init_seed(self) -> int | None:
+        """What initial weights are made from; None where the model has all of its own."""
+        return self.seed if self.model.uses_seed else None
+
     def example(self) -> dict[str, Any]:
         """A batch of the dataset's first rows, as many as a data parallel rank has: to measure on."""
         return first_rows(self.dataset, self.rows // self.axes.dp)

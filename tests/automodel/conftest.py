@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from autofunc.automodel.registry import ARCHITECTURES
-from autofunc.captured.pretrained import StoredTensors
+from autofunc.captured.stored_tensors import StoredTensors
 from tests.captured.zoo import ZOO
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import autofunc as af
-from autofunc.captured.pretrained import StoredTensors
+from autofunc.captured.stored_tensors import StoredTensors
 from autofunc.errors import ModelError
 from tests.automodel.models import TinyConfig, TinyForCausalLM, assert_same, ids, real
 from tests.captured.zoo import ZOO

@@ -80,7 +80,7 @@ def drawing(self: Any, h: Tensor) -> Tensor:
 
 
 def marking_twice(self: Any, h: Tensor) -> Tensor:
-    return af.split_point("here", torch.relu(af.split_point("here", h)))
+    return af.split_point(torch.relu(af.split_point(h, "here")), "here")
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def marking_twice(self: Any, h: Tensor) -> Tensor:
         (clamping, r"writes to its parameter 'linear.weight' \(aten.clamp_.*test_errors.py"),
         (branching, r"reads the value of a tensor \(.*h.sum\(\) > 0"),
         (drawing, r"draws from the global random generator \(aten.rand"),
-        (marking_twice, r"af.split_point\('here'\) is passed twice"),
+        (marking_twice, r"af.split_point\(x, 'here'\) is passed twice"),
         (lambda self, h: h @ torch.ones(5, 5), r"Made cannot run on this batch: .*test_errors.py"),
     ],
 )

@@ -253,8 +253,8 @@ def test_other_shapes_are_captured_when_they_come() -> None:
 def test_markers_in_a_function() -> None:
     def net(params: Mapping[str, Any], batch: Mapping[str, Any]) -> Tensor:
         x = torch.tanh(batch["x"] @ params["first"]["weight"])
-        skip, x = x, af.split_point("second", torch.relu(x @ params["second"]))
-        x = af.split_point("third", {"x": x + params["bias"]})["x"]
+        skip, x = x, af.split_point(torch.relu(x @ params["second"]), "second")
+        x = af.split_point({"x": x + params["bias"]}, "third")["x"]
         return x @ params["first"]["weight"].T + skip.sum(-1, keepdim=True)
 
     params = {"first": {"weight": torch.randn(6, 8)}, "second": torch.randn(8, 8), "bias": torch.ones(8)}

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from autofunc.config import read_config
-from autofunc.config.renamed import RENAMED, with_new_names
+from autofunc.config.nemo_names import RENAMED, with_new_names
 from autofunc.errors import ConfigError
 
 CONFIG = """

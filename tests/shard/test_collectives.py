@@ -203,7 +203,7 @@ def order_of_waits(engine: str, compile: bool) -> list[int]:
             pending.append(len(storages[0]._gathering) if storages else -1)
             return layer.apply(p, x, batch)
 
-        return af.Layer(apply, layer.init)
+        return af.Layer(layer.init, apply)
 
     model = model_of("llama", 2)
     layers = {name: watched(layer) for name, layer in model.layers.items()} if engine == "eager" else model.layers

@@ -124,7 +124,7 @@ def other_reductions() -> None:
         low, high = h.amin(-1, keepdim=True), h.amax(-1, keepdim=True)
         return af.constrain(low, "replicate") * 2 + af.constrain(high, "replicate") + h.mean(-1, keepdim=True)
 
-    layer = af.Layer(apply, lambda key: {"w": key.normal("w", (4, 3))})
+    layer = af.Layer(lambda key: {"w": key.normal("w", (4, 3))}, apply)
     model = af.Model({"only": layer}, tensor_parallel=af.TensorParallel({"*.w": "shard(0)"}))
     s = af.schedule.build("1f1b", num_ranks=1, num_microbatches=1)
     pipe = af.pipeline(af.split(model), s, loss=squared_error, mesh=mesh_of(dp_replicate=2, tp=2))
@@ -202,7 +202,7 @@ def aux_over_ranks(sizes: dict[str, int]) -> tuple[Any, ...]:
     model = af.Model(
         {
             name: af.Layer(
-                lambda p, x, b: (b["x"] if x is None else x) @ p["w"], lambda key: {"w": key.normal("w", (3, 3))}
+                lambda key: {"w": key.normal("w", (3, 3))}, lambda p, x, b: (b["x"] if x is None else x) @ p["w"]
             )
             for name in ("a", "b")
         }
@@ -232,7 +232,7 @@ def unused_parameter() -> None:
     def apply(p: Any, x: Any, batch: Any) -> Any:
         return batch["x"] @ p["w"]  # never p["idle"]
 
-    layer = af.Layer(apply, lambda key: {"w": key.normal("w", (3, 2)), "idle": key.normal("idle", (4,))})
+    layer = af.Layer(lambda key: {"w": key.normal("w", (3, 2)), "idle": key.normal("idle", (4,))}, apply)
     mesh = mesh_of(dp_shard=4)
     s = af.schedule.build("1f1b", num_ranks=1, num_microbatches=1)
     for engine in ("graph", "eager"):

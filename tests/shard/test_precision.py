@@ -23,7 +23,7 @@ SMALL = 2.0**-9
 
 def scaling_model() -> af.Model:
     """Its gradient is the sum of the rows' x."""
-    layer = af.Layer(lambda p, x, batch: batch["x"] * p["w"], lambda key: {"w": key.ones("w", (2,))})
+    layer = af.Layer(lambda key: {"w": key.ones("w", (2,))}, lambda p, x, batch: batch["x"] * p["w"])
     return af.Model({"only": layer})
 
 

@@ -15,8 +15,8 @@ from autofunc.engine import EngineOptions
 from autofunc.errors import ConfigError
 from autofunc.schedule.memory import peak_held
 from autofunc.train import autoschedule
-from autofunc.train.budget import check_budget
 from autofunc.train.loop import build_pipe
+from autofunc.train.memory_budget import check_budget
 from autofunc.train.recipe import Recipe, prepare
 from tests.cli.test_finetune import CONFIG
 from tests.laws.test_pipeline_equals_oracle import pp_mesh

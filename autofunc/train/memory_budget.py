@@ -31,7 +31,7 @@ def check_budget(recipe: Recipe) -> None:
     batch, key = recipe.example(), (recipe.seed, 1)
     try:
         if recipe.searches:
-            search_limits(recipe, pipe.memory(pipe.init(recipe.seed, "meta"), batch, key))
+            search_limits(recipe, pipe.memory(pipe.init(device="meta"), batch, key))
         else:
             pipe.build(batch, key=key)
     except ConfigError:

@@ -21,21 +21,21 @@ which microbatches have different numbers; both are sums; or it depends on more 
 
 
 @dataclass(frozen=True)
-class Pieces:
+class WholeAndParts:
     """A batch, and its microbatches."""
 
     whole: Run
     parts: Sequence[Run]
 
 
-def run_pieces(subject: Subject, batch: Mapping[str, Any] | None = None) -> Pieces:
+def run_whole_and_parts(subject: Subject, batch: Mapping[str, Any] | None = None) -> WholeAndParts:
     """Run a batch and its microbatches; by default the subject's own, which are run once and remembered.
 
     Raises:
         ForwardError: when a forward fails.
     """
     whole, *parts = subject.still if batch is None else map(subject.run_still, (batch, *subject.parts(batch)))
-    return Pieces(whole, parts)
+    return WholeAndParts(whole, parts)
 
 
 def close(one: Tensor, other: Tensor) -> bool:
@@ -53,10 +53,10 @@ def close(one: Tensor, other: Tensor) -> bool:
     return torch.allclose(one, other, rtol=0.0, atol=tolerance, equal_nan=True)
 
 
-def loss_kind(pieces: Pieces) -> LossKind:
+def loss_kind(both: WholeAndParts) -> LossKind:
     """See `LossKind`."""
-    terms = [run.terms for run in pieces.parts]
-    whole = pieces.whole.terms
+    terms = [run.terms for run in both.parts]
+    whole = both.whole.terms
     if whole is None or any(each is None for each in terms):
         return "none"
     sums = torch.stack([each.sum.detach().float() for each in terms if each is not None])
@@ -67,7 +67,7 @@ def loss_kind(pieces: Pieces) -> LossKind:
     if len(set(weights.tolist())) == 1 and float(whole.weight) == float(weights[0]):  # plain means
         if close(sums.sum(), expected):
             return "sum"
-        for counts in _label_counts(pieces.parts):
+        for counts in _label_counts(both.parts):
             if close((sums * counts).sum() / counts.sum(), expected):
                 return "tokens"
     return "coupled"
@@ -106,25 +106,25 @@ def compared(whole: Any, parts: Sequence[Any]) -> dict[str, Literal["rows", "sam
     found: dict[str, Any] = {}
     if any(len(column) != len(leaves) for column in columns):
         return {"output": "differs"}
-    for name, leaf, *pieces in zip(names, leaves, *columns, strict=True):
-        if isinstance(leaf, Tensor) and all(isinstance(piece, Tensor) for piece in pieces):
-            found[name] = _composed(leaf, pieces)
+    for name, leaf, *parts in zip(names, leaves, *columns, strict=True):
+        if isinstance(leaf, Tensor) and all(isinstance(part, Tensor) for part in parts):
+            found[name] = _composed(leaf, parts)
     return found
 
 
-def _composed(whole: Tensor, pieces: Sequence[Tensor]) -> str:
-    if whole.dim() > 0 and all(piece.dim() == whole.dim() for piece in pieces):
+def _composed(whole: Tensor, parts: Sequence[Tensor]) -> str:
+    if whole.dim() > 0 and all(part.dim() == whole.dim() for part in parts):
         for dim in range(whole.dim()):
-            others = [[*piece.shape[:dim], *piece.shape[dim + 1 :]] for piece in pieces]
+            others = [[*part.shape[:dim], *part.shape[dim + 1 :]] for part in parts]
             fits = all(other == [*whole.shape[:dim], *whole.shape[dim + 1 :]] for other in others)
-            if fits and sum(piece.shape[dim] for piece in pieces) == whole.shape[dim]:
-                return "rows" if close(torch.cat(list(pieces), dim), whole) else "differs"
-    if any(piece.shape != whole.shape for piece in pieces):
+            if fits and sum(part.shape[dim] for part in parts) == whole.shape[dim]:
+                return "rows" if close(torch.cat(list(parts), dim), whole) else "differs"
+    if any(part.shape != whole.shape for part in parts):
         return "differs"
-    if all(close(piece, whole) for piece in pieces):
+    if all(close(part, whole) for part in parts):
         return "same"
-    total = torch.stack([piece.detach() for piece in pieces]).sum(0) if whole.is_floating_point() else whole
-    if whole.is_floating_point() and (close(total, whole) or close(total / len(pieces), whole)):
+    total = torch.stack([part.detach() for part in parts]).sum(0) if whole.is_floating_point() else whole
+    if whole.is_floating_point() and (close(total, whole) or close(total / len(parts), whole)):
         return "reduced"
     return "other"
 

@@ -16,7 +16,7 @@ from autofunc.checks.run import UNFINISHED
 from autofunc.losses import causal_lm
 from tests.captured.laws import assert_unchanged, contents
 from tests.captured.zoo import ZOO
-from tests.check.faults import Sound, Tokens, rows
+from tests.checks.faults import Sound, Tokens, rows
 
 
 def statuses(report: checks.Report) -> dict[str, str]:
@@ -155,7 +155,7 @@ def test_a_model() -> None:
     def init(key: Any) -> dict[str, Tensor]:
         return {"weight": key.normal("weight", (6, 6))}
 
-    model = af.Model({"a": af.Layer(first, init), "b": af.Layer(second, init)})
+    model = af.Model({"a": af.Layer(init, first), "b": af.Layer(init, second)})
     report = af.check(model, {"x": rows(6)})
     assert report.ok, checks.table(report)
     expected = {"C1": "skip", "C2": "skip", "C3": "pass", "C4": "skip", "C5": "skip"}

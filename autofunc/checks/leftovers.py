@@ -15,15 +15,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from autofunc import tree
-from autofunc.checks.pieces import close
-from autofunc.checks.report import Verdict, where
-from autofunc.checks.state import Change
+from autofunc.checks.snapshot import Change
 from autofunc.checks.subject import ForwardError, Subject
+from autofunc.checks.verdict import Verdict, where
+from autofunc.checks.whole_and_parts import close
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
-def check_kept(subject: Subject) -> list[Verdict]:
+def check_leftovers(subject: Subject) -> list[Verdict]:
     """See above."""
     if subject.module is None:
         return [Verdict("C4", "skip", "layers are functions, and keep nothing")]

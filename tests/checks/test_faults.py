@@ -11,11 +11,11 @@ import pytest
 import torch
 
 import autofunc as af
-from autofunc.checks.report import TITLES
 from autofunc.checks.run import UNFINISHED
+from autofunc.checks.verdict import TITLES
 from tests.captured.laws import assert_unchanged, contents
-from tests.check import faults
-from tests.check.faults import FAULTS
+from tests.checks import faults
+from tests.checks.faults import FAULTS
 
 
 @pytest.mark.parametrize("name", FAULTS)

@@ -8,9 +8,9 @@ import re
 import pytest
 
 import autofunc as af
-from autofunc.checks import Report, Verdict, Where, table
+from autofunc.checks import Report, Verdict, Where
 from tests.captured.zoo import ZOO
-from tests.check.faults import FAULTS
+from tests.checks.faults import FAULTS
 
 
 @pytest.fixture(scope="module")
@@ -30,25 +30,26 @@ def test_table_of_faults(name: str) -> None:
     fault = FAULTS[name]
     report = af.check(fault.build(), fault.batch)
     assert Report.from_dict(json.loads(json.dumps(report.to_dict()))) == report
-    text = table(report)
+    text = str(report)
     assert max(map(len, text.splitlines())) <= 80
     assert f"{fault.code}  {fault.status}" in text
     assert re.match(r"\w+: [123] failed, ", text)
 
 
 def test_table(report: Report) -> None:
-    text = table(report)
+    text = str(report)
     lines = text.splitlines()
     assert max(map(len, lines)) <= 80
     assert lines[0] == "GPT2LMHeadModel: 0 failed, 3 warnings, 8 passed, 0 skipped"
     assert re.search(r"at Conv1D, transformers/pytorch_utils\.py:\d+", text)
     assert re.search(r"transformer\.h\.1 +1 +6,144", text)
-    coloured = table(report, colour=True)
+    coloured = report.table(colour=True)
     assert re.sub(r"\x1b\[\d+m", "", coloured) == text and coloured != text
+    assert repr(report) == f"Report({lines[0]})"
 
 
 def test_long_names_fit() -> None:
     place = Where("C" * 100, "/far/away/" + "x" * 100 + ".py", 12, "a." * 60)
     points = [{"names": ["p" * 90], "layer": True, "values": 1, "bytes": 10**12}]
     report = Report("M", (Verdict("P1", "warn", "word " * 40, place, {"split_points": points}),))
-    assert max(map(len, table(report).splitlines())) <= 80
+    assert max(map(len, str(report).splitlines())) <= 80

@@ -1,4 +1,4 @@
-"""A run's layers on a mesh of processes that do not exist: what cannot be cut over the tp axis is found in time.
+"""Whether a run's layers can be cut over the tp axis: found on a mesh of processes that do not exist, in time.
 
 Private parts of torch used, tried with 2.13.0: the fake process group of its own tests, whose transfers move nothing.
 """
@@ -19,7 +19,7 @@ from autofunc.train.axes import Axes
 from autofunc.train.recipe import Recipe
 
 
-def rehearse(recipe: Recipe) -> None:
+def check_tensor_parallel(recipe: Recipe) -> None:
     """Infer what crosses between stages as the first rank would; on one tp rank there is nothing to find.
 
     Only for a process that starts the others: what torch remembers of the mesh must not meet the real one.

@@ -1,0 +1,94 @@
+"""One finding of one check, as plain data: what, and at which class of the user's source."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+Status = Literal["pass", "warn", "fail", "skip"]
+
+TITLES: Mapping[str, str] = {
+    "C1": "standard layers",
+    "C2": "parameters are not written to",
+    "C3": "a loss",
+    "C4": "no state between calls",
+    "C5": "a config",
+    "P1": "can be split",
+    "P2": "shared parameters",
+    "P3": "rows are independent",
+    "P4": "a batch that can be cut",
+    "P5": "initialised without memory",
+}
+"""What each check looks for, by its code: C1 to C5 are about any sharded training, P1 to P5 about pipelines."""
+
+
+@dataclass(frozen=True)
+class Where:
+    """A class in the user's source.
+
+    `file` and `line` are None for torch's own classes and those without a source. `module` is the path of one object of
+    the class inside the checked module, empty for the module itself.
+    """
+
+    class_name: str
+    file: str | None
+    line: int | None
+    module: str
+
+    def __str__(self) -> str:
+        place = f", {short_path(self.file)}:{self.line}" if self.file else ""
+        return f"{self.class_name}{place}" + (f" ({self.module})" if self.module else "")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One finding of one check.
+
+    Args:
+        code: of the check, see `TITLES`.
+        status: "skip" when it says nothing about this module.
+        message: one sentence.
+        where: the class that is to be changed or looked at.
+        data: more of it, as JSON has it. P1: "split_points", a list of {"names", "layer", "values", "bytes"}, in the order
+            in which they run; P2: "ties", a list of lists of names.
+    """
+
+    code: str
+    status: Status
+    message: str
+    where: Where | None = None
+    data: Mapping[str, Any] = field(default_factory=dict)
+
+
+def where(cls: type, module: str = "") -> Where:
+    """Where a class is defined.
+
+    Args:
+        cls: a class.
+        module: path of an object of it.
+    """
+    if is_torch(cls):
+        return Where(cls.__name__, None, None, module)
+    try:
+        file, line = inspect.getsourcefile(cls), inspect.getsourcelines(cls)[1]
+    except (OSError, TypeError):  # defined at a prompt, or not in Python
+        file, line = None, 0
+    return Where(cls.__name__, file, line if file else None, module)
+
+
+def is_torch(cls: type) -> bool:
+    """Whether a class is one of torch's own."""
+    return cls.__module__ == "torch" or cls.__module__.startswith("torch.")
+
+
+def short_path(file: str) -> str:
+    """A path as people read it: from the working directory, or from where packages are installed."""
+    path = Path(file)
+    for part in ("site-packages", "dist-packages"):
+        if part in path.parts:
+            return str(Path(*path.parts[path.parts.index(part) + 1 :]))
+    here = Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else file

@@ -1,0 +1,91 @@
+"""How activations are spread over the processes that compute a stage together, as a model says by `af.constrain`.
+
+On one process it does nothing. While a stage that several processes compute together runs or is captured, the engine puts
+a `Spread` in charge, which moves the values. The values themselves never change, only where they lie.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import lru_cache
+from typing import Protocol
+
+from torch import Tensor
+
+from autofunc.errors import ModelError
+
+SEQUENCE_DIM = 1
+"""The dim of (rows, tokens, features) that "sequence" means."""
+
+
+class Spread(Protocol):
+    """Who moves values between the processes that compute a stage together."""
+
+    def constrain(self, x: Tensor, placement: str) -> Tensor:
+        """See `constrain`."""
+        ...
+
+    def cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor | None:
+        """The summed cross-entropy of logits that are spread over the vocabulary; None when these are not."""
+        ...
+
+
+_spread: ContextVar[Spread | None] = ContextVar("spread", default=None)
+
+
+@contextmanager
+def spreading(spread: Spread) -> Iterator[None]:
+    """Put it in charge."""
+    token = _spread.set(spread)
+    try:
+        yield
+    finally:
+        _spread.reset(token)
+
+
+def current_spread() -> Spread | None:
+    """Who is in charge; None on one process."""
+    return _spread.get()
+
+
+def constrain(x: Tensor, placement: str) -> Tensor:
+    """Say how an activation lies over the tp axis: `x` itself on one process, and the same values anywhere.
+
+    Without it, each operator decides by itself what its result looks like, and sums that several ranks have parts of may
+    be exchanged more than once. A block of a transformer needs four: where a branch begins, all of the stream is needed
+    (`"replicate"`); where it ends, the parts are summed into the stream (`"sequence"`).
+
+    Args:
+        x: a tensor.
+        placement: "replicate": every rank has all of it; "shard(d)": each has its part of dim d; "sequence": its part of
+            the tokens (dim 1) with sequence parallelism, all of it without.
+
+    Raises:
+        ModelError: for another placement, or a dim that does not divide.
+
+    Example:
+        h = af.constrain(layer_norm(params["ln"], x), "replicate")
+        x = x + af.constrain(linear(params["proj"], attention(h)), "sequence")
+    """
+    if placement != "sequence":
+        sharded_dim(placement)
+    spread = _spread.get()
+    return x if spread is None else spread.constrain(x, placement)
+
+
+@lru_cache
+def sharded_dim(placement: str) -> int | None:
+    """The dim that a placement cuts: `"shard(1)"` is 1, `"replicate"` is None.
+
+    Raises:
+        ModelError: for anything else.
+    """
+    found = re.fullmatch(r"\s*shard\(\s*(\d+)\s*\)\s*", placement) if isinstance(placement, str) else None
+    if found:
+        return int(found[1])
+    if placement == "replicate":
+        return None
+    raise ModelError(f"unknown placement {placement!r}; expected 'replicate' or 'shard(0)', 'shard(1)', ...")
