@@ -20,7 +20,8 @@ from autofunc.schedule.files.schedule_file import (
     to_json,
     write_file,
 )
-from autofunc.schedule.footprint.live import Memory, live_bytes, peak_bytes
+from autofunc.schedule.footprint.live import live_bytes, peak_bytes
+from autofunc.schedule.footprint.memory import Memory
 from autofunc.schedule.footprint.settle import settled_sends
 from autofunc.schedule.footprint.storage import StageBytes
 from autofunc.schedule.ir import Action, Kind, Row, Schedule
@@ -41,10 +42,11 @@ from autofunc.schedule.named.registry import (
 from autofunc.schedule.pictures.drawing import draw
 from autofunc.schedule.searching.random_search import lower_bound, search
 from autofunc.schedule.text import from_actions, from_text, parse_action, to_text
+from autofunc.schedule.timing.costs import Costs
 from autofunc.schedule.timing.fit import costs_of
 from autofunc.schedule.timing.idle import Idle, explain_idle
 from autofunc.schedule.timing.simulation import expected_makespan, simulate
-from autofunc.schedule.timing.timeline import Costs, Timeline
+from autofunc.schedule.timing.timeline import Timeline
 
 __all__ = [
     "SUFFIXES",

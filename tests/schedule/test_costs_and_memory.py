@@ -17,7 +17,7 @@ TWO = "0F0 0B0\n1F0 1B0"
 def makespan(table: str, costs: Costs) -> float:
     s = schedule.from_text(table)
     # receives posted as early as can be: a transfer begins when both ends are posted
-    compute, lowered = schedule.simulate(s, costs), schedule.simulate(schedule.lower(s, prefetch=9), costs)
+    compute, lowered = schedule.simulate(s, costs), schedule.simulate(schedule.lower(s, receive_ahead=9), costs)
     assert compute.makespan == pytest.approx(lowered.makespan)
     return compute.makespan
 
@@ -61,8 +61,8 @@ def test_edges_that_do_not_fit(edges: list[Edge], message: str) -> None:
 def test_a_transfer_waits_for_its_receive() -> None:
     s = schedule.from_text("0F0 0F1\n1F0 1F1")
     costs = Costs(F=(1, 3), latency=2)
-    assert schedule.simulate(schedule.lower(s, prefetch=1), costs).makespan == 1 + 2 + 3 + 3
-    assert schedule.simulate(schedule.lower(s, prefetch=0), costs).makespan == 1 + 2 + 3 + 2 + 3
+    assert schedule.simulate(schedule.lower(s, receive_ahead=1), costs).makespan == 1 + 2 + 3 + 3
+    assert schedule.simulate(schedule.lower(s, receive_ahead=0), costs).makespan == 1 + 2 + 3 + 2 + 3
 
 
 def test_costs_of_single_edges() -> None:

@@ -51,7 +51,7 @@ def keeps_the_laws(s: Schedule) -> bool:
                 if action.kind.is_compute:
                     for token in effect.writes:
                         travels = type(token).__name__ in ("Activation", "Cotangent") and not lowered
-                        live.add((s.placement[token[1]] if travels else rank, token))
+                        live.add((s.placement[token.target] if travels else rank, token))
                     continue
                 is_send = action.kind.is_send
                 edge = (action.stage, action.peer) if is_send else (action.peer, action.stage)
@@ -96,7 +96,7 @@ def test_every_mutation_is_judged_right() -> None:
         p, name = rng.randrange(1, 4), rng.choice(schedule.names())
         s = schedule.build(name, num_ranks=p, num_microbatches=rng.randrange(2 * p, 2 * p + 3))
         if rng.random() < 0.5:
-            s = schedule.lower(s, prefetch=rng.randrange(3), keep_overlapped=rng.random() < 0.5)
+            s = schedule.lower(s, receive_ahead=rng.randrange(3), keep_overlapped=rng.random() < 0.5)
         broken, what = mutate(s, rng)
         if keeps_the_laws(broken):
             schedule.validate(broken)

@@ -48,9 +48,9 @@ def build(name: str, num_ranks: int, num_microbatches: int) -> schedule.Schedule
 
 
 @given(names, sizes, sizes, st.integers(0, 3))
-def test_lowering_changes_no_times(name: str, num_ranks: int, num_microbatches: int, prefetch: int) -> None:
+def test_lowering_changes_no_times(name: str, num_ranks: int, num_microbatches: int, receive_ahead: int) -> None:
     s = build(name, num_ranks, num_microbatches)
-    lowered = schedule.lower(s, prefetch=prefetch)
+    lowered = schedule.lower(s, receive_ahead=receive_ahead)
     schedule.validate(lowered)
     assert schedule.simulate(lowered).makespan == schedule.simulate(s).makespan
 

@@ -14,7 +14,7 @@ from autofunc import schedule
 from autofunc.errors import ScheduleError
 from autofunc.schedule import Costs, Memory
 from autofunc.schedule.footprint.live import peak_held
-from autofunc.schedule.searching.random_search import named_candidates
+from autofunc.schedule.named.registry import named_candidates
 
 PAPER = Costs(F=18.522, I=18.086, W=9.337, comm=0.601)
 

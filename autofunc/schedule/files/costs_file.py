@@ -11,8 +11,8 @@ import numpy as np
 
 from autofunc.errors import ScheduleError, one_of
 from autofunc.schedule.files.text_file import StrPath, read_json, write_text
-from autofunc.schedule.footprint.live import Memory
-from autofunc.schedule.timing.timeline import Costs
+from autofunc.schedule.footprint.memory import Memory
+from autofunc.schedule.timing.costs import Costs
 
 
 def write_costs(path: StrPath, costs: Costs, memory: Memory | None = None) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from autofunc.schedule.effects import Edge, Token, flow_of
+from autofunc.schedule.effects import Edge, Token, carried_by, flow_of
 from autofunc.schedule.ir import Schedule
 
 Settled = dict[int, list[int]]
@@ -27,26 +27,23 @@ def settled_sends(schedule: Schedule, edges: Sequence[Edge] | None = None) -> tu
     read_at: dict[Token, int] = {}  # position of the reader in its rank's row
     for rank, row in enumerate(schedule):
         for position, action in enumerate(row):
-            effect = flow.effect(action)
             if action.kind.is_send:
-                sent[effect.reads[0]] = (rank, position)
+                sent[carried_by(action)] = (rank, position)
             else:
-                read_at.update(dict.fromkeys(effect.reads, position))
+                read_at.update(dict.fromkeys(flow.effect(action).reads, position))
     settled: list[Settled] = []
     for row in schedule:
         found: Settled = {}
         receiving: set[Token] = set()
         open_sends: dict[int, list[tuple[int, Token]]] = {}  # by rank that receives
         for position, action in enumerate(row):
-            effect = flow.effect(action)
             if action.kind.is_receive:
-                receiving.add(effect.writes[0])
+                receiving.add(carried_by(action))
                 continue
             if action.kind.is_send:
-                token = effect.reads[0]
-                open_sends.setdefault(schedule.placement[action.peer], []).append((position, token))
+                open_sends.setdefault(schedule.placement[action.peer], []).append((position, carried_by(action)))
                 continue
-            for token in effect.reads:
+            for token in flow.effect(action).reads:
                 if token in receiving:
                     receiving.discard(token)
                     sender, sent_at = sent[token]

@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from autofunc.schedule.effects import Activation, Cotangent, Edge, Residuals, Token
+from autofunc.schedule.effects import Activation, BackwardResiduals, Cotangent, Edge, Token
 
 Storage = tuple[str, int, int, int]
-"""(what, stage, which, microbatch)."""
+"""(what it holds, stage, number of the value, microbatch)."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class StageBytes:
     weight_input_grads: tuple[int, ...] = ()
 
 
-class Storages:
+class TokenStorages:
     """The storages behind tokens, and their sizes.
 
     Args:
@@ -63,11 +63,11 @@ class Storages:
         """(storage, bytes) of everything that a token holds on its rank."""
         microbatch = token.microbatch
         if isinstance(token, Activation):
-            return self._values("activation", token.producer, microbatch)
+            return self._values("activation", token.source, microbatch)
         if isinstance(token, Cotangent):
-            return self._values("cotangent", token.producer, microbatch)
+            return self._values("cotangent", token.target, microbatch)
         stage, mine = token.stage, self._stages[token.stage]
-        if isinstance(token, Residuals):
+        if isinstance(token, BackwardResiduals):
             own: list[tuple[Storage, int]] = [(("residuals", stage, 0, microbatch), mine.residuals)]
             inputs, outputs = mine.kept_inputs, mine.kept_outputs
         else:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from autofunc.schedule.effects import Activation, Cotangent, Edge, Residuals, Token, WeightResiduals, flow_of
+from autofunc.schedule.effects import Activation, BackwardResiduals, Cotangent, Edge, Token, WeightResiduals, flow_of
 from autofunc.schedule.ir import Kind, Schedule, is_transfer
 
 Indices = npt.NDArray[np.int32]
@@ -24,22 +24,22 @@ Indices = npt.NDArray[np.int32]
 class Bundle(NamedTuple):
     """One kind of value of one stage or edge, for all microbatches: made by some actions, read by others."""
 
-    token: Callable[..., Token]
+    token: Callable[..., Token]  # which kind
     ends: tuple[int, ...]  # the token's stages
     maker: Indices  # per microbatch
     reader: Indices  # per microbatch
 
-    def name(self, microbatch: int) -> Token:
+    def of(self, microbatch: int) -> Token:
         """The value of one microbatch."""
         return self.token(*self.ends, microbatch)
 
 
-class Channel(NamedTuple):
-    """A directed edge between stages on different ranks, and what it carries for every microbatch."""
+class Crossing(NamedTuple):
+    """A bundle that goes from one rank to another: along a directed edge between stages on different ranks."""
 
     bundle: Bundle
-    sender: int  # stage
-    receiver: int  # stage
+    source: int  # stage
+    target: int  # stage
     send: Indices  # per microbatch; in compute form the maker itself
     receive: Indices  # per microbatch; empty in compute form
 
@@ -52,9 +52,9 @@ class Network:
     table: npt.NDArray[np.int32]  # the rows of all ranks, one after the other
     first: npt.NDArray[np.int64]  # per rank, where its row begins in `table`; one more for the end
     local: tuple[Bundle, ...]  # values that stay on a rank
-    channels: tuple[Channel, ...]  # values that change ranks
+    crossings: tuple[Crossing, ...]  # values that change ranks
 
-    def place(self, flat: int) -> tuple[int, int]:
+    def locate(self, flat: int) -> tuple[int, int]:
         """(rank, position in its row) of an action."""
         rank = int(np.searchsorted(self.first, flat, side="right")) - 1
         return rank, flat - int(self.first[rank])
@@ -65,7 +65,7 @@ class Network:
 
     def describe(self, flat: int) -> str:
         """Rank, position and action, for messages."""
-        rank, position = self.place(flat)
+        rank, position = self.locate(flat)
         return f"rank {rank}, position {position}, {self.schedule[rank][position]}"
 
 
@@ -81,10 +81,10 @@ def build_network(schedule: Schedule, edges: Sequence[Edge] | None) -> Network:
     forward, split, weight = find(Kind.F), find(Kind.I), find(Kind.W)
     backward: Indices = np.maximum(find(Kind.B), split)
     local: list[Bundle] = []
-    channels: list[Channel] = []
+    crossings: list[Crossing] = []
     if not flow.forward_only:
         for stage in range(schedule.num_stages):
-            local.append(Bundle(Residuals, (stage,), forward[stage], backward[stage]))
+            local.append(Bundle(BackwardResiduals, (stage,), forward[stage], backward[stage]))
             if (split[stage] >= 0).any() or (weight[stage] >= 0).any():
                 local.append(Bundle(WeightResiduals, (stage,), split[stage], weight[stage]))
     for producer, consumer, needs_grad in flow.edges:
@@ -94,19 +94,19 @@ def build_network(schedule: Schedule, edges: Sequence[Edge] | None) -> Network:
         if schedule.placement[producer] == schedule.placement[consumer]:
             local += values
         else:
-            channels += [_channel(schedule, bundle, find) for bundle in values]
+            crossings += [_crossing(schedule, bundle, find) for bundle in values]
     first = np.concatenate(([0], np.cumsum(lengths)))
-    return Network(schedule, table, first, tuple(local), tuple(channels))
+    return Network(schedule, table, first, tuple(local), tuple(crossings))
 
 
-def _channel(schedule: Schedule, bundle: Bundle, find: _Finder) -> Channel:
-    sender, receiver = bundle.ends
+def _crossing(schedule: Schedule, bundle: Bundle, find: _Finder) -> Crossing:
+    source, target = bundle.ends
     if not schedule.is_lowered:
-        return Channel(bundle, sender, receiver, bundle.maker, np.empty(0, np.int32))
+        return Crossing(bundle, source, target, bundle.maker, np.empty(0, np.int32))
     is_forward = bundle.token is Activation
-    send = find(Kind.SEND_F if is_forward else Kind.SEND_B, sender, receiver)
-    receive = find(Kind.RECV_F if is_forward else Kind.RECV_B, receiver, sender)
-    return Channel(bundle, sender, receiver, send, receive)
+    send = find(Kind.SEND_F if is_forward else Kind.SEND_B, source, target)
+    receive = find(Kind.RECV_F if is_forward else Kind.RECV_B, target, source)
+    return Crossing(bundle, source, target, send, receive)
 
 
 class _Finder:

@@ -11,9 +11,9 @@ from autofunc.errors import ScheduleError
 from autofunc.schedule.effects import Edge
 from autofunc.schedule.ir import OVERLAPPED, Action, Kind, Schedule, is_transfer
 from autofunc.schedule.laws.error_grid import error_at, grid
-from autofunc.schedule.laws.network import Channel, Network, build_network
+from autofunc.schedule.laws.network import Crossing, Network, build_network
+from autofunc.schedule.laws.residency import check_residency
 from autofunc.schedule.laws.walk import at_no_time, walk
-from autofunc.schedule.lowering.sharding import check_residency
 
 
 def validate(schedule: Schedule, edges: Sequence[Edge] | None = None) -> None:
@@ -108,45 +108,45 @@ def _check_complete(schedule: Schedule) -> None:
 def _check_transfers(network: Network) -> None:
     """Every value that changes ranks is sent once and received once, in the same order on both ends of its edge."""
     expected = 0
-    for channel in network.channels:
-        _check_ends(network, channel)
-        expected += 2 * len(channel.send)
-        by_send, by_receive = np.argsort(channel.send), np.argsort(channel.receive)
+    for crossing in network.crossings:
+        _check_ends(network, crossing)
+        expected += 2 * len(crossing.send)
+        by_send, by_receive = np.argsort(crossing.send), np.argsort(crossing.receive)
         for k in np.flatnonzero(by_send != by_receive)[:1]:
-            sent, received = (int(channel.send[by_send[k]]), int(channel.receive[by_receive[k]]))
+            sent, received = (int(crossing.send[by_send[k]]), int(crossing.receive[by_receive[k]]))
             raise ScheduleError(
-                f"the two ends of the edge from stage {channel.sender} to stage {channel.receiver} disagree on the order: "
+                f"the two ends of the edge from stage {crossing.source} to stage {crossing.target} disagree on the order: "
                 f"{network.describe(sent)} is sent where {network.describe(received)} is received\n"
-                + grid(network.schedule, network.place(received))
+                + grid(network.schedule, network.locate(received))
             )
     transfers = np.flatnonzero(is_transfer(network.table))
     if len(transfers) == expected:
         return
-    used = [ends for channel in network.channels for ends in (channel.send, channel.receive)]
+    used = [ends for crossing in network.crossings for ends in (crossing.send, crossing.receive)]
     extra = int(np.setdiff1d(transfers, np.concatenate(used) if used else [])[0])
     stage, kind, microbatch, peer = network.table[extra].tolist()
     same = np.flatnonzero((network.table == network.table[extra]).all(axis=1))
     if len(same) > 1:
-        reason = f"it was posted before, at position {network.place(int(same[0]))[1]}; each is posted exactly once"
+        reason = f"it was posted before, at position {network.locate(int(same[0]))[1]}; each is posted exactly once"
         extra = int(same[1])
     else:
         reason = f"no value of microbatch {microbatch} goes between stages {stage} and {peer} this way ({Kind(kind).name})"
-    raise error_at(network.schedule, *network.place(extra), reason)
+    raise error_at(network.schedule, *network.locate(extra), reason)
 
 
-def _check_ends(network: Network, channel: Channel) -> None:
+def _check_ends(network: Network, crossing: Crossing) -> None:
     """The send and the receive of every microbatch are there."""
     for ends, other, what, missing in (
-        (channel.send, channel.receive, "receive", "send"),
-        (channel.receive, channel.send, "send", "receive"),
+        (crossing.send, crossing.receive, "receive", "send"),
+        (crossing.receive, crossing.send, "send", "receive"),
     ):
         for microbatch in np.flatnonzero(ends < 0)[:1].tolist():
-            token = channel.bundle.name(microbatch)
+            token = crossing.bundle.of(microbatch)
             if other[microbatch] >= 0:
                 raise error_at(
-                    network.schedule, *network.place(int(other[microbatch])), f"its {missing} is missing ({token})"
+                    network.schedule, *network.locate(int(other[microbatch])), f"its {missing} is missing ({token})"
                 )
-            reader = int(channel.bundle.reader[microbatch])
+            reader = int(crossing.bundle.reader[microbatch])
             raise error_at(
-                network.schedule, *network.place(reader), f"needs the {token}, for which there is no send and no {what}"
+                network.schedule, *network.locate(reader), f"needs the {token}, for which there is no send and no {what}"
             )

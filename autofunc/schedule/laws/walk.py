@@ -26,14 +26,14 @@ class Pace:
     """How long things take on a walk. Zeros when only the order matters."""
 
     duration: Times  # per action of the flat table
-    transfer: Times  # per channel: how long a value occupies the wire between two ranks
+    transfer: Times  # per crossing: how long a value occupies the wire between two ranks
     latency: float  # from then until it can be read
-    exposed: Times  # per channel: how long a send keeps its rank from going on
+    exposed: Times  # per crossing: how long a send keeps its rank from going on
 
 
 def at_no_time(network: Network) -> Pace:
     """A pace at which only the order matters."""
-    free = np.zeros(len(network.channels))
+    free = np.zeros(len(network.crossings))
     return Pace(np.zeros(len(network.table)), free, 0.0, free)
 
 
@@ -53,21 +53,21 @@ class _Walk:
 
     def __init__(self, network: Network, pace: Pace) -> None:
         self.network, self.pace = network, pace
-        channels, lowered = network.channels, network.schedule.is_lowered
+        crossings, lowered = network.crossings, network.schedule.is_lowered
         count = len(network.table)
-        self.num_messages = len(channels) * network.schedule.num_microbatches
-        readers = _together([channel.bundle.reader for channel in channels])
+        self.num_messages = len(crossings) * network.schedule.num_microbatches
+        readers = _together([crossing.bundle.reader for crossing in crossings])
         self.incoming = _slots(readers, count, padding=self.num_messages)
-        self.outgoing = _slots(_together([channel.send for channel in channels]), count, padding=self.num_messages + 1)
-        receives = _together([channel.receive for channel in channels])
+        self.outgoing = _slots(_together([crossing.send for crossing in crossings]), count, padding=self.num_messages + 1)
+        receives = _together([crossing.receive for crossing in crossings])
         self.receiving = _slots(receives, count, padding=self.num_messages + 1) if lowered else None
         self.arrival = np.full(self.num_messages + 2, np.inf)
         self.arrival[-2] = -np.inf  # what an action without incoming messages waits for
         self.posted = np.full(self.num_messages + 2, -np.inf)
         placement = network.schedule.placement
-        ends = [(placement[channel.sender], placement[channel.receiver]) for channel in channels]
+        ends = [(placement[crossing.source], placement[crossing.target]) for crossing in crossings]
         number = {pair: index for index, pair in enumerate(dict.fromkeys(ends))}
-        # channels between the same two ranks share their wire; one more for actions that send nothing
+        # crossings between the same two ranks share their wire; one more for actions that send nothing
         self.wire = np.array([*(number[pair] for pair in ends), len(number)])
         self.wire_free = np.zeros(len(number) + 1)
         self.transfer = np.append(pace.transfer, 0.0)
@@ -104,8 +104,8 @@ class _Walk:
             message = row[here]
             arrived = self.arrival[message]
             if self.receiving is not None:
-                channel = np.minimum(message // self.network.schedule.num_microbatches, len(self.network.channels))
-                arrived = np.maximum(arrived, self.posted[message] + self.transfer[channel] + self.pace.latency)
+                crossing = np.minimum(message // self.network.schedule.num_microbatches, len(self.network.crossings))
+                arrived = np.maximum(arrived, self.posted[message] + self.transfer[crossing] + self.pace.latency)
             ready = np.maximum(ready, arrived)
         return ready
 
@@ -113,13 +113,13 @@ class _Walk:
         """Start the transfers of what these actions made or send; returns when their ranks can go on."""
         for row in self.outgoing:
             message = row[acting]
-            channel = np.minimum(message // self.network.schedule.num_microbatches, len(self.network.channels))
-            wire = self.wire[channel]
-            leaves = np.maximum(finish, self.wire_free[wire]) + self.transfer[channel]
+            crossing = np.minimum(message // self.network.schedule.num_microbatches, len(self.network.crossings))
+            wire = self.wire[crossing]
+            leaves = np.maximum(finish, self.wire_free[wire]) + self.transfer[crossing]
             self.wire_free[wire] = leaves
             self.wire_free[-1] = 0.0
             self.arrival[message] = leaves + self.pace.latency
-            finish = finish + self.exposed[channel]
+            finish = finish + self.exposed[crossing]
         return finish
 
 
@@ -146,8 +146,8 @@ def _check_local_order(network: Network) -> None:
     """Values that stay on a rank: made before they are read; values that travel: made before sent, received before read."""
     pairs = [(bundle.maker, bundle.reader, bundle) for bundle in network.local]
     if network.schedule.is_lowered:
-        pairs += [(channel.bundle.maker, channel.send, channel.bundle) for channel in network.channels]
-        pairs += [(channel.receive, channel.bundle.reader, channel.bundle) for channel in network.channels]
+        pairs += [(crossing.bundle.maker, crossing.send, crossing.bundle) for crossing in network.crossings]
+        pairs += [(crossing.receive, crossing.bundle.reader, crossing.bundle) for crossing in network.crossings]
     if not pairs:
         return
     maker, reader = _together([pair[0] for pair in pairs]), _together([pair[1] for pair in pairs])
@@ -156,7 +156,7 @@ def _check_local_order(network: Network) -> None:
         return
     first = wrong[np.argmin(reader[wrong])]
     bundle = pairs[first // network.schedule.num_microbatches][2]
-    token = bundle.name(int(first % network.schedule.num_microbatches))
+    token = bundle.of(int(first % network.schedule.num_microbatches))
     raise _cannot_go_on(network, [(int(reader[first]), token, int(maker[first]))])
 
 
@@ -165,10 +165,10 @@ def _stuck(network: Network, positions: dict[int, int], arrival: Times) -> Sched
     waiting: list[tuple[int, Token, int]] = []
     m = network.schedule.num_microbatches
     for flat in positions.values():
-        for number, channel in enumerate(network.channels):
-            found = np.flatnonzero(channel.bundle.reader == flat)
+        for number, crossing in enumerate(network.crossings):
+            found = np.flatnonzero(crossing.bundle.reader == flat)
             if len(found) and arrival[number * m + found[0]] == np.inf:
-                waiting.append((flat, channel.bundle.name(int(found[0])), int(channel.send[found[0]])))
+                waiting.append((flat, crossing.bundle.of(int(found[0])), int(crossing.send[found[0]])))
                 break
     return _cannot_go_on(network, waiting)
 
@@ -181,12 +181,12 @@ def _cannot_go_on(network: Network, waiting: list[tuple[int, Token, int]]) -> Sc
         reasons.append(f"{network.describe(flat)}: needs the {token}, {giver}")
     return ScheduleError(
         f"schedule {network.schedule.name} cannot go on: {'; '.join(reasons)}\n"
-        + grid(network.schedule, network.place(waiting[0][0]))
+        + grid(network.schedule, network.locate(waiting[0][0]))
     )
 
 
 def _giver(network: Network, flat: int) -> str:
-    rank, position = network.place(flat)
+    rank, position = network.locate(flat)
     action = network.schedule[rank][position]
     verb = "sends" if action.kind.is_send else "receives" if action.kind.is_receive else "makes"
     return f"{action} {verb} at position {position} of rank {rank}"

@@ -1,8 +1,6 @@
-"""When sharded parameters are gathered, and when gradients are reduced: placed in a row, and checked.
+"""Where in a row sharded parameters are gathered and let go of, and where gradients are reduced.
 
-UNSHARD starts the gathering of a stage's parameters, RESHARD lets them go, REDUCE_GRAD sums the stage's gradients over the
-data-parallel ranks. Every computation of a stage needs its parameters; a gradient is reduced after the stage's last
-backward and before the parameters go, because its sum is laid out as they are.
+What must hold of these actions is said in `laws/residency.py`.
 """
 
 from __future__ import annotations
@@ -10,9 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from enum import Enum
 
-from autofunc.errors import ScheduleError
-from autofunc.schedule.ir import OVERLAPPED, Action, Kind, Schedule
-from autofunc.schedule.laws.error_grid import error_at, grid
+from autofunc.schedule.ir import OVERLAPPED, Action, Kind
+from autofunc.schedule.lowering.gaps import Gaps
 
 
 class Unshard(Enum):
@@ -23,9 +20,7 @@ class Unshard(Enum):
     EACH_USE = "each_use"  # for every computation; less memory, more traffic
 
 
-def place(
-    row: Sequence[Action], unshard: Unshard, ahead: int, reduce: bool = False
-) -> tuple[list[list[Action]], list[list[Action]]]:
+def sharding_actions(row: Sequence[Action], unshard: Unshard, ahead: int, reduce: bool = False) -> tuple[Gaps, Gaps]:
     """The sharding actions of a rank, to be put before and after each of its computations.
 
     Args:
@@ -34,8 +29,8 @@ def place(
         ahead: how many computations before its first use a gather starts.
         reduce: whether gradients are reduced where parameters are not sharded.
     """
-    before: list[list[Action]] = [[] for _ in row]
-    after: list[list[Action]] = [[] for _ in row]
+    before: Gaps = [[] for _ in row]
+    after: Gaps = [[] for _ in row]
     turns = _turns(row)
     last_backward = {action.stage: position for position, action in enumerate(row) if action.kind.is_backward}
     if unshard is Unshard.NEVER:
@@ -76,50 +71,3 @@ def _uses(row: Sequence[Action], turns: list[list[int]], once: bool) -> list[tup
             key = (stage, 0 if once else number)
             uses[key] = (stage, uses.get(key, (stage, number))[1], number)
     return list(uses.values())
-
-
-def check_residency(schedule: Schedule) -> None:
-    """Parameters are there whenever they are used, gathered once at a time, and let go of; gradients are reduced once.
-
-    Raises:
-        ScheduleError: naming rank, position and action.
-    """
-    for rank, row in enumerate(schedule):
-        if (row.table[:, 1] >= Kind.UNSHARD).any():
-            _check_row(schedule, rank, gathers=schedule.is_sharded)
-
-
-def _check_row(schedule: Schedule, rank: int, gathers: bool) -> None:
-    """`gathers` is False where parameters are not sharded and gradients are reduced all the same."""
-    resident: dict[int, int] = {}  # stage -> where it was gathered
-    reduced: dict[int, int] = {}
-    backwards: set[int] = set()
-    for position, (stage, kind, _, _) in enumerate(schedule[rank]):
-        reason = None
-        if kind.is_compute and stage not in resident and gathers:
-            reason = f"the parameters of stage {stage} are not gathered; expected {stage}UNSHARD before"
-        elif kind.is_backward and stage in reduced:
-            reason = f"its gradients were already reduced, at position {reduced[stage]}"
-        elif kind is Kind.UNSHARD and stage in resident:
-            reason = f"already gathered at position {resident[stage]}; expected {stage}RESHARD in between"
-        elif stage not in resident and (kind is Kind.RESHARD or (kind is Kind.REDUCE_GRAD and gathers)):
-            reason = f"the parameters of stage {stage} are not gathered"
-        elif kind is Kind.REDUCE_GRAD and stage in reduced:
-            reason = f"already reduced at position {reduced[stage]}; each stage reduces once"
-        if reason is not None:
-            raise error_at(schedule, rank, position, reason)
-        if kind is Kind.UNSHARD:
-            resident[stage] = position
-        elif kind is Kind.RESHARD:
-            del resident[stage]
-        elif kind is Kind.REDUCE_GRAD:
-            reduced[stage] = position
-        elif kind.is_backward:
-            backwards.add(stage)
-    for stage, position in sorted(resident.items()):
-        raise error_at(schedule, rank, position, f"the parameters are never let go; expected {stage}RESHARD")
-    for stage in sorted(backwards - set(reduced)):
-        raise ScheduleError(
-            f"rank {rank}: the gradients of stage {stage} are never reduced; expected {stage}REDUCE_GRAD after its last "
-            f"backward\n{grid(schedule)}"
-        )

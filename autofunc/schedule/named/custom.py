@@ -14,10 +14,13 @@ from autofunc.schedule.laws.validator import validate
 from autofunc.schedule.text import from_actions, from_text, parse_cell
 
 Function = Callable[..., Any]
-"""Of num_ranks, num_microbatches and, if it takes that, stages_per_rank; see `from_function` for what it may return."""
+"""Makes a schedule from num_ranks, num_microbatches and, if it takes that, stages_per_rank.
+
+See `schedule_of_function` for what it may return.
+"""
 
 
-def from_file(path: str | Path, num_ranks: int, num_microbatches: int, stages_per_rank: int | None) -> Schedule:
+def schedule_of_file(path: str | Path, num_ranks: int, num_microbatches: int, stages_per_rank: int | None) -> Schedule:
     """Read and check a table.
 
     Raises:
@@ -26,7 +29,9 @@ def from_file(path: str | Path, num_ranks: int, num_microbatches: int, stages_pe
     return _checked(read_file(path), str(path), num_ranks, num_microbatches, stages_per_rank)
 
 
-def from_function(function: Function, num_ranks: int, num_microbatches: int, stages_per_rank: int | None) -> Schedule:
+def schedule_of_function(
+    function: Function, num_ranks: int, num_microbatches: int, stages_per_rank: int | None
+) -> Schedule:
     """Call a function of integers and check the schedule it makes.
 
     It may return a `Schedule`, a table as text, or for each rank a list of actions or of their text.

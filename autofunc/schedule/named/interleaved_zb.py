@@ -11,8 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from autofunc.schedule.ir import Table
-from autofunc.schedule.named.phases import in_rounds
-from autofunc.schedule.named.zero_bubble import delayed_weight_row
+from autofunc.schedule.named.phases import delayed_weight_row, in_rounds
 
 
 def row(rank: int, num_ranks: int, num_microbatches: int, stages_per_rank: int) -> Table:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from autofunc.errors import ScheduleError, one_of
@@ -23,7 +23,7 @@ from autofunc.schedule.named import (
     zb_h2,
     zbv,
 )
-from autofunc.schedule.named.custom import Function, from_file, from_function
+from autofunc.schedule.named.custom import Function, schedule_of_file, schedule_of_function
 
 
 @dataclass(frozen=True)
@@ -129,8 +129,8 @@ def build(
     """
     if not is_named(name):
         if callable(name):
-            return from_function(name, num_ranks, num_microbatches, stages_per_rank)
-        return from_file(os.fspath(name), num_ranks, num_microbatches, stages_per_rank)
+            return schedule_of_function(name, num_ranks, num_microbatches, stages_per_rank)
+        return schedule_of_file(os.fspath(name), num_ranks, num_microbatches, stages_per_rank)
     known, generator, per_rank = _checked(str(name), num_ranks, num_microbatches, stages_per_rank)
     rows = tuple(generator.make_row(rank, num_ranks, num_microbatches, per_rank) for rank in range(num_ranks))
     return Schedule(known, generator.placement(num_ranks, per_rank), num_microbatches, rows)
@@ -190,3 +190,10 @@ def is_looped(name: str) -> bool:
 def names() -> list[str]:
     """All named schedules."""
     return list(GENERATORS)
+
+
+def named_candidates(num_ranks: int, num_microbatches: int, stages_per_rank: int) -> Iterator[Schedule]:
+    """Every named schedule that exists for these numbers."""
+    for name, generator in GENERATORS.items():
+        if generator.fits(num_ranks, num_microbatches, stages_per_rank):
+            yield build(name, num_ranks=num_ranks, num_microbatches=num_microbatches, stages_per_rank=stages_per_rank)

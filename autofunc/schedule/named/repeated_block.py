@@ -15,7 +15,7 @@ from autofunc.schedule.ir import Action, Kind, Table, as_table
 INTERVAL = 6
 
 
-class Block(NamedTuple):
+class BuildingBlock(NamedTuple):
     """When a rank runs the passes of microbatch 0; W goes where there is room."""
 
     forward_down: int
@@ -24,7 +24,7 @@ class Block(NamedTuple):
     backward_down: int
 
 
-def repeated(rank: int, num_ranks: int, num_microbatches: int, block: Block) -> Table:
+def repeated(rank: int, num_ranks: int, num_microbatches: int, block: BuildingBlock) -> Table:
     """The row of one rank of a V: its block repeated, with each W in the first free unit after its I."""
     down, up = rank, 2 * num_ranks - 1 - rank
     passes = (

@@ -8,13 +8,13 @@ the building block as in sail-sg/zero-bubble-pipeline-parallelism, `scheduler/zb
 from __future__ import annotations
 
 from autofunc.schedule.ir import Table
-from autofunc.schedule.named.repeated_block import Block, repeated
+from autofunc.schedule.named.repeated_block import BuildingBlock, repeated
 
 
 def row(rank: int, num_ranks: int, num_microbatches: int) -> Table:
     """The actions of one rank, which holds the stages `rank` and `2 * num_ranks - 1 - rank`."""
     shift = 2 if num_ranks % 3 == 0 else 0  # keeps passes of a rank apart
-    block = Block(
+    block = BuildingBlock(
         forward_down=rank,
         forward_up=2 * num_ranks - 1 - rank,
         backward_up=2 * num_ranks + shift + rank,

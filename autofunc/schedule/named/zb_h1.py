@@ -7,8 +7,7 @@ holds `num_ranks` activations at most; the bubble is (p - 1)(F + I - W).
 from __future__ import annotations
 
 from autofunc.schedule.ir import Table
-from autofunc.schedule.named.phases import one_stage
-from autofunc.schedule.named.zero_bubble import delayed_weight_row
+from autofunc.schedule.named.phases import delayed_weight_row, one_stage
 
 
 def row(rank: int, num_ranks: int, num_microbatches: int) -> Table:

@@ -8,8 +8,7 @@ at different times.
 from __future__ import annotations
 
 from autofunc.schedule.ir import Table
-from autofunc.schedule.named.phases import one_stage
-from autofunc.schedule.named.zero_bubble import delayed_weight_row
+from autofunc.schedule.named.phases import delayed_weight_row, one_stage
 
 
 def row(rank: int, num_ranks: int, num_microbatches: int) -> Table:

@@ -41,8 +41,8 @@ def blocks_of(timeline: Timeline) -> list[Block]:
     start, end = np.concatenate(timeline.start), np.concatenate(timeline.end)
     arrived = start if timeline.arrived is None else np.concatenate(timeline.arrived)
     last_maker = np.full(len(start), -1)
-    for channel in network.channels:
-        reader, maker = channel.bundle.reader, channel.bundle.maker
+    for crossing in network.crossings:
+        reader, maker = crossing.bundle.reader, crossing.bundle.maker
         later = (last_maker[reader] < 0) | (end[maker] > end[last_maker[reader]])
         last_maker[reader[later]] = maker[later]
     blocks = []
@@ -58,7 +58,7 @@ def blocks_of(timeline: Timeline) -> list[Block]:
             if waited > 1e-9 * (begun - origin + 1.0):
                 cause = "its own transfers"
                 if last_maker[flat] >= 0 and arrived[flat] >= begun - 1e-9 * abs(begun):
-                    maker_rank, position = network.place(int(last_maker[flat]))
+                    maker_rank, position = network.locate(int(last_maker[flat]))
                     cause = f"{schedule[maker_rank][position]} on rank {maker_rank}"
             before = float(end[flat])
             blocks.append(Block(rank, stage, Kind(kind), microbatch, begun - origin, before - origin, waited, cause))

@@ -26,11 +26,11 @@ def to_trace(timelines: Sequence[Timeline], unit_us: float = 1000.0) -> str:
         for rank in range(timeline.schedule.num_ranks):
             events.append({"ph": "M", "pid": process, "tid": rank, "name": "thread_name", "args": {"name": f"rank {rank}"}})
         blocks = blocks_of(timeline)
-        by_place = {f"{block.name} on rank {block.rank}": block for block in blocks}
+        by_words = {f"{block.name} on rank {block.rank}": block for block in blocks}
         for block in blocks:
-            place = {"pid": process, "tid": block.rank}
+            track = {"pid": process, "tid": block.rank}
             events.append(
-                place
+                track
                 | {
                     "ph": "X",
                     "name": block.name,
@@ -40,8 +40,8 @@ def to_trace(timelines: Sequence[Timeline], unit_us: float = 1000.0) -> str:
                     "args": {"stage": block.stage, "microbatch": block.microbatch} | _wait(block),
                 }
             )
-            if block.cause in by_place:
-                maker, number = by_place[block.cause], len(events)
+            if block.cause in by_words:
+                maker, number = by_words[block.cause], len(events)
                 arrow = {"name": "waits for", "cat": "wait", "id": number}
                 from_there = {
                     "ph": "s",
@@ -49,7 +49,7 @@ def to_trace(timelines: Sequence[Timeline], unit_us: float = 1000.0) -> str:
                     "tid": maker.rank,
                     "ts": (maker.end - 1e-6 * (maker.end - maker.start)) * unit_us,
                 }
-                events += [arrow | from_there, arrow | place | {"ph": "f", "bp": "e", "ts": block.start * unit_us}]
+                events += [arrow | from_there, arrow | track | {"ph": "f", "bp": "e", "ts": block.start * unit_us}]
     return json.dumps({"traceEvents": events, "displayTimeUnit": "ms"})
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 
-from autofunc.schedule.searching.policy import NEVER, Problem
+from autofunc.schedule.searching.problem import NEVER, Problem
 
 
-def lower_bound(problem: Problem) -> float:
+def problem_bound(problem: Problem) -> float:
     """A time that the objective of a problem cannot go below.
 
     A rank cannot end before the first microbatch has reached it and all its work is done. And the last microbatch's
@@ -15,7 +15,7 @@ def lower_bound(problem: Problem) -> float:
     stage has run all its F and I, and all W for whose residuals there was no room.
     """
     forward, backward, weight = problem.durations
-    ahead, back = problem.links
+    ahead, back = problem.transfers
     m = problem.num_microbatches
     head = [0.0] * problem.num_stages  # from the first start of stage 0 to the first that stage s can make
     for stage in range(1, problem.num_stages):

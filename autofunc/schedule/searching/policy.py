@@ -9,71 +9,10 @@ from __future__ import annotations
 
 import heapq
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import NamedTuple
 
-import numpy as np
-
 from autofunc.schedule.ir import Action, Kind
-from autofunc.schedule.timing.timeline import Costs
-
-NEVER = float("inf")
-
-
-@dataclass(frozen=True)
-class Problem:
-    """What is to be scheduled: a chain of stages on ranks, with costs and room for activations."""
-
-    placement: tuple[int, ...]  # stage -> rank
-    num_microbatches: int
-    costs: Costs
-    room: tuple[float, ...]  # per rank: most that may be alive
-    activation: tuple[float, ...]  # per stage: what F keeps for I, in the unit of `room`
-    weight_activation: tuple[float, ...]  # per stage: what I keeps for W
-    measure_span: bool = False  # minimise the longest span of a rank, not the makespan
-
-    @property
-    def num_stages(self) -> int:
-        """Stages on all ranks together."""
-        return len(self.placement)
-
-    @property
-    def num_ranks(self) -> int:
-        """Pp ranks."""
-        return len(self.room)
-
-    @cached_property
-    def stages_of(self) -> tuple[tuple[int, ...], ...]:
-        """The stages of each rank, last first: what is nearer to the loss goes first."""
-        ranks: list[list[int]] = [[] for _ in self.room]
-        for stage in reversed(range(self.num_stages)):
-            ranks[self.placement[stage]].append(stage)
-        return tuple(map(tuple, ranks))
-
-    @cached_property
-    def durations(self) -> tuple[list[float], list[float], list[float]]:
-        """Times of F, I and W by stage."""
-        table = self.costs.table(self.num_stages)
-        return table[Kind.F].tolist(), table[Kind.I].tolist(), table[Kind.W].tolist()
-
-    @cached_property
-    def links(self) -> tuple[list[tuple[float, float]], list[tuple[float, float]]]:
-        """(time until it can be read, time the sender stands still) of what a stage sends: forward, back."""
-        last = self.num_stages - 1
-        forward = [self._link(stage, stage + 1) for stage in range(last)] + [(0.0, 0.0)]
-        return forward, [(0.0, 0.0)] + [self._link(stage, stage - 1) for stage in range(1, last + 1)]
-
-    def _link(self, sender: int, receiver: int) -> tuple[float, float]:
-        if self.placement[sender] == self.placement[receiver]:
-            return 0.0, 0.0
-        transfer = self.costs.transfer(sender, receiver)
-        return transfer + self.costs.latency, transfer * (1 - self.costs.overlap)
-
-    @cached_property
-    def work(self) -> tuple[float, ...]:
-        """Per rank, the time of all its computations."""
-        times = np.sum(self.durations, axis=0) * self.num_microbatches
-        return tuple(float(sum(times[stage] for stage in stages)) for stages in self.stages_of)
+from autofunc.schedule.searching.problem import NEVER, Problem
 
 
 class Rules(NamedTuple):
@@ -216,7 +155,7 @@ class _Run:
         self.forwards[stage] += 1
         rank.alive += self.problem.activation[stage]
         rank.first_start = min(rank.first_start, now)
-        arrives, stands_still = self.problem.links[0][stage]
+        arrives, stands_still = self.problem.transfers[0][stage]
         if stage + 1 < self.problem.num_stages:
             self.activation_at[stage + 1][microbatch] = end + arrives
             self._wake(self.problem.placement[stage + 1], end + arrives)
@@ -229,7 +168,7 @@ class _Run:
         self.inputs[stage] += 1
         rank.alive += self.problem.weight_activation[stage] - self.problem.activation[stage]
         rank.waiting.append((stage, microbatch))
-        arrives, stands_still = self.problem.links[1][stage]
+        arrives, stands_still = self.problem.transfers[1][stage]
         if stage:
             self.cotangent_at[stage - 1][microbatch] = end + arrives
             self._wake(self.problem.placement[stage - 1], end + arrives)

@@ -10,7 +10,8 @@ import numpy.typing as npt
 from autofunc.errors import ScheduleError
 from autofunc.schedule.ir import Kind
 from autofunc.schedule.laws.network import Network, build_network
-from autofunc.schedule.timing.timeline import Costs, Timeline
+from autofunc.schedule.timing.costs import Costs
+from autofunc.schedule.timing.timeline import Timeline
 
 
 def costs_of(timeline: Timeline) -> Costs:
@@ -58,8 +59,8 @@ def _transfer_time(network: Network, start: npt.NDArray[np.float64], end: npt.ND
     before = np.full(len(start), -np.inf)
     before[computing[same_rank]] = end[computing[:-1][same_rank[1:]]]
     delays = []
-    for channel in network.channels:
-        maker, reader = channel.bundle.maker, channel.bundle.reader
+    for crossing in network.crossings:
+        maker, reader = crossing.bundle.maker, crossing.bundle.reader
         waited = before[reader] < end[maker]  # the reader was idle when the value was made
         delays.append((start[reader] - end[maker])[waited])
     found = np.concatenate(delays) if delays else np.empty(0)

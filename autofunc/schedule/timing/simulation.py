@@ -12,7 +12,8 @@ from autofunc.schedule.effects import Edge
 from autofunc.schedule.ir import Schedule
 from autofunc.schedule.laws.network import Network, build_network
 from autofunc.schedule.laws.walk import Pace, walk
-from autofunc.schedule.timing.timeline import Costs, Timeline
+from autofunc.schedule.timing.costs import Costs
+from autofunc.schedule.timing.timeline import Timeline
 
 
 def simulate(schedule: Schedule, costs: Costs | None = None, edges: Sequence[Edge] | None = None) -> Timeline:
@@ -63,7 +64,7 @@ def expected_makespan(
 def _network_and_pace(schedule: Schedule, costs: Costs, edges: Sequence[Edge] | None) -> tuple[Network, Pace]:
     costs.check(schedule.num_stages)
     network = build_network(schedule, edges)
-    transfer = np.array([costs.transfer(channel.sender, channel.receiver) for channel in network.channels])
+    transfer = np.array([costs.transfer(crossing.source, crossing.target) for crossing in network.crossings])
     pace = Pace(
         costs.durations(network.table, schedule.num_stages), transfer, costs.latency, (1 - costs.overlap) * transfer
     )
