@@ -116,3 +116,17 @@ def test_forward_only_edges_send_nothing_back() -> None:
     lowered = schedule.lower(schedule.build("gpipe", num_ranks=3, num_microbatches=2), edges)
     schedule.validate(lowered, edges)
     assert "1SEND_B" not in schedule.to_text(lowered) and "2SEND_B" in schedule.to_text(lowered)
+
+
+@pytest.mark.parametrize(
+    ("edges", "message"),
+    [
+        ([Edge(0, 9)], r"edge \(0, 9\): expected a stage and a later one, of 0 to 1"),
+        ([Edge(1, 1)], r"edge \(1, 1\): expected"),
+        ([Edge(0, 1), Edge(0, 1)], r"edge \(0, 1\) is given twice"),
+    ],
+)
+def test_edges_that_do_not_fit(edges: list[Edge], message: str) -> None:
+    for use in (schedule.validate, schedule.lower, lambda s, e: schedule.simulate(s, edges=e)):
+        with pytest.raises(ScheduleError, match=message):
+            use(schedule.from_text("0F0 0B0\n1F0 1B0"), edges)
