@@ -20,7 +20,7 @@ from rich.progress import track
 from rich.table import Table
 
 from autofunc import schedule
-from autofunc.schedule.search import named_candidates
+from autofunc.schedule.named.registry import named_candidates
 
 PAPER_COSTS = schedule.Costs(F=18.522, I=18.086, W=9.337, comm=0.601)
 PAPER_MEMORY = schedule.Memory(residuals=34 + 5 * 16 * 1024 / 2304, weight_residuals=32)

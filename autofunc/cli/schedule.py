@@ -15,7 +15,7 @@ from rich.table import Table
 from autofunc import schedule
 from autofunc.cli.options import CostOptions, Sizes, by_stage, takes_groups
 from autofunc.errors import ScheduleError
-from autofunc.schedule.registry import GENERATORS
+from autofunc.schedule.named.registry import GENERATORS
 
 app = typer.Typer(no_args_is_help=True, help="Build, check, simulate, search, draw and exchange pipeline schedules.")
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from autofunc.schedule import Action, Dataflow, Edge, Kind, Schedule, StageBytes
-from autofunc.schedule.effects import Activation, Token
+from autofunc.schedule.effects import Activation, EdgeToken, Token, carried_by
 from autofunc.splitting import Boundaries
 
 Shape = tuple[int, ...]
@@ -128,7 +128,7 @@ def build_program(
         if action.kind.is_receive:
             channel = own.index(channels[action.peer, action.stage])
             in_flight.add(writes[0])
-            into = slots.take(position, effect.writes[0], own[channel].layouts)
+            into = slots.take(position, carried_by(action), own[channel].layouts)
         elif action.kind.is_send:
             channel = own.index(channels[action.stage, action.peer])
             send = sends[position] = len(sends)
@@ -149,7 +149,7 @@ class _Slots:
         self._free_at: list[int] = []  # by slot: the position after which it may be taken again
         self._at = {(action.kind, action.stage, action.microbatch): position for position, action in enumerate(row)}
 
-    def take(self, position: int, token: Token, layouts: Sequence[Layout]) -> tuple[int, ...]:
+    def take(self, position: int, token: EdgeToken, layouts: Sequence[Layout]) -> tuple[int, ...]:
         """Slots for what a receive brings."""
         return tuple(self._take(position, self._last_read(token, number), layout) for number, layout in enumerate(layouts))
 
@@ -162,15 +162,14 @@ class _Slots:
         self._free_at.append(last)
         return len(self.layouts) - 1
 
-    def _last_read(self, token: Token, number: int) -> int:
+    def _last_read(self, token: EdgeToken, number: int) -> int:
         """Where the value with this number in a received message is read last."""
+        stage, keeps = token.target, self._keeps[token.target]
         if isinstance(token, Activation):
-            stage, keeps = token.consumer, self._keeps[token.consumer]
             readers = [Kind.F]
             for_backward, for_weights = number in keeps.kept_inputs, number in keeps.weight_inputs
             readers += [Kind.B, Kind.I] if for_backward or for_weights else []
         else:
-            stage, keeps = token[1], self._keeps[token[1]]
             readers = [Kind.B, Kind.I]
             for_weights = number in keeps.weight_cotangents
         readers += [Kind.W] if for_weights else []

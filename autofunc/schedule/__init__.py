@@ -8,26 +8,45 @@ Example:
     33.0
 """
 
-from autofunc.schedule.costs_file import read_costs, write_costs
-from autofunc.schedule.custom import Function
-from autofunc.schedule.draw import draw
 from autofunc.schedule.effects import Dataflow, Edge, chain
-from autofunc.schedule.exchange import SUFFIXES, check_suffix, from_csv, from_json, read_file, to_csv, to_json, write_file
-from autofunc.schedule.fit import costs_of
-from autofunc.schedule.grid import grid
-from autofunc.schedule.idle import Idle, explain_idle
+from autofunc.schedule.files.costs_file import read_costs, write_costs
+from autofunc.schedule.files.schedule_file import (
+    SUFFIXES,
+    check_suffix,
+    from_csv,
+    from_json,
+    read_file,
+    to_csv,
+    to_json,
+    write_file,
+)
+from autofunc.schedule.footprint.live import live_bytes, peak_bytes
+from autofunc.schedule.footprint.memory import Memory
+from autofunc.schedule.footprint.settle import settled_sends
+from autofunc.schedule.footprint.storage import StageBytes
 from autofunc.schedule.ir import Action, Kind, Row, Schedule
-from autofunc.schedule.lower import lower
-from autofunc.schedule.memory import Memory, live_bytes, peak_bytes
-from autofunc.schedule.registry import build, build_row, default_stages_per_rank, is_looped, is_named, names, normalise
-from autofunc.schedule.residency import Unshard
-from autofunc.schedule.search import lower_bound, search
-from autofunc.schedule.settle import settled_sends
-from autofunc.schedule.simulate import expected_makespan, simulate
-from autofunc.schedule.storage import StageBytes
+from autofunc.schedule.laws.error_grid import grid
+from autofunc.schedule.laws.validator import validate
+from autofunc.schedule.lowering.lowered_form import lower
+from autofunc.schedule.lowering.sharding import Unshard
+from autofunc.schedule.named.custom import Function
+from autofunc.schedule.named.registry import (
+    build,
+    build_row,
+    default_stages_per_rank,
+    is_looped,
+    is_named,
+    names,
+    normalise,
+)
+from autofunc.schedule.pictures.drawing import draw
+from autofunc.schedule.searching.random_search import lower_bound, search
 from autofunc.schedule.text import from_actions, from_text, parse_action, to_text
-from autofunc.schedule.timeline import Costs, Timeline
-from autofunc.schedule.validate import validate
+from autofunc.schedule.timing.costs import Costs
+from autofunc.schedule.timing.fit import costs_of
+from autofunc.schedule.timing.idle import Idle, explain_idle
+from autofunc.schedule.timing.simulation import expected_makespan, simulate
+from autofunc.schedule.timing.timeline import Timeline
 
 __all__ = [
     "SUFFIXES",

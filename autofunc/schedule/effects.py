@@ -1,25 +1,25 @@
 """What each kind of action reads, writes and frees: the table behind the validator, the simulator and the executor.
 
-`network.py` applies it to all microbatches of an edge at once.
+`laws/network.py` applies it to all microbatches of an edge at once.
 
 A token is a value at one stage for one microbatch:
 
-- `Activation(producer, consumer, microbatch)`: what flows forward along an edge,
-- `Cotangent(consumer, producer, microbatch)`: what flows back along it,
-- `Residuals(stage, microbatch)`: what F keeps for B or I,
+- `Activation(source, target, microbatch)`: what flows forward along an edge, from its producer to its consumer,
+- `Cotangent(source, target, microbatch)`: what flows back along it, from its consumer to its producer,
+- `BackwardResiduals(stage, microbatch)`: what F keeps for B or I,
 - `WeightResiduals(stage, microbatch)`: what I keeps for W.
 
-| kind   | reads                                  | writes                           | frees            |
-|--------|----------------------------------------|----------------------------------|------------------|
-| F      | activations of its inputs              | activations of outputs, residuals| what it read     |
-| B      | residuals, cotangents of its outputs   | cotangents of its inputs         | what it read     |
-| I      | residuals, cotangents of its outputs   | cotangents of inputs, weight residuals | what it read |
-| W      | weight residuals                       |                                  | what it read     |
-| SEND_x | the value of its edge                  | (arrives by the peer's RECV_x)   | what it read     |
-| RECV_x |                                        | the value of its edge            |                  |
+| kind   | reads                                         | writes                                     | frees        |
+|--------|-----------------------------------------------|--------------------------------------------|--------------|
+| F      | activations of its inputs                     | activations of outputs, backward residuals | what it read |
+| B      | backward residuals, cotangents of its outputs | cotangents of its inputs                   | what it read |
+| I      | backward residuals, cotangents of its outputs | cotangents of inputs, weight residuals     | what it read |
+| W      | weight residuals                              |                                            | what it read |
+| SEND_x | the value of its edge                         | (arrives by the peer's RECV_x)             | what it read |
+| RECV_x |                                               | the value of its edge                      |              |
 
 UNSHARD, RESHARD and REDUCE_GRAD act on a stage's parameters and gradients, not on values of a microbatch: see
-`residency.py`.
+`laws/residency.py`.
 
 A forward-only schedule keeps no residuals.
 """
@@ -64,29 +64,29 @@ def check_edges(edges: Sequence[Edge], num_stages: int) -> None:
 
 
 class Activation(NamedTuple):
-    """What flows forward along an edge for one microbatch."""
+    """What flows forward along an edge for one microbatch: `source` hands it on, `target` reads it."""
 
-    producer: int
-    consumer: int
+    source: int  # stage
+    target: int  # stage
     microbatch: int
 
     def __str__(self) -> str:
-        return f"activation of microbatch {self.microbatch} from stage {self.producer} to stage {self.consumer}"
+        return f"activation of microbatch {self.microbatch} from stage {self.source} to stage {self.target}"
 
 
 class Cotangent(NamedTuple):
-    """What flows back along an edge for one microbatch."""
+    """What flows back along an edge for one microbatch: `source` makes it in its backward, `target` reads it."""
 
-    consumer: int
-    producer: int
+    source: int  # stage
+    target: int  # stage
     microbatch: int
 
     def __str__(self) -> str:
-        return f"cotangent of microbatch {self.microbatch} from stage {self.consumer} to stage {self.producer}"
+        return f"cotangent of microbatch {self.microbatch} from stage {self.source} to stage {self.target}"
 
 
-class Residuals(NamedTuple):
-    """What F keeps for B or I."""
+class BackwardResiduals(NamedTuple):
+    """What F keeps for B or I of the same stage and microbatch."""
 
     stage: int
     microbatch: int
@@ -96,7 +96,7 @@ class Residuals(NamedTuple):
 
 
 class WeightResiduals(NamedTuple):
-    """What I keeps for W."""
+    """What I keeps for W of the same stage and microbatch."""
 
     stage: int
     microbatch: int
@@ -105,7 +105,10 @@ class WeightResiduals(NamedTuple):
         return f"residuals that {self.stage}I{self.microbatch} keeps"
 
 
-Token = Activation | Cotangent | Residuals | WeightResiduals
+EdgeToken = Activation | Cotangent
+"""What goes from one stage to another, and so may have to be sent."""
+
+Token = EdgeToken | BackwardResiduals | WeightResiduals
 
 
 class Effect(NamedTuple):
@@ -145,27 +148,30 @@ class Dataflow:
 
     def effect(self, action: Action) -> Effect:
         """What the action reads (and so frees) and writes."""
-        stage, kind, microbatch, peer = action
+        stage, kind, microbatch, _ = action
         if kind is Kind.F:
             reads = tuple(Activation(e.producer, stage, microbatch) for e in self.inputs(stage))
             writes: tuple[Token, ...] = tuple(Activation(stage, e.consumer, microbatch) for e in self.outputs(stage))
-            return Effect(reads, writes if self.forward_only else (*writes, Residuals(stage, microbatch)))
+            return Effect(reads, writes if self.forward_only else (*writes, BackwardResiduals(stage, microbatch)))
         if kind in (Kind.B, Kind.I):
             cotangents = (Cotangent(e.consumer, stage, microbatch) for e in self.outputs(stage) if e.needs_grad)
             sent_back = (Cotangent(stage, e.producer, microbatch) for e in self.inputs(stage) if e.needs_grad)
             kept = (WeightResiduals(stage, microbatch),) if kind is Kind.I else ()
-            return Effect((Residuals(stage, microbatch), *cotangents), (*sent_back, *kept))
+            return Effect((BackwardResiduals(stage, microbatch), *cotangents), (*sent_back, *kept))
         if kind is Kind.W:
             return Effect((WeightResiduals(stage, microbatch),), ())
         if kind.is_sharding:
             return Effect((), ())
-        if kind is Kind.SEND_F:
-            return Effect((Activation(stage, peer, microbatch),), ())
-        if kind is Kind.RECV_F:
-            return Effect((), (Activation(peer, stage, microbatch),))
-        if kind is Kind.SEND_B:
-            return Effect((Cotangent(stage, peer, microbatch),), ())
-        return Effect((), (Cotangent(peer, stage, microbatch),))
+        carried = carried_by(action)
+        return Effect((carried,), ()) if kind.is_send else Effect((), (carried,))
+
+
+def carried_by(transfer: Action) -> EdgeToken:
+    """The value that a SEND or RECV carries."""
+    stage, kind, microbatch, peer = transfer
+    source, target = (stage, peer) if kind.is_send else (peer, stage)
+    kind_of_token = Activation if kind in (Kind.SEND_F, Kind.RECV_F) else Cotangent
+    return kind_of_token(source, target, microbatch)
 
 
 def flow_of(schedule: Schedule, edges: Sequence[Edge] | None) -> Dataflow:

@@ -30,7 +30,7 @@ from autofunc.schedule import (
     simulate,
     to_text,
 )
-from autofunc.schedule.memory import peak_held
+from autofunc.schedule.footprint.live import peak_held
 from autofunc.train.loop import build_pipe, to_device
 from autofunc.train.progress import search_bar
 from autofunc.train.recipe import Recipe

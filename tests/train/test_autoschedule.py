@@ -13,7 +13,7 @@ from autofunc import schedule
 from autofunc.config import load_config, parse_config
 from autofunc.engine import EngineOptions
 from autofunc.errors import ConfigError
-from autofunc.schedule.memory import peak_held
+from autofunc.schedule.footprint.live import peak_held
 from autofunc.train import autoschedule
 from autofunc.train.loop import build_pipe
 from autofunc.train.memory_budget import check_budget

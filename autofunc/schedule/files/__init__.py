@@ -1,0 +1,1 @@
+"""Schedules, costs and memory as files."""

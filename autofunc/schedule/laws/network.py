@@ -1,0 +1,139 @@
+"""Who waits for whom: the values of a schedule as arrays, over the actions of all ranks one after the other.
+
+The validator and the simulator read these instead of visiting actions one by one, so that a schedule of millions of
+actions takes seconds. What an action reads and writes is said in `effects.py`; here the same table is applied to all
+microbatches of an edge at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from autofunc.schedule.effects import Activation, BackwardResiduals, Cotangent, Edge, Token, WeightResiduals, flow_of
+from autofunc.schedule.ir import Kind, Schedule, is_transfer
+
+Indices = npt.NDArray[np.int32]
+"""Positions in the flat table of all actions; -1 where there is no such action."""
+
+
+class Bundle(NamedTuple):
+    """One kind of value of one stage or edge, for all microbatches: made by some actions, read by others."""
+
+    token: Callable[..., Token]  # which kind
+    ends: tuple[int, ...]  # the token's stages
+    maker: Indices  # per microbatch
+    reader: Indices  # per microbatch
+
+    def of(self, microbatch: int) -> Token:
+        """The value of one microbatch."""
+        return self.token(*self.ends, microbatch)
+
+
+class Crossing(NamedTuple):
+    """A bundle that goes from one rank to another: along a directed edge between stages on different ranks."""
+
+    bundle: Bundle
+    source: int  # stage
+    target: int  # stage
+    send: Indices  # per microbatch; in compute form the maker itself
+    receive: Indices  # per microbatch; empty in compute form
+
+
+@dataclass(frozen=True)
+class Network:
+    """All values of a schedule."""
+
+    schedule: Schedule
+    table: npt.NDArray[np.int32]  # the rows of all ranks, one after the other
+    first: npt.NDArray[np.int64]  # per rank, where its row begins in `table`; one more for the end
+    local: tuple[Bundle, ...]  # values that stay on a rank
+    crossings: tuple[Crossing, ...]  # values that change ranks
+
+    def locate(self, flat: int) -> tuple[int, int]:
+        """(rank, position in its row) of an action."""
+        rank = int(np.searchsorted(self.first, flat, side="right")) - 1
+        return rank, flat - int(self.first[rank])
+
+    def by_rank(self, values: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.float64], ...]:
+        """Values of the flat table, cut into rows."""
+        return tuple(np.split(values, self.first[1:-1]))
+
+    def describe(self, flat: int) -> str:
+        """Rank, position and action, for messages."""
+        rank, position = self.locate(flat)
+        return f"rank {rank}, position {position}, {self.schedule[rank][position]}"
+
+
+def build_network(schedule: Schedule, edges: Sequence[Edge] | None) -> Network:
+    """Find the maker and the reader of every value along edges (None: a chain).
+
+    What is missing or doubled is the validator's to refuse.
+    """
+    flow = flow_of(schedule, edges)
+    lengths = [len(row) for row in schedule]
+    table = np.concatenate([row.table for row in schedule])
+    find = _Finder(schedule, table)
+    forward, split, weight = find(Kind.F), find(Kind.I), find(Kind.W)
+    backward: Indices = np.maximum(find(Kind.B), split)
+    local: list[Bundle] = []
+    crossings: list[Crossing] = []
+    if not flow.forward_only:
+        for stage in range(schedule.num_stages):
+            local.append(Bundle(BackwardResiduals, (stage,), forward[stage], backward[stage]))
+            if (split[stage] >= 0).any() or (weight[stage] >= 0).any():
+                local.append(Bundle(WeightResiduals, (stage,), split[stage], weight[stage]))
+    for producer, consumer, needs_grad in flow.edges:
+        values = [Bundle(Activation, (producer, consumer), forward[producer], forward[consumer])]
+        if needs_grad and not flow.forward_only:
+            values.append(Bundle(Cotangent, (consumer, producer), backward[consumer], backward[producer]))
+        if schedule.placement[producer] == schedule.placement[consumer]:
+            local += values
+        else:
+            crossings += [_crossing(schedule, bundle, find) for bundle in values]
+    first = np.concatenate(([0], np.cumsum(lengths)))
+    return Network(schedule, table, first, tuple(local), tuple(crossings))
+
+
+def _crossing(schedule: Schedule, bundle: Bundle, find: _Finder) -> Crossing:
+    source, target = bundle.ends
+    if not schedule.is_lowered:
+        return Crossing(bundle, source, target, bundle.maker, np.empty(0, np.int32))
+    is_forward = bundle.token is Activation
+    send = find(Kind.SEND_F if is_forward else Kind.SEND_B, source, target)
+    receive = find(Kind.RECV_F if is_forward else Kind.RECV_B, target, source)
+    return Crossing(bundle, source, target, send, receive)
+
+
+class _Finder:
+    """Where the action of a kind, stage and microbatch stands in the flat table."""
+
+    def __init__(self, schedule: Schedule, table: npt.NDArray[np.int32]) -> None:
+        self._shape = (schedule.num_stages, schedule.num_microbatches)
+        self._table = table
+        self._transfers: dict[tuple[int, int, int], npt.NDArray[np.int64]] = {}
+        if schedule.is_lowered:
+            transfers = np.flatnonzero(is_transfer(table))
+            keys = table[transfers][:, (1, 0, 3)]
+            order = np.lexsort(keys.T)
+            if len(order):
+                edges = np.flatnonzero(np.any(np.diff(keys[order], axis=0), axis=1)) + 1
+                for group in np.split(transfers[order], edges):
+                    kind, stage, peer = (int(part) for part in table[group[0]][[1, 0, 3]])
+                    self._transfers[kind, stage, peer] = group
+
+    def __call__(self, kind: Kind, stage: int = -1, peer: int = -1) -> Indices:
+        """Of computations: shape (stages, microbatches). Of the transfers of one edge: shape (microbatches,)."""
+        if kind.is_compute:
+            flat = np.flatnonzero(self._table[:, 1] == kind)
+            positions: Indices = np.full(self._shape, -1, np.int32)
+            positions[self._table[flat, 0], self._table[flat, 2]] = flat
+            return positions
+        group = self._transfers.get((int(kind), stage, peer), np.empty(0, np.int64))
+        found: Indices = np.full(self._shape[1], -1, np.int32)
+        found[self._table[group, 2]] = group
+        return found

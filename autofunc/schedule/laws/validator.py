@@ -1,0 +1,152 @@
+"""The laws of schedules, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from autofunc.errors import ScheduleError
+from autofunc.schedule.effects import Edge
+from autofunc.schedule.ir import OVERLAPPED, Action, Kind, Schedule, is_transfer
+from autofunc.schedule.laws.error_grid import error_at, grid
+from autofunc.schedule.laws.network import Crossing, Network, build_network
+from autofunc.schedule.laws.residency import check_residency
+from autofunc.schedule.laws.walk import at_no_time, walk
+
+
+def validate(schedule: Schedule, edges: Sequence[Edge] | None = None) -> None:
+    """Check a schedule, in compute form or lowered.
+
+    Every (stage, microbatch) runs F once and either B once or I and W once, on the rank its stage is placed on and in
+    dependency order; a forward-only schedule runs each F once. In lowered form every send meets a receive, in the same
+    order on both ends of every edge, without deadlock even when nothing is buffered, and nothing is live at the end. If
+    the schedule gathers sharded parameters, they are there whenever a computation uses them, and let go of at the end.
+
+    Args:
+        schedule: what to check.
+        edges: connections between stages; a chain by default.
+
+    Raises:
+        ScheduleError: naming rank, position and action, with the grid and the action marked.
+    """
+    if not all(0 <= rank < schedule.num_ranks for rank in schedule.placement):
+        raise ScheduleError(f"placement {schedule.placement}: there are ranks 0 to {schedule.num_ranks - 1}")
+    for rank, row in enumerate(schedule):
+        _check_ranges(schedule, rank, row.table)
+        _check_overlapped(schedule, rank, row.table)
+    _check_complete(schedule)
+    network = build_network(schedule, edges)
+    if schedule.is_lowered:
+        _check_transfers(network)
+    check_residency(schedule)
+    walk(network, at_no_time(network))
+
+
+def _check_ranges(schedule: Schedule, rank: int, table: npt.NDArray[np.int32]) -> None:
+    """Stages and microbatches exist, and are on the rank they are placed on."""
+    stage, kind, microbatch = table[:, 0], table[:, 1], table[:, 2]
+    placement = np.array(schedule.placement)
+    bad_stage = (stage < 0) | (stage >= schedule.num_stages)
+    bad_microbatch = (kind < Kind.UNSHARD) & ((microbatch < 0) | (microbatch >= schedule.num_microbatches))
+    elsewhere = placement[np.where(bad_stage, 0, stage)] != rank
+    for position in np.flatnonzero(bad_stage | bad_microbatch | elsewhere)[:1]:
+        if bad_stage[position]:
+            reason = f"there are stages 0 to {schedule.num_stages - 1}"
+        elif bad_microbatch[position]:
+            reason = f"there are microbatches 0 to {schedule.num_microbatches - 1}"
+        else:
+            reason = f"stage {stage[position]} is placed on rank {placement[stage[position]]}"
+        raise error_at(schedule, rank, int(position), reason)
+
+
+def _check_overlapped(schedule: Schedule, rank: int, table: npt.NDArray[np.int32]) -> None:
+    """An F marked as overlapped has a backward right after it."""
+    marked = np.flatnonzero(table[:, 3] == OVERLAPPED)
+    following = np.append(table[:, 1], -1)[marked + 1]
+    wrong = (table[marked, 1] != Kind.F) | ~np.isin(following, (Kind.B, Kind.I))
+    for position in marked[wrong][:1]:
+        raise error_at(schedule, rank, int(position), "it is to overlap with the next action, which is no backward")
+    of_itself = (table[marked, 0] == table[marked + 1, 0]) & (table[marked, 2] == table[marked + 1, 2])
+    for position in marked[of_itself][:1]:
+        raise error_at(schedule, rank, int(position), "it is to overlap with its own backward, which needs its result")
+
+
+def _check_complete(schedule: Schedule) -> None:
+    """Each (stage, microbatch) has F once, and B once or I and W once."""
+    shape = (schedule.num_stages, schedule.num_microbatches)
+    has = {kind: np.zeros(shape, bool) for kind in (Kind.F, Kind.B, Kind.I, Kind.W)}
+    for rank, row in enumerate(schedule):
+        for kind, seen in has.items():
+            positions = np.flatnonzero(row.table[:, 1] == kind)
+            key = row.table[positions, 0].astype(np.int64) * shape[1] + row.table[positions, 2]
+            seen.reshape(-1)[key] = True
+            if len(np.unique(key)) != len(key):
+                _, where = np.unique(key, return_index=True)
+                again = int(np.setdiff1d(np.arange(len(key)), where)[0])
+                before = int(positions[np.flatnonzero(key == key[again])[0]])
+                raise error_at(
+                    schedule, rank, int(positions[again]), f"it ran before, at position {before}; each runs exactly once"
+                )
+    f, b, i, w = has.values()
+    complete = f & ~(b | i | w) if schedule.is_forward_only else f & (b ^ (i & w)) & (b ^ i) & (b ^ w)
+    # those of which something is there come first: they say more than what is missing altogether
+    partial = np.concatenate((np.argwhere(~complete & (f | b | i | w)), np.argwhere(~complete)))
+    for stage, microbatch in partial[:1].tolist():
+        rank = schedule.placement[stage]
+        found = [Action(stage, kind, microbatch) for kind, seen in has.items() if seen[stage, microbatch]]
+        places = (schedule[rank].table[:, (0, 2)] == (stage, microbatch)).all(axis=1)
+        position = int(np.argmax(places & (schedule[rank].table[:, 1] <= Kind.W)))
+        named = f", position {position}, {schedule[rank][position]}" if found else ""
+        raise ScheduleError(
+            f"rank {rank}{named}: stage {stage}, microbatch {microbatch} has {', '.join(map(str, found)) or 'nothing'}; "
+            f"expected F once, and B once or I and W once\n{grid(schedule, (rank, position) if found else None)}"
+        )
+
+
+def _check_transfers(network: Network) -> None:
+    """Every value that changes ranks is sent once and received once, in the same order on both ends of its edge."""
+    expected = 0
+    for crossing in network.crossings:
+        _check_ends(network, crossing)
+        expected += 2 * len(crossing.send)
+        by_send, by_receive = np.argsort(crossing.send), np.argsort(crossing.receive)
+        for k in np.flatnonzero(by_send != by_receive)[:1]:
+            sent, received = (int(crossing.send[by_send[k]]), int(crossing.receive[by_receive[k]]))
+            raise ScheduleError(
+                f"the two ends of the edge from stage {crossing.source} to stage {crossing.target} disagree on the order: "
+                f"{network.describe(sent)} is sent where {network.describe(received)} is received\n"
+                + grid(network.schedule, network.locate(received))
+            )
+    transfers = np.flatnonzero(is_transfer(network.table))
+    if len(transfers) == expected:
+        return
+    used = [ends for crossing in network.crossings for ends in (crossing.send, crossing.receive)]
+    extra = int(np.setdiff1d(transfers, np.concatenate(used) if used else [])[0])
+    stage, kind, microbatch, peer = network.table[extra].tolist()
+    same = np.flatnonzero((network.table == network.table[extra]).all(axis=1))
+    if len(same) > 1:
+        reason = f"it was posted before, at position {network.locate(int(same[0]))[1]}; each is posted exactly once"
+        extra = int(same[1])
+    else:
+        reason = f"no value of microbatch {microbatch} goes between stages {stage} and {peer} this way ({Kind(kind).name})"
+    raise error_at(network.schedule, *network.locate(extra), reason)
+
+
+def _check_ends(network: Network, crossing: Crossing) -> None:
+    """The send and the receive of every microbatch are there."""
+    for ends, other, what, missing in (
+        (crossing.send, crossing.receive, "receive", "send"),
+        (crossing.receive, crossing.send, "send", "receive"),
+    ):
+        for microbatch in np.flatnonzero(ends < 0)[:1].tolist():
+            token = crossing.bundle.of(microbatch)
+            if other[microbatch] >= 0:
+                raise error_at(
+                    network.schedule, *network.locate(int(other[microbatch])), f"its {missing} is missing ({token})"
+                )
+            reader = int(crossing.bundle.reader[microbatch])
+            raise error_at(
+                network.schedule, *network.locate(reader), f"needs the {token}, for which there is no send and no {what}"
+            )

@@ -1,0 +1,1 @@
+"""From computations to the full program: sends, receives and sharding actions are put between them."""

@@ -1,0 +1,1 @@
+"""Timelines to look at: as text, SVG, a page and a trace, all from the same blocks."""

@@ -1,0 +1,91 @@
+"""A timeline as blocks to draw: what every picture starts from."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from autofunc.schedule.ir import Kind, Schedule
+from autofunc.schedule.laws.network import build_network
+from autofunc.schedule.timing.timeline import Timeline
+
+COLOURS = {Kind.F: "#6ea8e5", Kind.B: "#6cc08b", Kind.I: "#5fbfc4", Kind.W: "#eec15c"}
+"""One per kind of computation, apart for people who see colours differently."""
+
+WORDS = {Kind.F: "forward", Kind.B: "backward", Kind.I: "input gradient", Kind.W: "weight gradient"}
+
+
+class Block(NamedTuple):
+    """One computation."""
+
+    rank: int
+    stage: int
+    kind: Kind
+    microbatch: int
+    start: float  # from the first start of the timeline
+    end: float
+    waited: float  # idle time of the rank right before
+    cause: str  # what it waited for: an action of another rank, or its own transfers
+
+    @property
+    def name(self) -> str:
+        """The action's text."""
+        return f"{self.stage}{self.kind.name}{self.microbatch}"
+
+
+def blocks_of(timeline: Timeline) -> list[Block]:
+    """All computations, rank by rank."""
+    schedule, origin = timeline.schedule, timeline.origin
+    network = build_network(schedule, timeline.edges)
+    start, end = np.concatenate(timeline.start), np.concatenate(timeline.end)
+    arrived = start if timeline.arrived is None else np.concatenate(timeline.arrived)
+    last_maker = np.full(len(start), -1)
+    for crossing in network.crossings:
+        reader, maker = crossing.bundle.reader, crossing.bundle.maker
+        later = (last_maker[reader] < 0) | (end[maker] > end[last_maker[reader]])
+        last_maker[reader[later]] = maker[later]
+    blocks = []
+    for rank in range(schedule.num_ranks):
+        before = origin
+        for flat in range(int(network.first[rank]), int(network.first[rank + 1])):
+            stage, kind, microbatch, _ = network.table[flat].tolist()
+            if kind > Kind.W:
+                continue
+            begun = float(start[flat])
+            waited = max(begun - before, 0.0)
+            cause = ""
+            if waited > 1e-9 * (begun - origin + 1.0):
+                cause = "its own transfers"
+                if last_maker[flat] >= 0 and arrived[flat] >= begun - 1e-9 * abs(begun):
+                    maker_rank, position = network.locate(int(last_maker[flat]))
+                    cause = f"{schedule[maker_rank][position]} on rank {maker_rank}"
+            before = float(end[flat])
+            blocks.append(Block(rank, stage, Kind(kind), microbatch, begun - origin, before - origin, waited, cause))
+    return blocks
+
+
+def letters_of(schedule: Schedule) -> dict[int, str]:
+    """By stage, which of its rank's stages it is: a, b, c, ...; nothing where ranks have one stage each."""
+    if len(set(schedule.placement)) == schedule.num_stages:
+        return dict.fromkeys(range(schedule.num_stages), "")
+    names = {}
+    for rank in range(schedule.num_ranks):
+        for index, stage in enumerate(schedule.stages_of(rank)):
+            names[stage] = chr(ord("a") + index % 26)
+    return names
+
+
+def title(timeline: Timeline) -> str:
+    """What a timeline is called in a picture."""
+    name = timeline.schedule.name
+    return f"{name}, {timeline.label}" if timeline.label else name
+
+
+def caption(timeline: Timeline) -> str:
+    """The figures that go with a picture."""
+    s = timeline.schedule
+    return (
+        f"{title(timeline)}: {s.num_ranks} ranks, {s.num_stages} stages, {s.num_microbatches} microbatches, "
+        f"makespan {timeline.makespan:g}, bubble {timeline.bubble_fraction:.1%}"
+    )

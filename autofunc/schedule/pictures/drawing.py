@@ -1,0 +1,64 @@
+"""Draw schedules and timelines: text for a terminal, or a file that its suffix tells the form of."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from autofunc.errors import ScheduleError, one_of
+from autofunc.schedule.files.text_file import write_text
+from autofunc.schedule.ir import Schedule
+from autofunc.schedule.pictures.draw_html import to_html
+from autofunc.schedule.pictures.draw_svg import to_svg
+from autofunc.schedule.pictures.draw_text import to_picture
+from autofunc.schedule.pictures.draw_trace import to_trace
+from autofunc.schedule.timing.simulation import simulate
+from autofunc.schedule.timing.timeline import Timeline
+
+_WRITERS: dict[str, Callable[[Sequence[Timeline]], str]] = {".svg": to_svg, ".html": to_html, ".json": to_trace}
+
+Drawable = Schedule | Timeline
+
+
+def draw(
+    what: Drawable | Sequence[Drawable],
+    path: str | os.PathLike[str] | None = None,
+    *,
+    width: int = 80,
+    colour: bool = False,
+) -> str:
+    """Draw a schedule (with equal costs for F, I and W) or a timeline, or several one under the other.
+
+    Args:
+        what: a timeline knows its times; of a schedule each stage takes its share of a rank's time.
+        path: a file to write: `.svg` is a picture, `.html` a page to zoom into and point at, `.json` a trace for Perfetto
+            or chrome://tracing (1 unit of time is 1 ms there). Without one, the text is returned.
+        width: of the text, in columns.
+        colour: paint the text with ANSI colours.
+
+    Returns:
+        The text, or what was written.
+
+    Raises:
+        ScheduleError: for another suffix.
+
+    Example:
+        >>> from autofunc import schedule
+        >>> print(draw(schedule.build("1f1b", num_ranks=2, num_microbatches=2)))
+        rank 0 | 0 1 ..[0 ]..[1 ]
+        rank 1 | ..0 [0 ]1 [1 ]..
+        0 forward   [0 ] backward   . idle
+    """
+    drawables = [what] if isinstance(what, (Schedule, Timeline)) else list(what)
+    if not drawables:
+        raise ScheduleError("nothing to draw: no schedule or timeline was given")
+    timelines = [each if isinstance(each, Timeline) else simulate(each) for each in drawables]
+    if path is None:
+        return "\n\n".join(to_picture(timeline, width, colour) for timeline in timelines)
+    suffix = Path(path).suffix.lower()
+    if suffix not in _WRITERS:
+        raise ScheduleError(f"cannot draw {os.fspath(path)!r}: unknown suffix {suffix!r}; {one_of(suffix, _WRITERS)}")
+    text = _WRITERS[suffix](timelines)
+    write_text(path, text)
+    return text

@@ -1,0 +1,149 @@
+"""What is to be scheduled: the question that a search and its bounds answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+
+from autofunc.errors import ScheduleError, one_of
+from autofunc.schedule.footprint.memory import Memory
+from autofunc.schedule.ir import Kind
+from autofunc.schedule.placement import loop, v_shape
+from autofunc.schedule.timing.costs import Costs
+
+Objective = Literal["makespan", "span"]
+"""What is to be small: the whole step, or the longest time from a rank's first start to its last end."""
+
+NEVER = float("inf")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is to be scheduled: a chain of stages on ranks, with costs and room for activations."""
+
+    placement: tuple[int, ...]  # stage -> rank
+    num_microbatches: int
+    costs: Costs
+    room: tuple[float, ...]  # per rank: most that may be alive
+    activation: tuple[float, ...]  # per stage: what F keeps for I, in the unit of `room`
+    weight_activation: tuple[float, ...]  # per stage: what I keeps for W
+    measure_span: bool = False  # minimise the longest span of a rank, not the makespan
+
+    @property
+    def num_stages(self) -> int:
+        """Stages on all ranks together."""
+        return len(self.placement)
+
+    @property
+    def num_ranks(self) -> int:
+        """Pp ranks."""
+        return len(self.room)
+
+    @cached_property
+    def stages_of(self) -> tuple[tuple[int, ...], ...]:
+        """The stages of each rank, last first: what is nearer to the loss goes first."""
+        ranks: list[list[int]] = [[] for _ in self.room]
+        for stage in reversed(range(self.num_stages)):
+            ranks[self.placement[stage]].append(stage)
+        return tuple(map(tuple, ranks))
+
+    @cached_property
+    def durations(self) -> tuple[list[float], list[float], list[float]]:
+        """Times of F, I and W by stage."""
+        table = self.costs.table(self.num_stages)
+        return table[Kind.F].tolist(), table[Kind.I].tolist(), table[Kind.W].tolist()
+
+    @cached_property
+    def transfers(self) -> tuple[list[tuple[float, float]], list[tuple[float, float]]]:
+        """(time until it can be read, time the sender stands still) of what a stage sends: forward, back."""
+        last = self.num_stages - 1
+        forward = [self._transfer(stage, stage + 1) for stage in range(last)] + [(0.0, 0.0)]
+        return forward, [(0.0, 0.0)] + [self._transfer(stage, stage - 1) for stage in range(1, last + 1)]
+
+    def _transfer(self, source: int, target: int) -> tuple[float, float]:
+        if self.placement[source] == self.placement[target]:
+            return 0.0, 0.0
+        on_the_wire = self.costs.transfer(source, target)
+        return on_the_wire + self.costs.latency, on_the_wire * (1 - self.costs.overlap)
+
+    @cached_property
+    def work(self) -> tuple[float, ...]:
+        """Per rank, the time of all its computations."""
+        times = np.sum(self.durations, axis=0) * self.num_microbatches
+        return tuple(float(sum(times[stage] for stage in stages)) for stages in self.stages_of)
+
+
+def problems_of(
+    costs: Costs,
+    num_ranks: int,
+    num_microbatches: int,
+    memory_limit: float | Sequence[float] | None,
+    memory: Memory | None,
+    stages_per_rank: int | None,
+    objective: Objective,
+) -> list[Problem]:
+    """What `search` is asked for, once for each placement: stages in a loop, and in a V.
+
+    Raises:
+        ScheduleError: for numbers that do not fit each other, or a limit below what one microbatch needs.
+    """
+    for name, number in (("num_ranks", num_ranks), ("stages_per_rank", stages_per_rank)):
+        if number is not None and number < 1:
+            raise ScheduleError(f"{name}={number}, expected at least 1")
+    if objective not in ("makespan", "span"):
+        raise ScheduleError(f"objective={objective!r}; {one_of(objective, ('makespan', 'span'))}")
+    per_rank = stages_per_rank or _stages_per_rank(costs, num_ranks)
+    costs.check(per_rank * num_ranks)
+    return [
+        _problem(costs, placement, num_ranks, num_microbatches, memory_limit, memory, objective)
+        for placement in dict.fromkeys((loop(num_ranks, per_rank), v_shape(num_ranks, per_rank)))
+    ]
+
+
+def _problem(
+    costs: Costs,
+    placement: tuple[int, ...],
+    num_ranks: int,
+    num_microbatches: int,
+    memory_limit: float | Sequence[float] | None,
+    memory: Memory | None,
+    objective: Objective,
+) -> Problem:
+    """The numbers, checked and spread over stages and ranks."""
+    if num_microbatches < 1:
+        raise ScheduleError(f"num_microbatches={num_microbatches}, expected at least 1")
+    memory = memory or Memory(residuals=1.0, weight_residuals=1.0)
+    memory.check(len(placement))
+    room = np.asarray(NEVER if memory_limit is None else memory_limit, np.float64)
+    if room.ndim and room.shape != (num_ranks,):
+        raise ScheduleError(f"memory_limit has {room.size} values; expected one, or one for each of {num_ranks} ranks")
+    problem = Problem(
+        placement,
+        num_microbatches,
+        costs,
+        tuple(np.broadcast_to(room, num_ranks).tolist()),
+        tuple(memory.per_stage("residuals", len(placement)).tolist()),
+        tuple(memory.per_stage("weight_residuals", len(placement)).tolist()),
+        measure_span=objective == "span",
+    )
+    for rank, stages in enumerate(problem.stages_of):
+        needed = sum(problem.activation[stage] for stage in stages)
+        if not problem.room[rank] >= needed:
+            raise ScheduleError(
+                f"memory_limit={problem.room[rank]:g} on rank {rank}: one microbatch alone needs {needed:g} there"
+            )
+    return problem
+
+
+def _stages_per_rank(costs: Costs, num_ranks: int) -> int:
+    """As many as the costs have values for."""
+    lengths = {len(cost) for cost in (costs.F, costs.I, costs.W) if np.ndim(cost)}  # type: ignore[arg-type]
+    if not lengths:
+        return 1
+    if len(lengths) > 1 or min(lengths) % num_ranks or not min(lengths):
+        raise ScheduleError(f"costs are given for {sorted(lengths)} stages; expected a multiple of num_ranks={num_ranks}")
+    return lengths.pop() // num_ranks

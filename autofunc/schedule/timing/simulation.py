@@ -1,0 +1,78 @@
+"""Predict when each action of a schedule runs, from the costs of its actions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from autofunc.errors import ScheduleError
+from autofunc.schedule.effects import Edge
+from autofunc.schedule.ir import Schedule
+from autofunc.schedule.laws.network import Network, build_network
+from autofunc.schedule.laws.walk import Pace, walk
+from autofunc.schedule.timing.costs import Costs
+from autofunc.schedule.timing.timeline import Timeline
+
+
+def simulate(schedule: Schedule, costs: Costs | None = None, edges: Sequence[Edge] | None = None) -> Timeline:
+    """Simulate a schedule, in compute form or lowered.
+
+    Every rank starts an action when its row allows and all it reads has arrived. A transfer between ranks begins when the
+    value is made (lowered: sent) and the wire between the two ranks is free, and takes `comm` on the wire and `latency`
+    after it; lowered, its value arrives no sooner than that long after its receive was posted. Transfers overlap
+    computation, but for the part of `comm` that `overlap` leaves to the sending rank.
+    Gathering and reducing (UNSHARD, REDUCE_GRAD) take no time here.
+
+    Args:
+        schedule: a valid schedule.
+        costs: time of one action of one stage; all 1 and free transfers by default.
+        edges: connections between stages; a chain by default.
+
+    Raises:
+        ScheduleError: for costs that do not fit, or a schedule that cannot run.
+    """
+    network, pace = _network_and_pace(schedule, costs or Costs(), edges)
+    return _timeline(network, pace, edges)
+
+
+def expected_makespan(
+    schedule: Schedule, costs: Costs, edges: Sequence[Edge] | None = None, *, samples: int = 100, seed: int = 0
+) -> float:
+    """The mean makespan when computations differ by chance, each by `costs.spread`.
+
+    It is longer than the simulated one: a rank that waits for another waits for whichever of the two happens to be slow,
+    and what is saved by a fast action is lost again at the next wait.
+
+    Args:
+        schedule: as for `simulate`.
+        costs: as for `simulate`, with a `spread`.
+        edges: connections between stages; a chain by default.
+        samples: how many steps are drawn.
+        seed: of the draws.
+    """
+    network, pace = _network_and_pace(schedule, costs, edges)
+    draws = np.random.default_rng(seed)
+    found = []
+    for _ in range(samples):
+        factor = np.maximum(1.0 + costs.spread * draws.standard_normal(len(pace.duration)), 0.0)
+        found.append(_timeline(network, replace(pace, duration=pace.duration * factor), edges).makespan)
+    return float(np.mean(found))
+
+
+def _network_and_pace(schedule: Schedule, costs: Costs, edges: Sequence[Edge] | None) -> tuple[Network, Pace]:
+    costs.check(schedule.num_stages)
+    network = build_network(schedule, edges)
+    transfer = np.array([costs.transfer(crossing.source, crossing.target) for crossing in network.crossings])
+    pace = Pace(
+        costs.durations(network.table, schedule.num_stages), transfer, costs.latency, (1 - costs.overlap) * transfer
+    )
+    if not pace.duration.any():
+        raise ScheduleError(f"schedule {schedule.name}: all that it runs costs nothing, so nothing takes any time")
+    return network, pace
+
+
+def _timeline(network: Network, pace: Pace, edges: Sequence[Edge] | None) -> Timeline:
+    start, end, arrived = map(network.by_rank, walk(network, pace))
+    return Timeline(network.schedule, start, end, edges=None if edges is None else tuple(edges), arrived=arrived)
