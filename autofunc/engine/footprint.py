@@ -9,7 +9,7 @@ from torch import fx
 from autofunc.engine.capture import Joint
 from autofunc.engine.functions import StageContext
 from autofunc.engine.partition import Pieces
-from autofunc.engine.views import base_of, storage_bytes
+from autofunc.graph.memory import base_of, storage_bytes
 from autofunc.schedule import StageBytes
 
 Node = fx.Node
