@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from autofunc.automodel.description import Description, changed, from_dict
+from autofunc.automodel.registry import known_architectures
 from autofunc.errors import ModelError, one_of
 
 
@@ -78,8 +79,6 @@ def class_and_config(description: Description, *, trust_remote_code: bool) -> tu
 def unknown(description: Description) -> ModelError:
     """The error for a model that nobody can build."""
     import transformers
-
-    from autofunc.automodel.registry import known_architectures
 
     named, model_type = description.architecture, description.model_type
     if named is None and model_type is None:

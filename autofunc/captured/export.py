@@ -25,6 +25,8 @@ from autofunc.captured.recurrent import unfuse
 from autofunc.captured.unchanged import left_as_it_was, restored
 from autofunc.errors import ModelError
 from autofunc.fake import fake_mode, naming_errors
+from autofunc.graph.lines import line_of
+from autofunc.graph.schema import is_operator
 
 Node = fx.Node
 
@@ -46,7 +48,7 @@ class Exported:
     @property
     def returned(self) -> list[Any]:
         """Nodes, or constants, of what it returns, in leaf order."""
-        return list(next(node for node in self.graph.nodes if node.op == "output").args[0])
+        return list(self.graph.output_node().args[0])  # type: ignore[arg-type]
 
 
 Arguments = Callable[[Mapping[str, Any]], tuple[tuple[Any, ...], dict[str, Any]]]
@@ -214,11 +216,10 @@ class _Inliner:
             return
         if name.startswith(_ASSERTIONS):
             return
-        if not isinstance(node.target, torch._ops.OpOverload) and node.target is not operator.getitem:
+        if not is_operator(node) and node.target is not operator.getitem:
             raise ModelError(f"{name} cannot be split over stages ({line_of(node)}); write it without")
-        new = self.graph.call_function(
-            node.target, tuple(map(self._value, node.args)), {key: self._value(value) for key, value in node.kwargs.items()}
-        )
+        args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda read: self.values[read])
+        new = self.graph.call_function(node.target, args, kwargs)  # type: ignore[arg-type]
         stack = (node.meta.get("nn_module_stack") or {}).items()
         new.meta.update(
             val=node.meta.get("val"),
@@ -245,10 +246,3 @@ def _take_out_markers(exported: Exported) -> None:
             node.replace_all_uses_with(node.args[0])
             exported.markers = {known: after if at is node else at for known, at in exported.markers.items()}
             exported.graph.erase_node(node)
-
-
-def line_of(node: Node) -> str:
-    """The user's line that made a node."""
-    lines = [line.strip() for line in str(node.meta.get("stack_trace", "")).strip().splitlines()]
-    where = [line for line in lines if line.startswith("File ")]
-    return f"{where[-1]}: {lines[-1]}".replace('"', "") if where else "its line is not known"

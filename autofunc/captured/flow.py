@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import cached_property
 
-import torch
 from torch import fx
 
-from autofunc.captured.aliases import aliased, written
-from autofunc.captured.export import Exported, line_of
+from autofunc.captured.export import Exported
 from autofunc.errors import ModelError
+from autofunc.graph.lines import line_of
+from autofunc.graph.memory import base_of, is_copied_first, written
+from autofunc.graph.reach import reachable
 
 Node = fx.Node
 
@@ -30,10 +31,7 @@ class Flow:
         self.exported = exported
         self.nodes = [node for node in exported.graph.nodes if node.op == "call_function"]
         self.position = {node: index for index, node in enumerate(self.nodes)}
-        self._base: dict[Node, Node] = {}
-        for node in exported.graph.nodes:
-            shared = aliased(node)
-            self._base[node] = self._base[shared] if shared is not None else node
+        self._base = {node: base_of(node) for node in exported.graph.nodes}
         self.writes: dict[Node, list[Node]] = {}  # base -> what writes to its memory, in order
         for node in self.nodes:
             if "_foreach_" in str(node.target) and written(node):
@@ -60,14 +58,7 @@ class Flow:
 
     def closure(self, roots: Iterable[Node]) -> set[Node]:
         """The nodes, and everything they need."""
-        found: set[Node] = set()
-        left = list(roots)
-        while left:
-            node = left.pop()
-            if node not in found:
-                found.add(node)
-                left += self.needs(node)
-        return found
+        return reachable(roots, self.needs)
 
     @cached_property
     def returned(self) -> list[Node]:
@@ -77,8 +68,7 @@ class Flow:
     @cached_property
     def alive(self) -> set[Node]:
         """Everything that the returned values need."""
-        output = next(node for node in self.exported.graph.nodes if node.op == "output")
-        return self.closure([*self.returned, *(write for write in self.needs(output))])
+        return self.closure([*self.returned, *self.needs(self.exported.graph.output_node())])
 
     @cached_property
     def users(self) -> dict[Node, list[Node]]:
@@ -129,9 +119,9 @@ class Flow:
         if base in exported.buffers:
             raise ModelError(
                 f"{what} writes to its buffer {exported.buffers[base]!r} ({write.target}; {line_of(write)})"
-                f"{_advice(exported.buffers[base])}"
+                f"{_advice(exported.buffers[base], write)}"
             )
-        if base in exported.constants and not _is_fresh(base):
+        if base in exported.constants and not is_copied_first(base):
             raise ModelError(
                 f"{what} writes to a tensor that it keeps ({write.target}; {line_of(write)}); return it, or compute it anew"
             )
@@ -142,12 +132,9 @@ class Flow:
             )
 
 
-def _is_fresh(constant: Node) -> bool:
-    """Whether a constant was made in forward (`torch.tensor(1.0)`), where only its copy can be written to."""
-    return all(user.target is torch.ops.aten.lift_fresh_copy.default for user in constant.users)
-
-
-def _advice(buffer: str) -> str:
+def _advice(buffer: str, write: Node) -> str:
+    if "instance_norm" in str(write.target):
+        return ": it keeps statistics. Use track_running_stats=False, or put the module into eval mode to freeze them"
     if buffer.endswith(("running_mean", "running_var", "num_batches_tracked")):
         return (
             ": batch normalisation in training mode depends on the whole batch and keeps statistics. Use nn.GroupNorm, "

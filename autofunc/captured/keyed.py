@@ -10,16 +10,17 @@ import torch
 from torch import Tensor, fx
 
 from autofunc import random
-from autofunc.captured.aliases import aliased
 from autofunc.captured.segment import Runtime
 from autofunc.errors import ModelError
 from autofunc.fingerprint import Name
+from autofunc.graph.lines import line_of
+from autofunc.graph.memory import aliased
+from autofunc.graph.schema import arguments, is_mutable, is_random
 
 _aten = torch.ops.aten
 _DROPOUT = (_aten.dropout.default, _aten.dropout_.default)
 _FEATURES = (_aten.feature_dropout.default, _aten.feature_dropout_.default)
 _ATTENTION = _aten.scaled_dot_product_attention.default
-_ATTENTION_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 
 
 def dropout(x: Tensor, p: float, key: Tensor | None, name: str) -> Tensor:
@@ -63,32 +64,22 @@ def replace_random(graph: fx.Graph, what: str) -> None:
     """
     count: Counter[str] = Counter()
     for node in list(graph.nodes):
-        if not isinstance(node.target, torch._ops.OpOverload):
-            continue
-        options: dict[str, Any] = {}
         if node.target in (*_DROPOUT, *_FEATURES):
-            x, p, train = node.args
-            if not train or p == 0.0:
+            x, p, _ = arguments(node).values()
+            if not is_random(node):
                 _replace(graph, node, x)
                 continue
             function: Any = dropout if node.target in _DROPOUT else feature_dropout
             args: tuple[Any, ...] = (x, p)
+        elif not is_random(node):
+            continue
         elif node.target is _ATTENTION:
-            options = dict(zip(_ATTENTION_ARGUMENTS, (None, None, None, None, 0.0, False, None, False), strict=True))
-            options.update(zip(_ATTENTION_ARGUMENTS, node.args, strict=False))
-            options.update(node.kwargs)
-            if options["dropout_p"] == 0.0:
-                continue
-            function, args = attention, tuple(options.values())
-        elif torch.Tag.nondeterministic_seeded in node.target.tags and not _drops_nothing(node):
-            from autofunc.captured.export import line_of
-
+            function, args = attention, tuple(arguments(node).values())
+        else:
             raise ModelError(
                 f"{what} draws from the global random generator ({node.target}; {line_of(node)}), which would differ from "
                 "layout to layout; use dropout, which becomes a function of the key, or af.random"
             )
-        else:
-            continue
         place = node.meta["modules"][-1][0] if node.meta["modules"] else ""
         label = _label(place)
         name = f"{label}#{count[label]}" if count[label] else label
@@ -99,14 +90,6 @@ def replace_random(graph: fx.Graph, what: str) -> None:
         _replace(graph, node, new)
 
 
-def _drops_nothing(node: fx.Node) -> bool:
-    """Whether an operator that could drop values, such as a recurrent layer, is asked not to."""
-    described = node.target._schema.arguments  # type: ignore[union-attr]
-    given = dict(zip((each.name for each in described), node.args, strict=False)) | node.kwargs
-    probability = next((given[name] for name in ("dropout", "dropout_p", "p") if name in given), None)
-    return probability == 0 or given.get("train") is False or given.get("training") is False
-
-
 def _label(place: str) -> str:
     """The module's name, with the number of the call where there are several: `L__self__module.h.0.drop@1`."""
     return place.partition("module.")[2] or place
@@ -114,7 +97,7 @@ def _label(place: str) -> str:
 
 def _replace(graph: fx.Graph, node: fx.Node, value: Any) -> None:
     """Later users of what was dropped in place see the result, too."""
-    if str(node.target).endswith("_.default") and value is not node.args[0]:
+    if is_mutable(node) and value is not node.args[0]:
         target: Any = node.args[0]
         if aliased(target) is not None or any(aliased(user) is target for user in target.users if user is not node):
             with graph.inserting_before(node):  # whatever shares its memory sees it too

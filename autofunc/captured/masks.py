@@ -14,11 +14,15 @@ from torch import Tensor, fx
 
 from autofunc.captured.flow import Flow
 from autofunc.captured.segment import Runtime
+from autofunc.graph.last_use import last_uses
+from autofunc.graph.reach import reachable
+from autofunc.graph.schema import arguments
 
 Node = fx.Node
 
 _aten = torch.ops.aten
 _ATTENTION = _aten.scaled_dot_product_attention.default
+_POSITIONAL = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 _BY_SHAPE_ALONE = (
     _aten.new_ones.default, _aten.new_zeros.default, _aten.new_full.default, _aten.new_empty.default,
     _aten.ones_like.default, _aten.zeros_like.default, _aten.full_like.default,
@@ -38,29 +42,24 @@ def use_is_causal(flow: Flow, constant: Callable[[Node], Tensor | None]) -> bool
     for node in flow.nodes:
         if node.target is not _ATTENTION:
             continue
-        mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
+        given = arguments(node)
+        mask = given["attn_mask"]
         if not isinstance(mask, Node) or mask in flow.weighted or flow.writes_to(mask):
             continue
         if mask not in known:
-            known[mask] = _is_causal(mask, node, flow, constant)
+            known[mask] = _is_causal(mask, given["query"], given["key"], flow, constant)
         if known[mask]:
-            query, key, value, *rest = node.args
-            defaults = [None, 0.0, False]
-            rest = [*rest, *defaults[len(rest) :]]
-            node.args = (query, key, value, None, rest[1], True, *rest[3:])
-            node.kwargs = {name: value for name, value in node.kwargs.items() if name not in ("attn_mask", "is_causal")}
+            given |= {"attn_mask": None, "is_causal": True}
+            node.args = tuple(given[name] for name in _POSITIONAL)
+            node.kwargs = {name: value for name, value in node.kwargs.items() if name not in _POSITIONAL}
             found = True
     return found
 
 
-def _is_causal(mask: Node, attention: Node, flow: Flow, constant: Callable[[Node], Tensor | None]) -> bool:
-    query, key = (attention.args[index].meta["val"] for index in (0, 1))  # type: ignore[union-attr]
+def _is_causal(mask: Node, query: Node, key: Node, flow: Flow, constant: Callable[[Node], Tensor | None]) -> bool:
+    queries, keys = (node.meta["val"].shape[-2] for node in (query, key))
     shape = mask.meta["val"].shape
-    if (
-        query.shape[-2] != key.shape[-2]
-        or tuple(shape[-2:]) != (query.shape[-2], key.shape[-2])
-        or shape.numel() > _MOST_ELEMENTS
-    ):
+    if queries != keys or tuple(shape[-2:]) != (queries, keys) or shape.numel() > _MOST_ELEMENTS:
         return False
     value = _evaluate(mask, flow, constant)
     if value is None:
@@ -76,9 +75,8 @@ def _evaluate(root: Node, flow: Flow, constant: Callable[[Node], Tensor | None])
     """A value that depends on shapes and constants alone; None when it depends on the batch."""
     needed = _needed(root, flow)
     values: dict[Node, Any] = {}
-    for node in flow.exported.graph.nodes:
-        if node not in needed:
-            continue
+    nodes = [node for node in flow.exported.graph.nodes if node in needed]
+    for node, done in zip(nodes, last_uses([(node, node.all_input_nodes) for node in nodes], {root}), strict=True):
         if node.op == "placeholder":
             value = constant(node)
             if value is None:
@@ -88,28 +86,22 @@ def _evaluate(root: Node, flow: Flow, constant: Callable[[Node], Tensor | None])
         args, kwargs = fx.node.map_aggregate(
             (node.args, dict(node.kwargs)), lambda leaf: torch.device("cpu") if leaf == Runtime("device") else leaf
         )
-        if isinstance(node.target, torch._ops.OpOverload) and node.target in _BY_SHAPE_ALONE:
+        if node.target in _BY_SHAPE_ALONE:
             like = args[0].meta["val"]
             args = (torch.empty(like.shape, dtype=like.dtype), *args[1:])
         args, kwargs = fx.node.map_arg((args, kwargs), values.__getitem__)
         values[node] = node.target(*args, **{**kwargs, **({"device": "cpu"} if "device" in kwargs else {})})
-        for argument in node.all_input_nodes:
-            if all(user in values or user not in needed for user in argument.users):
-                values.pop(argument, None)
+        for each in done:
+            values.pop(each, None)  # what only its shape was asked of was not computed
     result: Tensor = values[root]
     return result
 
 
 def _needed(root: Node, flow: Flow) -> set[Node]:
-    found: set[Node] = set()
-    left = [root]
-    while left:
-        node = left.pop()
-        if node in found:
-            continue
-        found.add(node)
-        needs = flow.needs(node) if node.op == "call_function" else []
-        if isinstance(node.target, torch._ops.OpOverload) and node.target in _BY_SHAPE_ALONE:
-            needs = needs[1:]
-        left += needs
-    return found
+    """What must be computed for a value."""
+
+    def needs(node: Node) -> list[Node]:
+        needed = flow.needs(node) if node.op == "call_function" else []
+        return needed[1:] if node.target in _BY_SHAPE_ALONE else needed
+
+    return reachable([root], needs)

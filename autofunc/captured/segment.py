@@ -16,6 +16,7 @@ from torch import Tensor
 
 from autofunc import tree
 from autofunc.fingerprint import Fingerprint, Fingerprinted, Name
+from autofunc.graph.last_use import last_uses
 
 
 @dataclass(frozen=True)
@@ -117,17 +118,11 @@ class Segment(Fingerprinted):
     @cached_property
     def _last_uses(self) -> list[list[int]]:
         """For each instruction, the registers that nothing reads after it."""
-        last: dict[int, int] = {}
-        for position, instruction in enumerate(self.instructions):
-            last[instruction.register] = position
-            for register in _registers((instruction.args, [argument for _, argument in instruction.kwargs])):
-                last[register] = position
-        for register in _registers(self.returned):
-            last.pop(register, None)
-        done: list[list[int]] = [[] for _ in self.instructions]
-        for register, position in last.items():
-            done[position].append(register)
-        return done
+        steps = [
+            (each.register, _registers((each.args, [argument for _, argument in each.kwargs])))
+            for each in self.instructions
+        ]
+        return last_uses(steps, _registers(self.returned))
 
 
 def _registers(argument: Any) -> list[int]:

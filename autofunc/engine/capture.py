@@ -1,6 +1,6 @@
 """Capture a stage: its forward and its gradient as one graph of operators, on fake tensors.
 
-Nothing runs on real data and nothing is allocated. `make_fx` records what the stage's function and `torch.autograd.grad`
+Nothing runs on real data and nothing is allocated. `trace` records what the stage's function and `torch.autograd.grad`
 dispatch, so the graph computes what eager autograd would, with the same kernels, and runs without an autograd engine.
 """
 
@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import annotate, preserve_node_meta
 
 from autofunc import tree
 from autofunc.engine.purity import globals_unchanged, refuse_effects
 from autofunc.engine.simplify import simplify
-from autofunc.engine.views import base_of, storage_bytes
 from autofunc.fake import fake_mode, naming_errors
+from autofunc.graph.memory import base_of, storage_bytes
+from autofunc.graph.trace import trace
 from autofunc.splitting import Returned, StageContext, describe, outline
 
 Node = fx.Node
@@ -63,14 +63,13 @@ def capture(context: StageContext) -> Joint:
         batch = [mode.from_tensor(leaf) for leaf in tracer.batch_leaves if isinstance(leaf, Tensor)]
         given: tuple[list[Any], ...] = (params, inputs, batch)
         with naming_errors(what), preserve_node_meta(), globals_unchanged(context.stage.functions, what):
-            # a function of three arguments: make_fx would count the `self` of a method
-            module = make_fx(lambda *given: tracer.joint(*given), tracing_mode="real")(*given)
+            module = trace(lambda *given: tracer.joint(*given), *given)
             module.graph.eliminate_dead_code()
             if refuse_effects(module.graph, what, lambda: tracer.joint(*given)):
                 # what writes to its own temporaries (`mask[:, 0] = 1`) is written anew without: no autograd is left to mind
                 functional = torch.func.functionalize(lambda *given: fx.Interpreter(module).run(*given), remove="mutations")
                 leaves = [leaf for part in given for leaf in part]
-                module = make_fx(functional, tracing_mode="real")(*leaves)
+                module = trace(functional, *leaves)
     _take_cotangents(module.graph, tracer.num_cotangents)
     simplify(module.graph)
     context.setting.partitioning.refine(module.graph)

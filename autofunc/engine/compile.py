@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from filelock import FileLock
 from torch import Tensor, fx
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from autofunc import cache
 from autofunc.engine.emit import Runnable
@@ -31,6 +30,7 @@ from autofunc.engine.matmul import choose_matmuls
 from autofunc.engine.partition import Piece, in_order
 from autofunc.errors import AutofuncError, ModelError
 from autofunc.fake import fake_mode
+from autofunc.graph.trace import trace
 from autofunc.splitting import accumulator_dtype
 
 Node = fx.Node
@@ -143,13 +143,13 @@ def _compile(graph: fx.Graph, inputs: list[Node], key: str) -> Any:
     with fake_mode() as mode, torch.no_grad():
         values = [node.meta["val"] for node in inputs]
         fakes = [torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device=v.device) for v in values]
-        module = make_fx(
-            fx.GraphModule({}, graph), decomposition_table=select_decomp_table(), tracing_mode="real"
-        )(*fakes)  # fmt: skip
+        module = trace(fx.GraphModule({}, graph), *fakes, decompositions=select_decomp_table())
     choose_matmuls(module.graph)
     module.recompile()
-    output = next(node for node in module.graph.nodes if node.op == "output")
-    output.meta["user_visible_output_idxs"] = list(range(len(output.args[0])))  # the next piece relies on their strides
+    output = module.graph.output_node()
+    (returned,) = output.args
+    # the next piece relies on their strides
+    output.meta["user_visible_output_idxs"] = list(range(len(returned)))  # type: ignore[arg-type]
     folder = Path(cache_dir()) / "autofunc"
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / f"{key}.lock"), config.patch(_OPTIONS), tracing(TracingContext(mode)), torch.no_grad():

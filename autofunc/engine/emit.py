@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from autofunc.engine.partition import Piece, in_order
+from autofunc.graph.last_use import last_uses
 
 Node = fx.Node
 Runnable = Callable[[list[Any]], Sequence[Tensor]]
@@ -52,24 +53,25 @@ class _Emitter:
         for node in [*self.piece.inputs, *self.nodes]:
             self.names[node] = f"v{next(counter)}"
         sums = [f"acc{index}" for index in range(len(self.piece.adds))]
-        last_use = self._last_uses()
         taken = [*(self.names[node] for node in self.piece.inputs), *sums, *(["ready"] if self.arrivals else [])]
         arrived: set[int] = set()
         lines = [f"def {self.name}(given):"]
         if taken:
             lines += [f"    [{', '.join(taken)}] = given", "    given.clear()"]
-        unused = [self.names[node] for node in self.piece.inputs if node not in last_use]
+        kept = {*self.piece.outputs, *(node for _, node in self.piece.adds if node in self.piece.inputs)}
+        used = kept.union(*(node.all_input_nodes for node in self.nodes))
+        unused = [self.names[node] for node in self.piece.inputs if node not in used]
         if unused:
             lines.append(f"    del {', '.join(unused)}")
-        for node in self.nodes:
+        done = last_uses([(node, node.all_input_nodes) for node in self.nodes], kept)
+        for node, dead in zip(self.nodes, done, strict=True):
             awaited = {self.arrivals[read] for read in node.all_input_nodes if read in self.arrivals} - arrived
             lines += [f"    ready({layer})" for layer in sorted(awaited)]
             arrived |= awaited
             lines.append(f"    {self.names[node]} = {self._call(node)}")
             lines += self._adds(node, sums)
-            dead = [self.names[read] for read in (*node.all_input_nodes, node) if last_use.get(read) is node]
             if dead:
-                lines.append(f"    del {', '.join(dict.fromkeys(dead))}")
+                lines.append(f"    del {', '.join(self.names[each] for each in dead)}")
         for index, (_, node) in enumerate(self.piece.adds):
             if node in self.piece.inputs:  # a gradient that is given as it is
                 lines.append(f"    {sums[index]}.add_({self.names[node]})")
@@ -77,18 +79,6 @@ class _Emitter:
         scope = dict(self.values)
         exec(compile("\n".join(lines), f"<{self.name}>", "exec"), scope)
         return scope[self.name]  # type: ignore[no-any-return]
-
-    def _last_uses(self) -> dict[Node, Node | None]:
-        """By value: the node after which it is not used again; None for outputs, which are used to the end."""
-        last: dict[Node, Node | None] = {}
-        for node in self.nodes:
-            for read in node.all_input_nodes:
-                last[read] = node
-            last.setdefault(node, node)
-        given_as_it_is = {node for _, node in self.piece.adds if node in self.piece.inputs}
-        for node in (*self.piece.outputs, *given_as_it_is):
-            last[node] = None
-        return last
 
     def _adds(self, node: Node, sums: list[str]) -> list[str]:
         """Statements that add a gradient to its accumulator, right after it was made."""

@@ -8,7 +8,7 @@ from torch import fx
 
 from autofunc.engine.capture import Joint
 from autofunc.engine.partition import Pieces
-from autofunc.engine.views import base_of, storage_bytes
+from autofunc.graph.memory import base_of, storage_bytes
 from autofunc.schedule import StageBytes
 from autofunc.splitting import StageContext
 

@@ -10,14 +10,13 @@ Source of the idea: joint graph partitioning as in `torch._functorch.partitioner
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Set
+from collections.abc import Set
 from dataclasses import dataclass
-from operator import getitem
 
 from torch import fx
 
 from autofunc.engine.capture import Joint
-from autofunc.engine.views import base_of, is_view
+from autofunc.graph.reach import ancestors, ancestors_within, descendants, frontier
 
 Node = fx.Node
 
@@ -55,7 +54,7 @@ def partition(joint: Joint, again: Set[Node] = frozenset(), early: Set[int] = fr
     """
     placeholders = [*joint.params, *joint.inputs, *joint.batch]
     outputs = joint.outputs
-    behind = depends_on(joint.graph, joint.cotangents)
+    behind = descendants(joint.graph, joint.cotangents)
     input_grads = [node for node in joint.input_grads if node is not None]
     adds = [(number, node) for number, node in enumerate(joint.weight_grads) if node is not None]
     unkept = {*joint.params, *joint.cotangents}
@@ -69,12 +68,11 @@ def partition(joint: Joint, again: Set[Node] = frozenset(), early: Set[int] = fr
     if not input_grads:
         return Pieces(forward, evaluate, saved, backward, None, [*saved, *joint.cotangents], backward)
 
-    in_i = ancestors([*input_grads, *(node for number, node in adds if number in early)]) & behind
-    in_i |= {node for node in behind if node.target is getitem and node.args[0] in in_i}
+    in_i = ancestors_within([*input_grads, *(node for number, node in adds if number in early)], behind)
     soon = [(number, node) for number, node in adds if node in in_i or node in joint.cotangents]
     late = [(number, node) for number, node in adds if (number, node) not in soon]
     # what is computed again is so in I, once; only what the batch alone gives is made once more in W
-    of_batch = again - depends_on(joint.graph, [*joint.params, *joint.inputs])
+    of_batch = again - descendants(joint.graph, [*joint.params, *joint.inputs])
     inside = (behind - in_i) | of_batch
     kept = [node for node in frontier([node for _, node in late], inside) if node not in joint.params]
     return Pieces(
@@ -93,48 +91,6 @@ def _piece(joint: Joint, given: list[Node], outputs: list[Node], adds: list[tupl
     needed = ancestors([*outputs, *(node for _, node in adds)], given)
     params = [number for number, node in enumerate(joint.params) if node in needed]
     return Piece(params, [*(joint.params[number] for number in params), *given], outputs, adds)
-
-
-def depends_on(graph: fx.Graph, sources: Iterable[Node]) -> set[Node]:
-    """All nodes that read one of these, directly or not."""
-    found = set(sources)
-    for node in graph.nodes:
-        if node.op != "output" and any(read in found for read in node.all_input_nodes):
-            found.add(node)
-    return found - set(sources)
-
-
-def ancestors(nodes: Iterable[Node], given: Iterable[Node] = ()) -> set[Node]:
-    """These and all that they read, directly or not, but for what is given and what only that reads."""
-    found: set[Node] = set()
-    stop, left = set(given), list(nodes)
-    while left:
-        node = left.pop()
-        if node not in found and node not in stop:
-            found.add(node)
-            left += node.all_input_nodes
-    return found
-
-
-def frontier(targets: Iterable[Node], inside: Set[Node]) -> list[Node]:
-    """What a region needs from outside to compute its targets.
-
-    A view of a parameter is made again inside, so that the parameter need not be kept; other views are kept as they are,
-    for they hold the memory of what they are views of and cost nothing more.
-    """
-    needed: dict[Node, None] = {}
-    seen: set[Node] = set()
-    left = list(targets)
-    while left:
-        node = left.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        if node in inside or (is_view(node) and base_of(node).op == "placeholder"):
-            left += node.all_input_nodes
-        elif node.op != "get_attr":
-            needed[node] = None
-    return sorted(needed)  # nodes compare by their place in the graph
 
 
 def in_order(piece: Piece, order: list[Node]) -> list[Node]:

@@ -9,15 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import fx
 from torch.utils._python_dispatch import TorchDispatchMode  # has no public name; tried with torch 2.13.0
 
-from autofunc.engine.views import base_of
 from autofunc.errors import ModelError
 from autofunc.fake import user_line
-
-Node = fx.Node
+from autofunc.graph.memory import base_of, is_copied_first, written
+from autofunc.graph.schema import is_mutable, is_random
 
 
 def refuse_effects(graph: fx.Graph, what: str, run: Callable[[], Any]) -> bool:
@@ -32,41 +30,20 @@ def refuse_effects(graph: fx.Graph, what: str, run: Callable[[], Any]) -> bool:
         ModelError: when that is a parameter, an input or a tensor from outside, or when the global random generator is
             used; names the user's line.
     """
-    writes = False
     for node in graph.nodes:
-        if not isinstance(node.target, torch._ops.OpOverload):
-            continue
-        if torch.Tag.nondeterministic_seeded in node.target.tags and not _drops_nothing(node):
+        if is_random(node):
             raise ModelError(
                 f"{what} draws from the global random generator ({node.target}; {_line_of(node.target, run)}), so it is no "
                 'pure function; use af.random.dropout or another function of batch["key"], or engine="eager"'
             )
-        for value, argument in zip(node.args, node.target._schema.arguments, strict=False):
-            if isinstance(value, Node) and argument.alias_info is not None and argument.alias_info.is_write:
-                writes = True
-                base = base_of(value)
-                if base.op == "placeholder" or (base.op == "get_attr" and not _is_fresh(base)):
-                    written = "one of its inputs or parameters" if base.op == "placeholder" else "a tensor from outside"
-                    raise ModelError(
-                        f"{what} writes to {written} ({node.target}; {_line_of(node.target, run)}); a stage is a pure "
-                        "function: compute a new tensor instead"
-                    )
-    return writes
-
-
-def _is_fresh(node: Node) -> bool:
-    """Whether a constant was made while tracing (`torch.tensor(1.0)`): then only its copy is written to."""
-    return all(user.target is torch.ops.aten.lift_fresh_copy.default for user in node.users)
-
-
-def _drops_nothing(node: Node) -> bool:
-    """Whether an operator that could drop values, such as attention, is asked not to."""
-    assert isinstance(node.target, torch._ops.OpOverload)
-    for index, argument in enumerate(node.target._schema.arguments):
-        if argument.name == "dropout_p":
-            given = node.args[index] if index < len(node.args) else node.kwargs.get("dropout_p", argument.default_value)
-            return bool(given == 0)
-    return False
+        for base in map(base_of, written(node)):
+            if base.op == "placeholder" or (base.op == "get_attr" and not is_copied_first(base)):
+                owner = "one of its inputs or parameters" if base.op == "placeholder" else "a tensor from outside"
+                raise ModelError(
+                    f"{what} writes to {owner} ({node.target}; {_line_of(node.target, run)}); a stage is a pure "
+                    "function: compute a new tensor instead"
+                )
+    return any(is_mutable(node) for node in graph.nodes)
 
 
 class _Found(Exception):

@@ -22,8 +22,9 @@ import torch
 from torch import fx
 
 from autofunc.engine.capture import Joint
-from autofunc.engine.partition import depends_on, frontier
-from autofunc.engine.views import base_of, is_view, storage_bytes
+from autofunc.graph.memory import base_of, is_view, storage_bytes
+from autofunc.graph.reach import ancestors_within, descendants, frontier, reachable
+from autofunc.graph.schema import is_pointwise
 
 Node = fx.Node
 
@@ -63,10 +64,10 @@ _BYTE = 8.0  # multiplications that take as long as reading or writing a byte
 
 def recomputed(joint: Joint, keep: Keep) -> set[Node]:
     """Nodes of the forward that the backward computes again."""
-    behind = depends_on(joint.graph, joint.cotangents)
+    behind = descendants(joint.graph, joint.cotangents)
     seeds = set(joint.cotangents)
     forward = [node for node in joint.graph.nodes if node.op == "call_function" and node not in behind | seeds]
-    given = depends_on(joint.graph, [*joint.params, *joint.inputs])
+    given = descendants(joint.graph, [*joint.params, *joint.inputs])
     chosen = {node for node in forward if node not in given}
     if keep.recompute == "stage":
         return set(forward)
@@ -122,14 +123,7 @@ def _cheap(joint: Joint, behind: set[Node], chosen: set[Node]) -> set[Node]:
 
 def _cheap_chain(node: Node) -> set[Node]:
     """The node and those before it, as far as they are cheap."""
-    chain: set[Node] = set()
-    left = [node]
-    while left:
-        each = left.pop()
-        if each not in chain and is_cheap(each):
-            chain.add(each)
-            left += each.all_input_nodes
-    return chain
+    return reachable(filter(is_cheap, [node]), lambda each: filter(is_cheap, each.all_input_nodes))
 
 
 def is_cheap(node: Node) -> bool:
@@ -138,9 +132,7 @@ def is_cheap(node: Node) -> bool:
         return False
     if node.target is getitem:
         return is_cheap(node.args[0])  # type: ignore[arg-type]
-    if is_view(node) or node.target in _CHEAP:
-        return True
-    return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
+    return is_view(node) or node.target in _CHEAP or is_pointwise(node)
 
 
 def early_gradients(joint: Joint, keep: Keep) -> set[int]:
@@ -152,16 +144,16 @@ def early_gradients(joint: Joint, keep: Keep) -> set[int]:
     """
     if keep.early <= 0.0:
         return set()
-    behind = depends_on(joint.graph, joint.cotangents)
+    behind = descendants(joint.graph, joint.cotangents)
     input_grads = [node for node in joint.input_grads if node is not None]
-    in_i = _ancestors_within(input_grads, behind)
+    in_i = ancestors_within(input_grads, behind)
     constant = {*joint.params, *joint.batch}
     needs: dict[int, list[Node]] = {}
     work: dict[int, float] = {}
     for number, node in enumerate(joint.weight_grads):
         if node is None or node in in_i or node not in behind:
             continue
-        own = _ancestors_within([node], behind) - in_i
+        own = ancestors_within([node], behind) - in_i
         needs[number] = [base_of(each) for each in frontier([node], own) if each not in constant]
         work[number] = cost_of(own)
     sharing: dict[Node, int] = {}
@@ -195,15 +187,3 @@ def cost_of(nodes: Iterable[Node]) -> float:
             tensors = [each for each in (*made, *read) if isinstance(each, torch.Tensor)]
             total += _BYTE * sum(float(each.numel() * each.element_size()) for each in tensors)
     return total
-
-
-def _ancestors_within(nodes: Iterable[Node], inside: set[Node]) -> set[Node]:
-    """Nodes of a region that lead to these, with all outputs of operators that have several."""
-    found: set[Node] = set()
-    left = [node for node in nodes if node in inside]
-    while left:
-        node = left.pop()
-        if node not in found:
-            found.add(node)
-            left += [read for read in node.all_input_nodes if read in inside]
-    return found | {node for node in inside if node.target is getitem and node.args[0] in found}

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from autofunc.engine.views import is_view
+from autofunc.graph.memory import is_view
 
 Node = fx.Node
 

@@ -1,0 +1,1 @@
+"""What the engine and captured models both do with graphs of operators."""

@@ -1,0 +1,112 @@
+"""What an operator's schema says: its arguments by name, and in which of them its results lie or which it writes to.
+
+The only file that uses `torch._ops` and the schemas behind it, which have no public names; tried with torch 2.13.0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import fx
+from torch._ops import OpOverload
+
+Node = fx.Node
+
+_aten = torch.ops.aten
+
+# Their schemas do not say so. Autograd must not treat the first as a view; the second returns what the collective before
+# it made.
+_SHARES_BESIDE = {_aten._unsafe_view.default: "self", torch.ops._c10d_functional.wait_tensor.default: "tensor"}
+
+
+@dataclass(frozen=True)
+class Schema:
+    """An operator's schema, with the names of its arguments."""
+
+    names: tuple[str, ...]  # in order
+    defaults: Mapping[str, Any]  # of arguments that need not be given
+    written: frozenset[str]  # arguments that it writes to
+    shared: frozenset[str]  # arguments in whose memory its results may lie
+    is_mutable: bool  # whether it may write to an argument, or change what it is
+    only_shares: bool  # whether all that it makes lies in memory of an argument, which it leaves as it is
+
+
+def is_operator(node: Node) -> bool:
+    """Whether a node calls one of torch's operators, or one of a `torch.library`; not a plain function of Python."""
+    return isinstance(node.target, OpOverload)
+
+
+def schema_of(node: Node) -> Schema | None:
+    """The schema of a node's operator; None when it calls none."""
+    return _read(node.target) if isinstance(node.target, OpOverload) else None
+
+
+def arguments(node: Node) -> dict[str, Any]:
+    """An operator's arguments by name, in the order of its schema; those that are not given have their defaults.
+
+    Args:
+        node: calls an operator.
+    """
+    schema = schema_of(node)
+    assert schema is not None, f"{node.target} is no operator"
+    given = dict(zip(schema.names, node.args, strict=False)) | node.kwargs
+    return {name: given.get(name, schema.defaults.get(name)) for name in schema.names}
+
+
+def is_mutable(node: Node) -> bool:
+    """Whether a node's operator may write to one of its arguments, `out=` included."""
+    schema = schema_of(node)
+    return schema is not None and schema.is_mutable
+
+
+def is_pointwise(node: Node) -> bool:
+    """Whether a node's operator makes each element of its result from the elements at the same place."""
+    return isinstance(node.target, OpOverload) and torch.Tag.pointwise in node.target.tags
+
+
+def is_random(node: Node) -> bool:
+    """Whether what an operator makes depends on a generator of random numbers, with the arguments that it is given.
+
+    Attention, recurrent layers and dropout depend on none when they are asked to drop nothing: by a probability of 0, which
+    may be their default, or because they do not train.
+    """
+    if not isinstance(node.target, OpOverload) or torch.Tag.nondeterministic_seeded not in node.target.tags:
+        return False
+    given = arguments(node)
+    if given.get("train") is False or given.get("training") is False:
+        return False
+    # a probability may be a tensor, which nobody knows yet
+    return all(given[name] != 0 for name in ("dropout_p", "dropout", "p") if name in given)
+
+
+@cache
+def _read(operator: OpOverload) -> Schema:
+    schema = operator._schema
+    returned = [each.alias_info for each in schema.returns]
+    marks = {name for mark in returned if mark is not None for name in mark.before_set}
+    shares = any(mark is not None for mark in returned)
+    shared, written = set[str](), set[str]()
+    for argument in schema.arguments:
+        mark = argument.alias_info
+        if mark is None:
+            continue
+        # of an argument whose parts are returned as a list (split, unbind), only "*" says that they are of it
+        if mark.before_set & marks or (shares and "*" in mark.after_set):
+            shared.add(argument.name)
+        if mark.is_write:
+            written.add(argument.name)
+    if operator in _SHARES_BESIDE:
+        shared.add(_SHARES_BESIDE[operator])
+    return Schema(
+        names=tuple(argument.name for argument in schema.arguments),
+        defaults={each.name: each.default_value for each in schema.arguments if each.has_default_value()},
+        written=frozenset(written),
+        shared=frozenset(shared),
+        is_mutable=schema.is_mutable,
+        only_shares=operator in _SHARES_BESIDE
+        or (not schema.is_mutable and bool(returned) and all(mark is not None for mark in returned)),
+    )

@@ -1,0 +1,22 @@
+"""Record what a function dispatches as a graph of operators."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import fx
+from torch.fx.experimental.proxy_tensor import make_fx  # has no public name; tried with torch 2.13.0
+
+
+def trace(
+    function: Callable[..., Any], *given: Any, decompositions: Mapping[Any, Callable[..., Any]] | None = None
+) -> fx.GraphModule:
+    """The operators that a function runs on these tensors, autograd's included, in one graph.
+
+    Args:
+        function: with as many arguments as are given; not a method, of which `self` would be counted.
+        given: tensors, or lists of tensors; their shapes are those of the graph.
+        decompositions: operators that are recorded as others.
+    """
+    return make_fx(function, decomposition_table=decompositions, tracing_mode="real")(*given)
