@@ -43,11 +43,38 @@ class DataError(AutofuncError, ValueError):
 
 
 class PipelineRunError(AutofuncError, RuntimeError):
-    """An action failed while the pipeline ran. Carries where: rank, step, action and the grid with the action marked."""
+    """A run of a pipeline failed. The message of a failed action names it and shows the grid with it marked.
+
+    Args:
+        message: what went wrong.
+        rank: the pp rank on which it did. None, here and below, where that is unknown or does not apply.
+        step: which step of the pipeline it was, from 1 on.
+        action: the action that failed, as text, such as "1F2".
+        stage: of the action.
+        microbatch: of the action; one that gathers or releases parameters has none.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        rank: int | None = None,
+        step: int | None = None,
+        action: str | None = None,
+        stage: int | None = None,
+        microbatch: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.rank, self.step, self.action, self.stage, self.microbatch = rank, step, action, stage, microbatch
 
 
 class PeerLostError(PipelineRunError):
     """A rank waited for another that is gone or too late: a consequence, the cause is on the other rank."""
+
+
+def full_message(error: BaseException) -> str:
+    """What an error says, with its notes on lines of their own: `str(error)` leaves them out."""
+    return "\n".join([str(error), *getattr(error, "__notes__", ())])
 
 
 def one_of(given: object, known: Iterable[object]) -> str:

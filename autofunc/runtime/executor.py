@@ -6,18 +6,31 @@ pipeline is such a coroutine, and `run_together` takes turns.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from autofunc.engine import Microbatch, Produced, StageFunctions
-from autofunc.errors import AutofuncError, PipelineRunError
+from autofunc.errors import AutofuncError, PipelineRunError, full_message
 from autofunc.runtime.accumulate import Accumulator
-from autofunc.runtime.program import Op, Program
+from autofunc.runtime.ops import (
+    READERS,
+    Backward,
+    BackwardInput,
+    BackwardWeight,
+    Forward,
+    Gather,
+    Op,
+    Receive,
+    Reduce,
+    Release,
+    Send,
+)
+from autofunc.runtime.program import Program
 from autofunc.runtime.transport import MemoryHub, Port, Ticket
-from autofunc.schedule import Kind, grid
+from autofunc.schedule import grid
 from autofunc.shard.parameters import StepParameters
 from autofunc.shard.reduce import Reduction
 from autofunc.splitting import Stage
@@ -58,109 +71,143 @@ def run_rank(step: RankStep) -> Iterator[None]:
 
     Raises:
         PipelineRunError: when an op fails; carries rank, step, action and the grid with the action marked.
+        AutofuncError: when an op fails with one, which then has a note that says the same.
     """
-    program = step.program
-    registers: list[Any] = [None] * program.num_registers
-    sends: list[Ticket | None] = [None] * program.num_sends
-    ports, slots, observers = step.ports, step.slots, step.observers
-    compute = _Compute(step)
+    machine, observers = _Machine(step), step.observers
+    registers, sends = machine.registers, machine.sends
+    run: dict[type[Op], Callable[[Any], None]] = {
+        Forward: machine.forward,
+        Backward: machine.backward,
+        BackwardInput: machine.backward_input,
+        BackwardWeight: machine.backward_weight,
+        Send: machine.send,
+        Receive: machine.receive,
+        Gather: machine.gather,
+        Release: machine.release,
+        Reduce: machine.reduce,
+    }
     op = None
     try:
-        for op in program.ops:
-            kind, stage, microbatch, reads, writes, waits, settles, channel, send, into, _ = op
-            for register in waits:
-                ticket = registers[register]
-                while not ticket.arrived():
-                    yield
-                registers[register] = ticket.tensors
-            for number in settles:
-                sends[number].settle()  # type: ignore[union-attr]
-                sends[number] = None
+        for op in step.program.ops:
+            if isinstance(op, READERS):
+                for register in op.waits:
+                    ticket = registers[register]
+                    while not ticket.arrived():
+                        yield
+                    registers[register] = ticket.tensors
+                for number in op.settles:
+                    sends[number].settle()  # type: ignore[union-attr]
+                    sends[number] = None
             for observer in observers:
                 observer.before(op)
-            if kind >= Kind.UNSHARD:
-                compute.place(kind, stage)
-            elif channel < 0:
-                compute.run(kind, stage, microbatch, reads, writes, registers)
-            elif send < 0:
-                registers[writes[0]] = ports[channel].receive([slots[slot] for slot in into])
-            else:
-                sends[send] = ports[channel].send(registers[reads[0]])
-                registers[reads[0]] = None
+            run[type(op)](op)
             for observer in observers:
                 observer.after(op, step, registers, sends)
         for left in sends:
             if left is not None:
                 left.settle()
     except AutofuncError as error:
-        raise type(error)(_where(step, op, str(error))) from error
+        _add_place(error, step, op)
+        raise
     except Exception as error:
-        raise PipelineRunError(_where(step, op, f"{type(error).__name__}: {error}")) from error
+        place = _place(step, op)
+        message = f"{_named(place)}: {type(error).__name__}: {full_message(error)}{_marked(step, op)}"
+        raise PipelineRunError(message, **place) from error
 
 
-class _Compute:
-    """Runs F, B, I and W on registers, and what comes before and after them for a stage's parameters."""
+class _Machine:
+    """The registers and sends of one rank's step, and what each kind of op does to them."""
 
     def __init__(self, step: RankStep) -> None:
-        self.functions, self.sums = step.functions, step.accumulators
-        self.stages, self.parameters, self.reduction = step.stages, step.parameters, step.reduction
-        self.bound: dict[int, Any] = {}  # by stage, while its parameters are there: what `StageFunctions.bind` made
-        self.microbatches, self.produced = step.microbatches, step.produced
-        self.last_stage = step.program.schedule.num_stages - 1
-        self.forward_only = step.program.schedule.is_forward_only
+        program = step.program
+        self.registers: list[Any] = [None] * program.num_registers
+        self.sends: list[Ticket | None] = [None] * program.num_sends
+        self._ports, self._slots = step.ports, step.slots
+        self._functions, self._sums = step.functions, step.accumulators
+        self._stages, self._parameters, self._reduction = step.stages, step.parameters, step.reduction
+        self._bound: dict[int, Any] = {}  # by stage, while its parameters are there: what `StageFunctions.bind` made
+        self._microbatches, self._produced = step.microbatches, step.produced
+        self._last_stage = program.schedule.num_stages - 1
 
-    def place(self, kind: Kind, stage: int) -> None:
-        """UNSHARD starts to gather, the first computation waits for it; RESHARD lets go; REDUCE_GRAD starts to add up."""
-        if kind is Kind.UNSHARD:
-            self.parameters.gather(stage)
-        elif kind is Kind.RESHARD:
-            self.bound.pop(stage, None)
-            self.parameters.release(stage)
-        else:
-            for sums in self.stages[stage].by_layer(self.sums[stage].take()):
-                self.reduction.post(sums)
+    # --- computations
 
-    def run(
-        self, kind: Kind, stage: int, microbatch: int, reads: Sequence[int], writes: Sequence[int], registers: list[Any]
-    ) -> None:
-        functions = self.functions[stage]
-        if stage not in self.bound:
-            self.bound[stage] = functions.bind(self.parameters.leaves(self.stages[stage]), self.parameters.ready(stage))
-            if kind is not Kind.F:  # a forward waits for each layer's parameters when it comes to the layer
-                self.parameters.arrive(stage)
-        residuals: Any = None
-        given: list[Tensor] = []
-        for register in reads:
-            value, registers[register] = registers[register], None  # so that its last user can free it
-            if type(value) is not list:
-                residuals = value
-            elif given:
-                given += value
-            else:
-                given = value
-        value = None
-        if kind is Kind.F:
-            if self.forward_only:
-                produced = functions.evaluate(self.bound[stage], given, self.microbatches[microbatch])
-            else:
-                produced, residuals = functions.forward(self.bound[stage], given, self.microbatches[microbatch])
-                registers[writes[-1]] = residuals
-                writes = writes[:-1]
-            if stage == self.last_stage:
-                self.produced[microbatch] = produced
-                return
-            results = produced.outputs
-        elif kind is Kind.B:
-            results = functions.backward(residuals, given, self.sums[stage])
-        elif kind is Kind.I:
-            results, weight_residuals = functions.backward_input(residuals, given, self.sums[stage])
-            registers[writes[-1]] = weight_residuals
-            writes = writes[:-1]
+    def forward(self, op: Forward) -> None:
+        """Each layer waits for its own parameters."""
+        stage = op.stage
+        functions, bound, given = self._functions[stage], self._bind(stage), self._take(op.reads)
+        if op.keeps is None:
+            produced = functions.evaluate(bound, given, self._microbatches[op.microbatch])
         else:
-            functions.backward_weight(residuals, self.sums[stage])
-            return
-        for register in writes:  # whoever reads it takes the list over
-            registers[register] = results if len(writes) == 1 else list(results)
+            produced, self.registers[op.keeps] = functions.forward(bound, given, self._microbatches[op.microbatch])
+        if stage == self._last_stage:
+            self._produced[op.microbatch] = produced
+        else:
+            self._put(op.writes, produced.outputs)
+
+    def backward(self, op: Backward) -> None:
+        self._wait_for_parameters(op.stage)
+        functions, residuals, given = self._functions[op.stage], self._take_one(op.residuals), self._take(op.reads)
+        self._put(op.writes, functions.backward(residuals, given, self._sums[op.stage]))
+
+    def backward_input(self, op: BackwardInput) -> None:
+        self._wait_for_parameters(op.stage)
+        functions, residuals, given = self._functions[op.stage], self._take_one(op.residuals), self._take(op.reads)
+        cotangents, self.registers[op.keeps] = functions.backward_input(residuals, given, self._sums[op.stage])
+        self._put(op.writes, cotangents)
+
+    def backward_weight(self, op: BackwardWeight) -> None:
+        self._wait_for_parameters(op.stage)
+        self._functions[op.stage].backward_weight(self._take_one(op.residuals), self._sums[op.stage])
+
+    def _take_one(self, register: int) -> Any:
+        """What a register holds, which is then empty, so that the last user can free it."""
+        value, self.registers[register] = self.registers[register], None
+        return value
+
+    def _take(self, registers: Sequence[int]) -> list[Tensor]:
+        """The tensors of some registers, one after the other."""
+        if len(registers) == 1:
+            return self._take_one(registers[0])  # type: ignore[no-any-return]
+        return [tensor for register in registers for tensor in self._take_one(register)]
+
+    def _put(self, registers: Sequence[int], tensors: list[Tensor]) -> None:
+        """Fill some registers with the same tensors. Whoever reads one takes its list over."""
+        for register in registers:
+            self.registers[register] = tensors if len(registers) == 1 else list(tensors)
+
+    # --- transfers
+
+    def send(self, op: Send) -> None:
+        self.sends[op.number] = self._ports[op.channel].send(self._take_one(op.register))
+
+    def receive(self, op: Receive) -> None:
+        self.registers[op.register] = self._ports[op.channel].receive([self._slots[slot] for slot in op.slots])
+
+    # --- a stage's parameters
+
+    def gather(self, op: Gather) -> None:
+        self._parameters.gather(op.stage)
+
+    def release(self, op: Release) -> None:
+        self._bound.pop(op.stage, None)
+        self._parameters.release(op.stage)
+
+    def reduce(self, op: Reduce) -> None:
+        for sums in self._stages[op.stage].by_layer(self._sums[op.stage].take()):
+            self._reduction.post(sums)
+
+    def _bind(self, stage: int) -> Any:
+        """What the stage's forward takes; parameters may still be on their way."""
+        if stage not in self._bound:
+            leaves = self._parameters.leaves(self._stages[stage])
+            self._bound[stage] = self._functions[stage].bind(leaves, self._parameters.ready(stage))
+        return self._bound[stage]
+
+    def _wait_for_parameters(self, stage: int) -> None:
+        """A backward needs all of them. It has what its forward was bound to, unless that was let go of since."""
+        if stage not in self._bound:
+            self._bind(stage)
+            self._parameters.arrive(stage)
 
 
 def run_together(ranks: Sequence[Iterator[None]], hub: MemoryHub) -> None:
@@ -180,12 +227,40 @@ def run_together(ranks: Sequence[Iterator[None]], hub: MemoryHub) -> None:
 _FINISHED = object()
 
 
-def _where(step: RankStep, op: Op | None, message: str) -> str:
-    schedule, rank = step.program.schedule, step.program.rank
+def _place(step: RankStep, op: Op | None) -> dict[str, Any]:
+    """Where a step is, as `PipelineRunError` takes it."""
+    rank = step.program.rank
     if op is None:
-        return f"rank {rank}, step {step.number}: {message}"
-    action = schedule[rank][op.position]
-    return (
-        f"rank {rank}, step {step.number}, action {action} (stage {op.stage}, microbatch {op.microbatch}): {message}\n"
-        + grid(schedule, (rank, op.position))
+        return {"rank": rank, "step": step.number}
+    action = step.program.schedule[rank][op.position]
+    microbatch = None if action.kind.is_sharding else action.microbatch
+    return {
+        "rank": rank, "step": step.number, "action": str(action), "stage": action.stage, "microbatch": microbatch,
+    }  # fmt: skip
+
+
+def _named(place: Mapping[str, Any]) -> str:
+    text = f"rank {place['rank']}, step {place['step']}"
+    if "action" not in place:
+        return text
+    of = (
+        f"stage {place['stage']}"
+        if place["microbatch"] is None
+        else f"stage {place['stage']}, microbatch {place['microbatch']}"
     )
+    return f"{text}, action {place['action']} ({of})"
+
+
+def _marked(step: RankStep, op: Op | None) -> str:
+    """The grid with the op's action marked, on lines of its own."""
+    return "" if op is None else "\n" + grid(step.program.schedule, (step.program.rank, op.position))
+
+
+def _add_place(error: AutofuncError, step: RankStep, op: Op | None) -> None:
+    """Say in an error where it was raised; it stays what it is."""
+    place = _place(step, op)
+    if isinstance(error, PipelineRunError):
+        for name, value in place.items():
+            if getattr(error, name) is None:
+                setattr(error, name, value)
+    error.add_note(f"at {_named(place)}{_marked(step, op)}")

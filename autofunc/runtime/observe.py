@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from autofunc.runtime.executor import RankStep
-from autofunc.runtime.program import Op, Program
+from autofunc.runtime.ops import Backward, BackwardInput, Forward, Op, Receive, Send
+from autofunc.runtime.program import Program
 from autofunc.runtime.transport import Ticket
 
 
@@ -84,10 +85,10 @@ class Trace:
 
     def after(self, op: Op, step: RankStep, registers: list[Any], sends: list[Ticket | None]) -> None:
         """See `Observer.after`."""
-        if op.channel >= 0:
+        shapes: list[tuple[int, ...]] = []
+        if isinstance(op, (Send, Receive)):
             shapes = [shape for shape, _ in self._program.channels[op.channel].layouts]
-        else:
-            made = (registers[register] for register in op.writes)
-            shapes = [tuple(leaf.shape) for value in made if isinstance(value, list) for leaf in value]
+        elif isinstance(op, (Forward, Backward, BackwardInput)):
+            shapes = [tuple(leaf.shape) for register in op.writes for leaf in registers[register]]
         text = f"{self._row[op.position]} {' '.join(map(str, shapes))}"
         sys.stderr.write(f"autofunc: rank {self._program.rank} step {step.number} {text}\n")

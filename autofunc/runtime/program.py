@@ -1,9 +1,9 @@
 """The flat program of one rank: everything that can be resolved before the first step is resolved here.
 
-A lowered row becomes a list of `Op`s whose operands are numbers: of registers, slots, channels and sends. A register holds
-the tensors of one value (see `schedule/effects.py`) from the op that writes it to the op that reads it, which frees it. A
-slot is memory that a receive writes into. It is taken from the receive to the last op that reads what was received, be it
-as residuals, and given to the next receive of that shape: there are as many as are in use at once.
+A lowered row becomes one op (see `ops.py`) for each action. A register holds one value (see `schedule/effects.py`) from
+the op that writes it to the op that reads it, which frees it. A slot is memory that a receive writes into. It is taken from
+the receive to the last op that reads what was received, be it as residuals, and given to the next receive of that shape:
+there are as many as are in use at once.
 """
 
 from __future__ import annotations
@@ -14,8 +14,20 @@ from typing import NamedTuple
 
 import torch
 
+from autofunc.runtime.ops import (
+    Backward,
+    BackwardInput,
+    BackwardWeight,
+    Forward,
+    Gather,
+    Op,
+    Receive,
+    Reduce,
+    Release,
+    Send,
+)
 from autofunc.schedule import Action, Dataflow, Edge, Kind, Schedule, StageBytes
-from autofunc.schedule.effects import Activation, EdgeToken, Token, carried_by
+from autofunc.schedule.effects import Activation, EdgeToken, Effect, Token, carried_by
 from autofunc.splitting import Boundaries
 
 Shape = tuple[int, ...]
@@ -29,22 +41,6 @@ class Channel(NamedTuple):
     source: int  # pp rank
     target: int  # pp rank
     layouts: tuple[Layout, ...]  # of each tensor of a message
-
-
-class Op(NamedTuple):
-    """One instruction of a rank."""
-
-    kind: Kind
-    stage: int
-    microbatch: int
-    reads: tuple[int, ...]  # registers, freed afterwards; the residuals come first
-    writes: tuple[int, ...]
-    waits: tuple[int, ...]  # those of `reads` in which a receive is in flight
-    settles: tuple[int, ...]  # sends that what is waited for proves complete, by number
-    channel: int  # number of the rank's channel, or -1
-    send: int  # number of this send, or -1
-    slots: tuple[int, ...]  # where a receive writes its tensors
-    position: int  # in the lowered row
 
 
 @dataclass(frozen=True)
@@ -101,43 +97,102 @@ def build_program(
         keeps: by local stage: which received values its residuals hold.
         settled: of this rank, see `schedule.settled_sends`.
     """
-    flow = Dataflow(edges, schedule.is_forward_only)
-    slots = _Slots(list(schedule[rank]), keeps)
-    own = list(dict.fromkeys(channel for channel in channels.values() if rank in (channel.source, channel.target)))
-    register_of: dict[Token, int] = {}
-    in_flight: set[int] = set()  # registers that a receive will fill
-    free: list[int] = []
-    ops: list[Op] = []
-    num_registers = 0
-    sends: dict[int, int] = {}  # position of a SEND -> its number
-    for position, action in enumerate(schedule[rank]):
-        effect = flow.effect(action)
-        reads = tuple(register_of.pop(token) for token in effect.reads)
-        waits = tuple(register for register in reads if register in in_flight)
-        in_flight.difference_update(waits)
-        free += reads
-        writes = []
-        for token in effect.writes:
-            if not free:
-                free.append(num_registers)
-                num_registers += 1
-            register_of[token] = free.pop()
-            writes.append(register_of[token])
-        channel, send = -1, -1
-        into: tuple[int, ...] = ()
-        if action.kind.is_receive:
-            channel = own.index(channels[action.peer, action.stage])
-            in_flight.add(writes[0])
-            into = slots.take(position, carried_by(action), own[channel].layouts)
-        elif action.kind.is_send:
-            channel = own.index(channels[action.stage, action.peer])
-            send = sends[position] = len(sends)
-        settles = tuple(sends[earlier] for earlier in settled.get(position, ()))
-        stage, kind, microbatch = action.stage, action.kind, action.microbatch
-        ops.append(
-            Op(kind, stage, microbatch, reads, tuple(writes), waits, settles, channel, send, into, position)
-        )  # fmt: skip
-    return Program(rank, tuple(ops), tuple(own), tuple(slots.layouts), num_registers, len(sends), schedule)
+    row = list(schedule[rank])
+    builder = _Builder(Dataflow(edges, schedule.is_forward_only), rank, channels, _Slots(row, keeps), settled)
+    ops = tuple(builder.op(position, action) for position, action in enumerate(row))
+    slots, registers = tuple(builder.slots.layouts), builder.registers.count
+    return Program(rank, ops, builder.own, slots, registers, len(builder.sends), schedule)
+
+
+class _Builder:
+    """Makes the ops of one row, whose actions it is given in order."""
+
+    def __init__(
+        self,
+        flow: Dataflow,
+        rank: int,
+        channels: Mapping[tuple[int, int], Channel],
+        slots: _Slots,
+        settled: Mapping[int, Sequence[int]],
+    ) -> None:
+        self.own = tuple(dict.fromkeys(each for each in channels.values() if rank in (each.source, each.target)))
+        self.slots, self.registers = slots, _Registers()
+        self.sends: dict[int, int] = {}  # position of a SEND -> its number
+        self._flow, self._channels, self._settled = flow, channels, settled
+        self._in_flight: set[int] = set()  # registers that a receive will fill
+
+    def op(self, position: int, action: Action) -> Op:
+        """The op of the next action."""
+        stage, kind, microbatch, peer = action
+        effect = self._flow.effect(action)
+        if kind.is_compute:
+            return self._computation(position, action, effect)
+        if kind.is_send:
+            (register,) = self.registers.read(effect.reads)
+            number = self.sends[position] = len(self.sends)
+            return Send(position, stage, microbatch, register, self._number(stage, peer), number)
+        if kind.is_receive:
+            (register,) = self.registers.write(effect.writes)
+            self._in_flight.add(register)
+            channel = self._number(peer, stage)
+            slots = self.slots.take(position, carried_by(action), self.own[channel].layouts)
+            return Receive(position, stage, microbatch, register, channel, slots)
+        if kind is Kind.UNSHARD:
+            return Gather(position, stage)
+        return Release(position, stage) if kind is Kind.RESHARD else Reduce(position, stage)
+
+    def _computation(self, position: int, action: Action, effect: Effect) -> Op:
+        stage, kind, microbatch, _ = action
+        used, given = _sorted_out(effect.reads)
+        kept, made = _sorted_out(effect.writes)
+        residuals, reads = self.registers.read(used), self.registers.read(given)
+        writes, keeps = self.registers.write(made), self.registers.write(kept)
+        waits = tuple(register for register in reads if register in self._in_flight)
+        self._in_flight.difference_update(waits)
+        settles = tuple(self.sends[earlier] for earlier in self._settled.get(position, ()))
+        if kind is Kind.F:
+            return Forward(position, stage, microbatch, reads, writes, keeps[0] if keeps else None, waits, settles)
+        if kind is Kind.B:
+            return Backward(position, stage, microbatch, residuals[0], reads, writes, waits, settles)
+        if kind is Kind.I:
+            return BackwardInput(position, stage, microbatch, residuals[0], reads, writes, keeps[0], waits, settles)
+        return BackwardWeight(position, stage, microbatch, residuals[0])
+
+    def _number(self, sender: int, receiver: int) -> int:
+        """The number, on this rank, of the channel between two stages."""
+        return self.own.index(self._channels[sender, receiver])
+
+
+def _sorted_out(tokens: Sequence[Token]) -> tuple[list[Token], list[Token]]:
+    """Residuals, and what crosses between stages."""
+    crossing = [token for token in tokens if isinstance(token, EdgeToken)]
+    return [token for token in tokens if not isinstance(token, EdgeToken)], crossing
+
+
+class _Registers:
+    """Hands out registers: as few as there are values at once."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._of: dict[Token, int] = {}
+        self._free: list[int] = []
+
+    def read(self, tokens: Sequence[Token]) -> tuple[int, ...]:
+        """The registers of these values, which are free from now on."""
+        found = tuple(self._of.pop(token) for token in tokens)
+        self._free += found
+        return found
+
+    def write(self, tokens: Sequence[Token]) -> tuple[int, ...]:
+        """A register for each of these values."""
+        return tuple(self._take(token) for token in tokens)
+
+    def _take(self, token: Token) -> int:
+        if not self._free:
+            self._free.append(self.count)
+            self.count += 1
+        self._of[token] = self._free.pop()
+        return self._of[token]
 
 
 class _Slots:
