@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted((ROOT / "autofunc").rglob("*.py"))
-DISTRIBUTED_FROM = {"mesh.py", "shard", "pipe.py", "transform.py", "runtime", "train"}
+DISTRIBUTED_FROM = {"mesh.py", "shard", "compatible.py", "pipe.py", "transform.py", "runtime", "train"}
 
 
 def imports(path: Path) -> set[str]:

@@ -15,7 +15,6 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import DistStoreError
 
 from autofunc import tree
 from autofunc.errors import BatchError, ModelError, PeerLostError
@@ -60,7 +59,7 @@ def agree(
     store.set(keys[rank], json.dumps(asdict(own)))
     try:
         store.wait(keys, timeout_of(group))
-    except DistStoreError as error:
+    except RuntimeError as error:  # a `DistStoreError`, but for stores in files
         missing = [str(each) for each, key in enumerate(keys) if not store.check([key])]
         raise PeerLostError(
             f"pp rank {rank} prepares a step ({mode}; {_text(own.entries)}), and rank {', '.join(missing)} does not: it "

@@ -165,8 +165,8 @@ class _Builder:
 
 def _sorted_out(tokens: Sequence[Token]) -> tuple[list[Token], list[Token]]:
     """Residuals, and what crosses between stages."""
-    crossing = [token for token in tokens if isinstance(token, EdgeToken)]
-    return [token for token in tokens if not isinstance(token, EdgeToken)], crossing
+    crossing: list[Token] = [token for token in tokens if isinstance(token, EdgeToken)]
+    return [token for token in tokens if token not in crossing], crossing
 
 
 class _Registers:

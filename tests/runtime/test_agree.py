@@ -1,0 +1,79 @@
+"""Ranks that are about to do different things say so, instead of waiting for each other."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+import autofunc as af
+from autofunc.errors import AutofuncError
+from tests.cases import make_case, pp_mesh
+from tests.pool import WorkerPool
+
+
+def disagree(what: str) -> str:
+    """What this rank says when rank 1 alone does something else."""
+    mesh = pp_mesh(4)
+    rank = mesh.get_local_rank("pp")
+    _, stages, loss, batch = make_case("gpt2", 4, 4)
+    s = af.schedule.build("1f1b", num_ranks=4, num_microbatches=2)
+    pipe = af.pipeline(stages, s, loss=loss, mesh=mesh)
+    params = pipe.init()
+    call: Any = af.value_and_grad(pipe)
+    if what == "rows" and rank == 1:
+        batch = {name: leaf.repeat(2, 1) for name, leaf in batch.items()}
+    elif what == "an entry" and rank == 1:
+        batch = {**batch, "temperature": 2.0}
+    elif what == "mode" and rank == 1:
+        call = pipe
+    elif what == "a tied weight" and rank == 3:
+        params = params.double()
+    try:
+        call(params, batch)
+    except AutofuncError as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("rows", "BatchError: batch.input_ids of a microbatch is int64 of shape (2, 6) on pp rank 0, and int64 of shape (4, 6)"),
+        ("an entry", "BatchError: batch.temperature of a microbatch is missing on pp rank 0, and 2.0 on rank 1"),
+        ("mode", "BatchError: pp rank 0 wants loss and gradients, and rank 1 wants loss; all must call the same"),
+        ("a tied weight", "ModelError: parameter 'wte.weight' is float32 on pp rank 0, and float64 on rank 3"),
+    ],
+)  # fmt: skip
+def test_every_rank_says_what_differs(workers: WorkerPool, what: str, message: str) -> None:
+    for said in workers.run(disagree, what):
+        assert message in said
+
+
+def alone() -> str:
+    """What this rank says when the last one alone changes the dtype of its parameters, after a step that went well."""
+    group = dist.new_group(list(range(4)), timeout=timedelta(seconds=4))
+    mesh = DeviceMesh.from_group(group, "cpu", mesh_dim_names=("pp",))
+    model, _, _, batch = make_case("mlp", 4, 4)
+    stages = af.split(model, 4)
+    s = af.schedule.build("1f1b", num_ranks=4, num_microbatches=2)
+    pipe = af.pipeline(stages, s, loss=lambda outputs, mb: outputs.float().square().mean(), mesh=mesh)
+    params = pipe.init()
+    af.value_and_grad(pipe)(params, batch)
+    if mesh.get_local_rank("pp") == 3:
+        params = params.double()
+    try:
+        af.value_and_grad(pipe)(params, batch)
+    except AutofuncError as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+def test_a_rank_that_comes_alone_names_the_others(workers: WorkerPool) -> None:
+    *others, last = workers.run(alone)
+    assert "PeerLostError: pp rank 3 prepares a step (loss and gradients; batch.x: float32 of shape (2, 6)" in last
+    assert "and rank 0, 1, 2 does not: it has run such a step before, or is gone" in last
+    assert all(said.startswith("PeerLostError") for said in others)
