@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -62,6 +63,27 @@ def test_config_stays_at_the_edge() -> None:
 def test_files_stay_small() -> None:
     for path in [*SOURCES, *(ROOT / "stages").rglob("*.py")]:
         assert len(path.read_text().splitlines()) <= 350, path
+
+
+def taken_from_modules(facade: str) -> set[str]:
+    """What a package offers that its modules define, as opposed to the modules that it offers as such."""
+    imported: dict[bool, set[str]] = {True: set(), False: set()}
+    for node in ast.walk(ast.parse(ROOT.joinpath(*facade.split("."), "__init__.py").read_text())):
+        if isinstance(node, ast.ImportFrom):
+            imported[node.module == facade] |= {alias.name for alias in node.names}
+    names = set(importlib.import_module(facade).__all__)
+    assert names <= imported[True] | imported[False], "every name is imported in the package's own file"
+    return names & imported[False]
+
+
+@pytest.mark.parametrize(("facade", "modules"), [("autofunc", "*"), ("autofunc.schedule", "**/*")])
+def test_no_module_hides_what_its_facade_offers(facade: str, modules: str) -> None:
+    """The import system sets a submodule as an attribute of its package, in place of a function of that name."""
+    folder = ROOT.joinpath(*facade.split("."))
+    found = [path for path in folder.glob(modules) if path.suffix == ".py" or (path / "__init__.py").is_file()]
+    offered = taken_from_modules(facade)
+    assert len(found) > 10 and len(offered) > 10
+    assert [str(path) for path in found if path.stem in offered] == []
 
 
 def test_no_submodule_has_the_name_of_a_function() -> None:

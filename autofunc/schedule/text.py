@@ -96,7 +96,11 @@ def _parse_line(rank: int, line: str) -> list[Action]:
 
 
 def from_actions(rows: Iterable[Iterable[Action]], name: str = "custom") -> Schedule:
-    """Make a schedule of actions given as lists, one per rank; see `from_text`."""
+    """Make a schedule of actions given as lists, one per rank. Placement and microbatches are read off the forwards.
+
+    Raises:
+        ScheduleError: when a stage has no forward.
+    """
     rows = [list(row) for row in rows]
     placement: dict[int, int] = {}
     microbatches: set[int] = set()

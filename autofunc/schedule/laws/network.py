@@ -46,7 +46,7 @@ class Crossing(NamedTuple):
 
 @dataclass(frozen=True)
 class Network:
-    """All values of a schedule."""
+    """All values of a schedule: those that stay on a rank, and those that cross to another."""
 
     schedule: Schedule
     table: npt.NDArray[np.int32]  # the rows of all ranks, one after the other
@@ -127,7 +127,7 @@ class _Finder:
                     self._transfers[kind, stage, peer] = group
 
     def __call__(self, kind: Kind, stage: int = -1, peer: int = -1) -> Indices:
-        """Of computations: shape (stages, microbatches). Of the transfers of one edge: shape (microbatches,)."""
+        """Positions by microbatch: int32 of shape (stages, microbatches), or (microbatches,) for the transfers of one edge."""
         if kind.is_compute:
             flat = np.flatnonzero(self._table[:, 1] == kind)
             positions: Indices = np.full(self._shape, -1, np.int32)

@@ -1,4 +1,4 @@
-"""The laws of schedules, checked."""
+"""The laws of schedules, checked: each action once, on its rank, in an order that can run, with matched communication."""
 
 from __future__ import annotations
 

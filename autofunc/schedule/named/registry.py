@@ -188,7 +188,7 @@ def is_looped(name: str) -> bool:
 
 
 def names() -> list[str]:
-    """All named schedules."""
+    """The names of all named schedules, in the order of the registry."""
     return list(GENERATORS)
 
 

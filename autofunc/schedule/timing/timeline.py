@@ -31,7 +31,7 @@ class Timeline:
 
     @cached_property
     def _spans(self) -> tuple[tuple[float, float], ...]:
-        """Of each rank that computes: its first start and last end."""
+        """The first start and last end of each rank that computes; ranks that do not are left out."""
         rows = zip(self._computing, self.start, self.end, strict=True)
         return tuple((float(start[mask].min()), float(end[mask].max())) for mask, start, end in rows if mask.any())
 
