@@ -12,7 +12,7 @@ from autofunc import __version__
 from autofunc.cli import config as config_commands
 from autofunc.cli import schedule
 from autofunc.cli.options import TAKES_OVERRIDES, ConfigFile
-from autofunc.errors import AutofuncError, PipelineRunError
+from autofunc.errors import AutofuncError, PipelineRunError, full_message
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -142,12 +142,12 @@ def export(
 
 
 def main() -> None:
-    """Entry point: errors made for people are printed without a traceback."""
+    """Entry point: errors made for people are printed without a traceback, but with their notes."""
     try:
         app()
     except PipelineRunError as error:
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"error: {full_message(error)}\n")
         sys.exit(1)
     except AutofuncError as error:
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"error: {full_message(error)}\n")
         sys.exit(2)

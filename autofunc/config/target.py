@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from autofunc.errors import AutofuncError, ConfigError, one_of
+from autofunc.errors import AutofuncError, ConfigError, full_message, one_of
 from autofunc.source_file import load_file
 
 
@@ -72,9 +72,10 @@ def instantiate(node: Mapping[str, Any], where: str) -> Any:
     try:
         return target(**arguments)
     except AutofuncError as error:
-        raise type(error)(f"{where}: {error}") from error
+        raise ConfigError(f"{where}: {full_message(error)}") from error
     except Exception as error:
-        raise ConfigError(f"{where}: {node['_target_']} failed: {type(error).__name__}: {error}") from error
+        told = f"{type(error).__name__}: {full_message(error)}"
+        raise ConfigError(f"{where}: {node['_target_']} failed: {told}") from error
 
 
 def check_arguments(

@@ -13,7 +13,7 @@ from autofunc.schedule import StageBytes
 from autofunc.splitting import Boundary, Ready, StageContext
 
 
-class Bound(NamedTuple):
+class AutogradLeaves(NamedTuple):
     """A stage's parameters as leaves of autograd graphs, shared by the microbatches of one step."""
 
     tree: dict[str, dict[str, Any]]
@@ -21,7 +21,7 @@ class Bound(NamedTuple):
     ready: Ready | None
 
 
-class Residuals(NamedTuple):
+class AutogradGraph(NamedTuple):
     """One microbatch's graph: what to differentiate, with respect to what."""
 
     roots: list[Tensor]  # outputs that need a gradient, or the loss
@@ -29,10 +29,10 @@ class Residuals(NamedTuple):
     weights: list[Tensor]
 
 
-class Again(NamedTuple):
+class Rerun(NamedTuple):
     """What one microbatch's graph can be made from once more."""
 
-    bound: Bound
+    bound: AutogradLeaves
     inputs: list[Tensor]
     microbatch: Microbatch
 
@@ -67,41 +67,45 @@ class EagerStage:
             kept_inputs=inputs, weight_inputs=inputs, weight_cotangents=tuple(range(len(cotangents))),
         )  # fmt: skip
 
-    def bind(self, leaves: list[Tensor], ready: Ready | None = None) -> Bound:
+    def bind(self, leaves: list[Tensor], ready: Ready | None = None) -> AutogradLeaves:
         """Make the parameters leaves of new graphs. Shares their memory; the given tensors stay as they are."""
         stage = self._stage
         fresh = [
             self._partitioning.parameter(path, leaf).requires_grad_(wanted)
             for path, leaf, wanted in zip(stage.holders, leaves, stage.trainable, strict=True)
         ]
-        return Bound(stage.bind(fresh), [leaf for leaf in fresh if leaf.requires_grad], ready)
+        return AutogradLeaves(stage.bind(fresh), [leaf for leaf in fresh if leaf.requires_grad], ready)
 
-    def evaluate(self, bound: Bound, inputs: list[Tensor], microbatch: Microbatch) -> Produced:
+    def evaluate(self, bound: AutogradLeaves, inputs: list[Tensor], microbatch: Microbatch) -> Produced:
         """See `StageFunctions.evaluate`."""
         with torch.no_grad(), self._partitioning.running():
             return self._produce(bound, inputs, microbatch)[0]
 
-    def forward(self, bound: Bound, inputs: list[Tensor], microbatch: Microbatch) -> tuple[Produced, Residuals | Again]:
+    def forward(
+        self, bound: AutogradLeaves, inputs: list[Tensor], microbatch: Microbatch
+    ) -> tuple[Produced, AutogradGraph | Rerun]:
         """See `StageFunctions.forward`."""
         if self._remat:
-            return self.evaluate(bound, inputs, microbatch), Again(bound, list(inputs), microbatch)
+            return self.evaluate(bound, inputs, microbatch), Rerun(bound, list(inputs), microbatch)
         return self._record(bound, inputs, microbatch)
 
-    def _record(self, bound: Bound, inputs: list[Tensor], microbatch: Microbatch) -> tuple[Produced, Residuals]:
+    def _record(
+        self, bound: AutogradLeaves, inputs: list[Tensor], microbatch: Microbatch
+    ) -> tuple[Produced, AutogradGraph]:
         """Run the stage and keep its graph."""
         leaves = [leaf.detach().requires_grad_(w) for leaf, w in zip(inputs, self._input_needs_grad, strict=True)]
         with torch.enable_grad(), self._partitioning.running():
             produced, roots = self._produce(bound, leaves, microbatch)
         needing = [leaf for leaf in leaves if leaf.requires_grad]
-        return produced, Residuals([root for root in roots if root.requires_grad], needing, bound.trainable)
+        return produced, AutogradGraph([root for root in roots if root.requires_grad], needing, bound.trainable)
 
-    def _graph(self, residuals: Residuals | Again) -> Residuals:
+    def _graph(self, residuals: AutogradGraph | Rerun) -> AutogradGraph:
         """The graph to differentiate; made now if it was not kept."""
-        if isinstance(residuals, Residuals):
+        if isinstance(residuals, AutogradGraph):
             return residuals
         return self._record(*residuals)[1]
 
-    def backward(self, residuals: Residuals | Again, cotangents: list[Tensor], sums: Accumulators) -> list[Tensor]:
+    def backward(self, residuals: AutogradGraph | Rerun, cotangents: list[Tensor], sums: Accumulators) -> list[Tensor]:
         """See `StageFunctions.backward`."""
         residuals = self._graph(residuals)
         inputs, weights = residuals.inputs, residuals.weights
@@ -110,20 +114,20 @@ class EagerStage:
         return _apart(_dense(grads[: len(inputs)], inputs), cotangents)
 
     def backward_input(
-        self, residuals: Residuals | Again, cotangents: list[Tensor], sums: Accumulators
-    ) -> tuple[list[Tensor], tuple[Residuals, list[Tensor]]]:
+        self, residuals: AutogradGraph | Rerun, cotangents: list[Tensor], sums: Accumulators
+    ) -> tuple[list[Tensor], tuple[AutogradGraph, list[Tensor]]]:
         """See `StageFunctions.backward_input`."""
         residuals = self._graph(residuals)
         grads = self._grad(residuals, cotangents, residuals.inputs, keep=True)
         return _apart(_dense(grads, residuals.inputs), cotangents), (residuals, cotangents)
 
-    def backward_weight(self, weight_residuals: tuple[Residuals, list[Tensor]], sums: Accumulators) -> None:
+    def backward_weight(self, weight_residuals: tuple[AutogradGraph, list[Tensor]], sums: Accumulators) -> None:
         """See `StageFunctions.backward_weight`."""
         residuals, cotangents = weight_residuals
         self._add(self._grad(residuals, cotangents, residuals.weights, keep=False), sums)
 
     def _grad(
-        self, residuals: Residuals, cotangents: list[Tensor], of: list[Tensor], keep: bool
+        self, residuals: AutogradGraph, cotangents: list[Tensor], of: list[Tensor], keep: bool
     ) -> list[Tensor | None]:  # fmt: skip
         roots = residuals.roots
         if not roots or not of:
@@ -140,7 +144,9 @@ class EagerStage:
                 parts[number], self.terms[number] = self._partitioning.gradient(path, grad)
         sums.add(parts)
 
-    def _produce(self, bound: Bound, inputs: list[Tensor], microbatch: Microbatch) -> tuple[Produced, list[Tensor]]:
+    def _produce(
+        self, bound: AutogradLeaves, inputs: list[Tensor], microbatch: Microbatch
+    ) -> tuple[Produced, list[Tensor]]:
         """Run the stage; returns what it made and the tensors to differentiate."""
         x = self._context.run(bound.tree, inputs, microbatch.entries, bound.ready)
         if self._with_loss:

@@ -22,21 +22,44 @@ COMPUTATIONS = frozenset((Kind.F, Kind.B, Kind.I, Kind.W))
 Node = fx.Node
 
 
-class Bound(NamedTuple):
-    """A stage's parameters, as each piece takes them."""
+class PieceParameters(NamedTuple):
+    """A stage's parameters: for each piece those that it takes, in its order."""
 
     forward: list[Tensor]
     backward: list[Tensor]
     backward_input: list[Tensor]
     backward_weight: list[Tensor]
-    ready: list[Ready]  # what the forward takes last: where parameters arrive by layer, who waits for them
+    ready: list[Ready]  # what the forward takes last: where parameters arrive by layer, who waits for them; else nothing
 
 
-class Residuals(NamedTuple):
-    """What one microbatch keeps between two pieces. `values` is emptied by the piece that uses them."""
+class KeptTensors(NamedTuple):
+    """The residuals of one microbatch, for B, I or W. `values` is emptied by the piece that uses them."""
 
-    bound: Bound
+    bound: PieceParameters
     values: list[Tensor]
+
+
+class BackwardPiece(NamedTuple):
+    """B, I or W of a stage, ready to run."""
+
+    run: Runnable
+    adds: list[int]  # the accumulators that it adds to, by number of the trainable holder
+
+    def __call__(
+        self, params: list[Tensor], values: list[Tensor], cotangents: list[Tensor], totals: list[Tensor]
+    ) -> Sequence[Tensor]:  # fmt: skip
+        """Run it on its inputs, in the order in which its function takes them; empties `values` and `cotangents`.
+
+        Args:
+            params: those that it takes, in its order.
+            values: what the piece before it kept.
+            cotangents: of the stage's outputs, or of its loss.
+            totals: all accumulators of the stage.
+        """
+        given = [*params, *values, *cotangents, *[totals[number] for number in self.adds]]
+        values.clear()
+        cotangents.clear()
+        return self.run(given)
 
 
 class GraphStage:
@@ -69,13 +92,7 @@ class GraphStage:
         self._made: set[Kind] = set()
         self._forward: Runnable = _not_made
         self._evaluate: Runnable = _not_made
-        self._backward: Runnable = _not_made
-        self._backward_input: Runnable = _not_made
-        self._backward_weight: Runnable = _not_made
-        self._backward_adds, self._input_adds, self._weight_adds = (
-            [number for number, _ in piece.adds] if piece is not None else []
-            for piece in (pieces.backward, pieces.backward_input, pieces.backward_weight)
-        )
+        self._backward = self._backward_input = self._backward_weight = BackwardPiece(_not_made, [])
         self._num_outputs = len(joint.outputs)
         self._input_grads = joint.input_grads
         self._num_input_grads = sum(node is not None for node in joint.input_grads)
@@ -97,12 +114,15 @@ class GraphStage:
             elif kind is Kind.F:
                 self._evaluate = self._runnable(pieces.evaluate, "evaluate", self._arrivals)
             elif kind is Kind.B:
-                self._backward = self._runnable(pieces.backward, "backward")
+                self._backward = self._backward_piece(pieces.backward, "backward")
             elif kind is Kind.I and pieces.backward_input is not None:
-                self._backward_input = self._runnable(pieces.backward_input, "backward_input")
+                self._backward_input = self._backward_piece(pieces.backward_input, "backward_input")
             elif kind is Kind.W:
-                self._backward_weight = self._runnable(pieces.backward_weight, "backward_weight")
+                self._backward_weight = self._backward_piece(pieces.backward_weight, "backward_weight")
             self._made.add(kind)
+
+    def _backward_piece(self, piece: Piece, name: str) -> BackwardPiece:
+        return BackwardPiece(self._runnable(piece, name), [number for number, _ in piece.adds])
 
     def _runnable(self, piece: Piece, name: str, arrivals: Mapping[Node, int] | None = None) -> Runnable:
         """A piece as a function; `arrivals` says which parameters it waits for."""
@@ -119,7 +139,7 @@ class GraphStage:
         f, i, w = (cost_of(in_order(piece, self._order)) if piece is not None else 0.0 for piece in pieces)
         return f, i, w
 
-    def bind(self, leaves: list[Tensor], ready: Ready | None = None) -> Bound:
+    def bind(self, leaves: list[Tensor], ready: Ready | None = None) -> PieceParameters:
         """The parameters, as they are."""
         leaves = [leaf.detach() for leaf in leaves]
         pieces = self.pieces
@@ -128,51 +148,44 @@ class GraphStage:
             for piece in (pieces.forward, pieces.backward, pieces.backward_input, pieces.backward_weight)
         )
         waits = [ready] if ready is not None and self._arrivals else []
-        return Bound(forward, backward, backward_input, backward_weight, waits)
+        return PieceParameters(forward, backward, backward_input, backward_weight, waits)
 
-    def evaluate(self, bound: Bound, inputs: list[Tensor], microbatch: Microbatch) -> Produced:
+    def evaluate(self, bound: PieceParameters, inputs: list[Tensor], microbatch: Microbatch) -> Produced:
         """See `StageFunctions.evaluate`."""
         return self._produced(self._evaluate([*bound.forward, *inputs, *microbatch.tensors, *bound.ready]))
 
-    def forward(self, bound: Bound, inputs: list[Tensor], microbatch: Microbatch) -> tuple[Produced, Residuals]:
+    def forward(self, bound: PieceParameters, inputs: list[Tensor], microbatch: Microbatch) -> tuple[Produced, KeptTensors]:
         """See `StageFunctions.forward`."""
         given: list[Any] = [*bound.forward, *inputs, *microbatch.tensors, *bound.ready]
         inputs.clear()
         made = self._forward(given)
-        return self._produced(made[: self._num_outputs]), Residuals(bound, [*made[self._num_outputs :]])
+        return self._produced(made[: self._num_outputs]), KeptTensors(bound, [*made[self._num_outputs :]])
 
-    def backward(self, residuals: Residuals, cotangents: list[Tensor], sums: Accumulators) -> list[Tensor]:
+    def backward(self, residuals: KeptTensors, cotangents: list[Tensor], sums: Accumulators) -> list[Tensor]:
         """See `StageFunctions.backward`."""
         bound, values = residuals
-        totals = sums.sums
-        given = [*bound.backward, *values, *cotangents, *self._seed, *[totals[number] for number in self._backward_adds]]
-        values.clear()
-        cotangents.clear()
-        return self._dense(self._backward(given))
+        return self._dense(self._backward(bound.backward, values, self._seeded(cotangents), sums.sums))
 
     def backward_input(
-        self, residuals: Residuals, cotangents: list[Tensor], sums: Accumulators
-    ) -> tuple[list[Tensor], Residuals]:
+        self, residuals: KeptTensors, cotangents: list[Tensor], sums: Accumulators
+    ) -> tuple[list[Tensor], KeptTensors]:
         """See `StageFunctions.backward_input`."""
         bound, values = residuals
-        totals = sums.sums
+        totals = sums.sums  # in memory from the first backward on, also where I adds nothing
         if self.pieces.backward_input is None:
-            return self._dense([]), Residuals(bound, [*values, *cotangents, *self._seed])
-        given = [*bound.backward_input, *values, *cotangents, *self._seed]
-        given += [totals[number] for number in self._input_adds]
-        values.clear()
-        cotangents.clear()
-        made = self._backward_input(given)
+            return self._dense([]), KeptTensors(bound, [*values, *self._seeded(cotangents)])
+        made = self._backward_input(bound.backward_input, values, self._seeded(cotangents), totals)
         count = self._num_input_grads
-        return self._dense(made[:count]), Residuals(bound, [*made[count:]])
+        return self._dense(made[:count]), KeptTensors(bound, [*made[count:]])
 
-    def backward_weight(self, weight_residuals: Residuals, sums: Accumulators) -> None:
+    def backward_weight(self, weight_residuals: KeptTensors, sums: Accumulators) -> None:
         """See `StageFunctions.backward_weight`."""
         bound, values = weight_residuals
-        totals = sums.sums
-        given = [*bound.backward_weight, *values, *[totals[number] for number in self._weight_adds]]
-        values.clear()
-        self._backward_weight(given)
+        self._backward_weight(bound.backward_weight, values, [], sums.sums)
+
+    def _seeded(self, cotangents: list[Tensor]) -> list[Tensor]:
+        """What the backward begins with: 1 for the loss, in a stage that ends in it."""
+        return [*self._seed] if self._with_loss else cotangents
 
     def _produced(self, made: Sequence[Tensor]) -> Produced:
         if not self._with_loss:

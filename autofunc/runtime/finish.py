@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from autofunc.errors import BatchError
-from autofunc.runtime.accumulate import Tie, tie_name
 from autofunc.runtime.program import Layout
+from autofunc.runtime.ties import Tie, tie_name
 from autofunc.runtime.transport import Ticket, Transport
 
 

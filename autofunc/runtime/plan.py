@@ -15,10 +15,10 @@ from autofunc.engine import EngineOptions, StageFunctions
 from autofunc.errors import ScheduleError
 from autofunc.losses import Loss, combine_aux
 from autofunc.mesh import data_coordinate
-from autofunc.runtime.accumulate import Tie, find_ties
 from autofunc.runtime.buffers import SlotPool
 from autofunc.runtime.build import captured, make_functions
 from autofunc.runtime.program import Channel, Layout, Program, build_program, edge_channels
+from autofunc.runtime.ties import Tie, find_ties
 from autofunc.schedule import Edge, Schedule, lower, settled_sends, validate
 from autofunc.shard.parameters import Parameters
 from autofunc.splitting import (

@@ -13,7 +13,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
-from autofunc.errors import AutofuncError, PeerLostError, PipelineRunError
+from autofunc.errors import AutofuncError, PeerLostError, PipelineRunError, full_message
 
 WORKER_FAILED = 1
 
@@ -66,7 +66,7 @@ def run_worker(work: Callable[[], None]) -> None:
             "TORCHELASTIC_ERROR_FILE" not in os.environ
         ):  # started by something else than torch's launcher: nobody else tells
             if isinstance(error, AutofuncError):
-                sys.stderr.write(f"error: {error}\n")
+                sys.stderr.write(f"error: {full_message(error)}\n")
             else:
                 traceback.print_exc()
         # the process group may be waiting in other threads: leave without its shutdown, so that nothing hangs

@@ -32,7 +32,7 @@ def build_model(config: FinetuneConfig, dataset: Any) -> Model:
         dataset: whose first rows a module is captured with.
 
     Raises:
-        ConfigError: for what is neither a module nor a model; other errors as they come, with the key.
+        ConfigError: for what is neither a module nor a model, and for a module that cannot be captured.
     """
     made = make(config)
     stored = None if config.weights in (None, OWN, SEED) else config.weights
@@ -41,7 +41,7 @@ def build_model(config: FinetuneConfig, dataset: Any) -> Model:
         try:
             return from_module(made, example, inputs=config.inputs, trainable=config.trainable, weights=stored)
         except AutofuncError as error:
-            raise type(error)(f"model: {error}") from error
+            raise ConfigError(f"model: {error}") from error
     if config.inputs is not None:
         raise ConfigError("inputs says what a module's forward gets, but model._target_ gives an af.Model: leave it out")
     if config.weights == OWN:
@@ -91,7 +91,7 @@ def build_loss(config: FinetuneConfig, model: Model, dataset: Any, notes: list[s
         notes: told what was chosen.
 
     Raises:
-        AutofuncError: where it cannot run on the dataset's rows, or would shift labels that are aligned already.
+        ConfigError: where it cannot run on the dataset's rows, or would shift labels that are aligned already.
     """
     microbatch = first_rows(dataset, config.step_scheduler.local_batch_size)
     loss = _configured_loss(config.loss_fn) if config.loss_fn is not None else None
@@ -100,7 +100,7 @@ def build_loss(config: FinetuneConfig, model: Model, dataset: Any, notes: list[s
             loss = losses.causal_lm
         infer_boundaries(split(model), {}, microbatch, loss)
     except AutofuncError as error:
-        raise type(error)(f"the model on a batch of dataset: {error}") from error
+        raise ConfigError(f"the model on a batch of dataset: {error}") from error
     if loss is not None:
         return loss
     if getattr(dataset, "aligned_labels", False) and shifts_labels(model):

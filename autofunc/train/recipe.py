@@ -233,4 +233,4 @@ def _try_on_fake_tensors(
             microbatch = split_batch(batch, schedule.num_microbatches, key=(0, 0))[0]
             infer_boundaries(stages, {}, microbatch, loss)
         except AutofuncError as error:
-            raise type(error)(f"the model on a batch of {where}: {error}") from error
+            raise ConfigError(f"the model on a batch of {where}: {error}") from error
