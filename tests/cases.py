@@ -47,8 +47,12 @@ def mesh_of(pp: int = 1, dp_replicate: int = 1, dp_shard: int = 1, tp: int = 1) 
     return af.make_mesh(pp, dp_replicate, dp_shard, tp)
 
 
+@cache
 def pp_mesh(num_ranks: int) -> DeviceMesh:
-    """A mesh over the pool's processes; with fewer ranks, copies of the pipeline run side by side."""
+    """A mesh over the pool's processes; with fewer ranks, copies of the pipeline run side by side.
+
+    Made once in each process: a thread of each gloo group wakes a hundred times a second, for as long as the group lives.
+    """
     import torch.distributed as dist
 
     ranks = torch.arange(dist.get_world_size()).view(-1, num_ranks)
