@@ -38,6 +38,6 @@ def check_compatible(stages: Sequence[Stage], schedule: Schedule, mesh: DeviceMe
     num_ranks = len(pp_ranks(mesh))
     if num_ranks != schedule.num_ranks:
         raise MeshError(
-            f"the mesh has {num_ranks} pp ranks, but schedule {schedule.name} was built for {schedule.num_ranks}; they "
-            "must be equal"
+            f"the mesh has {num_ranks} pp ranks, but schedule {schedule.name} was built for "
+            f"{schedule.num_ranks}; they must be equal"
         )

@@ -51,9 +51,7 @@ class Pipeline:
         pipe = af.pipeline(stages, af.schedule.build("1f1b", num_ranks=2, num_microbatches=8), loss=af.losses.causal_lm)
         params = pipe.init(seed=0)
         loss, grads = af.value_and_grad(pipe)(params, batch, key=(0, step))
-        grads, norm = pipe.clip(grads, max_norm=1.0)
         validation_loss = pipe(params, validation_batch)  # forward only
-        logits = pipe.forward(params, batch)
         print(pipe.explain())
     """
 
@@ -99,8 +97,7 @@ class Pipeline:
     ) -> TensorDict:  # fmt: skip
         """The initial parameters of this process's ranks: the same values in every layout.
 
-        Weights that a captured module has, or that are stored in files, are copied; all others are made from the seed.
-        `explain` says which.
+        A captured module's own weights, and stored ones, are copied; others are made from the seed. `explain` says which.
 
         Args:
             seed: of the weights; by default 0. A `UserWarning` says so when the model has all of its own, and the seed is
@@ -113,9 +110,8 @@ class Pipeline:
         """
         device = self._device({}) if device is None else device
         made_from = self._model.seed_of(seed, device)
-        return tree.to_tensordict(
-            self._parameters.make(lambda paths: self._model.init_paths(paths, made_from, device, dtype))
-        )
+        make = self._parameters.make
+        return tree.to_tensordict(make(lambda paths: self._model.init_paths(paths, made_from, device, dtype)))
 
     def place(self, full_params: tree.Nested) -> TensorDict:
         """A copy of this process's part of a full tree of parameters (or of any tree with the same paths).
@@ -242,8 +238,7 @@ class Pipeline:
     @cached_property
     def _with_split_backward(self) -> Pipeline:
         """This pipeline with I and W everywhere, built once."""
-        split = self.schedule.split_form()
-        return self._variant(split, self.loss, merge=False)
+        return self._variant(self.schedule.split_form(), self.loss, merge=False)
 
     def with_loss(self, loss: Loss | None) -> Pipeline:
         """This pipeline with another loss, on the same parameters: for measuring something else on them."""

@@ -94,8 +94,16 @@ def value_and_grad(pipe: Pipeline, *, has_aux: bool = False) -> Callable[..., tu
         (seed, step): the same key gives the same dropout in every layout, no key gives none.
 
     Raises:
-        BatchError: when the batch does not divide, or its total weight is 0.
-        PipelineRunError: when an action fails.
+        AutofuncError: when `pipe` is no pipeline.
+        BatchError: from `f`, when the batch does not divide, or its total weight is 0.
+        ModelError: from `f`, when a parameter is missing.
+        PipelineRunError: from `f`, when an action fails.
+
+    Example:
+        step_function = af.value_and_grad(pipe)
+        for step, batch in enumerate(loader):
+            loss, grads = step_function(params, batch, key=(seed, step))
+            params, state = opt.update(grads, state, params)
     """
     if not isinstance(pipe, Pipeline):
         raise AutofuncError(f"value_and_grad takes a pipeline from af.pipeline, not {type(pipe).__name__}")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import importlib
+import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -93,6 +95,40 @@ def test_no_submodule_has_the_name_of_a_function() -> None:
     import autofunc.transform
 
     assert callable(af.split) and callable(af.optimizer) and callable(af.pipeline)
-    assert set(af.__all__) <= set(dir(af))
     with pytest.raises(AttributeError, match="no attribute 'pipelin'"):
         af.pipelin  # noqa: B018
+
+
+@pytest.mark.parametrize("name", ["autofunc", "autofunc.schedule"])
+def test_dir_shows_what_users_import_and_nothing_else(name: str) -> None:
+    module = importlib.import_module(name)
+    assert [each for each in dir(module) if not each.startswith("__")] == sorted(module.__all__)
+    assert all(getattr(module, each) is not None for each in dir(module))
+
+
+def test_classes_and_modules_have_one_home() -> None:
+    import autofunc as af
+    from autofunc.optim import Optimizer
+    from autofunc.pipe import Pipeline
+    from autofunc.splitting import Stage
+
+    assert (af.Pipeline, af.Stage, af.Optimizer) == (Pipeline, Stage, Optimizer)
+    assert af.AutofuncError is af.errors.AutofuncError and af.tree.join("a", "b") == "a.b"
+
+
+def test_help_leads_to_what_a_pipeline_can_do() -> None:
+    import autofunc as af
+
+    text = inspect.getdoc(af.pipeline) or ""
+    methods = {name for name in vars(af.Pipeline) if not name.startswith("_")}
+    missing = sorted(name for name in methods - {"run"} if f"{name}(" not in text)
+    assert "help(af.Pipeline)" in text and not missing, missing
+    assert methods >= set(re.findall(r"`(\w+)\(", "\n".join(line for line in text.splitlines() if line.startswith("- "))))
+
+
+@pytest.mark.parametrize("name", ["pipeline", "value_and_grad", "split", "from_module", "from_function"])
+def test_docstrings_are_whole(name: str) -> None:
+    import autofunc as af
+
+    text = inspect.getdoc(getattr(af, name)) or ""
+    assert [part for part in ("Args:", "Returns:", "Raises:", "Example:") if f"\n{part}\n" not in text] == []

@@ -28,6 +28,9 @@ def from_function(
         example_batch: a batch; only shapes and dtypes matter.
         trainable: patterns of the parameters that get gradients.
 
+    Returns:
+        A model for `af.split`, whose `init()` copies `params`.
+
     Raises:
         ModelError: for what cannot be captured.
 

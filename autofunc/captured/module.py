@@ -48,6 +48,10 @@ def from_module(
         weights: a `.safetensors` file, or a folder with one or with shards: parameters and buffers have the values in it,
             whatever they are in the module.
 
+    Returns:
+        A model for `af.split`. `model.init()` copies the weights that the module has, or that are stored; it makes those on
+        the meta device from a seed. `model.module` is the module.
+
     Raises:
         ModelError: for what cannot be captured, is written to, keeps state, or is used by no layer; for weights that do not
             fit the module.

@@ -28,6 +28,9 @@ def split(
         num_stages: number of stages for "auto".
         costs: cost of each layer, by name, for a number or "auto"; estimated from shapes by default.
 
+    Returns:
+        All stages of the model, in order, for `af.pipeline`. They hold no parameters.
+
     Raises:
         SplitError: for points that are not legal places to cut.
 

@@ -113,6 +113,15 @@ def test_spectral_norm_writes_to_its_buffers() -> None:
         af.from_module(module, {"input": BATCH["x"]})
 
 
+def test_a_marker_takes_the_value_first() -> None:
+    x = torch.ones(2)
+    assert af.split_point(x, "here") is x
+    with pytest.raises(
+        ModelError, match=r"takes the value first, and got 'here' and Tensor; write af.split_point\(x, 'here'\)"
+    ):
+        af.split_point("here", x)  # type: ignore[arg-type]
+
+
 def test_batch_normalisation_in_eval_mode_is_fine() -> None:
     module = Made(normalising).eval()
     model = af.from_module(module, BATCH)

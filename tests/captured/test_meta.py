@@ -86,3 +86,37 @@ def test_attention_of_torch() -> None:
     params = model.init(seed=0)
     assert all(leaf.isfinite().all() for leaf in tree.flatten(params).values())
     assert params["self_attn", "in_proj_weight"].std() > 0.1
+
+
+def piped(model: af.Model) -> af.Pipeline:
+    return af.pipeline(af.split(model), af.schedule.build("gpipe", num_ranks=1, num_microbatches=1))
+
+
+def test_a_seed_that_makes_no_weights_is_told() -> None:
+    x = {"x": torch.randn(2, 4)}
+    model = af.from_module(Scale(), x)
+    own = model.init()
+    for init in (model.init, piped(model).init):
+        with pytest.warns(UserWarning, match="Scale has weights of its own.*seed=3 changes none") as told:
+            assert_same_tree(init(seed=3), own)
+        assert told[0].filename == __file__
+        assert_same_tree(init(), own)
+        assert all(leaf.is_meta for leaf in tree.flatten(init(seed=3, device="meta")).values())
+    assert "initial weights: Scale's own, whatever the seed" in piped(model).explain()
+
+    function = af.from_function(lambda params, batch: batch["x"] @ params["w"], {"w": torch.ones(4, 1)}, x)
+    with pytest.warns(UserWarning, match="seed=0 changes none"):
+        function.init(seed=0)
+
+
+def test_a_seed_that_makes_some_weights_is_used() -> None:
+    with af.empty_weights():
+        module = Scale()
+    model = af.from_module(module, {"x": torch.randn(2, 4)})
+    first, second = model.init(seed=1), model.init(seed=2)
+    assert torch.equal(first["factor"], second["factor"])
+    assert not torch.equal(first["linear", "weight"], second["linear", "weight"])
+    assert "Scale's own, but for 2 parameters that are made from the seed" in piped(model).explain()
+    with torch.device("meta"):
+        linear = nn.Linear(4, 4)
+    assert "initial weights: made from the seed" in piped(af.from_module(linear, {"input": torch.randn(2, 4)})).explain()

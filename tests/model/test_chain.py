@@ -29,6 +29,26 @@ def test_call_is_plain_composition() -> None:
     assert torch.equal(model(params, {"x": x}), expected)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, r"needs apply\(params, x, batch\); a layer without parameters is af.Layer\(apply=...\)"),
+        ({"init": lambda key: {}}, r"needs apply\(params, x, batch\)"),
+        ({"apply": "relu"}, r"apply is str; expected a function apply\(params, x, batch\)"),
+        ({"init": {"w": 1}, "apply": lambda params, x, batch: x}, r"init is dict; expected a function init\(key\)"),
+    ],
+)
+def test_layers_that_are_none(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        af.Layer(**arguments)
+
+
+def test_a_layer_takes_init_first() -> None:
+    layer = af.Layer(lambda key: {"w": key.ones("w", (2,))}, lambda params, x, batch: batch["x"] * params["w"])
+    model = af.Model({"scale": layer, "double": af.Layer(apply=lambda params, x, batch: 2 * x)})
+    assert torch.equal(model(model.init(seed=0), {"x": torch.ones(2)}), torch.full((2,), 2.0))
+
+
 def test_init_is_the_same_in_any_company() -> None:
     alone = af.Model({"b": linear(2, 4)}).init(seed=3)
     assert_same_tree({"b": af.Model({"a": linear(4, 3), "b": linear(2, 4)}).init(seed=3)["b"]}, alone)
