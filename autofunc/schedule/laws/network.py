@@ -127,7 +127,7 @@ class _Finder:
                     self._transfers[kind, stage, peer] = group
 
     def __call__(self, kind: Kind, stage: int = -1, peer: int = -1) -> Indices:
-        """Positions by microbatch: int32 of shape (stages, microbatches), or (microbatches,) for transfers of one edge."""
+        """Positions: int32 of shape (stages, microbatches), or (microbatches,) for the transfers of one edge."""
         if kind.is_compute:
             flat = np.flatnonzero(self._table[:, 1] == kind)
             positions: Indices = np.full(self._shape, -1, np.int32)
