@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from autofunc import tree
+from autofunc.captured.snapshot import Change
 from autofunc.checks.pieces import close
 from autofunc.checks.report import Verdict, where
-from autofunc.checks.state import Change
 from autofunc.checks.subject import ForwardError, Subject
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from autofunc.captured.snapshot import storage_of
 from autofunc.checks.report import Verdict
-from autofunc.checks.state import storage_of
 from autofunc.checks.subject import Subject
 
 
