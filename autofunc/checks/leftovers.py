@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from autofunc import tree
-from autofunc.checks.snapshot import Change
+from autofunc.captured.snapshot import Change
 from autofunc.checks.subject import ForwardError, Subject
 from autofunc.checks.verdict import Verdict, where
 from autofunc.checks.whole_and_parts import close

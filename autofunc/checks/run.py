@@ -20,7 +20,7 @@ from autofunc.checks.leftovers import check_leftovers
 from autofunc.checks.loss import check_loss
 from autofunc.checks.parameters import check_parameters
 from autofunc.checks.report import Report
-from autofunc.checks.snapshot import seeded
+from autofunc.checks.seeds import seeded
 from autofunc.checks.subject import ForwardError, Subject
 from autofunc.checks.ties import check_ties
 from autofunc.checks.verdict import Verdict

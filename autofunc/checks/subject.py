@@ -21,7 +21,8 @@ from autofunc.batch import split_batch
 from autofunc.captured import from_module
 from autofunc.captured.module import ModuleSource
 from autofunc.captured.places import default_layers
-from autofunc.checks.snapshot import Change, Snapshot, seeded
+from autofunc.captured.snapshot import Change, Snapshot
+from autofunc.checks.seeds import seeded
 from autofunc.checks.verdict import Where, is_torch, where
 from autofunc.checks.watch import Watched, watching
 from autofunc.checks.without_dropout import WithoutDropout
@@ -214,7 +215,7 @@ class Subject:
     @cached_property
     def snapshot(self) -> Snapshot | None:
         """What the module holds before any check; None for a model, which holds nothing."""
-        return Snapshot(self.module) if self.module is not None else None
+        return Snapshot(self.module, values=True) if self.module is not None else None
 
     def restore(self) -> None:
         """Undo what the last runs left behind."""
@@ -228,7 +229,7 @@ class Subject:
         try:
             first.outputs = self.run(self.batch, mode=self._observing(first))
             if self.snapshot is not None:
-                first.changes = [change for change in self.snapshot.changes() if not self._is_flag(change)]
+                first.changes = self.snapshot.changes()
         except ForwardError as error:
             first.error = str(error)
         finally:
@@ -241,12 +242,6 @@ class Subject:
         with watching(self.module) if self.module is not None else nullcontext(Watched()) as first.watched:
             yield
         first.draws += [name for name, state in _drawn_so_far().items() if state != before[name]]
-
-    def _is_flag(self, change: Change) -> bool:
-        """Hooks and private flags, which libraries set when forward first runs: they change no value."""
-        assert self.module is not None
-        value = vars(self.module.get_submodule(change.module)).get(change.attribute)
-        return change.attribute.endswith("_hooks") or (change.attribute.startswith("_") and isinstance(value, bool))
 
     @cached_property
     def captured(self) -> tuple[Model | None, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from autofunc.checks.snapshot import storage_of
+from autofunc.captured.snapshot import storage_of
 from autofunc.checks.subject import Subject
 from autofunc.checks.verdict import Verdict
 

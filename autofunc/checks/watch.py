@@ -14,7 +14,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.overrides import TorchFunctionMode
 
 from autofunc import tree
-from autofunc.checks.snapshot import same_bits, storage_of
+from autofunc.captured.snapshot import same_bits, storage_of
 from autofunc.fake import user_line
 
 _HARMLESS = {"requires_grad_", "detach_", "rename_", "share_memory_", "retain_grad"}  # they end in _, and write no values

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,6 +29,8 @@ class Made(nn.Module):
         self.register_buffer("steps", torch.zeros(()))
         self.seen: list[Any] = []
         self.kept = [torch.zeros(6)]
+        self.nested: dict[str, list[Any]] = {"seen": []}
+        self.memory = SimpleNamespace(last=None, count=0)
         self.calls = 0
         self.forward_ = forward
 
@@ -48,6 +51,21 @@ def caching(self: Any, h: Tensor) -> Tensor:
 
 def collecting(self: Any, h: Tensor) -> Tensor:
     self.seen.append(h)
+    return h
+
+
+def collecting_deep(self: Any, h: Tensor) -> Tensor:
+    self.nested["seen"].append(h)
+    return h
+
+
+def remembering(self: Any, h: Tensor) -> Tensor:
+    self.memory.last = h
+    return h
+
+
+def noting(self: Any, h: Tensor) -> Tensor:
+    self.memory.count += 1
     return h
 
 
@@ -89,6 +107,8 @@ def marking_twice(self: Any, h: Tensor) -> Tensor:
         (counting, r"Made \(the module itself\) stores 'calls'"),
         (caching, r"stores 'cache'"),
         (collecting, r"stores 'seen'"),
+        (collecting_deep, r"stores 'nested'"),
+        (remembering, r"stores 'memory'"),
         (averaging, r"writes to a tensor that it keeps \(aten.mul_"),
         (stepping, r"writes to its buffer 'steps' \(aten.add_.Tensor; .*test_errors.py"),
         (normalising, r"batch normalisation in training mode.*GroupNorm"),
@@ -105,6 +125,22 @@ def test_forwards(forward: Callable[[Any, Tensor], Any], message: str) -> None:
     with pytest.raises(ModelError, match=message):
         af.from_module(module, BATCH)
     assert_unchanged(before, module)
+    assert module.nested == {"seen": []} and module.memory == SimpleNamespace(last=None, count=0)
+
+
+def test_plain_values_in_objects_are_put_back() -> None:
+    module = Made(noting)
+    assert af.from_module(module, BATCH).used == ["linear.weight", "linear.bias"]
+    assert module.memory.count == 0
+
+
+def test_instance_normalisation_that_keeps_statistics() -> None:
+    module = nn.Sequential(nn.Linear(6, 6), nn.InstanceNorm1d(4, track_running_stats=True))
+    batch = {"input": BATCH["x"]}
+    with pytest.raises(ModelError, match=r"writes to its buffer '1.running_mean' .*track_running_stats=False"):
+        af.from_module(module, batch)
+    model = af.from_module(module.eval(), batch)
+    assert torch.equal(model(model.init(), batch), module(batch["input"]))
 
 
 def test_spectral_norm_writes_to_its_buffers() -> None:

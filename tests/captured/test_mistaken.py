@@ -108,6 +108,28 @@ def test_lists_that_are_written_to() -> None:
         af.from_module(Lists(), {"x": X})
 
 
+class Parts(nn.Module):
+    """Writes to one of several views that an operator makes at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.b(self.a(x))
+        with torch.no_grad():
+            mask = torch.zeros(8)
+            left, right = mask.chunk(2)
+            left.add_(1)
+            right[1:].split(1)[0].fill_(2)
+        y: Tensor = self.c(h * mask)
+        return y
+
+
+def test_parts_that_are_written_to() -> None:
+    check(Parts(), ["b", "c"])
+
+
 @pytest.mark.parametrize("view", [True, False])
 def test_dropout_in_place(view: bool) -> None:
     class Dropping(nn.Module):

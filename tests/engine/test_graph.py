@@ -56,6 +56,19 @@ def in_place_on_a_temporary(p: Any, x: Tensor, b: Any) -> Tensor:
     return y * 2
 
 
+def list_written_in_place(p: Any, x: Tensor, b: Any) -> Tensor:
+    kept = [torch.zeros(4), torch.ones(4)]
+    torch._foreach_add_(kept, 2.0)
+    return (x @ p["w"]) * kept[0] + kept[1]
+
+
+def written_as_out(p: Any, x: Tensor, b: Any) -> Tensor:
+    made = torch.zeros_like(x)
+    with torch.no_grad():
+        torch.add(x, 1, out=made)
+    return (x @ p["w"]) * made
+
+
 def two_uses(p: Any, x: Tensor, b: Any) -> Tensor:
     return torch.tanh(x @ p["w"]) @ p["w"] + x
 
@@ -65,6 +78,8 @@ CAPTURED: dict[str, Apply] = {
     "checkpoint": lambda p, x, b: checkpoint(lambda x, w: torch.tanh(x @ w), x, p["w"], use_reentrant=False),
     "mask written in place": with_mask,
     "temporary written in place": in_place_on_a_temporary,
+    "list written in place": list_written_in_place,
+    "temporary written as out": written_as_out,
     "weight used twice": two_uses,
     "constant from outside": lambda p, x, b: x @ p["w"] + CONSTANT,
     "constant made inside": lambda p, x, b: x @ p["w"] + torch.tensor([1.0, 2.0, 3.0, 4.0]),
@@ -119,6 +134,24 @@ def writes_parameter(p: Any, x: Tensor, b: Any) -> Tensor:
     return x @ p["w"]
 
 
+def writes_parameter_in_a_list(p: Any, x: Tensor, b: Any) -> Tensor:
+    with torch.no_grad():
+        torch._foreach_mul_([p["w"]], 2.0)
+    return x @ p["w"]
+
+
+def writes_parameter_as_out(p: Any, x: Tensor, b: Any) -> Tensor:
+    with torch.no_grad():
+        torch.mul(p["w"], 2, out=p["w"].detach())
+    return x @ p["w"]
+
+
+def keeps_statistics_in_a_parameter(p: Any, x: Tensor, b: Any) -> Tensor:
+    with torch.no_grad():
+        shifted = torch.nn.functional.batch_norm(x, p["w"][0], p["w"][1], training=True)
+    return x @ p["w"] + shifted
+
+
 @pytest.mark.parametrize(
     ("middle", "message"),
     [
@@ -128,6 +161,9 @@ def writes_parameter(p: Any, x: Tensor, b: Any) -> Tensor:
             writes_parameter,
             r"stage 1 .*writes to one of its inputs or parameters \(aten.mul_.Tensor; .*test_graph.py, line",
         ),
+        (writes_parameter_in_a_list, r"writes to one of its inputs or parameters \(aten._foreach_mul_.*test_graph.py"),
+        (writes_parameter_as_out, r"writes to one of its inputs or parameters \(aten.mul.out; .*test_graph.py"),
+        (keeps_statistics_in_a_parameter, r"writes to one of its inputs or parameters \(aten.native_batch_norm"),
         (lambda p, x, b: x.add_(1) @ p["w"], r"stage 1 .*in-place operation"),
         (lambda p, x, b: torch.dropout(x, 0.5, True), r'draws from the global random generator .*engine="eager"'),
         (lambda p, x, b: x + torch.rand(4), r"draws from the global random generator \(aten.rand"),

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import random
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import FunctionType, MethodType, ModuleType
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -19,6 +15,15 @@ Kind = Literal["parameter", "buffer", "attribute"]
 _REGISTERED: dict[str, Kind] = {"_parameters": "parameter", "_buffers": "buffer", "_modules": "attribute"}
 _DEEPEST = 4  # objects inside an attribute that are looked into
 _AS_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # as wide as the dtype: compared several times as fast
+_CACHES = ("_flat_weights", "_flat_weight_refs")
+"""Lists of its own parameters that a recurrent layer of torch keeps, and makes anew when they are others."""
+
+_HOOKS = (
+    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
+    "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs",
+)  # fmt: skip
+"""Where libraries put hooks when forward first runs; they are removed again."""
+
 _OPAQUE = (type, FunctionType, MethodType, ModuleType, torch.device, torch.dtype, torch.Size)
 
 
@@ -59,20 +64,24 @@ class _Held:
 class Snapshot:
     """A module's attributes and everything in them: containers, plain objects, tensors, generators.
 
-    It copies all tensors, so it takes as much memory as the module.
+    Args:
+        module: whose.
+        values: also the values of tensors, which takes as much memory as the module, and the states of generators. Without
+            them it knows which tensors there are, and not what is in them: the module may be on the meta device.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, *, values: bool) -> None:
+        self._values = values
         self._containers: list[tuple[_Place, Any, Any]] = []
         self._tensors: list[_Held] = []
         self._generators: list[tuple[_Place, torch.Generator, Tensor]] = []
         self._seen: set[int] = set()
-        parts = dict(module.named_modules())
-        self._registered = {id(part) for part in parts.values()}
-        for name, part in parts.items():  # first, so that they are known by these names wherever else they are kept
+        self._parts = dict(module.named_modules())
+        self._registered = {id(part) for part in self._parts.values()}
+        for name, part in self._parts.items():  # first, so that they are known by these names wherever else they are kept
             for registered, kind in _REGISTERED.items():
                 self._container(_Place(name, registered, kind, by_key=True), vars(part)[registered], 0)
-        for name, part in parts.items():
+        for name, part in self._parts.items():
             self._container(_Place(name, ""), vars(part), 0)
 
     @property
@@ -81,7 +90,11 @@ class Snapshot:
         return [held.tensor for held in self._tensors]
 
     def changes(self) -> list[Change]:
-        """What differs from when it was taken, each attribute once."""
+        """What differs from when it was taken, each attribute once.
+
+        What changes no value is left out: hooks and private flags, which libraries set when forward first runs, and the
+        caches of torch's recurrent layers.
+        """
         found: dict[tuple[str, str], Change] = {}
 
         def note(place: _Place, attribute: str, how: How) -> None:
@@ -103,7 +116,7 @@ class Snapshot:
         for place, generator, state in self._generators:
             if not torch.equal(generator.get_state(), state):
                 note(place, place.attribute, "written")
-        return list(found.values())
+        return [change for change in found.values() if not _is_housekeeping(self._parts[change.module], change.attribute)]
 
     def restore(self) -> None:
         """Put everything back: the same objects with the same contents."""
@@ -138,12 +151,13 @@ class Snapshot:
 
     def _member(self, place: _Place, value: Any, depth: int) -> None:
         if isinstance(value, Tensor):
-            if id(value) not in self._seen and _has_memory(value):
+            if self._values and id(value) not in self._seen and _has_memory(value):
                 self._seen.add(id(value))
                 data, grad = value.detach(), value.grad if value.is_leaf else None
                 self._tensors.append(_Held(place, value, data, data.clone(), grad, value.is_leaf, value.requires_grad))
         elif isinstance(value, torch.Generator):
-            self._generators.append((place, value, value.get_state()))
+            if self._values:
+                self._generators.append((place, value, value.get_state()))
         elif isinstance(value, (dict, list, set, deque)):
             self._container(place, value, depth)
         elif isinstance(value, tuple):
@@ -164,19 +178,9 @@ def storage_of(tensor: Tensor) -> int | None:
         return None
 
 
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """All global random generators begin at a seed, and are put back afterwards."""
-    python, numbers = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=list(range(torch.cuda.device_count()))):
-        torch.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed)
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numbers)
+def _is_housekeeping(part: nn.Module, attribute: str) -> bool:
+    is_flag = attribute.startswith("_") and isinstance(vars(part).get(attribute), bool)
+    return is_flag or attribute in _HOOKS or (attribute in _CACHES and isinstance(part, nn.RNNBase))
 
 
 def _has_memory(tensor: Tensor) -> bool:
