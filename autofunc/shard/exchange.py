@@ -40,7 +40,7 @@ def _all_gather(x: Tensor, size: int, group: str) -> Tensor:
 
 
 def _reduce_scatter(x: Tensor, how: str, size: int, group: str) -> Tensor:
-    """This rank's part along dim 0 of what `_all_reduce` gives."""
+    """This rank's part along dim 0, one of `size` equal ones, of what `_all_reduce` gives."""
     return _combined(_links[group].exchange(x.contiguous().chunk(size)), how)
 
 
