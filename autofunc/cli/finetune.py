@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from autofunc.config import read_config
-from autofunc.train.launch import is_worker, launch, run_worker
+from autofunc.train.launch import is_worker, launch, run_worker, was_checked
 from autofunc.train.memory_budget import check_budget
 from autofunc.train.recipe import default_output_dir, prepare
 from autofunc.train.run import run
@@ -44,13 +44,14 @@ def finetune_llm(config_path: str, overrides: Sequence[str], nproc_per_node: int
         return
     sys.stdout.write(f"starting {recipe.axes.num_processes} processes\n")
     sys.stdout.flush()
-    os.environ[_OUTPUT_DIR] = str(output_dir)
-    launch(recipe.axes.num_processes, ["finetune", "llm", "-c", config_path, *overrides])
+    arguments = ["finetune", "llm", "-c", config_path, *overrides]
+    launch(recipe.axes.num_processes, arguments, {_OUTPUT_DIR: str(output_dir)})
 
 
 def _work(config_path: str, overrides: Sequence[str]) -> None:
     config, notes = read_config(config_path, overrides)
-    run(prepare(config, int(os.environ["WORLD_SIZE"]), notes=notes), config, _output_dir(config.output_dir, config_path))
+    recipe = prepare(config, int(os.environ["WORLD_SIZE"]), notes=notes, checked=was_checked())
+    run(recipe, config, _output_dir(config.output_dir, config_path))
 
 
 def _output_dir(configured: str | None, config_path: str) -> Path:

@@ -11,7 +11,14 @@ from autofunc.runtime.program import Layout
 
 
 class Accumulator:
-    """Sums the gradients of one stage's trainable holders. It holds memory from the first of them on."""
+    """Sums the gradients of one stage's trainable holders over the microbatches of a step.
+
+    It holds memory from its first use on.
+
+    Args:
+        layouts: shape and dtype of each holder's sum: fp32 at least.
+        device: where they are made.
+    """
 
     def __init__(self, layouts: Sequence[Layout], device: torch.device) -> None:
         self._layouts, self._device = layouts, device
@@ -35,7 +42,11 @@ class Accumulator:
         return self._sums
 
     def add(self, grads: Sequence[Tensor | None]) -> None:
-        """Add one microbatch's gradients; None is a zero."""
+        """Add one microbatch's gradients.
+
+        Args:
+            grads: one of each holder, of its shape and any floating-point dtype; None is a zero.
+        """
         for total, grad in zip(self.sums, grads, strict=True):
             if grad is not None:
                 total.add_(grad)

@@ -1,8 +1,9 @@
-"""The memory of receive slots: made once, and used by every step of a pipeline."""
+"""The memory of receive slots: made once, and used by every step of a pipeline as long as one of its plans needs it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -11,20 +12,29 @@ from autofunc.runtime.program import Layout
 
 
 class SlotPool:
-    """Tensors for the slots of one rank. Plans of one pipeline run one after the other, so they share them."""
+    """Tensors for the slots of one rank. Plans of one pipeline run one after the other, so they share them.
+
+    The pool itself keeps nothing alive: a slot goes with the last plan that has it.
+    """
 
     def __init__(self) -> None:
-        self._made: dict[tuple[Layout, torch.device], list[Tensor]] = {}
+        self._made: list[tuple[Layout, torch.device, ref[Tensor]]] = []
 
     def tensors(self, layouts: Sequence[Layout], device: torch.device) -> list[Tensor]:
         """A tensor for each layout, all distinct."""
-        used: dict[Layout, int] = {}
+        self._made = [entry for entry in self._made if entry[2]() is not None]
+        known: dict[Layout, list[Tensor]] = {}
+        for layout, where, slot in self._made:
+            tensor = slot()
+            if tensor is not None and where == device:
+                known.setdefault(layout, []).append(tensor)
         found = []
         for layout in layouts:
-            pool = self._made.setdefault((layout, device), [])
-            number = used[layout] = used.get(layout, -1) + 1
-            if number == len(pool):
+            if not known.get(layout):
                 shape, dtype = layout
-                pool.append(torch.empty(shape, dtype=dtype, device=device))
-            found.append(pool[number])
+                tensor = torch.empty(shape, dtype=dtype, device=device)
+                self._made.append((layout, device, ref(tensor)))
+                found.append(tensor)
+            else:
+                found.append(known[layout].pop())
         return found

@@ -21,7 +21,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from autofunc.errors import MeshError
 
 # Kept for as long as the pp group they belong to: connections are costly, and pipelines on one mesh run one after the
-# other on every rank, so they can share them.
+# other on every rank, so they can share them. Bounded by the edges there can be: pairs of stages, and a few for each tie.
 _made: WeakKeyDictionary[dist.ProcessGroup, dict[tuple[str, int, int], Any]] = WeakKeyDictionary()
 
 

@@ -40,11 +40,18 @@ class Observer(Protocol):
     """Looks on while a rank runs: for measuring and tracing. Steps that nobody looks at pay nothing for it."""
 
     def before(self, op: Op) -> None:
-        """All that the op reads is there; it has not begun."""
+        """All that the op reads is there; it has not begun. What it waited for is not in its time."""
         ...
 
     def after(self, op: Op, step: RankStep, registers: list[Any], sends: list[Ticket | None]) -> None:
-        """The op is done."""
+        """The op is done: of a send or receive, it is posted.
+
+        Args:
+            op: which one; `op.position` is its place in the lowered row.
+            step: whose op it is.
+            registers: what each holds now: None, a list of tensors, residuals, or the ticket of a receive. Not to be kept.
+            sends: those that are not known to be complete, by number; None for the others.
+        """
         ...
 
 

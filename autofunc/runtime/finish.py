@@ -61,7 +61,12 @@ def exchange_ties(
 
 
 def total_loss(sums: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
-    """[sum of sums, sum of weights] in microbatch order: fp32, shape (2,)."""
+    """[sum of sums, sum of weights], added up in microbatch order: fp32, shape (2,).
+
+    Args:
+        sums: of the loss of each microbatch, 0-dim.
+        weights: of each microbatch, 0-dim.
+    """
     total, weight = sums[0].float(), weights[0].float()
     for index in range(1, len(sums)):
         total, weight = total + sums[index].float(), weight + weights[index]
@@ -96,5 +101,11 @@ def check_weight(weight: Tensor) -> None:
 
 
 def divide(sums: Mapping[str, Tensor], weight: Tensor, dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
-    """Gradients of the mean loss: each sum divided by the total weight, in the parameter's dtype."""
+    """Gradients of the mean loss: each sum divided by the total weight, in the parameter's dtype.
+
+    Args:
+        sums: by path, of all microbatches and data parallel ranks.
+        weight: total weight of the loss, 0-dim fp32.
+        dtypes: by path, of the parameters.
+    """
     return {path: (total / weight).to(dtypes[path]) for path, total in sums.items()}

@@ -37,7 +37,7 @@ def find_ties(stages: Sequence[Stage], schedule: Schedule, layouts: Mapping[str,
     Args:
         stages: all stages.
         schedule: for its placement.
-        layouts: of each parameter's sum of gradients, as this process sends it.
+        layouts: by path, shape and dtype of each parameter's sum of gradients, as this process sends it.
     """
     model = stages[0].model
     holders: dict[str, list[tuple[str, int]]] = {}

@@ -31,23 +31,45 @@ class Ticket(Protocol):
         ...
 
     def arrived(self) -> bool:
-        """Whether a receive or broadcast is complete."""
+        """Whether a receive or broadcast is complete. In memory it tells at once; between processes it blocks until it is.
+
+        Raises:
+            PeerLostError: when the other end is gone, or does not come within the timeout of the process group.
+        """
         ...
 
     def settle(self) -> None:
-        """Wait until a send is complete."""
+        """Block until a send is complete, so that the memory of its tensors may be reused.
+
+        Raises:
+            PeerLostError: as of `arrived`.
+        """
         ...
 
 
 class Port(Protocol):
-    """One rank's end of a channel."""
+    """One rank's end of a channel. Messages arrive in the order in which they were sent."""
 
     def send(self, tensors: list[Tensor]) -> Ticket:
-        """Post a send."""
+        """Post a send: returns at once. The ticket keeps the tensors, which must not change until it is settled.
+
+        Args:
+            tensors: one message, of the shapes and dtypes of the channel's layouts.
+
+        Raises:
+            PeerLostError: when the other end is known to be gone.
+        """
         ...
 
     def receive(self, into: list[Tensor]) -> Ticket:
-        """Post a receive."""
+        """Post a receive: returns at once.
+
+        Args:
+            into: what the next message is written into: contiguous, of the shapes and dtypes of the channel's layouts.
+
+        Raises:
+            PeerLostError: when the other end is known to be gone.
+        """
         ...
 
 
@@ -55,11 +77,19 @@ class Transport(Protocol):
     """What the executor needs of a transport."""
 
     def open(self, channel: Channel) -> Port:
-        """This rank's end of a channel."""
+        """This rank's end of a channel of which it is the source or the target."""
         ...
 
     def broadcast(self, root: int, tensors: list[Tensor]) -> Ticket:
-        """Give the root's tensors to all pp ranks; on other ranks `tensors` are written to."""
+        """Give the root's tensors to all pp ranks. Every rank calls it, and returns at once.
+
+        Args:
+            root: the pp rank that has them.
+            tensors: what it gives; on other ranks, tensors of the same shapes and dtypes, which are written to.
+
+        Raises:
+            PeerLostError: when another rank is known to be gone.
+        """
         ...
 
 
@@ -120,7 +150,7 @@ class MemoryHub:
         self._boxes: dict[str, _Mailbox] = {}
 
     def box(self, name: str) -> _Mailbox:
-        """The mailbox of a channel."""
+        """The mailbox of the channel with this name, both ends of which are in it."""
         if name not in self._boxes:
             self._boxes[name] = _Mailbox(self)
         return self._boxes[name]

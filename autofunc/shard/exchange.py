@@ -7,6 +7,8 @@ much it is.
 
 from __future__ import annotations
 
+from weakref import WeakValueDictionary
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, fx
@@ -17,8 +19,9 @@ SMALL = 1 << 20
 """Bytes up to which more than two ranks exchange directly."""
 
 _c10d = torch.ops._c10d_functional
-_links: dict[str, Links] = {}  # by name of the group
+_links: WeakValueDictionary[str, Links] = WeakValueDictionary()  # by name of the group; `links` keeps them as long as it
 
+# operators of our own, so that a captured graph can name them: torch knows them in the whole process from import on
 _library = torch.library.Library("autofunc", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define("all_reduce(Tensor x, str how, str group) -> Tensor")  # type: ignore[no-untyped-call]
 _library.define("all_gather(Tensor x, int size, str group) -> Tensor")  # type: ignore[no-untyped-call]
@@ -37,7 +40,7 @@ def _all_gather(x: Tensor, size: int, group: str) -> Tensor:
 
 
 def _reduce_scatter(x: Tensor, how: str, size: int, group: str) -> Tensor:
-    """This rank's part along dim 0 of what `_all_reduce` gives."""
+    """This rank's part along dim 0, one of `size` equal ones, of what `_all_reduce` gives."""
     return _combined(_links[group].exchange(x.contiguous().chunk(size)), how)
 
 

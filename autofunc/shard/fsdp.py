@@ -82,12 +82,12 @@ class ShardedTree:
 
     @torch.no_grad()
     def load(self, flat: Mapping[str, Tensor]) -> None:
-        """Copy leaves into this storage."""
+        """Copy leaves, which lie as those of this storage do, into it."""
         for path, leaf in self.sharded.items():
             local(leaf).copy_(local(flat[path]))
 
     def gather(self, groups: Sequence[Group]) -> None:
-        """Start to gather. Groups that are in use already stay as they are."""
+        """Start to gather, for one more user each. Groups that are in use already stay as they are."""
         for group in groups:
             self._users[group] += 1
             if self._users[group] == 1:

@@ -27,6 +27,7 @@ from autofunc.errors import PeerLostError
 _CHUNK = 1 << 16
 """Bytes sent before as many are received: so little that sockets hold them, so that nobody waits for a reader."""
 
+# one entry a group, gone with it: connecting is costly, and all pipelines on a mesh can share the sockets
 _made: WeakKeyDictionary[dist.ProcessGroup, Links | None] = WeakKeyDictionary()
 
 

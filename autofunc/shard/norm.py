@@ -32,7 +32,13 @@ def global_norm(grads: Mapping[str, Tensor], mesh: DeviceMesh | None, device: to
 
 
 def clip_by_norm(grads: Mapping[str, Tensor], norm: Tensor, max_norm: float) -> dict[str, Tensor]:
-    """Gradients scaled by `max_norm / norm` where the norm is larger, as `torch.nn.utils.clip_grad_norm_` does."""
+    """Gradients scaled by `max_norm / norm` where the norm is larger, as `torch.nn.utils.clip_grad_norm_` does.
+
+    Args:
+        grads: of this process.
+        norm: of all gradients, 0-dim fp32: what `global_norm` gives.
+        max_norm: the largest norm that stays.
+    """
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     return {path: _scaled(leaf, factor) for path, leaf in grads.items()}
 

@@ -167,7 +167,11 @@ class Parameters:
     # --- one step
 
     def step(self, flat: Mapping[str, Tensor]) -> StepParameters:
-        """What a step computes with."""
+        """What a step computes with.
+
+        Args:
+            flat: canonical path -> leaf, of all parameters of this process.
+        """
         if self.is_sharded:
             return StepParameters(self, flat, self._storages.of(flat))
         return StepParameters(self, flat, None)
@@ -217,7 +221,7 @@ class StepParameters:
             self._storage.gather(self._parameters._groups_of[stage])
 
     def release(self, stage: int) -> None:
-        """Let go of them."""
+        """Let go of a stage's gathered parameters."""
         if self._storage is not None:
             self._storage.release(self._parameters._groups_of[stage])
 
@@ -237,7 +241,7 @@ class StepParameters:
         return lambda layer: arrive(groups[layer])
 
     def arrive(self, stage: int) -> None:
-        """Wait for all of a stage's."""
+        """Wait until all of a stage's parameters are gathered."""
         if self._storage is not None:
             self._storage.arrive(self._parameters._groups_of[stage])
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 from torch import Tensor, fx
@@ -33,6 +34,7 @@ class OverTP:
     """
 
     def __init__(self, mesh: DeviceMesh, dims: Mapping[str, int], sequence_parallel: bool) -> None:
+        _register_attention()
         self.mesh, self.dims, self.sequence_parallel = mesh, dims, sequence_parallel
         self.size = mesh.size()
 
@@ -129,16 +131,20 @@ class OverTP:
         return settled(value.to_local())
 
 
-# On CUDA attention has sharding strategies; for the CPU they are given here: by heads (dim 1), or not at all.
-_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_attention_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+@cache
+def _register_attention() -> None:
+    """Tell DTensor how attention on CPU is sharded: by heads (dim 1), or not at all. On CUDA it knows.
 
+    DTensor has one table of operators for the whole process, and this adds to it; so it is done once, and only where a tp
+    axis is used.
+    """
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
-@register_sharding(_attention.default)
-def _(q, k, v, dropout_p=0.0, is_causal=False, *, attn_mask=None, scale=None):  # type: ignore[no-untyped-def]
-    return [([p] * 2, [p] * 3 + [None] * 2) for p in (Replicate(), Shard(1))]
+    @register_sharding(attention.default)
+    def _(q, k, v, dropout_p=0.0, is_causal=False, *, attn_mask=None, scale=None):  # type: ignore[no-untyped-def]
+        return [([p] * 2, [p] * 3 + [None] * 2) for p in (Replicate(), Shard(1))]
 
-
-@register_sharding(_attention_backward.default)
-def _(grad, q, k, v, out, logsumexp, dropout_p, is_causal, *, attn_mask=None, scale=None):  # type: ignore[no-untyped-def]
-    return [([p] * 3, [p] * 6 + [None] * 2) for p in (Replicate(), Shard(1))]
+    @register_sharding(backward.default)
+    def _(grad, q, k, v, out, logsumexp, dropout_p, is_causal, *, attn_mask=None, scale=None):  # type: ignore[no-untyped-def]
+        return [([p] * 3, [p] * 6 + [None] * 2) for p in (Replicate(), Shard(1))]

@@ -25,19 +25,24 @@ class Partitioning(Protocol):
         ...
 
     def shape(self, path: str, shape: torch.Size) -> torch.Size:
-        """Of a parameter here, when the whole one has this shape."""
+        """The shape of this process's part of a parameter, when the whole one has the given shape."""
         ...
 
     def running(self) -> AbstractContextManager[None]:
-        """In effect while the stage, and its gradient, run or are captured."""
+        """What is in effect while the stage, and its gradient, run or are captured."""
         ...
 
     def parameter(self, path: str, local: Tensor) -> Tensor:
-        """As the stage's function sees it: a leaf, not differentiable to `local`."""
+        """A parameter as the stage's function sees it: a leaf that shares memory with `local`, this process's part."""
         ...
 
     def received(self, local: Tensor, placement: Hashable) -> Tensor:
-        """A value from the stage before, as the function sees it; differentiable."""
+        """A value from the stage before, as the function sees it; differentiable.
+
+        Args:
+            local: this process's part.
+            placement: what `handed_on` gave with it in the stage before; None for a value that is the same everywhere.
+        """
         ...
 
     def handed_on(self, value: Tensor, placement: Hashable = None) -> tuple[Tensor, Hashable]:

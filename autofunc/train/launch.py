@@ -11,11 +11,13 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 from autofunc.errors import AutofuncError, PeerLostError, PipelineRunError, full_message
 
 WORKER_FAILED = 1
+_CHECKED = "AUTOFUNC_CHECKED"
 
 
 def is_worker() -> bool:
@@ -23,8 +25,18 @@ def is_worker() -> bool:
     return "LOCAL_RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def launch(num_processes: int, arguments: Sequence[str]) -> None:
+def was_checked() -> bool:
+    """Whether `launch` started this process: then the one that called it has tried the configuration."""
+    return os.environ.get(_CHECKED) == "1"
+
+
+def launch(num_processes: int, arguments: Sequence[str], environment: Mapping[str, str]) -> None:
     """Run `python -m autofunc ARGUMENTS` in several processes on this machine and wait for them.
+
+    Args:
+        num_processes: how many.
+        arguments: of the command, which the caller has checked.
+        environment: variables that the processes have besides this one's.
 
     Raises:
         PipelineRunError: when one fails; holds the traceback of the first that did. All others have been ended.
@@ -34,8 +46,6 @@ def launch(num_processes: int, arguments: Sequence[str]) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # its report is ours to give
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -48,11 +58,42 @@ def launch(num_processes: int, arguments: Sequence[str]) -> None:
         local_addr="127.0.0.1",  # the machine's own name need not resolve
     )
     try:
-        elastic_launch(config, sys.executable)("-m", "autofunc", *arguments)
+        with (
+            _environment({"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), _CHECKED: "1", **environment}),
+            _silent(),
+        ):
+            elastic_launch(config, sys.executable)("-m", "autofunc", *arguments)
     except ChildFailedError as failed:
         raise PipelineRunError(_report(failed)) from None
     except SignalException as stopped:  # the launcher has ended the workers
         sys.exit(128 + stopped.sigval)
+
+
+@contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """The launcher gives its workers this process's environment, so they are set here for as long as it runs."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """The launcher logs its own report of a failure; ours says it once and names the cause."""
+    logger = logging.getLogger("torch.distributed.elastic")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def run_worker(work: Callable[[], None]) -> None:

@@ -26,23 +26,23 @@ class MetricsFile:
 
 def draw_loss_curve(metrics: Path, picture: Path) -> None:
     """Draw the losses of a `metrics.jsonl` into a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure  # and not pyplot, which chooses a backend for the whole process
 
     lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120, layout="constrained")
-    for key, label, style in (
-        ("loss", "training", {"linewidth": 1.0, "color": "tab:blue"}),
-        ("validation_loss", "validation", {"linewidth": 1.5, "color": "tab:orange", "marker": "o"}),
+    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    for key, label, width, colour, marker in (
+        ("loss", "training", 1.0, "tab:blue", None),
+        ("validation_loss", "validation", 1.5, "tab:orange", "o"),
     ):
         points = [(line["step"], line[key]) for line in lines if key in line]
         if points:
-            axes.plot(*zip(*points, strict=True), label=f"{label}, last {points[-1][1]:.3f}", **style)
+            steps, values = zip(*points, strict=True)
+            axes.plot(
+                steps, values, label=f"{label}, last {values[-1]:.3f}", linewidth=width, color=colour, marker=marker
+            )  # fmt: skip
     axes.set_xlabel("step")
     axes.set_ylabel("loss")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(picture)
-    pyplot.close(figure)

@@ -81,7 +81,9 @@ def make(config: FinetuneConfig) -> Model | nn.Module | Pretrained:
     return made
 
 
-def build_loss(config: FinetuneConfig, model: Model, dataset: Any, notes: list[str]) -> Loss | None:
+def build_loss(
+    config: FinetuneConfig, model: Model, dataset: Any, notes: list[str], *, checked: bool = False
+) -> Loss | None:  # fmt: skip
     """The configured loss; else None where the model gives its own, and the causal one where it does not.
 
     Args:
@@ -89,6 +91,7 @@ def build_loss(config: FinetuneConfig, model: Model, dataset: Any, notes: list[s
         model: what is trained.
         dataset: to try it with.
         notes: told what was chosen.
+        checked: whether another process has tried it already.
 
     Raises:
         ConfigError: where it cannot run on the dataset's rows, or would shift labels that are aligned already.
@@ -98,7 +101,8 @@ def build_loss(config: FinetuneConfig, model: Model, dataset: Any, notes: list[s
     try:
         if loss is None and not gives_loss(model, microbatch):
             loss = losses.causal_lm
-        infer_boundaries(split(model), {}, microbatch, loss)
+        if not checked:
+            infer_boundaries(split(model), {}, microbatch, loss)
     except AutofuncError as error:
         raise ConfigError(f"the model on a batch of dataset: {error}") from error
     if loss is not None:

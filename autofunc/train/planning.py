@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -21,6 +21,7 @@ from autofunc.splitting import Stage, count_operations, imbalance, infer_boundar
 from autofunc.train.loop import build_pipe
 from autofunc.train.model import SEED
 from autofunc.train.recipe import Recipe, prepare
+from autofunc.train.threads import threads
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,6 @@ def plan_run(
     Raises:
         AutofuncError: for every mistake in the configuration.
     """
-    torch.set_num_threads(config.distributed.threads_per_rank)
     times: dict[str, tuple[float, float]] = {}
 
     def measured(model: Model, microbatch: Mapping[str, Any], loss: Loss | None) -> dict[str, float]:
@@ -106,40 +106,53 @@ def plan_run(
         )
         return {name: forward + backward for name, (forward, backward) in times.items()}
 
-    on_progress("reading the model and the data")
-    options: dict[str, Any] = {"layer_costs": measured} if measure else {}
-    recipe = prepare(config if measure else _without_weights(config), num_processes, notes=notes, **options)
-    microbatch = split_batch(recipe.example(), recipe.schedule.num_microbatches, key=(recipe.seed, 1))[0]
-    if measure and not times:  # split points were given
-        measured(recipe.model, microbatch, recipe.loss)
-    on_progress("counting operations")
-    counted = count_operations(recipe.model, microbatch, recipe.loss)
-    if not measure:
-        rate = flops_per_ms()
-        times = {name: (each.forward / rate, each.backward / rate) for name, each in counted.items()}
-    on_progress("following values over the boundaries")
+    with threads(config.distributed.threads_per_rank):
+        on_progress("reading the model and the data")
+        options: dict[str, Any] = {"layer_costs": measured} if measure else {}
+        recipe = prepare(config if measure else _without_weights(config), num_processes, notes=notes, **options)
+        microbatch = split_batch(recipe.example(), recipe.schedule.num_microbatches, key=(recipe.seed, 1))[0]
+        if measure and not times:  # split points were given
+            measured(recipe.model, microbatch, recipe.loss)
+        on_progress("counting operations")
+        counted = count_operations(recipe.model, microbatch, recipe.loss)
+        if not measure:
+            rate = flops_per_ms()
+            times = {name: (each.forward / rate, each.backward / rate) for name, each in counted.items()}
+        on_progress("following values over the boundaries")
+        stages = tuple(_stages(recipe, microbatch, {name: each.flops for name, each in counted.items()}, times))
+        on_progress("capturing the stages")
+        uneven = imbalance(recipe.stages, {name: sum(pair) for name, pair in times.items()})
+        timeline = simulate(recipe.schedule, _costs(stages))
+        return RunPlan(recipe, stages, tuple(_ranks(recipe)), timeline, measure, uneven)
+
+
+def _stages(
+    recipe: Recipe,
+    microbatch: Mapping[str, Any],
+    flops: Mapping[str, int],
+    times: Mapping[str, tuple[float, float]],
+) -> Iterator[StagePlan]:
+    """All stages, from each layer's operations and its milliseconds forward and backward."""
     boundaries = infer_boundaries(recipe.stages, {}, microbatch, recipe.loss)
-    forward, backward = ([sum(times[name][part] for name in stage.layers) for stage in recipe.stages] for part in (0, 1))
-    stages = tuple(
-        StagePlan(
+    for stage in recipe.stages:
+        yield StagePlan(
             stage.index,
             recipe.schedule.placement[stage.index],
             stage.layers[0],
             stage.layers[-1],
             parameter_count(recipe.model, list(stage.holders)),
-            sum(counted[name].flops for name in stage.layers),
-            forward[stage.index],
-            backward[stage.index],
+            sum(flops[name] for name in stage.layers),
+            sum(times[name][0] for name in stage.layers),
+            sum(times[name][1] for name in stage.layers),
             boundaries.stages[stage.index].num_bytes if stage is not recipe.stages[-1] else 0,
         )
-        for stage in recipe.stages
-    )
-    # the first stage needs no gradient of its input: its whole backward is W
+
+
+def _costs(stages: Sequence[StagePlan]) -> Costs:
+    """In ms. The first stage needs no gradient of its input: its whole backward is W."""
+    forward, backward = [stage.forward_ms for stage in stages], [stage.backward_ms for stage in stages]
     inputs = [0.0, *(each / 2 for each in backward[1:])]
-    costs = Costs(forward, inputs, [whole - part for whole, part in zip(backward, inputs, strict=True)], 0.0)
-    on_progress("capturing the stages")
-    uneven = imbalance(recipe.stages, {name: sum(pair) for name, pair in times.items()})
-    return RunPlan(recipe, stages, tuple(_ranks(recipe)), simulate(recipe.schedule, costs), measure, uneven)
+    return Costs(forward, inputs, [whole - part for whole, part in zip(backward, inputs, strict=True)], 0.0)
 
 
 def flops_per_ms() -> float:

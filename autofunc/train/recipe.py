@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from autofunc.batch import split_batch
-from autofunc.config import FinetuneConfig, check_arguments, instantiate, resolve_target
-from autofunc.data import first_rows, make_loader
+from autofunc.config import FinetuneConfig, check_arguments, resolve_target
+from autofunc.data import first_rows
 from autofunc.engine import EngineOptions, require_compiler
 from autofunc.errors import AutofuncError, ConfigError, ModelError
 from autofunc.losses import Loss
@@ -20,10 +18,12 @@ from autofunc.model import Model
 from autofunc.optim import Optimizer, optimizer
 from autofunc.schedule import Schedule
 from autofunc.shard import Sharding
-from autofunc.splitting import Stage, infer_boundaries, layer_costs
+from autofunc.splitting import Stage, layer_costs
 from autofunc.train.axes import Axes, axes_of, sharding_of
+from autofunc.train.datasets import check_tokens, loaders_of, read_dataset, read_validation, tell_tokenizers
 from autofunc.train.layout import LayerCosts, is_auto, stages_and_schedule
 from autofunc.train.model import build_loss, build_model
+from autofunc.train.trial import Trial
 from autofunc.tree import to_tensordict
 
 
@@ -68,58 +68,47 @@ def prepare(
     *,
     notes: Sequence[str] = (),
     layer_costs: LayerCosts = layer_costs,
+    checked: bool = False,
 ) -> Recipe:
-    """Build a recipe and try it on fake tensors.
+    """Build a recipe and try it on fake tensors. Reads each dataset once.
 
     Args:
         config: what is wanted.
         num_processes: how many there are, or were asked for; None lets the configuration say.
         notes: what the user should know already.
         layer_costs: what stages are balanced by.
+        checked: whether the process that started this one has tried the recipe already.
 
     Raises:
         AutofuncError: naming the key, what was given and what would work.
     """
     told = list(notes)
     axes = axes_of(config, num_processes)
-    dataset = instantiate(config.dataset, "dataset")
-    _check_rows("dataset", dataset)
+    dataset = read_dataset(config.dataset, "dataset")
     model = build_model(config, dataset)
-    _check_tokens("dataset", dataset, model)
-    loss = build_loss(config, model, dataset, told)
+    check_tokens("dataset", dataset, model)
+    loss = build_loss(config, model, dataset, told, checked=checked)
     stages, schedule = stages_and_schedule(config, axes, model, loss, dataset, told, layer_costs)
-    model = stages[0].model
     sharding = sharding_of(config, axes, told)
-    options, search_budget = _engine_options(config)
     searches = is_auto(config) and schedule.num_ranks > 1
+    options, search_budget = _engine_options(config)
     if search_budget is not None and not searches:
         told.append("pp_size is 1, so memory_budget has no search to limit")
     make_optimizer = _optimizer(config)
-
-    validation = instantiate(config.validation_dataset, "validation_dataset") if config.validation_dataset else None
-    if validation is None:
-        told.append("no validation_dataset: the validation loss is not measured")
-    else:
-        _check_rows("validation_dataset", validation)
-        _check_tokens("validation_dataset", validation, model)
-    for where, given in (("dataset", dataset), ("validation_dataset", validation)):
-        tokenizer = getattr(given, "tokenizer", None)
-        if tokenizer is not None and tokenizer.name == "bytes":
-            told.append(f"{where}: no tokenizer named, so tokens are bytes (256 ids)")
-
-    rows, loader = config.step_scheduler.global_batch_size, config.dataloader
-    # a short batch is filled with rows without labels, of which a loss that is a mean makes nothing
-    drop_last = loader.drop_last or loss is None
-    make = partial(make_loader, seed=config.seed, num_workers=loader.num_workers)
-    make_train = partial(make, dataset, rows, shuffle=loader.shuffle, drop_last=drop_last)
-    make_validation = partial(make, validation, rows, shuffle=False, drop_last=loss is None) if validation else None
-    steps = len(make_train()) * config.step_scheduler.num_epochs
-    for where, given in (("dataset", dataset), ("validation_dataset", validation)):
-        if given is not None:
-            dropped = drop_last if where == "dataset" else loss is None
-            _try_on_fake_tensors(where, given, rows, axes.dp, dropped, stages, schedule, loss)
+    if not checked:
+        _try_optimizer(config, make_optimizer)
+    validation = read_validation(config, stages[0].model, told)
+    tell_tokenizers({"dataset": dataset, "validation_dataset": validation}, told)
+    loaders = loaders_of(config, dataset, validation, loss)
+    steps, rows = config.step_scheduler, config.step_scheduler.global_batch_size
+    if not checked:
+        trial = Trial(stages, loss, rows, axes.dp, schedule.num_microbatches)
+        trial.run("dataset", dataset, loaders.train_drops_last)
+        if validation is not None:
+            trial.run("validation_dataset", validation, loaders.validation_drops_last)
+    num_steps = loaders.num_batches * steps.num_epochs
     return Recipe(
-        model=model,
+        model=stages[0].model,
         stages=tuple(stages),
         axes=axes,
         sharding=sharding,
@@ -131,10 +120,10 @@ def prepare(
         optimizer=make_optimizer,
         dataset=dataset,
         validation_dataset=validation,
-        make_train_loader=make_train,
-        make_validation_loader=make_validation,
-        num_steps=min(steps, config.step_scheduler.max_steps or steps),
-        val_every_steps=config.step_scheduler.val_every_steps,
+        make_train_loader=loaders.train,
+        make_validation_loader=loaders.validation,
+        num_steps=min(num_steps, steps.max_steps or num_steps),
+        val_every_steps=steps.val_every_steps,
         max_norm=config.clip_grad_norm.max_norm if config.clip_grad_norm is not None else None,
         seed=config.seed,
         rows=rows,
@@ -186,51 +175,15 @@ def _optimizer(config: FinetuneConfig) -> Optimizer:
     factory = resolve_target(name, "optimizer._target_")
     options = {key: value for key, value in config.optimizer.items() if key != "_target_"}
     check_arguments(factory, options, "optimizer", name, given_later=1)
-    made = optimizer(factory, **options)
+    return optimizer(factory, **options)
+
+
+def _try_optimizer(config: FinetuneConfig, made: Optimizer) -> None:
     scratch = to_tensordict({"weight": torch.zeros(2, 2)})
     try:
         made.update(scratch.clone(), made.init(scratch), scratch)
     except ModelError as error:
         raise ConfigError(f"optimizer: {error}") from error
     except Exception as error:
-        raise ConfigError(f"optimizer: {name} cannot update a parameter: {type(error).__name__}: {error}") from error
-    return made
-
-
-def _check_rows(where: str, dataset: Any) -> None:
-    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
-        raise ConfigError(
-            f"{where}: {type(dataset).__name__} has no length or no rows by index; expected a map-style dataset"
-        )
-    if not len(dataset):
-        raise ConfigError(f"{where} has no rows")
-
-
-def _check_tokens(where: str, dataset: Any, model: Model) -> None:
-    has, needs = getattr(model.config, "vocab_size", None), getattr(dataset, "vocab_size", None)
-    if has is not None and needs is not None and needs > has:
-        raise ConfigError(
-            f"{where} has token ids up to {needs - 1}, but the model has vocab_size={has}; set model.vocab_size: {needs} "
-            "or more"
-        )
-
-
-def _try_on_fake_tensors(
-    where: str,
-    dataset: Any,
-    rows: int,
-    dp: int,
-    drop_last: bool,
-    stages: list[Stage],
-    schedule: Schedule,
-    loss: Loss | None,
-) -> None:
-    """Run the model on a first and a last batch without allocating: finds wrong shapes, keys and lengths in time."""
-    last = len(dataset) % rows
-    for start in [0, len(dataset) - last] if last and not drop_last else [0]:
-        batch = first_rows(dataset, rows // dp, start)
-        try:
-            microbatch = split_batch(batch, schedule.num_microbatches, key=(0, 0))[0]
-            infer_boundaries(stages, {}, microbatch, loss)
-        except AutofuncError as error:
-            raise ConfigError(f"the model on a batch of {where}: {error}") from error
+        told = f"{config.optimizer['_target_']} cannot update a parameter: {type(error).__name__}: {error}"
+        raise ConfigError(f"optimizer: {told}") from error

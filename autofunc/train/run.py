@@ -23,6 +23,7 @@ from autofunc.train.loop import train
 from autofunc.train.metrics import MetricsFile, draw_loss_curve
 from autofunc.train.progress import ProgressReporter, Silent
 from autofunc.train.recipe import Recipe
+from autofunc.train.threads import threads
 from autofunc.train.weights import save_weights
 
 
@@ -32,19 +33,23 @@ def run(recipe: Recipe, config: FinetuneConfig, output_dir: Path) -> None:
     Raises:
         MeshError: when the number of processes is not what the configuration needs.
     """
-    torch.set_num_threads(config.distributed.threads_per_rank)
     device = _device()
     mesh = _mesh(recipe, device, config.distributed.timeout_minutes)
-    is_first = mesh is None or dist.get_rank() == 0
-    if is_first:
-        _lead(recipe, mesh, device, output_dir)
-    else:
-        if recipe.searches and mesh is not None:
-            recipe = replace(recipe, schedule=find_schedule(recipe, mesh, device, None).schedule)
-        result = train(recipe, mesh, device, Silent(), None)
-        result.pipe.gather(result.params)
+    with threads(config.distributed.threads_per_rank):
+        if mesh is None or dist.get_rank() == 0:
+            _lead(recipe, mesh, device, output_dir)
+        else:
+            _follow(recipe, mesh, device)
     if mesh is not None:  # not after an error: that must be recorded before the others see the connection close
         dist.destroy_process_group()
+
+
+def _follow(recipe: Recipe, mesh: DeviceMesh, device: torch.device) -> None:
+    """Any other rank's run."""
+    if recipe.searches:
+        recipe = replace(recipe, schedule=find_schedule(recipe, mesh, device, None).schedule)
+    result = train(recipe, mesh, device, Silent(), None)
+    result.pipe.gather(result.params)
 
 
 def _lead(recipe: Recipe, mesh: DeviceMesh | None, device: torch.device, output_dir: Path) -> None:
@@ -88,6 +93,7 @@ def _lead(recipe: Recipe, mesh: DeviceMesh | None, device: torch.device, output_
 
 
 def _device() -> torch.device:
+    """The CPU, or the accelerator of this process's number on its machine, which becomes the current one of the process."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))

@@ -1,0 +1,87 @@
+"""Programs: an op for each action, registers that hold one value at a time, slots that live as long as a plan needs them."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+
+import autofunc as af
+from autofunc.runtime.buffers import SlotPool
+from autofunc.runtime.ops import Backward, BackwardInput, BackwardWeight, Forward, Op, Receive, Send
+from autofunc.runtime.program import Channel, build_program
+from autofunc.schedule import Kind, Schedule, StageBytes
+from autofunc.schedule.effects import chain
+
+COMPUTATIONS = {Kind.F: Forward, Kind.B: Backward, Kind.I: BackwardInput, Kind.W: BackwardWeight}
+LAYOUT = ((2,), torch.float32)
+
+
+def channels_of(s: Schedule) -> dict[tuple[int, int], Channel]:
+    pairs = [
+        pair for edge in chain(s.num_stages) for pair in ((edge.producer, edge.consumer), (edge.consumer, edge.producer))
+    ]
+    places = s.placement
+    return {
+        (a, b): Channel(f"{a} to {b}", places[a], places[b], (LAYOUT,)) for a, b in pairs if places[a] != places[b]
+    }  # fmt: skip
+
+
+def freed(op: Op) -> list[int]:
+    """The registers that an op reads."""
+    residuals = [op.residuals] if isinstance(op, (Backward, BackwardInput, BackwardWeight)) else []
+    values = list(op.reads) if isinstance(op, (Forward, Backward, BackwardInput)) else []
+    return [*residuals, *values, *([op.register] if isinstance(op, Send) else [])]
+
+
+def filled(op: Op) -> list[int]:
+    """The registers that an op writes."""
+    kept = [op.keeps] if isinstance(op, (Forward, BackwardInput)) and op.keeps is not None else []
+    values = list(op.writes) if isinstance(op, (Forward, Backward, BackwardInput)) else []
+    return [*kept, *values, *([op.register] if isinstance(op, Receive) else [])]
+
+
+@pytest.mark.parametrize("forward_only", [False, True])
+@pytest.mark.parametrize("name", af.schedule.names())
+def test_a_register_holds_one_value_at_a_time(name: str, forward_only: bool) -> None:
+    for num_ranks, num_microbatches in ((1, 3), (2, 4), (4, 8)):
+        s = af.schedule.build(name, num_ranks=num_ranks, num_microbatches=num_microbatches)
+        lowered = af.schedule.lower(s.forward_form() if forward_only else s)
+        keeps = dict.fromkeys(range(s.num_stages), StageBytes((8,), (8,), 0, 0, 0))
+        for rank, settled in enumerate(af.schedule.settled_sends(lowered)):
+            program = build_program(lowered, rank, chain(s.num_stages), channels_of(s), keeps, settled)
+            full: set[int] = set()
+            in_flight: set[int] = set()
+            sent: list[int] = []
+            for position, (op, action) in enumerate(zip(program.ops, lowered[rank], strict=True)):
+                assert (op.position, op.stage) == (position, action.stage)
+                assert type(op) is COMPUTATIONS.get(action.kind, Send if action.kind.is_send else Receive)
+                read, written = freed(op), filled(op)
+                assert full.issuperset(read) and len(set(read)) == len(read)
+                full -= set(read)
+                assert not full.intersection(written) and len(set(written)) == len(written)
+                full |= set(written)
+                if isinstance(op, (Forward, Backward, BackwardInput)):
+                    assert in_flight.intersection(read) == set(op.waits), "it waits for what was received, and nothing else"
+                    in_flight -= set(op.waits)
+                    assert set(op.settles) <= set(sent)
+                    sent = [number for number in sent if number not in op.settles]
+                elif isinstance(op, Send):
+                    sent.append(op.number)
+                elif isinstance(op, Receive):
+                    in_flight.add(op.register)
+                assert max(full, default=-1) < program.num_registers
+            assert not full and not in_flight
+
+
+def test_slots_are_shared_and_go_with_the_last_that_needs_them() -> None:
+    pool, cpu = SlotPool(), torch.device("cpu")
+    first = pool.tensors([LAYOUT, LAYOUT], cpu)
+    other = pool.tensors([LAYOUT, ((3,), torch.float32), LAYOUT, LAYOUT], cpu)
+    assert len({tensor.data_ptr() for tensor in first}) == 2 and len({tensor.data_ptr() for tensor in other}) == 4
+    assert {tensor.data_ptr() for tensor in first} < {tensor.data_ptr() for tensor in other}
+    del first, other
+    gc.collect()
+    assert len(pool.tensors([LAYOUT], cpu)) == 1
+    assert len(pool._made) == 1, "what no plan needs is not kept"

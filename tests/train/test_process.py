@@ -1,0 +1,100 @@
+"""What a run does to its process and the ones it starts: settings are put back, and nothing is tried or read twice."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from autofunc.config import load_config, parse_config
+from autofunc.train import launch, recipe, trial
+from autofunc.train.recipe import Recipe, prepare
+from autofunc.train.threads import threads
+from tests.cli.test_finetune import CONFIG
+
+COUNTED = """
+from pathlib import Path
+from autofunc.data import TextFolder
+
+def dataset(**options):
+    with Path("read").open("a") as file:
+        file.write(options.get("split", "train") + " ")
+    return TextFolder(**options)
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 100)
+    (tmp_path / "counted.py").write_text(COUNTED)
+    (tmp_path / "cfg.yaml").write_text(CONFIG.replace("autofunc.data.TextFolder", "counted.py:dataset"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def counted_recipe(monkeypatch: pytest.MonkeyPatch, checked: bool, *words: str) -> tuple[Recipe, int, int]:
+    """A recipe; how often stages were tried, and how often the optimizer was."""
+    tries: list[Any] = []
+    optimizers: list[Any] = []
+    infer, attempt = trial.infer_boundaries, recipe._try_optimizer
+    monkeypatch.setattr(trial, "infer_boundaries", lambda *given, **named: (tries.append(1), infer(*given, **named))[1])
+    monkeypatch.setattr(recipe, "_try_optimizer", lambda *given: (optimizers.append(1), attempt(*given))[1])
+    made = prepare(parse_config(load_config("cfg.yaml", words)), checked=checked)
+    monkeypatch.undo()
+    return made, len(tries), len(optimizers)
+
+
+def test_each_dataset_is_read_once_and_each_signature_tried_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, tries, optimizers = counted_recipe(monkeypatch, False)
+    assert (folder / "read").read_text() == "train validation "
+    assert len(made.dataset) % made.rows and made.validation_dataset is not None, "there are short last batches too"
+    assert (tries, optimizers) == (1, 1)
+
+
+def test_another_length_is_tried_as_well(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, tries, _ = counted_recipe(monkeypatch, False, "--validation_dataset.seq_len", "8")
+    assert tries == 2
+
+
+def test_workers_get_the_same_without_trying_it_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parents, _, _ = counted_recipe(monkeypatch, False)
+    monkeypatch.chdir(folder)
+    made, tries, optimizers = counted_recipe(monkeypatch, True)
+    assert (tries, optimizers) == (0, 0)
+    assert (folder / "read").read_text() == "train validation " * 2, "once in each"
+    assert [stage.layers for stage in made.stages] == [stage.layers for stage in parents.stages]
+    for name in ("axes", "schedule", "searches", "options", "loss", "num_steps", "rows", "notes"):
+        assert getattr(made, name) == getattr(parents, name), name
+
+
+def test_threads_are_put_back() -> None:
+    before = torch.get_num_threads()
+    with pytest.raises(KeyError), threads(before + 1):
+        assert torch.get_num_threads() == before + 1
+        raise KeyError
+    assert torch.get_num_threads() == before
+
+
+def test_what_workers_inherit_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KNOWN", "old")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    logger = logging.getLogger("torch.distributed.elastic")
+    before, level, seen = dict(os.environ), logger.level, {}
+
+    def elastic_launch(config: Any, program: str) -> Any:
+        def run(*arguments: str) -> None:
+            seen.update(os.environ, arguments=arguments, level=logger.level, was_checked=launch.was_checked())
+
+        return run
+
+    monkeypatch.setattr("torch.distributed.launcher.api.elastic_launch", elastic_launch)
+    launch.launch(2, ["finetune"], {"KNOWN": "new", "OWN": "1"})
+    assert (seen["KNOWN"], seen["OWN"], seen["OMP_NUM_THREADS"]) == ("new", "1", "1")
+    assert seen["arguments"] == ("-m", "autofunc", "finetune")
+    assert seen["was_checked"] and seen["level"] == logging.CRITICAL
+    assert dict(os.environ) == before and logger.level == level and not launch.was_checked()
