@@ -11,6 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted((ROOT / "autofunc").rglob("*.py"))
+assert SOURCES
 DISTRIBUTED_FROM = {"mesh.py", "shard", "pipe.py", "transform.py", "runtime", "train"}
 
 
