@@ -20,6 +20,8 @@ from autofunc.train.recipe import prepare
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 PYTHON = [block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "import" in block]
+EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
+assert PYTHON and EXAMPLES
 
 
 @pytest.mark.parametrize("code", PYTHON, ids=lambda code: code.strip().splitlines()[-1])
@@ -38,8 +40,9 @@ def test_the_tutorial_runs_as_printed(tmp_path: Path, monkeypatch: pytest.Monkey
     with contextlib.redirect_stdout(out):
         for block in blocks:
             exec(compile(block, "schedules.md", "exec"), {})
-    for promised in re.findall(r"^# (\w*1f1b .*)$", page, re.MULTILINE):
-        assert promised in out.getvalue()
+    promises = re.findall(r"^# (\w*1f1b .*)$", page, re.MULTILINE)
+    assert [promise.split()[0] for promise in promises] == ["1f1b", "eager_1f1b"]
+    assert all(promise in out.getvalue() for promise in promises)
     assert (tmp_path / "compared.html").exists()
 
 
@@ -83,7 +86,7 @@ def test_the_picture_is_the_demos() -> None:
     assert schedule.draw(s) in README
 
 
-@pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
 def test_examples_can_be_prepared(example: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     recipe = prepare(parse_config(load_config(example)))
@@ -92,7 +95,9 @@ def test_examples_can_be_prepared(example: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_every_key_is_documented() -> None:
     text = (ROOT / "docs" / "configuration.md").read_text()
-    for key in keys_of(FinetuneConfig):
+    keys = keys_of(FinetuneConfig)
+    assert len(keys) > 20
+    for key in keys:
         assert f"`{key}`" in text or f"`{key.split('.')[-1]}`" in text, key
 
 
@@ -107,6 +112,7 @@ def keys_of(section: type[BaseModel], prefix: str = "") -> list[str]:
 
 
 def test_links_lead_somewhere() -> None:
-    for page in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
-        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
-            assert (page.parent / target).exists(), f"{page.name}: {target}"
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
+    links = [(page, target) for page in pages for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text())]
+    assert len(links) > len(pages), "pages lead to each other"
+    assert not [f"{page.name}: {target}" for page, target in links if not (page.parent / target).exists()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -239,7 +240,7 @@ def test_memory_of_a_step_is_freed() -> None:
 
 
 @pytest.mark.parametrize("engine", ["graph", "eager"])
-def test_profile_tells_when_every_action_ran(engine: str) -> None:
+def test_profile_tells_when_every_action_ran(engine: str, tmp_path: Path) -> None:
     _, stages, loss, batch = make_case("gpt2", 4, 6)
     s = af.schedule.build("zbv", num_ranks=2, num_microbatches=3)
     pipe = af.pipeline(stages, s, loss=loss, engine=engine)
@@ -249,7 +250,10 @@ def test_profile_tells_when_every_action_ran(engine: str) -> None:
     for start, end in zip(timeline.start, timeline.end, strict=True):
         assert (start > 0).all() and (end >= start).all() and (start[1:] >= end[:-1]).all(), "one after the other"
     assert 0 < max(timeline.busy) <= timeline.makespan
-    assert "measured" in af.schedule.draw([timeline]) or "rank 0" in af.schedule.draw([timeline])
+    picture = af.schedule.draw(timeline)
+    assert all(f"rank {rank} | " in picture for rank in range(2))
+    assert all(entry in picture for entry in ("0 forward", "i0 input gradient", "w0 weight gradient", ". idle"))
+    assert "zbv, measured: 2 ranks" in af.schedule.draw(timeline, tmp_path / "profile.svg")
     costs = pipe.costs(params, batch, steps=2)
     assert costs.comm == 0 and len(costs.F) == 4 and min(costs.F) > 0  # type: ignore[arg-type, type-var]
     assert af.schedule.simulate(s, costs).makespan > 0

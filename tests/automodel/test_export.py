@@ -32,7 +32,7 @@ def trained(model: af.Model) -> Any:
 def loaded(module: nn.Module, folder: Path) -> Any:
     cls: Any = type(module)
     model, info = cls.from_pretrained(folder, output_loading_info=True)
-    assert not any(info.values()), info
+    assert "missing_keys" in info and not any(info.values()), info
     return model
 
 
@@ -119,7 +119,8 @@ def test_registered(tmp_path: Path, shards: str) -> None:
     first = {file.name for file in tmp_path.iterdir()}
     af.AutoModel.export(model, params, tmp_path)
     assert {file.name for file in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
-    assert len(first) == 2 or "model.safetensors.index.json" in first
+    assert ("model.safetensors.index.json" in first) == (shards == "500")
+    assert len(first) == 2 if shards == "5GB" else len(first) > 3
 
 
 def test_registered_under_another_name_with_a_dict_as_config(tmp_path: Path) -> None:

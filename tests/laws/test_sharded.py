@@ -121,8 +121,18 @@ def check(
         torch.testing.assert_close(full[path], leaf, rtol=1e-5, atol=1e-5, msg=lambda text, path=path: f"{path}: {text}")
 
 
-def test_axes_are_in_the_order_of_the_mesh() -> None:
-    assert AXES == ("pp", "dp_replicate", "dp_shard", "tp")
+def places_on(sizes: dict[str, int]) -> tuple[tuple[str, ...], list[int]]:
+    """Names of the axes, and this process's place on each."""
+    mesh = mesh_of(**sizes)
+    return tuple(mesh.mesh_dim_names or ()), list(mesh.get_coordinate() or ())
+
+
+def test_axes_are_in_the_order_of_the_mesh(workers: WorkerPool) -> None:
+    """tp ranks are next to each other, pp ranks farthest apart."""
+    for rank, (names, place) in enumerate(workers.run(places_on, {"pp": 2, "tp": 2})):
+        assert names == AXES and place == [rank // 2, 0, 0, rank % 2]
+    for rank, (_, place) in enumerate(workers.run(places_on, {"dp_replicate": 2, "dp_shard": 2})):
+        assert place == [0, rank // 2, rank % 2, 0]
 
 
 def combinations(shift: int) -> list[Any]:

@@ -113,8 +113,12 @@ def test_numbers_that_do_not_fit(costs: Costs, options: dict[str, Any], message:
 
 def test_progress_is_told() -> None:
     told: list[tuple[float, float]] = []
-    schedule.search(
-        Costs((1, 2), (3, 1), (1, 2), comm=0.3), num_ranks=2, num_microbatches=9, memory_limit=2, time_limit_s=0.4,
-        on_progress=lambda elapsed, best: told.append((elapsed, best)),
-    )  # fmt: skip
-    assert all(0 < elapsed < 5 and best > 0 for elapsed, best in told)
+    costs = Costs((1, 2), (3, 1), (1, 2), comm=0.3)
+    limits: dict[str, Any] = {"num_ranks": 2, "num_microbatches": 9, "memory_limit": 2}
+    found = schedule.search(
+        costs, **limits, time_limit_s=0.6, on_progress=lambda elapsed, best: told.append((elapsed, best))
+    )
+    elapsed, best = zip(*told, strict=True)
+    assert elapsed[0] > 0.1 and list(elapsed) == sorted(elapsed) and len(told) <= 6, "each tenth of a second at most"
+    assert list(best) == sorted(best, reverse=True) and best[-1] >= schedule.simulate(found, costs).makespan
+    assert best[0] > schedule.lower_bound(costs, **limits)
