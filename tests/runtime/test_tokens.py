@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from autofunc.schedule.registry import GENERATORS
+from autofunc.schedule.named.registry import GENERATORS
 
 from autofunc import schedule
 from autofunc.errors import PipelineRunError
@@ -132,7 +132,7 @@ def test_more_stages_on_a_rank(name: str, stages_per_rank: int) -> None:
 def test_receives_posted_early_or_late(name: str) -> None:
     for prefetch in (0, 2, 5):
         for variant, s in enumerate(schedules(name, [(2, 4), (3, 7), (4, 8)])):
-            world = world_of(s, variant, prefetch=prefetch)
+            world = world_of(s, variant, receive_ahead=receive_ahead)
             run(world, world.programs())
 
 

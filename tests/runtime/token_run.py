@@ -212,7 +212,8 @@ def boundaries_of(layouts: Sequence[Sequence[tuple[int, bool]]]) -> Boundaries:
     stages: list[Boundary] = []
     for stage, values in enumerate([*layouts, ()]):
         leaves = tuple(
-            Value(stage, f"{place}", (size,), torch.float32, needs_grad) for place, (size, needs_grad) in enumerate(values)
+            Value(f"{place}", (size,), torch.float32, needs_grad, producer=stage)
+            for place, (size, needs_grad) in enumerate(values)
         )
         stages.append(Boundary(None, leaves))  # type: ignore[arg-type]  # nothing is put together here
     return Boundaries(tuple(stages), None)
