@@ -130,7 +130,7 @@ def test_more_stages_on_a_rank(name: str, stages_per_rank: int) -> None:
 
 @pytest.mark.parametrize("name", GENERATORS)
 def test_receives_posted_early_or_late(name: str) -> None:
-    for prefetch in (0, 2, 5):
+    for receive_ahead in (0, 2, 5):
         for variant, s in enumerate(schedules(name, [(2, 4), (3, 7), (4, 8)])):
             world = world_of(s, variant, receive_ahead=receive_ahead)
             run(world, world.programs())
