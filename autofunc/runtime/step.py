@@ -34,8 +34,8 @@ class StepResult:
 
 
 Observe = Callable[[Plan, Program, Sequence[Microbatch]], Sequence[Observer]]
-"""Makes the observers of one rank's step. It is called once for every local rank, before the rank's first op, with the plan,
-the rank's program and all microbatches of the step."""
+"""Makes the observers of one rank's step. It is called once for every local rank, before the rank's first op, with the
+plan, the rank's program and all microbatches of the step."""
 
 
 def run_step(

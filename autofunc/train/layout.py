@@ -17,8 +17,8 @@ from autofunc.train.axes import Axes
 
 Points = list[str] | int | Literal["auto"] | None
 LayerCosts = Callable[[Model, Mapping[str, Any], Loss | None], Mapping[str, float]]
-"""From a model, an example of a microbatch and the loss to what each layer costs, by name; in any unit, as stages are balanced
-by ratios. `splitting.layer_costs`, which counts operations, is one."""
+"""From a model, an example of a microbatch and the loss to what each layer costs, by name; in any unit, as stages are
+balanced by ratios. `splitting.layer_costs`, which counts operations, is one."""
 
 Cut = Callable[[int], list[Stage]]
 """From the number of stages that a schedule needs to the stages; split points may say another number."""
