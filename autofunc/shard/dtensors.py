@@ -13,7 +13,7 @@ def local(leaf: Tensor) -> Tensor:
 
 
 def like(leaf: Tensor, part: Tensor) -> Tensor:
-    """This process's part, of shape `local(leaf).shape` and any dtype, as a leaf that lies as another does, where it is."""
+    """A leaf that lies as another does, on its device: of this process it has `part`, of the other's local shape."""
     if not isinstance(leaf, DTensor):
         return part
     if part.device != leaf.to_local().device:  # offloaded: wrapping would move it to the mesh's device

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import autofunc as af
 from autofunc.engine.partition import in_order
+from autofunc.runtime.ops import Backward, BackwardInput, BackwardWeight, Forward
 from autofunc.runtime.plan import Mode
 from autofunc.schedule import Kind
 from stages.gpt2 import build_gpt2_model
@@ -142,7 +143,7 @@ class ParameterBytes:
         pass
 
     def after(self, op: Any, step: Any, registers: Any, sends: Any) -> None:
-        if op.kind <= Kind.W:
+        if isinstance(op, (Forward, Backward, BackwardInput, BackwardWeight)):
             self.seen.append(step.parameters.num_bytes)
 
 
