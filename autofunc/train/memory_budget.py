@@ -1,4 +1,4 @@
-"""Whether a run fits its memory budget: found on fake tensors, before a process is started."""
+"""What a run's stages keep, and whether it fits its memory budget: found on fake tensors, before a process is started."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from dataclasses import replace
 import torch
 
 from autofunc.errors import AutofuncError, ConfigError
+from autofunc.pipe import Pipeline
+from autofunc.schedule import StageBytes
 from autofunc.shard import Sharding
 from autofunc.train.autoschedule import search_limits
 from autofunc.train.loop import build_pipe
@@ -25,16 +27,32 @@ def check_budget(recipe: Recipe) -> None:
     budget = recipe.search_budget if recipe.options.memory_budget is None else recipe.options.memory_budget
     if budget is None or recipe.axes.tp > 1 or torch.accelerator.is_available():
         return
-    # compiled pieces keep what the others keep
-    alone = Sharding(mp_policy=recipe.sharding.mp_policy)
-    pipe = build_pipe(replace(recipe, options=replace(recipe.options, compile=False), sharding=alone), None)
-    batch, key = recipe.example(), (recipe.seed, 1)
+    pipe, batch = pipe_alone(recipe), recipe.example()
     try:
         if recipe.searches:
-            search_limits(recipe, pipe.memory(pipe.init(device="meta"), batch, key))
+            search_limits(recipe, kept_bytes(recipe, pipe))
         else:
-            pipe.build(batch, key=key)
+            pipe.build(batch, key=(recipe.seed, 1))
     except ConfigError:
         raise
     except AutofuncError as error:
         raise ConfigError(f"distributed: {error}") from error
+
+
+def pipe_alone(recipe: Recipe) -> Pipeline:
+    """The recipe's pipeline on this process alone, uncompiled: compiled pieces keep what the others keep."""
+    sharding = Sharding(mp_policy=recipe.sharding.mp_policy)
+    return build_pipe(replace(recipe, options=replace(recipe.options, compile=False), sharding=sharding), None)
+
+
+def kept_bytes(recipe: Recipe, pipe: Pipeline) -> tuple[StageBytes, ...]:
+    """What each stage keeps for one microbatch, in bytes.
+
+    Args:
+        recipe: for its example.
+        pipe: see `pipe_alone`.
+
+    Raises:
+        AutofuncError: where a size depends on data, and when the recipe's memory budget is too small.
+    """
+    return pipe.memory(pipe.init(recipe.seed, "meta"), recipe.example(), (recipe.seed, 1))

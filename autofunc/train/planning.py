@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -16,9 +16,8 @@ from autofunc.errors import AutofuncError
 from autofunc.losses import Loss
 from autofunc.model import Model
 from autofunc.schedule import Costs, StageBytes, Timeline, peak_bytes, simulate
-from autofunc.shard import Sharding
 from autofunc.splitting import Stage, count_operations, imbalance, infer_boundaries, measure_layers, parameter_count
-from autofunc.train.loop import build_pipe
+from autofunc.train.memory_budget import kept_bytes, pipe_alone
 from autofunc.train.model import SEED
 from autofunc.train.recipe import Recipe, prepare
 from autofunc.train.threads import threads
@@ -211,10 +210,9 @@ def _kept(recipe: Recipe) -> tuple[StageBytes, ...] | None:
     """What each stage keeps, from its captured graph; None where only the ranks themselves know."""
     if recipe.options.engine != "graph" or recipe.axes.tp > 1:
         return None
-    alone = Sharding(mp_policy=recipe.sharding.mp_policy)
-    pipe = build_pipe(replace(recipe, options=replace(recipe.options, compile=False), sharding=alone), None)
+    pipe = pipe_alone(recipe)
     try:
-        return pipe.memory(pipe.init(device="meta"), recipe.example(), (recipe.seed, 1))
+        return kept_bytes(recipe, pipe)
     except AutofuncError:
         if recipe.options.memory_budget is not None:
             raise  # nothing fits

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from autofunc.schedule.named.registry import GENERATORS
 
 from autofunc import schedule
 from autofunc.errors import PipelineRunError
 from autofunc.runtime.program import Program
 from autofunc.schedule import Row, Schedule, StageBytes
 from autofunc.schedule.ir import as_table
+from autofunc.schedule.named.registry import GENERATORS
 from autofunc.splitting import Boundaries
 from tests.runtime.token_run import TokenStage, World, boundaries_of, run
 from tests.runtime.tokens import Lease, Ledger, Residuals, Slot
