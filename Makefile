@@ -41,6 +41,7 @@ lint: $(READY)
 bench: $(READY)
 	$(BIN)/python bench/step_time.py
 	$(BIN)/python bench/engine_pieces.py
+	$(BIN)/python bench/second_pipeline.py
 	$(BIN)/python bench/engine_memory.py
 	$(BIN)/python bench/python_overhead.py
 	$(BIN)/python bench/against_torch.py --setting small

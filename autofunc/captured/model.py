@@ -14,11 +14,11 @@ from autofunc import cache, tree
 from autofunc.cache import Identity
 from autofunc.captured.captures import Captures
 from autofunc.captured.cut import Cut
+from autofunc.captured.cut_points import FIRST, default_layers, find_cut_points
 from autofunc.captured.flow import Flow
-from autofunc.captured.places import FIRST, default_layers, find_places
 from autofunc.captured.segment import Segment
 from autofunc.errors import ModelError
-from autofunc.model import Layer, Model, Places, Specialised
+from autofunc.model import CutPoints, Layer, Model, Specialised
 from autofunc.model.specialised import LayerFunction
 
 
@@ -49,11 +49,11 @@ class CapturedModel(Model):
     ) -> None:
         self._captures, self._example, self._source = captures, example, captures.source
         flow = captures.flow(example, None)[1]
-        self._found = self._places(flow)
+        self._found = self._cut_points(flow)
         if names is None:
             names = default_layers(self._source.module, self._found, flow.exported.markers)
         first = self._first_name(flow)
-        self._found = Places({first: _first_position(flow), **self._found.start}, self._found.refused)
+        self._found = CutPoints({first: _first_position(flow), **self._found.start}, self._found.refused)
         # a layer that begins with the first operator gives the first layer its name
         layers = [first, *(name for name in names if self._found.start[name] > self._found.start[first])]
         self._names = layers
@@ -200,15 +200,15 @@ class CapturedModel(Model):
         return {name: self.inner_path(path) for name, path in self._holders[layer].items()}
 
     def _cut_of(self, flow: Flow, inner_paths: Sequence[Mapping[str, str]]) -> Cut:
-        places = self._places(flow)
+        places = self._cut_points(flow)
         gone = [name for name in self._names[1:] if name not in places.start]
         if gone:
             raise ModelError(f"{self._source.what}: for this batch there is no {gone[0]!r}, at which a layer begins")
         starts = [places.start[name] for name in self._names[1:]]
         return Cut(flow, starts, inner_paths)
 
-    def _places(self, flow: Flow) -> Places:
-        return find_places(flow, self._source.module_names)
+    def _cut_points(self, flow: Flow) -> CutPoints:
+        return find_cut_points(flow, self._source.module_names)
 
     def _first_name(self, flow: Flow) -> str:
         start = self._found.start

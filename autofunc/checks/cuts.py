@@ -25,7 +25,7 @@ def check_cuts(subject: Subject) -> list[Verdict]:
     except AutofuncError as error:
         return [Verdict("P1", "fail", str(error), subject.where)]
     if not points:
-        refused = [f"{name!r} {why}" for name, why in model.specialise().places.refused.items()]
+        refused = [f"{name!r} {why}" for name, why in model.specialise().cut_points.refused.items()]
         reason = f": {'; '.join(refused[:3])}" if refused else ""
         text = f"no place at which a second stage could begin{reason}. It takes two parts with weights, one after the other"
         return [Verdict("P1", "fail", text, subject.where)]
@@ -39,7 +39,7 @@ def check_cuts(subject: Subject) -> list[Verdict]:
 
 def _points(subject: Subject, model: Model) -> list[dict[str, Any]]:
     """One entry for each place after the first, in the order in which they run."""
-    start, layers = model.specialise().places.start, set(model.layers)
+    start, layers = model.specialise().cut_points.start, set(model.layers)
     first = min(start.values(), default=0)
     named: dict[int, list[str]] = {}
     for name in sorted(start, key=lambda name: (start[name], name not in layers)):  # a layer's name first

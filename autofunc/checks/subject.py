@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from autofunc import tree
 from autofunc.batch import split_batch
 from autofunc.captured import from_module
+from autofunc.captured.cut_points import default_layers
 from autofunc.captured.module import ModuleSource
-from autofunc.captured.places import default_layers
 from autofunc.captured.snapshot import Change, Snapshot
 from autofunc.checks.seeds import seeded
 from autofunc.checks.verdict import Where, is_torch, where
@@ -29,7 +29,7 @@ from autofunc.checks.without_dropout import WithoutDropout
 from autofunc.errors import AutofuncError, BatchError, ModelError
 from autofunc.fake import user_line
 from autofunc.losses import Loss, LossTerms, evaluate
-from autofunc.model import Model, Places
+from autofunc.model import CutPoints, Model
 
 
 class ForwardError(ModelError):
@@ -144,7 +144,7 @@ class Subject:
         if self.module is None:
             return list(self.model.layers)
         names = {name: number for number, (name, _) in enumerate(self.module.named_modules()) if name}
-        return default_layers(self.module, Places(names), ())
+        return default_layers(self.module, CutPoints(names), ())
 
     def run(self, batch: Mapping[str, Any], *, seed: int = 0, mode: AbstractContextManager[Any] | None = None) -> Any:
         """Run the forward once, with gradients.

@@ -12,9 +12,9 @@ from tensordict import TensorDict
 
 from autofunc import tree
 from autofunc.errors import ModelError, one_of
+from autofunc.model.cut_points import CutPoints
 from autofunc.model.layer import Layer
 from autofunc.model.placement_rules import TensorParallel
-from autofunc.model.places import Places
 from autofunc.model.specialised import Specialised
 from autofunc.random import InitKey, as_key
 
@@ -155,17 +155,17 @@ class Model:
     def _specialised(self) -> Specialised:
         """Layers of pure functions are the same for every batch."""
         functions = {name: layer.apply for name, layer in self.layers.items()}
-        places = Places({name: position for position, name in enumerate(self.layers)})
+        cut_points = CutPoints({name: position for position, name in enumerate(self.layers)})
         return Specialised(
             functions, lambda layers, microbatch: microbatch,
-            lambda layers: [None, *(functions[name] for name in layers)], places,
+            lambda layers: [None, *(functions[name] for name in layers)], cut_points,
         )  # fmt: skip
 
     def cut_before(self, names: Sequence[str]) -> Model:
         """This model with layers that begin at these places.
 
         Args:
-            names: of the places that `specialise` gives.
+            names: of the cut points that `specialise` gives.
         """
         return self
 

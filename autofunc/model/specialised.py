@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from autofunc.fingerprint import Fingerprint
-from autofunc.model.places import Places
+from autofunc.model.cut_points import CutPoints
 
 LayerFunction = Callable[[Mapping[str, Any], Any, Any], Any]
 """`function(params, x, entries) -> x`: `params` are the layer's nested dicts, `entries` what `Specialised.share` gave."""
@@ -23,13 +23,13 @@ class Specialised:
             with what they compute from it together.
         programs: `programs(layers)` is what computes `share` for them, and then each of them: what fingerprints are made
             from.
-        places: where a stage may begin.
+        cut_points: where a stage may begin.
     """
 
     functions: Mapping[str, LayerFunction]
     share: Callable[[Sequence[str], Mapping[str, Any]], Any]
     programs: Callable[[Sequence[str]], Sequence[Any]]
-    places: Places
+    cut_points: CutPoints
 
     def run(
         self, layers: Sequence[str], bound: Mapping[str, Mapping[str, Any]], x: Any, microbatch: Mapping[str, Any]

@@ -50,7 +50,7 @@ def split(
         raise SplitError(f'num_stages={num_stages} goes with split_points="auto" only')
     if isinstance(split_points, int):
         if costs is None and split_points > len(model.layers):  # more stages than layers: wherever it can be cut
-            model = model.cut_before(list(model.specialise().places.start))
+            model = model.cut_before(list(model.specialise().cut_points.start))
         names = list(model.layers)
         costs = layer_costs(model) if costs is None else costs
         missing = [name for name in names if name not in costs]
@@ -58,7 +58,7 @@ def split(
             raise SplitError(f"costs have no {missing[0]!r}; {one_of(missing[0], costs)}")
         starts = balance([costs[name] for name in names], split_points)
     else:
-        places = model.specialise().places
+        places = model.specialise().cut_points
         points = resolve_points(places, split_points)
         model = model.cut_before(points)
         names, start = list(model.layers), places.start

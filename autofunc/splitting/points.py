@@ -6,10 +6,10 @@ import re
 from collections.abc import Iterable, Sequence
 
 from autofunc.errors import SplitError, one_of
-from autofunc.model import Places
+from autofunc.model import CutPoints
 
 
-def resolve_points(places: Places, points: Sequence[str]) -> list[str]:
+def resolve_points(places: CutPoints, points: Sequence[str]) -> list[str]:
     """The names of the places at which a new stage begins.
 
     A point is a name, or a glob in which `*` stops at a dot; a unique suffix is enough (`h.*` finds `transformer.h.0`). A
@@ -37,7 +37,7 @@ def resolve_points(places: Places, points: Sequence[str]) -> list[str]:
     return [name for name in cuts if places.start[name] > first]
 
 
-def _matches(places: Places, point: str) -> list[str]:
+def _matches(places: CutPoints, point: str) -> list[str]:
     found = _named(places.start, point)
     if not found:
         refused = _named(places.refused, point)

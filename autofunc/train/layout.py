@@ -131,7 +131,7 @@ def _split(model: Model, points: Points, costs: Callable[[Model], Mapping[str, f
         if number == 1:
             return split(model)
         if number > len(model.layers):
-            model = model.cut_before(list(model.specialise().places.start))
+            model = model.cut_before(list(model.specialise().cut_points.start))
         return split(model, number, costs=costs(model))
     except AutofuncError as error:
         raise ConfigError(f"distributed.split_points: {error}") from error

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import autofunc as af
 from autofunc.errors import ModelError, SplitError
-from autofunc.model import Places
+from autofunc.model import CutPoints
 from autofunc.splitting.balance import balance
 from autofunc.splitting.points import resolve_points
 from stages.gpt2 import build_gpt2_model
@@ -20,9 +20,9 @@ from tests.cases import make_case
 GPT2 = ["wte", "wpe", "h.0", "h.1", "h.2", "h.3", "ln_f", "head"]
 
 
-def places(layers: list[str]) -> Places:
+def places(layers: list[str]) -> CutPoints:
     """The layers as places, with a part at which nothing begins."""
-    return Places({name: position for position, name in enumerate(layers)}, {"rotary": "needs no weights"})
+    return CutPoints({name: position for position, name in enumerate(layers)}, {"rotary": "needs no weights"})
 
 
 PREFIXED = ["embed", "transformer.h.0", "transformer.h.1", "transformer.norm"]

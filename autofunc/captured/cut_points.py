@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from torch import fx, nn
 
 from autofunc.captured.flow import Flow
-from autofunc.model import Places
+from autofunc.model import CutPoints
 
 Node = fx.Node
 
@@ -15,7 +15,7 @@ FIRST = "input"
 """Name of what comes before the first named place."""
 
 
-def find_places(flow: Flow, modules: Iterable[str]) -> Places:
+def find_cut_points(flow: Flow, modules: Iterable[str]) -> CutPoints:
     """All named modules and markers, told apart by whether a cut before them is legal.
 
     Args:
@@ -46,10 +46,10 @@ def find_places(flow: Flow, modules: Iterable[str]) -> Places:
         elif any(first < starts[name] <= last for first, last in flow.uncuttable):
             refused[name] = "begins between two writes to the same memory"
     legal = sorted((start, name) for name, start in starts.items() if name not in refused)
-    return Places({name: start for start, name in legal}, refused)
+    return CutPoints({name: start for start, name in legal}, refused)
 
 
-def default_layers(module: nn.Module | None, places: Places, markers: Iterable[str]) -> list[str]:
+def default_layers(module: nn.Module | None, places: CutPoints, markers: Iterable[str]) -> list[str]:
     """The names at which layers begin when nothing else is asked for.
 
     Markers, if there are any. Otherwise the items of the outermost lists of modules, and the modules beside them that

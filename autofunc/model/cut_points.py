@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
-class Places:
+class CutPoints:
     """Names at which a stage may begin; several may be names of one place.
 
     Args:
