@@ -13,7 +13,7 @@ from autofunc.checks.verdict import Verdict
 
 
 def check_config(subject: Subject, registry: bool) -> list[Verdict]:
-    """See above.
+    """The findings of C5: one verdict or more.
 
     Args:
         subject: what is checked.

@@ -12,7 +12,7 @@ from autofunc.splitting import infer_boundaries, split
 
 
 def check_cuts(subject: Subject) -> list[Verdict]:
-    """See above."""
+    """The findings of P1: one verdict or more."""
     if subject.first.draws:
         drawn = " and ".join(subject.first.draws)
         text = f"forward draws from {drawn}, so that calls differ in what they run; draw before, and pass it in the batch"

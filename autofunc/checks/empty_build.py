@@ -14,7 +14,7 @@ from autofunc.errors import ModelError
 
 
 def check_empty_build(subject: Subject) -> list[Verdict]:
-    """See above."""
+    """The findings of P5: one verdict or more."""
     if subject.module is None:
         return [Verdict("P5", "pass", "layers make their parameters themselves, one by one")]
     try:

@@ -13,7 +13,7 @@ from autofunc.checks.verdict import Verdict
 
 
 def check_entries(subject: Subject) -> list[Verdict]:
-    """See above."""
+    """The findings of P4: one verdict or more."""
     found = []
     for name, value in subject.batch.items():
         if name == "key":

@@ -14,7 +14,7 @@ _LOSS = ("output", "output.loss")
 
 
 def check_independence(subject: Subject) -> list[Verdict]:
-    """See above."""
+    """The findings of P3: one verdict or more."""
     if len(subject.parts()) < 2:
         return [Verdict("P3", "skip", f"takes a batch that can be cut into microbatches, this one has {subject.rows} rows")]
     try:

@@ -24,7 +24,7 @@ _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 def check_leftovers(subject: Subject) -> list[Verdict]:
-    """See above."""
+    """The findings of C4: one verdict or more."""
     if subject.module is None:
         return [Verdict("C4", "skip", "layers are functions, and keep nothing")]
     changes = [change for change in subject.first.changes if change.kind != "parameter"]

@@ -16,7 +16,7 @@ from autofunc.losses import IGNORED, evaluate
 
 
 def check_loss(subject: Subject) -> list[Verdict]:
-    """See above."""
+    """The findings of C3: one verdict or more."""
 
     def verdict(status: Status, message: str) -> Verdict:
         return Verdict("C3", status, message, subject.where)

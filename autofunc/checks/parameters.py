@@ -21,7 +21,7 @@ _CONTAINERS = (nn.ParameterList, nn.ParameterDict)
 
 
 def check_parameters(subject: Subject) -> list[Verdict]:
-    """See above."""
+    """The findings of C1: one verdict or more."""
     if subject.module is None:
         return [Verdict("C1", "skip", "a model of pure layers has no modules that could own parameters")]
     found = [*_unregistered(subject.module), *_forms(subject.module), *_dtypes(subject), *_elsewhere(subject)]

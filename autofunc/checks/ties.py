@@ -8,7 +8,7 @@ from autofunc.checks.verdict import Verdict
 
 
 def check_ties(subject: Subject) -> list[Verdict]:
-    """See above."""
+    """The findings of P2: one verdict or more."""
     by_memory: dict[int, list[str]] = {}
     for name, leaf in subject.params.items():
         storage = storage_of(leaf)

@@ -12,7 +12,7 @@ from autofunc.checks.watch import Watched, watching
 
 
 def check_writes(subject: Subject) -> list[Verdict]:
-    """See above."""
+    """The findings of C2: one verdict or more."""
     if subject.module is None:
         return [Verdict("C2", "skip", "layers are functions: an engine refuses them when they write to parameters")]
     first = subject.first

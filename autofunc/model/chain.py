@@ -24,11 +24,11 @@ class Stored(Protocol):
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Of each."""
+        """The shape of each, by canonical path."""
         ...
 
     def read(self, names: Iterable[str]) -> Mapping[str, torch.Tensor]:
-        """Some of them."""
+        """Some of them, by canonical path; they may be views of files."""
         ...
 
 

@@ -94,6 +94,7 @@ def autofunc(folder: Path, *arguments: str, status: int = 0) -> str:
         env={**os.environ, "NO_COLOR": "1", "COLUMNS": "80"},
     )  # fmt: skip
     assert done.returncode == status, done.stdout + done.stderr
+    assert "changes none" not in done.stderr, "a run warns of the seed that its configuration always has"
     return done.stdout if status != 2 else done.stderr
 
 
