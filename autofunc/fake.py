@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 # Fake tensors and their errors have no public names; tried with torch 2.13.0.
-from torch._guards import active_fake_mode
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException
+from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 
 from autofunc.errors import AutofuncError, ModelError
@@ -19,13 +19,6 @@ def fake_mode() -> FakeTensorMode:
     """A context in which operators compute shapes only. Real constants that a function closes over are let in."""
     # a shape environment lets a loss select rows by a mask, whose number nobody knows yet
     return FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=True)
-
-
-def current_fake_mode() -> FakeTensorMode:
-    """The innermost one that is in effect."""
-    mode = active_fake_mode()
-    assert mode is not None, "call it inside a fake mode"
-    return mode
 
 
 def user_line(frames: traceback.StackSummary) -> str:

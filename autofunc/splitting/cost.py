@@ -99,8 +99,8 @@ def count_operations(
     specialised, dtypes = specialise(model, parameter_dtypes(model, {}), batch, setting)
     context = StageContext(whole, specialised, None, loss, True, True, dtypes, batch, torch.device("cpu"), setting)
     found: dict[str, LayerCost] = {}
-    with fake_mode(), torch.no_grad(), naming_errors("the model"):
-        bound, _, microbatch = fake_arguments(context)
+    with fake_mode() as mode, torch.no_grad(), naming_errors("the model"):
+        bound, _, microbatch = fake_arguments(context, mode)
         entries = specialised.share(whole.layers, setting.precision.batch(microbatch))
         x: Any = None
         for name in whole.layers:

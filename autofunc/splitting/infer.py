@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from autofunc import cache, tree
-from autofunc.fake import current_fake_mode, fake_mode, naming_errors
+from autofunc.fake import FakeTensorMode, fake_mode, naming_errors
 from autofunc.losses import Loss
 from autofunc.model import Model
 from autofunc.splitting.boundary import Boundaries, Returned, Value, describe, outline
@@ -91,8 +91,8 @@ def infer(context: StageContext) -> Returned:
 
 def _infer(context: StageContext) -> Returned:
     partitioning = context.setting.partitioning
-    with fake_mode(), torch.enable_grad(), partitioning.running(), naming_errors(context.stage.title):
-        bound, inputs, microbatch = fake_arguments(context)
+    with fake_mode() as mode, torch.enable_grad(), partitioning.running(), naming_errors(context.stage.title):
+        bound, inputs, microbatch = fake_arguments(context, mode)
         x = context.run(bound, inputs, microbatch)
         if not context.with_loss:
             return Returned(context.describe(x)[0])
@@ -101,14 +101,16 @@ def _infer(context: StageContext) -> Returned:
         return Returned(outline(x), describe(aux)[0] if aux is not None else None)
 
 
-def fake_arguments(context: StageContext) -> tuple[dict[str, dict[str, Any]], list[Tensor], dict[str, Any]]:
-    """What a stage runs on, on fake tensors of the mode that this is called in.
+def fake_arguments(
+    context: StageContext, mode: FakeTensorMode
+) -> tuple[dict[str, dict[str, Any]], list[Tensor], dict[str, Any]]:
+    """What a stage runs on, on fake tensors of a mode, which is in effect.
 
     Returns:
         Its parameters as its layers receive them; what it receives, leaves that need a gradient where it is wanted; the
         microbatch.
     """
-    stage, partitioning, device, mode = context.stage, context.setting.partitioning, context.device, current_fake_mode()
+    stage, partitioning, device = context.stage, context.setting.partitioning, context.device
     leaves = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in context.parameters]
     bound = stage.bind(
         [
