@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from autofunc import tree
-from autofunc.engine import Microbatch
+from autofunc.engine import Microbatch, Produced
 from autofunc.losses import combine_aux
 from autofunc.mesh import DATA_AXES, data_coordinate, gather_over, sum_over
 from autofunc.runtime.accumulate import Accumulator
@@ -105,6 +105,21 @@ def _run(
     if not plan.mode.ends_in_loss:
         yield from _finish_outputs(plan, rank, [each.outputs for each in produced], transport, result)
         return
+    weights: list[Tensor] = []
+    yield from _finish_loss(plan, rank, produced, transport, result, weights)
+    if plan.mode is Mode.GRADS:
+        yield from _finish_grads(plan, step, params, weights[0], transport, result)
+
+
+def _finish_loss(
+    plan: Plan,
+    rank: int,
+    produced: Sequence[Produced],
+    transport: Transport,
+    result: StepResult,
+    weights: list[Tensor],
+) -> Iterator[None]:
+    """The loss and aux of all microbatches and data parallel ranks, to every rank; appends the weight to `weights`."""
 
     def make() -> list[Tensor]:
         total = total_loss([_tensor(each.sum) for each in produced], [_tensor(each.weight) for each in produced])
@@ -121,19 +136,30 @@ def _run(
     total, weight = shared[0].unbind()
     check_weight(weight)
     result.loss = total / weight
+    weights.append(weight)
     if plan.aux_spec is not None:
         result.aux = tree.from_leaves(shared[1:], plan.aux_spec)
-    if plan.mode is Mode.GRADS:
-        terms: set[str] = set()
-        for stage in stages:
-            if not plan.parameters.has_reduce_actions:
-                step.reduction.post(dict(zip(stage.trainable_holders, step.accumulators[stage.index].take(), strict=True)))
-            partial = plan.functions[stage.index].terms
-            terms.update(path for path, is_term in zip(stage.trainable_holders, partial, strict=True) if is_term)
-        sums = step.reduction.finish(terms)
-        yield from exchange_ties(rank, sums, plan.ties, transport, plan.device)
-        for path, gradient in divide(sums, weight, {path: params[path].dtype for path in sums}).items():
-            result.grads[path] = like(params[path], gradient)
+
+
+def _finish_grads(
+    plan: Plan,
+    step: RankStep,
+    params: Mapping[str, Tensor],
+    weight: Tensor,
+    transport: Transport,
+    result: StepResult,
+) -> Iterator[None]:
+    """The gradients of this rank's stages, summed over data parallel ranks and holders, and divided by the weight."""
+    terms: set[str] = set()
+    for index, stage in step.stages.items():
+        if not plan.parameters.has_reduce_actions:
+            step.reduction.post(dict(zip(stage.trainable_holders, step.accumulators[index].take(), strict=True)))
+        partial = plan.functions[index].terms
+        terms.update(path for path, is_term in zip(stage.trainable_holders, partial, strict=True) if is_term)
+    sums = step.reduction.finish(terms)
+    yield from exchange_ties(step.program.rank, sums, plan.ties, transport, plan.device)
+    for path, gradient in divide(sums, weight, {path: params[path].dtype for path in sums}).items():
+        result.grads[path] = like(params[path], gradient)
 
 
 def _aux_of_all(plan: Plan, leaves: list[Tensor]) -> list[Tensor]:

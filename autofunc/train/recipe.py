@@ -20,7 +20,7 @@ from autofunc.schedule import Schedule
 from autofunc.shard import Sharding
 from autofunc.splitting import Stage, layer_costs
 from autofunc.train.axes import Axes, axes_of, sharding_of
-from autofunc.train.datasets import check_tokens, loaders_of, read_dataset, read_validation, tell_tokenizers
+from autofunc.train.datasets import Loaders, check_tokens, loaders_of, read_dataset, read_validation, tell_tokenizers
 from autofunc.train.layout import LayerCosts, is_auto, stages_and_schedule
 from autofunc.train.model import build_loss, build_model
 from autofunc.train.trial import Trial
@@ -102,10 +102,7 @@ def prepare(
     loaders = loaders_of(config, dataset, validation, loss)
     steps, rows = config.step_scheduler, config.step_scheduler.global_batch_size
     if not checked:
-        trial = Trial(stages, loss, rows, axes.dp, schedule.num_microbatches)
-        trial.run("dataset", dataset, loaders.train_drops_last)
-        if validation is not None:
-            trial.run("validation_dataset", validation, loaders.validation_drops_last)
+        _try_datasets(Trial(stages, loss, rows, axes.dp, schedule.num_microbatches), dataset, validation, loaders)
     num_steps = loaders.num_batches * steps.num_epochs
     return Recipe(
         model=stages[0].model,
@@ -129,6 +126,13 @@ def prepare(
         rows=rows,
         notes=tuple(dict.fromkeys(told)),
     )
+
+
+def _try_datasets(trial: Trial, dataset: Any, validation: Any, loaders: Loaders) -> None:
+    """Run the first and the last batch of each on fake tensors."""
+    trial.run("dataset", dataset, loaders.train_drops_last)
+    if validation is not None:
+        trial.run("validation_dataset", validation, loaders.validation_drops_last)
 
 
 def default_output_dir(config_path: str | Path) -> Path:
