@@ -1,22 +1,25 @@
 """Keys of functions and what they close over: equal keys mean the same computation.
 
-Two functions are the same when their code, defaults, the values in their closures and of the globals that they name are.
-What cannot be compared by value is compared by identity, so a function is never taken for another by mistake; at worst its
-work is done once more. As with `jax.jit`, an object that is compared by identity (an instance of a class, a tensor) is
-taken to stay as it is.
+Two functions are the same when their code, defaults, the values in their closures and of the globals that they name are,
+and of what they name in modules and classes of the user's. What cannot be compared by value is compared by identity, so that
+a function is never taken for another by mistake; at worst its work is done once more. Of an instance of a user's class, or
+of an `nn.Module`, the attributes count too. As with `jax.jit`, anything else that is compared by identity is taken to stay as
+it is: a tensor, an object of an installed library.
 """
 
 from __future__ import annotations
 
+import sys
 import sysconfig
 from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from functools import partial
 from pathlib import Path
-from types import CodeType, FunctionType, MethodType
+from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
+from torch import nn
 
 from autofunc.cache import Identity
 
@@ -95,6 +98,8 @@ class Fingerprint:
             return dict, tuple((self.of(name), self.of(part)) for name, part in value.items())
         if is_dataclass(value) and not isinstance(value, type):
             return Identity(type(value)), tuple(self.of(getattr(value, each.name)) for each in fields(value))
+        if isinstance(value, nn.Module) or (_is_own(type(value)) and hasattr(value, "__dict__")):
+            return Identity(value), self.of(dict(vars(value)))
         return Identity(value)
 
     def _function(self, value: FunctionType) -> Hashable:
@@ -117,9 +122,26 @@ def is_installed(filename: str) -> bool:
 
 
 def globals_named_by(function: FunctionType) -> Mapping[str, Any]:
-    """The globals that a function, and functions defined in it, name: name -> value."""
-    space = function.__globals__
-    return {name: space[name] for name in dict.fromkeys(_names_in(function.__code__)) if name in space}
+    """What a function, and functions defined in it, name among globals, and in the user's modules and classes among these.
+
+    Returns:
+        Name -> value; `config.width` for what is named in a module or class.
+    """
+    names, space = list(dict.fromkeys(_names_in(function.__code__))), function.__globals__
+    found = {name: space[name] for name in names if name in space}
+    for owner, value in list(found.items()):
+        if isinstance(value, (type, ModuleType)) and _is_own(value):
+            found.update({f"{owner}.{name}": vars(value)[name] for name in names if name in vars(value)})
+    return found
+
+
+def _is_own(value: type | ModuleType) -> bool:
+    """Whether a class or module is the user's."""
+    module = value if isinstance(value, ModuleType) else sys.modules.get(value.__module__)
+    if module is None or module.__name__ == "builtins":
+        return False
+    file = getattr(module, "__file__", None)
+    return file is None or not is_installed(file)  # a notebook has no file
 
 
 def _names_in(code: CodeType) -> Iterator[str]:

@@ -36,7 +36,7 @@ def through_another(x: Any) -> Any:
 
 
 class Method:
-    """By identity."""
+    """By identity, and by its attributes."""
 
     def __init__(self, factor: float) -> None:
         self.factor = factor
@@ -105,6 +105,36 @@ def test_globals_count_also_those_of_functions_that_are_called(
     assert before == key(through_another)
     monkeypatch.setitem(globals(), name, value)
     assert key(through_another) != before
+
+
+class Settings:
+    """Named by a function."""
+
+    scale = 1.0
+
+
+def by_class(x: Any) -> Any:
+    return Settings.scale * x
+
+
+def test_attributes_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of instances, of modules of torch, of classes and modules that a function names."""
+    mine, dropout = Method(2.0), torch.nn.Sequential(torch.nn.Dropout(0.1))
+
+    def keys() -> list[Any]:
+        return [key(mine.apply), key(scaled(dropout)), key(by_class)]
+
+    before = keys()
+    assert before == keys()
+    mine.factor = 3.0
+    dropout[0].p = 0.2
+    monkeypatch.setattr(Settings, "scale", 2.0)
+    assert all(
+        one != other for one, other in zip(before, (key(mine.apply), key(scaled(dropout)), key(by_class)), strict=True)
+    )
+    dropout[0].p = 0.1
+    assert key(scaled(dropout)) == before[1]
+    assert key(scaled(dropout.eval())) != before[1]
 
 
 def test_what_is_filled_counts() -> None:
