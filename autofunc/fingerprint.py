@@ -1,10 +1,10 @@
 """Keys of functions and what they close over: equal keys mean the same computation.
 
 Two functions are the same when their code, defaults, the values in their closures and of the globals that they name are,
-and of what they name in modules and classes of the user's. What cannot be compared by value is compared by identity, so that
-a function is never taken for another by mistake; at worst its work is done once more. Of an instance of a user's class, or
-of an `nn.Module`, the attributes count too. As with `jax.jit`, anything else that is compared by identity is taken to stay as
-it is: a tensor, an object of an installed library.
+and of what they name in modules and classes of the user's. What cannot be compared by value is compared by identity, so
+that a function is never taken for another by mistake; at worst its work is done once more. Of an instance of a user's
+class, or of an `nn.Module`, the attributes count too. As with `jax.jit`, anything else that is compared by identity is
+taken to stay as it is: a tensor, an object of an installed library.
 """
 
 from __future__ import annotations
