@@ -120,7 +120,9 @@ class StageContext:
         )
         leaves, spec = tree.leaves_and_spec(dict(self.microbatch))
         microbatch = tuple(
-            (tuple(leaf.shape), leaf.stride(), leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else (type(leaf), leaf)
+            (tuple(leaf.shape), leaf.stride(), leaf.dtype, leaf.device)
+            if isinstance(leaf, Tensor)
+            else Fingerprint().of(leaf)
             for leaf in leaves
         )
         what = (self.with_loss, self.with_grads, self.device, stage.is_last)
@@ -162,7 +164,7 @@ def _boundary_key(boundary: Boundary | None) -> Hashable:
     if boundary is None:
         return None
     leaves = (
-        (leaf.shape, leaf.dtype, leaf.needs_grad, leaf.placement) if isinstance(leaf, Value) else repr(leaf)
+        (leaf.shape, leaf.dtype, leaf.needs_grad, leaf.placement) if isinstance(leaf, Value) else Fingerprint().of(leaf)
         for leaf in boundary.leaves
     )
     return repr(boundary.spec), tuple(leaves)
