@@ -1,18 +1,28 @@
-"""A pool of gloo worker processes that lives as long as the test run: starting torch costs seconds."""
+"""A pool of gloo worker processes that lives as long as the test run: starting torch costs seconds.
+
+Workers are forked from a server that has imported torch, so that each costs milliseconds and they share that memory. The
+server has one thread and never computes, which makes the fork safe.
+"""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
 import tempfile
+import threading
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
 SECONDS_FOR_ONE_CALL = 120.0
+SECONDS_TO_END = 10.0
+PRELOADED = [
+    "torch.distributed.fsdp", "torch.distributed.tensor", "torch._inductor.compile_fx", "tensordict", "autofunc.pipe",
+    "transformers.models.gpt2.modeling_gpt2", "tests.cases",
+]  # fmt: skip
 
 
 class WorkerPool:
@@ -23,8 +33,10 @@ class WorkerPool:
         self._start()
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
-        store = Path(tempfile.mkdtemp()) / "store"
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOADED)
+        self._folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+        store = Path(self._folder.name) / "store"
         self._ends: list[Connection] = []
         self._processes = []
         for rank in range(self.size):
@@ -42,30 +54,49 @@ class WorkerPool:
             AssertionError: with the traceback of every rank that failed, or when one does not answer or is gone. Then new
                 processes are started for the next call.
         """
-        for end in self._ends:
-            end.send((function, arguments))
-        answers = []
-        for rank, end in enumerate(self._ends):
-            try:
-                assert end.poll(SECONDS_FOR_ONE_CALL), f"rank {rank} did not answer within {SECONDS_FOR_ONE_CALL} s"
-                answers.append(end.recv())
-            except (AssertionError, EOFError, ConnectionError) as error:
-                self.close()
-                self._start()
-                raise AssertionError(f"rank {rank}: {error or 'its process is gone'}") from error
+        try:
+            answers = self._call(function, arguments)
+        except BaseException:  # also Ctrl-C: whoever is still in the call would answer the next one
+            self.close()
+            self._start()
+            raise
         failures = [f"rank {rank}:\n{value}" for rank, (ok, value) in enumerate(answers) if not ok]
         assert not failures, "\n".join(failures)
         return [value for _, value in answers]
+
+    def _call(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> list[tuple[bool, Any]]:
+        answers = []
+        for rank, end in enumerate(self._ends):
+            try:
+                end.send((function, arguments))
+            except OSError as error:
+                raise AssertionError(f"rank {rank}: its process is gone") from error
+        for rank, end in enumerate(self._ends):
+            assert end.poll(SECONDS_FOR_ONE_CALL), f"rank {rank}: did not answer within {SECONDS_FOR_ONE_CALL} s"
+            try:
+                answers.append(end.recv())
+            except (EOFError, OSError) as error:
+                raise AssertionError(f"rank {rank}: {error or 'its process is gone'}") from error
+        return answers
 
     def close(self) -> None:
         """End the workers."""
         for process in self._processes:
             process.terminate()
-            process.join()
+        for process in self._processes:
+            process.join(SECONDS_TO_END)
+            if process.is_alive():
+                process.kill()
+                process.join()
+        for end in self._ends:
+            end.close()
+        self._folder.cleanup()
 
 
 def _serve(rank: int, size: int, store: str, end: Connection) -> None:
-    os.environ["OMP_NUM_THREADS"] = "1"
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
     import torch
     import torch.distributed as dist
 
@@ -76,9 +107,15 @@ def _serve(rank: int, size: int, store: str, end: Connection) -> None:
     while True:
         try:
             function, arguments = end.recv()
-        except EOFError:
+        except (EOFError, KeyboardInterrupt):
             return
         try:
             end.send((True, function(*arguments)))
         except BaseException:  # whatever it was, the test must see it
             end.send((False, traceback.format_exc()))
+
+
+def _end_with(sentinel: int) -> None:
+    """End this process when the one that started the pool is gone, even in the middle of a call."""
+    wait([sentinel])
+    os._exit(1)

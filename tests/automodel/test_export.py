@@ -36,8 +36,14 @@ def loaded(module: nn.Module, folder: Path) -> Any:
     return model
 
 
-@pytest.mark.parametrize("shards", ["5GB", "20KB"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("name", "shards"),
+    [
+        *((name, "20KB") for name in NAMES),
+        ("gpt2", "5GB"),
+        *(pytest.param(name, "5GB", marks=pytest.mark.full) for name in NAMES if name != "gpt2"),
+    ],
+)
 def test_transformers_loads_the_same_bits(name: str, shards: str, tmp_path: Path) -> None:
     module, batch = ZOO[name][0](), ZOO[name][1]()
     model = af.from_module(module, batch)

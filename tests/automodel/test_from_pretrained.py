@@ -28,8 +28,14 @@ from tests.pool import WorkerPool
 SHARDED = "20KB"
 
 
-@pytest.mark.parametrize("shards", ["5GB", SHARDED])
-@pytest.mark.parametrize("name", ["gpt2", "llama", "t5", "bert", "vit"])
+@pytest.mark.parametrize(
+    ("name", "shards"),
+    [
+        *((name, SHARDED) for name in ("gpt2", "llama", "t5", "bert", "vit")),
+        ("llama", "5GB"),
+        *(pytest.param(name, "5GB", marks=pytest.mark.full) for name in ("gpt2", "t5", "bert", "vit")),
+    ],
+)
 def test_values_are_those_of_the_files(saved: Any, name: str, shards: str) -> None:
     module, folder = saved(name, shards)
     assert (folder / "model.safetensors.index.json").exists() == (shards == SHARDED)

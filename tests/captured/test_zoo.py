@@ -18,8 +18,8 @@ from tests.captured.zoo import ZOO
 from tests.cases import assert_same_tree, mesh_of, pp_mesh
 from tests.pool import WorkerPool
 
-LAYOUTS = [(2, "1f1b"), (3, "zb_h1"), (4, "1f1b")]
-REST = [(2, "zb_h1"), (3, "1f1b"), (4, "zb_h1")]
+LAYOUTS = [(3, "zb_h1")]
+REST = [(2, "1f1b"), (4, "zb_h1")]
 
 
 @pytest.mark.parametrize("name", ZOO)
@@ -35,7 +35,7 @@ def test_equal_to_the_plain_loop_in_other_layouts(name: str) -> None:
     check_layouts(build().eval(), batch(), REST)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "t5"])
+@pytest.mark.parametrize("name", ["t5", *(pytest.param(name, marks=pytest.mark.full) for name in ("gpt2", "llama"))])
 def test_on_two_processes(name: str, workers: WorkerPool) -> None:
     expected_loss, expected = _gradients(name, None)
     for loss, grads in workers.run(_on_gloo, name):

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from autofunc import schedule
 from tests.cases import assert_same_tree
+from tests.cli.here import run_here
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -64,9 +65,8 @@ def start(
     folder: Path,
     *words: str,
     program: tuple[str, ...] = ("-m", "autofunc"),
-    environment: dict[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "NO_COLOR": "1", **(environment or {})}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "NO_COLOR": "1"}
     return subprocess.run(
         [sys.executable, *program, *words],
         cwd=folder,
@@ -120,17 +120,25 @@ def test_trains_on_two_processes(folder: Path, two_processes: subprocess.Complet
     assert not wide, "only paths are longer than a line"
 
 
-@pytest.mark.parametrize(
-    "words",
-    [("--distributed.pp_size", "1"), ("distributed.schedule=gpipe",), ("distributed.remat=layer",)],
-    ids=["one process", "gpipe", "remat"],
-)
+def test_one_process_gives_the_same(folder: Path, two_processes: subprocess.CompletedProcess[str]) -> None:
+    done = run_here(folder, "finetune", "llm", "-c", "cfg.yaml", "--distributed.pp_size", "1", "--output_dir", "alone")
+    assert done.status == 0, done.err
+    assert_the_same(folder, folder / "alone")
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("words", [("distributed.schedule=gpipe",), ("distributed.remat=layer",)], ids=["gpipe", "remat"])
 def test_every_layout_gives_the_same(
     folder: Path, two_processes: subprocess.CompletedProcess[str], words: tuple[str, ...], request: pytest.FixtureRequest
 ) -> None:
-    output = folder / request.node.callspec.id.replace(" ", "-")
+    output = folder / request.node.callspec.id
     done = start(folder, "finetune", "llm", "-c", "cfg.yaml", *words, f"--output_dir={output}")
     assert done.returncode == 0, done.stderr
+    assert_the_same(folder, output)
+
+
+def assert_the_same(folder: Path, output: Path) -> None:
+    """Losses and weights are those of the run on two processes, bit for bit."""
     assert losses(output) == losses(folder / "runs" / "cfg"), "bit for bit"
     assert metrics(output)[-1]["validation_loss"] == metrics(folder / "runs" / "cfg")[-1]["validation_loss"]
     expected, found = (load_file(each / "model.safetensors") for each in (folder / "runs" / "cfg", output))
@@ -141,13 +149,18 @@ def test_every_layout_gives_the_same(
 @pytest.mark.parametrize(
     ("words", "processes"),
     [
-        (("--distributed.dp_size", "2"), 4),
-        (("--nproc-per-node", "4", "--distributed.strategy", "ddp"), 4),
-        (("--distributed.pp_size", "1", "--distributed.tp_size", "2", "--distributed.sequence_parallel", "true"), 2),
-        (("--distributed.tp_size", "2", "--distributed.reshard_after_forward", "true", "distributed.dp_size=2"), 8),
+        pytest.param(("--nproc-per-node", "4", "--distributed.strategy", "ddp"), 4, id="ddp, inferred"),
+        pytest.param(("--distributed.dp_size", "2"), 4, id="fsdp2", marks=pytest.mark.full),
+        pytest.param(
+            ("--distributed.pp_size", "1", "--distributed.tp_size", "2", "--distributed.sequence_parallel", "true"), 2,
+            id="tp", marks=pytest.mark.full,
+        ),
+        pytest.param(
+            ("--distributed.tp_size", "2", "--distributed.reshard_after_forward", "true", "distributed.dp_size=2"), 8,
+            id="all", marks=pytest.mark.full,
+        ),
     ],
-    ids=["fsdp2", "ddp, inferred", "tp", "all"],
-)
+)  # fmt: skip
 def test_every_mesh_gives_the_same_to_rounding(
     folder: Path,
     two_processes: subprocess.CompletedProcess[str],
@@ -211,13 +224,15 @@ def test_a_dying_worker_ends_the_others(folder: Path, how: str) -> None:
     assert len(losses(folder / f"dying-{how}")) >= 1, "what was measured before is kept"
 
 
-def test_without_a_launcher_the_error_is_printed(folder: Path) -> None:
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-    done = start(folder, "finetune", "llm", "-c", "cfg.yaml", environment=alone)
-    assert done.returncode == 1
-    assert done.stderr.startswith("error: distributed: pp_size=2 and tp_size=1 need 2 processes or a multiple, but")
+def test_without_a_launcher_the_error_is_printed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    done = run_here(folder, "finetune", "llm", "-c", "cfg.yaml")
+    assert done.status == 1
+    assert done.err.startswith("error: distributed: pp_size=2 and tp_size=1 need 2 processes or a multiple, but")
 
 
+@pytest.mark.full
 def test_torchrun_with_another_number_of_processes(folder: Path) -> None:
     torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", "1", "-m", "autofunc")
     done = start(folder, "finetune", "llm", "-c", "cfg.yaml", program=torchrun)

@@ -13,6 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.cli.here import run_here
+
 ROOT = Path(__file__).parent.parent.parent
 
 RUN = """
@@ -88,29 +90,41 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def autofunc(folder: Path, *arguments: str, status: int = 0) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "autofunc", *arguments], cwd=folder, capture_output=True, text=True, timeout=300,
-        env={**os.environ, "NO_COLOR": "1", "COLUMNS": "80"},
-    )  # fmt: skip
-    assert done.returncode == status, done.stdout + done.stderr
-    assert "changes none" not in done.stderr, "a run warns of the seed that its configuration always has"
-    return done.stdout if status != 2 else done.stderr
+def autofunc(folder: Path, *words: str, status: int = 0) -> str:
+    """Run a command in this process; what it printed, or its errors when they are what was asked for."""
+    done = run_here(folder, *words)
+    assert done.status == status, done.out + done.err
+    assert "changes none" not in done.err, "a run warns of the seed that its configuration always has"
+    return done.out if status != 2 else done.err
 
 
 def losses(folder: Path, run: str) -> list[float]:
     return [json.loads(line)["loss"] for line in (folder / run / "metrics.jsonl").read_text().splitlines()]
 
 
+ALONE = ("--distributed.pp_size", "1", "--distributed.split_points", "1")
+
+
 def train(folder: Path, config: str, run: str, *overrides: str) -> list[float]:
-    autofunc(folder, "finetune", "llm", "-c", config, "--output_dir", run, *overrides)
+    """On one process, which is this one."""
+    autofunc(folder, "finetune", "llm", "-c", config, "--output_dir", run, *overrides, *ALONE)
+    return losses(folder, run)
+
+
+def train_on_two(folder: Path, config: str, run: str, *overrides: str) -> list[float]:
+    """By the command that starts two processes."""
+    done = subprocess.run(
+        [sys.executable, "-m", "autofunc", "finetune", "llm", "-c", config, "--output_dir", run, *overrides],
+        cwd=folder, capture_output=True, text=True, timeout=300, env={**os.environ, "NO_COLOR": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
     return losses(folder, run)
 
 
 def test_any_module(folder: Path) -> None:
     """On two processes, on one, and by its file: the same losses, from the module's own weights and its own loss."""
-    two = train(folder, "own.yaml", "two")
-    assert train(folder, "file.yaml", "one", "--distributed.pp_size", "1", "--distributed.split_points", "1") == two
+    two = train_on_two(folder, "own.yaml", "two")
+    assert train(folder, "file.yaml", "one") == two
     assert two[0] != two[-1] and 4 < two[0] < 7
 
 
@@ -128,7 +142,7 @@ def test_registered(folder: Path) -> None:
         'modeling_paths: ["my_models/custom_llm.py"]\n'
         f'trainable: ["lm_head*"]\n{RUN}'
     )
-    second = train(folder, "again.yaml", "again")
+    second = train_on_two(folder, "again.yaml", "again")
     assert second[0] < first[0]
     before, after = (load_file(folder / run / "model.safetensors") for run in ("registered", "again"))
     changed = {path for path, leaf in before.items() if not torch.equal(leaf, after[path])}
@@ -137,10 +151,16 @@ def test_registered(folder: Path) -> None:
 
 def test_weights_from_the_seed_and_from_a_run(folder: Path) -> None:
     seeded = train(folder, "own.yaml", "seeded", "--weights", "seed")
-    other = train(folder, "own.yaml", "seeded_one", "--weights", "seed", "--distributed.pp_size", "1")
-    assert seeded == other
+    own = train(folder, "own.yaml", "not_seeded")
+    assert seeded != own
     went_on = train(folder, "own.yaml", "went_on", "--weights", "seeded/model.safetensors")
     assert went_on[0] < seeded[0]
+
+
+@pytest.mark.full
+def test_weights_from_the_seed_on_two_processes(folder: Path) -> None:
+    alone = train(folder, "own.yaml", "seeded_alone", "--weights", "seed")
+    assert train_on_two(folder, "own.yaml", "seeded_two", "--weights", "seed") == alone
 
 
 def test_check(folder: Path) -> None:
@@ -196,11 +216,13 @@ def test_labels_are_not_shifted_twice(folder: Path) -> None:
     assert "split_points" in autofunc(folder, "plan", "-c", "hf.yaml", *causal)
 
 
-def test_the_example_trains() -> None:
+def test_the_example_trains(tmp_path: Path) -> None:
     text = (ROOT / "examples" / "custom_model.py").read_text()
     assert len(text.splitlines()) < 60 and "autofunc" not in text
-    shown = autofunc(
-        ROOT, "finetune", "llm", "-c", "examples/custom_model.yaml", "--step_scheduler.max_steps", "2",
-        "--output_dir", str(Path(os.environ.get("TMPDIR", "/tmp")) / f"autofunc_example_{os.getpid()}"),
-    )  # fmt: skip
-    assert "2 steps in" in shown
+    words = ("finetune", "llm", "-c", "examples/custom_model.yaml", "--step_scheduler.max_steps", "2", "--output_dir")
+    assert "2 steps in" in autofunc(ROOT, *words, str(tmp_path), *ALONE)
+
+
+@pytest.mark.full
+def test_the_example_trains_on_two_processes(tmp_path: Path) -> None:
+    assert len(train_on_two(ROOT, "examples/custom_model.yaml", str(tmp_path), "--step_scheduler.max_steps", "2")) == 2

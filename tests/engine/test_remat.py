@@ -21,8 +21,17 @@ from tests.laws.test_memory import check_bytes
 
 @pytest.mark.parametrize("engine", ["graph", "eager"])
 @pytest.mark.parametrize("remat", ["layer", "stage"])
-@pytest.mark.parametrize("name", ["1f1b", "zb_h1", "zbv"])
-@pytest.mark.parametrize("model_name", ["mlp", "gpt2"])
+@pytest.mark.parametrize(
+    ("model_name", "name"),
+    [
+        ("gpt2", "zb_h1"),
+        ("mlp", "zbv"),
+        *(
+            pytest.param(*case, marks=pytest.mark.full)
+            for case in [("gpt2", "1f1b"), ("gpt2", "zbv"), ("mlp", "1f1b"), ("mlp", "zb_h1")]
+        ),
+    ],
+)
 def test_the_same_bits(model_name: str, name: str, remat: str, engine: str) -> None:
     s = af.schedule.build(name, num_ranks=2, num_microbatches=4)
     model, stages, loss, batch = make_case(model_name, s.num_stages, 8)
@@ -63,8 +72,17 @@ def test_two_forwards_a_microbatch(name: str, remat: str | None, forwards: int, 
     assert counter.calls == forwards * blocks * microbatches
 
 
-@pytest.mark.parametrize("remat", ["layer", "stage"])
-@pytest.mark.parametrize("name", ["1f1b", "zb_h1", "zbv"])
+@pytest.mark.parametrize(
+    ("name", "remat"),
+    [
+        ("zb_h1", "layer"),
+        ("zbv", "stage"),
+        *(
+            pytest.param(*case, marks=pytest.mark.full)
+            for case in [("1f1b", "layer"), ("1f1b", "stage"), ("zb_h1", "stage"), ("zbv", "layer")]
+        ),
+    ],
+)
 def test_measured_bytes_equal_the_simulators(name: str, remat: str) -> None:
     s = af.schedule.build(name, num_ranks=3, num_microbatches=5)
     _, stages, loss, batch = make_case("gpt2", s.num_stages, 10)
@@ -128,7 +146,7 @@ def peak(remat: str | None, name: str, budget: int | None = None) -> tuple[list[
     return [max(row) for row in pipe.measure_bytes(params, batch, (1, 2))], grads
 
 
-@pytest.mark.parametrize("name", ["1f1b", "zb_h2"])
+@pytest.mark.parametrize("name", ["zb_h2", pytest.param("1f1b", marks=pytest.mark.full)])
 def test_auto_stays_within_the_budget(name: str) -> None:
     most, expected = peak(None, name)
     least, _ = peak("stage", name)

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 import autofunc as af
-from tests.cases import assert_same_tree, squared_error
+from tests.cases import assert_same_tree, pp_mesh, squared_error
 from tests.laws.test_memory import check_bytes
-from tests.laws.test_pipeline_equals_oracle import pp_mesh
 from tests.pool import WorkerPool
 
 WIDTH = 5
@@ -70,7 +69,7 @@ def on_gloo(name: str, num_ranks: int, engine: str) -> None:
     check(name, num_ranks, engine, pp_mesh(num_ranks))
 
 
-@pytest.mark.parametrize("engine", ["graph", "eager"])
+@pytest.mark.parametrize("engine", ["graph", pytest.param("eager", marks=pytest.mark.full)])
 def test_on_gloo(workers: WorkerPool, engine: str) -> None:
     workers.run(on_gloo, "zb_h1", 4, engine)
     workers.run(on_gloo, "zbv", 2, engine)

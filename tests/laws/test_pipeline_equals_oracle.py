@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -15,24 +16,18 @@ from tests.pool import WorkerPool
 
 MODELS = ["mlp", "gpt2"]
 SCHEDULES = af.schedule.names()
-KEYS = [None, (3, 5)]
 ENGINES = ["eager", "graph"]
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("key", KEYS, ids=["no dropout", "dropout"])
-@pytest.mark.parametrize("model_name", MODELS)
-@pytest.mark.parametrize("num_microbatches", range(1, 9))
-def test_in_memory(model_name: str, num_microbatches: int, key: Any, engine: str) -> None:
+def check_in_memory(model_name: str, engine: str, key: Any, num_microbatches: int, ranks: Sequence[int]) -> None:
+    """Every schedule, over some numbers of ranks."""
     rows = 2 * num_microbatches
     model, _, loss, batch = make_case(model_name, 1, rows)
     full = model.init(seed=7)
     before = full.clone()
     expected_loss, expected = af.reference_value_and_grad(model, loss, num_microbatches)(full, batch, key)
-    for num_ranks in range(1, 5):
+    for num_ranks in ranks:
         for name in SCHEDULES:
-            if name not in ("gpipe", "1f1b") and (key is None or num_microbatches not in (1, 5, 8)):
-                continue  # what these add is tested by some numbers as well as by all
             if name == "dualpipe_v" and num_microbatches < 2 * num_ranks:
                 continue
             s = af.schedule.build(name, num_ranks=num_ranks, num_microbatches=num_microbatches)
@@ -42,9 +37,26 @@ def test_in_memory(model_name: str, num_microbatches: int, key: Any, engine: str
             assert found_loss.dtype == torch.float32 and found_loss.shape == ()
             assert torch.equal(found_loss, expected_loss), (name, num_ranks)
             assert_same_tree(expected, found)
-            if (num_microbatches, num_ranks) == (4, 3):  # building another program takes as long as running it
-                assert torch.equal(pipe(full, batch, key), expected_loss), "forward only"
+            assert torch.equal(pipe(full, batch, key), expected_loss), "forward only"
     assert_same_tree(before, full)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("model_name", MODELS)
+@pytest.mark.parametrize(
+    ("num_ranks", "num_microbatches", "key"), [(2, 5, (3, 5)), (4, 8, None)], ids=["dropout", "no dropout"]
+)
+def test_in_memory(model_name: str, num_ranks: int, num_microbatches: int, key: Any, engine: str) -> None:
+    """Two sizes on tensors; the programs of all sizes are run on tokens (`tests/runtime/test_tokens.py`)."""
+    check_in_memory(model_name, engine, key, num_microbatches, [num_ranks])
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("model_name", MODELS)
+@pytest.mark.parametrize("num_microbatches", [1, 3, 8])
+def test_in_memory_in_other_sizes(model_name: str, num_microbatches: int, engine: str) -> None:
+    check_in_memory(model_name, engine, (3, 5), num_microbatches, range(1, 5))
 
 
 @pytest.mark.parametrize("table", [
@@ -115,33 +127,39 @@ def run_on_gloo(model_name: str, schedule_name: str, num_ranks: int, num_microba
 
 
 @pytest.mark.parametrize(
-    ("model_name", "schedule_name", "num_ranks", "num_microbatches", "key"),
+    ("model_name", "schedule_name", "num_ranks", "num_microbatches", "key", "engine"),
     [
-        ("mlp", "gpipe", 2, 1, None),
-        ("mlp", "1f1b", 2, 3, (3, 5)),
-        ("mlp", "1f1b", 4, 2, None),
-        ("gpt2", "1f1b", 2, 8, (3, 5)),
-        ("gpt2", "gpipe", 4, 5, (3, 5)),
-        ("gpt2", "1f1b", 4, 8, None),
-        ("gpt2", "1f1b", 4, 12, (3, 5)),
-        ("gpt2", "interleaved_1f1b", 2, 5, (3, 5)),
-        ("mlp", "interleaved_1f1b", 4, 8, None),
-        ("gpt2", "looped_bfs", 4, 3, None),
-        ("gpt2", "zb_h1", 4, 8, (3, 5)),
-        ("mlp", "zb_h2", 4, 9, None),
-        ("gpt2", "interleaved_zb", 2, 5, (3, 5)),
-        ("gpt2", "zbv", 4, 8, (3, 5)),
-        ("mlp", "zbv", 2, 3, None),
-        ("mlp", "v_half", 4, 6, None),
-        ("gpt2", "v_min", 4, 7, None),
-        ("gpt2", "dualpipe_v", 2, 5, (3, 5)),
+        ("mlp", "gpipe", 2, 1, None, "eager"),
+        ("mlp", "1f1b", 4, 2, None, "graph"),
+        ("gpt2", "1f1b", 2, 8, (3, 5), "graph"),
+        ("gpt2", "zb_h1", 4, 8, (3, 5), "eager"),
+        ("gpt2", "zbv", 4, 8, (3, 5), "graph"),
+        ("gpt2", "dualpipe_v", 2, 5, (3, 5), "eager"),
+        *(
+            pytest.param(*case, marks=pytest.mark.full)
+            for case in [
+                ("mlp", "1f1b", 2, 3, (3, 5), "eager"),
+                ("gpt2", "gpipe", 4, 5, (3, 5), "graph"),
+                ("gpt2", "1f1b", 4, 8, None, "eager"),
+                ("gpt2", "1f1b", 4, 12, (3, 5), "graph"),
+                ("gpt2", "interleaved_1f1b", 2, 5, (3, 5), "graph"),
+                ("mlp", "interleaved_1f1b", 4, 8, None, "eager"),
+                ("gpt2", "looped_bfs", 4, 3, None, "graph"),
+                ("gpt2", "zb_h1", 4, 8, (3, 5), "graph"),
+                ("mlp", "zb_h2", 4, 9, None, "graph"),
+                ("gpt2", "interleaved_zb", 2, 5, (3, 5), "eager"),
+                ("mlp", "zbv", 2, 3, None, "eager"),
+                ("mlp", "v_half", 4, 6, None, "graph"),
+                ("gpt2", "v_min", 4, 7, None, "eager"),
+                ("gpt2", "dualpipe_v", 2, 5, (3, 5), "graph"),
+            ]
+        ),
     ],
 )
 def test_on_gloo(
-    workers: WorkerPool, model_name: str, schedule_name: str, num_ranks: int, num_microbatches: int, key: Any
+    workers: WorkerPool, model_name: str, schedule_name: str, num_ranks: int, num_microbatches: int, key: Any, engine: str
 ) -> None:
-    for engine in ENGINES if key is not None else ENGINES[:1]:
-        workers.run(run_on_gloo, model_name, schedule_name, num_ranks, num_microbatches, key, engine)
+    workers.run(run_on_gloo, model_name, schedule_name, num_ranks, num_microbatches, key, engine)
 
 
 def profile_on_gloo() -> list[float]:

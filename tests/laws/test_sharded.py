@@ -20,7 +20,8 @@ from tests.cases import cut_evenly, mesh_of
 from tests.pool import WorkerPool
 
 SCHEDULES = ["1f1b", "interleaved_1f1b", "zb_h1", "zbv"]
-STEPS, MAX_NORM, LR = 20, 0.5, 1e-3
+STEPS, MANY_STEPS = 4, 20
+MAX_NORM, LR = 0.5, 1e-3
 MICROBATCHES = 4  # of all data parallel ranks together
 ROWS = 2 * MICROBATCHES
 
@@ -56,7 +57,7 @@ def batch_of(step: int) -> dict[str, Tensor]:
 
 
 @cache
-def on_one_process(name: str) -> tuple[list[float], list[float], dict[str, Tensor]]:
+def on_one_process(name: str, steps: int) -> tuple[list[float], list[float], dict[str, Tensor]]:
     """Losses, norms and the last parameters."""
     model = build(name)
     params = model.init(seed=3)
@@ -64,7 +65,7 @@ def on_one_process(name: str) -> tuple[list[float], list[float], dict[str, Tenso
     state = optimizer.init(params)
     step_function = af.reference_value_and_grad(model, af.losses.causal_lm, MICROBATCHES)
     losses, norms = [], []
-    for step in range(STEPS):
+    for step in range(steps):
         loss, grads = step_function(params, batch_of(step), (0, step))
         flat = flatten(grads)
         leaves = [torch.nn.Parameter(torch.empty(0)) for _ in flat]
@@ -77,7 +78,7 @@ def on_one_process(name: str) -> tuple[list[float], list[float], dict[str, Tenso
 
 
 def train_on_mesh(
-    name: str, schedule: str, sizes: tuple[int, int, int, int], how: dict[str, Any], options: dict[str, Any]
+    name: str, schedule: str, sizes: tuple[int, int, int, int], steps: int, how: dict[str, Any], options: dict[str, Any]
 ) -> tuple[list[float], list[float], dict[str, Tensor] | None]:
     mesh = mesh_of(*sizes)
     place, dp = data_coordinate(mesh)
@@ -94,7 +95,7 @@ def train_on_mesh(
     optimizer = af.optimizer(torch.optim.AdamW, lr=LR)
     state = optimizer.init(params)
     losses, norms = [], []
-    for step in range(STEPS):
+    for step in range(steps):
         rows = {key: leaf.chunk(dp)[place] for key, leaf in batch_of(step).items()}
         loss, grads = af.value_and_grad(pipe)(params, rows, (0, step))
         grads, norm = pipe.clip(grads, MAX_NORM)
@@ -106,11 +107,12 @@ def train_on_mesh(
 
 
 def check(
-    pool: WorkerPool, name: str, schedule: str, sizes: tuple[int, ...], how: dict[str, Any] | None = None, **options: Any
-) -> None:
+    pool: WorkerPool, name: str, schedule: str, sizes: tuple[int, ...], how: dict[str, Any] | None = None,
+    steps: int = STEPS, **options: Any,
+) -> None:  # fmt: skip
     """`how`: options of `af.pipeline`; `options`: of `af.Sharding`."""
-    found = pool.run(train_on_mesh, name, schedule, sizes, how or {}, options)
-    losses, norms, params = on_one_process(name)
+    found = pool.run(train_on_mesh, name, schedule, sizes, steps, how or {}, options)
+    losses, norms, params = on_one_process(name, steps)
     for each in found:
         assert each[0] == found[0][0] and each[1] == found[0][1], "the same on every rank"
     torch.testing.assert_close(found[0][0], losses, rtol=1e-5, atol=1e-5)
@@ -135,54 +137,75 @@ def test_axes_are_in_the_order_of_the_mesh(workers: WorkerPool) -> None:
         assert place == [0, rank // 2, rank % 2, 0]
 
 
-def combinations(shift: int) -> list[Any]:
-    """All of (model, schedule, engine). A quarter is run by default: each schedule, and each pair of the other two."""
-    engines, found = ["graph", "eager"], []
-    for name in ("gpt2", "llama"):
-        for number, schedule in enumerate(SCHEDULES):
-            for engine in engines:
-                chosen = (number + shift) % 4 == 2 * (name == "llama") + engines.index(engine)
-                marks = [] if chosen else [pytest.mark.full]
-                found.append(pytest.param(name, schedule, engine, marks=marks))
+MESHES = {"pp dp": (2, 1, 2, 1), "pp tp": (2, 1, 1, 2), "dp tp": (1, 1, 2, 2)}
+
+
+@pytest.mark.parametrize(
+    ("mesh", "name", "schedule"),
+    [("pp dp", "gpt2", "zb_h1"), ("pp tp", "llama", "zbv"), ("dp tp", "gpt2", "1f1b")],
+)
+def test_many_steps_on_each_pair_of_axes(workers: WorkerPool, mesh: str, name: str, schedule: str) -> None:
+    check(workers, name, schedule, MESHES[mesh], steps=MANY_STEPS)
+
+
+def combinations() -> list[Any]:
+    """Each schedule on each mesh in both engines, the models in turn; three are run by default."""
+    default = {("pp dp", "1f1b", "eager"), ("pp tp", "interleaved_1f1b", "eager"), ("dp tp", "zb_h1", "eager")}
+    found = []
+    for row, mesh in enumerate(MESHES):
+        for column, schedule in enumerate(SCHEDULES):
+            for turn, engine in enumerate(("graph", "eager")):
+                name = ("gpt2", "llama")[(row + column + turn) % 2]
+                marks = [] if (mesh, schedule, engine) in default else [pytest.mark.full]
+                found.append(pytest.param(mesh, name, schedule, engine, marks=marks))
     return found
 
 
-@pytest.mark.parametrize(("name", "schedule", "engine"), combinations(0))
-@pytest.mark.parametrize("sizes", [(2, 1, 2, 1), (2, 1, 1, 2), (1, 1, 2, 2)], ids=["pp dp", "pp tp", "dp tp"])
-def test_each_pair_on_four_processes(
-    workers: WorkerPool, sizes: tuple[int, ...], name: str, schedule: str, engine: str
-) -> None:
-    check(workers, name, schedule, sizes, {"engine": engine})
+@pytest.mark.parametrize(("mesh", "name", "schedule", "engine"), combinations())
+def test_each_pair_of_axes(workers: WorkerPool, mesh: str, name: str, schedule: str, engine: str) -> None:
+    check(workers, name, schedule, MESHES[mesh], {"engine": engine})
 
 
-@pytest.mark.parametrize(("name", "schedule", "engine"), combinations(2))
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("name", "schedule", "engine"),
+    [
+        ("gpt2", "1f1b", "eager"),
+        ("llama", "interleaved_1f1b", "graph"),
+        ("gpt2", "zb_h1", "graph"),
+        ("llama", "zbv", "eager"),
+    ],
+)
 def test_pp_dp_tp_on_eight_processes(eight_workers: WorkerPool, name: str, schedule: str, engine: str) -> None:
     check(eight_workers, name, schedule, (2, 1, 2, 2), {"engine": engine})
 
 
-@pytest.mark.parametrize("engine", ["graph", "eager"])
+WAYS: dict[str, tuple[str, str, tuple[int, ...], dict[str, Any], dict[str, Any], str]] = {
+    # model, schedule, mesh, options of the pipeline and of sharding, engine that is tried by default
+    "sequence": ("gpt2 with dropout", "zb_h1", (2, 1, 1, 2), {}, {"sequence_parallel": True}, "graph"),
+    "each use": ("llama", "zbv", (2, 1, 2, 1), {}, {"reshard_after_forward": True}, "eager"),
+    "each use, ahead": (
+        "gpt2", "interleaved_1f1b", (2, 1, 2, 1), {}, {"reshard_after_forward": True, "prefetch": 3}, "graph",
+    ),
+    "hsdp": ("gpt2 with dropout", "1f1b", (1, 2, 2, 1), {}, {"prefetch": 0}, "eager"),
+    "ddp": ("gpt2", "zb_h1", (2, 2, 1, 1), {}, {}, "graph"),
+    "remat": ("llama", "1f1b", (1, 1, 2, 2), {"remat": "stage"}, {"sequence_parallel": True}, "eager"),
+    "offload without dp": (
+        "gpt2", "1f1b", (2, 1, 1, 2), {}, {"offload_policy": CPUOffloadPolicy(pin_memory=False)}, "graph",
+    ),
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    ("name", "schedule", "sizes", "how", "options"),
+    ("way", "engine"),
     [
-        ("gpt2 with dropout", "zb_h1", (2, 1, 1, 2), {}, {"sequence_parallel": True}),
-        ("llama", "zbv", (2, 1, 2, 1), {}, {"reshard_after_forward": True}),
-        ("gpt2", "interleaved_1f1b", (2, 1, 2, 1), {}, {"reshard_after_forward": True, "prefetch": 3}),
-        ("gpt2 with dropout", "1f1b", (1, 2, 2, 1), {}, {"prefetch": 0}),
-        ("gpt2", "zb_h1", (2, 2, 1, 1), {}, {}),
-        ("llama", "1f1b", (1, 1, 2, 2), {"remat": "stage"}, {"sequence_parallel": True}),
-        ("gpt2", "1f1b", (2, 1, 1, 2), {}, {"offload_policy": CPUOffloadPolicy(pin_memory=False)}),
+        pytest.param(way, engine, marks=[] if engine == WAYS[way][-1] else [pytest.mark.full])
+        for way in WAYS
+        for engine in ("graph", "eager")
     ],
-    ids=["sequence", "each use", "each use, ahead", "hsdp", "ddp", "remat", "offload without dp"],
 )
-def test_other_ways(
-    workers: WorkerPool,
-    name: str,
-    schedule: str,
-    sizes: tuple[int, ...],
-    how: dict[str, Any],
-    options: dict[str, Any],
-    engine: str,
-) -> None:
+def test_other_ways(workers: WorkerPool, way: str, engine: str) -> None:
+    name, schedule, sizes, how, options, _ = WAYS[way]
     check(workers, name, schedule, sizes, {"engine": engine, **how}, **options)
 
 
@@ -216,16 +239,19 @@ def on_one_process_in_bf16(name: str) -> tuple[list[float], dict[str, Tensor]]:
 
 
 @pytest.mark.parametrize(
-    ("sizes", "tolerance"),
-    [((2, 1, 2, 1), 1e-5), ((1, 1, 2, 2), 1e-2)],
-    ids=["pp dp: the same products", "tp: other products in bf16"],
+    ("name", "sizes", "tolerance"),
+    [
+        pytest.param("gpt2", (2, 1, 2, 1), 1e-5, id="gpt2, pp dp: the same products"),
+        pytest.param("llama", (1, 1, 2, 2), 1e-2, id="llama, tp: other products in bf16"),
+        pytest.param("llama", (2, 1, 2, 1), 1e-5, id="llama, pp dp", marks=pytest.mark.full),
+        pytest.param("gpt2", (1, 1, 2, 2), 1e-2, id="gpt2, tp", marks=pytest.mark.full),
+    ],
 )
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_bf16_follows_one_process_in_bf16(workers: WorkerPool, name: str, sizes: tuple[int, ...], tolerance: float) -> None:
-    found = workers.run(train_on_mesh, name, "1f1b", sizes, {}, {"mp_policy": BF16})[0]
+    found = workers.run(train_on_mesh, name, "1f1b", sizes, STEPS, {}, {"mp_policy": BF16})[0]
     losses, params = on_one_process_in_bf16(name)
     torch.testing.assert_close(found[0], losses, rtol=tolerance, atol=tolerance)
-    torch.testing.assert_close(losses, on_one_process(name)[0], rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(losses, on_one_process(name, STEPS)[0], rtol=1e-2, atol=1e-2)
     for path, leaf in params.items():
         torch.testing.assert_close(found[2][path], leaf, rtol=tolerance, atol=tolerance)
         assert leaf.dtype == torch.float32

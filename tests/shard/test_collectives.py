@@ -94,8 +94,15 @@ def more(larger: Counts, smaller: Counts) -> Counts:
     return {name: count - smaller.get(name, 0) for name, count in larger.items() if count != smaller.get(name, 0)}
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
-@pytest.mark.parametrize("sequence", [False, True])
+@pytest.mark.parametrize(
+    ("name", "sequence"),
+    [
+        ("gpt2", False),
+        ("llama", True),
+        pytest.param("gpt2", True, marks=pytest.mark.full),
+        pytest.param("llama", False, marks=pytest.mark.full),
+    ],
+)
 def test_a_block_in_the_program(workers: WorkerPool, name: str, sequence: bool) -> None:
     options = {"sequence_parallel": sequence}
     (forward, backward, actions), (forward_1, backward_1, _) = (
@@ -107,9 +114,17 @@ def test_a_block_in_the_program(workers: WorkerPool, name: str, sequence: bool) 
     assert actions == {"UNSHARD": 1, "RESHARD": 1, "REDUCE_GRAD": 1}
 
 
-@pytest.mark.parametrize("engine", ["graph", "eager"])
-@pytest.mark.parametrize("sequence", [False, True])
-@pytest.mark.parametrize("microbatches", [2, 4])
+@pytest.mark.parametrize(
+    ("microbatches", "sequence", "engine"),
+    [
+        (2, False, "eager"),
+        (2, True, "graph"),
+        *(
+            pytest.param(*case, marks=pytest.mark.full)
+            for case in [(2, False, "graph"), (4, False, "graph"), (4, True, "eager"), (2, True, "eager")]
+        ),
+    ],
+)
 def test_a_block_in_a_run(workers: WorkerPool, microbatches: int, sequence: bool, engine: str) -> None:
     options = {"sequence_parallel": sequence}
     two, one = (workers.run(of_run, "gpt2", blocks, microbatches, engine, options)[0] for blocks in (2, 1))
@@ -121,7 +136,7 @@ def test_a_block_in_a_run(workers: WorkerPool, microbatches: int, sequence: bool
         assert added == {"all_reduce": 4 * microbatches}, "two forward, two back"
 
 
-@pytest.mark.parametrize("microbatches", [2, 4])
+@pytest.mark.parametrize("microbatches", [2, pytest.param(4, marks=pytest.mark.full)])
 def test_one_gather_a_use(workers: WorkerPool, microbatches: int) -> None:
     options = {"reshard_after_forward": True}
     two, one = (workers.run(of_run, "gpt2", blocks, microbatches, "graph", options)[0] for blocks in (2, 1))
@@ -184,8 +199,15 @@ def resident(schedule: str, reshard: bool) -> tuple[list[int], list[int]]:
     return watch.seen, expected
 
 
-@pytest.mark.parametrize("schedule", ["1f1b", "zbv"])
-@pytest.mark.parametrize("reshard", [False, True])
+@pytest.mark.parametrize(
+    ("schedule", "reshard"),
+    [
+        ("1f1b", False),
+        ("zbv", True),
+        pytest.param("1f1b", True, marks=pytest.mark.full),
+        pytest.param("zbv", False, marks=pytest.mark.full),
+    ],
+)
 def test_parameters_in_memory_are_a_shard_and_what_is_gathered(workers: WorkerPool, schedule: str, reshard: bool) -> None:
     for measured, expected in workers.run(resident, schedule, reshard):
         assert measured == expected

@@ -65,12 +65,12 @@ def trees(sizes: dict[str, int]) -> None:
 @pytest.mark.parametrize(
     "sizes",
     [
-        {"dp_shard": 4},
         {"pp": 2, "dp_shard": 2},
         {"dp_shard": 2, "tp": 2},
         {"dp_replicate": 2, "dp_shard": 2},
-        {"pp": 2, "dp_replicate": 2},
-        {"dp_replicate": 2, "tp": 2},
+        pytest.param({"dp_shard": 4}, marks=pytest.mark.full),
+        pytest.param({"pp": 2, "dp_replicate": 2}, marks=pytest.mark.full),
+        pytest.param({"dp_replicate": 2, "tp": 2}, marks=pytest.mark.full),
     ],
     ids=str,
 )

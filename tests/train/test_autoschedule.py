@@ -18,8 +18,8 @@ from autofunc.train import autoschedule
 from autofunc.train.loop import build_pipe
 from autofunc.train.memory_budget import check_budget
 from autofunc.train.recipe import Recipe, prepare
+from tests.cases import pp_mesh
 from tests.cli.test_finetune import CONFIG
-from tests.laws.test_pipeline_equals_oracle import pp_mesh
 from tests.pool import WorkerPool
 
 

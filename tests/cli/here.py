@@ -1,0 +1,56 @@
+"""The command line in this process: what a user types, without the seconds that a new process takes to start."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from autofunc.automodel.registry import ARCHITECTURES
+from autofunc.cli import main
+
+
+class Done(NamedTuple):
+    """What a command left."""
+
+    status: int
+    out: str
+    err: str
+
+
+def run_here(folder: Path, *words: str) -> Done:
+    """Run `autofunc` in a folder. Nothing of it stays in the process: modules of the folder, paths, registered classes."""
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    known = set(sys.modules)
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", ["autofunc", *words])
+        patch.setattr(sys, "path", [*sys.path])
+        patch.setattr(ARCHITECTURES, "_classes", {})
+        patch.setattr(ARCHITECTURES, "_installed", None)
+        for name, value in {"NO_COLOR": "1", "COLUMNS": "80"}.items():
+            patch.setenv(name, value)
+        try:
+            main.main()
+        except SystemExit as stopped:
+            assert stopped.code is None or isinstance(stopped.code, int)
+            status = stopped.code or 0
+        finally:
+            _forget(set(sys.modules) - known, folder)
+    return Done(status, out.getvalue(), err.getvalue())
+
+
+def _forget(names: set[str], folder: Path) -> None:
+    """Drop modules that were imported from a folder."""
+    for name in names:
+        places = [getattr(sys.modules[name], "__file__", None), *getattr(sys.modules[name], "__path__", [])]
+        if any(place and Path(place).is_relative_to(folder) for place in places):
+            del sys.modules[name]
