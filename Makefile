@@ -27,7 +27,7 @@ demo: $(READY)
 	$(BIN)/autofunc finetune llm -c examples/demo.yaml
 
 # Two processes: one for what uses the pool of gloo workers, one for the rest.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup
+PYTEST := $(BIN)/python -m pytest -n 2
 
 test: $(READY)
 	$(PYTEST)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"  # bitwise laws hold on one thread
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -15,10 +17,12 @@ import hypothesis
 import pytest
 import torch
 from hypothesis.database import DirectoryBasedExampleDatabase
+from xdist.scheduler import LoadScopeScheduling
 
 from tests.pool import WorkerPool
 
-EXAMPLES = Path(__file__).parents[1] / ".hypothesis" / "examples"
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / ".hypothesis" / "examples"
 
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("default", deadline=None, max_examples=50, derandomize=True)
@@ -44,16 +48,29 @@ def eight_workers() -> Iterator[WorkerPool]:
     pool.close()
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Say what stays together in one process of a run with several (`-n 2 --dist loadgroup`).
+class ByFile(LoadScopeScheduling):
+    """The tests of a file stay together in one process of a run with several (`-n 2`), for they share what they make.
 
-    All that uses a pool does, so that there is one of each size, and so do the tests of a file, which share what they make.
-    A full run looks for other examples where tests are over generated ones.
+    So do all files that use a pool of workers, so that there is one of each size. (Marks of groups, xdist's own way, have
+    no effect with pytest 9.2.)
     """
-    others = config.getoption("--hypothesis-profile") == "full"
-    for item in items:
-        if others and hypothesis.is_hypothesis_test(getattr(item, "obj", None)):
-            item.add_marker(pytest.mark.full)
-        shares_a_pool = not {"workers", "eight_workers"}.isdisjoint(getattr(item, "fixturenames", ()))
-        item.add_marker(pytest.mark.xdist_group("pool" if shares_a_pool else item.nodeid.partition("::")[0]))
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return "pool" if _uses_a_pool(file) else file
+
+
+@cache
+def _uses_a_pool(file: str) -> bool:
+    return "WorkerPool" in (ROOT / file).read_text()
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile:
+    return ByFile(config, log)
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """A full run looks for other examples where tests are over generated ones."""
+    others = item.config.getoption("--hypothesis-profile") == "full"
+    if others and hypothesis.is_hypothesis_test(getattr(item, "obj", None)):
+        item.add_marker(pytest.mark.full)
