@@ -214,6 +214,7 @@ def test_all_of_it_on_eight_processes(eight_workers: WorkerPool) -> None:
     check(eight_workers, "gpt2 with dropout", "zbv", (2, 1, 2, 2), **options)
 
 
+@pytest.mark.full
 def test_compiled(workers: WorkerPool) -> None:
     check(workers, "llama", "1f1b", (1, 1, 2, 2), {"compile": True})
 
