@@ -69,12 +69,12 @@ def test_close_to_the_oracle_on_gloo(workers: WorkerPool, name: str, num_ranks: 
     workers.run(compiled_on_gloo, name, num_ranks)
 
 
-def compile_equal_stages(cache: str) -> tuple[int, int]:
+def compile_equal_stages(folder: str) -> tuple[int, int]:
     """(pieces compiled, pieces loaded) of this rank's stage of four, of which the second and the third are equal."""
     from torch._dynamo.utils import counters
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TORCHINDUCTOR_CACHE_DIR", cache)
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", folder)
         cache.shared.clear()
         counters.clear()
         layer = af.Layer(init=lambda key: {"w": key.normal("w", (7, 7))}, apply=lambda p, x, b: x.tanh() @ p["w"])
