@@ -22,7 +22,7 @@ class AutogradLeaves(NamedTuple):
 
 
 class AutogradGraph(NamedTuple):
-    """One microbatch's graph: what to differentiate, with respect to what."""
+    """The residuals of one microbatch, for B, I or W: what to differentiate, with respect to what."""
 
     roots: list[Tensor]  # outputs that need a gradient, or the loss
     inputs: list[Tensor]  # received values that need one
@@ -30,7 +30,7 @@ class AutogradGraph(NamedTuple):
 
 
 class Rerun(NamedTuple):
-    """What one microbatch's graph can be made from once more."""
+    """The residuals of one microbatch with remat: what its graph can be made from once more."""
 
     bound: AutogradLeaves
     inputs: list[Tensor]

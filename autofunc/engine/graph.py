@@ -140,7 +140,7 @@ class GraphStage:
         return f, i, w
 
     def bind(self, leaves: list[Tensor], ready: Ready | None = None) -> PieceParameters:
-        """The parameters, as they are."""
+        """The stage's parameters, sorted by the pieces that take them; they share memory with what is given."""
         leaves = [leaf.detach() for leaf in leaves]
         pieces = self.pieces
         forward, backward, backward_input, backward_weight = (
