@@ -40,9 +40,9 @@ def workers() -> Iterator[WorkerPool]:
     pool.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def eight_workers() -> Iterator[WorkerPool]:
-    """Eight of them."""
+    """Eight of them, for one file: threads of their groups wake all the time, which slows down what comes after."""
     pool = WorkerPool(8)
     yield pool
     pool.close()
