@@ -117,6 +117,7 @@ def test_equal_stages_are_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_the_accumulator_is_added_to_by_the_product(monkeypatch: pytest.MonkeyPatch) -> None:
     """Both rewrites, made to happen on small sizes, leave the numbers as they are."""
+    monkeypatch.setenv("CI", "1")  # inductor is stricter there
     monkeypatch.setattr(matmul, "LARGE", 1)
     monkeypatch.setattr(matmul, "MEDIUM", 1)
     monkeypatch.setattr(cache, "shared", cache.Cache(1024))
