@@ -26,8 +26,8 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)
 	$(BIN)/autofunc finetune llm -c examples/demo.yaml
 
-# Two processes: one for what uses the pool of gloo workers, one for the rest.
-PYTEST := $(BIN)/python -m pytest -n 2
+# The tests of a file stay in one process, for they share what they make.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test: $(READY)
 	$(PYTEST)

@@ -21,19 +21,22 @@ def squared_error(outputs: Tensor, microbatch: Mapping[str, Any]) -> Tensor:
     return (outputs - microbatch["y"]).square().mean()
 
 
-def make_case(name: str, num_stages: int, rows: int) -> tuple[af.Model, list[Any], Any, dict[str, Tensor]]:
-    """(model, stages, loss, batch) of a model with eight layers."""
+def make_case(
+    name: str, num_stages: int, rows: int, num_blocks: int | None = None
+) -> tuple[af.Model, list[Any], Any, dict[str, Tensor]]:
+    """(model, stages, loss, batch) of a model with eight layers, or as many blocks as are wanted."""
     generator = torch.Generator().manual_seed(rows)
     if name == "mlp":
-        model = build_mlp_model(in_features=6, hidden_features=8, out_features=3, num_blocks=6, dropout=0.2)
+        model = build_mlp_model(in_features=6, hidden_features=8, out_features=3, num_blocks=num_blocks or 6, dropout=0.2)
         batch = {
             "x": torch.randn(rows, 6, generator=generator),
             "y": torch.randn(rows, 3, generator=generator),
         }
         return model, cut_evenly(model, num_stages), squared_error, batch
     model = build_gpt2_model(
-        vocab_size=17, n_positions=8, n_embd=8, n_layer=4, n_head=2, embd_pdrop=0.1, attn_pdrop=0.1, resid_pdrop=0.1
-    )
+        vocab_size=17, n_positions=8, n_embd=8, n_layer=num_blocks or 4, n_head=2, embd_pdrop=0.1, attn_pdrop=0.1,
+        resid_pdrop=0.1,
+    )  # fmt: skip
     ids = torch.randint(0, 17, (rows, 7), generator=generator)
     labels = ids[:, 1:].clone()
     labels[::3, -2:] = -100  # unequal token counts, so that weights differ

@@ -1,4 +1,4 @@
-"""A pool of gloo worker processes that lives as long as the test run: starting torch costs seconds.
+"""A pool of gloo worker processes: starting torch for each test would cost seconds.
 
 Workers are forked from a server that has imported torch, so that each costs milliseconds and they share that memory. The
 server has one thread and never computes, which makes the fork safe.

@@ -146,18 +146,19 @@ def assert_the_same(folder: Path, output: Path) -> None:
     assert "head.weight" not in found
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("words", "processes"),
     [
         pytest.param(("--nproc-per-node", "4", "--distributed.strategy", "ddp"), 4, id="ddp, inferred"),
-        pytest.param(("--distributed.dp_size", "2"), 4, id="fsdp2", marks=pytest.mark.full),
+        pytest.param(("--distributed.dp_size", "2"), 4, id="fsdp2"),
         pytest.param(
             ("--distributed.pp_size", "1", "--distributed.tp_size", "2", "--distributed.sequence_parallel", "true"), 2,
-            id="tp", marks=pytest.mark.full,
+            id="tp",
         ),
         pytest.param(
             ("--distributed.tp_size", "2", "--distributed.reshard_after_forward", "true", "distributed.dp_size=2"), 8,
-            id="all", marks=pytest.mark.full,
+            id="all",
         ),
     ],
 )  # fmt: skip
@@ -181,6 +182,7 @@ def test_every_mesh_gives_the_same_to_rounding(
             torch.testing.assert_close(leaf, weights[path], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.full
 def test_a_searched_schedule_gives_the_same(folder: Path, two_processes: subprocess.CompletedProcess[str]) -> None:
     done = start(folder, "finetune", "llm", "-c", "cfg.yaml", "distributed.schedule=auto", "--output_dir", "auto")
     assert done.returncode == 0 and done.stderr == "", done.stderr

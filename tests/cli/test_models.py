@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +129,8 @@ def test_any_module(folder: Path) -> None:
     assert two[0] != two[-1] and 4 < two[0] < 7
 
 
-def test_registered(folder: Path) -> None:
+@pytest.mark.parametrize("train_again", [train, pytest.param(train_on_two, marks=pytest.mark.full)])
+def test_registered(folder: Path, train_again: Callable[..., list[float]]) -> None:
     """By the registry, without weights in any process; its trained part exported, read again by stage, and trained on."""
     paths = ["--modeling_paths", "[my_models.custom_llm]"]
     first = train(folder, "registered.yaml", "registered", *paths)
@@ -142,7 +144,7 @@ def test_registered(folder: Path) -> None:
         'modeling_paths: ["my_models/custom_llm.py"]\n'
         f'trainable: ["lm_head*"]\n{RUN}'
     )
-    second = train_on_two(folder, "again.yaml", "again")
+    second = train_again(folder, "again.yaml", "again")
     assert second[0] < first[0]
     before, after = (load_file(folder / run / "model.safetensors") for run in ("registered", "again"))
     changed = {path for path, leaf in before.items() if not torch.equal(leaf, after[path])}

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import datasets
 import pytest
 
 from autofunc.config import read_config
 from autofunc.config.nemo_names import RENAMED, with_new_names
 from autofunc.errors import ConfigError
+from tests.cli.here import run_here
 
 CONFIG = """
 # my_gpt2_config.yaml
@@ -42,35 +42,27 @@ optimizer:
   lr: 1e-4
 """
 
-CACHING = """
-import datasets, os
-datasets.load_dataset(os.path.abspath("hellaswag"), split="train", cache_dir=os.environ["HF_DATASETS_CACHE"])
-cache = os.environ["HF_DATASETS_CACHE"]
-os.rename(os.path.join(cache, "hellaswag"), os.path.join(cache, "rowan___hellaswag"))
-"""
-
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A working directory with the configuration, and a cache that looks as after a download."""
     path = tmp_path_factory.mktemp("old")
     rows = [{"ctx": f"Cat {n}", "endings": ["sat.", "ran.", "is.", "was."], "label": str(n % 4)} for n in range(130)]
     (path / "hellaswag").mkdir()
     (path / "hellaswag" / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (path / "my_gpt2_config.yaml").write_text(CONFIG)
-    subprocess.run([sys.executable, "-c", CACHING], cwd=path, env=environment(path), check=True, capture_output=True)
-    return path
+    cache = path / "cache"
+    datasets.load_dataset(str(path / "hellaswag"), split="train", cache_dir=str(cache))
+    (cache / "hellaswag").rename(cache / "rowan___hellaswag")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+        yield path
 
 
-def environment(folder: Path) -> dict[str, str]:
-    return {**os.environ, "HF_HOME": str(folder / "home"), "HF_DATASETS_CACHE": str(folder / "cache"), "NO_COLOR": "1"}
-
-
-def autofunc(folder: Path, *arguments: str) -> str:
-    command = [sys.executable, "-m", "autofunc", *arguments]
-    done = subprocess.run(command, cwd=folder, env=environment(folder), capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def autofunc(folder: Path, *words: str) -> str:
+    done = run_here(folder, *words)
+    assert done.status == 0, done.out + done.err
+    return done.out
 
 
 SMALL = ["--model.n_layer", "2", "--model.n_embd", "48", "--model.vocab_size", "256"]

@@ -252,7 +252,9 @@ def order_of_waits(engine: str, compile: bool) -> list[int]:
     return pending
 
 
-@pytest.mark.parametrize(("engine", "compile"), [("graph", False), ("eager", False), ("graph", True)])
+@pytest.mark.parametrize(
+    ("engine", "compile"), [("graph", False), ("eager", False), pytest.param("graph", True, marks=pytest.mark.full)]
+)
 def test_a_forward_begins_while_later_layers_arrive(workers: WorkerPool, engine: str, compile: bool) -> None:
     for pending in workers.run(order_of_waits, engine, compile):
         expected = [4, 3, 2, 1, 0] if engine == "eager" else [5, 4, 3, 2, 1]
