@@ -44,7 +44,7 @@ def timed(call: Callable[[], Any]) -> tuple[Any, float]:
 
 def pieces(engine: Any, context: StageContext, leaves: list[Tensor], sums: Accumulator) -> tuple[float, ...]:
     """Microseconds of F, B, I, W, once each."""
-    x, cotangent = (torch.randn(context.returned.values[0].shape) for _ in range(2))
+    x, cotangent = (torch.randn(infer(context).boundary.values[0].shape) for _ in range(2))  # blocks keep the shape
     bound, microbatch = engine.bind(leaves), Microbatch.of(context.microbatch)
     with torch.no_grad():
         (_, residuals), f = timed(lambda: engine.forward(bound, [x], microbatch))

@@ -60,7 +60,7 @@ def random_instance(rng: random.Random, seconds: float) -> Outcome:
 def paper(console: Console, seconds: float) -> None:
     """Bubble rates of the 1.5B model by the paper's measure: 1 - busy / longest span of a rank."""
     table = Table("micro-\nbatches", "cap", "published", "searched, activations", "bound", "searched, bytes", "bound")
-    per_microbatch = PAPER_COSTS.F + PAPER_COSTS.I + PAPER_COSTS.W  # type: ignore[operator]
+    per_microbatch = PAPER_COSTS.F + PAPER_COSTS.I + PAPER_COSTS.W
     for m in (24, 32, 64):
         for caps in (1, 2):
             cells = []

@@ -162,4 +162,4 @@ def _call_as_it_is(operator: Any) -> None:
     from torch._inductor.lowering import lowerings, make_fallback
 
     if operator not in lowerings:
-        make_fallback(operator, warn=False)
+        make_fallback(operator, warn=False)  # type: ignore[no-untyped-call]
