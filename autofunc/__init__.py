@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from autofunc import errors, losses, random, schedule, tree
     from autofunc.automodel import AutoModel, register_architecture, register_modeling_path
-    from autofunc.captured import empty_weights, from_function, from_module
+    from autofunc.captured import empty_weights, from_function
     from autofunc.checks import check
     from autofunc.errors import AutofuncError
     from autofunc.markers import split_point
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from autofunc.splitting import Stage, split
     from autofunc.spread import constrain
     from autofunc.transform import pipeline, value_and_grad
+    from autofunc.whole_module import from_module
 
 __version__ = "0.1.0"
 
@@ -45,7 +46,7 @@ _HOME = {
     "data_coordinate": "autofunc.mesh",
     "empty_weights": "autofunc.captured",
     "from_function": "autofunc.captured",
-    "from_module": "autofunc.captured",
+    "from_module": "autofunc.whole_module",
     "make_mesh": "autofunc.mesh",
     "optimizer": "autofunc.optim",
     "pipeline": "autofunc.transform",

@@ -14,37 +14,34 @@ from autofunc.random import as_key, fold_in
 
 Microbatch = dict[str, Any]
 
+BatchDims = Mapping[str, int | None] | int | None
+"""Where the rows of a batch are: see `row_dims`."""
+
 
 def split_batch(
     batch: Mapping[str, Any],
     num_microbatches: int,
     *,
     key: Any = None,
-    batch_dims: Mapping[str, int | None] | None = None,
+    batch_dims: BatchDims = None,
     first: int = 0,
 ) -> list[Microbatch]:
     """Cut a batch into microbatches of equal size, in order. Tensors are views, nothing is copied.
 
-    The batch size is the size of dim 0 that most tensors share. Tensors whose dim 0 is the batch size are cut along it;
-    all other leaves go to every microbatch. `batch_dims` says otherwise for an entry: a dim to cut along,
-    or None for all rows.
+    Tensors are cut along the dim that `row_dims` finds; all other leaves go to every microbatch.
 
     Args:
         batch: mapping of pytrees of tensors. Its `"key"`, when there is one, is the key.
         num_microbatches: how many; must divide the batch size.
         key: randomness of this step: None, (seed, step), or a tensor from `af.random.make_key`. Each microbatch gets its
             own key, folded from this one and its number.
-        batch_dims: key -> dim or None.
+        batch_dims: see `row_dims`.
         first: number of the first microbatch among those of all data parallel ranks.
 
     Raises:
-        BatchError: when there is nothing to cut, the batch size is ambiguous, or rows do not divide.
+        BatchError: when there is nothing to cut, it is ambiguous how, or rows do not divide.
     """
-    batch_dims = dict(batch_dims or {})
-    unknown = sorted(set(batch_dims) - set(batch))
-    if unknown:
-        raise BatchError(f"batch_dims names {unknown[0]!r}, which is not in the batch: {', '.join(map(str, batch))}")
-    rows = _batch_size(batch, batch_dims)
+    rows, dims = row_dims(batch, batch_dims, cuts=num_microbatches > 1)
     if rows % num_microbatches:
         fitting = [count for count in range(1, rows + 1) if rows % count == 0]
         raise BatchError(
@@ -56,7 +53,7 @@ def split_batch(
         if name == "key":
             continue
         leaves, spec = tree.leaves_and_spec(value)
-        cut = [_cut(leaf, name, rows, num_microbatches, batch_dims) for leaf in leaves]
+        cut = [_cut(leaf, dim, num_microbatches) for leaf, dim in zip(leaves, dims[name], strict=True)]
         for index, piece in enumerate(pieces):
             piece[name] = tree.from_leaves([leaf[index] for leaf in cut], spec)
     step_key = as_key(batch.get("key") if key is None else key, device=_device(batch))
@@ -67,8 +64,65 @@ def split_batch(
     return pieces
 
 
+def row_dims(
+    batch: Mapping[str, Any], batch_dims: BatchDims = None, *, cuts: bool = True
+) -> tuple[int, dict[str, list[int | None]]]:
+    """How many rows a batch has, and in which dim.
+
+    The batch size is the size of dim 0 that most tensors share. Tensors whose dim 0 is the batch size are cut along it; all
+    other leaves go to every microbatch. `batch_dims` says otherwise for an entry: a dim to cut along, or None for all rows.
+    Refused is what may mean something else: a dim 0 of several times as many rows (two pictures a row?), and, unless
+    `batch_dims` names any entry, a tensor of which another dim has that size too, where an entry of another shape or dtype
+    has it there as well (a mask of tokens x tokens, positions of axes x rows x tokens).
+
+    Args:
+        batch: mapping of pytrees of tensors.
+        batch_dims: entry -> dim or None; one number is for all entries. What it names may have several times as many rows
+            as the batch.
+        cuts: whether it will be cut at all; one that will not is never ambiguous.
+
+    Returns:
+        The number of rows, and for each leaf of an entry the dim that is cut; None: it goes whole to every microbatch.
+
+    Raises:
+        BatchError: when nothing has rows, or it is ambiguous what has.
+    """
+    given = dict.fromkeys(batch, batch_dims) if isinstance(batch_dims, int) else dict(batch_dims or {})
+    unknown = sorted(set(given) - set(batch))
+    if unknown:
+        raise BatchError(f"batch_dims names {unknown[0]!r}, which is not in the batch: {', '.join(map(str, batch))}")
+    rows = _batch_size(batch, given)
+    leaves = {name: tree.leaves_and_spec(value)[0] for name, value in batch.items() if name != "key"}
+    dims: dict[str, list[int | None]] = {
+        name: [_dim(leaf, name, rows, given) for leaf in each] for name, each in leaves.items()
+    }
+    if cuts:
+        refuse_ambiguous(batch, rows, given)
+    return rows, dims
+
+
+def refuse_ambiguous(batch: Mapping[str, Any], rows: int, batch_dims: BatchDims = None) -> None:
+    """Refuse entries that `row_dims` calls ambiguous.
+
+    Args:
+        batch: mapping of pytrees of tensors.
+        rows: how many it has.
+        batch_dims: see `row_dims`.
+
+    Raises:
+        BatchError: naming the entry, and what to say.
+    """
+    leaves = {name: tree.leaves_and_spec(value)[0] for name, value in batch.items() if name != "key"}
+    given = leaves if isinstance(batch_dims, int) else batch_dims or {}
+    for name, each in leaves.items():
+        for leaf in each if name not in given else ():
+            _refuse_several_a_row(leaf, name, rows)
+            if not given:
+                _refuse_square(leaf, name, rows, [other for key in leaves if key != name for other in leaves[key]])
+
+
 def _batch_size(batch: Mapping[str, Any], batch_dims: Mapping[str, int | None]) -> int:
-    """The size of the batch dim that most tensors share."""
+    """The size of the batch dim that most tensors share; where as many share another, that of entries not named."""
     names: dict[int, list[str]] = {}
     for name, value in batch.items():
         dim = batch_dims.get(name, 0)
@@ -79,8 +133,10 @@ def _batch_size(batch: Mapping[str, Any], batch_dims: Mapping[str, int | None]) 
                 names.setdefault(leaf.shape[dim], []).append(str(name))
     if not names:
         raise BatchError(f"nothing in the batch has rows to cut: {', '.join(map(str, batch)) or 'it is empty'}")
-    (rows, sharing), *others = sorted(names.items(), key=lambda item: -len(item[1]))
-    if others and len(others[0][1]) == len(sharing):
+    (rows, sharing), *others = sorted(
+        names.items(), key=lambda item: (-len(item[1]), all(n in batch_dims for n in item[1]))
+    )
+    if others and len(others[0][1]) == len(sharing) and not all(name in batch_dims for name in others[0][1]):
         raise BatchError(
             f"cannot tell the batch size: {sharing[0]!r} has {rows} rows and {others[0][1][0]!r} has {others[0][0]}; "
             f"say batch_dims={{{others[0][1][0]!r}: None}} for what every microbatch gets whole"
@@ -90,15 +146,43 @@ def _batch_size(batch: Mapping[str, Any], batch_dims: Mapping[str, int | None]) 
     return rows
 
 
-def _cut(leaf: Any, name: str, rows: int, count: int, batch_dims: Mapping[str, int | None]) -> list[Any]:
-    dim = batch_dims.get(name, 0)
+def _dim(leaf: Any, name: str, rows: int, given: Mapping[str, int | None]) -> int | None:
+    dim = given.get(name, 0)
     if dim is None or not isinstance(leaf, Tensor) or leaf.dim() <= dim:
-        return [leaf] * count
-    if leaf.shape[dim] != rows:
-        if name in batch_dims:
-            raise BatchError(f"batch[{name!r}] has {leaf.shape[dim]} rows in dim {dim}, but the batch has {rows}")
-        return [leaf] * count
-    return list(torch.split(leaf, rows // count, dim))
+        return None
+    if name not in given:
+        return dim if leaf.shape[dim] == rows else None
+    if leaf.shape[dim] % rows:
+        raise BatchError(f"batch[{name!r}] has {leaf.shape[dim]} rows in dim {dim}, but the batch has {rows}")
+    return dim
+
+
+def _refuse_several_a_row(leaf: Any, name: str, rows: int) -> None:
+    if isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] > rows > 1 and leaf.shape[0] % rows == 0:
+        raise BatchError(
+            f"batch[{name!r}] has {leaf.shape[0]} in dim 0, {leaf.shape[0] // rows} for each of {rows} rows or for all of "
+            f"them: say batch_dims={{{name!r}: 0}} to cut it with the rows, or {{{name!r}: None}} to give it whole"
+        )
+
+
+def _refuse_square(leaf: Any, name: str, rows: int, others: list[Any]) -> None:
+    if not isinstance(leaf, Tensor) or leaf.dim() < 2 or leaf.shape[0] != rows or rows == 1:
+        return
+    dims = [dim for dim in range(1, leaf.dim()) if leaf.shape[dim] == rows]
+    unlike = (
+        other for other in others if isinstance(other, Tensor) and (other.shape, other.dtype) != (leaf.shape, leaf.dtype)
+    )
+    elsewhere = any(rows in other.shape[1:] or (other.dim() > 1 and other.shape[:2] == leaf.shape[1:3]) for other in unlike)
+    if dims and elsewhere:
+        listed = ", ".join(map(str, [0, *dims]))
+        raise BatchError(
+            f"batch[{name!r}] of shape {tuple(leaf.shape)} may have the {rows} rows in dim {listed} or nowhere: say "
+            f"batch_dims={{{name!r}: 0}}, another dim, or None to give it whole to every microbatch"
+        )
+
+
+def _cut(leaf: Any, dim: int | None, count: int) -> list[Any]:
+    return [leaf] * count if dim is None else list(torch.split(leaf, leaf.shape[dim] // count, dim))
 
 
 def _device(batch: Mapping[str, Any]) -> torch.device:
@@ -107,7 +191,7 @@ def _device(batch: Mapping[str, Any]) -> torch.device:
 
 
 def signature(microbatch: Microbatch) -> Any:
-    """What a plan depends on: shapes, dtypes and devices of tensors, and the values of everything else.
+    """What a plan depends on: shapes, dtypes, strides and devices of tensors, and the values of everything else.
 
     Raises:
         BatchError: for a leaf that cannot be compared by value, such as a numpy array.
@@ -120,5 +204,10 @@ def signature(microbatch: Microbatch) -> Any:
             )
     # with their types: True, 1 and 1.0 are equal
     return spec, tuple(
-        (leaf.shape, leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else (type(leaf), leaf) for leaf in leaves
+        (leaf.shape, leaf.dtype, _strides(leaf), leaf.device) if isinstance(leaf, Tensor) else (type(leaf), leaf)
+        for leaf in leaves
     )
+
+
+def _strides(leaf: Tensor) -> tuple[int, ...] | None:
+    return leaf.stride() if leaf.layout is torch.strided else None

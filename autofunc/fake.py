@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
 
 # Fake tensors and their errors have no public names; tried with torch 2.13.0.
 from torch._subclasses.fake_tensor import DataDependentOutputException
@@ -15,10 +19,28 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, S
 from autofunc.errors import AutofuncError, ModelError
 
 
+class _Mode(FakeTensorMode):  # type: ignore[no-untyped-call]
+    """Knows shapes that torch takes to depend on data, and that do not."""
+
+    def dispatch(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._ctc_loss.default:
+            with self:
+                return _ctc_loss(*args, **(kwargs or {}))
+        return super().dispatch(func, types, args, kwargs)
+
+
+def _ctc_loss(
+    log_probs: Tensor, targets: Tensor, input_lengths: Sequence[int], target_lengths: Sequence[int], *_: Any, **__: Any
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Losses of rows; and of each row, step, and place among targets and the blanks between: how likely it is reached."""
+    steps, rows = log_probs.shape[:2]
+    return log_probs.new_empty(rows), log_probs.new_empty(rows, steps, 2 * max(target_lengths) + 1)
+
+
 def fake_mode() -> FakeTensorMode:
     """A context in which operators compute shapes only. Real constants that a function closes over are let in."""
     # a shape environment lets a loss select rows by a mask, whose number nobody knows yet
-    return FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=True)
+    return _Mode(allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=True)
 
 
 def user_line(frames: traceback.StackSummary) -> str:

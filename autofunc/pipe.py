@@ -16,7 +16,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from autofunc import tree
-from autofunc.batch import Microbatch, signature, split_batch
+from autofunc.batch import BatchDims, Microbatch, signature, split_batch
 from autofunc.compatible import check_compatible
 from autofunc.engine import EngineOptions, require_compiler
 from autofunc.errors import AutofuncError, BatchError
@@ -62,7 +62,7 @@ class Pipeline:
         loss: Loss | None,
         mesh: DeviceMesh | None,
         options: EngineOptions,
-        batch_dims: Mapping[str, int | None] | None,
+        batch_dims: BatchDims,
         sharding: Sharding,
         merge: bool = True,
         parameters: Parameters | None = None,
@@ -313,7 +313,8 @@ class Pipeline:
         self, mode: Mode, params: Mapping[str, Tensor], device: torch.device, microbatches: Sequence[Microbatch]
     ) -> tuple[Plan, DistributedTransport | None]:
         described = tuple(
-            (path, leaf.shape, leaf.dtype, self._parameters.lies_right(leaf)) for path, leaf in sorted(params.items())
+            (path, leaf.shape, leaf.dtype, leaf.stride(), self._parameters.lies_right(leaf))
+            for path, leaf in sorted(params.items())
         )
         key = (mode, signature(microbatches[0]), described, device)
         if key not in self._plans:
@@ -324,6 +325,7 @@ class Pipeline:
             if self._group is not None:
                 dtypes = agree(self._group, mode.value, microbatches[0], dtypes)
             of_all_ranks = {path: torch.empty((), dtype=dtype, device="meta") for path, dtype in dtypes.items()}
+            of_all_ranks |= self._parameters.laid_out(params)
             plan = build_plan(self._blueprint, mode, of_all_ranks, device, microbatches[0])
             transport = None
             if self._group is not None and self._ranks is not None:

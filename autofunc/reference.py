@@ -9,7 +9,7 @@ import torch
 from tensordict import TensorDict
 
 from autofunc import tree
-from autofunc.batch import split_batch
+from autofunc.batch import BatchDims, split_batch
 from autofunc.errors import BatchError
 from autofunc.losses import Loss, combine_aux, evaluate
 from autofunc.model import Model
@@ -21,7 +21,7 @@ def reference_value_and_grad(
     num_microbatches: int,
     *,
     has_aux: bool = False,
-    batch_dims: Mapping[str, int | None] | None = None,
+    batch_dims: BatchDims = None,
 ) -> Callable[..., tuple[Any, TensorDict]]:
     """The loss and gradients of a model by a loop over microbatches.
 

@@ -9,6 +9,7 @@ from tensordict import TensorDict
 from torch.distributed.device_mesh import DeviceMesh
 
 from autofunc import tree
+from autofunc.batch import BatchDims
 from autofunc.engine import EngineOptions
 from autofunc.errors import AutofuncError
 from autofunc.losses import Loss
@@ -29,7 +30,7 @@ def pipeline(
     compile: bool = False,
     remat: str | None = None,
     memory_budget: int | None = None,
-    batch_dims: Mapping[str, int | None] | None = None,
+    batch_dims: BatchDims = None,
     sharding: Sharding | None = None,
 ) -> Pipeline:
     """Compose stages by a schedule into one pipelined function.
@@ -49,7 +50,8 @@ def pipeline(
             stage again in either case.
         memory_budget: for "auto": bytes of values that may be alive on a rank, as `schedule.live_bytes` counts them.
         sharding: how parameters and work are shared over the dp and tp axes of the mesh, and in what precision.
-        batch_dims: which dim of a batch entry holds the rows, or None for entries that every microbatch gets whole.
+        batch_dims: which dim of a batch entry holds the rows, or None for entries that every microbatch gets whole; one
+            number is for all entries. Without it, what may be meant otherwise is refused, see `autofunc.batch.row_dims`.
 
     Returns:
         An `af.Pipeline`: `pipe(params, batch)` is the loss, `af.value_and_grad(pipe)(params, batch)` loss and gradients.

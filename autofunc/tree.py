@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import is_dataclass
 from fnmatch import fnmatchcase
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.utils._pytree as _pytree
@@ -111,17 +111,47 @@ def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:
 
 
 def with_known_classes(tree: Any) -> Any:
-    """The tree itself; from here on dataclasses in it count as nodes with their fields, not as leaves."""
+    """The tree itself; from here on dataclasses and other objects that hold tensors count as nodes, not as leaves.
+
+    The children of an object are its attributes, in the order in which they were set.
+    """
     for part in _pytree.tree_leaves(tree):
-        if is_dataclass(part) and not isinstance(part, type):
+        if isinstance(part, (type, torch.Tensor)):
+            continue
+        if is_dataclass(part):
             torch.export.register_dataclass(type(part))
+            return with_known_classes(tree)
+        if any(isinstance(leaf, torch.Tensor) for leaf in _pytree.tree_leaves(getattr(part, "__dict__", {}))):
+            _register_object(type(part))
             return with_known_classes(tree)
     return tree
 
 
+def _register_object(cls: type) -> None:
+    """Make a class of objects with attributes known to torch."""
+
+    def flatten(value: Any) -> tuple[list[Any], list[str]]:
+        return list(vars(value).values()), list(vars(value))
+
+    def unflatten(children: Iterable[Any], names: list[str]) -> Any:
+        made = cast(Any, cls).__new__(cls)
+        vars(made).update(zip(names, children, strict=True))
+        return made
+
+    _pytree.register_pytree_node(
+        cls, flatten, unflatten, serialized_type_name=f"{cls.__module__}.{cls.__qualname__}",
+        flatten_with_keys_fn=lambda value: (
+            [(_pytree.GetAttrKey(name), child) for name, child in vars(value).items()], list(vars(value)),
+        ),
+    )  # fmt: skip
+
+
 def leaf_names(tree: Any, root: str) -> list[str]:
     """A readable name for every leaf of a pytree, in leaf order: `x` for a bare tensor, else `x.hidden`, `x.0`, ..."""
-    return [join(root, *(_key_text(key) for key in path)) for path, _ in _pytree.tree_leaves_with_path(tree)]
+    try:
+        return [join(root, *(_key_text(key) for key in path)) for path, _ in _pytree.tree_leaves_with_path(tree)]
+    except ValueError:  # of a class that was made known without names for its children
+        return [join(root, str(number)) for number in range(len(_pytree.tree_leaves(tree)))]
 
 
 def _key_text(key: Any) -> str:

@@ -59,7 +59,7 @@ PRIVATE_MODULES = {
     "torch.fx.experimental.proxy_tensor": {"graph/trace.py"},
     "torch.fx.experimental.symbolic_shapes": {"fake.py"},
     "torch.testing._internal": {"train/tensor_parallel_check.py"},
-    "torch.utils._python_dispatch": {"engine/purity.py"},
+    "torch.utils._python_dispatch": {"engine/purity.py", "splitting/outside.py"},
     "torch.utils._pytree": {"tree.py"},
 }
 PRIVATE_ATTRIBUTES = {

@@ -3,8 +3,8 @@
 from autofunc.captured.empty import empty_weights
 from autofunc.captured.function import from_function
 from autofunc.captured.model import CapturedModel
-from autofunc.captured.module import from_module
+from autofunc.captured.module import capture_module
 from autofunc.captured.pretrained import Pretrained
 from autofunc.captured.stored_tensors import StoredTensors
 
-__all__ = ["CapturedModel", "Pretrained", "StoredTensors", "empty_weights", "from_function", "from_module"]
+__all__ = ["CapturedModel", "Pretrained", "StoredTensors", "capture_module", "empty_weights", "from_function"]

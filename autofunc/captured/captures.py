@@ -15,6 +15,8 @@ from autofunc.batch import signature
 from autofunc.cache import Identity
 from autofunc.captured.export import Exported, export
 from autofunc.captured.flow import Flow
+from autofunc.captured.functional import make_functional
+from autofunc.captured.gradients import refuse_parameter_hooks
 from autofunc.captured.masks import use_is_causal
 from autofunc.captured.source import Source
 from autofunc.markers import marking
@@ -40,9 +42,10 @@ class Captures:
             batch: a microbatch.
             recast: dtype of the floating-point parameters; None: what they are in the module.
         """
+        refuse_parameter_hooks(self.source.module, self.source.what)
         entries = self.source.select(batch)
         spec, leaves = signature(entries)
-        shapes = (recast, spec, tuple(leaf[:2] for leaf in leaves))  # on any device
+        shapes = (recast, spec, tuple(leaf[:3] for leaf in leaves))  # on any device
         return shapes, cache.shared.get(("flow", Identity(self), shapes), lambda: self._capture(entries, recast))
 
     def _constant(self, node: Node, exported: Exported) -> Tensor:
@@ -71,6 +74,8 @@ class Captures:
             exported = export(source.module, source.arguments, example, source.what, recast, self._modes)
             exported.params = {node: source.canonical(name) for node, name in exported.params.items()}
             flow = Flow(exported, source.what)
+            if make_functional(flow):
+                flow = Flow(exported, source.what)
             fixed = {*exported.buffers, *exported.constants}
             if use_is_causal(flow, lambda node: self._constant(node, exported).cpu() if node in fixed else None):
                 flow = Flow(exported, source.what)  # without what made the mask

@@ -12,6 +12,11 @@ from torch import fx
 
 from autofunc.captured.flow import Flow
 from autofunc.captured.segment import Instruction, Ref, Runtime, Segment
+from autofunc.captured.strides import as_strided_as_captured
+from autofunc.errors import ModelError
+from autofunc.graph.lines import line_of
+from autofunc.graph.memory import is_all_of_its_memory
+from autofunc.graph.schema import arguments
 
 Node = fx.Node
 
@@ -134,9 +139,10 @@ class Cut:
         instructions = []
         for number, node in enumerate(nodes, start=len(given)):
             register[node] = number
-            args = tuple(_plain(argument, register) for argument in node.args)
+            target, read = self._for_any_strides(node)
+            args = tuple(_plain(argument, register) for argument in read)
             kwargs = tuple((name, _plain(argument, register)) for name, argument in node.kwargs.items())
-            instructions.append(Instruction(node.target, args, kwargs, number, node.meta.get("modes", ())))  # type: ignore[arg-type]
+            instructions.append(Instruction(target, args, kwargs, number, node.meta.get("modes", ())))
         return Segment(
             tuple(path for path, _ in params),
             len(received),
@@ -146,6 +152,25 @@ class Cut:
             tuple(Ref(register[each.node]) if isinstance(each, _Returned) else each for each in returned),
             spec,
         )
+
+    def _for_any_strides(self, node: Node) -> tuple[Any, tuple[Any, ...]]:
+        """An operator, and its arguments, that does the same when what it reads lies otherwise than in the whole forward.
+
+        Behind a cut values are contiguous, and kernels may lie to fake tensors about the strides of what they make.
+        """
+        source = node.args[0] if node.args else None
+        if not isinstance(source, Node) or self._flow.writes_to(source):
+            return node.target, node.args  # a view through which is written stays one
+        if node.target in (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default):
+            return torch.ops.aten.reshape.default, node.args
+        if node.target is torch.ops.aten.as_strided.default:
+            if not is_all_of_its_memory(source):
+                raise ModelError(
+                    f"as_strided reads memory around a tensor ({line_of(node)}), which is not there behind a cut; use "
+                    "views and indexing"
+                )
+            return as_strided_as_captured, (*arguments(node).values(), tuple(source.meta["val"].stride()))
+        return node.target, node.args
 
     @cached_property
     def _constants(self) -> list[Node]:

@@ -23,27 +23,32 @@ def find_cut_points(flow: Flow, modules: Iterable[str]) -> CutPoints:
         modules: names of all submodules.
     """
     starts: dict[str, int] = {}
-    calls: dict[str, set[str]] = {}
+    runs: dict[str, dict[str, int]] = {}  # name -> key of each call -> its position
     seen: set[str] = set()
     for position, node in enumerate(flow.nodes):
         for key, name in node.meta.get("modules", ()):
             seen.add(name)
             if node in flow.weighted and node in flow.alive:
-                starts.setdefault(name, position)
-                calls.setdefault(name, set()).add(key)
+                runs.setdefault(name, {}).setdefault(key, position)
+    for name, calls in runs.items():
+        if len(calls) == 1:
+            starts[name] = next(iter(calls.values()))
+        else:  # `layers@2` is the second run of it
+            starts.update({f"{name}@{number}": position for number, position in enumerate(sorted(calls.values()), start=1)})
     for name, node in flow.exported.markers.items():
         later = (position for position in range(flow.position.get(node, len(flow.nodes)), len(flow.nodes)))
         start = next((p for p in later if flow.nodes[p] in flow.weighted and flow.nodes[p] in flow.alive), None)
         if start is not None:
-            starts[name], calls[name] = start, {name}
+            starts[name] = start
     refused: dict[str, str] = {}
     for name in modules:
-        if name and name not in starts:
+        if name and name not in runs and name not in starts:
             refused[name] = "needs no weights, so each stage computes it itself" if name in seen else "is not run"
-    for name, keys in calls.items():
-        if len(keys) > 1:
-            refused[name] = f"is run {len(keys)} times, so it is no one place"
-        elif any(first < starts[name] <= last for first, last in flow.uncuttable):
+        elif len(runs.get(name, {})) > 1:
+            count = len(runs[name])
+            refused[name] = f"is run {count} times, so it is no one place; its runs are {name}@1 to {name}@{count}"
+    for name, start in starts.items():
+        if any(first < start <= last for first, last in flow.uncuttable):
             refused[name] = "begins between two writes to the same memory"
     legal = sorted((start, name) for name, start in starts.items() if name not in refused)
     return CutPoints({name: start for start, name in legal}, refused)

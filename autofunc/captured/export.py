@@ -19,10 +19,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from autofunc import tree
+from autofunc.captured.dense import SPARSE, make_dense
 from autofunc.captured.gradients import refuse_own_backward, without_hooks
 from autofunc.captured.keyed import replace_random
+from autofunc.captured.outputs import CACHE, without_caches
+from autofunc.captured.own_backward import apply_for_real, recorded
 from autofunc.captured.recurrent import unfuse
-from autofunc.captured.unchanged import left_as_it_was, restored
+from autofunc.captured.unchanged import LeftBehind, restored
 from autofunc.errors import ModelError
 from autofunc.fake import fake_mode, naming_errors
 from autofunc.graph.lines import line_of
@@ -44,6 +47,7 @@ class Exported:
     constants: dict[Node, Tensor] = field(default_factory=dict)  # in the end with the values of the buffers that are used
     inputs: dict[Node, int] = field(default_factory=dict)  # position among the tensors of the batch
     markers: dict[str, Node] = field(default_factory=dict)  # by name: the first operator after `af.split_point`
+    notes: list[str] = field(default_factory=list)  # what was left out or changed, for the user
 
     @property
     def returned(self) -> list[Any]:
@@ -55,20 +59,43 @@ Arguments = Callable[[Mapping[str, Any]], tuple[tuple[Any, ...], dict[str, Any]]
 """From the entries of a batch to what a module is called with."""
 
 
+@dataclass
+class Told:
+    """What a call has to say; an object of its own, because torch puts back the attributes of what it exports."""
+
+    notes: list[str] = field(default_factory=list)
+
+
 class Call(nn.Module):
     """What is exported: one call of a module, on the entries of a batch that it takes."""
 
     def __init__(self, module: nn.Module, arguments: Arguments, what: str) -> None:
         super().__init__()
         self.module, self._arguments, self._what = module, arguments, what
+        self.told = Told()
+        self.left = LeftBehind(module)
 
     def forward(self, batch: Mapping[str, Any]) -> Any:
         """Call the module."""
         args, kwargs = self._arguments(batch)
-        with left_as_it_was(self.module, self._what), without_hooks(self.module, self._what):
-            outputs = tree.with_known_classes(self.module(*args, **kwargs))
+        with self.left.undone(), without_hooks(self.module, self._what), recorded():
+            outputs, cached = without_caches(self._called(args, kwargs, batch))
+            outputs = tree.with_known_classes(outputs)
+            self.told.notes = [CACHE] if cached else []
         refuse_own_backward(outputs, self._what)
         return outputs
+
+    def _called(self, args: tuple[Any, ...], kwargs: dict[str, Any], batch: Mapping[str, Any]) -> Any:
+        try:
+            return self.module(*args, **kwargs)
+        except TypeError as error:
+            refused = next((name for name in kwargs if f"unexpected keyword argument '{name}'" in str(error)), None)
+            if refused is None or refused not in batch:
+                raise
+            others = [name for name in batch if name != refused]
+            raise ModelError(
+                f"{self._what} passes all entries of the batch on, and {error}; say which entries it gets: inputs={others}"
+            ) from error
 
 
 PREFIX = "module."
@@ -98,12 +125,11 @@ def export(
     """
     call = Call(module, arguments, what)
     with restored(module), naming_errors(what), _quiet():
-        _stand_in(module, dtype)
-        for part, mode in modes.items():
-            part.training = mode
+        _prepare(module, dtype, modes)
         program = torch.export.export(call, (dict(batch),), strict=False)
+    _refuse_shapes_of_data(program.graph, what)
     flattening = _Inliner(program.graph_module)
-    exported = Exported(flattening.graph, program.call_spec.out_spec)
+    exported = Exported(flattening.graph, program.call_spec.out_spec, notes=call.told.notes)
     leaves = tree.leaves_and_spec(dict(batch))[0]
     tensors = iter(range(sum(isinstance(leaf, Tensor) for leaf in leaves)))
     given = iter(leaves)
@@ -127,11 +153,45 @@ def export(
         else:
             (exported.params if kind == "PARAMETER" else exported.buffers)[new] = name.removeprefix(PREFIX)
     exported.graph.output(tuple(flattening.run(program.graph)))
+    apply_for_real(exported.graph)
     replace_random(exported.graph, what)
     unfuse(exported.graph)
+    if make_dense(exported.graph):
+        exported.notes.append(SPARSE)
     _take_out_markers(exported)
     exported.graph.lint()
+    if call.left.changes:
+        with restored(module), naming_errors(what), _quiet():
+            _prepare(module, dtype, modes)
+            _refuse_state(call, batch, program.graph, what)
     return exported
+
+
+def _refuse_state(call: Call, batch: Mapping[str, Any], first: fx.Graph, what: str) -> None:
+    """Refuse a forward that runs otherwise where it has run before; what it stores for itself is its own affair."""
+    stored = call.left.words
+    try:
+        again = str(torch.export.export(call, (dict(batch),), strict=False).graph)
+    except Exception as error:  # whatever the user's code makes of what it finds
+        again = f"{type(error).__name__}: {error}"
+    if again != str(first):
+        raise ModelError(
+            f"{what} keeps state from one forward to the next: {stored}. Microbatches overlap in a pipeline, and a "
+            "captured forward would do it only once; return it, or compute it in __init__"
+        )
+
+
+def _refuse_shapes_of_data(graph: fx.Graph, what: str) -> None:
+    """Stages exchange tensors of fixed shapes."""
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, Tensor) and any(isinstance(size, torch.SymInt) for size in value.shape):
+            maker = node.args[0] if node.target is operator.getitem else node
+            raise ModelError(
+                f"{what}: the data decides how many rows {maker.target} makes ({line_of(node)}), and shapes are fixed in a "
+                "pipeline; keep all rows: ignore_index for labels, torch.where or a product with the mask, a fixed "
+                "capacity for experts"
+            )
 
 
 @contextmanager
@@ -146,6 +206,13 @@ def _quiet() -> Iterator[None]:
         sys.stderr.write(printed.getvalue())  # what forward itself had to say
     finally:
         log.disabled = disabled
+
+
+def _prepare(module: nn.Module, dtype: torch.dtype | None, modes: Mapping[nn.Module, bool]) -> None:
+    """Make a module ready to be exported; inside `restored`."""
+    _stand_in(module, dtype)
+    for part, mode in modes.items():
+        part.training = mode
 
 
 def _stand_in(module: nn.Module, dtype: torch.dtype | None) -> None:
@@ -216,6 +283,11 @@ class _Inliner:
             return
         if name.startswith(_ASSERTIONS):
             return
+        if "functorch" in str(getattr(node.target, "__module__", "")):
+            raise ModelError(
+                f"a transform of torch.func, such as vmap, cannot be split over stages ({line_of(node)}); write it with "
+                "operators on batches"
+            )
         if not is_operator(node) and node.target is not operator.getitem:
             raise ModelError(f"{name} cannot be split over stages ({line_of(node)}); write it without")
         args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda read: self.values[read])

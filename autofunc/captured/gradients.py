@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 from torch.overrides import TorchFunctionMode
 
 from autofunc import tree
 from autofunc.errors import ModelError
+from autofunc.fake import user_line
 
+_DATA = Tensor.data.__get__  # type: ignore[attr-defined]
 _HOOKS = ("_backward_hooks", "_backward_pre_hooks")
 
 
@@ -26,7 +30,29 @@ class _NoHooks(TorchFunctionMode):
     ) -> Any:
         if func is Tensor.register_hook:
             raise ModelError(f"{self._what} puts a hook on a gradient (register_hook), which a captured forward would lose")
+        if func == _DATA:
+            return args[0].detach()
+        if func is torch.autograd.grad:
+            raise ModelError(
+                f"{self._what} differentiates inside of its forward (torch.autograd.grad; "
+                f"{user_line(traceback.extract_stack())}), which a captured forward cannot; write that gradient with "
+                "operators, or the model as af.Layer functions for engine='eager'"
+            )
         return func(*args, **(kwargs or {}))
+
+
+def refuse_parameter_hooks(module: nn.Module, what: str) -> None:
+    """Refuse hooks on the gradients of parameters.
+
+    Raises:
+        ModelError: naming the parameter.
+    """
+    for name, leaf in module.named_parameters():
+        if leaf._backward_hooks or leaf._post_accumulate_grad_hooks:
+            raise ModelError(
+                f"{what}: the gradient of {name!r} has a hook, which would not run; remove it, and change the gradients "
+                "that af.value_and_grad returns instead"
+            )
 
 
 @contextmanager
@@ -66,11 +92,8 @@ def refuse_own_backward(outputs: Any, what: str) -> None:
         # those of operators in a torch.library stay with the operator
         if isinstance(node, BackwardCFunction) and not type(node).__name__.startswith("GeneratedBackwardFor_"):
             name = type(node).__name__.removesuffix("Backward")
-            advice = (
-                "use torch.utils.checkpoint with use_reentrant=False"
-                if name == "CheckpointFunction"
-                else "write it with operators (a straight-through estimator is x + (f(x) - x).detach()), or as an operator "
-                "of a torch.library with register_autograd"
+            raise ModelError(
+                f"{what} applies {name} in a way that cannot be followed, and a captured forward would lose its backward; "
+                f"call {name}.apply"
             )
-            raise ModelError(f"{what} applies {name}, whose backward a captured forward would lose; {advice}")
         left += [following for following, _ in node.next_functions]

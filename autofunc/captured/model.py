@@ -46,9 +46,11 @@ class CapturedModel(Model):
         *,
         config: Any = None,
         trainable: Sequence[str] = ("*",),
+        notes: Sequence[str] = (),
     ) -> None:
         self._captures, self._example, self._source = captures, example, captures.source
         flow = captures.flow(example, None)[1]
+        self.notes = tuple(dict.fromkeys((*notes, *flow.exported.notes)))
         self._found = self._cut_points(flow)
         if names is None:
             names = default_layers(self._source.module, self._found, flow.exported.markers)
@@ -87,7 +89,7 @@ class CapturedModel(Model):
         ordered = [wanted[position] for position in sorted(wanted)]
         return CapturedModel(
             self._captures, self._example, ordered,
-            config=self.config, trainable=self.trainable,
+            config=self.config, trainable=self.trainable, notes=self.notes,
         )  # fmt: skip
 
     # --- what `Model` works out from its layers

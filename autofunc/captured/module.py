@@ -1,4 +1,4 @@
-"""`af.from_module`: any `nn.Module` as a model of named layers."""
+"""Any `nn.Module` as a model of named layers."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ from autofunc.captured.model import CapturedModel
 from autofunc.captured.pretrained import Pretrained, SafetensorsWeights, Weights
 from autofunc.errors import ModelError, one_of
 
+_TOTAL = "num_items_in_batch"  # of transformers: by what a sum over a whole batch is divided
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
-def from_module(
+def capture_module(
     module: nn.Module | Pretrained,
     example_batch: Mapping[str, Any],
     *,
@@ -30,45 +31,18 @@ def from_module(
     trainable: Sequence[str] | None = None,
     weights: str | Path | None = None,
 ) -> CapturedModel:
-    """Any module as a model of named pure layers: captured as it is, never copied, patched or changed.
-
-    Its layers are the items of its outermost lists of modules and the modules beside them; `af.split` takes the name of any
-    module that runs once. Parameters keep their names. A parameter that several layers use is tied. Dropout becomes a
-    function of the key; a module in eval mode has none. A module on the meta device is captured without weights, and
-    initialised layer by layer by its own initialisers. It cannot be cut over tensor parallel ranks: the sizes of
-    the whole are in its graph.
-
-    Args:
-        module: what is captured, in the mode (train or eval) it is in; or what `af.AutoModel.from_pretrained` returned: its
-            parameters on the meta device are read from its files instead of initialised, each when it is asked for.
-        example_batch: a batch; only shapes and dtypes matter. Other shapes are captured when they are met.
-        inputs: which entries forward gets: names of entries in the order of its arguments, or argument -> entry. By default
-            the entries that forward names; all of them where it names none and takes any.
-        trainable: patterns of the parameters that get gradients; by default those with `requires_grad`.
-        weights: a `.safetensors` file, or a folder with one or with shards: parameters and buffers have the values in it,
-            whatever they are in the module.
-
-    Returns:
-        A model for `af.split`. `model.init()` copies the weights that the module has, or that are stored; it makes those on
-        the meta device from a seed. `model.module` is the module.
-
-    Raises:
-        ModelError: for what cannot be captured, is written to, keeps state, or is used by no layer; for weights that do not
-            fit the module.
-
-    Example:
-        model = af.from_module(GPT2LMHeadModel(config), {"input_ids": ids})
-        stages = af.split(model, ["h.4", "h.8"])
-    """
+    """See `af.from_module`, which may compare the module with what is captured."""
     stored: Weights | None = None
     if isinstance(module, Pretrained):
         stored, trainable = module.weights, module.trainable if trainable is None else trainable
         module = module.module
     if weights is not None:
         stored = SafetensorsWeights(weights, module)
+    module, wrappers = _unwrapped(module)
     source = ModuleSource(module, inputs, stored, keep_real=weights is None)
     model = CapturedModel(
-        Captures(source), example_batch, config=getattr(module, "config", None), trainable=trainable or ("*",)
+        Captures(source), example_batch, config=getattr(module, "config", None), trainable=trainable or ("*",),
+        notes=[f"{wrapper} around {source.what} is left out: the pipeline does its work" for wrapper in wrappers],
     )  # fmt: skip
     used = model.used
     frozen = any(not leaf.requires_grad for leaf in source.parameters.values())
@@ -88,6 +62,16 @@ def from_module(
             "they need"
         )
     return model
+
+
+def _unwrapped(module: nn.Module) -> tuple[nn.Module, list[str]]:
+    """What is inside `torch.compile`'s module, or one for data parallelism; and the classes around it."""
+    inside = {"OptimizedModule": "_orig_mod", "DataParallel": "module", "DistributedDataParallel": "module"}
+    found = []
+    while type(module).__module__.startswith("torch.") and type(module).__name__ in inside:
+        found.append(type(module).__name__)
+        module = module.get_submodule(inside[found[-1]])
+    return module, found
 
 
 def source_of(model: CapturedModel | Pretrained | nn.Module) -> ModuleSource:
@@ -168,10 +152,13 @@ class ModuleSource:
         if "batch" in self._takes and "batch" not in entries:
             return entries
         named = {name for name, each in self._takes.items() if each.kind in _NAMED}
-        chosen = {name: value for name, value in entries.items() if name in named}
         takes_any = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in self._takes.values())
-        if not chosen and takes_any:
-            return entries
+        chosen = {name: value for name, value in entries.items() if name in named or takes_any}
+        if _TOTAL in chosen:
+            raise ModelError(
+                f"{self.what} would divide its loss by {_TOTAL!r}, and microbatches are averaged beside that; leave it out "
+                "of the batch, or give a loss that returns (sum, weight)"
+            )
         required = [
             name for name, each in self._takes.items() if each.kind in _NAMED and each.default is inspect.Parameter.empty
         ]

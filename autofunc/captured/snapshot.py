@@ -118,6 +118,12 @@ class Snapshot:
                 note(place, place.attribute, "written")
         return [change for change in found.values() if not _is_housekeeping(self._parts[change.module], change.attribute)]
 
+    def left(self) -> list[tuple[Any, Any]]:
+        """The containers that differ from when it was taken, and copies of what they hold now, for `put_back`."""
+        return [
+            (container, _copy(container)) for _, container, copy in self._containers if not _same_objects(container, copy)
+        ]
+
     def restore(self) -> None:
         """Put everything back: the same objects with the same contents."""
         for _, container, copy in self._containers:
@@ -168,6 +174,12 @@ class Snapshot:
                 self._container(place, vars(value), depth)
         elif depth < _DEEPEST and not isinstance(value, _OPAQUE) and isinstance(getattr(value, "__dict__", None), dict):
             self._container(replace(place, is_object=True), value.__dict__, depth + 1)
+
+
+def put_back(left: list[tuple[Any, Any]]) -> None:
+    """Fill containers with what they held when `Snapshot.left` was asked."""
+    for container, copy in left:
+        _refill(container, copy)
 
 
 def storage_of(tensor: Tensor) -> int | None:

@@ -1,14 +1,14 @@
-"""A module is captured as a pure function: whatever its forward leaves behind in it is undone, and refused."""
+"""A module is captured as a pure function: what a forward leaves behind is undone, and refused where the next reads it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
-from autofunc.captured.snapshot import Change, Snapshot
-from autofunc.errors import ModelError
+from autofunc.captured.snapshot import Change, Snapshot, put_back
 
 
 @contextmanager
@@ -21,29 +21,34 @@ def restored(module: nn.Module) -> Iterator[None]:
         before.restore()
 
 
-@contextmanager
-def left_as_it_was(module: nn.Module, what: str) -> Iterator[None]:
-    """Refuse a forward that changes an attribute of any submodule, or what is in it, and undo it.
+class LeftBehind:
+    """What a forward changes in a module beside tensors' values: it is undone, and can be there when it runs again.
 
     Plain values inside objects, such as a config, are undone only. What is written into tensors shows in the graph.
-
-    Raises:
-        ModelError: naming the class and the attribute.
     """
-    before = Snapshot(module, values=False)
-    changes: list[Change] = []
-    try:
-        yield
-    finally:
-        changes += [change for change in before.changes() if change.how != "noted"]
-        before.restore()
-    if changes:
-        stored = (
-            f"{type(module.get_submodule(each.module)).__name__} ({each.module or 'the module itself'}) stores "
+
+    def __init__(self, module: nn.Module) -> None:
+        self.changes: list[Change] = []
+        self._module = module
+        self._left: list[tuple[Any, Any]] = []
+
+    @contextmanager
+    def undone(self) -> Iterator[None]:
+        """Around a forward, which finds what the last one left."""
+        before = Snapshot(self._module, values=False)
+        put_back(self._left)
+        try:
+            yield
+        finally:
+            self.changes = [change for change in before.changes() if change.how != "noted"]
+            self._left = before.left()
+            before.restore()
+
+    @property
+    def words(self) -> str:
+        """The first changes, by class and attribute."""
+        return "; ".join(
+            f"{type(self._module.get_submodule(each.module)).__name__} ({each.module or 'the module itself'}) stores "
             f"{each.attribute!r}"
-            for each in changes[:5]
-        )
-        raise ModelError(
-            f"{what} keeps state from one forward to the next: {'; '.join(stored)}. Microbatches overlap in a "
-            "pipeline, and a captured forward would do it only once; return it, or compute it in __init__"
+            for each in self.changes[:5]
         )

@@ -8,12 +8,18 @@ from typing import Any
 from torch import Tensor
 
 from autofunc import tree
+from autofunc.batch import refuse_ambiguous
 from autofunc.checks.subject import Subject
 from autofunc.checks.verdict import Verdict
+from autofunc.errors import BatchError
 
 
 def check_entries(subject: Subject) -> list[Verdict]:
     """The findings of P4: one verdict or more."""
+    try:
+        refuse_ambiguous(subject.batch, subject.rows, subject.batch_dims)
+    except BatchError as error:
+        return [Verdict("P4", "fail", str(error))]
     found = []
     for name, value in subject.batch.items():
         if name == "key":
@@ -29,7 +35,7 @@ def _entry(subject: Subject, name: str, path: str, leaf: Any) -> list[Verdict]:
             return []  # a setting, the same for all rows
         text = f"{path!r} is a {type(leaf).__name__}; expected a tensor (torch.from_numpy) or a plain value"
         return [Verdict("P4", "fail", text)]
-    if leaf.dim() > 0 and leaf.shape[0] == subject.rows:
+    if subject.batch_dims or (leaf.dim() > 0 and leaf.shape[0] == subject.rows):
         return []
     dims = [dim for dim, size in enumerate(leaf.shape) if size == subject.rows]
     advice = f"; if dim {dims[0]} is that of the rows, say batch_dims={{{name!r}: {dims[0]}}}" if dims else ""

@@ -5,10 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from autofunc import tree
+from autofunc.captured.without_dropout import WithoutDropout
 from autofunc.checks.subject import ForwardError, Subject
 from autofunc.checks.verdict import Verdict
 from autofunc.checks.whole_and_parts import WholeAndParts, close, compared, first_coupled, loss_kind, run_whole_and_parts
-from autofunc.checks.without_dropout import WithoutDropout
 
 _LOSS = ("output", "output.loss")
 

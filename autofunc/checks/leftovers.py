@@ -6,7 +6,7 @@ keeps in the module, another finds there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -28,7 +28,8 @@ def check_leftovers(subject: Subject) -> list[Verdict]:
     if subject.module is None:
         return [Verdict("C4", "skip", "layers are functions, and keep nothing")]
     changes = [change for change in subject.first.changes if change.kind != "parameter"]
-    kept = [change for change in changes if change.how != "noted"]
+    captured, _ = subject.captured  # then no forward reads what another has stored: it is undone
+    kept = [change for change in changes if change.how != "noted" and not (captured and change.kind == "attribute")]
     if kept:
         return [_kept(subject, module, named) for module, named in _by_class(subject, kept).items()]
     if len(changes) < len(subject.first.changes):
@@ -42,7 +43,8 @@ def check_leftovers(subject: Subject) -> list[Verdict]:
             subject.restore()
         if text:
             return [Verdict("C4", "fail", text, subject.where_above(at))]
-    found = [_noted(subject, module, named) for module, named in _by_class(subject, changes).items()]
+    noted = [change for change in changes if change.how == "noted"]
+    found = [_noted(subject, module, named) for module, named in _by_class(subject, noted).items()]
     return found or [
         Verdict("C4", "pass", "forwards leave nothing behind, may overlap, and may be run again for their gradients")
     ]
@@ -108,9 +110,13 @@ def _order_matters(subject: Subject) -> Finding:
 
 
 def _checkpoints_differ(subject: Subject) -> Finding:
-    expected = subject.gradients(subject.run(subject.batch), subject.batch)
+    parts = {id(part): part for part in map(_submodule(subject), subject.layers)}.values()
+    writing: set[nn.Module] = set()
+    with _replaced(parts, lambda part: partial(_noting_writes, part, part.forward, writing)):
+        expected = subject.gradients(subject.run(subject.batch), subject.batch)
     subject.restore()
-    with _checkpointed(subject):
+    again = [part for part in parts if part not in writing]  # torch's checkpoint would give the others what they have made
+    with _replaced(again, lambda part: partial(checkpoint, part.forward, use_reentrant=False)):
         found = subject.gradients(subject.run(subject.batch), subject.batch)
     return _differing([expected], [found], "gradients are others when layers are run again for them (checkpointing)")
 
@@ -130,16 +136,29 @@ def _differing(expected: list[dict[str, Tensor]], found: list[dict[str, Tensor]]
     return "", ""
 
 
-@contextmanager
-def _checkpointed(subject: Subject) -> Iterator[None]:
-    """Run layers under `torch.utils.checkpoint`; they are the same objects, with a forward of their own for a while."""
+def _submodule(subject: Subject) -> Callable[[str], nn.Module]:
     assert subject.module is not None
+    return subject.module.get_submodule
+
+
+def _noting_writes(part: nn.Module, forward: Callable[..., Any], writing: set[nn.Module], *args: Any, **kwargs: Any) -> Any:
+    """Call a forward, and note the part when it writes to what it is given, as `nn.ReLU(inplace=True)` does."""
+    given = [leaf for leaf in tree.leaves_and_spec((args, kwargs))[0] if isinstance(leaf, Tensor)]
+    versions = [leaf._version for leaf in given]
+    outputs = forward(*args, **kwargs)
+    if versions != [leaf._version for leaf in given]:
+        writing.add(part)
+    return outputs
+
+
+@contextmanager
+def _replaced(parts: Iterable[nn.Module], forward_of: Callable[[nn.Module], Callable[..., Any]]) -> Iterator[None]:
+    """Parts with another forward for a while; they are the same objects."""
     before: list[tuple[dict[str, Any], dict[str, Any]]] = []
-    parts = {id(part): part for part in map(subject.module.get_submodule, subject.layers)}
-    for part in parts.values():
+    for part in parts:
         space = vars(part)
         before.append((space, {"forward": space["forward"]} if "forward" in space else {}))
-        space["forward"] = partial(checkpoint, part.forward, use_reentrant=False)
+        space["forward"] = forward_of(part)
     try:
         yield
     finally:

@@ -75,7 +75,7 @@ def _forms(module: nn.Module) -> Iterator[Verdict]:
 
 def _form(leaf: Tensor) -> tuple[Status, str] | None:
     if leaf.dim() == 0:
-        return "fail", "has no dim that could be sharded; give it the shape (1,)"
+        return "warn", "has no dim that FSDP2 could cut, which refuses it; give it the shape (1,)"
     if leaf.is_quantized:
         return "fail", f"is quantised ({leaf.dtype}); quantise after training"
     if leaf.layout != torch.strided or not leaf.is_contiguous():

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from autofunc.batch import BatchDims
 from autofunc.checks.config import check_config
 from autofunc.checks.cuts import check_cuts
 from autofunc.checks.empty_build import check_empty_build
@@ -24,6 +25,7 @@ from autofunc.checks.seeds import seeded
 from autofunc.checks.subject import ForwardError, Subject
 from autofunc.checks.ties import check_ties
 from autofunc.checks.verdict import Verdict
+from autofunc.checks.whole_module import check_whole_module
 from autofunc.checks.writes import check_writes
 from autofunc.fake import user_line
 from autofunc.losses import Loss
@@ -31,7 +33,7 @@ from autofunc.model import Model
 
 UNFINISHED = "the check could not be finished: "
 _LONGEST = 600
-_NEED_A_RUN = ("C2", "C4", "P3")
+_NEED_A_RUN = ("C2", "C4", "P3", "P6")
 
 
 def check(
@@ -42,6 +44,7 @@ def check(
     inputs: Sequence[str] | Mapping[str, str] | None = None,
     registry: bool = False,
     rows: int | None = None,
+    batch_dims: BatchDims = None,
 ) -> Report:
     """Look for what stands in the way of sharding and pipelining a module.
 
@@ -55,6 +58,7 @@ def check(
         inputs: which entries forward gets, see `af.from_module`.
         registry: whether it is to be found in a registry of models, which needs a `config`.
         rows: how many rows the batch has, where its tensors leave that open.
+        batch_dims: in which dims they are, see `af.pipeline`.
 
     Raises:
         ModelError: for what is no module, or has no weights.
@@ -64,7 +68,7 @@ def check(
         report = af.check(model, {"input_ids": ids, "labels": ids})
         assert report.ok, report  # print(report) shows it as a table
     """
-    subject = Subject(module, batch, loss, inputs, rows)
+    subject = Subject(module, batch, loss, inputs, rows, batch_dims)
     _ = subject.snapshot  # before anything runs
     checks: dict[str, Callable[[Subject], list[Verdict]]] = {
         "C1": check_parameters,
@@ -77,6 +81,7 @@ def check(
         "P3": check_independence,
         "P4": check_entries,
         "P5": check_empty_build,
+        "P6": check_whole_module,
     }
     verdicts: list[Verdict] = []
     with seeded(0), warnings.catch_warnings():

@@ -17,15 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from autofunc import tree
-from autofunc.batch import split_batch
-from autofunc.captured import from_module
+from autofunc.batch import BatchDims, split_batch
+from autofunc.captured import capture_module
 from autofunc.captured.cut_points import default_layers
 from autofunc.captured.module import ModuleSource
 from autofunc.captured.snapshot import Change, Snapshot
+from autofunc.captured.without_dropout import WithoutDropout
 from autofunc.checks.seeds import seeded
 from autofunc.checks.verdict import Where, is_torch, where
 from autofunc.checks.watch import Watched, watching
-from autofunc.checks.without_dropout import WithoutDropout
 from autofunc.errors import AutofuncError, BatchError, ModelError
 from autofunc.fake import user_line
 from autofunc.losses import Loss, LossTerms, evaluate
@@ -70,6 +70,7 @@ class Subject:
         loss: see `af.pipeline`.
         inputs: see `af.from_module`.
         rows: the number of rows of the batch; by default the size of dim 0 that most of its tensors share.
+        batch_dims: see `af.pipeline`.
 
     Raises:
         ModelError: for anything else, or weights on the meta device.
@@ -83,10 +84,11 @@ class Subject:
         loss: Loss | None,
         inputs: Sequence[str] | Mapping[str, str] | None,
         rows: int | None,
+        batch_dims: BatchDims = None,
     ) -> None:
         if not isinstance(checked, (nn.Module, Model)):
             raise ModelError(f"expected an nn.Module or an af.Model, got {type(checked).__name__}")
-        self.batch, self.loss, self.inputs = dict(batch), loss, inputs
+        self.batch, self.loss, self.inputs, self.batch_dims = dict(batch), loss, inputs, batch_dims
         self.checked = checked
         self.module = checked if isinstance(checked, nn.Module) else None
         self.name = type(checked).__name__
@@ -249,7 +251,7 @@ class Subject:
         if self.module is None:
             return self.model, ""
         try:
-            return from_module(self.module, self.batch, inputs=self.inputs), ""
+            return capture_module(self.module, self.batch, inputs=self.inputs), ""
         except AutofuncError as error:
             return None, str(error)
         except Exception as error:  # what no message is written for
@@ -264,9 +266,12 @@ class Subject:
         """
         batch = self.batch if batch is None else batch
         count = next((count for count in range(2, self.rows + 1) if self.rows % count == 0), 1)
-        whole = {name: None for name, value in batch.items() if name != "key" and not self.has_rows(value)}
+        dims: BatchDims = self.batch_dims
+        if not isinstance(dims, int):
+            others = (name for name in batch if name != "key")
+            dims = {name: 0 if self.has_rows(batch[name]) else None for name in others} | dict(dims or {})
         try:
-            return list(split_batch(batch, count, batch_dims=whole))
+            return list(split_batch(batch, count, batch_dims=dims))
         except BatchError:
             return [dict(batch)]
 

@@ -21,6 +21,7 @@ TITLES: Mapping[str, str] = {
     "P3": "rows are independent",
     "P4": "a batch that can be cut",
     "P5": "initialised without memory",
+    "P6": "captured, it is itself",
 }
 """What each check looks for, by its code: C1 to C5 are about any sharded training, P1 to P5 about pipelines."""
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from autofunc.automodel import with_values
 from autofunc.checks import check as run_checks
 from autofunc.config import instantiate, read_config
-from autofunc.data import first_rows
+from autofunc.data import STACKED, first_rows
 from autofunc.model import Model
 from autofunc.train.model import loss_to_check, make
 
@@ -35,7 +35,8 @@ def check(config_path: str, overrides: Sequence[str], as_json: bool) -> bool:
         made = make(config)
         module = made if isinstance(made, Model) else with_values(made, config.seed)
         batch = first_rows(dataset, min(max(config.step_scheduler.local_batch_size, 2), _MOST_ROWS))
-        report = run_checks(module, batch, loss=loss_to_check(config, module, batch), inputs=config.inputs)
+        loss = loss_to_check(config, module, batch)
+        report = run_checks(module, batch, loss=loss, inputs=config.inputs, batch_dims=STACKED)
     if as_json:
         sys.stdout.write(json.dumps({**report.to_dict(), "notes": notes}, indent=2) + "\n")
         return report.ok

@@ -1,8 +1,17 @@
 """Datasets and loaders: rows of token ids with labels that are already aligned (`labels[t]` follows `input_ids[t]`)."""
 
 from autofunc.data.hellaswag import HellaSwag
-from autofunc.data.loader import first_rows, make_loader
+from autofunc.data.loader import STACKED, first_rows, make_loader
 from autofunc.data.text_folder import TextFolder
 from autofunc.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 
-__all__ = ["ByteTokenizer", "HellaSwag", "TextFolder", "Tokenizer", "first_rows", "load_tokenizer", "make_loader"]
+__all__ = [
+    "STACKED",
+    "ByteTokenizer",
+    "HellaSwag",
+    "TextFolder",
+    "Tokenizer",
+    "first_rows",
+    "load_tokenizer",
+    "make_loader",
+]

@@ -61,6 +61,10 @@ def make_loader(
         )
 
 
+STACKED = 0
+"""The dim of the rows in every batch of these loaders."""
+
+
 def first_rows(dataset: Dataset[dict[str, Tensor]], rows: int, start: int = 0) -> dict[str, Tensor]:
     """A batch of `rows` rows from the start on, filled with rows that weigh nothing where the dataset ends.
 

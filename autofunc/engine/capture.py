@@ -20,7 +20,7 @@ from autofunc.engine.simplify import simplify
 from autofunc.fake import fake_mode, naming_errors
 from autofunc.graph.memory import base_of, storage_bytes
 from autofunc.graph.trace import trace
-from autofunc.splitting import Returned, StageContext, describe, outline
+from autofunc.splitting import NothingTrainedOutside, Returned, StageContext, describe, outline
 
 Node = fx.Node
 
@@ -58,7 +58,7 @@ def capture(context: StageContext) -> Joint:
     tracer, what = _Tracer(context), context.stage.title
     device, received = context.device, context.received.values if context.received is not None else ()
     with fake_mode() as mode:
-        params = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in context.parameters]
+        params = context.empty_parameters()
         inputs = [torch.empty(value.shape, dtype=value.dtype, device=device) for value in received]
         batch = [mode.from_tensor(leaf) for leaf in tracer.batch_leaves if isinstance(leaf, Tensor)]
         given: tuple[list[Any], ...] = (params, inputs, batch)
@@ -93,12 +93,16 @@ class _Tracer:
         leaves = [next(remaining) if isinstance(leaf, Tensor) else leaf for leaf in self.batch_leaves]
         microbatch = tree.from_leaves(leaves, self.batch_spec)
         context = self.context
-        x = context.run(self.stage.bind(list(params)), inputs, microbatch, around=lambda layer: annotate({"layer": layer}))
+        with NothingTrainedOutside(self.stage.title):
+            x = context.run(
+                self.stage.bind(list(params)), inputs, microbatch, around=lambda layer: annotate({"layer": layer})
+            )
         if not context.with_loss:
             boundary, outputs = context.describe(x)
             self.returned = Returned(boundary)
             return outputs
-        with annotate({"layer": len(self.stage.layers)}), naming_errors("the loss"):
+        loss = NothingTrainedOutside("the loss")
+        with annotate({"layer": len(self.stage.layers)}), naming_errors("the loss"), loss:
             terms = context.loss_terms(x, microbatch)
         aux, tensors = describe(terms.aux)
         self.returned = Returned(outline(x), aux if terms.aux is not None else None)

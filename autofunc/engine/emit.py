@@ -6,14 +6,15 @@ it must: what is handed in is freed as soon as the piece is done with it, if nob
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
+from functools import partial
 from operator import getitem
 from typing import Any
 
 from torch import Tensor, fx
 
+from autofunc.engine.layouts import Watch, laid_out
 from autofunc.engine.partition import Piece, in_order
 from autofunc.graph.last_use import last_uses
 
@@ -23,19 +24,32 @@ Runnable = Callable[[list[Any]], Sequence[Tensor]]
 
 
 def emit(
-    piece: Piece, order: list[Node], attributes: Mapping[str, Any], name: str, arrivals: Mapping[Node, int] | None = None
-) -> Runnable:
-    """Compile a piece.
+    piece: Piece, order: list[Node], attributes: Mapping[str, Any], name: str, *,
+    whole: Set[Node] = frozenset(), arrivals: Mapping[Node, int] | None = None,
+) -> Runnable:  # fmt: skip
+    """Compile a piece. Its first call looks at how values really lie, see `layouts`; what it returns is as good as ever.
 
     Args:
         piece: what to compute.
         order: all nodes of the joint graph, in order.
         attributes: values of its `get_attr` nodes.
         name: of the function, for tracebacks.
+        whole: nodes that are handed on, laid out as they were captured.
         arrivals: layers of the parameters that may still be on their way: then the function takes, last, one that waits
             for a layer's, and calls it before each layer is first needed.
     """
-    return _Emitter(piece, order, attributes, name, arrivals or {}).function()
+    emitter = _Emitter(piece, order, attributes, name, arrivals or {})
+    settled: list[Runnable] = []
+
+    def run(given: list[Any]) -> Sequence[Tensor]:
+        if settled:
+            return settled[0](given)
+        watch = Watch(whole)
+        made = emitter.function(watch, watched=True)(given)
+        settled.append(emitter.function(watch))
+        return made
+
+    return run
 
 
 class _Emitter:
@@ -44,20 +58,27 @@ class _Emitter:
     ) -> None:
         self.piece, self.attributes, self.name, self.arrivals = piece, attributes, name, arrivals
         self.values: dict[str, Any] = {}  # constants and functions that the code names
-        self.names: dict[Node, str] = {}
         self.nodes = in_order(piece, order)
+        self.names = {node: f"v{index}" for index, node in enumerate([*self.piece.inputs, *self.nodes])}
 
-    def function(self) -> Runnable:
-        """Write the code and compile it."""
-        counter = itertools.count()
-        for node in [*self.piece.inputs, *self.nodes]:
-            self.names[node] = f"v{next(counter)}"
+    def function(self, watch: Watch, *, watched: bool = False) -> Runnable:
+        """Write the code and compile it.
+
+        Args:
+            watch: what must be laid out anew.
+            watched: whether it finds that out in this call.
+        """
+        self.values, self.watch, self.watched = {}, watch, watched
         sums = [f"acc{index}" for index in range(len(self.piece.adds))]
         taken = [*(self.names[node] for node in self.piece.inputs), *sums, *(["ready"] if self.arrivals else [])]
         arrived: set[int] = set()
         lines = [f"def {self.name}(given):"]
         if taken:
-            lines += [f"    [{', '.join(taken)}] = given", "    given.clear()"]
+            lines.append(f"    [{', '.join(taken)}] = given")
+            if watched:
+                looked = self._constant(partial(watch.given, self.piece.inputs))
+                lines.append(f"    {looked}(given[:{len(self.piece.inputs)}])")
+            lines.append("    given.clear()")
         kept = {*self.piece.outputs, *(node for _, node in self.piece.adds if node in self.piece.inputs)}
         used = kept.union(*(node.all_input_nodes for node in self.nodes))
         unused = [self.names[node] for node in self.piece.inputs if node not in used]
@@ -75,7 +96,7 @@ class _Emitter:
         for index, (_, node) in enumerate(self.piece.adds):
             if node in self.piece.inputs:  # a gradient that is given as it is
                 lines.append(f"    {sums[index]}.add_({self.names[node]})")
-        lines.append(f"    return [{', '.join(self.names[node] for node in self.piece.outputs)}]")
+        lines.append(f"    return [{', '.join(map(self._given_back, self.piece.outputs))}]")
         scope = dict(self.values)
         exec(compile("\n".join(lines), f"<{self.name}>", "exec"), scope)
         return scope[self.name]  # type: ignore[no-any-return]
@@ -91,17 +112,26 @@ class _Emitter:
     def _call(self, node: Node) -> str:
         if node.op == "get_attr":
             return self._constant(self.attributes[str(node.target)])
-        if node.target is getitem:
+        if node.target is getitem and not self.watched:
             return f"{self._text(node.args[0])}[{self._text(node.args[1])}]"
-        arguments = [self._text(argument) for argument in node.args]
-        arguments += [f"{key}={self._text(value)}" for key, value in node.kwargs.items()]
-        return f"{self._constant(node.target)}({', '.join(arguments)})"
+        relaid: Set[Node] = frozenset() if self.watched else self.watch.relaid.get(node, frozenset())
+        arguments = [self._text(argument, relaid) for argument in node.args]
+        arguments += [f"{key}={self._text(value, relaid)}" for key, value in node.kwargs.items()]
+        return f"{self._constant(self.watch.calling(node) if self.watched else node.target)}({', '.join(arguments)})"
 
-    def _text(self, value: Any) -> str:
+    def _given_back(self, node: Node) -> str:
+        if self.watched:
+            return f"{self._constant(self.watch.returning(node))}({self.names[node]})"
+        return self._relaid(node) if node in self.watch.relaid_outputs else self.names[node]
+
+    def _relaid(self, node: Node) -> str:
+        return f"{self._constant(laid_out)}({self.names[node]}, {self._constant(node)})"
+
+    def _text(self, value: Any, relaid: Set[Node] = frozenset()) -> str:
         if isinstance(value, Node):
-            return self.names[value]
+            return self._relaid(value) if value in relaid else self.names[value]
         if isinstance(value, (list, tuple)):
-            inner = "".join(f"{self._text(one)}, " for one in value)
+            inner = "".join(f"{self._text(one, relaid)}, " for one in value)
             return f"({inner})" if isinstance(value, tuple) else f"[{inner}]"
         if value is None or isinstance(value, (bool, int, str)) or (isinstance(value, float) and math.isfinite(value)):
             return repr(value)

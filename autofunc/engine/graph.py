@@ -95,6 +95,7 @@ class GraphStage:
         self._backward = self._backward_input = self._backward_weight = BackwardPiece(_not_made, [])
         self._num_outputs = len(joint.outputs)
         self._input_grads = joint.input_grads
+        self._handed_on = frozenset(node for node in (*joint.outputs, *joint.input_grads) if node is not None)
         self._num_input_grads = sum(node is not None for node in joint.input_grads)
         self._input_likes = [node for node, wanted in zip(joint.inputs, context.input_wants, strict=True) if wanted]
         self._seed = [torch.ones_like(_empty(node)) for node in joint.cotangents] if context.with_loss else []
@@ -130,7 +131,9 @@ class GraphStage:
         if self._compiled:
             call = compile_piece(piece, self._order, self._attributes, f"{name} of {self._title}")
             return _after(sorted(set(arrivals.values())), call) if arrivals else call
-        return emit(piece, self._order, self._attributes, f"stage_{self._index}_{name}", arrivals)
+        return emit(
+            piece, self._order, self._attributes, f"stage_{self._index}_{name}", whole=self._handed_on, arrivals=arrivals
+        )  # fmt: skip
 
     @property
     def work(self) -> tuple[float, float, float]:

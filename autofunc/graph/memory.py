@@ -6,7 +6,7 @@ from operator import getitem
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from autofunc.graph.schema import arguments, schema_of
 
@@ -38,9 +38,24 @@ def aliased(node: Node) -> Node | None:
         several = node.args[0]
         return several if isinstance(several, Node) and aliased(several) is not None else None
     schema = schema_of(node)
-    if schema is None or not schema.shared:
+    if schema is None:
         return None
+    if not schema.shared:
+        return _lies_in(node)
     return next((part for name, value in arguments(node).items() if name in schema.shared for part in _nodes(value)), None)
+
+
+def _lies_in(node: Node) -> Node | None:
+    """Of an operator whose schema says nothing: `einsum`, or a dropout that drops nothing, may return a view."""
+    own = storages(node)
+    return next((read for read in node.all_input_nodes if own & storages(read)), None)
+
+
+def storages(node: Node) -> set[Any]:
+    """The memory that a node's fake values lie in, to be compared: what shares some has shared it when it was traced."""
+    value = node.meta.get("val")
+    parts = value if isinstance(value, (list, tuple)) else [value]
+    return {part.untyped_storage()._cdata for part in parts if isinstance(part, Tensor) and part.layout is torch.strided}
 
 
 def base_of(node: Node) -> Node:
@@ -75,6 +90,12 @@ def written(node: Node) -> list[Node]:
 def is_copied_first(constant: Node) -> bool:
     """Whether a constant is made anew whenever it is used (`torch.tensor(1.0)`): then only its copy is written to."""
     return all(user.target is _aten.lift_fresh_copy.default for user in constant.users)
+
+
+def is_all_of_its_memory(node: Node) -> bool:
+    """Whether a node's value fills the memory that it lies in."""
+    value = node.meta["val"]
+    return bool(value.storage_offset() == 0 and value.untyped_storage().nbytes() == value.numel() * value.element_size())
 
 
 def storage_bytes(node: Node) -> int | None:

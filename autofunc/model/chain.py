@@ -96,8 +96,14 @@ class Model:
         self._check_trainable(flat)
         return {path: flat[path] for path in sorted(flat, key=tree.split_path)}
 
-    def _check_trainable(self, paths: Iterable[str]) -> None:
-        known = list(paths)
+    def _check_trainable(self, leaves: Mapping[str, torch.Tensor]) -> None:
+        known = list(leaves)
+        lost = [path for path in known if leaves[path].is_complex() and tree.matches(self.canonical(path), self.trainable)]
+        if lost:
+            raise ModelError(
+                f"parameter {lost[0]!r} is {leaves[lost[0]].dtype}, and gradients are of real parameters only; keep its "
+                "real and imaginary parts (torch.view_as_real), or leave it out of trainable"
+            )
         unused = [pattern for pattern in self.trainable if not any(tree.matches(path, [pattern]) for path in known)]
         if unused and known:
             raise ModelError(f"trainable pattern {unused[0]!r} matches no parameter; {one_of(unused[0], known)}")
@@ -132,6 +138,9 @@ class Model:
     def inner_path(self, path: str) -> str:
         """Where the layer that a parameter path belongs to finds it in its own nested dicts."""
         return path[len(self.layer_of(path) or "") + 1 :]
+
+    notes: tuple[str, ...] = ()
+    """What was left out or changed when it was made of something else, in words for its user."""
 
     uncut: str | None = None
     """Why its parameters cannot be cut over tensor parallel ranks by any table; None: by one that fits they can."""

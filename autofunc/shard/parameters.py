@@ -144,6 +144,15 @@ class Parameters:
         """Whether a leaf is a DTensor where it should be one; a meta tensor stands for any."""
         return leaf.is_meta or isinstance(leaf, DTensor) == self._is_spread
 
+    def laid_out(self, flat: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Meta tensors like the parameters that stages compute with as they are given; shards are put together anew."""
+        if self._is_spread:
+            return {}
+        return {
+            path: torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device="meta")
+            for path, leaf in flat.items()
+        }
+
     def check(self, flat: Mapping[str, Tensor]) -> None:
         """Refuse a tree that does not lie as this process's parameters do.
 

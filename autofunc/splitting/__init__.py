@@ -6,6 +6,7 @@ from autofunc.splitting.cost import count_operations, imbalance, layer_costs, pa
 from autofunc.splitting.cut import check_whole, split
 from autofunc.splitting.infer import follow, infer, infer_boundaries, parameter_dtypes
 from autofunc.splitting.measure import measure_layers
+from autofunc.splitting.outside import NothingTrainedOutside
 from autofunc.splitting.setting import ALONE, WHOLE, Partitioning, Precision, Setting
 from autofunc.splitting.stage import Stage
 
@@ -14,6 +15,7 @@ __all__ = [
     "WHOLE",
     "Boundaries",
     "Boundary",
+    "NothingTrainedOutside",
     "Partitioning",
     "Precision",
     "Ready",

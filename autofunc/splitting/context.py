@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -40,6 +40,7 @@ class StageContext:
     microbatch: Mapping[str, Any]  # an example
     device: torch.device
     setting: Setting = ALONE
+    strides: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # of canonical parameters that are not contiguous
 
     @property
     def input_wants(self) -> list[bool]:
@@ -53,6 +54,15 @@ class StageContext:
         return [
             (shape(path, model.spec[path].shape), self.dtypes[model.canonical(path)]) for path in self.stage.holders
         ]  # fmt: skip
+
+    def empty_parameters(self) -> list[Tensor]:
+        """A tensor like each holder's parameter, which nothing is written into."""
+        model, made = self.stage.model, []
+        for path, (shape, dtype) in zip(self.stage.holders, self.parameters, strict=True):
+            strides = self.strides.get(model.canonical(path))
+            leaf = torch.empty(shape, dtype=dtype, device=self.device)
+            made.append(leaf if strides is None else leaf.as_strided(shape, strides))
+        return made
 
     @property
     def accumulator_layouts(self) -> list[Layout]:
@@ -136,7 +146,7 @@ class StageContext:
         model, shape = self.stage.model, self.stage.model.spec[path].shape
         return (
             model.inner_path(path), tuple(shape), tuple(self.setting.partitioning.shape(path, shape)),
-            self.dtypes[model.canonical(path)], model.is_trainable(path),
+            self.dtypes[model.canonical(path)], model.is_trainable(path), self.strides.get(model.canonical(path)),
         )  # fmt: skip
 
 

@@ -49,14 +49,8 @@ def split(
     elif num_stages is not None:
         raise SplitError(f'num_stages={num_stages} goes with split_points="auto" only')
     if isinstance(split_points, int):
-        if costs is None and split_points > len(model.layers):  # more stages than layers: wherever it can be cut
-            model = model.cut_before(list(model.specialise().cut_points.start))
+        model, starts = _balanced(model, split_points, costs)
         names = list(model.layers)
-        costs = layer_costs(model) if costs is None else costs
-        missing = [name for name in names if name not in costs]
-        if missing:
-            raise SplitError(f"costs have no {missing[0]!r}; {one_of(missing[0], costs)}")
-        starts = balance([costs[name] for name in names], split_points)
     else:
         places = model.specialise().cut_points
         points = resolve_points(places, split_points)
@@ -65,6 +59,46 @@ def split(
         starts = [_layer_at(names, start, start[point]) for point in points]
     bounds = zip([0, *starts], [*starts, len(names)], strict=True)
     return [Stage(model, index, tuple(names[begin:end])) for index, (begin, end) in enumerate(bounds)]
+
+
+LOPSIDED = 1.5
+"""How much longer than the mean the longest stage may be before stages may begin inside of layers."""
+
+
+def _balanced(model: Model, num_stages: int, costs: Mapping[str, float] | None) -> tuple[Model, list[int]]:
+    """Layers cut into stages by cost; where they are too few or too uneven, all places at which the model can be cut.
+
+    Returns:
+        The model with its layers, and the numbers of the layers at which stages after the first begin.
+    """
+    if costs is not None:
+        missing = [name for name in model.layers if name not in costs]
+        if missing:
+            raise SplitError(f"costs have no {missing[0]!r}; {one_of(missing[0], costs)}")
+        return model, balance([costs[name] for name in model.layers], num_stages)
+    by_layer = layer_costs(model)
+    if num_stages <= len(model.layers):
+        starts = balance(list(by_layer.values()), num_stages)
+        longest = _longest(list(by_layer.values()), starts)
+        if longest * num_stages <= LOPSIDED * sum(by_layer.values()):
+            return model, starts
+    places = model.specialise().cut_points
+    finer = model.cut_before(list(places.start))
+    if num_stages > len(finer.layers):
+        refused = "; ".join(f"{name!r} {why}" for name, why in list(places.refused.items())[:4])
+        raise SplitError(
+            f"{model.title} can be cut into {len(finer.layers)} stages at most, not {num_stages}; they may begin at "
+            f"{', '.join(finer.layers)}" + (f". Refused: {refused}" if refused else "")
+        )
+    costs = layer_costs(finer) if finer is not model else by_layer
+    ends = balance(list(costs.values()), num_stages)
+    if num_stages <= len(model.layers) and _longest(list(costs.values()), ends) >= longest:
+        return model, starts
+    return finer, ends
+
+
+def _longest(costs: Sequence[float], starts: Sequence[int]) -> float:
+    return max(sum(costs[begin:end]) for begin, end in zip([0, *starts], [*starts, len(costs)], strict=True))
 
 
 def _layer_at(names: Sequence[str], start: Mapping[str, int], position: int) -> int:

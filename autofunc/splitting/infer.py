@@ -14,6 +14,7 @@ from autofunc.losses import Loss
 from autofunc.model import Model
 from autofunc.splitting.boundary import Boundaries, Returned, Value, describe, outline
 from autofunc.splitting.context import StageContext, specialise
+from autofunc.splitting.outside import NothingTrainedOutside
 from autofunc.splitting.setting import ALONE, Setting
 from autofunc.splitting.stage import Stage
 
@@ -32,7 +33,8 @@ def infer_boundaries(
 
     Args:
         stages: all stages of the model.
-        params: flat parameters, of which only dtypes matter; for those that are not there see `parameter_dtypes`.
+        params: flat parameters, of which only dtypes matter, and strides where they have their shapes; for those that are
+            not there see `parameter_dtypes`.
         microbatch: one microbatch.
         loss: run on the last stage's output; None means the output's own loss.
         device: where parameters live; the CPU by default.
@@ -72,12 +74,13 @@ def follow(
     """
     model = stages[0].model
     specialised, dtypes = specialise(model, parameter_dtypes(model, params), microbatch, setting)
+    strides = _strides(model, params)
     contexts: list[StageContext] = []
     found: list[Returned] = []
     for stage in stages:
         context = StageContext(
             stage, specialised, found[-1].boundary if found else None, loss, with_loss and stage is stages[-1], with_grads,
-            dtypes, microbatch, device or torch.device("cpu"), setting,
+            dtypes, microbatch, device or torch.device("cpu"), setting, strides,
         )  # fmt: skip
         contexts.append(context)
         found.append((returned_by or infer)(context).of(stage.index))
@@ -93,10 +96,11 @@ def _infer(context: StageContext) -> Returned:
     partitioning = context.setting.partitioning
     with fake_mode() as mode, torch.enable_grad(), partitioning.running(), naming_errors(context.stage.title):
         bound, inputs, microbatch = fake_arguments(context, mode)
-        x = context.run(bound, inputs, microbatch)
+        with NothingTrainedOutside(context.stage.title):
+            x = context.run(bound, inputs, microbatch)
         if not context.with_loss:
             return Returned(context.describe(x)[0])
-        with naming_errors("the loss"):
+        with naming_errors("the loss"), NothingTrainedOutside("the loss"):
             aux = context.loss_terms(x, microbatch).aux
         return Returned(outline(x), describe(aux)[0] if aux is not None else None)
 
@@ -111,11 +115,10 @@ def fake_arguments(
         microbatch.
     """
     stage, partitioning, device = context.stage, context.setting.partitioning, context.device
-    leaves = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in context.parameters]
     bound = stage.bind(
         [
             partitioning.parameter(path, leaf).requires_grad_(wanted)
-            for path, leaf, wanted in zip(stage.holders, leaves, stage.trainable, strict=True)
+            for path, leaf, wanted in zip(stage.holders, context.empty_parameters(), stage.trainable, strict=True)
         ]
     )
     values: Sequence[Value] = context.received.values if context.received is not None else ()
@@ -126,6 +129,12 @@ def fake_arguments(
         lambda leaf: mode.from_tensor(leaf) if isinstance(leaf, Tensor) else leaf, dict(context.microbatch)
     )
     return bound, inputs, microbatch
+
+
+def _strides(model: Model, params: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Of the parameters that are not contiguous, such as weights in channels_last."""
+    known = {path: leaf for path, leaf in params.items() if path in model.spec and leaf.shape == model.spec[path].shape}
+    return {model.canonical(path): leaf.stride() for path, leaf in known.items() if not leaf.is_contiguous()}
 
 
 def parameter_dtypes(model: Model, params: Mapping[str, Tensor]) -> dict[str, torch.dtype]:

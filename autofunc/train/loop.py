@@ -13,6 +13,7 @@ from tensordict import TensorDict
 from torch.distributed.device_mesh import DeviceMesh
 
 from autofunc import tree
+from autofunc.data import STACKED
 from autofunc.errors import PipelineRunError
 from autofunc.losses import Loss, evaluate
 from autofunc.mesh import data_coordinate
@@ -91,7 +92,9 @@ def train(
 def build_pipe(recipe: Recipe, mesh: DeviceMesh | None) -> Pipeline:
     """The pipeline of a recipe."""
     options = asdict(recipe.options)
-    return pipeline(recipe.stages, recipe.schedule, loss=recipe.loss, mesh=mesh, sharding=recipe.sharding, **options)
+    return pipeline(
+        recipe.stages, recipe.schedule, loss=recipe.loss, mesh=mesh, sharding=recipe.sharding, batch_dims=STACKED, **options
+    )  # fmt: skip
 
 
 def validate(recipe: Recipe, pipe: Pipeline, params: TensorDict, device: torch.device, reporter: Reporter) -> float | None:

@@ -12,7 +12,7 @@ from torch import nn
 
 from autofunc import losses, tree
 from autofunc.automodel import register_modeling_path
-from autofunc.captured import Pretrained, StoredTensors, empty_weights, from_module
+from autofunc.captured import Pretrained, StoredTensors, capture_module, empty_weights
 from autofunc.config import FinetuneConfig, check_arguments, instantiate, resolve_target
 from autofunc.data import first_rows
 from autofunc.errors import AutofuncError, ConfigError
@@ -39,7 +39,7 @@ def build_model(config: FinetuneConfig, dataset: Any) -> Model:
     if not isinstance(made, Model):
         example = first_rows(dataset, config.step_scheduler.local_batch_size)
         try:
-            return from_module(made, example, inputs=config.inputs, trainable=config.trainable, weights=stored)
+            return capture_module(made, example, inputs=config.inputs, trainable=config.trainable, weights=stored)
         except AutofuncError as error:
             raise ConfigError(f"model: {error}") from error
     if config.inputs is not None:
@@ -122,7 +122,7 @@ def loss_to_check(config: FinetuneConfig, made: Model | nn.Module | Pretrained, 
     if config.loss_fn is not None:
         return _configured_loss(config.loss_fn)
     try:
-        model = made if isinstance(made, Model) else from_module(made, batch, inputs=config.inputs)
+        model = made if isinstance(made, Model) else capture_module(made, batch, inputs=config.inputs)
         return None if gives_loss(model, batch) else losses.causal_lm
     except AutofuncError:
         return None  # a check will tell

@@ -86,6 +86,7 @@ def prepare(
     axes = axes_of(config, num_processes)
     dataset = read_dataset(config.dataset, "dataset")
     model = build_model(config, dataset)
+    told += model.notes
     check_tokens("dataset", dataset, model)
     loss = build_loss(config, model, dataset, told, checked=checked)
     stages, schedule = stages_and_schedule(config, axes, model, loss, dataset, told, layer_costs)

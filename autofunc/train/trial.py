@@ -6,7 +6,7 @@ from collections.abc import Hashable, Sequence
 from typing import Any
 
 from autofunc.batch import signature, split_batch
-from autofunc.data import first_rows
+from autofunc.data import STACKED, first_rows
 from autofunc.errors import AutofuncError, ConfigError
 from autofunc.losses import Loss
 from autofunc.splitting import Stage, infer_boundaries
@@ -44,7 +44,7 @@ class Trial:
         for start in [0, len(dataset) - last] if last and not drop_last else [0]:
             batch = first_rows(dataset, self._rows // self._places, start)
             try:
-                self._try(split_batch(batch, self._num_microbatches, key=(0, 0))[0])
+                self._try(split_batch(batch, self._num_microbatches, key=(0, 0), batch_dims=STACKED)[0])
             except AutofuncError as error:
                 raise ConfigError(f"the model on a batch of {where}: {error}") from error
 

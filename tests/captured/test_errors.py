@@ -41,27 +41,27 @@ class Made(nn.Module):
 
 def counting(self: Any, h: Tensor) -> Tensor:
     self.calls += 1
-    return h
+    return h * self.calls  # type: ignore[no-any-return]
 
 
 def caching(self: Any, h: Tensor) -> Tensor:
-    self.cache = h
-    return h
+    before, self.cache = getattr(self, "cache", None), h
+    return h if before is None else h + before  # type: ignore[no-any-return]
 
 
 def collecting(self: Any, h: Tensor) -> Tensor:
     self.seen.append(h)
-    return h
+    return sum(self.seen)  # type: ignore[return-value]
 
 
 def collecting_deep(self: Any, h: Tensor) -> Tensor:
     self.nested["seen"].append(h)
-    return h
+    return h * len(self.nested["seen"])  # type: ignore[no-any-return]
 
 
 def remembering(self: Any, h: Tensor) -> Tensor:
-    self.memory.last = h
-    return h
+    before, self.memory.last = getattr(self.memory, "last", None), h
+    return h if before is None else h + before  # type: ignore[no-any-return]
 
 
 def noting(self: Any, h: Tensor) -> Tensor:
@@ -215,7 +215,7 @@ def test_no_module() -> None:
         (["drop"], "'transformer.drop' is not run|needs no weights|names no layer"),
         (["mlp"], "ambiguous: it is the end of transformer.h.0.mlp"),
         (["transformer.h"], "'transformer.h' is not run"),
-        (9000, "cannot split"),
+        (9000, "at most, not 9000"),
     ],
 )
 def test_split_points(points: Any, message: str) -> None:
@@ -234,38 +234,14 @@ def test_finer_than_layers() -> None:
     assert [stage.layers[0] for stage in af.split(model, ["h.*"])[1:]] == [f"transformer.h.{index}" for index in range(4)]
 
 
-class Negated(torch.autograd.Function):
-    """The identity, with a backward of its own."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        return -grads[0]
-
-
 def hooking(self: Any, h: Tensor) -> Tensor:
     h.register_hook(lambda grad: grad * 3)
     return h
 
 
-def checkpointing(self: Any, h: Tensor) -> Tensor:
-    return torch.utils.checkpoint.checkpoint(self.linear, h, use_reentrant=True)  # type: ignore[no-any-return]
-
-
-@pytest.mark.parametrize(
-    ("forward", "message"),
-    [
-        (lambda self, h: Negated.apply(h), "Made applies Negated, whose backward a captured forward would lose"),
-        (hooking, r"Made puts a hook on a gradient \(register_hook\)"),
-        (checkpointing, "applies CheckpointFunction.*use_reentrant=False"),
-    ],
-)
-def test_gradients_written_by_hand(forward: Callable[[Any, Tensor], Any], message: str) -> None:
-    with pytest.raises(ModelError, match=message):
-        af.from_module(Made(forward), BATCH)
+def test_hooks_on_values() -> None:
+    with pytest.raises(ModelError, match=r"Made puts a hook on a gradient \(register_hook\)"):
+        af.from_module(Made(hooking), BATCH)
 
 
 def test_backward_hooks() -> None:

@@ -104,7 +104,7 @@ def test_split_arguments_that_do_not_fit() -> None:
         af.split(model, ["h.1"], num_stages=2)
     with pytest.raises(SplitError, match="costs have no 'wpe'"):
         af.split(model, 2, costs={"wte": 1.0})
-    with pytest.raises(SplitError, match="cannot split 8 layers into 9"):
+    with pytest.raises(SplitError, match="can be cut into 8 stages at most, not 9"):
         af.split(model, 9)
 
 

@@ -1,0 +1,22 @@
+"""What a forward returns, as far as it is for training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from autofunc import tree
+
+CACHE = "its cache of keys and values is for generating, and is left out of what it returns"
+
+
+def without_caches(outputs: Any) -> tuple[Any, bool]:
+    """Outputs with None for the caches of `transformers` among them, and whether there was one."""
+    found = [leaf for leaf in tree.leaves_and_spec(outputs)[0] if _is_cache(leaf)]
+    if not found:
+        return outputs, False
+    return tree.map_leaves(lambda leaf: None if _is_cache(leaf) else leaf, outputs), True
+
+
+def _is_cache(leaf: Any) -> bool:
+    """By name, so that `transformers` need not be imported."""
+    return any((cls.__module__, cls.__name__) == ("transformers.cache_utils", "Cache") for cls in type(leaf).__mro__)

@@ -1,0 +1,148 @@
+"""A `torch.autograd.Function` is captured whole, and applied wherever its layer runs: its gradient stays the user's own.
+
+While a forward is exported, `apply` records what it is called with and becomes one opaque operator. In the layers that
+operator is the function again, applied for real, so that a stage's capture sees the backward that the user wrote.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils.checkpoint import CheckpointFunction
+
+from autofunc import tree
+from autofunc.cache import Identity
+from autofunc.errors import ModelError
+from autofunc.fingerprint import Fingerprint, Fingerprinted
+
+
+@dataclass(frozen=True)
+class Hole:
+    """The place of a tensor among arguments or results."""
+
+    number: int
+
+
+@dataclass(frozen=True, eq=False)
+class Applied(Fingerprinted):
+    """One call of a function: `applied(tensors)` returns the tensors among its results."""
+
+    function: type[torch.autograd.Function]
+    args: tuple[Any, ...]  # with a `Hole` for each tensor
+
+    def fingerprint(self, keys: Fingerprint) -> Hashable:
+        """By the function's class and its plain arguments."""
+        return Identity(self.function), keys.of(self.args)
+
+    def __call__(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The tensors among what it returns."""
+        return _tensors(self.results(tensors))
+
+    def results(self, tensors: Sequence[Tensor]) -> Any:
+        """All that it returns."""
+        args = (tensors[arg.number] if isinstance(arg, Hole) else arg for arg in self.args)
+        applying: Any = super(torch.autograd.Function, self.function)  # as `Function.apply` does
+        return applying.apply(*args)
+
+
+# What is being exported: its calls, and what else than tensors they return. One forward is exported at a time.
+_calls: list[Applied] = []
+_results: list[Any] = []
+
+# Its code is replaced for a while, not the method: models bind it when they are imported (`gelu = GELU.apply`).
+_FUNCTION: Any = torch.autograd.Function.__dict__["apply"].__func__
+
+
+class _Recording(torch.autograd.Function):
+    """Whose `apply` runs in the place of that of all functions: the same signature, and like it a cell for its class."""
+
+    @classmethod
+    def apply(cls, *args: Any, **kwargs: Any) -> Any:
+        __class__  # type: ignore[name-defined]  # noqa: B018
+        from autofunc.captured.own_backward import record
+
+        return record(cls, args, kwargs)
+
+
+def record(function: type[torch.autograd.Function], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """Note a call of a function; returns what it returns, made by the operator that stands for it."""
+    if function is CheckpointFunction:  # what is kept and what is run again is the pipeline's to say
+        run, _, *given = args
+        return run(*given)
+    if function.setup_context is not torch.autograd.Function.setup_context:  # then `apply` takes what `forward` takes
+        bound = inspect.signature(function.forward).bind(*args, **kwargs)
+        bound.apply_defaults()
+        args, kwargs = bound.args, {}
+    if kwargs:
+        raise ModelError(f"{function.__name__}.apply takes no keywords without setup_context; got {', '.join(kwargs)}")
+    tensors = [arg for arg in args if isinstance(arg, Tensor)]
+    number, places = len(_calls), iter(range(len(tensors)))
+    _calls.append(Applied(function, tuple(Hole(next(places)) if isinstance(arg, Tensor) else arg for arg in args)))
+    _results.append(None)
+    made = iter(torch.ops.autofunc.applied(number, tensors))
+    return tree.map_leaves(lambda leaf: next(made) if isinstance(leaf, Tensor) else leaf, _results[number])
+
+
+_library = torch.library.Library("autofunc", "FRAGMENT")  # type: ignore[no-untyped-call]
+_library.define("applied(int number, Tensor[] tensors) -> Tensor[]")  # type: ignore[no-untyped-call]
+
+
+def _run(number: int, tensors: list[Tensor]) -> list[Tensor]:
+    call = _calls[number]
+    versions = [tensor._version for tensor in tensors]
+    with torch.no_grad():
+        results = call.results(tensors)
+    if versions != [tensor._version for tensor in tensors]:
+        raise ModelError(
+            f"{call.function.__name__} writes to what it is given, so it cannot be captured; return a new tensor"
+        )
+    _results[number] = results
+    given = {tensor.untyped_storage()._cdata for tensor in tensors}
+    # an operator returns no memory that it was given
+    return [each.clone() if each.untyped_storage()._cdata in given else each for each in _tensors(results)]
+
+
+_library.impl("applied", _run, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+torch.library.register_fake("autofunc::applied", _run)
+
+
+@contextmanager
+def recorded() -> Iterator[None]:
+    """Calls of functions inside become operators, see `apply_for_real`.
+
+    Args:
+        what: runs, for messages.
+
+    Raises:
+        ModelError: for a reentrant checkpoint, whose backward runs what it closes over.
+    """
+
+    global _what
+    _calls.clear()
+    _results.clear()
+    original = _FUNCTION.__code__
+    _FUNCTION.__code__ = _Recording.__dict__["apply"].__func__.__code__
+    try:
+        yield
+    finally:
+        _FUNCTION.__code__ = original
+
+
+def apply_for_real(graph: fx.Graph) -> None:
+    """Put the functions back in place of the operators that stood for them; right after the export that recorded them."""
+    for node in graph.nodes:
+        if node.op == "call_function" and node.target is torch.ops.autofunc.applied.default:
+            number, tensors = node.args
+            node.target, node.args = _calls[number], (tensors,)
+    _calls.clear()
+    _results.clear()
+
+
+def _tensors(results: Any) -> list[Tensor]:
+    return [leaf for leaf in tree.leaves_and_spec(results)[0] if isinstance(leaf, Tensor)]

@@ -1,0 +1,196 @@
+"""The whole-module law: captured, cut and differentiated by its operators, a module gives its own loss and gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from autofunc import tree
+from autofunc.captured import CapturedModel, Pretrained, capture_module
+from autofunc.captured.module import source_of
+from autofunc.captured.unchanged import restored
+from autofunc.captured.without_dropout import WithoutDropout
+from autofunc.engine import GraphStage, Microbatch
+from autofunc.errors import ModelError, SplitError
+from autofunc.losses import Loss, evaluate, own_loss
+from autofunc.model import Model
+from autofunc.runtime.accumulate import Accumulator
+from autofunc.runtime.build import captured
+from autofunc.schedule import Kind
+from autofunc.splitting import Stage, follow, split
+
+
+class LossAndGrads(NamedTuple):
+    """Of one batch."""
+
+    loss: Tensor
+    grads: dict[str, Tensor | None]  # by path; None is a zero
+
+
+def from_module(
+    module: nn.Module | Pretrained,
+    example_batch: Mapping[str, Any],
+    *,
+    inputs: Sequence[str] | Mapping[str, str] | None = None,
+    trainable: Sequence[str] | None = None,
+    weights: str | Path | None = None,
+    verify: bool = False,
+) -> CapturedModel:
+    """Any module as a model of named pure layers: captured as it is, never copied, patched or changed.
+
+    Its layers are the items of its outermost lists of modules and the modules beside them; `af.split` takes the name of any
+    module that runs once. Parameters keep their names. A parameter that several layers use is tied. Dropout becomes a
+    function of the key; a module in eval mode has none. A module on the meta device is captured without weights, and
+    initialised layer by layer by its own initialisers. It cannot be cut over tensor parallel ranks: the sizes of
+    the whole are in its graph.
+
+    Args:
+        module: what is captured, in the mode (train or eval) it is in; or what `af.AutoModel.from_pretrained` returned: its
+            parameters on the meta device are read from its files instead of initialised, each when it is asked for.
+        example_batch: a batch; only shapes and dtypes matter. Other shapes are captured when they are met.
+        inputs: which entries forward gets: names of entries in the order of its arguments, or argument -> entry. By default
+            the entries that forward names; all of them where it takes any (`**kwargs`).
+        trainable: patterns of the parameters that get gradients; by default those with `requires_grad`.
+        weights: a `.safetensors` file, or a folder with one or with shards: parameters and buffers have the values in it,
+            whatever they are in the module.
+        verify: run the batch through the module and through the captured stages, both without dropout, and compare the
+            loss and all gradients. It takes real weights, and a few times their memory.
+
+    Returns:
+        A model for `af.split`. `model.init()` copies the weights that the module has, or that are stored; it makes those on
+        the meta device from a seed. `model.module` is the module.
+
+    Raises:
+        ModelError: for what cannot be captured, is written to, keeps state, or is used by no layer; for weights that do not
+            fit the module; for a loss or a gradient that is not the module's own.
+
+    Example:
+        model = af.from_module(GPT2LMHeadModel(config), {"input_ids": ids})
+        stages = af.split(model, ["h.4", "h.8"])
+    """
+    model = capture_module(module, example_batch, inputs=inputs, trainable=trainable, weights=weights)
+    if verify:
+        found = differences(model, example_batch)
+        if found:
+            raise ModelError(f"{model.title}, captured, is not what it was: {'; '.join(found[:3])}")
+    return model
+
+
+def differences(model: CapturedModel, batch: Mapping[str, Any], loss: Loss | None = None) -> list[str]:
+    """What of the loss and gradients of a captured module is not the module's own, in words; nothing, if all is well.
+
+    Args:
+        model: whose module has real weights.
+        batch: all of its rows are run.
+        loss: see `af.pipeline`; where there is none and the outputs have none, a weighted sum of all that is returned.
+
+    Raises:
+        ModelError: when the module has no weights, or its stages cannot be captured.
+    """
+    source = source_of(model)
+    on_meta = [name for name, leaf in source.module.state_dict(keep_vars=True).items() if leaf.is_meta]
+    if on_meta:
+        raise ModelError(f"{model.title}: {on_meta[0]!r} is on the meta device; a comparison runs it, so give it weights")
+    entries = {name: value for name, value in batch.items() if name != "key"}
+    params = {
+        path: leaf.requires_grad_(model.is_trainable(path)) for path, leaf in model.init_paths(model.spec, 0, "cpu").items()
+    }
+
+    def called(entries: Mapping[str, Any]) -> Any:
+        args, kwargs = source.arguments(source.select(entries))
+        with restored(source.module), WithoutDropout():
+            outputs = torch.func.functional_call(source.module, params, args, kwargs)
+        return tree.with_known_classes(outputs)
+
+    own = _of_module(called, params, entries, loss)
+    found = _of_stages(_stages(model), params, entries, loss)
+    words = []
+    if not _close(found.loss, own.loss):
+        words.append(f"the loss is {found.loss.item():.6g}, and of the module itself {own.loss.item():.6g}")
+    for path, expected in own.grads.items():
+        given = found.grads[path]
+        one, other = (torch.zeros_like(params[path]) if grad is None else grad for grad in (given, expected))
+        if not _close(one, other):
+            off = float((one - other).abs().max() / other.abs().max().clamp_min(1e-30))
+            words.append(f"the gradient of {path!r} is off by {off:.1e} of its largest element")
+    return words
+
+
+def scalar_of(loss: Loss | None) -> Loss:
+    """A loss, or where there is none the outputs' own, or else a sum of all that is returned, each element weighed."""
+
+    def scalar(outputs: Any, microbatch: Mapping[str, Any]) -> Any:
+        if loss is not None or own_loss(outputs) is not None:
+            terms = evaluate(loss, outputs, microbatch)
+            return terms.sum, terms.weight
+        leaves = [leaf for leaf in tree.leaves_and_spec(outputs)[0] if isinstance(leaf, Tensor)]
+        parts = [leaf for leaf in leaves if leaf.is_floating_point()]
+        weighed = [
+            (part * torch.linspace(0.5, 1, part.numel(), device=part.device).view(part.shape)).sum() for part in parts
+        ]
+        return sum(weighed, torch.zeros(()))
+
+    return scalar
+
+
+def _of_module(
+    called: Callable[[Mapping[str, Any]], Any], params: Mapping[str, Tensor], batch: Mapping[str, Any], loss: Loss | None
+) -> LossAndGrads:
+    with torch.random.fork_rng(), torch.enable_grad():
+        terms = evaluate(scalar_of(loss), called(batch), batch)
+        wanted = {path: leaf for path, leaf in params.items() if leaf.requires_grad}
+        if not terms.sum.requires_grad:
+            return LossAndGrads(terms.sum / terms.weight, dict.fromkeys(wanted))
+        grads = torch.autograd.grad(terms.sum, list(wanted.values()), allow_unused=True)
+    dense = (grad if grad is None or grad.layout is torch.strided else grad.to_dense() for grad in grads)
+    return LossAndGrads(terms.sum.detach() / terms.weight, dict(zip(wanted, dense, strict=True)))
+
+
+def _stages(model: Model) -> list[Stage]:
+    try:
+        return split(model, 2)
+    except SplitError:  # it has one place only
+        return split(model, 1)
+
+
+def _of_stages(
+    stages: Sequence[Stage], params: Mapping[str, Tensor], batch: Mapping[str, Any], loss: Loss | None
+) -> LossAndGrads:
+    """One batch through the stages, forward and back."""
+    model = stages[0].model
+    device = next((leaf.device for leaf in params.values()), torch.device("cpu"))
+    contexts, _ = follow(
+        stages, params, batch, scalar_of(loss), device=device, returned_by=lambda context: captured(context).returned
+    )
+    microbatch, given, ran = Microbatch.of(batch), list[Tensor](), []
+    with torch.no_grad():
+        for context in contexts:
+            functions = GraphStage(captured(context), context)
+            functions.make((Kind.F, Kind.B))
+            leaves = [params[model.canonical(path)] for path in context.stage.holders]
+            produced, residuals = functions.forward(functions.bind(leaves), given, microbatch)
+            given = produced.outputs
+            ran.append((context, functions, residuals))
+        cotangents: list[Tensor] = []
+        grads: dict[str, Tensor | None] = {}
+        for context, functions, residuals in reversed(ran):
+            sums = Accumulator(context.accumulator_layouts, context.device)
+            cotangents = functions.backward(residuals, cotangents, sums)
+            for path, grad in zip(context.stage.trainable_holders, sums.sums, strict=True):
+                known = grads.get(model.canonical(path))
+                grads[model.canonical(path)] = grad if known is None else known + grad
+    assert produced.sum is not None and produced.weight is not None
+    every = {path: grads.get(path) for path, leaf in params.items() if leaf.requires_grad}
+    return LossAndGrads(produced.sum / produced.weight, every)
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
+    """Equal but for rounding, in relation to the largest element."""
+    finite = other.abs()[other.isfinite()]
+    scale = float(finite.max()) if finite.numel() else 0.0
+    tolerance = 0.3 * torch.finfo(other.dtype).eps ** 0.5 * max(scale, 1e-6)
+    return torch.allclose(one.to(other.dtype), other, rtol=0.0, atol=tolerance, equal_nan=True)
