@@ -91,13 +91,13 @@ def row_dims(
     unknown = sorted(set(given) - set(batch))
     if unknown:
         raise BatchError(f"batch_dims names {unknown[0]!r}, which is not in the batch: {', '.join(map(str, batch))}")
-    rows = _batch_size(batch, given)
-    leaves = {name: tree.leaves_and_spec(value)[0] for name, value in batch.items() if name != "key"}
+    leaves = _leaves(batch)
+    rows = _batch_size(leaves, given)
     dims: dict[str, list[int | None]] = {
         name: [_dim(leaf, name, rows, given) for leaf in each] for name, each in leaves.items()
     }
     if cuts:
-        refuse_ambiguous(batch, rows, given)
+        _refuse_ambiguous(leaves, rows, given)
     return rows, dims
 
 
@@ -112,8 +112,15 @@ def refuse_ambiguous(batch: Mapping[str, Any], rows: int, batch_dims: BatchDims 
     Raises:
         BatchError: naming the entry, and what to say.
     """
-    leaves = {name: tree.leaves_and_spec(value)[0] for name, value in batch.items() if name != "key"}
-    given = leaves if isinstance(batch_dims, int) else batch_dims or {}
+    leaves = _leaves(batch)
+    _refuse_ambiguous(leaves, rows, leaves if isinstance(batch_dims, int) else batch_dims or {})
+
+
+def _leaves(batch: Mapping[str, Any]) -> dict[str, list[Any]]:
+    return {name: tree.leaves_and_spec(value)[0] for name, value in batch.items() if name != "key"}
+
+
+def _refuse_ambiguous(leaves: Mapping[str, list[Any]], rows: int, given: Mapping[str, Any]) -> None:
     for name, each in leaves.items():
         for leaf in each if name not in given else ():
             _refuse_several_a_row(leaf, name, rows)
@@ -121,18 +128,18 @@ def refuse_ambiguous(batch: Mapping[str, Any], rows: int, batch_dims: BatchDims 
                 _refuse_square(leaf, name, rows, [other for key in leaves if key != name for other in leaves[key]])
 
 
-def _batch_size(batch: Mapping[str, Any], batch_dims: Mapping[str, int | None]) -> int:
+def _batch_size(leaves: Mapping[str, list[Any]], batch_dims: Mapping[str, int | None]) -> int:
     """The size of the batch dim that most tensors share; where as many share another, that of entries not named."""
     names: dict[int, list[str]] = {}
-    for name, value in batch.items():
+    for name, each in leaves.items():
         dim = batch_dims.get(name, 0)
-        if name == "key" or dim is None:
+        if dim is None:
             continue
-        for leaf in tree.leaves_and_spec(value)[0]:
+        for leaf in each:
             if isinstance(leaf, Tensor) and leaf.dim() > dim:
                 names.setdefault(leaf.shape[dim], []).append(str(name))
     if not names:
-        raise BatchError(f"nothing in the batch has rows to cut: {', '.join(map(str, batch)) or 'it is empty'}")
+        raise BatchError(f"nothing in the batch has rows to cut: {', '.join(map(str, leaves)) or 'it is empty'}")
     (rows, sharing), *others = sorted(
         names.items(), key=lambda item: (-len(item[1]), all(n in batch_dims for n in item[1]))
     )

@@ -109,12 +109,12 @@ def differences(model: CapturedModel, batch: Mapping[str, Any], loss: Loss | Non
     own = _of_module(called, params, entries, loss)
     found = _of_stages(_stages(model), params, entries, loss)
     words = []
-    if not _close(found.loss, own.loss):
+    if not close(found.loss.to(own.loss.dtype), own.loss):
         words.append(f"the loss is {found.loss.item():.6g}, and of the module itself {own.loss.item():.6g}")
     for path, expected in own.grads.items():
         given = found.grads[path]
         one, other = (torch.zeros_like(params[path]) if grad is None else grad for grad in (given, expected))
-        if not _close(one, other):
+        if not close(one.to(other.dtype), other):
             off = float((one - other).abs().max() / other.abs().max().clamp_min(1e-30))
             words.append(f"the gradient of {path!r} is off by {off:.1e} of its largest element")
     return words
@@ -188,9 +188,16 @@ def _of_stages(
     return LossAndGrads(produced.sum / produced.weight, every)
 
 
-def _close(one: Tensor, other: Tensor) -> bool:
-    """Equal but for rounding, in relation to the largest element."""
+def close(one: Tensor, other: Tensor) -> bool:
+    """Equal but for rounding: in relation to the largest value, a third of the square root of the dtype's precision."""
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    if not one.numel():
+        return True
+    if not (one.is_floating_point() or one.is_complex()):
+        return torch.equal(one, other)
+    one, other = one.detach(), other.detach()
     finite = other.abs()[other.isfinite()]
     scale = float(finite.max()) if finite.numel() else 0.0
-    tolerance = 0.3 * torch.finfo(other.dtype).eps ** 0.5 * max(scale, 1e-6)
-    return torch.allclose(one.to(other.dtype), other, rtol=0.0, atol=tolerance, equal_nan=True)
+    tolerance = 0.3 * torch.finfo(one.dtype).eps ** 0.5 * max(scale, 1e-6)
+    return torch.allclose(one, other, rtol=0.0, atol=tolerance, equal_nan=True)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from autofunc.captured.flow import Flow
-from autofunc.graph.memory import aliased, storages, written
+from autofunc.graph.memory import aliased, base_of, storages, written
 from autofunc.graph.schema import arguments
 
 Node = fx.Node
@@ -30,7 +30,7 @@ def make_functional(flow: Flow) -> bool:
     changed = False
     for base in [base for base in flow.writes if base.op == "call_function" and base in flow.weighted]:
         # of what may share memory by its schema, that which really did
-        family = [node for node in flow.nodes if flow._base[node] is base and storages(node) & storages(base)]
+        family = [node for node in flow.nodes if base_of(node) is base and storages(node) & storages(base)]
         if all(_is_possible(node) for node in family):
             _Rewriting(flow.exported.graph, base, set(family)).run()
             changed = True

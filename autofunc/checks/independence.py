@@ -8,7 +8,8 @@ from autofunc import tree
 from autofunc.captured.without_dropout import WithoutDropout
 from autofunc.checks.subject import ForwardError, Subject
 from autofunc.checks.verdict import Verdict
-from autofunc.checks.whole_and_parts import WholeAndParts, close, compared, first_coupled, loss_kind, run_whole_and_parts
+from autofunc.checks.whole_and_parts import WholeAndParts, compared, first_coupled, loss_kind, run_whole_and_parts
+from autofunc.whole_module import close
 
 _LOSS = ("output", "output.loss")
 

@@ -18,7 +18,7 @@ from autofunc import tree
 from autofunc.captured.snapshot import Change
 from autofunc.checks.subject import ForwardError, Subject
 from autofunc.checks.verdict import Verdict, where
-from autofunc.checks.whole_and_parts import close
+from autofunc.whole_module import close
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from autofunc.checks.subject import ForwardError, Subject
 from autofunc.checks.verdict import Status, Verdict
-from autofunc.checks.whole_and_parts import LossKind, close, labels_of, loss_kind, run_whole_and_parts
+from autofunc.checks.whole_and_parts import LossKind, labels_of, loss_kind, run_whole_and_parts
 from autofunc.losses import IGNORED, evaluate
+from autofunc.whole_module import close
 
 
 def check_loss(subject: Subject) -> list[Verdict]:

@@ -14,6 +14,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from autofunc import tree
 from autofunc.checks.subject import Run, Subject
 from autofunc.losses import IGNORED
+from autofunc.whole_module import close
 
 LossKind = Literal["none", "equal", "tokens", "sum", "coupled"]
 """How the mean of the microbatches' losses compares with the loss of the batch: equal to it; both are means over labels, of
@@ -36,21 +37,6 @@ def run_whole_and_parts(subject: Subject, batch: Mapping[str, Any] | None = None
     """
     whole, *parts = subject.still if batch is None else map(subject.run_still, (batch, *subject.parts(batch)))
     return WholeAndParts(whole, parts)
-
-
-def close(one: Tensor, other: Tensor) -> bool:
-    """Equal but for rounding: in relation to the largest value, a third of the square root of the dtype's precision."""
-    if one.shape != other.shape or one.dtype != other.dtype:
-        return False
-    if not one.numel():
-        return True
-    if not (one.is_floating_point() or one.is_complex()):
-        return torch.equal(one, other)
-    one, other = one.detach(), other.detach()
-    finite = other.abs()[other.isfinite()]
-    scale = float(finite.max()) if finite.numel() else 0.0
-    tolerance = 0.3 * torch.finfo(one.dtype).eps ** 0.5 * max(scale, 1e-6)
-    return torch.allclose(one, other, rtol=0.0, atol=tolerance, equal_nan=True)
 
 
 def loss_kind(both: WholeAndParts) -> LossKind:
