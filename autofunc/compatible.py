@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from torch.distributed.device_mesh import DeviceMesh
 
-from autofunc.errors import MeshError, ScheduleError
-from autofunc.mesh import check_axes, pp_ranks
+from autofunc.errors import MeshError, ModelError, ScheduleError
+from autofunc.mesh import axis_size, check_axes, pp_ranks
+from autofunc.model import Model
 from autofunc.schedule import Schedule, validate
 from autofunc.splitting import Stage, check_whole
 
@@ -21,8 +22,10 @@ def check_compatible(stages: Sequence[Stage], schedule: Schedule, mesh: DeviceMe
         mesh: None for one process.
 
     Raises:
-        ScheduleError: when the schedule is invalid or does not fit the number of stages.
+        ScheduleError: when the schedule is invalid, does not fit the number of stages, or runs forwards in another order
+            than that of the microbatches where layers keep state.
         SplitError: when the stages are not all of one model, in order.
+        ModelError: when layers keep state, and tensor parallel ranks run them.
         MeshError: when the mesh has other axes than autofunc knows, or another number of pp ranks than the schedule.
     """
     if len(stages) != schedule.num_stages:
@@ -32,6 +35,8 @@ def check_compatible(stages: Sequence[Stage], schedule: Schedule, mesh: DeviceMe
         )
     check_whole(stages)
     validate(schedule)
+    if stages[0].model.state_spec:
+        _check_keeps_state(stages[0].model, schedule, mesh)
     if mesh is None:
         return
     check_axes(mesh)
@@ -40,4 +45,18 @@ def check_compatible(stages: Sequence[Stage], schedule: Schedule, mesh: DeviceMe
         raise MeshError(
             f"the mesh has {num_ranks} pp ranks, but schedule {schedule.name} was built for "
             f"{schedule.num_ranks}; they must be equal"
+        )
+
+
+def _check_keeps_state(model: Model, schedule: Schedule, mesh: DeviceMesh | None) -> None:
+    path = next(iter(model.state_spec))
+    if not schedule.forwards_in_order:
+        raise ScheduleError(
+            f"schedule {schedule.name} does not run the forwards of a stage in the order of the microbatches, and "
+            f"{model.title} keeps state ({path}, ...) from one to the next; all named schedules run them in order"
+        )
+    if axis_size(mesh, "tp") > 1:
+        raise ModelError(
+            f"{model.title} keeps state ({path}, ...), and its layers would be cut over {axis_size(mesh, 'tp')} tp ranks; "
+            "use tp=1, or layers without state"
         )

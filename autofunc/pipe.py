@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from tensordict import TensorDict
 from torch import Tensor
-from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from autofunc import tree
@@ -21,12 +20,11 @@ from autofunc.compatible import check_compatible
 from autofunc.engine import EngineOptions, require_compiler
 from autofunc.errors import AutofuncError, BatchError
 from autofunc.explain import explain
+from autofunc.held import Held
 from autofunc.losses import Loss
-from autofunc.mesh import data_coordinate, pp_ranks
-from autofunc.model import Model
+from autofunc.mesh import data_coordinate
 from autofunc.runtime.agree import agree
 from autofunc.runtime.buffers import SlotPool
-from autofunc.runtime.gather import gather_tree
 from autofunc.runtime.measure import Scales, Watch, measured_timeline, of_all
 from autofunc.runtime.observe import Trace
 from autofunc.runtime.plan import Blueprint, Mode, Plan, build_plan
@@ -35,14 +33,13 @@ from autofunc.runtime.transport import DistributedTransport
 from autofunc.schedule import Costs, Schedule, StageBytes, Timeline, costs_of
 from autofunc.shard import Sharding
 from autofunc.shard.dtensors import local
-from autofunc.shard.norm import clip_by_norm, global_norm
 from autofunc.shard.parameters import Parameters
 from autofunc.splitting import Stage
 
 _MOST_PLANS = 64  # batch signatures a pipeline remembers; beyond that the oldest is forgotten
 
 
-class Pipeline:
+class Pipeline(Held):
     """A pipelined function of (params, batch); made by `af.pipeline`.
 
     It holds no parameters and no state of training, only what was built for the batch signatures it has seen.
@@ -70,17 +67,10 @@ class Pipeline:
         check_compatible(stages, schedule, mesh)
         if options.compile:
             require_compiler()
-        self.stages = tuple(stages)
-        self.schedule = schedule
+        super().__init__(stages, schedule, mesh, sharding, parameters)
         self.loss = loss
-        self.mesh = mesh
         self.options = options
-        self.sharding = sharding
         self._batch_dims = batch_dims
-        self._ranks = pp_ranks(mesh) if mesh is not None else None
-        self.local_ranks = tuple(range(schedule.num_ranks)) if mesh is None else (mesh.get_local_rank("pp"),)
-        self._local_stages = [stage for stage in stages if schedule.placement[stage.index] in self.local_ranks]
-        self._parameters = parameters or Parameters(self._local_stages, stages[0].model, mesh, sharding)
         self._plans: dict[Any, tuple[Plan, DistributedTransport | None]] = {}
         self._calls = itertools.count(1)
         pools = {rank: SlotPool() for rank in self.local_ranks}
@@ -91,76 +81,6 @@ class Pipeline:
 
     def __repr__(self) -> str:
         return f"Pipeline({self.schedule}, {len(self.stages)} stages, engine={self.options.engine!r})"
-
-    def init(
-        self, seed: int | None = None, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> TensorDict:  # fmt: skip
-        """The initial parameters of this process's ranks: the same values in every layout.
-
-        A captured module's own weights, and stored ones, are copied; others are made from the seed. `explain` says which.
-
-        Args:
-            seed: of the weights; by default 0. A `UserWarning` says so when the model has all of its own, and the seed is
-                not used.
-            device: where they are made and live; by default the mesh's device, or the CPU.
-            dtype: of the weights; by default fp32, or what a module's own weights have.
-
-        Returns:
-            A tree by canonical path; DTensors where parameters are sharded.
-        """
-        device = self._device({}) if device is None else device
-        made_from = self._model.seed_of(seed, device)
-        make = self._parameters.make
-        return tree.to_tensordict(make(lambda paths: self._model.init_paths(paths, made_from, device, dtype)))
-
-    def place(self, full_params: tree.Nested) -> TensorDict:
-        """A copy of this process's part of a full tree of parameters (or of any tree with the same paths).
-
-        Raises:
-            ModelError: when a path is missing.
-        """
-        flat = tree.flatten(full_params)
-        return tree.to_tensordict(
-            self._parameters.make(lambda paths: {path: self._model.lookup(flat, path).clone() for path in paths})
-        )
-
-    def gather(self, params: tree.Nested) -> TensorDict:
-        """A copy of the full tree, on every process, from each process's part of parameters or gradients.
-
-        Every process calls it.
-        """
-        flat = {path: self._parameters.full(leaf) for path, leaf in tree.flatten(params).items()}
-        if self._group is None or self._ranks is None:
-            return tree.to_tensordict(flat)
-        return tree.to_tensordict(gather_tree(flat, self._ranks, self._group))
-
-    def global_norm(self, grads: tree.Nested) -> Tensor:
-        """The 2-norm of all gradients of the model: 0-dim fp32, the same on every process; a tied one counts once.
-
-        Every process calls it.
-        """
-        flat = tree.flatten(grads)
-        owned = {path: leaf for path, leaf in flat.items() if path in self._owned}
-        return global_norm(owned, self.mesh, self._device(flat))
-
-    def clip(self, grads: tree.Nested, max_norm: float) -> tuple[TensorDict, Tensor]:
-        """Scale gradients so that their global norm is at most `max_norm`; returns them and the norm before.
-
-        Every process calls it. Nothing waits for the norm on the host.
-        """
-        norm = self.global_norm(grads)
-        return tree.to_tensordict(clip_by_norm(tree.flatten(grads), norm, max_norm)), norm
-
-    @property
-    def _model(self) -> Model:
-        return self.stages[0].model
-
-    @cached_property
-    def _owned(self) -> set[str]:
-        """Paths of the parameters that no pp rank before this process's holds."""
-        first = min(self.local_ranks)
-        before = (stage for stage in self.stages if self.schedule.placement[stage.index] < first)
-        return set(self._parameters.paths).difference(*(stage.paths for stage in before))
 
     def build(self, batch: Mapping[str, Any], params: tree.Nested | None = None, key: Any = None) -> Pipeline:
         """Build for batches with this signature ahead of the first call.
@@ -185,23 +105,38 @@ class Pipeline:
         plans = [plan for plan, _ in self._plans.values()]
         return explain(self.stages, self.schedule, plans[0].boundaries if plans else None)
 
-    def __call__(self, params: tree.Nested, batch: Mapping[str, Any], key: Any = None, *, has_aux: bool = False) -> Any:
-        """The loss, forward only: 0-dim fp32, the same on every process; `(loss, aux)` with `has_aux`."""
-        result = self.run(Mode.LOSS, params, batch, key)
+    def __call__(
+        self,
+        params: tree.Nested,
+        batch: Mapping[str, Any],
+        key: Any = None,
+        *,
+        state: tree.Nested | None = None,
+        has_aux: bool = False,
+    ) -> Any:
+        """The loss, forward only: 0-dim fp32, the same on every process; `(loss, aux)` with `has_aux`.
+
+        Layers with state, such as batch normalisation, are evaluated with the `state` given, which stays as it is.
+        """
+        result = self.run(Mode.LOSS, params, batch, key, state)
         return (result.loss, given_aux(result)) if has_aux else result.loss
 
-    def forward(self, params: tree.Nested, batch: Mapping[str, Any], key: Any = None, *, gather: str | None = None) -> Any:
+    def forward(
+        self, params: tree.Nested, batch: Mapping[str, Any], key: Any = None, *, state: tree.Nested | None = None,
+        gather: str | None = None,
+    ) -> Any:  # fmt: skip
         """The outputs of the last stage for all rows in order: on processes that hold it, elsewhere None.
 
         Args:
             params: this process's parameters.
             batch: a batch; labels are not needed.
             key: see `value_and_grad`.
+            state: of layers that keep some, as for `pipe(...)`.
             gather: "all" gives the outputs to every process.
         """
         if gather not in (None, "all"):
             raise AutofuncError(f'gather={gather!r}: expected None or "all"')
-        return self.run(Mode.SHARED_OUTPUTS if gather == "all" else Mode.OUTPUTS, params, batch, key).outputs
+        return self.run(Mode.SHARED_OUTPUTS if gather == "all" else Mode.OUTPUTS, params, batch, key, state).outputs
 
     def profile(self, params: tree.Nested, batch: Mapping[str, Any], key: Any = None, *, steps: int = 5) -> Timeline:
         """Run some steps and tell when every action ran: the step of median length, in milliseconds.
@@ -222,7 +157,7 @@ class Pipeline:
         """
 
         def run_once(watch: Watch) -> None:
-            self.run(Mode.GRADS, params, batch, key, watch)
+            self.run(Mode.GRADS, params, batch, key, self._some_state, watch)
 
         return measured_timeline(run_once, self._group, steps)
 
@@ -273,21 +208,24 @@ class Pipeline:
         the batch and an operator's temporaries are not. Every process calls it.
         """
         scales = Scales([local(leaf) for leaf in tree.flatten(params).values() if isinstance(leaf, Tensor)])
-        self.run(Mode.GRADS, params, batch, key, scales)
+        self.run(Mode.GRADS, params, batch, key, self._some_state, scales)
         alive = of_all({rank: scale.alive for rank, scale in scales.ranks.items()}, self._group)
         return tuple(alive[rank] for rank in range(self.schedule.num_ranks))
 
     def run(
-        self, mode: Mode, params: tree.Nested, batch: Mapping[str, Any], key: Any, observe: Observe | None = None
-    ) -> StepResult:
+        self, mode: Mode, params: tree.Nested, batch: Mapping[str, Any], key: Any, state: tree.Nested | None = None,
+        observe: Observe | None = None,
+    ) -> StepResult:  # fmt: skip
         """Run one step. `af.value_and_grad`, `pipe(...)` and `pipe.forward` are this with a mode."""
+        given = self._checked(state)
         plan, transport, flat, microbatches = self._prepare(mode, params, batch, key)
         with torch.no_grad():
-            return run_step(plan, flat, microbatches, transport, next(self._calls), observe or self._trace)
+            return run_step(plan, flat, microbatches, given, transport, next(self._calls), observe or self._trace)
 
     @property
-    def _group(self) -> ProcessGroup | None:
-        return self.mesh.get_group("pp") if self.mesh is not None else None
+    def _some_state(self) -> TensorDict:
+        """To measure steps with: what they cost does not depend on it."""
+        return self.init_state()
 
     def _prepare(
         self, mode: Mode, params: tree.Nested, batch: Mapping[str, Any], key: Any
@@ -295,14 +233,6 @@ class Pipeline:
         flat = tree.flatten(params)
         microbatches = self._split(batch, key)
         return (*self._plan(mode, flat, self._device(flat), microbatches), flat, microbatches)
-
-    def _device(self, leaves: Mapping[str, Any]) -> torch.device:
-        """The mesh's; without one that of the first tensor, or the CPU."""
-        if self.mesh is not None and self.mesh.device_type != "cpu":
-            return torch.device(self.mesh.device_type, torch.accelerator.current_device_index())
-        given = (leaf for leaf in tree.leaves_and_spec(leaves)[0] if isinstance(leaf, Tensor) and not leaf.is_meta)
-        first = next(given, None)
-        return first.device if first is not None and self.mesh is None else torch.device("cpu")
 
     def _split(self, batch: Mapping[str, Any], key: Any) -> list[Microbatch]:
         place, _ = data_coordinate(self.mesh)

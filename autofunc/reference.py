@@ -21,6 +21,7 @@ def reference_value_and_grad(
     num_microbatches: int,
     *,
     has_aux: bool = False,
+    has_state: bool = False,
     batch_dims: BatchDims = None,
 ) -> Callable[..., tuple[Any, TensorDict]]:
     """The loss and gradients of a model by a loop over microbatches.
@@ -34,13 +35,17 @@ def reference_value_and_grad(
         loss: see `autofunc.losses`; None uses the output's own loss.
         num_microbatches: how many pieces the batch is cut into.
         has_aux: also return the combined auxiliary outputs.
+        has_state: also take and return the state of layers, see `af.value_and_grad`.
         batch_dims: see `af.pipeline`.
 
     Returns:
-        `f(params, batch, key=None) -> (loss, grads)`, or `((loss, aux), grads)` with `has_aux`.
+        `f(params, batch, key=None, state=None) -> (loss, grads)`; in the place of `loss` `(loss, aux)` with `has_aux`,
+        `(loss, state)` with `has_state`, `(loss, aux, state)` with both.
     """
 
-    def value_and_grad(params: tree.Nested, batch: Mapping[str, Any], key: Any = None) -> tuple[Any, TensorDict]:
+    def value_and_grad(
+        params: tree.Nested, batch: Mapping[str, Any], key: Any = None, state: tree.Nested | None = None
+    ) -> tuple[Any, TensorDict]:
         flat = tree.flatten(params)
         leaves = {path: model.lookup(flat, path).detach().requires_grad_(model.is_trainable(path)) for path in model.spec}
         trainable = {path: leaf for path, leaf in leaves.items() if leaf.requires_grad}
@@ -49,10 +54,11 @@ def reference_value_and_grad(
         sums: dict[str, torch.Tensor] = {}
         total, weight = torch.zeros(()), torch.zeros(())
         collected = []
+        states = model.state_trees({} if state is None else tree.flatten(state))
         for microbatch in split_batch(batch, num_microbatches, key=key, batch_dims=batch_dims):
             specialised = model.specialise(microbatch, dtypes)
             with torch.enable_grad():
-                outputs = specialised.run(list(model.layers), by_layer, None, microbatch)
+                outputs, states = specialised.run(list(model.layers), by_layer, None, microbatch, states)
                 terms = evaluate(loss, outputs, microbatch)
             grads = torch.autograd.grad(terms.sum, list(trainable.values()), allow_unused=True)
             for path, grad in zip(trainable, grads, strict=True):
@@ -70,6 +76,11 @@ def reference_value_and_grad(
             raise BatchError("the total weight of the loss is 0: no microbatch has a label to learn from (all are -100?)")
         mean = total / weight
         tree_of_grads = tree.to_tensordict({path: (s / weight).to(flat[path].dtype) for path, s in merged.items()})
-        return ((mean, combine_aux(loss, collected)) if has_aux else mean), tree_of_grads
+        values: list[Any] = [mean]
+        if has_aux:
+            values.append(combine_aux(loss, collected))
+        if has_state:
+            values.append(tree.to_tensordict(model.flat_state(states)))
+        return (values[0] if len(values) == 1 else tuple(values)), tree_of_grads
 
     return value_and_grad

@@ -11,8 +11,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from autofunc import tree
 from autofunc.batch import BatchDims
 from autofunc.engine import EngineOptions
-from autofunc.errors import AutofuncError
+from autofunc.errors import AutofuncError, ModelError
 from autofunc.losses import Loss
+from autofunc.model import some_of
 from autofunc.pipe import Pipeline, given_aux
 from autofunc.runtime.plan import Mode
 from autofunc.schedule import Schedule
@@ -58,6 +59,7 @@ def pipeline(
         It holds no parameters. Its methods (`help(af.Pipeline)` says more):
 
         - `init(seed)`, `place(full_params)`: initial parameters, or this process's part of given ones
+        - `init_state()`, `place_state(full_state)`: the same of the state that layers keep
         - `gather(params_or_grads)`: the full tree, on every process
         - `forward(params, batch)`: outputs of the last stage
         - `clip(grads, max_norm)`, `global_norm(grads)`: gradients with a bounded norm, and the norm
@@ -83,35 +85,58 @@ def pipeline(
     return Pipeline(stages, schedule, loss, mesh, options, batch_dims, sharding or Sharding())
 
 
-def value_and_grad(pipe: Pipeline, *, has_aux: bool = False) -> Callable[..., tuple[Any, TensorDict]]:
+def value_and_grad(
+    pipe: Pipeline, *, has_aux: bool = False, has_state: bool = False
+) -> Callable[..., tuple[Any, TensorDict]]:
     """The loss and gradients of a pipeline, as a pure function.
 
     Args:
         pipe: from `af.pipeline`.
         has_aux: the loss returns `(sum, weight, aux)`, and aux is wanted.
+        has_state: `f` takes the state of layers that keep some, such as the running statistics of batch normalisation, and
+            returns it as it is after the step. Each layer's is updated microbatch by microbatch; with data parallel ranks
+            it is that of the first of them. It must be asked for where a layer keeps state.
 
     Returns:
-        `f(params, batch, key=None) -> (loss, grads)`, or `((loss, aux), grads)`. `loss` is the same 0-dim fp32 tensor on
-        every process; `grads` is a tree of this process's trainable parameters; `params` are unchanged. `key` is
-        (seed, step): the same key gives the same dropout in every layout, no key gives none.
+        `f(params, batch, key=None, state=None) -> (loss, grads)`, or `((loss, aux), grads)`, `((loss, state), grads)`,
+        `((loss, aux, state), grads)`. `loss` is the same 0-dim fp32 tensor on every process; `grads` is a tree of this
+        process's trainable parameters; `params` and the `state` given are unchanged. `key` is (seed, step): the same key
+        gives the same dropout in every layout, no key gives none.
 
     Raises:
         AutofuncError: when `pipe` is no pipeline.
         BatchError: from `f`, when the batch does not divide, or its total weight is 0.
-        ModelError: from `f`, when a parameter is missing.
+        ModelError: when layers keep state and `has_state` is False; from `f`, when a parameter or state is missing.
         PipelineRunError: from `f`, when an action fails.
 
     Example:
         step_function = af.value_and_grad(pipe)
         for step, batch in enumerate(loader):
             loss, grads = step_function(params, batch, key=(seed, step))
-            params, state = opt.update(grads, state, params)
+            params, opt_state = opt.update(grads, opt_state, params)
+
+        state = pipe.init_state()  # of a module with batch normalisation
+        (loss, state), grads = af.value_and_grad(pipe, has_state=True)(params, batch, state=state)
     """
     if not isinstance(pipe, Pipeline):
         raise AutofuncError(f"value_and_grad takes a pipeline from af.pipeline, not {type(pipe).__name__}")
+    kept = pipe.stages[0].model.state_spec
+    if kept and not has_state:
+        raise ModelError(
+            f"{pipe.stages[0].model.title} keeps state ({some_of(kept)}), which is an argument and a return value: "
+            "(loss, state), grads = af.value_and_grad(pipe, has_state=True)(params, batch, state=pipe.init_state()); put "
+            "the module into eval mode to freeze it"
+        )
 
-    def function(params: tree.Nested, batch: Mapping[str, Any], key: Any = None) -> tuple[Any, TensorDict]:
-        result = pipe.run(Mode.GRADS, params, batch, key)
-        return ((result.loss, given_aux(result)) if has_aux else result.loss), tree.to_tensordict(result.grads)
+    def function(
+        params: tree.Nested, batch: Mapping[str, Any], key: Any = None, state: tree.Nested | None = None
+    ) -> tuple[Any, TensorDict]:
+        result = pipe.run(Mode.GRADS, params, batch, key, state)
+        values: list[Any] = [result.loss]
+        if has_aux:
+            values.append(given_aux(result))
+        if has_state:
+            values.append(tree.to_tensordict(result.state))
+        return (values[0] if len(values) == 1 else tuple(values)), tree.to_tensordict(result.grads)
 
     return function

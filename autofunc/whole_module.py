@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from autofunc import tree
 from autofunc.captured import CapturedModel, Pretrained, capture_module
 from autofunc.captured.module import source_of
-from autofunc.captured.unchanged import restored
+from autofunc.captured.unchanged import restored, written_back
 from autofunc.captured.without_dropout import WithoutDropout
 from autofunc.engine import GraphStage, Microbatch
 from autofunc.errors import ModelError, SplitError
@@ -29,6 +29,7 @@ class LossAndGrads(NamedTuple):
 
     loss: Tensor
     grads: dict[str, Tensor | None]  # by path; None is a zero
+    state: Mapping[str, Tensor]  # by path, after it
 
 
 def from_module(
@@ -81,7 +82,7 @@ def from_module(
 
 
 def differences(model: CapturedModel, batch: Mapping[str, Any], loss: Loss | None = None) -> list[str]:
-    """What of the loss and gradients of a captured module is not the module's own, in words; nothing, if all is well.
+    """What of the loss, gradients and new state of a captured module is not its own, in words; nothing, if all is well.
 
     Args:
         model: whose module has real weights.
@@ -100,13 +101,17 @@ def differences(model: CapturedModel, batch: Mapping[str, Any], loss: Loss | Non
         path: leaf.requires_grad_(model.is_trainable(path)) for path, leaf in model.init_paths(model.spec, 0, "cpu").items()
     }
 
+    buffers = {name: source.buffer(name).detach().clone() for name, _ in source.module.named_buffers()}
+
     def called(entries: Mapping[str, Any]) -> Any:
         args, kwargs = source.arguments(source.select(entries))
         with restored(source.module), WithoutDropout():
-            outputs = torch.func.functional_call(source.module, params, args, kwargs)
+            _hold(source.module, buffers)
+            with written_back(source.module):
+                outputs = torch.func.functional_call(source.module, params, args, kwargs)
         return tree.with_known_classes(outputs)
 
-    own = _of_module(called, params, entries, loss)
+    own = _of_module(called, params, buffers, entries, loss)
     found = _of_stages(_stages(model), params, entries, loss)
     words = []
     if not close(found.loss.to(own.loss.dtype), own.loss):
@@ -117,7 +122,19 @@ def differences(model: CapturedModel, batch: Mapping[str, Any], loss: Loss | Non
         if not close(one.to(other.dtype), other):
             off = float((one - other).abs().max() / other.abs().max().clamp_min(1e-30))
             words.append(f"the gradient of {path!r} is off by {off:.1e} of its largest element")
+    words += [
+        f"the new state {path!r} is another" for path, leaf in found.state.items() if not close(leaf, own.state[path])
+    ]
     return words
+
+
+def _hold(module: nn.Module, buffers: Mapping[str, Tensor]) -> None:
+    """Put tensors in the places of a module's buffers; inside `restored`."""
+    names = {id(leaf): name for name, leaf in module.named_buffers()}
+    for part in module.modules():
+        for name, leaf in part._buffers.items():
+            if leaf is not None:
+                part._buffers[name] = buffers[names[id(leaf)]]
 
 
 def scalar_of(loss: Loss | None) -> Loss:
@@ -138,16 +155,20 @@ def scalar_of(loss: Loss | None) -> Loss:
 
 
 def _of_module(
-    called: Callable[[Mapping[str, Any]], Any], params: Mapping[str, Tensor], batch: Mapping[str, Any], loss: Loss | None
+    called: Callable[[Mapping[str, Any]], Any],
+    params: Mapping[str, Tensor],
+    buffers: Mapping[str, Tensor],
+    batch: Mapping[str, Any],
+    loss: Loss | None,
 ) -> LossAndGrads:
     with torch.random.fork_rng(), torch.enable_grad():
         terms = evaluate(scalar_of(loss), called(batch), batch)
         wanted = {path: leaf for path, leaf in params.items() if leaf.requires_grad}
         if not terms.sum.requires_grad:
-            return LossAndGrads(terms.sum / terms.weight, dict.fromkeys(wanted))
+            return LossAndGrads(terms.sum / terms.weight, dict.fromkeys(wanted), buffers)
         grads = torch.autograd.grad(terms.sum, list(wanted.values()), allow_unused=True)
     dense = (grad if grad is None or grad.layout is torch.strided else grad.to_dense() for grad in grads)
-    return LossAndGrads(terms.sum.detach() / terms.weight, dict(zip(wanted, dense, strict=True)))
+    return LossAndGrads(terms.sum.detach() / terms.weight, dict(zip(wanted, dense, strict=True)), buffers)
 
 
 def _stages(model: Model) -> list[Stage]:
@@ -167,13 +188,16 @@ def _of_stages(
         stages, params, batch, scalar_of(loss), device=device, returned_by=lambda context: captured(context).returned
     )
     microbatch, given, ran = Microbatch.of(batch), list[Tensor](), []
+    kept = model.init_state_paths(None, device)
     with torch.no_grad():
         for context in contexts:
             functions = GraphStage(captured(context), context)
             functions.make((Kind.F, Kind.B))
             leaves = [params[model.canonical(path)] for path in context.stage.holders]
-            produced, residuals = functions.forward(functions.bind(leaves), given, microbatch)
+            state = [kept[path] for path in context.stage.states]
+            produced, residuals = functions.forward(functions.bind(leaves), state, given, microbatch)
             given = produced.outputs
+            kept.update(zip(context.stage.states, produced.state, strict=True))
             ran.append((context, functions, residuals))
         cotangents: list[Tensor] = []
         grads: dict[str, Tensor | None] = {}
@@ -185,7 +209,7 @@ def _of_stages(
                 grads[model.canonical(path)] = grad if known is None else known + grad
     assert produced.sum is not None and produced.weight is not None
     every = {path: grads.get(path) for path, leaf in params.items() if leaf.requires_grad}
-    return LossAndGrads(produced.sum / produced.weight, every)
+    return LossAndGrads(produced.sum / produced.weight, every, kept)
 
 
 def close(one: Tensor, other: Tensor) -> bool:

@@ -79,7 +79,7 @@ def ours(
         for repetition in range(REPETITIONS):
             x, cotangent = (torch.randn(infer(context).boundary.values[0].shape) for _ in range(2))  # blocks keep the shape
             with counter if repetition == 0 else nullcontext():
-                _, residuals = stage.forward(stage.bind(leaves), [x], microbatch)
+                _, residuals = stage.forward(stage.bind(leaves), [], [x], microbatch)
                 after_f = storage_bytes(residuals.values, excluded)
                 (_, kept), i = timed(lambda r=residuals, g=cotangent: stage.backward_input(r, [g], sums))
                 after_i = storage_bytes(kept.values, excluded)
@@ -115,7 +115,7 @@ def torch_bytes(context: StageContext, leaves: list[Tensor]) -> tuple[int, int]:
 
     x = torch.randn(infer(context).boundary.values[0].shape, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda held: held.tensor):
-        out = context.run(context.stage.bind(own), [x], context.microbatch)
+        out, _ = context.run(context.stage.bind(own), [x], context.microbatch, [])
     after_f = sum(alive().values())
     _, groups = stage_backward_input((out,), (torch.randn(out.shape),), [x], iter(own))
     del out

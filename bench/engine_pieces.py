@@ -64,7 +64,7 @@ def torch_pieces(context: StageContext, leaves: list[Tensor]) -> tuple[float, ..
 
     def forward() -> tuple[Tensor, Tensor]:
         x = torch.randn(cotangent.shape, requires_grad=True)
-        return x, context.run(bound, [x], context.microbatch)
+        return x, context.run(bound, [x], context.microbatch, [])[0]
 
     (x, out), f = timed(forward)
     _, b = timed(lambda: stage_backward((out,), (cotangent,), [x]))

@@ -133,7 +133,7 @@ def autofunc_compute() -> Callable[[], Any]:
 
     def call() -> None:
         with torch.no_grad():
-            _, residuals = engine.forward(bound, [x], prepared)
+            _, residuals = engine.forward(bound, [], [x], prepared)
             engine.backward(residuals, [cotangent], sums)
 
     return call

@@ -29,7 +29,7 @@ def filled(source: ModuleSource, values: Mapping[str, Tensor]) -> Any:
 
     Args:
         source: of the module.
-        values: every parameter, by canonical path.
+        values: every parameter, by canonical path; and buffers that are others than the module's.
 
     Raises:
         ModelError: for a module that cannot be copied.
@@ -41,7 +41,7 @@ def filled(source: ModuleSource, values: Mapping[str, Tensor]) -> Any:
     persistent = module.state_dict(keep_vars=True)
     for name, buffer in module.named_buffers():
         if name in persistent or buffer.is_meta:
-            memo[id(buffer)] = source.buffer(name).cpu()
+            memo[id(buffer)] = values[name] if name in values else source.buffer(name).cpu()
     try:
         return copy.deepcopy(module, memo)
     except Exception as error:

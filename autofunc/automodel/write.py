@@ -36,8 +36,8 @@ def write_pretrained(
 
     Args:
         model: what the parameters are of; its module may be on the meta device.
-        params: a full tree of parameters, on any device, nested or flat (canonical path -> tensor); or a file that
-            training wrote (model.safetensors).
+        params: a full tree of parameters, on any device, nested or flat (canonical path -> tensor), buffers that are state
+            among them or not; or a file that training wrote (model.safetensors).
         folder: made when it is not there; weights of an earlier export in it are replaced.
         max_shard_size: of one file, in bytes or as "5GB"; larger weights are written as several files.
 
@@ -60,12 +60,19 @@ def write_pretrained(
 
 
 def _full_tree(source: ModuleSource, params: tree.Nested | str | Path) -> dict[str, Tensor]:
-    """All parameters of a module by canonical path; what no layer uses has the value it has in the module or its files."""
+    """All parameters of a module by canonical path; what no layer uses has the value it has in the module or its files.
+
+    Beside them the buffers that are given: the state of a run.
+    """
     if isinstance(params, (str, Path)):
         stored = StoredTensors(params)
         flat: dict[str, Tensor] = stored.read(stored.shapes)
     else:
         flat = tree.flatten(params)
+    persistent = {*source.module.state_dict(keep_vars=True)}
+    buffers = {name: leaf for name, leaf in source.module.named_buffers() if name in persistent}
+    kept = {name: leaf for name, leaf in flat.items() if name in buffers}
+    flat = {name: leaf for name, leaf in flat.items() if name not in buffers}
     expected = source.parameters
     extra = [name for name in flat if name not in expected]
     if extra:
@@ -77,11 +84,12 @@ def _full_tree(source: ModuleSource, params: tree.Nested | str | Path) -> dict[s
             f"params have no {unknown[0]!r}, one of {len(unknown)} parameters of {source.what} that are missing; give the "
             f"full tree, of all stages (pipe.gather); {one_of(unknown[0], flat)}"
         )
-    for name, leaf in flat.items():
-        if leaf.shape != expected[name].shape:
-            raise ModelError(f"{name!r} is {tuple(leaf.shape)}, but in {source.what} {tuple(expected[name].shape)}")
+    own = {**expected, **buffers}
+    for name, leaf in {**flat, **kept}.items():
+        if leaf.shape != own[name].shape:
+            raise ModelError(f"{name!r} is {tuple(leaf.shape)}, but in {source.what} {tuple(own[name].shape)}")
     flat = {**flat, **source.weights(missing, 0, torch.device("cpu"), None)}
-    return {name: flat[name].detach().cpu().contiguous() for name in expected}
+    return {name: leaf.detach().cpu().contiguous() for name, leaf in {**{n: flat[n] for n in expected}, **kept}.items()}
 
 
 def _write(module: nn.Module, folder: Path, max_shard_size: int | str) -> None:

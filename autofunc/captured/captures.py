@@ -19,6 +19,7 @@ from autofunc.captured.functional import make_functional
 from autofunc.captured.gradients import refuse_parameter_hooks
 from autofunc.captured.masks import use_is_causal
 from autofunc.captured.source import Source
+from autofunc.captured.state import take_states
 from autofunc.markers import marking
 
 Node = fx.Node
@@ -35,18 +36,24 @@ class Captures:
         self._constants: WeakValueDictionary[Any, Tensor] = WeakValueDictionary()
         self._buffers: dict[str, Tensor] = {}  # as they were when they were first needed
 
-    def flow(self, batch: Mapping[str, Any], recast: torch.dtype | None) -> tuple[Hashable, Flow]:
+    def flow(
+        self, batch: Mapping[str, Any], recast: torch.dtype | None, states: frozenset[str] = frozenset(),
+        *, training: bool = True,
+    ) -> tuple[Hashable, Flow]:  # fmt: skip
         """The captured forward for a batch, and the signature it is for.
 
         Args:
             batch: a microbatch.
             recast: dtype of the floating-point parameters; None: what they are in the module.
+            states: names of buffers that are known to be state.
+            training: False leaves them as they are: the parts that hold them are captured in eval mode.
         """
         refuse_parameter_hooks(self.source.module, self.source.what)
         entries = self.source.select(batch)
         spec, leaves = signature(entries)
-        shapes = (recast, spec, tuple(leaf[:3] for leaf in leaves))  # on any device
-        return shapes, cache.shared.get(("flow", Identity(self), shapes), lambda: self._capture(entries, recast))
+        shapes = (recast, spec, tuple(leaf[:3] for leaf in leaves), states, training)  # on any device
+        key = ("flow", Identity(self), shapes)
+        return shapes, cache.shared.get(key, lambda: self._capture(entries, recast, states, training))
 
     def _constant(self, node: Node, exported: Exported) -> Tensor:
         """The real value of a buffer or a constant; equal ones are one tensor, so that equal layers are found to be."""
@@ -63,20 +70,28 @@ class Captures:
             self._buffers[name] = value
         return value
 
-    def _capture(self, entries: Mapping[str, Any], recast: torch.dtype | None) -> Flow:
+    def _capture(
+        self, entries: Mapping[str, Any], recast: torch.dtype | None, states: frozenset[str], training: bool
+    ) -> Flow:
         source = self.source
+        owners = set() if training else {source.module.get_submodule(name.rpartition(".")[0]) for name in states}
+        modes = {part: mode and part not in owners for part, mode in self._modes.items()}
         own = (leaf.device for leaf in source.module.parameters() if not leaf.is_meta)
         device = next(own, torch.device("cpu"))
         example = tree.map_leaves(
             lambda leaf: torch.zeros_like(leaf, device=device) if isinstance(leaf, Tensor) else leaf, dict(entries)
         )
         with torch.device(device), torch.enable_grad(), marking():  # whatever the defaults are around here
-            exported = export(source.module, source.arguments, example, source.what, recast, self._modes)
+            exported = export(source.module, source.arguments, example, source.what, recast, modes)
             exported.params = {node: source.canonical(name) for node, name in exported.params.items()}
+            take_states(exported, source.what)
+            for node, name in exported.buffers.items():
+                if name in states:
+                    exported.states[node] = exported.states.get(node, node) if training else node
             flow = Flow(exported, source.what)
             if make_functional(flow):
                 flow = Flow(exported, source.what)
-            fixed = {*exported.buffers, *exported.constants}
+            fixed = {*exported.buffers, *exported.constants}.difference(exported.states)
             if use_is_causal(flow, lambda node: self._constant(node, exported).cpu() if node in fixed else None):
                 flow = Flow(exported, source.what)  # without what made the mask
             exported.constants = {node: self._constant(node, exported) for node in fixed if node in flow.alive}

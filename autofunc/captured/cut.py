@@ -38,6 +38,10 @@ class Cut:
                 self._layer[node] = self._layer[node.args[0]]
             else:
                 self._layer[node] = sum(start <= position for start in starts)
+        for state, after in flow.exported.states.items():  # it belongs to the first layer that needs it
+            needing = [node for node in (*state.users, after) if node in self._layer and node in flow.alive]
+            if needing:
+                self._layer[state] = min(self._layer[node] for node in needing)
         self._num_layers = len(starts) + 1
         self._shared: dict[tuple[int, ...], tuple[Segment, tuple[str, ...]]] = {}
 
@@ -48,17 +52,27 @@ class Cut:
         return [[names[node] for node in names if node in used] for used in map(set, self._arguments)]
 
     @cached_property
+    def states(self) -> list[list[str]]:
+        """For each layer, the names of the buffers that are its state."""
+        exported = self._flow.exported
+        return [[exported.buffers[node] for node in self._states_of(layer)] for layer in range(self._num_layers)]
+
+    def _states_of(self, layer: int) -> list[Node]:
+        return [node for node in self._flow.exported.states if self._layer.get(node) == layer]
+
+    @cached_property
     def crossing(self) -> list[list[Node]]:
         """What each layer receives, in the order in which it was made; the first receives nothing."""
         flow, last = self._flow, self._num_layers
         latest: dict[Node, int] = {}
-        for node in self._live:
+        made = [*(node for node in flow.exported.states if node in self._layer), *self._live]
+        for node in made:
             users = [self._layer[user] for user in flow.users.get(node, ()) if user in flow.weighted]
             if node in flow.returned:
                 users.append(last - 1)
             latest[node] = max(users, default=0)
         return [
-            [node for node in self._live if self._layer[node] < layer <= latest[node] and not _is_several(node)]
+            [node for node in made if self._layer[node] < layer <= latest[node] and not _is_several(node)]
             for layer in range(last)
         ]
 
@@ -112,6 +126,14 @@ class Cut:
             )
         else:
             returned, spec = [_Returned(node) for node in self.crossing[layer + 1]], None
+        states = self._states_of(layer)
+        for node in states:
+            after = exported.states[node]
+            if self._layer[after] != layer:
+                raise ModelError(
+                    f"the state {exported.buffers[node]!r} is read in one layer and written in another "
+                    f"({line_of(after)}); cut after that"
+                )
         return self._build(
             [(inner[exported.params[node]], node) for node in params],
             self.crossing[layer],
@@ -119,6 +141,7 @@ class Cut:
             [node for node in self._live if self._layer[node] == layer],
             returned,
             spec,
+            [(inner[exported.buffers[node]], node, exported.states[node]) for node in states],
         )
 
     def _build(
@@ -129,12 +152,13 @@ class Cut:
         nodes: Sequence[Node],
         returned: Sequence[Any],
         spec: Any = None,
+        states: Sequence[tuple[str, Node, Node]] = (),
     ) -> Segment:
         own = set(nodes)
         returned_nodes = {each.node for each in returned if isinstance(each, _Returned)}
         arguments = {argument for node in nodes for argument in node.all_input_nodes} | returned_nodes
         constants = [node for node in self._constants if node in arguments and node not in own]
-        given = [*(node for _, node in params), *received, *shared, *constants]
+        given = [*(node for _, node in params), *(node for _, node, _ in states), *received, *shared, *constants]
         register = {node: number for number, node in enumerate(given)}
         instructions = []
         for number, node in enumerate(nodes, start=len(given)):
@@ -151,6 +175,8 @@ class Cut:
             tuple(instructions),
             tuple(Ref(register[each.node]) if isinstance(each, _Returned) else each for each in returned),
             spec,
+            tuple(path for path, _, _ in states),
+            tuple(Ref(register[after]) for _, _, after in states),
         )
 
     def _for_any_strides(self, node: Node) -> tuple[Any, tuple[Any, ...]]:

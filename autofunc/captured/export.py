@@ -25,7 +25,7 @@ from autofunc.captured.keyed import replace_random
 from autofunc.captured.outputs import CACHE, without_caches
 from autofunc.captured.own_backward import apply_for_real, recorded
 from autofunc.captured.recurrent import unfuse
-from autofunc.captured.unchanged import LeftBehind, restored
+from autofunc.captured.unchanged import LeftBehind, restored, written_back
 from autofunc.errors import ModelError
 from autofunc.fake import fake_mode, naming_errors
 from autofunc.graph.lines import line_of
@@ -44,6 +44,7 @@ class Exported:
     output: Any  # pytree spec of what it returns
     params: dict[Node, str] = field(default_factory=dict)  # name in the module
     buffers: dict[Node, str] = field(default_factory=dict)
+    states: dict[Node, Node] = field(default_factory=dict)  # buffers that forward writes to -> what it leaves in them
     constants: dict[Node, Tensor] = field(default_factory=dict)  # in the end with the values of the buffers that are used
     inputs: dict[Node, int] = field(default_factory=dict)  # position among the tensors of the batch
     markers: dict[str, Node] = field(default_factory=dict)  # by name: the first operator after `af.split_point`
@@ -78,7 +79,7 @@ class Call(nn.Module):
     def forward(self, batch: Mapping[str, Any]) -> Any:
         """Call the module."""
         args, kwargs = self._arguments(batch)
-        with self.left.undone(), without_hooks(self.module, self._what), recorded():
+        with self.left.undone(), written_back(self.module), without_hooks(self.module, self._what), recorded():
             outputs, cached = without_caches(self._called(args, kwargs, batch))
             outputs = tree.with_known_classes(outputs)
             self.told.notes = [CACHE] if cached else []

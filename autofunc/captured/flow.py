@@ -19,12 +19,12 @@ Node = fx.Node
 class Flow:
     """The dependencies of a captured forward.
 
-    A value is *weighted* when parameters are among its ancestors. Weighted values are computed once, by the layer they
-    belong to, and cross boundaries; all others depend on the batch and on constants alone, and any stage computes them
-    itself.
+    A value is *weighted* when parameters or state are among its ancestors. Weighted values are computed once, by the layer
+    they belong to, and cross boundaries; all others depend on the batch and on constants alone, and any stage computes
+    them itself.
 
     Raises:
-        ModelError: when a parameter, a buffer or the batch is written to.
+        ModelError: when a parameter or the batch is written to.
     """
 
     def __init__(self, exported: Exported, what: str) -> None:
@@ -67,8 +67,9 @@ class Flow:
 
     @cached_property
     def alive(self) -> set[Node]:
-        """Everything that the returned values need."""
-        return self.closure([*self.returned, *self.needs(self.exported.graph.output_node())])
+        """Everything that the returned values and the new state need."""
+        roots = [*self.returned, *self.exported.states.values()]
+        return self.closure([*roots, *self.needs(self.exported.graph.output_node())])
 
     @cached_property
     def users(self) -> dict[Node, list[Node]]:
@@ -82,15 +83,23 @@ class Flow:
 
     @cached_property
     def uncuttable(self) -> list[tuple[int, int]]:
-        """(first, last) positions of memory that weighted values are written into: both on one side of any cut."""
+        """(first, last) positions of memory that weighted values are written into: both on one side of any cut.
+
+        And of what reads state as it was, and makes what it is next.
+        """
         spans = []
         for base, writes in self.writes.items():
             if any(node in self.weighted for node in (base, *writes)):
                 spans.append((self.position[base], max(self.position[write] for write in writes)))
+        for state, after in self.exported.states.items():
+            places = [self.position[node] for node in (*state.users, after) if node in self.position and node in self.alive]
+            if after is not state:
+                spans.append((min(places), max(places)))
         return spans
 
     def _weighted(self) -> set[Node]:
-        weighted: set[Node] = set(self.exported.params)
+        states = self.exported.states
+        weighted: set[Node] = {*self.exported.params, *states, *states.values()}
         grown = True
         while grown:
             size = len(weighted)
@@ -116,11 +125,6 @@ class Flow:
                 f"{what} writes to its parameter {exported.params[base]!r} ({write.target}; {line_of(write)}); a forward "
                 "is a pure function: compute a new tensor instead"
             )
-        if base in exported.buffers:
-            raise ModelError(
-                f"{what} writes to its buffer {exported.buffers[base]!r} ({write.target}; {line_of(write)})"
-                f"{_advice(exported.buffers[base], write)}"
-            )
         if base in exported.constants and not is_copied_first(base):
             raise ModelError(
                 f"{what} writes to a tensor that it keeps ({write.target}; {line_of(write)}); return it, or compute it anew"
@@ -130,14 +134,3 @@ class Flow:
                 f"{what} writes to the batch ({write.target}; {line_of(write)}), which other stages read; write to a copy: "
                 "x = x.clone()"
             )
-
-
-def _advice(buffer: str, write: Node) -> str:
-    if "instance_norm" in str(write.target):
-        return ": it keeps statistics. Use track_running_stats=False, or put the module into eval mode to freeze them"
-    if buffer.endswith(("running_mean", "running_var", "num_batches_tracked")):
-        return (
-            ": batch normalisation in training mode depends on the whole batch and keeps statistics. Use nn.GroupNorm, "
-            "nn.LayerNorm or nn.InstanceNorm instead, or put the module into eval mode to freeze its statistics"
-        )
-    return "; return what it keeps, or compute it in __init__"

@@ -1,4 +1,4 @@
-"""Writes in place made functional, where weights are among what is written: then every place between them can be cut.
+"""Writes in place made functional: where weights are among what is written, every place between them can then be cut.
 
 `x += block(x)` becomes `x1 = x + block(x)`, and what read `x` afterwards reads `x1`; a write to a part (`out[:, n] = x`)
 becomes a new whole with that part. Views that were made before a write and are read after it are made again.
@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from autofunc.captured.flow import Flow
 from autofunc.graph.memory import aliased, base_of, storages, written
-from autofunc.graph.schema import arguments
+from autofunc.graph.schema import arguments, without_out
 
 Node = fx.Node
 
@@ -29,25 +29,40 @@ def make_functional(flow: Flow) -> bool:
     """Rewrite what is written to values that need weights, in place; whether anything was."""
     changed = False
     for base in [base for base in flow.writes if base.op == "call_function" and base in flow.weighted]:
-        # of what may share memory by its schema, that which really did
-        family = [node for node in flow.nodes if base_of(node) is base and storages(node) & storages(base)]
-        if all(_is_possible(node) for node in family):
-            _Rewriting(flow.exported.graph, base, set(family)).run()
-            changed = True
+        changed |= rewrite(flow.exported.graph, base) is not None
     if changed:
         flow.exported.graph.lint()
     return changed
 
 
-def _is_possible(node: Node) -> bool:
+def rewrite(graph: fx.Graph, base: Node, *, gradients: bool = True) -> Node | None:
+    """Rewrite all that is written to one memory.
+
+    Args:
+        graph: changed in place.
+        base: what the memory was made by.
+        gradients: whether what is written has any; they do not pass a `detach`, nor a region without them.
+
+    Returns:
+        What the memory holds in the end; None where something has no functional form, and nothing is changed.
+    """
+    # of what may share memory by its schema, that which really did
+    calls = [node for node in graph.nodes if node.op == "call_function"]
+    family = [node for node in calls if base_of(node) is base and storages(node) & storages(base)]
+    if not all(_is_possible(node, gradients) for node in family if node is not base):
+        return None
+    return _Rewriting(graph, base, {base, *family}, gradients).run()
+
+
+def _is_possible(node: Node, gradients: bool) -> bool:
     """Whether a node of the memory is a write with a functional form, or a view that a part can be put back through."""
-    if any(mode == ("grad", False) for mode in node.meta.get("modes", ())):
+    if gradients and any(mode == ("grad", False) for mode in node.meta.get("modes", ())):
         return False
     if isinstance(node.meta.get("val"), (list, tuple)) or node.target is getitem:
         return False  # autograd does not let anything be written to one view of several
     if written(node):
         return len(written(node)) == 1 and _functional(node) is not None
-    return aliased(node) is None or _put_back(node) is not None
+    return aliased(node) is None or _put_back(node, gradients) is not None
 
 
 def _functional(write: Node) -> Callable[..., Any] | None:
@@ -55,14 +70,17 @@ def _functional(write: Node) -> Callable[..., Any] | None:
     packet, _, overload = str(write.target).removeprefix("aten.").partition(".")
     if packet in ("copy_", "fill_", "zero_"):
         return getattr(_aten, packet[:-1], None)
+    if "out" in write.kwargs:
+        function: Callable[..., Any] | None = without_out(write)
+        return function
     return getattr(getattr(_aten, packet.removesuffix("_"), None), overload, None) if packet.endswith("_") else None
 
 
-def _put_back(view: Node) -> Callable[..., Any] | None:
+def _put_back(view: Node, gradients: bool) -> Callable[..., Any] | None:
     """From (whole, part) to the nodes' arguments of the operator that makes the whole anew; None where there is none."""
     name = str(view.target).removeprefix("aten.").partition(".")[0]
-    if view.target in _SAME:
-        return None  # what is written through it gets no gradient
+    if view.target in _SAME:  # what is written through it gets no gradient
+        return None if gradients else lambda whole, part: (_aten.alias.default, (part,))
     if name == "select":
         return lambda whole, part: (_aten.select_scatter.default, (whole, part, *view.args[1:]))
     if name == "slice":
@@ -87,18 +105,19 @@ class _Rewriting:
         graph: changed in place.
         base: what the memory was made by.
         family: all nodes whose values lie in it.
+        gradients: see `rewrite`.
     """
 
-    def __init__(self, graph: fx.Graph, base: Node, family: set[Node]) -> None:
-        self._graph, self._base, self._family = graph, base, family
+    def __init__(self, graph: fx.Graph, base: Node, family: set[Node], gradients: bool) -> None:
+        self._graph, self._base, self._family, self._gradients = graph, base, family, gradients
         self._args = {node: node.args for node in family}
         self._lender = {node: _lender(node) for node in family if node is not base}
         self._writes = [node for node in graph.nodes if node in family and written(node)]
         self._version = 0
         self._values: dict[Node, tuple[int, Node]] = {base: (0, base)}  # member -> (version, what holds it then)
 
-    def run(self) -> None:
-        """Go through the graph in order."""
+    def run(self) -> Node:
+        """Go through the graph in order; returns what holds the base's value in the end."""
         begun = False
         for node in list(self._graph.nodes):
             if node is self._base:
@@ -114,6 +133,7 @@ class _Rewriting:
                 self._values[node] = (self._version, node)
         for node in reversed(self._writes):
             self._graph.erase_node(node)
+        return self._values[self._base][1]
 
     def _read(self, node: Node) -> None:
         """Let a node read the values of now."""
@@ -169,7 +189,8 @@ class _Rewriting:
         else:
             function = _functional(write)
             assert function is not None
-            part = self._call(function, fx.node.map_arg(write.args, now), fx.node.map_arg(dict(write.kwargs), now), write)
+            kwargs = {name: value for name, value in write.kwargs.items() if name != "out"}
+            part = self._call(function, fx.node.map_arg(write.args, now), fx.node.map_arg(kwargs, now), write)
         if part.meta["val"].dtype != value.dtype:
             part = self._call(_aten.to.dtype, (part, value.dtype), {}, write)
         if part.meta["val"].shape != value.shape:
@@ -181,7 +202,7 @@ class _Rewriting:
     def _whole(self, view: Node, lender: Node, part: Node, write: Node) -> Node:
         """What a view was taken of, with a new part in its place."""
         whole = self._value(lender, write)
-        put_back = _put_back(view)
+        put_back = _put_back(view, self._gradients)
         assert put_back is not None
         target, args = put_back(whole, part)
         return self._call(target, args, {}, write)

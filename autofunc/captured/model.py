@@ -18,8 +18,9 @@ from autofunc.captured.cut_points import FIRST, default_layers, find_cut_points
 from autofunc.captured.flow import Flow
 from autofunc.captured.segment import Segment
 from autofunc.errors import ModelError
-from autofunc.model import CutPoints, Layer, Model, Specialised
+from autofunc.model import CutPoints, Layer, Model, Specialised, State
 from autofunc.model.specialised import LayerFunction
+from autofunc.model.state import StatefulFunction
 
 
 @dataclass(frozen=True)
@@ -58,11 +59,13 @@ class CapturedModel(Model):
         self._found = CutPoints({first: _first_position(flow), **self._found.start}, self._found.refused)
         # a layer that begins with the first operator gives the first layer its name
         layers = [first, *(name for name in names if self._found.start[name] > self._found.start[first])]
-        self._names = layers
+        self._names, self._known_states = layers, frozenset(flow.exported.buffers[node] for node in flow.exported.states)
         probe = self._cut_of(flow, [{} for _ in layers])
         self._holders = _holders(layers, probe.params, self._source.aliases)
+        self._states = {layer: tuple(names) for layer, names in zip(layers, probe.states, strict=True) if names}
         ties = {path: name for owned in self._holders.values() for name, path in owned.items() if path != name}
         self._layer_of_path = {path: layer for layer, owned in self._holders.items() for path in owned.values()}
+        self._layer_of_path |= {name: layer for layer, names in self._states.items() for name in names}
         super().__init__(
             {name: Layer(apply=self._apply(number)) for number, name in enumerate(layers)},
             ties=ties, config=config, trainable=trainable,
@@ -135,10 +138,21 @@ class CapturedModel(Model):
         wanted = sorted({self.canonical(path) for path in paths}, key=tree.split_path)
         return self._source.weights(wanted, seed, torch.device(device), dtype)
 
+    def init_state_paths(self, paths: Iterable[str] | None, device: torch.device | str) -> dict[str, Tensor]:
+        """See `Model.init_state_paths`: copies of the module's buffers, or of stored ones."""
+        wanted = sorted(self._known_states if paths is None else set(paths), key=tree.split_path)
+        if torch.device(device).type == "meta":
+            return {path: torch.empty_like(self._source.module.get_buffer(path), device="meta") for path in wanted}
+        return {path: self._source.buffer(path).detach().to(device, copy=True) for path in wanted}
+
     # --- captures
 
     def specialise(
-        self, microbatch: Mapping[str, Any] | None = None, dtypes: Mapping[str, torch.dtype] | None = None
+        self,
+        microbatch: Mapping[str, Any] | None = None,
+        dtypes: Mapping[str, torch.dtype] | None = None,
+        *,
+        training: bool = True,
     ) -> Specialised:
         """See `Model.specialise`: captures the forward for such microbatches, and cuts it at the layers.
 
@@ -147,7 +161,8 @@ class CapturedModel(Model):
                 neither the module's dtypes nor one dtype.
         """
         batch = self._example if microbatch is None else microbatch
-        signature, flow = self._captures.flow(batch, self._recast(dtypes or {}))
+        known = self._known_states
+        signature, flow = self._captures.flow(batch, self._recast(dtypes or {}), known, training=training or not known)
         entries = tuple(self._source.select(batch))
         key = ("specialised", Identity(self), signature, entries)
         return cache.shared.get(key, lambda: self._specialised_for(flow, entries))
@@ -161,6 +176,12 @@ class CapturedModel(Model):
                     f"{self._source.what}: for this batch, layer {layer!r} uses {sorted(missing)[0]!r}, which it did "
                     "not use for the example; give an example with all entries"
                 )
+        others = {name for names in cut.states for name in names} - self._known_states
+        if others:
+            raise ModelError(
+                f"{self._source.what}: for this batch forward writes to its buffer {min(others)!r}, which it did not for "
+                "the example; give an example for which it does"
+            )
         number_of = {name: number for number, name in enumerate(self._names)}
 
         def share(layers: Sequence[str], microbatch: Mapping[str, Any]) -> Shared:
@@ -168,15 +189,17 @@ class CapturedModel(Model):
             given = {name: microbatch[name] for name in entries}
             leaves = [leaf for leaf in tree.leaves_and_spec(given)[0] if isinstance(leaf, Tensor)]
             device, key = _device(leaves), microbatch.get("key")
-            values = segment({}, leaves, {}, device, key)
+            values, _ = segment({}, leaves, {}, device, key)
             return Shared(dict(zip(keys, values if len(keys) != 1 else [values], strict=True)), device, key)
 
         def programs(layers: Sequence[str]) -> list[Any]:
             numbers = [number_of[name] for name in layers]
             return [cut.shared(numbers), *(cut.segments[number] for number in numbers)]
 
-        functions = {name: _function(segment) for name, segment in zip(self._names, cut.segments, strict=True)}
-        return Specialised(functions, share, programs, self._found)
+        segments = dict(zip(self._names, cut.segments, strict=True))
+        stateful = {name: _stateful_function(segment) for name, segment in segments.items() if name in self._states}
+        functions = {name: _function(segment) for name, segment in segments.items() if name not in self._states}
+        return Specialised(functions, share, programs, self._found, stateful)
 
     def _recast(self, dtypes: Mapping[str, torch.dtype]) -> torch.dtype | None:
         """What a forward must be captured with, where the dtypes of parameters are not the module's."""
@@ -189,17 +212,20 @@ class CapturedModel(Model):
             raise ModelError(f"{self._source.what}: its parameters are {names}; give all the same dtype, or their own")
         return next(iter(given.values()))
 
-    def _apply(self, number: int) -> Callable[[Mapping[str, Any], Any, Mapping[str, Any]], Any]:
+    def _apply(self, number: int) -> Callable[..., Any]:
         """A layer that is run by itself."""
 
-        def apply(params: Mapping[str, Any], x: Any, batch: Mapping[str, Any]) -> Any:
-            name, specialised = self._names[number], self.specialise(batch)
-            return specialised.functions[name](params, x, specialised.share([name], batch))
+        def apply(params: Mapping[str, Any], x: Any, batch: Mapping[str, Any], *state: Any) -> Any:
+            name, specialised = self._names[number], self.specialise(batch, training=all(state[1:]))
+            given: dict[str, State] = {name: tree.flatten(state[0])} if state else {}
+            x, states = specialised.layer(name, params, x, specialised.share([name], batch), given)
+            return (x, tree.nest(states[name])) if state else x
 
         return apply
 
     def _inner(self, layer: str) -> dict[str, str]:
-        return {name: self.inner_path(path) for name, path in self._holders[layer].items()}
+        paths = {**self._holders[layer], **{name: name for name in self._states.get(layer, ())}}
+        return {name: self.inner_path(path) for name, path in paths.items()}
 
     def _cut_of(self, flow: Flow, inner_paths: Sequence[Mapping[str, str]]) -> Cut:
         places = self._cut_points(flow)
@@ -226,10 +252,22 @@ def _function(segment: Segment) -> LayerFunction:
     """A segment as the function of a layer."""
 
     def function(params: Mapping[str, Any], x: Any, shared: Shared) -> Any:
-        received = [] if not segment.num_received else [x] if segment.num_received == 1 else x
-        return segment(params, received, shared.values, shared.device, shared.key)
+        return segment(params, _received(segment, x), shared.values, shared.device, shared.key)[0]
 
     return function
+
+
+def _stateful_function(segment: Segment) -> StatefulFunction:
+    """A segment as the function of a layer with state."""
+
+    def function(params: Mapping[str, Any], x: Any, shared: Shared, state: State) -> tuple[Any, State]:
+        return segment(params, _received(segment, x), shared.values, shared.device, shared.key, state)
+
+    return function
+
+
+def _received(segment: Segment, x: Any) -> Sequence[Tensor]:
+    return [] if not segment.num_received else [x] if segment.num_received == 1 else x
 
 
 def _holders(

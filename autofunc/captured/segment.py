@@ -48,7 +48,8 @@ class Instruction:
 class Segment(Fingerprinted):
     """A piece of a captured graph.
 
-    Registers are filled with parameters, received values, shared values and constants, in that order, then by instructions.
+    Registers are filled with parameters, state, received values, shared values and constants, in that order, then by
+    instructions.
     """
 
     params: tuple[str, ...]  # paths inside the layer
@@ -58,6 +59,8 @@ class Segment(Fingerprinted):
     instructions: tuple[Instruction, ...]
     returned: tuple[Any, ...]  # `Ref`s, or constants
     spec: Any = None  # the pytree that is returned; None: a tuple, or the value itself where there is one
+    states: tuple[str, ...] = ()  # paths inside the layer
+    new_states: tuple[Ref, ...] = ()  # of each, what it is afterwards
 
     def fingerprint(self, keys: Fingerprint) -> Hashable:
         """By its fields, in which strings are what they are."""
@@ -71,8 +74,9 @@ class Segment(Fingerprinted):
         shared: Mapping[str, Any],
         device: torch.device,
         key: Any,
-    ) -> Any:
-        """Run it.
+        state: Mapping[str, Tensor] | None = None,
+    ) -> tuple[Any, dict[str, Tensor]]:
+        """Run it; returns what it makes, and its state as it is now.
 
         Args:
             params: nested dicts of the layer's parameters.
@@ -80,10 +84,14 @@ class Segment(Fingerprinted):
             shared: by name.
             device: where constants are needed and new tensors are made.
             key: of the microbatch, or None.
+            state: of the layer, by path.
         """
-        flat = tree.flatten(params)
+        flat, kept = tree.flatten(params), dict(state or {})
         constants = (constant.to(device) for constant in self.constants)
-        given = [*(flat[path] for path in self.params), *received, *(shared[name] for name in self.shared), *constants]
+        given = [
+            *(flat[path] for path in self.params), *(kept[path] for path in self.states), *received,
+            *(shared[name] for name in self.shared), *constants,
+        ]  # fmt: skip
         registers: dict[int, Any] = dict(enumerate(given))
         runtime = {"device": device, "key": key}
 
@@ -111,9 +119,10 @@ class Segment(Fingerprinted):
             for register in done:
                 del registers[register]
         results = [value(each) for each in self.returned]
+        kept.update((path, value(after).detach()) for path, after in zip(self.states, self.new_states, strict=True))
         if self.spec is not None:
-            return tree.from_leaves(results, self.spec)
-        return results[0] if len(results) == 1 else tuple(results)
+            return tree.from_leaves(results, self.spec), kept
+        return results[0] if len(results) == 1 else tuple(results), kept
 
     @cached_property
     def _last_uses(self) -> list[list[int]]:
@@ -122,7 +131,7 @@ class Segment(Fingerprinted):
             (each.register, _registers((each.args, [argument for _, argument in each.kwargs])))
             for each in self.instructions
         ]
-        return last_uses(steps, _registers(self.returned))
+        return last_uses(steps, _registers([*self.returned, *self.new_states]))
 
 
 def _registers(argument: Any) -> list[int]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 from autofunc.captured.snapshot import Change, Snapshot, put_back
@@ -19,6 +20,26 @@ def restored(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         before.restore()
+
+
+@contextmanager
+def written_back(module: nn.Module) -> Iterator[None]:
+    """Write tensors that take the places of buffers into those instead: `self.mean = 0.9 * self.mean + 0.1 * x.mean()`.
+
+    What is not saved with the module is its own affair.
+    """
+    held = [
+        (part, name, leaf)
+        for part in module.modules()
+        for name, leaf in part._buffers.items()
+        if leaf is not None and name not in part._non_persistent_buffers_set
+    ]
+    yield
+    for part, name, leaf in held:
+        new = part._buffers.get(name)
+        if new is not None and new is not leaf and (new.shape, new.dtype) == (leaf.shape, leaf.dtype):
+            with torch.no_grad():
+                part._buffers[name] = leaf.copy_(new)
 
 
 class LeftBehind:

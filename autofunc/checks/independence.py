@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from autofunc import tree
 from autofunc.captured.without_dropout import WithoutDropout
@@ -11,6 +11,7 @@ from autofunc.checks.verdict import Verdict
 from autofunc.checks.whole_and_parts import WholeAndParts, compared, first_coupled, loss_kind, run_whole_and_parts
 from autofunc.whole_module import close
 
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _LOSS = ("output", "output.loss")
 
 
@@ -50,6 +51,8 @@ def _coupled(subject: Subject, text: str) -> Verdict:
     """The verdict, at the first module from which rows depend on each other."""
     module = first_coupled(subject) if subject.module is not None else None
     at = subject.where_of(module) if module else subject.where
+    if module and subject.module is not None and isinstance(subject.module.get_submodule(module), _NORMS):
+        return Verdict("P3", "warn", f"{text}: each microbatch is normalised by itself", at)
     advice = "normalise or compare within a row, not over dim 0"
     return Verdict("P3", "fail", f"{text}; {advice}", at)
 

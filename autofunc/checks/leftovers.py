@@ -18,9 +18,8 @@ from autofunc import tree
 from autofunc.captured.snapshot import Change
 from autofunc.checks.subject import ForwardError, Subject
 from autofunc.checks.verdict import Verdict, where
+from autofunc.model import some_of
 from autofunc.whole_module import close
-
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 def check_leftovers(subject: Subject) -> list[Verdict]:
@@ -29,9 +28,18 @@ def check_leftovers(subject: Subject) -> list[Verdict]:
         return [Verdict("C4", "skip", "layers are functions, and keep nothing")]
     changes = [change for change in subject.first.changes if change.kind != "parameter"]
     captured, _ = subject.captured  # then no forward reads what another has stored: it is undone
-    kept = [change for change in changes if change.how != "noted" and not (captured and change.kind == "attribute")]
+    states = captured.state_spec if captured is not None else {}
+    kept = [
+        change
+        for change in changes
+        if change.how != "noted"
+        and not (captured and change.kind == "attribute")
+        and tree.join(change.module, change.attribute) not in states
+    ]
     if kept:
         return [_kept(subject, module, named) for module, named in _by_class(subject, kept).items()]
+    if states:
+        return [Verdict("C4", "pass", f"keeps state, which steps take and return (has_state=True): {some_of(states)}")]
     if len(changes) < len(subject.first.changes):
         return [Verdict("C4", "skip", "forward changes parameters (see C2), so no two are alike")]
     for problem in (_runs_differ, _order_matters, _checkpoints_differ):
@@ -67,12 +75,7 @@ def _kept(subject: Subject, module: str, changes: list[Change]) -> Verdict:
     assert subject.module is not None
     part = subject.module.get_submodule(module)
     names = ", ".join(change.attribute for change in changes)
-    if isinstance(part, _NORMS):
-        text = (
-            f"{type(part).__name__} changes its buffers {names} in every forward, and normalises over the batch; use "
-            "nn.GroupNorm, nn.LayerNorm or nn.InstanceNorm, or eval mode to freeze its statistics"
-        )
-    elif all(change.kind == "buffer" for change in changes):
+    if all(change.kind == "buffer" for change in changes):
         text = f"forward changes the buffers {names}; return what it keeps, or compute it in __init__"
     else:
         text = f"forward stores {names} in the module; return it, or compute it in __init__"

@@ -163,7 +163,7 @@ class Subject:
         try:
             with seeded(seed), torch.enable_grad():
                 if self.module is None:
-                    return self.model(self.params, batch)
+                    return self.model(self.params, batch, self.model.init_state())
                 args, kwargs = self._source.arguments(self._source.select(batch))
                 with mode or nullcontext():
                     return tree.with_known_classes(self.module(*args, **kwargs))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -31,10 +32,12 @@ class Joint:
 
     module: fx.GraphModule
     params: list[Node]  # one per holder
+    states: list[Node]  # what it keeps from one microbatch to the next, as it was before
     inputs: list[Node]  # values of the boundary before
     batch: list[Node]  # tensors of the microbatch
     cotangents: list[Node]  # one per output that needs a gradient; of the loss: the one it is seeded with
     outputs: list[Node]  # values of the stage's own boundary; or the loss's sum, weight, and tensors of aux
+    new_states: list[Node]  # one per state, where gradients are wanted
     input_grads: list[Node | None]  # one per input that needs a gradient; None is a zero
     weight_grads: list[Node | None]  # one per trainable holder; None is a zero
     returned: Returned  # what it returns, and the loss's aux; its number is left open
@@ -58,10 +61,10 @@ def capture(context: StageContext) -> Joint:
     tracer, what = _Tracer(context), context.stage.title
     device, received = context.device, context.received.values if context.received is not None else ()
     with fake_mode() as mode:
-        params = context.empty_parameters()
+        params, states = context.empty_parameters(), context.empty_state()
         inputs = [torch.empty(value.shape, dtype=value.dtype, device=device) for value in received]
         batch = [mode.from_tensor(leaf) for leaf in tracer.batch_leaves if isinstance(leaf, Tensor)]
-        given: tuple[list[Any], ...] = (params, inputs, batch)
+        given: tuple[list[Any], ...] = (params, states, inputs, batch)
         with naming_errors(what), preserve_node_meta(), globals_unchanged(context.stage.functions, what):
             module = trace(lambda *given: tracer.joint(*given), *given)
             module.graph.eliminate_dead_code()
@@ -74,7 +77,7 @@ def capture(context: StageContext) -> Joint:
     simplify(module.graph)
     context.setting.partitioning.refine(module.graph)
     _set_apart(module.graph)
-    return tracer.joint_of(module, len(params), len(inputs), len(batch))
+    return tracer.joint_of(module, *map(len, given))
 
 
 class _Tracer:
@@ -84,32 +87,36 @@ class _Tracer:
         self.context, self.stage, self.partitioning = context, context.stage, context.setting.partitioning
         self.batch_leaves, self.batch_spec = tree.leaves_and_spec(dict(context.microbatch))
         self.returned: Returned | None = None
-        self.num_outputs = self.num_input_grads = self.num_cotangents = 0
+        self.num_outputs = self.num_states = self.num_input_grads = self.num_cotangents = 0
         self.terms: tuple[bool, ...] = ()
 
-    def forward(self, params: Sequence[Tensor], inputs: Sequence[Tensor], batch: Sequence[Tensor]) -> list[Tensor]:
-        """The stage, and the loss if it ends in one: the tensors in the order of `Joint.outputs`."""
+    def forward(
+        self, params: Sequence[Tensor], states: Sequence[Tensor], inputs: Sequence[Tensor], batch: Sequence[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """The stage, and the loss if it ends in one: the tensors in the order of `Joint.outputs`, and its new state."""
         remaining = iter(batch)
         leaves = [next(remaining) if isinstance(leaf, Tensor) else leaf for leaf in self.batch_leaves]
         microbatch = tree.from_leaves(leaves, self.batch_spec)
         context = self.context
         with NothingTrainedOutside(self.stage.title):
-            x = context.run(
-                self.stage.bind(list(params)), inputs, microbatch, around=lambda layer: annotate({"layer": layer})
+            x, after = context.run(
+                self.stage.bind(list(params)), inputs, microbatch, states, around=lambda layer: annotate({"layer": layer})
             )
         if not context.with_loss:
             boundary, outputs = context.describe(x)
             self.returned = Returned(boundary)
-            return outputs
+            return outputs, after
         loss = NothingTrainedOutside("the loss")
         with annotate({"layer": len(self.stage.layers)}), naming_errors("the loss"), loss:
             terms = context.loss_terms(x, microbatch)
         aux, tensors = describe(terms.aux)
         self.returned = Returned(outline(x), aux if terms.aux is not None else None)
-        return [terms.sum, terms.weight, *tensors]
+        return [terms.sum, terms.weight, *tensors], after
 
-    def joint(self, params: list[Tensor], inputs: list[Tensor], batch: list[Tensor]) -> list[Tensor | None]:
-        """Outputs, gradients of inputs, gradients of trainable parameters, cotangents of outputs, one after the other."""
+    def joint(
+        self, params: list[Tensor], states: list[Tensor], inputs: list[Tensor], batch: list[Tensor]
+    ) -> list[Tensor | None]:
+        """Outputs, new state, gradients of inputs and of trainable parameters, cotangents of outputs, in a row."""
         stage, wants = self.stage, self.context.input_wants
         with self.partitioning.running(), torch.enable_grad():
             own = [
@@ -117,15 +124,16 @@ class _Tracer:
                 for path, leaf, wanted in zip(stage.holders, params, stage.trainable, strict=True)
             ]
             leaves = [leaf.detach().requires_grad_(wanted) for leaf, wanted in zip(inputs, wants, strict=True)]
-            outputs = self.forward(own, leaves, batch)
+            outputs, after = self.forward(own, states, leaves, batch)
             self.num_outputs = len(outputs)
             if not self.context.with_grads:
                 return list(outputs)
-            return self._differentiated(outputs, own, leaves)
+            self.num_states = len(after)
+            return self._differentiated(outputs, after, own, leaves)
 
     def _differentiated(
-        self, outputs: list[Tensor], params: list[Tensor], inputs: list[Tensor]
-    ) -> list[Tensor | None]:  # fmt: skip
+        self, outputs: list[Tensor], after: list[Tensor], params: list[Tensor], inputs: list[Tensor]
+    ) -> list[Tensor | None]:
         needing = [leaf for leaf in inputs if leaf.requires_grad]
         trainable = [leaf for leaf in params if leaf.requires_grad]
         self.num_input_grads = count = len(needing)
@@ -135,28 +143,30 @@ class _Tracer:
         cotangents = [torch.empty(root.shape, dtype=root.dtype, device=root.device) for root in roots]
         self.num_cotangents = len(cotangents)
         if not roots or not (needing or trainable):
-            return [*outputs, *[None] * (count + len(trainable)), *cotangents]
+            return [*outputs, *after, *[None] * (count + len(trainable)), *cotangents]
         grads: list[Tensor | None] = list(torch.autograd.grad(roots, [*needing, *trainable], cotangents, allow_unused=True))
         parts = [
             (None, False) if grad is None else self.partitioning.gradient(path, grad)
             for path, grad in zip(self.stage.trainable_holders, grads[count:], strict=True)
         ]
         self.terms = tuple(term for _, term in parts)
-        return [*outputs, *grads[:count], *(part for part, _ in parts), *cotangents]
+        return [*outputs, *after, *grads[:count], *(part for part, _ in parts), *cotangents]
 
     def joint_of(self, module: fx.GraphModule, *counts: int) -> Joint:
         """Name the nodes of the traced graph."""
         graph = module.graph
         placeholders = [node for node in graph.nodes if node.op == "placeholder"]
         ends = [sum(counts[: index + 1]) for index in range(len(counts))]
-        params, inputs, batch = (placeholders[end - count : end] for end, count in zip(ends, counts, strict=True))
+        params, states, inputs, batch = (placeholders[end - count : end] for end, count in zip(ends, counts, strict=True))
         cotangents = placeholders[ends[-1] :]
         (returned,) = next(node for node in graph.nodes if node.op == "output").args
-        first, second = self.num_outputs, self.num_outputs + self.num_input_grads
-        outputs, input_grads, weight_grads = returned[:first], returned[first:second], returned[second:]
+        left = iter(returned)
+        outputs, after, input_grads = (
+            list(islice(left, count)) for count in (self.num_outputs, self.num_states, self.num_input_grads)
+        )
         assert self.returned is not None
         return Joint(
-            module, params, inputs, batch, cotangents, list(outputs), list(input_grads), list(weight_grads),
+            module, params, states, inputs, batch, cotangents, outputs, after, input_grads, list(left),
             self.returned, self.terms,
         )  # fmt: skip
 

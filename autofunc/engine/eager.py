@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -33,6 +34,7 @@ class Rerun(NamedTuple):
     """The residuals of one microbatch with remat: what its graph can be made from once more."""
 
     bound: AutogradLeaves
+    state: Sequence[Tensor]
     inputs: list[Tensor]
     microbatch: Microbatch
 
@@ -76,26 +78,28 @@ class EagerStage:
         ]
         return AutogradLeaves(stage.bind(fresh), [leaf for leaf in fresh if leaf.requires_grad], ready)
 
-    def evaluate(self, bound: AutogradLeaves, inputs: list[Tensor], microbatch: Microbatch) -> Produced:
+    def evaluate(
+        self, bound: AutogradLeaves, state: Sequence[Tensor], inputs: list[Tensor], microbatch: Microbatch
+    ) -> Produced:
         """See `StageFunctions.evaluate`."""
         with torch.no_grad(), self._partitioning.running():
-            return self._produce(bound, inputs, microbatch)[0]
+            return self._produce(bound, state, inputs, microbatch)[0]
 
     def forward(
-        self, bound: AutogradLeaves, inputs: list[Tensor], microbatch: Microbatch
+        self, bound: AutogradLeaves, state: Sequence[Tensor], inputs: list[Tensor], microbatch: Microbatch
     ) -> tuple[Produced, AutogradGraph | Rerun]:
         """See `StageFunctions.forward`."""
         if self._remat:
-            return self.evaluate(bound, inputs, microbatch), Rerun(bound, list(inputs), microbatch)
-        return self._record(bound, inputs, microbatch)
+            return self.evaluate(bound, state, inputs, microbatch), Rerun(bound, state, list(inputs), microbatch)
+        return self._record(bound, state, inputs, microbatch)
 
     def _record(
-        self, bound: AutogradLeaves, inputs: list[Tensor], microbatch: Microbatch
+        self, bound: AutogradLeaves, state: Sequence[Tensor], inputs: list[Tensor], microbatch: Microbatch
     ) -> tuple[Produced, AutogradGraph]:
         """Run the stage and keep its graph."""
         leaves = [leaf.detach().requires_grad_(w) for leaf, w in zip(inputs, self._input_needs_grad, strict=True)]
         with torch.enable_grad(), self._partitioning.running():
-            produced, roots = self._produce(bound, leaves, microbatch)
+            produced, roots = self._produce(bound, state, leaves, microbatch)
         needing = [leaf for leaf in leaves if leaf.requires_grad]
         return produced, AutogradGraph([root for root in roots if root.requires_grad], needing, bound.trainable)
 
@@ -145,16 +149,17 @@ class EagerStage:
         sums.add(parts)
 
     def _produce(
-        self, bound: AutogradLeaves, inputs: list[Tensor], microbatch: Microbatch
+        self, bound: AutogradLeaves, state: Sequence[Tensor], inputs: list[Tensor], microbatch: Microbatch
     ) -> tuple[Produced, list[Tensor]]:
         """Run the stage; returns what it made and the tensors to differentiate."""
-        x = self._context.run(bound.tree, inputs, microbatch.entries, bound.ready)
+        x, after = self._context.run(bound.tree, inputs, microbatch.entries, state, bound.ready)
+        after = _apart(after, [*state, *inputs])
         if self._with_loss:
             terms = self._context.loss_terms(x, microbatch.entries)
             aux = tree.map_leaves(lambda leaf: _apart([leaf], inputs)[0] if isinstance(leaf, Tensor) else leaf, terms.aux)
-            return Produced([], terms.sum.detach(), terms.weight, aux), [terms.sum]
+            return Produced([], terms.sum.detach(), terms.weight, aux, after), [terms.sum]
         tensors = self._returned.tensors(x, self._partitioning)
-        return Produced(_apart([tensor.detach() for tensor in tensors], inputs)), tensors
+        return Produced(_apart([tensor.detach() for tensor in tensors], inputs), state=after), tensors
 
 
 def _apart(tensors: list[Tensor], given: list[Tensor]) -> list[Tensor]:

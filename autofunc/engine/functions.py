@@ -31,6 +31,7 @@ class Produced(NamedTuple):
     sum: Tensor | None = None  # of the last stage with a loss: detached 0-dim sum of the loss ...
     weight: Tensor | None = None  # ... its weight, 0-dim fp32 ...
     aux: Any = None  # ... and its detached auxiliary outputs
+    state: Sequence[Tensor] = ()  # the stage's new state, where a backward follows
 
 
 class Accumulators(Protocol):
@@ -83,12 +84,14 @@ class StageFunctions(Protocol):
         """
         ...
 
-    def evaluate(self, bound: Any, inputs: list[Tensor], microbatch: Microbatch) -> Produced:
+    def evaluate(self, bound: Any, state: Sequence[Tensor], inputs: list[Tensor], microbatch: Microbatch) -> Produced:
         """Forward without keeping anything."""
         ...
 
-    def forward(self, bound: Any, inputs: list[Tensor], microbatch: Microbatch) -> tuple[Produced, Any]:
-        """Forward; returns what it made and the residuals."""
+    def forward(
+        self, bound: Any, state: Sequence[Tensor], inputs: list[Tensor], microbatch: Microbatch
+    ) -> tuple[Produced, Any]:
+        """Forward; returns what it made, the stage's new state included, and the residuals. `state` stays as it is."""
         ...
 
     def backward(self, residuals: Any, cotangents: list[Tensor], sums: Accumulators) -> list[Tensor]:

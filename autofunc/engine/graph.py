@@ -93,9 +93,10 @@ class GraphStage:
         self._forward: Runnable = _not_made
         self._evaluate: Runnable = _not_made
         self._backward = self._backward_input = self._backward_weight = BackwardPiece(_not_made, [])
-        self._num_outputs = len(joint.outputs)
+        self._num_outputs, self._num_states = len(joint.outputs), len(joint.new_states)
         self._input_grads = joint.input_grads
-        self._handed_on = frozenset(node for node in (*joint.outputs, *joint.input_grads) if node is not None)
+        handed_on = (*joint.outputs, *joint.new_states, *joint.input_grads)
+        self._handed_on = frozenset(node for node in handed_on if node is not None)
         self._num_input_grads = sum(node is not None for node in joint.input_grads)
         self._input_likes = [node for node, wanted in zip(joint.inputs, context.input_wants, strict=True) if wanted]
         self._seed = [torch.ones_like(_empty(node)) for node in joint.cotangents] if context.with_loss else []
@@ -153,16 +154,21 @@ class GraphStage:
         waits = [ready] if ready is not None and self._arrivals else []
         return PieceParameters(forward, backward, backward_input, backward_weight, waits)
 
-    def evaluate(self, bound: PieceParameters, inputs: list[Tensor], microbatch: Microbatch) -> Produced:
+    def evaluate(
+        self, bound: PieceParameters, state: Sequence[Tensor], inputs: list[Tensor], microbatch: Microbatch
+    ) -> Produced:
         """See `StageFunctions.evaluate`."""
-        return self._produced(self._evaluate([*bound.forward, *inputs, *microbatch.tensors, *bound.ready]))
+        return self._produced(self._evaluate([*bound.forward, *state, *inputs, *microbatch.tensors, *bound.ready]))
 
-    def forward(self, bound: PieceParameters, inputs: list[Tensor], microbatch: Microbatch) -> tuple[Produced, KeptTensors]:
+    def forward(
+        self, bound: PieceParameters, state: Sequence[Tensor], inputs: list[Tensor], microbatch: Microbatch
+    ) -> tuple[Produced, KeptTensors]:
         """See `StageFunctions.forward`."""
-        given: list[Any] = [*bound.forward, *inputs, *microbatch.tensors, *bound.ready]
+        given: list[Any] = [*bound.forward, *state, *inputs, *microbatch.tensors, *bound.ready]
         inputs.clear()
         made = self._forward(given)
-        return self._produced(made[: self._num_outputs]), KeptTensors(bound, [*made[self._num_outputs :]])
+        outputs, kept = self._num_outputs, self._num_outputs + self._num_states
+        return self._produced(made[:outputs], made[outputs:kept]), KeptTensors(bound, [*made[kept:]])
 
     def backward(self, residuals: KeptTensors, cotangents: list[Tensor], sums: Accumulators) -> list[Tensor]:
         """See `StageFunctions.backward`."""
@@ -190,12 +196,12 @@ class GraphStage:
         """What the backward begins with: 1 for the loss, in a stage that ends in it."""
         return [*self._seed] if self._with_loss else cotangents
 
-    def _produced(self, made: Sequence[Tensor]) -> Produced:
+    def _produced(self, made: Sequence[Tensor], state: Sequence[Tensor] = ()) -> Produced:
         if not self._with_loss:
-            return Produced([*made])
+            return Produced([*made], state=state)
         total, weight, *aux = made
         described = self.joint.returned.aux
-        return Produced([], total, weight, described.assemble(aux) if described is not None else None)
+        return Produced([], total, weight, described.assemble(aux) if described is not None else None, state)
 
     def _dense(self, grads: Sequence[Tensor]) -> list[Tensor]:
         """Zeros for inputs that the outputs do not depend on."""

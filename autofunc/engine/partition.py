@@ -35,8 +35,8 @@ class Piece:
 class Pieces:
     """A stage, cut. Values kept between the pieces are lists of nodes; `batch` nodes among them cost nothing to keep."""
 
-    forward: Piece  # takes all params, inputs, batch; gives outputs, then `saved`
-    evaluate: Piece  # the same without `saved`
+    forward: Piece  # takes all params, states, inputs, batch; gives outputs, new states, then `saved`
+    evaluate: Piece  # the same, and gives outputs alone
     saved: list[Node]  # what F keeps: no parameters
     backward: Piece  # takes saved, cotangents; gives input gradients
     backward_input: Piece | None  # the same, and gives `kept` after the input gradients; None where there are none
@@ -52,7 +52,7 @@ def partition(joint: Joint, again: Set[Node] = frozenset(), early: Set[int] = fr
         again: nodes of the forward that are computed again in the backward instead of kept.
         early: numbers of the trainable holders whose gradients are computed in I.
     """
-    placeholders = [*joint.params, *joint.inputs, *joint.batch]
+    placeholders = [*joint.params, *joint.states, *joint.inputs, *joint.batch]
     outputs = joint.outputs
     behind = descendants(joint.graph, joint.cotangents)
     input_grads = [node for node in joint.input_grads if node is not None]
@@ -63,7 +63,7 @@ def partition(joint: Joint, again: Set[Node] = frozenset(), early: Set[int] = fr
     saved = [node for node in frontier(everything, behind | again) if node not in unkept]
     backward = _piece(joint, [*saved, *joint.cotangents], input_grads, adds)
     everyone = list(range(len(joint.params)))
-    forward = Piece(everyone, placeholders, [*outputs, *saved], [])
+    forward = Piece(everyone, placeholders, [*outputs, *joint.new_states, *saved], [])
     evaluate = Piece(everyone, placeholders, outputs, [])
     if not input_grads:
         return Pieces(forward, evaluate, saved, backward, None, [*saved, *joint.cotangents], backward)
@@ -72,7 +72,7 @@ def partition(joint: Joint, again: Set[Node] = frozenset(), early: Set[int] = fr
     soon = [(number, node) for number, node in adds if node in in_i or node in joint.cotangents]
     late = [(number, node) for number, node in adds if (number, node) not in soon]
     # what is computed again is so in I, once; only what the batch alone gives is made once more in W
-    of_batch = again - descendants(joint.graph, [*joint.params, *joint.inputs])
+    of_batch = again - descendants(joint.graph, [*joint.params, *joint.states, *joint.inputs])
     inside = (behind - in_i) | of_batch
     kept = [node for node in frontier([node for _, node in late], inside) if node not in joint.params]
     return Pieces(

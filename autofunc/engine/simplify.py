@@ -12,11 +12,14 @@ import torch
 from torch import fx
 
 from autofunc.graph.memory import is_view
+from autofunc.graph.schema import arguments
 
 Node = fx.Node
 
 _aten = torch.ops.aten
 _WAIT = torch.ops._c10d_functional.wait_tensor.default
+_NORM_BACKWARD = _aten.native_batch_norm_backward.default
+_RUNNING = (3, 4)  # positions of its running mean and variance
 _RESHAPES = (_aten.view.default, _aten._unsafe_view.default)
 
 
@@ -26,6 +29,7 @@ def simplify(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         if node.op != "call_function":
             continue
+        _leave_out_statistics(node)
         same = _same_as(node)
         if same is None and is_view(node) and node.target is not getitem:
             same = views.setdefault((node.target, repr(node.args), repr(node.kwargs)), node)
@@ -57,6 +61,13 @@ def _same_as(node: Node) -> Node | None:
     if swaps and {dim % _rank(node) for dim in node.args[1:]} == {dim % _rank(node) for dim in source.args[1:]}:  # type: ignore[operator]
         return source.args[0]  # type: ignore[return-value]
     return None
+
+
+def _leave_out_statistics(node: Node) -> None:
+    """The backward of a batch normalisation in training reads the batch's own statistics, not those that run."""
+    if node.target is _NORM_BACKWARD and arguments(node)["train"]:
+        for position in _RUNNING:
+            node.update_arg(position, None)
 
 
 def _skipped(node: Node, source: Node) -> Node | None:

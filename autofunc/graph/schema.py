@@ -57,6 +57,20 @@ def arguments(node: Node) -> dict[str, Any]:
     return {name: given.get(name, schema.defaults.get(name)) for name in schema.names}
 
 
+def without_out(node: Node) -> Any:
+    """The operator that returns what a node's writes to its `out=`; None where there is none."""
+    if not isinstance(node.target, OpOverload):
+        return None
+    packet = node.target.overloadpacket
+    wanted = [(each.name, str(each.type)) for each in node.target._schema.arguments if not each.is_out]
+    for name in packet.overloads():
+        operator = getattr(packet, name)
+        found = [(each.name, str(each.type)) for each in operator._schema.arguments]
+        if found == wanted and not operator._schema.is_mutable:
+            return operator
+    return None
+
+
 def is_mutable(node: Node) -> bool:
     """Whether a node's operator may write to one of its arguments, `out=` included."""
     schema = schema_of(node)

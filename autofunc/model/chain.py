@@ -15,7 +15,8 @@ from autofunc.errors import ModelError, one_of
 from autofunc.model.cut_points import CutPoints
 from autofunc.model.layer import Layer
 from autofunc.model.placement_rules import TensorParallel
-from autofunc.model.specialised import Specialised
+from autofunc.model.specialised import LayerFunction, Specialised
+from autofunc.model.state import State, check_state, stateful
 from autofunc.random import InitKey, as_key
 
 
@@ -96,6 +97,15 @@ class Model:
         self._check_trainable(flat)
         return {path: flat[path] for path in sorted(flat, key=tree.split_path)}
 
+    @cached_property
+    def state_spec(self) -> dict[str, torch.Tensor]:
+        """All state that layers keep from one microbatch to the next: path -> meta tensor, sorted by path."""
+        spec = self.init_state_paths(None, "meta")
+        both = [path for path in spec if path in self.spec]
+        if both:
+            raise ModelError(f"{both[0]!r} is a parameter and state; give one of them another name")
+        return spec
+
     def _check_trainable(self, leaves: Mapping[str, torch.Tensor]) -> None:
         known = list(leaves)
         lost = [path for path in known if leaves[path].is_complex() and tree.matches(self.canonical(path), self.trainable)]
@@ -146,7 +156,11 @@ class Model:
     """Why its parameters cannot be cut over tensor parallel ranks by any table; None: by one that fits they can."""
 
     def specialise(
-        self, microbatch: Mapping[str, Any] | None = None, dtypes: Mapping[str, torch.dtype] | None = None
+        self,
+        microbatch: Mapping[str, Any] | None = None,
+        dtypes: Mapping[str, torch.dtype] | None = None,
+        *,
+        training: bool = True,
     ) -> Specialised:
         """The model as plain functions, for microbatches of one signature and parameters of known dtypes.
 
@@ -154,20 +168,29 @@ class Model:
             microbatch: one with real tensors, as layers see it; of these only shapes, dtypes and devices matter. None: the
                 one that the model was made with, where there is one.
             dtypes: of parameters as they are computed with, by canonical path; None: the model's own.
+            training: whether new state is wanted, or the model only evaluated with the state it has.
 
         Raises:
             ModelError: when it cannot run on such a microbatch, or with such dtypes.
         """
-        return self._specialised
+        return self._specialised[training]
 
     @cached_property
-    def _specialised(self) -> Specialised:
-        """Layers of pure functions are the same for every batch."""
-        functions = {name: layer.apply for name, layer in self.layers.items()}
+    def _specialised(self) -> dict[bool, Specialised]:
+        """By training: layers of pure functions are the same for every batch."""
+        return {training: self._in_mode(training) for training in (True, False)}
+
+    def _in_mode(self, training: bool) -> Specialised:
+        plain: dict[str, LayerFunction] = {
+            name: layer.apply for name, layer in self.layers.items() if layer.init_state is None
+        }
+        others = {
+            name: stateful(name, layer, training=training) for name, layer in self.layers.items() if name not in plain
+        }
         cut_points = CutPoints({name: position for position, name in enumerate(self.layers)})
         return Specialised(
-            functions, lambda layers, microbatch: microbatch,
-            lambda layers: [None, *(functions[name] for name in layers)], cut_points,
+            plain, lambda layers, microbatch: microbatch,
+            lambda layers: [None, *(plain.get(name) or others[name] for name in layers)], cut_points, others,
         )  # fmt: skip
 
     def cut_before(self, names: Sequence[str]) -> Model:
@@ -235,18 +258,62 @@ class Model:
         flat = self._init_layers(layers, seed, torch.device(device), dtype or torch.float32)
         return {path: leaf for path, leaf in flat.items() if path in wanted}
 
-    def __call__(self, params: tree.Nested, batch: Mapping[str, Any]) -> Any:
-        """Run all layers on one process.
+    def init_state(self, device: torch.device | str = "cpu") -> TensorDict:
+        """The state that layers begin with: that of a captured module's buffers, or what `init_state` of layers makes.
+
+        Args:
+            device: where it is made.
+
+        Returns:
+            A tree of all state by path; empty for a model without.
+        """
+        return tree.to_tensordict(self.init_state_paths(None, device))
+
+    def init_state_paths(self, paths: Iterable[str] | None, device: torch.device | str) -> dict[str, torch.Tensor]:
+        """The state with these paths, or all of it, sorted by path."""
+        layers = {name: layer for name, layer in self.layers.items() if layer.init_state is not None}
+        flat: dict[str, torch.Tensor] = {}
+        with torch.device(device), torch.no_grad():
+            for name, layer in layers.items():
+                assert layer.init_state is not None
+                made = layer.init_state(InitKey(0, name, torch.device(device)))
+                flat.update({tree.join(name, path): leaf for path, leaf in tree.flatten(made).items()})
+            if self.stored is not None and torch.device(device).type != "meta":
+                read = self.stored.read([path for path in flat if path in self.stored.shapes])
+                flat |= {path: leaf.to(device, flat[path].dtype, copy=True) for path, leaf in read.items()}
+        wanted = flat if paths is None else set(paths)
+        return {path: flat[path] for path in sorted(wanted, key=tree.split_path)}
+
+    def state_trees(self, flat: Mapping[str, torch.Tensor]) -> dict[str, State]:
+        """Group a flat tree of all state by layer.
+
+        Raises:
+            ModelError: when some is missing, or has another shape or dtype.
+        """
+        check_state(self.state_spec, flat)
+        groups: dict[str, dict[str, torch.Tensor]] = {}
+        for path in self.state_spec:
+            groups.setdefault(self.layer_of(path) or "", {})[self.inner_path(path)] = flat[path]
+        return dict(groups)
+
+    def flat_state(self, states: Mapping[str, State]) -> dict[str, torch.Tensor]:
+        """The opposite of `state_trees`."""
+        return {path: states[self.layer_of(path) or ""][self.inner_path(path)] for path in self.state_spec}
+
+    def __call__(self, params: tree.Nested, batch: Mapping[str, Any], state: tree.Nested | None = None) -> Any:
+        """Run all layers on one process, to evaluate them.
 
         Args:
             params: a tree with every canonical path.
             batch: a mapping; `batch["key"]` turns dropout on.
+            state: of a model that has some.
         """
         flat = tree.flatten(params)
         by_layer = self.layer_trees({path: self.lookup(flat, path) for path in self.spec})
         batch = {**batch, "key": as_key(batch.get("key"))}
-        specialised = self.specialise(batch, {path: leaf.dtype for path, leaf in flat.items()})
-        return specialised.run(list(self.layers), by_layer, None, batch)
+        specialised = self.specialise(batch, {path: leaf.dtype for path, leaf in flat.items()}, training=False)
+        states = self.state_trees({} if state is None else tree.flatten(state))
+        return specialised.run(list(self.layers), by_layer, None, batch, states)[0]
 
     def lookup(self, flat: Mapping[str, torch.Tensor], path: str) -> torch.Tensor:
         """A parameter by any of its names, from a flat tree of canonical ones.

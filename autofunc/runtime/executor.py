@@ -69,6 +69,7 @@ class RankStep:
     ports: Sequence[Port]  # by number of the channel
     slots: Sequence[Tensor]
     number: int  # of this call, for messages
+    states: dict[int, Sequence[Tensor]] = field(default_factory=dict)  # by stage: what it keeps, as of the last microbatch
     observers: Sequence[Observer] = ()
     produced: dict[int, Produced] = field(default_factory=dict)  # by microbatch: what the last stage made
 
@@ -133,7 +134,7 @@ class _Machine:
         self._functions, self._sums = step.functions, step.accumulators
         self._stages, self._parameters, self._reduction = step.stages, step.parameters, step.reduction
         self._bound: dict[int, Any] = {}  # by stage, while its parameters are there: what `StageFunctions.bind` made
-        self._microbatches, self._produced = step.microbatches, step.produced
+        self._microbatches, self._produced, self._states = step.microbatches, step.produced, step.states
         self._last_stage = program.schedule.num_stages - 1
 
     # --- computations
@@ -142,10 +143,12 @@ class _Machine:
         """Each layer waits for its own parameters."""
         stage = op.stage
         functions, bound, given = self._functions[stage], self._bind(stage), self._take(op.reads)
+        state = self._states.get(stage, ())
         if op.keeps is None:
-            produced = functions.evaluate(bound, given, self._microbatches[op.microbatch])
+            produced = functions.evaluate(bound, state, given, self._microbatches[op.microbatch])
         else:
-            produced, self.registers[op.keeps] = functions.forward(bound, given, self._microbatches[op.microbatch])
+            produced, self.registers[op.keeps] = functions.forward(bound, state, given, self._microbatches[op.microbatch])
+            self._states[stage] = produced.state
         if stage == self._last_stage:
             self._produced[op.microbatch] = produced
         else:

@@ -18,6 +18,7 @@ from autofunc.runtime.executor import Observer, RankStep, run_rank, run_together
 from autofunc.runtime.finish import check_weight, divide, exchange_ties, share, total_loss
 from autofunc.runtime.plan import Mode, Plan
 from autofunc.runtime.program import Program
+from autofunc.runtime.states import flat_states, states_of
 from autofunc.runtime.transport import MemoryHub, MemoryTransport, Transport
 from autofunc.shard.dtensors import like
 from autofunc.shard.reduce import Reduction
@@ -30,6 +31,7 @@ class StepResult:
     loss: Tensor | None = None  # 0-dim fp32, the same on every rank
     aux: Any = None
     grads: dict[str, Tensor] = field(default_factory=dict)  # canonical path -> gradient
+    state: dict[str, Tensor] = field(default_factory=dict)  # path -> what layers keep for the next step
     outputs: Any = None  # on the rank that holds the last stage
 
 
@@ -42,6 +44,7 @@ def run_step(
     plan: Plan,
     params: Mapping[str, Tensor],
     microbatches: Sequence[Mapping[str, Any]],
+    state: Mapping[str, Tensor],
     transport: Transport | None,
     number: int,
     observe: Observe | None = None,
@@ -52,6 +55,7 @@ def run_step(
         plan: what to run.
         params: flat canonical parameters of the local ranks.
         microbatches: all microbatches of the step.
+        state: flat state of the local ranks.
         transport: to the other processes; None when all ranks are in this one.
         number: of this step, for messages.
         observe: who looks on.
@@ -60,12 +64,15 @@ def run_step(
     given = [Microbatch.of(entries) for entries in microbatches]
     if transport is not None:
         ((rank, _),) = plan.programs.items()
-        for _ in _run(plan, rank, params, given, transport, number, observe, result):
+        for _ in _run(plan, rank, params, given, state, transport, number, observe, result):
             raise AssertionError("a transport between processes blocks; it never yields")
         return result
     hub = MemoryHub(plan.schedule.num_ranks)
     run_together(
-        [_run(plan, rank, params, given, MemoryTransport(hub, rank), number, observe, result) for rank in plan.programs],
+        [
+            _run(plan, rank, params, given, state, MemoryTransport(hub, rank), number, observe, result)
+            for rank in plan.programs
+        ],
         hub,
     )
     return result
@@ -76,6 +83,7 @@ def _run(
     rank: int,
     params: Mapping[str, Tensor],
     microbatches: Sequence[Microbatch],
+    state: Mapping[str, Tensor],
     transport: Transport,
     number: int,
     observe: Observe | None,
@@ -95,6 +103,7 @@ def _run(
         ports=[transport.open(channel) for channel in program.channels],
         slots=plan.slots[rank],
         number=number,
+        states=states_of(stages, state),
         observers=observe(plan, program, microbatches) if observe is not None else (),
     )
     try:
@@ -109,6 +118,7 @@ def _run(
     yield from _finish_loss(plan, rank, produced, transport, result, weights)
     if plan.mode is Mode.GRADS:
         yield from _finish_grads(plan, step, params, weights[0], transport, result)
+        result.state.update(flat_states(stages, step.states, plan.parameters.mesh))
 
 
 def _finish_loss(

@@ -179,13 +179,20 @@ class Schedule:
     @cached_property
     def in_order(self) -> bool:
         """Whether every stage runs its backwards in microbatch order, so that sums are in the oracle's order."""
+        return all(self._is_ordered(kinds) for kinds in ((Kind.B, Kind.I), (Kind.B, Kind.W)))
+
+    @cached_property
+    def forwards_in_order(self) -> bool:
+        """Whether every stage runs its forwards in microbatch order, so that what it keeps is as in the oracle."""
+        return self._is_ordered((Kind.F,))
+
+    def _is_ordered(self, kinds: tuple[Kind, ...]) -> bool:
         for row in self.rows:
-            for kinds in ((Kind.B, Kind.I), (Kind.B, Kind.W)):
-                backwards = row.table[np.isin(row.table[:, 1], kinds)]
-                by_stage = backwards[np.argsort(backwards[:, 0], kind="stable")]
-                same_stage = np.diff(by_stage[:, 0]) == 0
-                if (np.diff(by_stage[:, 2])[same_stage] < 0).any():
-                    return False
+            chosen = row.table[np.isin(row.table[:, 1], kinds)]
+            by_stage = chosen[np.argsort(chosen[:, 0], kind="stable")]
+            same_stage = np.diff(by_stage[:, 0]) == 0
+            if (np.diff(by_stage[:, 2])[same_stage] < 0).any():
+                return False
         return True
 
     @cached_property

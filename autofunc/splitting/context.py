@@ -64,6 +64,11 @@ class StageContext:
             made.append(leaf if strides is None else leaf.as_strided(shape, strides))
         return made
 
+    def empty_state(self) -> list[Tensor]:
+        """A tensor like each of the stage's states, which nothing is written into."""
+        spec = self.stage.model.state_spec
+        return [torch.empty(spec[path].shape, dtype=spec[path].dtype, device=self.device) for path in self.stage.states]
+
     @property
     def accumulator_layouts(self) -> list[Layout]:
         """Of the sum of each trainable holder's gradients."""
@@ -79,27 +84,29 @@ class StageContext:
         return sum(shape.numel() * dtype.itemsize for shape, dtype in self.accumulator_layouts)
 
     def run(
-        self, bound: Mapping[str, Any], inputs: Sequence[Tensor], microbatch: Mapping[str, Any],
+        self, bound: Mapping[str, Any], inputs: Sequence[Tensor], microbatch: Mapping[str, Any], state: Sequence[Tensor],
         ready: Ready | None = None, around: Callable[[int], AbstractContextManager[None]] = lambda layer: nullcontext(),
-    ) -> Any:  # fmt: skip
-        """The stage on local tensors; returns what its function made. It runs in `partitioning.running()`.
+    ) -> tuple[Any, list[Tensor]]:  # fmt: skip
+        """The stage on local tensors, in `partitioning.running()`; returns what its function made, and its new state.
 
         Args:
             bound: its parameters, see `Stage.bind`.
             inputs: values of the boundary before.
             microbatch: the microbatch.
+            state: of the stage, in the order of `Stage.states`.
             ready: called before each layer with its position in the stage.
             around: what each layer runs in, by its position in the stage.
         """
         x = self.received.assemble(inputs, self.setting.partitioning) if self.received is not None else None
         with around(0):
             entries = self.specialised.share(self.stage.layers, self.setting.precision.batch(microbatch))
+        states = self.stage.bind_state(state)
         for number, name in enumerate(self.stage.layers):
             if ready is not None:
                 ready(number)
             with around(number):
-                x = self.specialised.functions[name](bound[name], x, entries)
-        return self.setting.precision.output(x) if self.stage.is_last else x
+                x, states = self.specialised.layer(name, bound[name], x, entries, states)
+        return self.setting.precision.output(x) if self.stage.is_last else x, self.stage.state_leaves(states)
 
     def describe(self, x: Any) -> tuple[Boundary, list[Tensor]]:
         """What `run` returned as a boundary, and its tensors as they are handed on; of the last stage all of it."""
@@ -135,7 +142,12 @@ class StageContext:
             else Fingerprint().of(leaf)
             for leaf in leaves
         )
-        what = (self.with_loss, self.with_grads, self.device, stage.is_last)
+        states = [(model.layer_of(path), path, model.state_spec[path]) for path in stage.states]
+        state = tuple(
+            (stage.layers.index(layer or ""), model.inner_path(path), tuple(leaf.shape), leaf.dtype)
+            for layer, path, leaf in states
+        )
+        what = (self.with_loss, self.with_grads, self.device, stage.is_last, state)
         return (
             self.specialised.fingerprints(stage.layers, labels), tuple(labels), params, _boundary_key(self.received),
             repr(spec), microbatch, Fingerprint().of(self.loss) if self.with_loss else None, what,
@@ -156,8 +168,9 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def specialise(
-    model: Model, dtypes: Mapping[str, torch.dtype], microbatch: Mapping[str, Any], setting: Setting = ALONE
-) -> tuple[Specialised, dict[str, torch.dtype]]:
+    model: Model, dtypes: Mapping[str, torch.dtype], microbatch: Mapping[str, Any], setting: Setting = ALONE,
+    *, training: bool = True,
+) -> tuple[Specialised, dict[str, torch.dtype]]:  # fmt: skip
     """A model for microbatches as its layers see them in a setting, and the dtypes that they compute with.
 
     Args:
@@ -165,9 +178,10 @@ def specialise(
         dtypes: of every canonical parameter, as it is stored; see `parameter_dtypes`.
         microbatch: one microbatch with real tensors; of these only shapes, dtypes and devices matter.
         setting: what surrounds the stages.
+        training: see `Model.specialise`.
     """
     computed = {path: setting.precision.parameter_dtype(dtype) for path, dtype in dtypes.items()}
-    return model.specialise(setting.precision.batch(microbatch), computed), computed
+    return model.specialise(setting.precision.batch(microbatch), computed, training=training), computed
 
 
 def _boundary_key(boundary: Boundary | None) -> Hashable:

@@ -103,9 +103,10 @@ def count_operations(
         bound, _, microbatch = fake_arguments(context, mode)
         entries = specialised.share(whole.layers, setting.precision.batch(microbatch))
         x: Any = None
+        states: Any = whole.bind_state(context.empty_state())
         for name in whole.layers:
             with _Counter() as counter:
-                x = specialised.functions[name](bound[name], x, entries)
+                x, _ = specialised.layer(name, bound[name], x, entries, states)
                 if name == whole.layers[-1] and loss is not None:
                     evaluate(loss, x, microbatch)
             trained = sum(model.spec[path].numel() for path in whole.trainable_holders if model.layer_of(path) == name)

@@ -73,7 +73,7 @@ def follow(
         ModelError: see `infer_boundaries`.
     """
     model = stages[0].model
-    specialised, dtypes = specialise(model, parameter_dtypes(model, params), microbatch, setting)
+    specialised, dtypes = specialise(model, parameter_dtypes(model, params), microbatch, setting, training=with_grads)
     strides = _strides(model, params)
     contexts: list[StageContext] = []
     found: list[Returned] = []
@@ -97,7 +97,7 @@ def _infer(context: StageContext) -> Returned:
     with fake_mode() as mode, torch.enable_grad(), partitioning.running(), naming_errors(context.stage.title):
         bound, inputs, microbatch = fake_arguments(context, mode)
         with NothingTrainedOutside(context.stage.title):
-            x = context.run(bound, inputs, microbatch)
+            x, _ = context.run(bound, inputs, microbatch, context.empty_state())
         if not context.with_loss:
             return Returned(context.describe(x)[0])
         with naming_errors("the loss"), NothingTrainedOutside("the loss"):

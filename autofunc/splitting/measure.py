@@ -37,6 +37,7 @@ def measure_layers(
     leaves = {path: model.lookup(flat, path).detach().requires_grad_(model.is_trainable(path)) for path in model.spec}
     by_layer = model.layer_trees(leaves)
     entries = specialised.share(list(model.layers), batch)
+    states = model.state_trees(model.init_state_paths(None, _device(leaves)))
     found, x = {}, None
     for name in model.layers:
         own = [leaf for path, leaf in leaves.items() if model.layer_of(path) == name and leaf.requires_grad]
@@ -47,7 +48,7 @@ def measure_layers(
             received = [leaf for leaf in tree.leaves_and_spec(given)[0] if isinstance(leaf, Tensor) and leaf.requires_grad]
             start = time.perf_counter()
             with torch.enable_grad():
-                made = specialised.functions[name](by_layer[name], given, entries)
+                made, _ = specialised.layer(name, by_layer[name], given, entries, states)
                 returned = evaluate(loss, made, batch).sum if name == next(reversed(model.layers)) else made
             middle = time.perf_counter()
             roots = [leaf for leaf in tree.leaves_and_spec(returned)[0] if isinstance(leaf, Tensor) and leaf.requires_grad]
@@ -63,6 +64,10 @@ def measure_layers(
         on_progress(name)
         x = made
     return found
+
+
+def _device(leaves: Mapping[str, Tensor]) -> torch.device:
+    return next((leaf.device for leaf in leaves.values()), torch.device("cpu"))
 
 
 def _leaf(value: Any) -> Any:

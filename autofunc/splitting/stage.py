@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from autofunc import tree
-from autofunc.model import Model
+from autofunc.model import Model, State, check_state
 from autofunc.model.layer import Apply
 from autofunc.random import as_key
 
@@ -83,6 +83,22 @@ class Stage:
             places.append((name, tuple(folders), last))
         return places
 
+    @cached_property
+    def states(self) -> tuple[str, ...]:
+        """Paths of the state that its layers keep, sorted."""
+        return tuple(path for path in self.model.state_spec if self.model.layer_of(path) in self.layers)
+
+    def bind_state(self, leaves: Sequence[torch.Tensor]) -> dict[str, State]:
+        """Group leaves (in the order of `states`) by layer."""
+        bound: dict[str, dict[str, torch.Tensor]] = {}
+        for path, leaf in zip(self.states, leaves, strict=True):
+            bound.setdefault(self.model.layer_of(path) or "", {})[self.model.inner_path(path)] = leaf
+        return dict(bound)
+
+    def state_leaves(self, states: Mapping[str, State]) -> list[torch.Tensor]:
+        """The opposite of `bind_state`."""
+        return [states[self.model.layer_of(path) or ""][self.model.inner_path(path)] for path in self.states]
+
     def leaves(self, params: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
         """The tensors of `holders`, in order, from a flat tree that has at least this stage's canonical paths."""
         return [self.model.lookup(params, path) for path in self.holders]
@@ -97,15 +113,25 @@ class Stage:
             node[last] = leaf
         return bound
 
-    def apply(self, params: tree.Nested, x: Any, batch: Mapping[str, Any]) -> Any:
+    def apply(self, params: tree.Nested, x: Any, batch: Mapping[str, Any], state: tree.Nested | None = None) -> Any:
         """Run the stage: pure, on any tree that has at least this stage's canonical paths.
 
         Args:
             params: a tree of parameters.
             x: what the stage before returned; None for the first.
             batch: the microbatch.
+            state: a tree of state, of a stage that has some.
+
+        Returns:
+            x; with a state given, x and a tree of this stage's new state.
         """
         batch = {**batch, "key": as_key(batch.get("key"))}
         flat = tree.flatten(params)
         specialised = self.model.specialise(batch, {path: leaf.dtype for path, leaf in flat.items()})
-        return specialised.run(self.layers, self.bind(self.leaves(flat)), x, batch)
+        given = {} if state is None else tree.flatten(state)
+        check_state({path: self.model.state_spec[path] for path in self.states}, given)
+        states = self.bind_state([given[path] for path in self.states])
+        x, states = specialised.run(self.layers, self.bind(self.leaves(flat)), x, batch, states)
+        if state is None:
+            return x
+        return x, tree.to_tensordict(dict(zip(self.states, self.state_leaves(states), strict=True)))

@@ -30,6 +30,7 @@ class TrainResult:
 
     pipe: Pipeline
     params: TensorDict  # of this rank
+    state: TensorDict  # of this rank: what its layers keep from step to step
     num_steps: int
     loss: float  # of the last step
     validation_loss: float | None
@@ -55,9 +56,9 @@ def train(
     pipe = build_pipe(recipe, mesh)
     validation_pipe = pipe.with_loss(_with_weight(recipe.loss))
     place, places = data_coordinate(mesh)
-    step_function = value_and_grad(pipe)
-    params = pipe.init(recipe.init_seed, device)
-    state = recipe.optimizer.init(params)
+    step_function = value_and_grad(pipe, has_state=True)
+    params, state = pipe.init(recipe.init_seed, device), pipe.init_state(device)
+    optimizer_state = recipe.optimizer.init(params)
     loader = recipe.make_train_loader(place=place, places=places)
     training_seconds, loss_value = 0.0, float("nan")
     validation_loss: float | None = None
@@ -65,11 +66,11 @@ def train(
     clock = time.perf_counter()
     for step, batch in enumerate(itertools.islice(_endless(loader), recipe.num_steps), start=1):
         batch = to_device(batch, device)
-        loss, grads = step_function(params, batch, key=(recipe.seed, step))
+        (loss, state), grads = step_function(params, batch, key=(recipe.seed, step), state=state)
         norm = None
         if recipe.max_norm is not None:
             grads, norm = pipe.clip(grads, recipe.max_norm)
-        params, state = recipe.optimizer.update(grads, state, params)
+        params, optimizer_state = recipe.optimizer.update(grads, optimizer_state, params)
         loss_value = loss.item()
         seconds = time.perf_counter() - clock  # the wait for data included
         training_seconds += seconds
@@ -80,13 +81,13 @@ def train(
             extra = {} if norm is None else {"grad_norm": norm.item()}
             metrics.write(step=step, loss=loss_value, **extra, num_tokens=tokens, step_time_ms=seconds * 1e3)
         if step == recipe.num_steps or (recipe.val_every_steps and step % recipe.val_every_steps == 0):
-            validation_loss = validate(recipe, validation_pipe, params, device, reporter)
+            validation_loss = validate(recipe, validation_pipe, params, state, device, reporter)
             if validation_loss is not None:
                 reporter.validation(step, validation_loss)
                 if metrics is not None:
                     metrics.write(step=step, validation_loss=validation_loss)
         clock = time.perf_counter()
-    return TrainResult(pipe, params, recipe.num_steps, loss_value, validation_loss, training_seconds)
+    return TrainResult(pipe, params, state, recipe.num_steps, loss_value, validation_loss, training_seconds)
 
 
 def build_pipe(recipe: Recipe, mesh: DeviceMesh | None) -> Pipeline:
@@ -97,13 +98,16 @@ def build_pipe(recipe: Recipe, mesh: DeviceMesh | None) -> Pipeline:
     )  # fmt: skip
 
 
-def validate(recipe: Recipe, pipe: Pipeline, params: TensorDict, device: torch.device, reporter: Reporter) -> float | None:
+def validate(
+    recipe: Recipe, pipe: Pipeline, params: TensorDict, state: TensorDict, device: torch.device, reporter: Reporter
+) -> float | None:
     """The mean loss over the validation dataset, weighted as the loss says; None without a validation dataset.
 
     Args:
         recipe: for its validation loader.
         pipe: whose loss gives its weight as aux.
         params: of this rank.
+        state: of this rank.
         device: where batches go.
         reporter: told of every batch.
     """
@@ -113,7 +117,7 @@ def validate(recipe: Recipe, pipe: Pipeline, params: TensorDict, device: torch.d
     place, places = data_coordinate(pipe.mesh)
     loader = recipe.make_validation_loader(place=place, places=places)
     for index, batch in enumerate(loader, start=1):
-        loss, batch_weight = pipe(params, to_device(batch, device), has_aux=True)
+        loss, batch_weight = pipe(params, to_device(batch, device), state=state, has_aux=True)
         reporter.validating(index, len(loader))
         total += loss.item() * batch_weight.item()
         weight += batch_weight.item()

@@ -49,7 +49,8 @@ def _follow(recipe: Recipe, mesh: DeviceMesh, device: torch.device) -> None:
     if recipe.searches:
         recipe = replace(recipe, schedule=find_schedule(recipe, mesh, device, None).schedule)
     result = train(recipe, mesh, device, Silent(), None)
-    result.pipe.gather(result.params)
+    for each in (result.params, result.state):
+        result.pipe.gather(each)
 
 
 def _lead(recipe: Recipe, mesh: DeviceMesh | None, device: torch.device, output_dir: Path) -> None:
@@ -85,7 +86,8 @@ def _lead(recipe: Recipe, mesh: DeviceMesh | None, device: torch.device, output_
         result = train(recipe, mesh, device, reporter, metrics)
     metrics.close()
     draw_loss_curve(output_dir / "metrics.jsonl", output_dir / "loss.png")
-    save_weights(result.pipe.gather(result.params), output_dir / "model.safetensors")
+    gather = result.pipe.gather
+    save_weights(gather(result.params), output_dir / "model.safetensors", gather(result.state))
     show(f"{result.num_steps} steps in {result.training_seconds:.1f} s of training")
     show(f"written to {output_dir}: metrics.jsonl, loss.png, model.safetensors")
     if result.validation_loss is not None:

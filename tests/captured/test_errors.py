@@ -74,11 +74,6 @@ def averaging(self: Any, h: Tensor) -> Tensor:
     return h + self.kept[0]
 
 
-def stepping(self: Any, h: Tensor) -> Tensor:
-    self.steps += 1
-    return h
-
-
 def normalising(self: Any, h: Tensor) -> Tensor:
     return self.norm(h)
 
@@ -110,8 +105,6 @@ def marking_twice(self: Any, h: Tensor) -> Tensor:
         (collecting_deep, r"stores 'nested'"),
         (remembering, r"stores 'memory'"),
         (averaging, r"writes to a tensor that it keeps \(aten.mul_"),
-        (stepping, r"writes to its buffer 'steps' \(aten.add_.Tensor; .*test_errors.py"),
-        (normalising, r"batch normalisation in training mode.*GroupNorm"),
         (clamping, r"writes to its parameter 'linear.weight' \(aten.clamp_.*test_errors.py"),
         (branching, r"reads the value of a tensor \(.*h.sum\(\) > 0"),
         (drawing, r"draws from the global random generator \(aten.rand"),
@@ -132,21 +125,6 @@ def test_plain_values_in_objects_are_put_back() -> None:
     module = Made(noting)
     assert af.from_module(module, BATCH).used == ["linear.weight", "linear.bias"]
     assert module.memory.count == 0
-
-
-def test_instance_normalisation_that_keeps_statistics() -> None:
-    module = nn.Sequential(nn.Linear(6, 6), nn.InstanceNorm1d(4, track_running_stats=True))
-    batch = {"input": BATCH["x"]}
-    with pytest.raises(ModelError, match=r"writes to its buffer '1.running_mean' .*track_running_stats=False"):
-        af.from_module(module, batch)
-    model = af.from_module(module.eval(), batch)
-    assert torch.equal(model(model.init(), batch), module(batch["input"]))
-
-
-def test_spectral_norm_writes_to_its_buffers() -> None:
-    module = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(6, 6)))
-    with pytest.raises(ModelError, match=r"writes to its buffer '0.parametrizations.weight.0._[uv]'"):
-        af.from_module(module, {"input": BATCH["x"]})
 
 
 def test_a_marker_takes_the_value_first() -> None:

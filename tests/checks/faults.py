@@ -193,28 +193,11 @@ class Breaks(Sound):
         return self.hidden(x.view(-1, 7))
 
 
-class Normalised(Sound):
-    def build(self) -> None:
-        self.norm = nn.BatchNorm1d(6)
-
-    def hidden(self, x: Tensor) -> Tensor:
-        return self.norm(super().hidden(x))
-
-
 class Stores(Sound):
     def hidden(self, x: Tensor) -> Tensor:
         x, before = super().hidden(x), getattr(self, "last", None)
         self.last = x.detach()
         return x if before is None else x + before.mean()  # type: ignore[no-any-return]
-
-
-class Counts(Sound):
-    def build(self) -> None:
-        self.register_buffer("steps", torch.zeros(()))
-
-    def hidden(self, x: Tensor) -> Tensor:
-        self.steps += 1
-        return super().hidden(x)
 
 
 class GrowsInside(Sound):
@@ -415,9 +398,7 @@ FAULTS = {
     "tokens": Fault(Tokens, "C3", "warn", Tokens, "is a mean over labels", TOKENS),
     "shifting": Fault(Shifting, "C3", "warn", Shifting, "shifts 'labels' itself", TOKENS),
     "breaks": Fault(Breaks, "C3", "fail", Breaks, "does not run on this batch: forward raises RuntimeError"),
-    "batch norm": Fault(Normalised, "C4", "fail", None, "nn.GroupNorm"),
     "stores": Fault(Stores, "C4", "fail", Stores, "stores last"),
-    "counts": Fault(Counts, "C4", "fail", Counts, "changes the buffers steps"),
     "grows inside": Fault(GrowsInside, "C4", "fail", GrowsInside, "stores cache"),
     "writes in place": Fault(WritesInPlace, "C4", "fail", WritesInPlace, "stores mean"),
     "notes in config": Fault(NotesInConfig, "C4", "warn", NotesInConfig, "plain value inside config"),

@@ -59,7 +59,7 @@ def check(module: nn.Module, batch: Any, **options: Any) -> checks.Report:
     report = af.check(module, batch, **options)
     assert_unchanged(before, module)
     assert not [each.message for each in report.verdicts if UNFINISHED in each.message]
-    assert report.ok, checks.table(report)
+    assert report.ok, str(report)
     return report
 
 
@@ -76,7 +76,7 @@ def test_with_dropout(training: bool) -> None:
     assert report.of("P2")[0].data == {"ties": [["embed.weight", "head.weight"]]}
 
 
-def test_frozen_statistics() -> None:
+def test_statistics() -> None:
     class Normalised(Sound):
         def build(self) -> None:
             self.norm = nn.BatchNorm1d(6)
@@ -85,6 +85,26 @@ def test_frozen_statistics() -> None:
             return self.norm(super().hidden(x))
 
     assert set(statuses(check(Normalised().eval(), {"x": rows(6)})).values()) == {"pass", "skip"}
+    report = check(Normalised(), {"x": rows(6)})
+    assert "norm.num_batches_tracked, norm.running_mean, norm.running_var" in report.of("C4")[0].message
+    found = statuses(report)
+    assert found.pop("P3") == "warn" and set(found.values()) == {"pass", "skip"}  # each microbatch by itself
+
+
+def test_state() -> None:
+    class Counts(Sound):
+        def build(self) -> None:
+            self.register_buffer("steps", torch.zeros(()))
+            self.register_buffer("mean", torch.zeros(6))
+
+        def hidden(self, x: Tensor) -> Tensor:
+            self.steps += 1
+            self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(0)
+            return super().hidden(x)
+
+    report = check(Counts(), {"x": rows(6)})
+    assert set(statuses(report).values()) == {"pass", "skip"}
+    assert "keeps state, which steps take and return (has_state=True): mean, steps" in report.of("C4")[0].message
 
 
 def test_recurrent() -> None:
@@ -157,7 +177,7 @@ def test_a_model() -> None:
 
     model = af.Model({"a": af.Layer(init, first), "b": af.Layer(init, second)})
     report = af.check(model, {"x": rows(6)})
-    assert report.ok, checks.table(report)
+    assert report.ok, str(report)
     expected = {"C1": "skip", "C2": "skip", "C3": "pass", "C4": "skip", "C5": "skip"}
     assert statuses(report) == {**expected, **{f"P{number}": "pass" for number in range(1, 6)}, "P6": "skip"}
     captured = af.check(af.from_module(Sound(), {"x": rows(6)}), {"x": rows(6)})

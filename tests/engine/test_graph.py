@@ -274,7 +274,7 @@ def test_residuals_hold_no_parameters() -> None:
     leaves = context.stage.leaves(params)
     shape = context.received.values[0].shape  # type: ignore[union-attr]
     with torch.no_grad():
-        _, residuals = stage.forward(stage.bind(leaves), [torch.randn(shape)], Microbatch.of(batch))
+        _, residuals = stage.forward(stage.bind(leaves), [], [torch.randn(shape)], Microbatch.of(batch))
     storages = {value.untyped_storage().data_ptr() for value in residuals.values}
     assert not storages & {leaf.untyped_storage().data_ptr() for leaf in leaves}
 
@@ -292,7 +292,7 @@ def test_everything_is_let_go_of_at_its_last_use() -> None:
     with torch.no_grad():
         inputs = [torch.randn(shape)]
         given = weakref.ref(inputs[0])
-        _, residuals = stage.forward(bound, inputs, Microbatch.of(batch))
+        _, residuals = stage.forward(bound, [], inputs, Microbatch.of(batch))
         assert inputs == [], "the list is taken over"
         held = [weakref.ref(value) for value in residuals.values]
         cotangents = [torch.randn(shape)]

@@ -100,12 +100,12 @@ class TokenStage:
         expect(leaves.index, self.index, "stage whose parameters are bound")
         return leaves
 
-    def evaluate(self, bound: Layers, inputs: list[Any], microbatch: Microbatch) -> Produced:
+    def evaluate(self, bound: Layers, state: Any, inputs: list[Any], microbatch: Microbatch) -> Produced:
         """See `StageFunctions.evaluate`."""
         produced, _ = self._forward(bound, inputs, microbatch)
         return produced
 
-    def forward(self, bound: Layers, inputs: list[Any], microbatch: Microbatch) -> tuple[Produced, Residuals]:
+    def forward(self, bound: Layers, state: Any, inputs: list[Any], microbatch: Microbatch) -> tuple[Produced, Residuals]:
         """See `StageFunctions.forward`."""
         received = list(inputs)
         produced, number = self._forward(bound, inputs, microbatch)

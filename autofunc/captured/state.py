@@ -1,0 +1,101 @@
+"""Buffers that forward writes to become state: what it wrote is a value, which the layer returns.
+
+`running.mul_(0.9).add_(x)` becomes `running1 = running * 0.9; running2 = running1 + x`, and `running2` is the new state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from operator import getitem
+from typing import Any
+
+import torch
+from torch import fx
+
+from autofunc.captured.export import Exported
+from autofunc.captured.functional import rewrite
+from autofunc.errors import ModelError
+from autofunc.graph.lines import line_of
+from autofunc.graph.memory import base_of, written
+from autofunc.graph.schema import arguments
+
+Node = fx.Node
+
+_aten = torch.ops.aten
+
+
+def instance_norm(
+    x: Any, weight: Any, bias: Any, mean: Any, variance: Any, use_input_stats: bool, momentum: float, eps: float,
+    cudnn: bool,
+) -> tuple[Any, Any, Any]:  # fmt: skip
+    """Instance normalisation, and the statistics that it keeps."""
+    mean, variance = mean.clone(), variance.clone()
+    made = torch.instance_norm(x, weight, bias, mean, variance, use_input_stats, momentum, eps, cudnn)
+    return made, mean, variance
+
+
+def take_states(exported: Exported, what: str) -> None:
+    """Change a graph, so that it writes to no buffer; `exported.states` says what is written to those that it wrote to.
+
+    Raises:
+        ModelError: for a write that has no form without one.
+    """
+    for node in list(exported.graph.nodes):
+        if written(node) and node.target in (_aten.batch_norm.default, _aten.instance_norm.default):
+            _make_functional(exported.graph, node)
+    owners: dict[Node, list[Node]] = {}
+    for node in exported.graph.nodes:
+        for target in written(node):
+            if base_of(target) in exported.buffers:
+                owners.setdefault(base_of(target), []).append(node)
+    for buffer, writes in owners.items():
+        after = rewrite(exported.graph, buffer, gradients=False)
+        if after is None:
+            raise ModelError(
+                f"{what} writes to its buffer {exported.buffers[buffer]!r} in a way that has no functional form "
+                f"({writes[0].target}; {line_of(writes[0])}); write to the whole buffer: self.buffer.copy_(...)"
+            )
+        _copy_where_made(exported.graph, after)
+        exported.states[buffer] = after
+    exported.graph.lint()
+
+
+def _copy_where_made(graph: fx.Graph, after: Node) -> None:
+    """A buffer that is replaced is written when forward ends, but with what was made long before, in its layer."""
+    source = after.args[0] if after.args else None
+    if after.target is not _aten.clone.default or not isinstance(source, Node) or source.op == "placeholder":
+        return
+    if not any(base_of(target) is base_of(source) for node in graph.nodes for target in written(node)):
+        source.append(after)
+        after.meta.update({key: source.meta[key] for key in ("modules", "stack_trace") if key in source.meta})
+
+
+def _make_functional(graph: fx.Graph, norm: Node) -> None:
+    """A normalisation that updates its running statistics, which its schema does not say."""
+    given = arguments(norm)
+    statistics = [given["running_mean"], given["running_var"]]
+    function: Callable[..., Any]
+    names: Sequence[str]
+    if norm.target is _aten.batch_norm.default:
+        function, places = _aten._native_batch_norm_legit_functional.default, (3, 4)
+        names = ("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps")
+    else:
+        function, places = instance_norm, (1, 2)
+        names = list(given)
+    value, kept = norm.meta["val"], [node.meta["val"] for node in statistics]
+    with graph.inserting_before(norm):
+        several = graph.call_function(function, tuple(given[name] for name in names))
+        made = [graph.call_function(getitem, (several, place)) for place in (0, *places)]
+        copies = [
+            graph.call_function(_aten.copy_.default, (buffer, part))
+            for buffer, part in zip(statistics, made[1:], strict=True)
+        ]
+    for node in (several, *made, *copies):
+        node.meta.update({key: norm.meta[key] for key in ("modules", "modes", "stack_trace") if key in norm.meta})
+    with value.fake_mode:
+        fresh = [torch.empty_like(each) for each in kept]
+    for node, each in zip((*made, *copies), (value, *fresh, *kept), strict=True):
+        node.meta["val"] = each
+    several.meta["val"] = (value, *fresh)
+    norm.replace_all_uses_with(made[0])
+    graph.erase_node(norm)

@@ -1,0 +1,38 @@
+"""What layers keep from one microbatch to the next, at the ends of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from autofunc.mesh import DATA_AXES, data_coordinate, sum_over
+from autofunc.splitting import Stage
+
+
+def states_of(stages: Sequence[Stage], flat: Mapping[str, Tensor]) -> dict[int, Sequence[Tensor]]:
+    """By stage: its state, from a flat tree."""
+    return {stage.index: [flat[path] for path in stage.states] for stage in stages}
+
+
+def flat_states(
+    stages: Sequence[Stage], states: Mapping[int, Sequence[Tensor]], mesh: DeviceMesh | None
+) -> dict[str, Tensor]:
+    """The new state of some stages as a flat tree, the same on all data parallel ranks: that of the first of them."""
+    flat = {path: leaf for stage in stages for path, leaf in zip(stage.states, states[stage.index], strict=True)}
+    place, size = data_coordinate(mesh)
+    if size == 1 or not flat:
+        return flat
+    groups: dict[torch.dtype, list[str]] = {}
+    for path, leaf in flat.items():
+        groups.setdefault(leaf.dtype, []).append(path)
+    for dtype, paths in groups.items():
+        travels = torch.uint8 if dtype is torch.bool else dtype
+        together = torch.cat([flat[path].to(travels).reshape(-1) for path in paths])
+        # a sum with zeros is exact, and every backend has it for every dtype
+        shared = sum_over(mesh, DATA_AXES, together if place == 0 else torch.zeros_like(together))
+        parts = torch.split(shared, [flat[path].numel() for path in paths])
+        flat.update({path: part.view(flat[path].shape).to(dtype) for path, part in zip(paths, parts, strict=True)})
+    return flat
