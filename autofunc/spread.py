@@ -1,13 +1,14 @@
-"""How activations are spread over the processes that compute a stage together, as a model says by `af.constrain`.
+"""How activations are spread over the processes that compute a stage together, and rows over those that run it besides.
 
-On one process it does nothing. While a stage that several processes compute together runs or is captured, the engine puts
-a `Spread` in charge, which moves the values. The values themselves never change, only where they lie.
+On one process nothing is done. While a stage that several processes compute together, or run on other rows each, runs or is
+captured, the engine puts a `Spread` and a `DataSum` in charge. A model says by `af.constrain` how its values lie, and the
+`Spread` moves them. The values themselves never change, only where they lie.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
@@ -31,6 +32,42 @@ class Spread(Protocol):
     def cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor | None:
         """The summed cross-entropy of logits that are spread over the vocabulary; None when these are not."""
         ...
+
+
+class DataSum(Protocol):
+    """Who sums values over the processes that run the same stage on other rows."""
+
+    @property
+    def size(self) -> int:
+        """How many these are."""
+        ...
+
+    @property
+    def fingerprint(self) -> Hashable:
+        """Equal where these are the same."""
+        ...
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum of everyone's value for the same microbatch; differentiable."""
+        ...
+
+
+_data: ContextVar[DataSum | None] = ContextVar("data", default=None)
+
+
+@contextmanager
+def summing(data: DataSum | None) -> Iterator[None]:
+    """Put it in charge; None where all rows are this process's."""
+    token = _data.set(data)
+    try:
+        yield
+    finally:
+        _data.reset(token)
+
+
+def current_data() -> DataSum | None:
+    """Who is in charge; None where all rows are this process's."""
+    return _data.get()
 
 
 _spread: ContextVar[Spread | None] = ContextVar("spread", default=None)

@@ -84,7 +84,7 @@ class Captures:
         with torch.device(device), torch.enable_grad(), marking():  # whatever the defaults are around here
             exported = export(source.module, source.arguments, example, source.what, recast, modes)
             exported.params = {node: source.canonical(name) for node, name in exported.params.items()}
-            take_states(exported, source.what)
+            take_states(exported, source.module, source.what)
             for node, name in exported.buffers.items():
                 if name in states:
                     exported.states[node] = exported.states.get(node, node) if training else node

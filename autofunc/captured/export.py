@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field
+from types import MethodType
 from typing import Any
 
 import torch
@@ -214,6 +215,8 @@ def _prepare(module: nn.Module, dtype: torch.dtype | None, modes: Mapping[nn.Mod
     _stand_in(module, dtype)
     for part, mode in modes.items():
         part.training = mode
+        if isinstance(part, nn.SyncBatchNorm):  # its own way to other processes is no graph; see `state.py`
+            vars(part)["forward"] = MethodType(nn.BatchNorm1d.forward, part)
 
 
 def _stand_in(module: nn.Module, dtype: torch.dtype | None) -> None:

@@ -10,7 +10,7 @@ from operator import getitem
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx, nn
 
 from autofunc.captured.export import Exported
 from autofunc.captured.functional import rewrite
@@ -18,6 +18,7 @@ from autofunc.errors import ModelError
 from autofunc.graph.lines import line_of
 from autofunc.graph.memory import base_of, written
 from autofunc.graph.schema import arguments
+from autofunc.spread import current_data
 
 Node = fx.Node
 
@@ -34,15 +35,53 @@ def instance_norm(
     return made, mean, variance
 
 
-def take_states(exported: Exported, what: str) -> None:
+def synchronised_batch_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, variance: Tensor, training: bool, momentum: float,
+    eps: float,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Batch normalisation by the statistics of all data parallel ranks, and the statistics that it keeps.
+
+    On one process it is torch's. Returned as `aten._native_batch_norm_legit_functional` does, with the batch's own
+    statistics in the places between.
+    """
+    data = current_data()
+    if data is None:
+        made: tuple[Tensor, ...] = _aten._native_batch_norm_legit_functional.default(
+            x, weight, bias, mean, variance, training, momentum, eps
+        )
+        return made
+    dims = [dim for dim in range(x.dim()) if dim != 1]
+    shape = [1, -1, *[1] * (x.dim() - 2)]
+    wide = x.float() if x.dtype.itemsize < 4 else x
+    count = data.size * x.numel() // x.shape[1]
+    own_mean = data.sum(wide.sum(dims)) / count
+    centred = wide - own_mean.view(shape)
+    own_variance = data.sum(centred.square().sum(dims)) / count
+    y = centred * torch.rsqrt(own_variance + eps).view(shape)
+    if weight is not None and bias is not None:
+        y = y * weight.view(shape) + bias.view(shape)
+    kept = [
+        old.lerp(new.detach().to(old.dtype), momentum)
+        for old, new in ((mean, own_mean), (variance, own_variance * (count / max(count - 1, 1))))
+    ]
+    return y.to(x.dtype), own_mean, own_variance, *kept
+
+
+def take_states(exported: Exported, module: nn.Module, what: str) -> None:
     """Change a graph, so that it writes to no buffer; `exported.states` says what is written to those that it wrote to.
+
+    Args:
+        exported: of the module.
+        module: whose parts say how they normalise.
+        what: the module, for messages.
 
     Raises:
         ModelError: for a write that has no form without one.
     """
     for node in list(exported.graph.nodes):
         if written(node) and node.target in (_aten.batch_norm.default, _aten.instance_norm.default):
-            _make_functional(exported.graph, node)
+            place = node.meta["modules"][-1][1] if node.meta["modules"] else ""
+            _make_functional(exported.graph, node, isinstance(module.get_submodule(place), nn.SyncBatchNorm))
     owners: dict[Node, list[Node]] = {}
     for node in exported.graph.nodes:
         for target in written(node):
@@ -70,14 +109,15 @@ def _copy_where_made(graph: fx.Graph, after: Node) -> None:
         after.meta.update({key: source.meta[key] for key in ("modules", "stack_trace") if key in source.meta})
 
 
-def _make_functional(graph: fx.Graph, norm: Node) -> None:
+def _make_functional(graph: fx.Graph, norm: Node, is_synchronised: bool) -> None:
     """A normalisation that updates its running statistics, which its schema does not say."""
     given = arguments(norm)
     statistics = [given["running_mean"], given["running_var"]]
     function: Callable[..., Any]
     names: Sequence[str]
     if norm.target is _aten.batch_norm.default:
-        function, places = _aten._native_batch_norm_legit_functional.default, (3, 4)
+        function = synchronised_batch_norm if is_synchronised else _aten._native_batch_norm_legit_functional.default
+        places = (3, 4)
         names = ("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps")
     else:
         function, places = instance_norm, (1, 2)

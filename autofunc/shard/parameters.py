@@ -18,8 +18,9 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from autofunc import tree
 from autofunc.errors import AutofuncError, MeshError, ModelError
-from autofunc.mesh import axis_size, coordinate
+from autofunc.mesh import axis_size, coordinate, data_coordinate
 from autofunc.model import Model, cut_dims
+from autofunc.shard.data_sum import OverData
 from autofunc.shard.dtensors import local, on_mesh
 from autofunc.shard.fsdp import Group, ShardedTree, Storages
 from autofunc.shard.options import Sharding
@@ -59,7 +60,8 @@ class Parameters:
         if mesh is not None and axis_size(mesh, "tp") > 1:
             dims = {path: self._cut[model.canonical(path)] for path in model.spec if model.canonical(path) in self._cut}
             self.partitioning = OverTP(mesh["tp"], dims, sharding.sequence_parallel)
-        self.setting = Setting(self.partitioning, sharding.precision, arrive_by_layer=self.is_sharded)
+        data = OverData(mesh) if mesh is not None and data_coordinate(mesh)[1] > 1 else None
+        self.setting = Setting(self.partitioning, sharding.precision, data, arrive_by_layer=self.is_sharded)
         if self.is_sharded:
             for path in self.paths:
                 if model.spec[path].dim() == 0:

@@ -18,6 +18,7 @@ from autofunc.model import Model, Specialised
 from autofunc.splitting.boundary import Boundary, Value, describe
 from autofunc.splitting.setting import ALONE, Setting
 from autofunc.splitting.stage import Stage
+from autofunc.spread import summing
 
 Layout = tuple[torch.Size, torch.dtype]
 """Shape and dtype of a tensor."""
@@ -101,10 +102,11 @@ class StageContext:
         with around(0):
             entries = self.specialised.share(self.stage.layers, self.setting.precision.batch(microbatch))
         states = self.stage.bind_state(state)
+        data = self.setting.data
         for number, name in enumerate(self.stage.layers):
             if ready is not None:
                 ready(number)
-            with around(number):
+            with around(number), summing(data):
                 x, states = self.specialised.layer(name, bound[name], x, entries, states)
         return self.setting.precision.output(x) if self.stage.is_last else x, self.stage.state_leaves(states)
 
@@ -151,7 +153,8 @@ class StageContext:
         return (
             self.specialised.fingerprints(stage.layers, labels), tuple(labels), params, _boundary_key(self.received),
             repr(spec), microbatch, Fingerprint().of(self.loss) if self.with_loss else None, what,
-            self.setting.partitioning.fingerprint, self.setting.precision, _surroundings(),
+            self.setting.partitioning.fingerprint, self.setting.precision,
+            self.setting.data.fingerprint if self.setting.data is not None else None, _surroundings(),
         )  # fmt: skip
 
     def _parameter_key(self, path: str) -> Hashable:

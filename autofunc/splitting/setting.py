@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from autofunc import tree
+from autofunc.spread import DataSum
 
 
 class Partitioning(Protocol):
@@ -144,6 +145,7 @@ class Setting:
 
     partitioning: Partitioning = WHOLE
     precision: Precision = Precision()
+    data: DataSum | None = None  # sums over the processes that have other rows; None where there are none
     arrive_by_layer: bool = False  # whether a forward may begin while parameters of its later layers are on their way
 
 

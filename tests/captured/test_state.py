@@ -294,3 +294,34 @@ def test_a_cut_between_reading_and_writing() -> None:
         ("norm.num_batches_tracked", "norm.running_mean", "norm.running_var"),
         (),
     ]
+
+
+def test_synchronised_statistics(workers: WorkerPool) -> None:
+    """`SyncBatchNorm` normalises over the rows of all data parallel ranks, and is `BatchNorm` on one process."""
+    found = workers.run(_synchronised)
+    module, batch = make("batch norm")
+    quarter = ROWS // 4  # microbatches of ranks 0, 0, 1, 1; those of the same number belong together
+    order = torch.cat([torch.arange(start * quarter, (start + 1) * quarter) for start in (0, 2, 1, 3)])
+    together = {name: value[order] for name, value in batch.items()}
+    model = af.from_module(nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(module)), batch)
+    reference = af.reference_value_and_grad(model, None, 2, has_state=True)
+    (loss, state), _ = reference(model.init(), together, state=model.init_state())
+    plain_loss, plain, buffers = plain_loop(module, together, 2)
+    torch.testing.assert_close(loss, plain_loss)
+    assert all(torch.equal(leaf, buffers[path]) for path, leaf in tree.flatten(state).items())
+    for (found_loss, found_state), found_grads in found:
+        torch.testing.assert_close(found_loss, plain_loss)
+        torch.testing.assert_close(tree.flatten(found_state), tree.flatten(state))
+        for path, leaf in tree.flatten(found_grads).items():
+            torch.testing.assert_close(leaf, plain[path], msg=path, rtol=1e-4, atol=1e-6)
+
+
+def _synchronised() -> Any:
+    module, batch = make("batch norm")
+    mesh = mesh_of(pp=2, dp_replicate=2)
+    place = mesh.get_local_rank("dp_replicate") * ROWS // 2
+    mine = {name: value[place : place + ROWS // 2] for name, value in batch.items()}
+    model = af.from_module(nn.SyncBatchNorm.convert_sync_batchnorm(module), batch)
+    pipe = af.pipeline(af.split(model, 2), af.schedule.build("zb_h1", num_ranks=2, num_microbatches=2), mesh=mesh)
+    (loss, state), grads = af.value_and_grad(pipe, has_state=True)(pipe.init(), mine, state=pipe.init_state())
+    return (loss, pipe.gather(state)), pipe.gather(grads)
