@@ -108,7 +108,7 @@ class Held:
 
         Every process calls it.
         """
-        flat = {path: self._parameters.full(leaf) for path, leaf in tree.flatten(params).items()}
+        flat = {path: self._parameters.full(path, leaf) for path, leaf in tree.flatten(params).items()}
         if self._group is None or self._ranks is None:
             return tree.to_tensordict(flat)
         return tree.to_tensordict(gather_tree(flat, self._ranks, self._group))

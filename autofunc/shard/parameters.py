@@ -24,7 +24,7 @@ from autofunc.shard.data_sum import OverData
 from autofunc.shard.dtensors import local, on_mesh
 from autofunc.shard.fsdp import Group, ShardedTree, Storages
 from autofunc.shard.options import Sharding
-from autofunc.shard.reduce import shard_shape
+from autofunc.shard.reduce import shard_shape, with_rows
 from autofunc.shard.tensor_parallel import OverTP
 from autofunc.splitting import WHOLE, Partitioning, Setting, Stage
 
@@ -62,10 +62,6 @@ class Parameters:
             self.partitioning = OverTP(mesh["tp"], dims, sharding.sequence_parallel)
         data = OverData(mesh) if mesh is not None and data_coordinate(mesh)[1] > 1 else None
         self.setting = Setting(self.partitioning, sharding.precision, data, arrive_by_layer=self.is_sharded)
-        if self.is_sharded:
-            for path in self.paths:
-                if model.spec[path].dim() == 0:
-                    raise ModelError(f"parameter {path!r} is 0-dim, which cannot be sharded; give it the shape (1,)")
 
     @property
     def unshard(self) -> str:
@@ -122,10 +118,10 @@ class Parameters:
     def make(self, full: Full) -> dict[str, Tensor]:
         """The leaves of this process, layer by layer: no more than one layer is whole at a time."""
         if self.is_sharded:
-            return dict(self._storages.add(lambda group: self._over_tp(full(group))).sharded)
+            return dict(self._storages.add(lambda group: self._over_tp(_with_rows(full(group)))).sharded)
         return {path: leaf for group in self.groups for path, leaf in self._over_tp(full(group)).items()}
 
-    def full(self, leaf: Tensor) -> Tensor:
+    def full(self, path: str, leaf: Tensor) -> Tensor:
         """A leaf put together from all ranks of the dp_shard and tp axes, which all call it; a copy."""
         if not isinstance(leaf, DTensor):
             return leaf.detach().clone()
@@ -136,7 +132,7 @@ class Parameters:
                 target = [*leaf.placements[:axis], Replicate(), *leaf.placements[axis + 1 :]]
                 leaf = leaf.redistribute(placements=target)
             whole: Tensor = leaf.to_local()
-            return whole.clone()
+            return whole.clone().view(self.model.spec[path].shape)
 
     @property
     def _is_spread(self) -> bool:
@@ -162,7 +158,8 @@ class Parameters:
             ModelError: naming the parameter.
         """
         for path in self.paths:
-            leaf, expected_shape = self.model.lookup(flat, path), tuple(self.model.spec[path].shape)
+            leaf, shape = self.model.lookup(flat, path), self.model.spec[path].shape
+            expected_shape = tuple(with_rows(shape) if self.is_sharded and not leaf.is_meta else shape)
             if tuple(leaf.shape) != expected_shape:
                 raise ModelError(f"parameter {path!r} has shape {tuple(leaf.shape)}; expected {expected_shape}")
             if leaf.is_meta:
@@ -213,6 +210,10 @@ class Parameters:
         return leaves
 
 
+def _with_rows(full: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {path: leaf.view(with_rows(leaf.shape)) for path, leaf in full.items()}
+
+
 class StepParameters:
     """Comes by the parameters of stages in one step.
 
@@ -241,7 +242,8 @@ class StepParameters:
         canonical = (self._parameters.model.canonical(path) for path in stage.holders)
         if self._storage is not None:
             storage = self._storage
-            return [storage.whole(path) for path in canonical]
+            spec = self._parameters.model.spec
+            return [storage.whole(path).view(()) if not spec[path].dim() else storage.whole(path) for path in canonical]
         return [self._cast_once(path) for path in canonical]
 
     def ready(self, stage: int) -> Callable[[int], None] | None:

@@ -25,10 +25,16 @@ def _rows_each(rows: int, size: int) -> int:
     return math.ceil(rows / size)
 
 
+def with_rows(shape: torch.Size) -> torch.Size:
+    """The shape in which a parameter is cut along dim 0: one that has no dims is one row."""
+    return shape or torch.Size([1])
+
+
 def shard_shape(shape: torch.Size, size: int, place: int) -> torch.Size:
     """Shape of the part of a parameter that the rank at this place holds."""
     if size == 1:
         return shape
+    shape = with_rows(shape)
     each = _rows_each(shape[0], size)
     return torch.Size([max(0, min(each, shape[0] - place * each)), *shape[1:]])
 
@@ -72,6 +78,8 @@ class Reduction:
             return
         dtype = self._dtype or next(iter(sums.values())).dtype
         device = next(iter(sums.values())).device
+        if self._size > 1:
+            sums = {path: total.view(with_rows(total.shape)) for path, total in sums.items()}
         each = {path: self._padded(total) for path, total in sums.items()}
         given = torch.zeros((self._size, sum(each.values())), dtype=dtype, device=device)
         layouts, start = [], 0

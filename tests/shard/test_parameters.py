@@ -298,3 +298,48 @@ def test_constrain_refuses_what_it_does_not_know() -> None:
         af.constrain(torch.ones(2), "shard")
     x = torch.ones(2)
     assert af.constrain(x, "sequence") is x and af.constrain(x, "shard(0)") is x
+
+
+def scaled() -> tuple[af.Model, dict[str, torch.Tensor]]:
+    """Two layers with a scale, which has no dims."""
+
+    def layer(first: bool) -> af.Layer:
+        return af.Layer(
+            lambda key: {"weight": key.normal("weight", (4, 4)), "scale": key.ones("scale", ())},
+            lambda params, x, batch: torch.tanh((batch["x"] if first else x) @ params["weight"]) * params["scale"],
+        )
+
+    batch = {name: torch.randn(8, 4, generator=torch.Generator().manual_seed(seed)) for seed, name in enumerate("xy")}
+    return af.Model({"a": layer(True), "b": layer(False)}), batch
+
+
+def without_dims(sizes: dict[str, int]) -> tuple[Any, ...]:
+    model, batch = scaled()
+    mesh = mesh_of(**sizes)
+    place, places = data_coordinate(mesh)
+    mine = {name: value.chunk(places)[place] for name, value in batch.items()}
+    s = af.schedule.build("1f1b", num_ranks=mesh["pp"].size(), num_microbatches=2)
+    pipe = af.pipeline(cut_evenly(model, s.num_stages), s, loss=squared_error, mesh=mesh)
+    params = pipe.init()
+    assert_same_tree(model.init(), pipe.gather(params))
+    assert_same_tree(model.init(), pipe.gather(pipe.place(model.init())))
+    loss, grads = af.value_and_grad(pipe)(params, mine)
+    opt = af.optimizer(torch.optim.AdamW, lr=0.1)
+    params, _ = opt.update(grads, opt.init(params), params)
+    after, _ = af.value_and_grad(pipe)(params, mine)
+    return loss, pipe.gather(grads), after
+
+
+@pytest.mark.parametrize("sizes", [{"pp": 2, "dp_shard": 2}, {"dp_replicate": 2, "dp_shard": 2}], ids=str)
+def test_parameters_without_dims(workers: WorkerPool, sizes: dict[str, int]) -> None:
+    model, batch = scaled()
+    params = model.init()
+    reference = af.reference_value_and_grad(model, squared_error, 2)
+    expected_loss, expected = reference(params, batch)
+    opt = af.optimizer(torch.optim.AdamW, lr=0.1)
+    params, _ = opt.update(expected, opt.init(params), params)
+    for loss, grads, after in workers.run(without_dims, sizes):
+        torch.testing.assert_close(loss, expected_loss)
+        for path, leaf in flatten(grads).items():
+            torch.testing.assert_close(leaf, flatten(expected)[path])
+        torch.testing.assert_close(after, reference(params, batch)[0])
