@@ -1,4 +1,4 @@
-"""Randomness as a pure function: seeded init, and dropout by a counter hash.
+"""Randomness as a pure function: seeded init, dropout and draws by a counter hash.
 
 Nothing here reads or advances a global generator. The bits of a random tensor are a hash of (key, index of the element),
 computed with integer tensor operations, so they are the same on CPU and GPU, in any layout, and can be made again
@@ -6,6 +6,10 @@ instead of being stored.
 
 - Initial weights depend on (seed, path) alone: `InitKey`.
 - Dropout depends on (seed, step, microbatch, layer name) alone: `fold_in`, `dropout`.
+- So does every other draw of a layer, from a key that its name was folded into: `uniform`, `normal`, `exponential`,
+  `bernoulli`, `randint`, `multinomial`, `permutation`. They have no gradient; `mean + std * normal(...)` has.
+
+    noise = af.random.normal(af.random.fold_in(batch["key"], "h.3.noise"), x.shape, x.dtype)
 
 The mixer is the 32-bit finaliser with multipliers 0x21f0aaad and 0x735a2d97 found by C. Wellons' hash-prospector
 (github.com/skeeto/hash-prospector, issue 19). Both multipliers are below 2**31, so that products of 32-bit values fit
@@ -29,6 +33,7 @@ from autofunc.tree import join
 _MASK = 0xFFFFFFFF
 _MULTIPLIER_1 = 0x21F0AAAD
 _MULTIPLIER_2 = 0x735A2D97
+_DIGITS = {torch.float16: 11, torch.bfloat16: 8, torch.float32: 24, torch.float64: 53}  # of a mantissa, in bits
 _CHUNK = 1 << 22  # elements hashed at a time, so that the int64 temporaries of a large weight stay small
 
 
@@ -79,17 +84,118 @@ def fold_in(key: Tensor, data: int | str | Tensor) -> Tensor:
     """
     if isinstance(data, str):
         low, high = _words(data)
-        return torch.stack(
-            (_mix(key[..., 0] ^ low, key[..., 1] ^ high), _mix(key[..., 1] ^ high, key[..., 0] ^ low)), dim=-1
-        )
-    number: Tensor | int = data if isinstance(data, Tensor) else int(data) & _MASK
-    return torch.stack((_mix(key[..., 0] ^ number, key[..., 1]), _mix(key[..., 1] ^ number, key[..., 0])), dim=-1)
+        both = torch.stack((key[..., 0] ^ low, key[..., 1] ^ high), dim=-1)  # no constant tensor: one waits for a copy
+        return _mix(both, both.flip(-1))
+    number: Tensor | int = data.unsqueeze(-1) if isinstance(data, Tensor) else int(data) & _MASK
+    return _mix(key ^ number, key.flip(-1))
 
 
 def bits(key: Tensor, numel: int, start: int = 0) -> Tensor:
     """`numel` hashed 32-bit integers, int64 of shape (numel,), for the elements `start`, `start + 1`, ... of a tensor."""
-    counter = torch.arange(start, start + numel, dtype=torch.int64, device=key.device)
-    return _mix(_mix(counter & _MASK, key[0]) ^ (counter >> 32), key[1])
+    return _bits(key, numel, start)
+
+
+def _bits(keys: Tensor, numel: int, start: int = 0) -> Tensor:
+    """Those of several keys at once: from (..., 2) to (..., numel)."""
+    first, second = keys.unsqueeze(-2).unbind(-1)
+    counter = torch.arange(start, start + numel, dtype=torch.int64, device=keys.device)
+    if start + numel <= _MASK:
+        return _mix(_mix(counter, first), second)
+    return _mix(_mix(counter & _MASK, first) ^ (counter >> 32), second)
+
+
+def _two_bits(key: Tensor, numel: int, start: int = 0) -> tuple[Tensor, Tensor]:
+    """Two independent numbers for each element: the bits of the key with 0 and with 1 folded in."""
+    first, second = _bits(fold_in(key, torch.arange(2, device=key.device)), numel, start).unbind()
+    return first, second
+
+
+def uniform(
+    key: Tensor, shape: Sequence[int], dtype: torch.dtype = torch.float32, *, low: float = 0.0, high: float = 1.0
+) -> Tensor:
+    """Uniform values in [low, high), on the key's device; `high` itself only where rounding to `dtype` gives it.
+
+    Args:
+        key: int64, shape (2,); one key for each draw.
+        shape: of the result.
+        dtype: a floating-point one of at least 16 bits.
+    """
+    if dtype not in _DIGITS:
+        raise ValueError(f"dtype={dtype}: expected one of {', '.join(map(str, _DIGITS))}")
+    digits = min(_DIGITS[dtype], 32)  # those that fit, so that nothing is rounded up to 1
+    unit = (bits(key, math.prod(shape)) >> (32 - digits)).to(torch.float64) * 2.0**-digits
+    return (unit * (high - low) + low).to(dtype).view(tuple(shape))
+
+
+def normal(
+    key: Tensor, shape: Sequence[int], dtype: torch.dtype = torch.float32, *, mean: float = 0.0, std: float = 1.0
+) -> Tensor:
+    """Normal values, computed in fp64 and rounded once. Arguments as of `uniform`."""
+    return _normal(key, math.prod(shape), 0, mean, std).to(dtype).view(tuple(shape))
+
+
+def exponential(
+    key: Tensor, shape: Sequence[int], dtype: torch.dtype = torch.float32, *, rate: float = 1.0
+) -> Tensor:  # fmt: skip
+    """Exponentially distributed values with mean 1 / rate; never 0. Arguments as of `uniform`."""
+    values = torch.log(_unit(bits(key, math.prod(shape)))) / -rate
+    return values.to(dtype).clamp_min(torch.finfo(dtype).tiny).view(tuple(shape))
+
+
+def bernoulli(key: Tensor, p: float | Tensor, shape: Sequence[int] | None = None) -> Tensor:
+    """True with probability `p`: a bool tensor.
+
+    Args:
+        key: int64, shape (2,); one key for each draw.
+        p: one probability in [0, 1], or one for each element.
+        shape: of the result; by default that of `p`.
+    """
+    shape = tuple(shape) if shape is not None else tuple(p.shape) if isinstance(p, Tensor) else ()
+    unit = _unit(bits(key, math.prod(shape))).view(shape)
+    return unit < (p.to(torch.float64) if isinstance(p, Tensor) else p)
+
+
+def randint(
+    key: Tensor, shape: Sequence[int], low: int | Tensor, high: int | Tensor, dtype: torch.dtype = torch.int64
+) -> Tensor:
+    """Integers in [low, high), all equally likely but for one part in 2**31.
+
+    Args:
+        key: int64, shape (2,); one key for each draw.
+        shape: of the result.
+        low: the smallest; or a 0-dim int64 tensor.
+        high: what is above the largest; or a 0-dim int64 tensor.
+        dtype: any that holds them.
+    """
+    first, second = _two_bits(key, math.prod(shape))
+    wide = (first << 31) | (second >> 1)  # 63 bits
+    return (wide % (high - low) + low).to(dtype).view(tuple(shape))
+
+
+def multinomial(key: Tensor, weights: Tensor, num_samples: int = 1, *, replacement: bool = False) -> Tensor:
+    """Numbers of categories, drawn with probabilities in proportion to weights.
+
+    Args:
+        key: int64, shape (2,); one key for each draw.
+        weights: not negative, shape (..., categories); without replacement at least `num_samples` of them above 0.
+        num_samples: how many to draw for each row of weights.
+        replacement: whether one may come up again.
+
+    Returns:
+        int64, shape (..., num_samples), in the order in which they are drawn.
+    """
+    wide = weights.detach().to(torch.float64)
+    if replacement or num_samples == 1:
+        below = wide.cumsum(-1).contiguous()
+        draws = _unit(bits(key, math.prod(wide.shape[:-1]) * num_samples)).view(*wide.shape[:-1], num_samples)
+        return torch.searchsorted(below, draws * below[..., -1:], right=True)
+    waiting = -torch.log(_unit(bits(key, wide.numel()))).view(wide.shape)  # the first to arrive come first
+    return (wide / waiting).topk(num_samples).indices
+
+
+def permutation(key: Tensor, n: int, dtype: torch.dtype = torch.int64) -> Tensor:
+    """The numbers 0 ... n - 1 in random order, shape (n,)."""
+    return torch.sort(bits(key, n), stable=True).indices.to(dtype)
 
 
 def dropout(x: Tensor, p: float, batch: Mapping[str, Any], name: str) -> Tensor:
@@ -144,12 +250,7 @@ class InitKey:
 
     def normal(self, name: str, shape: Sequence[int], std: float = 1.0, mean: float = 0.0) -> Tensor:
         """Normal values by Box-Muller, computed in fp64 and rounded once."""
-
-        def draw(key: Tensor, count: int, start: int) -> Tensor:
-            radius = torch.sqrt(-2.0 * torch.log(_unit(bits(fold_in(key, 0), count, start))))
-            return mean + std * radius * torch.cos(2.0 * math.pi * _unit(bits(fold_in(key, 1), count, start)))
-
-        return self._fill(name, shape, draw)
+        return self._fill(name, shape, lambda key, count, start: _normal(key, count, start, mean, std))
 
     def uniform(self, name: str, shape: Sequence[int], low: float = 0.0, high: float = 1.0) -> Tensor:
         """Uniform values in (low, high), computed in fp64 and rounded once."""
@@ -174,3 +275,9 @@ class InitKey:
 def _unit(hashed: Tensor) -> Tensor:
     """Map 32-bit integers to fp64 in (0, 1), ends excluded."""
     return (hashed.to(torch.float64) + 0.5) * 2.0**-32
+
+
+def _normal(key: Tensor, count: int, start: int, mean: float, std: float) -> Tensor:
+    """Normal values by Box-Muller, in fp64."""
+    first, second = map(_unit, _two_bits(key, count, start))
+    return mean + std * torch.sqrt(-2.0 * torch.log(first)) * torch.cos(2.0 * math.pi * second)

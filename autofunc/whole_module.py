@@ -13,7 +13,7 @@ from autofunc import tree
 from autofunc.captured import CapturedModel, Pretrained, capture_module
 from autofunc.captured.module import source_of
 from autofunc.captured.unchanged import restored, written_back
-from autofunc.captured.without_dropout import WithoutDropout
+from autofunc.captured.without_dropout import still
 from autofunc.engine import GraphStage, Microbatch
 from autofunc.errors import ModelError, SplitError
 from autofunc.losses import Loss, evaluate, own_loss
@@ -22,6 +22,10 @@ from autofunc.runtime.accumulate import Accumulator
 from autofunc.runtime.build import captured
 from autofunc.schedule import Kind
 from autofunc.splitting import Stage, follow, split
+
+
+class NotComparable(ModelError):
+    """Two runs of a module give different values."""
 
 
 class LossAndGrads(NamedTuple):
@@ -44,10 +48,10 @@ def from_module(
     """Any module as a model of named pure layers: captured as it is, never copied, patched or changed.
 
     Its layers are the items of its outermost lists of modules and the modules beside them; `af.split` takes the name of any
-    module that runs once. Parameters keep their names. A parameter that several layers use is tied. Dropout becomes a
-    function of the key; a module in eval mode has none. A module on the meta device is captured without weights, and
-    initialised layer by layer by its own initialisers. It cannot be cut over tensor parallel ranks: the sizes of
-    the whole are in its graph.
+    module that runs once. Parameters keep their names. A parameter that several layers use is tied. Dropout and other
+    random numbers become functions of the key; without a key there is no dropout, and parts that draw anything else are in
+    eval mode. A module on the meta device is captured without weights, and initialised layer by layer by its own
+    initialisers. It cannot be cut over tensor parallel ranks: the sizes of the whole are in its graph.
 
     Args:
         module: what is captured, in the mode (train or eval) it is in; or what `af.AutoModel.from_pretrained` returned: its
@@ -59,7 +63,8 @@ def from_module(
         weights: a `.safetensors` file, or a folder with one or with shards: parameters and buffers have the values in it,
             whatever they are in the module.
         verify: run the batch through the module and through the captured stages, both without dropout, and compare the
-            loss and all gradients. It takes real weights, and a few times their memory.
+            loss and all gradients. Parts that draw other random numbers, such as stochastic depth, are in eval mode in
+            both. It takes real weights, and a few times their memory.
 
     Returns:
         A model for `af.split`. `model.init()` copies the weights that the module has, or that are stored; it makes those on
@@ -67,7 +72,8 @@ def from_module(
 
     Raises:
         ModelError: for what cannot be captured, is written to, keeps state, or is used by no layer; for weights that do not
-            fit the module; for a loss or a gradient that is not the module's own.
+            fit the module; for a loss or a gradient that is not the module's own, or cannot be compared with it because the
+            module draws random numbers in eval mode too.
 
     Example:
         model = af.from_module(GPT2LMHeadModel(config), {"input_ids": ids})
@@ -91,12 +97,19 @@ def differences(model: CapturedModel, batch: Mapping[str, Any], loss: Loss | Non
 
     Raises:
         ModelError: when the module has no weights, or its stages cannot be captured.
+        NotComparable: when it draws random numbers, in eval mode too.
     """
     source = source_of(model)
     on_meta = [name for name, leaf in source.module.state_dict(keep_vars=True).items() if leaf.is_meta]
     if on_meta:
         raise ModelError(f"{model.title}: {on_meta[0]!r} is on the meta device; a comparison runs it, so give it weights")
     entries = {name: value for name, value in batch.items() if name != "key"}
+    evaluation = model.without_key(entries)
+    if evaluation.drawn:
+        raise NotComparable(
+            f"{evaluation.drawn}, in eval mode too, so no two runs of it can be compared; compare it with what it draws "
+            "given in the batch"
+        )
     params = {
         path: leaf.requires_grad_(model.is_trainable(path)) for path, leaf in model.init_paths(model.spec, 0, "cpu").items()
     }
@@ -105,7 +118,7 @@ def differences(model: CapturedModel, batch: Mapping[str, Any], loss: Loss | Non
 
     def called(entries: Mapping[str, Any]) -> Any:
         args, kwargs = source.arguments(source.select(entries))
-        with restored(source.module), WithoutDropout():
+        with restored(source.module), still(source.module, evaluation.parts):
             _hold(source.module, buffers)
             with written_back(source.module):
                 outputs = torch.func.functional_call(source.module, params, args, kwargs)

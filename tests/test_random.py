@@ -5,7 +5,21 @@ from __future__ import annotations
 import pytest
 import torch
 
-from autofunc.random import InitKey, as_key, bits, dropout, fold_in, make_key
+from autofunc.random import (
+    InitKey,
+    as_key,
+    bernoulli,
+    bits,
+    dropout,
+    exponential,
+    fold_in,
+    make_key,
+    multinomial,
+    normal,
+    permutation,
+    randint,
+    uniform,
+)
 
 
 def correlation(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -102,3 +116,94 @@ def test_generator_for_torchs_own_initialisers() -> None:
         return torch.nn.init.normal_(torch.empty(5), generator=InitKey(seed, "a").generator("w"))
 
     assert torch.equal(draw(0), draw(0)) and not torch.equal(draw(0), draw(1))
+
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_uniform(dtype: torch.dtype) -> None:
+    drawn = uniform(make_key(1), (300, 200), dtype)
+    assert drawn.shape == (300, 200) and drawn.dtype == dtype
+    assert drawn.min() >= 0 and drawn.max() < 1
+    assert abs(drawn.double().mean().item() - 0.5) < 0.01 and abs(drawn.double().var().item() - 1 / 12) < 0.005
+    moved = uniform(make_key(1), (300, 200), dtype, low=-2.0, high=6.0)
+    assert moved.min() >= -2 and moved.max() <= 6 and abs(moved.double().mean().item() - 2) < 0.05
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_normal(dtype: torch.dtype) -> None:
+    drawn = normal(make_key(1), (300, 200), dtype, mean=1.0, std=0.5)
+    standard = (drawn.double() - 1) / 0.5
+    assert drawn.shape == (300, 200) and drawn.dtype == dtype
+    assert abs(standard.mean().item()) < 0.02 and abs(standard.var().item() - 1) < 0.02
+    assert abs(standard.pow(4).mean().item() - 3) < 0.15, "the kurtosis of a normal"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_exponential(dtype: torch.dtype) -> None:
+    drawn = exponential(make_key(1), (300, 200), dtype, rate=2.0)
+    assert drawn.dtype == dtype and drawn.min() > 0
+    assert abs(drawn.double().mean().item() - 0.5) < 0.01 and abs(drawn.double().std().item() - 0.5) < 0.01
+
+
+def test_bernoulli() -> None:
+    assert abs(bernoulli(make_key(1), 0.3, (300, 200)).double().mean().item() - 0.3) < 0.01
+    p = torch.tensor([0.0, 0.2, 0.9, 1.0])
+    often = bernoulli(make_key(1), p, (20_000, 4)).double().mean(0)
+    assert torch.allclose(often, p.double(), atol=0.01) and often[0] == 0 and often[3] == 1
+    one = bernoulli(make_key(1), p)
+    assert one.shape == (4,) and one.dtype == torch.bool
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 2), (-3, 4), (5, 5 + 2**40), (0, 2**63 - 1)])
+def test_randint(low: int, high: int) -> None:
+    drawn = randint(make_key(1), (40_000,), low, high)
+    assert drawn.dtype == torch.int64 and drawn.min() >= low and drawn.max() < high
+    middle, spread = (low + high - 1) / 2, high - low
+    assert abs(drawn.double().mean().item() - middle) < 0.01 * spread
+    if spread < 10:
+        counts = torch.bincount(drawn - low, minlength=spread).double() / 40_000
+        assert torch.allclose(counts, torch.full((spread,), 1 / spread).double(), atol=0.01)
+    assert randint(make_key(1), (3,), 0, 2, torch.uint8).dtype == torch.uint8
+
+
+def test_multinomial() -> None:
+    weights = torch.tensor([[0.0, 1.0, 3.0, 0.0], [2.0, 0.0, 2.0, 4.0]])
+    drawn = multinomial(make_key(1), weights, 20_000, replacement=True)
+    often = torch.stack([torch.bincount(row, minlength=4) for row in drawn]) / 20_000
+    assert drawn.shape == (2, 20_000) and torch.allclose(often, weights / weights.sum(-1, keepdim=True), atol=0.02)
+    assert (often[weights == 0] == 0).all()
+
+
+def test_multinomial_without_replacement() -> None:
+    weights = torch.tensor([1.0, 2.0, 0.0, 5.0]).expand(20_000, 4)
+    drawn = multinomial(make_key(1), weights, 3)
+    assert torch.equal(drawn.sort(-1).values, torch.tensor([0, 1, 3]).expand(20_000, 3)), (
+        "each once, and never the one of 0"
+    )
+    first = torch.bincount(drawn[:, 0], minlength=4) / 20_000
+    assert torch.allclose(first, weights[0] / 8, atol=0.02)
+    second = torch.bincount(drawn[drawn[:, 0] == 3, 1], minlength=4).double()
+    assert abs((second[0] / second.sum()).item() - 1 / 3) < 0.02, "those that are left keep their odds"
+
+
+def test_permutation() -> None:
+    drawn = torch.stack([permutation(fold_in(make_key(1), index), 4, torch.int32) for index in range(600)])
+    assert drawn.dtype == torch.int32 and torch.equal(drawn.sort(-1).values, torch.arange(4).expand(600, 4).int())
+    assert len({tuple(row.tolist()) for row in drawn}) == 24
+    assert (torch.stack([(drawn[:, place] == 0).double().mean() for place in range(4)]) - 0.25).abs().max() < 0.08
+
+
+def test_draws_are_functions_of_the_key() -> None:
+    def all_draws(key: torch.Tensor) -> list[torch.Tensor]:
+        shape, weights = (64,), torch.ones(64)
+        return [
+            uniform(key, shape), normal(key, shape), exponential(key, shape), bernoulli(key, 0.5, shape),
+            randint(key, shape, 0, 100), multinomial(key, weights, 16), permutation(key, 64),
+        ]  # fmt: skip
+
+    state = torch.get_rng_state()
+    for one, again, other in zip(all_draws(make_key(1)), all_draws(make_key(1)), all_draws(make_key(2)), strict=True):
+        assert torch.equal(one, again) and not torch.equal(one, other)
+    assert torch.equal(state, torch.get_rng_state())

@@ -13,6 +13,7 @@ from torch import Tensor, fx
 from autofunc import cache, tree
 from autofunc.batch import signature
 from autofunc.cache import Identity
+from autofunc.captured.evaluation import drawing_parts, with_eval_mode
 from autofunc.captured.export import Exported, export
 from autofunc.captured.flow import Flow
 from autofunc.captured.functional import make_functional
@@ -38,7 +39,7 @@ class Captures:
 
     def flow(
         self, batch: Mapping[str, Any], recast: torch.dtype | None, states: frozenset[str] = frozenset(),
-        *, training: bool = True,
+        *, training: bool = True, evaluates: bool = False,
     ) -> tuple[Hashable, Flow]:  # fmt: skip
         """The captured forward for a batch, and the signature it is for.
 
@@ -46,14 +47,32 @@ class Captures:
             batch: a microbatch.
             recast: dtype of the floating-point parameters; None: what they are in the module.
             states: names of buffers that are known to be state.
-            training: False leaves them as they are: the parts that hold them are captured in eval mode.
+            training: False leaves them as they are: the parts that hold them are in eval mode.
+            evaluates: parts that draw random numbers, other than by dropout, are in eval mode, where that is enough for
+                nothing to be drawn.
         """
         refuse_parameter_hooks(self.source.module, self.source.what)
         entries = self.source.select(batch)
         spec, leaves = signature(entries)
-        shapes = (recast, spec, tuple(leaf[:3] for leaf in leaves), states, training)  # on any device
-        key = ("flow", Identity(self), shapes)
-        return shapes, cache.shared.get(key, lambda: self._capture(entries, recast, states, training))
+        shapes = (recast, spec, tuple(leaf[:3] for leaf in leaves))  # on any device
+
+        def captured(still: frozenset[str], kept: frozenset[str]) -> tuple[Hashable, Flow]:
+            signature_ = (*shapes, still, kept, training)
+            key = ("flow", Identity(self), signature_)
+            return signature_, cache.shared.get(key, lambda: self._capture(entries, recast, still, kept, training))
+
+        def with_states(still: frozenset[str]) -> tuple[Hashable, Flow]:
+            found = captured(still, frozenset() if training else states)
+            # a batch for which a part does not run leaves its state as it is
+            return found if states <= found[1].exported.state_names else captured(still, states)
+
+        resting = frozenset() if training else frozenset(name.rpartition(".")[0] for name in states)
+        as_it_is = with_states(resting)
+        drawing = drawing_parts(as_it_is[1]) if evaluates else None
+        if not drawing:
+            return as_it_is
+        evaluated = with_states(resting | drawing)
+        return as_it_is if drawing_parts(evaluated[1]) else evaluated
 
     def _constant(self, node: Node, exported: Exported) -> Tensor:
         """The real value of a buffer or a constant; equal ones are one tensor, so that equal layers are found to be."""
@@ -71,18 +90,23 @@ class Captures:
         return value
 
     def _capture(
-        self, entries: Mapping[str, Any], recast: torch.dtype | None, states: frozenset[str], training: bool
+        self,
+        entries: Mapping[str, Any],
+        recast: torch.dtype | None,
+        still: frozenset[str],
+        states: frozenset[str],
+        training: bool,
     ) -> Flow:
         source = self.source
-        owners = set() if training else {source.module.get_submodule(name.rpartition(".")[0]) for name in states}
-        modes = {part: mode and part not in owners for part, mode in self._modes.items()}
         own = (leaf.device for leaf in source.module.parameters() if not leaf.is_meta)
         device = next(own, torch.device("cpu"))
         example = tree.map_leaves(
             lambda leaf: torch.zeros_like(leaf, device=device) if isinstance(leaf, Tensor) else leaf, dict(entries)
         )
+        modes = with_eval_mode(source.module, self._modes, still)
         with torch.device(device), torch.enable_grad(), marking():  # whatever the defaults are around here
             exported = export(source.module, source.arguments, example, source.what, recast, modes)
+            exported.evaluated = still
             exported.params = {node: source.canonical(name) for node, name in exported.params.items()}
             take_states(exported, source.module, source.what)
             for node, name in exported.buffers.items():

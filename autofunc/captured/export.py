@@ -21,7 +21,9 @@ from torch import Tensor, fx, nn
 
 from autofunc import tree
 from autofunc.captured.dense import SPARSE, make_dense
+from autofunc.captured.draws import unvalidated
 from autofunc.captured.gradients import refuse_own_backward, without_hooks
+from autofunc.captured.host_draws import HostDraws, refuse_host_draws
 from autofunc.captured.keyed import replace_random
 from autofunc.captured.outputs import CACHE, without_caches
 from autofunc.captured.own_backward import apply_for_real, recorded
@@ -49,7 +51,13 @@ class Exported:
     constants: dict[Node, Tensor] = field(default_factory=dict)  # in the end with the values of the buffers that are used
     inputs: dict[Node, int] = field(default_factory=dict)  # position among the tensors of the batch
     markers: dict[str, Node] = field(default_factory=dict)  # by name: the first operator after `af.split_point`
+    evaluated: frozenset[str] = frozenset()  # parts that were put into eval mode, by name
     notes: list[str] = field(default_factory=list)  # what was left out or changed, for the user
+
+    @property
+    def state_names(self) -> frozenset[str]:
+        """Names of the buffers that are state."""
+        return frozenset(self.buffers[node] for node in self.states)
 
     @property
     def returned(self) -> list[Any]:
@@ -75,12 +83,18 @@ class Call(nn.Module):
         super().__init__()
         self.module, self._arguments, self._what = module, arguments, what
         self.told = Told()
-        self.left = LeftBehind(module)
+        self.left, self.drawn = LeftBehind(module), HostDraws()
 
     def forward(self, batch: Mapping[str, Any]) -> Any:
         """Call the module."""
         args, kwargs = self._arguments(batch)
-        with self.left.undone(), written_back(self.module), without_hooks(self.module, self._what), recorded():
+        with (
+            self.left.undone(),
+            written_back(self.module),
+            self.drawn.undone(),
+            without_hooks(self.module, self._what),
+            recorded(),
+        ):
             outputs, cached = without_caches(self._called(args, kwargs, batch))
             outputs = tree.with_known_classes(outputs)
             self.told.notes = [CACHE] if cached else []
@@ -126,9 +140,14 @@ def export(
         ModelError: when it cannot be captured, naming the user's line.
     """
     call = Call(module, arguments, what)
-    with restored(module), naming_errors(what), _quiet():
-        _prepare(module, dtype, modes)
-        program = torch.export.export(call, (dict(batch),), strict=False)
+
+    def exported_program() -> Any:
+        with restored(module), naming_errors(what), _quiet():
+            _prepare(module, dtype, modes)
+            return torch.export.export(call, (dict(batch),), strict=False)
+
+    program = exported_program()
+    refuse_host_draws(call.drawn, program, exported_program, what)
     _refuse_shapes_of_data(program.graph, what)
     flattening = _Inliner(program.graph_module)
     exported = Exported(flattening.graph, program.call_spec.out_spec, notes=call.told.notes)
@@ -147,7 +166,8 @@ def export(
             continue
         if kind not in ("PARAMETER", "BUFFER", "CONSTANT_TENSOR"):
             raise ModelError(
-                f"{what} holds a {kind.lower()} ({spec.target}), which cannot be split; keep it out of forward"
+                f"{what} holds a {kind.lower()} ({spec.target}), which cannot be split; keep it out of forward. A "
+                "generator of random numbers is not needed: what is drawn without one is a function of the key"
             )
         new, name = flattening.placeholder(node), str(spec.target)
         if kind == "CONSTANT_TENSOR":
@@ -202,7 +222,7 @@ def _quiet() -> Iterator[None]:
     log, printed = logging.getLogger("torch.fx.experimental.symbolic_shapes"), io.StringIO()
     disabled, log.disabled = log.disabled, True
     try:
-        with redirect_stderr(printed), warnings.catch_warnings():
+        with redirect_stderr(printed), warnings.catch_warnings(), unvalidated():
             warnings.simplefilter("ignore")
             yield
         sys.stderr.write(printed.getvalue())  # what forward itself had to say

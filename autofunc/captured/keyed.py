@@ -1,39 +1,71 @@
-"""Dropout of a captured module becomes a function of the key, the same in every layout; other randomness is refused."""
+"""Randomness of a captured module becomes a function of the key, the same in every layout.
+
+Without a key dropout, and what is a kind of it, is off; a draw is an error.
+"""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from autofunc import random
+from autofunc.captured.draws import draw, options_of
+from autofunc.captured.own_backward import operators_of
+from autofunc.captured.recurrent import RECURRENT, layer_by_layer, recurrent_arguments
 from autofunc.captured.segment import Runtime
 from autofunc.errors import ModelError
 from autofunc.fingerprint import Name
 from autofunc.graph.lines import line_of
-from autofunc.graph.memory import aliased
-from autofunc.graph.schema import arguments, is_mutable, is_random
+from autofunc.graph.memory import aliased, written
+from autofunc.graph.schema import arguments, is_operator, is_random
 
 _aten = torch.ops.aten
-_DROPOUT = (_aten.dropout.default, _aten.dropout_.default)
-_FEATURES = (_aten.feature_dropout.default, _aten.feature_dropout_.default)
-_ATTENTION = _aten.scaled_dot_product_attention.default
+_ALPHA = 1.7580993408473766  # what alpha dropout sets elements to, times -1: the limit of SELU on the left
 
 
 def dropout(x: Tensor, p: float, key: Tensor | None, name: str) -> Tensor:
-    """See `af.random.dropout`."""
-    return random.dropout(x, p, {"key": key}, name)
+    """See `af.random.dropout`; torch lets everything be dropped, too."""
+    return x * 0.0 if p == 1.0 and key is not None else random.dropout(x, p, {"key": key}, name)
 
 
 def feature_dropout(x: Tensor, p: float, key: Tensor | None, name: str) -> Tensor:
     """Drops whole channels: one draw for each of the first two dims."""
+    return x if key is None else torch.mul(x, dropout(_ones_of_features(x), p, key, name))
+
+
+def alpha_dropout(x: Tensor, p: float, key: Tensor | None, name: str) -> Tensor:
+    """Keeps mean and variance of what went through SELU."""
+    return x if key is None else _alpha_dropped(x, torch.ones_like(x), p, key, name)
+
+
+def feature_alpha_dropout(x: Tensor, p: float, key: Tensor | None, name: str) -> Tensor:
+    """Alpha dropout of whole channels."""
+    return x if key is None else _alpha_dropped(x, _ones_of_features(x), p, key, name)
+
+
+def _ones_of_features(x: Tensor) -> Tensor:
+    return torch.ones(*x.shape[:2], *[1] * (x.dim() - 2), dtype=x.dtype, device=x.device)
+
+
+def _alpha_dropped(x: Tensor, ones: Tensor, p: float, key: Tensor, name: str) -> Tensor:
+    if p == 1.0:
+        return x * 0.0
+    kept = random.bernoulli(random.fold_in(key, name), 1.0 - p, ones.shape).to(x.dtype)
+    scale = ((1.0 - p) * (1.0 + p * _ALPHA**2)) ** -0.5
+    return torch.add(x * (kept * scale), ((kept - 1.0) * _ALPHA + _ALPHA * p) * scale)
+
+
+def rrelu(x: Tensor, lower: float, upper: float, key: Tensor | None, name: str) -> Tensor:
+    """A slope for each negative element; without a key the mean one."""
     if key is None:
-        return x
-    ones = torch.ones(*x.shape[:2], *[1] * (x.dim() - 2), dtype=x.dtype, device=x.device)
-    return x * random.dropout(ones, p, {"key": key}, name)
+        return torch.nn.functional.leaky_relu(x, (lower + upper) / 2)
+    slope = random.uniform(random.fold_in(key, name), x.shape, x.dtype, low=lower, high=upper)
+    return torch.where(x <= 0, x * slope, x)
 
 
 def attention(
@@ -56,29 +88,41 @@ def attention(
     return random.dropout(scores.softmax(-1), p, {"key": random_key}, name) @ value
 
 
+_DROPOUTS: dict[str, Callable[..., Tensor]] = {
+    "dropout": dropout, "feature_dropout": feature_dropout, "alpha_dropout": alpha_dropout,
+    "feature_alpha_dropout": feature_alpha_dropout, "rrelu": rrelu,
+}  # fmt: skip
+
+
 def replace_random(graph: fx.Graph, what: str) -> None:
     """Change a graph in place.
 
     Raises:
-        ModelError: for randomness other than dropout.
+        ModelError: for randomness that is not known here.
     """
     count: Counter[str] = Counter()
     for node in list(graph.nodes):
-        if node.target in (*_DROPOUT, *_FEATURES):
-            x, p, _ = arguments(node).values()
-            if not is_random(node):
-                _replace(graph, node, x)
-                continue
-            function: Any = dropout if node.target in _DROPOUT else feature_dropout
-            args: tuple[Any, ...] = (x, p)
-        elif not is_random(node):
+        kind = kind_of(node)
+        _refuse_draws_inside(node, what)
+        if not is_random(node):
+            if kind.endswith("dropout"):
+                _replace(graph, node, arguments(node)["input"])
             continue
-        elif node.target is _ATTENTION:
+        if kind in _DROPOUTS:
+            function: Any = _DROPOUTS[kind]
+            args = tuple(value for name, value in arguments(node).items() if name not in ("train", "training", "generator"))
+        elif kind in RECURRENT:
+            function, args = layer_by_layer, (kind, *recurrent_arguments(node))
+        elif kind == "scaled_dot_product_attention":
             function, args = attention, tuple(arguments(node).values())
+        elif (options := options_of(kind, node, what)) is not None:
+            value, where = node.meta["val"], f"{what} draws random numbers ({node.target}; {line_of(node)})"
+            function, args = draw, (kind, list(value.shape), value.dtype, options, where)
         else:
             raise ModelError(
                 f"{what} draws from the global random generator ({node.target}; {line_of(node)}), which would differ from "
-                "layout to layout; use dropout, which becomes a function of the key, or af.random"
+                "layout to layout; draw what it needs by torch.rand, randn or exponential_, which become functions of the "
+                "key, or give it in the batch"
             )
         place = node.meta["modules"][-1][0] if node.meta["modules"] else ""
         label = _label(place)
@@ -90,17 +134,34 @@ def replace_random(graph: fx.Graph, what: str) -> None:
         _replace(graph, node, new)
 
 
+def _refuse_draws_inside(node: fx.Node, what: str) -> None:
+    drawn = next(filter(is_random, operators_of(node)), None)
+    if drawn is not None:
+        raise ModelError(
+            f"{what}: the forward of an autograd.Function draws random numbers ({drawn.target}; {line_of(node)}); draw "
+            "before, and pass what is drawn to its apply"
+        )
+
+
+def kind_of(node: fx.Node) -> str:
+    """The name of a node's operator, without "aten.", its overload, and the underscore of one in place."""
+    return str(node.target).removeprefix("aten.").partition(".")[0].removesuffix("_") if is_operator(node) else ""
+
+
 def _label(place: str) -> str:
     """The module's name, with the number of the call where there are several: `L__self__module.h.0.drop@1`."""
     return place.partition("module.")[2] or place
 
 
 def _replace(graph: fx.Graph, node: fx.Node, value: Any) -> None:
-    """Later users of what was dropped in place see the result, too."""
-    if is_mutable(node) and value is not node.args[0]:
-        target: Any = node.args[0]
-        if aliased(target) is not None or any(aliased(user) is target for user in target.users if user is not node):
-            with graph.inserting_before(node):  # whatever shares its memory sees it too
+    """Later users of what was drawn in place, or dropped, see the result, too."""
+    targets = written(node)
+    if targets and value is not targets[0]:
+        target = targets[0]
+        shared = aliased(target) is not None or any(aliased(user) is target for user in target.users if user is not node)
+        kept = target.op == "placeholder" and value.target is draw  # by the module, which would find it in the next forward
+        if shared or kept:  # whatever shares its memory sees it too
+            with graph.inserting_before(node):
                 copied = graph.call_function(_aten.copy_.default, (target, value))
             copied.meta.update(node.meta)
             value = copied

@@ -15,12 +15,14 @@ from autofunc.cache import Identity
 from autofunc.captured.captures import Captures
 from autofunc.captured.cut import Cut
 from autofunc.captured.cut_points import FIRST, default_layers, find_cut_points
+from autofunc.captured.evaluation import Evaluation, evaluation_of
 from autofunc.captured.flow import Flow
 from autofunc.captured.segment import Segment
 from autofunc.errors import ModelError
 from autofunc.model import CutPoints, Layer, Model, Specialised, State
 from autofunc.model.specialised import LayerFunction
 from autofunc.model.state import StatefulFunction
+from autofunc.random import make_key
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class CapturedModel(Model):
         self._found = CutPoints({first: _first_position(flow), **self._found.start}, self._found.refused)
         # a layer that begins with the first operator gives the first layer its name
         layers = [first, *(name for name in names if self._found.start[name] > self._found.start[first])]
-        self._names, self._known_states = layers, frozenset(flow.exported.buffers[node] for node in flow.exported.states)
+        self._names, self._known_states = layers, flow.exported.state_names
         probe = self._cut_of(flow, [{} for _ in layers])
         self._holders = _holders(layers, probe.params, self._source.aliases)
         self._states = {layer: tuple(names) for layer, names in zip(layers, probe.states, strict=True) if names}
@@ -147,6 +149,15 @@ class CapturedModel(Model):
 
     # --- captures
 
+    def with_needed_key(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """See `Model.with_needed_key`."""
+        needed = batch.get("key") is None and self.without_key(batch).drawn
+        return {**batch, "key": make_key(0)} if needed else dict(batch)
+
+    def without_key(self, batch: Mapping[str, Any]) -> Evaluation:
+        """How the module is evaluated on a batch without a key."""
+        return evaluation_of(self._captures.flow(batch, None, self._known_states, evaluates=True)[1])
+
     def specialise(
         self,
         microbatch: Mapping[str, Any] | None = None,
@@ -161,8 +172,10 @@ class CapturedModel(Model):
                 neither the module's dtypes nor one dtype.
         """
         batch = self._example if microbatch is None else microbatch
-        known = self._known_states
-        signature, flow = self._captures.flow(batch, self._recast(dtypes or {}), known, training=training or not known)
+        known, evaluates = self._known_states, microbatch is not None and microbatch.get("key") is None
+        signature, flow = self._captures.flow(
+            batch, self._recast(dtypes or {}), known, training=training or not known, evaluates=evaluates
+        )
         entries = tuple(self._source.select(batch))
         key = ("specialised", Identity(self), signature, entries)
         return cache.shared.get(key, lambda: self._specialised_for(flow, entries))
@@ -229,10 +242,13 @@ class CapturedModel(Model):
 
     def _cut_of(self, flow: Flow, inner_paths: Sequence[Mapping[str, str]]) -> Cut:
         places = self._cut_points(flow)
-        gone = [name for name in self._names[1:] if name not in places.start]
-        if gone:
-            raise ModelError(f"{self._source.what}: for this batch there is no {gone[0]!r}, at which a layer begins")
-        starts = [places.start[name] for name in self._names[1:]]
+        starts: list[int] = []
+        after = len(flow.nodes)
+        for name in reversed(self._names[1:]):
+            if name not in places.start and not flow.exported.evaluated:
+                raise ModelError(f"{self._source.what}: for this batch there is no {name!r}, at which a layer begins")
+            after = places.start.get(name, after)  # what does nothing in eval mode is an empty layer
+            starts.insert(0, after)
         return Cut(flow, starts, inner_paths)
 
     def _cut_points(self, flow: Flow) -> CutPoints:

@@ -14,12 +14,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.distributions import dirichlet
 from torch.utils.checkpoint import CheckpointFunction
 
 from autofunc import tree
 from autofunc.cache import Identity
 from autofunc.errors import ModelError
 from autofunc.fingerprint import Fingerprint, Fingerprinted
+from autofunc.graph.trace import trace
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,8 @@ class Applied(Fingerprinted):
 _calls: list[Applied] = []
 _results: list[Any] = []
 
+_DIRICHLET = dirichlet._Dirichlet  # has no public name; tried with torch 2.13.0
+
 # Its code is replaced for a while, not the method: models bind it when they are imported (`gelu = GELU.apply`).
 _FUNCTION: Any = torch.autograd.Function.__dict__["apply"].__func__
 
@@ -72,6 +76,8 @@ class _Recording(torch.autograd.Function):
 
 def record(function: type[torch.autograd.Function], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """Note a call of a function; returns what it returns, made by the operator that stands for it."""
+    if function is _DIRICHLET:  # what it draws is to be seen, see `draws.py`
+        return torch.ops.aten._sample_dirichlet(*args)
     if function is CheckpointFunction:  # what is kept and what is run again is the pipeline's to say
         run, _, *given = args
         return run(*given)
@@ -142,6 +148,15 @@ def apply_for_real(graph: fx.Graph) -> None:
             node.target, node.args = _calls[number], (tensors,)
     _calls.clear()
     _results.clear()
+
+
+def operators_of(node: fx.Node) -> list[fx.Node]:
+    """What the forward of a node's function runs; nothing for a node that calls none."""
+    if not isinstance(node.target, Applied):
+        return []
+    fakes = [each.meta["val"] for each in node.args[0]]  # type: ignore[union-attr]
+    with torch.no_grad():
+        return list(trace(lambda *tensors: node.target(tensors), *fakes).graph.nodes)  # type: ignore[operator]
 
 
 def _tensors(results: Any) -> list[Tensor]:

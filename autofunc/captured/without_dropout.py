@@ -1,12 +1,17 @@
-"""Dropout that drops nothing, so that two runs can be compared value by value; the module stays in its mode."""
+"""Dropout that drops nothing, so that two runs can be compared value by value; the module stays in its mode.
+
+What draws random numbers beside dropout is put into eval mode where that ends it: see `evaluation.py`.
+"""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
@@ -17,6 +22,8 @@ _IDENTITY = {
 }  # fmt: skip
 _MULTI_HEAD = inspect.signature(functional.multi_head_attention_forward)
 _DROPOUT_OF_ATTENTION = 4  # its position among the arguments of scaled_dot_product_attention
+_RRELU = {functional.rrelu, torch.rrelu, torch.rrelu_}
+_TRAINING_OF_RRELU = 3
 _RECURRENT = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}
 
 
@@ -30,10 +37,9 @@ class WithoutDropout(TorchFunctionMode):
         if func in _IDENTITY:
             return args[0] if args else kwargs["input"]
         if func is functional.scaled_dot_product_attention:
-            if len(args) > _DROPOUT_OF_ATTENTION:
-                args = (*args[:_DROPOUT_OF_ATTENTION], 0.0, *args[_DROPOUT_OF_ATTENTION + 1 :])
-            else:
-                kwargs["dropout_p"] = 0.0
+            args = _with(args, kwargs, _DROPOUT_OF_ATTENTION, "dropout_p", 0.0)
+        elif func in _RRELU:
+            args = _with(args, kwargs, _TRAINING_OF_RRELU, "training", False)
         elif func is functional.multi_head_attention_forward:
             bound = _MULTI_HEAD.bind(*args, **kwargs)
             bound.arguments["dropout_p"] = 0.0
@@ -41,3 +47,25 @@ class WithoutDropout(TorchFunctionMode):
         elif func in _RECURRENT:  # the probability is the one float, at a place that depends on the form of the batch
             args = tuple(0.0 if isinstance(argument, float) else argument for argument in args)
         return func(*args, **kwargs)
+
+
+def _with(args: Any, kwargs: dict[str, Any], position: int, name: str, value: Any) -> Any:
+    """Arguments with another one in place of one that may be given by position or by name."""
+    if len(args) > position:
+        return (*args[:position], value, *args[position + 1 :])
+    kwargs[name] = value
+    return args
+
+
+@contextmanager
+def still(module: nn.Module, parts: Iterable[str]) -> Iterator[None]:
+    """Inside, dropout drops nothing, and some parts of a module, by name, are in eval mode."""
+    changed = [part for part in map(module.get_submodule, parts) if part.training]
+    for part in changed:
+        part.training = False
+    try:
+        with WithoutDropout():
+            yield
+    finally:
+        for part in changed:
+            part.training = True

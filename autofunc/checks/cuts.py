@@ -13,7 +13,7 @@ from autofunc.splitting import infer_boundaries, split
 
 def check_cuts(subject: Subject) -> list[Verdict]:
     """The findings of P1: one verdict or more."""
-    if subject.first.draws:
+    if subject.module is None and subject.first.draws:  # of a module its capture finds whether they matter
         drawn = " and ".join(subject.first.draws)
         text = f"forward draws from {drawn}, so that calls differ in what they run; draw before, and pass it in the batch"
         return [Verdict("P1", "fail", text, subject.where)]
@@ -48,7 +48,7 @@ def _points(subject: Subject, model: Model) -> list[dict[str, Any]]:
     if not named:
         return []
     stages = split(model, [names[0] for names in named.values()])
-    boundaries = infer_boundaries(stages, subject.params, subject.batch, with_loss=False)
+    boundaries = infer_boundaries(stages, subject.params, model.with_needed_key(subject.batch), with_loss=False)
     return [
         {
             "names": names, "layer": names[0] in layers,

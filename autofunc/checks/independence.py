@@ -5,7 +5,6 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from autofunc import tree
-from autofunc.captured.without_dropout import WithoutDropout
 from autofunc.checks.subject import ForwardError, Subject
 from autofunc.checks.verdict import Verdict
 from autofunc.checks.whole_and_parts import WholeAndParts, compared, first_coupled, loss_kind, run_whole_and_parts
@@ -59,6 +58,6 @@ def _coupled(subject: Subject, text: str) -> Verdict:
 
 def _draws(subject: Subject, both: WholeAndParts) -> bool:
     """Whether other seeds give other outputs, without dropout."""
-    runs = [both.whole.outputs, subject.run(subject.batch, seed=1, mode=WithoutDropout())]
+    runs = [both.whole.outputs, subject.run(subject.batch, seed=1, mode=subject.stillness())]
     leaves = [[leaf for leaf in tree.leaves_and_spec(run)[0] if isinstance(leaf, Tensor)] for run in runs]
     return len(leaves[0]) != len(leaves[1]) or not all(map(close, *leaves))

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from autofunc import tree
 from autofunc.batch import BatchDims, split_batch
-from autofunc.captured import capture_module
+from autofunc.captured import CapturedModel, capture_module
 from autofunc.captured.cut_points import default_layers
 from autofunc.captured.module import ModuleSource
 from autofunc.captured.snapshot import Change, Snapshot
-from autofunc.captured.without_dropout import WithoutDropout
+from autofunc.captured.without_dropout import WithoutDropout, still
 from autofunc.checks.seeds import seeded
 from autofunc.checks.verdict import Where, is_torch, where
 from autofunc.checks.watch import Watched, watching
@@ -180,12 +180,19 @@ class Subject:
             ForwardError: see `run`.
         """
         try:
-            outputs = self.run(batch, mode=WithoutDropout())
+            outputs = self.run(batch, mode=self.stillness())
             terms = self.terms(outputs, batch)
         finally:
             self.restore()
         detached = tree.map_leaves(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, outputs)
         return Run(batch, detached, None if terms is None else terms._replace(sum=terms.sum.detach()))
+
+    def stillness(self) -> AbstractContextManager[None]:
+        """Inside, the module drops nothing; what draws other random numbers is in eval mode, where that ends it."""
+        model, _ = self.captured
+        if self.module is None or not isinstance(model, CapturedModel):
+            return WithoutDropout()
+        return still(self.module, model.without_key(self.batch).parts)
 
     @cached_property
     def still(self) -> list[Run]:

@@ -6,7 +6,7 @@ from autofunc.captured import CapturedModel
 from autofunc.checks.subject import Subject
 from autofunc.checks.verdict import Verdict
 from autofunc.errors import AutofuncError
-from autofunc.whole_module import differences
+from autofunc.whole_module import NotComparable, differences
 
 
 def check_whole_module(subject: Subject) -> list[Verdict]:
@@ -16,6 +16,8 @@ def check_whole_module(subject: Subject) -> list[Verdict]:
         return [Verdict("P6", "skip", "compares a captured module with itself, and there is none, see P1")]
     try:
         found = differences(model, subject.batch, subject.loss)
+    except NotComparable as error:
+        return [Verdict("P6", "skip", str(error), subject.where)]
     except AutofuncError as error:
         return [Verdict("P6", "fail", str(error), subject.where)]
     if found:

@@ -315,6 +315,13 @@ class Model:
         states = self.state_trees({} if state is None else tree.flatten(state))
         return specialised.run(list(self.layers), by_layer, None, batch, states)[0]
 
+    def with_needed_key(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """A batch that this model can run on: with some key, if it has none and the forward cannot do without.
+
+        For working out shapes and costs, whatever the values.
+        """
+        return dict(batch)
+
     def lookup(self, flat: Mapping[str, torch.Tensor], path: str) -> torch.Tensor:
         """A parameter by any of its names, from a flat tree of canonical ones.
 

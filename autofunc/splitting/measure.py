@@ -32,7 +32,7 @@ def measure_layers(
         repeats: of each, after one that does not count.
         on_progress: told the name of each layer when it is done.
     """
-    flat = tree.flatten(params)
+    flat, batch = tree.flatten(params), model.with_needed_key(batch)
     specialised = model.specialise(batch, {path: leaf.dtype for path, leaf in flat.items()})
     leaves = {path: model.lookup(flat, path).detach().requires_grad_(model.is_trainable(path)) for path in model.spec}
     by_layer = model.layer_trees(leaves)

@@ -288,7 +288,7 @@ class Skips(Sound):
 
     def hidden(self, x: Tensor) -> Tensor:
         for block in self.blocks:
-            if random.random() < 2:
+            if random.random() < 0.8:
                 x = torch.tanh(block(x))
         return x
 
