@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 # Fake tensors and their errors have no public names; tried with torch 2.13.0.
-from torch._subclasses.fake_tensor import DataDependentOutputException
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor
 from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 
@@ -43,10 +43,24 @@ def fake_mode() -> FakeTensorMode:
     return _Mode(allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=True)
 
 
+def is_fake(tensor: Tensor) -> bool:
+    """Whether a tensor has a shape and no values."""
+    return isinstance(tensor, FakeTensor)
+
+
+def is_own(frame: traceback.FrameSummary) -> bool:
+    """Whether a line is this library's."""
+    return frame.filename.startswith(str(Path(__file__).parent))
+
+
+def is_of_torch(frame: traceback.FrameSummary) -> bool:
+    """Whether a line is torch's."""
+    return "torch" in Path(frame.filename).parts
+
+
 def user_line(frames: traceback.StackSummary) -> str:
     """The innermost line of a traceback that is neither torch's nor this library's."""
-    own = str(Path(__file__).parent)
-    outside = [f for f in frames if "torch" not in Path(f.filename).parts and not f.filename.startswith(own)]
+    outside = [frame for frame in frames if not is_of_torch(frame) and not is_own(frame)]
     frame = (outside or frames)[-1]
     return f"{frame.filename}, line {frame.lineno}: {frame.line}"
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from autofunc import tree
-from autofunc.captured import CapturedModel, Pretrained, capture_module
+from autofunc.captured import Branches, CapturedModel, Pretrained, capture_module
 from autofunc.captured.module import source_of
 from autofunc.captured.unchanged import restored, written_back
 from autofunc.captured.without_dropout import still
@@ -44,6 +44,7 @@ def from_module(
     trainable: Sequence[str] | None = None,
     weights: str | Path | None = None,
     verify: bool = False,
+    branches: Branches = "example",
 ) -> CapturedModel:
     """Any module as a model of named pure layers: captured as it is, never copied, patched or changed.
 
@@ -56,7 +57,8 @@ def from_module(
     Args:
         module: what is captured, in the mode (train or eval) it is in; or what `af.AutoModel.from_pretrained` returned: its
             parameters on the meta device are read from its files instead of initialised, each when it is asked for.
-        example_batch: a batch; only shapes and dtypes matter. Other shapes are captured when they are met.
+        example_batch: a batch; only shapes and dtypes matter, but where forward decides by values. Other shapes are
+            captured when they are met.
         inputs: which entries forward gets: names of entries in the order of its arguments, or argument -> entry. By default
             the entries that forward names; all of them where it takes any (`**kwargs`).
         trainable: patterns of the parameters that get gradients; by default those with `requires_grad`.
@@ -65,6 +67,9 @@ def from_module(
         verify: run the batch through the module and through the captured stages, both without dropout, and compare the
             loss and all gradients. Parts that draw other random numbers, such as stochastic depth, are in eval mode in
             both. It takes real weights, and a few times their memory.
+        branches: what becomes of a forward that decides by values of tensors (`if`, `assert`, `.item()`). "example": it is
+            captured as it goes on the example batch, and a microbatch that decides otherwise stops the step with a
+            `BatchError`; on an accelerator the host waits for each of these decisions. "refuse": it is refused.
 
     Returns:
         A model for `af.split`. `model.init()` copies the weights that the module has, or that are stored; it makes those on
@@ -79,7 +84,7 @@ def from_module(
         model = af.from_module(GPT2LMHeadModel(config), {"input_ids": ids})
         stages = af.split(model, ["h.4", "h.8"])
     """
-    model = capture_module(module, example_batch, inputs=inputs, trainable=trainable, weights=weights)
+    model = capture_module(module, example_batch, inputs=inputs, trainable=trainable, weights=weights, branches=branches)
     if verify:
         found = differences(model, example_batch)
         if found:

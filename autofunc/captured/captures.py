@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Hashable, Mapping
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping
+from functools import partial
+from typing import Any, Literal, get_args
 from weakref import WeakValueDictionary
 
 import torch
@@ -13,17 +14,24 @@ from torch import Tensor, fx
 from autofunc import cache, tree
 from autofunc.batch import signature
 from autofunc.cache import Identity
+from autofunc.captured.branches import Noticing, Replaying, settle
+from autofunc.captured.conversions import Decision
 from autofunc.captured.evaluation import drawing_parts, with_eval_mode
-from autofunc.captured.export import Exported, export
+from autofunc.captured.export import Exported, Reading, export
 from autofunc.captured.flow import Flow
 from autofunc.captured.functional import make_functional
 from autofunc.captured.gradients import refuse_parameter_hooks
 from autofunc.captured.masks import use_is_causal
+from autofunc.captured.rehearsal import decisions_of
 from autofunc.captured.source import Source
 from autofunc.captured.state import take_states
+from autofunc.errors import ModelError, one_of
 from autofunc.markers import marking
 
 Node = fx.Node
+
+Branches = Literal["example", "refuse"]
+"""What becomes of a forward that decides by data: it goes as on the example, or is refused."""
 
 _MOST_COMPARED = 1 << 20  # elements of a constant that is compared by value
 
@@ -31,8 +39,12 @@ _MOST_COMPARED = 1 << 20  # elements of a constant that is compared by value
 class Captures:
     """Captured forwards of a source. They are kept in the cache of the process, and hold nothing of the source."""
 
-    def __init__(self, source: Source) -> None:
-        self.source = source
+    def __init__(self, source: Source, branches: Branches = "example") -> None:
+        if branches not in get_args(Branches):
+            raise ModelError(f"branches={branches!r}; {one_of(branches, get_args(Branches))}")
+        self.source, self._branches = source, branches
+        self._decisions: list[Decision] | None = None  # of the example; None where it makes none
+        self._is_known = False  # whether the example was captured
         self._modes = {part: part.training for part in source.module.modules()}  # whatever becomes of them later
         self._constants: WeakValueDictionary[Any, Tensor] = WeakValueDictionary()
         self._buffers: dict[str, Tensor] = {}  # as they were when they were first needed
@@ -89,6 +101,22 @@ class Captures:
             self._buffers[name] = value
         return value
 
+    def _flow(
+        self, entries: Mapping[str, Any], device: torch.device, exported: Callable[[Callable[[], Reading]], Flow]
+    ) -> Flow:  # fmt: skip
+        """The forward as it goes; where it decides by data, as it goes on the first batch that is captured."""
+        if self._decisions is None:
+            noticing = Noticing()
+            try:
+                return exported(lambda: noticing)
+            except ModelError:
+                if self._is_known or self._branches == "refuse" or not noticing.seen:
+                    raise
+            finally:
+                self._is_known = True
+            self._decisions = decisions_of(self.source, entries, device, self._modes)
+        return settle(exported(partial(Replaying, self.source.what, self._decisions)), self.source.what)
+
     def _capture(
         self,
         entries: Mapping[str, Any],
@@ -104,8 +132,9 @@ class Captures:
             lambda leaf: torch.zeros_like(leaf, device=device) if isinstance(leaf, Tensor) else leaf, dict(entries)
         )
         modes = with_eval_mode(source.module, self._modes, still)
-        with torch.device(device), torch.enable_grad(), marking():  # whatever the defaults are around here
-            exported = export(source.module, source.arguments, example, source.what, recast, modes)
+
+        def exported_flow(reading: Callable[[], Reading]) -> Flow:
+            exported = export(source.module, source.arguments, example, source.what, recast, modes, reading)
             exported.evaluated = still
             exported.params = {node: source.canonical(name) for node, name in exported.params.items()}
             take_states(exported, source.module, source.what)
@@ -113,8 +142,11 @@ class Captures:
                 if name in states:
                     exported.states[node] = exported.states.get(node, node) if training else node
             flow = Flow(exported, source.what)
-            if make_functional(flow):
-                flow = Flow(exported, source.what)
+            return Flow(exported, source.what) if make_functional(flow) else flow
+
+        with torch.device(device), torch.enable_grad(), marking():  # whatever the defaults are around here
+            flow = self._flow(entries, device, exported_flow)
+            exported = flow.exported
             fixed = {*exported.buffers, *exported.constants}.difference(exported.states)
             if use_is_causal(flow, lambda node: self._constant(node, exported).cpu() if node in fixed else None):
                 flow = Flow(exported, source.what)  # without what made the mask

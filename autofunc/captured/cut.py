@@ -87,7 +87,9 @@ class Cut:
         if key not in self._shared:
             flow = self._flow
             wanted = [node for node in self._unweighted if any(node in self._shared_by(layer) for layer in key)]
-            needed = flow.closure([*wanted, *(write for node in wanted for write in flow.writes_to(node))])
+            # what the batch alone decides is checked once, by the stage that comes first
+            checks = [node for node in flow.checks if node not in flow.weighted and 0 in key]
+            needed = flow.closure([*wanted, *checks, *(write for node in wanted for write in flow.writes_to(node))])
             nodes = [node for node in flow.nodes if node in needed]
             segment = self._build([], list(flow.exported.inputs), [], nodes, [_Returned(node) for node in wanted])
             self._shared[key] = segment, tuple(node.name for node in wanted)

@@ -11,7 +11,7 @@ import operator
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr
+from contextlib import AbstractContextManager, contextmanager, redirect_stderr
 from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any
@@ -20,11 +20,14 @@ import torch
 from torch import Tensor, fx, nn
 
 from autofunc import tree
+from autofunc.captured.decided_draws import refuse_decided_draws
 from autofunc.captured.dense import SPARSE, make_dense
 from autofunc.captured.draws import unvalidated
 from autofunc.captured.gradients import refuse_own_backward, without_hooks
 from autofunc.captured.host_draws import HostDraws, refuse_host_draws
+from autofunc.captured.inlined import PREFIX, Inliner
 from autofunc.captured.keyed import replace_random
+from autofunc.captured.numbers import keep_tensors
 from autofunc.captured.outputs import CACHE, without_caches
 from autofunc.captured.own_backward import apply_for_real, recorded
 from autofunc.captured.recurrent import unfuse
@@ -32,11 +35,13 @@ from autofunc.captured.unchanged import LeftBehind, restored, written_back
 from autofunc.errors import ModelError
 from autofunc.fake import fake_mode, naming_errors
 from autofunc.graph.lines import line_of
-from autofunc.graph.schema import is_operator
 
 Node = fx.Node
 
-_ASSERTIONS = ("aten._assert_tensor_metadata", "aten._assert_async", "aten._assert_scalar", "aten.sym_constrain_range")
+ROWS_OF_DATA = (
+    "{what}: the data decides how many rows {maker} makes ({line}), and shapes are fixed in a pipeline; keep all rows: "
+    "ignore_index for labels, torch.where or a product with the mask, a fixed capacity for experts"
+)
 
 
 @dataclass(eq=False)
@@ -69,6 +74,10 @@ Arguments = Callable[[Mapping[str, Any]], tuple[tuple[Any, ...], dict[str, Any]]
 """From the entries of a batch to what a module is called with."""
 
 
+Reading = AbstractContextManager[Any]
+"""What is in charge, while forward runs, of the values that it reads."""
+
+
 @dataclass
 class Told:
     """What a call has to say; an object of its own, because torch puts back the attributes of what it exports."""
@@ -79,9 +88,9 @@ class Told:
 class Call(nn.Module):
     """What is exported: one call of a module, on the entries of a batch that it takes."""
 
-    def __init__(self, module: nn.Module, arguments: Arguments, what: str) -> None:
+    def __init__(self, module: nn.Module, arguments: Arguments, what: str, reading: Callable[[], Reading]) -> None:
         super().__init__()
-        self.module, self._arguments, self._what = module, arguments, what
+        self.module, self._arguments, self._what, self._reading = module, arguments, what, reading
         self.told = Told()
         self.left, self.drawn = LeftBehind(module), HostDraws()
 
@@ -103,7 +112,8 @@ class Call(nn.Module):
 
     def _called(self, args: tuple[Any, ...], kwargs: dict[str, Any], batch: Mapping[str, Any]) -> Any:
         try:
-            return self.module(*args, **kwargs)
+            with self._reading():
+                return self.module(*args, **kwargs)
         except TypeError as error:
             refused = next((name for name in kwargs if f"unexpected keyword argument '{name}'" in str(error)), None)
             if refused is None or refused not in batch:
@@ -114,10 +124,6 @@ class Call(nn.Module):
             ) from error
 
 
-PREFIX = "module."
-"""What `Call` puts before the names of a module's parts."""
-
-
 def export(
     module: nn.Module,
     arguments: Arguments,
@@ -125,6 +131,7 @@ def export(
     what: str,
     dtype: torch.dtype | None,
     modes: Mapping[nn.Module, bool],
+    reading: Callable[[], Reading],
 ) -> Exported:
     """Capture a forward for a batch of these shapes.
 
@@ -135,11 +142,12 @@ def export(
         what: the module, for messages.
         dtype: what its floating-point parameters are taken to be; None: what they are.
         modes: whether each part is captured in train mode.
+        reading: what becomes of the values that forward reads; made anew for each run of it.
 
     Raises:
         ModelError: when it cannot be captured, naming the user's line.
     """
-    call = Call(module, arguments, what)
+    call = Call(module, arguments, what, reading)
 
     def exported_program() -> Any:
         with restored(module), naming_errors(what), _quiet():
@@ -149,7 +157,7 @@ def export(
     program = exported_program()
     refuse_host_draws(call.drawn, program, exported_program, what)
     _refuse_shapes_of_data(program.graph, what)
-    flattening = _Inliner(program.graph_module)
+    flattening = Inliner(program.graph_module)
     exported = Exported(flattening.graph, program.call_spec.out_spec, notes=call.told.notes)
     leaves = tree.leaves_and_spec(dict(batch))[0]
     tensors = iter(range(sum(isinstance(leaf, Tensor) for leaf in leaves)))
@@ -176,6 +184,8 @@ def export(
             (exported.params if kind == "PARAMETER" else exported.buffers)[new] = name.removeprefix(PREFIX)
     exported.graph.output(tuple(flattening.run(program.graph)))
     apply_for_real(exported.graph)
+    refuse_decided_draws(exported.graph, what)
+    keep_tensors(exported.graph)
     replace_random(exported.graph, what)
     unfuse(exported.graph)
     if make_dense(exported.graph):
@@ -209,11 +219,7 @@ def _refuse_shapes_of_data(graph: fx.Graph, what: str) -> None:
         value = node.meta.get("val")
         if isinstance(value, Tensor) and any(isinstance(size, torch.SymInt) for size in value.shape):
             maker = node.args[0] if node.target is operator.getitem else node
-            raise ModelError(
-                f"{what}: the data decides how many rows {maker.target} makes ({line_of(node)}), and shapes are fixed in a "
-                "pipeline; keep all rows: ignore_index for labels, torch.where or a product with the mask, a fixed "
-                "capacity for experts"
-            )
+            raise ModelError(ROWS_OF_DATA.format(what=what, maker=maker.target, line=line_of(node)))
 
 
 @contextmanager
@@ -257,76 +263,6 @@ def _stand_in(module: nn.Module, dtype: torch.dtype | None) -> None:
                         fake = torch.empty(leaf.shape, dtype=dtype if recast else leaf.dtype, device=device)
                     known[leaf] = nn.Parameter(fake, leaf.requires_grad) if isinstance(leaf, nn.Parameter) else fake
                 space[name] = known[leaf]  # type: ignore[assignment]
-
-
-class _Inliner:
-    """Copies a graph, with the bodies of its no-grad and autocast regions in their places."""
-
-    def __init__(self, root: fx.GraphModule) -> None:
-        self.root = root
-        self.graph = fx.Graph()
-        self.values: dict[Node, Any] = {}  # old node -> new one, or a tuple of them, or a constant
-
-    def placeholder(self, node: Node) -> Node:
-        """Copy a placeholder."""
-        new = self.graph.placeholder(node.name)
-        new.meta["val"] = node.meta["val"]
-        self.values[node] = new
-        return new
-
-    def run(
-        self, graph: fx.Graph, modes: tuple[tuple[Any, ...], ...] = (), owner: fx.GraphModule | None = None
-    ) -> list[Any]:
-        """Copy the operators of a graph; returns the new nodes of what it returns."""
-        owner = owner or self.root
-        for node in graph.nodes:
-            if node.op == "placeholder":
-                continue
-            if node.op == "output":
-                return [self.values[leaf] if isinstance(leaf, Node) else leaf for leaf in node.args[0]]
-            if node.op == "get_attr":
-                self.values[node] = getattr(owner, str(node.target))
-            elif node.op == "call_function":
-                self._call(node, modes)
-            else:
-                raise ModelError(f"a captured graph has a node of kind {node.op} ({node.target}), which cannot be split")
-        raise AssertionError("a graph ends in an output")
-
-    def _call(self, node: Node, modes: tuple[tuple[Any, ...], ...]) -> None:
-        name = str(node.target)
-        if name in ("wrap_with_set_grad_enabled", "wrap_with_autocast"):
-            count = 1 if name == "wrap_with_set_grad_enabled" else 4
-            options, body, operands = node.args[:count], self.values[node.args[count]], node.args[count + 1 :]  # type: ignore[index]
-            mode = ("grad" if count == 1 else "autocast", *options)
-            inner = [each for each in body.graph.nodes if each.op == "placeholder"]
-            self.values.update(zip(inner, map(self._value, operands), strict=True))
-            self.values[node] = tuple(self.run(body.graph, (*modes, mode), body))
-            return
-        if node.target is operator.getitem and isinstance(self.values[node.args[0]], tuple):  # type: ignore[index]
-            self.values[node] = self.values[node.args[0]][node.args[1]]  # type: ignore[index]
-            return
-        if name.startswith(_ASSERTIONS):
-            return
-        if "functorch" in str(getattr(node.target, "__module__", "")):
-            raise ModelError(
-                f"a transform of torch.func, such as vmap, cannot be split over stages ({line_of(node)}); write it with "
-                "operators on batches"
-            )
-        if not is_operator(node) and node.target is not operator.getitem:
-            raise ModelError(f"{name} cannot be split over stages ({line_of(node)}); write it without")
-        args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda read: self.values[read])
-        new = self.graph.call_function(node.target, args, kwargs)  # type: ignore[arg-type]
-        stack = (node.meta.get("nn_module_stack") or {}).items()
-        new.meta.update(
-            val=node.meta.get("val"),
-            modules=[(key, path.removeprefix(PREFIX)) for key, (path, _) in stack if path.startswith(PREFIX)],
-            modes=modes,
-            stack_trace=node.meta.get("stack_trace", ""),
-        )
-        self.values[node] = new
-
-    def _value(self, argument: Any) -> Any:
-        return fx.node.map_arg(argument, lambda node: self.values[node])
 
 
 def _take_out_markers(exported: Exported) -> None:

@@ -8,9 +8,10 @@ from functools import cached_property
 from torch import fx
 
 from autofunc.captured.export import Exported
+from autofunc.decisions import is_check
 from autofunc.errors import ModelError
 from autofunc.graph.lines import line_of
-from autofunc.graph.memory import base_of, is_copied_first, written
+from autofunc.graph.memory import base_of, is_copied_first, is_number, written
 from autofunc.graph.reach import reachable
 
 Node = fx.Node
@@ -24,7 +25,7 @@ class Flow:
     them itself.
 
     Raises:
-        ModelError: when a parameter or the batch is written to.
+        ModelError: when a parameter or the batch is written to, or a number is made of what needs weights.
     """
 
     def __init__(self, exported: Exported, what: str) -> None:
@@ -42,6 +43,12 @@ class Flow:
                 self._check(self._base[target], node, what)
                 self.writes.setdefault(self._base[target], []).append(node)
         self.weighted = self._weighted()
+        number = next((node for node in self.nodes if node in self.weighted & self.alive and is_number(node)), None)
+        if number is not None:
+            raise ModelError(
+                f"{what} makes a plain number of values that depend on weights ({line_of(number)}); keep it a tensor: "
+                "no .item()"
+            )
 
     def needs(self, node: Node) -> list[Node]:
         """What must run before a node: its arguments, and what has written to their memory before it."""
@@ -66,9 +73,14 @@ class Flow:
         return [each for each in self.exported.returned if isinstance(each, Node)]
 
     @cached_property
+    def checks(self) -> list[Node]:
+        """Nodes that stop the step where a batch decides otherwise than the example; nothing reads them."""
+        return [node for node in self.nodes if is_check(node)]
+
+    @cached_property
     def alive(self) -> set[Node]:
-        """Everything that the returned values and the new state need."""
-        roots = [*self.returned, *self.exported.states.values()]
+        """Everything that the returned values, the new state and the checks need."""
+        roots = [*self.returned, *self.exported.states.values(), *self.checks]
         return self.closure([*roots, *self.needs(self.exported.graph.output_node())])
 
     @cached_property

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from autofunc import tree
-from autofunc.captured.captures import Captures
+from autofunc.captured.captures import Branches, Captures
 from autofunc.captured.model import CapturedModel
 
 
@@ -19,14 +19,16 @@ def from_function(
     example_batch: Mapping[str, Any],
     *,
     trainable: Sequence[str] = ("*",),
+    branches: Branches = "example",
 ) -> CapturedModel:
     """A function with markers as a model: a layer begins at each `af.split_point(x, name)` that it passes.
 
     Args:
         function: `function(params, batch)`, pure: params as nested dicts, batch a mapping without the key.
         params: a tree of parameters: the model's initial weights. Their paths are the model's.
-        example_batch: a batch; only shapes and dtypes matter.
+        example_batch: a batch; only shapes and dtypes matter, but where the function decides by values.
         trainable: patterns of the parameters that get gradients.
+        branches: what becomes of decisions by values, see `af.from_module`.
 
     Returns:
         A model for `af.split`, whose `init()` copies `params`.
@@ -44,7 +46,7 @@ def from_function(
         stages = af.split(model, ["second"])
     """
     source = FunctionSource(function, params)
-    return CapturedModel(Captures(source), example_batch, trainable=trainable)
+    return CapturedModel(Captures(source, branches), example_batch, trainable=trainable)
 
 
 class _Module(nn.Module):

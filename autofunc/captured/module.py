@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from autofunc import tree
-from autofunc.captured.captures import Captures
+from autofunc.captured.captures import Branches, Captures
 from autofunc.captured.initial import initial_buffer, initial_weights
 from autofunc.captured.model import CapturedModel
 from autofunc.captured.pretrained import Pretrained, SafetensorsWeights, Weights
@@ -30,6 +30,7 @@ def capture_module(
     inputs: Sequence[str] | Mapping[str, str] | None = None,
     trainable: Sequence[str] | None = None,
     weights: str | Path | None = None,
+    branches: Branches = "example",
 ) -> CapturedModel:
     """See `af.from_module`, which may compare the module with what is captured."""
     stored: Weights | None = None
@@ -41,7 +42,7 @@ def capture_module(
     module, wrappers = _unwrapped(module)
     source = ModuleSource(module, inputs, stored, keep_real=weights is None)
     model = CapturedModel(
-        Captures(source), example_batch, config=getattr(module, "config", None), trainable=trainable or ("*",),
+        Captures(source, branches), example_batch, config=getattr(module, "config", None), trainable=trainable or ("*",),
         notes=[f"{wrapper} around {source.what} is left out: the pipeline does its work" for wrapper in wrappers],
     )  # fmt: skip
     used = model.used

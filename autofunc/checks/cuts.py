@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
+from autofunc.captured.branches import DECIDES
 from autofunc.checks.subject import Subject
 from autofunc.checks.verdict import Verdict
 from autofunc.errors import AutofuncError
@@ -29,12 +32,28 @@ def check_cuts(subject: Subject) -> list[Verdict]:
         reason = f": {'; '.join(refused[:3])}" if refused else ""
         text = f"no place at which a second stage could begin{reason}. It takes two parts with weights, one after the other"
         return [Verdict("P1", "fail", text, subject.where)]
+    otherwise = _goes_otherwise(subject, model)
+    if otherwise:
+        return [Verdict("P1", "fail", f"on a part of the batch: {otherwise}", subject.where)]
     least = min(points, key=lambda point: int(point["bytes"]))
     text = (
         f"can be cut at {len(points)} places; least crosses at {least['names'][0]!r}: {least['bytes']:,} bytes for "
-        f"{subject.rows} rows"
+        f"{subject.rows} rows{''.join(f'; {note}' for note in getattr(model, 'notes', ()))}"
     )
     return [Verdict("P1", "pass", text, data={"split_points": points})]
+
+
+def _goes_otherwise(subject: Subject, model: Model) -> str:
+    """Why a microbatch would stop a forward that decides by data; nothing, if all go on."""
+    if not any(note.startswith(DECIDES) for note in getattr(model, "notes", ())):
+        return ""
+    try:
+        with torch.no_grad():
+            for part in subject.parts():
+                model(subject.params, {name: entry for name, entry in part.items() if name != "key"})
+    except AutofuncError as error:
+        return str(error)
+    return ""
 
 
 def _points(subject: Subject, model: Model) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from autofunc.decisions import is_check
 from autofunc.engine.capture import Joint
 from autofunc.graph.reach import ancestors, ancestors_within, descendants, frontier
 
@@ -29,6 +30,7 @@ class Piece:
     inputs: list[Node]  # all that goes in, those parameters first
     outputs: list[Node]
     adds: list[tuple[int, Node]]  # (number of the trainable holder, its gradient)
+    checks: tuple[Node, ...] = ()  # that run with it, though nothing reads them
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,9 @@ def partition(joint: Joint, again: Set[Node] = frozenset(), early: Set[int] = fr
     saved = [node for node in frontier(everything, behind | again) if node not in unkept]
     backward = _piece(joint, [*saved, *joint.cotangents], input_grads, adds)
     everyone = list(range(len(joint.params)))
-    forward = Piece(everyone, placeholders, [*outputs, *joint.new_states, *saved], [])
-    evaluate = Piece(everyone, placeholders, outputs, [])
+    checks = tuple(node for node in joint.graph.nodes if is_check(node))
+    forward = Piece(everyone, placeholders, [*outputs, *joint.new_states, *saved], [], checks)
+    evaluate = Piece(everyone, placeholders, outputs, [], checks)
     if not input_grads:
         return Pieces(forward, evaluate, saved, backward, None, [*saved, *joint.cotangents], backward)
 
@@ -100,7 +103,7 @@ def in_order(piece: Piece, order: list[Node]) -> list[Node]:
         piece: what to compute.
         order: all nodes of the joint graph, in order.
     """
-    ends = {*piece.outputs, *(node for _, node in piece.adds)}
+    ends = {*piece.outputs, *(node for _, node in piece.adds), *piece.checks}
     needed = ancestors(ends, piece.inputs)
     place = {node: number for number, node in enumerate(order) if node in needed}
     made: dict[Node, None] = {}

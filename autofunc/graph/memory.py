@@ -87,6 +87,11 @@ def written(node: Node) -> list[Node]:
     return [part for name, value in arguments(node).items() if name in schema.written for part in _nodes(value)]
 
 
+def is_number(node: Node) -> bool:
+    """Whether a node's value is a number that is known only when it runs, and no tensor."""
+    return isinstance(node.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool))
+
+
 def is_copied_first(constant: Node) -> bool:
     """Whether a constant is made anew whenever it is used (`torch.tensor(1.0)`): then only its copy is written to."""
     return all(user.target is _aten.lift_fresh_copy.default for user in constant.users)

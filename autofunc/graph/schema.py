@@ -57,6 +57,21 @@ def arguments(node: Node) -> dict[str, Any]:
     return {name: given.get(name, schema.defaults.get(name)) for name in schema.names}
 
 
+def takes_tensor(node: Node, argument: Node) -> bool:
+    """Whether a node's operator takes a tensor wherever it is given this argument."""
+    if not isinstance(node.target, OpOverload):
+        return False
+    types = {each.name: str(each.type) for each in node.target._schema.arguments}
+    return all(types[name] in _TENSORS for name, value in arguments(node).items() if _reads(value, argument))
+
+
+_TENSORS = ("Tensor", "Optional[Tensor]")
+
+
+def _reads(value: Any, node: Node) -> bool:
+    return value is node or (isinstance(value, (list, tuple)) and any(part is node for part in value))
+
+
 def without_out(node: Node) -> Any:
     """The operator that returns what a node's writes to its `out=`; None where there is none."""
     if not isinstance(node.target, OpOverload):

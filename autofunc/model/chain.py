@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from tensordict import TensorDict
@@ -17,20 +17,8 @@ from autofunc.model.layer import Layer
 from autofunc.model.placement_rules import TensorParallel
 from autofunc.model.specialised import LayerFunction, Specialised
 from autofunc.model.state import State, check_state, stateful
+from autofunc.model.stored import Stored
 from autofunc.random import InitKey, as_key
-
-
-class Stored(Protocol):
-    """Stored values of parameters, by canonical path."""
-
-    @property
-    def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """The shape of each, by canonical path."""
-        ...
-
-    def read(self, names: Iterable[str]) -> Mapping[str, torch.Tensor]:
-        """Some of them, by canonical path; they may be views of files."""
-        ...
 
 
 class Model:

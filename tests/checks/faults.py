@@ -278,9 +278,9 @@ class Alternates(Sound):
         self.blocks = nn.ModuleList([Alternating(), Alternating()])
 
 
-class Branches(Sound):
+class PlainFloat(Sound):
     def hidden(self, x: Tensor) -> Tensor:
-        return super().hidden(x) if x.sum() > 0 else x
+        return super().hidden(x) * float(x.abs().mean())
 
 
 class Skips(Sound):
@@ -407,7 +407,7 @@ FAULTS = {
     "alternates": Fault(Alternates, "C4", "fail", Alternating, "when layers are run again for them"),
     "no config": Fault(Sound, "C5", "fail", Sound, "no attribute 'config'", options={"registry": True}),
     "odd config": Fault(lambda: _with_config({"a": object()}), "C5", "fail", Sound, "written", options={"registry": True}),
-    "branches": Fault(Branches, "P1", "fail", Branches, "reads the value of a tensor"),
+    "plain float": Fault(PlainFloat, "P1", "fail", PlainFloat, "makes a plain float of data"),
     "skips": Fault(Skips, "P1", "fail", Skips, "draws from Python's random"),
     "one place": Fault(OnePlace, "P1", "fail", OnePlace, "no place at which a second stage could begin"),
     "shared memory": Fault(SharedMemory, "P2", "warn", SharedMemory, "are different parameters in the same memory"),

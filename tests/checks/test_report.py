@@ -25,7 +25,7 @@ def test_json(report: Report) -> None:
     assert json.loads(text)["ok"] is True
 
 
-@pytest.mark.parametrize("name", ["stores", "through data", "mixed", "branches"])
+@pytest.mark.parametrize("name", ["stores", "through data", "mixed", "plain float"])
 def test_table_of_faults(name: str) -> None:
     fault = FAULTS[name]
     report = af.check(fault.build(), fault.batch)

@@ -1,0 +1,139 @@
+"""A forward that decides by data is captured as it goes on the example batch, with checks that stop a batch that differs.
+
+While it is exported, what it reads of a tensor is what was read on the example, and the check, `autofunc::decided`, is left
+in the graph. What constants alone decide needs none. A float of data is none, for it
+differs from batch to batch: it stays a tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from autofunc.captured.conversions import Conversions, Decision, Kind, Place, here, reads_values
+from autofunc.captured.export import ROWS_OF_DATA
+from autofunc.captured.flow import Flow
+from autofunc.decisions import decided
+from autofunc.errors import ModelError
+
+DECIDES = "forward decides by data, as on the example batch; a batch that decides otherwise stops the step"
+"""What the user is told, with the lines."""
+
+
+class Noticing(TorchFunctionMode):
+    """Changes nothing; notes whether anything is read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = False
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Sequence[type], args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        self.seen = self.seen or reads_values(func, args, kwargs)
+        return func(*args, **kwargs)
+
+
+class Replaying(Conversions):
+    """Reads what was read on the example batch, and leaves checks in the graph.
+
+    Args:
+        what: is captured, for messages.
+        decisions: of the example, in order.
+    """
+
+    def __init__(self, what: str, decisions: Sequence[Decision]) -> None:
+        super().__init__()
+        self._what = what
+        self._left: dict[Place, list[Decision]] = {}
+        for decision in decisions:
+            self._left.setdefault(decision.place, []).append(decision)
+        self._visited: set[Place] = set()
+        self._failure: ModelError | None = None
+
+    def value(self, kind: Kind, found: Tensor) -> Any:
+        """See `Conversions.value`."""
+        place = here()
+        value = self._next(place, kind)
+        decided(found, kind, 0 if kind == "float" else int(value), place.line)
+        return value
+
+    def places(self, mask: Tensor) -> tuple[Tensor, ...]:
+        """See `Conversions.places`. Where each row has as many, other numbers of rows have as many each."""
+        place, rows = here(), mask.shape[0]
+        counts = self._next(place, "rows")
+        even = len(set(counts)) == 1
+        if not even and len(counts) != rows:
+            raise self._refused(ROWS_OF_DATA.format(what=self._what, maker="a mask", line=place.line))
+        count = counts[0] * rows if even else sum(counts)
+        decided(mask, "count" if even else "uneven", count, place.line)
+        return torch.nonzero_static(mask, size=count).unbind(1)
+
+    def _next(self, place: Place, kind: Kind) -> Any:
+        self._visited.add(place)
+        left = self._left.get(place)
+        if not left or left[0].kind != kind:
+            raise self._differs(place, "more, or something else,")
+        return left.pop(0).value
+
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
+        super().__exit__(kind, error, traceback)  # type: ignore[no-untyped-call]
+        left = next((place for place in self._visited if self._left.get(place)), None)
+        if left is not None and error is None:
+            self._differs(left, "less")
+        if self._failure is not None:  # forward may have caught it
+            raise self._failure
+
+    def _differs(self, place: Place, how: str) -> ModelError:
+        return self._refused(
+            f"{self._what} decides by data, and with these shapes reads {how} than on the example batch ({place.line}), so "
+            "nobody knows how it goes on; keep it a tensor: no .item(), no 'if' on a tensor"
+        )
+
+    def _refused(self, message: str) -> ModelError:
+        self._failure = self._failure or ModelError(message)
+        return self._failure
+
+
+def settle(flow: Flow, what: str) -> Flow:
+    """Take out the checks that nothing can fail: of what constants alone decide, or of what was checked before.
+
+    Raises:
+        ModelError: for a plain float of data, or a mask of data that is true in some rows more often than in others.
+    """
+    exported = flow.exported
+    fixed = {*exported.buffers, *exported.constants}.difference(exported.states)
+    known: set[tuple[Any, ...]] = set()
+    for check in flow.checks:
+        found, kind, value, line = check.args
+        given = [node for node in flow.closure([check]) if node.op == "placeholder"]
+        read = _undetached(found)
+        key = (read, kind, value)
+        if all(node in fixed and not flow.writes_to(node) for node in given) or key in known:
+            exported.graph.erase_node(check)
+        elif kind == "float":
+            raise ModelError(
+                f"{what} makes a plain float of data ({line}), which is another in every batch; use the tensor itself, or "
+                "its .item() in operators and comparisons"
+            )
+        elif kind == "uneven":
+            raise ModelError(ROWS_OF_DATA.format(what=what, maker="a mask", line=line))
+        elif not flow.writes_to(read):
+            known.add(key)
+    settled = Flow(exported, what)
+    lines = list(dict.fromkeys(str(check.args[3]) for check in settled.checks))
+    if lines:
+        more = f"; and {len(lines) - 3} more" if len(lines) > 3 else ""
+        exported.notes.append(f"{DECIDES}: {'; '.join(lines[:3])}{more}")
+    return settled
+
+
+def _undetached(node: Any) -> Any:
+    while node.target is torch.ops.aten.detach.default:
+        node = node.args[0]
+    return node

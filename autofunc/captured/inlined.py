@@ -1,0 +1,89 @@
+"""An exported graph with the bodies of its regions, such as those under no_grad, in their places."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+from torch import fx
+
+from autofunc.errors import ModelError
+from autofunc.graph.lines import line_of
+from autofunc.graph.schema import is_operator
+
+Node = fx.Node
+
+PREFIX = "module."
+"""What the exported call puts before the names of a module's parts."""
+
+_ASSERTIONS = ("aten._assert_tensor_metadata", "aten._assert_async", "aten._assert_scalar", "aten.sym_constrain_range")
+
+
+class Inliner:
+    """Copies a graph, with the bodies of its no-grad and autocast regions in their places."""
+
+    def __init__(self, root: fx.GraphModule) -> None:
+        self.root = root
+        self.graph = fx.Graph()
+        self.values: dict[Node, Any] = {}  # old node -> new one, or a tuple of them, or a constant
+
+    def placeholder(self, node: Node) -> Node:
+        """Copy a placeholder."""
+        new = self.graph.placeholder(node.name)
+        new.meta["val"] = node.meta["val"]
+        self.values[node] = new
+        return new
+
+    def run(
+        self, graph: fx.Graph, modes: tuple[tuple[Any, ...], ...] = (), owner: fx.GraphModule | None = None
+    ) -> list[Any]:
+        """Copy the operators of a graph; returns the new nodes of what it returns."""
+        owner = owner or self.root
+        for node in graph.nodes:
+            if node.op == "placeholder":
+                continue
+            if node.op == "output":
+                return [self.values[leaf] if isinstance(leaf, Node) else leaf for leaf in node.args[0]]
+            if node.op == "get_attr":
+                self.values[node] = getattr(owner, str(node.target))
+            elif node.op == "call_function":
+                self._call(node, modes)
+            else:
+                raise ModelError(f"a captured graph has a node of kind {node.op} ({node.target}), which cannot be split")
+        raise AssertionError("a graph ends in an output")
+
+    def _call(self, node: Node, modes: tuple[tuple[Any, ...], ...]) -> None:
+        name = str(node.target)
+        if name in ("wrap_with_set_grad_enabled", "wrap_with_autocast"):
+            count = 1 if name == "wrap_with_set_grad_enabled" else 4
+            options, body, operands = node.args[:count], self.values[node.args[count]], node.args[count + 1 :]  # type: ignore[index]
+            mode = ("grad" if count == 1 else "autocast", *options)
+            inner = [each for each in body.graph.nodes if each.op == "placeholder"]
+            self.values.update(zip(inner, map(self._value, operands), strict=True))
+            self.values[node] = tuple(self.run(body.graph, (*modes, mode), body))
+            return
+        if node.target is operator.getitem and isinstance(self.values[node.args[0]], tuple):  # type: ignore[index]
+            self.values[node] = self.values[node.args[0]][node.args[1]]  # type: ignore[index]
+            return
+        if name.startswith(_ASSERTIONS):
+            return
+        if "functorch" in str(getattr(node.target, "__module__", "")):
+            raise ModelError(
+                f"a transform of torch.func, such as vmap, cannot be split over stages ({line_of(node)}); write it with "
+                "operators on batches"
+            )
+        if not is_operator(node) and node.target is not operator.getitem:
+            raise ModelError(f"{name} cannot be split over stages ({line_of(node)}); write it without")
+        args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda read: self.values[read])
+        new = self.graph.call_function(node.target, args, kwargs)  # type: ignore[arg-type]
+        stack = (node.meta.get("nn_module_stack") or {}).items()
+        new.meta.update(
+            val=node.meta.get("val"),
+            modules=[(key, path.removeprefix(PREFIX)) for key, (path, _) in stack if path.startswith(PREFIX)],
+            modes=modes,
+            stack_trace=node.meta.get("stack_trace", ""),
+        )
+        self.values[node] = new
+
+    def _value(self, argument: Any) -> Any:
+        return fx.node.map_arg(argument, lambda node: self.values[node])
