@@ -72,10 +72,19 @@ def reduce_aux(**how: str) -> Callable[[Loss], Loss]:
 
 
 def own_loss(outputs: Any) -> Any:
-    """The loss among a model's outputs: a scalar output itself, or its `loss`; None when there is none."""
+    """The loss among a model's outputs: a scalar itself, its `loss`, or the scalar that a tuple begins with; else None."""
     if tuple(getattr(outputs, "shape", (1,))) == ():
         return outputs
+    if begins_with_scalar(outputs):
+        return outputs[0]
     return _entry(outputs, "loss")
+
+
+def begins_with_scalar(outputs: Any) -> bool:
+    """Whether outputs are a plain tuple, or list, whose first member is a floating-point scalar, as a loss is."""
+    if type(outputs) not in (tuple, list) or not outputs or not isinstance(outputs[0], Tensor):
+        return False
+    return outputs[0].dim() == 0 and outputs[0].is_floating_point()
 
 
 def evaluate(loss: Loss | None, outputs: Any, microbatch: Mapping[str, Any]) -> LossTerms:

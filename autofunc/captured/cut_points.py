@@ -11,6 +11,9 @@ from autofunc.model import CutPoints
 
 Node = fx.Node
 
+ABSENT = ("needs no weights, so each stage computes it itself", "is not run")
+"""Why there is no layer, where for other batches there is one."""
+
 FIRST = "input"
 """Name of what comes before the first named place."""
 
@@ -43,7 +46,7 @@ def find_cut_points(flow: Flow, modules: Iterable[str]) -> CutPoints:
     refused: dict[str, str] = {}
     for name in modules:
         if name and name not in runs and name not in starts:
-            refused[name] = "needs no weights, so each stage computes it itself" if name in seen else "is not run"
+            refused[name] = ABSENT[0] if name in seen else ABSENT[1]
         elif len(runs.get(name, {})) > 1:
             count = len(runs[name])
             refused[name] = f"is run {count} times, so it is no one place; its runs are {name}@1 to {name}@{count}"

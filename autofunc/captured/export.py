@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from autofunc import tree
+from autofunc.captured.assertions import leave_out_assertions
+from autofunc.captured.converted_parts import without_conversions
 from autofunc.captured.decided_draws import refuse_decided_draws
 from autofunc.captured.dense import SPARSE, make_dense
 from autofunc.captured.draws import unvalidated
@@ -28,13 +30,15 @@ from autofunc.captured.host_draws import HostDraws, refuse_host_draws
 from autofunc.captured.inlined import PREFIX, Inliner
 from autofunc.captured.keyed import replace_random
 from autofunc.captured.numbers import keep_tensors
-from autofunc.captured.outputs import CACHE, without_caches
+from autofunc.captured.outputs import CACHE, FIRST_IS_LOSS, without_caches
 from autofunc.captured.own_backward import apply_for_real, recorded
 from autofunc.captured.recurrent import unfuse
 from autofunc.captured.unchanged import LeftBehind, restored, written_back
+from autofunc.captured.vmapped import unmap
 from autofunc.errors import ModelError
 from autofunc.fake import fake_mode, naming_errors
 from autofunc.graph.lines import line_of
+from autofunc.losses import begins_with_scalar
 
 Node = fx.Node
 
@@ -97,17 +101,19 @@ class Call(nn.Module):
     def forward(self, batch: Mapping[str, Any]) -> Any:
         """Call the module."""
         args, kwargs = self._arguments(batch)
+        what = self._what
         with (
             self.left.undone(),
             written_back(self.module),
             self.drawn.undone(),
-            without_hooks(self.module, self._what),
+            without_hooks(self.module, what),
+            without_conversions(what),
             recorded(),
         ):
             outputs, cached = without_caches(self._called(args, kwargs, batch))
             outputs = tree.with_known_classes(outputs)
-            self.told.notes = [CACHE] if cached else []
-        refuse_own_backward(outputs, self._what)
+            self.told.notes = [CACHE] * cached + [FIRST_IS_LOSS] * begins_with_scalar(outputs)
+        refuse_own_backward(outputs, what)
         return outputs
 
     def _called(self, args: tuple[Any, ...], kwargs: dict[str, Any], batch: Mapping[str, Any]) -> Any:
@@ -157,8 +163,10 @@ def export(
     program = exported_program()
     refuse_host_draws(call.drawn, program, exported_program, what)
     _refuse_shapes_of_data(program.graph, what)
+    checks = leave_out_assertions(program.graph_module)
+    unmap(program.graph_module)
     flattening = Inliner(program.graph_module)
-    exported = Exported(flattening.graph, program.call_spec.out_spec, notes=call.told.notes)
+    exported = Exported(flattening.graph, program.call_spec.out_spec, notes=[*call.told.notes, *checks])
     leaves = tree.leaves_and_spec(dict(batch))[0]
     tensors = iter(range(sum(isinstance(leaf, Tensor) for leaf in leaves)))
     given = iter(leaves)

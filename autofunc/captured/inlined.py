@@ -16,8 +16,6 @@ Node = fx.Node
 PREFIX = "module."
 """What the exported call puts before the names of a module's parts."""
 
-_ASSERTIONS = ("aten._assert_tensor_metadata", "aten._assert_async", "aten._assert_scalar", "aten.sym_constrain_range")
-
 
 class Inliner:
     """Copies a graph, with the bodies of its no-grad and autocast regions in their places."""
@@ -65,12 +63,10 @@ class Inliner:
         if node.target is operator.getitem and isinstance(self.values[node.args[0]], tuple):  # type: ignore[index]
             self.values[node] = self.values[node.args[0]][node.args[1]]  # type: ignore[index]
             return
-        if name.startswith(_ASSERTIONS):
-            return
         if "functorch" in str(getattr(node.target, "__module__", "")):
             raise ModelError(
-                f"a transform of torch.func, such as vmap, cannot be split over stages ({line_of(node)}); write it with "
-                "operators on batches"
+                f"a transform of torch.func, such as grad, cannot be split over stages ({line_of(node)}); write it with "
+                "operators"
             )
         if not is_operator(node) and node.target is not operator.getitem:
             raise ModelError(f"{name} cannot be split over stages ({line_of(node)}); write it without")

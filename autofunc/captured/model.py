@@ -14,7 +14,7 @@ from autofunc import cache, tree
 from autofunc.cache import Identity
 from autofunc.captured.captures import Captures
 from autofunc.captured.cut import Cut
-from autofunc.captured.cut_points import FIRST, default_layers, find_cut_points
+from autofunc.captured.cut_points import ABSENT, FIRST, default_layers, find_cut_points
 from autofunc.captured.evaluation import Evaluation, evaluation_of
 from autofunc.captured.flow import Flow
 from autofunc.captured.segment import Segment
@@ -63,7 +63,10 @@ class CapturedModel(Model):
         layers = [first, *(name for name in names if self._found.start[name] > self._found.start[first])]
         self._names, self._known_states = layers, flow.exported.state_names
         probe = self._cut_of(flow, [{} for _ in layers])
-        self._holders = _holders(layers, probe.params, self._source.aliases)
+        idle = _idle(self._source.parameters, probe.params, trainable)
+        if idle:
+            self.notes = tuple(dict.fromkeys((*self.notes, _idle_note(idle, self._source.select(example)))))
+        self._holders = _holders(layers, _with_idle(probe.params, idle, self._source.parameters), self._source.aliases)
         self._states = {layer: tuple(names) for layer, names in zip(layers, probe.states, strict=True) if names}
         ties = {path: name for owned in self._holders.values() for name, path in owned.items() if path != name}
         self._layer_of_path = {path: layer for layer, owned in self._holders.items() for path in owned.values()}
@@ -76,7 +79,7 @@ class CapturedModel(Model):
 
     @property
     def used(self) -> list[str]:
-        """Canonical paths of the parameters that a layer uses."""
+        """Canonical paths of the parameters that a layer uses, and of those that could be trained and none uses."""
         return list(dict.fromkeys(name for owned in self._holders.values() for name in owned))
 
     @property
@@ -241,15 +244,14 @@ class CapturedModel(Model):
         return {name: self.inner_path(path) for name, path in paths.items()}
 
     def _cut_of(self, flow: Flow, inner_paths: Sequence[Mapping[str, str]]) -> Cut:
-        places = self._cut_points(flow)
-        starts: list[int] = []
-        after = len(flow.nodes)
+        places, starts = self._cut_points(flow), list[int]()
         for name in reversed(self._names[1:]):
-            if name not in places.start and not flow.exported.evaluated:
-                raise ModelError(f"{self._source.what}: for this batch there is no {name!r}, at which a layer begins")
-            after = places.start.get(name, after)  # what does nothing in eval mode is an empty layer
-            starts.insert(0, after)
-        return Cut(flow, starts, inner_paths)
+            refused = places.refused.get(name, "")
+            if refused and refused not in ABSENT:
+                raise ModelError(f"{self._source.what}: for this batch no layer can begin at {name!r}, which {refused}")
+            # of what is not run for this batch, an empty layer is left
+            starts.append(places.start.get(name, starts[-1] if starts else len(flow.nodes)))
+        return Cut(flow, starts[::-1], inner_paths)
 
     def _cut_points(self, flow: Flow) -> CutPoints:
         return find_cut_points(flow, self._source.module_names)
@@ -304,6 +306,31 @@ def _holders(
             taken.add(path)
             found[layer][name] = path
     return found
+
+
+def _idle(parameters: Mapping[str, Tensor], params: Sequence[Sequence[str]], trainable: Sequence[str]) -> list[str]:
+    """What could be trained, and no layer uses: its gradients are zero."""
+    used = {name for names in params for name in names}
+    return [
+        name for name, leaf in parameters.items()
+        if name not in used and leaf.requires_grad and tree.matches(name, trainable)
+    ]  # fmt: skip
+
+
+def _with_idle(params: Sequence[Sequence[str]], idle: Sequence[str], order: Iterable[str]) -> list[list[str]]:
+    """What each layer holds: what it uses, and what is idle and comes next in the module."""
+    first = {name: layer for layer, names in reversed([*enumerate(params)]) for name in names}
+    held, layer, waiting = [list(names) for names in params], 0, set(idle)
+    for name in order:
+        layer = first.get(name, layer)
+        if name in waiting:
+            held[layer].append(name)
+    return held
+
+
+def _idle_note(idle: Sequence[str], entries: Iterable[str]) -> str:
+    listed = ", ".join(idle[:5]) + (f" and {len(idle) - 5} more" if len(idle) > 5 else "")
+    return f"no layer uses {listed} with these inputs ({', '.join(entries)}): the gradients are zero"
 
 
 def _first_position(flow: Flow) -> int:

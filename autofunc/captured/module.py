@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autofunc import tree
 from autofunc.captured.captures import Branches, Captures
 from autofunc.captured.initial import initial_buffer, initial_weights
 from autofunc.captured.model import CapturedModel
@@ -51,17 +50,6 @@ def capture_module(
         model.trainable = tuple(glob.escape(name) for name in used if source.parameters[name].requires_grad)
     if isinstance(stored, SafetensorsWeights) and weights is not None:
         stored.check(name for name in source.parameters if name in used)
-    unused = [
-        name for name, leaf in source.parameters.items()
-        if name not in used and leaf.requires_grad and tree.matches(name, trainable or ("*",))
-    ]  # fmt: skip
-    if unused:
-        listed = ", ".join(unused[:5]) + (f" and {len(unused) - 5} more" if len(unused) > 5 else "")
-        raise ModelError(
-            f"{source.what}: no layer uses {listed}; with these inputs ({', '.join(source.select(example_batch))}) they "
-            "would never be trained. Leave them out of the module, freeze them (requires_grad_(False)), or give the inputs "
-            "they need"
-        )
     return model
 
 

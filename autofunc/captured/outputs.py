@@ -7,6 +7,7 @@ from typing import Any
 from autofunc import tree
 
 CACHE = "its cache of keys and values is for generating, and is left out of what it returns"
+FIRST_IS_LOSS = "it returns a tuple that begins with a scalar: without a loss_fn, that is the loss"
 
 
 def without_caches(outputs: Any) -> tuple[Any, bool]:

@@ -53,6 +53,9 @@ class Applied(Fingerprinted):
         return applying.apply(*args)
 
 
+_INDEXING = ("torch._dynamo._trace_wrapped_higher_order_op", "ModIndex")
+"""Of what `vmap` maps: its gradient is that of the operator."""
+
 # What is being exported: its calls, and what else than tensors they return. One forward is exported at a time.
 _calls: list[Applied] = []
 _results: list[Any] = []
@@ -78,6 +81,8 @@ def record(function: type[torch.autograd.Function], args: Sequence[Any], kwargs:
     """Note a call of a function; returns what it returns, made by the operator that stands for it."""
     if function is _DIRICHLET:  # what it draws is to be seen, see `draws.py`
         return torch.ops.aten._sample_dirichlet(*args)
+    if (function.__module__, function.__name__) == _INDEXING:
+        return torch.ops.aten.index(*args)
     if function is CheckpointFunction:  # what is kept and what is run again is the pipeline's to say
         run, _, *given = args
         return run(*given)

@@ -151,15 +151,6 @@ def test_a_batch_that_is_written_to() -> None:
         af.from_module(Scaling(), BATCH)
 
 
-def test_a_parameter_that_nothing_uses() -> None:
-    module = nn.Sequential(nn.Linear(6, 6))
-    module.extra = nn.Parameter(torch.zeros(3))
-    with pytest.raises(ModelError, match=r"no layer uses extra; .*freeze"):
-        af.from_module(module, {"input": BATCH["x"]})
-    module.extra.requires_grad_(False)
-    assert list(af.from_module(module, {"input": BATCH["x"]}).spec) == ["0.bias", "0.weight"]
-
-
 @pytest.mark.parametrize(
     ("batch", "options", "message"),
     [
