@@ -123,13 +123,14 @@ def differences(model: CapturedModel, batch: Mapping[str, Any], loss: Loss | Non
 
     def called(entries: Mapping[str, Any]) -> Any:
         args, kwargs = source.arguments(source.select(entries))
-        with restored(source.module), still(source.module, evaluation.parts):
+        with restored(source.module), torch.compiler.set_stance("force_eager"):
             _hold(source.module, buffers)
             with written_back(source.module):
                 outputs = torch.func.functional_call(source.module, params, args, kwargs)
         return tree.with_known_classes(outputs)
 
-    own = _of_module(called, params, buffers, entries, loss)
+    with still(source.module, evaluation.parts):
+        own = _of_module(called, params, buffers, entries, loss)
     found = _of_stages(_stages(model), params, entries, loss)
     words = []
     if not close(found.loss.to(own.loss.dtype), own.loss):

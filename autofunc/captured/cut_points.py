@@ -23,8 +23,11 @@ def find_cut_points(flow: Flow, modules: Iterable[str]) -> CutPoints:
 
     Args:
         flow: of the captured forward.
-        modules: names of all submodules.
+        modules: names of all submodules. One that is not run itself, and holds one part only, begins where that does.
     """
+    modules, held = list(modules), dict[str, list[str]]()
+    for name in modules:
+        held.setdefault(name.rpartition(".")[0], []).append(name)
     starts: dict[str, int] = {}
     runs: dict[str, dict[str, int]] = {}  # name -> key of each call -> its position
     seen: set[str] = set()
@@ -33,6 +36,10 @@ def find_cut_points(flow: Flow, modules: Iterable[str]) -> CutPoints:
             seen.add(name)
             if node in flow.weighted and node in flow.alive:
                 runs.setdefault(name, {}).setdefault(key, position)
+    for name in sorted(modules, key=lambda name: -name.count(".")):  # parts first
+        inside = held.get(name, [])
+        if name not in seen and len(inside) == 1 and inside[0] in runs:
+            runs[name] = runs[inside[0]]
     for name, calls in runs.items():
         if len(calls) == 1:
             starts[name] = next(iter(calls.values()))

@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 
 from autofunc import tree
 from autofunc.captured.assertions import leave_out_assertions
+from autofunc.captured.compiled_parts import call_inside
 from autofunc.captured.converted_parts import without_conversions
 from autofunc.captured.decided_draws import refuse_decided_draws
 from autofunc.captured.dense import SPARSE, make_dense
@@ -165,7 +166,7 @@ def export(
     _refuse_shapes_of_data(program.graph, what)
     checks = leave_out_assertions(program.graph_module)
     unmap(program.graph_module)
-    flattening = Inliner(program.graph_module)
+    flattening = Inliner(program.graph_module, module)
     exported = Exported(flattening.graph, program.call_spec.out_spec, notes=[*call.told.notes, *checks])
     leaves = tree.leaves_and_spec(dict(batch))[0]
     tensors = iter(range(sum(isinstance(leaf, Tensor) for leaf in leaves)))
@@ -232,11 +233,12 @@ def _refuse_shapes_of_data(graph: fx.Graph, what: str) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """When it fails, torch prints the graph so far and logs; the error says it better."""
+    """When it fails, torch prints the graph so far and logs; the error says it better. Nothing in it is compiled."""
     log, printed = logging.getLogger("torch.fx.experimental.symbolic_shapes"), io.StringIO()
     disabled, log.disabled = log.disabled, True
     try:
-        with redirect_stderr(printed), warnings.catch_warnings(), unvalidated():
+        stance = torch.compiler.set_stance("force_eager")
+        with redirect_stderr(printed), warnings.catch_warnings(), stance, unvalidated():
             warnings.simplefilter("ignore")
             yield
         sys.stderr.write(printed.getvalue())  # what forward itself had to say
@@ -247,6 +249,7 @@ def _quiet() -> Iterator[None]:
 def _prepare(module: nn.Module, dtype: torch.dtype | None, modes: Mapping[nn.Module, bool]) -> None:
     """Make a module ready to be exported; inside `restored`."""
     _stand_in(module, dtype)
+    call_inside(module)
     for part, mode in modes.items():
         part.training = mode
         if isinstance(part, nn.SyncBatchNorm):  # its own way to other processes is no graph; see `state.py`

@@ -95,7 +95,8 @@ def _shells(module: nn.Module, name: str) -> list[nn.Module]:
 
 def _shell(part: nn.Module) -> nn.Module:
     shell = copy.copy(part)
-    shell._parameters, shell._buffers, shell._modules = dict(part._parameters), dict(part._buffers), dict(part._modules)
+    # by its namespace: what is set on torch.compile's wrapper goes to what it wraps
+    vars(shell).update({space: dict(vars(part)[space]) for space in ("_parameters", "_buffers", "_modules")})
     return shell
 
 

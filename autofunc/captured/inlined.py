@@ -5,8 +5,9 @@ from __future__ import annotations
 import operator
 from typing import Any
 
-from torch import fx
+from torch import fx, nn
 
+from autofunc.captured.module_names import RegisteredNames
 from autofunc.errors import ModelError
 from autofunc.graph.lines import line_of
 from autofunc.graph.schema import is_operator
@@ -20,8 +21,8 @@ PREFIX = "module."
 class Inliner:
     """Copies a graph, with the bodies of its no-grad and autocast regions in their places."""
 
-    def __init__(self, root: fx.GraphModule) -> None:
-        self.root = root
+    def __init__(self, root: fx.GraphModule, module: nn.Module) -> None:
+        self.root, self.names = root, RegisteredNames(module)
         self.graph = fx.Graph()
         self.values: dict[Node, Any] = {}  # old node -> new one, or a tuple of them, or a constant
 
@@ -75,11 +76,14 @@ class Inliner:
         stack = (node.meta.get("nn_module_stack") or {}).items()
         new.meta.update(
             val=node.meta.get("val"),
-            modules=[(key, path.removeprefix(PREFIX)) for key, (path, _) in stack if path.startswith(PREFIX)],
+            modules=[(key, part) for key, (path, _) in stack if (part := self._name(path))],
             modes=modes,
             stack_trace=node.meta.get("stack_trace", ""),
         )
         self.values[node] = new
+
+    def _name(self, path: str) -> str | None:
+        return self.names.of(path.removeprefix(PREFIX)) if path.startswith(PREFIX) else None
 
     def _value(self, argument: Any) -> Any:
         return fx.node.map_arg(argument, lambda node: self.values[node])

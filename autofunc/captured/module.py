@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from autofunc.captured.captures import Branches, Captures
+from autofunc.captured.compiled_parts import is_compiled
 from autofunc.captured.initial import initial_buffer, initial_weights
 from autofunc.captured.model import CapturedModel
 from autofunc.captured.pretrained import Pretrained, SafetensorsWeights, Weights
@@ -42,7 +43,10 @@ def capture_module(
     source = ModuleSource(module, inputs, stored, keep_real=weights is None)
     model = CapturedModel(
         Captures(source, branches), example_batch, config=getattr(module, "config", None), trainable=trainable or ("*",),
-        notes=[f"{wrapper} around {source.what} is left out: the pipeline does its work" for wrapper in wrappers],
+        notes=[
+            *(f"{wrapper} around {source.what} is left out: the pipeline does its work" for wrapper in wrappers),
+            *_notes_of_parts(module),
+        ],
     )  # fmt: skip
     used = model.used
     frozen = any(not leaf.requires_grad for leaf in source.parameters.values())
@@ -61,6 +65,26 @@ def _unwrapped(module: nn.Module) -> tuple[nn.Module, list[str]]:
         found.append(type(module).__name__)
         module = module.get_submodule(inside[found[-1]])
     return module, found
+
+
+def _notes_of_parts(module: nn.Module) -> list[str]:
+    """What is said of parts whose calls are not plain ones."""
+    compiled = [name for name, part in module.named_modules() if is_compiled(part)]
+    replaced = [name for name, part in module.named_modules() if "forward" in vars(part) and name not in compiled]
+    found = []
+    if compiled:
+        found.append(f"torch.compile around {_listed(compiled)} is left out: say compile=True to af.pipeline")
+    if replaced:
+        found.append(
+            f"{_listed(replaced)} run forwards that were put in the place of their classes', as accelerate's hooks are: "
+            "what they do to tensors is captured, what else they do happens once"
+        )
+    return found
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(name or "the module itself" for name in names[:3])
+    return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown
 
 
 def source_of(model: CapturedModel | Pretrained | nn.Module) -> ModuleSource:

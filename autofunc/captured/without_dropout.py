@@ -20,6 +20,7 @@ _IDENTITY = {
     functional.feature_alpha_dropout, torch.dropout, torch.dropout_, torch.alpha_dropout, torch.alpha_dropout_,
     torch.feature_dropout, torch.feature_dropout_, torch.feature_alpha_dropout, torch.feature_alpha_dropout_,
 }  # fmt: skip
+_PARTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 _MULTI_HEAD = inspect.signature(functional.multi_head_attention_forward)
 _DROPOUT_OF_ATTENTION = 4  # its position among the arguments of scaled_dot_product_attention
 _RRELU = {functional.rrelu, torch.rrelu, torch.rrelu_}
@@ -58,14 +59,22 @@ def _with(args: Any, kwargs: dict[str, Any], position: int, name: str, value: An
 
 
 @contextmanager
-def still(module: nn.Module, parts: Iterable[str]) -> Iterator[None]:
-    """Inside, dropout drops nothing, and some parts of a module, by name, are in eval mode."""
+def still(module: nn.Module, parts: Iterable[str] = ()) -> Iterator[None]:
+    """Inside, dropout drops nothing, and some parts of a module, by name, are in eval mode.
+
+    It holds for a backward too, in which a mode does not reach the parts that are run again.
+    """
     changed = [part for part in map(module.get_submodule, parts) if part.training]
-    for part in changed:
-        part.training = False
+    dropping = [(part, part.p) for part in module.modules() if isinstance(part, _PARTS)]
     try:
+        for part in changed:
+            part.training = False
+        for drop, _ in dropping:
+            drop.p = 0.0
         with WithoutDropout():
             yield
     finally:
         for part in changed:
             part.training = True
+        for drop, p in dropping:
+            drop.p = p

@@ -21,6 +21,8 @@ from autofunc.checks.verdict import Verdict, where
 from autofunc.model import some_of
 from autofunc.whole_module import close
 
+_DEEPEST = 4  # objects inside an argument that are looked into
+
 
 def check_leftovers(subject: Subject) -> list[Verdict]:
     """The findings of C4: one verdict or more."""
@@ -139,17 +141,31 @@ def _differing(expected: list[dict[str, Tensor]], found: list[dict[str, Tensor]]
     return "", ""
 
 
+def _tensors_in(value: Any, depth: int = 0) -> Iterator[Tensor]:
+    """Those in an argument: also in objects that are no modules, and in what these hold."""
+    for leaf in tree.leaves_and_spec(value)[0]:
+        if isinstance(leaf, Tensor):
+            yield leaf
+        elif depth < _DEEPEST and not isinstance(leaf, (nn.Module, type)):
+            yield from _tensors_in(getattr(leaf, "__dict__", {}), depth + 1)
+
+
 def _submodule(subject: Subject) -> Callable[[str], nn.Module]:
     assert subject.module is not None
     return subject.module.get_submodule
 
 
 def _noting_writes(part: nn.Module, forward: Callable[..., Any], writing: set[nn.Module], *args: Any, **kwargs: Any) -> Any:
-    """Call a forward, and note the part when it writes to what it is given, as `nn.ReLU(inplace=True)` does."""
-    given = [leaf for leaf in tree.leaves_and_spec((args, kwargs))[0] if isinstance(leaf, Tensor)]
+    """Call a forward, and note the part when it changes what it is given: a tensor in place, or the tensors of an object.
+
+    `nn.ReLU(inplace=True)` does the former, attention with a cache of keys and values the latter.
+    """
+    given = list(_tensors_in((args, kwargs)))
     versions = [leaf._version for leaf in given]
     outputs = forward(*args, **kwargs)
-    if versions != [leaf._version for leaf in given]:
+    now = list(_tensors_in((args, kwargs)))
+    same = len(now) == len(given) and all(one is other for one, other in zip(now, given, strict=True))
+    if not same or versions != [leaf._version for leaf in given]:
         writing.add(part)
     return outputs
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
 from autofunc.batch import BatchDims
@@ -84,7 +85,7 @@ def check(
         "P6": check_whole_module,
     }
     verdicts: list[Verdict] = []
-    with seeded(0), warnings.catch_warnings():
+    with seeded(0), warnings.catch_warnings(), torch.compiler.set_stance("force_eager"):
         warnings.simplefilter("ignore")  # of running a module more often and otherwise than it is used to
         for code, run in checks.items():
             verdicts += [replace(each, message=_one_line(each.message)) for each in _verdicts(code, run, subject)]

@@ -1,0 +1,194 @@
+"""One module tried: captured, split, run by two schedules, compared with its own microbatch loop, and checked.
+
+The loop is autograd on the module itself, dropout off. Loss and gradients are to be equal to 1e-6 of each tensor's largest
+element, and those of the oracle bit for bit; the module is to be what it was.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+import autofunc as af
+from autofunc import tree
+from autofunc.batch import split_batch
+from autofunc.cache import shared
+from autofunc.captured.without_dropout import still
+from autofunc.errors import AutofuncError
+from autofunc.losses import Loss, evaluate
+
+TOLERANCE = 1e-6
+MICROBATCHES = 2
+LAYOUTS: tuple[tuple[Any, str], ...] = ((2, "1f1b"), (3, "zb_h1"))
+"""(split points or number of stages, schedule)."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is tried.
+
+    Args:
+        module: with real weights, in the mode it is tried in.
+        batch: four rows.
+        loss: see `af.pipeline`.
+        layouts: see `LAYOUTS`.
+    """
+
+    module: nn.Module
+    batch: Mapping[str, Any]
+    loss: Loss | None = None
+    layouts: Sequence[tuple[Any, str]] = LAYOUTS
+
+
+@dataclass
+class Tried:
+    """What came of it."""
+
+    name: str
+    parameters: int = 0
+    trained: int = 0
+    seconds: float = 0.0  # to capture it
+    layers: int = 0
+    runs: dict[str, str] = field(default_factory=dict)  # "3 zb_h1" -> "" where it is right, else why not
+    refused: str = ""  # why it was not captured
+    check: str = ""  # "OK", or what failed; nothing where it was not asked
+    notes: tuple[str, ...] = ()
+
+    @property
+    def right(self) -> bool:
+        """Whether it was captured, and every run is the module's own."""
+        return not self.refused and bool(self.runs) and not any(self.runs.values())
+
+
+def try_module(name: str, build: Callable[[], Case], *, checks: bool) -> Tried:
+    """Try one module; whatever goes wrong is in what is returned.
+
+    Args:
+        name: of the row in the table.
+        build: makes the module anew, after the seed was set.
+        checks: whether `af.check` looks at it too, which takes longer than all else.
+    """
+    torch.manual_seed(0)
+    case = build()
+    found = Tried(name, *_sizes(case.module))
+    before = {key: leaf.clone() for key, leaf in case.module.state_dict().items()}
+    shared.clear()
+    began = time.perf_counter()
+    try:
+        model = af.from_module(case.module, case.batch)
+        found.seconds = time.perf_counter() - began
+        found.layers, found.notes = len(model.layers), model.notes
+        own = _own_loop(case)
+        for points, schedule in case.layouts:
+            found.runs[f"{points} {schedule}"] = _run(model, case, points, schedule, own)
+    except Exception as error:  # a row of the table, whatever it is
+        found.refused = _words(error)
+    after = case.module.state_dict()
+    if changed := [key for key, leaf in before.items() if not torch.equal(leaf, after[key])]:
+        found.runs["afterwards"] = f"the module's {changed[0]!r} is another"
+    if not checks:
+        return found
+    report = af.check(case.module, case.batch, loss=case.loss)
+    failed = [f"{verdict.code}: {verdict.message}" for verdict in report.verdicts if verdict.status == "fail"]
+    found.check = "; ".join(failed) or "OK"
+    return found
+
+
+def _run(model: af.Model, case: Case, points: Any, schedule: str, own: tuple[Tensor, dict[str, Tensor]]) -> str:
+    """Why a run is not the module's own; nothing where it is."""
+    try:
+        stages = af.split(model, points)
+        s = af.schedule.build(schedule, num_ranks=len(stages), num_microbatches=MICROBATCHES)
+        params = model.init()
+        loss, grads = af.value_and_grad(af.pipeline(stages, s, loss=case.loss))(params, case.batch)
+        oracle = af.reference_value_and_grad(stages[0].model, case.loss, MICROBATCHES)(params, case.batch)
+    except Exception as error:  # a row of the table, whatever it is
+        return _words(error)
+    expected_loss, expected = own
+    if abs(float(loss - expected_loss)) > TOLERANCE * abs(float(expected_loss)):
+        return f"the loss is {float(loss):.8g}, not {float(expected_loss):.8g}"
+    found, bits = tree.flatten(grads), tree.flatten(oracle[1])
+    if not torch.equal(loss, oracle[0]) or not all(torch.equal(leaf, bits[path]) for path, leaf in found.items()):
+        return "not the bits of the oracle"
+    if found.keys() != expected.keys():
+        return f"gradients of other parameters: {sorted(found.keys() ^ expected.keys())[:3]}"
+    off = {path: _off(found[path], leaf) for path, leaf in expected.items()}
+    path = max(off, key=off.__getitem__)
+    return f"the gradient of {path!r} is off by {off[path]:.1e}" if off[path] > TOLERANCE else ""
+
+
+def _own_loop(case: Case) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss and gradients of a module by autograd, a microbatch after the other."""
+    named = {name: leaf for name, leaf in case.module.named_parameters() if leaf.requires_grad}
+    sums = {name: torch.zeros_like(leaf) for name, leaf in named.items()}
+    total, weight = torch.zeros(()), torch.zeros(())
+    takes = _takes(case)
+    for microbatch in split_batch(case.batch, MICROBATCHES):
+        with still(case.module), torch.compiler.set_stance("force_eager"):
+            terms = evaluate(case.loss, case.module(**{name: microbatch[name] for name in takes}), microbatch)
+            grads = torch.autograd.grad(terms.sum, list(named.values()), allow_unused=True)
+        for name, grad in zip(named, grads, strict=True):
+            if grad is not None:
+                sums[name] = sums[name] + grad
+        total, weight = total + terms.sum.detach(), weight + terms.weight
+    return total / weight, {name: grad / weight for name, grad in sums.items()}
+
+
+def _takes(case: Case) -> list[str]:
+    """The entries of the batch that are the module's; a loss has its own, called `target`."""
+    return [name for name in case.batch if name != "target"]
+
+
+def _off(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-3)) if expected.numel() else 0.0
+
+
+def _sizes(module: nn.Module) -> tuple[int, int]:
+    leaves = list(module.parameters())
+    return sum(leaf.numel() for leaf in leaves), sum(leaf.numel() for leaf in leaves if leaf.requires_grad)
+
+
+def _words(error: Exception) -> str:
+    kind = "" if isinstance(error, AutofuncError) else f"{type(error).__name__}: "
+    return " ".join(f"{kind}{error}".split())[:300]
+
+
+def table(rows: Iterable[Tried]) -> str:
+    """What was tried, as Markdown: one line each, then what is not right, in words."""
+    rows = list(rows)
+    lines = ["| model | parameters | trained | layers | capture | runs | `af.check` |", "|---|--:|--:|--:|--:|---|---|"]
+    for row in rows:
+        runs = "refused" if row.refused else "right" if row.right else "wrong"
+        failed = re.findall(r"(?:^|; )([CP]\d): ", row.check)
+        verdict = ", ".join(dict.fromkeys(failed)) or row.check
+        sizes = f"{row.parameters:,} | {row.trained:,} | {row.layers}"
+        lines.append(f"| {row.name} | {sizes} | {row.seconds:.1f} s | {runs} | {verdict} |")
+    right = sum(row.right for row in rows)
+    lines += ["", f"{right} of {len(rows)} give their own loss and gradients."]
+    for row in rows:
+        problems = [row.refused, *(f"{run}: {why}" for run, why in row.runs.items() if why)]
+        if row.check not in ("", "OK"):
+            problems.append(f"`af.check`: {row.check}")
+        lines += [f"- {row.name}: {problem}" for problem in problems if problem]
+        lines += [f"- {row.name}, a note: {note}" for note in row.notes]
+    return "\n".join(lines)
+
+
+def try_all(builds: Mapping[str, Callable[[], Case]], names: Sequence[str], *, checks: bool) -> list[Tried]:
+    """Try some, or all where no names are given, and say how it went on the way."""
+    console, rows = Console(stderr=True), []
+    for name in names or builds:
+        began = time.perf_counter()
+        row = try_module(name, builds[name], checks=checks)
+        rows.append(row)
+        state = "right" if row.right else f"NOT right: {row.refused or row.runs}"
+        alarm = "" if row.check in ("", "OK") else f"; check says {row.check}"
+        console.print(f"{name}: {state}{alarm} ({time.perf_counter() - began:.0f} s)", markup=False, soft_wrap=True)
+    return rows
