@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from autofunc.captured.module_names import RegisteredNames
@@ -16,6 +17,16 @@ Node = fx.Node
 
 PREFIX = "module."
 """What the exported call puts before the names of a module's parts."""
+
+_aten = torch.ops.aten
+
+_RESHAPED_IN_PLACE: dict[Any, Any] = {
+    _aten.squeeze_.default: _aten.squeeze.default, _aten.squeeze_.dim: _aten.squeeze.dim,
+    _aten.squeeze_.dims: _aten.squeeze.dims, _aten.unsqueeze_.default: _aten.unsqueeze.default,
+    _aten.t_.default: _aten.t.default, _aten.transpose_.default: _aten.transpose.int,
+    _aten.swapaxes_.default: _aten.swapaxes.default, _aten.swapdims_.default: _aten.swapdims.default,
+}  # fmt: skip
+"""They write nothing: a tensor has another shape afterwards, as a view of it would have."""
 
 
 class Inliner:
@@ -72,7 +83,8 @@ class Inliner:
         if not is_operator(node) and node.target is not operator.getitem:
             raise ModelError(f"{name} cannot be split over stages ({line_of(node)}); write it without")
         args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda read: self.values[read])
-        new = self.graph.call_function(node.target, args, kwargs)  # type: ignore[arg-type]
+        reshaped = _RESHAPED_IN_PLACE.get(node.target)
+        new = self.graph.call_function(reshaped or node.target, args, kwargs)  # type: ignore[arg-type]
         stack = (node.meta.get("nn_module_stack") or {}).items()
         new.meta.update(
             val=node.meta.get("val"),
@@ -80,6 +92,8 @@ class Inliner:
             modes=modes,
             stack_trace=node.meta.get("stack_trace", ""),
         )
+        if reshaped is not None:  # whoever reads the tensor from now on sees it so
+            self.values.update({old: new for old, value in self.values.items() if value is args[0]})
         self.values[node] = new
 
     def _name(self, path: str) -> str | None:

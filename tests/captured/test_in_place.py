@@ -69,11 +69,19 @@ def diagonal(x: Tensor, layer: nn.Module, number: int) -> Tensor:
     return x
 
 
+def another_shape(x: Tensor, layer: nn.Module, number: int) -> Tensor:
+    y = torch.sin(layer(x))
+    y.unsqueeze_(0)
+    y.transpose_(0, 1).squeeze_(1)
+    y.mul_(0.5)
+    return x + y
+
+
 STEPS: dict[str, Step] = {
     step.__name__: step
     for step in (
         residual, activation, slot, slice_of_a_slice, through_a_transposed_view, through_a_reshaped_view,
-        a_view_made_before_and_read_after, what_a_write_returns, masked, diagonal,
+        a_view_made_before_and_read_after, what_a_write_returns, masked, diagonal, another_shape,
     )
 }  # fmt: skip
 
