@@ -101,6 +101,24 @@ def row_dims(
     return rows, dims
 
 
+def rows_in_words(batch: Mapping[str, Any], batch_dims: BatchDims = None) -> str:
+    """How a batch is cut: `8 rows, in dim 0 of ids, labels, in dim 1 of positions; whole: mask`.
+
+    Args:
+        batch: mapping of pytrees of tensors.
+        batch_dims: see `row_dims`.
+    """
+    rows, dims = row_dims(batch, batch_dims, cuts=False)
+    places: dict[int | None, list[str]] = {}
+    for name, each in dims.items():
+        tensors = [leaf for leaf in tree.leaves_and_spec(batch[name])[0] if isinstance(leaf, Tensor)]
+        for dim in dict.fromkeys(each) if tensors else ():
+            places.setdefault(dim, []).append(str(name))
+    cut = "".join(f", in dim {dim} of {', '.join(names)}" for dim, names in places.items() if dim is not None)
+    whole = f"; whole: {', '.join(places[None])}" if None in places else ""
+    return f"{rows} rows{cut}{whole}"
+
+
 def refuse_ambiguous(batch: Mapping[str, Any], rows: int, batch_dims: BatchDims = None) -> None:
     """Refuse entries that `row_dims` calls ambiguous.
 

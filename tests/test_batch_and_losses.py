@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import autofunc as af
-from autofunc.batch import split_batch
+from autofunc.batch import rows_in_words, split_batch
 from autofunc.errors import BatchError
 from tests.cases import make_case
 
@@ -142,3 +142,15 @@ def test_unknown_reduction() -> None:
 def test_aux_asked_for_but_not_given() -> None:
     with pytest.raises(BatchError, match="the loss returns no aux"):
         run(weighted, has_aux=True)
+
+
+def test_how_a_batch_is_cut_in_words() -> None:
+    batch = {
+        "ids": torch.zeros(4, 7),
+        "positions": torch.zeros(3, 4, 7),
+        "mask": torch.zeros(7, 7),
+        "scale": 2.0,
+        "key": (0, 1),
+    }
+    assert rows_in_words(batch, {"positions": 1}) == "4 rows, in dim 0 of ids, in dim 1 of positions; whole: mask"
+    assert rows_in_words({"ids": torch.zeros(4, 7), "labels": torch.zeros(4)}, 0) == "4 rows, in dim 0 of ids, labels"

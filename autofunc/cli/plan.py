@@ -10,7 +10,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from autofunc.batch import rows_in_words
 from autofunc.config import read_config
+from autofunc.data import STACKED
 from autofunc.schedule import draw
 from autofunc.train.planning import RunPlan, plan_run
 from autofunc.train.tensor_parallel_check import check_tensor_parallel
@@ -81,6 +83,7 @@ def _show(made: RunPlan, console: Console) -> None:
         f"{recipe.schedule.num_microbatches} microbatches",
         f"step: {timeline.makespan:.3g} ms, bubble {timeline.bubble_fraction:.1%}; "
         f"longest stage {made.imbalance:.2f}x the mean",
+        f"a batch: {rows_in_words(recipe.example(), STACKED)}",
         f"times: {times}; transfers count as nothing",
     ]
     if len(made.stages) > 1:
