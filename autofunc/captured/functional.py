@@ -6,7 +6,7 @@ becomes a new whole with that part. Views that were made before a write and are 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from operator import getitem
 from typing import Any
 
@@ -28,30 +28,40 @@ _RESHAPED = ("view", "_unsafe_view", "reshape", "flatten", "unflatten", "unsquee
 def make_functional(flow: Flow) -> bool:
     """Rewrite what is written to values that need weights, in place; whether anything was."""
     changed = False
-    for base in [base for base in flow.writes if base.op == "call_function" and base in flow.weighted]:
-        changed |= rewrite(flow.exported.graph, base) is not None
+    bases = [base for base in flow.writes if base.op == "call_function" and base in flow.weighted]
+    for base, family in families(flow.exported.graph, bases).items():
+        changed |= rewrite(flow.exported.graph, base, family) is not None
     if changed:
         flow.exported.graph.lint()
     return changed
 
 
-def rewrite(graph: fx.Graph, base: Node, *, gradients: bool = True) -> Node | None:
+def families(graph: fx.Graph, bases: Iterable[Node]) -> dict[Node, set[Node]]:
+    """By base: itself, and all that lies in its memory. Rewriting one leaves the others as they are."""
+    found = {base: {base} for base in bases}
+    for node in graph.nodes if found else ():
+        base = base_of(node)
+        # of what may share memory by its schema, that which really did
+        if base in found and node.op == "call_function" and storages(node) & storages(base):
+            found[base].add(node)
+    return found
+
+
+def rewrite(graph: fx.Graph, base: Node, family: set[Node], *, gradients: bool = True) -> Node | None:
     """Rewrite all that is written to one memory.
 
     Args:
         graph: changed in place.
         base: what the memory was made by.
+        family: see `families`.
         gradients: whether what is written has any; they do not pass a `detach`, nor a region without them.
 
     Returns:
         What the memory holds in the end; None where something has no functional form, and nothing is changed.
     """
-    # of what may share memory by its schema, that which really did
-    calls = [node for node in graph.nodes if node.op == "call_function"]
-    family = [node for node in calls if base_of(node) is base and storages(node) & storages(base)]
     if not all(_is_possible(node, gradients) for node in family if node is not base):
         return None
-    return _Rewriting(graph, base, {base, *family}, gradients).run()
+    return _Rewriting(graph, base, family, gradients).run()
 
 
 def _is_possible(node: Node, gradients: bool) -> bool:

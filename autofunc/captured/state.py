@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from operator import getitem
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from autofunc.captured.export import Exported
-from autofunc.captured.functional import rewrite
+from autofunc.captured.functional import families, rewrite
 from autofunc.errors import ModelError
 from autofunc.graph.lines import line_of
 from autofunc.graph.memory import base_of, written
@@ -87,24 +87,26 @@ def take_states(exported: Exported, module: nn.Module, what: str) -> None:
         for target in written(node):
             if base_of(target) in exported.buffers:
                 owners.setdefault(base_of(target), []).append(node)
+    lying = families(exported.graph, owners)
+    written_to = {base_of(target) for node in exported.graph.nodes for target in written(node)}.difference(owners)
     for buffer, writes in owners.items():
-        after = rewrite(exported.graph, buffer, gradients=False)
+        after = rewrite(exported.graph, buffer, lying[buffer], gradients=False)
         if after is None:
             raise ModelError(
                 f"{what} writes to its buffer {exported.buffers[buffer]!r} in a way that has no functional form "
                 f"({writes[0].target}; {line_of(writes[0])}); write to the whole buffer: self.buffer.copy_(...)"
             )
-        _copy_where_made(exported.graph, after)
+        _copy_where_made(after, written_to)
         exported.states[buffer] = after
     exported.graph.lint()
 
 
-def _copy_where_made(graph: fx.Graph, after: Node) -> None:
+def _copy_where_made(after: Node, written_to: Container[Node]) -> None:
     """A buffer that is replaced is written when forward ends, but with what was made long before, in its layer."""
     source = after.args[0] if after.args else None
     if after.target is not _aten.clone.default or not isinstance(source, Node) or source.op == "placeholder":
         return
-    if not any(base_of(target) is base_of(source) for node in graph.nodes for target in written(node)):
+    if base_of(source) not in written_to:
         source.append(after)
         after.meta.update({key: source.meta[key] for key in ("modules", "stack_trace") if key in source.meta})
 

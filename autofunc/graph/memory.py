@@ -54,8 +54,12 @@ def _lies_in(node: Node) -> Node | None:
 def storages(node: Node) -> set[Any]:
     """The memory that a node's fake values lie in, to be compared: what shares some has shared it when it was traced."""
     value = node.meta.get("val")
-    parts = value if isinstance(value, (list, tuple)) else [value]
-    return {part.untyped_storage()._cdata for part in parts if isinstance(part, Tensor) and part.layout is torch.strided}
+    known: tuple[Any, set[Any]] | None = node.meta.get("storages")
+    if known is None or known[0] is not value:  # it is asked for again and again, and is not free
+        parts = value if isinstance(value, (list, tuple)) else [value]
+        tensors = [part for part in parts if isinstance(part, Tensor) and part.layout is torch.strided]
+        node.meta["storages"] = known = (value, {part.untyped_storage()._cdata for part in tensors})
+    return known[1]
 
 
 def base_of(node: Node) -> Node:

@@ -180,7 +180,7 @@ def resident(schedule: str, reshard: bool) -> tuple[list[int], list[int]]:
         rows.append(plan.schedule[rank])
         return [watch]
 
-    pipe.run(Mode.GRADS, params, batch, None, observe)
+    pipe.run(Mode.GRADS, params, batch, None, observe=observe)
     sizes = {
         stage.index: sum(4 * model.spec[path].numel() for path in stage.paths)
         for stage in stages
