@@ -10,7 +10,7 @@ from torch import Tensor
 
 from autofunc import tree
 from autofunc.errors import BatchError
-from autofunc.random import as_key, fold_in
+from autofunc.random import KEY, as_key, fold_in
 
 Microbatch = dict[str, Any]
 
@@ -25,23 +25,25 @@ def split_batch(
     key: Any = None,
     batch_dims: BatchDims = None,
     first: int = 0,
+    key_name: str = KEY,
 ) -> list[Microbatch]:
     """Cut a batch into microbatches of equal size, in order. Tensors are views, nothing is copied.
 
     Tensors are cut along the dim that `row_dims` finds; all other leaves go to every microbatch.
 
     Args:
-        batch: mapping of pytrees of tensors. Its `"key"`, when there is one, is the key.
+        batch: mapping of pytrees of tensors.
         num_microbatches: how many; must divide the batch size.
         key: randomness of this step: None, (seed, step), or a tensor from `af.random.make_key`. Each microbatch gets its
             own key, folded from this one and its number.
         batch_dims: see `row_dims`.
         first: number of the first microbatch among those of all data parallel ranks.
+        key_name: of the entry that is the key, in the batch and in each microbatch: the model's `key_name`.
 
     Raises:
         BatchError: when there is nothing to cut, it is ambiguous how, or rows do not divide.
     """
-    rows, dims = row_dims(batch, batch_dims, cuts=num_microbatches > 1)
+    rows, dims = row_dims(batch, batch_dims, cuts=num_microbatches > 1, key_name=key_name)
     if rows % num_microbatches:
         fitting = [count for count in range(1, rows + 1) if rows % count == 0]
         raise BatchError(
@@ -50,22 +52,22 @@ def split_batch(
         )
     pieces: list[Microbatch] = [{} for _ in range(num_microbatches)]
     for name, value in batch.items():
-        if name == "key":
+        if name == key_name:
             continue
         leaves, spec = tree.leaves_and_spec(value)
         cut = [_cut(leaf, dim, num_microbatches) for leaf, dim in zip(leaves, dims[name], strict=True)]
         for index, piece in enumerate(pieces):
             piece[name] = tree.from_leaves([leaf[index] for leaf in cut], spec)
-    step_key = as_key(batch.get("key") if key is None else key, device=_device(batch))
+    step_key = as_key(batch.get(key_name) if key is None else key, device=_device(batch, key_name))
     if step_key is not None:
         keys = fold_in(step_key, torch.arange(first, first + num_microbatches, device=step_key.device))
         for piece, microbatch_key in zip(pieces, keys.unbind(), strict=True):
-            piece["key"] = microbatch_key
+            piece[key_name] = microbatch_key
     return pieces
 
 
 def row_dims(
-    batch: Mapping[str, Any], batch_dims: BatchDims = None, *, cuts: bool = True
+    batch: Mapping[str, Any], batch_dims: BatchDims = None, *, cuts: bool = True, key_name: str = KEY
 ) -> tuple[int, dict[str, list[int | None]]]:
     """How many rows a batch has, and in which dim.
 
@@ -80,6 +82,7 @@ def row_dims(
         batch_dims: entry -> dim or None; one number is for all entries. What it names may have several times as many rows
             as the batch.
         cuts: whether it will be cut at all; one that will not is never ambiguous.
+        key_name: of the entry that is the key, which has no rows.
 
     Returns:
         The number of rows, and for each leaf of an entry the dim that is cut; None: it goes whole to every microbatch.
@@ -91,7 +94,7 @@ def row_dims(
     unknown = sorted(set(given) - set(batch))
     if unknown:
         raise BatchError(f"batch_dims names {unknown[0]!r}, which is not in the batch: {', '.join(map(str, batch))}")
-    leaves = _leaves(batch)
+    leaves = _leaves(batch, key_name)
     rows = _batch_size(leaves, given)
     dims: dict[str, list[int | None]] = {
         name: [_dim(leaf, name, rows, given) for leaf in each] for name, each in leaves.items()
@@ -101,14 +104,15 @@ def row_dims(
     return rows, dims
 
 
-def rows_in_words(batch: Mapping[str, Any], batch_dims: BatchDims = None) -> str:
+def rows_in_words(batch: Mapping[str, Any], batch_dims: BatchDims = None, *, key_name: str = KEY) -> str:
     """How a batch is cut: `8 rows, in dim 0 of ids, labels, in dim 1 of positions; whole: mask`.
 
     Args:
         batch: mapping of pytrees of tensors.
         batch_dims: see `row_dims`.
+        key_name: see `row_dims`.
     """
-    rows, dims = row_dims(batch, batch_dims, cuts=False)
+    rows, dims = row_dims(batch, batch_dims, cuts=False, key_name=key_name)
     places: dict[int | None, list[str]] = {}
     for name, each in dims.items():
         tensors = [leaf for leaf in tree.leaves_and_spec(batch[name])[0] if isinstance(leaf, Tensor)]
@@ -119,23 +123,26 @@ def rows_in_words(batch: Mapping[str, Any], batch_dims: BatchDims = None) -> str
     return f"{rows} rows{cut}{whole}"
 
 
-def refuse_ambiguous(batch: Mapping[str, Any], rows: int, batch_dims: BatchDims = None) -> None:
+def refuse_ambiguous(
+    batch: Mapping[str, Any], rows: int, batch_dims: BatchDims = None, *, key_name: str = KEY
+) -> None:  # fmt: skip
     """Refuse entries that `row_dims` calls ambiguous.
 
     Args:
         batch: mapping of pytrees of tensors.
         rows: how many it has.
         batch_dims: see `row_dims`.
+        key_name: see `row_dims`.
 
     Raises:
         BatchError: naming the entry, and what to say.
     """
-    leaves = _leaves(batch)
+    leaves = _leaves(batch, key_name)
     _refuse_ambiguous(leaves, rows, leaves if isinstance(batch_dims, int) else batch_dims or {})
 
 
-def _leaves(batch: Mapping[str, Any]) -> dict[str, list[Any]]:
-    return {name: tree.leaves_and_spec(value)[0] for name, value in batch.items() if name != "key"}
+def _leaves(batch: Mapping[str, Any], key_name: str) -> dict[str, list[Any]]:
+    return {name: tree.leaves_and_spec(value)[0] for name, value in batch.items() if name != key_name}
 
 
 def _refuse_ambiguous(leaves: Mapping[str, list[Any]], rows: int, given: Mapping[str, Any]) -> None:
@@ -210,8 +217,8 @@ def _cut(leaf: Any, dim: int | None, count: int) -> list[Any]:
     return [leaf] * count if dim is None else list(torch.split(leaf, leaf.shape[dim] // count, dim))
 
 
-def _device(batch: Mapping[str, Any]) -> torch.device:
-    leaves = tree.leaves_and_spec({name: value for name, value in batch.items() if name != "key"})[0]
+def _device(batch: Mapping[str, Any], key_name: str) -> torch.device:
+    leaves = tree.leaves_and_spec({name: value for name, value in batch.items() if name != key_name})[0]
     return next((leaf.device for leaf in leaves if isinstance(leaf, Tensor)), torch.device("cpu"))
 
 

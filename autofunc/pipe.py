@@ -237,7 +237,9 @@ class Pipeline(Held):
     def _split(self, batch: Mapping[str, Any], key: Any) -> list[Microbatch]:
         place, _ = data_coordinate(self.mesh)
         count = self.schedule.num_microbatches
-        return split_batch(batch, count, key=key, batch_dims=self._batch_dims, first=place * count)
+        return split_batch(
+            batch, count, key=key, batch_dims=self._batch_dims, first=place * count, key_name=self._model.key_name
+        )
 
     def _plan(
         self, mode: Mode, params: Mapping[str, Tensor], device: torch.device, microbatches: Sequence[Microbatch]

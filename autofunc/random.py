@@ -30,6 +30,11 @@ from torch import Tensor
 from autofunc.errors import BatchError
 from autofunc.tree import join
 
+KEY = "key"
+"""The entry of a batch and of a microbatch that is its randomness ..."""
+KEY_BESIDE_ENTRY = "random key"
+"""... and where the model's forward has an argument `key`, which is an entry like others."""
+
 _MASK = 0xFFFFFFFF
 _MULTIPLIER_1 = 0x21F0AAAD
 _MULTIPLIER_2 = 0x735A2D97

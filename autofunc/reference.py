@@ -55,7 +55,7 @@ def reference_value_and_grad(
         total, weight = torch.zeros(()), torch.zeros(())
         collected = []
         states = model.state_trees({} if state is None else tree.flatten(state))
-        for microbatch in split_batch(batch, num_microbatches, key=key, batch_dims=batch_dims):
+        for microbatch in split_batch(batch, num_microbatches, key=key, batch_dims=batch_dims, key_name=model.key_name):
             specialised = model.specialise(microbatch, dtypes)
             with torch.enable_grad():
                 outputs, states = specialised.run(list(model.layers), by_layer, None, microbatch, states)

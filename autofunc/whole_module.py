@@ -108,7 +108,7 @@ def differences(model: CapturedModel, batch: Mapping[str, Any], loss: Loss | Non
     on_meta = [name for name, leaf in source.module.state_dict(keep_vars=True).items() if leaf.is_meta]
     if on_meta:
         raise ModelError(f"{model.title}: {on_meta[0]!r} is on the meta device; a comparison runs it, so give it weights")
-    entries = {name: value for name, value in batch.items() if name != "key"}
+    entries = {name: value for name, value in batch.items() if name != model.key_name}
     evaluation = model.without_key(entries)
     if evaluation.drawn:
         raise NotComparable(

@@ -33,7 +33,7 @@ class Entry(NamedTuple):
     model: str  # its class in transformers
     options: Mapping[str, Any]  # of its config
     batch: str = "text"  # see `BATCHES`
-    is_eval: bool = False  # for batch normalisation
+    is_eval: bool = False  # for what draws, or writes to its parameters, while it trains
     batch_dims: Mapping[str, int | None] | None = None
     own_loss: bool = True  # else a sum of all that it returns, each element weighed
 

@@ -117,7 +117,7 @@ VISION: Mapping[str, Entry] = {
             "embedding_size": 8, "hidden_sizes": [8, 16, 24], "depths": [1, 2, 1], "layer_type": "bottleneck",
             "num_labels": 3,
         },
-        "pictures", is_eval=True,
+        "pictures",
     ),
     "DETR": Entry(
         "DetrForObjectDetection",
@@ -126,7 +126,7 @@ VISION: Mapping[str, Entry] = {
             "use_timm_backbone": False, "use_pretrained_backbone": False, "backbone": None, "backbone_config": _BACKBONE,
             "num_queries": 5, "num_labels": 3,
         },
-        "scenes", is_eval=True, own_loss=False,
+        "scenes", own_loss=False,
     ),
     "SegFormer": Entry(
         "SegformerForSemanticSegmentation",
@@ -135,7 +135,7 @@ VISION: Mapping[str, Entry] = {
             "strides": [4, 2], "num_attention_heads": [1, 2], "mlp_ratios": [2, 2], "decoder_hidden_size": 16,
             "drop_path_rate": 0.0, "classifier_dropout_prob": 0.0, "num_labels": 3, **NO_DROPOUT,
         },
-        "maps", is_eval=True,
+        "maps",
     ),
     "DINOv2": Entry("Dinov2ForImageClassification", _VISION, "pictures"),
 }  # fmt: skip

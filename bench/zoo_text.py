@@ -53,10 +53,11 @@ TEXT: Mapping[str, Entry] = {
             "layer_types": ["sliding_attention", "full_attention"] * 2,
             "activation_sparsity_pattern": [0.95, 0.0, 0.0, 0.0],
         },
+        is_eval=True,  # while it trains it writes to its own parameters: altup_coef_clip, which takes no None
     ),
     "Phi": Entry("PhiForCausalLM", {**GROUPED, "max_position_embeddings": 32}),
     "Phi-3": Entry("Phi3ForCausalLM", GROUPED),
-    "Phi-MoE": Entry("PhimoeForCausalLM", {**GROUPED, **_ROUTED}),
+    "Phi-MoE": Entry("PhimoeForCausalLM", {**GROUPED, **_ROUTED}, is_eval=True),
     "Falcon": Entry("FalconForCausalLM", {**SIZES, "alibi": True}),
     "BLOOM": Entry("BloomForCausalLM", {**SIZES, "n_layer": 4, "n_head": 4}, "padded"),
     "OPT": Entry(

@@ -77,11 +77,31 @@ class Conversions(TorchFunctionMode):
             whole, mask = (each.expand(shape) for each in args)
             return whole[self.places(mask)]
         if func in _UNIQUE:
-            same = self.value("bool", (args[0] == args[0][:1]).all())
-            return args[0][:1] if same else func(*args, **kwargs)
+            return self._unique(args[0].flatten())
+        if func in _REPEATING:
+            return self._repeat(func, args, kwargs)
+        if func is torch.tensor:
+            return torch.stack([*args[0]]).to(kwargs.get("device"))
         if func in _INDEXING:
             return func(args[0], self._index(args[1], masks=_takes_places(func, args)), *args[2:])
         return func(*map(self._size, args), **{name: self._size(argument) for name, argument in kwargs.items()})
+
+    def _unique(self, values: Tensor) -> Tensor:
+        """The first value of each run of equal ones: one, where all are equal, whatever they are."""
+        if self.value("bool", (values == values[:1]).all()):
+            return values[:1]
+        begins = torch.cat([torch.ones_like(values[:1], dtype=torch.bool), values[1:] != values[:-1]])
+        return values[self.places(begins)]
+
+    def _repeat(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
+        """Elements that are repeated as often as a tensor says, of a known size."""
+        repeats = _repeats(args, kwargs)
+        total = self.value("int", repeats.sum())
+        if repeats.numel() == 1 and len(args) + len(kwargs) > 1:  # each of them as often
+            dim = args[2] if len(args) > 2 else kwargs.get("dim")
+            total *= args[0].numel() if dim is None else args[0].shape[dim]
+        found: Tensor = func(*args, **(kwargs | {"output_size": total}))
+        return found
 
     def _read(self, func: Any, found: Tensor) -> Any:
         if func is torch.Tensor.tolist and found.dim():  # as fake tensors do, one by one
@@ -123,12 +143,16 @@ def here() -> Place:
 def reads_values(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
     """Whether a call makes numbers or shapes of values of tensors."""
     if func in _READING:
-        return _is_fixed(args[0]) and (func is torch.Tensor.tolist or args[0].numel() == 1)
+        return _is_fixed(args[0]) and not _only_checked(func) and (func is torch.Tensor.tolist or args[0].numel() == 1)
     if func in _COMPARING or func in _NONZERO or func in _SELECTING or func in _UNIQUE:
         one = func not in _COMPARING and func not in _SELECTING
         given = [each for each in args if isinstance(each, Tensor)]
         plain = func in _COMPARING or not any(value for name, value in kwargs.items() if name != "as_tuple")
         return plain and len(args) == (1 if one else 2) and all(map(_is_fixed, given)) and (not one or _has_rows(given[0]))
+    if func in _REPEATING:
+        return isinstance(_repeats(args, kwargs), Tensor) and _is_fixed(args[0]) and kwargs.get("output_size") is None
+    if func is torch.tensor:
+        return isinstance(args[0], list) and bool(args[0]) and all(map(_is_number, args[0])) and kwargs.keys() <= {"device"}
     if func in _INDEXING:
         masks = _takes_places(func, args)
         return any((masks and _is_mask(part)) or _bounds(part) for part in _parts(args[1]))
@@ -150,6 +174,7 @@ _NONZERO = {torch.nonzero, torch.Tensor.nonzero, torch.argwhere, torch.Tensor.ar
 _UNIQUE = {torch.unique_consecutive, torch.Tensor.unique_consecutive}
 _SELECTING = {torch.masked_select, torch.Tensor.masked_select}
 
+_REPEATING = {torch.repeat_interleave, torch.Tensor.repeat_interleave}
 _INDEXING = {torch.Tensor.__getitem__, torch.Tensor.__setitem__}
 
 _SIZED = {
@@ -180,6 +205,18 @@ _COMPARING: dict[Any, Callable[..., Any]] = {
     torch.Tensor.allclose: _close,
     torch.Tensor.__contains__: _contains,
 }
+
+
+def _repeats(args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    return kwargs["repeats"] if "repeats" in kwargs else args[min(len(args), 2) - 1]
+
+
+def _only_checked(func: Any) -> bool:
+    """Whether a check of torch reads it, such as `torch._check_tensor_all`; they are left out of what is captured."""
+    if func is not torch.Tensor.item:
+        return False
+    reader = next(dropwhile(is_own, reversed(traceback.extract_stack())))
+    return is_of_torch(reader) and reader.name.startswith("_check")
 
 
 def _is_fixed(tensor: Any) -> bool:

@@ -23,6 +23,7 @@ from autofunc import tree
 from autofunc.captured.assertions import leave_out_assertions
 from autofunc.captured.compiled_parts import call_inside
 from autofunc.captured.converted_parts import without_conversions
+from autofunc.captured.ctc import LengthsAsTensors
 from autofunc.captured.decided_draws import refuse_decided_draws
 from autofunc.captured.dense import SPARSE, make_dense
 from autofunc.captured.draws import unvalidated
@@ -119,7 +120,7 @@ class Call(nn.Module):
 
     def _called(self, args: tuple[Any, ...], kwargs: dict[str, Any], batch: Mapping[str, Any]) -> Any:
         try:
-            with self._reading():
+            with self._reading(), LengthsAsTensors():
                 return self.module(*args, **kwargs)
         except TypeError as error:
             refused = next((name for name in kwargs if f"unexpected keyword argument '{name}'" in str(error)), None)
@@ -162,6 +163,7 @@ def export(
             return torch.export.export(call, (dict(batch),), strict=False)
 
     program = exported_program()
+    as_exported = str(program.graph) if call.left.changes else ""
     refuse_host_draws(call.drawn, program, exported_program, what)
     _refuse_shapes_of_data(program.graph, what)
     checks = leave_out_assertions(program.graph_module)
@@ -204,18 +206,18 @@ def export(
     if call.left.changes:
         with restored(module), naming_errors(what), _quiet():
             _prepare(module, dtype, modes)
-            _refuse_state(call, batch, program.graph, what)
+            _refuse_state(call, batch, as_exported, what)
     return exported
 
 
-def _refuse_state(call: Call, batch: Mapping[str, Any], first: fx.Graph, what: str) -> None:
+def _refuse_state(call: Call, batch: Mapping[str, Any], first: str, what: str) -> None:
     """Refuse a forward that runs otherwise where it has run before; what it stores for itself is its own affair."""
     stored = call.left.words
     try:
         again = str(torch.export.export(call, (dict(batch),), strict=False).graph)
     except Exception as error:  # whatever the user's code makes of what it finds
         again = f"{type(error).__name__}: {error}"
-    if again != str(first):
+    if again != first:
         raise ModelError(
             f"{what} keeps state from one forward to the next: {stored}. Microbatches overlap in a pipeline, and a "
             "captured forward would do it only once; return it, or compute it in __init__"

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from autofunc import tree
 from autofunc.captured.captures import Branches, Captures
 from autofunc.captured.model import CapturedModel
+from autofunc.random import KEY
 
 
 def from_function(
@@ -68,6 +69,7 @@ class FunctionSource:
 
     aliases: Mapping[str, Sequence[str]] = {}
     module_names: Sequence[str] = ()
+    key_name = KEY
 
     def __init__(self, function: Callable[..., Any], params: tree.Nested) -> None:
         self.what = getattr(function, "__name__", type(function).__name__)
@@ -80,7 +82,7 @@ class FunctionSource:
 
     def select(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """See `Source.select`."""
-        return {name: value for name, value in batch.items() if name != "key"}
+        return {name: value for name, value in batch.items() if name != KEY}
 
     def arguments(self, batch: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """See `Source.arguments`."""

@@ -83,6 +83,11 @@ class CapturedModel(Model):
         return list(dict.fromkeys(name for owned in self._holders.values() for name in owned))
 
     @property
+    def key_name(self) -> str:  # type: ignore[override]
+        """See `Model.key_name`: another one where `key` is an entry that forward takes."""
+        return self._source.key_name
+
+    @property
     def module(self) -> nn.Module:
         """What was captured."""
         return self._source.module
@@ -154,8 +159,8 @@ class CapturedModel(Model):
 
     def with_needed_key(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """See `Model.with_needed_key`."""
-        needed = batch.get("key") is None and self.without_key(batch).drawn
-        return {**batch, "key": make_key(0)} if needed else dict(batch)
+        needed = batch.get(self.key_name) is None and self.without_key(batch).drawn
+        return {**batch, self.key_name: make_key(0)} if needed else dict(batch)
 
     def without_key(self, batch: Mapping[str, Any]) -> Evaluation:
         """How the module is evaluated on a batch without a key."""
@@ -175,7 +180,7 @@ class CapturedModel(Model):
                 neither the module's dtypes nor one dtype.
         """
         batch = self._example if microbatch is None else microbatch
-        known, evaluates = self._known_states, microbatch is not None and microbatch.get("key") is None
+        known, evaluates = self._known_states, microbatch is not None and microbatch.get(self.key_name) is None
         signature, flow = self._captures.flow(
             batch, self._recast(dtypes or {}), known, training=training or not known, evaluates=evaluates
         )
@@ -204,7 +209,7 @@ class CapturedModel(Model):
             segment, keys = cut.shared([number_of[name] for name in layers])
             given = {name: microbatch[name] for name in entries}
             leaves = [leaf for leaf in tree.leaves_and_spec(given)[0] if isinstance(leaf, Tensor)]
-            device, key = _device(leaves), microbatch.get("key")
+            device, key = _device(leaves), microbatch.get(self.key_name)
             values, _ = segment({}, leaves, {}, device, key)
             return Shared(dict(zip(keys, values if len(keys) != 1 else [values], strict=True)), device, key)
 

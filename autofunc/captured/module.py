@@ -18,6 +18,7 @@ from autofunc.captured.initial import initial_buffer, initial_weights
 from autofunc.captured.model import CapturedModel
 from autofunc.captured.pretrained import Pretrained, SafetensorsWeights, Weights
 from autofunc.errors import ModelError, one_of
+from autofunc.random import KEY, KEY_BESIDE_ENTRY
 
 _TOTAL = "num_items_in_batch"  # of transformers: by what a sum over a whole batch is divided
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
@@ -143,6 +144,18 @@ class ModuleSource:
                 found.setdefault(canonical, []).append(name)
         return found
 
+    @cached_property
+    def _wanted(self) -> list[str]:
+        """The entries that `inputs` names."""
+        return list(self._inputs.values() if isinstance(self._inputs, Mapping) else self._inputs or ())
+
+    @cached_property
+    def key_name(self) -> str:
+        """See `Source.key_name`."""
+        named = [name for name, each in self._takes.items() if each.kind in _NAMED]
+        takes_key = KEY in (named if self._inputs is None else self._wanted)
+        return KEY_BESIDE_ENTRY if takes_key else KEY
+
     def canonical(self, name: str) -> str:
         """See `Source.canonical`."""
         return self._canonical[name]
@@ -153,9 +166,9 @@ class ModuleSource:
         Raises:
             ModelError: when forward lacks an argument.
         """
-        entries = {str(name): value for name, value in batch.items() if name != "key"}
+        entries = {str(name): value for name, value in batch.items() if name != self.key_name}
         if self._inputs is not None:
-            wanted = list(self._inputs.values()) if isinstance(self._inputs, Mapping) else list(self._inputs)
+            wanted = self._wanted
             missing = [name for name in wanted if name not in entries]
             if missing:
                 raise ModelError(

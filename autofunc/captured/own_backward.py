@@ -125,16 +125,7 @@ torch.library.register_fake("autofunc::applied", _run)
 
 @contextmanager
 def recorded() -> Iterator[None]:
-    """Calls of functions inside become operators, see `apply_for_real`.
-
-    Args:
-        what: runs, for messages.
-
-    Raises:
-        ModelError: for a reentrant checkpoint, whose backward runs what it closes over.
-    """
-
-    global _what
+    """Calls of functions inside become operators, see `apply_for_real`."""
     _calls.clear()
     _results.clear()
     original = _FUNCTION.__code__

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from autofunc import tree
 from autofunc.captured.conversions import Conversions, Decision, Kind, here
+from autofunc.captured.ctc import LengthsAsTensors
 from autofunc.captured.snapshot import Snapshot
 from autofunc.captured.source import Source
 from autofunc.captured.unchanged import restored
@@ -104,7 +105,7 @@ def _run(
         lambda leaf: leaf.detach().to(device, copy=True) if isinstance(leaf, Tensor) else leaf, dict(entries)
     )
     args, kwargs = source.arguments(given)
-    with prepared(source), torch.no_grad(), torch.device(device), WithoutDropout(), noting:
+    with prepared(source), torch.no_grad(), torch.device(device), WithoutDropout(), noting, LengthsAsTensors():
         try:
             source.module(*args, **kwargs)
         except Exception as error:  # whatever the user's code raises; it may also have caught what ended the run

@@ -37,6 +37,11 @@ class Source(Protocol):
         """By canonical path: the other names that the same parameter has."""
         ...
 
+    @property
+    def key_name(self) -> str:
+        """The entry of a batch that is no argument, but its randomness."""
+        ...
+
     def canonical(self, name: str) -> str:
         """The canonical path of a parameter of `module`."""
         ...

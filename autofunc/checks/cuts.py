@@ -50,7 +50,7 @@ def _goes_otherwise(subject: Subject, model: Model) -> str:
     try:
         with torch.no_grad():
             for part in subject.parts():
-                model(subject.params, {name: entry for name, entry in part.items() if name != "key"})
+                model(subject.params, {name: entry for name, entry in part.items() if name != subject.key_name})
     except AutofuncError as error:
         return str(error)
     return ""

@@ -17,16 +17,19 @@ from autofunc.errors import BatchError
 def check_entries(subject: Subject) -> list[Verdict]:
     """The findings of P4: one verdict or more."""
     try:
-        refuse_ambiguous(subject.batch, subject.rows, subject.batch_dims)
+        refuse_ambiguous(subject.batch, subject.rows, subject.batch_dims, key_name=subject.key_name)
     except BatchError as error:
         return [Verdict("P4", "fail", str(error))]
     found = []
     for name, value in subject.batch.items():
-        if name == "key":
+        if name == subject.key_name:
             continue
         for path, leaf in zip(tree.leaf_names(value, str(name)), tree.leaves_and_spec(value)[0], strict=True):
             found += _entry(subject, str(name), path, leaf)
-    return found or [Verdict("P4", "pass", f"microbatches are cut: {rows_in_words(subject.batch, subject.batch_dims)}")]
+    if found:
+        return found
+    words = rows_in_words(subject.batch, subject.batch_dims, key_name=subject.key_name)
+    return [Verdict("P4", "pass", f"microbatches are cut: {words}")]
 
 
 def _entry(subject: Subject, name: str, path: str, leaf: Any) -> list[Verdict]:

@@ -97,13 +97,18 @@ class Subject:
             on_meta = [name for name, leaf in self._source.parameters.items() if leaf.is_meta]
             if on_meta:
                 raise ModelError(f"{self.name}: {on_meta[0]!r} is on the meta device; a check runs it, so give it weights")
-        self.rows = _rows(self.batch) if rows is None else rows
+        self.rows = _rows(self.batch, self.key_name) if rows is None else rows
 
     @cached_property
     def model(self) -> Model:
         """The model that is checked; only where it is no module."""
         assert isinstance(self.checked, Model)
         return self.checked
+
+    @property
+    def key_name(self) -> str:
+        """The entry of the batch that is its randomness."""
+        return self._source.key_name if self.module is not None else self.model.key_name
 
     @cached_property
     def params(self) -> dict[str, Tensor]:
@@ -275,10 +280,10 @@ class Subject:
         count = next((count for count in range(2, self.rows + 1) if self.rows % count == 0), 1)
         dims: BatchDims = self.batch_dims
         if not isinstance(dims, int):
-            others = (name for name in batch if name != "key")
+            others = (name for name in batch if name != self.key_name)
             dims = {name: 0 if self.has_rows(batch[name]) else None for name in others} | dict(dims or {})
         try:
-            return list(split_batch(batch, count, batch_dims=dims))
+            return list(split_batch(batch, count, batch_dims=dims, key_name=self.key_name))
         except BatchError:
             return [dict(batch)]
 
@@ -293,10 +298,10 @@ def _drawn_so_far() -> dict[str, Any]:
     return {"Python's random": random.getstate(), "numpy.random": pickle.dumps(np.random.get_state())}
 
 
-def _rows(batch: Mapping[str, Any]) -> int:
+def _rows(batch: Mapping[str, Any], key_name: str) -> int:
     sizes: dict[int, int] = {}
     for name, value in batch.items():
-        for leaf in tree.leaves_and_spec(value)[0] if name != "key" else ():
+        for leaf in tree.leaves_and_spec(value)[0] if name != key_name else ():
             if isinstance(leaf, Tensor) and leaf.dim() > 0:
                 sizes[leaf.shape[0]] = sizes.get(leaf.shape[0], 0) + 1
     if not sizes:

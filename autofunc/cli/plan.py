@@ -83,7 +83,7 @@ def _show(made: RunPlan, console: Console) -> None:
         f"{recipe.schedule.num_microbatches} microbatches",
         f"step: {timeline.makespan:.3g} ms, bubble {timeline.bubble_fraction:.1%}; "
         f"longest stage {made.imbalance:.2f}x the mean",
-        f"a batch: {rows_in_words(recipe.example(), STACKED)}",
+        f"a batch: {rows_in_words(recipe.example(), STACKED, key_name=recipe.model.key_name)}",
         f"times: {times}; transfers count as nothing",
     ]
     if len(made.stages) > 1:

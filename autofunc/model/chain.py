@@ -18,7 +18,7 @@ from autofunc.model.placement_rules import TensorParallel
 from autofunc.model.specialised import LayerFunction, Specialised
 from autofunc.model.state import State, check_state, stateful
 from autofunc.model.stored import Stored
-from autofunc.random import InitKey, as_key
+from autofunc.random import KEY, InitKey, as_key
 
 
 class Model:
@@ -38,6 +38,9 @@ class Model:
     Raises:
         ModelError: for names that collide. Ties and patterns that name no parameter are found when `spec` is first read.
     """
+
+    key_name = KEY
+    """The entry of a batch and of a microbatch that is its randomness."""
 
     def __init__(
         self,
@@ -293,12 +296,12 @@ class Model:
 
         Args:
             params: a tree with every canonical path.
-            batch: a mapping; `batch["key"]` turns dropout on.
+            batch: a mapping; its entry `key_name`, a key, turns dropout on.
             state: of a model that has some.
         """
         flat = tree.flatten(params)
         by_layer = self.layer_trees({path: self.lookup(flat, path) for path in self.spec})
-        batch = {**batch, "key": as_key(batch.get("key"))}
+        batch = {**batch, self.key_name: as_key(batch.get(self.key_name))}
         specialised = self.specialise(batch, {path: leaf.dtype for path, leaf in flat.items()}, training=False)
         states = self.state_trees({} if state is None else tree.flatten(state))
         return specialised.run(list(self.layers), by_layer, None, batch, states)[0]

@@ -131,7 +131,7 @@ class StageContext:
         Names of layers are left out, unless the microbatch has a key: randomness depends on them.
         """
         stage, model = self.stage, self.stage.model
-        random = self.microbatch.get("key") is not None
+        random = self.microbatch.get(self.stage.model.key_name) is not None
         labels = stage.layers if random else [f"layer {number}" for number in range(len(stage.layers))]
         params = tuple(
             tuple(self._parameter_key(path) for path in stage.holders if model.layer_of(path) == name)

@@ -95,7 +95,7 @@ def count_operations(
         setting: in what precision layers run.
     """
     whole = Stage(model, 0, tuple(model.layers))
-    batch = {"key": None, **model.with_needed_key(batch)}
+    batch = {model.key_name: None, **model.with_needed_key(batch)}
     specialised, dtypes = specialise(model, parameter_dtypes(model, {}), batch, setting)
     context = StageContext(whole, specialised, None, loss, True, True, dtypes, batch, torch.device("cpu"), setting)
     found: dict[str, LayerCost] = {}

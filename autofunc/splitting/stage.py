@@ -125,7 +125,8 @@ class Stage:
         Returns:
             x; with a state given, x and a tree of this stage's new state.
         """
-        batch = {**batch, "key": as_key(batch.get("key"))}
+        name = self.model.key_name
+        batch = {**batch, name: as_key(batch.get(name))}
         flat = tree.flatten(params)
         specialised = self.model.specialise(batch, {path: leaf.dtype for path, leaf in flat.items()})
         given = {} if state is None else tree.flatten(state)

@@ -10,9 +10,7 @@ from typing import Any
 import torch
 
 from autofunc import tree
-from autofunc.batch import split_batch
 from autofunc.config import FinetuneConfig
-from autofunc.data import STACKED
 from autofunc.errors import AutofuncError
 from autofunc.losses import Loss
 from autofunc.model import Model
@@ -110,9 +108,7 @@ def plan_run(
         on_progress("reading the model and the data")
         options: dict[str, Any] = {"layer_costs": measured} if measure else {}
         recipe = prepare(config if measure else _without_weights(config), num_processes, notes=notes, **options)
-        microbatch = split_batch(
-            recipe.example(), recipe.schedule.num_microbatches, key=(recipe.seed, 1), batch_dims=STACKED
-        )[0]
+        microbatch = recipe.microbatch((recipe.seed, 1))
         if measure and not times:  # split points were given
             measured(recipe.model, microbatch, recipe.loss)
         on_progress("counting operations")

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
+from autofunc.batch import Microbatch, split_batch
 from autofunc.config import FinetuneConfig, check_arguments, resolve_target
-from autofunc.data import first_rows
+from autofunc.data import STACKED, first_rows
 from autofunc.engine import EngineOptions, require_compiler
 from autofunc.errors import AutofuncError, ConfigError, ModelError
 from autofunc.losses import Loss
@@ -60,6 +61,11 @@ class Recipe:
     def example(self) -> dict[str, Any]:
         """A batch of the dataset's first rows, as many as a data parallel rank has: to measure on."""
         return first_rows(self.dataset, self.rows // self.axes.dp)
+
+    def microbatch(self, key: tuple[int, int]) -> Microbatch:
+        """The first microbatch of `example`, in the step of this (seed, step)."""
+        name, count = self.model.key_name, self.schedule.num_microbatches
+        return split_batch(self.example(), count, key=key, batch_dims=STACKED, key_name=name)[0]
 
 
 def prepare(

@@ -11,8 +11,6 @@ from contextlib import contextmanager
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from autofunc.batch import split_batch
-from autofunc.data import STACKED
 from autofunc.errors import AutofuncError, ConfigError, MeshError
 from autofunc.shard.parameters import Parameters, cut_over_tp
 from autofunc.splitting import infer_boundaries
@@ -37,7 +35,7 @@ def check_tensor_parallel(recipe: Recipe) -> None:
             _check_lengths(recipe)
         with _imagined(recipe.axes) as mesh:
             parameters = Parameters(recipe.stages, model, mesh, recipe.sharding)
-            microbatch = split_batch(recipe.example(), recipe.schedule.num_microbatches, key=(0, 0), batch_dims=STACKED)[0]
+            microbatch = recipe.microbatch((0, 0))
             infer_boundaries(recipe.stages, {}, microbatch, recipe.loss, setting=parameters.setting)
     except AutofuncError as error:
         raise ConfigError(f"distributed, with {recipe.axes}: {error}") from error

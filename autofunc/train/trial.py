@@ -44,7 +44,11 @@ class Trial:
         for start in [0, len(dataset) - last] if last and not drop_last else [0]:
             batch = first_rows(dataset, self._rows // self._places, start)
             try:
-                self._try(split_batch(batch, self._num_microbatches, key=(0, 0), batch_dims=STACKED)[0])
+                name = self._stages[0].model.key_name
+                microbatches = split_batch(
+                    batch, self._num_microbatches, key=(0, 0), batch_dims=STACKED, key_name=name
+                )  # fmt: skip
+                self._try(microbatches[0])
             except AutofuncError as error:
                 raise ConfigError(f"the model on a batch of {where}: {error}") from error
 

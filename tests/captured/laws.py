@@ -22,13 +22,13 @@ Caller = Callable[[nn.Module, Mapping[str, Any]], Any]
 
 
 def plain_loop(
-    module: nn.Module, call: Caller, batch: Mapping[str, Any], count: int, loss: Loss | None
+    module: nn.Module, call: Caller, batch: Mapping[str, Any], count: int, loss: Loss | None, key_name: str = "key"
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss and gradients of a module by autograd, a microbatch after the other; the module's own gradients stay None."""
     named = dict(module.named_parameters())
     sums = {name: torch.zeros_like(leaf) for name, leaf in named.items() if leaf.requires_grad}
     total, weight = torch.zeros(()), torch.zeros(())
-    for microbatch in split_batch(batch, count):
+    for microbatch in split_batch(batch, count, key_name=key_name):
         terms = evaluate(loss, call(module, microbatch), microbatch)
         grads = torch.autograd.grad(terms.sum, [named[name] for name in sums], allow_unused=True)
         for name, grad in zip(sums, grads, strict=True):
@@ -103,7 +103,7 @@ def check_layouts(
         assert_same_tree(expected, found)
         results.append((found_loss, found))
     assert_unchanged(before, module)
-    plain_loss, plain = plain_loop(module, call, batch, 2, loss)
+    plain_loss, plain = plain_loop(module, call, batch, 2, loss, model.key_name)
     for found_loss, found in results:
         close(found, plain)
         assert abs(found_loss - plain_loss) <= TOLERANCE * abs(plain_loss)

@@ -80,7 +80,7 @@ class Remembered(Base):
             x = torch.tanh(layer(x))
             self.features[f"layer {number}"] = x
             self.history.append(x)
-        return self.last(x)  # type: ignore[no-any-return]
+        return self.last(x.to(torch.float32))  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize("cls", [WeightMade, Window, Collected, Remembered])

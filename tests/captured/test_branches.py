@@ -119,11 +119,18 @@ def written_places(self: Deciding, h: Tensor, ids: Tensor) -> Tensor:
     return made.sum(1) + torch.masked_select(h, h.abs() >= 0).view_as(h)
 
 
+def repeating(self: Deciding, h: Tensor, ids: Tensor) -> Tensor:
+    torch._check_tensor_all(ids >= 0)
+    runs = torch.unique_consecutive(torch.repeat_interleave(self.chosen.long() + 1, self.chosen.long() + 1))
+    lengths = torch.tensor([each.abs().sum() for each in (ids[0, :2], ids[:1, 1])])
+    return h.repeat_interleave(ids.new_tensor([2]), dim=0) * runs.sum() * lengths.sum()
+
+
 @pytest.mark.parametrize(
     ("forward", "notes"),
     [
         (raising, 1), (asserting, 1), (clamping, 1), (choosing, 1), (comparing, 1), (bounding, 1), (listing, 1),
-        (a_large_number, 1), (of_constants, 0), (not_at_random, 0), (marked_places, 1), (written_places, 1),
+        (a_large_number, 1), (of_constants, 0), (not_at_random, 0), (marked_places, 1), (written_places, 1), (repeating, 0),
     ],
 )  # fmt: skip
 def test_a_forward_goes_as_on_the_example(forward: Forward, notes: int) -> None:
@@ -195,7 +202,7 @@ def uneven(self: Deciding, h: Tensor, ids: Tensor) -> Tensor:
 
 
 def distinct(self: Deciding, h: Tensor, ids: Tensor) -> Tensor:
-    return h * torch.unique_consecutive(ids[0]).sum()
+    return h * torch.unique_consecutive(ids[1]).sum()
 
 
 @pytest.mark.parametrize(
@@ -204,7 +211,7 @@ def distinct(self: Deciding, h: Tensor, ids: Tensor) -> Tensor:
         (converting, r"makes a plain float of data \(.*float\(h.abs\(\).max\(\)\)\), .* use the tensor itself"),
         (layer_drop, r"decides by a random number \(.*torch.rand\(\[\]\) < 0.5.*layerdrop=0"),
         (uneven, r"the data decides how many rows a mask makes \(.*ids\[:, 0\] == 1.*ignore_index"),
-        (distinct, r"the data decides how many rows aten.unique_consecutive"),
+        (distinct, r"the data decides how many rows a mask makes \(.*unique_consecutive"),
     ],
 )
 def test_what_differs_from_batch_to_batch_is_refused(forward: Forward, message: str) -> None:
