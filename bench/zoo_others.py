@@ -62,7 +62,7 @@ PAIRS: Mapping[str, Entry] = {
         "SwitchTransformersForConditionalGeneration",
         {
             **_T5, "num_experts": 4, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1,
-            "router_jitter_noise": 0.0,
+            "num_decoder_layers": 3, "router_jitter_noise": 0.0,
         },
         "pairs",
     ),

@@ -8,14 +8,16 @@ differs from batch to batch: it stays a tensor.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from autofunc.captured.all_places import ROWS_OF_DATA
+from autofunc.captured.chosen_rows import ChosenRows
 from autofunc.captured.conversions import Conversions, Decision, Kind, Place, here, reads_values
-from autofunc.captured.export import ROWS_OF_DATA
 from autofunc.captured.flow import Flow
 from autofunc.decisions import decided
 from autofunc.errors import ModelError
@@ -45,10 +47,13 @@ class Replaying(Conversions):
     Args:
         what: is captured, for messages.
         decisions: of the example, in order.
+        all_places: of masks are chosen, unless as many of each row of a batch were true.
     """
 
-    def __init__(self, what: str, decisions: Sequence[Decision]) -> None:
+    def __init__(self, what: str, decisions: Sequence[Decision], *, all_places: bool = False) -> None:
         super().__init__()
+        self._rows = ChosenRows(self._uses_rows) if all_places else None
+        self._even = even_places(decisions)
         self._what = what
         self._left: dict[Place, list[Decision]] = {}
         for decision in decisions:
@@ -56,8 +61,18 @@ class Replaying(Conversions):
         self._visited: set[Place] = set()
         self._failure: ModelError | None = None
 
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Sequence[type], args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        run = partial(super().__torch_function__, func, types, args, kwargs)
+        return run() if self._rows is None else self._rows.called(func, args, kwargs, run)
+
     def value(self, kind: Kind, found: Tensor) -> Any:
         """See `Conversions.value`."""
+        known = None if self._rows is None else self._rows.value(found)
+        if known is not None:
+            return known
         place = here()
         value = self._next(place, kind)
         decided(found, kind, 0 if kind == "float" else int(value), place.line)
@@ -66,6 +81,8 @@ class Replaying(Conversions):
     def places(self, mask: Tensor) -> tuple[Tensor, ...]:
         """See `Conversions.places`. Where each row has as many, other numbers of rows have as many each."""
         place, rows = here(), mask.shape[0]
+        if self._rows is not None and place not in self._even:
+            return tuple(self._rows.places(mask, place.line))
         counts = self._next(place, "rows")
         even = len(set(counts)) == 1
         if not even and len(counts) != rows:
@@ -95,9 +112,29 @@ class Replaying(Conversions):
             "nobody knows how it goes on; keep it a tensor: no .item(), no 'if' on a tensor"
         )
 
+    def _uses_rows(self, how: str) -> ModelError:
+        line = here().line
+        return self._refused(f"{ROWS_OF_DATA.format(what=self._what, maker='a mask', line=line)}; it {how}")
+
     def _refused(self, message: str) -> ModelError:
         self._failure = self._failure or ModelError(message)
         return self._failure
+
+
+def chooses_rows(decisions: Sequence[Decision]) -> bool:
+    """Whether masks choose rows, and not as many of each row of a batch."""
+    return any(each.kind == "rows" and each.place not in even_places(decisions) for each in decisions)
+
+
+def even_places(decisions: Sequence[Decision]) -> set[Place]:
+    """Where masks are true equally often, and at least once, in each of several rows, whenever a line chooses rows."""
+    found = {each.place for each in decisions if each.kind == "rows"}
+    return found.difference(each.place for each in decisions if each.kind == "rows" and not _is_even(each))
+
+
+def _is_even(decision: Decision) -> bool:
+    counts = decision.value
+    return decision.dims > 1 and len(counts) > 1 and len(set(counts)) == 1 and counts[0] > 0
 
 
 def settle(flow: Flow, what: str) -> Flow:

@@ -14,7 +14,8 @@ from torch import Tensor, fx
 from autofunc import cache, tree
 from autofunc.batch import signature
 from autofunc.cache import Identity
-from autofunc.captured.branches import Noticing, Replaying, settle
+from autofunc.captured.all_places import is_rows_of_data
+from autofunc.captured.branches import Noticing, Replaying, chooses_rows, settle
 from autofunc.captured.conversions import Decision
 from autofunc.captured.evaluation import drawing_parts, with_eval_mode
 from autofunc.captured.export import Exported, Reading, export
@@ -115,7 +116,20 @@ class Captures:
             finally:
                 self._is_known = True
             self._decisions = decisions_of(self.source, entries, device, self._modes)
-        return settle(exported(partial(Replaying, self.source.what, self._decisions)), self.source.what)
+        what, decisions = self.source.what, self._decisions
+
+        def replayed(all_places: bool) -> Flow:
+            return settle(exported(partial(Replaying, what, decisions, all_places=all_places)), what)
+
+        if not chooses_rows(decisions):
+            return replayed(all_places=False)
+        try:
+            return replayed(all_places=True)
+        except ModelError as seen:
+            try:
+                return replayed(all_places=False)
+            except ModelError as error:
+                raise (seen if is_rows_of_data(error) and is_rows_of_data(seen) else error) from seen
 
     def _capture(
         self,

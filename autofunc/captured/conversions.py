@@ -32,6 +32,7 @@ class Decision:
     place: Place
     kind: Kind  # what its one element was taken for; "rows": how many elements of each of its rows are true
     value: Any  # of the element; or of the rows, a tuple
+    dims: int = 0  # of what was read
 
 
 class Conversions(TorchFunctionMode):

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from autofunc import tree
+from autofunc.captured.all_places import ROWS_OF_DATA
 from autofunc.captured.assertions import leave_out_assertions
 from autofunc.captured.compiled_parts import call_inside
 from autofunc.captured.converted_parts import without_conversions
@@ -35,6 +36,7 @@ from autofunc.captured.numbers import keep_tensors
 from autofunc.captured.outputs import CACHE, FIRST_IS_LOSS, without_caches
 from autofunc.captured.own_backward import apply_for_real, recorded
 from autofunc.captured.recurrent import unfuse
+from autofunc.captured.rows_back import leave_out_rows
 from autofunc.captured.unchanged import LeftBehind, restored, written_back
 from autofunc.captured.vmapped import unmap
 from autofunc.errors import ModelError
@@ -43,11 +45,6 @@ from autofunc.graph.lines import line_of
 from autofunc.losses import begins_with_scalar
 
 Node = fx.Node
-
-ROWS_OF_DATA = (
-    "{what}: the data decides how many rows {maker} makes ({line}), and shapes are fixed in a pipeline; keep all rows: "
-    "ignore_index for labels, torch.where or a product with the mask, a fixed capacity for experts"
-)
 
 
 @dataclass(eq=False)
@@ -195,6 +192,7 @@ def export(
             (exported.params if kind == "PARAMETER" else exported.buffers)[new] = name.removeprefix(PREFIX)
     exported.graph.output(tuple(flattening.run(program.graph)))
     apply_for_real(exported.graph)
+    exported.notes += leave_out_rows(exported.graph, what)
     refuse_decided_draws(exported.graph, what)
     keep_tensors(exported.graph)
     replace_random(exported.graph, what)

@@ -86,7 +86,7 @@ class _Noting(Conversions):
             self.stopped = self.stopped or here().line
             raise _NoValue
         counts = mask.sum(tuple(range(1, mask.dim()))) if mask.dim() > 1 else mask.long()
-        self.found.append(Decision(here(), "rows", tuple(counts.tolist())))
+        self.found.append(Decision(here(), "rows", tuple(counts.tolist()), mask.dim()))
         return mask.nonzero(as_tuple=True)
 
 

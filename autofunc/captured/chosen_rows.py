@@ -1,0 +1,212 @@
+"""While a forward is exported with all places of its masks: what may be asked of them, and what would count them.
+
+Their number, and the position of one among them, are other ones than those of the rows that count. A length may be a size
+of a view and nothing else; a plain `for` loop goes through all of them, and inside of it an element is a plain number.
+"""
+
+from __future__ import annotations
+
+import dis
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from autofunc.captured.all_places import all_places, body, end_body
+
+Refuse = Callable[[str], Exception]
+"""From what a forward does with rows to the error that refuses it."""
+
+
+class Length(int):
+    """How many rows there are: a size of a view of them, but not a number."""
+
+    refuse: Refuse
+
+    def _read(self, *_: Any) -> Any:
+        raise self.refuse("reads their number")
+
+
+_OF_OBJECTS = {"__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__", "__str__", "__format__"}
+for _name in set(dir(int)) - set(dir(object)) | _OF_OBJECTS:
+    setattr(Length, _name, Length._read)
+
+
+@dataclass(eq=False)
+class _Body:
+    """One run of a loop over places."""
+
+    is_running: bool = True
+
+
+class ChosenRows:
+    """The rows that masks chose in one forward.
+
+    Args:
+        refuse: see `Refuse`.
+    """
+
+    def __init__(self, refuse: Refuse) -> None:
+        self._refuse = refuse
+        self._length = type("Length", (Length,), {"refuse": staticmethod(refuse)})
+        self._of: dict[int, tuple[Tensor, frozenset[int]]] = {}  # by id: what is made of rows, and of how many
+        self._fresh: list[Tensor] = []  # places that the function that runs has asked for
+        self._values: dict[int, tuple[Tensor, np.ndarray[Any, Any], _Body | None]] = {}  # by id: places that are known
+
+    def places(self, mask: Tensor, line: str) -> list[Tensor]:
+        """All places of a mask; see `all_places`."""
+        found = all_places(mask, line)
+        for column, values in zip(found, np.indices(mask.shape), strict=True):
+            self._note(column, frozenset([mask.numel()]))
+            self._values[id(column)] = (column, values.reshape(-1), None)
+        self._fresh = found
+        return found
+
+    def value(self, found: Tensor) -> Any:
+        """The number that an element of places is, inside of the loop over them; None for anything else.
+
+        Raises:
+            ModelError: outside of it.
+        """
+        known = self._values.get(id(found))
+        if known is None or known[1].size != 1:
+            return None
+        if known[2] is None or not known[2].is_running:
+            raise self._refuse("reads a place outside of a loop over them")
+        return known[1].item()
+
+    def called(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], run: Callable[[], Any]) -> Any:
+        """Run a function of torch, or answer for it.
+
+        Args:
+            func: the function.
+            args: what it is called with.
+            kwargs: the same by name.
+            run: calls it.
+        """
+        if func is torch.Tensor.__format__ and (known := self.value(args[0])) is not None:
+            return format(known, *args[1:])
+        self._fresh = []
+        given = [*_flat(args), *_flat(kwargs.values())]
+        counts = frozenset[int]().union(*(self._of[id(each)][1] for each in given if id(each) in self._of))
+        first = args[0] if args else None
+        own = self._of.get(id(first), (None, frozenset[int]()))[1]
+        if func in _SIZES and own:
+            return self._sizes(func, run(), own)
+        if any(isinstance(each, Length) for each in given) and not (own and func in _VIEWING):
+            raise self._refuse("reads their number")
+        if func is torch.Tensor.unbind and id(first) in self._values and (frame := _looping()) is not None:
+            return self._loop(first, frame)  # type: ignore[arg-type]
+        result = run()
+        if self._fresh:
+            counts |= self._of[id(self._fresh[0])][1]
+            if func in _NONZERO and isinstance(result, Tensor):
+                columns = [self._values[id(column)][1] for column in self._fresh]
+                self._values[id(result)] = (result, np.stack(columns, 1), None)
+        if counts and not (func in _BACK and not own):
+            for made in _flat([first if result is None else result]):
+                if isinstance(made, Tensor):
+                    self._note(made, counts)
+        if id(first) in self._values and isinstance(result, Tensor):
+            self._follow(func, args, result)
+        return result
+
+    def _note(self, made: Tensor, counts: frozenset[int]) -> None:
+        self._of[id(made)] = (made, counts | self._of.get(id(made), (made, frozenset()))[1])
+
+    def _sizes(self, func: Any, found: Any, counts: frozenset[int]) -> Any:
+        """Sizes, those of rows as a `Length`."""
+        if func is torch.Tensor.__len__:
+            if found in counts:
+                raise self._refuse("reads their number")
+            return found
+        if isinstance(found, int):
+            return self._length(found) if found in counts or func in _ALL else found
+        return torch.Size([self._length(size) if size in counts else size for size in found])
+
+    def _follow(self, func: Any, args: Sequence[Any], result: Tensor) -> None:
+        """Know the values of what is a mere view of places."""
+        _, values, running = self._values[id(args[0])]
+        if func is torch.Tensor.__getitem__ and all(
+            part in (None, ...) or type(part) in (int, slice) for part in _flat([args[1]])
+        ):
+            made = values[args[1]]
+        elif func in _RESHAPING:
+            made = values.reshape(tuple(result.shape))
+        else:
+            return
+        self._values[id(result)] = (result, np.asarray(made), running)
+
+    def _loop(self, places: Tensor, frame: FrameType) -> Iterator[Tensor]:
+        """Go through all places; what runs for one of them begins and ends with a mark in the graph."""
+        _, values, _ = self._values[id(places)]
+        before = _numbers(frame)
+        finished = False
+        try:
+            for index in range(len(values)):
+                number = int(values[index].item()) if values[index].size == 1 else None
+                element, running = body(places, index, number), _Body()
+                self._values[id(element)] = (element, np.asarray(values[index]), running)
+                yield element
+                running.is_running = False
+                now = _numbers(frame)
+                changed = next((name for name, value in before.items() if name in now and now[name] != value), None)
+                if changed is not None:
+                    raise self._refuse(f"counts them in {changed!r}, in a loop over them")
+                end_body(element)
+            finished = True
+        finally:
+            if not finished:
+                self._refuse("leaves a loop over them early")
+
+
+def _flat(values: Any) -> Iterator[Any]:
+    for value in values:
+        if isinstance(value, (list, tuple)):
+            yield from _flat(value)
+        else:
+            yield value
+
+
+def _numbers(frame: FrameType) -> dict[str, Any]:
+    """Plain values among the local variables of a function."""
+    return {name: value for name, value in frame.f_locals.items() if isinstance(value, (int, float, str, bool, type(None)))}
+
+
+def _looping() -> FrameType | None:
+    """The function whose plain `for` statement asks for a tensor's elements, if one does."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_code is not torch.Tensor.__iter__.__code__:
+        if not str(frame.f_globals.get("__name__")).startswith(__name__.partition(".")[0]):
+            return None
+        frame = frame.f_back
+    user = None if frame is None else frame.f_back
+    if user is None:
+        return None
+    steps = (step.opname for step in dis.get_instructions(user.f_code) if step.offset >= user.f_lasti)
+    first, *_ = named = [name for name in islice(steps, 3) if name != "EXTENDED_ARG"]
+    return user if first == "GET_ITER" and "FOR_ITER" in named[1:2] else None
+
+
+_SHAPE: Any = torch.Tensor.shape
+_ALL = {torch.Tensor.numel, torch.Tensor.nelement}
+_SIZES = {_SHAPE.__get__, torch.Tensor.size, torch.Tensor.__len__, *_ALL}
+_NONZERO = {torch.nonzero, torch.Tensor.nonzero, torch.argwhere, torch.Tensor.argwhere}
+_RESHAPING = {
+    torch.Tensor.squeeze, torch.squeeze, torch.Tensor.flatten, torch.flatten, torch.Tensor.view, torch.Tensor.reshape,
+    torch.reshape, torch.Tensor.unsqueeze, torch.unsqueeze, torch.Tensor.long, torch.Tensor.to, torch.Tensor.detach,
+}  # fmt: skip
+_VIEWING = {
+    torch.Tensor.view, torch.Tensor.reshape, torch.reshape, torch.Tensor.unflatten, torch.unflatten, torch.Tensor.expand,
+}  # fmt: skip
+_BACK = {
+    torch.Tensor.index_add_, torch.Tensor.index_add, torch.index_add, torch.Tensor.index_put_, torch.Tensor.index_put,
+    torch.index_put, torch.Tensor.scatter_add_, torch.Tensor.scatter_add, torch.scatter_add, torch.Tensor.__setitem__,
+}  # fmt: skip
+"""Write rows back: what they make has none."""

@@ -1,0 +1,284 @@
+"""Where rows that a mask chose are written back, those that it did not choose are left out: after that nobody sees them.
+
+A forward that takes `h[mask]` through an expert and adds it to `out[mask]` gives the same with every row of `h`, if what
+does not count is zero where it is added, and stays what it was where it is put. Nothing else may see which rows there are.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from autofunc.captured.all_places import ROWS_OF_DATA, is_body, is_body_end, is_places
+from autofunc.captured.elements import fold_elements
+from autofunc.captured.row_dims import Rows, Together, aligned, same_mask
+from autofunc.captured.rows_apart import indexed, rows_of_result
+from autofunc.decisions import is_check
+from autofunc.errors import ModelError
+from autofunc.graph.lines import line_of
+from autofunc.graph.memory import base_of, written
+from autofunc.graph.schema import arguments, is_pointwise
+
+Node = fx.Node
+
+_aten = torch.ops.aten
+
+ALL_ROWS = "experts compute all rows, and those that were not chosen are left out"
+"""What the user is told, with the lines."""
+
+_SCATTERING = (_aten.scatter_add.default, _aten.scatter_add_.default)
+_ADDING = (_aten.index_add.default, _aten.index_add_.default, *_SCATTERING)
+_REPLACING = ("aten.copy_.default", "aten.zero_.default", "aten.fill_.Scalar", "aten.fill_.Tensor", "aten.dropout_.default")
+_PUTTING = (_aten.index_put.default, _aten.index_put_.default)
+
+
+def leave_out_rows(graph: fx.Graph, what: str) -> list[str]:
+    """Change a graph in place, so that it has plain operators for all places of masks.
+
+    Args:
+        graph: of an export; may write in place.
+        what: is captured, for messages.
+
+    Returns:
+        What to tell the user.
+
+    Raises:
+        ModelError: where anything but a place that they are written back to sees which rows there are.
+    """
+    sources = [node for node in graph.nodes if is_places(node)]
+    if not sources:
+        return []
+    lines = list(dict.fromkeys(str(node.args[1]) for node in sources))
+    fold_elements(graph)
+    _LeavingOut(graph, what).run()
+    graph.lint()
+    more = f"; and {len(lines) - 3} more" if len(lines) > 3 else ""
+    return [f"{ALL_ROWS}: {'; '.join(lines[:3])}{more}"]
+
+
+class _LeavingOut:
+    """One graph."""
+
+    def __init__(self, graph: fx.Graph, what: str) -> None:
+        self._graph, self._what = graph, what
+        self._known: dict[Node, Rows] = {}
+        self._counts: dict[Node, Node] = {}  # all places -> which of them count
+        self._home: dict[Node, tuple[Node, ...]] = {}  # what runs for elements -> these, outermost first
+        self._nodes = list(graph.nodes)
+        values = (node.meta.get("val") for node in self._nodes)
+        fake: Any = next(value for value in values if isinstance(value, Tensor))
+        self._mode = fake.fake_mode
+
+    def run(self) -> None:
+        """Go through the graph in order."""
+        inside: tuple[Node, ...] = ()
+        for node in self._nodes:
+            if is_body_end(node):
+                inside = inside[:-1]
+                continue
+            inside = (*inside, node) if is_body(node) else inside
+            self._home[node] = inside
+            self._check_home(node)
+            try:
+                self._visit(node)
+            except Together:
+                raise ModelError(self._refusal(node)) from None
+        for node in reversed(self._nodes):
+            self._replace(node)
+
+    def _visit(self, node: Node) -> None:
+        rows = {read for read in node.all_input_nodes if self._known.get(read)}
+        if is_places(node):
+            if rows:
+                raise Together
+            self._known[node], self._counts[node] = {0: node}, self._counting(node)
+        elif is_body(node):
+            places: Any = node.args[0]
+            if self._known.get(places, {}).keys() != {0}:
+                raise Together
+        elif is_check(node):
+            if rows or any(self._home[read] for read in node.all_input_nodes):
+                raise Together
+        elif written(node):
+            self._write(node)
+        elif node.target in (*_ADDING, *_PUTTING) and rows:
+            self._put(node, ())
+        elif rows:
+            self._known[node] = rows_of_result(node, self._known)
+
+    def _check_home(self, node: Node) -> None:
+        """What is made for an element is read for that element alone, but for what is written to others' memory."""
+        for read in node.all_input_nodes:
+            made = base_of(read) if written(read) else read
+            home = self._home[made]
+            if self._home[node][: len(home)] != home:
+                raise ModelError(self._refusal(node, "what one run of the loop makes"))
+
+    def _write(self, node: Node) -> None:
+        """A write in place: of rows to rows, or back from rows."""
+        (target, *more) = written(node)
+        home = self._home[base_of(target)]
+        inside = self._home[node][len(home) :]
+        reads_rows = any(self._known.get(read) for read in node.all_input_nodes)
+        if not inside and not reads_rows:
+            return
+        if node.target in (*_ADDING, *_PUTTING):
+            self._put(node, inside)
+            return
+        if inside or more or not (is_pointwise(node) or str(node.target) in _REPLACING):
+            raise Together
+        rows = aligned(node, self._known)
+        if rows.keys() != self._known.get(target, {}).keys():
+            raise Together
+        self._known[node] = rows
+
+    def _put(self, node: Node, inside: tuple[Node, ...]) -> None:
+        """Let only what counts be added, or put in the place of what is there.
+
+        Args:
+            node: adds or puts.
+            inside: the runs of loops that it is in, and the memory that it writes to is not.
+        """
+        if self._known.get(arguments(node)["self"]):
+            raise Together
+        conditions = [self._element(each, node) for each in inside]
+        if node.target in _ADDING:
+            self._add(node, conditions)
+        elif arguments(node)["accumulate"]:
+            mask, dim, shape = self._indexed(node)
+            self._only(node, "values", self._conditions(conditions, mask, dim, len(shape), node))
+        else:
+            self._overwrite(node, conditions)
+
+    def _add(self, node: Node, conditions: list[Node]) -> None:
+        given = arguments(node)
+        name = "src" if node.target in _SCATTERING else "source"
+        count = given[name].meta["val"].dim()
+        dim = given["dim"] % max(count, 1)
+        index = self._known.get(given["index"], {})
+        if name == "src" and given["index"].meta["val"].shape != given["src"].meta["val"].shape:
+            raise Together
+        if index.keys() - {dim if name == "src" else 0}:
+            raise Together
+        mask = next(iter(index.values()), None)
+        self._check_value(given[name], mask, dim, count)
+        self._only(node, name, self._conditions(conditions, mask, dim, count, node))
+
+    def _indexed(self, node: Node) -> tuple[Node | None, int, tuple[int, ...]]:
+        """The mask that an `index_put` writes rows of, in which dim of what it writes, and of which shape that is."""
+        given = arguments(node)
+        rows, dim = indexed(node, self._known)
+        shape = self._value(_aten.index.Tensor, (given["self"], given["indices"])).shape
+        mask = None if dim is None else rows[dim]
+        self._check_value(given["values"], mask, dim or 0, len(shape))
+        return mask, dim or 0, tuple(shape)
+
+    def _check_value(self, value: Node, mask: Node | None, dim: int, count: int) -> None:
+        """What is written has rows of the same mask, or is the same for each."""
+        shape, own = value.meta["val"].shape, self._known.get(value, {})
+        place = dim - count + len(shape)
+        if own.keys() - {place} or any(mask is None or not same_mask(each, mask) for each in own.values()):
+            raise Together
+        if mask is not None and not own and place >= 0 and shape[place] != 1:
+            raise Together
+
+    def _conditions(self, inside: list[Node], mask: Node | None, dim: int, count: int, before: Node) -> list[Node]:
+        """What of a value of some dims counts."""
+        if mask is None:
+            return inside
+        shape = [-1 if each == dim else 1 for each in range(count)]
+        return [*inside, self._made(_aten.reshape.default, (self._counts[mask], shape), before)]
+
+    def _only(self, node: Node, name: str, conditions: list[Node]) -> None:
+        """Zeros in the place of what does not count; a product would make NaN of what is infinite."""
+        value = arguments(node)[name]
+        for condition in conditions:
+            value = self._made(_aten.where.ScalarOther, (condition, value, 0), node)
+        _give(node, name, value)
+
+    def _overwrite(self, node: Node, inside: list[Node]) -> None:
+        """What does not count is put beside the rest of the memory, which is as much longer for a while."""
+        given = arguments(node)
+        whole, indices = given["self"], list(given["indices"])
+        mask, _, _ = self._indexed(node)
+        if mask is None:
+            old = self._made(_aten.index.Tensor, (whole, indices), node)
+            for condition in inside:
+                _give(node, "values", self._made(_aten.where.self, (condition, arguments(node)["values"], old), node))
+            return
+        place = next(place for place, index in enumerate(indices) if index is not None and self._known.get(index))
+        (dim,), length = self._known[indices[place]], whole.meta["val"].shape[place]
+        conditions = self._conditions(inside, mask, dim, indices[place].meta["val"].dim(), node)
+        for condition in conditions:
+            indices[place] = self._made(_aten.where.ScalarOther, (condition, indices[place], length), node)
+        beside = self._made(_aten.slice.Tensor, (whole, place, 0, 1), node)
+        longer = self._made(_aten.cat.default, ([whole, beside], place), node)
+        longer = self._made(_aten.index_put.default, (longer, indices, given["values"]), node)
+        made = self._made(_aten.slice.Tensor, (longer, place, 0, length), node)
+        if written(node):
+            made = self._made(_aten.copy_.default, (whole, made), node)
+        node.replace_all_uses_with(made)
+        self._graph.erase_node(node)
+
+    def _counting(self, places: Node) -> Node:
+        """Which places of a mask count, as the mask is now."""
+        flat = self._made(_aten.reshape.default, (places.args[0], [-1]), places)
+        return self._made(_aten.clone.default, (flat,), places)
+
+    def _element(self, body: Node, before: Node) -> Node:
+        """Whether an element counts: of no dims."""
+        (mask,) = self._known[body.args[0]].values()  # type: ignore[index]
+        return self._made(_aten.select.int, (self._counts[mask], 0, body.args[1]), before)
+
+    def _replace(self, node: Node) -> None:
+        """Plain operators in the place of one that only an export has."""
+        if is_body_end(node):
+            self._graph.erase_node(node)
+        elif is_body(node):
+            node.replace_all_uses_with(self._made(_aten.select.int, (node.args[0], 0, node.args[1]), node))
+            self._graph.erase_node(node)
+        elif is_places(node):
+            self._number(node)
+
+    def _number(self, places: Node) -> None:
+        """Places of a mask, counted along its dims."""
+        mask: Tensor = places.args[0].meta["val"]  # type: ignore[union-attr]
+        for column in list(places.users):
+            dim: Any = column.args[1]
+            step = mask.shape[dim + 1 :].numel()
+            found = self._made(_aten.arange.default, (mask.numel(),), places, device=mask.device)
+            found = self._made(_aten.div.Scalar_mode, (found, step), places, rounding_mode="floor")
+            found = self._made(_aten.remainder.Scalar, (found, mask.shape[dim]), places)
+            column.replace_all_uses_with(found)
+            self._graph.erase_node(column)
+        self._graph.erase_node(places)
+
+    def _made(self, target: Any, args: tuple[Any, ...], before: Node, **kwargs: Any) -> Node:
+        with self._graph.inserting_before(before):
+            made = self._graph.call_function(target, args, kwargs)
+        made.meta.update({key: before.meta[key] for key in ("modules", "modes", "stack_trace") if key in before.meta})
+        made.meta["val"] = self._value(target, args, **kwargs)
+        self._home[made] = self._home[before]
+        return made
+
+    def _value(self, target: Any, args: tuple[Any, ...], **kwargs: Any) -> Any:
+        """What an operator makes, on fake tensors."""
+        fakes: Any = fx.node.map_arg(args, lambda node: node.meta["val"])
+        with self._mode, torch.no_grad():
+            return target(*fakes, **kwargs)
+
+    def _refusal(self, node: Node, maker: str = "a mask") -> str:
+        seen = f"; {node.target} sees which rows there are ({line_of(node)})" if node.op == "call_function" else ""
+        rows = next((self._known[read] for read in node.all_input_nodes if self._known.get(read)), None)
+        line = line_of(node) if rows is None else str(next(iter(rows.values())).args[1])
+        return ROWS_OF_DATA.format(what=self._what, maker=maker, line=line) + seen
+
+
+def _give(node: Node, name: str, value: Node) -> None:
+    """Give an operator another argument."""
+    if name in node.kwargs:
+        node.update_kwarg(name, value)
+    else:
+        node.update_arg(list(arguments(node)).index(name), value)
