@@ -45,6 +45,7 @@ class Captures:
             raise ModelError(f"branches={branches!r}; {one_of(branches, get_args(Branches))}")
         self.source, self._branches = source, branches
         self._decisions: list[Decision] | None = None  # of the example; None where it makes none
+        self._all_places = False  # of masks are taken, where the data decides how many are true
         self._is_known = False  # whether the example was captured
         self._modes = {part: part.training for part in source.module.modules()}  # whatever becomes of them later
         self._constants: WeakValueDictionary[Any, Tensor] = WeakValueDictionary()
@@ -115,21 +116,39 @@ class Captures:
                     raise
             finally:
                 self._is_known = True
-            self._decisions = decisions_of(self.source, entries, device, self._modes)
-        what, decisions = self.source.what, self._decisions
+            return self._first_flow(entries, device, exported)
+        return self._replayed(exported, self._decisions)
 
-        def replayed(all_places: bool) -> Flow:
-            return settle(exported(partial(Replaying, what, decisions, all_places=all_places)), what)
-
-        if not chooses_rows(decisions):
-            return replayed(all_places=False)
+    def _first_flow(
+        self, entries: Mapping[str, Any], device: torch.device, exported: Callable[[Callable[[], Reading]], Flow]
+    ) -> Flow:  # fmt: skip
+        """The forward of the first batch, by what is decided on it; with all places of masks if that is possible."""
+        unknown: ModelError | None = None
         try:
-            return replayed(all_places=True)
-        except ModelError as seen:
+            decisions = decisions_of(self.source, entries, device, self._modes)
+        except ModelError as error:  # weights decide, and are on the meta device; with all places they may decide nothing
+            unknown, decisions = error, []
+        flow: Flow | None = None
+        if unknown is not None or chooses_rows(decisions):
             try:
-                return replayed(all_places=False)
-            except ModelError as error:
-                raise (seen if is_rows_of_data(error) and is_rows_of_data(seen) else error) from seen
+                flow = self._replayed(exported, decisions, all_places=True)
+            except ModelError as seen:
+                if unknown is not None:
+                    raise unknown from seen
+                try:
+                    flow = self._replayed(exported, decisions)
+                except ModelError as error:
+                    raise (seen if is_rows_of_data(error) and is_rows_of_data(seen) else error) from seen
+            else:
+                self._all_places = True
+        self._decisions = decisions
+        return flow or self._replayed(exported, decisions)
+
+    def _replayed(
+        self, exported: Callable[[Callable[[], Reading]], Flow], decisions: list[Decision], *, all_places: bool = False
+    ) -> Flow:  # fmt: skip
+        what, places = self.source.what, all_places or self._all_places
+        return settle(exported(partial(Replaying, what, decisions, all_places=places)), what)
 
     def _capture(
         self,

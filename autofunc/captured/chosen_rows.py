@@ -30,7 +30,7 @@ class Length(int):
     refuse: Refuse
 
     def _read(self, *_: Any) -> Any:
-        raise self.refuse("reads their number")
+        raise self.refuse("reads their number; a check for none is not needed, for then nothing is written back")
 
 
 _OF_OBJECTS = {"__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__", "__str__", "__format__"}

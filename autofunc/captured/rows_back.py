@@ -6,6 +6,7 @@ does not count is zero where it is added, and stays what it was where it is put.
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 import torch
@@ -84,7 +85,9 @@ class _LeavingOut:
             try:
                 self._visit(node)
             except Together:
-                raise ModelError(self._refusal(node)) from None
+                masks = (mask for read in node.all_input_nodes for mask in self._known.get(read, {}).values())
+                inside_of = (self._places(each) for each in inside)
+                raise ModelError(self._refusal(node, next(chain(masks, inside_of)), "sees which there are")) from None
         for node in reversed(self._nodes):
             self._replace(node)
 
@@ -114,7 +117,7 @@ class _LeavingOut:
             made = base_of(read) if written(read) else read
             home = self._home[made]
             if self._home[node][: len(home)] != home:
-                raise ModelError(self._refusal(node, "what one run of the loop makes"))
+                raise ModelError(self._refusal(node, self._places(home[-1]), "reads what a loop over them makes"))
 
     def _write(self, node: Node) -> None:
         """A write in place: of rows to rows, or back from rows."""
@@ -229,8 +232,12 @@ class _LeavingOut:
 
     def _element(self, body: Node, before: Node) -> Node:
         """Whether an element counts: of no dims."""
+        return self._made(_aten.select.int, (self._counts[self._places(body)], 0, body.args[1]), before)
+
+    def _places(self, body: Node) -> Node:
+        """The places that a loop goes over."""
         (mask,) = self._known[body.args[0]].values()  # type: ignore[index]
-        return self._made(_aten.select.int, (self._counts[mask], 0, body.args[1]), before)
+        return mask
 
     def _replace(self, node: Node) -> None:
         """Plain operators in the place of one that only an export has."""
@@ -269,11 +276,9 @@ class _LeavingOut:
         with self._mode, torch.no_grad():
             return target(*fakes, **kwargs)
 
-    def _refusal(self, node: Node, maker: str = "a mask") -> str:
-        seen = f"; {node.target} sees which rows there are ({line_of(node)})" if node.op == "call_function" else ""
-        rows = next((self._known[read] for read in node.all_input_nodes if self._known.get(read)), None)
-        line = line_of(node) if rows is None else str(next(iter(rows.values())).args[1])
-        return ROWS_OF_DATA.format(what=self._what, maker=maker, line=line) + seen
+    def _refusal(self, node: Node, mask: Node, how: str) -> str:
+        reason = ROWS_OF_DATA.format(what=self._what, maker="a mask", line=mask.args[1])
+        return f"{reason}; it returns them" if node.op == "output" else f"{reason}; {node.target} {how} ({line_of(node)})"
 
 
 def _give(node: Node, name: str, value: Node) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -10,6 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import autofunc as af
+from autofunc.captured.branches import Replaying
+from autofunc.captured.export import export
+from autofunc.captured.module import ModuleSource
 from autofunc.errors import ModelError
 from tests.captured.laws import assert_unchanged, check_layouts, contents
 
@@ -131,10 +135,8 @@ def with_two_dims(self: Experts, h: Tensor, kinds: Tensor) -> Tensor:
     ("mix", "layout"),
     [
         (like_switch, (["router", "second"], "zb_h1")),
-        (like_dbrx, (["second"], "1f1b")),
         (put_back, (["experts.1"], "1f1b")),  # between two of the experts
         (added_up, (["second"], "1f1b")),
-        (with_two_dims, (["second"], "1f1b")),
     ],
 )
 def test_experts_compute_all_rows(mix: Mix, layout: tuple[list[str], str]) -> None:
@@ -143,7 +145,7 @@ def test_experts_compute_all_rows(mix: Mix, layout: tuple[list[str], str]) -> No
     assert "test_experts.py" in told and not any("decides by data" in note for note in model.notes)
 
 
-@pytest.mark.parametrize("mix", [like_switch, over_all])
+@pytest.mark.parametrize("mix", [like_switch, like_dbrx, over_all, with_two_dims])
 def test_any_batch_goes(mix: Mix) -> None:
     module, given = Experts(mix), batch()
     model = af.from_module(module, given)
@@ -269,20 +271,45 @@ def scattered_rows(self: Experts, h: Tensor, kinds: Tensor) -> Tensor:
     [
         (averaged, "aten.mean.default sees"), (normalised, "aten.mean.dim sees"), (counted, "reads their number"),
         (measured, "reads their number"), (enumerated, "unbind"), (numbered, "counts them in 'number'"),
-        (added_in_a_loop, "what one run of the loop makes"), (kept_from_a_loop, "what one run of the loop makes"),
+        (added_in_a_loop, "reads what a loop over them makes"), (kept_from_a_loop, "reads what a loop over them makes"),
         (written_in_a_loop, "aten.add_.Tensor sees"), (left_early, "leaves a loop over them early"),
         (read_beside_a_loop, "outside of a loop"), (first_of_rows, "aten.select.int sees"),
         (of_two_masks, "index_put_.default sees"), (sorted_rows, "aten.sort"),
-        (unique_experts, "unique"), (compared, "reads their number"), (summed_by_a_product, "aten.matmul.default sees"),
+        (compared, "reads their number"), (summed_by_a_product, "aten.matmul.default sees"),
         (scattered_rows, "scatter_add.default sees"),
     ],
 )  # fmt: skip
 def test_what_sees_which_rows_there_are_is_refused(mix: Mix, message: str) -> None:
     module = Experts(mix)
+    source, reading = ModuleSource(module), partial(Replaying, "Experts", [], all_places=True)
     before = contents(module)
-    with pytest.raises(ModelError, match=message):
-        af.from_module(module, batch())
+    with pytest.raises(ModelError, match=rf"the data decides how many rows .*test_experts.py.*{message}"):
+        export(module, source.arguments, batch(), "Experts", None, {}, reading)
     assert_unchanged(before, module)
+
+
+@pytest.mark.parametrize(
+    ("mix", "message"),
+    [
+        (averaged, r"the data decides how many rows .*test_experts.py.*ignore_index.*; aten.mean.default sees"),
+        (unique_experts, r"test_experts.py.*for number in torch.unique\(kinds\)"),
+    ],
+)
+def test_others_are_refused_as_before(mix: Mix, message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        af.from_module(Experts(mix), batch())
+
+
+def test_without_weights() -> None:
+    with torch.device("meta"):
+        module = Experts(over_all)
+    real, given = Experts(over_all), batch()
+    loss = af.from_module(module, given)(dict(real.named_parameters()), given)
+    assert torch.equal(loss, af.from_module(real, given)(dict(real.named_parameters()), given))
+    assert abs(loss - real(**given)) <= 1e-6 * loss
+    with pytest.raises(ModelError, match="depend on weights"):
+        module.mix = lambda self, h, kinds: h * h[h[:, 0] > 0].sum()
+        af.from_module(module, given)
 
 
 def test_experts_can_be_refused() -> None:
