@@ -48,11 +48,14 @@ class Replaying(Conversions):
         what: is captured, for messages.
         decisions: of the example, in order.
         all_places: of masks are chosen, unless as many of each row of a batch were true.
+        shortened: loops over places leave out their first and last runs.
     """
 
-    def __init__(self, what: str, decisions: Sequence[Decision], *, all_places: bool = False) -> None:
+    def __init__(
+        self, what: str, decisions: Sequence[Decision], *, all_places: bool = False, shortened: bool = False
+    ) -> None:
         super().__init__()
-        self._rows = ChosenRows(self._uses_rows) if all_places else None
+        self._rows = ChosenRows(self._uses_rows, shortened=shortened) if all_places else None
         self._even = even_places(decisions)
         self._what = what
         self._left: dict[Place, list[Decision]] = {}

@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from autofunc import cache, tree
 from autofunc.batch import signature
 from autofunc.cache import Identity
-from autofunc.captured.all_places import is_rows_of_data
+from autofunc.captured.all_places import ROWS_OF_DATA, is_rows_of_data
 from autofunc.captured.branches import Noticing, Replaying, chooses_rows, settle
 from autofunc.captured.conversions import Decision
 from autofunc.captured.evaluation import drawing_parts, with_eval_mode
@@ -24,6 +24,7 @@ from autofunc.captured.functional import make_functional
 from autofunc.captured.gradients import refuse_parameter_hooks
 from autofunc.captured.masks import use_is_causal
 from autofunc.captured.rehearsal import decisions_of
+from autofunc.captured.rows_back import ALL_ROWS
 from autofunc.captured.source import Source
 from autofunc.captured.state import take_states
 from autofunc.errors import ModelError, one_of
@@ -148,7 +149,13 @@ class Captures:
         self, exported: Callable[[Callable[[], Reading]], Flow], decisions: list[Decision], *, all_places: bool = False
     ) -> Flow:  # fmt: skip
         what, places = self.source.what, all_places or self._all_places
-        return settle(exported(partial(Replaying, what, decisions, all_places=places)), what)
+        reading = partial(Replaying, what, decisions, all_places=places)
+        flow = exported(reading)
+        if flow.exported.outline and exported(partial(reading, shortened=True)).exported.outline != flow.exported.outline:
+            lines = next(note for note in flow.exported.notes if note.startswith(ALL_ROWS)).removeprefix(f"{ALL_ROWS}: ")
+            reason = ROWS_OF_DATA.format(what=what, maker="a mask", line=lines)
+            raise ModelError(f"{reason}; a loop over them changes a number or a list that something else depends on")
+        return settle(flow, what)
 
     def _capture(
         self,

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from autofunc.captured.all_places import all_places, body, end_body
+from autofunc.captured.loops import is_left_out
 
 Refuse = Callable[[str], Exception]
 """From what a forward does with rows to the error that refuses it."""
@@ -50,10 +51,11 @@ class ChosenRows:
 
     Args:
         refuse: see `Refuse`.
+        shortened: loops leave out their first and last runs.
     """
 
-    def __init__(self, refuse: Refuse) -> None:
-        self._refuse = refuse
+    def __init__(self, refuse: Refuse, *, shortened: bool = False) -> None:
+        self._refuse, self._shortened = refuse, shortened
         self._length = type("Length", (Length,), {"refuse": staticmethod(refuse)})
         self._of: dict[int, tuple[Tensor, frozenset[int]]] = {}  # by id: what is made of rows, and of how many
         self._fresh: list[Tensor] = []  # places that the function that runs has asked for
@@ -150,6 +152,8 @@ class ChosenRows:
         finished = False
         try:
             for index in range(len(values)):
+                if self._shortened and is_left_out(index, len(values)):
+                    continue
                 number = int(values[index].item()) if values[index].size == 1 else None
                 element, running = body(places, index, number), _Body()
                 self._values[id(element)] = (element, np.asarray(values[index]), running)

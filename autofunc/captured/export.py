@@ -32,6 +32,7 @@ from autofunc.captured.gradients import refuse_own_backward, without_hooks
 from autofunc.captured.host_draws import HostDraws, refuse_host_draws
 from autofunc.captured.inlined import PREFIX, Inliner
 from autofunc.captured.keyed import replace_random
+from autofunc.captured.loops import Outline, outline
 from autofunc.captured.numbers import keep_tensors
 from autofunc.captured.outputs import CACHE, FIRST_IS_LOSS, without_caches
 from autofunc.captured.own_backward import apply_for_real, recorded
@@ -61,6 +62,7 @@ class Exported:
     markers: dict[str, Node] = field(default_factory=dict)  # by name: the first operator after `af.split_point`
     evaluated: frozenset[str] = frozenset()  # parts that were put into eval mode, by name
     notes: list[str] = field(default_factory=list)  # what was left out or changed, for the user
+    outline: Outline = ()  # of a forward that loops over all places of masks
 
     @property
     def state_names(self) -> frozenset[str]:
@@ -192,6 +194,7 @@ def export(
             (exported.params if kind == "PARAMETER" else exported.buffers)[new] = name.removeprefix(PREFIX)
     exported.graph.output(tuple(flattening.run(program.graph)))
     apply_for_real(exported.graph)
+    exported.outline = outline(exported.graph, exported.constants)
     exported.notes += leave_out_rows(exported.graph, what)
     refuse_decided_draws(exported.graph, what)
     keep_tensors(exported.graph)

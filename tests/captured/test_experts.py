@@ -288,9 +288,27 @@ def test_what_sees_which_rows_there_are_is_refused(mix: Mix, message: str) -> No
     assert_unchanged(before, module)
 
 
+def counted_by_a_list(self: Experts, h: Tensor, kinds: Tensor) -> Tensor:
+    mixed, seen = torch.zeros_like(h), []
+    for row in (kinds == 1).nonzero():
+        seen.append(int(row))
+        mixed.index_add_(0, row, h[row])
+    return mixed * len(seen)
+
+
+def read_after_a_loop(self: Experts, h: Tensor, kinds: Tensor) -> Tensor:
+    mixed = torch.zeros_like(h)
+    for row in (kinds == 1).nonzero():
+        last = int(row)
+        mixed.index_add_(0, row, h[row])
+    return mixed * torch.tensor(last)
+
+
 @pytest.mark.parametrize(
     ("mix", "message"),
     [
+        (counted_by_a_list, r"the data decides how many rows .*; a loop over them changes a number or a list"),
+        (read_after_a_loop, r"the data decides how many rows .*; a loop over them changes a number or a list"),
         (averaged, r"the data decides how many rows .*test_experts.py.*ignore_index.*; aten.mean.default sees"),
         (unique_experts, r"test_experts.py.*for number in torch.unique\(kinds\)"),
     ],
