@@ -83,7 +83,16 @@ class Remembered(Base):
         return self.last(x.to(torch.float32))  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("cls", [WeightMade, Window, Collected, Remembered])
+class Recast(Base):
+    """The dtype that it was given, noted before values are converted."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.given = x.dtype
+        x = self.layers[1](self.layers[0](x.to(torch.float32)).to(torch.float32))
+        return self.last(self.layers[2](x)).to(self.given)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("cls", [WeightMade, Window, Collected, Remembered, Recast])
 def test_written_before_read(cls: type[nn.Module]) -> None:
     torch.manual_seed(0)
     module, untouched = cls(), cls()
