@@ -203,13 +203,13 @@ class CapturedModel(Model):
                 f"{self._source.what}: for this batch forward writes to its buffer {min(others)!r}, which it did not for "
                 "the example; give an example for which it does"
             )
-        number_of = {name: number for number, name in enumerate(self._names)}
+        number_of, key_name = {name: number for number, name in enumerate(self._names)}, self.key_name
 
         def share(layers: Sequence[str], microbatch: Mapping[str, Any]) -> Shared:
             segment, keys = cut.shared([number_of[name] for name in layers])
             given = {name: microbatch[name] for name in entries}
             leaves = [leaf for leaf in tree.leaves_and_spec(given)[0] if isinstance(leaf, Tensor)]
-            device, key = _device(leaves), microbatch.get(self.key_name)
+            device, key = _device(leaves), microbatch.get(key_name)
             values, _ = segment({}, leaves, {}, device, key)
             return Shared(dict(zip(keys, values if len(keys) != 1 else [values], strict=True)), device, key)
 
