@@ -262,8 +262,8 @@ class CapturedModel(Model):
         return find_cut_points(flow, self._source.module_names)
 
     def _first_name(self, flow: Flow) -> str:
-        start = self._found.start
-        at_first = [name for name, position in start.items() if position == _first_position(flow)]
+        start, first = self._found.start, _first_position(flow)
+        at_first = [name for name, position in start.items() if position == first]
         listed = default_layers(self._source.module, self._found, flow.exported.markers)
         free = FIRST
         while free in start:
