@@ -77,6 +77,12 @@ def full_message(error: BaseException) -> str:
     return "\n".join([str(error), *getattr(error, "__notes__", ())])
 
 
+def some_of(names: Iterable[str], most: int = 3) -> str:
+    """The first of some names, for messages."""
+    listed = list(names)
+    return ", ".join(listed[:most]) + (f" and {len(listed) - most} more" if len(listed) > most else "")
+
+
 def one_of(given: object, known: Iterable[object]) -> str:
     """A half sentence that suggests the nearest of `known` for `given`, and lists them all when they are few.
 

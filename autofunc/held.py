@@ -13,9 +13,9 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from autofunc import tree
-from autofunc.errors import ModelError
+from autofunc.errors import ModelError, some_of
 from autofunc.mesh import pp_ranks
-from autofunc.model import Model, check_state, some_of
+from autofunc.model import Model, check_state
 from autofunc.runtime.gather import gather_tree
 from autofunc.schedule import Schedule
 from autofunc.shard import Sharding

@@ -157,7 +157,7 @@ class Pipeline(Held):
         """
 
         def run_once(watch: Watch) -> None:
-            self.run(Mode.GRADS, params, batch, key, self._some_state, watch)
+            self.run(Mode.GRADS, params, batch, key, self._state_beside(params), watch)
 
         return measured_timeline(run_once, self._group, steps)
 
@@ -208,7 +208,7 @@ class Pipeline(Held):
         the batch and an operator's temporaries are not. Every process calls it.
         """
         scales = Scales([local(leaf) for leaf in tree.flatten(params).values() if isinstance(leaf, Tensor)])
-        self.run(Mode.GRADS, params, batch, key, self._some_state, scales)
+        self.run(Mode.GRADS, params, batch, key, self._state_beside(params), scales)
         alive = of_all({rank: scale.alive for rank, scale in scales.ranks.items()}, self._group)
         return tuple(alive[rank] for rank in range(self.schedule.num_ranks))
 
@@ -222,10 +222,9 @@ class Pipeline(Held):
         with torch.no_grad():
             return run_step(plan, flat, microbatches, given, transport, next(self._calls), observe or self._trace)
 
-    @property
-    def _some_state(self) -> TensorDict:
-        """To measure steps with: what they cost does not depend on it."""
-        return self.init_state()
+    def _state_beside(self, params: tree.Nested) -> TensorDict:
+        """To measure steps with, where the parameters are: what they cost does not depend on it."""
+        return self.init_state(self._device(tree.flatten(params)))
 
     def _prepare(
         self, mode: Mode, params: tree.Nested, batch: Mapping[str, Any], key: Any

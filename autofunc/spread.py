@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from torch import Tensor
 
 from autofunc.errors import ModelError
+
+T = TypeVar("T")
 
 SEQUENCE_DIM = 1
 """The dim of (rows, tokens, features) that "sequence" means."""
@@ -56,13 +58,17 @@ _data: ContextVar[DataSum | None] = ContextVar("data", default=None)
 
 
 @contextmanager
-def summing(data: DataSum | None) -> Iterator[None]:
-    """Put it in charge; None where all rows are this process's."""
-    token = _data.set(data)
+def _in_charge(of: ContextVar[T], who: T) -> Iterator[None]:
+    token = of.set(who)
     try:
         yield
     finally:
-        _data.reset(token)
+        of.reset(token)
+
+
+def summing(data: DataSum | None) -> AbstractContextManager[None]:
+    """Put it in charge; None where all rows are this process's."""
+    return _in_charge(_data, data)
 
 
 def current_data() -> DataSum | None:
@@ -73,14 +79,9 @@ def current_data() -> DataSum | None:
 _spread: ContextVar[Spread | None] = ContextVar("spread", default=None)
 
 
-@contextmanager
-def spreading(spread: Spread) -> Iterator[None]:
+def spreading(spread: Spread) -> AbstractContextManager[None]:
     """Put it in charge."""
-    token = _spread.set(spread)
-    try:
-        yield
-    finally:
-        _spread.reset(token)
+    return _in_charge(_spread, spread)
 
 
 def current_spread() -> Spread | None:

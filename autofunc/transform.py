@@ -11,9 +11,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from autofunc import tree
 from autofunc.batch import BatchDims
 from autofunc.engine import EngineOptions
-from autofunc.errors import AutofuncError, ModelError
+from autofunc.errors import AutofuncError, ModelError, some_of
 from autofunc.losses import Loss
-from autofunc.model import some_of
 from autofunc.pipe import Pipeline, given_aux
 from autofunc.runtime.plan import Mode
 from autofunc.schedule import Schedule

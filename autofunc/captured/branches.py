@@ -1,8 +1,8 @@
 """A forward that decides by data is captured as it goes on the example batch, with checks that stop a batch that differs.
 
 While it is exported, what it reads of a tensor is what was read on the example, and the check, `autofunc::decided`, is left
-in the graph. What constants alone decide needs none. A float of data is none, for it
-differs from batch to batch: it stays a tensor.
+in the graph. What constants alone decide needs none. A float of data is no decision, for it differs from batch to batch: it
+stays a tensor.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from autofunc.captured.conversions import Conversions, Decision, Kind, Place, he
 from autofunc.captured.flow import Flow
 from autofunc.decisions import decided
 from autofunc.errors import ModelError
+from autofunc.graph.lines import first_lines
 
 DECIDES = "forward decides by data, as on the example batch; a batch that decides otherwise stops the step"
 """What the user is told, with the lines."""
@@ -166,10 +167,8 @@ def settle(flow: Flow, what: str) -> Flow:
         elif not flow.writes_to(read):
             known.add(key)
     settled = Flow(exported, what)
-    lines = list(dict.fromkeys(str(check.args[3]) for check in settled.checks))
-    if lines:
-        more = f"; and {len(lines) - 3} more" if len(lines) > 3 else ""
-        exported.notes.append(f"{DECIDES}: {'; '.join(lines[:3])}{more}")
+    if settled.checks:
+        exported.notes.append(f"{DECIDES}: {first_lines(str(check.args[3]) for check in settled.checks)}")
     return settled
 
 

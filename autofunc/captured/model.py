@@ -18,7 +18,7 @@ from autofunc.captured.cut_points import ABSENT, FIRST, default_layers, find_cut
 from autofunc.captured.evaluation import Evaluation, evaluation_of
 from autofunc.captured.flow import Flow
 from autofunc.captured.segment import Segment
-from autofunc.errors import ModelError
+from autofunc.errors import ModelError, some_of
 from autofunc.model import CutPoints, Layer, Model, Specialised, State
 from autofunc.model.specialised import LayerFunction
 from autofunc.model.state import StatefulFunction
@@ -334,8 +334,7 @@ def _with_idle(params: Sequence[Sequence[str]], idle: Sequence[str], order: Iter
 
 
 def _idle_note(idle: Sequence[str], entries: Iterable[str]) -> str:
-    listed = ", ".join(idle[:5]) + (f" and {len(idle) - 5} more" if len(idle) > 5 else "")
-    return f"no layer uses {listed} with these inputs ({', '.join(entries)}): the gradients are zero"
+    return f"no layer uses {some_of(idle, 5)} with these inputs ({', '.join(entries)}): the gradients are zero"
 
 
 def _first_position(flow: Flow) -> int:

@@ -17,7 +17,7 @@ from autofunc.captured.compiled_parts import is_compiled
 from autofunc.captured.initial import initial_buffer, initial_weights
 from autofunc.captured.model import CapturedModel
 from autofunc.captured.pretrained import Pretrained, SafetensorsWeights, Weights
-from autofunc.errors import ModelError, one_of
+from autofunc.errors import ModelError, one_of, some_of
 from autofunc.random import KEY, KEY_BESIDE_ENTRY
 
 _TOTAL = "num_items_in_batch"  # of transformers: by what a sum over a whole batch is divided
@@ -84,8 +84,7 @@ def _notes_of_parts(module: nn.Module) -> list[str]:
 
 
 def _listed(names: Sequence[str]) -> str:
-    shown = ", ".join(name or "the module itself" for name in names[:3])
-    return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown
+    return some_of(name or "the module itself" for name in names)
 
 
 def source_of(model: CapturedModel | Pretrained | nn.Module) -> ModuleSource:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from autofunc.captured.stored_tensors import StoredTensors
-from autofunc.errors import ModelError, one_of
+from autofunc.errors import ModelError, one_of, some_of
 
 
 class Weights(Protocol):
@@ -82,9 +82,9 @@ class SafetensorsWeights:
         if extra:
             places = [name for name in parameters if name not in self._stored] or parameters
             near = one_of(extra[0], places)
-            raise ModelError(f"{self._what}: the module has no place for {_listed(extra)}; {near}")
+            raise ModelError(f"{self._what}: the module has no place for {some_of(extra, 5)}; {near}")
         if wrong:
-            raise ModelError(f"{self._what}: {_listed(wrong)}. Are the sizes in its config those of these weights?")
+            raise ModelError(f"{self._what}: {some_of(wrong, 5)}. Are the sizes in its config those of these weights?")
 
     def __contains__(self, name: object) -> bool:
         return self._canonical.get(str(name)) in self._stored
@@ -98,7 +98,7 @@ class SafetensorsWeights:
         missing = [name for name in names if name not in self and not any(each.search(name) for each in self._optional)]
         if missing:
             near = one_of(missing[0], self._tensors.shapes)
-            raise ModelError(f"{self._what}: it has no {_listed(missing)}; {near}")
+            raise ModelError(f"{self._what}: it has no {some_of(missing, 5)}; {near}")
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """See `Weights.read`.
@@ -161,7 +161,3 @@ def _names_in_transformers(stored: StoredTensors, module: nn.Module, leaves: Map
 
 def _patterns(module: nn.Module, attribute: str) -> list[re.Pattern[str]]:
     return [re.compile(pattern) for pattern in getattr(module, attribute, None) or ()]
-
-
-def _listed(items: Sequence[str]) -> str:
-    return ", ".join(items[:5]) + (f" and {len(items) - 5} more" if len(items) > 5 else "")

@@ -18,7 +18,7 @@ from autofunc.captured.row_dims import Rows, Together, aligned, same_mask
 from autofunc.captured.rows_apart import indexed, rows_of_result
 from autofunc.decisions import is_check
 from autofunc.errors import ModelError
-from autofunc.graph.lines import line_of
+from autofunc.graph.lines import first_lines, line_of
 from autofunc.graph.memory import base_of, written
 from autofunc.graph.schema import arguments, is_pointwise
 
@@ -51,12 +51,11 @@ def leave_out_rows(graph: fx.Graph, what: str) -> list[str]:
     sources = [node for node in graph.nodes if is_places(node)]
     if not sources:
         return []
-    lines = list(dict.fromkeys(str(node.args[1]) for node in sources))
+    lines = first_lines(str(node.args[1]) for node in sources)
     fold_elements(graph)
     _LeavingOut(graph, what).run()
     graph.lint()
-    more = f"; and {len(lines) - 3} more" if len(lines) > 3 else ""
-    return [f"{ALL_ROWS}: {'; '.join(lines[:3])}{more}"]
+    return [f"{ALL_ROWS}: {lines}"]
 
 
 class _LeavingOut:

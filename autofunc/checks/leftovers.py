@@ -18,7 +18,7 @@ from autofunc import tree
 from autofunc.captured.snapshot import Change
 from autofunc.checks.subject import ForwardError, Subject
 from autofunc.checks.verdict import Verdict, where
-from autofunc.model import some_of
+from autofunc.errors import some_of
 from autofunc.whole_module import close
 
 _DEEPEST = 4  # objects inside an argument that are looked into

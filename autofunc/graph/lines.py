@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import fx
 
 
@@ -10,3 +12,9 @@ def line_of(node: fx.Node) -> str:
     lines = [line.strip() for line in str(node.meta.get("stack_trace", "")).strip().splitlines()]
     where = [line for line in lines if line.startswith("File ")]
     return f"{where[-1]}: {lines[-1]}".replace('"', "") if where else "its line is not known"
+
+
+def first_lines(lines: Iterable[str]) -> str:
+    """The first of some lines, each once, for messages."""
+    distinct = list(dict.fromkeys(lines))
+    return "; ".join(distinct[:3]) + (f"; and {len(distinct) - 3} more" if len(distinct) > 3 else "")

@@ -5,6 +5,6 @@ from autofunc.model.cut_points import CutPoints
 from autofunc.model.layer import Layer
 from autofunc.model.placement_rules import TensorParallel, cut_dims
 from autofunc.model.specialised import Specialised
-from autofunc.model.state import State, check_state, some_of
+from autofunc.model.state import State, check_state
 
-__all__ = ["CutPoints", "Layer", "Model", "Specialised", "State", "TensorParallel", "check_state", "cut_dims", "some_of"]
+__all__ = ["CutPoints", "Layer", "Model", "Specialised", "State", "TensorParallel", "check_state", "cut_dims"]

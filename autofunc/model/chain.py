@@ -175,9 +175,8 @@ class Model:
         plain: dict[str, LayerFunction] = {
             name: layer.apply for name, layer in self.layers.items() if layer.init_state is None
         }
-        others = {
-            name: stateful(name, layer, training=training) for name, layer in self.layers.items() if name not in plain
-        }
+        kept = {name: layer for name, layer in self.layers.items() if name not in plain}
+        others = {name: stateful(name, layer, training=training) for name, layer in kept.items()}
         cut_points = CutPoints({name: position for position, name in enumerate(self.layers)})
         return Specialised(
             plain, lambda layers, microbatch: microbatch,
@@ -275,21 +274,26 @@ class Model:
         wanted = flat if paths is None else set(paths)
         return {path: flat[path] for path in sorted(wanted, key=tree.split_path)}
 
-    def state_trees(self, flat: Mapping[str, torch.Tensor]) -> dict[str, State]:
+    def state_trees(self, flat: Mapping[str, torch.Tensor]) -> Mapping[str, State]:
         """Group a flat tree of all state by layer.
 
         Raises:
             ModelError: when some is missing, or has another shape or dtype.
         """
         check_state(self.state_spec, flat)
-        groups: dict[str, dict[str, torch.Tensor]] = {}
-        for path in self.state_spec:
-            groups.setdefault(self.layer_of(path) or "", {})[self.inner_path(path)] = flat[path]
-        return dict(groups)
+        return self.state_by_layer({path: flat[path] for path in self.state_spec})
 
-    def flat_state(self, states: Mapping[str, State]) -> dict[str, torch.Tensor]:
-        """The opposite of `state_trees`."""
-        return {path: states[self.layer_of(path) or ""][self.inner_path(path)] for path in self.state_spec}
+    def state_by_layer(self, flat: Mapping[str, torch.Tensor]) -> Mapping[str, State]:
+        """Group state by layer, under the paths that it has there."""
+        groups: dict[str, dict[str, torch.Tensor]] = {}
+        for path, leaf in flat.items():
+            groups.setdefault(self.layer_of(path) or "", {})[self.inner_path(path)] = leaf
+        return groups
+
+    def flat_state(self, states: Mapping[str, State], paths: Iterable[str] | None = None) -> dict[str, torch.Tensor]:
+        """The opposite of `state_by_layer`; by default of all state."""
+        paths = self.state_spec if paths is None else paths
+        return {path: states[self.layer_of(path) or ""][self.inner_path(path)] for path in paths}
 
     def __call__(self, params: tree.Nested, batch: Mapping[str, Any], state: tree.Nested | None = None) -> Any:
         """Run all layers on one process, to evaluate them.

@@ -36,7 +36,7 @@ class Specialised:
 
     def layer(
         self, name: str, params: Mapping[str, Any], x: Any, entries: Any, states: Mapping[str, State]
-    ) -> tuple[Any, dict[str, State]]:
+    ) -> tuple[Any, Mapping[str, State]]:
         """Run one layer.
 
         Args:
@@ -50,7 +50,7 @@ class Specialised:
             x, and the states with this layer's as it is now.
         """
         if name not in self.stateful:
-            return self.functions[name](params, x, entries), dict(states)
+            return self.functions[name](params, x, entries), states
         x, state = self.stateful[name](params, x, entries, states[name])
         return x, {**states, name: state}
 
@@ -61,7 +61,7 @@ class Specialised:
         x: Any,
         microbatch: Mapping[str, Any],
         states: Mapping[str, State] | None = None,
-    ) -> tuple[Any, dict[str, State]]:
+    ) -> tuple[Any, Mapping[str, State]]:
         """Run some layers in order.
 
         Args:
@@ -74,7 +74,7 @@ class Specialised:
         Returns:
             x, and the states as they are now.
         """
-        entries, after = self.share(layers, microbatch), dict(states or {})
+        entries, after = self.share(layers, microbatch), states or {}
         for name in layers:
             x, after = self.layer(name, bound[name], x, entries, after)
         return x, after

@@ -59,11 +59,6 @@ def alike(name: str, before: State, after: Mapping[str, Any]) -> State:
     return {path: after[path].detach() for path in before}
 
 
-def some_of(spec: Mapping[str, Any]) -> str:
-    """The first paths of some state, for messages."""
-    return ", ".join(list(spec)[:3]) + (f" and {len(spec) - 3} more" if len(spec) > 3 else "")
-
-
 def check_state(spec: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
     """Refuse a flat tree that is not a state of this form.
 

@@ -102,12 +102,12 @@ class StageContext:
         with around(0):
             entries = self.specialised.share(self.stage.layers, self.setting.precision.batch(microbatch))
         states = self.stage.bind_state(state)
-        data = self.setting.data
-        for number, name in enumerate(self.stage.layers):
-            if ready is not None:
-                ready(number)
-            with around(number), summing(data):
-                x, states = self.specialised.layer(name, bound[name], x, entries, states)
+        with summing(self.setting.data):
+            for number, name in enumerate(self.stage.layers):
+                if ready is not None:
+                    ready(number)
+                with around(number):
+                    x, states = self.specialised.layer(name, bound[name], x, entries, states)
         return self.setting.precision.output(x) if self.stage.is_last else x, self.stage.state_leaves(states)
 
     def describe(self, x: Any) -> tuple[Boundary, list[Tensor]]:

@@ -88,16 +88,13 @@ class Stage:
         """Paths of the state that its layers keep, sorted."""
         return tuple(path for path in self.model.state_spec if self.model.layer_of(path) in self.layers)
 
-    def bind_state(self, leaves: Sequence[torch.Tensor]) -> dict[str, State]:
+    def bind_state(self, leaves: Sequence[torch.Tensor]) -> Mapping[str, State]:
         """Group leaves (in the order of `states`) by layer."""
-        bound: dict[str, dict[str, torch.Tensor]] = {}
-        for path, leaf in zip(self.states, leaves, strict=True):
-            bound.setdefault(self.model.layer_of(path) or "", {})[self.model.inner_path(path)] = leaf
-        return dict(bound)
+        return self.model.state_by_layer(dict(zip(self.states, leaves, strict=True)))
 
     def state_leaves(self, states: Mapping[str, State]) -> list[torch.Tensor]:
         """The opposite of `bind_state`."""
-        return [states[self.model.layer_of(path) or ""][self.model.inner_path(path)] for path in self.states]
+        return list(self.model.flat_state(states, self.states).values())
 
     def leaves(self, params: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
         """The tensors of `holders`, in order, from a flat tree that has at least this stage's canonical paths."""
@@ -135,4 +132,4 @@ class Stage:
         x, states = specialised.run(self.layers, self.bind(self.leaves(flat)), x, batch, states)
         if state is None:
             return x
-        return x, tree.to_tensordict(dict(zip(self.states, self.state_leaves(states), strict=True)))
+        return x, tree.to_tensordict(self.model.flat_state(states, self.states))
