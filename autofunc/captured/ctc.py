@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 
 from autofunc.errors import ModelError
 
@@ -115,18 +114,10 @@ for _name in _READ_BY_OPERATORS:
     setattr(Selected, f"__{_name}__", _through_tensor(f"__{_name}__"))
 
 
-class LengthsAsTensors(TorchFunctionMode):
-    """Inside, CTC losses take lengths that are tensors."""
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Sequence[type], args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func in (torch.masked_select, torch.Tensor.masked_select) and len(args) == 2 and _is_table(*args):
-            return Selected(*args)
-        if func is functional.ctc_loss:
-            return _ctc_loss(*args, **kwargs)
-        return func(*args, **kwargs)
+def _masked_select(*args: Any, **kwargs: Any) -> Any:
+    if len(args) == 2 and not kwargs and _is_table(*args):
+        return Selected(*args)
+    return torch.masked_select(*args, **kwargs)
 
 
 def _is_table(table: Tensor, mask: Any) -> bool:
@@ -157,3 +148,11 @@ def _ctc_loss(
     if reduction == "mean":
         return (losses / target_lengths.clamp_min(1)).mean()
     return losses.sum() if reduction == "sum" else losses
+
+
+LENGTHS_AS_TENSORS: dict[Any, Callable[..., Any]] = {
+    torch.masked_select: _masked_select,
+    Tensor.masked_select: _masked_select,
+    functional.ctc_loss: _ctc_loss,
+}
+"""By function of torch: what is called instead, so that CTC losses take lengths that are tensors."""

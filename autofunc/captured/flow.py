@@ -34,6 +34,7 @@ class Flow:
         self.position = {node: index for index, node in enumerate(self.nodes)}
         self._base = {node: base_of(node) for node in exported.graph.nodes}
         self.writes: dict[Node, list[Node]] = {}  # base -> what writes to its memory, in order
+        self._needs: dict[Node, list[Node]] = {}
         for node in self.nodes:
             if "_foreach_" in str(node.target) and written(node):
                 raise ModelError(
@@ -52,12 +53,14 @@ class Flow:
 
     def needs(self, node: Node) -> list[Node]:
         """What must run before a node: its arguments, and what has written to their memory before it."""
-        found: dict[Node, None] = dict.fromkeys(node.all_input_nodes)
-        for argument in node.all_input_nodes:
-            for write in self.writes.get(self._base[argument], ()):
-                if self.position[write] < self.position.get(node, len(self.nodes)) and write is not node:
-                    found[write] = None
-        return list(found)
+        if node not in self._needs:
+            found: dict[Node, None] = dict.fromkeys(node.all_input_nodes)
+            for argument in list(found):
+                for write in self.writes.get(self._base[argument], ()):
+                    if self.position[write] < self.position.get(node, len(self.nodes)) and write is not node:
+                        found[write] = None
+            self._needs[node] = list(found)
+        return self._needs[node]
 
     def writes_to(self, node: Node) -> list[Node]:
         """All that writes to a node's memory, in order."""
@@ -112,21 +115,24 @@ class Flow:
     def _weighted(self) -> set[Node]:
         states = self.exported.states
         weighted: set[Node] = {*self.exported.params, *states, *states.values()}
+        members: dict[Node, list[Node]] = {base: [] for base in self.writes}
+        for node in self.nodes:
+            if self._base[node] in members:
+                members[self._base[node]].append(node)
         grown = True
         while grown:
             size = len(weighted)
             for node in self.nodes:
-                if any(needed in weighted for needed in self.needs(node)):
+                if not weighted.isdisjoint(self.needs(node)):
                     weighted.add(node)
             for base, writes in self.writes.items():
-                members = [node for node in self.nodes if self._base[node] is base]
                 last = max(self.position[write] for write in writes)
                 read_before = any(
                     user in weighted and self.position[user] < last
-                    for member in members for user in member.users if user in self.position
+                    for member in members[base] for user in member.users if user in self.position
                 )  # fmt: skip
-                if read_before or any(node in weighted for node in (*members, *writes)):
-                    weighted.update(members, writes)
+                if read_before or any(node in weighted for node in (*members[base], *writes)):
+                    weighted.update(members[base], writes)
             grown = len(weighted) > size
         return weighted
 

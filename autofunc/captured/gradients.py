@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
-from torch.overrides import TorchFunctionMode
 
 from autofunc import tree
 from autofunc.errors import ModelError
@@ -20,25 +18,24 @@ _DATA = Tensor.data.__get__  # type: ignore[attr-defined]
 _HOOKS = ("_backward_hooks", "_backward_pre_hooks")
 
 
-class _NoHooks(TorchFunctionMode):
-    def __init__(self, what: str) -> None:
-        super().__init__()
-        self._what = what
+def replaced_functions(what: str) -> dict[Any, Callable[..., Any]]:
+    """By function of torch: what is called instead while a forward is captured.
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Sequence[type], args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is Tensor.register_hook:
-            raise ModelError(f"{self._what} puts a hook on a gradient (register_hook), which a captured forward would lose")
-        if func == _DATA:
-            return args[0].detach()
-        if func is torch.autograd.grad:
-            raise ModelError(
-                f"{self._what} differentiates inside of its forward (torch.autograd.grad; "
-                f"{user_line(traceback.extract_stack())}), which a captured forward cannot; write that gradient with "
-                "operators, or the model as af.Layer functions for engine='eager'"
-            )
-        return func(*args, **(kwargs or {}))
+    Args:
+        what: the module, for messages.
+    """
+
+    def register_hook(*_: Any, **__: Any) -> None:
+        raise ModelError(f"{what} puts a hook on a gradient (register_hook), which a captured forward would lose")
+
+    def grad(*_: Any, **__: Any) -> None:
+        raise ModelError(
+            f"{what} differentiates inside of its forward (torch.autograd.grad; "
+            f"{user_line(traceback.extract_stack())}), which a captured forward cannot; write that gradient with "
+            "operators, or the model as af.Layer functions for engine='eager'"
+        )
+
+    return {Tensor.register_hook: register_hook, torch.autograd.grad: grad, _DATA: Tensor.detach}
 
 
 def refuse_parameter_hooks(module: nn.Module, what: str) -> None:
@@ -55,9 +52,8 @@ def refuse_parameter_hooks(module: nn.Module, what: str) -> None:
             )
 
 
-@contextmanager
-def without_hooks(module: nn.Module, what: str) -> Iterator[None]:
-    """Refuse hooks on gradients, of modules and of tensors.
+def refuse_module_hooks(module: nn.Module, what: str) -> None:
+    """Refuse hooks on the gradients of what modules take and return.
 
     Raises:
         ModelError: naming the part.
@@ -68,8 +64,6 @@ def without_hooks(module: nn.Module, what: str) -> Iterator[None]:
                 f"{what}: {type(part).__name__} ({name or 'the module itself'}) has backward hooks, which a captured "
                 "forward would lose; remove them"
             )
-    with _NoHooks(what):
-        yield
 
 
 def refuse_own_backward(outputs: Any, what: str) -> None:

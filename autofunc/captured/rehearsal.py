@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from autofunc import tree
 from autofunc.captured.conversions import Conversions, Decision, Kind, here
-from autofunc.captured.ctc import LengthsAsTensors
+from autofunc.captured.ctc import LENGTHS_AS_TENSORS
+from autofunc.captured.instead import Instead
 from autofunc.captured.snapshot import Snapshot
 from autofunc.captured.source import Source
 from autofunc.captured.unchanged import restored
@@ -105,7 +106,7 @@ def _run(
         lambda leaf: leaf.detach().to(device, copy=True) if isinstance(leaf, Tensor) else leaf, dict(entries)
     )
     args, kwargs = source.arguments(given)
-    with prepared(source), torch.no_grad(), torch.device(device), WithoutDropout(), noting, LengthsAsTensors():
+    with prepared(source), torch.no_grad(), torch.device(device), WithoutDropout(), noting, Instead(LENGTHS_AS_TENSORS):
         try:
             source.module(*args, **kwargs)
         except Exception as error:  # whatever the user's code raises; it may also have caught what ended the run

@@ -1,0 +1,25 @@
+"""Other functions are called instead of some of torch's, while a forward runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch.overrides import TorchFunctionMode
+
+
+class Instead(TorchFunctionMode):
+    """Inside, functions of torch are replaced; all in one mode, for torch notes the frames of each with every operator.
+
+    Args:
+        functions: by what is called, what is called instead with the same arguments.
+    """
+
+    def __init__(self, functions: Mapping[Any, Callable[..., Any]]) -> None:
+        super().__init__()
+        self._functions = functions
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Sequence[type], args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return self._functions.get(func, func)(*args, **(kwargs or {}))
