@@ -4,13 +4,14 @@ PYTHON ?= $(shell for name in python3 python3.13 python3.12 python3.11; do \
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help setup demo test test-full lint bench clean
+.PHONY: help setup demo test test-full test-gpu lint bench clean
 
 help:
 	@echo "make setup   create .venv and install autofunc with its tested versions"
 	@echo "make demo    train GPT-2 on two processes (about three minutes)"
 	@echo "make test    run the tests: every law, on the sizes that tell most (about eight minutes on two cores)"
 	@echo "make test-full  run the rest: other sizes, and combinations whose parts those cover"
+	@echo "make test-gpu   laws on one GPU, all ranks in one process (about two minutes)"
 	@echo "make lint    formatting, lints, types, import directions"
 	@echo "make bench   measure (about forty minutes)"
 
@@ -34,6 +35,9 @@ test: $(READY)
 
 test-full: $(READY)
 	$(PYTEST) -m full --hypothesis-profile full
+
+test-gpu: $(READY)
+	$(BIN)/python -m pytest -m gpu tests/gpu
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

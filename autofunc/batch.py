@@ -241,5 +241,19 @@ def signature(microbatch: Microbatch) -> Any:
     )
 
 
+def check_device(microbatch: Microbatch, device: torch.device) -> None:
+    """Refuse a batch that is not where the parameters are; numbers without dims may be anywhere.
+
+    Raises:
+        BatchError: naming the entry.
+    """
+    for name, value in microbatch.items():
+        for leaf in tree.leaves_and_spec(value)[0]:
+            if isinstance(leaf, Tensor) and leaf.dim() and leaf.device.type not in (device.type, "meta"):
+                raise BatchError(
+                    f"batch: {name!r} is on {leaf.device}, and the parameters are on {device}; move it with .to(device)"
+                )
+
+
 def _strides(leaf: Tensor) -> tuple[int, ...] | None:
     return leaf.stride() if leaf.layout is torch.strided else None

@@ -62,7 +62,8 @@ class Held:
         Args:
             seed: of the weights; by default 0. A `UserWarning` says so when the model has all of its own, and the seed is
                 not used.
-            device: where they are made and live; by default the mesh's device, or the CPU.
+            device: where they are made and live; by default the mesh's device; without a mesh that of a captured
+                module, or the CPU.
             dtype: of the weights; by default fp32, or what a module's own weights have.
 
         Returns:
@@ -79,7 +80,7 @@ class Held:
         `gather` gives the state of all layers, and `place_state` is its opposite.
 
         Args:
-            device: where it is made; by default the mesh's device, or the CPU.
+            device: where it is made; by default as for `init`.
         """
         device = self._device({}) if device is None else device
         return tree.to_tensordict(self._model.init_state_paths(self._state_spec, device))
@@ -164,9 +165,11 @@ class Held:
         return self.mesh.get_group("pp") if self.mesh is not None else None
 
     def _device(self, leaves: Mapping[str, Any]) -> torch.device:
-        """The mesh's; without one that of the first tensor, or the CPU."""
+        """The mesh's; without one that of the first tensor, or the model's."""
         if self.mesh is not None and self.mesh.device_type != "cpu":
             return torch.device(self.mesh.device_type, torch.accelerator.current_device_index())
         given = (leaf for leaf in tree.leaves_and_spec(leaves)[0] if isinstance(leaf, Tensor) and not leaf.is_meta)
         first = next(given, None)
-        return first.device if first is not None and self.mesh is None else torch.device("cpu")
+        if self.mesh is not None:
+            return torch.device("cpu")
+        return first.device if first is not None else self._model.device

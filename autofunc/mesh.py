@@ -52,6 +52,12 @@ def make_mesh(
         )
     if device_type is None:
         device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    local, found = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if device_type == "cuda" and local > found:
+        raise MeshError(
+            f"{local} processes on this machine need a GPU each, and it has {found or 'none'}; use fewer, or "
+            'device_type="cpu"'
+        )
     return init_device_mesh(device_type, sizes, mesh_dim_names=AXES)
 
 

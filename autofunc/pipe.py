@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from autofunc import tree
-from autofunc.batch import BatchDims, Microbatch, signature, split_batch
+from autofunc.batch import BatchDims, Microbatch, check_device, signature, split_batch
 from autofunc.compatible import check_compatible
 from autofunc.engine import EngineOptions, require_compiler
 from autofunc.errors import AutofuncError, BatchError
@@ -252,6 +252,7 @@ class Pipeline(Held):
             if len(self._plans) >= _MOST_PLANS:
                 self._plans.pop(next(iter(self._plans)))
             self._parameters.check(params)
+            check_device(microbatches[0], device)
             dtypes = {path: leaf.dtype for path, leaf in params.items()}
             if self._group is not None:
                 dtypes = agree(self._group, mode.value, microbatches[0], dtypes)

@@ -40,7 +40,9 @@ def _llama_block(features: int, heads: int) -> af.Layer:
     return af.Layer(init=init, apply=apply)
 
 
-def middle_stage(family: str, features: int, tokens: int, heads: int) -> tuple[StageContext, dict[str, Tensor]]:
+def middle_stage(
+    family: str, features: int, tokens: int, heads: int, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[StageContext, dict[str, Tensor]]:
     """The context of the stage, and all parameters. One row a microbatch."""
     if family == "gpt2":
         model = build_gpt2_model(vocab_size=64, n_positions=tokens, n_embd=features, n_layer=4, n_head=heads)
@@ -55,7 +57,7 @@ def middle_stage(family: str, features: int, tokens: int, heads: int) -> tuple[S
         model = af.Model({"embed": embed, **blocks, "head": head}, ties={"head.weight": "embed.weight"})
         points = ["layers.0", "head"]
     stages = af.split(model, points)
-    params = flatten(model.init())
-    ids = torch.randint(0, 64, (1, tokens))
+    params = flatten(model.init(device=device, dtype=dtype))
+    ids = torch.randint(0, 64, (1, tokens), device=device)
     microbatch = {"input_ids": ids, "labels": ids}
-    return follow(stages, params, microbatch, af.losses.causal_lm)[0][1], params
+    return follow(stages, params, microbatch, af.losses.causal_lm, device=torch.device(device))[0][1], params

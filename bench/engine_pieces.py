@@ -4,6 +4,8 @@ Two blocks as a middle stage, one thread, engines in turn (A B C A B C ...), med
 call. Torch's own split is measured beside them: `stage_backward_input` and `stage_backward_weight` of
 `torch.distributed.pipelining`, on the same function and weights.
 
+With `--device cuda` the blocks are larger and of bf16, and a piece is timed until the device has done it.
+
 Run: make bench, or python bench/engine_pieces.py
 """
 
@@ -13,6 +15,7 @@ import os
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import argparse
 import statistics
 import time
 from collections.abc import Callable
@@ -31,25 +34,38 @@ from autofunc.engine.graph import COMPUTATIONS
 from autofunc.runtime.accumulate import Accumulator
 from autofunc.splitting import StageContext, infer
 
-SIZES = ((32, 8, 4, 200), (64, 32, 4, 100), (768, 128, 12, 15))  # features, tokens, heads, repetitions
+SIZES = {  # features, tokens, heads, repetitions
+    "cpu": ((32, 8, 4, 200), (64, 32, 4, 100), (768, 128, 12, 15)),
+    "cuda": ((1024, 1024, 16, 30), (2048, 2048, 16, 30)),
+}
+DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
 WARMUP = 3
 
 
 def timed(call: Callable[[], Any]) -> tuple[Any, float]:
     """(result, microseconds)."""
+    synchronize = torch.accelerator.synchronize if torch.accelerator.is_available() else lambda: None
+    synchronize()
     began = time.perf_counter()
     result = call()
+    synchronize()
     return result, (time.perf_counter() - began) * 1e6
+
+
+def _random(context: StageContext) -> Tensor:
+    """As large as what crosses into and out of the stage."""
+    value = infer(context).boundary.values[0]
+    return torch.randn(value.shape, dtype=value.dtype, device=context.device)
 
 
 def pieces(engine: Any, context: StageContext, leaves: list[Tensor], sums: Accumulator) -> tuple[float, ...]:
     """Microseconds of F, B, I, W, once each."""
-    x, cotangent = (torch.randn(infer(context).boundary.values[0].shape) for _ in range(2))  # blocks keep the shape
+    x, cotangent = (_random(context) for _ in range(2))  # blocks keep the shape
     bound, microbatch = engine.bind(leaves), Microbatch.of(context.microbatch)
     with torch.no_grad():
-        (_, residuals), f = timed(lambda: engine.forward(bound, [x], microbatch))
+        (_, residuals), f = timed(lambda: engine.forward(bound, [], [x], microbatch))
         _, b = timed(lambda: engine.backward(residuals, [cotangent], sums))
-        _, again = engine.forward(bound, [x], microbatch)
+        _, again = engine.forward(bound, [], [x], microbatch)
         (_, kept), i = timed(lambda: engine.backward_input(again, [cotangent], sums))
         _, w = timed(lambda: engine.backward_weight(kept, sums))
     return f, b, i, w
@@ -59,11 +75,11 @@ def torch_pieces(context: StageContext, leaves: list[Tensor]) -> tuple[float, ..
     """The same of torch, which accumulates into `.grad`."""
     from torch.distributed.pipelining._backward import stage_backward, stage_backward_input, stage_backward_weight
 
-    cotangent = torch.randn(infer(context).boundary.values[0].shape)
+    cotangent = _random(context)
     bound = context.stage.bind(leaves)
 
     def forward() -> tuple[Tensor, Tensor]:
-        x = torch.randn(cotangent.shape, requires_grad=True)
+        x = torch.randn_like(cotangent).requires_grad_()
         return x, context.run(bound, [x], context.microbatch, [])[0]
 
     (x, out), f = timed(forward)
@@ -76,13 +92,16 @@ def torch_pieces(context: StageContext, leaves: list[Tensor]) -> tuple[float, ..
 
 def main() -> None:
     """Print one table a family of blocks."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", choices=SIZES)
+    device = parser.parse_args().device
     torch.set_num_threads(1)
     console = Console()
     console.print(describe_machine())
     for family in ("gpt2", "llama"):
         table = Table("d", "T", "engine", "F us", "B us", "I us", "W us", "(I + W) / B", title=f"two blocks of {family}")
-        for features, tokens, heads, repetitions in SIZES:
-            context, params = middle_stage(family, features, tokens, heads)
+        for features, tokens, heads, repetitions in SIZES[device]:
+            context, params = middle_stage(family, features, tokens, heads, device, DTYPES[device])
             leaves, joint = context.stage.leaves(params), capture(context)
             own = [leaf.detach().clone().requires_grad_() for leaf in leaves]
             made: dict[str, Any] = {

@@ -25,7 +25,7 @@ from autofunc.captured.gradients import refuse_parameter_hooks
 from autofunc.captured.masks import use_is_causal
 from autofunc.captured.rehearsal import decisions_of
 from autofunc.captured.rows_back import ALL_ROWS
-from autofunc.captured.source import Source
+from autofunc.captured.source import Source, device_of
 from autofunc.captured.state import take_states
 from autofunc.errors import ModelError, one_of
 from autofunc.markers import marking
@@ -166,8 +166,7 @@ class Captures:
         training: bool,
     ) -> Flow:
         source = self.source
-        own = (leaf.device for leaf in source.module.parameters() if not leaf.is_meta)
-        device = next(own, torch.device("cpu"))
+        device = device_of(source.module)
         example = tree.map_leaves(
             lambda leaf: torch.zeros_like(leaf, device=device) if isinstance(leaf, Tensor) else leaf, dict(entries)
         )

@@ -87,6 +87,11 @@ class Flow:
         return self.closure([*roots, *self.needs(self.exported.graph.output_node())])
 
     @cached_property
+    def first_weighted(self) -> int:
+        """Position of the first live node that needs weights."""
+        return min((self.position[node] for node in self.nodes if node in self.weighted and node in self.alive), default=0)
+
+    @cached_property
     def users(self) -> dict[Node, list[Node]]:
         """By node: the live nodes that need it."""
         found: dict[Node, list[Node]] = {}

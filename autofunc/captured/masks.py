@@ -35,7 +35,7 @@ def use_is_causal(flow: Flow, constant: Callable[[Node], Tensor | None]) -> bool
 
     Args:
         flow: of the captured forward.
-        constant: real values of buffers and constants; None where they are not known.
+        constant: real values of buffers and constants, on the CPU; None where they are not known.
     """
     found = False
     known: dict[Node, Any] = {}
@@ -47,7 +47,8 @@ def use_is_causal(flow: Flow, constant: Callable[[Node], Tensor | None]) -> bool
         if not isinstance(mask, Node) or mask in flow.weighted or flow.writes_to(mask):
             continue
         if mask not in known:
-            known[mask] = _is_causal(mask, given["query"], given["key"], flow, constant)
+            with torch.device("cpu"):  # whatever the default is around here
+                known[mask] = _is_causal(mask, given["query"], given["key"], flow, constant)
         if known[mask]:
             given |= {"attn_mask": None, "is_causal": True}
             node.args = tuple(given[name] for name in _POSITIONAL)

@@ -18,6 +18,7 @@ from autofunc.captured.cut_points import ABSENT, FIRST, default_layers, find_cut
 from autofunc.captured.evaluation import Evaluation, evaluation_of
 from autofunc.captured.flow import Flow
 from autofunc.captured.segment import Segment
+from autofunc.captured.source import device_of
 from autofunc.errors import ModelError, some_of
 from autofunc.model import CutPoints, Layer, Model, Specialised, State
 from autofunc.model.specialised import LayerFunction
@@ -58,7 +59,7 @@ class CapturedModel(Model):
         if names is None:
             names = default_layers(self._source.module, self._found, flow.exported.markers)
         first = self._first_name(flow)
-        self._found = CutPoints({first: _first_position(flow), **self._found.start}, self._found.refused)
+        self._found = CutPoints({first: flow.first_weighted, **self._found.start}, self._found.refused)
         # a layer that begins with the first operator gives the first layer its name
         layers = [first, *(name for name in names if self._found.start[name] > self._found.start[first])]
         self._names, self._known_states = layers, flow.exported.state_names
@@ -86,6 +87,11 @@ class CapturedModel(Model):
     def key_name(self) -> str:  # type: ignore[override]
         """See `Model.key_name`: another one where `key` is an entry that forward takes."""
         return self._source.key_name
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        """See `Model.device`."""
+        return device_of(self._source.module)
 
     @property
     def module(self) -> nn.Module:
@@ -262,7 +268,7 @@ class CapturedModel(Model):
         return find_cut_points(flow, self._source.module_names)
 
     def _first_name(self, flow: Flow) -> str:
-        start, first = self._found.start, _first_position(flow)
+        start, first = self._found.start, flow.first_weighted
         at_first = [name for name, position in start.items() if position == first]
         listed = default_layers(self._source.module, self._found, flow.exported.markers)
         free = FIRST
@@ -335,10 +341,6 @@ def _with_idle(params: Sequence[Sequence[str]], idle: Sequence[str], order: Iter
 
 def _idle_note(idle: Sequence[str], entries: Iterable[str]) -> str:
     return f"no layer uses {some_of(idle, 5)} with these inputs ({', '.join(entries)}): the gradients are zero"
-
-
-def _first_position(flow: Flow) -> int:
-    return min((flow.position[node] for node in flow.nodes if node in flow.weighted and node in flow.alive), default=0)
 
 
 def _device(leaves: Sequence[Tensor]) -> torch.device:

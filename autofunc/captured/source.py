@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from typing import Any, Protocol
 
 import torch
@@ -67,3 +68,9 @@ class Source(Protocol):
     def buffer(self, name: str) -> Tensor:
         """A buffer with its real value."""
         ...
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module's parameters are, or its buffers; the CPU where it has none, or all are on the meta device."""
+    held = (leaf.device for leaf in chain(module.parameters(), module.buffers()) if not leaf.is_meta)
+    return next(held, torch.device("cpu"))

@@ -10,6 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from autofunc.config import read_config
+from autofunc.train.device import check_devices
 from autofunc.train.launch import is_worker, launch, run_worker, was_checked
 from autofunc.train.memory_budget import check_budget
 from autofunc.train.recipe import default_output_dir, prepare
@@ -38,6 +39,7 @@ def finetune_llm(config_path: str, overrides: Sequence[str], nproc_per_node: int
         recipe = prepare(config, nproc_per_node, notes=notes)
         check_tensor_parallel(recipe)
         check_budget(recipe)
+        check_devices(config.distributed.device, recipe.axes.num_processes)
     output_dir = _output_dir(config.output_dir, config_path)
     if recipe.axes.num_processes == 1:
         run(recipe, config, output_dir)

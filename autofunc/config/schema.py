@@ -118,6 +118,9 @@ class Distributed(Section):
     memory_budget: Bytes | None = Field(
         None, description="bytes of a rank that remat auto, or else schedule auto, keeps within"
     )
+    device: Literal["cpu", "cuda"] | None = Field(
+        None, description="what each process computes on; by default a GPU of its own, if this machine has any"
+    )
     threads_per_rank: Positive = Field(1, description="CPU threads of each process")
     timeout_minutes: float = Field(10.0, gt=0, description="a rank that waits longer for another ends the run")
 

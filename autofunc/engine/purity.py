@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import sysconfig
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +105,15 @@ _LIBRARIES = (sysconfig.get_paths()["stdlib"], str(Path(__file__).parent.parent)
 
 
 def _is_installed(filename: str) -> bool:
-    return filename.startswith(_LIBRARIES) or not {"site-packages", "dist-packages"}.isdisjoint(Path(filename).parts)
+    if filename.startswith(_LIBRARIES) or not {"site-packages", "dist-packages"}.isdisjoint(Path(filename).parts):
+        return True
+    return any(filename.startswith(f"{folder}{os.sep}") and _holds_packages(folder) for folder in sys.path if folder)
+
+
+@cache
+def _holds_packages(folder: str) -> bool:
+    """Whether pip has installed into it, under whatever name: what it knows of each package lies beside the package."""
+    return next(Path(folder).glob("*.dist-info"), None) is not None
 
 
 def _globals_of(functions: Iterable[Callable[..., Any]]) -> Iterator[tuple[dict[str, Any], str]]:

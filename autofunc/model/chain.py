@@ -20,6 +20,8 @@ from autofunc.model.state import State, check_state, stateful
 from autofunc.model.stored import Stored
 from autofunc.random import KEY, InitKey, as_key
 
+Device = torch.device | str | None
+
 
 class Model:
     """Named pure layers in order.
@@ -41,6 +43,9 @@ class Model:
 
     key_name = KEY
     """The entry of a batch and of a microbatch that is its randomness."""
+
+    device = torch.device("cpu")
+    """Where `init` makes parameters and state unless told otherwise: where a captured module is, else the CPU."""
 
     def __init__(
         self,
@@ -216,10 +221,8 @@ class Model:
             )
         return 0 if seed is None else seed
 
-    def init(
-        self, seed: int | None = None, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
-    ) -> TensorDict:  # fmt: skip
-        """Make all parameters. Each depends on (seed, path) alone, whatever the layout, device or order.
+    def init(self, seed: int | None = None, device: Device = None, dtype: torch.dtype | None = None) -> TensorDict:
+        """Make all parameters, by canonical path. Each depends on (seed, path) alone, whatever the layout, device or order.
 
         Parameters that have values of their own, because a captured module or function has real ones or because they are
         stored in files, keep those.
@@ -227,12 +230,10 @@ class Model:
         Args:
             seed: of the values; by default 0. A `UserWarning` says so when all parameters have values of their own, and
                 the seed is not used.
-            device: where they are made.
+            device: where they are made; by default `Model.device`.
             dtype: of floating-point ones; by default fp32, or what a captured module's own weights have.
-
-        Returns:
-            A tree of all parameters by canonical path.
         """
+        device = self.device if device is None else device
         return tree.to_tensordict(self.init_paths(self.spec, self.seed_of(seed, device), device, dtype))
 
     def init_paths(
@@ -248,16 +249,13 @@ class Model:
         flat = self._init_layers(layers, seed, torch.device(device), dtype or torch.float32)
         return {path: leaf for path, leaf in flat.items() if path in wanted}
 
-    def init_state(self, device: torch.device | str = "cpu") -> TensorDict:
-        """The state that layers begin with: that of a captured module's buffers, or what `init_state` of layers makes.
+    def init_state(self, device: Device = None) -> TensorDict:
+        """The state that layers begin with, by path: a captured module's buffers, or what `init_state` of layers makes.
 
         Args:
-            device: where it is made.
-
-        Returns:
-            A tree of all state by path; empty for a model without.
+            device: where it is made; by default as for `init`.
         """
-        return tree.to_tensordict(self.init_state_paths(None, device))
+        return tree.to_tensordict(self.init_state_paths(None, self.device if device is None else device))
 
     def init_state_paths(self, paths: Iterable[str] | None, device: torch.device | str) -> dict[str, torch.Tensor]:
         """The state with these paths, or all of it, sorted by path."""

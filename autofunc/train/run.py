@@ -19,6 +19,7 @@ from autofunc.explain import explain
 from autofunc.schedule import simulate, write_file
 from autofunc.splitting import parameter_count
 from autofunc.train.autoschedule import find_schedule
+from autofunc.train.device import take_device
 from autofunc.train.loop import train
 from autofunc.train.metrics import MetricsFile, draw_loss_curve
 from autofunc.train.progress import ProgressReporter, Silent
@@ -33,7 +34,7 @@ def run(recipe: Recipe, config: FinetuneConfig, output_dir: Path) -> None:
     Raises:
         MeshError: when the number of processes is not what the configuration needs.
     """
-    device = _device()
+    device = take_device(config.distributed.device)
     mesh = _mesh(recipe, device, config.distributed.timeout_minutes)
     with threads(config.distributed.threads_per_rank):
         if mesh is None or dist.get_rank() == 0:
@@ -92,15 +93,6 @@ def _lead(recipe: Recipe, mesh: DeviceMesh | None, device: torch.device, output_
     show(f"written to {output_dir}: metrics.jsonl, loss.png, model.safetensors")
     if result.validation_loss is not None:
         show(f"validation loss: {result.validation_loss:.4f}")
-
-
-def _device() -> torch.device:
-    """The CPU, or the accelerator of this process's number on its machine, which becomes the current one of the process."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    torch.cuda.set_device(device)
-    return device
 
 
 def _mesh(recipe: Recipe, device: torch.device, timeout_minutes: float) -> DeviceMesh | None:

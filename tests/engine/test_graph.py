@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import autofunc as af
 from autofunc import cache
-from autofunc.engine import GraphStage, Microbatch, capture
+from autofunc.engine import GraphStage, Microbatch, capture, purity
 from autofunc.engine.graph import COMPUTATIONS
 from autofunc.errors import ModelError
 from autofunc.runtime import build
@@ -196,6 +198,26 @@ def fills_a_global(p: Any, x: Tensor, b: Any) -> Tensor:
 def writes_a_tensor_from_outside(p: Any, x: Tensor, b: Any) -> Tensor:
     STATE.add_(1)
     return x @ p["w"]
+
+
+def test_caches_of_libraries_grow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that pip put into any folder, by what it leaves beside them."""
+    (tmp_path / "keeps_a_cache.py").write_text(
+        "CACHE = {}\n\ndef double(x):\n    CACHE[len(CACHE)] = 1\n    return 2 * x\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    double = importlib.import_module("keeps_a_cache").double
+
+    def step(p: Any, x: Tensor, b: Any) -> Tensor:
+        return double(x @ p["w"])
+
+    test_what_is_refused(step, "changes the global 'CACHE' of keeps_a_cache")
+    (tmp_path / "keeps_a_cache-1.0.dist-info").mkdir()
+    purity._holds_packages.cache_clear()
+    model, batch, loss = three_layers(step)
+    s = af.schedule.build("1f1b", num_ranks=3, num_microbatches=2)
+    pipe = af.pipeline(af.split(model, ["middle", "last"]), s, loss=loss)
+    assert af.value_and_grad(pipe)(model.init(), batch)[0].isfinite()
 
 
 @pytest.mark.parametrize(

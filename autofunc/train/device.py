@@ -1,0 +1,47 @@
+"""Which device a process of a run computes on."""
+
+from __future__ import annotations
+
+import os
+from typing import Literal
+
+import torch
+
+from autofunc.errors import MeshError
+
+Wanted = Literal["cpu", "cuda"] | None
+"""What `distributed.device` asks for."""
+
+
+def check_devices(wanted: Wanted, num_processes: int) -> None:
+    """Refuse more processes than there are devices for them, before any is started.
+
+    Args:
+        wanted: None for GPUs, where there are any.
+        num_processes: on this machine.
+
+    Raises:
+        MeshError: naming both numbers.
+    """
+    found = torch.cuda.device_count()
+    if wanted == "cpu" or (wanted is None and found == 0):
+        return
+    if num_processes > found:
+        raise MeshError(
+            f"distributed: {num_processes} processes need a GPU each, and this machine has {found or 'none'}; use fewer "
+            "ranks, or set distributed.device: cpu"
+        )
+
+
+def take_device(wanted: Wanted) -> torch.device:
+    """The CPU, or the GPU of this process's number on its machine, which becomes the current one of the process.
+
+    Raises:
+        MeshError: when there are fewer GPUs than processes.
+    """
+    check_devices(wanted, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    if wanted == "cpu" or torch.cuda.device_count() == 0:
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device
