@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from autofunc import tree
 from autofunc.captured import Branches, CapturedModel, Pretrained, capture_module
+from autofunc.captured.control_flow import python_control_flow
 from autofunc.captured.module import source_of
 from autofunc.captured.unchanged import restored, written_back
 from autofunc.captured.without_dropout import still
@@ -108,7 +109,10 @@ def differences(model: CapturedModel, batch: Mapping[str, Any], loss: Loss | Non
     on_meta = [name for name, leaf in source.module.state_dict(keep_vars=True).items() if leaf.is_meta]
     if on_meta:
         raise ModelError(f"{model.title}: {on_meta[0]!r} is on the meta device; a comparison runs it, so give it weights")
-    entries = {name: value for name, value in batch.items() if name != model.key_name}
+    entries = tree.map_leaves(
+        lambda leaf: leaf.to(model.device) if isinstance(leaf, Tensor) else leaf,
+        {name: value for name, value in batch.items() if name != model.key_name},
+    )
     evaluation = model.without_key(entries)
     if evaluation.drawn:
         raise NotComparable(
@@ -116,14 +120,14 @@ def differences(model: CapturedModel, batch: Mapping[str, Any], loss: Loss | Non
             "given in the batch"
         )
     params = {
-        path: leaf.requires_grad_(model.is_trainable(path)) for path, leaf in model.init_paths(model.spec, 0, "cpu").items()
+        path: leaf.requires_grad_(model.is_trainable(path))
+        for path, leaf in model.init_paths(model.spec, 0, model.device).items()
     }
-
     buffers = {name: source.buffer(name).detach().clone() for name, _ in source.module.named_buffers()}
 
     def called(entries: Mapping[str, Any]) -> Any:
         args, kwargs = source.arguments(source.select(entries))
-        with restored(source.module), torch.compiler.set_stance("force_eager"):
+        with restored(source.module), python_control_flow():
             _hold(source.module, buffers)
             with written_back(source.module):
                 outputs = torch.func.functional_call(source.module, params, args, kwargs)
@@ -202,7 +206,7 @@ def _of_stages(
 ) -> LossAndGrads:
     """One batch through the stages, forward and back."""
     model = stages[0].model
-    device = next((leaf.device for leaf in params.values()), torch.device("cpu"))
+    device = model.device
     contexts, _ = follow(
         stages, params, batch, scalar_of(loss), device=device, returned_by=lambda context: captured(context).returned
     )

@@ -82,6 +82,9 @@ def cross_entropy(outputs: Any, microbatch: Mapping[str, Any]) -> Tensor:
 def case(make: Callable[..., nn.Module], side: int, options: Mapping[str, Any], train: bool, channels_last: bool) -> Case:
     """A model with its images."""
     module = make(num_classes=CLASSES, **options).train(train)
+    for part in module.modules():
+        if type(part).__name__ == "StochasticDepth":
+            vars(part)["p"] = 0.0  # not all constructors have an option for it
     images = torch.randn(ROWS, 3, side, side)
     if channels_last:
         module, images = module.to(memory_format=torch.channels_last), images.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -98,13 +101,7 @@ def cases(train: bool) -> dict[str, Callable[[], Case]]:
     found: dict[str, Callable[[], Case]] = {}
     for name, (side, options) in TORCHVISION.items():
         make = getattr(vision, name)
-        # where a constructor has an option of its own for it, stochastic depth is off
-        calm = (
-            {"stochastic_depth_prob": 0.0}
-            if train and name.startswith(("convnext", "efficientnet", "swin", "maxvit"))
-            else {}
-        )
-        found[f"torchvision {name}"] = partial(case, make, side, {"weights": None, **options, **calm}, train, False)
+        found[f"torchvision {name}"] = partial(case, make, side, {"weights": None, **options}, train, False)
     for name, (side, options) in TIMM.items():
         make = partial(timm.create_model, name, pretrained=False)
         found[f"timm {name}"] = partial(case, make, side, options, train, False)

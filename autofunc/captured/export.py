@@ -24,6 +24,7 @@ from autofunc import tree
 from autofunc.captured.all_places import ROWS_OF_DATA
 from autofunc.captured.assertions import leave_out_assertions
 from autofunc.captured.compiled_parts import call_inside
+from autofunc.captured.control_flow import PYTHON_CONTROL_FLOW
 from autofunc.captured.converted_parts import without_conversions
 from autofunc.captured.ctc import LENGTHS_AS_TENSORS
 from autofunc.captured.decided_draws import refuse_decided_draws
@@ -121,7 +122,7 @@ class Call(nn.Module):
 
     def _called(self, args: tuple[Any, ...], kwargs: dict[str, Any], batch: Mapping[str, Any]) -> Any:
         try:
-            with self._reading(), Instead({**replaced_functions(self._what), **LENGTHS_AS_TENSORS}):
+            with self._reading(), Instead({**replaced_functions(self._what), **PYTHON_CONTROL_FLOW, **LENGTHS_AS_TENSORS}):
                 return self.module(*args, **kwargs)
         except TypeError as error:
             refused = next((name for name in kwargs if f"unexpected keyword argument '{name}'" in str(error)), None)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from autofunc import tree
+from autofunc.captured.control_flow import python_control_flow
 from autofunc.captured.conversions import Conversions, Decision, Kind, here
 from autofunc.captured.ctc import LENGTHS_AS_TENSORS
 from autofunc.captured.instead import Instead
@@ -106,7 +107,8 @@ def _run(
         lambda leaf: leaf.detach().to(device, copy=True) if isinstance(leaf, Tensor) else leaf, dict(entries)
     )
     args, kwargs = source.arguments(given)
-    with prepared(source), torch.no_grad(), torch.device(device), WithoutDropout(), noting, Instead(LENGTHS_AS_TENSORS):
+    instead, still = Instead(LENGTHS_AS_TENSORS), WithoutDropout()
+    with prepared(source), torch.no_grad(), torch.device(device), still, noting, instead, python_control_flow():
         try:
             source.module(*args, **kwargs)
         except Exception as error:  # whatever the user's code raises; it may also have caught what ended the run
