@@ -68,6 +68,10 @@ class PipelineRunError(AutofuncError, RuntimeError):
         self.rank, self.step, self.action, self.stage, self.microbatch = rank, step, action, stage, microbatch
 
 
+class NotFiniteError(PipelineRunError):
+    """A loss, value, gradient or parameter is NaN or infinite; the message says what made it first."""
+
+
 class PeerLostError(PipelineRunError):
     """A rank waited for another that is gone or too late: a consequence, the cause is on the other rank."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -25,8 +24,9 @@ from autofunc.losses import Loss
 from autofunc.mesh import data_coordinate
 from autofunc.runtime.agree import agree
 from autofunc.runtime.buffers import SlotPool
+from autofunc.runtime.debug import observe_as
 from autofunc.runtime.measure import Scales, Watch, measured_timeline, of_all
-from autofunc.runtime.observe import Trace
+from autofunc.runtime.not_finite import check_parameters, finite_check
 from autofunc.runtime.plan import Blueprint, Mode, Plan, build_plan
 from autofunc.runtime.step import Observe, StepResult, run_step
 from autofunc.runtime.transport import DistributedTransport
@@ -72,12 +72,10 @@ class Pipeline(Held):
         self.options = options
         self._batch_dims = batch_dims
         self._plans: dict[Any, tuple[Plan, DistributedTransport | None]] = {}
-        self._calls = itertools.count(1)
+        self._step_number = 0  # of the last step
         pools = {rank: SlotPool() for rank in self.local_ranks}
         self._blueprint = Blueprint(self.stages, schedule, loss, options, self._parameters, pools, merge)
-        self._trace: Observe | None = None
-        if os.environ.get("AUTOFUNC_TRACE") == "1":
-            self._trace = lambda plan, program, microbatches: [Trace(program)]
+        self._observe = observe_as(os.environ)
 
     def __repr__(self) -> str:
         return f"Pipeline({self.schedule}, {len(self.stages)} stages, engine={self.options.engine!r})"
@@ -212,15 +210,32 @@ class Pipeline(Held):
         alive = of_all({rank: scale.alive for rank, scale in scales.ranks.items()}, self._group)
         return tuple(alive[rank] for rank in range(self.schedule.num_ranks))
 
+    def check_finite(
+        self, params: tree.Nested, batch: Mapping[str, Any], key: Any = None, state: tree.Nested | None = None
+    ) -> None:
+        """Run a step again that gave a loss or gradients that are not finite, and say where that begins.
+
+        Every process calls it, with the arguments of `value_and_grad`. With `AUTOFUNC_DEBUG=nan` in the environment all
+        steps are looked into like this, at the price of waiting for each action.
+
+        Raises:
+            NotFiniteError: with rank, step, stage and microbatch, the layer, and whether it is the forward, the gradient of
+                an input or that of a parameter. Where all is finite there is none.
+        """
+        check_parameters({path: local(leaf) for path, leaf in tree.flatten(params).items()})
+        given = self._state_beside(params) if state is None else state
+        self.run(Mode.GRADS, params, batch, key, given, finite_check, again=self._step_number > 0)
+
     def run(
         self, mode: Mode, params: tree.Nested, batch: Mapping[str, Any], key: Any, state: tree.Nested | None = None,
-        observe: Observe | None = None,
+        observe: Observe | None = None, again: bool = False,
     ) -> StepResult:  # fmt: skip
-        """Run one step. `af.value_and_grad`, `pipe(...)` and `pipe.forward` are this with a mode."""
+        """Run one step, or the last one again. `af.value_and_grad`, `pipe(...)` and `pipe.forward` are this with a mode."""
         given = self._checked(state)
         plan, transport, flat, microbatches = self._prepare(mode, params, batch, key)
+        self._step_number += not again
         with torch.no_grad():
-            return run_step(plan, flat, microbatches, given, transport, next(self._calls), observe or self._trace)
+            return run_step(plan, flat, microbatches, given, transport, self._step_number, observe or self._observe)
 
     def _state_beside(self, params: tree.Nested) -> TensorDict:
         """To measure steps with, where the parameters are: what they cost does not depend on it."""

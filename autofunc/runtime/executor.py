@@ -39,8 +39,8 @@ from autofunc.splitting import Stage
 class Observer(Protocol):
     """Looks on while a rank runs: for measuring and tracing. Steps that nobody looks at pay nothing for it."""
 
-    def before(self, op: Op) -> None:
-        """All that the op reads is there; it has not begun. What it waited for is not in its time."""
+    def before(self, op: Op, step: RankStep, registers: list[Any]) -> None:
+        """All that the op reads is there; it has not begun. Waiting is not in its time. Arguments: see `after`."""
         ...
 
     def after(self, op: Op, step: RankStep, registers: list[Any], sends: list[Ticket | None]) -> None:
@@ -107,7 +107,7 @@ def run_rank(step: RankStep) -> Iterator[None]:
                     sends[number].settle()  # type: ignore[union-attr]
                     sends[number] = None
             for observer in observers:
-                observer.before(op)
+                observer.before(op, step, registers)
             run[type(op)](op)
             for observer in observers:
                 observer.after(op, step, registers, sends)

@@ -23,7 +23,7 @@ class Clock:
         self.start, self.end = [0.0] * num_ops, [0.0] * num_ops
         self._synchronize = torch.accelerator.synchronize if device.type != "cpu" else None
 
-    def before(self, op: Op) -> None:
+    def before(self, op: Op, step: RankStep, registers: list[Any]) -> None:
         """See `Observer.before`."""
         self.start[op.position] = self._now()
 
@@ -50,7 +50,7 @@ class LiveBytes:
         self.alive = [0] * num_ops
         self._excluded = {tensor.untyped_storage().data_ptr() for tensor in excluded}
 
-    def before(self, op: Op) -> None:
+    def before(self, op: Op, step: RankStep, registers: list[Any]) -> None:
         """See `Observer.before`."""
 
     def after(self, op: Op, step: RankStep, registers: list[Any], sends: list[Ticket | None]) -> None:
@@ -80,7 +80,7 @@ class Trace:
         self._row = program.schedule[program.rank]
         self._program = program
 
-    def before(self, op: Op) -> None:
+    def before(self, op: Op, step: RankStep, registers: list[Any]) -> None:
         """See `Observer.before`."""
 
     def after(self, op: Op, step: RankStep, registers: list[Any], sends: list[Ticket | None]) -> None:

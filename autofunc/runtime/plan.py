@@ -59,6 +59,7 @@ class Plan:
     boundaries: Boundaries
     programs: Mapping[int, Program]  # by local pp rank
     slots: Mapping[int, Sequence[Tensor]]  # by local pp rank: memory that receives write into
+    contexts: Mapping[int, StageContext]  # by local stage
     functions: Mapping[int, StageFunctions]  # by local stage
     layouts: Mapping[int, tuple[Layout, ...]]  # by local stage: of the sum of each trainable holder's gradients
     parameters: Parameters  # how this process holds them
@@ -127,6 +128,7 @@ def build_plan(
         boundaries=boundaries,
         programs=programs,
         slots={rank: blueprint.pools[rank].tensors(program.slots, device) for rank, program in programs.items()},
+        contexts=contexts,
         functions=functions,
         layouts={index: tuple(context.accumulator_layouts) for index, context in contexts.items()},
         parameters=parameters,

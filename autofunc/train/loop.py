@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -14,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from autofunc import tree
 from autofunc.data import STACKED
-from autofunc.errors import PipelineRunError
+from autofunc.errors import NotFiniteError, full_message
 from autofunc.losses import Loss, evaluate
 from autofunc.mesh import data_coordinate
 from autofunc.pipe import Pipeline
@@ -66,15 +67,18 @@ def train(
     clock = time.perf_counter()
     for step, batch in enumerate(itertools.islice(_endless(loader), recipe.num_steps), start=1):
         batch = to_device(batch, device)
-        (loss, state), grads = step_function(params, batch, key=(recipe.seed, step), state=state)
+        key, before = (recipe.seed, step), state
+        (loss, state), grads = step_function(params, batch, key, state)
+        loss_value = loss.item()  # before the parameters change, which are needed to find out why
+        if not math.isfinite(loss_value):
+            raise _not_finite(pipe, (params, batch, key, before), loss_value, step)
+        del before
         norm = None
         if recipe.max_norm is not None:
             grads, norm = pipe.clip(grads, recipe.max_norm)
         params, optimizer_state = recipe.optimizer.update(grads, optimizer_state, params)
-        loss_value = loss.item()
         seconds = time.perf_counter() - clock  # the wait for data included
         training_seconds += seconds
-        _check_finite(loss_value, step)
         tokens = _count_tokens(batch) * places
         reporter.step(step, loss_value, tokens / seconds)
         if metrics is not None:
@@ -155,6 +159,11 @@ def _count_tokens(batch: Mapping[str, Any]) -> int:
     return int(leaves[0].shape[0])
 
 
-def _check_finite(loss: float, step: int) -> None:
-    if not -float("inf") < loss < float("inf"):
-        raise PipelineRunError(f"the loss is {loss} at step {step}; try a lower learning rate (optimizer.lr)")
+def _not_finite(pipe: Pipeline, arguments: tuple[Any, ...], loss: float, step: int) -> NotFiniteError:
+    """What a step made that was not finite, found by running it once more. All processes have the same loss, so all do."""
+    what = f"the loss is {loss} at step {step}"
+    try:
+        pipe.check_finite(*arguments)
+    except NotFiniteError as found:
+        return NotFiniteError(f"{what}; {full_message(found)}")
+    return NotFiniteError(f"{what}, but not when the step is run again: its values depend on more than its arguments")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import closing
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -82,10 +83,11 @@ def _lead(recipe: Recipe, mesh: DeviceMesh | None, device: torch.device, output_
     sys.stdout.write(explain(recipe.stages, recipe.schedule, colour=colour) + "\n")  # it brings its own colours
     sys.stdout.flush()
 
-    metrics = MetricsFile(output_dir / "metrics.jsonl")
-    with ProgressReporter(console, recipe.num_steps, timeline.bubble_fraction) as reporter:
+    with (
+        closing(MetricsFile(output_dir / "metrics.jsonl")) as metrics,
+        ProgressReporter(console, recipe.num_steps, timeline.bubble_fraction) as reporter,
+    ):
         result = train(recipe, mesh, device, reporter, metrics)
-    metrics.close()
     draw_loss_curve(output_dir / "metrics.jsonl", output_dir / "loss.png")
     gather = result.pipe.gather
     save_weights(gather(result.params), output_dir / "model.safetensors", gather(result.state))

@@ -154,7 +154,7 @@ class ParameterBytes:
     def __init__(self) -> None:
         self.seen: list[int] = []
 
-    def before(self, op: Any) -> None:
+    def before(self, op: Any, *_: object) -> None:
         pass
 
     def after(self, op: Any, step: Any, registers: Any, sends: Any) -> None:

@@ -1,0 +1,140 @@
+"""One stage on one microbatch, layer by layer: which layer first makes values or gradients that are not finite."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autofunc import tree
+from autofunc.engine.functions import Microbatch
+from autofunc.splitting import StageContext
+
+
+@dataclass
+class _LayerRun:
+    """A layer's own small graph: it begins at leaves, so that each layer can be differentiated alone."""
+
+    title: str
+    given: list[Tensor]  # leaves that it was given
+    params: dict[str, Tensor]  # leaves, by path
+    made: list[Tensor]
+
+
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether no element of a floating-point tensor is NaN or infinite."""
+    return all(bool(torch.isfinite(leaf).all()) for leaf in tensors if leaf.is_floating_point() or leaf.is_complex())
+
+
+def first_not_finite(
+    context: StageContext,
+    leaves: Sequence[Tensor],
+    state: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    microbatch: Microbatch,
+    cotangents: Sequence[Tensor] | None,
+) -> str | None:
+    """Run a stage again, by autograd, until something is not finite.
+
+    Args:
+        context: of the stage, which is not cut over tp ranks.
+        leaves: its parameters, in the order of `Stage.holders`.
+        state: of its layers, as they were before this microbatch.
+        inputs: what it received.
+        microbatch: the microbatch.
+        cotangents: of what it hands on; None to look at the forward alone.
+
+    Returns:
+        The layer and what of it, in words; None when all is finite.
+    """
+    runs: list[_LayerRun] = []
+    with torch.enable_grad():
+        for run in _forward(context, leaves, state, inputs, microbatch, runs):
+            if not all_finite(leaf.detach() for leaf in run.made):
+                return f"{run.title} makes {_kinds(run.made)}{_of_parameters(run)}"
+    return None if cotangents is None else _backward(runs, cotangents, context.with_loss)
+
+
+def _forward(
+    context: StageContext, leaves: Sequence[Tensor], state: Sequence[Tensor], inputs: Sequence[Tensor],
+    microbatch: Microbatch, runs: list[_LayerRun],
+) -> Iterable[_LayerRun]:  # fmt: skip
+    stage, partitioning, precision = context.stage, context.setting.partitioning, context.setting.precision
+    fresh = [leaf.detach().requires_grad_(wanted) for leaf, wanted in zip(leaves, stage.trainable, strict=True)]
+    bound, states = stage.bind(fresh), stage.bind_state(list(state))
+    received = [leaf.detach().requires_grad_(wants) for leaf, wants in zip(inputs, context.input_wants, strict=True)]
+    x = context.received.assemble(received, partitioning) if context.received is not None else None
+    entries = context.specialised.share(stage.layers, precision.batch(microbatch.entries))
+    for name in stage.layers:
+        x, given = _cut(x)
+        own = {path: leaf for path, leaf in zip(stage.holders, fresh, strict=True) if stage.model.layer_of(path) == name}
+        x, states = context.specialised.layer(name, bound[name], x, entries, states)
+        runs.append(_LayerRun(f"layer {name!r}", given, own, _differentiable(x)))
+        yield runs[-1]
+    x, given = _cut(precision.output(x) if stage.is_last else x)
+    if context.with_loss:
+        runs.append(_LayerRun("the loss", given, {}, [context.loss_terms(x, microbatch.entries).sum]))
+    else:
+        runs.append(_LayerRun("what the stage hands on", given, {}, _handed_on(context, x)))
+    yield runs[-1]
+
+
+def _backward(runs: Sequence[_LayerRun], cotangents: Sequence[Tensor], with_loss: bool) -> str | None:
+    seeds: list[Tensor | None] = [torch.ones_like(runs[-1].made[0])] if with_loss else list(cotangents)
+    for run in reversed(runs):
+        pairs = [
+            (made, seed) for made, seed in zip(run.made, seeds, strict=True) if seed is not None and made.requires_grad
+        ]
+        params = {path: leaf for path, leaf in run.params.items() if leaf.requires_grad}
+        wanted = [leaf for leaf in (*run.given, *params.values()) if leaf.requires_grad]
+        grads: list[Tensor | None] = [None] * len(wanted)
+        if pairs and wanted:
+            made, given = zip(*pairs, strict=True)
+            grads = list(torch.autograd.grad(made, wanted, given, allow_unused=True))
+        by_leaf = {id(leaf): grad for leaf, grad in zip(wanted, grads, strict=True)}
+        seeds = [by_leaf.get(id(leaf)) for leaf in run.given]
+        bad = [f"the gradient of {path!r}" for path, leaf in params.items() if not _finite(by_leaf[id(leaf)])]
+        if not all(map(_finite, seeds)):
+            bad.insert(0, "the gradient of its input")
+        if bad:
+            return f"{run.title}: {', '.join(bad[:3])}{' and others' if len(bad) > 3 else ''}"
+    return None
+
+
+def _finite(grad: Tensor | None) -> bool:
+    return grad is None or all_finite([grad])
+
+
+def _cut(x: Any) -> tuple[Any, list[Tensor]]:
+    """The same values as leaves of a new graph, and those that are differentiated."""
+    leaves: list[Tensor] = []
+
+    def leaf_of(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.requires_grad:
+            return value
+        leaves.append(value.detach().requires_grad_())
+        return leaves[-1]
+
+    return tree.map_leaves(leaf_of, x), leaves
+
+
+def _differentiable(x: Any) -> list[Tensor]:
+    return [leaf for leaf in tree.leaves_and_spec(x)[0] if isinstance(leaf, Tensor) and leaf.requires_grad]
+
+
+def _handed_on(context: StageContext, x: Any) -> list[Tensor]:
+    boundary, tensors = context.describe(x)
+    return [leaf for value, leaf in zip(boundary.values, tensors, strict=True) if value.needs_grad]
+
+
+def _kinds(tensors: Sequence[Tensor]) -> str:
+    is_nan = any(bool(torch.isnan(leaf.detach()).any()) for leaf in tensors)
+    return "NaN" if is_nan else "infinite values"
+
+
+def _of_parameters(run: _LayerRun) -> str:
+    bad = [path for path, leaf in run.params.items() if not all_finite([leaf.detach()])]
+    return f"; its parameter {bad[0]!r} was not finite before the step" if bad else ""

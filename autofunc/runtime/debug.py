@@ -1,0 +1,42 @@
+"""What the environment asks of every step: `AUTOFUNC_TRACE=1` shows each action, `AUTOFUNC_DEBUG=nan` checks its values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from autofunc.engine import Microbatch
+from autofunc.errors import AutofuncError, one_of
+from autofunc.runtime.executor import Observer
+from autofunc.runtime.not_finite import finite_check
+from autofunc.runtime.observe import Trace
+from autofunc.runtime.plan import Plan
+from autofunc.runtime.program import Program
+from autofunc.runtime.step import Observe
+
+WORDS = ("1", "nan")
+"""Of AUTOFUNC_DEBUG, separated by commas: whole tracebacks; checks of all values."""
+
+
+def debug_words(environment: Mapping[str, str]) -> frozenset[str]:
+    """What AUTOFUNC_DEBUG asks for.
+
+    Raises:
+        AutofuncError: for a word that has no meaning.
+    """
+    words = frozenset(word.strip() for word in environment.get("AUTOFUNC_DEBUG", "").split(",")) - {"", "0"}
+    for word in words.difference(WORDS):
+        raise AutofuncError(f"AUTOFUNC_DEBUG={environment['AUTOFUNC_DEBUG']}: {one_of(word, WORDS)}")
+    return words
+
+
+def observe_as(environment: Mapping[str, str]) -> Observe | None:
+    """The observers of every step; None for none."""
+    trace, check = environment.get("AUTOFUNC_TRACE") == "1", "nan" in debug_words(environment)
+    if not (trace or check):
+        return None
+
+    def observe(plan: Plan, program: Program, microbatches: Sequence[Microbatch]) -> list[Observer]:
+        traces: list[Observer] = [Trace(program)] if trace else []
+        return [*traces, *(finite_check(plan, program, microbatches) if check else [])]
+
+    return observe

@@ -1,0 +1,119 @@
+"""Where a step first makes something that is not finite: rank, action, layer, and forward, input's or weight's gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autofunc import tree
+from autofunc.engine import Microbatch
+from autofunc.engine.layerwise import all_finite, first_not_finite
+from autofunc.errors import NotFiniteError
+from autofunc.runtime.executor import RankStep
+from autofunc.runtime.ops import Backward, BackwardInput, BackwardWeight, Forward, Op
+from autofunc.runtime.plan import Plan
+from autofunc.runtime.program import Program
+from autofunc.runtime.transport import Ticket
+from autofunc.splitting import WHOLE, StageContext
+
+_Given = tuple[list[Tensor], list[Tensor]]  # inputs, and the state before
+
+
+class FiniteCheck:
+    """Ends a step at the first action of this rank whose results are not finite.
+
+    Every action waits for the device, and what stages receive is kept until their backward: for steps that are looked into.
+
+    Args:
+        contexts: by local stage.
+    """
+
+    def __init__(self, contexts: Mapping[int, StageContext]) -> None:
+        self._contexts = contexts
+        self._given: dict[tuple[int, int], _Given] = {}
+        self._cotangents: list[Tensor] = []
+
+    def before(self, op: Op, step: RankStep, registers: list[Any]) -> None:
+        """See `Observer.before`."""
+        if isinstance(op, Forward):
+            state = [leaf.clone() for leaf in step.states.get(op.stage, ())]
+            self._given[op.stage, op.microbatch] = (_copies(registers, op.reads), state)
+        elif isinstance(op, (Backward, BackwardInput)):
+            self._cotangents = _copies(registers, op.reads)
+
+    def after(self, op: Op, step: RankStep, registers: list[Any], sends: list[Ticket | None]) -> None:
+        """See `Observer.after`.
+
+        Raises:
+            NotFiniteError: naming the layer.
+        """
+        if isinstance(op, Forward):
+            made = [leaf for register in op.writes for leaf in registers[register]]
+            produced = step.produced.get(op.microbatch) if not op.writes else None
+            if produced is not None:
+                made = [leaf for leaf in (produced.sum, *produced.outputs) if leaf is not None]
+            if not all_finite(made):
+                raise self._error("forward", op, step, None)
+        elif isinstance(op, (Backward, BackwardInput)):
+            if not all_finite(leaf for register in op.writes for leaf in registers[register]):
+                raise self._error("backward", op, step, self._cotangents)
+            self._check_sums(op, step)
+        elif isinstance(op, BackwardWeight):
+            self._check_sums(op, step)
+
+    def _check_sums(self, op: Backward | BackwardInput | BackwardWeight, step: RankStep) -> None:
+        sums = step.accumulators[op.stage].held
+        paths = step.stages[op.stage].trainable_holders
+        bad = [path for path, total in zip(paths, sums, strict=True) if not all_finite([total])] if sums else []
+        if not bad:
+            return
+        if isinstance(op, BackwardWeight):  # what its inputs were is no longer known
+            raise NotFiniteError(f"weight gradient: that of {bad[0]!r} is not finite")
+        raise self._error("backward", op, step, self._cotangents, f"the gradient of {bad[0]!r} is not finite")
+
+    def _error(
+        self, which: str, op: Forward | Backward | BackwardInput, step: RankStep, cotangents: list[Tensor] | None,
+        otherwise: str = "what the stage makes is not finite",
+    ) -> NotFiniteError:  # fmt: skip
+        context, microbatch = self._contexts[op.stage], step.microbatches[op.microbatch]
+        inputs, state = self._given[op.stage, op.microbatch]
+        found = None
+        alone = context.setting.partitioning is WHOLE and context.setting.data is None
+        if alone:  # other ranks do not run this layer again
+            leaves = [leaf.detach() for leaf in step.parameters.leaves(step.stages[op.stage])]
+            found = first_not_finite(context, leaves, state, inputs, microbatch, cotangents)
+        return NotFiniteError(f"{which}: {found or otherwise}{_of_batch(microbatch)}")
+
+
+def finite_check(plan: Plan, program: Program, microbatches: Sequence[Microbatch]) -> list[FiniteCheck]:
+    """See `step.Observe`."""
+    return [FiniteCheck(plan.contexts)]
+
+
+def check_parameters(params: Mapping[str, Tensor]) -> None:
+    """Refuse parameters that are not finite: then the step before it is to blame.
+
+    Raises:
+        NotFiniteError: naming the first.
+    """
+    for path, leaf in params.items():
+        if not all_finite([leaf]):
+            count = int((~torch.isfinite(leaf)).sum())
+            raise NotFiniteError(
+                f"parameter {path!r} is not finite before the step ({count} of {leaf.numel()} elements); the last update "
+                "made it so: try a lower learning rate, or clip gradients"
+            )
+
+
+def _copies(registers: list[Any], numbers: Sequence[int]) -> list[Tensor]:
+    return [tensor.clone() for number in numbers for tensor in registers[number]]
+
+
+def _of_batch(microbatch: Microbatch) -> str:
+    for name, value in microbatch.entries.items():
+        if not all_finite(leaf for leaf in tree.leaves_and_spec(value)[0] if isinstance(leaf, Tensor)):
+            return f"; entry {name!r} of the batch is not finite"
+    return ""
