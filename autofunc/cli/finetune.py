@@ -11,11 +11,12 @@ from rich.console import Console
 
 from autofunc.config import read_config
 from autofunc.train.device import check_devices
-from autofunc.train.launch import is_worker, launch, run_worker, was_checked
+from autofunc.train.launch import is_worker, launch, was_checked
 from autofunc.train.memory_budget import check_budget
 from autofunc.train.recipe import default_output_dir, prepare
 from autofunc.train.run import run
 from autofunc.train.tensor_parallel_check import check_tensor_parallel
+from autofunc.train.worker import run_worker
 
 _OUTPUT_DIR = "AUTOFUNC_OUTPUT_DIR"  # chosen once, by the process that starts the workers
 

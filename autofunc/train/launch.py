@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import sys
-import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
+from tempfile import TemporaryDirectory
 
-from autofunc.errors import AutofuncError, PeerLostError, PipelineRunError, full_message
+from autofunc.errors import PipelineRunError
+from autofunc.train.blame import report
+from autofunc.train.worker import LAUNCHER
 
-WORKER_FAILED = 1
 _CHECKED = "AUTOFUNC_CHECKED"
 
 
@@ -42,6 +42,14 @@ def launch(num_processes: int, arguments: Sequence[str], environment: Mapping[st
         PipelineRunError: when one fails; holds the traceback of the first that did. All others have been ended.
         SystemExit: when this process is interrupted or told to end.
     """
+    with TemporaryDirectory(prefix="autofunc-") as folder, _ended_by_launcher() as ended:
+        _run(num_processes, arguments, environment, folder, ended)
+
+
+def _run(
+    num_processes: int, arguments: Sequence[str], environment: Mapping[str, str], folder: str, ended: Set[int]
+) -> None:  # fmt: skip
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -56,15 +64,14 @@ def launch(num_processes: int, arguments: Sequence[str], environment: Mapping[st
         max_restarts=0,
         monitor_interval=0.2,
         local_addr="127.0.0.1",  # the machine's own name need not resolve
+        logs_specs=DefaultLogsSpecs(log_dir=folder),
     )
+    own = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), _CHECKED: "1", LAUNCHER: str(os.getpid())}
     try:
-        with (
-            _environment({"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), _CHECKED: "1", **environment}),
-            _silent(),
-        ):
+        with _environment({**own, **environment}):
             elastic_launch(config, sys.executable)("-m", "autofunc", *arguments)
     except ChildFailedError as failed:
-        raise PipelineRunError(_report(failed)) from None
+        raise PipelineRunError(report(failed.failures, ended)) from None
     except SignalException as stopped:  # the launcher has ended the workers
         sys.exit(128 + stopped.sigval)
 
@@ -84,60 +91,28 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
+class _Ended(logging.Handler):
+    """Notes the processes that torch's launcher says it ends."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.pids: set[int] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Of "Sending process %s closing signal %s" and "Unable to shutdown process %s ...", the process."""
+        if isinstance(record.args, tuple) and "process %s" in str(record.msg) and record.args:
+            self.pids.add(int(str(record.args[0])))
+
+
 @contextmanager
-def _silent() -> Iterator[None]:
-    """The launcher logs its own report of a failure; ours says it once and names the cause."""
-    logger = logging.getLogger("torch.distributed.elastic")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
+def _ended_by_launcher() -> Iterator[Set[int]]:
+    """The launcher logs its own report of a failure; ours says it once. What it ends is told by its log alone."""
+    logger, handler = logging.getLogger("torch.distributed.elastic"), _Ended()
+    before = logger.level, logger.propagate, logger.handlers
+    logger.setLevel(logging.WARNING)
+    logger.propagate, logger.handlers = False, [handler]
     try:
-        yield
+        yield handler.pids
     finally:
-        logger.setLevel(level)
-
-
-def run_worker(work: Callable[[], None]) -> None:
-    """Run a worker's part. Its exception is recorded for the launcher, which shows it once, and ends the process."""
-    from torch.distributed.elastic.multiprocessing.errors import record
-
-    try:
-        record(work)()
-    except Exception as error:
-        if (
-            "TORCHELASTIC_ERROR_FILE" not in os.environ
-        ):  # started by something else than torch's launcher: nobody else tells
-            if isinstance(error, AutofuncError):
-                sys.stderr.write(f"error: {full_message(error)}\n")
-            else:
-                traceback.print_exc()
-        # the process group may be waiting in other threads: leave without its shutdown, so that nothing hangs
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(WORKER_FAILED)
-
-
-def _report(failed: object) -> str:
-    failures = getattr(failed, "failures", {})
-    first_rank, first = min(failures.items(), key=lambda item: (_is_victim(item[1]), item[1].timestamp))
-    lines = [f"rank {first_rank} failed: {_cause(first)}"]
-    lines += [f"rank {rank} was ended, or failed after it" for rank in sorted(failures) if rank != first_rank]
-    return "\n".join(lines)
-
-
-def _is_victim(failure: object) -> int:
-    """Sorts first what was killed from outside, then what raised, then what lost a peer or was ended by the launcher."""
-    code = int(getattr(failure, "exitcode", 0))
-    if code == -signal.SIGTERM or PeerLostError.__name__ in _cause(failure):
-        return 2
-    return 0 if code < 0 else 1
-
-
-def _cause(failure: object) -> str:
-    code = int(getattr(failure, "exitcode", 0))
-    if code < 0:
-        return f"killed by {signal.Signals(-code).name}"
-    message = getattr(failure, "message", "")
-    if isinstance(message, dict):
-        details = message.get("extraInfo", {})
-        return str(details.get("py_callstack") or message.get("message"))
-    return str(message) or f"exit code {code}"
+        logger.setLevel(before[0])
+        logger.propagate, logger.handlers = before[1], before[2]

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +53,13 @@ def build(how, **sizes):
         if os.environ.get("RANK") == "1" and len(calls) > 14:
             with open("died-" + how, "w") as file:
                 file.write(str(time.time()))
-            if how == "killed":
-                os.kill(os.getpid(), signal.SIGKILL)
+            if how.startswith("SIG"):
+                os.kill(os.getpid(), getattr(signal, how))
+                time.sleep(60)
+            if how == "left":
+                os._exit(137)
+            if how == "exit":
+                raise SystemExit(3)
             raise ValueError("broken on purpose")
         return block.apply(params, x, batch)
 
@@ -206,8 +213,21 @@ def test_the_same_file_under_torchrun(folder: Path, two_processes: subprocess.Co
     assert losses(folder / "torchrun") == losses(folder / "runs" / "cfg")
 
 
-@pytest.mark.parametrize("how", ["raised", "killed"])
-def test_a_dying_worker_ends_the_others(folder: Path, how: str) -> None:
+FULL = pytest.mark.full
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("raised", "ValueError"),
+        ("SIGKILL", "killed by SIGKILL"),
+        pytest.param("SIGTERM", "killed by SIGTERM", marks=FULL),
+        pytest.param("SIGINT", "killed by SIGINT", marks=FULL),
+        pytest.param("left", "exit code 137", marks=FULL),
+        pytest.param("exit", "sys.exit(3)", marks=FULL),
+    ],
+)
+def test_a_dying_worker_ends_the_others(folder: Path, how: str, words: str) -> None:
     done = start(
         folder, "finetune", "llm", "-c", "cfg.yaml", "--model._target_", "dying.py:build", "--model.how", how,
         "--output_dir", f"dying-{how}", "--distributed.engine", "eager",
@@ -216,14 +236,36 @@ def test_a_dying_worker_ends_the_others(folder: Path, how: str) -> None:
     assert time.time() - died < 30, "seconds from the death of one to the end of all"
     assert done.returncode == 1
     assert "error: rank 1 failed" in done.stderr
-    if how == "killed":
-        assert "killed by SIGKILL" in done.stderr
-    else:
+    assert words in done.stderr
+    if how == "raised":
         assert done.stderr.count("ValueError: broken on purpose\n") == 2  # the traceback, and where the action was
         assert done.stderr.count('raise ValueError("broken on purpose")') == 1, "the traceback is shown once"
         assert "PeerLostError" not in done.stderr, "the other rank's error is a consequence"
         assert re.search(r"rank 1, step \d, action 1F\d \(stage 1, microbatch \d\)", done.stderr) and ">>1F" in done.stderr
     assert len(losses(folder / f"dying-{how}")) >= 1, "what was measured before is kept"
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("how", ["SIGKILL", "SIGTERM"])
+def test_a_dying_launcher_leaves_no_worker(folder: Path, how: str) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "NO_COLOR": "1"}
+    words = [sys.executable, "-m", "autofunc", "finetune", "llm", "-c", "cfg.yaml", "--output_dir", f"launcher-{how}"]
+    words += ["--step_scheduler.max_steps", "100000", "--step_scheduler.num_epochs", "100000"]
+    launcher = subprocess.Popen(words, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    written = folder / f"launcher-{how}" / "metrics.jsonl"
+    _until(lambda: written.exists() and written.read_text().count("\n") > 1)
+    workers = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    assert len(workers) == 2
+    launcher.send_signal(getattr(signal, how))
+    launcher.wait(60)
+    _until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))
+
+
+def _until(condition: Callable[[], bool], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.1)
 
 
 def test_without_a_launcher_the_error_is_printed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

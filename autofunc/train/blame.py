@@ -1,0 +1,56 @@
+"""Which of several failed processes is the cause, and what is said of it."""
+
+from __future__ import annotations
+
+import re
+import signal
+from collections.abc import Mapping, Set
+from typing import Any
+
+from autofunc.errors import PeerLostError
+
+_LOST = re.compile(
+    rf"{PeerLostError.__name__}|gloo/transport|Connection (closed|reset) by peer|ProcessGroupNCCL|DistBackendError"
+)
+"""What an error says that only tells of another process's end: ours, or that of a collective of torch."""
+
+
+def report(failures: Mapping[int, Any], ended: Set[int]) -> str:
+    """The cause, and who followed.
+
+    Args:
+        failures: by rank, as torch's launcher has them.
+        ended: ids of the processes that the launcher ended itself, after it had seen the first failure.
+    """
+    first_rank, first = min(failures.items(), key=lambda item: (_distance(item[1], ended), item[1].timestamp, item[0]))
+    lines = [f"rank {first_rank} failed: {_cause(first)}"]
+    lines += [f"rank {rank} was ended, or failed after it" for rank in sorted(failures) if rank != first_rank]
+    return "\n".join(lines)
+
+
+def _distance(failure: Any, ended: Set[int]) -> int:
+    """From the cause: killed from outside; raised, or left; lost a peer; ended by the launcher."""
+    raised = _recorded(failure)
+    if raised is not None:
+        return 2 if _LOST.search(raised) else 1
+    if failure.pid in ended:
+        return 3
+    return 0 if failure.exitcode < 0 else 1
+
+
+def _recorded(failure: Any) -> str | None:
+    """The exception that a process wrote down before it ended."""
+    if not isinstance(failure.message, dict):
+        return None
+    details = failure.message.get("extraInfo", {})
+    return str(details.get("py_callstack") or failure.message.get("message"))
+
+
+def _cause(failure: Any) -> str:
+    raised = _recorded(failure)
+    if raised is not None:
+        return raised
+    if failure.exitcode < 0:
+        return f"killed by {signal.Signals(-failure.exitcode).name}"
+    known = " (128 + SIGKILL: often for want of memory)" if failure.exitcode == 128 + signal.SIGKILL else ""
+    return f"it left with exit code {failure.exitcode}{known} and without an exception, as after os._exit"

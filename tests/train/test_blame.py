@@ -1,0 +1,52 @@
+"""Of several failed processes the cause is named, not those that it took with it."""
+
+from __future__ import annotations
+
+import re
+import signal
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from autofunc.train.blame import report
+
+
+def failure(pid: int, exitcode: int, raised: str | None = None, timestamp: int = 100) -> Any:
+    message: Any = "To enable traceback see: a page of torch" if exitcode > 0 else "Signal received"
+    if raised is not None:
+        message = {"message": raised, "extraInfo": {"py_callstack": f"Traceback\n{raised}", "timestamp": timestamp}}
+    return SimpleNamespace(pid=pid, exitcode=exitcode, message=message, timestamp=timestamp)
+
+
+VALUE_ERROR = "ValueError: broken on purpose"
+LOST = "autofunc.errors.PeerLostError: the other end of a transfer is gone or too late"
+GLOO = "RuntimeError: [/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:1"
+IN_ACTION = f"autofunc.errors.PipelineRunError: rank 0, step 2, action 1F0: {GLOO}"
+
+
+@pytest.mark.parametrize(
+    ("cause", "words"),
+    [
+        (failure(3, -signal.SIGTERM), "killed by SIGTERM"),
+        (failure(3, -signal.SIGINT, timestamp=102), "killed by SIGINT"),
+        (failure(3, -signal.SIGKILL), "killed by SIGKILL"),
+        (failure(3, 1, VALUE_ERROR, timestamp=103), VALUE_ERROR),
+        (failure(3, 137), r"exit code 137 .*memory.* without an exception, as after os._exit"),
+        (failure(3, 5), "exit code 5 and without an exception"),
+        (failure(3, 1, "it called sys.exit(3)"), r"it called sys.exit\(3\)"),
+    ],
+)
+@pytest.mark.parametrize("others", [LOST, GLOO, IN_ACTION, None])
+def test_the_cause_is_named(cause: Any, words: str, others: str | None) -> None:
+    victims = [failure(pid, 1, others) if others else failure(pid, -signal.SIGTERM) for pid in (1, 2)]
+    found = report({0: victims[0], 1: victims[1], 3: cause}, {2} if others else {1, 2})
+    first, *rest = found.rsplit("\nrank 0 was", 1)
+    assert first.startswith("rank 3 failed: ") and re.search(words, first)
+    assert len(rest) == 1 and "pytorch.org" not in found and "a page of torch" not in found
+
+
+def test_one_that_raised_and_was_then_ended() -> None:
+    """It wrote its error down, hung while it left, and its victim was seen first."""
+    found = report({0: failure(1, 1, LOST), 1: failure(2, -signal.SIGKILL, VALUE_ERROR, timestamp=130)}, {2})
+    assert found.startswith("rank 1 failed: ") and VALUE_ERROR in found
