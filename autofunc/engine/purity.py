@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import sys
-import sysconfig
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 from torch import fx
@@ -19,6 +14,7 @@ from autofunc.errors import ModelError
 from autofunc.fake import user_line
 from autofunc.graph.memory import base_of, is_copied_first, written
 from autofunc.graph.schema import is_mutable, is_random
+from autofunc.installed import is_installed
 
 
 def refuse_effects(graph: fx.Graph, what: str, run: Callable[[], Any]) -> bool:
@@ -101,21 +97,6 @@ def _state(value: Any) -> tuple[int, int]:
     return id(value), len(value) if plain else 0
 
 
-_LIBRARIES = (sysconfig.get_paths()["stdlib"], str(Path(__file__).parent.parent))
-
-
-def _is_installed(filename: str) -> bool:
-    if filename.startswith(_LIBRARIES) or not {"site-packages", "dist-packages"}.isdisjoint(Path(filename).parts):
-        return True
-    return any(filename.startswith(f"{folder}{os.sep}") and _holds_packages(folder) for folder in sys.path if folder)
-
-
-@cache
-def _holds_packages(folder: str) -> bool:
-    """Whether pip has installed into it, under whatever name: what it knows of each package lies beside the package."""
-    return next(Path(folder).glob("*.dist-info"), None) is not None
-
-
 def _globals_of(functions: Iterable[Callable[..., Any]]) -> Iterator[tuple[dict[str, Any], str]]:
     """(module's variables, name) of all globals that the user's functions, and those they call or close over, name.
 
@@ -127,7 +108,7 @@ def _globals_of(functions: Iterable[Callable[..., Any]]) -> Iterator[tuple[dict[
         function = left.pop()
         function = getattr(function, "func", function)  # of a partial
         code = getattr(function, "__code__", None)
-        if code is None or id(function) in seen or _is_installed(code.co_filename):
+        if code is None or id(function) in seen or is_installed(code.co_filename):
             continue
         seen.add(id(function))
         codes = [code]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 from collections.abc import Mapping, Set
 from typing import Any
 
 from autofunc.errors import PeerLostError
+from autofunc.installed import is_installed
+from autofunc.runtime.debug import debug_words
 
 _LOST = re.compile(
     rf"{PeerLostError.__name__}|gloo/transport|Connection (closed|reset) by peer|ProcessGroupNCCL|DistBackendError"
@@ -49,8 +52,30 @@ def _recorded(failure: Any) -> str | None:
 def _cause(failure: Any) -> str:
     raised = _recorded(failure)
     if raised is not None:
-        return raised
+        return raised if "1" in debug_words(os.environ) else brief(raised)
     if failure.exitcode < 0:
         return f"killed by {signal.Signals(-failure.exitcode).name}"
     known = " (128 + SIGKILL: often for want of memory)" if failure.exitcode == 128 + signal.SIGKILL else ""
     return f"it left with exit code {failure.exitcode}{known} and without an exception, as after os._exit"
+
+
+def brief(traceback: str) -> str:
+    """What the last of a chain of exceptions says, and before it the user's lines that led to the first.
+
+    Args:
+        traceback: as Python prints it.
+    """
+    blocks = re.split(r"\n\n(?:The above exception was|During handling of)[^\n]*\n\n", traceback.strip("\n"))
+    frames = _FRAME.findall(blocks[0])
+    own = [
+        f"  {file}, line {line}, in {name}: {code.strip()}" for file, line, name, code in frames if not is_installed(file)
+    ]
+    lines = blocks[-1].splitlines()
+    begin = next((number for number, line in enumerate(lines) if number and not line.startswith("  ")), 0)
+    said = re.sub(r"^autofunc\.errors\.\w+: ", "", "\n".join(lines[begin:]))
+    return "\n".join([*([_USERS_LINES, *own] if own else []), said, _WHOLE])
+
+
+_FRAME = re.compile(r'^  File "(.+)", line (\d+), in (.+)\n    (.*)', re.MULTILINE)
+_USERS_LINES = "in your code, outermost line first"
+_WHOLE = "(the whole traceback: AUTOFUNC_DEBUG=1)"

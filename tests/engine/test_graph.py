@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import autofunc as af
-from autofunc import cache
-from autofunc.engine import GraphStage, Microbatch, capture, purity
+from autofunc import cache, installed
+from autofunc.engine import GraphStage, Microbatch, capture
 from autofunc.engine.graph import COMPUTATIONS
 from autofunc.errors import ModelError
 from autofunc.runtime import build
@@ -213,7 +213,7 @@ def test_caches_of_libraries_grow(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     test_what_is_refused(step, "changes the global 'CACHE' of keeps_a_cache")
     (tmp_path / "keeps_a_cache-1.0.dist-info").mkdir()
-    purity._holds_packages.cache_clear()
+    installed.holds_packages.cache_clear()
     model, batch, loss = three_layers(step)
     s = af.schedule.build("1f1b", num_ranks=3, num_microbatches=2)
     pipe = af.pipeline(af.split(model, ["middle", "last"]), s, loss=loss)

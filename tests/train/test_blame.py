@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
 import signal
+import traceback
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from autofunc.train.blame import report
+from autofunc.errors import PipelineRunError
+from autofunc.train.blame import brief, report
 
 
 def failure(pid: int, exitcode: int, raised: str | None = None, timestamp: int = 100) -> Any:
@@ -50,3 +53,25 @@ def test_one_that_raised_and_was_then_ended() -> None:
     """It wrote its error down, hung while it left, and its victim was seen first."""
     found = report({0: failure(1, 1, LOST), 1: failure(2, -signal.SIGKILL, VALUE_ERROR, timestamp=130)}, {2})
     assert found.startswith("rank 1 failed: ") and VALUE_ERROR in found
+
+
+def test_brief() -> None:
+    """The user's lines and the last message, of any chain; what is no traceback is shown as it is."""
+
+    def raise_in_chain() -> None:
+        try:
+            json.loads("{")
+        except ValueError as error:
+            raise PipelineRunError("rank 1, step 2, action 1F0: bad\nrank 0 | 0F0") from error
+
+    with pytest.raises(PipelineRunError) as caught:
+        raise_in_chain()
+    said = brief("".join(traceback.format_exception(caught.value)))
+    assert said.startswith("in your code") and 'json.loads("{")' in said and "/json/decoder.py" not in said
+    assert said.count("\n") == 4 and said.endswith("action 1F0: bad\nrank 0 | 0F0\n(the whole traceback: AUTOFUNC_DEBUG=1)")
+    assert brief("ValueError: odd").startswith("ValueError: odd")
+
+
+def test_the_whole_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AUTOFUNC_DEBUG", "1")
+    assert f"Traceback\n{VALUE_ERROR}" in report({0: failure(1, 1, VALUE_ERROR)}, set())
