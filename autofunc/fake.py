@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 
 from autofunc.errors import AutofuncError, ModelError
+
+_LOG = logging.getLogger("torch._subclasses.fake_tensor")
+"""Where torch writes the traceback of each operator that fails, which the error says better."""
 
 
 class _Mode(FakeTensorMode):  # type: ignore[no-untyped-call]
@@ -68,6 +72,7 @@ def user_line(frames: traceback.StackSummary) -> str:
 @contextmanager
 def naming_errors(what: str) -> Iterator[None]:
     """Turn what goes wrong on fake tensors into a `ModelError` that names the stage and the user's line."""
+    disabled, _LOG.disabled = _LOG.disabled, True
     try:
         yield
     except AutofuncError:
@@ -81,3 +86,5 @@ def naming_errors(what: str) -> Iterator[None]:
     except Exception as error:
         line = user_line(traceback.extract_tb(error.__traceback__))
         raise ModelError(f"{what} cannot run on this batch: {type(error).__name__}: {error} ({line})") from error
+    finally:
+        _LOG.disabled = disabled
