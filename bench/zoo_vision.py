@@ -79,20 +79,24 @@ def cross_entropy(outputs: Any, microbatch: Mapping[str, Any]) -> Tensor:
     return nn.functional.cross_entropy(logits, microbatch["target"])
 
 
-def case(make: Callable[..., nn.Module], side: int, options: Mapping[str, Any], train: bool, channels_last: bool) -> Case:
+def case(
+    make: Callable[..., nn.Module], side: int, options: Mapping[str, Any], train: bool, double: bool, channels_last: bool
+) -> Case:  # fmt: skip
     """A model with its images."""
     module = make(num_classes=CLASSES, **options).train(train)
     for part in module.modules():
-        if type(part).__name__ == "StochasticDepth":
-            vars(part)["p"] = 0.0  # not all constructors have an option for it
+        for name in {"StochasticDepth": ["p"], "DropPath": ["drop_prob"]}.get(type(part).__name__, []):
+            vars(part)[name] = 0.0  # not all constructors have an option for it
     images = torch.randn(ROWS, 3, side, side)
+    if double:
+        module, images = module.double(), images.double()
     if channels_last:
         module, images = module.to(memory_format=torch.channels_last), images.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     layouts = [*LAYOUTS, (4, "1f1b")] if "resnet50" in str(make) else LAYOUTS
     return Case(module, {"x": images, "target": torch.randint(CLASSES, (ROWS,))}, cross_entropy, layouts)
 
 
-def cases(train: bool) -> dict[str, Callable[[], Case]]:
+def cases(train: bool, double: bool) -> dict[str, Callable[[], Case]]:
     """By name: makes it."""
     try:
         vision, timm = importlib.import_module("torchvision.models"), importlib.import_module("timm")
@@ -101,15 +105,15 @@ def cases(train: bool) -> dict[str, Callable[[], Case]]:
     found: dict[str, Callable[[], Case]] = {}
     for name, (side, options) in TORCHVISION.items():
         make = getattr(vision, name)
-        found[f"torchvision {name}"] = partial(case, make, side, {"weights": None, **options}, train, False)
+        found[f"torchvision {name}"] = partial(case, make, side, {"weights": None, **options}, train, double, False)
     for name, (side, options) in TIMM.items():
         make = partial(timm.create_model, name, pretrained=False)
-        found[f"timm {name}"] = partial(case, make, side, options, train, False)
+        found[f"timm {name}"] = partial(case, make, side, options, train, double, False)
     make = vision.resnet50
-    found["torchvision resnet50, channels_last"] = partial(case, make, 64, {"weights": None}, train, True)
+    found["torchvision resnet50, channels_last"] = partial(case, make, 64, {"weights": None}, train, double, True)
     make = partial(timm.create_model, "densenet121", pretrained=False)
     found["timm densenet121, checkpointed"] = partial(
-        case, make, 32, {"memory_efficient": True, "block_config": (2, 2, 2, 2)}, train, False
+        case, make, 32, {"memory_efficient": True, "block_config": (2, 2, 2, 2)}, train, double, False
     )
     return found
 
@@ -118,8 +122,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="which models, by the end of their names; all by default")
     parser.add_argument("--train", action="store_true", help="in train mode")
+    parser.add_argument("--double", action="store_true", help="in fp64: tells rounding from mistakes")
     parser.add_argument("--check", action="store_true", help="ask af.check, too")
     given = parser.parse_args()
-    every = cases(given.train)
+    every = cases(given.train, given.double)
     chosen = [name for name in every if not given.names or name.endswith(tuple(given.names))]
     print(table(try_all(every, chosen, checks=given.check)))
