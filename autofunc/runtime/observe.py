@@ -59,6 +59,8 @@ class LiveBytes:
         held += [total.held for total in step.accumulators.values()]
         storages = (tensor.untyped_storage() for tensor in _tensors(held))
         sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
+        slots = {slot.untyped_storage().data_ptr(): slot.nbytes for slot in step.slots}  # of this plan, in shared memory
+        sizes.update({place: size for place, size in slots.items() if place in sizes})
         self.alive[op.position] = sum(size for place, size in sizes.items() if place not in self._excluded)
 
 

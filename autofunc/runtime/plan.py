@@ -58,7 +58,7 @@ class Plan:
     schedule: Schedule  # lowered
     boundaries: Boundaries
     programs: Mapping[int, Program]  # by local pp rank
-    slots: Mapping[int, Sequence[Tensor]]  # by local pp rank: memory that receives write into
+    pools: Mapping[int, SlotPool]  # by local pp rank: of the memory that receives write into
     contexts: Mapping[int, StageContext]  # by local stage
     functions: Mapping[int, StageFunctions]  # by local stage
     layouts: Mapping[int, tuple[Layout, ...]]  # by local stage: of the sum of each trainable holder's gradients
@@ -127,7 +127,7 @@ def build_plan(
         schedule=lowered,
         boundaries=boundaries,
         programs=programs,
-        slots={rank: blueprint.pools[rank].tensors(program.slots, device) for rank, program in programs.items()},
+        pools=blueprint.pools,
         contexts=contexts,
         functions=functions,
         layouts={index: tuple(context.accumulator_layouts) for index, context in contexts.items()},

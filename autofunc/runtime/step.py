@@ -101,7 +101,7 @@ def _run(
         accumulators={stage.index: Accumulator(plan.layouts[stage.index], plan.device) for stage in stages},
         microbatches=microbatches,
         ports=[transport.open(channel) for channel in program.channels],
-        slots=plan.slots[rank],
+        slots=plan.pools[rank].tensors(program.slots, plan.device),
         number=number,
         states=states_of(stages, state),
         observers=observe(plan, program, microbatches) if observe is not None else (),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import gc
+import weakref
 
 import pytest
 import torch
@@ -75,13 +75,22 @@ def test_a_register_holds_one_value_at_a_time(name: str, forward_only: bool) -> 
             assert not full and not in_flight
 
 
-def test_slots_are_shared_and_go_with_the_last_that_needs_them() -> None:
+def test_slots_of_all_plans_lie_in_the_memory_of_the_largest() -> None:
     pool, cpu = SlotPool(), torch.device("cpu")
-    first = pool.tensors([LAYOUT, LAYOUT], cpu)
-    other = pool.tensors([LAYOUT, ((3,), torch.float32), LAYOUT, LAYOUT], cpu)
-    assert len({tensor.data_ptr() for tensor in first}) == 2 and len({tensor.data_ptr() for tensor in other}) == 4
-    assert {tensor.data_ptr() for tensor in first} < {tensor.data_ptr() for tensor in other}
-    del first, other
-    gc.collect()
-    assert len(pool.tensors([LAYOUT], cpu)) == 1
-    assert len(pool._made) == 1, "what no plan needs is not kept"
+    large, small, other = ((8, 3), torch.float64), ((5,), torch.bfloat16), ((2, 2), torch.int64)
+    first = pool.tensors([small, large, other], cpu)
+    assert [(tuple(slot.shape), slot.dtype) for slot in first] == [small, large, other]
+    held = 8 * 3 * 8 + 2 * 2 * 8 + 5 * 2
+    assert pool.num_bytes == held
+    for number, slot in enumerate(first):
+        slot.fill_(number + 1)
+    assert [slot.sum().item() for slot in first] == [5, 48, 12], "no two are in the same memory"
+    assert pool.tensors([small, large, other], cpu) is first, "nothing is made in a step that was run before"
+    for layouts in ([other], [small, small], [other, large], [((0,), torch.float32)], []):
+        assert [(tuple(slot.shape), slot.dtype) for slot in pool.tensors(layouts, cpu)] == layouts
+    assert pool.num_bytes == held
+    alive = weakref.ref(first[1])
+    del first, slot
+    larger = pool.tensors([((16, 3), torch.float64)], cpu)
+    assert pool.num_bytes == held + 8 * 3 * 8 and larger[0].shape == (16, 3)
+    assert alive() is None, "what lies in a buffer that is made anew goes with it"
