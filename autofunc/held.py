@@ -52,6 +52,7 @@ class Held:
         self._local_stages = [stage for stage in stages if schedule.placement[stage.index] in self.local_ranks]
         self._parameters = parameters or Parameters(self._local_stages, stages[0].model, mesh, sharding)
 
+    @torch.inference_mode(False)
     def init(
         self, seed: int | None = None, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> TensorDict:  # fmt: skip
@@ -74,6 +75,7 @@ class Held:
         make = self._parameters.make
         return tree.to_tensordict(make(lambda paths: self._model.init_paths(paths, made_from, device, dtype)))
 
+    @torch.inference_mode(False)
     def init_state(self, device: torch.device | str | None = None) -> TensorDict:
         """The state that this process's layers begin with, see `Model.init_state`; empty where none keeps any.
 
@@ -85,6 +87,7 @@ class Held:
         device = self._device({}) if device is None else device
         return tree.to_tensordict(self._model.init_state_paths(self._state_spec, device))
 
+    @torch.inference_mode(False)
     def place_state(self, full_state: tree.Nested) -> TensorDict:
         """A copy of this process's part of a full tree of state.
 
@@ -93,6 +96,7 @@ class Held:
         """
         return tree.to_tensordict({path: leaf.clone() for path, leaf in self._checked(full_state).items()})
 
+    @torch.inference_mode(False)
     def place(self, full_params: tree.Nested) -> TensorDict:
         """A copy of this process's part of a full tree of parameters (or of any tree with the same paths).
 
@@ -104,6 +108,7 @@ class Held:
             self._parameters.make(lambda paths: {path: self._model.lookup(flat, path).clone() for path in paths})
         )
 
+    @torch.inference_mode(False)
     def gather(self, params: tree.Nested) -> TensorDict:
         """A copy of the full tree, on every process, from each process's part of parameters or gradients.
 
@@ -123,6 +128,7 @@ class Held:
         owned = {path: leaf for path, leaf in flat.items() if path in self._owned}
         return global_norm(owned, self.mesh, self._device(flat))
 
+    @torch.inference_mode(False)
     def clip(self, grads: tree.Nested, max_norm: float) -> tuple[TensorDict, Tensor]:
         """Scale gradients so that their global norm is at most `max_norm`; returns them and the norm before.
 

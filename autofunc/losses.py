@@ -34,7 +34,7 @@ class LossTerms(NamedTuple):
 
 
 def causal_lm(outputs: Any, microbatch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """Sum of the cross-entropy in nats over all labels that are not -100, and their number.
+    """Sum of the cross-entropy in nats over all labels that are not -100, and their number; worked out in fp32 or better.
 
     Args:
         outputs: logits of shape (..., vocabulary), or a mapping or object with "logits". Those that tp ranks have cut along
@@ -44,7 +44,8 @@ def causal_lm(outputs: Any, microbatch: Mapping[str, Any]) -> tuple[Tensor, Tens
     """
     logits = _entry(outputs, "logits")
     logits = outputs if logits is None else logits
-    logits, labels = logits.flatten(0, -2).float(), microbatch["labels"].flatten()
+    logits, labels = logits.flatten(0, -2), microbatch["labels"].flatten()
+    logits = logits.float() if logits.dtype.itemsize < 4 else logits
     spread = current_spread()
     total = spread.cross_entropy(logits, labels) if spread is not None else None
     if total is None:

@@ -33,6 +33,7 @@ class Optimizer:
         self._make(list(tree.flatten(params).values())[:1])
         return TensorDict({}, batch_size=[])
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def update(
         self, grads: tree.Nested, state: TensorDict, params: tree.Nested, lr: float | None = None

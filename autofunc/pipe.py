@@ -35,6 +35,7 @@ from autofunc.shard import Sharding
 from autofunc.shard.dtensors import local
 from autofunc.shard.parameters import Parameters
 from autofunc.splitting import Stage
+from autofunc.surroundings import surroundings
 
 _MOST_PLANS = 64  # batch signatures a pipeline remembers; beyond that the oldest is forgotten
 
@@ -80,6 +81,7 @@ class Pipeline(Held):
     def __repr__(self) -> str:
         return f"Pipeline({self.schedule}, {len(self.stages)} stages, engine={self.options.engine!r})"
 
+    @torch.inference_mode(False)
     def build(self, batch: Mapping[str, Any], params: tree.Nested | None = None, key: Any = None) -> Pipeline:
         """Build for batches with this signature ahead of the first call.
 
@@ -226,6 +228,7 @@ class Pipeline(Held):
         given = self._state_beside(params) if state is None else state
         self.run(Mode.GRADS, params, batch, key, given, finite_check, again=self._step_number > 0)
 
+    @torch.inference_mode(False)
     def run(
         self, mode: Mode, params: tree.Nested, batch: Mapping[str, Any], key: Any, state: tree.Nested | None = None,
         observe: Observe | None = None, again: bool = False,
@@ -241,6 +244,7 @@ class Pipeline(Held):
         """To measure steps with, where the parameters are: what they cost does not depend on it."""
         return self.init_state(self._device(tree.flatten(params)))
 
+    @torch.inference_mode(False)
     def _prepare(
         self, mode: Mode, params: tree.Nested, batch: Mapping[str, Any], key: Any
     ) -> tuple[Plan, DistributedTransport | None, dict[str, Tensor], list[Microbatch]]:
@@ -262,7 +266,7 @@ class Pipeline(Held):
             (path, leaf.shape, leaf.dtype, leaf.stride(), self._parameters.lies_right(leaf))
             for path, leaf in sorted(params.items())
         )
-        key = (mode, signature(microbatches[0]), described, device)
+        key = (mode, signature(microbatches[0]), described, device, surroundings())
         if key not in self._plans:
             if len(self._plans) >= _MOST_PLANS:
                 self._plans.pop(next(iter(self._plans)))

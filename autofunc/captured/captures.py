@@ -29,6 +29,7 @@ from autofunc.captured.source import Source, device_of
 from autofunc.captured.state import take_states
 from autofunc.errors import ModelError, one_of
 from autofunc.markers import marking
+from autofunc.surroundings import surroundings
 
 Node = fx.Node
 
@@ -70,9 +71,10 @@ class Captures:
         entries = self.source.select(batch)
         spec, leaves = signature(entries)
         shapes = (recast, spec, tuple(leaf[:3] for leaf in leaves))  # on any device
+        around = surroundings()
 
         def captured(still: frozenset[str], kept: frozenset[str]) -> tuple[Hashable, Flow]:
-            signature_ = (*shapes, still, kept, training)
+            signature_ = (*shapes, still, kept, training, around)
             key = ("flow", Identity(self), signature_)
             return signature_, cache.shared.get(key, lambda: self._capture(entries, recast, still, kept, training))
 
@@ -183,7 +185,8 @@ class Captures:
             flow = Flow(exported, source.what)
             return Flow(exported, source.what) if make_functional(flow) else flow
 
-        with torch.device(device), torch.enable_grad(), marking():  # whatever the defaults are around here
+        # whatever the defaults are around here
+        with torch.inference_mode(False), torch.device(device), torch.enable_grad(), marking():
             flow = self._flow(entries, device, exported_flow)
             exported = flow.exported
             fixed = {*exported.buffers, *exported.constants}.difference(exported.states)

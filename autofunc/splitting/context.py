@@ -19,6 +19,7 @@ from autofunc.splitting.boundary import Boundary, Value, describe
 from autofunc.splitting.setting import ALONE, Setting
 from autofunc.splitting.stage import Stage
 from autofunc.spread import summing
+from autofunc.surroundings import surroundings
 
 Layout = tuple[torch.Size, torch.dtype]
 """Shape and dtype of a tensor."""
@@ -154,7 +155,7 @@ class StageContext:
             self.specialised.fingerprints(stage.layers, labels), tuple(labels), params, _boundary_key(self.received),
             repr(spec), microbatch, Fingerprint().of(self.loss) if self.with_loss else None, what,
             self.setting.partitioning.fingerprint, self.setting.precision,
-            self.setting.data.fingerprint if self.setting.data is not None else None, _surroundings(),
+            self.setting.data.fingerprint if self.setting.data is not None else None, surroundings(),
         )  # fmt: skip
 
     def _parameter_key(self, path: str) -> Hashable:
@@ -195,22 +196,3 @@ def _boundary_key(boundary: Boundary | None) -> Hashable:
         for leaf in boundary.leaves
     )
     return repr(boundary.spec), tuple(leaves)
-
-
-def _surroundings() -> Hashable:
-    """What operators look at beside their arguments, and a capture makes permanent."""
-    cuda: Any = torch.backends.cuda
-    kernels = (
-        cuda.flash_sdp_enabled(),
-        cuda.mem_efficient_sdp_enabled(),
-        cuda.math_sdp_enabled(),
-        cuda.cudnn_sdp_enabled(),
-    )
-    return (
-        torch.get_default_dtype(),
-        torch.get_default_device(),
-        torch.get_float32_matmul_precision(),
-        torch.are_deterministic_algorithms_enabled(),
-        tuple((kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")),
-        kernels,
-    )
