@@ -14,6 +14,9 @@ from autofunc.random import KEY, as_key, fold_in
 
 Microbatch = dict[str, Any]
 
+COUNTS = "row counts"
+"""An entry that no model sees, fp32 of shape (rows,): 1 for rows that count in the loss, 0 for those that only fill up."""
+
 BatchDims = Mapping[str, int | None] | int | None
 """Where the rows of a batch are: see `row_dims`."""
 

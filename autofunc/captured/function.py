@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from autofunc import tree
+from autofunc.batch import COUNTS
 from autofunc.captured.captures import Branches, Captures
 from autofunc.captured.model import CapturedModel
 from autofunc.random import KEY
@@ -82,7 +83,7 @@ class FunctionSource:
 
     def select(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """See `Source.select`."""
-        return {name: value for name, value in batch.items() if name != KEY}
+        return {name: value for name, value in batch.items() if name not in (KEY, COUNTS)}
 
     def arguments(self, batch: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """See `Source.arguments`."""

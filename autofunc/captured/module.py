@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from autofunc.batch import COUNTS
 from autofunc.captured.captures import Branches, Captures
 from autofunc.captured.compiled_parts import is_compiled
 from autofunc.captured.initial import initial_buffer, initial_weights
@@ -165,7 +166,7 @@ class ModuleSource:
         Raises:
             ModelError: when forward lacks an argument.
         """
-        entries = {str(name): value for name, value in batch.items() if name != self.key_name}
+        entries = {str(name): value for name, value in batch.items() if name not in (self.key_name, COUNTS)}
         if self._inputs is not None:
             wanted = self._wanted
             missing = [name for name in wanted if name not in entries]

@@ -129,7 +129,7 @@ class Dataloader(Section):
     """How rows become batches."""
 
     shuffle: bool = Field(True, description="draw rows in an order that depends on the seed")
-    drop_last: bool = Field(False, description="leave out a short last batch instead of filling it with empty labels")
+    drop_last: bool = Field(False, description="leave out a short last batch, of each dataset")
     num_workers: Annotated[int, Field(ge=0)] = Field(0, description="processes that load rows")
 
 

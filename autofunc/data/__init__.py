@@ -1,7 +1,8 @@
 """Datasets and loaders: rows of token ids with labels that are already aligned (`labels[t]` follows `input_ids[t]`)."""
 
 from autofunc.data.hellaswag import HellaSwag
-from autofunc.data.loader import STACKED, first_rows, make_loader
+from autofunc.data.loader import STACKED, Part, first_rows, make_loader, num_batches
+from autofunc.data.rows import text_columns
 from autofunc.data.text_folder import TextFolder
 from autofunc.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 
@@ -9,9 +10,12 @@ __all__ = [
     "STACKED",
     "ByteTokenizer",
     "HellaSwag",
+    "Part",
     "TextFolder",
     "Tokenizer",
     "first_rows",
     "load_tokenizer",
     "make_loader",
+    "num_batches",
+    "text_columns",
 ]

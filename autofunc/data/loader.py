@@ -1,24 +1,54 @@
-"""Batches of equal size from a dataset."""
+"""Batches from a dataset, as parts: what one call of a pipeline takes.
+
+Every microbatch has real rows only, or none. A short last batch is therefore two parts: its whole microbatches, and then
+one microbatch of the rows that are left. Each part is filled up with microbatches that repeat a row and do not count. So a
+loss that is a mean over a microbatch is never one over rows that are not in the dataset.
+"""
 
 from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, RandomSampler, Sampler, SequentialSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from autofunc.batch import COUNTS
+from autofunc.data.rows import Rows, labelled, stack
 from autofunc.errors import DataError
+
+STACKED = 0
+"""The dim of the rows in every batch of these loaders."""
+
+
+class Part(NamedTuple):
+    """A batch, or one of the two parts of a short one."""
+
+    batch: dict[str, Tensor]  # with the entry COUNTS
+    num_rows: int  # of the dataset in it, over all places
+    ends_batch: bool
+
+
+class _Picks(NamedTuple):
+    """The rows of one place in a part."""
+
+    indices: list[int]
+    num_real: int  # of these; the others fill up
+    microbatch: int  # rows of each microbatch
+    num_rows: int  # real ones over all places
+    ends_batch: bool
+    epoch: int
 
 
 def make_loader(
-    dataset: Dataset[dict[str, Tensor]],
+    dataset: Dataset[Any],
     rows: int,
     *,
+    microbatch: int,
     seed: int,
     shuffle: bool,
     drop_last: bool = False,
@@ -26,15 +56,16 @@ def make_loader(
     place: int = 0,
     places: int = 1,
 ) -> StatefulDataLoader[Any]:
-    """A loader whose every batch has `rows` rows over all places, in an order that depends on the seed alone.
+    """A loader of `Part`s, in an order that depends on the seed alone.
 
-    Each place reads its part of every batch only: the first place the first rows. A last batch that is short is filled with
-    rows whose labels are all -100, which weigh nothing, unless `drop_last`.
+    Each place reads its part of every batch only: the first place the first rows. What rows draw from random generators
+    depends on (seed, epoch, index), so that all ranks of a place have the same rows.
 
     Args:
-        dataset: gives mappings of tensors of equal shapes.
-        rows: rows in a batch of all places; `places` must divide them.
-        seed: of the order; each epoch has its own.
+        dataset: gives a mapping for an index, see `rows.as_row`; all of equal shapes.
+        rows: rows in a batch of all places; `places * microbatch` must divide them.
+        microbatch: rows in a microbatch.
+        seed: of the order, and of what rows draw; each epoch has its own.
         shuffle: False keeps the dataset's order.
         drop_last: leave a short last batch out.
         num_workers: processes that load; 0 loads in this one.
@@ -42,10 +73,10 @@ def make_loader(
         places: how many read parts of each batch.
 
     Raises:
-        DataError: when there is not one whole batch and short ones are dropped.
+        DataError: when there is not one whole batch and short ones are dropped; from the loader, for rows that are none.
     """
     length = len(dataset)  # type: ignore[arg-type]
-    if drop_last and length < rows:
+    if not num_batches(length, rows, drop_last):
         raise DataError(f"the dataset has {length} rows, fewer than one batch of {rows}, and drop_last leaves none")
     generator = torch.Generator().manual_seed(seed)
     order: Sampler[int] = RandomSampler(dataset, generator=generator) if shuffle else SequentialSampler(dataset)  # type: ignore[arg-type]
@@ -53,79 +84,81 @@ def make_loader(
         # torchdata 0.11 calls a function that torch 2.13 is about to drop; nothing a user could change
         warnings.filterwarnings("ignore", "'set_vital' is deprecated")
         return StatefulDataLoader(
-            _WithBlanks(dataset),
-            batch_size=rows // places,
-            sampler=_Part(order, length, rows, drop_last, place, places),
-            collate_fn=_stack,
+            _Parts(Rows(dataset, seed)),
+            batch_sampler=_Sampler(order, rows, microbatch, drop_last, place, places),
+            collate_fn=_as_it_is,
             num_workers=num_workers,
         )
 
 
-STACKED = 0
-"""The dim of the rows in every batch of these loaders."""
+def num_batches(length: int, rows: int, drop_last: bool) -> int:
+    """Batches in an epoch of `length` rows."""
+    return length // rows if drop_last else -(-length // rows)
 
 
-def first_rows(dataset: Dataset[dict[str, Tensor]], rows: int, start: int = 0) -> dict[str, Tensor]:
-    """A batch of `rows` rows from the start on, filled with rows that weigh nothing where the dataset ends.
+def first_rows(dataset: Dataset[Any], rows: int, start: int = 0) -> dict[str, Tensor]:
+    """A batch of `rows` rows from the start on, the last one repeated where the dataset ends: to look at and to try.
 
     Raises:
-        DataError: see `make_loader`.
+        DataError: for rows that are none.
     """
-    indices = list(range(start, min(start + rows, len(dataset))))  # type: ignore[arg-type]
-    return _stack([_WithBlanks(dataset)[index] for index in _filled(indices, rows)])
+    last = len(dataset) - 1  # type: ignore[arg-type]
+    return stack(Rows(dataset).read([min(index, last) for index in range(start, start + rows)], epoch=1))
 
 
-class _Part(Sampler[int]):
-    """The rows of one place, batch by batch."""
+class _Sampler(Sampler[_Picks]):
+    """The picks of one place, part by part."""
 
-    def __init__(self, order: Sampler[int], length: int, rows: int, drop_last: bool, place: int, places: int) -> None:
-        self._order, self._rows, self._drop_last = order, rows, drop_last
-        self._begin, self._end = place * rows // places, (place + 1) * rows // places
-        self._batches = length // rows if drop_last else -(-length // rows)
+    def __init__(
+        self, order: Sampler[int], rows: int, microbatch: int, drop_last: bool, place: int, places: int
+    ) -> None:  # fmt: skip
+        self._order, self._rows, self._microbatch, self._drop_last = order, rows, microbatch, drop_last
+        self._place, self._count = place, rows // places // microbatch
+        self._microbatches = rows // microbatch
+        self._epoch = 0
+        whole, short = divmod(len(order), rows)  # type: ignore[arg-type]
+        self._length = whole + (0 if drop_last else sum(map(bool, divmod(short, microbatch))))
 
     def __len__(self) -> int:
-        return self._batches * (self._end - self._begin)
+        return self._length
 
-    def __iter__(self) -> Iterator[int]:
+    def __iter__(self) -> Iterator[_Picks]:
+        self._epoch += 1
         indices = iter(self._order)
-        for _ in range(self._batches):
-            batch = list(itertools.islice(indices, self._rows))
-            yield from _filled(batch, self._rows)[self._begin : self._end]
+        while batch := list(itertools.islice(indices, self._rows)):
+            if len(batch) < self._rows and self._drop_last:
+                return
+            whole = len(batch) // self._microbatch * self._microbatch
+            cut = ((batch[:whole], self._microbatch), (batch[whole:], len(batch) - whole))
+            parts = [(part, size) for part, size in cut if part]
+            for number, (part, size) in enumerate(parts, start=1):
+                yield self._picks(part, size, number == len(parts))
+
+    def _picks(self, part: list[int], size: int, ends_batch: bool) -> _Picks:
+        begin, end = self._place * self._count * size, (self._place + 1) * self._count * size
+        filled = part + part[-1:] * (self._microbatches * size - len(part))
+        real = min(max(len(part) - begin, 0), end - begin)
+        return _Picks(filled[begin:end], real, size, len(part), ends_batch, self._epoch)
 
 
-def _filled(indices: list[int], rows: int) -> list[int]:
-    """Indices of exactly `rows` rows; `~index` stands for a row like that one which weighs nothing."""
-    return indices + [~indices[-1]] * (rows - len(indices))
+class _Parts(Dataset[Any]):
+    """Parts by their picks."""
+
+    def __init__(self, rows: Rows) -> None:
+        self._rows = rows
+
+    def __getitems__(self, picks: _Picks) -> Part:
+        rows = self._rows.read(picks.indices, picks.epoch)
+        batch = stack(rows)
+        has_label = labelled(batch)
+        counts = has_label.clone()
+        counts[picks.num_real :] = False
+        # a mean over no label is no number, so microbatches without any get rows that have some, and do not count
+        bare = [at for at in range(0, len(rows), picks.microbatch) if not has_label[at : at + picks.microbatch].any()]
+        for at in bare:
+            rows[at : at + picks.microbatch] = [self._rows.first_labelled()] * picks.microbatch
+        return Part({**(stack(rows) if bare else batch), COUNTS: counts.float()}, picks.num_rows, picks.ends_batch)
 
 
-class _WithBlanks(Dataset[dict[str, Tensor]]):
-    """A dataset that also has, at `~index`, a row like the one at `index` with all labels -100."""
-
-    def __init__(self, dataset: Dataset[dict[str, Tensor]]) -> None:
-        self._dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self._dataset)  # type: ignore[arg-type]
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        if index >= 0:
-            return self._dataset[index]
-        item = self._dataset[~index]
-        if "labels" not in item:
-            raise DataError(
-                "the last batch is short, and without 'labels' it cannot be filled with rows that weigh nothing (it has "
-                f"{', '.join(item)}); set dataloader.drop_last: true"
-            )
-        return {**item, "labels": torch.full_like(item["labels"], -100)}
-
-
-def _stack(items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """A batch of these rows.
-
-    Raises:
-        DataError: when their shapes differ.
-    """
-    try:
-        return {name: torch.stack([item[name] for item in items]) for name in items[0]}
-    except (KeyError, RuntimeError) as error:
-        raise DataError(f"rows of the dataset do not fit into one batch: {error}") from error
+def _as_it_is(part: Part) -> Part:
+    return part

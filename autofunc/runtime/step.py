@@ -29,6 +29,7 @@ class StepResult:
     """What a step gives this process."""
 
     loss: Tensor | None = None  # 0-dim fp32, the same on every rank
+    weight: Tensor | None = None  # of the loss, 0-dim fp32, the same on every rank
     aux: Any = None
     grads: dict[str, Tensor] = field(default_factory=dict)  # canonical path -> gradient
     state: dict[str, Tensor] = field(default_factory=dict)  # path -> what layers keep for the next step
@@ -144,7 +145,11 @@ def _finish_loss(
     layouts = [((2,), torch.float32), *plan.aux]
     yield from share(rank, plan.last_rank, make, layouts, plan.device, transport, shared)
     total, weight = shared[0].unbind()
-    check_weight(weight)
+    result.weight = weight
+    if getattr(plan.loss, "may_weigh_nothing", False):
+        weight = torch.where(weight == 0, 1.0, weight)
+    else:
+        check_weight(weight)
     result.loss = total / weight
     weights.append(weight)
     if plan.aux_spec is not None:

@@ -34,6 +34,7 @@ from autofunc.schedule.footprint.live import peak_held
 from autofunc.train.loop import build_pipe, to_device
 from autofunc.train.progress import search_bar
 from autofunc.train.recipe import Recipe
+from autofunc.train.weighing import counting_all
 
 SECONDS = 3.0
 """How long a search lasts, unless it finds earlier that nothing can be better."""
@@ -87,7 +88,7 @@ def find_schedule(recipe: Recipe, mesh: DeviceMesh, device: torch.device, consol
     shown = console or Console(quiet=True)
     pipe = build_pipe(recipe, mesh)
     params = pipe.init(recipe.init_seed, device)
-    batch = to_device(recipe.example(), device)
+    batch = to_device(counting_all(recipe.example()), device)
     key = (recipe.seed, 1)  # of the first step: what is measured is what is trained, dropout included
     with shown.status("measuring what the stages cost"):
         costs = pipe.costs(params, batch, key)

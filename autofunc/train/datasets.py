@@ -7,9 +7,8 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from autofunc.config import FinetuneConfig, instantiate
-from autofunc.data import make_loader
-from autofunc.errors import ConfigError
-from autofunc.losses import Loss
+from autofunc.data import first_rows, make_loader, num_batches, text_columns
+from autofunc.errors import ConfigError, DataError
 from autofunc.model import Model
 
 
@@ -19,15 +18,13 @@ class Loaders(NamedTuple):
     train: Callable[..., Any]
     validation: Callable[..., Any] | None
     num_batches: int  # of an epoch
-    train_drops_last: bool  # whether a short last batch is left out
-    validation_drops_last: bool
 
 
 def read_dataset(section: Mapping[str, Any], where: str) -> Any:
     """Make the dataset that a section describes: this reads, and usually tokenises, all of it.
 
     Raises:
-        ConfigError: naming the section, when it cannot be made, has no rows by index, or none at all.
+        ConfigError: naming the section, when it cannot be made, has no rows by index, none at all, or others than expected.
     """
     dataset = instantiate(section, where)
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
@@ -36,6 +33,10 @@ def read_dataset(section: Mapping[str, Any], where: str) -> Any:
         )
     if not len(dataset):
         raise ConfigError(f"{where} has no rows")
+    try:
+        first_rows(dataset, 1)
+    except DataError as error:
+        raise ConfigError(f"{where}: {error}") from error
     return dataset
 
 
@@ -71,22 +72,42 @@ def tell_tokenizers(datasets: Mapping[str, Any], notes: list[str]) -> None:
             notes.append(f"{where}: no tokenizer named, so tokens are bytes (256 ids)")
 
 
-def loaders_of(config: FinetuneConfig, dataset: Any, validation: Any | None, loss: Loss | None) -> Loaders:
+def tell_rows(dataset: Any, where: str, rows: int, drop_last: bool, notes: list[str]) -> None:
+    """Note what of a dataset is not used: columns of text, and rows that `drop_last` leaves out."""
+    columns = text_columns(dataset)
+    if columns:
+        notes.append(f"{where}: text is left out of its rows: {', '.join(columns)}")
+    if drop_last and len(dataset) % rows:
+        notes.append(f"{where}: drop_last leaves out {len(dataset) % rows} of its {len(dataset)} rows")
+
+
+def loaders_of(config: FinetuneConfig, dataset: Any, validation: Any | None, notes: list[str]) -> Loaders:
     """How batches are made of the datasets.
 
     Args:
         config: what is wanted.
         dataset: to train on.
         validation: to measure the validation loss on, if any.
-        loss: of the run; None for the model's own.
+        notes: told what is left out.
 
     Raises:
-        DataError: when the dataset has not one batch.
+        ConfigError: naming the dataset that has not one batch, or whose rows are none.
     """
-    rows, loader = config.step_scheduler.global_batch_size, config.dataloader
-    # a short batch is filled with rows without labels, of which a loss that is a mean makes nothing
-    drop_last = loader.drop_last or loss is None
-    make = partial(make_loader, seed=config.seed, num_workers=loader.num_workers)
-    train = partial(make, dataset, rows, shuffle=loader.shuffle, drop_last=drop_last)
-    make_validation = partial(make, validation, rows, shuffle=False, drop_last=loss is None) if validation else None
-    return Loaders(train, make_validation, len(train()), drop_last, loss is None)
+    steps, loader = config.step_scheduler, config.dataloader
+    rows = steps.global_batch_size
+
+    def make(where: str, dataset: Any, shuffle: bool) -> Callable[..., Any]:
+        made = partial(
+            make_loader, dataset, rows, microbatch=steps.local_batch_size, seed=config.seed, shuffle=shuffle,
+            drop_last=loader.drop_last, num_workers=loader.num_workers,
+        )  # fmt: skip
+        try:
+            made()
+            tell_rows(dataset, where, rows, loader.drop_last, notes)
+        except DataError as error:
+            raise ConfigError(f"{where}: {error}") from error
+        return made
+
+    train = make("dataset", dataset, loader.shuffle)
+    make_validation = make("validation_dataset", validation, False) if validation is not None else None
+    return Loaders(train, make_validation, num_batches(len(dataset), rows, loader.drop_last))

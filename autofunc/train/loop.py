@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,15 +14,17 @@ from tensordict import TensorDict
 from torch.distributed.device_mesh import DeviceMesh
 
 from autofunc import tree
-from autofunc.data import STACKED
-from autofunc.errors import NotFiniteError, full_message
-from autofunc.losses import Loss, evaluate
+from autofunc.data import STACKED, Part
+from autofunc.errors import NotFiniteError, PipelineRunError, full_message
 from autofunc.mesh import data_coordinate
 from autofunc.pipe import Pipeline
+from autofunc.random import fold_in, make_key
+from autofunc.runtime.plan import Mode
 from autofunc.train.metrics import MetricsFile
 from autofunc.train.progress import Reporter
 from autofunc.train.recipe import Recipe
-from autofunc.transform import pipeline, value_and_grad
+from autofunc.train.weighing import gradients, together, weighed
+from autofunc.transform import pipeline
 
 
 @dataclass(frozen=True)
@@ -55,9 +57,7 @@ def train(
         metrics: where every step is written; None on all ranks but the first.
     """
     pipe = build_pipe(recipe, mesh)
-    validation_pipe = pipe.with_loss(_with_weight(recipe.loss))
     place, places = data_coordinate(mesh)
-    step_function = value_and_grad(pipe, has_state=True)
     params, state = pipe.init(recipe.init_seed, device), pipe.init_state(device)
     optimizer_state = recipe.optimizer.init(params)
     loader = recipe.make_train_loader(place=place, places=places)
@@ -65,27 +65,33 @@ def train(
     validation_loss: float | None = None
 
     clock = time.perf_counter()
-    for step, batch in enumerate(itertools.islice(_endless(loader), recipe.num_steps), start=1):
-        batch = to_device(batch, device)
-        key, before = (recipe.seed, step), state
-        (loss, state), grads = step_function(params, batch, key, state)
-        loss_value = loss.item()  # before the parameters change, which are needed to find out why
+    for step, parts in enumerate(itertools.islice(_endless(loader), recipe.num_steps), start=1):
+        ran, results = [], []
+        for number, part in enumerate(parts):
+            key = (recipe.seed, step) if number == 0 else fold_in(make_key(recipe.seed, step, device=device), number)
+            ran.append((to_device(part.batch, device), key, state))
+            results.append(pipe.run(Mode.GRADS, params, *ran[-1]))
+            state = tree.to_tensordict(results[-1].state)
+        loss_value, weight = together(results)  # before the parameters change, which are needed to find out why it is NaN
+        if not weight:
+            raise PipelineRunError(f"no row of step {step} has a label to learn from (all are -100?)")
         if not math.isfinite(loss_value):
-            raise _not_finite(pipe, (params, batch, key, before), loss_value, step)
-        del before
+            raise _not_finite(pipe, [(params, *each) for each in ran], loss_value, step)
+        del ran
+        grads = gradients(results)
         norm = None
         if recipe.max_norm is not None:
             grads, norm = pipe.clip(grads, recipe.max_norm)
         params, optimizer_state = recipe.optimizer.update(grads, optimizer_state, params)
         seconds = time.perf_counter() - clock  # the wait for data included
         training_seconds += seconds
-        tokens = _count_tokens(batch) * places
+        tokens = sum(_count_tokens(part) for part in parts)
         reporter.step(step, loss_value, tokens / seconds)
         if metrics is not None:
             extra = {} if norm is None else {"grad_norm": norm.item()}
             metrics.write(step=step, loss=loss_value, **extra, num_tokens=tokens, step_time_ms=seconds * 1e3)
         if step == recipe.num_steps or (recipe.val_every_steps and step % recipe.val_every_steps == 0):
-            validation_loss = validate(recipe, validation_pipe, params, state, device, reporter)
+            validation_loss = validate(recipe, pipe, params, state, device, reporter)
             if validation_loss is not None:
                 reporter.validation(step, validation_loss)
                 if metrics is not None:
@@ -98,49 +104,45 @@ def build_pipe(recipe: Recipe, mesh: DeviceMesh | None) -> Pipeline:
     """The pipeline of a recipe."""
     options = asdict(recipe.options)
     return pipeline(
-        recipe.stages, recipe.schedule, loss=recipe.loss, mesh=mesh, sharding=recipe.sharding, batch_dims=STACKED, **options
+        recipe.stages, recipe.schedule, loss=weighed(recipe.loss, recipe.microbatch_rows), mesh=mesh,
+        sharding=recipe.sharding, batch_dims=STACKED, **options,
     )  # fmt: skip
 
 
 def validate(
     recipe: Recipe, pipe: Pipeline, params: TensorDict, state: TensorDict, device: torch.device, reporter: Reporter
 ) -> float | None:
-    """The mean loss over the validation dataset, weighted as the loss says; None without a validation dataset.
+    """The mean loss over the validation dataset, weighted as the loss says; None without one, or without labels in it.
 
     Args:
         recipe: for its validation loader.
-        pipe: whose loss gives its weight as aux.
+        pipe: of the run.
         params: of this rank.
         state: of this rank.
         device: where batches go.
-        reporter: told of every batch.
+        reporter: told of every part of a batch.
     """
     if recipe.make_validation_loader is None:
         return None
-    total, weight = 0.0, 0.0
     place, places = data_coordinate(pipe.mesh)
     loader = recipe.make_validation_loader(place=place, places=places)
-    for index, batch in enumerate(loader, start=1):
-        loss, batch_weight = pipe(params, to_device(batch, device), state=state, has_aux=True)
+    results = []
+    for index, part in enumerate(loader, start=1):
+        results.append(pipe.run(Mode.LOSS, params, to_device(part.batch, device), None, state))
         reporter.validating(index, len(loader))
-        total += loss.item() * batch_weight.item()
-        weight += batch_weight.item()
-    return total / weight
+    loss, weight = together(results)
+    return loss if weight else None
 
 
-def _with_weight(loss: Loss | None) -> Loss:
-    """The same loss, with its weight as aux."""
-
-    def weighed(outputs: Any, microbatch: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        terms = evaluate(loss, outputs, microbatch)
-        return terms.sum, terms.weight, terms.weight
-
-    return weighed
-
-
-def _endless(loader: Iterable[dict[str, Any]]) -> Iterable[dict[str, Any]]:
+def _endless(loader: Iterable[Part]) -> Iterator[list[Part]]:
+    """The parts of one batch after the other, epoch after epoch."""
+    parts: list[Part] = []
     while True:
-        yield from loader
+        for part in loader:
+            parts.append(part)
+            if part.ends_batch:
+                yield parts
+                parts = []
 
 
 def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
@@ -150,20 +152,18 @@ def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     )
 
 
-def _count_tokens(batch: Mapping[str, Any]) -> int:
-    """Tokens of a batch, or its rows where it has none."""
-    ids = batch.get("input_ids")
-    if isinstance(ids, torch.Tensor):
-        return ids.numel()
-    leaves = [leaf for leaf in tree.leaves_and_spec(dict(batch))[0] if isinstance(leaf, torch.Tensor) and leaf.dim()]
-    return int(leaves[0].shape[0])
+def _count_tokens(part: Part) -> int:
+    """Tokens of a part over all places, or its rows where they have none."""
+    ids = part.batch.get("input_ids")
+    return part.num_rows * (ids[0].numel() if ids is not None else 1)
 
 
-def _not_finite(pipe: Pipeline, arguments: tuple[Any, ...], loss: float, step: int) -> NotFiniteError:
+def _not_finite(pipe: Pipeline, ran: Iterable[tuple[Any, ...]], loss: float, step: int) -> NotFiniteError:
     """What a step made that was not finite, found by running it once more. All processes have the same loss, so all do."""
     what = f"the loss is {loss} at step {step}"
-    try:
-        pipe.check_finite(*arguments)
-    except NotFiniteError as found:
-        return NotFiniteError(f"{what}; {full_message(found)}")
+    for arguments in ran:
+        try:
+            pipe.check_finite(*arguments)
+        except NotFiniteError as found:
+            return NotFiniteError(f"{what}; {full_message(found)}")
     return NotFiniteError(f"{what}, but not when the step is run again: its values depend on more than its arguments")

@@ -13,6 +13,7 @@ from autofunc.shard import Sharding
 from autofunc.train.autoschedule import search_limits
 from autofunc.train.loop import build_pipe
 from autofunc.train.recipe import Recipe
+from autofunc.train.weighing import counting_all
 
 
 def check_budget(recipe: Recipe) -> None:
@@ -27,7 +28,7 @@ def check_budget(recipe: Recipe) -> None:
     budget = recipe.search_budget if recipe.options.memory_budget is None else recipe.options.memory_budget
     if budget is None or recipe.axes.tp > 1 or torch.accelerator.is_available():
         return
-    pipe, batch = pipe_alone(recipe), recipe.example()
+    pipe, batch = pipe_alone(recipe), counting_all(recipe.example())
     try:
         if recipe.searches:
             search_limits(recipe, kept_bytes(recipe, pipe))
@@ -55,4 +56,4 @@ def kept_bytes(recipe: Recipe, pipe: Pipeline) -> tuple[StageBytes, ...]:
     Raises:
         AutofuncError: where a size depends on data, and when the recipe's memory budget is too small.
     """
-    return pipe.memory(pipe.init(recipe.seed, "meta"), recipe.example(), (recipe.seed, 1))
+    return pipe.memory(pipe.init(recipe.seed, "meta"), counting_all(recipe.example()), (recipe.seed, 1))

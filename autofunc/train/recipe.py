@@ -21,7 +21,7 @@ from autofunc.schedule import Schedule
 from autofunc.shard import Sharding
 from autofunc.splitting import Stage, layer_costs
 from autofunc.train.axes import Axes, axes_of, sharding_of
-from autofunc.train.datasets import Loaders, check_tokens, loaders_of, read_dataset, read_validation, tell_tokenizers
+from autofunc.train.datasets import check_tokens, loaders_of, read_dataset, read_validation, tell_tokenizers
 from autofunc.train.layout import LayerCosts, is_auto, stages_and_schedule
 from autofunc.train.model import build_loss, build_model
 from autofunc.train.trial import Trial
@@ -51,6 +51,7 @@ class Recipe:
     max_norm: float | None  # of the gradients
     seed: int
     rows: int  # of a batch, over all data parallel ranks
+    microbatch_rows: int
     notes: tuple[str, ...]  # what the user should know about how the configuration was read
 
     @property
@@ -106,10 +107,13 @@ def prepare(
         _try_optimizer(config, make_optimizer)
     validation = read_validation(config, stages[0].model, told)
     tell_tokenizers({"dataset": dataset, "validation_dataset": validation}, told)
-    loaders = loaders_of(config, dataset, validation, loss)
+    loaders = loaders_of(config, dataset, validation, told)
     steps, rows = config.step_scheduler, config.step_scheduler.global_batch_size
     if not checked:
-        _try_datasets(Trial(stages, loss, rows, axes.dp, schedule.num_microbatches), dataset, validation, loaders)
+        trial = Trial(stages, loss, rows, steps.local_batch_size)
+        trial.run("dataset", dataset, config.dataloader.drop_last)
+        if validation is not None:
+            trial.run("validation_dataset", validation, config.dataloader.drop_last)
     num_steps = loaders.num_batches * steps.num_epochs
     return Recipe(
         model=stages[0].model,
@@ -131,15 +135,9 @@ def prepare(
         max_norm=config.clip_grad_norm.max_norm if config.clip_grad_norm is not None else None,
         seed=config.seed,
         rows=rows,
+        microbatch_rows=steps.local_batch_size,
         notes=tuple(dict.fromkeys(told)),
     )
-
-
-def _try_datasets(trial: Trial, dataset: Any, validation: Any, loaders: Loaders) -> None:
-    """Run the first and the last batch of each on fake tensors."""
-    trial.run("dataset", dataset, loaders.train_drops_last)
-    if validation is not None:
-        trial.run("validation_dataset", validation, loaders.validation_drops_last)
 
 
 def default_output_dir(config_path: str | Path) -> Path:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from autofunc.data import first_rows
 from autofunc.errors import AutofuncError, ConfigError, MeshError
 from autofunc.shard.parameters import Parameters, cut_over_tp
 from autofunc.splitting import infer_boundaries
@@ -43,7 +44,7 @@ def check_tensor_parallel(recipe: Recipe) -> None:
 
 def _check_lengths(recipe: Recipe) -> None:
     for where, dataset in (("dataset", recipe.dataset), ("validation_dataset", recipe.validation_dataset)):
-        ids = dataset[0].get("input_ids") if dataset is not None else None
+        ids = first_rows(dataset, 1).get("input_ids") if dataset is not None else None
         if ids is not None and ids.shape[-1] % recipe.axes.tp:
             raise MeshError(
                 f"sequence_parallel cuts sequences into {recipe.axes.tp} equal parts, and those of {where} have "

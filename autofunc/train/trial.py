@@ -19,17 +19,16 @@ class Trial:
         stages: all of them.
         loss: of the run; None for the model's own.
         rows: of a batch, over all data parallel ranks.
-        places: data parallel ranks.
-        num_microbatches: of each of them.
+        microbatch: rows of a microbatch.
     """
 
-    def __init__(self, stages: Sequence[Stage], loss: Loss | None, rows: int, places: int, num_microbatches: int) -> None:
+    def __init__(self, stages: Sequence[Stage], loss: Loss | None, rows: int, microbatch: int) -> None:
         self._stages, self._loss = stages, loss
-        self._rows, self._places, self._num_microbatches = rows, places, num_microbatches
+        self._rows, self._microbatch = rows, microbatch
         self._tried: set[Hashable] = set()
 
     def run(self, where: str, dataset: Any, drop_last: bool) -> None:
-        """Try the first batch of a dataset, and the last one, which may be short.
+        """Try the first microbatch of a dataset, and the last one, which may be short.
 
         Args:
             where: the dataset's section, for messages.
@@ -37,20 +36,26 @@ class Trial:
             drop_last: whether a short last batch is left out.
 
         Raises:
-            ConfigError: when the model cannot run on such a batch.
-            DataError: when the rows make no batch.
+            ConfigError: when the model cannot run on such a microbatch, or the rows make none.
         """
-        last = len(dataset) % self._rows
-        for start in [0, len(dataset) - last] if last and not drop_last else [0]:
-            batch = first_rows(dataset, self._rows // self._places, start)
-            try:
-                name = self._stages[0].model.key_name
-                microbatches = split_batch(
-                    batch, self._num_microbatches, key=(0, 0), batch_dims=STACKED, key_name=name
-                )  # fmt: skip
-                self._try(microbatches[0])
-            except AutofuncError as error:
-                raise ConfigError(f"the model on a batch of {where}: {error}") from error
+        rows, last = min(self._microbatch, len(dataset)), len(dataset) % self._rows
+        self._run(where, dataset, 0, rows)
+        if last and not drop_last:
+            short = last % self._microbatch or self._microbatch
+            self._run(where, dataset, len(dataset) - short, short)
+
+    def _run(self, where: str, dataset: Any, start: int, rows: int) -> None:
+        name = self._stages[0].model.key_name
+        try:
+            batch = first_rows(dataset, rows, start)
+            self._try(split_batch(batch, 1, key=(0, 0), batch_dims=STACKED, key_name=name)[0])
+        except AutofuncError as error:
+            hint = (
+                f". These are the last {rows} rows of it, and dataloader.drop_last: true leaves a short batch out"
+                if rows < self._microbatch
+                else ""
+            )
+            raise ConfigError(f"the model on a batch of {where}: {error}{hint}") from error
 
     def _try(self, microbatch: dict[str, Any]) -> None:
         known = signature(microbatch)

@@ -19,7 +19,7 @@ def number(**options): return 3
 def loss(outputs, microbatch): return outputs.square().mean()
 def fails(): raise KeyError("inside")
 def empty(**options): return []
-def unlabelled(**options): return [{"input_ids": torch.zeros(16, dtype=torch.int64)}] * 9
+def pairs(**options): return [(torch.zeros(16, dtype=torch.int64),) * 2] * 9
 """
 
 
@@ -133,9 +133,10 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *wo
         (["--dataset.num_samples_limit", "0"], "dataset: TextFolder: num_samples_limit=0, expected at least 1"),
         (["--dataset.num_samples_limit", "4", "--dataloader.drop_last", "true"], "4 rows, fewer than one batch of 8"),
         (
-            ["--dataset._target_", "model.py:unlabelled", "--loss_fn._target_", "model.py:loss"],
-            "set dataloader.drop_last: true",
+            ["--validation_dataset.num_samples_limit", "3", "--dataloader.drop_last", "true"],
+            "validation_dataset: the dataset has 3 rows, fewer than one batch of",
         ),
+        (["--dataset._target_", "model.py:pairs"], "dataset: row 0 of the dataset is a tuple; expected a mapping of names"),
         (["--dataset._target_", "model.py:empty"], "dataset has no rows"),
         (["--dataset._target_", "model.py:number"], "int has no length or no rows by index"),
         (["output_dir=a: b"], "override output_dir='a: b' is not YAML"),

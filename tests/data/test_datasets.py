@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from autofunc.data import HellaSwag, TextFolder, load_tokenizer, make_loader
+from autofunc.data import HellaSwag, TextFolder, load_tokenizer
 from autofunc.errors import DataError
 
 SAMPLE = Path(__file__).parent.parent.parent / "examples" / "data" / "hellaswag_sample.jsonl"
@@ -148,34 +148,3 @@ def test_hellaswag_that_cannot_be(tmp_path: Path) -> None:
         HellaSwag(str(tmp_path / "table.txt"))
     with pytest.raises(DataError, match="'nobody/hellaswag', split 'train', cannot be loaded"):
         HellaSwag("nobody/hellaswag")
-
-
-def numbers(count: int, labels: bool = True) -> list[dict[str, torch.Tensor]]:
-    return [{"input_ids": torch.full((2,), i), **({"labels": torch.full((2,), i)} if labels else {})} for i in range(count)]
-
-
-def test_loader_fills_the_last_batch_with_rows_that_weigh_nothing() -> None:
-    batches = list(make_loader(numbers(5), 2, seed=0, shuffle=False))  # type: ignore[arg-type]
-    assert [batch["input_ids"][:, 0].tolist() for batch in batches] == [[0, 1], [2, 3], [4, 4]]
-    assert batches[-1]["labels"].tolist() == [[4, 4], [-100, -100]]
-    assert len(list(make_loader(numbers(5), 2, seed=0, shuffle=False, drop_last=True))) == 2  # type: ignore[arg-type]
-
-
-def test_loader_order_is_a_function_of_the_seed() -> None:
-    def order(seed: int) -> list[list[int]]:
-        loader = make_loader(numbers(20), 4, seed=seed, shuffle=True)  # type: ignore[arg-type]
-        return [[row for batch in loader for row in batch["input_ids"][:, 0].tolist()] for _ in range(2)]
-
-    assert order(1) == order(1) != order(2)
-    first, second = order(1)
-    assert first != second and sorted(first) == sorted(second) == list(range(20)), "each epoch has its own order"
-
-
-def test_loader_errors() -> None:
-    with pytest.raises(DataError, match=r"set dataloader.drop_last: true"):
-        list(make_loader(numbers(3, labels=False), 2, seed=0, shuffle=False))  # type: ignore[arg-type]
-    with pytest.raises(DataError, match="3 rows, fewer than one batch of 4"):
-        make_loader(numbers(3), 4, seed=0, shuffle=False, drop_last=True)  # type: ignore[arg-type]
-    ragged = [{"x": torch.zeros(2)}, {"x": torch.zeros(3)}]
-    with pytest.raises(DataError, match="do not fit into one batch"):
-        list(make_loader(ragged, 2, seed=0, shuffle=False))  # type: ignore[arg-type]

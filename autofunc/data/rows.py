@@ -1,0 +1,173 @@
+"""What a dataset gives for an index, as tensors by name."""
+
+from __future__ import annotations
+
+import hashlib
+import numbers
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from autofunc.errors import DataError, full_message
+from autofunc.losses import IGNORED
+
+_EXPECTED = (
+    "expected a mapping of names to tensors, arrays, lists of numbers or numbers, such as {'input_ids': ..., 'labels': ...}"
+)
+
+
+class Rows:
+    """A dataset's rows, each the same however often, wherever and in whatever order it is asked for in an epoch.
+
+    Whatever a row draws from the generators of Python, numpy and torch depends on (seed, epoch, index); the generators are
+    afterwards as they were. Columns of text are left out.
+
+    Args:
+        dataset: has rows by index.
+        seed: of what rows draw.
+    """
+
+    def __init__(self, dataset: Any, seed: int = 0) -> None:
+        self.dataset, self._seed = dataset, seed
+        self._labelled: dict[str, Tensor] | None = None
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def read(self, indices: Sequence[int], epoch: int) -> list[dict[str, Tensor]]:
+        """Rows in this order.
+
+        Raises:
+            DataError: naming the row that cannot be read, or is no mapping of tensors.
+        """
+        known: dict[int, dict[str, Tensor]] = {}
+        with _generators_kept():
+            for index in indices:
+                if index not in known:
+                    _seed_generators(self._seed, epoch, index)
+                    known[index] = as_row(self._item(index), index)
+        return [known[index] for index in indices]
+
+    def first_labelled(self) -> dict[str, Tensor]:
+        """The first row that has a label.
+
+        Raises:
+            DataError: when none has.
+        """
+        if self._labelled is None:
+            every = (self.read([index], 0)[0] for index in range(len(self)))
+            self._labelled = next((row for row in every if labelled(stack([row])).item()), None)
+            if self._labelled is None:
+                raise DataError(f"no row of the dataset has a label: all of them are {IGNORED}")
+        return self._labelled
+
+    def _item(self, index: int) -> Any:
+        try:
+            return self.dataset[index]
+        except Exception as error:  # the user's dataset may raise anything
+            raise DataError(f"row {index} of the dataset: {type(error).__name__}: {full_message(error)}") from error
+
+
+def as_row(item: Any, index: int) -> dict[str, Tensor]:
+    """What a dataset gave for an index, without columns of text.
+
+    Raises:
+        DataError: naming the row, what it is and what a row is.
+    """
+    if not isinstance(item, Mapping):
+        raise DataError(f"row {index} of the dataset is {_kind(item)}; {_EXPECTED}")
+    row = {str(name): _as_tensor(value, str(name), index) for name, value in item.items() if not _is_text(value)}
+    if not row:
+        raise DataError(f"row {index} of the dataset has only text ({', '.join(map(str, item)) or 'nothing'}); {_EXPECTED}")
+    return row
+
+
+def text_columns(dataset: Any) -> list[str]:
+    """Names of the entries of the first row that are text, and so left out."""
+    with _generators_kept():
+        _seed_generators(0, 0, 0)
+        item = Rows(dataset)._item(0)
+    return [str(name) for name, value in item.items() if _is_text(value)] if isinstance(item, Mapping) else []
+
+
+def labelled(batch: Mapping[str, Tensor]) -> Tensor:
+    """Which rows of a batch are learnt from, bool of shape (rows,).
+
+    Those with no entry of whole numbers that is -100 throughout; where there is one, those with another label or target.
+    """
+    rows = len(next(iter(batch.values())))
+    ignored, other = torch.zeros(rows, dtype=torch.bool), torch.zeros(rows, dtype=torch.bool)
+    for name, leaf in batch.items():
+        if leaf.numel() and not leaf.is_floating_point():
+            without = (leaf == IGNORED).reshape(rows, -1).all(1)
+            ignored |= without
+            if "label" in name.lower() or "target" in name.lower():
+                other |= ~without
+    return ~ignored | other
+
+
+def stack(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """A batch of these rows.
+
+    Raises:
+        DataError: when their names or shapes differ.
+    """
+    batch = {}
+    for name in rows[0]:
+        try:
+            batch[name] = torch.stack([row[name] for row in rows])
+        except (KeyError, RuntimeError) as error:
+            shapes = {str(tuple(row[name].shape)) if name in row else "nothing" for row in rows}
+            raise DataError(
+                f"rows of the dataset do not fit into one batch: {name!r} is {' and '.join(sorted(shapes))}; pad them to "
+                "one length"
+            ) from error
+    return batch
+
+
+def _as_tensor(value: Any, name: str, index: int) -> Tensor:
+    if isinstance(value, Tensor):
+        return value
+    try:
+        if isinstance(value, (np.ndarray, np.generic, numbers.Number, list, tuple)):
+            if isinstance(value, (list, tuple)) and value and isinstance(value[0], (Tensor, np.ndarray)):
+                return torch.stack([torch.as_tensor(each) for each in value])
+            return torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(f"row {index} of the dataset: {name!r} cannot be a tensor: {error}") from error
+    raise DataError(f"row {index} of the dataset: {name!r} is {_kind(value)}; {_EXPECTED}")
+
+
+def _is_text(value: Any) -> bool:
+    """Whether a value is text, or a list of texts."""
+    if isinstance(value, np.ndarray):
+        return value.dtype.kind in "US" or (value.dtype == object and bool(value.size) and _is_text(value.flat[0]))
+    return isinstance(value, (str, bytes)) or (isinstance(value, (list, tuple)) and bool(value) and _is_text(value[0]))
+
+
+def _kind(value: Any) -> str:
+    return "None" if value is None else f"a {type(value).__name__}"
+
+
+def _seed_generators(seed: int, epoch: int, index: int) -> None:
+    drawn = int.from_bytes(hashlib.blake2b(f"{seed} {epoch} {index}".encode(), digest_size=7).digest())
+    random.seed(drawn)
+    np.random.seed(drawn & 0xFFFFFFFF)
+    torch.default_generator.manual_seed(drawn)
+
+
+@contextmanager
+def _generators_kept() -> Iterator[None]:
+    """Put the generators of Python, numpy and torch (of the CPU) back."""
+    ours, numpys, torchs = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(ours)
+        np.random.set_state(numpys)
+        torch.set_rng_state(torchs)
