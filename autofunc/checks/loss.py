@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import is_dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from autofunc.checks.seeds import seeded
 from autofunc.checks.subject import ForwardError, Subject
 from autofunc.checks.verdict import Status, Verdict
 from autofunc.checks.whole_and_parts import LossKind, labels_of, loss_kind, run_whole_and_parts
 from autofunc.losses import IGNORED, evaluate
+from autofunc.model import Model
 from autofunc.whole_module import close
 
 
@@ -38,6 +41,26 @@ def check_loss(subject: Subject) -> list[Verdict]:
     found = [verdict("warn", text) for text in (_shifts(subject), _weighs(subject)) if text]
     source = "the given loss is a scalar" if subject.loss is not None else f"forward returns {kind} with a scalar loss"
     return found or [Verdict("C3", "pass", f"{source} that has a gradient")]
+
+
+def shifted_by(
+    checked: nn.Module | Model, batch: Mapping[str, Any], inputs: Sequence[str] | Mapping[str, str] | None = None
+) -> str:
+    """What C3 says where a model's own loss shifts labels by one; empty where it does not. The model stays as it is.
+
+    Args:
+        checked: with real weights.
+        batch: a small example, with at least two rows.
+        inputs: see `af.from_module`.
+    """
+    subject = Subject(checked, batch, None, inputs, None)
+    _ = subject.snapshot  # before anything runs
+    try:
+        with seeded(0), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of running it otherwise than it is used to
+            return "" if subject.first.error else _shifts(subject)
+    finally:
+        subject.restore()
 
 
 def _kind(outputs: Any) -> str:

@@ -13,7 +13,8 @@ from autofunc.config import read_config
 from autofunc.train.device import check_devices
 from autofunc.train.launch import is_worker, launch, was_checked
 from autofunc.train.memory_budget import check_budget
-from autofunc.train.recipe import default_output_dir, prepare
+from autofunc.train.output import default_output_dir, make_output_dir
+from autofunc.train.recipe import prepare
 from autofunc.train.run import run
 from autofunc.train.tensor_parallel_check import check_tensor_parallel
 from autofunc.train.worker import run_worker
@@ -21,19 +22,20 @@ from autofunc.train.worker import run_worker
 _OUTPUT_DIR = "AUTOFUNC_OUTPUT_DIR"  # chosen once, by the process that starts the workers
 
 
-def finetune_llm(config_path: str, overrides: Sequence[str], nproc_per_node: int | None) -> None:
+def finetune_llm(config_path: str, overrides: Sequence[str], nproc_per_node: int | None, overwrite: bool) -> None:
     """Run a configuration.
 
     Args:
         config_path: the YAML file.
         overrides: see `config.load_config`.
         nproc_per_node: processes to start; the configuration's own number by default.
+        overwrite: whether a run in the same output folder is replaced.
 
     Raises:
         AutofuncError: for every mistake in the configuration, before a process is started.
     """
     if is_worker():
-        run_worker(lambda: _work(config_path, overrides))
+        run_worker(lambda: _work(config_path, overrides, overwrite))
         return
     with Console(stderr=True).status(f"checking {config_path}"):  # reads the data; shown on terminals
         config, notes = read_config(config_path, overrides)
@@ -42,6 +44,7 @@ def finetune_llm(config_path: str, overrides: Sequence[str], nproc_per_node: int
         check_budget(recipe)
         check_devices(config.distributed.device, recipe.axes.num_processes)
     output_dir = _output_dir(config.output_dir, config_path)
+    make_output_dir(output_dir, overwrite)
     if recipe.axes.num_processes == 1:
         run(recipe, config, output_dir)
         return
@@ -51,14 +54,17 @@ def finetune_llm(config_path: str, overrides: Sequence[str], nproc_per_node: int
     launch(recipe.axes.num_processes, arguments, {_OUTPUT_DIR: str(output_dir)})
 
 
-def _work(config_path: str, overrides: Sequence[str]) -> None:
+def _work(config_path: str, overrides: Sequence[str], overwrite: bool) -> None:
     config, notes = read_config(config_path, overrides)
     recipe = prepare(config, int(os.environ["WORLD_SIZE"]), notes=notes, checked=was_checked())
-    run(recipe, config, _output_dir(config.output_dir, config_path))
+    output_dir = _output_dir(config.output_dir, config_path)
+    if not was_checked() and os.environ.get("RANK", "0") == "0":  # the one that writes
+        make_output_dir(output_dir, overwrite)
+    run(recipe, config, output_dir)
 
 
 def _output_dir(configured: str | None, config_path: str) -> Path:
     if configured is not None:
-        return Path(configured)
+        return Path(configured).expanduser()
     chosen = os.environ.get(_OUTPUT_DIR)
     return Path(chosen) if chosen else default_output_dir(config_path)

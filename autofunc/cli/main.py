@@ -60,6 +60,7 @@ def finetune(
     nproc_per_node: Annotated[
         int | None, typer.Option("--nproc-per-node", "--nproc_per_node", help="Processes to start; pp_size by default.")
     ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run that is in output_dir.")] = False,
 ) -> None:
     """Train a model as a YAML file says.
 
@@ -73,7 +74,7 @@ def finetune(
         raise ConfigError(f"finetune {domain!r}: {one_of(domain, ['llm'])}")
     with _loading_torch():
         from autofunc.cli.finetune import finetune_llm
-    finetune_llm(config, context.args, nproc_per_node)
+    finetune_llm(config, context.args, nproc_per_node, overwrite)
 
 
 @app.command(

@@ -1,11 +1,12 @@
 """Configuration: read, checked and turned into objects at the edge; nothing below `train/` sees it."""
 
 from autofunc.config.read import load_config, read_config
-from autofunc.config.schema import FinetuneConfig, parse_config
+from autofunc.config.schema import FinetuneConfig, StepScheduler, parse_config
 from autofunc.config.target import check_arguments, import_object, instantiate, resolve_target
 
 __all__ = [
     "FinetuneConfig",
+    "StepScheduler",
     "check_arguments",
     "import_object",
     "instantiate",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Sequence
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +46,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
         near = sorted(str(other) for other in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
         raise ConfigError(f"there is no file {str(path)!r}" + (f"; found {', '.join(near[:8])}" if near else ""))
     try:
-        config = OmegaConf.load(path)
+        config = OmegaConf.load(StringIO(_text(path)))
         if not OmegaConf.is_dict(config):
             raise ConfigError(f"{path} is not a mapping of sections; expected keys such as model:, dataset:, optimizer:")
         for key, value in _pairs(overrides):
@@ -54,6 +56,24 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
         raise ConfigError(f"{path} cannot be read: {error}") from error
     assert isinstance(resolved, dict)
     return {str(key): value for key, value in resolved.items()}
+
+
+def _text(path: Path) -> str:
+    """The text of a file in UTF-8, or in UTF-16 where its first bytes say so.
+
+    Raises:
+        ConfigError: when it cannot be read, or is in another encoding.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+    wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        return content.decode("utf-16" if wide else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise ConfigError(f"{path} is no {error.encoding} text (line {line}: {error.reason}); save it as UTF-8") from error
 
 
 def _value(key: str, text: str) -> Any:

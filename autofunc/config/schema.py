@@ -58,7 +58,9 @@ class StepScheduler(Section):
 
     global_batch_size: Positive = Field(32, description="rows of one optimizer step, over all microbatches")
     local_batch_size: Positive = Field(1, description="rows of one microbatch")
-    num_epochs: Positive = Field(1, description="passes over the dataset")
+    num_epochs: Positive | None = Field(
+        None, description="passes over the dataset; by default one, or as many as max_steps takes"
+    )
     max_steps: Positive | None = Field(None, description="stop after this many steps, even inside an epoch")
     val_every_steps: Positive | None = Field(None, description="also validate every so many steps, not only at the end")
 
@@ -200,7 +202,10 @@ def _problem(detail: Any) -> str:
         return f"missing section {'.'.join(location)!r}"
     given = detail["input"]
     message = str(detail["msg"]).removeprefix("Value error, ")
-    return f"{'.'.join(path)}: {message[0].lower()}{message[1:]}; got {given!r}"
+    hint = ""
+    if isinstance(given, str) and detail["type"] in ("int_type", "float_type", "bool_type"):
+        hint = ", a text: leave out the quotes; of a variable of the environment write ${oc.decode:${oc.env:NAME}}"
+    return f"{'.'.join(path)}: {message[0].lower()}{message[1:]}; got {given!r}{hint}"
 
 
 def _keys_below(path: list[str]) -> list[str]:

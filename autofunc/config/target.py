@@ -57,7 +57,7 @@ def import_object(target: str, where: str) -> Any:
 
 
 def instantiate(node: Mapping[str, Any], where: str) -> Any:
-    """Call a section's target with its other keys; nested sections with a `_target_` are instantiated first.
+    """Call a section's target with its other keys; sections with a `_target_` in it, in lists too, are instantiated first.
 
     Args:
         node: the section.
@@ -117,6 +117,8 @@ def _nested(value: Any, where: str) -> Any:
         if "_target_" in value:
             return instantiate(value, where)
         return {key: _nested(entry, f"{where}.{key}") for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_nested(entry, f"{where}[{number}]") for number, entry in enumerate(value)]
     return value
 
 

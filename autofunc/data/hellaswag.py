@@ -5,6 +5,10 @@ Source: Zellers et al., "HellaSwag: Can a Machine Really Finish Your Sentence?",
 
 from __future__ import annotations
 
+import ast
+import json
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -94,12 +98,29 @@ class HellaSwag(Dataset[dict[str, Tensor]]):
 
     def _encode(self, example: dict[str, Any]) -> tuple[list[int], int]:
         """Tokens of context and ending together, and how many belong to the context."""
-        given, count = str(example["label"]), len(example["endings"])
+        endings = _endings(example)
+        given, count = str(example["label"]), len(endings)
         if not (given.isdigit() and int(given) < count):  # the hub's test split has no labels
             raise DataError(f"HellaSwag: label {given!r} with {count} endings, at {example['ctx'][:60]!r}")
         label = int(given)
         context = list(self.tokenizer.encode(example["ctx"]))
-        return context + list(self.tokenizer.encode(" " + example["endings"][label])), len(context)
+        return context + list(self.tokenizer.encode(" " + endings[label])), len(context)
+
+
+def _endings(example: Mapping[str, Any]) -> list[str]:
+    """The endings of an example; in a CSV file they are a text that holds a list."""
+    endings = example["endings"]
+    if isinstance(endings, str):
+        for read in (json.loads, ast.literal_eval):
+            with suppress(ValueError, SyntaxError):
+                endings = read(endings)
+                break
+    if not isinstance(endings, list) or not endings or not all(isinstance(each, str) for each in endings):
+        raise DataError(
+            f"HellaSwag: endings {str(endings)[:60]!r}, at {str(example['ctx'])[:60]!r}; expected a list of texts, in a "
+            'CSV file as JSON: ["one", "another"]'
+        )
+    return endings
 
 
 def _load(path_or_dataset: str, split: str) -> Any:

@@ -10,6 +10,7 @@ from autofunc.config import FinetuneConfig, instantiate
 from autofunc.data import first_rows, make_loader, num_batches, text_columns
 from autofunc.errors import ConfigError, DataError
 from autofunc.model import Model
+from autofunc.train.labels import inside
 
 
 class Loaders(NamedTuple):
@@ -56,7 +57,8 @@ def check_tokens(where: str, dataset: Any, model: Model) -> None:
     Raises:
         ConfigError: when the dataset has token ids that the model has not.
     """
-    has, needs = getattr(model.config, "vocab_size", None), getattr(dataset, "vocab_size", None)
+    has = getattr(model.config, "vocab_size", None)
+    needs = max((getattr(each, "vocab_size", None) or 0 for each in inside(dataset)), default=0) or None
     if has is not None and needs is not None and needs > has:
         raise ConfigError(
             f"{where} has token ids up to {needs - 1}, but the model has vocab_size={has}; set model.vocab_size: {needs} "
@@ -67,8 +69,8 @@ def check_tokens(where: str, dataset: Any, model: Model) -> None:
 def tell_tokenizers(datasets: Mapping[str, Any], notes: list[str]) -> None:
     """Note which datasets, by the name of their section, have bytes for tokens because no tokenizer is named."""
     for where, dataset in datasets.items():
-        tokenizer = getattr(dataset, "tokenizer", None)
-        if tokenizer is not None and tokenizer.name == "bytes":
+        tokenizers = [getattr(each, "tokenizer", None) for each in inside(dataset)]
+        if any(getattr(tokenizer, "name", "") == "bytes" for tokenizer in tokenizers):
             notes.append(f"{where}: no tokenizer named, so tokens are bytes (256 ids)")
 
 

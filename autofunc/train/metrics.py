@@ -13,15 +13,23 @@ class MetricsFile:
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("w", encoding="utf-8")
+        self.error: OSError | None = None  # why lines are missing: a full disk ends no run
 
     def write(self, **values: Any) -> None:
         """Append a line. Floats keep all their digits."""
-        self._file.write(json.dumps(values) + "\n")
-        self._file.flush()
+        if self.error is None:
+            try:
+                self._file.write(json.dumps(values) + "\n")
+                self._file.flush()
+            except OSError as error:
+                self.error = error
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        try:
+            self._file.close()  # which writes what could not be written before
+        except OSError as error:
+            self.error = self.error or error
 
 
 def draw_loss_curve(metrics: Path, picture: Path) -> None:

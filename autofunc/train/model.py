@@ -19,6 +19,7 @@ from autofunc.errors import AutofuncError, ConfigError
 from autofunc.losses import Loss, own_loss
 from autofunc.model import Model
 from autofunc.splitting import infer_boundaries, split
+from autofunc.train.labels import refuse_shifted_twice
 
 OWN, SEED = "own", "seed"
 """Values of `weights`: those that the module was made with; or made from (seed, path) layer by layer."""
@@ -107,12 +108,8 @@ def build_loss(
         raise ConfigError(f"the model on a batch of dataset: {error}") from error
     if loss is not None:
         return loss
-    if getattr(dataset, "aligned_labels", False) and shifts_labels(model):
-        raise ConfigError(
-            f"loss_fn: the model's own loss shifts labels by one, and {type(dataset).__name__} gives labels that are "
-            "aligned already. Set dataset.aligned_labels: false, so that it gives the tokens themselves; or loss_fn: "
-            "{_target_: autofunc.losses.causal_lm}, which takes aligned ones"
-        )
+    if not checked:
+        refuse_shifted_twice(config, model, dataset)
     notes.append("no loss_fn: the loss is the model's own")
     return None
 
@@ -139,10 +136,3 @@ def gives_loss(model: Model, microbatch: Mapping[str, Any]) -> bool:
     """Whether what a model returns for such a microbatch has a loss."""
     returned = infer_boundaries(split(model), {}, microbatch, with_loss=False).stages[-1]
     return own_loss(tree.from_leaves(returned.leaves, returned.spec)) is not None
-
-
-def shifts_labels(model: Model) -> bool:
-    """Whether the model's own loss compares each position with the next label: transformers' causal language models do."""
-    module = getattr(model, "module", None)
-    is_transformers = type(module).__module__.startswith("transformers.")
-    return is_transformers and (type(module).__name__.endswith(("ForCausalLM", "LMHeadModel")))

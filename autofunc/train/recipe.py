@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from autofunc.batch import Microbatch, split_batch
-from autofunc.config import FinetuneConfig, check_arguments, resolve_target
+from autofunc.config import FinetuneConfig, StepScheduler, check_arguments, resolve_target
 from autofunc.data import STACKED, first_rows
 from autofunc.engine import EngineOptions, require_compiler
 from autofunc.errors import AutofuncError, ConfigError, ModelError
@@ -114,7 +113,7 @@ def prepare(
         trial.run("dataset", dataset, config.dataloader.drop_last)
         if validation is not None:
             trial.run("validation_dataset", validation, config.dataloader.drop_last)
-    num_steps = loaders.num_batches * steps.num_epochs
+    num_steps = _num_steps(steps, loaders.num_batches, told)
     return Recipe(
         model=stages[0].model,
         stages=tuple(stages),
@@ -130,7 +129,7 @@ def prepare(
         validation_dataset=validation,
         make_train_loader=loaders.train,
         make_validation_loader=loaders.validation,
-        num_steps=min(num_steps, steps.max_steps or num_steps),
+        num_steps=num_steps,
         val_every_steps=steps.val_every_steps,
         max_norm=config.clip_grad_norm.max_norm if config.clip_grad_norm is not None else None,
         seed=config.seed,
@@ -140,11 +139,17 @@ def prepare(
     )
 
 
-def default_output_dir(config_path: str | Path) -> Path:
-    """runs/<name of the file>, or with a number after it where that is taken: no run overwrites another."""
-    base = Path("runs") / Path(config_path).stem
-    candidates = [base, *(base.with_name(f"{base.name}-{number}") for number in range(2, 10_000))]
-    return next(candidate for candidate in candidates if not candidate.exists())
+def _num_steps(steps: StepScheduler, of_an_epoch: int, notes: list[str]) -> int:
+    """How many steps are wanted: `max_steps`, unless `num_epochs` ends before."""
+    if steps.max_steps is None or steps.num_epochs is None:
+        return steps.max_steps or of_an_epoch * (steps.num_epochs or 1)
+    of_epochs = of_an_epoch * steps.num_epochs
+    if of_epochs < steps.max_steps:
+        notes.append(
+            f"step_scheduler: num_epochs={steps.num_epochs} ends after {of_epochs} steps, and max_steps={steps.max_steps} "
+            "is not reached"
+        )
+    return min(of_epochs, steps.max_steps)
 
 
 def _engine_options(config: FinetuneConfig) -> tuple[EngineOptions, int | None]:

@@ -23,10 +23,11 @@ from autofunc.train.autoschedule import find_schedule
 from autofunc.train.device import take_device
 from autofunc.train.loop import train
 from autofunc.train.metrics import MetricsFile, draw_loss_curve
+from autofunc.train.output import METRICS, PICTURE, SCHEDULE, WEIGHTS
 from autofunc.train.progress import ProgressReporter, Silent
 from autofunc.train.recipe import Recipe
 from autofunc.train.threads import threads
-from autofunc.train.weights import save_weights
+from autofunc.train.weights import save_safely
 
 
 def run(recipe: Recipe, config: FinetuneConfig, output_dir: Path) -> None:
@@ -76,25 +77,32 @@ def _lead(recipe: Recipe, mesh: DeviceMesh | None, device: torch.device, output_
         recipe, timeline = replace(recipe, schedule=found.schedule), found.timeline
         for line in found.report():
             show(line)
-        output_dir.mkdir(parents=True, exist_ok=True)
-        write_file(found.schedule, output_dir / "schedule.csv")
+        write_file(found.schedule, output_dir / SCHEDULE)
         show(f"written to {output_dir / 'schedule.csv'}, which distributed.schedule takes to use it again")
     colour = console.is_terminal and not console.no_color
     sys.stdout.write(explain(recipe.stages, recipe.schedule, colour=colour) + "\n")  # it brings its own colours
     sys.stdout.flush()
 
     with (
-        closing(MetricsFile(output_dir / "metrics.jsonl")) as metrics,
+        closing(MetricsFile(output_dir / METRICS)) as metrics,
         ProgressReporter(console, recipe.num_steps, timeline.bubble_fraction) as reporter,
     ):
         result = train(recipe, mesh, device, reporter, metrics)
-    draw_loss_curve(output_dir / "metrics.jsonl", output_dir / "loss.png")
     gather = result.pipe.gather
-    save_weights(gather(result.params), output_dir / "model.safetensors", gather(result.state))
+    save_safely(gather(result.params), output_dir / WEIGHTS, gather(result.state))  # before all that may fail
     show(f"{result.num_steps} steps in {result.training_seconds:.1f} s of training")
-    show(f"written to {output_dir}: metrics.jsonl, loss.png, model.safetensors")
+    if metrics.error is not None:
+        show(f"{METRICS} lacks lines: {metrics.error}")
+    try:
+        draw_loss_curve(output_dir / METRICS, output_dir / PICTURE)
+    except (OSError, ValueError) as error:
+        show(f"{PICTURE} is not drawn: {error}")
+    left = [name for name in (METRICS, PICTURE, WEIGHTS) if (output_dir / name).is_file()]
+    show(f"written to {output_dir}: {', '.join(left)}")
     if result.validation_loss is not None:
         show(f"validation loss: {result.validation_loss:.4f}")
+    elif recipe.validation_dataset is not None:
+        show("validation loss: none, for no row of validation_dataset has a label")
 
 
 def _mesh(recipe: Recipe, device: torch.device, timeout_minutes: float) -> DeviceMesh | None:

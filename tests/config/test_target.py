@@ -82,3 +82,36 @@ def test_defaults() -> None:
     config = parse_config(MINIMAL)
     assert config.distributed.pp_size == 1 and config.distributed.schedule == "1f1b"
     assert config.step_scheduler.global_batch_size == 32 and config.seed == 42
+
+
+def test_targets_in_lists() -> None:
+    made = instantiate({"_target_": "builtins.dict", "items": [{"_target_": "builtins.dict", "a": 1}, [2, {"b": 3}]]}, "it")
+    assert made == {"items": [{"a": 1}, [2, {"b": 3}]]}
+    with pytest.raises(ConfigError, match=r"it.items\[1\]"):
+        instantiate({"_target_": "builtins.dict", "items": [1, {"_target_": "builtins.nothing"}]}, "it")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_encodings(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "cfg.yaml").write_text("name: grün\n", encoding=encoding)
+    assert load_config(tmp_path / "cfg.yaml") == {"name": "grün"}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [("a: 1\nname: grün".encode("latin-1"), "line 2"), (b"\xff\xfea", "utf-16")]
+)
+def test_other_encodings(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "cfg.yaml").write_bytes(content)
+    with pytest.raises(ConfigError, match=f"{message}.*save it as UTF-8"):
+        load_config(tmp_path / "cfg.yaml")
+
+
+def test_a_text_for_a_number_names_decode() -> None:
+    sections = {name: {"_target_": "builtins.dict"} for name in ("model", "dataset", "optimizer")}
+    for key in (
+        {"step_scheduler": {"max_steps": "5"}},
+        {"dataloader": {"shuffle": "true"}},
+        {"clip_grad_norm": {"max_norm": "1"}},
+    ):
+        with pytest.raises(ConfigError, match=r"oc.decode:\$\{oc.env:NAME\}"):
+            parse_config({**sections, **key})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 
@@ -148,3 +149,17 @@ def test_hellaswag_that_cannot_be(tmp_path: Path) -> None:
         HellaSwag(str(tmp_path / "table.txt"))
     with pytest.raises(DataError, match="'nobody/hellaswag', split 'train', cannot be loaded"):
         HellaSwag("nobody/hellaswag")
+
+
+def test_hellaswag_from_csv(tmp_path: Path) -> None:
+    table = tmp_path / "rows.csv"
+    for endings in ('["sits down.", "sings."]', "['sits down.', 'sings.']"):
+        with table.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerows([["ctx", "endings", "label"], ["He", endings, 0]])
+        row = HellaSwag(str(table))[0]
+        assert bytes(row["labels"][row["labels"] != -100].tolist()) == b" sits down."
+    for endings in ("sits down.", "[1, 2]", "[]"):
+        table.write_text(f'ctx,endings,label\nHe,"{endings}",0\n')
+        with pytest.raises(DataError, match="expected a list of texts, in a CSV file as JSON"):
+            HellaSwag(str(table))

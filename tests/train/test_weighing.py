@@ -46,6 +46,7 @@ def rows(count, masked=(), numbers=False):
 
 
 def finetune(folder: Path, **sections: Any) -> tuple[list[float], list[float], dict[str, torch.Tensor], str]:
+    folder.mkdir(exist_ok=True)
     (folder / "parts.py").write_text(PARTS)
     config = {
         "model": {"_target_": "parts.py:build"},
@@ -123,7 +124,7 @@ def test_a_sum_with_its_own_weight(tmp_path: Path) -> None:
 def test_validation_rows_without_labels_lose_nothing(tmp_path: Path) -> None:
     for count, masked in ((16, range(8)), (9, [8])):  # a whole batch, and all of what is left
         validation_dataset = {"_target_": "parts.py:rows", "count": count, "masked": list(masked)}
-        _, (loss,), weights, _ = finetune(tmp_path, validation_dataset=validation_dataset)
+        _, (loss,), weights, _ = finetune(tmp_path / str(count), validation_dataset=validation_dataset)
         assert 0 < loss < 10 and weights
 
 

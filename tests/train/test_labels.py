@@ -1,0 +1,80 @@
+"""Labels that are shifted twice: found before training, whatever wraps the dataset and whoever wrote the model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from autofunc.train.labels import aligned, inside
+from tests.cli.here import run_here
+
+NET = """
+import torch
+from torch import nn
+from autofunc.data import TextFolder
+
+class Net(nn.Module):
+    def __init__(self, shifts):
+        super().__init__()
+        self.shifts = shifts
+        self.layers = nn.Sequential(nn.Embedding(256, 8), nn.Linear(8, 256))
+    def forward(self, input_ids, labels):
+        logits = self.layers(input_ids)
+        if self.shifts:
+            logits, labels = logits[:, :-1], labels[:, 1:]
+        return {"loss": nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())}
+
+def build(shifts=True): return Net(shifts)
+def text(aligned=True): return TextFolder("text.txt", seq_len=16, aligned_labels=aligned)
+def subset(): return torch.utils.data.Subset(text(), range(9))
+def concat(): return torch.utils.data.ConcatDataset([text(), text()])
+def nested(): return torch.utils.data.Subset(concat(), range(9))
+def own(): return [dict(row) for row in (text()[i] for i in range(9))]
+def raw(): return text(False)
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "net.py").write_text(NET)
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 10)
+    return tmp_path
+
+
+def run(folder: Path, dataset: str, shifts: bool) -> str:
+    (folder / "run.yaml").write_text(f"""
+        model: {{_target_: net.py:build, shifts: {str(shifts).lower()}}}
+        dataset: {{_target_: net.py:{dataset}}}
+        step_scheduler: {{global_batch_size: 4, local_batch_size: 2, max_steps: 1}}
+        optimizer: {{_target_: torch.optim.SGD, lr: 0.1}}
+    """)
+    done = run_here(folder, "finetune", "llm", "-c", "run.yaml")
+    assert done.status in (0, 2)
+    return done.err
+
+
+@pytest.mark.parametrize("dataset", ["text", "subset", "concat", "nested", "own"])
+def test_shifted_twice(folder: Path, dataset: str) -> None:
+    error = run(folder, dataset, shifts=True)
+    assert "error: loss_fn: the model's own loss shifts labels by one" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(("dataset", "shifts"), [("text", False), ("raw", True)])
+def test_shifted_once(folder: Path, dataset: str, shifts: bool) -> None:
+    assert run(folder, dataset, shifts) == ""
+
+
+def test_aligned() -> None:
+    ids = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])
+    following = ids.roll(-1, 1)
+    assert aligned({"input_ids": ids, "labels": following})
+    assert aligned({"input_ids": ids, "labels": following.masked_fill(ids < 3, -100)})
+    assert not aligned({"input_ids": ids, "labels": ids})
+    assert not aligned({"input_ids": ids, "labels": torch.full_like(ids, -100)})
+    assert not aligned({"input_ids": torch.ones_like(ids), "labels": torch.ones_like(ids)}), "it cannot be told"
+    assert not aligned({"input_ids": ids, "labels": ids[:, 0]})
+    pair = [{"input_ids": ids}], [{"input_ids": ids}]
+    whole = torch.utils.data.ConcatDataset(pair)  # type: ignore[type-var]
+    assert [id(each) for each in inside(whole)] == [id(whole), *map(id, pair)]
