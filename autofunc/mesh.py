@@ -106,6 +106,17 @@ def sum_over(mesh: DeviceMesh | None, axes: Sequence[str], tensor: Tensor) -> Te
     return tensor
 
 
+def same_over(mesh: DeviceMesh | None, axes: Sequence[str], number: int, device: torch.device) -> bool:
+    """Whether all ranks along some axes have this number, one of 32 bits. All their processes call it."""
+    both = torch.tensor([number, -number], device=device)
+    for axis in axes:
+        group = axis_group(mesh, axis)
+        if group is not None:
+            dist.all_reduce(both, dist.ReduceOp.MAX, group=group)
+    most, least = both.tolist()
+    return bool(most == -least)
+
+
 def gather_over(mesh: DeviceMesh | None, axes: Sequence[str], tensor: Tensor) -> list[Tensor]:
     """Tensors of one shape from all ranks of some axes, the last axis counting fastest. All their processes call it."""
     tensors = [tensor.contiguous()]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from autofunc import tree
 from autofunc.data import STACKED, Part
 from autofunc.errors import NotFiniteError, PipelineRunError, full_message
-from autofunc.mesh import data_coordinate
+from autofunc.mesh import data_coordinate, same_over
 from autofunc.pipe import Pipeline
 from autofunc.random import fold_in, make_key
 from autofunc.runtime.plan import Mode
@@ -73,6 +74,7 @@ def train(
             results.append(pipe.run(Mode.GRADS, params, *ran[-1]))
             state = tree.to_tensordict(results[-1].state)
         loss_value, weight = together(results)  # before the parameters change, which are needed to find out why it is NaN
+        _check_rows(parts, mesh, device, step)
         if not weight:
             raise PipelineRunError(f"no row of step {step} has a label to learn from (all are -100?)")
         if not math.isfinite(loss_value):
@@ -167,3 +169,15 @@ def _not_finite(pipe: Pipeline, ran: Iterable[tuple[Any, ...]], loss: float, ste
         except NotFiniteError as found:
             return NotFiniteError(f"{what}; {full_message(found)}")
     return NotFiniteError(f"{what}, but not when the step is run again: its values depend on more than its arguments")
+
+
+def _check_rows(parts: Sequence[Part], mesh: DeviceMesh | None, device: torch.device, step: int) -> None:
+    """Refuse a step for which ranks of a pipeline have read other rows than their neighbours."""
+    number = 0
+    for leaf in (leaf for part in parts for leaf in part.batch.values()):
+        number = zlib.crc32(leaf.contiguous().view(torch.uint8).numpy().data, number)
+    if not same_over(mesh, ("pp", "tp"), number, device):
+        raise PipelineRunError(
+            f"the ranks of a pipeline have read different rows for step {step}: the dataset gives another row each time it "
+            "is asked. Let it draw from the generators of Python, numpy or torch, which are seeded for each row"
+        )

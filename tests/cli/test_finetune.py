@@ -269,6 +269,23 @@ def _until(condition: Callable[[], bool], seconds: float = 60) -> None:
         time.sleep(0.1)
 
 
+def test_rows_that_differ_between_ranks(tmp_path: Path) -> None:
+    (tmp_path / "rows.py").write_text(
+        "import os, torch\n"
+        "def rows(): return Rows()\n"
+        "class Rows:\n"
+        "    def __len__(self): return 8\n"
+        "    def __getitem__(self, index):\n"
+        "        ids = torch.tensor(list(os.urandom(17)))\n"
+        "        return {'input_ids': ids[:-1], 'labels': ids[1:]}\n"
+    )
+    dataset, validation, *_ = (line for line in CONFIG.splitlines() if "dataset:" in line)
+    config = CONFIG.replace(dataset, "dataset: {_target_: rows.py:rows}").replace(validation, "")
+    (tmp_path / "cfg.yaml").write_text(config)
+    done = start(tmp_path, "finetune", "llm", "-c", "cfg.yaml")
+    assert done.returncode == 1 and "have read different rows for step 1" in done.stderr
+
+
 def test_without_a_launcher_the_error_is_printed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
         monkeypatch.setenv(name, value)
