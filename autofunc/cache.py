@@ -11,6 +11,7 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
+from math import inf
 from typing import Any, TypeVar
 
 Result = TypeVar("Result")
@@ -50,10 +51,12 @@ class Cache:
 
     Args:
         most: number of results.
+        heaviest: what they may weigh together.
     """
 
-    def __init__(self, most: int) -> None:
-        self._most = most
+    def __init__(self, most: int, heaviest: float = inf) -> None:
+        self._most, self._heaviest = most, heaviest
+        self._weights: dict[Hashable, int] = {}
         self._results: OrderedDict[Hashable, Any] = OrderedDict()
         self._watched: dict[Hashable, list[weakref.ref[Any]]] = {}
         self._unreachable: list[Hashable] = []  # keys with an object that is gone; appended to by the garbage collector
@@ -62,12 +65,18 @@ class Cache:
     def __len__(self) -> int:
         return len(self._results)
 
-    def get(self, key: Hashable, make: Callable[[], Result]) -> Result:
+    @property
+    def weight(self) -> int:
+        """What all results weigh."""
+        return sum(self._weights.values())
+
+    def get(self, key: Hashable, make: Callable[[], Result], weigh: Callable[[Result], int] = lambda _: 0) -> Result:
         """The result for a key, made if it is not known. An error of `make` passes, and nothing is remembered.
 
         Args:
             key: a hashable, in which objects without a value to compare by are `Identity`.
             make: makes the result.
+            weigh: says what it weighs: of a graph, its nodes.
         """
         with self._lock:
             self._forget_unreachable()
@@ -77,7 +86,8 @@ class Cache:
             result = make()
             self._results[key] = result
             self._watched[key] = [weakref.ref(each, self._gone(key)) for each in _objects(key)]
-            while len(self._results) > self._most:
+            self._weights[key] = weigh(result)
+            while len(self._results) > self._most or (self.weight > self._heaviest and len(self._results) > 1):
                 self._forget(next(iter(self._results)))
             return result
 
@@ -85,6 +95,7 @@ class Cache:
         """Forget everything."""
         with self._lock:
             self._results.clear()
+            self._weights.clear()
             self._watched.clear()
             self._unreachable.clear()
 
@@ -97,6 +108,7 @@ class Cache:
 
     def _forget(self, key: Hashable) -> None:
         self._results.pop(key, None)
+        self._weights.pop(key, None)
         self._watched.pop(key, None)
 
 
@@ -111,5 +123,6 @@ def _objects(key: Hashable) -> Iterator[object]:
             yield from _objects(part)
 
 
-shared = Cache(most=1024)
-"""The cache of this process: a model of a hundred different stages fits several times."""
+shared = Cache(most=1024, heaviest=200_000)
+"""The cache of this process: a model of a hundred different stages fits several times. A node of a graph, with all that
+hangs on it, takes some 5 KB, so that captures of many shapes take a GB at most."""

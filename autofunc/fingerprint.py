@@ -3,28 +3,29 @@
 Two functions are the same when their code, defaults, the values in their closures and of the globals that they name are,
 and of what they name in modules and classes of the user's. What cannot be compared by value is compared by identity, so
 that a function is never taken for another by mistake; at worst its work is done once more. Of an instance of a user's
-class, or of an `nn.Module`, the attributes count too. As with `jax.jit`, anything else that is compared by identity is
-taken to stay as it is: a tensor, an object of an installed library.
+class, of an `nn.Module` or a namespace, the attributes count too. As with `jax.jit`, anything else that is compared by
+identity is taken to stay as it is: a tensor, an object of an installed library.
 """
 
 from __future__ import annotations
 
 import sys
-import sysconfig
-from collections.abc import Hashable, Iterator, Mapping
+from argparse import Namespace
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from functools import partial
-from pathlib import Path
-from types import CodeType, FunctionType, MethodType, ModuleType
-from typing import Any
+from operator import is_
+from types import CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from autofunc.cache import Identity
+from autofunc.installed import is_installed
 
 _PLAIN = (int, complex, bool, bytes, type(None), type(...), torch.dtype, torch.device)
-_LIBRARIES = (sysconfig.get_paths()["stdlib"], str(Path(__file__).parent))
+_OPEN = (nn.Module, SimpleNamespace, Namespace)  # not of the user, and yet their attributes count
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,21 @@ class Fingerprinted:
         raise NotImplementedError
 
 
+class Place(NamedTuple):
+    """Something with members that a key was made from; it has changed when the members are others."""
+
+    what: str
+    names: Sequence[Any] | None  # of its members, for messages; None: their numbers
+    members: Callable[[], Iterable[Any]]
+    before: tuple[Any, ...]
+
+    @property
+    def is_unchanged(self) -> bool:
+        """Whether the members are the same objects as before. This is fast, and asked at every step."""
+        now = tuple(self.members())
+        return len(now) == len(self.before) and all(map(is_, now, self.before))
+
+
 class Fingerprint:
     """Makes keys of values. A layer's own name counts as its label, so that equal layers have equal keys.
 
@@ -49,15 +65,23 @@ class Fingerprint:
         name: of the layer.
         label: what stands for it.
         literal: only a `Name` is a name; strings are what they are.
+        places: is given what the keys were made from, as far as it can change.
     """
 
-    def __init__(self, name: str = "", label: str = "", *, literal: bool = False) -> None:
-        self._name, self._label, self._literal = name, label, literal
+    def __init__(
+        self, name: str = "", label: str = "", *, literal: bool = False, places: list[Place] | None = None
+    ) -> None:  # fmt: skip
+        self._name, self._label, self._literal, self._places = name, label, literal, places
         self._seen: dict[int, tuple[int, object]] = {}  # by id: number, and the object, so that no other takes its id
 
     def literally(self) -> Fingerprint:
         """The same, for values in which only a `Name` is a name."""
-        return Fingerprint(self._name, self._label, literal=True)
+        return Fingerprint(self._name, self._label, literal=True, places=self._places)
+
+    def note(self, what: str, names: Sequence[Any] | None, members: Callable[[], Iterable[Any]]) -> None:
+        """Say that a key was made from these members, which may be others later."""
+        if self._places is not None:
+            self._places.append(Place(what, names, members, tuple(members())))
 
     def of(self, value: Any) -> Hashable:
         """The key of a value."""
@@ -88,24 +112,40 @@ class Fingerprint:
             return "partial", self.of(value.func), self.of(value.args), self.of(value.keywords)
         if isinstance(value, Fingerprinted):
             return type(value), value.fingerprint(self)
+        if isinstance(value, list):
+            self.note("a list", None, lambda: value)
         if isinstance(value, (list, tuple)):
             return Identity(type(value)), tuple(self.of(part) for part in value)
         if isinstance(value, (set, frozenset)):
+            self.note("a set", None, lambda: value)
             return type(value), frozenset(self.of(part) for part in value)
         if isinstance(value, slice):
             return slice, self.of((value.start, value.stop, value.step))
-        if type(value) is dict:
-            return dict, tuple((self.of(name), self.of(part)) for name, part in value.items())
+        if isinstance(value, dict):
+            self.note("a dict", [*value], lambda: (*value, *value.values()))
+            return Identity(type(value)), tuple((self.of(name), self.of(part)) for name, part in value.items())
         if is_dataclass(value) and not isinstance(value, type):
+            names = [each.name for each in fields(value)]
+            self.note(type(value).__name__, names, lambda: [getattr(value, name) for name in names])
             return Identity(type(value)), tuple(self.of(getattr(value, each.name)) for each in fields(value))
-        if isinstance(value, nn.Module) or (_is_own(type(value)) and hasattr(value, "__dict__")):
-            return Identity(value), self.of(dict(vars(value)))
+        if isinstance(value, _OPEN) or (_is_own(type(value)) and hasattr(value, "__dict__")):
+            inside = vars(value)
+            self.note(type(value).__name__, [*inside], inside.values)
+            return Identity(value), tuple((self.of(name), self.of(part)) for name, part in inside.items())
         return Identity(value)
 
     def _function(self, value: FunctionType) -> Hashable:
-        inside = [_content(cell) for cell in value.__closure__ or ()]
+        what, cells = value.__name__, value.__closure__ or ()
+        inside = [_content(cell) for cell in cells]
+        if cells:
+            self.note(what, value.__code__.co_freevars, lambda: [_content(cell) for cell in cells])
         around = {} if is_installed(value.__code__.co_filename) else globals_named_by(value)
-        return value.__code__, self.of(inside), self.of([value.__defaults__, value.__kwdefaults__]), self.of(around)
+        if around:
+            spaces = [_space_of(value, name) for name in around]
+            self.note(what, [*around], lambda: [space.get(name) for space, name in spaces])
+        defaults = value.__defaults__, value.__kwdefaults__
+        parts = (tuple(self.of(part) for part in each) for each in (inside, defaults, around.values()))
+        return value.__code__, tuple(around), *parts
 
 
 def _content(cell: Any) -> Any:
@@ -114,11 +154,6 @@ def _content(cell: Any) -> Any:
         return cell.cell_contents
     except ValueError:
         return cell
-
-
-def is_installed(filename: str) -> bool:
-    """Whether code belongs to Python, to an installed package or to this library: what is named there stays as it is."""
-    return filename.startswith(_LIBRARIES) or not {"site-packages", "dist-packages"}.isdisjoint(Path(filename).parts)
 
 
 def globals_named_by(function: FunctionType) -> Mapping[str, Any]:
@@ -133,6 +168,12 @@ def globals_named_by(function: FunctionType) -> Mapping[str, Any]:
         if isinstance(value, (type, ModuleType)) and _is_own(value):
             found.update({f"{owner}.{name}": vars(value)[name] for name in names if name in vars(value)})
     return found
+
+
+def _space_of(function: FunctionType, name: str) -> tuple[Mapping[str, Any], str]:
+    """Where `globals_named_by` finds what it calls `name`, and its name there."""
+    owner, _, inner = name.rpartition(".")
+    return (vars(function.__globals__[owner]), inner) if owner else (function.__globals__, name)
 
 
 def _is_own(value: type | ModuleType) -> bool:

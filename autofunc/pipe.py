@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -17,11 +18,12 @@ from autofunc import tree
 from autofunc.batch import BatchDims, Microbatch, check_device, signature, split_batch
 from autofunc.compatible import check_compatible
 from autofunc.engine import EngineOptions, require_compiler
-from autofunc.errors import AutofuncError, BatchError
+from autofunc.errors import AutofuncError, BatchError, some_of
 from autofunc.explain import explain
 from autofunc.held import Held
 from autofunc.losses import Loss
 from autofunc.mesh import data_coordinate
+from autofunc.outside import Outside
 from autofunc.runtime.agree import agree
 from autofunc.runtime.buffers import SlotPool
 from autofunc.runtime.debug import observe_as
@@ -37,7 +39,9 @@ from autofunc.shard.parameters import Parameters
 from autofunc.splitting import Stage
 from autofunc.surroundings import surroundings
 
+_MANY_CHANGES = 3  # of what functions read from outside, after which it is said where numbers that change belong
 _MOST_PLANS = 64  # batch signatures a pipeline remembers; beyond that the oldest is forgotten
+_MOST_NODES = 100_000  # of the graphs of all of them: half a GB
 
 
 class Pipeline(Held):
@@ -74,6 +78,7 @@ class Pipeline(Held):
         self._batch_dims = batch_dims
         self._plans: dict[Any, tuple[Plan, DistributedTransport | None]] = {}
         self._step_number = 0  # of the last step
+        self._outside = Outside(self._frozen)
         pools = {rank: SlotPool() for rank in self.local_ranks}
         self._blueprint = Blueprint(self.stages, schedule, loss, options, self._parameters, pools, merge)
         self._observe = observe_as(os.environ)
@@ -266,10 +271,10 @@ class Pipeline(Held):
             (path, leaf.shape, leaf.dtype, leaf.stride(), self._parameters.lies_right(leaf))
             for path, leaf in sorted(params.items())
         )
-        key = (mode, signature(microbatches[0]), described, device, surroundings())
+        around = (mode, signature(microbatches[0]), described, device, surroundings())
+        key = (around, self._outside.key())
         if key not in self._plans:
-            if len(self._plans) >= _MOST_PLANS:
-                self._plans.pop(next(iter(self._plans)))
+            self._warn_of_changes(around)
             self._parameters.check(params)
             check_device(microbatches[0], device)
             dtypes = {path: leaf.dtype for path, leaf in params.items()}
@@ -281,8 +286,32 @@ class Pipeline(Held):
             transport = None
             if self._group is not None and self._ranks is not None:
                 transport = DistributedTransport(self._group, self._ranks, self.local_ranks[0], plan.device, plan.channels)
+            self._outside.renew()  # what is captured now may read more, and fill a list
+            key = (around, self._outside.key())
             self._plans[key] = (plan, transport)
+            while len(self._plans) > _MOST_PLANS or (self._num_nodes > _MOST_NODES and len(self._plans) > 1):
+                self._plans.pop(next(iter(self._plans)))
         return self._plans[key]
+
+    @property
+    def _num_nodes(self) -> int:
+        return sum(plan.num_nodes for plan, _ in self._plans.values())
+
+    def _frozen(self) -> list[Any]:
+        """What captures of this pipeline read beside their arguments; the eager engine calls functions at every step."""
+        model = self.stages[0].model
+        functions = [layer.apply for layer in model.layers.values()] if self.options.engine == "graph" else []
+        return [*model.frozen, *functions, *([self.loss] if self.options.engine == "graph" else [])]
+
+    def _warn_of_changes(self, around: Any) -> None:
+        """Say what makes plans anew, again and again, for batches that are known."""
+        known, changed = sum(each == around for each, _ in self._plans), self._outside.changed
+        if known == _MANY_CHANGES and changed:
+            warnings.warn(
+                f"{some_of(changed)} changed between steps, and each time the pipeline is captured anew ({known} times so "
+                "far): put numbers that change into the batch, as tensors without dims",
+                stacklevel=2,
+            )
 
 
 def given_aux(result: StepResult) -> Any:

@@ -129,3 +129,59 @@ def test_a_module_does_not_outlive_its_model() -> None:
     del module, model, pipe
     gc.collect()
     assert alive() is None
+
+
+def test_what_all_results_weigh_is_bounded() -> None:
+    results = Cache(most=10, heaviest=5)
+    for key in ("a", "b", "c", "d"):
+        results.get(key, lambda key=key: key * 2, len)
+    assert len(results) == 2 and results.weight == 4
+    assert results.get("large", lambda: "x" * 9, len) == "x" * 9
+    assert len(results) == 1, "the last is kept, whatever it weighs"
+    results.clear()
+    assert results.weight == 0
+
+
+def live_bytes() -> int:
+    """Of the distinct storages of all tensors."""
+    while gc.collect():
+        pass
+    held = (thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor))
+    real = (tensor for tensor in held if not tensor.is_meta and type(tensor) in (torch.Tensor, nn.Parameter))
+    return sum({s.data_ptr(): s.nbytes() for s in (tensor.untyped_storage() for tensor in real)}.values())
+
+
+def graph_nodes() -> int:
+    return sum(type(thing) is torch.fx.Node for thing in gc.get_objects())
+
+
+@pytest.mark.parametrize(
+    ("most_nodes", "shapes", "steps"), [(150, 12, 24), pytest.param(1500, 200, 500, marks=pytest.mark.full)]
+)
+def test_memory_does_not_grow_with_steps_and_shapes(
+    most_nodes: int, shapes: int, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of receive slots, plans and captures: after a third of the shapes it is what it is in the end."""
+    monkeypatch.setattr(cache, "shared", Cache(most=1024, heaviest=most_nodes))
+    monkeypatch.setattr("autofunc.pipe._MOST_NODES", most_nodes)
+    net = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16))
+
+    def batch(length: int) -> dict[str, torch.Tensor]:
+        return {"input": torch.ones(4, length, 16)}
+
+    pipe = af.pipeline(
+        af.split(af.from_module(net, batch(2)), 2), af.schedule.build("1f1b", num_ranks=2, num_microbatches=2),
+        loss=lambda outputs, rows: outputs.square().mean(),
+    )  # fmt: skip
+    params = pipe.init()
+    step = af.value_and_grad(pipe)
+    others, nodes_of_others = live_bytes(), graph_nodes()
+    held: list[tuple[int, int]] = []
+    for number in range(steps):
+        step(params, batch(2 + (shapes - number) % shapes))  # the largest come first
+        if number in (shapes // 3, shapes - 1, steps - 1):
+            held.append((live_bytes() - others, graph_nodes() - nodes_of_others))
+    sent = 2 * (shapes + 2) * 16 * 4  # of one microbatch of the largest shape
+    assert all(0 < size <= 6 * sent + 10_000 for size, _ in held), held
+    assert max(nodes for _, nodes in held) < 2 * most_nodes, held
+    assert held[-1][1] < 1.5 * held[0][1] and held[-1][0] < held[0][0] + 10_000, held

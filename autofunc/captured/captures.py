@@ -23,12 +23,14 @@ from autofunc.captured.flow import Flow
 from autofunc.captured.functional import make_functional
 from autofunc.captured.gradients import refuse_parameter_hooks
 from autofunc.captured.masks import use_is_causal
+from autofunc.captured.reads import Reads
 from autofunc.captured.rehearsal import decisions_of
 from autofunc.captured.rows_back import ALL_ROWS
 from autofunc.captured.source import Source, device_of
 from autofunc.captured.state import take_states
 from autofunc.errors import ModelError, one_of
 from autofunc.markers import marking
+from autofunc.outside import Outside
 from autofunc.surroundings import surroundings
 
 Node = fx.Node
@@ -52,6 +54,8 @@ class Captures:
         self._modes = {part: part.training for part in source.module.modules()}  # whatever becomes of them later
         self._constants: WeakValueDictionary[Any, Tensor] = WeakValueDictionary()
         self._buffers: dict[str, Tensor] = {}  # as they were when they were first needed
+        self.reads = Reads({id(part): name for name, part in source.module.named_modules()})
+        self._outside = Outside(lambda: [self.reads])
 
     def flow(
         self, batch: Mapping[str, Any], recast: torch.dtype | None, states: frozenset[str] = frozenset(),
@@ -71,12 +75,20 @@ class Captures:
         entries = self.source.select(batch)
         spec, leaves = signature(entries)
         shapes = (recast, spec, tuple(leaf[:3] for leaf in leaves))  # on any device
-        around = surroundings()
 
         def captured(still: frozenset[str], kept: frozenset[str]) -> tuple[Hashable, Flow]:
-            signature_ = (*shapes, still, kept, training, around)
-            key = ("flow", Identity(self), signature_)
-            return signature_, cache.shared.get(key, lambda: self._capture(entries, recast, still, kept, training))
+            def signed() -> tuple[Hashable, Hashable]:
+                signature_ = (*shapes, still, kept, training, surroundings(), self._outside.key())
+                return signature_, ("flow", Identity(self), signature_)
+
+            known = len(self.reads)
+            signature_, key = signed()
+            flow = cache.shared.get(key, lambda: self._capture(entries, recast, still, kept, training), _weight)
+            if len(self.reads) > known:  # on the way it was found to depend on more
+                self._outside.renew()
+                signature_, key = signed()
+                cache.shared.get(key, lambda: flow, _weight)
+            return signature_, flow
 
         def with_states(still: frozenset[str]) -> tuple[Hashable, Flow]:
             found = captured(still, frozenset() if training else states)
@@ -175,7 +187,8 @@ class Captures:
         modes = with_eval_mode(source.module, self._modes, still)
 
         def exported_flow(reading: Callable[[], Reading]) -> Flow:
-            exported = export(source.module, source.arguments, example, source.what, recast, modes, reading)
+            with self.reads.noticing():
+                exported = export(source.module, source.arguments, example, source.what, recast, modes, reading)
             exported.evaluated = still
             exported.params = {node: source.canonical(name) for node, name in exported.params.items()}
             take_states(exported, source.module, source.what)
@@ -194,3 +207,7 @@ class Captures:
                 flow = Flow(exported, source.what)  # without what made the mask
             exported.constants = {node: self._constant(node, exported) for node in fixed if node in flow.alive}
         return flow
+
+
+def _weight(flow: Flow) -> int:
+    return len(flow.exported.graph.nodes)

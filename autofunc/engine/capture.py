@@ -44,6 +44,11 @@ class Joint:
     terms: tuple[bool, ...]  # for each trainable holder, see `StageFunctions.terms`
 
     @property
+    def num_nodes(self) -> int:
+        """How large it is."""
+        return len(self.graph.nodes)
+
+    @property
     def graph(self) -> fx.Graph:
         """All nodes, in an order in which they can run."""
         return self.module.graph

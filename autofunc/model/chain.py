@@ -47,6 +47,8 @@ class Model:
     device = torch.device("cpu")
     """Where `init` makes parameters and state unless told otherwise: where a captured module is, else the CPU."""
 
+    frozen: Sequence[Any] = ()  # what `specialise` reads beside its arguments, for fingerprints
+
     def __init__(
         self,
         layers: Mapping[str, Layer],

@@ -20,7 +20,7 @@ def captured(context: StageContext) -> Joint:
     Raises:
         ModelError: when it cannot be captured.
     """
-    return cache.shared.get(("joint", context.fingerprint), lambda: capture(context))
+    return cache.shared.get(("joint", context.fingerprint), lambda: capture(context), lambda joint: joint.num_nodes)
 
 
 def make_functions(
@@ -61,4 +61,8 @@ def make_functions(
 
 def _graph_stage(context: StageContext, keep: Keep, compiled: bool) -> GraphStage:
     key = ("stage", context.fingerprint, keep, compiled, context.setting.arrive_by_layer)
-    return cache.shared.get(key, lambda: GraphStage(captured(context), context, keep, compiled=compiled))
+
+    def make() -> GraphStage:
+        return GraphStage(captured(context), context, keep, compiled=compiled)
+
+    return cache.shared.get(key, make, lambda stage: stage.joint.num_nodes)

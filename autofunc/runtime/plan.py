@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from autofunc import tree
-from autofunc.engine import EngineOptions, StageFunctions
+from autofunc.engine import EngineOptions, GraphStage, StageFunctions
 from autofunc.errors import ScheduleError
 from autofunc.losses import Loss, combine_aux
 from autofunc.mesh import data_coordinate
@@ -68,6 +68,11 @@ class Plan:
     aux: tuple[Layout, ...]  # shape and dtype of each leaf of the combined aux
     aux_spec: tree.TreeSpec | None
     device: torch.device
+
+    @property
+    def num_nodes(self) -> int:
+        """How large its graphs are, which other plans may share."""
+        return sum(stage.joint.num_nodes for stage in self.functions.values() if isinstance(stage, GraphStage))
 
     @property
     def last_rank(self) -> int:

@@ -1,0 +1,46 @@
+"""What functions read beside their arguments, and a capture makes permanent: found again at every step, at little cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from itertools import chain
+from typing import Any
+
+from autofunc.fingerprint import Fingerprint, Place
+
+
+class Outside:
+    """The numbers, settings and functions that some functions name in closures, globals and attributes.
+
+    Args:
+        roots: gives the functions.
+    """
+
+    def __init__(self, roots: Callable[[], Sequence[Any]]) -> None:
+        self._roots = roots
+        self._places: list[Place] = []
+        self._key: Hashable = None
+        self._is_known = False
+        self.changed: tuple[str, ...] = ()  # what was another object when the key was last made, by name
+
+    def key(self) -> Hashable:
+        """Equal while all of it is what it was. As long as nothing was assigned, it is only looked at."""
+        if not (self._is_known and all(place.is_unchanged for place in self._places)):
+            self.renew()
+        return self._key
+
+    def renew(self) -> None:
+        """Look at all of it anew; needed only where the functions are others."""
+        self.changed = tuple(dict.fromkeys(chain.from_iterable(map(_changed, self._places))))
+        self._places = []
+        keys = Fingerprint(places=self._places)
+        self._key, self._is_known = tuple(keys.of(root) for root in self._roots()), True
+
+
+def _changed(place: Place) -> list[str]:
+    """`coef of loss`: members that are others than before."""
+    now = tuple(place.members())
+    if len(now) != len(place.before) or place.names is None or len(place.names) > len(now):
+        return [place.what] if not place.is_unchanged else []
+    values = zip(now[-len(place.names) :], place.before[-len(place.names) :], strict=True) if place.names else ()
+    return [f"{name!r} of {place.what}" for name, (one, other) in zip(place.names, values, strict=True) if one is not other]
