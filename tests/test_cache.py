@@ -178,7 +178,7 @@ def test_memory_does_not_grow_with_steps_and_shapes(
     others, nodes_of_others = live_bytes(), graph_nodes()
     held: list[tuple[int, int]] = []
     for number in range(steps):
-        step(params, batch(2 + (shapes - number) % shapes))  # the largest come first
+        step(params, batch(2 + max(shapes - number, 1)))  # the largest comes first, the smallest again and again
         if number in (shapes // 3, shapes - 1, steps - 1):
             held.append((live_bytes() - others, graph_nodes() - nodes_of_others))
     sent = 2 * (shapes + 2) * 16 * 4  # of one microbatch of the largest shape
