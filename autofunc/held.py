@@ -52,7 +52,6 @@ class Held:
         self._local_stages = [stage for stage in stages if schedule.placement[stage.index] in self.local_ranks]
         self._parameters = parameters or Parameters(self._local_stages, stages[0].model, mesh, sharding)
 
-    @torch.inference_mode(False)
     def init(
         self, seed: int | None = None, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> TensorDict:  # fmt: skip
@@ -72,8 +71,9 @@ class Held:
         """
         device = self._device({}) if device is None else device
         made_from = self._model.seed_of(seed, device)
-        make = self._parameters.make
-        return tree.to_tensordict(make(lambda paths: self._model.init_paths(paths, made_from, device, dtype)))
+        with torch.inference_mode(False):  # and not as a decorator, whose frame a warning would name as the caller's
+            made = self._parameters.make(lambda paths: self._model.init_paths(paths, made_from, device, dtype))
+            return tree.to_tensordict(made)
 
     @torch.inference_mode(False)
     def init_state(self, device: torch.device | str | None = None) -> TensorDict:

@@ -263,6 +263,7 @@ def test_profile_tells_when_every_action_ran(engine: str, tmp_path: Path) -> Non
 def test_costs_of_a_schedule_that_never_splits() -> None:
     _, stages, loss, batch = make_case("gpt2", 2, 6)
     pipe = af.pipeline(stages, af.schedule.build("1f1b", num_ranks=2, num_microbatches=3), loss=loss)
-    costs = pipe.costs(pipe.init(), batch, steps=3)
-    assert costs.I[1] > 0 and costs.W[1] > 0  # type: ignore[index]
-    assert costs.I[0] < costs.W[0], "the first stage needs no input gradient"  # type: ignore[index]
+    found: list[Any] = [pipe.costs(pipe.init(), batch, steps=3) for _ in range(3)]
+    assert all(costs.I[1] > 0 and costs.W[1] > 0 for costs in found)
+    least_i, least_w = (min(getattr(costs, kind)[0] for costs in found) for kind in "IW")  # whatever else the machine does
+    assert least_i < least_w, "the first stage needs no input gradient"
