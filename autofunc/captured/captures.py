@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal, get_args
 from weakref import WeakValueDictionary
@@ -187,8 +188,12 @@ class Captures:
         modes = with_eval_mode(source.module, self._modes, still)
 
         def exported_flow(reading: Callable[[], Reading]) -> Flow:
-            with self.reads.noticing():
-                exported = export(source.module, source.arguments, example, source.what, recast, modes, reading)
+            @contextmanager
+            def noticed() -> Iterator[None]:  # while forward runs, and not while torch looks at the module
+                with self.reads.noticing(), reading():
+                    yield
+
+            exported = export(source.module, source.arguments, example, source.what, recast, modes, noticed)
             exported.evaluated = still
             exported.params = {node: source.canonical(name) for node, name in exported.params.items()}
             take_states(exported, source.module, source.what)
