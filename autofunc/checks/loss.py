@@ -91,8 +91,9 @@ def _shifts(subject: Subject) -> str:
     except ForwardError:  # of a part; P3 says so
         return ""
     for column in (0, -1):
-        changed = leaf.clone()
-        changed[:, column] = leaf[:, column].roll(1, 0) if _varies(leaf[:, column]) else leaf.roll(1, 1)[:, column]
+        changed = _with_another(leaf, column)
+        if changed is None:
+            return ""
         losses.append(_loss_of(subject, {**subject.batch, name: changed}))
     if any(loss is None for loss in losses):
         return ""
@@ -105,8 +106,21 @@ def _shifts(subject: Subject) -> str:
     )
 
 
-def _varies(column: Tensor) -> bool:
-    return bool((column != column.roll(1, 0)).any())
+def _with_another(labels: Tensor, column: int) -> Tensor | None:
+    """Labels of which one in a column is another; None where there is no other.
+
+    One only: labels that change places between rows of the same tokens leave a mean as it is.
+    """
+    counted = (labels[:, column] != IGNORED).nonzero()
+    if not len(counted):
+        return None
+    row = int(counted[0])
+    others = labels[(labels != labels[row, column]) & (labels != IGNORED)]
+    if not len(others):
+        return None
+    changed = labels.clone()
+    changed[row, column] = others[0]
+    return changed
 
 
 def _loss_of(subject: Subject, batch: Mapping[str, Any]) -> Tensor | None:

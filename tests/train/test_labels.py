@@ -33,6 +33,9 @@ def concat(): return torch.utils.data.ConcatDataset([text(), text()])
 def nested(): return torch.utils.data.Subset(concat(), range(9))
 def own(): return [dict(row) for row in (text()[i] for i in range(9))]
 def raw(): return text(False)
+def alike():  # rows that begin with the same token
+    ids = [(torch.arange(9) * (i + 1)) % 32 for i in range(8)]
+    return [{"input_ids": each[:-1], "labels": each[1:]} for each in ids]
 """
 
 
@@ -61,7 +64,7 @@ def test_shifted_twice(folder: Path, dataset: str) -> None:
     assert "error: loss_fn: the model's own loss shifts labels by one" in error and error.count("\n") == 1
 
 
-@pytest.mark.parametrize(("dataset", "shifts"), [("text", False), ("raw", True)])
+@pytest.mark.parametrize(("dataset", "shifts"), [("text", False), ("raw", True), ("alike", False)])
 def test_shifted_once(folder: Path, dataset: str, shifts: bool) -> None:
     assert run(folder, dataset, shifts) == ""
 
