@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from autofunc import tree
 from autofunc.errors import ModelError
 
 Flat = dict[str, Tensor]
@@ -104,7 +105,7 @@ class Carrier:
             flat: its keys, without those that are the same in `existing`.
             existing: the value in an object made anew: what is no data is taken from it, and its containers are filled.
         """
-        return self._joined(_nested(flat), what, existing)
+        return self._joined(tree.nest(flat), what, existing)
 
     def _joined(self, node: Mapping[str, Any], name: str, existing: Any) -> Any:
         if isinstance(node.get(name), Tensor):
@@ -204,14 +205,3 @@ def _plain(token: str) -> str:
 def is_plain(key: str) -> bool:
     """Whether a key of `Carrier.apart` is of a plain value, such as a number, and not of a tensor."""
     return key.endswith(")")
-
-
-def _nested(flat: Mapping[str, Tensor]) -> dict[str, Any]:
-    root: dict[str, Any] = {}
-    for key, leaf in flat.items():
-        *folders, last = key.split(".")
-        node = root
-        for folder in folders:
-            node = node.setdefault(folder, {})
-        node[last] = leaf
-    return root

@@ -11,6 +11,7 @@ from torch import Tensor
 import autofunc as af
 from autofunc.tree import flatten
 from tests.cases import assert_same_tree, make_case
+from tests.engine.test_compile import assert_close
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda")
@@ -58,10 +59,7 @@ def test_compiled(name: str, model_name: str) -> None:
     for _ in range(2):
         loss, grads = af.value_and_grad(pipe)(full, batch, (3, 5))
         torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=0)
-        left, right = flatten(expected), flatten(grads)
-        largest = max(leaf.abs().max() for leaf in left.values())
-        for path in left:
-            assert (left[path] - right[path]).abs().max() <= 1e-5 * largest, path
+        assert_close(expected, grads)
 
 
 @pytest.mark.parametrize("name", ["1f1b", "zb_h1"])
@@ -85,9 +83,7 @@ def test_the_same_weights_and_dropout_as_on_the_cpu() -> None:
     step = af.reference_value_and_grad(model, loss, 4)
     on_cpu, on_gpu = step(here, batch, (3, 5)), step(there, on_device(batch), (3, 5))
     torch.testing.assert_close(on_cpu[0], on_gpu[0].cpu(), rtol=1e-5, atol=0)
-    largest = max(leaf.abs().max() for leaf in flatten(on_cpu[1]).values())
-    for path, leaf in flatten(on_cpu[1]).items():
-        assert (leaf - flatten(on_gpu[1])[path].cpu()).abs().max() <= 1e-5 * largest, path
+    assert_close(on_cpu[1], on_gpu[1].cpu())
 
 
 def test_a_batch_on_the_cpu_is_refused() -> None:

@@ -10,13 +10,10 @@ import autofunc as af
 from tests.captured import laws
 from tests.captured.zoo import ZOO
 from tests.cases import assert_same_tree
+from tests.gpu.test_laws import on_device
 
 pytestmark = pytest.mark.gpu
 LAYOUTS = [(2, "1f1b"), (3, "zb_h1")]
-
-
-def on_device(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: leaf.cuda() for name, leaf in batch.items()}
 
 
 @pytest.mark.parametrize("name", ZOO)
