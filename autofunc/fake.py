@@ -47,6 +47,18 @@ def fake_mode() -> FakeTensorMode:
     return _Mode(allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=True)
 
 
+def without_memory(tensor: Tensor) -> Tensor:
+    """A fake tensor in the place of a real one, to be kept: it does not keep the memory that the real one lies in."""
+    return fake_mode().from_tensor(tensor) if tensor.layout is torch.strided else tensor
+
+
+def fake_like(mode: FakeTensorMode, tensor: Tensor) -> Tensor:
+    """A fake tensor of a mode, which is in effect, like a real tensor or one of another mode."""
+    if not is_fake(tensor):
+        return mode.from_tensor(tensor)
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+
+
 def is_fake(tensor: Tensor) -> bool:
     """Whether a tensor has a shape and no values."""
     return isinstance(tensor, FakeTensor)

@@ -18,7 +18,7 @@ from torch.fx.traceback import annotate, preserve_node_meta
 from autofunc import tree
 from autofunc.engine.purity import globals_unchanged, refuse_effects
 from autofunc.engine.simplify import simplify
-from autofunc.fake import fake_mode, naming_errors
+from autofunc.fake import fake_like, fake_mode, naming_errors
 from autofunc.graph.memory import base_of, storage_bytes
 from autofunc.graph.trace import trace
 from autofunc.splitting import NothingTrainedOutside, Returned, StageContext, describe, outline
@@ -68,7 +68,7 @@ def capture(context: StageContext) -> Joint:
     with fake_mode() as mode:
         params, states = context.empty_parameters(), context.empty_state()
         inputs = [torch.empty(value.shape, dtype=value.dtype, device=device) for value in received]
-        batch = [mode.from_tensor(leaf) for leaf in tracer.batch_leaves if isinstance(leaf, Tensor)]
+        batch = [fake_like(mode, leaf) for leaf in tracer.batch_leaves if isinstance(leaf, Tensor)]
         given: tuple[list[Any], ...] = (params, states, inputs, batch)
         with naming_errors(what), preserve_node_meta(), globals_unchanged(context.stage.functions, what):
             module = trace(lambda *given: tracer.joint(*given), *given)

@@ -39,7 +39,7 @@ class StageContext:
     with_loss: bool  # whether to end in the loss: the last stage, unless outputs are wanted
     with_grads: bool  # whether the backward is wanted
     dtypes: Mapping[str, torch.dtype]  # of every canonical parameter, as it is computed with
-    microbatch: Mapping[str, Any]  # an example
+    microbatch: Mapping[str, Any]  # an example, of which only shapes, strides, dtypes, devices and plain values matter
     device: torch.device
     setting: Setting = ALONE
     strides: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # of canonical parameters that are not contiguous

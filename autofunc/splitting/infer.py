@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from autofunc import cache, tree
-from autofunc.fake import FakeTensorMode, fake_mode, naming_errors
+from autofunc.fake import FakeTensorMode, fake_like, fake_mode, naming_errors, without_memory
 from autofunc.losses import Loss
 from autofunc.model import Model
 from autofunc.splitting.boundary import Boundaries, Returned, Value, describe, outline
@@ -75,12 +75,14 @@ def follow(
     model = stages[0].model
     specialised, dtypes = specialise(model, parameter_dtypes(model, params), microbatch, setting, training=with_grads)
     strides = _strides(model, params)
+    # a pipeline keeps its stages' surroundings, and is not to keep a batch with them
+    example = tree.map_leaves(lambda leaf: without_memory(leaf) if isinstance(leaf, Tensor) else leaf, dict(microbatch))
     contexts: list[StageContext] = []
     found: list[Returned] = []
     for stage in stages:
         context = StageContext(
             stage, specialised, found[-1].boundary if found else None, loss, with_loss and stage is stages[-1], with_grads,
-            dtypes, microbatch, device or torch.device("cpu"), setting, strides,
+            dtypes, example, device or torch.device("cpu"), setting, strides,
         )  # fmt: skip
         contexts.append(context)
         found.append((returned_by or infer)(context).of(stage.index))
@@ -126,7 +128,7 @@ def fake_arguments(
         torch.empty(value.shape, dtype=value.dtype, device=device).requires_grad_(value.needs_grad) for value in values
     ]
     microbatch = tree.map_leaves(
-        lambda leaf: mode.from_tensor(leaf) if isinstance(leaf, Tensor) else leaf, dict(context.microbatch)
+        lambda leaf: fake_like(mode, leaf) if isinstance(leaf, Tensor) else leaf, dict(context.microbatch)
     )
     return bound, inputs, microbatch
 
