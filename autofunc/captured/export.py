@@ -45,6 +45,7 @@ from autofunc.captured.unchanged import LeftBehind, restored, written_back
 from autofunc.captured.vmapped import unmap
 from autofunc.errors import ModelError
 from autofunc.fake import fake_mode, naming_errors
+from autofunc.graph.lazy_code import lazy_code
 from autofunc.graph.lines import line_of
 from autofunc.losses import begins_with_scalar
 
@@ -242,7 +243,8 @@ def _traced(call: Call, batch: Mapping[str, Any]) -> Any:
     collects = gc.isenabled()
     gc.disable()
     try:
-        return torch.export.export(call, (dict(batch),), strict=False)
+        with lazy_code():
+            return torch.export.export(call, (dict(batch),), strict=False)
     finally:
         if collects:
             gc.enable()

@@ -8,6 +8,8 @@ from typing import Any
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx  # has no public name; tried with torch 2.13.0
 
+from autofunc.graph.lazy_code import lazy_code
+
 
 def trace(
     function: Callable[..., Any], *given: Any, decompositions: Mapping[Any, Callable[..., Any]] | None = None
@@ -19,4 +21,5 @@ def trace(
         given: tensors, or lists of tensors; their shapes are those of the graph.
         decompositions: operators that are recorded as others.
     """
-    return make_fx(function, decomposition_table=decompositions, tracing_mode="real")(*given)
+    with lazy_code():
+        return make_fx(function, decomposition_table=decompositions, tracing_mode="real")(*given)
