@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from autofunc.optim import Optimizer, optimizer
     from autofunc.pipe import Pipeline
     from autofunc.reference import reference_value_and_grad
+    from autofunc.runtime.watchdog import watchdog
     from autofunc.shard import Sharding
     from autofunc.splitting import Stage, split
     from autofunc.spread import constrain
@@ -56,6 +57,7 @@ _HOME = {
     "split": "autofunc.splitting",
     "split_point": "autofunc.markers",
     "value_and_grad": "autofunc.transform",
+    "watchdog": "autofunc.runtime.watchdog",
 }
 _MODULES = ("errors", "losses", "random", "schedule", "tree")
 
@@ -89,6 +91,7 @@ __all__ = [
     "split_point",
     "tree",
     "value_and_grad",
+    "watchdog",
 ]
 
 

@@ -76,6 +76,10 @@ class PeerLostError(PipelineRunError):
     """A rank waited for another that is gone or too late: a consequence, the cause is on the other rank."""
 
 
+class HangError(PipelineRunError):
+    """No rank makes progress; the message says what each does, and which is late."""
+
+
 def full_message(error: BaseException) -> str:
     """What an error says, with its notes on lines of their own: `str(error)` leaves them out."""
     return "\n".join([str(error), *getattr(error, "__notes__", ())])

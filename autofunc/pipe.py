@@ -30,6 +30,7 @@ from autofunc.runtime.debug import observe_as
 from autofunc.runtime.measure import Scales, Watch, measured_timeline, of_all
 from autofunc.runtime.not_finite import check_parameters, finite_check
 from autofunc.runtime.plan import Blueprint, Mode, Plan, build_plan
+from autofunc.runtime.position import here
 from autofunc.runtime.step import Observe, StepResult, run_step
 from autofunc.runtime.transport import DistributedTransport
 from autofunc.schedule import Costs, Schedule, StageBytes, Timeline, costs_of
@@ -242,8 +243,11 @@ class Pipeline(Held):
         given = self._checked(state)
         plan, transport, flat, microbatches = self._prepare(mode, params, batch, key)
         self._step_number += not again
+        here.begin(self._step_number, self._ranks)
         with torch.no_grad():
-            return run_step(plan, flat, microbatches, given, transport, self._step_number, observe or self._observe)
+            result = run_step(plan, flat, microbatches, given, transport, self._step_number, observe or self._observe)
+        here.end(self._step_number)
+        return result
 
     def _state_beside(self, params: tree.Nested) -> TensorDict:
         """To measure steps with, where the parameters are: what they cost does not depend on it."""
@@ -278,24 +282,32 @@ class Pipeline(Held):
             self._parameters.check(params)
             check_device(microbatches[0], device)
             dtypes = {path: leaf.dtype for path, leaf in params.items()}
+            held = [plan.num_nodes for plan, _ in self._plans.values()]
             if self._group is not None:
-                dtypes = agree(self._group, mode.value, microbatches[0], dtypes)
+                dtypes, held = agree(self._group, mode.value, microbatches[0], dtypes, held)
+            self._forget(held)
             of_all_ranks = {path: torch.empty((), dtype=dtype, device="meta") for path, dtype in dtypes.items()}
             of_all_ranks |= self._parameters.laid_out(params)
-            plan = build_plan(self._blueprint, mode, of_all_ranks, device, microbatches[0])
+            with here.building():
+                plan = build_plan(self._blueprint, mode, of_all_ranks, device, microbatches[0])
             transport = None
             if self._group is not None and self._ranks is not None:
                 transport = DistributedTransport(self._group, self._ranks, self.local_ranks[0], plan.device, plan.channels)
             self._outside.renew()  # what is captured now may read more, and fill a list
             key = (around, self._outside.key())
             self._plans[key] = (plan, transport)
-            while len(self._plans) > _MOST_PLANS or (self._num_nodes > _MOST_NODES and len(self._plans) > 1):
-                self._plans.pop(next(iter(self._plans)))
         return self._plans[key]
 
-    @property
-    def _num_nodes(self) -> int:
-        return sum(plan.num_nodes for plan, _ in self._plans.values())
+    def _forget(self, held: Sequence[int]) -> None:
+        """Make room for another plan.
+
+        Args:
+            held: how many nodes the graphs of each plan have, the oldest first; the same on all ranks.
+        """
+        for number in range(len(held)):
+            if number > len(held) - _MOST_PLANS and sum(held[number:]) <= _MOST_NODES:
+                break
+            self._plans.pop(next(iter(self._plans)))
 
     def _frozen(self) -> list[Any]:
         """What captures of this pipeline read beside their arguments; the eager engine calls functions at every step."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import traceback
 from contextlib import AbstractContextManager
 from typing import Annotated
 
@@ -152,3 +154,10 @@ def main() -> None:
     except AutofuncError as error:
         sys.stderr.write(f"error: {full_message(error)}\n")
         sys.exit(2)
+    except Exception:  # raised by the user's code, or a mistake of ours, which needs the whole traceback
+        from autofunc.train.blame import brief, names_users_lines
+
+        raised = traceback.format_exc()
+        shown = brief(raised) if names_users_lines(raised) and os.environ.get("AUTOFUNC_DEBUG") != "1" else raised
+        sys.stderr.write(f"error: {shown}\n")
+        sys.exit(1)

@@ -125,6 +125,10 @@ class Distributed(Section):
     )
     threads_per_rank: Positive = Field(1, description="CPU threads of each process")
     timeout_minutes: float = Field(10.0, gt=0, description="a rank that waits longer for another ends the run")
+    step_timeout_seconds: float | None = Field(
+        None, gt=0, description="how long a rank may stay at one action before the run ends and says which rank is late "
+        "and what it does; by default 20 times the slowest step so far, at least 60 s",
+    )  # fmt: skip
 
 
 class Dataloader(Section):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -31,18 +31,28 @@ class Intent:
     mode: str
     entries: Mapping[str, str]  # of a microbatch: name of a leaf -> what it is
     dtypes: Mapping[str, str]  # of its parameters, by path
+    held: Sequence[int]  # how many nodes the graphs of each of its plans have, the oldest first
 
 
 def agree(
-    group: dist.ProcessGroup, mode: str, microbatch: Mapping[str, Any], dtypes: Mapping[str, torch.dtype]
-) -> dict[str, torch.dtype]:
-    """Dtypes of the parameters of all ranks, which must be about to do the same; all ranks of the group call it.
+    group: dist.ProcessGroup,
+    mode: str,
+    microbatch: Mapping[str, Any],
+    dtypes: Mapping[str, torch.dtype],
+    held: Sequence[int],
+) -> tuple[dict[str, torch.dtype], list[int]]:
+    """What ranks that are about to do the same know together; all ranks of the group call it.
 
     Args:
         group: of the pp axis.
         mode: what the step is for.
         microbatch: an example.
         dtypes: of this rank's parameters, by path.
+        held: how many nodes the graphs of each of this rank's plans have, the oldest first.
+
+    Returns:
+        Dtypes of the parameters of all ranks. And of each plan the most nodes that a rank has: all forget the same plans,
+        for a rank that makes one anew waits here for the others.
 
     Raises:
         BatchError: when ranks have microbatches of different shapes, dtypes or values that are no tensors, or want
@@ -51,11 +61,11 @@ def agree(
         PeerLostError: when a rank does not come within the timeout of the group.
     """
     if dist.get_backend(group) == "fake":  # torch's group that sends nowhere: this rank is alone
-        return dict(dtypes)
+        return dict(dtypes), list(held)
     number = next(_numbers.setdefault(group, itertools.count()))
     store, rank, size = group.get_group_store(), group.rank(), group.size()
     keys = [f"autofunc/intent/{number}/{each}" for each in range(size)]
-    own = Intent(mode, _described(microbatch), {path: _name(dtype) for path, dtype in dtypes.items()})
+    own = Intent(mode, _described(microbatch), {path: _name(dtype) for path, dtype in dtypes.items()}, held)
     store.set(keys[rank], json.dumps(asdict(own)))
     try:
         store.wait(keys, timeout_of(group))
@@ -68,7 +78,8 @@ def agree(
         ) from error
     intents = [Intent(**json.loads(store.get(key))) for key in keys]
     _check(intents)
-    return {path: getattr(torch, name) for intent in intents for path, name in intent.dtypes.items()}
+    known = {path: getattr(torch, name) for intent in intents for path, name in intent.dtypes.items()}
+    return known, [max(each) for each in itertools.zip_longest(*(intent.held for intent in intents), fillvalue=0)]
 
 
 def _check(intents: list[Intent]) -> None:

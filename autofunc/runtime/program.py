@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -33,6 +34,9 @@ from autofunc.splitting import Boundaries
 Shape = tuple[int, ...]
 Layout = tuple[Shape, torch.dtype]
 
+PLACE_BYTES = 48
+"""What a place in a program is written in, for others to read."""
+
 
 class Channel(NamedTuple):
     """A directed edge between two pp ranks: its messages arrive in the order in which they were sent."""
@@ -54,6 +58,19 @@ class Program:
     num_registers: int
     num_sends: int
     schedule: Schedule  # lowered; for messages
+
+    @cached_property
+    def places(self) -> tuple[str, ...]:
+        """What is said of a rank before each action and in it, in turns, and after the last."""
+        return (
+            *(text for action in self.schedule[self.rank] for text in (f"before {action}", f"in {action}")),
+            "after all",
+        )
+
+    @cached_property
+    def encoded_places(self) -> tuple[bytes, ...]:
+        """The `places`, each in PLACE_BYTES."""
+        return tuple(text.encode()[:PLACE_BYTES].ljust(PLACE_BYTES) for text in self.places)
 
 
 def edge_channels(schedule: Schedule, boundaries: Boundaries) -> dict[tuple[int, int], Channel]:

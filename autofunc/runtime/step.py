@@ -17,6 +17,7 @@ from autofunc.runtime.accumulate import Accumulator
 from autofunc.runtime.executor import Observer, RankStep, run_rank, run_together
 from autofunc.runtime.finish import check_weight, divide, exchange_ties, share, total_loss
 from autofunc.runtime.plan import Mode, Plan
+from autofunc.runtime.position import here
 from autofunc.runtime.program import Program
 from autofunc.runtime.states import flat_states, states_of
 from autofunc.runtime.transport import MemoryHub, MemoryTransport, Transport
@@ -105,7 +106,7 @@ def _run(
         slots=plan.pools[rank].tensors(program.slots, plan.device),
         number=number,
         states=states_of(stages, state),
-        observers=observe(plan, program, microbatches) if observe is not None else (),
+        observers=[*(observe(plan, program, microbatches) if observe is not None else ()), *here.marks(program)],
     )
     try:
         yield from run_rank(step)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import re
 import signal
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
-from autofunc.errors import PeerLostError
+from autofunc.errors import HangError, PeerLostError
 from autofunc.installed import is_installed
 from autofunc.runtime.debug import debug_words
 
@@ -16,17 +16,23 @@ _LOST = re.compile(
     rf"{PeerLostError.__name__}|gloo/transport|Connection (closed|reset) by peer|ProcessGroupNCCL|DistBackendError"
 )
 """What an error says that only tells of another process's end: ours, or that of a collective of torch."""
+_HANG = re.compile(rf"autofunc\.errors\.{HangError.__name__}: ")
 
 
-def report(failures: Mapping[int, Any], ended: Set[int]) -> str:
+def report(failures: Mapping[int, Any], ended: Set[int], positions: Sequence[str] = ()) -> str:
     """The cause, and who followed.
 
     Args:
         failures: by rank, as torch's launcher has them.
         ended: ids of the processes that the launcher ended itself, after it had seen the first failure.
+        positions: by rank, where each was.
     """
     first_rank, first = min(failures.items(), key=lambda item: (_distance(item[1], ended), item[1].timestamp, item[0]))
-    lines = [f"rank {first_rank} failed: {_cause(first)}"]
+    raised = _recorded(first) or ""
+    if _HANG.search(raised):  # it speaks of all ranks; the others were ended after it
+        return _HANG.split(raised)[-1].strip()
+    at = f" ({positions[first_rank]})" if first_rank < len(positions) and positions[first_rank] else ""
+    lines = [f"rank {first_rank}{at} failed: {_cause(first)}"]
     lines += [f"rank {rank} was ended, or failed after it" for rank in sorted(failures) if rank != first_rank]
     return "\n".join(lines)
 
@@ -65,15 +71,26 @@ def brief(traceback: str) -> str:
     Args:
         traceback: as Python prints it.
     """
-    blocks = re.split(r"\n\n(?:The above exception was|During handling of)[^\n]*\n\n", traceback.strip("\n"))
-    frames = _FRAME.findall(blocks[0])
+    blocks = _blocks(traceback)
     own = [
-        f"  {file}, line {line}, in {name}: {code.strip()}" for file, line, name, code in frames if not is_installed(file)
+        f"  {file}, line {line}, in {name}: {code.strip()}"
+        for file, line, name, code in _FRAME.findall(blocks[0])
+        if not is_installed(file)
     ]
     lines = blocks[-1].splitlines()
     begin = next((number for number, line in enumerate(lines) if number and not line.startswith("  ")), 0)
     said = re.sub(r"^autofunc\.errors\.\w+: ", "", "\n".join(lines[begin:]))
     return "\n".join([*([_USERS_LINES, *own] if own else []), said, _WHOLE])
+
+
+def names_users_lines(traceback: str) -> bool:
+    """Whether the first of a chain of exceptions went through the user's code."""
+    return any(not is_installed(file) for file, *_ in _FRAME.findall(_blocks(traceback)[0]))
+
+
+def _blocks(traceback: str) -> list[str]:
+    """The exceptions of a chain, the first one first."""
+    return re.split(r"\n\n(?:The above exception was|During handling of)[^\n]*\n\n", traceback.strip("\n"))
 
 
 _FRAME = re.compile(r'^  File "(.+)", line (\d+), in (.+)\n    (.*)', re.MULTILINE)

@@ -11,11 +11,13 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
+from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from autofunc.errors import PipelineRunError
+from autofunc.runtime.position import make_file, read_file
 from autofunc.train.blame import report
-from autofunc.train.worker import LAUNCHER
+from autofunc.train.worker import LAUNCHER, POSITIONS
 
 _CHECKED = "AUTOFUNC_CHECKED"
 
@@ -43,7 +45,9 @@ def launch(num_processes: int, arguments: Sequence[str], environment: Mapping[st
         SystemExit: when this process is interrupted or told to end.
     """
     with TemporaryDirectory(prefix="autofunc-") as folder, _ended_by_launcher() as ended:
-        _run(num_processes, arguments, environment, folder, ended)
+        positions = Path(folder) / "positions"
+        make_file(positions, num_processes)
+        _run(num_processes, arguments, {**environment, POSITIONS: str(positions)}, folder, ended)
 
 
 def _run(
@@ -71,7 +75,7 @@ def _run(
         with _environment({**own, **environment}):
             elastic_launch(config, sys.executable)("-m", "autofunc", *arguments)
     except ChildFailedError as failed:
-        raise PipelineRunError(report(failed.failures, ended)) from None
+        raise PipelineRunError(report(failed.failures, ended, read_file(Path(environment[POSITIONS])))) from None
     except SignalException as stopped:  # the launcher has ended the workers
         sys.exit(128 + stopped.sigval)
 

@@ -21,6 +21,7 @@ from autofunc.mesh import data_coordinate, same_over
 from autofunc.pipe import Pipeline
 from autofunc.random import fold_in, make_key
 from autofunc.runtime.plan import Mode
+from autofunc.runtime.position import here
 from autofunc.train.metrics import MetricsFile
 from autofunc.train.progress import Reporter
 from autofunc.train.recipe import Recipe
@@ -139,12 +140,14 @@ def validate(
 def _endless(loader: Iterable[Part]) -> Iterator[list[Part]]:
     """The parts of one batch after the other, epoch after epoch."""
     parts: list[Part] = []
+    here.enter("reading rows")
     while True:
         for part in loader:
             parts.append(part)
             if part.ends_batch:
                 yield parts
                 parts = []
+                here.enter("reading rows")
 
 
 def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from autofunc.train.output import METRICS, PICTURE, SCHEDULE, WEIGHTS
 from autofunc.train.progress import ProgressReporter, Silent
 from autofunc.train.recipe import Recipe
 from autofunc.train.threads import threads
+from autofunc.train.watched import watched
 from autofunc.train.weights import save_safely
 
 
@@ -38,7 +39,7 @@ def run(recipe: Recipe, config: FinetuneConfig, output_dir: Path) -> None:
     """
     device = take_device(config.distributed.device)
     mesh = _mesh(recipe, device, config.distributed.timeout_minutes)
-    with threads(config.distributed.threads_per_rank):
+    with threads(config.distributed.threads_per_rank), watched(config.distributed):
         if mesh is None or dist.get_rank() == 0:
             _lead(recipe, mesh, device, output_dir)
         else:

@@ -77,3 +77,29 @@ def test_a_rank_that_comes_alone_names_the_others(workers: WorkerPool) -> None:
     assert "PeerLostError: pp rank 3 prepares a step (loss and gradients; batch.x: float32 of shape (2, 6)" in last
     assert "and rank 0, 1, 2 does not: it has run such a step before, or is gone" in last
     assert all(said.startswith("PeerLostError") for said in others)
+
+
+def forgetting() -> list[int]:
+    """How many plans this rank holds after each of some steps, with room for those of the first rank and not of the last."""
+    from autofunc import pipe as module
+
+    mesh = pp_mesh(4)
+    model, stages, loss, batch = make_case("gpt2", 4, 8)
+    pipe = af.pipeline(stages, af.schedule.build("1f1b", num_ranks=4, num_microbatches=2), loss=loss, mesh=mesh)
+    params = pipe.init()
+    held = []
+    for number, rows in enumerate((8, 4, 8, 4, 8)):
+        af.value_and_grad(pipe)(params, {name: leaf[:rows] for name, leaf in batch.items()})
+        ((plan, _), *_) = pipe._plans.values()
+        if number == 0:
+            nodes: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(nodes, plan.num_nodes)
+            assert min(nodes) < max(nodes), "the stages differ in size"
+            module._MOST_NODES = (min(nodes) + max(nodes)) // 2
+        held.append(len(pipe._plans))
+    return held
+
+
+def test_all_forget_the_same_plans(workers: WorkerPool) -> None:
+    """Else a rank that makes one anew would wait for the others, which have theirs."""
+    assert workers.run(forgetting) == [[1, 1, 1, 1, 1]] * 4

@@ -49,6 +49,18 @@ def test_the_cause_is_named(cause: Any, words: str, others: str | None) -> None:
     assert len(rest) == 1 and "pytorch.org" not in found and "a page of torch" not in found
 
 
+def test_where_it_was() -> None:
+    found = report({1: failure(1, -signal.SIGKILL)}, set(), ["step 7, before 0B2", "step 7, in 1F3"])
+    assert found == "rank 1 (step 7, in 1F3) failed: killed by SIGKILL"
+    assert report({1: failure(1, -signal.SIGKILL)}, set(), ["", ""]) == "rank 1 failed: killed by SIGKILL"
+
+
+def test_a_hang_speaks_of_all_ranks() -> None:
+    said = "no progress for 61 s\n  rank 0: step 7, waits for rank 1"
+    found = report({0: failure(1, 1, f"autofunc.errors.HangError: {said}"), 1: failure(2, -signal.SIGTERM)}, {2})
+    assert found == said
+
+
 def test_one_that_raised_and_was_then_ended() -> None:
     """It wrote its error down, hung while it left, and its victim was seen first."""
     found = report({0: failure(1, 1, LOST), 1: failure(2, -signal.SIGKILL, VALUE_ERROR, timestamp=130)}, {2})

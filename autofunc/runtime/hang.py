@@ -1,0 +1,177 @@
+"""What is said of processes that make no progress: who waits for whom, and what the one does that is late."""
+
+from __future__ import annotations
+
+import linecache
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from types import FrameType
+
+from autofunc.installed import is_installed
+
+_OWN = Path(__file__).parents[1]
+_WAITS = {
+    _OWN / "runtime" / "transport.py": "a transfer",
+    _OWN / "runtime" / "agree.py": "other ranks to prepare the same step",
+    _OWN / "shard" / "reduce.py": "gradients to be summed over data parallel ranks",
+    _OWN / "shard" / "fsdp.py": "parameters to be gathered from data parallel ranks",
+    _OWN / "shard" / "dtensors.py": "a tensor to be gathered from other ranks",
+}
+"""Where this library waits for other ranks, and what for."""
+_OPERATORS = ("c10d_functional", "c10d::")
+"""What operators that wait for other ranks are called."""
+_MOST_RANKS = 16  # that are told of in lines of their own
+_MOST_FRAMES = 12  # of a stack
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A call in the stack of a thread."""
+
+    file: str
+    line: int
+    name: str
+    code: str
+
+    def __str__(self) -> str:
+        shown = re.sub(r".*/(site|dist)-packages/", "", self.file)
+        return f"{shown}, line {self.line}, in {self.name}: {self.code}"
+
+
+@dataclass(frozen=True)
+class State:
+    """What a process says of itself."""
+
+    phase: str  # such as "step 7"
+    action: str  # such as "in 1F3"; empty outside of a step
+    awaited: tuple[int, ...]  # ranks that the next action needs something from
+    silent_seconds: float  # how long it has been there
+    limit_seconds: float  # how long it may
+    stack: tuple[Frame, ...]  # of its main thread, outermost call first
+
+    @property
+    def place(self) -> str:
+        """Where it is."""
+        return ", ".join(part for part in (self.phase, self.action) if part)
+
+    @property
+    def collective(self) -> Frame | None:
+        """The call of `torch.distributed` that it is in."""
+        own = [number for number, frame in enumerate(self.stack) if not _is_of_torch(frame)]
+        inside = self.stack[own[-1] + 1 :] if own else self.stack
+        return next((frame for frame in inside if _is_distributed(frame)), None)
+
+    @property
+    def waits_for(self) -> str:
+        """What of others this library waits for; empty where it does not wait."""
+        last = next((frame for frame in reversed(self.stack) if not _is_of_torch(frame)), None)
+        return _WAITS.get(Path(last.file), "") if last is not None else ""
+
+    @property
+    def waits(self) -> bool:
+        """Whether it waits for other ranks."""
+        return self.collective is not None or bool(self.waits_for)
+
+    @property
+    def users_line(self) -> str:
+        """The innermost line that is neither torch's nor another library's; else the innermost line of all."""
+        users = [frame for frame in self.stack if not is_installed(frame.file)]
+        return str((users or self.stack)[-1]) if self.stack else "an unknown line"
+
+
+def frames_of(innermost: FrameType | None) -> tuple[Frame, ...]:
+    """The calls of a thread, outermost first."""
+    frames: list[Frame] = []
+    while innermost is not None:
+        code, line, operator = innermost.f_code, innermost.f_lineno, ""
+        if not frames and code.co_filename.endswith("_ops.py"):  # a frame says which operator it calls, its code does not
+            operator = str(innermost.f_locals.get("self", ""))
+        text = linecache.getline(code.co_filename, line).strip()
+        frames.append(Frame(code.co_filename, line, operator or code.co_name, text))
+        innermost = innermost.f_back
+    return tuple(frame for frame in reversed(frames) if not frame.file.startswith("<frozen"))
+
+
+def describe(states: Mapping[int, State | None], positions: Sequence[str] = ()) -> str:
+    """What all ranks do, and which of them the others wait for.
+
+    Args:
+        states: by rank; None for one that does not answer.
+        positions: of all ranks, as they were last written down, where that is known.
+    """
+    lines = []
+    said = {rank: _said(state, positions[rank] if rank < len(positions) else "") for rank, state in states.items()}
+    for text in dict.fromkeys(said[rank] for rank in sorted(said)):
+        ranks = [rank for rank in sorted(said) if said[rank] == text]
+        lines.append(f"  rank{'s' if len(ranks) > 1 else ''} {_ranges(ranks)}: {text}")
+    if len(lines) > _MOST_RANKS:
+        lines = [*lines[:_MOST_RANKS], f"  and {len(lines) - _MOST_RANKS} more"]
+    return "\n".join([*lines, *_verdict(states)])
+
+
+def late(states: Mapping[int, State | None]) -> list[int]:
+    """The ranks that do not wait for others; where all do, those in a collective that the others are not in."""
+    busy = [rank for rank, state in states.items() if state is None or not state.waits]
+    if busy:
+        return busy
+    asked = {rank for state in states.values() if state is not None for rank in state.awaited}
+    alone = [rank for rank, state in states.items() if state is not None and state.collective is not None]
+    return [rank for rank in alone if rank in asked or not asked]
+
+
+def _verdict(states: Mapping[int, State | None]) -> list[str]:
+    culprits = late(states)
+    if not culprits:
+        return ["all wait for each other: their schedules, or the order in which they call pipelines, differ"]
+    waiting = all(state is not None and state.waits for state in states.values())
+    lines = []
+    for rank in culprits[:4]:
+        state = states[rank]
+        if state is None:
+            continue
+        how = "waits for others that do not call the same" if waiting else "is the one that is late"
+        lines.append(f"rank {rank} {how}; its Python stack, outermost call first:")
+        lines += [f"  {frame}" for frame in _shown(state.stack)]
+    return lines
+
+
+def _said(state: State | None, position: str) -> str:
+    if state is None:
+        at = f"; last seen at: {position}" if position else ""
+        return f"does not answer: its process is stopped or gone, or holds Python's lock{at}"
+    since = f"for {state.silent_seconds:.0f} s"
+    if state.awaited and state.waits_for:
+        return f"{state.place}, waits for rank {', '.join(map(str, state.awaited))} {since}"
+    if state.waits_for:
+        return f"{state.place}, waits for {state.waits_for} {since}"
+    if state.collective is not None:
+        return f"{state.place}, in {state.collective.name} {since}; {state.users_line}"
+    return f"{state.place} {since}; {state.users_line}"
+
+
+def _shown(stack: Sequence[Frame]) -> list[Frame]:
+    """From the first of the user's lines to the last, and what that calls; all of it where there is none."""
+    users = [number for number, frame in enumerate(stack) if not is_installed(frame.file)]
+    return list(stack[users[0] : users[-1] + 2] if users else stack)[-_MOST_FRAMES:]
+
+
+def _is_of_torch(frame: Frame) -> bool:
+    return "torch" in Path(frame.file).parts
+
+
+def _is_distributed(frame: Frame) -> bool:
+    if any(part in frame.name for part in _OPERATORS):
+        return True
+    return _is_of_torch(frame) and "distributed" in Path(frame.file).parts and frame.name != "wrapper"
+
+
+def _ranges(ranks: Sequence[int]) -> str:
+    """Such as "0-3, 7"."""
+    parts = []
+    for _, group in groupby(enumerate(ranks), key=lambda pair: pair[1] - pair[0]):
+        run = [rank for _, rank in group]
+        parts.append(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}")
+    return ", ".join(parts)

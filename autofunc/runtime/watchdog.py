@@ -1,0 +1,193 @@
+"""Ends a run that makes no progress, and says who waits for whom.
+
+Every process has a thread that looks at its `position`. One that has not moved for too long raises an alarm in the store
+that the processes were started with. Each then writes down what it does, and the one that asked puts it together. It ends
+its process, and whoever started the others ends them: a thread that waits in a collective cannot be interrupted.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
+
+import torch.distributed as dist
+
+from autofunc.errors import AutofuncError, HangError
+from autofunc.runtime.hang import Frame, State, describe, frames_of
+from autofunc.runtime.position import here
+
+_LEAST_SECONDS = 60.0  # of the limit that is scaled from the slowest step: for disks and networks that pause
+_TIMES_SLOWEST = 20.0
+_LOOK_SECONDS = 0.5
+_ANSWER_SECONDS = 10.0  # how long a process may take to say what it does
+_ALARM, _VERDICT = "alarm", "verdict"
+_numbers = itertools.count()  # of the watchdogs of this process: all processes have as many
+
+Positions = Callable[[], Sequence[str]]
+"""Says where all ranks were when they last wrote it down."""
+
+
+@contextmanager
+def watchdog(
+    *,
+    step_timeout_seconds: float | None = None,
+    first_step_timeout_seconds: float = 540.0,
+    on_hang: Callable[[HangError], None] | None = None,
+    positions: Positions = lambda: (),
+) -> Iterator[None]:
+    """End the process when its steps make no progress inside of this, and say which rank is late and what it does.
+
+    Every process of a run has one, after its process group was made.
+
+    Args:
+        step_timeout_seconds: how long a rank may stay at one action. By default 20 times the slowest step so far, at least
+            60; a number also holds for the first step, but not for building and compiling a pipeline.
+        first_step_timeout_seconds: how long while nothing is known: in a first step, and where a pipeline is built.
+        on_hang: told before the process ends; by default it is written to stderr.
+        positions: of all ranks as they were last written down, for those that do not answer.
+
+    Raises:
+        AutofuncError: for a timeout that is not positive, and inside of another watchdog.
+
+    Example:
+        with af.watchdog(step_timeout_seconds=120):
+            for batch in loader:
+                loss, grads = step(params, batch)
+    """
+    for given in (step_timeout_seconds, first_step_timeout_seconds):
+        if given is not None and not given > 0:
+            raise AutofuncError(f"a timeout of {given} seconds; expected a number above 0")
+    if here.is_on:
+        raise AutofuncError("a watchdog inside of another: one for each process is enough")
+    watch = _Watch(step_timeout_seconds, first_step_timeout_seconds, on_hang or _tell, positions)
+    here.is_on = True
+    watch.start()
+    try:
+        yield
+    finally:
+        watch.ended.set()
+        here.is_on = False
+        watch.join()
+
+
+def _tell(error: HangError) -> None:
+    sys.stderr.write(f"error: {error}\n")
+
+
+class _Watch(threading.Thread):
+    """Looks at this process, and answers others."""
+
+    def __init__(
+        self, given: float | None, first: float, on_hang: Callable[[HangError], None], positions: Positions
+    ) -> None:
+        super().__init__(name="autofunc watchdog", daemon=True)
+        self.ended = threading.Event()
+        self._given, self._first, self._on_hang, self._positions = given, first, on_hang, positions
+        self._thread = threading.get_ident()
+        self._rank, self._size = 0, 1
+        self._store: Any = None
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            self._rank, self._size = dist.get_rank(), dist.get_world_size()
+            # of its own: the main thread may be waiting in the store, and holds it for as long
+            store = dist.group.WORLD.get_group_store().clone()  # type: ignore[union-attr]
+            self._store = dist.PrefixStore(f"autofunc/watchdog/{next(_numbers)}", store)
+        self._answered = self._alarms()
+        self._changes, self._since = here.changes, time.monotonic()
+
+    def run(self) -> None:
+        """Look every half second, of many processes less often: all ask one store."""
+        pause = _LOOK_SECONDS * max(1.0, self._size / 256)
+        while not self.ended.wait(pause):
+            if here.changes != self._changes:
+                self._changes, self._since = here.changes, time.monotonic()
+            try:
+                if self._answer() or self._silent() <= self._limit():
+                    continue
+                text = self._ask()
+            except dist.DistError as error:  # who kept the store is gone, and whoever started this process ends it too
+                text = f"{describe({self._rank: self._state()})}\nand nothing is known of other ranks: {error}"
+            if text is not None:
+                self._end(text)
+            self._since = time.monotonic()  # others have longer: look again after as long
+
+    # --- of this process
+
+    def _limit(self) -> float:
+        if not here.is_settled:
+            in_step = here.program is not None
+            return self._given if in_step and self._given is not None else self._first
+        scaled = max(_LEAST_SECONDS, _TIMES_SLOWEST * here.slowest_step_seconds)
+        return self._given or min(scaled, self._first)
+
+    def _silent(self) -> float:
+        return time.monotonic() - self._since
+
+    def _state(self) -> State:
+        stack = frames_of(sys._current_frames().get(self._thread))
+        return State(here.phase, here.action, tuple(here.awaited()), self._silent(), self._limit(), stack)
+
+    # --- of all
+
+    def _alarms(self) -> int:
+        return 0 if self._store is None else int(self._store.add(_ALARM, 0))
+
+    def _answer(self) -> bool:
+        """Write down what this process does, if somebody has asked since it did."""
+        asked = self._alarms()
+        for alarm in range(self._answered + 1, asked + 1):
+            self._store.set(_key(alarm, self._rank), json.dumps(asdict(self._state())))
+        answered, self._answered = self._answered, asked
+        return asked > answered
+
+    def _ask(self) -> str | None:
+        """What all do; None where one is within its own limit, or another process has said it."""
+        if self._store is None:
+            return describe({self._rank: self._state()}, self._positions())
+        asked = int(self._store.add(_ALARM, 1))
+        states: dict[int, State | None] = {}
+        until = time.monotonic() + _ANSWER_SECONDS
+        for rank in range(self._size):
+            states[rank] = self._of(_key(asked, rank), until)
+        known = [state for state in states.values() if state is not None]
+        if any(not state.waits and state.silent_seconds < state.limit_seconds for state in known):
+            return None
+        text = describe(states, self._positions())
+        if self._store.compare_set(_VERDICT, "", text).decode() != text:
+            return None
+        return text
+
+    def _of(self, key: str, until: float) -> State | None:
+        while not self._store.check([key]):
+            self._answer()  # this one, and others that ask at the same time
+            if time.monotonic() > until:
+                return None
+            time.sleep(_LOOK_SECONDS / 5)
+        found = json.loads(self._store.get(key))
+        found["stack"] = tuple(Frame(**frame) for frame in found["stack"])
+        return State(**{**found, "awaited": tuple(found["awaited"])})
+
+    def _end(self, text: str) -> None:
+        error = HangError(f"no progress for {self._silent():.0f} s (step_timeout_seconds: {self._limit():.0f})\n{text}")
+        try:
+            self._on_hang(error)
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            leave()
+
+
+def leave() -> None:
+    """End the process: its main thread waits, and would not come back."""
+    os._exit(1)
+
+
+def _key(alarm: int, rank: int) -> str:
+    return f"{alarm}/{rank}"

@@ -1,0 +1,41 @@
+"""A run that makes no progress ends, and says why, by the way in which its errors are told."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from autofunc.config.schema import Distributed
+from autofunc.errors import HangError
+from autofunc.runtime.position import read_file
+from autofunc.runtime.watchdog import watchdog
+from autofunc.train.worker import is_recorded, positions_file
+
+_BEFORE_TIMEOUT = 0.9  # of what the process group waits for: its own error knows less
+
+
+@contextmanager
+def watched(config: Distributed) -> Iterator[None]:
+    """Watch this process of a run, see `runtime.watchdog`.
+
+    Args:
+        config: for its timeouts.
+    """
+    file = positions_file()
+    with watchdog(
+        step_timeout_seconds=config.step_timeout_seconds,
+        first_step_timeout_seconds=_BEFORE_TIMEOUT * 60 * config.timeout_minutes,
+        on_hang=_record if is_recorded() else None,
+        positions=lambda: read_file(file) if file is not None else (),
+    ):
+        yield
+
+
+def _record(error: HangError) -> None:
+    """Write it down for the launcher, which shows it."""
+    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+    try:
+        raise error
+    except HangError:  # it writes the exception that is being handled
+        get_error_handler().record_exception(error)
