@@ -135,7 +135,11 @@ class Held:
         Every process calls it. Nothing waits for the norm on the host.
         """
         norm = self.global_norm(grads)
-        return tree.to_tensordict(clip_by_norm(tree.flatten(grads), norm, max_norm)), norm
+        return self.scaled(grads, norm, max_norm), norm
+
+    def scaled(self, grads: tree.Nested, norm: Tensor, max_norm: float) -> TensorDict:
+        """Gradients of a known `global_norm`, scaled so that it is at most `max_norm`."""
+        return tree.to_tensordict(clip_by_norm(tree.flatten(grads), norm, max_norm))
 
     @property
     def _model(self) -> Model:

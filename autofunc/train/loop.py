@@ -79,20 +79,23 @@ def train(
         if not weight:
             raise PipelineRunError(f"no row of step {step} has a label to learn from (all are -100?)")
         if not math.isfinite(loss_value):
-            raise _not_finite(pipe, [(params, *each) for each in ran], loss_value, step)
-        del ran
+            raise _not_finite(pipe, [(params, *each) for each in ran], f"the loss is {loss_value} at step {step}")
         grads = gradients(results)
-        norm = None
+        norm = pipe.global_norm(grads)
+        if not math.isfinite(norm_value := norm.item()):  # after the update nobody could say where that began
+            raise _not_finite(
+                pipe, [(params, *each) for each in ran], f"the gradient's norm is {norm_value} at step {step}"
+            )
+        del ran
         if recipe.max_norm is not None:
-            grads, norm = pipe.clip(grads, recipe.max_norm)
+            grads = pipe.scaled(grads, norm, recipe.max_norm)
         params, optimizer_state = recipe.optimizer.update(grads, optimizer_state, params)
         seconds = time.perf_counter() - clock  # the wait for data included
         training_seconds += seconds
         tokens = sum(_count_tokens(part) for part in parts)
         reporter.step(step, loss_value, tokens / seconds)
         if metrics is not None:
-            extra = {} if norm is None else {"grad_norm": norm.item()}
-            metrics.write(step=step, loss=loss_value, **extra, num_tokens=tokens, step_time_ms=seconds * 1e3)
+            metrics.write(step=step, loss=loss_value, grad_norm=norm_value, num_tokens=tokens, step_time_ms=seconds * 1e3)
         if step == recipe.num_steps or (recipe.val_every_steps and step % recipe.val_every_steps == 0):
             validation_loss = validate(recipe, pipe, params, state, device, reporter)
             if validation_loss is not None:
@@ -163,9 +166,14 @@ def _count_tokens(part: Part) -> int:
     return part.num_rows * (ids[0].numel() if ids is not None else 1)
 
 
-def _not_finite(pipe: Pipeline, ran: Iterable[tuple[Any, ...]], loss: float, step: int) -> NotFiniteError:
-    """What a step made that was not finite, found by running it once more. All processes have the same loss, so all do."""
-    what = f"the loss is {loss} at step {step}"
+def _not_finite(pipe: Pipeline, ran: Iterable[tuple[Any, ...]], what: str) -> NotFiniteError:
+    """What a step made that was not finite, found by running it once more. All processes know that it was, so all do.
+
+    Args:
+        pipe: of the run.
+        ran: what each part of the step was called with.
+        what: what is known.
+    """
     for arguments in ran:
         try:
             pipe.check_finite(*arguments)

@@ -22,7 +22,8 @@ class Net(nn.Module):
         x = self.embed(input_ids)
         for block in self.mid:
             x = block(x).tanh()
-        x = x + torch.log(1.0 - (input_ids == 122).any().float())  # a z in a microbatch
+        none = 1.0 - (input_ids == 122).any().float()  # no z in the microbatch
+        x = x + PLANTED
         return nn.functional.cross_entropy(self.head(x).flatten(0, 1), labels.flatten())
 
 def build():
@@ -39,8 +40,12 @@ optimizer: {_target_: torch.optim.SGD, lr: 0.1}
 """
 
 
-def folder_of(tmp_path: Path) -> Path:
-    (tmp_path / "net.py").write_text(MODEL)
+FORWARD, GRADIENT = "torch.log(none)", "torch.sqrt(none * x.square().mean())"
+"""Of which the second is 0 where its gradient is none."""
+
+
+def folder_of(tmp_path: Path, planted: str = FORWARD) -> Path:
+    (tmp_path / "net.py").write_text(MODEL.replace("PLANTED", planted))
     text = list("abcdefg " * 40)
     text[9 * 12 + 4] = "z"  # in the second step: row 14, so microbatch 3
     (tmp_path / "text.txt").write_text("".join(text))
@@ -61,6 +66,17 @@ def test_in_one_process(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.status == 1
     assert_told(done.err, "mid.1")
+
+
+def test_a_gradient_of_a_loss_that_is_finite(tmp_path: Path) -> None:
+    """It is found before the update, after which every value is NaN."""
+    done = run_here(
+        folder_of(tmp_path, GRADIENT), "finetune", "llm", "-c", "run.yaml", "--distributed.pp_size", "1",
+        "--distributed.split_points", "null",
+    )  # fmt: skip
+    assert done.status == 1
+    assert "the gradient's norm is nan at step 2" in done.err and "microbatch 3" in done.err, done.err
+    assert "backward" in done.err and "mid.1" in done.err, done.err
 
 
 @pytest.mark.full

@@ -80,7 +80,7 @@ def test_a_rank_that_comes_alone_names_the_others(workers: WorkerPool) -> None:
 
 
 def forgetting() -> list[int]:
-    """How many plans this rank holds after each of some steps, with room for those of the first rank and not of the last."""
+    """How many plans this rank holds after each of some steps; there is room for more on some ranks than on others."""
     from autofunc import pipe as module
 
     mesh = pp_mesh(4)
