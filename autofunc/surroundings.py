@@ -33,3 +33,14 @@ def surroundings() -> Hashable:
         backends.mkldnn.enabled,
         backends.mha.get_fastpath_enabled(),
     )
+
+
+def named_settings() -> dict[str, str]:
+    """Those of them that all processes of a run must share, as text."""
+    autocast = {kind: torch.get_autocast_dtype(kind) for kind in _DEVICES if torch.is_autocast_enabled(kind)}
+    return {
+        "the default dtype": repr(torch.get_default_dtype()),
+        "float32 matmul precision": repr(torch.get_float32_matmul_precision()),
+        "the use of deterministic algorithms": repr(torch.are_deterministic_algorithms_enabled()),
+        "autocast": repr(autocast),
+    }

@@ -19,6 +19,7 @@ from torch import Tensor
 from autofunc import tree
 from autofunc.errors import BatchError, ModelError, PeerLostError
 from autofunc.runtime.edge_groups import timeout_of
+from autofunc.surroundings import named_settings
 
 # pipelines on one mesh are built one after the other on every rank, so the same number means the same plan
 _numbers: WeakKeyDictionary[dist.ProcessGroup, Iterator[int]] = WeakKeyDictionary()
@@ -31,6 +32,7 @@ class Intent:
     mode: str
     entries: Mapping[str, str]  # of a microbatch: name of a leaf -> what it is
     dtypes: Mapping[str, str]  # of its parameters, by path
+    settings: Mapping[str, str]  # of torch, by name
     held: Sequence[int]  # how many nodes the graphs of each of its plans have, the oldest first
 
 
@@ -55,8 +57,8 @@ def agree(
         for a rank that makes one anew waits here for the others.
 
     Raises:
-        BatchError: when ranks have microbatches of different shapes, dtypes or values that are no tensors, or want
-            different things.
+        BatchError: when ranks have microbatches of different shapes, dtypes or values that are no tensors, want different
+            things, or have other settings of torch.
         ModelError: when a parameter has different dtypes on two ranks.
         PeerLostError: when a rank does not come within the timeout of the group.
     """
@@ -65,7 +67,9 @@ def agree(
     number = next(_numbers.setdefault(group, itertools.count()))
     store, rank, size = group.get_group_store(), group.rank(), group.size()
     keys = [f"autofunc/intent/{number}/{each}" for each in range(size)]
-    own = Intent(mode, _described(microbatch), {path: _name(dtype) for path, dtype in dtypes.items()}, held)
+    own = Intent(
+        mode, _described(microbatch), {path: _name(dtype) for path, dtype in dtypes.items()}, named_settings(), held
+    )
     store.set(keys[rank], json.dumps(asdict(own)))
     try:
         store.wait(keys, timeout_of(group))
@@ -94,6 +98,11 @@ def _check(intents: list[Intent]) -> None:
                 raise BatchError(
                     f"{name} of a microbatch is {here} on pp rank 0, and {there} on rank {rank}; all pp ranks of a data "
                     "parallel coordinate pass the same batch"
+                )
+        for name, setting in first.settings.items():
+            if intent.settings[name] != setting:
+                raise BatchError(
+                    f"{name} is {setting} on pp rank 0, and {intent.settings[name]} on rank {rank}; set it on all alike"
                 )
         for path, dtype in intent.dtypes.items():
             owner, expected = known.setdefault(path, (rank, dtype))

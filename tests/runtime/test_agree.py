@@ -6,6 +6,7 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -30,12 +31,16 @@ def disagree(what: str) -> str:
         batch = {**batch, "temperature": 2.0}
     elif what == "mode" and rank == 1:
         call = pipe
+    elif what == "precision" and rank == 1:
+        torch.set_float32_matmul_precision("medium")
     elif what == "a tied weight" and rank == 3:
         params = params.double()
     try:
         call(params, batch)
     except AutofuncError as error:
         return f"{type(error).__name__}: {error}"
+    finally:
+        torch.set_float32_matmul_precision("highest")
     return "nothing"
 
 
@@ -45,6 +50,7 @@ def disagree(what: str) -> str:
         ("rows", "BatchError: batch.input_ids of a microbatch is int64 of shape (2, 6) on pp rank 0, and int64 of"),
         ("an entry", "BatchError: batch.temperature of a microbatch is missing on pp rank 0, and 2.0 on rank 1"),
         ("mode", "BatchError: pp rank 0 wants loss and gradients, and rank 1 wants loss; all must call the same"),
+        ("precision", "BatchError: float32 matmul precision is 'highest' on pp rank 0, and 'medium' on rank 1"),
         ("a tied weight", "ModelError: parameter 'wte.weight' is float32 on pp rank 0, and float64 on rank 3"),
     ],
 )  # fmt: skip
@@ -84,7 +90,7 @@ def forgetting() -> list[int]:
     from autofunc import pipe as module
 
     mesh = pp_mesh(4)
-    model, stages, loss, batch = make_case("gpt2", 4, 8)
+    _, stages, loss, batch = make_case("gpt2", 4, 8)
     pipe = af.pipeline(stages, af.schedule.build("1f1b", num_ranks=4, num_microbatches=2), loss=loss, mesh=mesh)
     params = pipe.init()
     held = []
