@@ -225,6 +225,13 @@ def _device(batch: Mapping[str, Any], key_name: str) -> torch.device:
     return next((leaf.device for leaf in leaves if isinstance(leaf, Tensor)), torch.device("cpu"))
 
 
+def shapes_of(microbatch: Microbatch) -> str:
+    """Its tensors as text: `batch.input_ids (2, 16), batch.labels (2, 16)`."""
+    names, leaves = tree.leaf_names(microbatch, "batch"), tree.leaves_and_spec(microbatch)[0]
+    tensors = [(name, leaf) for name, leaf in zip(names, leaves, strict=True) if isinstance(leaf, Tensor)]
+    return ", ".join(f"{name} {tuple(leaf.shape)}" for name, leaf in tensors)
+
+
 def signature(microbatch: Microbatch) -> Any:
     """What a plan depends on: shapes, dtypes, strides and devices of tensors, and the values of everything else.
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from autofunc import tree
-from autofunc.batch import BatchDims, Microbatch, check_device, signature, split_batch
+from autofunc.batch import BatchDims, Microbatch, check_device, shapes_of, signature, split_batch
 from autofunc.compatible import check_compatible
 from autofunc.engine import EngineOptions, require_compiler
 from autofunc.errors import AutofuncError, BatchError, some_of
@@ -284,6 +284,7 @@ class Pipeline(Held):
             dtypes = {path: leaf.dtype for path, leaf in params.items()}
             held = [plan.num_nodes for plan, _ in self._plans.values()]
             if self._group is not None:
+                here.enter(f"preparing a step with {shapes_of(microbatches[0])}")
                 dtypes, held = agree(self._group, mode.value, microbatches[0], dtypes, held)
             self._forget(held)
             of_all_ranks = {path: torch.empty((), dtype=dtype, device="meta") for path, dtype in dtypes.items()}

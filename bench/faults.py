@@ -116,14 +116,12 @@ class Rows(torch.utils.data.Dataset):
 
     def __getitem__(self, index):
         step, row = divmod(index, self.rows)
-        length = 8
+        length = 6 if KIND == "wrong_shape" and own() and step + 1 == AT[0] else 8
         if (step + 1, row % 4) == AT and own():
             if KIND == "hang_dataset":
                 time.sleep(1000)
             if KIND == "raise_dataset":
                 raise ValueError("broken on purpose")
-            if KIND == "wrong_shape":
-                length = 6
         ids = torch.arange(length) + 97
         if (step + 1, row % 4) == AT and KIND not in ("wrong_shape", "raise_dataset", "hang_dataset", "kill", "none"):
             ids[2] = 122
@@ -172,7 +170,7 @@ KINDS = {
     "raise_layer": Kind(r"rank {rank} \(step {step}.*failed:(.*\n)*.*net\.py, line \d+(.*\n)*.*broken on purpose"),
     "raise_dataset": Kind(r"rank {rank} \(reading rows\) failed:(.*\n)*.*broken on purpose"),
     "raise_in_collective": Kind(r"rank {rank} \(step {step}.*failed:(.*\n)*.*broken on purpose"),
-    "wrong_shape": Kind(r"(rank {rank}.*|\n.*)(shape|different rows)"),
+    "wrong_shape": Kind(r"rank {rank}: preparing a step with batch.input_ids \(1, 6\).*waits for other ranks to prepare"),
     "exit": Kind(r"rank {rank} \(step {step}.*failed:(.*\n)*.*sys\.exit\(3\)"),
     "leave": Kind(r"rank {rank} \(step {step}.*failed: .*exit code 137"),
     "kill_worker": Kind(
