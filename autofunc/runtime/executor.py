@@ -10,8 +10,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
+from autofunc.batch import COUNTS
 from autofunc.engine import Microbatch, Produced, StageFunctions
 from autofunc.errors import AutofuncError, PipelineRunError, full_message
 from autofunc.runtime.accumulate import Accumulator
@@ -148,7 +150,7 @@ class _Machine:
             produced = functions.evaluate(bound, state, given, self._microbatches[op.microbatch])
         else:
             produced, self.registers[op.keeps] = functions.forward(bound, state, given, self._microbatches[op.microbatch])
-            self._states[stage] = produced.state
+            self._states[stage] = _kept(state, produced.state, self._microbatches[op.microbatch])
         if stage == self._last_stage:
             self._produced[op.microbatch] = produced
         else:
@@ -235,6 +237,15 @@ def run_together(ranks: Sequence[Iterator[None]], hub: MemoryHub) -> None:
 
 
 _FINISHED = object()
+
+
+def _kept(before: Sequence[Tensor], after: Sequence[Tensor], microbatch: Microbatch) -> Sequence[Tensor]:
+    """A stage's state after a microbatch: what it was, where all rows only fill up."""
+    counts = microbatch.entries.get(COUNTS)
+    if counts is None or not after:
+        return after
+    is_real = (counts != 0).any()
+    return [torch.where(is_real, new, old) for old, new in zip(before, after, strict=True)]
 
 
 def _place(step: RankStep, op: Op | None) -> dict[str, Any]:

@@ -14,8 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import autofunc as af
 from autofunc import tree
-from autofunc.batch import split_batch
+from autofunc.batch import COUNTS, split_batch
 from autofunc.errors import ModelError
+from autofunc.train.weighing import weighed
 from tests.captured.laws import assert_unchanged, close, contents
 from tests.cases import assert_same_tree, mesh_of
 from tests.pool import WorkerPool
@@ -325,3 +326,20 @@ def _synchronised() -> Any:
     pipe = af.pipeline(af.split(model, 2), af.schedule.build("zb_h1", num_ranks=2, num_microbatches=2), mesh=mesh)
     (loss, state), grads = af.value_and_grad(pipe, has_state=True)(pipe.init(), mine, state=pipe.init_state())
     return (loss, pipe.gather(state)), pipe.gather(grads)
+
+
+@pytest.mark.parametrize("engine", ["graph", "eager"])
+def test_microbatches_that_only_fill_up_leave_state_as_it_was(engine: Any) -> None:
+    torch.manual_seed(0)
+    batch = {"x": torch.randn(ROWS, WIDTH, 5), "labels": torch.randint(3, (ROWS,))}
+    model = af.from_module(Net(nn.BatchNorm1d(WIDTH)), batch)
+    s = af.schedule.build("1f1b", num_ranks=2, num_microbatches=4)
+    pipe = af.pipeline(af.split(model, 2), s, loss=weighed(None, ROWS // 4), engine=engine)
+    counts = torch.ones(ROWS)
+    counts[-2:] = 0
+    given = {**batch, COUNTS: counts}
+    (_, found), _ = af.value_and_grad(pipe, has_state=True)(pipe.init(), given, state=pipe.init_state())
+    real = {name: leaf[:-2] for name, leaf in batch.items()}
+    step = af.reference_value_and_grad(model, None, 3, has_state=True)
+    (_, expected), _ = step(model.init(), real, state=model.init_state())
+    assert_same_tree(expected, found)
