@@ -81,8 +81,7 @@ class FiniteCheck:
         context, microbatch = self._contexts[op.stage], step.microbatches[op.microbatch]
         inputs, state = self._given[op.stage, op.microbatch]
         found = None
-        alone = context.setting.partitioning is WHOLE and context.setting.data is None
-        if alone:  # other ranks do not run this layer again
+        if context.setting.partitioning is WHOLE:  # other ranks do not run this layer again
             leaves = [leaf.detach() for leaf in step.parameters.leaves(step.stages[op.stage])]
             found = first_not_finite(context, leaves, state, inputs, microbatch, cotangents)
         return NotFiniteError(f"{which}: {found or otherwise}{_of_batch(microbatch)}")
