@@ -58,6 +58,7 @@ PRIVATE_MODULES = {
     "torch._subclasses": {"fake.py"},
     "torch.fx.experimental.proxy_tensor": {"graph/trace.py"},
     "torch.fx.experimental.symbolic_shapes": {"fake.py"},
+    "torch.distributed.tensor.debug._clear_sharding_prop_cache": {"shard/masks.py"},
     "torch.testing._internal": {"train/tensor_parallel_check.py"},
     "torch.utils._python_dispatch": {"engine/purity.py", "splitting/outside.py"},
     "torch.utils._pytree": {"tree.py"},

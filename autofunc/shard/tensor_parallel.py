@@ -20,6 +20,7 @@ from autofunc.cache import Identity
 from autofunc.errors import ModelError
 from autofunc.shard.dtensors import settled
 from autofunc.shard.exchange import exchange_directly
+from autofunc.shard.masks import masks_let_go
 from autofunc.shard.vocabulary import cross_entropy_sum
 from autofunc.spread import SEQUENCE_DIM, sharded_dim, spreading
 
@@ -55,7 +56,7 @@ class OverTP:
     @contextmanager
     def running(self) -> Iterator[None]:
         """See `Partitioning.running`. Tensors that the function makes from the batch alone are the same on every rank."""
-        with implicit_replication(), spreading(self):
+        with implicit_replication(), spreading(self), masks_let_go():
             yield
 
     def parameter(self, path: str, local: Tensor) -> Tensor:

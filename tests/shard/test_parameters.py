@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 import autofunc as af
-from autofunc.errors import MeshError, ModelError
+from autofunc.errors import AutofuncError, MeshError, ModelError
 from autofunc.mesh import data_coordinate
 from autofunc.model import cut_dims
 from autofunc.runtime.plan import Mode
@@ -343,3 +343,30 @@ def test_parameters_without_dims(workers: WorkerPool, sizes: dict[str, int]) -> 
         for path, leaf in flatten(grads).items():
             torch.testing.assert_close(leaf, flatten(expected)[path])
         torch.testing.assert_close(after, reference(params, batch)[0])
+
+
+def refused_twice() -> list[str]:
+    """What a batch is told whose tokens tp does not divide, twice; and the loss of one that fits, on another mesh."""
+    said = []
+    for sizes, tokens in (((2, 1, 1, 2), 5), ((2, 1, 1, 2), 5), ((1, 1, 2, 2), 6)):
+        mesh = mesh_of(*sizes)
+        model = build_gpt2_model(**SIZES)
+        s = af.schedule.build("1f1b", num_ranks=sizes[0], num_microbatches=2)
+        pipe = af.pipeline(
+            cut_evenly(model, sizes[0]), s, loss=af.losses.causal_lm, mesh=mesh, engine="eager",
+            sharding=af.Sharding(sequence_parallel=True),
+        )  # fmt: skip
+        ids = torch.arange(4 * tokens).view(4, tokens) % 18
+        try:
+            af.value_and_grad(pipe)(pipe.init(), {"input_ids": ids, "labels": ids})
+            said.append("")
+        except AutofuncError as error:
+            said.append(str(error))
+    return said
+
+
+def test_what_is_refused_leaves_nothing_behind(workers: WorkerPool) -> None:
+    """A mask of the embedding stayed in torch's caches, and the next one was compared with it."""
+    for first, second, third in workers.run(refused_twice):
+        assert "sequence_parallel needs a number of tokens that tp divides" in first
+        assert second == first and not third
