@@ -20,5 +20,5 @@ def masks_let_go() -> Iterator[None]:
     try:
         yield
     except BaseException:
-        _clear_sharding_prop_cache()
+        _clear_sharding_prop_cache()  # type: ignore[no-untyped-call]
         raise
