@@ -162,3 +162,42 @@ def test_looking_at_what_is_unchanged_is_cheap() -> None:
     key = outside.key()
     assert outside.key() is key
     assert min(timeit.repeat(outside.key, number=10, repeat=5)) / 10 < 2e-3
+
+
+class Scaled(nn.Module):
+    """Reads a buffer and a tensor that is a plain attribute, and writes to neither."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.register_buffer("factor", torch.tensor(2.0))
+        self.plain = torch.tensor([3.0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second((self.first(x) * self.factor * self.plain).tanh()).square().mean()
+
+
+@pytest.mark.parametrize("engine", ["graph", "eager"])
+def test_buffers_and_tensors_that_are_written_to(engine: str) -> None:
+    """Outside of forward, which captures what they are."""
+    module, batch = Scaled(), {"x": torch.randn(4, 4)}
+    pipe = pipeline(af.from_module(module, batch), None, engine)
+    params, step = pipe.init(), af.value_and_grad(pipe)
+    changes: list[Callable[[], Any]] = [
+        lambda: None,
+        lambda: module.factor.fill_(0.5),
+        lambda: module.plain.mul_(0.1),
+        lambda: setattr(module, "factor", torch.tensor(7.0)),
+    ]
+    seen = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        for change in changes:
+            change()
+            seen.append(step(params, batch)[0].item())
+            assert seen[-1] == pytest.approx(module(**batch).item(), rel=1e-6)
+    assert len(set(seen)) == 4
+    held = len(pipe._plans)
+    module.factor.fill_(7.0)  # the same value
+    step(params, batch)
+    assert len(pipe._plans) == held

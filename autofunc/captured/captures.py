@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -23,6 +22,7 @@ from autofunc.captured.export import Exported, Reading, export
 from autofunc.captured.flow import Flow
 from autofunc.captured.functional import make_functional
 from autofunc.captured.gradients import refuse_parameter_hooks
+from autofunc.captured.kept_buffers import KeptBuffers, content_of
 from autofunc.captured.masks import use_is_causal
 from autofunc.captured.reads import Reads
 from autofunc.captured.rehearsal import decisions_of
@@ -39,8 +39,6 @@ Node = fx.Node
 Branches = Literal["example", "refuse"]
 """What becomes of a forward that decides by data: it goes as on the example, or is refused."""
 
-_MOST_COMPARED = 1 << 20  # elements of a constant that is compared by value
-
 
 class Captures:
     """Captured forwards of a source. They are kept in the cache of the process, and hold nothing of the source."""
@@ -54,9 +52,9 @@ class Captures:
         self._is_known = False  # whether the example was captured
         self._modes = {part: part.training for part in source.module.modules()}  # whatever becomes of them later
         self._constants: WeakValueDictionary[Any, Tensor] = WeakValueDictionary()
-        self._buffers: dict[str, Tensor] = {}  # as they were when they were first needed
         self.reads = Reads({id(part): name for name, part in source.module.named_modules()})
-        self._outside = Outside(lambda: [self.reads])
+        self.kept = KeptBuffers(source.module)
+        self._outside = Outside(lambda: [self.reads, self.kept])
 
     def flow(
         self, batch: Mapping[str, Any], recast: torch.dtype | None, states: frozenset[str] = frozenset(),
@@ -82,10 +80,10 @@ class Captures:
                 signature_ = (*shapes, still, kept, training, surroundings(), self._outside.key())
                 return signature_, ("flow", Identity(self), signature_)
 
-            known = len(self.reads)
+            known = len(self.reads) + len(self.kept)
             signature_, key = signed()
             flow = cache.shared.get(key, lambda: self._capture(entries, recast, still, kept, training), _weight)
-            if len(self.reads) > known:  # on the way it was found to depend on more
+            if len(self.reads) + len(self.kept) > known:  # on the way it was found to depend on more
                 self._outside.renew()
                 signature_, key = signed()
                 cache.shared.get(key, lambda: flow, _weight)
@@ -107,17 +105,16 @@ class Captures:
     def _constant(self, node: Node, exported: Exported) -> Tensor:
         """The real value of a buffer or a constant; equal ones are one tensor, so that equal layers are found to be."""
         name = exported.buffers.get(node)
-        if name in self._buffers:
-            return self._buffers[name]
-        value = (exported.constants[node] if name is None else self.source.buffer(name)).detach()
-        value = value.resolve_conj().resolve_neg().clone()  # whatever becomes of the module's own
-        if value.numel() <= _MOST_COMPARED:
-            content = value.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes() if value.numel() else b""
-            digest = hashlib.blake2b(content).digest()
-            value = self._constants.setdefault((value.dtype, value.device, tuple(value.shape), digest), value)
-        if name is not None:
-            self._buffers[name] = value
-        return value
+        if name is None:
+            value = exported.constants[node].detach()
+            key = content_of(value)
+        else:
+            self.kept.add(name)
+            value = self.source.buffer(name).detach()
+            key = self.kept.key(name, value)
+        if key not in self._constants:
+            self._constants[key] = value = value.resolve_conj().resolve_neg().clone()  # whatever becomes of the module's
+        return self._constants[key]
 
     def _flow(
         self, entries: Mapping[str, Any], device: torch.device, exported: Callable[[Callable[[], Reading]], Flow]

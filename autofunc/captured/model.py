@@ -53,7 +53,7 @@ class CapturedModel(Model):
         notes: Sequence[str] = (),
     ) -> None:
         self._captures, self._example, self._source = captures, example, captures.source
-        self.frozen = (captures.reads,)
+        self.frozen = (captures.reads, captures.kept)
         flow = captures.flow(example, None)[1]
         self.notes = tuple(dict.fromkeys((*notes, *flow.exported.notes)))
         self._found = self._cut_points(flow)

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from autofunc.captured.kept_buffers import content_of, writes_of
 from autofunc.fingerprint import Fingerprint, Fingerprinted
 from autofunc.installed import is_installed
 
@@ -40,7 +41,7 @@ class Reads(Fingerprinted):
         objects: dict[int, Any] = {}
         for owner, what, names in self._names.values():
             values = _noted(keys, what, vars(owner), list(names))
-            found.append(tuple((name, keys.of(_inside(value))) for name, value in values.items()))
+            found.append(tuple((name, _key(keys, what, name, _inside(value))) for name, value in values.items()))
             objects |= {id(value): value for value in values.values() if _is_object(value)}
         for value in objects.values():
             names_in = [name for name, part in vars(value).items() if isinstance(part, _PLAIN)]
@@ -85,6 +86,14 @@ def _noted(keys: Fingerprint, what: str, space: Mapping[str, Any], names: list[s
     """The values of some names, which are from now on looked at."""
     keys.note(what, names, lambda: [space.get(name) for name in names])
     return {name: space.get(name) for name in names}
+
+
+def _key(keys: Fingerprint, what: str, name: str, value: Any) -> Hashable:
+    """Of a tensor by its values, which may be written to."""
+    if not isinstance(value, Tensor):
+        return keys.of(value)
+    keys.note(what, [name], lambda: [writes_of(value)])
+    return content_of(value)
 
 
 def _inside(value: Any) -> Any:
