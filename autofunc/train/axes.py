@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from autofunc.config import FinetuneConfig, import_object
+from autofunc.config import FinetuneConfig, call, import_object
 from autofunc.errors import AutofuncError, ConfigError
 from autofunc.mesh import make_mesh
 from autofunc.model import TensorParallel
@@ -133,7 +133,7 @@ def _table(plan: Mapping[str, str] | str | None) -> TensorParallel | Mapping[str
         return plan
     found: Any = import_object(plan, "distributed.tp_plan")
     if callable(found) and not isinstance(found, TensorParallel):
-        found = found()
+        found = call(found, "distributed.tp_plan", plan)
     if not isinstance(found, (TensorParallel, Mapping)):
         raise ConfigError(
             f"distributed.tp_plan: {plan!r} is {type(found).__name__}; expected a mapping of patterns to placements, an "
