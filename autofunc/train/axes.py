@@ -109,7 +109,7 @@ def sharding_of(config: FinetuneConfig, axes: Axes, notes: list[str]) -> Shardin
     for name, needs in (("sequence_parallel", "tp_size"), ("reshard_after_forward", "dp_size")):
         if getattr(wanted, name) and (axes.tp if needs == "tp_size" else axes.dp_shard) == 1:
             notes.append(f"{name} has no effect: there is one rank along {needs}")
-    policy = wanted.mp_policy
+    policy, table = wanted.mp_policy, _table(wanted.tp_plan)
     try:
         return Sharding(
             reshard_after_forward=wanted.reshard_after_forward,
@@ -121,7 +121,7 @@ def sharding_of(config: FinetuneConfig, axes: Axes, notes: list[str]) -> Shardin
                 cast_forward_inputs=policy.cast_forward_inputs,
             ),
             offload_policy=CPUOffloadPolicy(torch.accelerator.is_available()) if wanted.offload_policy else OffloadPolicy(),
-            tensor_parallel=_table(wanted.tp_plan),
+            tensor_parallel=table,
             sequence_parallel=wanted.sequence_parallel and axes.tp > 1,
         )
     except AutofuncError as error:
