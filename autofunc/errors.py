@@ -7,6 +7,7 @@ thing that would work. A subclass also derives from the built-in a Python progra
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterable
 
 
@@ -83,6 +84,30 @@ class HangError(PipelineRunError):
 def full_message(error: BaseException) -> str:
     """What an error says, with its notes on lines of their own: `str(error)` leaves them out."""
     return "\n".join([str(error), *getattr(error, "__notes__", ())])
+
+
+FAILURES = (Exception, SystemExit)
+"""What code of others may raise: anything but an interrupt. One that ends the process would end it without a word."""
+
+_MOST_LINES, _MOST_LETTERS = 8, 700
+
+
+def in_brief(error: BaseException) -> str:
+    """An error of others' code by its type and message, of which a long one is cut."""
+    told = f"{type(error).__name__}: {full_message(error)}"
+    lines = told.splitlines()
+    kept = "\n".join(lines[:_MOST_LINES])[:_MOST_LETTERS]
+    left = f" ... ({len(lines):,} lines of {len(told):,} characters)" if len(kept) < len(told.rstrip()) else ""
+    return kept + left
+
+
+_SHOWN = reprlib.Repr()
+_SHOWN.maxlevel, _SHOWN.maxstring, _SHOWN.maxother, _SHOWN.maxlong = 3, 60, 60, 50
+
+
+def shown(value: object) -> str:
+    """A value as it was given, for messages; the middle of a long one is left out."""
+    return _SHOWN.repr(value)
 
 
 def some_of(names: Iterable[str], most: int = 3) -> str:

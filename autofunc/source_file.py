@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-from autofunc.errors import AutofuncError, ConfigError, one_of
+from autofunc.errors import FAILURES, AutofuncError, ConfigError, in_brief, one_of
 
 
 def load_file(path: Path) -> ModuleType:
@@ -32,7 +32,7 @@ def load_file(path: Path) -> ModuleType:
         except AutofuncError:
             del sys.modules[name]
             raise
-        except Exception as error:
+        except FAILURES as error:
             del sys.modules[name]
-            raise ConfigError(f"running {path} failed: {type(error).__name__}: {error}") from error
+            raise ConfigError(f"running {path} failed: {in_brief(error)}") from error
     return sys.modules[name]

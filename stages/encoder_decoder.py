@@ -30,6 +30,7 @@ from autofunc.errors import ModelError, one_of
 from autofunc.tree import flatten
 from stages.huggingface import drop_tied, fill, read_settings, read_weights, require
 from stages.llama import norm_init, rms_norm
+from stages.ranges import MOST_LAYERS, check_probabilities, check_scales, check_sizes
 from stages.relative_positions import position_bias
 
 Params = Mapping[str, Any]
@@ -59,9 +60,10 @@ class EncoderDecoderConfig:
     tie_word_embeddings: bool = True
 
     def __post_init__(self) -> None:
-        for name in (*SIZES, "decoder_layers"):
-            if getattr(self, name) < 1:
-                raise ModelError(f"encoder_decoder: {name}={getattr(self, name)}, expected at least 1")
+        check_sizes("encoder_decoder", self, SIZES)
+        check_sizes("encoder_decoder", self, ("num_layers", "decoder_layers"), MOST_LAYERS)
+        check_probabilities("encoder_decoder", self, ("dropout_rate",))
+        check_scales("encoder_decoder", self, ("layer_norm_epsilon", "initializer_factor"))
         if self.relative_attention_num_buckets < 4 or self.relative_attention_num_buckets % 2:
             raise ModelError(
                 f"encoder_decoder: relative_attention_num_buckets={self.relative_attention_num_buckets}, "
@@ -72,8 +74,6 @@ class EncoderDecoderConfig:
                 f"encoder_decoder: relative_attention_max_distance={self.relative_attention_max_distance}, expected more "
                 f"than half of relative_attention_num_buckets={self.relative_attention_num_buckets}"
             )
-        if not 0.0 <= self.dropout_rate < 1.0:
-            raise ModelError(f"encoder_decoder: dropout_rate={self.dropout_rate} is not a probability in [0, 1)")
         if self.feed_forward_proj not in FEED_FORWARD:
             raise ModelError(
                 f"encoder_decoder: feed_forward_proj={self.feed_forward_proj!r} is not supported; "

@@ -25,6 +25,7 @@ import autofunc as af
 from autofunc.errors import ModelError
 from autofunc.tree import flatten
 from stages.huggingface import drop_tied, fill, read_settings, read_weights, require
+from stages.ranges import MOST_LAYERS, check_probabilities, check_scales, check_sizes
 
 Params = Mapping[str, Any]
 
@@ -57,14 +58,12 @@ class GPT2Config:
     initializer_range: float = 0.02
 
     def __post_init__(self) -> None:
-        for name in SIZES:
-            if getattr(self, name) < 1:
-                raise ModelError(f"gpt2: {name}={getattr(self, name)}, expected at least 1")
+        check_sizes("gpt2", self, (*SIZES, "n_inner"))
+        check_sizes("gpt2", self, ("n_layer",), MOST_LAYERS)
+        check_probabilities("gpt2", self, ("embd_pdrop", "attn_pdrop", "resid_pdrop"))
+        check_scales("gpt2", self, ("layer_norm_epsilon", "initializer_range"))
         if self.n_embd % self.n_head:
             raise ModelError(f"gpt2: n_embd={self.n_embd} is not divisible by n_head={self.n_head}")
-        for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise ModelError(f"gpt2: {name}={getattr(self, name)} is not a probability in [0, 1)")
 
     @property
     def mlp_width(self) -> int:

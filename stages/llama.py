@@ -25,6 +25,7 @@ import autofunc as af
 from autofunc.errors import ModelError
 from autofunc.tree import flatten
 from stages.huggingface import drop_tied, fill, read_settings, read_weights, require
+from stages.ranges import MOST_LAYERS, check_scales, check_sizes
 from stages.rotary import Scaling, check_scaling, rope_from_hf, rotary, rotate
 
 Params = Mapping[str, Any]
@@ -64,9 +65,9 @@ class LlamaConfig:
 
     def __post_init__(self) -> None:
         module = type(self).__name__.removesuffix("Config").lower()
-        for name in SIZES:
-            if getattr(self, name) < 1:
-                raise ModelError(f"{module}: {name}={getattr(self, name)}, expected at least 1")
+        check_sizes(module, self, (*SIZES, "head_dim", "num_key_value_heads"))
+        check_sizes(module, self, ("num_hidden_layers",), MOST_LAYERS)
+        check_scales(module, self, ("rms_norm_eps", "initializer_range"))
         if self.head_dim is None and self.hidden_size % self.num_attention_heads:
             raise ModelError(
                 f"{module}: hidden_size={self.hidden_size} is not divisible by "

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import autofunc as af
+from stages.ranges import MOST_LAYERS, check_probabilities, check_sizes
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,11 @@ class MLPConfig:
     out_features: int = 8
     num_blocks: int = 4
     dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_sizes("mlp", self, ("in_features", "hidden_features", "out_features"))
+        check_sizes("mlp", self, ("num_blocks",), MOST_LAYERS)
+        check_probabilities("mlp", self, ("dropout",))
 
 
 def linear_init(key: af.random.InitKey, name: str, rows: int, columns: int) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from autofunc.automodel import in_transformers
 from autofunc.automodel.description import Description, config_for
 from autofunc.automodel.registry import ARCHITECTURES
 from autofunc.captured import empty_weights
-from autofunc.errors import AutofuncError, ModelError
+from autofunc.errors import FAILURES, AutofuncError, ModelError, in_brief
 
 
 def find_registered(description: Description) -> type[nn.Module] | None:
@@ -65,8 +65,8 @@ def _build(make: Callable[[], nn.Module], dtype: torch.dtype | None, what: str) 
             module = make()
     except AutofuncError:
         raise
-    except Exception as error:
-        raise ModelError(f"{what} cannot be built from its config: {type(error).__name__}: {error}") from error
+    except FAILURES as error:
+        raise ModelError(f"{what} cannot be built from its config: {in_brief(error)}") from error
     if not isinstance(module, nn.Module):
         raise ModelError(f"{what} returned {type(module).__name__}, not an nn.Module")
     _keep_in_fp32(module, dtype)

@@ -7,7 +7,7 @@ import dataclasses
 import inspect
 import json
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from autofunc.errors import ModelError, one_of
+from autofunc.errors import ModelError, in_brief, one_of, shown
 
 CONFIG = "config.json"
 
@@ -25,6 +25,30 @@ _ABOUT = frozenset(
     ("architectures", "model_type", "dtype", "torch_dtype", "transformers_version", "auto_map", "_name_or_path")
 )
 """Keys that say what a model is, rather than how large."""
+
+
+def _is_names(value: object) -> bool:
+    return isinstance(value, str) or (isinstance(value, Sequence) and all(isinstance(each, str) for each in value))
+
+
+def _is_map(value: object) -> bool:
+    """Tokenizers have two classes, of which one may be missing."""
+    if not isinstance(value, Mapping):
+        return False
+    return all(
+        isinstance(each, str) or (isinstance(each, Sequence) and "Tokenizer" in name) for name, each in value.items()
+    )
+
+
+_KINDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "architectures": (_is_names, 'a list of names, such as ["MyCustomForCausalLM"]'),
+    "model_type": (lambda value: isinstance(value, str), "a name, such as gpt2"),
+    "auto_map": (
+        _is_map,
+        'names of classes, such as {"AutoModelForCausalLM": "modeling.MyCustomForCausalLM"}',
+    ),
+}
+"""What keys that say what a model is have to be."""
 
 _FLOATS = {str(each).removeprefix("torch."): each for each in (torch.float64, torch.float32, torch.float16, torch.bfloat16)}
 
@@ -44,13 +68,24 @@ class Description:
     def architecture(self) -> str | None:
         """The first of `architectures`."""
         named = self.values.get("architectures")
-        named = [named] if isinstance(named, str) else list(named or ())
-        return str(named[0]) if named else None
+        named = [named] if isinstance(named, str) else named or []
+        return named[0] if named else None
 
     @property
     def model_type(self) -> str | None:
         """Its `model_type`, when there is one."""
-        return str(self.values["model_type"]) if self.values.get("model_type") else None
+        return self.values.get("model_type") or None
+
+    @property
+    def auto_map(self) -> Mapping[str, str]:
+        """The classes of its own code, by what of transformers they stand for."""
+        return {name: place for name, place in (self.values.get("auto_map") or {}).items() if isinstance(place, str)}
+
+    def __post_init__(self) -> None:
+        for key, (is_right, expected) in _KINDS.items():
+            given = self.values.get(key)
+            if given is not None and not is_right(given):
+                raise ModelError(f"{self.what}: {key} is {shown(given)}; expected {expected}")
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -167,7 +202,7 @@ def from_dict(config_class: Any, description: Description) -> Any:
     try:
         made = config_class.from_dict(dict(description.values))
     except Exception as error:
-        raise ModelError(f"{description.what}: {config_class.__name__}: {type(error).__name__}: {error}") from error
+        raise ModelError(f"{description.what}: {config_class.__name__}: {in_brief(error)}") from error
     plain = made
     with suppress(Exception):  # without the overrides it may lack what it needs
         plain = config_class.from_dict(dict(description.before))
@@ -211,9 +246,9 @@ def _read(file: Path) -> dict[str, Any]:
         found = ", ".join(sorted(each.name for each in file.parent.iterdir())[:12]) if file.parent.is_dir() else ""
         raise ModelError(f"there is no {file}; {file.parent} has {found or 'nothing'}")
     try:
-        values = json.loads(file.read_text())
-    except ValueError as error:
-        raise ModelError(f"{file} is not JSON: {error}") from error
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{file} is not JSON: {in_brief(error)}") from error
     if not isinstance(values, dict):
         raise ModelError(f"{file}: expected an object with keys, got {type(values).__name__}")
     return values

@@ -55,10 +55,10 @@ def class_and_config(description: Description, *, trust_remote_code: bool) -> tu
     if values.get("quantization_config"):
         raise ModelError(f"{what} is quantized (quantization_config), which cannot be trained; take unquantized weights")
     cls = find_class(description.architecture) if description.architecture else None
-    if cls is None and description.folder is not None and values.get("auto_map"):
+    if cls is None and description.folder is not None and description.auto_map:
         if not trust_remote_code:
             raise ModelError(
-                f"{what} brings its own code ({', '.join(values['auto_map'].values())}); read it, then pass "
+                f"{what} brings its own code ({', '.join(description.auto_map.values())}); read it, then pass "
                 "trust_remote_code=True to run it"
             )
         return _remote(description)
@@ -117,7 +117,7 @@ def _remote(description: Description) -> tuple[Any, Any]:
     import transformers
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-    folder, places = str(description.folder), dict(description.values["auto_map"])
+    folder, places = str(description.folder), description.auto_map
     named = [place for place in places.values() if str(place).rpartition(".")[2] == description.architecture]
     place = named[0] if named else places.get("AutoModelForCausalLM") or places.get("AutoModel")
     if place is None:

@@ -10,14 +10,16 @@ from rich.console import Console
 
 from autofunc.automodel import with_values
 from autofunc.checks import check as run_checks
-from autofunc.config import instantiate, read_config
+from autofunc.config import check_targets, not_ended, read_config
 from autofunc.data import STACKED, first_rows
 from autofunc.model import Model
+from autofunc.train.datasets import read_dataset
 from autofunc.train.model import loss_to_check, make
 
 _MOST_ROWS = 4  # of the example: forward runs on it about twenty times
 
 
+@not_ended()
 def check(config_path: str, overrides: Sequence[str], as_json: bool) -> bool:
     """Print what is found; returns whether nothing failed.
 
@@ -31,7 +33,8 @@ def check(config_path: str, overrides: Sequence[str], as_json: bool) -> bool:
     """
     with Console(stderr=True).status(f"checking {config_path}"):
         config, notes = read_config(config_path, overrides)
-        dataset = instantiate(config.dataset, "dataset")
+        check_targets(config)
+        dataset = read_dataset(config.dataset, "dataset")
         made = make(config)
         module = made if isinstance(made, Model) else with_values(made, config.seed)
         batch = first_rows(dataset, min(max(config.step_scheduler.local_batch_size, 2), _MOST_ROWS))

@@ -13,10 +13,10 @@ app = typer.Typer(no_args_is_help=True, help="Validate a configuration, print it
 
 @app.command("validate", context_settings=TAKES_OVERRIDES, epilog="Example: autofunc config validate -c examples/demo.yaml")
 def validate(context: typer.Context, config: ConfigFile) -> None:
-    """Check every key and value. `autofunc plan` also builds what they name."""
+    """Check every key and value, and import nothing that they name. `autofunc plan` also builds it."""
     from autofunc.config.read import read_config
 
-    for note in read_config(config, context.args)[1]:
+    for note in read_config(config, context.args, look_into_targets=False)[1]:
         typer.echo(f"note: {note}")
     typer.echo(f"{config}: every key and value is allowed")
 
@@ -28,7 +28,10 @@ def show(context: typer.Context, config: ConfigFile) -> None:
 
     from autofunc.config.read import read_config
 
-    typer.echo(OmegaConf.to_yaml(OmegaConf.create(read_config(config, context.args)[0].model_dump())), nl=False)
+    typer.echo(
+        OmegaConf.to_yaml(OmegaConf.create(read_config(config, context.args, look_into_targets=False)[0].model_dump())),
+        nl=False,
+    )
 
 
 @app.command("schema", epilog="Example: autofunc config schema > autofunc.schema.json")

@@ -60,7 +60,8 @@ def finetune(
     domain: Annotated[str, typer.Argument(metavar="llm", help="What is trained: llm.")],
     config: ConfigFile,
     nproc_per_node: Annotated[
-        int | None, typer.Option("--nproc-per-node", "--nproc_per_node", help="Processes to start; pp_size by default.")
+        int | None,
+        typer.Option("--nproc-per-node", "--nproc_per_node", min=1, help="Processes to start; pp_size by default."),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run that is in output_dir.")] = False,
 ) -> None:
@@ -88,7 +89,8 @@ def plan(
     context: typer.Context,
     config: ConfigFile,
     nproc_per_node: Annotated[
-        int | None, typer.Option("--nproc-per-node", "--nproc_per_node", help="Processes; what the file says by default.")
+        int | None,
+        typer.Option("--nproc-per-node", "--nproc_per_node", min=1, help="Processes; what the file says by default."),
     ] = None,
     measure: Annotated[
         bool, typer.Option("--measure", help="Time every layer here, with weights, and balance stages by that.")
@@ -100,6 +102,7 @@ def plan(
 ) -> None:
     """Say what a run would do, without weights or processes.
 
+    Runs the code that the file names in _target_, to build the model and read the data.
     Stages, parameters, operations, what is sent, memory, step time and bubble.
     """
     with _loading_torch():
@@ -119,7 +122,7 @@ def check(
 ) -> None:
     """Look for what stands in the way of sharding and pipelining a model.
 
-    Ten checks on a few rows of the dataset. The status is 1 when one fails.
+    Runs the code that the file names in _target_. Ten checks on a few rows of the dataset. The status is 1 when one fails.
     """
     with _loading_torch():
         from autofunc.cli.check import check as run_check

@@ -1,17 +1,23 @@
 """Configuration: read, checked and turned into objects at the edge; nothing below `train/` sees it."""
 
+from autofunc.config.arguments import check_arguments
 from autofunc.config.read import load_config, read_config
 from autofunc.config.schema import FinetuneConfig, StepScheduler, parse_config
-from autofunc.config.target import check_arguments, import_object, instantiate, resolve_target
+from autofunc.config.sections import check_targets, target_and_arguments
+from autofunc.config.target import call, import_object, instantiate, not_ended, resolve_target
 
 __all__ = [
     "FinetuneConfig",
     "StepScheduler",
+    "call",
     "check_arguments",
+    "check_targets",
     "import_object",
     "instantiate",
     "load_config",
+    "not_ended",
     "parse_config",
     "read_config",
     "resolve_target",
+    "target_and_arguments",
 ]

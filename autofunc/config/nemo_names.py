@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from autofunc.errors import ConfigError, one_of
+from autofunc.errors import one_of
 
 _PACKAGE = "nemo_automodel"
 
@@ -21,13 +21,14 @@ RENAMED: Mapping[str, str] = {
 """By the end of the old name: modules have moved between its versions."""
 
 
-def with_new_names(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """A configuration with targets by their names here, and a line for each that had another.
+def with_new_names(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[str], list[str]]:
+    """A configuration with targets by their names here.
 
-    Raises:
-        ConfigError: for a name of AutoModel that has none here.
+    Returns:
+        It, a line for each name that was another, and what is wrong: names that have none here.
     """
     notes: list[str] = []
+    unknown: list[str] = []
 
     def visit(node: Any, where: str) -> Any:
         if isinstance(node, Mapping):
@@ -37,8 +38,11 @@ def with_new_names(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
             return node
         found = next((new for end, new in RENAMED.items() if node.endswith(f".{end}")), None)
         if found is None:
-            raise ConfigError(f"{where}: {node!r} is of NeMo AutoModel and has no name here; {one_of(node, RENAMED)}")
+            unknown.append(f"{where}: {node!r}")
+            return node
         notes.append(f"{where}: {node} is {found} here")
         return found
 
-    return visit(dict(raw), ""), notes
+    renamed = visit(dict(raw), "")
+    near = one_of(unknown[0].rpartition(".")[2] if unknown else "", RENAMED)
+    return renamed, notes, [f"{', '.join(unknown)}, of NeMo AutoModel, has no name here; {near}"] if unknown else []

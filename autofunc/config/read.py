@@ -2,29 +2,43 @@
 
 from __future__ import annotations
 
-import codecs
 from collections.abc import Sequence
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
+from autofunc.config.environment import mark_environment
 from autofunc.config.nemo_names import with_new_names
+from autofunc.config.problems import all_at_once
 from autofunc.config.schema import FinetuneConfig, parse_config
-from autofunc.errors import ConfigError
+from autofunc.config.sections import problems_of_known
+from autofunc.config.yaml_text import load_yaml, read_text, told
+from autofunc.errors import ConfigError, shown
 
 
-def read_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[FinetuneConfig, list[str]]:
+def read_config(
+    path: str | Path, overrides: Sequence[str] = (), *, look_into_targets: bool = True
+) -> tuple[FinetuneConfig, list[str]]:
     """Read and check a file; returns it with what the user should know about how it was read.
+
+    Nothing that the file names is imported, let alone called. Only where the file is wrong anyway are the signatures of
+    what comes with autofunc looked at, so that all that is wrong is told at once.
 
     Args:
         path: the YAML file.
         overrides: see `load_config`.
+        look_into_targets: whether that may be done: it imports torch.
 
     Raises:
         ConfigError: listing every problem.
     """
-    raw, notes = with_new_names(load_config(path, overrides))
-    return parse_config(raw), notes
+    raw, notes, problems = with_new_names(load_config(path, overrides))
+    try:
+        config = parse_config(raw)
+    except ConfigError as error:
+        problems += str(error).splitlines()
+    if not problems:
+        return config, notes
+    raise ConfigError(all_at_once([*problems, *(problems_of_known(raw) if look_into_targets else ())]))
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -39,52 +53,42 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
 
     path = Path(path)
     if not path.is_file():
         near = sorted(str(other) for other in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
-        raise ConfigError(f"there is no file {str(path)!r}" + (f"; found {', '.join(near[:8])}" if near else ""))
+        raise ConfigError(f"there is no file {shown(str(path))}" + (f"; found {', '.join(near[:8])}" if near else ""))
+    text = read_text(path)
     try:
-        config = OmegaConf.load(StringIO(_text(path)))
-        if not OmegaConf.is_dict(config):
-            raise ConfigError(f"{path} is not a mapping of sections; expected keys such as model:, dataset:, optimizer:")
-        for key, value in _pairs(overrides):
-            OmegaConf.update(config, key, _value(key, value), merge=True)
-        resolved = OmegaConf.to_container(config, resolve=True)
-    except (YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from error
-    assert isinstance(resolved, dict)
-    return {str(key): value for key, value in resolved.items()}
-
-
-def _text(path: Path) -> str:
-    """The text of a file in UTF-8, or in UTF-16 where its first bytes say so.
-
-    Raises:
-        ConfigError: when it cannot be read, or is in another encoding.
-    """
+        config = load_yaml(text)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    for key, value in _pairs(overrides):
+        given = load_yaml(value, key)
+        try:
+            before = OmegaConf.select(config, key, throw_on_resolution_failure=False)
+            OmegaConf.update(config, key, given, merge=isinstance(given, dict) and OmegaConf.is_dict(before))
+        except OmegaConfBaseException as error:
+            raise ConfigError(f"override {key}={shown(value)}: {told(error)}") from error
     try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from error
-    wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    try:
-        return content.decode("utf-16" if wide else "utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content[: error.start].count(b"\n") + 1
-        raise ConfigError(f"{path} is no {error.encoding} text (line {line}: {error.reason}); save it as UTF-8") from error
+        resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(told(error)) from error
+    _check_names(resolved, "")
+    marked: dict[str, Any] = mark_environment(OmegaConf.to_container(config, resolve=False), resolved)
+    return marked
 
 
-def _value(key: str, text: str) -> Any:
-    """The value of an override, read as YAML."""
-    from omegaconf import OmegaConf
-    from yaml import YAMLError
-
-    try:
-        return OmegaConf.create(f"value: {text}").value
-    except YAMLError as error:
-        raise ConfigError(f"override {key}={text!r} is not YAML; put it in quotes inside quotes: '\"{text}\"'") from error
+def _check_names(node: Any, where: str) -> None:
+    if isinstance(node, dict):
+        for name, value in node.items():
+            if not isinstance(name, str):
+                at = f" of {where}" if where else ""
+                raise ConfigError(f"the key {name!r}{at} is {type(name).__name__} and no text; put it in quotes")
+            _check_names(value, f"{where}.{name}" if where else name)
+    elif isinstance(node, list):
+        for number, value in enumerate(node):
+            _check_names(value, f"{where}[{number}]")
 
 
 def _pairs(overrides: Sequence[str]) -> list[tuple[str, str]]:
@@ -98,7 +102,7 @@ def _pairs(overrides: Sequence[str]) -> list[tuple[str, str]]:
         elif word.startswith("--") and words and not words[0].startswith("--"):
             value = words.pop(0)
         else:
-            raise ConfigError(f"override {word!r} has no value; write '--a.b.c VALUE' or 'a.b.c=VALUE'")
+            raise ConfigError(f"override {shown(word)} has no value; write '--a.b.c VALUE' or 'a.b.c=VALUE'")
         if not key or not all(key.split(".")):
             raise ConfigError(f"override {word!r}: {key!r} is not a key such as 'step_scheduler.max_steps'")
         pairs.append((key, value))

@@ -3,18 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    model_validator,
+)
 
+from autofunc.config.environment import FromEnvironment, read_environment
+from autofunc.config.problems import all_at_once, in_words
 from autofunc.config.units import parse_bytes
-from autofunc.errors import ConfigError, one_of
+from autofunc.errors import ConfigError
 
-Positive = Annotated[int, Field(ge=1)]
+Rows = Annotated[int, Field(ge=1, le=1 << 24)]
+
+MicrobatchRows = Annotated[int, Field(ge=1, le=1 << 16)]
+
+Steps = Annotated[int, Field(ge=1, le=10**12)]
+
+Ranks = Annotated[int, Field(ge=1, le=1 << 16)]
+
+Threads = Annotated[int, Field(ge=1, le=1 << 10)]
+
+Text = Annotated[str, Field(min_length=1)]
+
+OneOrMore = Annotated[list[Text], Field(min_length=1)]
 
 
 def _check_target(node: dict[str, Any]) -> dict[str, Any]:
-    if not isinstance(node.get("_target_"), str):
+    if not isinstance(node.get("_target_"), str) or not node["_target_"]:
         raise ValueError("needs a _target_: a dotted path such as 'torch.optim.AdamW', or 'path/to/file.py:name'")
     return node
 
@@ -31,8 +54,10 @@ _DTYPES = {"float32": "float32", "fp32": "float32", "bfloat16": "bfloat16", "bf1
 def _dtype_name(given: object) -> object:
     """`bf16`, `bfloat16` and `torch.bfloat16` are one."""
     name = given.removeprefix("torch.") if isinstance(given, str) else given
-    if name is None or name in _DTYPES:
-        return _DTYPES[name] if isinstance(name, str) else None
+    if name is None:
+        return None
+    if isinstance(name, str) and name in _DTYPES:
+        return _DTYPES[name]
     reason = "; float16 would need loss scaling, which is not supported" if name in ("float16", "fp16", "half") else ""
     raise ValueError(f"expected bfloat16 or float32{reason}")
 
@@ -43,26 +68,40 @@ OnlyOne = Annotated[int, AfterValidator(_check_one)]
 
 Bytes = Annotated[int, BeforeValidator(parse_bytes)]
 
-Target = Annotated[dict[str, Any], AfterValidator(_check_target)]
+Target = Annotated[dict[str, Any], AfterValidator(_check_target), PlainSerializer(read_environment)]
 """A section that names a callable in `_target_`; its other keys are the callable's arguments."""
 
 
 class Section(BaseModel):
     """Base of all sections."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read(cls, given: Any) -> Any:
+        """Sections without a key in them are as good as absent; what variables hold is read as their keys take it."""
+        if not isinstance(given, dict):
+            return given
+        kinds = {name: field.annotation for name, field in cls.model_fields.items()}
+        sections = {name for name, kind in kinds.items() if isinstance(kind, type) and issubclass(kind, Section)}
+        return {
+            name: value.read(kinds.get(name)) if isinstance(value, FromEnvironment) else value
+            for name, value in given.items()
+            if value is not None or name not in sections
+        }
 
 
 class StepScheduler(Section):
     """How many rows a step has, and how many steps there are."""
 
-    global_batch_size: Positive = Field(32, description="rows of one optimizer step, over all microbatches")
-    local_batch_size: Positive = Field(1, description="rows of one microbatch")
-    num_epochs: Positive | None = Field(
+    global_batch_size: Rows = Field(32, description="rows of one optimizer step, over all microbatches")
+    local_batch_size: MicrobatchRows = Field(1, description="rows of one microbatch")
+    num_epochs: Steps | None = Field(
         None, description="passes over the dataset; by default one, or as many as max_steps takes"
     )
-    max_steps: Positive | None = Field(None, description="stop after this many steps, even inside an epoch")
-    val_every_steps: Positive | None = Field(None, description="also validate every so many steps, not only at the end")
+    max_steps: Steps | None = Field(None, description="stop after this many steps, even inside an epoch")
+    val_every_steps: Steps | None = Field(None, description="also validate every so many steps, not only at the end")
 
 
 class MixedPrecision(Section):
@@ -80,32 +119,34 @@ class Distributed(Section):
     strategy: Literal["fsdp2", "ddp"] = Field(
         "fsdp2", description="fsdp2: data parallel ranks share the parameters; ddp: each holds all"
     )
-    pp_size: Positive = Field(1, description="pipeline ranks")
-    dp_size: Positive | None = Field(
+    pp_size: Ranks = Field(1, description="pipeline ranks")
+    dp_size: Ranks | None = Field(
         None, description="data parallel ranks; by default as many as the processes that were asked for leave, or 1"
     )
-    dp_replicate_size: Positive | None = Field(
+    dp_replicate_size: Ranks | None = Field(
         None, description="groups of data parallel ranks that each share a whole set of parameters (HSDP); divides dp_size"
     )
-    tp_size: Positive = Field(1, description="tensor parallel ranks: they compute each layer together")
+    tp_size: Ranks = Field(1, description="tensor parallel ranks: they compute each layer together")
     cp_size: OnlyOne = Field(1, description="context parallel ranks")
     ep_size: OnlyOne = Field(1, description="expert parallel ranks")
     sequence_parallel: bool = Field(False, description="keep the stream between blocks cut over the tp ranks too")
-    tp_plan: dict[str, str] | str | None = Field(
+    tp_plan: dict[str, str] | Text | None = Field(
         None, description="pattern of parameter paths -> shard(d) or replicate, or where to import such a table from; "
         "instead of the model's own",
     )  # fmt: skip
     reshard_after_forward: bool = Field(
         False, description="gather a stage's parameters for each of its computations, not once a step"
     )
-    prefetch: Annotated[int, Field(ge=0)] = Field(1, description="computations ahead of its use that a gather starts")
+    prefetch: Annotated[int, Field(ge=0, le=1 << 16)] = Field(
+        1, description="computations ahead of its use that a gather starts"
+    )
     mp_policy: MixedPrecision = MixedPrecision()
     offload_policy: Literal["cpu"] | None = Field(None, description="where sharded parameters wait: cpu, or the device")
-    split_points: list[str] | Positive | Literal["auto"] | None = Field(
+    split_points: list[Text] | Ranks | Literal["auto"] | None = Field(
         None, description="names or globs of the layers at which a new stage begins, or a number of stages, balanced by "
         "what layers cost; auto, and by default: as many as the schedule has",
     )  # fmt: skip
-    schedule: str = Field(
+    schedule: Text = Field(
         "1f1b",
         description="a named pipeline schedule, a table in a .csv or .json file, or a function: path/to/file.py:name; "
         "auto searches for one with costs measured at the start of the run",
@@ -123,11 +164,11 @@ class Distributed(Section):
     device: Literal["cpu", "cuda"] | None = Field(
         None, description="what each process computes on; by default a GPU of its own, if this machine has any"
     )
-    threads_per_rank: Positive = Field(1, description="CPU threads of each process")
-    timeout_minutes: float = Field(10.0, gt=0, description="a rank that waits longer for another ends the run")
+    threads_per_rank: Threads = Field(1, description="CPU threads of each process")
+    timeout_minutes: float = Field(10.0, gt=0, le=525_600, description="a rank that waits longer for another ends the run")
     step_timeout_seconds: float | None = Field(
-        None, gt=0, description="how long a rank may stay at one action before the run ends and says which rank is late "
-        "and what it does; by default 20 times the slowest step so far, at least 60 s",
+        None, gt=0, le=31_536_000, description="how long a rank may stay at one action before the run ends and says which "
+        "rank is late and what it does; by default 20 times the slowest step so far, at least 60 s",
     )  # fmt: skip
 
 
@@ -136,7 +177,7 @@ class Dataloader(Section):
 
     shuffle: bool = Field(True, description="draw rows in an order that depends on the seed")
     drop_last: bool = Field(False, description="leave out a short last batch, of each dataset")
-    num_workers: Annotated[int, Field(ge=0)] = Field(0, description="processes that load rows")
+    num_workers: Annotated[int, Field(ge=0, le=1 << 10)] = Field(0, description="processes that load rows")
 
 
 class ClipGradNorm(Section):
@@ -149,20 +190,20 @@ class FinetuneConfig(Section):
     """The whole file."""
 
     model: Target = Field(description="a callable that returns an nn.Module or an af.Model")
-    inputs: list[str] | dict[str, str] | None = Field(
+    inputs: OneOrMore | Annotated[dict[str, Text], Field(min_length=1)] | None = Field(
         None, description="entries of a batch that a module's forward gets, in the order of its arguments, or argument -> "
         "entry; by default those that it names",
     )  # fmt: skip
-    trainable: list[str] | None = Field(
+    trainable: OneOrMore | None = Field(
         None,
         description="patterns of the parameters that are trained, such as lm_head*; by default all that are not frozen",
     )
-    weights: str | None = Field(
+    weights: Text | None = Field(
         None,
         description="own: those a module is made with (default); seed: made from the seed, each rank its stages' only; "
         "or a folder or file of safetensors, of which each rank reads its part",
     )
-    modeling_paths: list[str] = Field(
+    modeling_paths: list[Text] = Field(
         [], description="modules, packages or files whose model classes autofunc.AutoModel is to find"
     )
     dataset: Target = Field(description="what is learnt from")
@@ -174,7 +215,7 @@ class FinetuneConfig(Section):
     loss_fn: Target | None = Field(None, description="loss(outputs, microbatch); by default autofunc.losses.causal_lm")
     clip_grad_norm: ClipGradNorm | None = Field(None, description="scale gradients down to a global norm")
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(42, description="of weights, data order and dropout")
-    output_dir: str | None = Field(None, description="where results go; by default runs/<name of the file>")
+    output_dir: Text | None = Field(None, description="where results go; by default runs/<name of the file>")
 
 
 def parse_config(raw: Mapping[str, Any]) -> FinetuneConfig:
@@ -186,40 +227,5 @@ def parse_config(raw: Mapping[str, Any]) -> FinetuneConfig:
     try:
         return FinetuneConfig.model_validate(raw)
     except ValidationError as error:
-        problems = [_problem(detail) for detail in error.errors()]
-    raise ConfigError("\n".join(dict.fromkeys(problems)))
-
-
-def _problem(detail: Any) -> str:
-    location = [str(part) for part in detail["loc"]]
-    # for a field of several types pydantic adds the name of the type that did not fit
-    known = list(FinetuneConfig.model_fields)
-    path: list[str] = []
-    for part in location:
-        if part not in known and detail["type"] != "extra_forbidden":
-            break
-        path.append(part)
-        known = _keys_below(path) or known
-    if detail["type"] == "extra_forbidden":
-        return f"unknown key {'.'.join(location)!r}: {one_of(location[-1], _keys_below(location[:-1]))}"
-    if detail["type"] == "missing":
-        return f"missing section {'.'.join(location)!r}"
-    given = detail["input"]
-    message = str(detail["msg"]).removeprefix("Value error, ")
-    hint = ""
-    if isinstance(given, str) and detail["type"] in ("int_type", "float_type", "bool_type"):
-        hint = ", a text: leave out the quotes; of a variable of the environment write ${oc.decode:${oc.env:NAME}}"
-    return f"{'.'.join(path)}: {message[0].lower()}{message[1:]}; got {given!r}{hint}"
-
-
-def _keys_below(path: list[str]) -> list[str]:
-    section: type[BaseModel] = FinetuneConfig
-    for part in path:
-        field = section.model_fields.get(part)
-        kind = field.annotation if field is not None else None
-        kinds = [each for each in (kind, *get_args(kind)) if isinstance(each, type) and issubclass(each, BaseModel)]
-        if not kinds:
-            return []
-        (kind,) = kinds
-        section = kind
-    return list(section.model_fields)
+        problems = in_words(error, FinetuneConfig)
+    raise ConfigError(all_at_once(problems))

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import inspect
 import sys
-from collections.abc import Callable, Mapping
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from autofunc.errors import AutofuncError, ConfigError, full_message, one_of
+from autofunc.config.arguments import check_arguments
+from autofunc.errors import FAILURES, AutofuncError, ConfigError, full_message, in_brief, one_of, shown
 from autofunc.source_file import load_file
 
 
@@ -51,7 +54,8 @@ def import_object(target: str, where: str) -> Any:
         if not hasattr(found, part):
             public = [known for known in dir(found) if not known.startswith("_")]
             hint = _hidden_folder_hint(target.split(".")[0])
-            raise ConfigError(f"{where}: {target!r}: {found.__name__} has no {part!r}; {one_of(part, public)}{hint}")
+            name = getattr(found, "__name__", type(found).__name__)
+            raise ConfigError(f"{where}: {target!r}: {name} has no {part!r}; {one_of(part, public)}{hint}")
         found = getattr(found, part)
     return found
 
@@ -67,49 +71,44 @@ def instantiate(node: Mapping[str, Any], where: str) -> Any:
         ConfigError: for arguments the target does not take or lacks, or when the call fails.
     """
     target = resolve_target(node["_target_"], f"{where}._target_")
-    arguments = {key: _nested(value, f"{where}.{key}") for key, value in node.items() if key != "_target_"}
-    check_arguments(target, arguments, where, node["_target_"])
-    try:
-        return target(**arguments)
-    except AutofuncError as error:
-        raise ConfigError(f"{where}: {full_message(error)}") from error
-    except Exception as error:
-        told = f"{type(error).__name__}: {full_message(error)}"
-        raise ConfigError(f"{where}: {node['_target_']} failed: {told}") from error
+    given = {key: _nested(value, f"{where}.{key}") for key, value in node.items() if key != "_target_"}
+    return call(partial(target, **check_arguments(target, given, where, node["_target_"])), where, node["_target_"])
 
 
-def check_arguments(
-    target: Callable[..., Any], arguments: Mapping[str, Any], where: str, name: str, given_later: int = 0
-) -> None:
-    """Compare arguments with the target's signature.
-
-    Args:
-        target: what will be called.
-        arguments: keyword arguments.
-        where: the section, for messages.
-        name: of the target, for messages.
-        given_later: how many leading arguments the caller passes itself.
+@contextmanager
+def not_ended() -> Iterator[None]:
+    """For what runs code that a configuration names: such code does not end the process without a word.
 
     Raises:
-        ConfigError: for an unknown argument (with the nearest known ones) or a missing one.
+        ConfigError: naming the line that would have.
     """
     try:
-        parameters = list(inspect.signature(target).parameters.values())[given_later:]
-    except (TypeError, ValueError):
-        return  # built in C, without a signature: the call itself will tell
-    by_name = {parameter.name: parameter for parameter in parameters}
-    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
-    known = [
-        key
-        for key, parameter in by_name.items()
-        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
-    ]
-    for key in arguments:
-        if key not in known and not takes_any:
-            raise ConfigError(f"unknown key {where + '.' + key!r}: {name} has no such argument; {one_of(key, known)}")
-    missing = [key for key in known if by_name[key].default is inspect.Parameter.empty and key not in arguments]
-    if missing:
-        raise ConfigError(f"missing key {where + '.' + missing[0]!r}: {name} needs {', '.join(missing)}")
+        yield
+    except SystemExit as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        raise ConfigError(
+            f"{last.filename}:{last.lineno}, in {last.name}, would end this process ({in_brief(error)}); code that a "
+            "configuration names must return, or raise an error"
+        ) from error
+
+
+def call(function: Callable[[], Any], where: str, name: str) -> Any:
+    """What a function that a configuration names returns.
+
+    Args:
+        function: takes nothing more.
+        where: the key, for messages.
+        name: of the function, for messages.
+
+    Raises:
+        ConfigError: when it raises anything, or would end the process.
+    """
+    try:
+        return function()
+    except AutofuncError as error:
+        raise ConfigError(f"{where}: {full_message(error)}") from error
+    except FAILURES as error:
+        raise ConfigError(f"{where}: {name} failed: {in_brief(error)}") from error
 
 
 def _nested(value: Any, where: str) -> Any:
@@ -127,17 +126,17 @@ def _import_longest(target: str, where: str) -> tuple[Any, str]:
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))
     parts = target.split(".")
-    for count in range(len(parts) - 1, 0, -1):
+    for count in range(len(parts) - 1, 0, -1) if all(parts) else ():
         name = ".".join(parts[:count])
         try:
             return importlib.import_module(name), ".".join(parts[count:])
         except ModuleNotFoundError as error:
             if error.name is None or not (name == error.name or name.startswith(error.name + ".")):
-                raise ConfigError(f"{where}: importing {name!r} failed: {error}") from error
-        except Exception as error:
-            raise ConfigError(f"{where}: importing {name!r} failed: {type(error).__name__}: {error}") from error
+                raise ConfigError(f"{where}: importing {name!r} failed: {in_brief(error)}") from error
+        except FAILURES as error:
+            raise ConfigError(f"{where}: importing {shown(name)} failed: {in_brief(error)}") from error
     raise ConfigError(
-        f"{where}: {target!r} cannot be imported: expected a dotted path to a callable, such as "
+        f"{where}: {shown(target)} cannot be imported: expected a dotted path to a callable, such as "
         f"'stages.gpt2.build_gpt2_model', or 'path/to/file.py:name'.{_hidden_folder_hint(parts[0])}"
     )
 

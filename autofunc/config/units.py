@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import re
+from fractions import Fraction
 
-_NUMBER_AND_UNIT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", re.IGNORECASE)
+_NUMBER_AND_UNIT = re.compile(r"\s*(\d{1,20}(?:\.\d{1,20})?)\s*([a-z]*)\s*", re.IGNORECASE)
 _UNITS: dict[str, int] = {"": 1, "b": 1}
 for _power, _letter in enumerate("kmgt", start=1):
     _UNITS |= {f"{_letter}b": 10 ** (3 * _power), f"{_letter}ib": 2 ** (10 * _power)}
+
+MOST = 2**60
+"""Bytes."""
 
 
 def parse_bytes(given: object) -> int:
@@ -16,13 +20,14 @@ def parse_bytes(given: object) -> int:
     Raises:
         ValueError: saying what would be one.
     """
-    if isinstance(given, (int, float)) and not isinstance(given, bool) and given >= 1 and given == given // 1:
+    if isinstance(given, (int, float)) and not isinstance(given, bool) and 1 <= given <= MOST and given == given // 1:
         return int(given)
     found = _NUMBER_AND_UNIT.fullmatch(given) if isinstance(given, str) else None
     if found and found[2].lower() in _UNITS:
-        size = round(float(found[1]) * _UNITS[found[2].lower()])
-        if size >= 1:
+        size = round(Fraction(found[1]) * _UNITS[found[2].lower()])
+        if 1 <= size <= MOST:
             return size
     raise ValueError(
-        "expected a number of bytes, such as 2000000, 512MB or 2GiB (units B, kB, MB, GB, TB, KiB, MiB, GiB, TiB)"
+        "expected a number of bytes, such as 2000000, 512MB or 2GiB (units B, kB, MB, GB, TB, KiB, MiB, GiB, TiB), "
+        f"and at most {MOST >> 40:,}TiB"
     )

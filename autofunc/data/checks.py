@@ -4,6 +4,20 @@ from __future__ import annotations
 
 from autofunc.errors import DataError
 
+MOST_TOKENS = 1 << 24
+"""Of a row."""
+
+
+def check_length(dataset: str, seq_len: int | None) -> None:
+    """Refuse rows that are empty, or longer than any model takes; None means that the number was not given.
+
+    Raises:
+        DataError: naming the argument.
+    """
+    check_at_least_one(dataset, seq_len=seq_len)
+    if seq_len is not None and seq_len > MOST_TOKENS:
+        raise DataError(f"{dataset}: seq_len={seq_len}, expected at most {MOST_TOKENS:,}")
+
 
 def check_at_least_one(dataset: str, **numbers: int | None) -> None:
     """Refuse numbers below 1; None means that the number was not given.

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from autofunc.data.checks import check_at_least_one
+from autofunc.data.checks import check_at_least_one, check_length
 from autofunc.data.tokenizer import load_tokenizer
 from autofunc.errors import DataError
 
@@ -54,7 +54,8 @@ class HellaSwag(Dataset[dict[str, Tensor]]):
         seq_len: int | None = None,
         aligned_labels: bool = True,
     ) -> None:
-        check_at_least_one("HellaSwag", seq_len=seq_len, num_samples_limit=num_samples_limit)
+        check_length("HellaSwag", seq_len)
+        check_at_least_one("HellaSwag", num_samples_limit=num_samples_limit)
         self.path_or_dataset, self.aligned_labels = path_or_dataset, aligned_labels
         self.tokenizer = load_tokenizer(tokenizer)
         table = _load(path_or_dataset, split)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from autofunc.errors import DataError, full_message
+from autofunc.errors import FAILURES, DataError, in_brief
 from autofunc.losses import IGNORED
 
 _EXPECTED = (
@@ -69,8 +69,8 @@ class Rows:
     def _item(self, index: int) -> Any:
         try:
             return self.dataset[index]
-        except Exception as error:  # the user's dataset may raise anything
-            raise DataError(f"row {index} of the dataset: {type(error).__name__}: {full_message(error)}") from error
+        except FAILURES as error:  # the user's dataset may raise anything
+            raise DataError(f"row {index} of the dataset: {in_brief(error)}") from error
 
 
 def as_row(item: Any, index: int) -> dict[str, Tensor]:

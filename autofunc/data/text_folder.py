@@ -52,6 +52,9 @@ class TextFolder(Dataset[dict[str, Tensor]]):
     ) -> None:
         if split not in ("train", "validation"):
             raise DataError(f"TextFolder: split={split!r}: {one_of(split, ['train', 'validation'])}")
+        for name, given in (("path", path), ("suffixes", suffixes)):
+            if given is not None and not given:
+                raise DataError(f"TextFolder: {name}={given!r} names nothing; leave it out, or name some")
         check_at_least_one("TextFolder", seq_len=seq_len, num_samples_limit=num_samples_limit)
         self.seq_len, self.aligned_labels = seq_len, aligned_labels
         self.path = Path(path).expanduser() if path is not None else Path(sysconfig.get_paths()["stdlib"])

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from autofunc.config import FinetuneConfig, import_object
+from autofunc.config import FinetuneConfig, call, import_object
 from autofunc.errors import AutofuncError, ConfigError
 from autofunc.mesh import make_mesh
 from autofunc.model import TensorParallel
@@ -109,7 +109,7 @@ def sharding_of(config: FinetuneConfig, axes: Axes, notes: list[str]) -> Shardin
     for name, needs in (("sequence_parallel", "tp_size"), ("reshard_after_forward", "dp_size")):
         if getattr(wanted, name) and (axes.tp if needs == "tp_size" else axes.dp_shard) == 1:
             notes.append(f"{name} has no effect: there is one rank along {needs}")
-    policy = wanted.mp_policy
+    policy, table = wanted.mp_policy, _table(wanted.tp_plan)
     try:
         return Sharding(
             reshard_after_forward=wanted.reshard_after_forward,
@@ -121,7 +121,7 @@ def sharding_of(config: FinetuneConfig, axes: Axes, notes: list[str]) -> Shardin
                 cast_forward_inputs=policy.cast_forward_inputs,
             ),
             offload_policy=CPUOffloadPolicy(torch.accelerator.is_available()) if wanted.offload_policy else OffloadPolicy(),
-            tensor_parallel=_table(wanted.tp_plan),
+            tensor_parallel=table,
             sequence_parallel=wanted.sequence_parallel and axes.tp > 1,
         )
     except AutofuncError as error:
@@ -133,7 +133,7 @@ def _table(plan: Mapping[str, str] | str | None) -> TensorParallel | Mapping[str
         return plan
     found: Any = import_object(plan, "distributed.tp_plan")
     if callable(found) and not isinstance(found, TensorParallel):
-        found = found()
+        found = call(found, "distributed.tp_plan", plan)
     if not isinstance(found, (TensorParallel, Mapping)):
         raise ConfigError(
             f"distributed.tp_plan: {plan!r} is {type(found).__name__}; expected a mapping of patterns to placements, an "

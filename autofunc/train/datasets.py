@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
-from autofunc.config import FinetuneConfig, instantiate
+from autofunc.config import FinetuneConfig, call, instantiate
 from autofunc.data import first_rows, make_loader, num_batches, text_columns
 from autofunc.errors import ConfigError, DataError
 from autofunc.model import Model
@@ -32,7 +32,7 @@ def read_dataset(section: Mapping[str, Any], where: str) -> Any:
         raise ConfigError(
             f"{where}: {type(dataset).__name__} has no length or no rows by index; expected a map-style dataset"
         )
-    if not len(dataset):
+    if not call(partial(len, dataset), where, f"the length of {type(dataset).__name__}"):
         raise ConfigError(f"{where} has no rows")
     try:
         first_rows(dataset, 1)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Literal
 
-from autofunc.config import FinetuneConfig, resolve_target
+from autofunc.config import FinetuneConfig, call, resolve_target
 from autofunc.data import first_rows
 from autofunc.errors import AutofuncError, ConfigError, ScheduleError
 from autofunc.losses import Loss
 from autofunc.model import Model
 from autofunc.schedule import Schedule, build, default_stages_per_rank, is_looped, is_named
 from autofunc.splitting import Stage, split
-from autofunc.train.axes import Axes
 
 Points = list[str] | int | Literal["auto"] | None
 LayerCosts = Callable[[Model, Mapping[str, Any], Loss | None], Mapping[str, float]]
@@ -31,7 +31,7 @@ def is_auto(config: FinetuneConfig) -> bool:
 
 def stages_and_schedule(
     config: FinetuneConfig,
-    axes: Axes,
+    num_microbatches: int,
     model: Model,
     loss: Loss | None,
     dataset: Any,
@@ -42,7 +42,7 @@ def stages_and_schedule(
 
     Args:
         config: what is wanted.
-        axes: of the mesh.
+        num_microbatches: of each data parallel rank.
         model: what is split.
         loss: which the last layer's cost is counted with.
         dataset: whose rows costs are counted on.
@@ -52,7 +52,6 @@ def stages_and_schedule(
     Raises:
         ConfigError: when they do not fit each other.
     """
-    num_microbatches = _count_microbatches(config, axes.dp)
     name, num_ranks, points = config.distributed.schedule, config.distributed.pp_size, config.distributed.split_points
     microbatch = first_rows(dataset, config.step_scheduler.local_batch_size)
     cut = partial(_split, model, points, lambda model: layer_costs(model, microbatch, loss))
@@ -100,12 +99,8 @@ def _to_measure(
 def _own(name: str, num_ranks: int, num_microbatches: int, cut: Cut, points: Points) -> tuple[list[Stage], Schedule]:
     """The schedule of a table or of a user's function, and the stages it is for."""
     source = resolve_target(name, "distributed.schedule") if is_named(name) else name
-    try:
-        schedule = build(source, num_ranks=num_ranks, num_microbatches=num_microbatches)
-    except AutofuncError as error:
-        raise ConfigError(f"distributed.schedule: {error}") from error
-    except Exception as error:
-        raise ConfigError(f"distributed.schedule: {name} failed: {type(error).__name__}: {error}") from error
+    make = partial(build, source, num_ranks=num_ranks, num_microbatches=num_microbatches)
+    schedule: Schedule = call(make, "distributed.schedule", name)
     stages = cut(schedule.num_stages)
     if len(stages) != schedule.num_stages:
         raise ConfigError(
@@ -137,20 +132,38 @@ def _split(model: Model, points: Points, costs: Callable[[Model], Mapping[str, f
         raise ConfigError(f"distributed.split_points: {error}") from error
 
 
-def _count_microbatches(config: FinetuneConfig, dp: int) -> int:
-    """How many each data parallel rank has."""
+MOST_MICROBATCHES = 1 << 13
+"""Of a data parallel rank in a step: a schedule has an entry for each."""
+
+
+def count_microbatches(config: FinetuneConfig, dp: int) -> int:
+    """How many each data parallel rank has.
+
+    Raises:
+        ConfigError: when rows do not divide, or there are too many.
+    """
     rows, per_microbatch = config.step_scheduler.global_batch_size, config.step_scheduler.local_batch_size
     if rows % (per_microbatch * dp):
         shared = f" times {dp} data parallel ranks" if dp > 1 else ""
-        fitting = [size for size in range(1, rows + 1) if rows % (size * dp) == 0]
-        if not fitting:
+        if rows % dp:
             raise ConfigError(
                 f"step_scheduler: global_batch_size={rows} cannot be shared by {dp} data parallel ranks; the nearest that "
                 f"can is {max(round(rows / dp), 1) * dp}"
             )
-        nearest = min(fitting, key=lambda size: abs(size - per_microbatch))
         raise ConfigError(
             f"step_scheduler: global_batch_size={rows} is not divisible by local_batch_size={per_microbatch} (the rows of "
-            f"one microbatch){shared}; the nearest that divides it is {nearest}"
+            f"one microbatch){shared}; the nearest that divides it is {_nearest_divisor(rows // dp, per_microbatch)}"
         )
-    return rows // (per_microbatch * dp)
+    number = rows // (per_microbatch * dp)
+    if number > MOST_MICROBATCHES:
+        raise ConfigError(
+            f"step_scheduler: global_batch_size={rows} with local_batch_size={per_microbatch} and {dp} data parallel "
+            f"rank{'s' * (dp > 1)} makes {number:,} microbatches of a step, and {MOST_MICROBATCHES:,} is the most; use "
+            "larger microbatches, or a smaller batch"
+        )
+    return number
+
+
+def _nearest_divisor(number: int, wanted: int) -> int:
+    divisors = [size for size in range(1, math.isqrt(number) + 1) if number % size == 0]
+    return min([*divisors, *(number // size for size in reversed(divisors))], key=lambda size: abs(size - wanted))

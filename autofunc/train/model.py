@@ -13,7 +13,7 @@ from torch import nn
 from autofunc import losses, tree
 from autofunc.automodel import register_modeling_path
 from autofunc.captured import Pretrained, StoredTensors, capture_module, empty_weights
-from autofunc.config import FinetuneConfig, check_arguments, instantiate, resolve_target
+from autofunc.config import FinetuneConfig, instantiate, target_and_arguments
 from autofunc.data import first_rows
 from autofunc.errors import AutofuncError, ConfigError
 from autofunc.losses import Loss, own_loss
@@ -126,9 +126,7 @@ def loss_to_check(config: FinetuneConfig, made: Model | nn.Module | Pretrained, 
 
 
 def _configured_loss(section: Mapping[str, Any]) -> Loss:
-    loss = resolve_target(section["_target_"], "loss_fn._target_")
-    options = {key: value for key, value in section.items() if key != "_target_"}
-    check_arguments(loss, options, "loss_fn", section["_target_"], given_later=2)
+    loss, options = target_and_arguments(section, "loss_fn")
     return partial(loss, **options) if options else loss
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from autofunc.errors import ConfigError
+from autofunc.errors import ConfigError, shown
 
 METRICS, PICTURE, WEIGHTS, SCHEDULE = "metrics.jsonl", "loss.png", "model.safetensors", "schedule.csv"
 _RESULTS = (METRICS, PICTURE, WEIGHTS, SCHEDULE)
@@ -41,4 +41,5 @@ def make_output_dir(folder: Path, overwrite: bool) -> None:
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"x")
     except OSError as error:
-        raise ConfigError(f"output_dir: {folder} cannot be written into: {error}") from error
+        reason = error.strerror or str(error)
+        raise ConfigError(f"output_dir: {shown(str(folder))} cannot be written into: {reason}") from error

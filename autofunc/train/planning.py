@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from autofunc import tree
-from autofunc.config import FinetuneConfig
+from autofunc.config import FinetuneConfig, not_ended
 from autofunc.errors import AutofuncError
 from autofunc.losses import Loss
 from autofunc.model import Model
@@ -75,6 +75,7 @@ class RunPlan:
         }
 
 
+@not_ended()
 def plan_run(
     config: FinetuneConfig,
     num_processes: int | None,

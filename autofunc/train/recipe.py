@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from autofunc.batch import Microbatch, split_batch
-from autofunc.config import FinetuneConfig, StepScheduler, check_arguments, resolve_target
+from autofunc.config import FinetuneConfig, StepScheduler, check_targets, not_ended, target_and_arguments
 from autofunc.data import STACKED, first_rows
 from autofunc.engine import EngineOptions, require_compiler
-from autofunc.errors import AutofuncError, ConfigError, ModelError
+from autofunc.errors import FAILURES, AutofuncError, ConfigError, ModelError, in_brief
 from autofunc.losses import Loss
 from autofunc.model import Model
 from autofunc.optim import Optimizer, optimizer
@@ -21,7 +21,7 @@ from autofunc.shard import Sharding
 from autofunc.splitting import Stage, layer_costs
 from autofunc.train.axes import Axes, axes_of, sharding_of
 from autofunc.train.datasets import check_tokens, loaders_of, read_dataset, read_validation, tell_tokenizers
-from autofunc.train.layout import LayerCosts, is_auto, stages_and_schedule
+from autofunc.train.layout import LayerCosts, count_microbatches, is_auto, stages_and_schedule
 from autofunc.train.model import build_loss, build_model
 from autofunc.train.trial import Trial
 from autofunc.tree import to_tensordict
@@ -68,6 +68,7 @@ class Recipe:
         return split_batch(self.example(), count, key=key, batch_dims=STACKED, key_name=name)[0]
 
 
+@not_ended()
 def prepare(
     config: FinetuneConfig,
     num_processes: int | None = None,
@@ -90,20 +91,22 @@ def prepare(
     """
     told = list(notes)
     axes = axes_of(config, num_processes)
+    num_microbatches = count_microbatches(config, axes.dp)
+    options, search_budget = _engine_options(config)
+    check_targets(config)
+    sharding = sharding_of(config, axes, told)
+    make_optimizer = _optimizer(config)
+    if not checked:
+        _try_optimizer(make_optimizer)
     dataset = read_dataset(config.dataset, "dataset")
     model = build_model(config, dataset)
     told += model.notes
     check_tokens("dataset", dataset, model)
     loss = build_loss(config, model, dataset, told, checked=checked)
-    stages, schedule = stages_and_schedule(config, axes, model, loss, dataset, told, layer_costs)
-    sharding = sharding_of(config, axes, told)
+    stages, schedule = stages_and_schedule(config, num_microbatches, model, loss, dataset, told, layer_costs)
     searches = is_auto(config) and schedule.num_ranks > 1
-    options, search_budget = _engine_options(config)
     if search_budget is not None and not searches:
         told.append("pp_size is 1, so memory_budget has no search to limit")
-    make_optimizer = _optimizer(config)
-    if not checked:
-        _try_optimizer(config, make_optimizer)
     validation = read_validation(config, stages[0].model, told)
     tell_tokenizers({"dataset": dataset, "validation_dataset": validation}, told)
     loaders = loaders_of(config, dataset, validation, told)
@@ -185,19 +188,18 @@ def _engine_options(config: FinetuneConfig) -> tuple[EngineOptions, int | None]:
 
 
 def _optimizer(config: FinetuneConfig) -> Optimizer:
-    name = config.optimizer["_target_"]
-    factory = resolve_target(name, "optimizer._target_")
-    options = {key: value for key, value in config.optimizer.items() if key != "_target_"}
-    check_arguments(factory, options, "optimizer", name, given_later=1)
+    factory, options = target_and_arguments(config.optimizer, "optimizer")
     return optimizer(factory, **options)
 
 
-def _try_optimizer(config: FinetuneConfig, made: Optimizer) -> None:
+def _try_optimizer(made: Optimizer) -> None:
+    """Update a parameter of zeros with gradients of zeros, which no options may make anything else."""
     scratch = to_tensordict({"weight": torch.zeros(2, 2)})
     try:
-        made.update(scratch.clone(), made.init(scratch), scratch)
+        updated, _ = made.update(scratch.clone(), made.init(scratch), scratch)
     except ModelError as error:
         raise ConfigError(f"optimizer: {error}") from error
-    except Exception as error:
-        told = f"{config.optimizer['_target_']} cannot update a parameter: {type(error).__name__}: {error}"
-        raise ConfigError(f"optimizer: {told}") from error
+    except FAILURES as error:
+        raise ConfigError(f"optimizer: {made!r} cannot update a parameter: {in_brief(error)}") from error
+    if not updated["weight"].isfinite().all():
+        raise ConfigError(f"optimizer: {made!r} makes a parameter of zeros infinite, or no number, in an update with zeros")

@@ -1,0 +1,91 @@
+"""A section's keys as the arguments of what it names: which there are, and of which types."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+from autofunc.config.environment import FromEnvironment, read_environment
+from autofunc.config.problems import all_at_once, check_type, unknown_key
+from autofunc.errors import ConfigError, one_of
+
+_PLAIN = (int, float, str, bool, None, NoneType)
+_MADE_OF = (Union, UnionType, list, dict, Sequence, Mapping)
+
+
+def check_arguments(
+    target: Callable[..., Any], given: Mapping[str, Any], where: str, name: str, given_later: int = 0
+) -> dict[str, Any]:
+    """Compare arguments with the target's signature.
+
+    Args:
+        target: what will be called.
+        given: keyword arguments.
+        where: the section, for messages.
+        name: of the target, for messages.
+        given_later: how many leading arguments the caller passes itself.
+
+    Returns:
+        The arguments; those that came from a variable of the environment are numbers where the signature does not say text.
+
+    Raises:
+        ConfigError: for unknown arguments (with the nearest known ones), missing ones, and those that are annotated with
+            plain types and have another.
+    """
+    parameters = _parameters(target)
+    if parameters is None:
+        return {key: read_environment(value) for key, value in given.items()}
+    by_name = {parameter.name: parameter for parameter in parameters[given_later:]}
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+    known = [
+        key
+        for key, parameter in by_name.items()
+        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+    ]
+    arguments, problems = {}, []
+    for key, value in given.items():
+        if key not in known:
+            arguments[key] = read_environment(value)
+            if not takes_any:
+                near = f"{name} has no such argument; {one_of(key, known)}"
+                problems += unknown_key([*where.split("."), key], value, near)
+            continue
+        kind = by_name[key].annotation
+        arguments[key] = value.read(kind) if isinstance(value, FromEnvironment) else read_environment(value)
+        is_default = arguments[key] is by_name[key].default
+        if _is_plain(kind) and not is_default and not _is_made(value):
+            problems += check_type(arguments[key], kind, f"{where}.{key}")
+    missing = [key for key in known if by_name[key].default is inspect.Parameter.empty and key not in given]
+    if missing:
+        problems.append(f"missing key {where + '.' + missing[0]!r}: {name} needs {', '.join(missing)}")
+    if problems:
+        raise ConfigError(all_at_once(problems))
+    return arguments
+
+
+def _parameters(target: Callable[..., Any]) -> list[inspect.Parameter] | None:
+    """What a callable takes, with annotations as objects where they are; None of one in C that has no signature."""
+    try:
+        plain = inspect.signature(target)
+    except (TypeError, ValueError):
+        return None
+    try:
+        return list(inspect.signature(target, eval_str=True).parameters.values())
+    except Exception:  # annotations that only a type checker can follow
+        return list(plain.parameters.values())
+
+
+def _is_made(value: Any) -> bool:
+    """Whether a value, or a part of it, is what a target will return."""
+    if isinstance(value, dict):
+        return "_target_" in value or any(map(_is_made, value.values()))
+    return isinstance(value, list) and any(map(_is_made, value))
+
+
+def _is_plain(annotation: Any) -> bool:
+    """Whether a type is one of those that a file holds, or made of them."""
+    if annotation in _PLAIN or get_origin(annotation) is Literal:
+        return True
+    return get_origin(annotation) in _MADE_OF and all(_is_plain(part) for part in get_args(annotation))

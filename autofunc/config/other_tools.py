@@ -1,0 +1,190 @@
+"""Keys of other tools' configurations, and what is written here instead."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+_NO_CHECKPOINTS = "there are none during a run; it ends with model.safetensors in output_dir"
+_CONSTANT = "there is no schedule of it; the learning rate is constant"
+_LOGS = "every step is in metrics.jsonl in output_dir"
+_WHOLE_RUN = "a run is whole; it is not resumed"
+_TEXTS = "rows of one length; autofunc.data.TextFolder joins texts"
+
+_GLOBAL = "step_scheduler.global_batch_size, rows of a step: steps of accumulation times local_batch_size times dp_size"
+_PRECISION = "distributed.mp_policy.param_dtype: bfloat16"
+_BETAS = "optimizer.betas, a list of both"
+
+HF_TRAINER: Mapping[str, str] = {
+    "per_device_train_batch_size": "step_scheduler.local_batch_size",
+    "per_device_eval_batch_size": "step_scheduler.local_batch_size, for both datasets",
+    "gradient_accumulation_steps": _GLOBAL,
+    "learning_rate": "optimizer.lr",
+    "weight_decay": "optimizer.weight_decay",
+    "adam_beta1": _BETAS,
+    "adam_beta2": _BETAS,
+    "adam_epsilon": "optimizer.eps",
+    "optim": "optimizer._target_, such as torch.optim.AdamW",
+    "max_grad_norm": "clip_grad_norm.max_norm",
+    "num_train_epochs": "step_scheduler.num_epochs",
+    "max_steps": "step_scheduler.max_steps",
+    "lr_scheduler_type": _CONSTANT,
+    "lr_scheduler_kwargs": _CONSTANT,
+    "warmup_steps": _CONSTANT,
+    "warmup_ratio": _CONSTANT,
+    "bf16": _PRECISION,
+    "fp16": f"float16 would need loss scaling, which is not supported; {_PRECISION}",
+    "gradient_checkpointing": "distributed.remat: layer",
+    "torch_compile": "distributed.compile",
+    "eval_steps": "step_scheduler.val_every_steps",
+    "eval_strategy": "step_scheduler.val_every_steps; it is always validated at the end",
+    "evaluation_strategy": "step_scheduler.val_every_steps; it is always validated at the end",
+    "do_train": "autofunc finetune",
+    "do_eval": "validation_dataset",
+    "save_steps": _NO_CHECKPOINTS,
+    "save_strategy": _NO_CHECKPOINTS,
+    "save_total_limit": _NO_CHECKPOINTS,
+    "resume_from_checkpoint": _WHOLE_RUN,
+    "logging_steps": _LOGS,
+    "logging_dir": _LOGS,
+    "report_to": _LOGS,
+    "run_name": "output_dir",
+    "data_seed": "seed",
+    "dataloader_num_workers": "dataloader.num_workers",
+    "dataloader_drop_last": "dataloader.drop_last",
+    "fsdp": "distributed.strategy: fsdp2, and dp_size",
+    "fsdp_config": "distributed.strategy: fsdp2, and dp_size",
+    "deepspeed": "distributed.strategy: fsdp2, and dp_size",
+    "ddp_timeout": "distributed.timeout_minutes",
+    "model_name_or_path": "model: {_target_: autofunc.AutoModel.from_pretrained, pretrained_model_name_or_path: ...}",
+    "tokenizer_name": "dataset.tokenizer",
+    "dataset_name": "dataset: {_target_: ...}",
+    "train_file": "dataset: {_target_: ..., path: ...}",
+    "validation_file": "validation_dataset: {_target_: ..., path: ...}",
+    "max_seq_length": "dataset.seq_len",
+    "group_by_length": _TEXTS,
+}
+
+TORCHTITAN: Mapping[str, str] = {
+    "job": "output_dir",
+    "job.dump_folder": "output_dir",
+    "model.name": "model._target_",
+    "model.flavor": "the sizes of model._target_, one by one",
+    "model.hf_assets_path": "dataset.tokenizer",
+    "model.tokenizer_path": "dataset.tokenizer",
+    "optimizer.name": "optimizer._target_, such as torch.optim.AdamW",
+    "optimizer.beta1": _BETAS,
+    "optimizer.beta2": _BETAS,
+    "optimizer.implementation": "optimizer.fused or optimizer.foreach: true",
+    "lr_scheduler": _CONSTANT,
+    "training.steps": "step_scheduler.max_steps",
+    "training.local_batch_size": "step_scheduler.local_batch_size is rows of a microbatch, global_batch_size of a step",
+    "training.batch_size": "step_scheduler.local_batch_size is rows of a microbatch, global_batch_size of a step",
+    "training.global_batch_size": "step_scheduler.global_batch_size",
+    "training.seq_len": "dataset.seq_len",
+    "training.max_norm": "clip_grad_norm.max_norm",
+    "training.seed": "seed",
+    "training.dataset": "dataset: {_target_: ...}",
+    "training.dataset_path": "dataset: {_target_: ..., path: ...}",
+    "training.compile": "distributed.compile",
+    "training.mixed_precision_param": "distributed.mp_policy.param_dtype",
+    "training.mixed_precision_reduce": "distributed.mp_policy.reduce_dtype",
+    "training.enable_cpu_offload": "distributed.offload_policy: cpu",
+    "training": "step_scheduler, dataset and clip_grad_norm",
+    "parallelism.data_parallel_replicate_degree": "distributed.dp_replicate_size",
+    "parallelism.data_parallel_shard_degree": "distributed.dp_size, over dp_replicate_size groups",
+    "parallelism.fsdp_reshard_after_forward": "distributed.reshard_after_forward",
+    "parallelism.tensor_parallel_degree": "distributed.tp_size",
+    "parallelism.pipeline_parallel_degree": "distributed.pp_size",
+    "parallelism.pipeline_parallel_schedule": "distributed.schedule",
+    "parallelism.pipeline_parallel_schedule_csv": "distributed.schedule",
+    "parallelism.pipeline_parallel_split_points": "distributed.split_points",
+    "parallelism.pipeline_parallel_layers_per_stage": "distributed.split_points, a number of stages",
+    "parallelism.pipeline_parallel_microbatch_size": "step_scheduler.local_batch_size",
+    "parallelism.context_parallel_degree": "distributed.cp_size, of which only 1 is supported so far",
+    "parallelism.expert_parallel_degree": "distributed.ep_size, of which only 1 is supported so far",
+    "parallelism": "distributed",
+    "activation_checkpoint": "distributed.remat",
+    "compile": "distributed.compile",
+    "comm.init_timeout_seconds": "distributed.timeout_minutes",
+    "comm.train_timeout_seconds": "distributed.timeout_minutes",
+    "comm": "distributed.timeout_minutes",
+    "checkpoint": _NO_CHECKPOINTS,
+    "metrics": _LOGS,
+    "profiling": "pipe.profile, in Python",
+    "validation": "validation_dataset, and step_scheduler.val_every_steps",
+    "float8": "float8 is not supported",
+    "quantize": "quantization is not supported",
+}
+
+AUTOMODEL: Mapping[str, str] = {
+    "recipe": "autofunc finetune llm",
+    "step_scheduler.ckpt_every_steps": _NO_CHECKPOINTS,
+    "step_scheduler.grad_acc_steps": _GLOBAL,
+    "dist_env.timeout_minutes": "distributed.timeout_minutes",
+    "dist_env.backend": "nccl on GPUs and gloo on CPUs; see distributed.device",
+    "dist_env": "distributed.device and distributed.timeout_minutes",
+    "rng.seed": "seed",
+    "rng": "seed",
+    "distributed._target_": "distributed.strategy: fsdp2 or ddp",
+    "distributed.backend": "nccl on GPUs and gloo on CPUs; see distributed.device",
+    "distributed.activation_checkpointing": "distributed.remat: layer",
+    "dataloader._target_": "nothing: the loader is its own",
+    "dataloader.collate_fn": f"nothing: rows are stacked. {_TEXTS}",
+    "dataloader.batch_size": "step_scheduler.local_batch_size",
+    "validation_dataloader": "nothing: validation rows are loaded as dataloader says",
+    "validation_dataset_name": "validation_dataset: {_target_: ...}",
+    "packed_sequence": _TEXTS,
+    "lr_scheduler": _CONSTANT,
+    "peft": "trainable, patterns of parameters; a model with adapters from model._target_",
+    "wandb": _LOGS,
+    "mlflow": _LOGS,
+    "logger": _LOGS,
+    "checkpoint": _NO_CHECKPOINTS,
+    "restore_from": _WHOLE_RUN,
+    "autopipeline": "distributed.pp_size, schedule and split_points",
+    "pipeline": "distributed.pp_size, schedule and split_points",
+    "tokenizer": "dataset.tokenizer",
+    "quantization": "quantization is not supported",
+    "fp8": "float8 is not supported",
+    "compile": "distributed.compile",
+    "freeze_config": "trainable, patterns of parameters",
+    "slurm": "torchrun -m autofunc finetune llm -c FILE",
+}
+
+MEGATRON: Mapping[str, str] = {
+    "distributed.pipeline_parallel_size": "distributed.pp_size",
+    "distributed.pipeline_model_parallel_size": "distributed.pp_size",
+    "distributed.tensor_parallel_size": "distributed.tp_size",
+    "distributed.tensor_model_parallel_size": "distributed.tp_size",
+    "distributed.data_parallel_size": "distributed.dp_size",
+    "distributed.context_parallel_size": "distributed.cp_size, of which only 1 is supported so far",
+    "distributed.expert_model_parallel_size": "distributed.ep_size, of which only 1 is supported so far",
+}
+
+TOOLS: Mapping[str, Mapping[str, str]] = {
+    "transformers' Trainer": HF_TRAINER,
+    "torchtitan": TORCHTITAN,
+    "NeMo AutoModel": AUTOMODEL,
+    "Megatron": MEGATRON,
+}
+"""By the tool's name: dotted key -> what is written here. A section stands for all keys in it that are not listed."""
+
+
+def explained(location: list[str], given: Any) -> list[str]:
+    """A line for an unknown key that another tool has; for a section a line for each key in it. None: of none of them."""
+    return list(_lines(".".join(location), given))
+
+
+def _lines(path: str, given: Any) -> Iterator[str]:
+    inside = any(key.startswith(f"{path}.") for keys in TOOLS.values() for key in keys)
+    if inside and isinstance(given, Mapping):
+        rest = [name for name, value in given.items() if not list(_lines(f"{path}.{name}", value))]
+        for name, value in given.items():
+            yield from _lines(f"{path}.{name}", value)
+        if not rest:
+            return
+    tools = [tool for tool, keys in TOOLS.items() if path in keys]
+    if tools:
+        here = TOOLS[tools[0]][path]
+        yield f"unknown key {path!r}, of {' and '.join(tools)}; here: {here}"

@@ -1,0 +1,106 @@
+"""What is wrong with a configuration, in words: each problem in one line, and all of them at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, get_args
+
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
+from autofunc.config.environment import FromEnvironment
+from autofunc.config.other_tools import explained
+from autofunc.errors import one_of, shown
+
+MOST = 14
+"""Problems that are told at once."""
+
+_A_SECTION = "expected a section, with keys of its own"
+_TYPES = {"model_type": _A_SECTION, "dict_type": _A_SECTION, "too_short": "expected one or more, or to leave it out"}
+_NUMBERS = ("int_type", "float_type", "bool_type")
+
+
+def all_at_once(problems: Iterable[str]) -> str:
+    """All problems, each once, in one text."""
+    lines = [line for problem in dict.fromkeys(problems) for line in problem.splitlines()]
+    left = len(lines) - MOST
+    return "\n".join([*lines[:MOST], f"and {left} more"] if left > 1 else lines)
+
+
+def in_words(error: ValidationError, section: type[BaseModel]) -> list[str]:
+    """What pydantic found in a section and below it.
+
+    Of a key that may have several types pydantic tells what is wrong with each: here they are one problem.
+    """
+    found: dict[tuple[str, str], list[str]] = {}
+    told: list[str] = []
+    for detail in error.errors():
+        location = [str(part) for part in detail["loc"]]
+        if detail["type"] == "extra_forbidden":
+            known = [*_keys_below(section, location[:-1])]
+            told += unknown_key(location, detail["input"], one_of(location[-1], known))
+        elif detail["type"] == "missing":
+            told.append(f"missing section {'.'.join(location)!r}")
+        else:
+            given, path = detail["input"], _path(section, location)
+            found.setdefault((path, _got(detail, given)), []).append(_expected(detail, given))
+    return [*told, *(f"{path}: {_joined(expected)}; got {given}" for (path, given), expected in found.items())]
+
+
+def unknown_key(location: list[str], given: Any, otherwise: str) -> list[str]:
+    """A line for a key that is not known, or for each in it: what it is in another tool and here, or what is near."""
+    lines = explained(location, given)
+    return lines or [f"unknown key {shown('.'.join(location))}: {otherwise}"]
+
+
+def check_type(value: Any, annotation: Any, where: str) -> list[str]:
+    """What is wrong with a value of an argument that is annotated with plain types."""
+    try:
+        TypeAdapter(annotation, config={"strict": True}).validate_python(value)
+    except ValidationError as error:
+        found = [_expected(detail, detail["input"]) for detail in error.errors()]
+        details = error.errors()
+        return [f"{where}: {_joined(found)}; got {_got(details[0], details[0]['input'])}"]
+    return []
+
+
+def _expected(detail: Any, given: Any) -> str:
+    if given is None and detail["type"] != "value_error":
+        return "has no value: leave the key out, or give it one"
+    message = _TYPES.get(detail["type"]) or str(detail["msg"]).removeprefix("Value error, ")
+    return f"{message[0].lower()}{message[1:]}"
+
+
+def _got(detail: Any, given: Any) -> str:
+    hint = ""
+    if isinstance(given, str) and detail["type"] in _NUMBERS and not isinstance(FromEnvironment(given).read(), str):
+        hint = ", a text: leave out the quotes; of a variable of the environment write ${oc.decode:${oc.env:NAME}}"
+    return shown(given) + hint
+
+
+def _joined(expected: list[str]) -> str:
+    """`input should be a valid list or a valid integer` of two."""
+    first, *others = dict.fromkeys(expected)
+    return " or ".join([first, *(each.removeprefix("input should be ") for each in others)])
+
+
+def _path(section: type[BaseModel], location: list[str]) -> str:
+    """The dotted key: after that of a field of several types pydantic has the name of the type that did not fit."""
+    path: list[str] = []
+    known = list(section.model_fields)
+    for part in location:
+        if part not in known:
+            break
+        path.append(part)
+        known = _keys_below(section, path)
+    return ".".join(path)
+
+
+def _keys_below(section: type[BaseModel], path: list[str]) -> list[str]:
+    for part in path:
+        field = section.model_fields.get(part)
+        kind = field.annotation if field is not None else None
+        kinds = [each for each in (kind, *get_args(kind)) if isinstance(each, type) and issubclass(each, BaseModel)]
+        if not kinds:
+            return []
+        (section,) = kinds
+    return list(section.model_fields)
