@@ -6,19 +6,18 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from autofunc import tree
 from autofunc.automodel.description import CONFIG, values_of
-from autofunc.automodel.filled import filled
 from autofunc.automodel.in_transformers import is_model
 from autofunc.automodel.registry import ARCHITECTURES, model_type_of
 from autofunc.captured import CapturedModel
-from autofunc.captured.module import ModuleSource, source_of
+from autofunc.captured.filled import filled, full_values
+from autofunc.captured.module import source_of
 from autofunc.captured.pretrained import Pretrained
 from autofunc.captured.stored_tensors import INDEX, SINGLE, StoredTensors
-from autofunc.errors import ModelError, one_of
+from autofunc.errors import ModelError
 
 
 def write_pretrained(
@@ -48,7 +47,8 @@ def write_pretrained(
         ModelError: for parameters that are missing, unknown or of another shape, and for a config that is none.
     """
     source = source_of(model)
-    made = filled(source, _full_tree(source, params))
+    values = full_values(source, _flat(params))
+    made = filled(source, {name: leaf.detach().cpu().contiguous() for name, leaf in values.items()})
     folder = Path(folder).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     if is_model(made):
@@ -59,37 +59,11 @@ def write_pretrained(
     return folder
 
 
-def _full_tree(source: ModuleSource, params: tree.Nested | str | Path) -> dict[str, Tensor]:
-    """All parameters of a module by canonical path; what no layer uses has the value it has in the module or its files.
-
-    Beside them the buffers that are given: the state of a run.
-    """
+def _flat(params: tree.Nested | str | Path) -> dict[str, Tensor]:
     if isinstance(params, (str, Path)):
         stored = StoredTensors(params)
-        flat: dict[str, Tensor] = stored.read(stored.shapes)
-    else:
-        flat = tree.flatten(params)
-    persistent = {*source.module.state_dict(keep_vars=True)}
-    buffers = {name: leaf for name, leaf in source.module.named_buffers() if name in persistent}
-    kept = {name: leaf for name, leaf in flat.items() if name in buffers}
-    flat = {name: leaf for name, leaf in flat.items() if name not in buffers}
-    expected = source.parameters
-    extra = [name for name in flat if name not in expected]
-    if extra:
-        raise ModelError(f"{source.what} has no parameter {extra[0]!r}; {one_of(extra[0], expected)}")
-    missing = [name for name in expected if name not in flat]
-    unknown = [name for name in missing if not source.has_value(name)]
-    if unknown:
-        raise ModelError(
-            f"params have no {unknown[0]!r}, one of {len(unknown)} parameters of {source.what} that are missing; give the "
-            f"full tree, of all stages (pipe.gather); {one_of(unknown[0], flat)}"
-        )
-    own = {**expected, **buffers}
-    for name, leaf in {**flat, **kept}.items():
-        if leaf.shape != own[name].shape:
-            raise ModelError(f"{name!r} is {tuple(leaf.shape)}, but in {source.what} {tuple(own[name].shape)}")
-    flat = {**flat, **source.weights(missing, 0, torch.device("cpu"), None)}
-    return {name: leaf.detach().cpu().contiguous() for name, leaf in {**{n: flat[n] for n in expected}, **kept}.items()}
+        return stored.read(stored.shapes)
+    return tree.flatten(params)
 
 
 def _write(module: nn.Module, folder: Path, max_shard_size: int | str) -> None:

@@ -13,6 +13,7 @@ from tensordict import TensorDict
 from autofunc import tree
 from autofunc.errors import ModelError, one_of
 from autofunc.model.cut_points import CutPoints
+from autofunc.model.given_back import GivenBack
 from autofunc.model.layer import Layer
 from autofunc.model.placement_rules import TensorParallel
 from autofunc.model.specialised import LayerFunction, Specialised
@@ -23,7 +24,7 @@ from autofunc.random import KEY, InitKey, as_key
 Device = torch.device | str | None
 
 
-class Model:
+class Model(GivenBack):
     """Named pure layers in order.
 
     A parameter's path is its layer's name joined with its name inside the layer: `h.0.attn.weight`. A tie lets one layer
@@ -197,11 +198,6 @@ class Model:
             names: of the cut points that `specialise` gives.
         """
         return self
-
-    @property
-    def title(self) -> str:
-        """What it is called in messages."""
-        return "the model"
 
     def has_own_value(self, path: str) -> bool:
         """Whether a parameter, by its canonical path, has an initial value of its own, which no seed changes."""
