@@ -18,10 +18,11 @@ from autofunc.captured.module import source_of
 from autofunc.captured.pretrained import Pretrained
 from autofunc.captured.stored_tensors import INDEX, SINGLE, StoredTensors
 from autofunc.errors import ModelError
+from autofunc.model import Model
 
 
 def write_pretrained(
-    model: CapturedModel | Pretrained | nn.Module,
+    model: Model | Pretrained | nn.Module,
     params: tree.Nested | str | Path,
     folder: str | Path,
     *,
@@ -31,7 +32,8 @@ def write_pretrained(
 
     A model of transformers is written by its own `save_pretrained`: tied parameters once, its generation config, and
     weights in the form in which its checkpoints store them. Any other module needs a `config` attribute; its folder is for
-    `af.AutoModel.from_pretrained`, once its class is registered. The module stays as it is.
+    `af.AutoModel.from_pretrained`, once its class is registered. The module stays as it is. A model of pure layers is
+    written as it says that it is in transformers (`Model.in_transformers`), as those of `stages/` do.
 
     Args:
         model: what the parameters are of; its module may be on the meta device.
@@ -46,16 +48,20 @@ def write_pretrained(
     Raises:
         ModelError: for parameters that are missing, unknown or of another shape, and for a config that is none.
     """
+    folder = Path(folder).expanduser()
+    if isinstance(model, Model) and not isinstance(model, CapturedModel):
+        config, leaves = _in_transformers(model, _flat(params))
+        _write_files(folder, config, leaves, max_shard_size)
+        return folder
     source = source_of(model)
     values = full_values(source, _flat(params))
     made = filled(source, {name: leaf.detach().cpu().contiguous() for name, leaf in values.items()})
-    folder = Path(folder).expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
     if is_model(made):
+        folder.mkdir(parents=True, exist_ok=True)
         _remove_weights(folder)
         made.save_pretrained(folder, max_shard_size=max_shard_size)
     else:
-        _write(made, folder, max_shard_size)
+        _write_files(folder, *_by_name(made), max_shard_size)
     return folder
 
 
@@ -66,11 +72,22 @@ def _flat(params: tree.Nested | str | Path) -> dict[str, Tensor]:
     return tree.flatten(params)
 
 
-def _write(module: nn.Module, folder: Path, max_shard_size: int | str) -> None:
-    """A module that does not write itself: each parameter once, under its canonical name."""
-    from huggingface_hub import split_torch_state_dict_into_shards
-    from safetensors.torch import save_file
+def _in_transformers(model: Model, params: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The config and the weights of a model of pure layers, each weight once."""
+    if model.in_transformers is None:
+        raise ModelError(
+            f"{model!r} was made of functions and does not say what it is in transformers; give it "
+            "af.Model(..., in_transformers=...), or keep model.state_dict(params)"
+        )
+    known = model.state_dict(params)
+    flat = {path: known[path].cpu().contiguous() for path in sorted({model.canonical(path) for path in model.spec})}
+    config, state = model.in_transformers(flat)
+    first = {id(leaf): name for name, leaf in reversed([*state.items()])}
+    return dict(config), {name: leaf for name, leaf in state.items() if first[id(leaf)] == name}
 
+
+def _by_name(module: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The config and the weights of a module that does not write itself: each parameter once, by its canonical name."""
     config = _config_values(module)
     state = module.state_dict(keep_vars=True)
     first = {id(leaf): name for name, leaf in module.named_parameters()}
@@ -79,10 +96,18 @@ def _write(module: nn.Module, folder: Path, max_shard_size: int | str) -> None:
         name: leaf.detach().clone() for name, leaf in state.items()
         if isinstance(leaf, Tensor) and first.get(id(leaf), name) == name
     }  # fmt: skip
+    return config, leaves
+
+
+def _write_files(folder: Path, config: dict[str, Any], leaves: dict[str, Tensor], max_shard_size: int | str) -> None:
+    from huggingface_hub import split_torch_state_dict_into_shards
+    from safetensors.torch import save_file
+
     floats = [leaf.dtype for leaf in leaves.values() if leaf.is_floating_point()]
     if floats:
         config["dtype"] = str(floats[0]).removeprefix("torch.")
-    text = _as_json(config, type(module).__name__)
+    text = _as_json(config)
+    folder.mkdir(parents=True, exist_ok=True)
     _remove_weights(folder)
     (folder / CONFIG).write_text(text)
     split = split_torch_state_dict_into_shards(leaves, max_shard_size=max_shard_size)
@@ -107,12 +132,12 @@ def _config_values(module: nn.Module) -> dict[str, Any]:
     return {**values, "architectures": [name], "model_type": values.get("model_type") or model_type_of(name)}
 
 
-def _as_json(config: dict[str, Any], what: str) -> str:
+def _as_json(config: dict[str, Any]) -> str:
     for key, value in config.items():
         try:
             json.dumps(value)
         except (TypeError, ValueError) as error:
-            raise ModelError(f"the config of {what} cannot be written as JSON: {key!r} is {value!r}: {error}") from error
+            raise ModelError(f"the config cannot be written as JSON: {key!r} is {value!r}: {error}") from error
     return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
 

@@ -13,7 +13,7 @@ from tensordict import TensorDict
 from autofunc import tree
 from autofunc.errors import ModelError, one_of
 from autofunc.model.cut_points import CutPoints
-from autofunc.model.given_back import GivenBack
+from autofunc.model.given_back import GivenBack, InTransformers
 from autofunc.model.layer import Layer
 from autofunc.model.placement_rules import TensorParallel
 from autofunc.model.specialised import LayerFunction, Specialised
@@ -37,6 +37,7 @@ class Model(GivenBack):
         config: anything that describes the model; kept as it is.
         trainable: shell-style patterns of the canonical paths that get gradients; `*` crosses dots.
         tensor_parallel: how its parameters are cut over a tp axis; without one they cannot be.
+        in_transformers: `in_transformers(params) -> (values of its config.json, state dict)`, for `autofunc export`.
 
     Raises:
         ModelError: for names that collide. Ties and patterns that name no parameter are found when `spec` is first read.
@@ -58,6 +59,7 @@ class Model(GivenBack):
         config: Any = None,
         trainable: Sequence[str] = ("*",),
         tensor_parallel: TensorParallel | None = None,
+        in_transformers: InTransformers | None = None,
     ) -> None:
         if not layers:
             raise ModelError("a model needs at least one layer")
@@ -67,6 +69,7 @@ class Model(GivenBack):
         self.config = config
         self.trainable = tuple(trainable)
         self.tensor_parallel = tensor_parallel
+        self.in_transformers = in_transformers
         self.stored: Stored | None = None  # initial values, instead of what layers make
         for alias, canonical in self.ties.items():
             if canonical in self.ties:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from functools import cached_property
+from typing import Any
 
 from torch import Tensor, nn
 
 from autofunc import tree
 from autofunc.errors import ModelError, one_of, some_of
 from autofunc.model.state import check_state
+
+InTransformers = Callable[[tree.Nested], tuple[Mapping[str, Any], Mapping[str, Tensor]]]
+"""From a full tree of parameters to the values of a config.json, and the weights as transformers has them."""
 
 
 class GivenBack:
