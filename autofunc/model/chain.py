@@ -14,7 +14,7 @@ from autofunc import tree
 from autofunc.errors import ModelError, one_of
 from autofunc.model.cut_points import CutPoints
 from autofunc.model.given_back import GivenBack, InTransformers
-from autofunc.model.layer import Layer
+from autofunc.model.layer import Layer, drawing_as
 from autofunc.model.placement_rules import TensorParallel
 from autofunc.model.specialised import LayerFunction, Specialised
 from autofunc.model.state import State, check_state, stateful
@@ -184,7 +184,7 @@ class Model(GivenBack):
 
     def _in_mode(self, training: bool) -> Specialised:
         plain: dict[str, LayerFunction] = {
-            name: layer.apply for name, layer in self.layers.items() if layer.init_state is None
+            name: drawing_as(name, layer.apply) for name, layer in self.layers.items() if layer.init_state is None
         }
         kept = {name: layer for name, layer in self.layers.items() if name not in plain}
         others = {name: stateful(name, layer, training=training) for name, layer in kept.items()}
