@@ -12,10 +12,9 @@ from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from functools import wraps
 from typing import Annotated, Any, get_type_hints
 
-import numpy as np
 import typer
 
-from autofunc import schedule
+import autofunc as af
 from autofunc.errors import ScheduleError
 
 TAKES_OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -48,16 +47,16 @@ class CostOptions:
         str | None, typer.Option("--costs", metavar="FILE", help="Costs, and bytes, from a JSON file instead.")
     ] = None
 
-    def read(self) -> tuple[schedule.Costs, schedule.Memory | None]:
+    def read(self) -> tuple[af.schedule.Costs, af.schedule.Memory | None]:
         """The costs as given, and bytes if the file has them: single numbers are a rank's times, lists are by stage."""
         given = {f"-{name}": text for name, text in zip("FIW", (self.forward, self.input, self.weight), strict=True)}
         if self.costs is None:
             f, i, w = (_times(option, text) for option, text in given.items())
-            return schedule.Costs(f, i, w, self.comm), None
+            return af.schedule.Costs(f, i, w, self.comm), None
         for option, text in (given | {"--comm": str(self.comm)}).items():
             if text != ("0.0" if option == "--comm" else "1"):
                 raise ScheduleError(f"{option} {text} and --costs {self.costs} were both given; expected one of them")
-        return schedule.read_costs(self.costs)
+        return af.schedule.read_costs(self.costs)
 
 
 def _times(option: str, text: str) -> float | list[float]:
@@ -68,9 +67,10 @@ def _times(option: str, text: str) -> float | list[float]:
     return times[0] if len(times) == 1 else times
 
 
-def by_stage(costs: schedule.Costs, stages_per_rank: float) -> schedule.Costs:
+def by_stage(costs: af.schedule.Costs, stages_per_rank: float) -> af.schedule.Costs:
     """Costs of a stage: the stages of a rank share a rank's time evenly."""
-    f, i, w = (cost if np.ndim(cost) else cost / stages_per_rank for cost in (costs.F, costs.I, costs.W))  # type: ignore[operator]
+    kinds = (costs.F, costs.I, costs.W)
+    f, i, w = (cost / stages_per_rank if isinstance(cost, (int, float)) else cost for cost in kinds)
     return replace(costs, F=f, I=i, W=w)
 
 
