@@ -108,7 +108,7 @@ def draw(
             "--output",
             "-o",
             metavar="FILE",
-            help="A picture .svg, a page .html, or a trace for Perfetto .json; text if none.",
+            help="A picture .svg or .png, a page .html, or a trace for Perfetto .json; text if none.",
         ),
     ] = None,
 ) -> None:
@@ -156,7 +156,7 @@ def search(
     given, memory = costs.read()
     listed = {len(cost) for cost in (given.F, given.I, given.W) if not isinstance(cost, (int, float))}
     per_rank = sizes.stages_per_rank or max(max(listed, default=sizes.ranks) // sizes.ranks, 1)
-    of_stages = by_stage(given, per_rank)
+    of_stages = by_stage(given, sizes.ranks, sizes.ranks * per_rank)
     asked: dict[str, Any] = {
         "num_ranks": sizes.ranks,
         "num_microbatches": sizes.microbatches,
@@ -222,7 +222,7 @@ def _build(name: str, sizes: Sizes, only_looped: bool = False) -> af.schedule.Sc
 
 
 def _simulate(s: af.schedule.Schedule, costs: af.schedule.Costs) -> af.schedule.Timeline:
-    return af.schedule.simulate(s, by_stage(costs, s.num_stages / s.num_ranks))
+    return af.schedule.simulate(s, by_stage(costs, s.num_ranks, s.num_stages))
 
 
 def _draw_text(console: Console, timeline: af.schedule.Timeline) -> None:
@@ -236,14 +236,13 @@ def _print_figures(console: Console, timelines: list[af.schedule.Timeline]) -> N
         table.add_column(column, justify="left" if column == "schedule" else "right")
     for timeline in timelines:
         s = timeline.schedule
-        per_rank = max(timeline.peak_activations) * s.num_ranks / s.num_stages
         table.add_row(
             s.name,
             str(s.num_stages),
             f"{timeline.makespan:g}",
             f"{timeline.bubble_fraction:.1%}",
             f"{timeline.span_bubble_fraction:.1%}",
-            f"{per_rank:g}",
+            f"{timeline.peak_microbatches:g}",
         )
     console.print(table)
     console.print("activations: most microbatches whose activations a rank holds at once", highlight=False)

@@ -46,6 +46,7 @@ def test_table(report: Report) -> None:
     flat = " ".join(text.split())
     assert all(f"{code} " in text and f"{title}: " in flat for code, title in TITLES.items()), "it says what codes mean"
     assert re.search(r"transformer\.h\.1 +1 +6,144", text)
+    assert report._repr_html_().startswith("<pre>GPT2LMHeadModel: 0 failed")
     coloured = report.table(colour=True)
     assert re.sub(r"\x1b\[\d+m", "", coloured) == text and coloured != text
     assert repr(report) == f"Report({lines[0]})"
