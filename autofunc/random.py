@@ -20,7 +20,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -203,18 +205,34 @@ def permutation(key: Tensor, n: int, dtype: torch.dtype = torch.int64) -> Tensor
     return torch.sort(bits(key, n), stable=True).indices.to(dtype)
 
 
-def dropout(x: Tensor, p: float, batch: Mapping[str, Any], name: str) -> Tensor:
+def dropout(
+    x: Tensor, p: float, batch: Mapping[str, Any] | None = None, name: str = "", *, training: bool = True
+) -> Tensor:
     """Dropout whose mask is a function of (key, name) alone: the same in every layout, and recomputable.
 
-    Without `batch["key"]`, or with `p == 0`, it returns `x` itself: no key means evaluation.
+    Without a key, or with `p == 0`, it returns `x` itself: no key means evaluation. `dropout(x, p)` finds both by itself:
+    inside the `apply` of an `af.Layer` the key is the microbatch's, and the name the layer's with the number of the call.
+    In the forward of an `nn.Module` it is torch's dropout, of which `af.from_module` makes a function of the key.
 
     Args:
         x: any floating-point tensor.
         p: probability of setting an element to zero, in [0, 1).
         batch: the microbatch; its `"key"` is the microbatch's own key (int64, shape (2,)).
         name: what makes this call differ from any other in the model, usually a path such as `"h.3.mlp"`.
+        training: False drops nothing, whatever the key: `self.training` in a module.
+
+    Raises:
+        BatchError: without a batch, where a forward is run again while gradients are computed (`torch.utils.checkpoint`).
     """
-    key = batch.get("key")
+    if not training:
+        return x
+    if batch is not None:
+        key = batch.get(KEY)
+    else:
+        place = _place.get()
+        if place is None:
+            return torch.nn.functional.dropout(x, p)
+        key, name = place.key, name or place.next_name()
     if key is None or p == 0.0:
         return x
     if not 0.0 <= p < 1.0:
@@ -222,6 +240,38 @@ def dropout(x: Tensor, p: float, batch: Mapping[str, Any], name: str) -> Tensor:
     threshold = round(p * 2.0**32)
     keep = (bits(fold_in(key, name), x.numel()) >= threshold).view(x.shape)
     return x * keep.to(x.dtype) * (1.0 / (1.0 - p))
+
+
+@dataclass
+class _Place:
+    """Where `dropout` is called."""
+
+    key: Tensor | None
+    layer: str
+    calls: int = 0
+
+    def next_name(self) -> str:
+        """Of this call; the first has the same whenever the layer runs."""
+        if not self.layer:
+            raise BatchError(
+                "af.random.dropout(x, p) was called while gradients are computed, where no layer says what its key is "
+                "(torch.utils.checkpoint?); give it the batch and a name: af.random.dropout(x, p, batch, name)"
+            )
+        self.calls += 1
+        return f"{self.layer}#{self.calls}"
+
+
+_place: ContextVar[_Place | None] = ContextVar("_place", default=None)
+
+
+@contextmanager
+def drawing(key: Tensor | None, layer: str) -> Iterator[None]:
+    """While a layer runs: what `dropout` without a batch draws from. An empty name refuses it."""
+    token = _place.set(_Place(key, layer))
+    try:
+        yield
+    finally:
+        _place.reset(token)
 
 
 @dataclass(frozen=True)

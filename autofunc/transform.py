@@ -42,7 +42,8 @@ def pipeline(
         mesh: from `af.make_mesh`; None runs every pp rank in this process. Ranks with the same dp coordinate pass the same
             rows, those with another pass others: the loss and the gradients are those of all rows.
         engine: how stages are differentiated: "graph" captures each once and cuts it into forward, backward, backward of
-            the input and of the weights; "eager" runs autograd on it, and takes what cannot be captured.
+            the input and of the weights; "eager" runs autograd on it, and takes layers of functions that cannot be
+            captured. A module was captured before, by `af.from_module`: what that refuses, no engine takes.
         compile: run the captured pieces as compiled code. Equal to 1e-5, not bit for bit.
         remat: what the backward computes again instead of keeping it: None; "layer", all but what goes from layer to layer;
             "stage", all but what the stage received; "auto", what makes the shortest step within `memory_budget`, which may

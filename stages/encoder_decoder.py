@@ -29,6 +29,7 @@ import autofunc as af
 from autofunc.errors import ModelError, one_of
 from autofunc.tree import flatten
 from stages.huggingface import drop_tied, fill, read_settings, read_weights, require
+from stages.in_transformers import t5_values
 from stages.llama import norm_init, rms_norm
 from stages.ranges import MOST_LAYERS, check_probabilities, check_scales, check_sizes
 from stages.relative_positions import position_bias
@@ -138,7 +139,10 @@ def build_encoder_decoder_model(
         layers[f"decoder.block.{index}"] = _block(config, "decoder", index)
     layers["decoder.final_layer_norm"] = _final_norm(config, "decoder.final_layer_norm")
     layers["lm_head"] = _head(config)
-    return af.Model(layers, ties={**_ties_in_state(config), **_ties_of_positions(config)}, config=config)
+    return af.Model(
+        layers, ties={**_ties_in_state(config), **_ties_of_positions(config)}, config=config,
+        in_transformers=lambda params: (t5_values(config), to_hf(params, config)),
+    )  # fmt: skip
 
 
 def attention(

@@ -25,6 +25,7 @@ import autofunc as af
 from autofunc.errors import ModelError
 from autofunc.tree import flatten
 from stages.huggingface import drop_tied, fill, read_settings, read_weights, require
+from stages.in_transformers import gpt2_values
 from stages.ranges import MOST_LAYERS, check_probabilities, check_scales, check_sizes
 
 Params = Mapping[str, Any]
@@ -116,7 +117,10 @@ def build_gpt2_model(
         apply=lambda params, x_BTD, batch: functional.linear(af.constrain(x_BTD, "replicate"), params["weight"])
     )
     spread = af.TensorParallel(TENSOR_PARALLEL, divisible={"n_head": n_head, "vocab_size": vocab_size})
-    return af.Model(layers, ties={"head.weight": "wte.weight"}, config=config, tensor_parallel=spread)
+    return af.Model(
+        layers, ties={"head.weight": "wte.weight"}, config=config, tensor_parallel=spread,
+        in_transformers=lambda params: (gpt2_values(config), to_hf(params, config)),
+    )  # fmt: skip
 
 
 def layer_norm(params: Params, x_BTD: Tensor, config: GPT2Config) -> Tensor:

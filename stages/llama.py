@@ -25,6 +25,7 @@ import autofunc as af
 from autofunc.errors import ModelError
 from autofunc.tree import flatten
 from stages.huggingface import drop_tied, fill, read_settings, read_weights, require
+from stages.in_transformers import llama_values
 from stages.ranges import MOST_LAYERS, check_scales, check_sizes
 from stages.rotary import Scaling, check_scaling, rope_from_hf, rotary, rotate
 
@@ -152,7 +153,10 @@ def build_llama_model(
         "vocab_size": vocab_size,
     }
     table = TENSOR_PARALLEL if tie_word_embeddings else {**TENSOR_PARALLEL, "lm_head.weight": "shard(0)"}
-    return af.Model(layers, ties=ties(config), config=config, tensor_parallel=af.TensorParallel(table, divisible))
+    return af.Model(
+        layers, ties=ties(config), config=config, tensor_parallel=af.TensorParallel(table, divisible),
+        in_transformers=lambda params: (llama_values(config), to_hf(params, config)),
+    )  # fmt: skip
 
 
 def ties(config: LlamaConfig) -> dict[str, str]:

@@ -27,6 +27,7 @@ import autofunc as af
 from autofunc.errors import ModelError
 from autofunc.tree import flatten
 from stages.huggingface import drop_tied, fill, read_settings, read_weights, require
+from stages.in_transformers import moe_values
 from stages.llama import (
     SIZES,
     LlamaConfig,
@@ -124,7 +125,10 @@ def build_moe_model(
         layers[f"layers.{index}"] = _block(config)
     layers["norm"] = af.Layer(lambda key: norm_init(key, "", hidden_size), apply_norm)
     layers["lm_head"] = af.Layer(project.init, apply_head)
-    return af.Model(layers, ties=ties(config), config=config)
+    return af.Model(
+        layers, ties=ties(config), config=config,
+        in_transformers=lambda params: (moe_values(config), to_hf(params, config)),
+    )  # fmt: skip
 
 
 def route(params: Params, x_BTD: Tensor, config: MoEConfig) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,6 @@
 """Models by the names of their architectures: registered ones and those of transformers, with and without weights."""
 
 from autofunc.automodel.auto_model import AutoModel
-from autofunc.automodel.filled import with_values
 from autofunc.automodel.modeling_path import register_modeling_path
 from autofunc.automodel.registry import known_architectures, register_architecture
 from autofunc.automodel.write import write_pretrained
@@ -11,6 +10,5 @@ __all__ = [
     "known_architectures",
     "register_architecture",
     "register_modeling_path",
-    "with_values",
     "write_pretrained",
 ]

@@ -16,10 +16,10 @@ from autofunc.automodel.description import Description, describe
 from autofunc.automodel.hub import CONFIGS, WEIGHTS, folder_of
 from autofunc.automodel.in_transformers import WholeModel, is_model
 from autofunc.automodel.write import write_pretrained
-from autofunc.captured import CapturedModel
 from autofunc.captured.pretrained import ConvertedForm, Pretrained, SafetensorsWeights, Weights
 from autofunc.captured.stored_tensors import INDEX, SINGLE, StoredTensors
 from autofunc.errors import ModelError, one_of
+from autofunc.model import Model
 
 
 class AutoModel:
@@ -105,7 +105,7 @@ class AutoModel:
 
     @staticmethod
     def export(
-        model: CapturedModel | Pretrained | nn.Module,
+        model: Model | Pretrained | nn.Module,
         params: tree.Nested | str | Path,
         folder: str | Path,
         *,

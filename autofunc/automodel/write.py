@@ -6,23 +6,23 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from autofunc import tree
 from autofunc.automodel.description import CONFIG, values_of
-from autofunc.automodel.filled import filled
 from autofunc.automodel.in_transformers import is_model
 from autofunc.automodel.registry import ARCHITECTURES, model_type_of
 from autofunc.captured import CapturedModel
-from autofunc.captured.module import ModuleSource, source_of
+from autofunc.captured.filled import filled, full_values
+from autofunc.captured.module import source_of
 from autofunc.captured.pretrained import Pretrained
 from autofunc.captured.stored_tensors import INDEX, SINGLE, StoredTensors
-from autofunc.errors import ModelError, one_of
+from autofunc.errors import ModelError
+from autofunc.model import Model
 
 
 def write_pretrained(
-    model: CapturedModel | Pretrained | nn.Module,
+    model: Model | Pretrained | nn.Module,
     params: tree.Nested | str | Path,
     folder: str | Path,
     *,
@@ -32,7 +32,8 @@ def write_pretrained(
 
     A model of transformers is written by its own `save_pretrained`: tied parameters once, its generation config, and
     weights in the form in which its checkpoints store them. Any other module needs a `config` attribute; its folder is for
-    `af.AutoModel.from_pretrained`, once its class is registered. The module stays as it is.
+    `af.AutoModel.from_pretrained`, once its class is registered. The module stays as it is. A model of pure layers is
+    written as it says that it is in transformers (`Model.in_transformers`), as those of `stages/` do.
 
     Args:
         model: what the parameters are of; its module may be on the meta device.
@@ -47,56 +48,46 @@ def write_pretrained(
     Raises:
         ModelError: for parameters that are missing, unknown or of another shape, and for a config that is none.
     """
-    source = source_of(model)
-    made = filled(source, _full_tree(source, params))
     folder = Path(folder).expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(model, Model) and not isinstance(model, CapturedModel):
+        config, leaves = _in_transformers(model, _flat(params))
+        _write_files(folder, config, leaves, max_shard_size)
+        return folder
+    source = source_of(model)
+    values = full_values(source, _flat(params))
+    made = filled(source, {name: leaf.detach().cpu().contiguous() for name, leaf in values.items()})
     if is_model(made):
+        folder.mkdir(parents=True, exist_ok=True)
         _remove_weights(folder)
         made.save_pretrained(folder, max_shard_size=max_shard_size)
     else:
-        _write(made, folder, max_shard_size)
+        _write_files(folder, *_by_name(made), max_shard_size)
     return folder
 
 
-def _full_tree(source: ModuleSource, params: tree.Nested | str | Path) -> dict[str, Tensor]:
-    """All parameters of a module by canonical path; what no layer uses has the value it has in the module or its files.
-
-    Beside them the buffers that are given: the state of a run.
-    """
+def _flat(params: tree.Nested | str | Path) -> dict[str, Tensor]:
     if isinstance(params, (str, Path)):
         stored = StoredTensors(params)
-        flat: dict[str, Tensor] = stored.read(stored.shapes)
-    else:
-        flat = tree.flatten(params)
-    persistent = {*source.module.state_dict(keep_vars=True)}
-    buffers = {name: leaf for name, leaf in source.module.named_buffers() if name in persistent}
-    kept = {name: leaf for name, leaf in flat.items() if name in buffers}
-    flat = {name: leaf for name, leaf in flat.items() if name not in buffers}
-    expected = source.parameters
-    extra = [name for name in flat if name not in expected]
-    if extra:
-        raise ModelError(f"{source.what} has no parameter {extra[0]!r}; {one_of(extra[0], expected)}")
-    missing = [name for name in expected if name not in flat]
-    unknown = [name for name in missing if not source.has_value(name)]
-    if unknown:
+        return stored.read(stored.shapes)
+    return tree.flatten(params)
+
+
+def _in_transformers(model: Model, params: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The config and the weights of a model of pure layers, each weight once."""
+    if model.in_transformers is None:
         raise ModelError(
-            f"params have no {unknown[0]!r}, one of {len(unknown)} parameters of {source.what} that are missing; give the "
-            f"full tree, of all stages (pipe.gather); {one_of(unknown[0], flat)}"
+            f"{model!r} was made of functions and does not say what it is in transformers; give it "
+            "af.Model(..., in_transformers=...), or keep model.state_dict(params)"
         )
-    own = {**expected, **buffers}
-    for name, leaf in {**flat, **kept}.items():
-        if leaf.shape != own[name].shape:
-            raise ModelError(f"{name!r} is {tuple(leaf.shape)}, but in {source.what} {tuple(own[name].shape)}")
-    flat = {**flat, **source.weights(missing, 0, torch.device("cpu"), None)}
-    return {name: leaf.detach().cpu().contiguous() for name, leaf in {**{n: flat[n] for n in expected}, **kept}.items()}
+    known = model.state_dict(params)
+    flat = {path: known[path].cpu().contiguous() for path in sorted({model.canonical(path) for path in model.spec})}
+    config, state = model.in_transformers(flat)
+    first = {id(leaf): name for name, leaf in reversed([*state.items()])}
+    return dict(config), {name: leaf for name, leaf in state.items() if first[id(leaf)] == name}
 
 
-def _write(module: nn.Module, folder: Path, max_shard_size: int | str) -> None:
-    """A module that does not write itself: each parameter once, under its canonical name."""
-    from huggingface_hub import split_torch_state_dict_into_shards
-    from safetensors.torch import save_file
-
+def _by_name(module: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The config and the weights of a module that does not write itself: each parameter once, by its canonical name."""
     config = _config_values(module)
     state = module.state_dict(keep_vars=True)
     first = {id(leaf): name for name, leaf in module.named_parameters()}
@@ -105,10 +96,18 @@ def _write(module: nn.Module, folder: Path, max_shard_size: int | str) -> None:
         name: leaf.detach().clone() for name, leaf in state.items()
         if isinstance(leaf, Tensor) and first.get(id(leaf), name) == name
     }  # fmt: skip
+    return config, leaves
+
+
+def _write_files(folder: Path, config: dict[str, Any], leaves: dict[str, Tensor], max_shard_size: int | str) -> None:
+    from huggingface_hub import split_torch_state_dict_into_shards
+    from safetensors.torch import save_file
+
     floats = [leaf.dtype for leaf in leaves.values() if leaf.is_floating_point()]
     if floats:
         config["dtype"] = str(floats[0]).removeprefix("torch.")
-    text = _as_json(config, type(module).__name__)
+    text = _as_json(config)
+    folder.mkdir(parents=True, exist_ok=True)
     _remove_weights(folder)
     (folder / CONFIG).write_text(text)
     split = split_torch_state_dict_into_shards(leaves, max_shard_size=max_shard_size)
@@ -133,12 +132,12 @@ def _config_values(module: nn.Module) -> dict[str, Any]:
     return {**values, "architectures": [name], "model_type": values.get("model_type") or model_type_of(name)}
 
 
-def _as_json(config: dict[str, Any], what: str) -> str:
+def _as_json(config: dict[str, Any]) -> str:
     for key, value in config.items():
         try:
             json.dumps(value)
         except (TypeError, ValueError) as error:
-            raise ModelError(f"the config of {what} cannot be written as JSON: {key!r} is {value!r}: {error}") from error
+            raise ModelError(f"the config cannot be written as JSON: {key!r} is {value!r}: {error}") from error
     return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
 

@@ -16,10 +16,13 @@ from autofunc.captured.captures import Captures
 from autofunc.captured.cut import Cut
 from autofunc.captured.cut_points import ABSENT, FIRST, default_layers, find_cut_points
 from autofunc.captured.evaluation import Evaluation, evaluation_of
+from autofunc.captured.filled import filled, full_values
 from autofunc.captured.flow import Flow
+from autofunc.captured.holders import holders, idle, idle_note, with_idle
+from autofunc.captured.module_source import ModuleSource
 from autofunc.captured.segment import Segment
 from autofunc.captured.source import device_of
-from autofunc.errors import ModelError, some_of
+from autofunc.errors import ModelError
 from autofunc.model import CutPoints, Layer, Model, Specialised, State
 from autofunc.model.specialised import LayerFunction
 from autofunc.model.state import StatefulFunction
@@ -65,10 +68,10 @@ class CapturedModel(Model):
         layers = [first, *(name for name in names if self._found.start[name] > self._found.start[first])]
         self._names, self._known_states = layers, flow.exported.state_names
         probe = self._cut_of(flow, [{} for _ in layers])
-        idle = _idle(self._source.parameters, probe.params, trainable)
-        if idle:
-            self.notes = tuple(dict.fromkeys((*self.notes, _idle_note(idle, self._source.select(example)))))
-        self._holders = _holders(layers, _with_idle(probe.params, idle, self._source.parameters), self._source.aliases)
+        unread = idle(self._source.parameters, probe.params, trainable)
+        if unread:
+            self.notes = tuple(dict.fromkeys((*self.notes, idle_note(unread, self._source.select(example)))))
+        self._holders = holders(layers, with_idle(probe.params, unread, self._source.parameters), self._source.aliases)
         self._states = {layer: tuple(names) for layer, names in zip(layers, probe.states, strict=True) if names}
         ties = {path: name for owned in self._holders.values() for name, path in owned.items() if path != name}
         self._layer_of_path = {path: layer for layer, owned in self._holders.items() for path in owned.values()}
@@ -161,6 +164,20 @@ class CapturedModel(Model):
         if torch.device(device).type == "meta":
             return {path: torch.empty_like(self._source.module.get_buffer(path), device="meta") for path in wanted}
         return {path: self._source.buffer(path).detach().to(device, copy=True) for path in wanted}
+
+    def state_dict(self, params: tree.Nested, state: tree.Nested | None = None) -> dict[str, Tensor]:
+        """See `Model.state_dict`: a module's own, so that `module.load_state_dict` takes it."""
+        if not isinstance(self._source, ModuleSource):
+            return super().state_dict(params, state)
+        return self.to_module(params, state).state_dict()
+
+    def to_module(self, params: tree.Nested, state: tree.Nested | None = None) -> nn.Module:
+        """See `Model.to_module`: a copy of the module that was captured, which itself stays as it is."""
+        if not isinstance(self._source, ModuleSource):
+            return super().to_module(params, state)
+        given = full_values(self._source, self.with_state(params, state))
+        made: nn.Module = filled(self._source, {path: leaf.detach().clone() for path, leaf in given.items()})
+        return made
 
     # --- captures
 
@@ -298,50 +315,6 @@ def _stateful_function(segment: Segment) -> StatefulFunction:
 
 def _received(segment: Segment, x: Any) -> Sequence[Tensor]:
     return [] if not segment.num_received else [x] if segment.num_received == 1 else x
-
-
-def _holders(
-    layers: Sequence[str], params: Sequence[Sequence[str]], aliases: Mapping[str, Sequence[str]]
-) -> dict[str, dict[str, str]]:
-    """By layer: canonical name of each parameter it uses -> the path under which it holds it.
-
-    The first layer to use a parameter holds it by its name; the others by another name that the module has for it, or one
-    made of both.
-    """
-    found: dict[str, dict[str, str]] = {}
-    taken: set[str] = set()
-    for layer, names in zip(layers, params, strict=True):
-        found[layer] = {}
-        for name in names:
-            own = [alias for alias in aliases.get(name, ()) if alias.startswith(layer + ".") and alias not in taken]
-            path = name if name not in taken else own[0] if own else f"{name}@{layer}"
-            taken.add(path)
-            found[layer][name] = path
-    return found
-
-
-def _idle(parameters: Mapping[str, Tensor], params: Sequence[Sequence[str]], trainable: Sequence[str]) -> list[str]:
-    """What could be trained, and no layer uses: its gradients are zero."""
-    used = {name for names in params for name in names}
-    return [
-        name for name, leaf in parameters.items()
-        if name not in used and leaf.requires_grad and tree.matches(name, trainable)
-    ]  # fmt: skip
-
-
-def _with_idle(params: Sequence[Sequence[str]], idle: Sequence[str], order: Iterable[str]) -> list[list[str]]:
-    """What each layer holds: what it uses, and what is idle and comes next in the module."""
-    first = {name: layer for layer, names in reversed([*enumerate(params)]) for name in names}
-    held, layer, waiting = [list(names) for names in params], 0, set(idle)
-    for name in order:
-        layer = first.get(name, layer)
-        if name in waiting:
-            held[layer].append(name)
-    return held
-
-
-def _idle_note(idle: Sequence[str], entries: Iterable[str]) -> str:
-    return f"no layer uses {some_of(idle, 5)} with these inputs ({', '.join(entries)}): the gradients are zero"
 
 
 def _device(leaves: Sequence[Tensor]) -> torch.device:

@@ -54,7 +54,9 @@ def check_leftovers(subject: Subject) -> list[Verdict]:
         if text:
             return [Verdict("C4", "fail", text, subject.where_above(at))]
     noted = [change for change in changes if change.how == "noted"]
-    found = [_noted(subject, module, named) for module, named in _by_class(subject, noted).items()]
+    found = [
+        _noted(subject, module, named, undone=captured is not None) for module, named in _by_class(subject, noted).items()
+    ]
     return found or [
         Verdict("C4", "pass", "forwards leave nothing behind, may overlap, and may be run again for their gradients")
     ]
@@ -84,8 +86,11 @@ def _kept(subject: Subject, module: str, changes: list[Change]) -> Verdict:
     return Verdict("C4", "fail", text, where(type(part), module))
 
 
-def _noted(subject: Subject, module: str, changes: list[Change]) -> Verdict:
+def _noted(subject: Subject, module: str, changes: list[Change], *, undone: bool) -> Verdict:
     names = ", ".join(change.attribute for change in changes)
+    if undone:
+        text = f"forward sets a plain value inside {names}, which is put back when it is captured"
+        return Verdict("C4", "pass", text, subject.where_of(module))
     text = f"forward sets a plain value inside {names}, in a pipeline maybe on one rank only; set it before"
     return Verdict("C4", "warn", text, subject.where_of(module))
 

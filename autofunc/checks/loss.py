@@ -38,7 +38,9 @@ def check_loss(subject: Subject) -> list[Verdict]:
         return [verdict("fail", f"the loss is {float(terms.sum)}; look for a division by zero, or rows without labels")]
     if not terms.sum.requires_grad:
         return [verdict("fail", "the loss has no gradient: forward detaches it, or no parameter requires one")]
-    found = [verdict("warn", text) for text in (_shifts(subject), _weighs(subject)) if text]
+    shifts, weighs = _shifts(subject), _weighs(subject)
+    found = [verdict("pass" if _labels_are_tokens(subject.batch) else "warn", shifts)] if shifts else []
+    found += [verdict("warn", weighs)] if weighs else []
     source = "the given loss is a scalar" if subject.loss is not None else f"forward returns {kind} with a scalar loss"
     return found or [Verdict("C3", "pass", f"{source} that has a gradient")]
 
@@ -104,6 +106,16 @@ def _shifts(subject: Subject) -> str:
         f"the model shifts {name!r} itself, so they must be as long as the tokens and not shifted; af.losses.causal_lm, "
         "and data made for it, has labels that are shifted already"
     )
+
+
+def _labels_are_tokens(batch: Mapping[str, Any]) -> bool:
+    """Whether labels are what another entry is, place by place: not shifted, as a model that shifts them needs them."""
+    for name, labels in labels_of(batch).items():
+        counted = labels != IGNORED
+        others = (leaf for other, leaf in batch.items() if other != name and isinstance(leaf, Tensor))
+        if any(leaf.shape == labels.shape and torch.equal(leaf[counted], labels[counted]) for leaf in others):
+            return True
+    return False
 
 
 def _with_another(labels: Tensor, column: int) -> Tensor | None:

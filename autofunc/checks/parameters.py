@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from autofunc.checks.subject import Subject
-from autofunc.checks.verdict import Status, Verdict, is_torch, where
+from autofunc.checks.verdict import Status, Verdict, where
 
 _STATE = ("_parameters", "_buffers", "_modules")
 _CONTAINERS = (nn.ParameterList, nn.ParameterDict)
@@ -25,8 +25,7 @@ def check_parameters(subject: Subject) -> list[Verdict]:
     if subject.module is None:
         return [Verdict("C1", "skip", "a model of pure layers has no modules that could own parameters")]
     found = [*_unregistered(subject.module), *_forms(subject.module), *_dtypes(subject), *_elsewhere(subject)]
-    found += _custom_owners(subject.module)
-    return found or [Verdict("C1", "pass", "all parameters belong to layers of torch.nn, and can be sharded")]
+    return found or [Verdict("C1", "pass", "all parameters can be sharded, and are read while their own layers run")]
 
 
 def _unregistered(module: nn.Module) -> Iterator[Verdict]:
@@ -117,27 +116,6 @@ def _elsewhere(subject: Subject) -> Iterator[Verdict]:
                 "parameters are gathered for their owner's layer alone. A pipeline ties it"
             )
             yield Verdict("C1", "warn", text, at)
-
-
-def _custom_owners(module: nn.Module) -> Iterator[Verdict]:
-    """Classes of the user with parameters of their own, each once."""
-    owners: dict[type, list[tuple[str, list[str]]]] = {}
-    for name, part in module.named_modules():
-        own = [attribute for attribute, leaf in part._parameters.items() if leaf is not None]
-        if own and not _is_standard(type(part)):
-            owners.setdefault(type(part), []).append((name, own))
-    for cls, places in owners.items():
-        name, own = places[0]
-        listed = ", ".join(own[:4]) + (", ..." if len(own) > 4 else "")
-        times = f"; {len(places)} modules" if len(places) > 1 else ""
-        text = f"{cls.__name__} owns parameters itself ({listed}{times}): see that only its forward reads them"
-        yield Verdict("C1", "warn", text, where(cls, name))
-
-
-def _is_standard(cls: type) -> bool:
-    """Whether the forward that uses the parameters is torch's: also in a subclass that only sets a layer up."""
-    definer = next(each for each in cls.__mro__ if "forward" in vars(each))
-    return is_torch(cls) or (is_torch(definer) and definer is not nn.Module)
 
 
 def _owner(module: nn.Module, parameter: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from html import escape
 from typing import Any
 
 from autofunc.checks.text import summary, table
@@ -30,6 +31,10 @@ class Report:
 
     def __str__(self) -> str:
         return self.table()
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        return f"<pre>{escape(self.table())}</pre>"
 
     def table(self, colour: bool = False) -> str:
         """The report as text, at most 80 columns wide: the findings, then where it can be split and what crosses there.

@@ -20,7 +20,7 @@ from autofunc import tree
 from autofunc.batch import BatchDims, split_batch
 from autofunc.captured import CapturedModel, capture_module
 from autofunc.captured.cut_points import default_layers
-from autofunc.captured.module import ModuleSource
+from autofunc.captured.module_source import ModuleSource
 from autofunc.captured.snapshot import Change, Snapshot
 from autofunc.captured.without_dropout import WithoutDropout, still
 from autofunc.checks.seeds import seeded

@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from autofunc.checks.verdict import Verdict
+from autofunc.checks.verdict import TITLES, Verdict
 
 WIDTH = 80
 _COLOURS = {"pass": "32", "warn": "33", "fail": "31", "skip": "2"}
@@ -38,7 +38,8 @@ def table(subject: str, verdicts: Sequence[Verdict], colour: bool = False) -> st
 def _finding(verdict: Verdict, colour: bool) -> list[str]:
     status = f"{verdict.status:<4}"
     painted = f"\x1b[{_COLOURS[verdict.status]}m{status}\x1b[0m" if colour else status
-    text = _wrapped(verdict.message, " " * 10)
+    title = TITLES.get(verdict.code)
+    text = _wrapped(f"{title}: {verdict.message}" if title else verdict.message, " " * 10)
     text[0] = f"{verdict.code:<4}{painted}  {text[0].lstrip()}"
     return text + (_wrapped(f"at {verdict.where}", " " * 10) if verdict.where else [])
 

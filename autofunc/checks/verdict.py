@@ -11,7 +11,7 @@ from typing import Any, Literal
 Status = Literal["pass", "warn", "fail", "skip"]
 
 TITLES: Mapping[str, str] = {
-    "C1": "standard layers",
+    "C1": "parameters can be sharded",
     "C2": "parameters are not written to",
     "C3": "a loss",
     "C4": "no state between calls",

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from autofunc.automodel import with_values
+from autofunc.captured import with_values
 from autofunc.checks import check as run_checks
 from autofunc.config import check_targets, not_ended, read_config
 from autofunc.data import STACKED, first_rows

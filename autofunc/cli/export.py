@@ -10,8 +10,6 @@ from rich.console import Console
 
 from autofunc.automodel import write_pretrained
 from autofunc.config import read_config
-from autofunc.errors import ConfigError
-from autofunc.model import Model
 from autofunc.train.model import SEED, make
 
 
@@ -25,15 +23,10 @@ def export(config_path: str, overrides: Sequence[str], weights: str, folder: str
         folder: what is written.
 
     Raises:
-        AutofuncError: when the configuration names no module, or the weights do not fit it.
+        AutofuncError: when the model has no form on disk, or the weights do not fit it.
     """
     with Console(stderr=True).status(f"writing {folder}"):
         config, _ = read_config(config_path, overrides)
         made = make(config.model_copy(update={"weights": SEED}))
-        if isinstance(made, Model):
-            raise ConfigError(
-                f"model: {config.model['_target_']} is an af.Model, which has no form of its own on disk; its module in "
-                "stages/ has to_hf, which gives the state dict of transformers"
-            )
         written = write_pretrained(made, Path(weights), folder)
     sys.stdout.write(f"written to {written}\n")

@@ -97,7 +97,8 @@ def plan(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="JSON instead of tables.")] = False,
     picture: Annotated[
-        str | None, typer.Option("--draw", metavar="FILE", help="Draw the predicted step: .svg, .html or .json (a trace).")
+        str | None,
+        typer.Option("--draw", metavar="FILE", help="Draw the predicted step: .svg, .png, .html or .json (a trace)."),
     ] = None,
 ) -> None:
     """Say what a run would do, without weights or processes.

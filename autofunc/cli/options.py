@@ -7,15 +7,15 @@ gives it the signature that typer needs, with the fields of all groups.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from functools import wraps
+from itertools import pairwise
 from typing import Annotated, Any, get_type_hints
 
-import numpy as np
 import typer
 
-from autofunc import schedule
+import autofunc as af
 from autofunc.errors import ScheduleError
 
 TAKES_OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -48,16 +48,16 @@ class CostOptions:
         str | None, typer.Option("--costs", metavar="FILE", help="Costs, and bytes, from a JSON file instead.")
     ] = None
 
-    def read(self) -> tuple[schedule.Costs, schedule.Memory | None]:
+    def read(self) -> tuple[af.schedule.Costs, af.schedule.Memory | None]:
         """The costs as given, and bytes if the file has them: single numbers are a rank's times, lists are by stage."""
         given = {f"-{name}": text for name, text in zip("FIW", (self.forward, self.input, self.weight), strict=True)}
         if self.costs is None:
             f, i, w = (_times(option, text) for option, text in given.items())
-            return schedule.Costs(f, i, w, self.comm), None
+            return af.schedule.Costs(f, i, w, self.comm), None
         for option, text in (given | {"--comm": str(self.comm)}).items():
             if text != ("0.0" if option == "--comm" else "1"):
                 raise ScheduleError(f"{option} {text} and --costs {self.costs} were both given; expected one of them")
-        return schedule.read_costs(self.costs)
+        return af.schedule.read_costs(self.costs)
 
 
 def _times(option: str, text: str) -> float | list[float]:
@@ -68,10 +68,36 @@ def _times(option: str, text: str) -> float | list[float]:
     return times[0] if len(times) == 1 else times
 
 
-def by_stage(costs: schedule.Costs, stages_per_rank: float) -> schedule.Costs:
-    """Costs of a stage: the stages of a rank share a rank's time evenly."""
-    f, i, w = (cost if np.ndim(cost) else cost / stages_per_rank for cost in (costs.F, costs.I, costs.W))  # type: ignore[operator]
+def by_stage(costs: af.schedule.Costs, num_ranks: int, num_stages: int) -> af.schedule.Costs:
+    """Costs of each stage: the stages of a rank share a rank's time evenly.
+
+    Times that were given by stage are those of parts of the model, which schedules with more or fewer stages cut elsewhere:
+    a stage takes its share of them. What is no number of stages for these ranks stays as it is, and is refused.
+    """
+    if isinstance(costs.comm, dict) and any(
+        not isinstance(cost, (int, float)) and len(cost) != num_stages for cost in (costs.F, costs.I, costs.W)
+    ):
+        raise ScheduleError(
+            f"costs of transfers are by stage, so they are not those of a schedule with {num_stages} stages"
+        )
+    f, i, w = (
+        cost * num_ranks / num_stages if isinstance(cost, (int, float)) else _cut_elsewhere(cost, num_ranks, num_stages)
+        for cost in (costs.F, costs.I, costs.W)
+    )
     return replace(costs, F=f, I=i, W=w)
+
+
+def _cut_elsewhere(times: Sequence[float], num_ranks: int, num_stages: int) -> Sequence[float]:
+    """Times of even parts of a model, as those of another number of even parts."""
+    if len(times) == num_stages or len(times) % num_ranks:
+        return times
+    ends = [index / len(times) for index in range(len(times) + 1)]
+    made = []
+    for stage in range(num_stages):
+        begin, end = stage / num_stages, (stage + 1) / num_stages
+        shares = (max(0.0, min(end, right) - max(begin, left)) for left, right in pairwise(ends))
+        made.append(sum(share * len(times) * time for share, time in zip(shares, times, strict=True)))
+    return made
 
 
 def takes_groups(command: Callable[..., None]) -> Callable[..., None]:

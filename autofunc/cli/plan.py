@@ -76,7 +76,12 @@ def _show(made: RunPlan, console: Console) -> None:
         memory.add_row(str(rank.rank), _bytes(rank.parameter_bytes), _bytes(rank.optimizer_bytes), peak, in_all)
     console.print()
     console.print(memory, highlight=False)
-    times = "layers, measured here" if made.measured else "operations, at this machine's rate"
+    if made.measured:
+        times = "layers, measured here"
+    elif made.timed is not None:
+        times = f"operations, at the rate of {made.timed}, timed here; other layers may differ twofold, --measure times all"
+    else:
+        times = f"operations, at the rate of a matrix product: a step may take several times as long, for {made.why_not}"
     lines = [
         "",
         f"schedule {recipe.schedule.name}: {recipe.axes}, {recipe.axes.num_processes} processes, "

@@ -12,10 +12,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
-from autofunc import schedule
+import autofunc as af
 from autofunc.cli.options import CostOptions, Sizes, by_stage, takes_groups
 from autofunc.errors import ScheduleError
-from autofunc.schedule.named.registry import GENERATORS
 
 app = typer.Typer(no_args_is_help=True, help="Build, check, simulate, search, draw and exchange pipeline schedules.")
 
@@ -27,6 +26,8 @@ Names = Annotated[list[str], typer.Argument(metavar="NAME...", help=f"Named sche
 @app.command("list")
 def list_names() -> None:
     """The named schedules, and what each is."""
+    from autofunc.schedule.named.registry import GENERATORS
+
     for name, generator in GENERATORS.items():
         module = inspect.getmodule(generator.row)
         summary = (inspect.getdoc(module) or "").splitlines()[0]
@@ -48,11 +49,11 @@ def show(
     Example: autofunc schedule show 1f1b -p 2 -m 4 -o mine.csv
     """
     s = _build(name, sizes)
-    s = schedule.lower(s, keep_overlapped=True) if lowered else s
+    s = af.schedule.lower(s, keep_overlapped=True) if lowered else s
     if output is None:
-        typer.echo(schedule.to_text(s), nl=False)
+        typer.echo(af.schedule.to_text(s), nl=False)
         return
-    schedule.write_file(s, output)
+    af.schedule.write_file(s, output)
     typer.echo(f"wrote {output}")
 
 
@@ -80,7 +81,7 @@ def compare(sizes: Sizes, costs: CostOptions, names: Names = []) -> None:  # noq
     Example: autofunc schedule compare 1f1b zb_h1 zb_h2 -p 8 -m 32 -F 1 -I 1.2 -W 0.8
     """
     (given, _), left_out, timelines = costs.read(), [], []
-    for name in names or schedule.names():
+    for name in names or af.schedule.names():
         try:
             timelines.append(_simulate(_build(name, sizes, only_looped=True), given))
         except ScheduleError as error:
@@ -107,7 +108,7 @@ def draw(
             "--output",
             "-o",
             metavar="FILE",
-            help="A picture .svg, a page .html, or a trace for Perfetto .json; text if none.",
+            help="A picture .svg or .png, a page .html, or a trace for Perfetto .json; text if none.",
         ),
     ] = None,
 ) -> None:
@@ -122,7 +123,7 @@ def draw(
             typer.echo(timeline.schedule.name)
             _draw_text(Console(), timeline)
         return
-    schedule.draw(timelines, output)
+    af.schedule.draw(timelines, output)
     typer.echo(f"wrote {output}")
 
 
@@ -149,13 +150,13 @@ def search(
     Example: autofunc schedule search -p 4 -m 16 -F 1,2,1,1 -I 1,2,1,1 -W 1,1,1,1 --memory-limit 6 -o found.csv
     """
     if output is not None:
-        schedule.check_suffix(output)
+        af.schedule.check_suffix(output)
         if not Path(output).resolve().parent.is_dir():
             raise ScheduleError(f"cannot write {output}: there is no such folder")
     given, memory = costs.read()
     listed = {len(cost) for cost in (given.F, given.I, given.W) if not isinstance(cost, (int, float))}
     per_rank = sizes.stages_per_rank or max(max(listed, default=sizes.ranks) // sizes.ranks, 1)
-    of_stages = by_stage(given, per_rank)
+    of_stages = by_stage(given, sizes.ranks, sizes.ranks * per_rank)
     asked: dict[str, Any] = {
         "num_ranks": sizes.ranks,
         "num_microbatches": sizes.microbatches,
@@ -170,86 +171,87 @@ def search(
     )
     with bar:
         task = bar.add_task("", total=seconds, best=float("inf"))
-        found = schedule.search(
+        found = af.schedule.search(
             of_stages,
             **asked,
             time_limit_s=seconds,
             seed=seed,
             on_progress=lambda elapsed, best: bar.update(task, completed=elapsed, best=best),
         )
-    timeline = schedule.simulate(found, of_stages)
+    timeline = af.schedule.simulate(found, of_stages)
     _draw_text(Console(), timeline)
     _print_figures(Console(), [timeline])
-    bound = schedule.lower_bound(of_stages, **asked)
+    bound = af.schedule.lower_bound(of_stages, **asked)
     typer.echo(f"{'longest span' if span else 'makespan'} of any schedule of these stages: at least {bound:g}")
     if output is not None:
-        schedule.write_file(found, output)
+        af.schedule.write_file(found, output)
         typer.echo(f"wrote {output}")
 
 
-def _build(name: str, sizes: Sizes, only_looped: bool = False) -> schedule.Schedule:
+def _build(name: str, sizes: Sizes, only_looped: bool = False) -> af.schedule.Schedule:
     """A named schedule, one from a file, or one that a function makes, checked.
 
     A file brings its own sizes. With `only_looped`, stages per rank are given to those that take more than one number.
     """
-    if Path(name).suffix.lower() in schedule.SUFFIXES:
-        read = schedule.read_file(name)
+    if Path(name).suffix.lower() in af.schedule.SUFFIXES:
+        read = af.schedule.read_file(name)
         try:
-            schedule.validate(read)
+            af.schedule.validate(read)
         except ScheduleError as error:
             raise ScheduleError(f"{name}: {error}") from error
         return read.compute_form()
-    source: str | schedule.Function = name
+    source: str | af.schedule.Function = name
     if ".py:" in name:
         from autofunc.config import resolve_target  # pulls in what named schedules do not need
 
         source = resolve_target(name, "NAME")
     takes = (
-        schedule.is_looped(source) if isinstance(source, str) else "stages_per_rank" in inspect.signature(source).parameters
+        af.schedule.is_looped(source)
+        if isinstance(source, str)
+        else "stages_per_rank" in inspect.signature(source).parameters
     )
     fixed = only_looped and not takes
-    s = schedule.build(
+    s = af.schedule.build(
         source,
         num_ranks=sizes.ranks,
         num_microbatches=sizes.microbatches,
         stages_per_rank=None if fixed else sizes.stages_per_rank,
     )
-    schedule.validate(s)
+    af.schedule.validate(s)
     return s
 
 
-def _simulate(s: schedule.Schedule, costs: schedule.Costs) -> schedule.Timeline:
-    return schedule.simulate(s, by_stage(costs, s.num_stages / s.num_ranks))
+def _simulate(s: af.schedule.Schedule, costs: af.schedule.Costs) -> af.schedule.Timeline:
+    return af.schedule.simulate(s, by_stage(costs, s.num_ranks, s.num_stages))
 
 
-def _draw_text(console: Console, timeline: schedule.Timeline) -> None:
+def _draw_text(console: Console, timeline: af.schedule.Timeline) -> None:
     colour = console.is_terminal and not console.no_color
-    sys.stdout.write(schedule.draw(timeline, width=console.width, colour=colour) + "\n")
+    sys.stdout.write(af.schedule.draw(timeline, width=console.width, colour=colour) + "\n")
 
 
-def _print_figures(console: Console, timelines: list[schedule.Timeline]) -> None:
+def _print_figures(console: Console, timelines: list[af.schedule.Timeline]) -> None:
     table = Table()
     for column in ("schedule", "stages", "makespan", "bubble", "span bubble", "activations"):
         table.add_column(column, justify="left" if column == "schedule" else "right")
     for timeline in timelines:
         s = timeline.schedule
-        per_rank = max(timeline.peak_activations) * s.num_ranks / s.num_stages
         table.add_row(
             s.name,
             str(s.num_stages),
             f"{timeline.makespan:g}",
             f"{timeline.bubble_fraction:.1%}",
             f"{timeline.span_bubble_fraction:.1%}",
-            f"{per_rank:g}",
+            f"{timeline.peak_microbatches:g}",
         )
     console.print(table)
     console.print("activations: most microbatches whose activations a rank holds at once", highlight=False)
 
 
-def _print_idle(console: Console, timeline: schedule.Timeline) -> None:
+def _print_idle(console: Console, timeline: af.schedule.Timeline) -> None:
     table = Table()
     for column in ("rank", "busy", "idle for: dependency", "communication", "imbalance"):
         table.add_column(column, justify="right")
-    for rank, (busy, idle) in enumerate(zip(timeline.busy, schedule.explain_idle(timeline), strict=True)):
+    for rank, (busy, idle) in enumerate(zip(timeline.busy, af.schedule.explain_idle(timeline), strict=True)):
         table.add_row(str(rank), f"{busy:g}", *(f"{part:g}" for part in idle))
     console.print(table)

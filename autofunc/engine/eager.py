@@ -10,6 +10,7 @@ from torch import Tensor
 
 from autofunc import tree
 from autofunc.engine.functions import Accumulators, Microbatch, Produced
+from autofunc.random import drawing
 from autofunc.schedule import StageBytes
 from autofunc.splitting import Boundary, Ready, StageContext
 
@@ -137,7 +138,7 @@ class EagerStage:
         if not roots or not of:
             return [None] * len(of)
         seeds = [torch.ones_like(roots[0])] if self._with_loss else cotangents
-        with self._partitioning.running():
+        with self._partitioning.running(), drawing(None, ""):
             return list(torch.autograd.grad(roots, of, seeds, retain_graph=keep, allow_unused=True))
 
     def _add(self, grads: list[Tensor | None], sums: Accumulators) -> None:

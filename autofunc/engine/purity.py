@@ -33,7 +33,7 @@ def refuse_effects(graph: fx.Graph, what: str, run: Callable[[], Any]) -> bool:
         if is_random(node):
             raise ModelError(
                 f"{what} draws from the global random generator ({node.target}; {_line_of(node.target, run)}), so it is no "
-                'pure function; use af.random.dropout, another function of batch["key"] such as '
+                'pure function; use af.random.dropout(x, p), another function of batch["key"] such as '
                 'af.random.normal(af.random.fold_in(batch["key"], name), shape), or engine="eager"'
             )
         for base in map(base_of, written(node)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx  # has no public name; tried with torch 2.13.0
 
@@ -21,5 +22,5 @@ def trace(
         given: tensors, or lists of tensors; their shapes are those of the graph.
         decompositions: operators that are recorded as others.
     """
-    with lazy_code():
+    with lazy_code(), torch.autograd.set_detect_anomaly(False):  # it looks at values, and there are none
         return make_fx(function, decomposition_table=decompositions, tracing_mode="real")(*given)

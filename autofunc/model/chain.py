@@ -13,7 +13,8 @@ from tensordict import TensorDict
 from autofunc import tree
 from autofunc.errors import ModelError, one_of
 from autofunc.model.cut_points import CutPoints
-from autofunc.model.layer import Layer
+from autofunc.model.given_back import GivenBack, InTransformers
+from autofunc.model.layer import Layer, drawing_as
 from autofunc.model.placement_rules import TensorParallel
 from autofunc.model.specialised import LayerFunction, Specialised
 from autofunc.model.state import State, check_state, stateful
@@ -23,7 +24,7 @@ from autofunc.random import KEY, InitKey, as_key
 Device = torch.device | str | None
 
 
-class Model:
+class Model(GivenBack):
     """Named pure layers in order.
 
     A parameter's path is its layer's name joined with its name inside the layer: `h.0.attn.weight`. A tie lets one layer
@@ -36,6 +37,7 @@ class Model:
         config: anything that describes the model; kept as it is.
         trainable: shell-style patterns of the canonical paths that get gradients; `*` crosses dots.
         tensor_parallel: how its parameters are cut over a tp axis; without one they cannot be.
+        in_transformers: `in_transformers(params) -> (values of its config.json, state dict)`, for `autofunc export`.
 
     Raises:
         ModelError: for names that collide. Ties and patterns that name no parameter are found when `spec` is first read.
@@ -57,6 +59,7 @@ class Model:
         config: Any = None,
         trainable: Sequence[str] = ("*",),
         tensor_parallel: TensorParallel | None = None,
+        in_transformers: InTransformers | None = None,
     ) -> None:
         if not layers:
             raise ModelError("a model needs at least one layer")
@@ -66,6 +69,7 @@ class Model:
         self.config = config
         self.trainable = tuple(trainable)
         self.tensor_parallel = tensor_parallel
+        self.in_transformers = in_transformers
         self.stored: Stored | None = None  # initial values, instead of what layers make
         for alias, canonical in self.ties.items():
             if canonical in self.ties:
@@ -180,7 +184,7 @@ class Model:
 
     def _in_mode(self, training: bool) -> Specialised:
         plain: dict[str, LayerFunction] = {
-            name: layer.apply for name, layer in self.layers.items() if layer.init_state is None
+            name: drawing_as(name, layer.apply) for name, layer in self.layers.items() if layer.init_state is None
         }
         kept = {name: layer for name, layer in self.layers.items() if name not in plain}
         others = {name: stateful(name, layer, training=training) for name, layer in kept.items()}
@@ -197,11 +201,6 @@ class Model:
             names: of the cut points that `specialise` gives.
         """
         return self
-
-    @property
-    def title(self) -> str:
-        """What it is called in messages."""
-        return "the model"
 
     def has_own_value(self, path: str) -> bool:
         """Whether a parameter, by its canonical path, has an initial value of its own, which no seed changes."""

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from autofunc.errors import ModelError
-from autofunc.random import InitKey
+from autofunc.random import KEY, InitKey, drawing
 from autofunc.tree import Nested
 
 Init = Callable[[InitKey], Nested]
 Apply = Callable[..., Any]
+
+
+def drawing_as(name: str, apply: Apply) -> Apply:
+    """A layer's `apply`, inside of which `af.random.dropout(x, p)` needs no batch."""
+
+    def function(params: Nested, x: Any, batch: Mapping[str, Any], *rest: Any) -> Any:
+        with drawing(batch.get(KEY), name):
+            return apply(params, x, batch, *rest)
+
+    return function
 
 
 def no_parameters(key: InitKey) -> Nested:

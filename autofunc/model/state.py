@@ -10,7 +10,7 @@ from torch import Tensor
 
 from autofunc import tree
 from autofunc.errors import ModelError, one_of
-from autofunc.model.layer import Layer
+from autofunc.model.layer import Layer, drawing_as
 
 State = Mapping[str, Tensor]
 """A layer's state by the paths that it has in the layer."""
@@ -26,8 +26,10 @@ def stateful(name: str, layer: Layer, *, training: bool) -> StatefulFunction:
         ModelError: from the function, when it returns no pair, or a state of another form.
     """
 
+    apply = drawing_as(name, layer.apply)
+
     def function(params: Mapping[str, Any], x: Any, entries: Any, state: State) -> tuple[Any, State]:
-        made = layer.apply(params, x, entries, tree.nest(state), training)
+        made = apply(params, x, entries, tree.nest(state), training)
         if not (isinstance(made, tuple) and len(made) == 2):
             raise ModelError(
                 f"layer {name!r} has an init_state, so its apply(params, x, batch, state, training) returns (x, state); it "

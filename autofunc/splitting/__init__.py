@@ -2,10 +2,10 @@
 
 from autofunc.splitting.boundary import Boundaries, Boundary, Returned, Value, describe, outline
 from autofunc.splitting.context import Ready, StageContext, accumulator_dtype
-from autofunc.splitting.cost import count_operations, imbalance, layer_costs, parameter_count
+from autofunc.splitting.cost import LayerCost, count_operations, imbalance, layer_costs, parameter_count
 from autofunc.splitting.cut import check_whole, split
 from autofunc.splitting.infer import follow, infer, infer_boundaries, parameter_dtypes
-from autofunc.splitting.measure import measure_layers
+from autofunc.splitting.measure import measure_layer, measure_layers
 from autofunc.splitting.outside import NothingTrainedOutside
 from autofunc.splitting.setting import ALONE, WHOLE, Partitioning, Precision, Setting
 from autofunc.splitting.stage import Stage
@@ -15,6 +15,7 @@ __all__ = [
     "WHOLE",
     "Boundaries",
     "Boundary",
+    "LayerCost",
     "NothingTrainedOutside",
     "Partitioning",
     "Precision",
@@ -33,6 +34,7 @@ __all__ = [
     "infer",
     "infer_boundaries",
     "layer_costs",
+    "measure_layer",
     "measure_layers",
     "outline",
     "parameter_count",

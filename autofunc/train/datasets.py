@@ -113,3 +113,10 @@ def loaders_of(config: FinetuneConfig, dataset: Any, validation: Any | None, not
     train = make("dataset", dataset, loader.shuffle)
     make_validation = make("validation_dataset", validation, False) if validation is not None else None
     return Loaders(train, make_validation, num_batches(len(dataset), rows, loader.drop_last))
+
+
+def title(dataset: Any) -> str:
+    """What a dataset says of itself; else its class and its rows."""
+    cls = type(dataset)
+    own = any("__repr__" in vars(base) for base in cls.__mro__[:-1])
+    return repr(dataset) if own else f"{cls.__module__}.{cls.__qualname__}, {len(dataset):,} rows"

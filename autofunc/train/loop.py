@@ -93,13 +93,14 @@ def train(
         seconds = time.perf_counter() - clock  # the wait for data included
         training_seconds += seconds
         tokens = sum(_count_tokens(part) for part in parts)
-        reporter.step(step, loss_value, tokens / seconds)
+        reporter.step(step, loss_value, f"{tokens / seconds:,.0f} {_unit(parts)}/s")
         if metrics is not None:
             metrics.write(step=step, loss=loss_value, grad_norm=norm_value, num_tokens=tokens, step_time_ms=seconds * 1e3)
         if step == recipe.num_steps or (recipe.val_every_steps and step % recipe.val_every_steps == 0):
             validation_loss = validate(recipe, pipe, params, state, device, reporter)
             if validation_loss is not None:
-                reporter.validation(step, validation_loss)
+                if step < recipe.num_steps:  # the last is in what the run ends with
+                    reporter.validation(step, validation_loss)
                 if metrics is not None:
                     metrics.write(step=step, validation_loss=validation_loss)
         clock = time.perf_counter()
@@ -164,6 +165,11 @@ def _count_tokens(part: Part) -> int:
     """Tokens of a part over all places, or its rows where they have none."""
     ids = part.batch.get("input_ids")
     return part.num_rows * (ids[0].numel() if ids is not None else 1)
+
+
+def _unit(parts: Sequence[Part]) -> str:
+    """What `_count_tokens` counts."""
+    return "tokens" if any("input_ids" in part.batch for part in parts) else "rows"
 
 
 def _not_finite(pipe: Pipeline, ran: Iterable[tuple[Any, ...]], what: str) -> NotFiniteError:

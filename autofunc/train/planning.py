@@ -15,11 +15,22 @@ from autofunc.errors import AutofuncError
 from autofunc.losses import Loss
 from autofunc.model import Model
 from autofunc.schedule import Costs, StageBytes, Timeline, peak_bytes, simulate
-from autofunc.splitting import Stage, count_operations, imbalance, infer_boundaries, measure_layers, parameter_count
+from autofunc.splitting import (
+    LayerCost,
+    Stage,
+    count_operations,
+    imbalance,
+    infer_boundaries,
+    measure_layer,
+    measure_layers,
+    parameter_count,
+)
 from autofunc.train.memory_budget import kept_bytes, pipe_alone
 from autofunc.train.model import SEED
 from autofunc.train.recipe import Recipe, prepare
 from autofunc.train.threads import threads
+
+_LONGEST_TIMED_MS = 2_000.0  # of a layer that is timed to scale the others by
 
 
 @dataclass(frozen=True)
@@ -56,6 +67,8 @@ class RunPlan:
     ranks: tuple[RankPlan, ...]
     timeline: Timeline  # predicted, in ms
     measured: bool  # whether times are of layers that ran here, or of counted operations
+    timed: str | None  # the layer that ran here, by whose time counted operations are scaled; None: none
+    why_not: str  # why no layer was timed
     imbalance: float  # the longest stage over the mean
 
     def to_dict(self) -> dict[str, Any]:
@@ -68,6 +81,7 @@ class RunPlan:
             "bubble_fraction": self.timeline.bubble_fraction,
             "imbalance": self.imbalance,
             "times_are": "measured" if self.measured else "counted",
+            "timed_layer": self.timed,
             "split_points": [stage.first_layer for stage in self.stages[1:]],
             "stages": [asdict(stage) for stage in self.stages],
             "ranks": [asdict(rank) for rank in self.ranks],
@@ -97,6 +111,7 @@ def plan_run(
         AutofuncError: for every mistake in the configuration.
     """
     times: dict[str, tuple[float, float]] = {}
+    timed, why_not = None, ""
 
     def measured(model: Model, microbatch: Mapping[str, Any], loss: Loss | None) -> dict[str, float]:
         params = model.init(config.seed if model.uses_seed else None)
@@ -115,14 +130,14 @@ def plan_run(
         on_progress("counting operations")
         counted = count_operations(recipe.model, microbatch, recipe.loss)
         if not measure:
-            rate = flops_per_ms()
-            times = {name: (each.forward / rate, each.backward / rate) for name, each in counted.items()}
+            on_progress("timing a layer")
+            times, timed, why_not = _times_of(recipe, microbatch, counted)
         on_progress("following values over the boundaries")
         stages = tuple(_stages(recipe, microbatch, {name: each.flops for name, each in counted.items()}, times))
         on_progress("capturing the stages")
         uneven = imbalance(recipe.stages, {name: sum(pair) for name, pair in times.items()})
         timeline = simulate(recipe.schedule, _costs(stages))
-        return RunPlan(recipe, stages, tuple(_ranks(recipe)), timeline, measure, uneven)
+        return RunPlan(recipe, stages, tuple(_ranks(recipe)), timeline, measure, timed, why_not, uneven)
 
 
 def _stages(
@@ -152,6 +167,27 @@ def _costs(stages: Sequence[StagePlan]) -> Costs:
     forward, backward = [stage.forward_ms for stage in stages], [stage.backward_ms for stage in stages]
     inputs = [0.0, *(each / 2 for each in backward[1:])]
     return Costs(forward, inputs, [whole - part for whole, part in zip(backward, inputs, strict=True)], 0.0)
+
+
+def _times_of(
+    recipe: Recipe, microbatch: Mapping[str, Any], counted: Mapping[str, LayerCost]
+) -> tuple[dict[str, tuple[float, float]], str | None, str]:
+    """Milliseconds of all layers from their operations, the one that was timed for it, and why there is none.
+
+    Small operators wait for memory and for Python, so the rate of a large product is several times too fast for them: the
+    costliest layer says by how much.
+    """
+    rate = flops_per_ms()
+    times = {name: (each.forward / rate, each.backward / rate) for name, each in counted.items()}
+    name = max(times, key=lambda name: sum(times[name]))
+    if sum(times[name]) > _LONGEST_TIMED_MS:
+        return times, None, f"{name} would take longer than {_LONGEST_TIMED_MS / 1e3:g} s"
+    try:
+        took = measure_layer(recipe.model, name, microbatch, recipe.loss)
+    except Exception as error:  # of the user's layer, on values that it would never get
+        return times, None, f"{name} does not run alone: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    forward, backward = (real / guess if guess else 1.0 for real, guess in zip(took, times[name], strict=True))
+    return {layer: (each[0] * forward, each[1] * backward) for layer, each in times.items()}, name, ""
 
 
 def flops_per_ms() -> float:

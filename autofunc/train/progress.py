@@ -17,8 +17,8 @@ _SECONDS_BETWEEN_LINES = 10.0
 class Reporter(Protocol):
     """What the training loop tells."""
 
-    def step(self, step: int, loss: float, tokens_per_second: float) -> None:
-        """A step is done."""
+    def step(self, step: int, loss: float, speed: str) -> None:
+        """A step is done, at this speed."""
         ...
 
     def validating(self, batch: int, num_batches: int) -> None:
@@ -33,7 +33,7 @@ class Reporter(Protocol):
 class Silent:
     """Says nothing: for every rank but the first."""
 
-    def step(self, step: int, loss: float, tokens_per_second: float) -> None:
+    def step(self, step: int, loss: float, speed: str) -> None:
         """See `Reporter.step`."""
 
     def validating(self, batch: int, num_batches: int) -> None:
@@ -44,12 +44,11 @@ class Silent:
 
 
 class ProgressReporter:
-    """A progress bar with loss, tokens per second and the schedule's bubble; plain lines where there is no terminal."""
+    """A progress bar with loss and speed; plain lines where there is no terminal."""
 
-    def __init__(self, console: Console, num_steps: int, bubble_fraction: float) -> None:
+    def __init__(self, console: Console, num_steps: int) -> None:
         self._console = console
         self._num_steps = num_steps
-        self._bubble = f"bubble {bubble_fraction:.0%}"
         self._last_line = time.monotonic()
         self._bar: Progress | None = None
         if console.is_terminal:
@@ -74,9 +73,9 @@ class ProgressReporter:
         if self._bar is not None:
             self._bar.stop()
 
-    def step(self, step: int, loss: float, tokens_per_second: float) -> None:
+    def step(self, step: int, loss: float, speed: str) -> None:
         """See `Reporter.step`."""
-        status = f"loss {loss:.3f}  {tokens_per_second:,.0f} tokens/s  {self._bubble}"
+        status = f"loss {loss:.3f}  {speed}"
         if self._bar is not None:
             self._bar.update(self._task, completed=step, status=status)
         elif step in (1, self._num_steps) or time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES:

@@ -17,9 +17,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from autofunc.config import FinetuneConfig
 from autofunc.errors import MeshError
 from autofunc.explain import explain
-from autofunc.schedule import simulate, write_file
+from autofunc.schedule import write_file
 from autofunc.splitting import parameter_count
 from autofunc.train.autoschedule import find_schedule
+from autofunc.train.datasets import title
 from autofunc.train.device import take_device
 from autofunc.train.loop import train
 from autofunc.train.metrics import MetricsFile, draw_loss_curve
@@ -69,13 +70,12 @@ def _lead(recipe: Recipe, mesh: DeviceMesh | None, device: torch.device, output_
     show(f"model: {parameter_count(recipe.model):,} parameters on {device.type}")
     if mesh is not None:
         show(f"mesh: {recipe.axes}, {recipe.axes.num_processes} processes")
-    show(f"data: {recipe.dataset!r}")
+    show(f"data: {title(recipe.dataset)}")
     if recipe.validation_dataset is not None:
-        show(f"validation: {recipe.validation_dataset!r}")
-    timeline = simulate(recipe.schedule)
+        show(f"validation: {title(recipe.validation_dataset)}")
     if recipe.searches and mesh is not None:
         found = find_schedule(recipe, mesh, device, console)
-        recipe, timeline = replace(recipe, schedule=found.schedule), found.timeline
+        recipe = replace(recipe, schedule=found.schedule)
         for line in found.report():
             show(line)
         write_file(found.schedule, output_dir / SCHEDULE)
@@ -86,7 +86,7 @@ def _lead(recipe: Recipe, mesh: DeviceMesh | None, device: torch.device, output_
 
     with (
         closing(MetricsFile(output_dir / METRICS)) as metrics,
-        ProgressReporter(console, recipe.num_steps, timeline.bubble_fraction) as reporter,
+        ProgressReporter(console, recipe.num_steps) as reporter,
     ):
         result = train(recipe, mesh, device, reporter, metrics)
     gather = result.pipe.gather

@@ -16,7 +16,7 @@ from torch import nn
 import autofunc as af
 from autofunc import tree
 from autofunc.automodel.in_transformers import WholeModel
-from autofunc.captured.module import ModuleSource
+from autofunc.captured.module_source import ModuleSource
 from autofunc.captured.pretrained import Pretrained, SafetensorsWeights, StoredTensors
 from autofunc.errors import ModelError
 from autofunc.train.weights import save_weights

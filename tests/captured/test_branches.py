@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import autofunc as af
-from autofunc.captured.module import ModuleSource
+from autofunc.captured.module_source import ModuleSource
 from autofunc.captured.rehearsal import decisions_of
 from autofunc.errors import BatchError, ModelError
 from tests.captured.laws import assert_unchanged, check_layouts, contents

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import autofunc as af
 from autofunc.captured.branches import Replaying
 from autofunc.captured.export import export
-from autofunc.captured.module import ModuleSource
+from autofunc.captured.module_source import ModuleSource
 from autofunc.errors import ModelError
 from tests.captured.laws import assert_unchanged, check_layouts, contents
 

@@ -9,6 +9,7 @@ import pytest
 
 import autofunc as af
 from autofunc.checks import Report, Verdict, Where
+from autofunc.checks.verdict import TITLES
 from tests.captured.zoo import ZOO
 from tests.checks.faults import FAULTS
 
@@ -40,9 +41,12 @@ def test_table(report: Report) -> None:
     text = str(report)
     lines = text.splitlines()
     assert max(map(len, lines)) <= 80
-    assert lines[0] == "GPT2LMHeadModel: 0 failed, 3 warnings, 9 passed, 0 skipped"
-    assert re.search(r"at Conv1D, transformers/pytorch_utils\.py:\d+", text)
+    assert lines[0] == "GPT2LMHeadModel: 0 failed, 1 warnings, 11 passed, 0 skipped"
+    assert re.search(r"at GPT2LMHeadModel,\s+transformers/models/gpt2/modeling_gpt2\.py:\d+", text)
+    flat = " ".join(text.split())
+    assert all(f"{code} " in text and f"{title}: " in flat for code, title in TITLES.items()), "it says what codes mean"
     assert re.search(r"transformer\.h\.1 +1 +6,144", text)
+    assert report._repr_html_().startswith("<pre>GPT2LMHeadModel: 0 failed")
     coloured = report.table(colour=True)
     assert re.sub(r"\x1b\[\d+m", "", coloured) == text and coloured != text
     assert repr(report) == f"Report({lines[0]})"

@@ -156,6 +156,12 @@ def test_of_transformers(name: str) -> None:
     assert ("shifts" in report.of("C3")[0].message) == (name == "gpt2")
 
 
+def test_class_tokens_and_norms_of_ones_own() -> None:
+    """What reads its own parameters is no cause for a warning; nor are attributes that a capture puts back."""
+    build, batch = ZOO["vit"]
+    assert not [each for each in check(build(), batch()).verdicts if each.status == "warn"]
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("name", [name for name in ZOO if name not in ("gpt2", "t5")])
 def test_more_of_transformers(name: str) -> None:

@@ -121,6 +121,8 @@ def test_trains_on_two_processes(folder: Path, two_processes: subprocess.Complet
     assert [line["step"] for line in lines if "validation_loss" in line] == [4, 6]
     assert lines[0]["num_tokens"] == 128 and lines[0]["step_time_ms"] > 0
     assert lines[-1]["validation_loss"] < lines[0]["loss"], "it learns"
+    assert out.count("validation loss: ") == 2, "each once"
+    assert "tokens/s" in out and out.count("bubble") == 1, "what was predicted, once"
     assert out.splitlines()[-1] == f"validation loss: {lines[-1]['validation_loss']:.4f}"
     assert (folder / "runs" / "cfg" / "loss.png").read_bytes().startswith(b"\x89PNG")
     wide = [line for line in out.splitlines() if len(line) > 80 and str(folder) not in line]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from autofunc.train import planning
 from tests.cli.here import run_here
 
 ROOT = Path(__file__).parent.parent.parent
@@ -217,8 +219,13 @@ def test_plan(folder: Path) -> None:
     shown = autofunc(folder, "plan", "-c", "own.yaml", "--draw", "plan.svg")
     assert "split_points: [" in shown and "rank 1 |" in shown and (folder / "plan.svg").exists()
     assert max(map(len, shown.splitlines())) <= 80
+    assert re.search(r"times: operations, at the rate of [\w.]+, timed\s+here", shown)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(planning, "_LONGEST_TIMED_MS", 0.0)
+        shown = " ".join(autofunc(folder, "plan", "-c", "own.yaml").split())
+    assert re.search(r"a step may take several times as long, for [\w.]+ would take longer than 0 s", shown)
     planned: dict[str, Any] = json.loads(autofunc(folder, "plan", "-c", "own.yaml", "--json", "--measure"))
-    assert planned["times_are"] == "measured" and planned["processes"] == 2
+    assert planned["times_are"] == "measured" and planned["timed_layer"] is None and planned["processes"] == 2
     first, second = planned["stages"]
     assert first["sends_bytes"] == 2 * 16 * 16 * 4 and second["sends_bytes"] == 0
     assert sum(stage["parameters"] for stage in (first, second)) == 256 * 16 + 3 * 272 + 256 * 17

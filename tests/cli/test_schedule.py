@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from autofunc import schedule
 from autofunc.cli.main import app
+from autofunc.cli.options import by_stage
 from autofunc.errors import ScheduleError
 
 
@@ -118,6 +119,16 @@ def test_costs_mean_the_same_everywhere(tmp_path: Path) -> None:
     assert found and again and found[1] == again[1]
     schedule.write_costs(tmp_path / "c.json", schedule.Costs(1, 1, 1))
     assert run("compare", "--costs", str(tmp_path / "c.json")) == run("compare")
+
+
+def test_times_by_stage_are_those_of_schedules_with_other_numbers_of_stages() -> None:
+    out = run("compare", "1f1b", "zbv", "-p", "2", "-m", "4", "-F", "1,3", "-I", "1,3", "-W", "1,3")
+    assert "zbv" in out and "left out" not in out
+    whole = by_stage(schedule.Costs([1, 3], [0.5, 0.5, 2, 1], 2), 2, 4)
+    assert (whole.F, whole.I, whole.W) == ([0.5, 0.5, 1.5, 1.5], [0.5, 0.5, 2, 1], 1)
+    assert by_stage(schedule.Costs([0.5, 0.5, 2, 1]), 2, 2).F == [1, 3]
+    with pytest.raises(ScheduleError, match="costs of transfers are by stage"):
+        by_stage(schedule.Costs([1, 3], comm={(0, 1): 1.0}), 2, 4)
 
 
 def test_simulate_explains_idle_time() -> None:

@@ -372,3 +372,16 @@ def test_aux_comes_through() -> None:
     assert torch.equal(value, expected[0][0]) and torch.equal(aux["largest"], expected[0][1]["largest"])
     assert int(aux["rows"]) == 6
     assert_same_tree(expected[1], grads)
+
+
+@pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled")
+def test_anomaly_detection_stops_no_capture() -> None:
+    """It looks at the values of gradients, which a capture has none of."""
+    layer = af.Layer(init=lambda key: {"weight": key.normal("weight", (3, 3))}, apply=lambda p, x, b: b["x"] @ p["weight"])
+    pipe = af.pipeline(
+        af.split(af.Model({"a": layer})), af.schedule.build("gpipe", num_ranks=1, num_microbatches=2),
+        loss=lambda y, batch: y.square().mean(),
+    )  # fmt: skip
+    with torch.autograd.set_detect_anomaly(True):
+        loss, _ = af.value_and_grad(pipe)(pipe.init(seed=0), {"x": torch.ones(2, 3)})
+        assert torch.is_anomaly_enabled() and loss > 0

@@ -51,7 +51,16 @@ def write_text(path: StrPath, text: str) -> None:
     Raises:
         ScheduleError: when that is not possible.
     """
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: StrPath, content: bytes) -> None:
+    """Write a file that is no text.
+
+    Raises:
+        ScheduleError: when that is not possible.
+    """
     try:
-        Path(path).write_text(text, encoding="utf-8")
+        Path(path).write_bytes(content)
     except OSError as error:
         raise ScheduleError(f"cannot write {path}: {error.strerror or error}") from error

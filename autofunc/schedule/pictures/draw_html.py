@@ -53,7 +53,7 @@ def _timeline(timeline: Timeline) -> dict[str, Any]:
             "makespan": f"{timeline.makespan:.6g}",
             "bubble": f"{timeline.bubble_fraction:.1%}",
             "span bubble": f"{timeline.span_bubble_fraction:.1%}",
-            "activations": max(timeline.peak_activations),
+            "activations": f"{timeline.peak_microbatches:g} microbatches",
         },
         "idle": [[round(part, 9) for part in idle] for idle in explain_idle(timeline)],
         "causes": list(causes),

@@ -7,18 +7,24 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from autofunc.errors import ScheduleError, one_of
-from autofunc.schedule.files.text_file import write_text
+from autofunc.schedule.files.text_file import write_bytes, write_text
 from autofunc.schedule.ir import Schedule
 from autofunc.schedule.pictures.draw_html import to_html
+from autofunc.schedule.pictures.draw_png import to_png
 from autofunc.schedule.pictures.draw_svg import to_svg
 from autofunc.schedule.pictures.draw_text import to_picture
 from autofunc.schedule.pictures.draw_trace import to_trace
+from autofunc.schedule.pictures.notebook import show_in_notebooks
 from autofunc.schedule.timing.simulation import simulate
 from autofunc.schedule.timing.timeline import Timeline
 
 _WRITERS: dict[str, Callable[[Sequence[Timeline]], str]] = {".svg": to_svg, ".html": to_html, ".json": to_trace}
 
+PNG = ".png"
+
 Drawable = Schedule | Timeline
+
+show_in_notebooks()
 
 
 def draw(
@@ -33,12 +39,12 @@ def draw(
     Args:
         what: a timeline knows its times; of a schedule each stage takes its share of a rank's time.
         path: a file to write: `.svg` is a picture, `.html` a page to zoom into and point at, `.json` a trace for Perfetto
-            or chrome://tracing (1 unit of time is 1 ms there). Without one, the text is returned.
+            or chrome://tracing (1 unit of time is 1 ms there), `.png` one of pixels. Without one, the text is returned.
         width: of the text, in columns.
         colour: paint the text with ANSI colours.
 
     Returns:
-        The text, or what was written.
+        The text, or what was written; for a `.png` the same picture as SVG.
 
     Raises:
         ScheduleError: for another suffix.
@@ -57,8 +63,12 @@ def draw(
     if path is None:
         return "\n\n".join(to_picture(timeline, width, colour) for timeline in timelines)
     suffix = Path(path).suffix.lower()
+    if suffix == PNG:
+        write_bytes(path, to_png(timelines))
+        return to_svg(timelines)
     if suffix not in _WRITERS:
-        raise ScheduleError(f"cannot draw {os.fspath(path)!r}: unknown suffix {suffix!r}; {one_of(suffix, _WRITERS)}")
+        known = one_of(suffix, [*_WRITERS, PNG])
+        raise ScheduleError(f"cannot draw {os.fspath(path)!r}: unknown suffix {suffix!r}; {known}")
     text = _WRITERS[suffix](timelines)
     write_text(path, text)
     return text

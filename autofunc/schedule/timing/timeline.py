@@ -66,6 +66,11 @@ class Timeline:
         """The longest time from a rank's first start to its last end."""
         return max(end - start for start, end in self._spans)
 
+    @property
+    def peak_microbatches(self) -> float:
+        """Most microbatches whose activations a rank holds at once, of all its stages: the same unit in every schedule."""
+        return max(self.peak_activations) * self.schedule.num_ranks / self.schedule.num_stages
+
     @cached_property
     def peak_activations(self) -> tuple[int, ...]:
         """Per rank: most stage activations alive at once, each from the start of its F to the end of its B or W."""

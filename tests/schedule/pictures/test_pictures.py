@@ -28,6 +28,28 @@ def two() -> list[Timeline]:
     ]
 
 
+def test_png(tmp_path: Path) -> None:
+    schedule.draw(two(), tmp_path / "two.png")
+    content = (tmp_path / "two.png").read_bytes()
+    assert content.startswith(b"\x89PNG") and len(content) > 10_000
+    with pytest.raises(ScheduleError, match=r"cannot draw .*x\.pgn.*did you mean \.png"):
+        schedule.draw(two(), tmp_path / "x.pgn")
+
+
+def test_notebooks_show_pictures() -> None:
+    for timeline in two():
+        for each in (timeline, timeline.schedule):
+            assert ElementTree.fromstring(each._repr_svg_()).tag == f"{SVG}svg"  # type: ignore[union-attr]
+    stuck = schedule.from_text("0B0 0F0")
+    large = schedule.build("1f1b", num_ranks=8, num_microbatches=2000)
+    assert stuck._repr_svg_() is None and large._repr_svg_() is None  # type: ignore[attr-defined]
+
+
+def test_activations_are_in_microbatches() -> None:
+    zbv, plain = two()
+    assert (zbv.peak_microbatches, plain.peak_microbatches) == (max(zbv.peak_activations) / 2, max(plain.peak_activations))
+
+
 def test_svg_has_a_block_for_every_action(tmp_path: Path) -> None:
     schedule.draw(two(), tmp_path / "two.svg")
     root = ElementTree.parse(tmp_path / "two.svg").getroot()
