@@ -29,7 +29,7 @@ class WorkerPool:
     """`size` processes that are one gloo world. `run(function, *arguments)` calls the function on every rank."""
 
     def __init__(self, size: int) -> None:
-        self.size = size
+        self.size, self.seconds_for_one_call = size, SECONDS_FOR_ONE_CALL
         self._start()
 
     def _start(self) -> None:
@@ -72,7 +72,8 @@ class WorkerPool:
             except OSError as error:
                 raise AssertionError(f"rank {rank}: its process is gone") from error
         for rank, end in enumerate(self._ends):
-            assert end.poll(SECONDS_FOR_ONE_CALL), f"rank {rank}: did not answer within {SECONDS_FOR_ONE_CALL} s"
+            limit = self.seconds_for_one_call
+            assert end.poll(limit), f"rank {rank}: did not answer within {limit} s"
             try:
                 answers.append(end.recv())
             except (EOFError, OSError) as error:

@@ -216,6 +216,7 @@ def test_all_of_it_on_eight_processes(eight_workers: WorkerPool) -> None:
 
 @pytest.mark.full
 def test_compiled(workers: WorkerPool) -> None:
+    workers.seconds_for_one_call = 600.0  # four processes compile, on as few as two cores
     check(workers, "llama", "1f1b", (1, 1, 2, 2), {"compile": True})
 
 
