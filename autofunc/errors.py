@@ -9,9 +9,14 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from autofunc.shown import printable, shown
+
 
 class AutofuncError(Exception):
-    """Base of every error raised on purpose by autofunc."""
+    """Base of every error raised on purpose by autofunc. Its message is printable, whatever names are in it."""
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(_lines(each) if isinstance(each, str) else each for each in args))
 
 
 class ConfigError(AutofuncError, ValueError):
@@ -78,13 +83,17 @@ class PeerLostError(PipelineRunError):
 
 def full_message(error: BaseException) -> str:
     """What an error says, with its notes on lines of their own: `str(error)` leaves them out."""
-    return "\n".join([str(error), *getattr(error, "__notes__", ())])
+    return "\n".join(_lines(str(each)) for each in [error, *getattr(error, "__notes__", ())])
 
 
-def some_of(names: Iterable[str], most: int = 3) -> str:
+def _lines(text: str) -> str:
+    return printable(text, keep="\n\t")
+
+
+def some_of(names: Iterable[object], most: int = 3) -> str:
     """The first of some names, for messages."""
     listed = list(names)
-    return ", ".join(listed[:most]) + (f" and {len(listed) - most} more" if len(listed) > most else "")
+    return ", ".join(map(shown, listed[:most])) + (f" and {len(listed) - most:,} more" if len(listed) > most else "")
 
 
 def one_of(given: object, known: Iterable[object]) -> str:
@@ -93,8 +102,8 @@ def one_of(given: object, known: Iterable[object]) -> str:
     >>> one_of("1f1", ["gpipe", "1f1b"])
     'did you mean 1f1b? Known: gpipe, 1f1b'
     """
-    names = [str(name) for name in known]
-    near = difflib.get_close_matches(str(given), names, n=3, cutoff=0.5)
+    names = [shown(name) for name in known]
+    near = difflib.get_close_matches(shown(given), names, n=3, cutoff=0.5)
     listed = ", ".join(names[:12]) + (f", ... ({len(names)} in all)" if len(names) > 12 else "")
     suggestion = f"did you mean {' or '.join(near)}? " if near else ""
     return f"{suggestion}Known: {listed}" if names else f"{suggestion}There are none"

@@ -13,6 +13,7 @@ from autofunc.checks import check as run_checks
 from autofunc.config import instantiate, read_config
 from autofunc.data import STACKED, first_rows
 from autofunc.model import Model
+from autofunc.shown import literal, shown
 from autofunc.train.model import loss_to_check, make
 
 _MOST_ROWS = 4  # of the example: forward runs on it about twenty times
@@ -29,7 +30,7 @@ def check(config_path: str, overrides: Sequence[str], as_json: bool) -> bool:
     Raises:
         AutofuncError: for mistakes in the configuration itself.
     """
-    with Console(stderr=True).status(f"checking {config_path}"):
+    with Console(stderr=True).status(literal(f"checking {shown(config_path)}")):
         config, notes = read_config(config_path, overrides)
         dataset = instantiate(config.dataset, "dataset")
         made = make(config)
@@ -42,6 +43,6 @@ def check(config_path: str, overrides: Sequence[str], as_json: bool) -> bool:
         return report.ok
     console = Console(file=sys.stdout)
     for note in notes:
-        console.print(f"note: {note}", highlight=False, markup=False)
+        console.print(literal(f"note: {note}"))
     sys.stdout.write(report.table(colour=console.is_terminal and not console.no_color) + "\n")
     return report.ok

@@ -12,6 +12,7 @@ from autofunc.automodel import write_pretrained
 from autofunc.config import read_config
 from autofunc.errors import ConfigError
 from autofunc.model import Model
+from autofunc.shown import literal, shown
 from autofunc.train.model import SEED, make
 
 
@@ -27,7 +28,7 @@ def export(config_path: str, overrides: Sequence[str], weights: str, folder: str
     Raises:
         AutofuncError: when the configuration names no module, or the weights do not fit it.
     """
-    with Console(stderr=True).status(f"writing {folder}"):
+    with Console(stderr=True).status(literal(f"writing {shown(folder)}")):
         config, _ = read_config(config_path, overrides)
         made = make(config.model_copy(update={"weights": SEED}))
         if isinstance(made, Model):
@@ -36,4 +37,4 @@ def export(config_path: str, overrides: Sequence[str], weights: str, folder: str
                 "stages/ has to_hf, which gives the state dict of transformers"
             )
         written = write_pretrained(made, Path(weights), folder)
-    sys.stdout.write(f"written to {written}\n")
+    sys.stdout.write(f"written to {shown(written)}\n")
