@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
-import json
 import typing
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -17,7 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from autofunc.errors import ModelError, one_of
+from autofunc.errors import ModelError, one_of, some_of
+from autofunc.foreign_file import NOT_THERE, is_folder, read_json, unfit
+from autofunc.shown import quoted, reason, shown
 
 CONFIG = "config.json"
 
@@ -42,15 +43,40 @@ class Description:
 
     @property
     def architecture(self) -> str | None:
-        """The first of `architectures`."""
+        """The first of `architectures`.
+
+        Raises:
+            ModelError: when they are no names.
+        """
         named = self.values.get("architectures")
-        named = [named] if isinstance(named, str) else list(named or ())
-        return str(named[0]) if named else None
+        named = [named] if isinstance(named, str) else named or []
+        if not isinstance(named, (list, tuple)) or not all(isinstance(each, str) for each in named):
+            raise ModelError(f"{self.what}: architectures is {quoted(named)}; expected a list of names of classes")
+        return named[0] if named else None
 
     @property
     def model_type(self) -> str | None:
-        """Its `model_type`, when there is one."""
-        return str(self.values["model_type"]) if self.values.get("model_type") else None
+        """Its `model_type`, when there is one.
+
+        Raises:
+            ModelError: when it is no name.
+        """
+        named = self.values.get("model_type") or None
+        if named is not None and not isinstance(named, str):
+            raise ModelError(f"{self.what}: model_type is {quoted(named)}; expected a name")
+        return named
+
+    @property
+    def own_code(self) -> Mapping[str, str]:
+        """By what it is for, the place of code that lies beside the config.json (`auto_map`).
+
+        Raises:
+            ModelError: when it is no mapping of names.
+        """
+        named = self.values.get("auto_map") or {}
+        if not isinstance(named, Mapping) or not all(isinstance(each, str) for each in (*named, *named.values())):
+            raise ModelError(f"{self.what}: auto_map is {quoted(named)}; expected a mapping of names to places of code")
+        return named
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -64,7 +90,7 @@ class Description:
             return named
         found = _FLOATS.get(str(named).removeprefix("torch."))
         if found is None:
-            raise ModelError(f"{self.what}: dtype {named!r} is not a floating-point dtype; {one_of(named, _FLOATS)}")
+            raise ModelError(f"{self.what}: dtype {quoted(named)} is not a floating-point dtype; {one_of(named, _FLOATS)}")
         return found
 
 
@@ -81,8 +107,8 @@ def describe(config: Any, overrides: Mapping[str, Any], find_folder: Callable[[s
     """
     folder, given, what = None, None, "config"
     if isinstance(config, (str, Path)):
-        what, path = str(config), Path(config).expanduser()
-        file = path if path.is_file() else (path if path.is_dir() else find_folder(str(config))) / CONFIG
+        what, path = shown(config), Path(config).expanduser()
+        file = path if unfit(path) is None else (path if is_folder(path) else find_folder(str(config))) / CONFIG
         folder, values = file.parent, _read(file)
     elif isinstance(config, Mapping):
         values = dict(config)
@@ -139,7 +165,9 @@ def config_for(cls: type[nn.Module], description: Description) -> Any:
     try:
         return wanted(**values)
     except TypeError as error:
-        raise ModelError(f"{description.what}: {wanted.__name__}, the config of {cls.__name__}, says {error}") from error
+        raise ModelError(
+            f"{description.what}: {wanted.__name__}, the config of {cls.__name__}, says {reason(error)}"
+        ) from error
 
 
 def changed(config: Any, overrides: Mapping[str, Any], what: str) -> Any:
@@ -167,7 +195,7 @@ def from_dict(config_class: Any, description: Description) -> Any:
     try:
         made = config_class.from_dict(dict(description.values))
     except Exception as error:
-        raise ModelError(f"{description.what}: {config_class.__name__}: {type(error).__name__}: {error}") from error
+        raise ModelError(f"{description.what}: {config_class.__name__}: {type(error).__name__}: {reason(error)}") from error
     plain = made
     with suppress(Exception):  # without the overrides it may lack what it needs
         plain = config_class.from_dict(dict(description.before))
@@ -180,7 +208,7 @@ def _attribute(config: Any, key: str, what: str) -> str:
     """Under which name a config holds a key; transformers' hold some behind an underscore."""
     name = next((each for each in (key, "_" + key) if hasattr(config, each)), key if key in _ABOUT else None)
     if name is None:
-        raise ModelError(f"{what}: {type(config).__name__} has no {key!r}; {one_of(key, sorted(values_of(config)))}")
+        raise ModelError(f"{what}: {type(config).__name__} has no {quoted(key)}; {one_of(key, sorted(values_of(config)))}")
     return name
 
 
@@ -188,7 +216,7 @@ def _check_keys(cls: type, keys: Any, known: Any, description: Description) -> N
     for key in keys:
         if key not in known and key not in _ABOUT:
             raise ModelError(
-                f"{description.what}: the config of {cls.__name__} has no {key!r}; {one_of(key, sorted(known))}"
+                f"{description.what}: the config of {cls.__name__} has no {quoted(key)}; {one_of(key, sorted(known))}"
             )
 
 
@@ -207,13 +235,10 @@ def _annotated(cls: type[nn.Module]) -> Any:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        found = ", ".join(sorted(each.name for each in file.parent.iterdir())[:12]) if file.parent.is_dir() else ""
-        raise ModelError(f"there is no {file}; {file.parent} has {found or 'nothing'}")
-    try:
-        values = json.loads(file.read_text())
-    except ValueError as error:
-        raise ModelError(f"{file} is not JSON: {error}") from error
+    if unfit(file) == NOT_THERE:
+        found = some_of(sorted(each.name for each in file.parent.iterdir()), 12) if is_folder(file.parent) else ""
+        raise ModelError(f"there is no {shown(file)}; {shown(file.parent)} has {found or 'nothing'}")
+    values = read_json(file, ModelError)
     if not isinstance(values, dict):
-        raise ModelError(f"{file}: expected an object with keys, got {type(values).__name__}")
+        raise ModelError(f"{shown(file)}: expected an object with keys, got {type(values).__name__}")
     return values
