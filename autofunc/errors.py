@@ -7,12 +7,16 @@ thing that would work. A subclass also derives from the built-in a Python progra
 from __future__ import annotations
 
 import difflib
-import reprlib
 from collections.abc import Iterable
+
+from autofunc.shown import printable, shown
 
 
 class AutofuncError(Exception):
-    """Base of every error raised on purpose by autofunc."""
+    """Base of every error raised on purpose by autofunc. Its message is printable, whatever names are in it."""
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(_lines(each) if isinstance(each, str) else each for each in args))
 
 
 class ConfigError(AutofuncError, ValueError):
@@ -83,7 +87,7 @@ class HangError(PipelineRunError):
 
 def full_message(error: BaseException) -> str:
     """What an error says, with its notes on lines of their own: `str(error)` leaves them out."""
-    return "\n".join([str(error), *getattr(error, "__notes__", ())])
+    return "\n".join(_lines(str(each)) for each in [error, *getattr(error, "__notes__", ())])
 
 
 FAILURES = (Exception, SystemExit)
@@ -98,22 +102,17 @@ def in_brief(error: BaseException) -> str:
     lines = told.splitlines()
     kept = "\n".join(lines[:_MOST_LINES])[:_MOST_LETTERS]
     left = f" ... ({len(lines):,} lines of {len(told):,} characters)" if len(kept) < len(told.rstrip()) else ""
-    return kept + left
+    return _lines(kept + left)
 
 
-_SHOWN = reprlib.Repr()
-_SHOWN.maxlevel, _SHOWN.maxstring, _SHOWN.maxother, _SHOWN.maxlong = 3, 60, 60, 50
+def _lines(text: str) -> str:
+    return printable(text, keep="\n\t")
 
 
-def shown(value: object) -> str:
-    """A value as it was given, for messages; the middle of a long one is left out."""
-    return _SHOWN.repr(value)
-
-
-def some_of(names: Iterable[str], most: int = 3) -> str:
+def some_of(names: Iterable[object], most: int = 3) -> str:
     """The first of some names, for messages."""
     listed = list(names)
-    return ", ".join(listed[:most]) + (f" and {len(listed) - most} more" if len(listed) > most else "")
+    return ", ".join(map(shown, listed[:most])) + (f" and {len(listed) - most:,} more" if len(listed) > most else "")
 
 
 def one_of(given: object, known: Iterable[object]) -> str:
@@ -122,8 +121,8 @@ def one_of(given: object, known: Iterable[object]) -> str:
     >>> one_of("1f1", ["gpipe", "1f1b"])
     'did you mean 1f1b? Known: gpipe, 1f1b'
     """
-    names = [str(name) for name in known]
-    near = difflib.get_close_matches(str(given), names, n=3, cutoff=0.5)
+    names = [shown(name) for name in known]
+    near = difflib.get_close_matches(shown(given), names, n=3, cutoff=0.5)
     listed = ", ".join(names[:12]) + (f", ... ({len(names)} in all)" if len(names) > 12 else "")
     suggestion = f"did you mean {' or '.join(near)}? " if near else ""
     return f"{suggestion}Known: {listed}" if names else f"{suggestion}There are none"

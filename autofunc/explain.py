@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from autofunc.model import Model
 from autofunc.schedule import Schedule, draw, simulate
+from autofunc.shown import shown
 from autofunc.splitting import Boundaries, Stage, parameter_count
 
 
@@ -21,7 +22,8 @@ def explain(stages: Sequence[Stage], schedule: Schedule, boundaries: Boundaries 
     model = stages[0].model
     lines = []
     for stage in stages:
-        layers = stage.layers[0] if len(stage.layers) == 1 else f"{stage.layers[0]} .. {stage.layers[-1]}"
+        first, last = shown(stage.layers[0]), shown(stage.layers[-1])
+        layers = first if len(stage.layers) == 1 else f"{first} .. {last}"
         count = parameter_count(model, list(stage.holders))
         lines.append(f"stage {stage.index} on rank {schedule.placement[stage.index]}: {layers}, {count:,} parameters")
         if boundaries is not None and stage is not stages[-1]:
@@ -29,17 +31,17 @@ def explain(stages: Sequence[Stage], schedule: Schedule, boundaries: Boundaries 
                 shape = "x".join(map(str, value.shape)) or "scalar"
                 dtype = str(value.dtype).removeprefix("torch.")
                 back = "" if value.needs_grad else ", forward only"
-                lines.append(f"  -> {value.name}: {dtype} {shape}, {value.num_bytes:,} bytes a microbatch{back}")
+                lines.append(f"  -> {shown(value.name)}: {dtype} {shape}, {value.num_bytes:,} bytes a microbatch{back}")
     crossing = [
         (alias, canonical)
         for alias, canonical in model.ties.items()
         if _stage_of(stages, alias) is not _stage_of(stages, canonical)
     ]
-    lines += [f"tied across stages: {alias} is {canonical}" for alias, canonical in crossing]
+    lines += [f"tied across stages: {shown(alias)} is {shown(canonical)}" for alias, canonical in crossing]
     lines.append(f"initial weights: {_origin(model)}")
     bubble = simulate(schedule).bubble_fraction
     lines.append(
-        f"schedule {schedule.name}: {schedule.num_ranks} ranks, {schedule.num_microbatches} microbatches, "
+        f"schedule {shown(schedule.name)}: {schedule.num_ranks} ranks, {schedule.num_microbatches} microbatches, "
         f"bubble {bubble:.1%}"
     )
     return "\n".join([*lines, draw(schedule, colour=colour)])
@@ -52,7 +54,7 @@ def _origin(model: Model) -> str:
     if len(seeded) == len(own):
         return "made from the seed"
     others = f", but for {len(seeded)} parameters that are made from the seed" if seeded else ", whatever the seed"
-    return f"{model.title}'s own{others}"
+    return f"{shown(model.title)}'s own{others}"
 
 
 def _stage_of(stages: Sequence[Stage], path: str) -> Stage:

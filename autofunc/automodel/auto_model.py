@@ -10,16 +10,19 @@ import torch
 from torch import nn
 
 from autofunc import tree
-from autofunc.automodel.build import build, without_values
+from autofunc.automodel.build import Most, build, without_values
 from autofunc.automodel.converted import ConvertedTensors
 from autofunc.automodel.description import Description, describe
 from autofunc.automodel.hub import CONFIGS, WEIGHTS, folder_of
 from autofunc.automodel.in_transformers import WholeModel, is_model
+from autofunc.automodel.saved_files import check_kinds, dtypes_of
 from autofunc.automodel.write import write_pretrained
 from autofunc.captured.pretrained import ConvertedForm, Pretrained, SafetensorsWeights, Weights
 from autofunc.captured.stored_tensors import INDEX, SINGLE, StoredTensors
 from autofunc.errors import ModelError, one_of
+from autofunc.foreign_file import NOT_THERE, is_folder, unfit
 from autofunc.model import Model
+from autofunc.shown import reason, shown
 
 
 class AutoModel:
@@ -87,15 +90,16 @@ class AutoModel:
             ModelError: see `from_config`; for weights that are missing, have no place, or have another shape.
         """
         folder = Path(pretrained_model_name_or_path).expanduser()
-        if not folder.is_dir():
-            if folder.is_file():
-                raise ModelError(f"{folder} is a file; name the folder that has it and a config.json")
+        if not is_folder(folder):
+            if unfit(folder) is None:
+                raise ModelError(f"{shown(folder)} is a file; name the folder that has it and a config.json")
             folder = folder_of(str(pretrained_model_name_or_path), WEIGHTS, revision)
         overrides = overrides if dtype is None else {**overrides, "dtype": dtype}
         description = describe(folder, overrides, lambda name: folder_of(name, WEIGHTS, revision))
         stored = StoredTensors(folder) if _has_safetensors(folder) else None
         chosen = description.dtype or (stored.dtype if stored is not None else None) or torch.get_default_dtype()
-        module = without_values(build(description, chosen, trust_remote_code=trust_remote_code))
+        most = None if stored is None else Most.of_stored(stored.shapes.values())
+        module = without_values(build(description, chosen, trust_remote_code=trust_remote_code, most=most))
         if trainable is not None:
             _check_patterns(module, trainable)
         _read_generation_config(module, folder)
@@ -116,7 +120,7 @@ class AutoModel:
 
 
 def _has_safetensors(folder: Path) -> bool:
-    return (folder / SINGLE).is_file() or (folder / INDEX).is_file()
+    return any(unfit(folder / name) != NOT_THERE for name in (SINGLE, INDEX))
 
 
 def _weights(
@@ -126,16 +130,17 @@ def _weights(
     assert folder is not None
     if stored is None and not is_model(module):
         stored = StoredTensors(folder)  # says what is missing
-    reason = "it has no safetensors files"
+    because = "it has no safetensors files"
     if stored is not None:
         try:
             weights = _by_name(stored, module)
         except ConvertedForm as error:
-            reason = str(error)
+            because = str(error)
+            check_kinds(folder, stored.dtypes, dtypes_of(module))
         else:
             weights.check(name for name, _ in module.named_parameters())
             return weights
-    return WholeModel(type(module), folder, module, dtype, reason)
+    return WholeModel(type(module), folder, module, dtype, because)
 
 
 def _by_name(stored: StoredTensors, module: nn.Module) -> SafetensorsWeights:
@@ -165,4 +170,7 @@ def _read_generation_config(module: nn.Module, folder: Path) -> None:
     if hasattr(module, "generation_config") and (folder / "generation_config.json").is_file():
         from transformers import GenerationConfig
 
-        module.generation_config = GenerationConfig.from_pretrained(folder)
+        try:
+            module.generation_config = GenerationConfig.from_pretrained(folder)
+        except Exception as error:  # whatever is in it
+            raise ModelError(f"{shown(folder)}: generation_config.json: {type(error).__name__}: {reason(error)}") from error

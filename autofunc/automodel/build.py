@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from autofunc.automodel import in_transformers
 from autofunc.automodel.description import Description, config_for
@@ -27,16 +29,35 @@ def find_registered(description: Description) -> type[nn.Module] | None:
     return ARCHITECTURES.find_by_type(description.model_type) if description.model_type is not None else None
 
 
-def build(description: Description, dtype: torch.dtype | None, *, trust_remote_code: bool) -> nn.Module:
+class Most(NamedTuple):
+    """How large a module may be. A config that asks for more is wrong, and would keep its class building for hours."""
+
+    tensors: float = 1_000_000  # that are parameters
+    elements: float = math.inf  # of all of them
+
+    @classmethod
+    def of_stored(cls, shapes: Collection[tuple[int, ...]]) -> Most:
+        """For a module whose weights have these shapes; it may cut them, and have some that are made anew."""
+        return cls(10 * len(shapes) + 1000, 10 * sum(map(math.prod, shapes)) + 10**7)
+
+
+def build(
+    description: Description,
+    dtype: torch.dtype | None,
+    *,
+    trust_remote_code: bool,
+    most: Most | None = None,
+) -> nn.Module:
     """The module that a description says.
 
     Args:
         description: of the model.
         dtype: of floating-point parameters; None: torch's default.
         trust_remote_code: see `in_transformers.class_and_config`.
+        most: how large the module may be.
 
     Raises:
-        ModelError: when there is no class for it, or the class cannot be called with its config.
+        ModelError: when there is no class for it, the class cannot be called with its config, or makes too many parameters.
     """
     cls: Any = find_registered(description)
     if cls is not None:
@@ -44,7 +65,9 @@ def build(description: Description, dtype: torch.dtype | None, *, trust_remote_c
     else:
         cls, config = in_transformers.class_and_config(description, trust_remote_code=trust_remote_code)
         in_transformers.set_dtype(config, dtype)
-    return _build(lambda: cls(config), dtype, f"{description.what}: {cls.__name__}")
+    what = f"{description.what}: {cls.__name__}"
+    with _at_most(most or Most(), what):
+        return _build(lambda: cls(config), dtype, what)
 
 
 def without_values(module: nn.Module) -> nn.Module:
@@ -71,6 +94,27 @@ def _build(make: Callable[[], nn.Module], dtype: torch.dtype | None, what: str) 
         raise ModelError(f"{what} returned {type(module).__name__}, not an nn.Module")
     _keep_in_fp32(module, dtype)
     return module
+
+
+@contextmanager
+def _at_most(most: Most, what: str) -> Iterator[None]:
+    """Stop the building of a module as soon as it is larger than it may be."""
+    tensors = elements = 0
+
+    def count(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        nonlocal tensors, elements
+        tensors, elements = tensors + 1, elements + (0 if parameter is None else parameter.numel())
+        if tensors > most.tensors or elements > most.elements:
+            raise ModelError(
+                f"{what} has {tensors:,} parameters or more, of {elements:,} elements, with this config; are its numbers, "
+                "of layers say, those of its weights?"
+            )
+
+    hook = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _keep_in_fp32(module: nn.Module, dtype: torch.dtype | None) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from autofunc.captured.pretrained import ConvertedForm
 from autofunc.captured.stored_tensors import StoredTensors
+from autofunc.model.stored import CONVERTED
 
 
 @dataclass
@@ -51,7 +52,9 @@ class ConvertedTensors(StoredTensors):
                 for name, made in self._converted(first, like).items():
                     self._group_of[name] = first
                     self.shapes[name] = tuple(made.shape)
-                    self.dtypes[name] = stored.dtypes[group.sources[0][0]]
+                    # of several the one that is least like the others: it decides whether they can be read
+                    dtypes = [stored.dtypes[source] for source, _ in group.sources]
+                    self.dtypes[name] = next((dtype for dtype in dtypes if dtype not in CONVERTED), dtypes[0])
         except Exception as error:
             raise ConvertedForm(
                 f"the rules of transformers for {type(module).__name__} cannot be applied to one tensor at a time "

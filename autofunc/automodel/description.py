@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
-import json
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -17,7 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from autofunc.errors import ModelError, in_brief, one_of, shown
+from autofunc.errors import ModelError, in_brief, one_of, some_of
+from autofunc.foreign_file import NOT_THERE, is_folder, read_json, unfit
+from autofunc.shown import quoted, reason, shown
 
 CONFIG = "config.json"
 
@@ -85,7 +86,7 @@ class Description:
         for key, (is_right, expected) in _KINDS.items():
             given = self.values.get(key)
             if given is not None and not is_right(given):
-                raise ModelError(f"{self.what}: {key} is {shown(given)}; expected {expected}")
+                raise ModelError(f"{self.what}: {key} is {quoted(given)}; expected {expected}")
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -99,7 +100,7 @@ class Description:
             return named
         found = _FLOATS.get(str(named).removeprefix("torch."))
         if found is None:
-            raise ModelError(f"{self.what}: dtype {named!r} is not a floating-point dtype; {one_of(named, _FLOATS)}")
+            raise ModelError(f"{self.what}: dtype {quoted(named)} is not a floating-point dtype; {one_of(named, _FLOATS)}")
         return found
 
 
@@ -116,8 +117,8 @@ def describe(config: Any, overrides: Mapping[str, Any], find_folder: Callable[[s
     """
     folder, given, what = None, None, "config"
     if isinstance(config, (str, Path)):
-        what, path = str(config), Path(config).expanduser()
-        file = path if path.is_file() else (path if path.is_dir() else find_folder(str(config))) / CONFIG
+        what, path = shown(config), Path(config).expanduser()
+        file = path if unfit(path) is None else (path if is_folder(path) else find_folder(str(config))) / CONFIG
         folder, values = file.parent, _read(file)
     elif isinstance(config, Mapping):
         values = dict(config)
@@ -174,7 +175,9 @@ def config_for(cls: type[nn.Module], description: Description) -> Any:
     try:
         return wanted(**values)
     except TypeError as error:
-        raise ModelError(f"{description.what}: {wanted.__name__}, the config of {cls.__name__}, says {error}") from error
+        raise ModelError(
+            f"{description.what}: {wanted.__name__}, the config of {cls.__name__}, says {reason(error)}"
+        ) from error
 
 
 def changed(config: Any, overrides: Mapping[str, Any], what: str) -> Any:
@@ -215,7 +218,7 @@ def _attribute(config: Any, key: str, what: str) -> str:
     """Under which name a config holds a key; transformers' hold some behind an underscore."""
     name = next((each for each in (key, "_" + key) if hasattr(config, each)), key if key in _ABOUT else None)
     if name is None:
-        raise ModelError(f"{what}: {type(config).__name__} has no {key!r}; {one_of(key, sorted(values_of(config)))}")
+        raise ModelError(f"{what}: {type(config).__name__} has no {quoted(key)}; {one_of(key, sorted(values_of(config)))}")
     return name
 
 
@@ -223,7 +226,7 @@ def _check_keys(cls: type, keys: Any, known: Any, description: Description) -> N
     for key in keys:
         if key not in known and key not in _ABOUT:
             raise ModelError(
-                f"{description.what}: the config of {cls.__name__} has no {key!r}; {one_of(key, sorted(known))}"
+                f"{description.what}: the config of {cls.__name__} has no {quoted(key)}; {one_of(key, sorted(known))}"
             )
 
 
@@ -242,13 +245,10 @@ def _annotated(cls: type[nn.Module]) -> Any:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        found = ", ".join(sorted(each.name for each in file.parent.iterdir())[:12]) if file.parent.is_dir() else ""
-        raise ModelError(f"there is no {file}; {file.parent} has {found or 'nothing'}")
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{file} is not JSON: {in_brief(error)}") from error
+    if unfit(file) == NOT_THERE:
+        found = some_of(sorted(each.name for each in file.parent.iterdir()), 12) if is_folder(file.parent) else ""
+        raise ModelError(f"there is no {shown(file)}; {shown(file.parent)} has {found or 'nothing'}")
+    values = read_json(file, ModelError)
     if not isinstance(values, dict):
-        raise ModelError(f"{file}: expected an object with keys, got {type(values).__name__}")
+        raise ModelError(f"{shown(file)}: expected an object with keys, got {type(values).__name__}")
     return values

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from autofunc.errors import ModelError, one_of
+from autofunc.shown import quoted, reason
 
 CONFIGS = ("*.json", "*.py")
 WEIGHTS = (*CONFIGS, "*.safetensors")
@@ -26,10 +27,10 @@ def folder_of(name: str, patterns: tuple[str, ...], revision: str | None = None)
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
     except Exception as error:  # offline, no such name, no access: each is an error of its own
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
+        first = reason(error).partition("\n")[0]
         raise ModelError(
-            f"{name!r} is neither a folder nor a model in the Hugging Face cache, and cannot be downloaded "
-            f"({type(error).__name__}: {reason}); cached models: {one_of(name, _cached())}"
+            f"{quoted(name)} is neither a folder nor a model in the Hugging Face cache, and cannot be downloaded "
+            f"({type(error).__name__}: {first}); cached models: {one_of(name, _cached())}"
         ) from error
 
 

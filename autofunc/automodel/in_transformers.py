@@ -13,7 +13,10 @@ from torch import Tensor, nn
 
 from autofunc.automodel.description import Description, changed, from_dict
 from autofunc.automodel.registry import known_architectures
-from autofunc.errors import ModelError, one_of
+from autofunc.automodel.saved_files import check_saved, dtypes_of
+from autofunc.captured.stored_tensors import INDEX, SINGLE
+from autofunc.errors import ModelError, one_of, some_of
+from autofunc.shown import quoted, reason, shown
 
 
 def find_class(name: str) -> Any:
@@ -54,11 +57,14 @@ def class_and_config(description: Description, *, trust_remote_code: bool) -> tu
     values, what = description.values, description.what
     if values.get("quantization_config"):
         raise ModelError(f"{what} is quantized (quantization_config), which cannot be trained; take unquantized weights")
+    named = values.get("transformers_weights")
+    if named not in (None, SINGLE, INDEX):
+        raise ModelError(f"{what}: transformers_weights is {quoted(named)}; expected {SINGLE} or {INDEX}, or nothing")
     cls = find_class(description.architecture) if description.architecture else None
     if cls is None and description.folder is not None and description.auto_map:
         if not trust_remote_code:
             raise ModelError(
-                f"{what} brings its own code ({', '.join(description.auto_map.values())}); read it, then pass "
+                f"{what} brings its own code ({some_of(description.auto_map.values())}); read it, then pass "
                 "trust_remote_code=True to run it"
             )
         return _remote(description)
@@ -88,7 +94,7 @@ def unknown(description: Description) -> ModelError:
         )
     registered = known_architectures()
     listed = f"registered are {', '.join(registered)}" if registered else "none are registered"
-    given = f"architecture {named!r}" if named is not None else f"model_type {model_type!r}"
+    given = f"architecture {quoted(named)}" if named is not None else f"model_type {quoted(model_type)}"
     near = one_of(named or model_type, _nearby(named))
     return ModelError(
         f"{description.what}: there is no {given}: {listed} (af.register_modeling_path registers your own), and of those "
@@ -118,12 +124,12 @@ def _remote(description: Description) -> tuple[Any, Any]:
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
     folder, places = str(description.folder), description.auto_map
-    named = [place for place in places.values() if str(place).rpartition(".")[2] == description.architecture]
+    named = [place for place in places.values() if place.rpartition(".")[2] == description.architecture]
     place = named[0] if named else places.get("AutoModelForCausalLM") or places.get("AutoModel")
     if place is None:
         raise ModelError(f"{description.what}: auto_map has no class {description.architecture!r}; {one_of('', places)}")
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True)
-    return get_class_from_dynamic_module(str(place), folder), changed(config, description.overrides, description.what)
+    return get_class_from_dynamic_module(place, folder), changed(config, description.overrides, description.what)
 
 
 class WholeModel:
@@ -134,15 +140,21 @@ class WholeModel:
         folder: with its files.
         module: the same model without values.
         dtype: of floating-point parameters.
-        reason: why.
+        because: why.
+
+    Raises:
+        ModelError: for files that should not be loaded, see `check_saved`.
     """
 
-    def __init__(self, cls: Any, folder: Path, module: nn.Module, dtype: torch.dtype, reason: str) -> None:
+    def __init__(self, cls: Any, folder: Path, module: nn.Module, dtype: torch.dtype, because: str) -> None:
+        check_saved(folder, dtypes_of(module))
         self._cls, self._folder, self._dtype = cls, folder, dtype
         self._config: Any = module.config
         self._names = {*module.state_dict(), *dict(module.named_parameters(remove_duplicate=False))}
         self._values: Mapping[str, Tensor] | None = None
-        self.note: str | None = f"{folder}: every process loads the whole model to read its part of it, because {reason}"
+        self.note: str | None = (
+            f"{shown(folder)}: every process loads the whole model to read its part of it, because {because}"
+        )
         warnings.warn(self.note, stacklevel=4)
 
     def __contains__(self, name: object) -> bool:
@@ -165,10 +177,13 @@ class WholeModel:
                 self._folder, config=self._config, dtype=self._dtype, output_loading_info=True, local_files_only=True
             )
         except Exception as error:
-            raise ModelError(f"{self._folder}: transformers cannot load it: {type(error).__name__}: {error}") from error
+            said = f"{type(error).__name__}: {reason(error)}"
+            raise ModelError(f"{shown(self._folder)}: transformers cannot load it: {said}") from error
         for what, names in info.items():
             if names:
-                listed = ", ".join(sorted(map(str, names))[:5])
-                raise ModelError(f"{self._folder} does not fit {self._cls.__name__}: {what.replace('_', ' ')}: {listed}")
+                listed = some_of(sorted(map(str, names)), 5)
+                raise ModelError(
+                    f"{shown(self._folder)} does not fit {self._cls.__name__}: {what.replace('_', ' ')}: {listed}"
+                )
         values: dict[str, Tensor] = {**model.state_dict(), **dict(model.named_parameters(remove_duplicate=False))}
         return {name: leaf.detach() for name, leaf in values.items() if isinstance(leaf, Tensor)}

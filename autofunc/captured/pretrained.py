@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from autofunc.captured.stored_tensors import StoredTensors
 from autofunc.errors import ModelError, one_of, some_of
+from autofunc.model.stored import misfit
+from autofunc.shown import quoted, shown
 
 
 class Weights(Protocol):
@@ -63,7 +65,7 @@ class SafetensorsWeights:
 
     def __init__(self, stored: StoredTensors | str | Path, module: nn.Module) -> None:
         self._tensors = stored if isinstance(stored, StoredTensors) else StoredTensors(stored)
-        self._what = f"{self._tensors.path} does not fit {type(module).__name__}"
+        self._what = f"{shown(self._tensors.path)} does not fit {type(module).__name__}"
         parameters = dict(module.named_parameters())
         first = {id(leaf): name for name, leaf in [*parameters.items(), *module.named_buffers()]}
         state = {**module.state_dict(keep_vars=True), **dict(module.named_parameters(remove_duplicate=False))}
@@ -71,12 +73,14 @@ class SafetensorsWeights:
         self._canonical = {name: first.get(id(leaf), name) for name, leaf in leaves.items()}
         self._optional = _patterns(module, "_keys_to_ignore_on_load_missing")
         self._stored: dict[str, list[str]] = {}
-        wrong, extra = [], []
+        wrong, extra, unlike = [], [], []
         for name, own in _own_names(self._tensors, module, leaves).items():
             if own is None:
                 extra.append(name)
             elif self._tensors.shapes[name] != tuple(leaves[own].shape):
-                wrong.append(f"{name!r} is {self._tensors.shapes[name]}, not {tuple(leaves[own].shape)}")
+                wrong.append(f"{quoted(name)} is {self._tensors.shapes[name]}, not {tuple(leaves[own].shape)}")
+            elif (words := misfit(self._tensors.dtypes[name], leaves[own].dtype)) is not None:
+                unlike.append(f"{quoted(name)} {words}")
             else:
                 self._stored.setdefault(self._canonical[own], []).append(name)
         if extra:
@@ -85,6 +89,8 @@ class SafetensorsWeights:
             raise ModelError(f"{self._what}: the module has no place for {some_of(extra, 5)}; {near}")
         if wrong:
             raise ModelError(f"{self._what}: {some_of(wrong, 5)}. Are the sizes in its config those of these weights?")
+        if unlike:
+            raise ModelError(f"{self._what}: {some_of(unlike, 2)}; convert them, or leave them out")
 
     def __contains__(self, name: object) -> bool:
         return self._canonical.get(str(name)) in self._stored
@@ -112,8 +118,8 @@ class SafetensorsWeights:
             for other in others:
                 if not torch.equal(values[one], values[other]):
                     raise ModelError(
-                        f"{self._tensors.path}: {one!r} and {other!r} have different values, but in the module they are "
-                        f"one parameter ({name!r}); untie them in its config (tie_word_embeddings: false)"
+                        f"{shown(self._tensors.path)}: {one!r} and {other!r} have different values, but in the module they "
+                        f"are one parameter ({name!r}); untie them in its config (tie_word_embeddings: false)"
                     )
         return {name: values[several[0]] for name, several in copies.items()}
 

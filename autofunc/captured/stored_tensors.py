@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -11,12 +10,20 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from autofunc.errors import ModelError
+from autofunc.errors import ModelError, some_of
+from autofunc.foreign_file import NOT_THERE, is_folder, read_json, unfit
+from autofunc.model.stored import CONVERTED
+from autofunc.shown import quoted, reason, shown
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 """What files with weights are called in a folder."""
 
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu, "C64": torch.complex64,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U64": torch.uint64, "U32": torch.uint32,
+    "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
 
 
 class StoredTensors:
@@ -32,7 +39,7 @@ class StoredTensors:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).expanduser()
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self.dtypes: dict[str, torch.dtype | None] = {}  # of floating-point ones, else None
+        self.dtypes: dict[str, torch.dtype | str] = {}  # of what torch has no dtype for, its stored name
         self.by_transformers = False
         self._files: dict[str, Path] = {}
         for file, wanted in _files_of(self.path).items():
@@ -41,55 +48,84 @@ class StoredTensors:
                 known = set(stored.keys())
                 lacking = sorted((wanted or set()) - known)
                 if lacking:
-                    raise ModelError(f"{file} has no {lacking[0]!r}, which {INDEX} says it has")
+                    raise ModelError(f"{shown(file)} has no {quoted(lacking[0])}, which {INDEX} says it has")
                 for name in sorted(known if wanted is None else wanted):
                     header = stored.get_slice(name)
                     self._files[name] = file
                     self.shapes[name] = tuple(header.get_shape())
-                    self.dtypes[name] = _DTYPES.get(header.get_dtype())
+                    self.dtypes[name] = _DTYPES.get(header.get_dtype(), header.get_dtype())
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """The tensors with these stored names, and no others."""
+        """The tensors with these stored names, and no others.
+
+        Raises:
+            ModelError: when a file has changed since it was looked at, or torch has no such tensors.
+        """
         by_file: dict[Path, list[str]] = {}
         for name in names:
             by_file.setdefault(self._files[name], []).append(name)
         found: dict[str, Tensor] = {}
         for file, inside in by_file.items():
             with _opened(file) as stored:
-                found.update({name: stored.get_tensor(name) for name in inside})
+                for name in inside:
+                    try:
+                        found[name] = stored.get_tensor(name)
+                    except Exception as error:  # safetensors has several of its own, and torch more
+                        raise ModelError(f"{shown(file)}: {quoted(name)} cannot be read: {reason(error)}") from error
         return found
 
     @property
     def dtype(self) -> torch.dtype | None:
         """The first floating-point dtype in it."""
-        return next((dtype for dtype in self.dtypes.values() if dtype is not None), None)
+        return next((dtype for dtype in self.dtypes.values() if dtype in CONVERTED), None)
 
 
 def _files_of(path: Path) -> dict[Path, set[str] | None]:
     """File -> the names in it that count; None: all."""
-    if path.is_file() and path.suffix == ".safetensors":
+    if path.suffix == ".safetensors" and not is_folder(path) and unfit(path) != NOT_THERE:
         return {path: None}
-    if (path / SINGLE).is_file():
-        return {path / SINGLE: None}
-    if (path / INDEX).is_file():
-        try:
-            files: dict[Path, set[str]] = {}
-            for name, file in json.loads((path / INDEX).read_text())["weight_map"].items():
-                files.setdefault(path / file, set()).add(name)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ModelError(f"{path / INDEX} is not an index of shards: {type(error).__name__}: {error}") from error
-        lacking = [file.name for file in files if not file.is_file()]
-        if lacking:
-            raise ModelError(f"{path / INDEX} names {lacking[0]}, which is not there")
-        return dict(files)
-    if path.is_dir():
-        found = ", ".join(sorted(each.name for each in path.iterdir())[:12]) or "nothing"
-        raise ModelError(f"{path} has neither {SINGLE} nor {INDEX}; it has {found}")
-    raise ModelError(f"no weights at {path}: expected a .safetensors file, or a folder with {SINGLE} or {INDEX}")
+    for name in (SINGLE, INDEX):
+        if is_folder(path) and unfit(path / name) != NOT_THERE:
+            return {path / SINGLE: None} if name == SINGLE else dict(shards(path / INDEX))
+    if is_folder(path):
+        found = some_of(sorted(each.name for each in path.iterdir()), 12) or "nothing"
+        raise ModelError(f"{shown(path)} has neither {SINGLE} nor {INDEX}; it has {found}")
+    raise ModelError(f"no weights at {shown(path)}: expected a .safetensors file, or a folder with {SINGLE} or {INDEX}")
+
+
+def shards(index: Path, suffix: str = ".safetensors") -> dict[Path, set[str]]:
+    """The files that an index names, all beside it, and the names of the tensors in each.
+
+    Args:
+        index: the file.
+        suffix: of the files.
+
+    Raises:
+        ModelError: for what is no index; for names that lead elsewhere, or to nothing.
+    """
+    document = read_json(index, ModelError)
+    named = document.get("weight_map") if isinstance(document, dict) else None
+    if not isinstance(named, dict) or not named:
+        raise ModelError(f"{shown(index)} is not an index of shards: expected a mapping weight_map, from names to files")
+    files: dict[Path, set[str]] = {}
+    for name, file in named.items():
+        if not isinstance(file, str) or not file.endswith(suffix) or Path(file).name != file or "\\" in file:
+            raise ModelError(
+                f"{shown(index)}: the shard of {quoted(name)} is {quoted(file)}; expected the name of a {suffix} file in "
+                "the folder of the index, and no path"
+            )
+        files.setdefault(index.parent / file, set()).add(name)
+    for path, inside in files.items():
+        if unfit(path) == NOT_THERE:
+            raise ModelError(f"{shown(index)} names {shown(path.name)}, which is not there, for {quoted(min(inside))}")
+    return files
 
 
 def _opened(file: Path) -> Any:
+    words = unfit(file)
+    if words is not None:
+        raise ModelError(f"{shown(file)} {words}")
     try:
         return safe_open(file, framework="pt")
     except Exception as error:
-        raise ModelError(f"{file} is not a safetensors file: {error}") from error
+        raise ModelError(f"{shown(file)} is not a safetensors file: {reason(error)}") from error

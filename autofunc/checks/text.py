@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from autofunc.checks.verdict import TITLES, Verdict
+from autofunc.shown import printable, shown
 
 WIDTH = 80
 _COLOURS = {"pass": "32", "warn": "33", "fail": "31", "skip": "2"}
@@ -17,7 +18,7 @@ def summary(subject: str, verdicts: Sequence[Verdict]) -> str:
     """How many findings there are of each status, in one line."""
     words = {"fail": "failed", "warn": "warnings", "pass": "passed", "skip": "skipped"}
     counted = (f"{sum(each.status == status for each in verdicts)} {word}" for status, word in words.items())
-    return f"{subject}: " + ", ".join(counted)
+    return f"{shown(subject)}: " + ", ".join(counted)
 
 
 def table(subject: str, verdicts: Sequence[Verdict], colour: bool = False) -> str:
@@ -38,10 +39,10 @@ def table(subject: str, verdicts: Sequence[Verdict], colour: bool = False) -> st
 def _finding(verdict: Verdict, colour: bool) -> list[str]:
     status = f"{verdict.status:<4}"
     painted = f"\x1b[{_COLOURS[verdict.status]}m{status}\x1b[0m" if colour else status
-    title = TITLES.get(verdict.code)
-    text = _wrapped(f"{title}: {verdict.message}" if title else verdict.message, " " * 10)
+    title, message = TITLES.get(verdict.code), printable(verdict.message, keep="\n")
+    text = _wrapped(f"{title}: {message}" if title else message, " " * 10)
     text[0] = f"{verdict.code:<4}{painted}  {text[0].lstrip()}"
-    return text + (_wrapped(f"at {verdict.where}", " " * 10) if verdict.where else [])
+    return text + (_wrapped(f"at {shown(verdict.where)}", " " * 10) if verdict.where else [])
 
 
 def _points(points: Iterable[Mapping[str, Any]]) -> list[str]:
@@ -57,6 +58,7 @@ def _points(points: Iterable[Mapping[str, Any]]) -> list[str]:
 
 
 def _fitted(name: str) -> str:
+    name = printable(name)
     return name if len(name) <= 42 else f"{name[:16]}...{name[-23:]}"
 
 

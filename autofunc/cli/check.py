@@ -13,6 +13,7 @@ from autofunc.checks import check as run_checks
 from autofunc.config import check_targets, not_ended, read_config
 from autofunc.data import STACKED, first_rows
 from autofunc.model import Model
+from autofunc.shown import literal, shown
 from autofunc.train.datasets import read_dataset
 from autofunc.train.model import loss_to_check, make
 
@@ -31,7 +32,7 @@ def check(config_path: str, overrides: Sequence[str], as_json: bool) -> bool:
     Raises:
         AutofuncError: for mistakes in the configuration itself.
     """
-    with Console(stderr=True).status(f"checking {config_path}"):
+    with Console(stderr=True).status(literal(f"checking {shown(config_path)}")):
         config, notes = read_config(config_path, overrides)
         check_targets(config)
         dataset = read_dataset(config.dataset, "dataset")
@@ -45,6 +46,6 @@ def check(config_path: str, overrides: Sequence[str], as_json: bool) -> bool:
         return report.ok
     console = Console(file=sys.stdout)
     for note in notes:
-        console.print(f"note: {note}", highlight=False, markup=False)
+        console.print(literal(f"note: {note}"))
     sys.stdout.write(report.table(colour=console.is_terminal and not console.no_color) + "\n")
     return report.ok

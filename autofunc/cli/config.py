@@ -7,6 +7,7 @@ import json
 import typer
 
 from autofunc.cli.options import TAKES_OVERRIDES, ConfigFile
+from autofunc.shown import printable, shown
 
 app = typer.Typer(no_args_is_help=True, help="Validate a configuration, print it with its defaults, or its schema.")
 
@@ -17,8 +18,8 @@ def validate(context: typer.Context, config: ConfigFile) -> None:
     from autofunc.config.read import read_config
 
     for note in read_config(config, context.args, look_into_targets=False)[1]:
-        typer.echo(f"note: {note}")
-    typer.echo(f"{config}: every key and value is allowed")
+        typer.echo(printable(f"note: {note}"))
+    typer.echo(f"{shown(config)}: every key and value is allowed")
 
 
 @app.command("print", context_settings=TAKES_OVERRIDES, epilog="Example: autofunc config print -c examples/demo.yaml")

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from autofunc.automodel import write_pretrained
 from autofunc.config import read_config
+from autofunc.shown import literal, shown
 from autofunc.train.model import SEED, make
 
 
@@ -25,8 +26,8 @@ def export(config_path: str, overrides: Sequence[str], weights: str, folder: str
     Raises:
         AutofuncError: when the model has no form on disk, or the weights do not fit it.
     """
-    with Console(stderr=True).status(f"writing {folder}"):
+    with Console(stderr=True).status(literal(f"writing {shown(folder)}")):
         config, _ = read_config(config_path, overrides)
         made = make(config.model_copy(update={"weights": SEED}))
         written = write_pretrained(made, Path(weights), folder)
-    sys.stdout.write(f"written to {written}\n")
+    sys.stdout.write(f"written to {shown(written)}\n")

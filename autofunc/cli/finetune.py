@@ -10,6 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from autofunc.config import read_config
+from autofunc.shown import literal, shown
 from autofunc.train.device import check_devices
 from autofunc.train.launch import is_worker, launch, was_checked
 from autofunc.train.memory_budget import check_budget
@@ -37,7 +38,7 @@ def finetune_llm(config_path: str, overrides: Sequence[str], nproc_per_node: int
     if is_worker():
         run_worker(lambda: _work(config_path, overrides, overwrite))
         return
-    with Console(stderr=True).status(f"checking {config_path}"):  # reads the data; shown on terminals
+    with Console(stderr=True).status(literal(f"checking {shown(config_path)}")):  # reads the data; shown on terminals
         config, notes = read_config(config_path, overrides)
         recipe = prepare(config, nproc_per_node, notes=notes)
         check_tensor_parallel(recipe)

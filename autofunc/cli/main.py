@@ -14,7 +14,8 @@ from autofunc import __version__
 from autofunc.cli import config as config_commands
 from autofunc.cli import schedule
 from autofunc.cli.options import TAKES_OVERRIDES, ConfigFile
-from autofunc.errors import AutofuncError, PipelineRunError, full_message
+from autofunc.errors import AutofuncError, ConfigError, PipelineRunError, full_message
+from autofunc.shown import quoted
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -71,7 +72,7 @@ def finetune(
 
     Example: autofunc finetune llm -c examples/demo.yaml --step_scheduler.max_steps 20
     """
-    from autofunc.errors import ConfigError, one_of
+    from autofunc.errors import one_of
 
     if domain != "llm":
         raise ConfigError(f"finetune {domain!r}: {one_of(domain, ['llm'])}")
@@ -148,9 +149,17 @@ def export(
     write(config, context.args, weights, output)
 
 
+def _check_options(words: list[str]) -> None:
+    """An option that is none is shown by click as it is."""
+    for option in (word.partition("=")[0] for word in words if word.startswith("-")):
+        if not option.isprintable():
+            raise ConfigError(f"{quoted(option)} is no option")
+
+
 def main() -> None:
     """Entry point: errors made for people are printed without a traceback, but with their notes."""
     try:
+        _check_options(sys.argv[1:])
         app()
     except PipelineRunError as error:
         sys.stderr.write(f"error: {full_message(error)}\n")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -14,6 +13,7 @@ from autofunc.batch import rows_in_words
 from autofunc.config import read_config
 from autofunc.data import STACKED
 from autofunc.schedule import draw
+from autofunc.shown import literal, printable, shown
 from autofunc.train.planning import RunPlan, plan_run
 from autofunc.train.tensor_parallel_check import check_tensor_parallel
 
@@ -34,10 +34,12 @@ def plan(
     Raises:
         AutofuncError: for every mistake in the configuration.
     """
-    shown = Console(stderr=True)
-    with shown.status(f"planning {config_path}") as status:
+    console = Console(stderr=True)
+    with console.status(literal(f"planning {shown(config_path)}")) as status:
         config, notes = read_config(config_path, overrides)
-        made = plan_run(config, num_processes, notes, measure=measure, on_progress=status.update)
+        made = plan_run(
+            config, num_processes, notes, measure=measure, on_progress=lambda text: status.update(literal(text))
+        )
         check_tensor_parallel(made.recipe)
     if picture is not None:
         draw(made.timeline, picture)
@@ -46,10 +48,10 @@ def plan(
         return
     console = Console(file=sys.stdout)
     for note in made.recipe.notes:
-        console.print(f"note: {note}", highlight=False, markup=False)
+        console.print(literal(f"note: {note}"))
     _show(made, console)
     if picture is not None:
-        console.print(f"written to {Path(picture)}", highlight=False, markup=False)
+        console.print(literal(f"written to {shown(picture)}"))
 
 
 def _show(made: RunPlan, console: Console) -> None:
@@ -59,11 +61,14 @@ def _show(made: RunPlan, console: Console) -> None:
         table.add_column(title, justify="right")
     for stage in made.stages:
         layers = (
-            stage.first_layer if stage.first_layer == stage.last_layer else f"{stage.first_layer} .. {stage.last_layer}"
+            shown(stage.first_layer)
+            if stage.first_layer == stage.last_layer
+            else f"{shown(stage.first_layer)} .. {shown(stage.last_layer)}"
         )
         table.add_row(
-            str(stage.stage), str(stage.rank), layers, _count(stage.parameters), f"{stage.forward_flops / 1e9:.3g}",
-            f"{stage.forward_ms + stage.backward_ms:.3g}", _bytes(stage.sends_bytes) if stage.sends_bytes else "-",
+            str(stage.stage), str(stage.rank), literal(layers), _count(stage.parameters),
+            f"{stage.forward_flops / 1e9:.3g}", f"{stage.forward_ms + stage.backward_ms:.3g}",
+            _bytes(stage.sends_bytes) if stage.sends_bytes else "-",
         )  # fmt: skip
     console.print(table, highlight=False)
     memory = Table("rank", box=None, pad_edge=False, header_style="bold")
@@ -84,7 +89,7 @@ def _show(made: RunPlan, console: Console) -> None:
         times = f"operations, at the rate of a matrix product: a step may take several times as long, for {made.why_not}"
     lines = [
         "",
-        f"schedule {recipe.schedule.name}: {recipe.axes}, {recipe.axes.num_processes} processes, "
+        f"schedule {shown(recipe.schedule.name)}: {recipe.axes}, {recipe.axes.num_processes} processes, "
         f"{recipe.schedule.num_microbatches} microbatches",
         f"step: {timeline.makespan:.3g} ms, bubble {timeline.bubble_fraction:.1%}; "
         f"longest stage {made.imbalance:.2f}x the mean",
@@ -92,11 +97,11 @@ def _show(made: RunPlan, console: Console) -> None:
         f"times: {times}; transfers count as nothing",
     ]
     if len(made.stages) > 1:
-        lines.append(f"split_points: [{', '.join(stage.first_layer for stage in made.stages[1:])}]")
+        lines.append(f"split_points: [{', '.join(printable(stage.first_layer) for stage in made.stages[1:])}]")
     if recipe.searches:
         lines.append("schedule auto: a better one is searched for when the run starts")
     for line in lines:
-        console.print(line, highlight=False, markup=False)
+        console.print(literal(line))
     sys.stdout.write(draw(recipe.schedule, colour=console.is_terminal and not console.no_color) + "\n")
 
 

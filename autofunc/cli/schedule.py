@@ -15,6 +15,7 @@ from rich.table import Table
 import autofunc as af
 from autofunc.cli.options import CostOptions, Sizes, by_stage, takes_groups
 from autofunc.errors import ScheduleError
+from autofunc.shown import literal, shown
 
 app = typer.Typer(no_args_is_help=True, help="Build, check, simulate, search, draw and exchange pipeline schedules.")
 
@@ -48,13 +49,13 @@ def show(
 
     Example: autofunc schedule show 1f1b -p 2 -m 4 -o mine.csv
     """
-    s = _build(name, sizes)
+    s = build(name, sizes)
     s = af.schedule.lower(s, keep_overlapped=True) if lowered else s
     if output is None:
         typer.echo(af.schedule.to_text(s), nl=False)
         return
     af.schedule.write_file(s, output)
-    typer.echo(f"wrote {output}")
+    typer.echo(f"wrote {shown(output)}")
 
 
 @app.command()
@@ -65,7 +66,7 @@ def simulate(name: Name, sizes: Sizes, costs: CostOptions) -> None:
     Example: autofunc schedule simulate zb_h1 -p 4 -m 8 --comm 0.1
     """
     console = Console()
-    timeline = _simulate(_build(name, sizes), costs.read()[0])
+    timeline = _simulate(build(name, sizes), costs.read()[0])
     _draw_text(console, timeline)
     _print_figures(console, [timeline])
     _print_idle(console, timeline)
@@ -83,7 +84,7 @@ def compare(sizes: Sizes, costs: CostOptions, names: Names = []) -> None:  # noq
     (given, _), left_out, timelines = costs.read(), [], []
     for name in names or af.schedule.names():
         try:
-            timelines.append(_simulate(_build(name, sizes, only_looped=True), given))
+            timelines.append(_simulate(build(name, sizes, only_looped=True), given))
         except ScheduleError as error:
             if names:
                 raise
@@ -93,7 +94,7 @@ def compare(sizes: Sizes, costs: CostOptions, names: Names = []) -> None:  # noq
     console = Console()
     _print_figures(console, timelines)
     for line in left_out:
-        console.print(line, highlight=False, markup=False)
+        console.print(literal(line))
 
 
 @app.command()
@@ -117,14 +118,14 @@ def draw(
     Example: autofunc schedule draw 1f1b zbv -p 4 -m 8 -o compared.html
     """
     given, _ = costs.read()
-    timelines = [_simulate(_build(name, sizes, only_looped=True), given) for name in names]
+    timelines = [_simulate(build(name, sizes, only_looped=True), given) for name in names]
     if output is None:
         for timeline in timelines:
-            typer.echo(timeline.schedule.name)
+            typer.echo(shown(timeline.schedule.name))
             _draw_text(Console(), timeline)
         return
     af.schedule.draw(timelines, output)
-    typer.echo(f"wrote {output}")
+    typer.echo(f"wrote {shown(output)}")
 
 
 @app.command()
@@ -152,7 +153,7 @@ def search(
     if output is not None:
         af.schedule.check_suffix(output)
         if not Path(output).resolve().parent.is_dir():
-            raise ScheduleError(f"cannot write {output}: there is no such folder")
+            raise ScheduleError(f"cannot write {shown(output)}: there is no such folder")
     given, memory = costs.read()
     listed = {len(cost) for cost in (given.F, given.I, given.W) if not isinstance(cost, (int, float))}
     per_rank = sizes.stages_per_rank or max(max(listed, default=sizes.ranks) // sizes.ranks, 1)
@@ -185,10 +186,10 @@ def search(
     typer.echo(f"{'longest span' if span else 'makespan'} of any schedule of these stages: at least {bound:g}")
     if output is not None:
         af.schedule.write_file(found, output)
-        typer.echo(f"wrote {output}")
+        typer.echo(f"wrote {shown(output)}")
 
 
-def _build(name: str, sizes: Sizes, only_looped: bool = False) -> af.schedule.Schedule:
+def build(name: str, sizes: Sizes, only_looped: bool = False) -> af.schedule.Schedule:
     """A named schedule, one from a file, or one that a function makes, checked.
 
     A file brings its own sizes. With `only_looped`, stages per rank are given to those that take more than one number.
@@ -198,7 +199,7 @@ def _build(name: str, sizes: Sizes, only_looped: bool = False) -> af.schedule.Sc
         try:
             af.schedule.validate(read)
         except ScheduleError as error:
-            raise ScheduleError(f"{name}: {error}") from error
+            raise ScheduleError(f"{shown(name)}: {error}") from error
         return read.compute_form()
     source: str | af.schedule.Function = name
     if ".py:" in name:
@@ -237,7 +238,7 @@ def _print_figures(console: Console, timelines: list[af.schedule.Timeline]) -> N
     for timeline in timelines:
         s = timeline.schedule
         table.add_row(
-            s.name,
+            literal(shown(s.name)),
             str(s.num_stages),
             f"{timeline.makespan:g}",
             f"{timeline.bubble_fraction:.1%}",

@@ -9,7 +9,8 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from autofunc.config.environment import FromEnvironment
 from autofunc.config.other_tools import explained
-from autofunc.errors import one_of, shown
+from autofunc.errors import one_of
+from autofunc.shown import quoted
 
 MOST = 14
 """Problems that are told at once."""
@@ -49,7 +50,7 @@ def in_words(error: ValidationError, section: type[BaseModel]) -> list[str]:
 def unknown_key(location: list[str], given: Any, otherwise: str) -> list[str]:
     """A line for a key that is not known, or for each in it: what it is in another tool and here, or what is near."""
     lines = explained(location, given)
-    return lines or [f"unknown key {shown('.'.join(location))}: {otherwise}"]
+    return lines or [f"unknown key {quoted('.'.join(location))}: {otherwise}"]
 
 
 def check_type(value: Any, annotation: Any, where: str) -> list[str]:
@@ -74,7 +75,7 @@ def _got(detail: Any, given: Any) -> str:
     hint = ""
     if isinstance(given, str) and detail["type"] in _NUMBERS and not isinstance(FromEnvironment(given).read(), str):
         hint = ", a text: leave out the quotes; of a variable of the environment write ${oc.decode:${oc.env:NAME}}"
-    return shown(given) + hint
+    return quoted(given) + hint
 
 
 def _joined(expected: list[str]) -> str:

@@ -12,7 +12,8 @@ from autofunc.config.problems import all_at_once
 from autofunc.config.schema import FinetuneConfig, parse_config
 from autofunc.config.sections import problems_of_known
 from autofunc.config.yaml_text import load_yaml, read_text, told
-from autofunc.errors import ConfigError, shown
+from autofunc.errors import ConfigError
+from autofunc.shown import quoted
 
 
 def read_config(
@@ -57,7 +58,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
     path = Path(path)
     if not path.is_file():
         near = sorted(str(other) for other in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
-        raise ConfigError(f"there is no file {shown(str(path))}" + (f"; found {', '.join(near[:8])}" if near else ""))
+        raise ConfigError(f"there is no file {quoted(str(path))}" + (f"; found {', '.join(near[:8])}" if near else ""))
     text = read_text(path)
     try:
         config = load_yaml(text)
@@ -69,7 +70,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
             before = OmegaConf.select(config, key, throw_on_resolution_failure=False)
             OmegaConf.update(config, key, given, merge=isinstance(given, dict) and OmegaConf.is_dict(before))
         except OmegaConfBaseException as error:
-            raise ConfigError(f"override {key}={shown(value)}: {told(error)}") from error
+            raise ConfigError(f"override {key}={quoted(value)}: {told(error)}") from error
     try:
         resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
@@ -102,7 +103,7 @@ def _pairs(overrides: Sequence[str]) -> list[tuple[str, str]]:
         elif word.startswith("--") and words and not words[0].startswith("--"):
             value = words.pop(0)
         else:
-            raise ConfigError(f"override {shown(word)} has no value; write '--a.b.c VALUE' or 'a.b.c=VALUE'")
+            raise ConfigError(f"override {quoted(word)} has no value; write '--a.b.c VALUE' or 'a.b.c=VALUE'")
         if not key or not all(key.split(".")):
             raise ConfigError(f"override {word!r}: {key!r} is not a key such as 'step_scheduler.max_steps'")
         pairs.append((key, value))

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from autofunc.config.arguments import check_arguments
-from autofunc.errors import FAILURES, AutofuncError, ConfigError, full_message, in_brief, one_of, shown
+from autofunc.errors import FAILURES, AutofuncError, ConfigError, full_message, in_brief, one_of
+from autofunc.shown import quoted
 from autofunc.source_file import load_file
 
 
@@ -134,9 +135,9 @@ def _import_longest(target: str, where: str) -> tuple[Any, str]:
             if error.name is None or not (name == error.name or name.startswith(error.name + ".")):
                 raise ConfigError(f"{where}: importing {name!r} failed: {in_brief(error)}") from error
         except FAILURES as error:
-            raise ConfigError(f"{where}: importing {shown(name)} failed: {in_brief(error)}") from error
+            raise ConfigError(f"{where}: importing {quoted(name)} failed: {in_brief(error)}") from error
     raise ConfigError(
-        f"{where}: {shown(target)} cannot be imported: expected a dotted path to a callable, such as "
+        f"{where}: {quoted(target)} cannot be imported: expected a dotted path to a callable, such as "
         f"'stages.gpt2.build_gpt2_model', or 'path/to/file.py:name'.{_hidden_folder_hint(parts[0])}"
     )
 

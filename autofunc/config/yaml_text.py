@@ -9,7 +9,8 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from autofunc.errors import ConfigError, shown
+from autofunc.errors import ConfigError
+from autofunc.shown import quoted
 
 MOST_BYTES, MOST_DEEP, MOST_DIGITS = 1 << 18, 32, 100
 """Of a file, of what is nested in it, and of a number."""
@@ -77,9 +78,9 @@ def load_yaml(text: str, key: str = "") -> Any:
         return OmegaConf.to_container(made, resolve=False)["value"] if key else made  # type: ignore[call-overload, index]
     except yaml.YAMLError as error:
         if key:
-            quoted = f"'\"{shown(text)[1:-1]}\"'"
+            in_quotes = f"'\"{quoted(text)[1:-1]}\"'"
             raise ConfigError(
-                f"override {key}={shown(text)} is not YAML; put it in quotes inside quotes: {quoted}"
+                f"override {key}={quoted(text)} is not YAML; put it in quotes inside quotes: {in_quotes}"
             ) from error
         raise ConfigError(_in_words(error, text)) from error
     except OmegaConfBaseException as error:
@@ -136,14 +137,14 @@ def _check_values(root: Any, key: str) -> None:
         if not isinstance(node, yaml.ScalarNode):
             continue
         if "\0" in node.value:
-            raise ConfigError(f"{where}: {shown(node.value)} has a zero byte")
+            raise ConfigError(f"{where}: {quoted(node.value)} has a zero byte")
         if not node.style and len(node.value) > MOST_DIGITS and _NUMBER.fullmatch(node.value):
             raise ConfigError(f"{where}: a number of {len(node.value.strip('+-'))} digits")
         if node.tag in _SCALARS:
             try:
                 yaml.constructor.SafeConstructor().construct_object(node)
             except (ValueError, LookupError, AttributeError, yaml.YAMLError) as error:
-                raise ConfigError(f"{where}: {shown(node.value)} is no {node.tag.removeprefix(_TAG)}") from error
+                raise ConfigError(f"{where}: {quoted(node.value)} is no {node.tag.removeprefix(_TAG)}") from error
 
 
 def _nodes(node: Any, path: str) -> Iterator[tuple[str, Any]]:

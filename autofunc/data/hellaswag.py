@@ -6,8 +6,10 @@ Source: Zellers et al., "HellaSwag: Can a Machine Really Finish Your Sentence?",
 from __future__ import annotations
 
 import ast
+import itertools
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -17,11 +19,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from autofunc.data.checks import check_at_least_one, check_length
+from autofunc.data.folder import tables_in
+from autofunc.data.table_file import SUFFIXES, Located, check_columns, read_table
 from autofunc.data.tokenizer import load_tokenizer
 from autofunc.errors import DataError
+from autofunc.foreign_file import NOT_THERE, is_folder, unfit
+from autofunc.shown import quoted, reason, shown
 
 _COLUMNS = ("ctx", "endings", "label")
-_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 _ROUND_UP_TO = 8
 
 
@@ -58,23 +63,15 @@ class HellaSwag(Dataset[dict[str, Tensor]]):
         check_at_least_one("HellaSwag", num_samples_limit=num_samples_limit)
         self.path_or_dataset, self.aligned_labels = path_or_dataset, aligned_labels
         self.tokenizer = load_tokenizer(tokenizer)
-        table = _load(path_or_dataset, split)
-        missing = [column for column in _COLUMNS if column not in table.column_names]
-        if missing:
-            raise DataError(
-                f"HellaSwag: {path_or_dataset} has no column {missing[0]!r}; found {', '.join(table.column_names)}, "
-                f"expected {', '.join(_COLUMNS)}"
-            )
-        if num_samples_limit is not None:
-            table = table.select(range(min(num_samples_limit, len(table))))
-        if not len(table):
-            raise DataError(f"HellaSwag: split {split!r} of {path_or_dataset} is empty")
-        self._examples = [self._encode(example) for example in table]
+        rows = itertools.islice(_rows(path_or_dataset, split), num_samples_limit)
+        self._examples = [self._encode(where, example) for where, example in rows]
+        if not self._examples:
+            raise DataError(f"HellaSwag: split {quoted(split)} of {shown(path_or_dataset)} is empty")
         longest = max(len(tokens) for tokens, _ in self._examples) - 1
         self.seq_len = seq_len if seq_len is not None else -(-longest // _ROUND_UP_TO) * _ROUND_UP_TO
 
     def __repr__(self) -> str:
-        return f"{self.path_or_dataset}, {len(self):,} rows of {self.seq_len} tokens ({self.tokenizer.name})"
+        return f"{shown(self.path_or_dataset)}, {len(self):,} rows of {self.seq_len} tokens ({shown(self.tokenizer.name)})"
 
     @property
     def vocab_size(self) -> int:
@@ -97,50 +94,72 @@ class HellaSwag(Dataset[dict[str, Tensor]]):
         labels[first:length] = torch.tensor(tokens[first + ahead : length + ahead])
         return {"input_ids": input_ids, "labels": labels}
 
-    def _encode(self, example: dict[str, Any]) -> tuple[list[int], int]:
+    def _encode(self, where: str, example: Mapping[str, Any]) -> tuple[list[int], int]:
         """Tokens of context and ending together, and how many belong to the context."""
-        endings = _endings(example)
-        given, count = str(example["label"]), len(endings)
-        if not (given.isdigit() and int(given) < count):  # the hub's test split has no labels
-            raise DataError(f"HellaSwag: label {given!r} with {count} endings, at {example['ctx'][:60]!r}")
-        label = int(given)
-        context = list(self.tokenizer.encode(example["ctx"]))
-        return context + list(self.tokenizer.encode(" " + endings[label])), len(context)
+        endings = _endings(where, example["endings"])
+        given, count = example["label"], len(endings)
+        label = given if type(given) is int else int(given) if isinstance(given, str) and _NUMBER.fullmatch(given) else -1
+        if not 0 <= label < count:  # the hub's test split has no labels
+            raise DataError(f"HellaSwag: {where}: label {quoted(given)} with {count} endings")
+        context = list(self.tokenizer.encode(_text(where, "ctx", example["ctx"])))
+        return context + list(self.tokenizer.encode(_text(where, "the ending", " " + endings[label]))), len(context)
 
 
-def _endings(example: Mapping[str, Any]) -> list[str]:
+_NUMBER = re.compile("[0-9]{1,9}")
+
+
+def _text(where: str, what: str, value: object) -> str:
+    try:
+        if isinstance(value, str) and value.encode(errors="surrogateescape") is not None:
+            return value
+    except UnicodeEncodeError:  # half a character, which JSON can say
+        pass
+    raise DataError(f"HellaSwag: {where}: {what} is {quoted(value)}; expected a text")
+
+
+def _endings(where: str, given: object) -> list[str]:
     """The endings of an example; in a CSV file they are a text that holds a list."""
-    endings = example["endings"]
+    endings = given
     if isinstance(endings, str):
-        for read in (json.loads, ast.literal_eval):
-            with suppress(ValueError, SyntaxError):
+        for read in (json.loads, ast.literal_eval):  # neither executes anything
+            with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
                 endings = read(endings)
                 break
     if not isinstance(endings, list) or not endings or not all(isinstance(each, str) for each in endings):
         raise DataError(
-            f"HellaSwag: endings {str(endings)[:60]!r}, at {str(example['ctx'])[:60]!r}; expected a list of texts, in a "
-            'CSV file as JSON: ["one", "another"]'
+            f"HellaSwag: {where}: endings {quoted(given)}; expected a list of texts, in a CSV file as JSON: "
+            '["one", "another"]'
         )
     return endings
 
 
-def _load(path_or_dataset: str, split: str) -> Any:
+def _rows(path_or_dataset: str, split: str) -> Iterator[Located]:
+    """The rows of a split, each with where it is."""
+    path = Path(path_or_dataset).expanduser()
+    is_local = unfit(path) != NOT_THERE or path.suffix in SUFFIXES or path_or_dataset.startswith((".", "/", "~"))
+    try:
+        if not is_local:
+            yield from _of_hub(path_or_dataset, split)
+        elif unfit(path) == NOT_THERE:
+            raise DataError(f"there is no file or folder {quoted(path_or_dataset)} (looked in {shown(Path.cwd())})")
+        elif not is_folder(path):
+            yield from read_table(path, _COLUMNS)
+        else:
+            for file in tables_in(path, split):
+                yield from read_table(file, _COLUMNS)
+    except DataError as error:
+        raise DataError(f"HellaSwag: {error}") from error
+
+
+def _of_hub(name: str, split: str) -> Iterator[Located]:
     import datasets  # takes seconds to import
 
-    path = Path(path_or_dataset).expanduser()
-    is_local = path.exists() or path.suffix in _FORMATS or path_or_dataset.startswith((".", "/", "~"))
-    if is_local and not path.exists():
-        raise DataError(f"HellaSwag: there is no file or folder {path_or_dataset!r} (looked in {Path.cwd()})")
     datasets.disable_progress_bars()
     try:
-        if path.is_file():
-            if path.suffix not in _FORMATS:
-                raise DataError(f"HellaSwag: {path} is {path.suffix or 'without a suffix'}; expected {', '.join(_FORMATS)}")
-            return datasets.load_dataset(_FORMATS[path.suffix], data_files={split: str(path)}, split=split)
-        return datasets.load_dataset(str(path) if is_local else path_or_dataset, split=split)
-    except DataError:
-        raise
+        table = datasets.load_dataset(name, split=split)
     except Exception as error:  # datasets raises a different one for each cause
-        raise DataError(
-            f"HellaSwag: {path_or_dataset!r}, split {split!r}, cannot be loaded: {type(error).__name__}: {error}"
-        ) from error
+        said = f"{type(error).__name__}: {reason(error)}"
+        raise DataError(f"{quoted(name)}, split {quoted(split)}, cannot be loaded: {said}") from error
+    check_columns(shown(name), table.column_names, _COLUMNS)
+    for number, row in enumerate(table, 1):
+        yield f"row {number} of {shown(name)}", row

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sysconfig
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,11 +12,16 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from autofunc.data.checks import check_at_least_one
+from autofunc.data.folder import files_in
 from autofunc.data.tokenizer import load_tokenizer
 from autofunc.errors import DataError, one_of
+from autofunc.foreign_file import NOT_THERE, check_file, compression, is_folder, unfit
+from autofunc.shown import shown
 
 _VALIDATION_EVERY = 20  # every 20th file is for validation
-_NOT_ENTERED = {"site-packages", "dist-packages", "__pycache__"}
+
+MOST_BYTES = 2**33
+"""Of all files together: their tokens are kept in memory."""
 
 
 class TextFolder(Dataset[dict[str, Tensor]]):
@@ -32,12 +36,14 @@ class TextFolder(Dataset[dict[str, Tensor]]):
         seq_len: tokens in a row.
         tokenizer: a name or folder for `transformers`; None takes bytes.
         suffixes: which files, such as [".txt", ".md"]; None takes all (of the standard library: [".py"]). Files with zero
-            bytes in them are no text and are left out.
+            bytes in them, and compressed ones, are no text and are left out; a compressed one is refused where suffixes
+            say that it is text.
         num_samples_limit: take this many rows only, evenly spread.
         aligned_labels: False gives `labels[t] = input_ids[t]`, for models that shift labels themselves.
 
     Raises:
-        DataError: when the folder is missing, or has too little text.
+        DataError: when the folder is missing, has too little text, or has what is no file of its own: a FIFO, a link that
+            leads out of it or nowhere.
     """
 
     def __init__(
@@ -59,12 +65,15 @@ class TextFolder(Dataset[dict[str, Tensor]]):
         self.seq_len, self.aligned_labels = seq_len, aligned_labels
         self.path = Path(path).expanduser() if path is not None else Path(sysconfig.get_paths()["stdlib"])
         self.tokenizer = load_tokenizer(tokenizer)
-        files = _files(self.path, [".py"] if path is None and suffixes is None else suffixes)
+        try:
+            files = _files(self.path, [".py"] if path is None and suffixes is None else suffixes)
+        except DataError as error:
+            raise DataError(f"TextFolder: {error}") from error
         split_by_file = len(files) >= _VALIDATION_EVERY
         if split_by_file:
             wanted = split == "validation"
             files = [f for index, f in enumerate(files) if (index % _VALIDATION_EVERY == _VALIDATION_EVERY - 1) == wanted]
-        chunks = list(self._tokens_of(files))
+        chunks = list(self._tokens_of(files, is_folder(self.path), suffixes is not None))
         self._tokens = np.concatenate(chunks) if chunks else np.empty(0, dtype=np.int32)
         self.num_files = len(chunks)
         if not split_by_file:
@@ -73,7 +82,7 @@ class TextFolder(Dataset[dict[str, Tensor]]):
         rows = (len(self._tokens) - 1) // seq_len
         if rows < 1:
             raise DataError(
-                f"TextFolder: {self.path} has {len(self._tokens)} tokens for {split}, too few for one row of "
+                f"TextFolder: {shown(self.path)} has {len(self._tokens)} tokens for {split}, too few for one row of "
                 f"seq_len={seq_len}; name a folder with more text, or a shorter seq_len"
             )
         taken = rows if num_samples_limit is None else min(rows, num_samples_limit)
@@ -82,7 +91,7 @@ class TextFolder(Dataset[dict[str, Tensor]]):
     def __repr__(self) -> str:
         files = f"{self.num_files:,} {'file' if self.num_files == 1 else 'files'}"
         return (
-            f"{self.path} ({files}), {len(self._tokens):,} tokens ({self.tokenizer.name}), "
+            f"{shown(self.path)} ({files}), {len(self._tokens):,} tokens ({shown(self.tokenizer.name)}), "
             f"{len(self):,} rows of {self.seq_len}"
         )
 
@@ -99,10 +108,18 @@ class TextFolder(Dataset[dict[str, Tensor]]):
         row = torch.from_numpy(self._tokens[start : start + self.seq_len + 1].astype(np.int64))
         return {"input_ids": row[:-1], "labels": row[1:] if self.aligned_labels else row[:-1]}
 
-    def _tokens_of(self, files: list[Path]) -> Iterator[np.ndarray]:
+    def _tokens_of(self, files: list[Path], of_folder: bool, chosen: bool) -> Iterator[np.ndarray]:
+        room = MOST_BYTES
         for file in files:
+            check_file(file, DataError, room)
             content = file.read_bytes()
-            if b"\0" in content:
+            room -= len(content)
+            packed = compression(file)
+            if packed is not None and (chosen or not of_folder):
+                raise DataError(f"TextFolder: {shown(file)} is compressed ({packed}); unpack it first")
+            if b"\0" in content and not of_folder:
+                raise DataError(f"TextFolder: {shown(file)} has zero bytes in it, so it is no text")
+            if b"\0" in content or packed is not None:
                 continue
             if self.tokenizer.name == "bytes":
                 yield np.frombuffer(content, dtype=np.uint8)
@@ -111,16 +128,10 @@ class TextFolder(Dataset[dict[str, Tensor]]):
 
 
 def _files(path: Path, suffixes: Sequence[str] | None) -> list[Path]:
-    """The files of a folder with one of the suffixes, sorted by path.
-
-    Installed packages, caches and hidden folders are not entered.
-    """
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        raise DataError(f"TextFolder: {path} is neither a folder nor a file")
-    found = []
-    for folder, folders, names in os.walk(path):
-        folders[:] = [name for name in folders if name not in _NOT_ENTERED and not name.startswith(".")]
-        found += [Path(folder, name) for name in names if suffixes is None or name.endswith(tuple(suffixes))]
-    return sorted(found)
+    """The files of a folder with one of the suffixes, sorted by path; or the one file."""
+    if is_folder(path):
+        return sorted(files_in(path, suffixes))
+    if unfit(path) == NOT_THERE:
+        raise DataError(f"{shown(path)} is neither a folder nor a file")
+    check_file(path, DataError, MOST_BYTES)
+    return [path]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from autofunc.errors import DataError
+from autofunc.shown import quoted, reason
 
 
 class Tokenizer(Protocol):
@@ -35,11 +36,12 @@ class _HuggingFaceTokenizer:
         from transformers import AutoTokenizer  # takes seconds to import
 
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(name)
-        except (OSError, ValueError) as error:
+            self._tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        except Exception as error:  # whatever is in its files
             raise DataError(
-                f"tokenizer {name!r} cannot be loaded: {error}. Name a folder with a tokenizer, a hub name that is in the "
-                "local cache or can be downloaded, or leave it out to use bytes."
+                f"tokenizer {quoted(name)} cannot be loaded: {type(error).__name__}: {reason(error)}. "
+                "Name a folder with a tokenizer, a hub name that is in the local cache or can be "
+                "downloaded, or leave it out to use bytes."
             ) from error
         self.name = name
         self.vocab_size = len(self._tokenizer)

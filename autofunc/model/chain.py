@@ -18,7 +18,7 @@ from autofunc.model.layer import Layer, drawing_as
 from autofunc.model.placement_rules import TensorParallel
 from autofunc.model.specialised import LayerFunction, Specialised
 from autofunc.model.state import State, check_state, stateful
-from autofunc.model.stored import Stored
+from autofunc.model.stored import Stored, check_fit
 from autofunc.random import KEY, InitKey, as_key
 
 Device = torch.device | str | None
@@ -124,16 +124,10 @@ class Model(GivenBack):
         """Refuse stored values that are not those of this model.
 
         Raises:
-            ModelError: naming what is missing, or has another shape.
+            ModelError: naming what is missing, or has another shape or kind of dtype.
         """
-        shapes = self.stored.shapes if self.stored is not None else {}
-        for path, leaf in self.spec.items():
-            canonical = self.canonical(path)
-            if shapes.get(canonical) != tuple(leaf.shape):
-                has = f"{shapes[canonical]}" if canonical in shapes else "missing"
-                raise ModelError(
-                    f"stored {canonical!r} is {has}, and the model needs {tuple(leaf.shape)}; {one_of(canonical, shapes)}"
-                )
+        if self.stored is not None:
+            check_fit(self.stored, {self.canonical(path): leaf for path, leaf in self.spec.items()})
 
     def canonical(self, path: str) -> str:
         """The path under which trees hold this parameter."""

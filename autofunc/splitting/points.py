@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from autofunc.errors import SplitError, one_of
 from autofunc.model import CutPoints
+from autofunc.shown import quoted
 
 
 def resolve_points(places: CutPoints, points: Sequence[str]) -> list[str]:
@@ -23,14 +24,17 @@ def resolve_points(places: CutPoints, points: Sequence[str]) -> list[str]:
     cuts: list[str] = []
     for point in points:
         if not isinstance(point, str):
-            raise SplitError(f"split point {point!r} is {type(point).__name__}; expected the name of a layer or a glob")
+            raise SplitError(
+                f"split point {quoted(point)} is {type(point).__name__}; expected the name of a layer or a glob"
+            )
         for name in _matches(places, point):
             position, last = places.start[name], places.start[cuts[-1]] if cuts else -1
             if position == last:
-                raise SplitError(f"split point {point!r}: a stage already begins at {cuts[-1]!r}")
+                raise SplitError(f"split point {quoted(point)}: a stage already begins at {quoted(cuts[-1])}")
             if position < last:
                 raise SplitError(
-                    f"split point {point!r}: {name!r} runs before {cuts[-1]!r}; list split points in the order in which "
+                    f"split point {quoted(point)}: {quoted(name)} runs before {quoted(cuts[-1])}; list "
+                    "split points in the order in which "
                     "the layers run"
                 )
             cuts.append(name)
@@ -43,9 +47,10 @@ def _matches(places: CutPoints, point: str) -> list[str]:
         refused = _named(places.refused, point)
         if refused:
             raise SplitError(
-                f"split point {point!r}: {refused[0]!r} {places.refused[refused[0]]}; {one_of(point, places.start)}"
+                f"split point {quoted(point)}: {quoted(refused[0])} {places.refused[refused[0]]}; "
+                f"{one_of(point, places.start)}"
             )
-        raise SplitError(f"split point {point!r} names no layer: {one_of(point, _ends(places.start, point))}")
+        raise SplitError(f"split point {quoted(point)} names no layer: {one_of(point, _ends(places.start, point))}")
     return found
 
 
@@ -68,5 +73,7 @@ def _named(names: Iterable[str], point: str) -> list[str]:
     hits = [(name, match.group(1)) for name, match in matches if match]
     if len({prefix for _, prefix in hits}) > 1:
         candidates = ", ".join(name for name, _ in hits[:8])
-        raise SplitError(f"split point {point!r} is ambiguous: it is the end of {candidates}; write one of them in full")
+        raise SplitError(
+            f"split point {quoted(point)} is ambiguous: it is the end of {candidates}; write one of them in full"
+        )
     return [name for name, _ in hits]

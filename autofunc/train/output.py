@@ -5,7 +5,8 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from autofunc.errors import ConfigError, shown
+from autofunc.errors import ConfigError
+from autofunc.shown import quoted
 
 METRICS, PICTURE, WEIGHTS, SCHEDULE = "metrics.jsonl", "loss.png", "model.safetensors", "schedule.csv"
 _RESULTS = (METRICS, PICTURE, WEIGHTS, SCHEDULE)
@@ -42,4 +43,4 @@ def make_output_dir(folder: Path, overwrite: bool) -> None:
             file.write(b"x")
     except OSError as error:
         reason = error.strerror or str(error)
-        raise ConfigError(f"output_dir: {shown(str(folder))} cannot be written into: {reason}") from error
+        raise ConfigError(f"output_dir: {quoted(str(folder))} cannot be written into: {reason}") from error

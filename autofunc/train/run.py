@@ -18,6 +18,7 @@ from autofunc.config import FinetuneConfig
 from autofunc.errors import MeshError
 from autofunc.explain import explain
 from autofunc.schedule import write_file
+from autofunc.shown import literal
 from autofunc.splitting import parameter_count
 from autofunc.train.autoschedule import find_schedule
 from autofunc.train.datasets import title
@@ -63,7 +64,7 @@ def _lead(recipe: Recipe, mesh: DeviceMesh | None, device: torch.device, output_
     console = Console(file=sys.stdout)
 
     def show(text: str) -> None:
-        console.print(text, highlight=False, markup=False)
+        console.print(literal(text))
 
     for note in recipe.notes:
         show(f"note: {note}")

@@ -40,7 +40,7 @@ def test_table_round_trip(name: str, num_ranks: int, num_microbatches: int) -> N
 
 
 def test_a_stage_without_forward() -> None:
-    with pytest.raises(ScheduleError, match=r"no rank runs the forward of stage \[1\]"):
+    with pytest.raises(ScheduleError, match=r"no rank runs the forward of stage 1"):
         schedule.from_text("0F0 2F0")
 
 

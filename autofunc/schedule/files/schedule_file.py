@@ -10,11 +10,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from autofunc.errors import ScheduleError, one_of
-from autofunc.schedule.files.text_file import StrPath, read_json, read_text, write_text
-from autofunc.schedule.ir import Row, Schedule, as_table
+from autofunc.foreign_file import StrPath
+from autofunc.schedule.files.text_file import read_json, read_text, write_text
+from autofunc.schedule.ir import Action, Row, Schedule, as_table
+from autofunc.schedule.limits import MOST_NAME, check_sizes
 from autofunc.schedule.text import cells, from_text, parse_cell, to_text
+from autofunc.shown import quoted, shown
 
 FORMAT, VERSION = "autofunc.schedule", 1
 SUFFIXES = (".csv", ".txt", ".json")
@@ -29,12 +33,14 @@ def from_csv(path: StrPath) -> Schedule:
     """Read torch's CSV, in either form; the file's name becomes the schedule's.
 
     Raises:
-        ScheduleError: when there is no such file, a cell is no action, or a stage has no forward.
+        ScheduleError: when there is no such file, a cell is no action, naming its line and column, or a stage has no
+            forward.
     """
+    text = read_text(path, SUFFIXES).replace('"', "")
     try:
-        return from_text(read_text(path, SUFFIXES).replace('"', ""), Path(path).stem)
+        return from_text(text, Path(path).stem)
     except ScheduleError as error:
-        raise ScheduleError(f"{path}: {error}" if str(path) not in str(error) else str(error)) from error
+        raise ScheduleError(f"{shown(path)}: {error}") from error
 
 
 def to_json(schedule: Schedule, path: StrPath) -> None:
@@ -58,23 +64,53 @@ def from_json(path: StrPath) -> Schedule:
     """
     document = read_json(path)
     if not isinstance(document, dict) or document.get("format") != FORMAT:
-        raise ScheduleError(f'{path} is not a schedule: expected "format": "{FORMAT}"')
-    if document.get("version") != VERSION:
-        raise ScheduleError(f"{path} has version {document.get('version')!r}; this release reads version {VERSION}")
+        raise ScheduleError(f'{shown(path)} is not a schedule: expected "format": "{FORMAT}"')
+    version = document.get("version")
+    if type(version) is not int or version != VERSION:
+        raise ScheduleError(f"{shown(path)} has version {quoted(version)}; this release reads version {VERSION}")
+    try:
+        return _from_document(document)
+    except ScheduleError as error:
+        raise ScheduleError(f"{shown(path)}: {error}") from error
+
+
+def _from_document(document: dict[str, Any]) -> Schedule:
     kinds = {"name": str, "num_microbatches": int, "placement": list, "rows": list}
     missing = [field for field in kinds if field not in document]
     if missing:
-        raise ScheduleError(f"{path} lacks {', '.join(missing)}; a schedule has {', '.join(kinds)}")
+        raise ScheduleError(f"it lacks {', '.join(missing)}; a schedule has {', '.join(kinds)}")
     name, num_microbatches, placement, rows = (document[field] for field in kinds)
     for field, kind in kinds.items():
-        if not isinstance(document[field], kind) or isinstance(document[field], bool):
-            raise ScheduleError(f"{path}: {field} is {document[field]!r}; expected {kind.__name__}")
-    if not all(isinstance(row, str) for row in rows):
-        raise ScheduleError(f"{path}: rows are actions as text, one string for each rank")
-    if not all(type(rank) is int and 0 <= rank < len(rows) for rank in placement):
-        raise ScheduleError(f"{path}: placement is {placement}; expected for each stage one of the {len(rows)} ranks")
-    tables = tuple(Row(as_table(action for cell in row.split() for action in parse_cell(cell))) for row in rows)
-    return Schedule(name, tuple(placement), num_microbatches, tables)
+        if type(document[field]) is not kind:
+            raise ScheduleError(f"{field} is {quoted(document[field])}; expected {kind.__name__}")
+    if len(name) > MOST_NAME:
+        raise ScheduleError(f"its name has {len(name):,} characters; expected at most {MOST_NAME}")
+    if num_microbatches < 1 or not placement or not rows:
+        raise ScheduleError(
+            f"num_microbatches is {quoted(num_microbatches)}, with {len(placement)} stages in placement and {len(rows)} "
+            "rows; expected at least one of each"
+        )
+    for rank, row in enumerate(rows):
+        if not isinstance(row, str):
+            raise ScheduleError(f"rows[{rank}] is {quoted(row)}; rows are actions as text, one string for each rank")
+    num_actions = sum(row.count(" ") + row.count(";") + 1 for row in rows)
+    check_sizes(len(rows), len(placement), num_microbatches, num_actions)
+    wrong = [stage for stage, rank in enumerate(placement) if type(rank) is not int or not 0 <= rank < len(rows)]
+    if wrong:
+        raise ScheduleError(
+            f"placement puts stage {wrong[0]} on rank {quoted(placement[wrong[0]])}; expected one of the {len(rows)} ranks"
+        )
+    return Schedule(name, tuple(placement), num_microbatches, tuple(map(_row, range(len(rows)), rows)))
+
+
+def _row(rank: int, text: str) -> Row:
+    actions: list[Action] = []
+    for number, cell in enumerate(filter(None, text.split(" ")), 1):
+        try:
+            actions += parse_cell(cell)
+        except ScheduleError as error:
+            raise ScheduleError(f"rows[{rank}], action {number}: {error}") from error
+    return Row(as_table(actions))
 
 
 def read_file(path: StrPath) -> Schedule:
@@ -91,7 +127,7 @@ def check_suffix(path: StrPath) -> None:
     """
     suffix = Path(path).suffix.lower()
     if suffix not in SUFFIXES:
-        raise ScheduleError(f"{path}: unknown suffix {suffix!r}; {one_of(suffix, SUFFIXES)}")
+        raise ScheduleError(f"{shown(path)}: unknown suffix {quoted(suffix)}; {one_of(suffix, SUFFIXES)}")
 
 
 def write_file(schedule: Schedule, path: StrPath) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 from autofunc.errors import ScheduleError, one_of
-
-StrPath = str | os.PathLike[str]
+from autofunc.foreign_file import NOT_THERE, StrPath, parse_json, read_plain, unfit
+from autofunc.shown import quoted, reason, shown
 
 
 def read_text(path: StrPath, suffixes: tuple[str, ...]) -> str:
@@ -22,15 +21,12 @@ def read_text(path: StrPath, suffixes: tuple[str, ...]) -> str:
     Raises:
         ScheduleError: when there is none, or it is no text.
     """
-    file = Path(path)
-    if not file.is_file():
-        folder = file.parent
+    if unfit(path) == NOT_THERE:
+        folder = Path(path).parent
         near = sorted(str(other) for other in folder.iterdir() if other.suffix in suffixes) if folder.is_dir() else []
-        raise ScheduleError(f"there is no file {str(path)!r}" + (f"; {one_of(str(path), near)}" if near else ""))
-    try:
-        return file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ScheduleError(f"cannot read {path}: {error}") from error
+        suggestion = f"; {one_of(os.fspath(path), near)}" if near else ""
+        raise ScheduleError(f"there is no file {quoted(os.fspath(path))}{suggestion}")
+    return read_plain(path, ScheduleError)
 
 
 def read_json(path: StrPath) -> Any:
@@ -39,10 +35,7 @@ def read_json(path: StrPath) -> Any:
     Raises:
         ScheduleError: when there is none, or it is no JSON.
     """
-    try:
-        return json.loads(read_text(path, (".json",)))
-    except json.JSONDecodeError as error:
-        raise ScheduleError(f"{path} is no JSON: {error}") from error
+    return parse_json(read_text(path, (".json",)), shown(path), ScheduleError)
 
 
 def write_text(path: StrPath, text: str) -> None:
@@ -62,5 +55,6 @@ def write_bytes(path: StrPath, content: bytes) -> None:
     """
     try:
         Path(path).write_bytes(content)
-    except OSError as error:
-        raise ScheduleError(f"cannot write {path}: {error.strerror or error}") from error
+    except (OSError, ValueError) as error:  # a path with a zero byte in it is the second
+        said = error.strerror if isinstance(error, OSError) else None
+        raise ScheduleError(f"cannot write {shown(path)}: {said or reason(error)}") from error

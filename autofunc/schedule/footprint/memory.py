@@ -11,6 +11,7 @@ import numpy.typing as npt
 from autofunc.errors import ScheduleError
 from autofunc.schedule.effects import BackwardResiduals, Edge, WeightResiduals, chain
 from autofunc.schedule.footprint.storage import StageBytes, TokenStorages
+from autofunc.shown import quoted
 
 PerStage = float | Sequence[float]
 
@@ -43,8 +44,9 @@ class Memory:
                 raise ScheduleError(
                     f"Memory.{name} has shape {value.shape}; expected a number, or one for each of {num_stages} stages"
                 )
-            if (value < 0).any():
-                raise ScheduleError(f"Memory.{name}={getattr(self, name)}: bytes cannot be negative")
+            if (value < 0).any() or not np.isfinite(value).all():
+                given = quoted(getattr(self, name))
+                raise ScheduleError(f"Memory.{name}={given}: bytes cannot be negative or without bound")
 
     def per_stage(self, name: str, num_stages: int) -> npt.NDArray[np.float64]:
         """One of the fields, for every stage."""

@@ -14,6 +14,8 @@ from autofunc.schedule.laws.error_grid import error_at, grid
 from autofunc.schedule.laws.network import Crossing, Network, build_network
 from autofunc.schedule.laws.residency import check_residency
 from autofunc.schedule.laws.walk import at_no_time, walk
+from autofunc.schedule.limits import check_sizes
+from autofunc.shown import quoted
 
 
 def validate(schedule: Schedule, edges: Sequence[Edge] | None = None) -> None:
@@ -32,7 +34,8 @@ def validate(schedule: Schedule, edges: Sequence[Edge] | None = None) -> None:
         ScheduleError: naming rank, position and action, with the grid and the action marked.
     """
     if not all(0 <= rank < schedule.num_ranks for rank in schedule.placement):
-        raise ScheduleError(f"placement {schedule.placement}: there are ranks 0 to {schedule.num_ranks - 1}")
+        raise ScheduleError(f"placement {quoted(schedule.placement)}: there are ranks 0 to {schedule.num_ranks - 1}")
+    check_sizes(schedule.num_ranks, schedule.num_stages, schedule.num_microbatches, sum(map(len, schedule)))
     for rank, row in enumerate(schedule):
         _check_ranges(schedule, rank, row.table)
         _check_overlapped(schedule, rank, row.table)

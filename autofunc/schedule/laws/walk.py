@@ -8,6 +8,7 @@ numpy calls, whatever the number of ranks.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,8 +18,11 @@ from autofunc.errors import ScheduleError
 from autofunc.schedule.effects import Token
 from autofunc.schedule.laws.error_grid import grid
 from autofunc.schedule.laws.network import Network
+from autofunc.shown import shown
 
 Times = npt.NDArray[np.float64]
+
+_MOST_REASONS = 4
 
 
 @dataclass(frozen=True)
@@ -164,23 +168,28 @@ def _stuck(network: Network, positions: dict[int, int], arrival: Times) -> Sched
     """Why each rank that is left waits."""
     waiting: list[tuple[int, Token, int]] = []
     m = network.schedule.num_microbatches
-    for flat in positions.values():
+    for flat in itertools.islice(positions.values(), _MOST_REASONS):
         for number, crossing in enumerate(network.crossings):
             found = np.flatnonzero(crossing.bundle.reader == flat)
             if len(found) and arrival[number * m + found[0]] == np.inf:
                 waiting.append((flat, crossing.bundle.of(int(found[0])), int(crossing.send[found[0]])))
                 break
-    return _cannot_go_on(network, waiting)
+    return _cannot_go_on(network, waiting, len(positions))
 
 
-def _cannot_go_on(network: Network, waiting: list[tuple[int, Token, int]]) -> ScheduleError:
-    """The error for actions that never start; each with the value it needs and the action that should give it."""
+def _cannot_go_on(network: Network, waiting: list[tuple[int, Token, int]], num_ranks: int = 1) -> ScheduleError:
+    """The error for actions that never start, each with the value it needs and the action that should give it.
+
+    Of `num_ranks` that wait, these are the first.
+    """
     reasons = []
     for flat, token, maker in waiting:
         giver = "which no action makes" if maker < 0 else f"which {_giver(network, maker)}"
         reasons.append(f"{network.describe(flat)}: needs the {token}, {giver}")
+    if num_ranks > len(waiting):
+        reasons.append(f"and {num_ranks - len(waiting):,} more ranks wait")
     return ScheduleError(
-        f"schedule {network.schedule.name} cannot go on: {'; '.join(reasons)}\n"
+        f"schedule {shown(network.schedule.name)} cannot go on: {'; '.join(reasons)}\n"
         + grid(network.schedule, network.locate(waiting[0][0]))
     )
 

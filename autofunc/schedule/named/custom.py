@@ -12,6 +12,7 @@ from autofunc.schedule.files.schedule_file import read_file
 from autofunc.schedule.ir import Action, Schedule
 from autofunc.schedule.laws.validator import validate
 from autofunc.schedule.text import from_actions, from_text, parse_cell
+from autofunc.shown import quoted, shown
 
 Function = Callable[..., Any]
 """Makes a schedule from num_ranks, num_microbatches and, if it takes that, stages_per_rank.
@@ -26,7 +27,7 @@ def schedule_of_file(path: str | Path, num_ranks: int, num_microbatches: int, st
     Raises:
         ScheduleError: when it breaks a law, or is for other numbers than those asked for.
     """
-    return _checked(read_file(path), str(path), num_ranks, num_microbatches, stages_per_rank)
+    return _checked(read_file(path), shown(path), num_ranks, num_microbatches, stages_per_rank)
 
 
 def schedule_of_function(
@@ -67,7 +68,7 @@ def schedule_of_function(
 def _row(row: object, name: str) -> list[Action]:
     cells = row.replace(",", " ").split() if isinstance(row, str) else row
     if not isinstance(cells, Iterable):
-        raise ScheduleError(f"function {name}: {row!r} is no rank's list of actions")
+        raise ScheduleError(f"function {name}: {quoted(row)} is no rank's list of actions")
     return [action for cell in cells for action in _actions(cell, name)]
 
 
@@ -76,7 +77,7 @@ def _actions(cell: object, name: str) -> list[Action]:
         return [cell]
     if isinstance(cell, str):
         return parse_cell(cell)
-    raise ScheduleError(f"function {name}: {cell!r} is no action; expected an Action or its text, such as '2F0'")
+    raise ScheduleError(f"function {name}: {quoted(cell)} is no action; expected an Action or its text, such as '2F0'")
 
 
 def _checked(

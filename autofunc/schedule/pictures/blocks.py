@@ -9,6 +9,7 @@ import numpy as np
 from autofunc.schedule.ir import Kind, Schedule
 from autofunc.schedule.laws.network import build_network
 from autofunc.schedule.timing.timeline import Timeline
+from autofunc.shown import shown
 
 COLOURS = {Kind.F: "#6ea8e5", Kind.B: "#6cc08b", Kind.I: "#5fbfc4", Kind.W: "#eec15c"}
 """One per kind of computation, apart for people who see colours differently."""
@@ -78,8 +79,8 @@ def letters_of(schedule: Schedule) -> dict[int, str]:
 
 def title(timeline: Timeline) -> str:
     """What a timeline is called in a picture."""
-    name = timeline.schedule.name
-    return f"{name}, {timeline.label}" if timeline.label else name
+    name = shown(timeline.schedule.name)
+    return f"{name}, {shown(timeline.label)}" if timeline.label else name
 
 
 def caption(timeline: Timeline) -> str:

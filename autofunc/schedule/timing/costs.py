@@ -10,6 +10,7 @@ import numpy as np
 from autofunc.errors import ScheduleError
 from autofunc.schedule.ir import Kind, Table
 from autofunc.schedule.laws.walk import Times
+from autofunc.shown import quoted
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Costs:
                 expected = "a number" + (f", or one for each of {num_stages} stages" if per_stage else "")
                 raise ScheduleError(f"Costs.{name} has shape {value.shape}; expected {expected}")
             if (value < 0).any() or not np.isfinite(value).all():
-                raise ScheduleError(f"Costs.{name}={given}: a time cannot be negative or without bound")
+                raise ScheduleError(f"Costs.{name}={quoted(given)}: a time cannot be negative or without bound")
         if not 0.0 <= self.spread < np.inf:
             raise ScheduleError(f"Costs.spread={self.spread}: expected a fraction, 0 or more")
         if not 0.0 <= self.overlap <= 1.0:

@@ -14,6 +14,7 @@ from autofunc.schedule.laws.network import Network, build_network
 from autofunc.schedule.laws.walk import Pace, walk
 from autofunc.schedule.timing.costs import Costs
 from autofunc.schedule.timing.timeline import Timeline
+from autofunc.shown import shown
 
 
 def simulate(schedule: Schedule, costs: Costs | None = None, edges: Sequence[Edge] | None = None) -> Timeline:
@@ -69,7 +70,7 @@ def _network_and_pace(schedule: Schedule, costs: Costs, edges: Sequence[Edge] | 
         costs.durations(network.table, schedule.num_stages), transfer, costs.latency, (1 - costs.overlap) * transfer
     )
     if not pace.duration.any():
-        raise ScheduleError(f"schedule {schedule.name}: all that it runs costs nothing, so nothing takes any time")
+        raise ScheduleError(f"schedule {shown(schedule.name)}: all that it runs costs nothing, so nothing takes any time")
     return network, pace
 
 

@@ -148,7 +148,7 @@ def test_tables_of_spreadsheets(tmp_path: Path) -> None:
     with pytest.raises(ScheduleError, match="cannot read"):
         schedule.from_csv(tmp_path / "binary.csv")
     (tmp_path / "bad.csv").write_text("0F0,0B0\n1F0,1X0")
-    with pytest.raises(ScheduleError, match=r"bad.csv: rank 1, position 1: '1X0': unknown kind"):
+    with pytest.raises(ScheduleError, match=r"bad.csv: line 2, column 2: '1X0': unknown kind"):
         schedule.from_csv(tmp_path / "bad.csv")
 
 
@@ -157,7 +157,7 @@ def test_tables_of_spreadsheets(tmp_path: Path) -> None:
     [
         ({"rows": 5}, "rows is 5; expected list"),
         ({"rows": [["0F0"]]}, "rows are actions as text"),
-        ({"placement": [0, 3]}, r"placement is \[0, 3\]; expected for each stage one of the 2 ranks"),
+        ({"placement": [0, 3]}, "placement puts stage 1 on rank 3; expected one of the 2 ranks"),
         ({"num_microbatches": None}, "num_microbatches is None; expected int"),
     ],
 )

@@ -1,0 +1,64 @@
+"""The files of a folder from outside: ordinary ones, and none that lies elsewhere."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from autofunc.errors import DataError, one_of
+from autofunc.foreign_file import unfit
+from autofunc.shown import quoted, reason, shown
+
+_NOT_ENTERED = {"site-packages", "dist-packages", "__pycache__"}
+
+
+def files_in(path: Path, suffixes: Sequence[str] | None = None) -> Iterator[Path]:
+    """The files of a folder with one of the suffixes, or all.
+
+    Installed packages, caches and hidden folders are not entered.
+
+    Raises:
+        DataError: naming what is no file, or a link that leads nowhere or out of the folder.
+    """
+    for folder, folders, names in os.walk(path):
+        folders[:] = [name for name in folders if name not in _NOT_ENTERED and not name.startswith(".")]
+        for name in names:
+            if suffixes is None or name.endswith(tuple(suffixes)):
+                check_inside(Path(folder, name), path)
+                yield Path(folder, name)
+
+
+def check_inside(file: Path, folder: Path) -> None:
+    """Refuse what is no file of a folder.
+
+    Raises:
+        DataError: naming it.
+    """
+    words = unfit(file)
+    if words is None and not file.resolve().is_relative_to(folder.resolve()):
+        words = f"leads outside of {shown(folder)}, to {shown(file.resolve())}; name the folder that has it"
+    if words is not None:
+        raise DataError(f"{shown(file)} {words}")
+
+
+def tables_in(path: Path, split: str) -> list[Path]:
+    """The files of a split, found by their names or by the card of the dataset (README.md).
+
+    Raises:
+        DataError: when there are none, or one lies elsewhere.
+    """
+    import datasets  # takes seconds to import
+
+    for _ in files_in(path):
+        pass
+    try:
+        found = datasets.load_dataset_builder(str(path)).config.data_files
+    except Exception as error:  # datasets raises a different one for each cause
+        raise DataError(f"{shown(path)} has no tables: {type(error).__name__}: {reason(error)}") from error
+    if split not in found:
+        raise DataError(f"{shown(path)} has no split {quoted(split)}; {one_of(split, found)}")
+    files = [Path(file) for file in found[split]]
+    for file in files:
+        check_inside(file, path)
+    return files
