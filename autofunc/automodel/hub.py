@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from autofunc.errors import ModelError, one_of
+from autofunc.hub_access import cache_without_network
 from autofunc.shown import quoted, reason
 
 CONFIGS = ("*.json", "*.py")
@@ -24,14 +25,16 @@ def folder_of(name: str, patterns: tuple[str, ...], revision: str | None = None)
     """
     from huggingface_hub import snapshot_download
 
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
-    except Exception as error:  # offline, no such name, no access: each is an error of its own
-        first = reason(error).partition("\n")[0]
-        raise ModelError(
-            f"{quoted(name)} is neither a folder nor a model in the Hugging Face cache, and cannot be downloaded "
-            f"({type(error).__name__}: {first}); cached models: {one_of(name, _cached())}"
-        ) from error
+    with cache_without_network() as network:
+        try:
+            return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
+        except Exception as error:  # offline, no such name, no access: each is an error of its own
+            first = reason(error).partition("\n")[0]
+            why = network or f" ({type(error).__name__}: {first})"
+            raise ModelError(
+                f"{quoted(name)} is neither a folder nor a model in the Hugging Face cache, and cannot be downloaded"
+                f"{why}; cached models: {one_of(name, _cached())}"
+            ) from error
 
 
 def _cached() -> list[str]:

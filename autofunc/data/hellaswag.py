@@ -24,6 +24,7 @@ from autofunc.data.table_file import SUFFIXES, Located, check_columns, read_tabl
 from autofunc.data.tokenizer import load_tokenizer
 from autofunc.errors import DataError
 from autofunc.foreign_file import NOT_THERE, is_folder, unfit
+from autofunc.hub_access import cache_without_network
 from autofunc.shown import quoted, reason, shown
 
 _COLUMNS = ("ctx", "endings", "label")
@@ -155,11 +156,12 @@ def _of_hub(name: str, split: str) -> Iterator[Located]:
     import datasets  # takes seconds to import
 
     datasets.disable_progress_bars()
-    try:
-        table = datasets.load_dataset(name, split=split)
-    except Exception as error:  # datasets raises a different one for each cause
-        said = f"{type(error).__name__}: {reason(error)}"
-        raise DataError(f"{quoted(name)}, split {quoted(split)}, cannot be loaded: {said}") from error
+    with cache_without_network() as network:
+        try:
+            table = datasets.load_dataset(name, split=split)
+        except Exception as error:  # datasets raises a different one for each cause
+            said = f"{type(error).__name__}: {reason(error)}"
+            raise DataError(f"{quoted(name)}, split {quoted(split)}, cannot be loaded{network}: {said}") from error
     check_columns(shown(name), table.column_names, _COLUMNS)
     for number, row in enumerate(table, 1):
         yield f"row {number} of {shown(name)}", row

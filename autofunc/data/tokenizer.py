@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Protocol
 
 from autofunc.errors import DataError
+from autofunc.hub_access import cache_without_network
 from autofunc.shown import quoted, reason
 
 
@@ -35,11 +38,13 @@ class _HuggingFaceTokenizer:
     def __init__(self, name: str) -> None:
         from transformers import AutoTokenizer  # takes seconds to import
 
+        network = ""
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+            with nullcontext("") if Path(name).exists() else cache_without_network() as network:
+                self._tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         except Exception as error:  # whatever is in its files
             raise DataError(
-                f"tokenizer {quoted(name)} cannot be loaded: {type(error).__name__}: {reason(error)}. "
+                f"tokenizer {quoted(name)} cannot be loaded{network}: {type(error).__name__}: {reason(error)}. "
                 "Name a folder with a tokenizer, a hub name that is in the local cache or can be "
                 "downloaded, or leave it out to use bytes."
             ) from error

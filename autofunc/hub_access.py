@@ -1,0 +1,49 @@
+"""The Hugging Face hub without a network: what is not in the local cache is said at once, not after minutes of retries."""
+
+from __future__ import annotations
+
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
+
+_ANSWER_SECONDS = 3.0
+
+
+@contextmanager
+def cache_without_network() -> Iterator[str]:
+    """Inside, the libraries of the hub use their caches alone where the hub does not answer.
+
+    Returns:
+        What to say of the network in an error, in brackets; empty where nothing is known against it.
+    """
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        yield " (HF_HUB_OFFLINE is set)"
+        return
+    host = urlsplit(constants.ENDPOINT).hostname or ""
+    if getproxies() or _answers(host, urlsplit(constants.ENDPOINT).port or 443):
+        yield ""
+        return
+    # the variable of the environment is read when they are imported
+    places: list[Any] = [constants, *(module for name in ("datasets.config",) if (module := sys.modules.get(name)))]
+    before = [place.HF_HUB_OFFLINE for place in places]
+    for place in places:
+        place.HF_HUB_OFFLINE = True
+    try:
+        yield f" (no network: {host} does not answer)"
+    finally:
+        for place, value in zip(places, before, strict=True):
+            place.HF_HUB_OFFLINE = value
+
+
+def _answers(host: str, port: int) -> bool:
+    try:
+        with socket.create_connection((host, port), timeout=_ANSWER_SECONDS):
+            return True
+    except OSError:
+        return False
