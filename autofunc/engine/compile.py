@@ -16,6 +16,8 @@ Private parts of torch used, tried with 2.13.0: `torch._inductor.compile_fx.comp
 from __future__ import annotations
 
 import hashlib
+import logging
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -41,6 +43,10 @@ _OPTIONS = {
     "nan_asserts": False,
     "compile_threads": 1,  # pieces are small, and ranks compile side by side
 }
+
+
+LOG = logging.getLogger("autofunc.compile")
+"""Where each piece is announced, and how long it took: minutes for a large model."""
 
 
 def require_compiler() -> None:
@@ -77,8 +83,16 @@ def compile_piece(piece: Piece, order: list[Node], attributes: Mapping[str, Any]
     graph, constants = _graph_of(piece, order, attributes)
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     key = _key(graph, inputs)
+
+    def make() -> Any:
+        began = time.perf_counter()
+        LOG.info("compiling %s", name)
+        made = _compile(graph, inputs, key)
+        LOG.info("compiled %s in %.1f s", name, time.perf_counter() - began)
+        return made
+
     try:
-        call = cache.shared.get(("compiled", key), lambda: _compile(graph, inputs, key))
+        call = cache.shared.get(("compiled", key), make)
     except Exception as error:
         raise ModelError(f"{name} cannot be compiled: {type(error).__name__}: {error}; use compile=False") from error
     if not constants:

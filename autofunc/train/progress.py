@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,6 +11,8 @@ from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from autofunc.engine.compile import LOG
 
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -43,6 +46,18 @@ class Silent:
         """See `Reporter.validation`."""
 
 
+class _Messages(logging.Handler):
+    """Hands on what is logged."""
+
+    def __init__(self, show: Callable[[str], None]) -> None:
+        super().__init__(logging.INFO)
+        self._show = show
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Show one."""
+        self._show(record.getMessage())
+
+
 class ProgressReporter:
     """A progress bar with loss and speed; plain lines where there is no terminal."""
 
@@ -50,6 +65,7 @@ class ProgressReporter:
         self._console = console
         self._num_steps = num_steps
         self._last_line = time.monotonic()
+        self._compiling = _Messages(self._building)
         self._bar: Progress | None = None
         if console.is_terminal:
             self._bar = Progress(
@@ -65,13 +81,25 @@ class ProgressReporter:
     def __enter__(self) -> ProgressReporter:
         if self._bar is not None:
             self._bar.start()
+        self._logs_before = LOG.level
+        LOG.setLevel(logging.INFO)
+        LOG.addHandler(self._compiling)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        LOG.removeHandler(self._compiling)
+        LOG.setLevel(self._logs_before)
         if self._bar is not None:
             self._bar.stop()
+
+    def _building(self, message: str) -> None:
+        """Of the stages on the first rank: others compile theirs beside it."""
+        if self._bar is not None:
+            self._bar.update(self._task, status=message)
+        else:
+            self._console.print(message, highlight=False, markup=False)
 
     def step(self, step: int, loss: float, speed: str) -> None:
         """See `Reporter.step`."""

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import io
+import re
 
+import pytest
 import torch
 from rich.console import Console
 from torch.utils.data import Subset, TensorDataset
 
+import autofunc as af
+from autofunc import cache
 from autofunc.data import Part, TextFolder
+from autofunc.engine.compile import LOG
 from autofunc.train.datasets import title
 from autofunc.train.loop import _unit
 from autofunc.train.progress import ProgressReporter
+from tests.cases import make_case
 
 
 def test_datasets_have_names() -> None:
@@ -31,3 +37,20 @@ def test_lines_say_what_changes() -> None:
     with ProgressReporter(Console(file=out), 2) as reporter:
         reporter.step(1, 2.5, "10 rows/s")
     assert out.getvalue() == "step 1/2  loss 2.500  10 rows/s\n"
+
+
+def test_pieces_that_are_compiled_are_announced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first compiled step of a large model takes minutes."""
+    monkeypatch.setattr(cache, "shared", cache.Cache(most=64))
+    monkeypatch.setattr("autofunc.engine.compile._compile", lambda *_: list)
+    model, _, loss, batch = make_case("mlp", 1, 4)
+    s = af.schedule.build("1f1b", num_ranks=1, num_microbatches=2)
+    out, before = io.StringIO(), LOG.level
+    with ProgressReporter(Console(file=out), 2):
+        af.pipeline(af.split(model), s, loss=loss, compile=True).build(batch)
+    lines = out.getvalue().splitlines()
+    assert lines[0].startswith("compiling forward of stage 0") and re.search(
+        r"^compiled forward of .* in \d+\.\d s$", lines[1]
+    )
+    assert sum(line.startswith("compiled") for line in lines) == 2, "forward and backward"
+    assert LOG.level == before and not LOG.handlers
