@@ -213,3 +213,9 @@ def test_backward_hooks() -> None:
     module.linear.register_full_backward_hook(lambda *_: None)
     with pytest.raises(ModelError, match=r"Linear \(linear\) has backward hooks"):
         af.from_module(module, BATCH)
+
+
+def test_no_pattern_trains_nothing() -> None:
+    """And not everything."""
+    model = af.from_module(nn.Linear(3, 3), {"input": torch.randn(2, 3)}, trainable=[])
+    assert not any(model.is_trainable(path) for path in model.spec)
