@@ -38,7 +38,8 @@ def capture_module(
     module, wrappers = _unwrapped(module)
     source = ModuleSource(module, inputs, stored, keep_real=weights is None)
     model = CapturedModel(
-        Captures(source, branches), example_batch, config=getattr(module, "config", None), trainable=("*",) if trainable is None else trainable,
+        Captures(source, branches), example_batch, config=getattr(module, "config", None),
+        trainable=("*",) if trainable is None else trainable,
         notes=[
             *(f"{wrapper} around {source.what} is left out: the pipeline does its work" for wrapper in wrappers),
             *_notes_of_parts(module),
