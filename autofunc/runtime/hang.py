@@ -23,6 +23,7 @@ _WAITS = {
 """Where this library waits for other ranks, and what for."""
 _OPERATORS = ("c10d_functional", "c10d::")
 """What operators that wait for other ranks are called."""
+_DEBUGGERS = ("pdb.py", "bdb.py", "pydevd.py")
 _MOST_RANKS = 16  # that are told of in lines of their own
 _MOST_FRAMES = 12  # of a stack
 
@@ -56,6 +57,11 @@ class State:
     def place(self) -> str:
         """Where it is."""
         return ", ".join(part for part in (self.phase, self.action) if part)
+
+    @property
+    def is_looked_into(self) -> bool:
+        """Whether a person has stopped it, in a debugger."""
+        return any(Path(frame.file).name in _DEBUGGERS for frame in self.stack)
 
     @property
     def collective(self) -> Frame | None:

@@ -148,7 +148,9 @@ class _Watch(threading.Thread):
         return asked > answered
 
     def _ask(self) -> str | None:
-        """What all do; None where one is within its own limit, or another process has said it."""
+        """What all do; None where one is within its own limit or in a debugger, or another process has said it."""
+        if self._state().is_looked_into:
+            return None
         if self._store is None:
             return describe({self._rank: self._state()}, self._positions())
         asked = int(self._store.add(_ALARM, 1))
@@ -157,6 +159,8 @@ class _Watch(threading.Thread):
         for rank in range(self._size):
             states[rank] = self._of(_key(asked, rank), until)
         known = [state for state in states.values() if state is not None]
+        if any(state.is_looked_into for state in known):
+            return None
         if any(not state.waits and state.silent_seconds < state.limit_seconds for state in known):
             return None
         text = describe(states, self._positions())

@@ -15,6 +15,7 @@ from rich.console import Console
 from torch.distributed.device_mesh import DeviceMesh
 
 from autofunc.config import FinetuneConfig
+from autofunc.config.schema import Distributed
 from autofunc.errors import MeshError
 from autofunc.explain import explain
 from autofunc.schedule import write_file
@@ -41,25 +42,28 @@ def run(recipe: Recipe, config: FinetuneConfig, output_dir: Path) -> None:
     """
     device = take_device(config.distributed.device)
     mesh = _mesh(recipe, device, config.distributed.timeout_minutes)
-    with threads(config.distributed.threads_per_rank), watched(config.distributed):
+    with threads(config.distributed.threads_per_rank):
         if mesh is None or dist.get_rank() == 0:
-            _lead(recipe, mesh, device, output_dir)
+            _lead(recipe, mesh, device, output_dir, config.distributed)
         else:
-            _follow(recipe, mesh, device)
+            _follow(recipe, mesh, device, config.distributed)
     if mesh is not None:  # not after an error: that must be recorded before the others see the connection close
         dist.destroy_process_group()
 
 
-def _follow(recipe: Recipe, mesh: DeviceMesh, device: torch.device) -> None:
+def _follow(recipe: Recipe, mesh: DeviceMesh, device: torch.device, config: Distributed) -> None:
     """Any other rank's run."""
     if recipe.searches:
         recipe = replace(recipe, schedule=find_schedule(recipe, mesh, device, None).schedule)
-    result = train(recipe, mesh, device, Silent(), None)
+    with watched(config):
+        result = train(recipe, mesh, device, Silent(), None)
     for each in (result.params, result.state):
         result.pipe.gather(each)
 
 
-def _lead(recipe: Recipe, mesh: DeviceMesh | None, device: torch.device, output_dir: Path) -> None:
+def _lead(
+    recipe: Recipe, mesh: DeviceMesh | None, device: torch.device, output_dir: Path, config: Distributed
+) -> None:  # fmt: skip
     """The first rank's run: the others' and everything that is shown or written."""
     console = Console(file=sys.stdout)
 
@@ -88,6 +92,7 @@ def _lead(recipe: Recipe, mesh: DeviceMesh | None, device: torch.device, output_
     with (
         closing(MetricsFile(output_dir / METRICS)) as metrics,
         ProgressReporter(console, recipe.num_steps) as reporter,
+        watched(config),  # not while weights are written, which takes as long as it takes
     ):
         result = train(recipe, mesh, device, reporter, metrics)
     gather = result.pipe.gather

@@ -75,6 +75,11 @@ def test_many_ranks_that_do_the_same_share_a_line() -> None:
     assert "ranks 0-4, 6-999: " in said and said.count("\n") < 8
 
 
+def test_a_process_in_a_debugger_does_not_hang() -> None:
+    assert state(USER, Frame("/usr/lib/python3.11/bdb.py", 115, "dispatch_line", "")).is_looked_into
+    assert not state(USER).is_looked_into
+
+
 def test_frames_of_a_thread() -> None:
     frames = frames_of(inspect.currentframe())
     assert frames[-1].name == "test_frames_of_a_thread" and "frames_of(" in frames[-1].code
