@@ -148,7 +148,9 @@ def test_dropout_in_place(view: bool) -> None:
     assert not torch.equal(model(params, {"x": X, "key": (0, 1)}), model(params, {"x": X}))
 
 
-def test_buffers_are_as_they_were() -> None:
+def test_buffers_are_as_they_are() -> None:
+    """For batches of all sizes alike, also where one was captured before."""
+
     class Scaled(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -161,9 +163,10 @@ def test_buffers_are_as_they_were() -> None:
 
     module = nn.Sequential(Scaled(), Scaled())
     model = af.from_module(module, {"input": X})
-    expected = module(X)
     params = model.init()
+    assert torch.equal(model(params, {"input": X}), module(X))
     module[0].scale.mul_(2)
+    expected = module(X)
     assert torch.equal(model(params, {"input": X}), expected)
     torch.testing.assert_close(model(params, {"input": X[:2]}), expected[:2], rtol=0, atol=1e-6)
 

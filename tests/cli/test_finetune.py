@@ -237,7 +237,7 @@ def test_a_dying_worker_ends_the_others(folder: Path, how: str, words: str) -> N
     died = float((folder / f"died-{how}").read_text())
     assert time.time() - died < 30, "seconds from the death of one to the end of all"
     assert done.returncode == 1
-    assert "error: rank 1 failed" in done.stderr
+    assert re.search(r"error: rank 1 \(step 4, in 1F\d\) failed", done.stderr), done.stderr
     assert words in done.stderr
     if how == "raised":
         assert done.stderr.count("ValueError: broken on purpose\n") == 1
