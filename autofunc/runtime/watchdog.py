@@ -163,10 +163,7 @@ class _Watch(threading.Thread):
             return None
         if any(not state.waits and state.silent_seconds < state.limit_seconds for state in known):
             return None
-        text = describe(states, self._positions())
-        if self._store.compare_set(_VERDICT, "", text).decode() != text:
-            return None
-        return text
+        return describe(states, self._positions()) if self._store.add(_VERDICT, 1) == 1 else None
 
     def _of(self, key: str, until: float) -> State | None:
         while not self._store.check([key]):
