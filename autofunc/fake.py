@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 
 from autofunc.errors import AutofuncError, ModelError
+from autofunc.installed import is_of_torch
 
 _LOG = logging.getLogger("torch._subclasses.fake_tensor")
 """Where torch writes the traceback of each operator that fails, which the error says better."""
@@ -47,9 +48,9 @@ def fake_mode() -> FakeTensorMode:
     return _Mode(allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=True)
 
 
-def without_memory(tensor: Tensor) -> Tensor:
+def without_memory(mode: FakeTensorMode, tensor: Tensor) -> Tensor:
     """A fake tensor in the place of a real one, to be kept: it does not keep the memory that the real one lies in."""
-    return fake_mode().from_tensor(tensor) if tensor.layout is torch.strided else tensor
+    return mode.from_tensor(tensor) if tensor.layout is torch.strided else tensor
 
 
 def fake_like(mode: FakeTensorMode, tensor: Tensor) -> Tensor:
@@ -69,14 +70,9 @@ def is_own(frame: traceback.FrameSummary) -> bool:
     return frame.filename.startswith(str(Path(__file__).parent))
 
 
-def is_of_torch(frame: traceback.FrameSummary) -> bool:
-    """Whether a line is torch's."""
-    return "torch" in Path(frame.filename).parts
-
-
 def user_line(frames: traceback.StackSummary) -> str:
     """The innermost line of a traceback that is neither torch's nor this library's."""
-    outside = [frame for frame in frames if not is_of_torch(frame) and not is_own(frame)]
+    outside = [frame for frame in frames if not is_of_torch(frame.filename) and not is_own(frame)]
     frame = (outside or frames)[-1]
     return f"{frame.filename}, line {frame.lineno}: {frame.line}"
 

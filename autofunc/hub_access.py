@@ -30,7 +30,7 @@ def cache_without_network() -> Iterator[str]:
         yield ""
         return
     # the variable of the environment is read when they are imported
-    places: list[Any] = [constants, *(module for name in ("datasets.config",) if (module := sys.modules.get(name)))]
+    places: list[Any] = [place for place in (constants, sys.modules.get("datasets.config")) if place is not None]
     before = [place.HF_HUB_OFFLINE for place in places]
     for place in places:
         place.HF_HUB_OFFLINE = True

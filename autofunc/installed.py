@@ -18,6 +18,11 @@ def is_installed(filename: str) -> bool:
     return any(filename.startswith(f"{folder}{os.sep}") and holds_packages(folder) for folder in sys.path if folder)
 
 
+def is_of_torch(filename: str) -> bool:
+    """Whether a file is torch's."""
+    return "torch" in Path(filename).parts
+
+
 @cache
 def holds_packages(folder: str) -> bool:
     """Whether pip has installed into it, under whatever name: what it knows of each package lies beside the package."""

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from autofunc.fake import is_of_torch, is_own, user_line
+from autofunc.fake import is_own, user_line
+from autofunc.installed import is_of_torch
 
 Kind = Literal["bool", "int", "float", "rows"]
 
@@ -138,7 +139,7 @@ def here() -> Place:
     frames = traceback.extract_stack()
     inner = list(dropwhile(is_own, reversed(frames)))  # without what reads for it
     calls = takewhile(lambda frame: not is_own(frame), inner)
-    return Place(user_line(frames), tuple((each.filename, each.lineno) for each in calls if not is_of_torch(each)))
+    return Place(user_line(frames), tuple((each.filename, each.lineno) for each in calls if not is_of_torch(each.filename)))
 
 
 def reads_values(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
@@ -217,7 +218,7 @@ def _only_checked(func: Any) -> bool:
     if func is not torch.Tensor.item:
         return False
     reader = next(dropwhile(is_own, reversed(traceback.extract_stack())))
-    return is_of_torch(reader) and reader.name.startswith("_check")
+    return is_of_torch(reader.filename) and reader.name.startswith("_check")
 
 
 def _is_fixed(tensor: Any) -> bool:

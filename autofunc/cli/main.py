@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import traceback
 from contextlib import AbstractContextManager
@@ -168,9 +167,9 @@ def main() -> None:
         sys.stderr.write(f"error: {full_message(error)}\n")
         sys.exit(2)
     except Exception:  # raised by the user's code, or a mistake of ours, which needs the whole traceback
-        from autofunc.train.blame import brief, names_users_lines
+        from autofunc.train.blame import brief, names_users_lines, wants_whole
 
         raised = traceback.format_exc()
-        shown = brief(raised) if names_users_lines(raised) and os.environ.get("AUTOFUNC_DEBUG") != "1" else raised
+        shown = brief(raised) if names_users_lines(raised) and not wants_whole() else raised
         sys.stderr.write(f"error: {shown}\n")
         sys.exit(1)

@@ -10,7 +10,7 @@ from itertools import groupby
 from pathlib import Path
 from types import FrameType
 
-from autofunc.installed import is_installed
+from autofunc.installed import is_installed, is_of_torch
 
 _OWN = Path(__file__).parents[1]
 _WAITS = {
@@ -66,14 +66,14 @@ class State:
     @property
     def collective(self) -> Frame | None:
         """The call of `torch.distributed` that it is in."""
-        own = [number for number, frame in enumerate(self.stack) if not _is_of_torch(frame)]
+        own = [number for number, frame in enumerate(self.stack) if not is_of_torch(frame.file)]
         inside = self.stack[own[-1] + 1 :] if own else self.stack
         return next((frame for frame in inside if _is_distributed(frame)), None)
 
     @property
     def waits_for(self) -> str:
         """What of others this library waits for; empty where it does not wait."""
-        last = next((frame for frame in reversed(self.stack) if not _is_of_torch(frame)), None)
+        last = next((frame for frame in reversed(self.stack) if not is_of_torch(frame.file)), None)
         return _WAITS.get(Path(last.file), "") if last is not None else ""
 
     @property
@@ -108,11 +108,10 @@ def describe(states: Mapping[int, State | None], positions: Sequence[str] = ()) 
         states: by rank; None for one that does not answer.
         positions: of all ranks, as they were last written down, where that is known.
     """
-    lines = []
-    said = {rank: _said(state, positions[rank] if rank < len(positions) else "") for rank, state in states.items()}
-    for text in dict.fromkeys(said[rank] for rank in sorted(said)):
-        ranks = [rank for rank in sorted(said) if said[rank] == text]
-        lines.append(f"  rank{'s' if len(ranks) > 1 else ''} {_ranges(ranks)}: {text}")
+    alike: dict[str, list[int]] = {}
+    for rank, state in sorted(states.items()):
+        alike.setdefault(_said(state, positions[rank] if rank < len(positions) else ""), []).append(rank)
+    lines = [f"  rank{'s' if len(ranks) > 1 else ''} {_ranges(ranks)}: {text}" for text, ranks in alike.items()]
     if len(lines) > _MOST_RANKS:
         lines = [*lines[:_MOST_RANKS], f"  and {len(lines) - _MOST_RANKS} more"]
     return "\n".join([*lines, *_verdict(states)])
@@ -164,14 +163,10 @@ def _shown(stack: Sequence[Frame]) -> list[Frame]:
     return list(stack[users[0] : users[-1] + 2] if users else stack)[-_MOST_FRAMES:]
 
 
-def _is_of_torch(frame: Frame) -> bool:
-    return "torch" in Path(frame.file).parts
-
-
 def _is_distributed(frame: Frame) -> bool:
     if any(part in frame.name for part in _OPERATORS):
         return True
-    return _is_of_torch(frame) and "distributed" in Path(frame.file).parts and frame.name != "wrapper"
+    return is_of_torch(frame.file) and "distributed" in Path(frame.file).parts and frame.name != "wrapper"
 
 
 def _ranges(ranks: Sequence[int]) -> str:

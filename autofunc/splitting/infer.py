@@ -76,7 +76,10 @@ def follow(
     specialised, dtypes = specialise(model, parameter_dtypes(model, params), microbatch, setting, training=with_grads)
     strides = _strides(model, params)
     # a pipeline keeps its stages' surroundings, and is not to keep a batch with them
-    example = tree.map_leaves(lambda leaf: without_memory(leaf) if isinstance(leaf, Tensor) else leaf, dict(microbatch))
+    mode = fake_mode()
+    example = tree.map_leaves(
+        lambda leaf: without_memory(mode, leaf) if isinstance(leaf, Tensor) else leaf, dict(microbatch)
+    )
     contexts: list[StageContext] = []
     found: list[Returned] = []
     for stage in stages:

@@ -58,7 +58,7 @@ def _recorded(failure: Any) -> str | None:
 def _cause(failure: Any) -> str:
     raised = _recorded(failure)
     if raised is not None:
-        return raised if "1" in debug_words(os.environ) else brief(raised)
+        return raised if wants_whole() else brief(raised)
     if failure.exitcode < 0:
         return f"killed by {signal.Signals(-failure.exitcode).name}"
     known = " (128 + SIGKILL: often for want of memory)" if failure.exitcode == 128 + signal.SIGKILL else ""
@@ -71,12 +71,7 @@ def brief(traceback: str) -> str:
     Args:
         traceback: as Python prints it.
     """
-    blocks = _blocks(traceback)
-    own = [
-        f"  {file}, line {line}, in {name}: {code.strip()}"
-        for file, line, name, code in _FRAME.findall(blocks[0])
-        if not is_installed(file)
-    ]
+    blocks, own = _blocks(traceback), _users_lines(traceback)
     lines = blocks[-1].splitlines()
     begin = next((number for number, line in enumerate(lines) if number and not line.startswith("  ")), 0)
     said = re.sub(r"^autofunc\.errors\.\w+: ", "", "\n".join(lines[begin:]))
@@ -85,7 +80,20 @@ def brief(traceback: str) -> str:
 
 def names_users_lines(traceback: str) -> bool:
     """Whether the first of a chain of exceptions went through the user's code."""
-    return any(not is_installed(file) for file, *_ in _FRAME.findall(_blocks(traceback)[0]))
+    return bool(_users_lines(traceback))
+
+
+def wants_whole() -> bool:
+    """Whether whole tracebacks are asked for."""
+    return "1" in debug_words(os.environ)
+
+
+def _users_lines(traceback: str) -> list[str]:
+    return [
+        f"  {file}, line {line}, in {name}: {code.strip()}"
+        for file, line, name, code in _FRAME.findall(_blocks(traceback)[0])
+        if not is_installed(file)
+    ]
 
 
 def _blocks(traceback: str) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -59,27 +60,33 @@ def shortcomings(done: Done, said: tuple[str, ...], seconds: float) -> list[str]
     return found
 
 
-@pytest.mark.parametrize("kind", BY_OVERRIDES)
-def test_one_clear_error(folder: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    bad = {}
-    for given, *said in BY_OVERRIDES[kind]:
-        (folder / "cfg.yaml").write_text(with_sections(given) if isinstance(given, dict) else BASE)
+def shortcomings_of_all(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, cases: Iterable[tuple[str, bytes, list[str], list[str]]]
+) -> str:
+    """Those of each case that has any: its name, the file, the overrides, and what the error must say."""
+    bad = []
+    for name, content, words, said in cases:
+        (folder / "cfg.yaml").write_bytes(content)
         began = time.process_time()
-        done = refused(folder, monkeypatch, *words_of(given))
+        done = refused(folder, monkeypatch, *words)
         found = shortcomings(done, tuple(said), time.process_time() - began)
         if found:
-            bad[str(given)[:100]] = (found, done.err[:400])
-    assert not bad, "\n".join(f"{given}: {', '.join(found)}\n    {err}" for given, (found, err) in bad.items())
+            bad.append(f"{name}: {', '.join(found)}\n    {done.err[:400]}")
+    return "\n".join(bad)
+
+
+@pytest.mark.parametrize("kind", BY_OVERRIDES)
+def test_one_clear_error(folder: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    cases = (
+        (str(given)[:100], (with_sections(given) if isinstance(given, dict) else BASE).encode(), words_of(given), said)
+        for given, *said in BY_OVERRIDES[kind]
+    )
+    bad = shortcomings_of_all(folder, monkeypatch, cases)
+    assert not bad, bad
 
 
 def test_one_clear_error_of_a_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    bad = {}
-    for text, *said in BY_TEXT:
-        (folder / "cfg.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
-        began = time.process_time()
-        done = refused(folder, monkeypatch)
-        found = shortcomings(done, tuple(said), time.process_time() - began)
-        if found:
-            bad[repr(text[-60:])] = (found, done.err[:400])
+    cases = ((repr(text[-60:]), text if isinstance(text, bytes) else text.encode(), [], said) for text, *said in BY_TEXT)
+    bad = shortcomings_of_all(folder, monkeypatch, cases)
     assert not (folder / "executed").exists()
-    assert not bad, "\n".join(f"{given}: {', '.join(found)}\n    {err}" for given, (found, err) in bad.items())
+    assert not bad, bad
