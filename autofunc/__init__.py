@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from autofunc import errors, losses, random, schedule, tree
     from autofunc.automodel import AutoModel, register_architecture, register_modeling_path
     from autofunc.captured import empty_weights, from_function
+    from autofunc.checkpoint import Checkpoint, load, save
     from autofunc.checks import check
     from autofunc.errors import AutofuncError
     from autofunc.markers import split_point
@@ -35,6 +36,7 @@ __version__ = "0.1.0"
 _HOME = {
     "AutoModel": "autofunc.automodel",
     "AutofuncError": "autofunc.errors",
+    "Checkpoint": "autofunc.checkpoint",
     "Layer": "autofunc.model",
     "Model": "autofunc.model",
     "Optimizer": "autofunc.optim",
@@ -48,12 +50,14 @@ _HOME = {
     "empty_weights": "autofunc.captured",
     "from_function": "autofunc.captured",
     "from_module": "autofunc.whole_module",
+    "load": "autofunc.checkpoint",
     "make_mesh": "autofunc.mesh",
     "optimizer": "autofunc.optim",
     "pipeline": "autofunc.transform",
     "reference_value_and_grad": "autofunc.reference",
     "register_architecture": "autofunc.automodel",
     "register_modeling_path": "autofunc.automodel",
+    "save": "autofunc.checkpoint",
     "split": "autofunc.splitting",
     "split_point": "autofunc.markers",
     "value_and_grad": "autofunc.transform",
@@ -64,6 +68,7 @@ _MODULES = ("errors", "losses", "random", "schedule", "tree")
 __all__ = [
     "AutoModel",
     "AutofuncError",
+    "Checkpoint",
     "Layer",
     "Model",
     "Optimizer",
@@ -78,6 +83,7 @@ __all__ = [
     "errors",
     "from_function",
     "from_module",
+    "load",
     "losses",
     "make_mesh",
     "optimizer",
@@ -86,6 +92,7 @@ __all__ = [
     "reference_value_and_grad",
     "register_architecture",
     "register_modeling_path",
+    "save",
     "schedule",
     "split",
     "split_point",

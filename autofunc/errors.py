@@ -47,6 +47,10 @@ class DataError(AutofuncError, ValueError):
     """A dataset that is missing, empty or of another schema."""
 
 
+class CheckpointError(AutofuncError, ValueError):
+    """A checkpoint that is missing, unfinished or damaged, or of something else than what it is read into."""
+
+
 class PipelineRunError(AutofuncError, RuntimeError):
     """A run of a pipeline failed. The message of a failed action names it and shows the grid with it marked.
 

@@ -76,6 +76,21 @@ class Held:
             return tree.to_tensordict(made)
 
     @torch.inference_mode(False)
+    def blank(self, dtypes: Mapping[str, torch.dtype], device: torch.device | str | None = None) -> TensorDict:
+        """Parameters of this process's ranks without values, to read some into.
+
+        Args:
+            dtypes: by canonical path, of all parameters.
+            device: as for `init`.
+        """
+        spec, device = self._model.spec, self._device({}) if device is None else device
+        return tree.to_tensordict(
+            self._parameters.make(
+                lambda paths: {path: torch.empty(spec[path].shape, dtype=dtypes[path], device=device) for path in paths}
+            )
+        )
+
+    @torch.inference_mode(False)
     def init_state(self, device: torch.device | str | None = None) -> TensorDict:
         """The state that this process's layers begin with, see `Model.init_state`; empty where none keeps any.
 

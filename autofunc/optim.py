@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from functools import cache
 from typing import Any
 
@@ -84,6 +84,11 @@ class Optimizer:
         slots_after = untouched | _slots_of(optimizer, leaves) | outside.kept()
         return _rebuilt(params, weights, weights | updated), _rebuilt(state, slots, slots_after)
 
+    @staticmethod
+    def is_outside(slot: str) -> bool:
+        """Whether a path in a state is of what an optimizer keeps beside its parameters: in its groups, on itself."""
+        return slot.startswith(_OUTSIDE)
+
     def _make(self, leaves: list[Tensor]) -> torch.optim.Optimizer:
         try:
             made = self._factory(leaves or [torch.zeros(())], **copy.deepcopy(self._options))  # it may write to them
@@ -98,15 +103,21 @@ class Optimizer:
         return made
 
 
+def path_of_slot(slot: str, paths: Container[str]) -> str:
+    """The parameter to which a path in a state belongs: `h.0.weight` of `exp_avg.h.0.weight`; "" where it is none of these."""
+    token, _, path = slot.partition(".")
+    while path and path not in paths:
+        path = path.rpartition(".")[0]
+    return "" if token.startswith(_OUTSIDE) else path
+
+
 def _load_slots(optimizer: torch.optim.Optimizer, leaves: Mapping[str, Tensor], slots: Mapping[str, Tensor]) -> None:
     """Give an optimizer that was made anew the slots of its parameters."""
     parts: dict[tuple[str, str], dict[str, Tensor]] = {}
     for key, value in slots.items():
         token, _, rest = key.partition(".")
-        path = rest
-        while path and path not in leaves:
-            path = path.rpartition(".")[0]
-        if path and not token.startswith(_OUTSIDE):
+        path = path_of_slot(key, leaves)
+        if path:
             inner = rest.removeprefix(path)
             if " (" not in token:
                 optimizer.state[leaves[path]][token] = value

@@ -1,0 +1,159 @@
+"""Read a checkpoint into the layout of a pipeline."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from tensordict import TensorDict
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from autofunc import tree
+from autofunc.checkpoint.folder import OPTIMIZER, PARAMS, STATE, read_extra, read_metadata
+from autofunc.checkpoint.save import flat_trees, message_of, quiet
+from autofunc.errors import CheckpointError, some_of
+from autofunc.model import Model
+from autofunc.optim import Optimizer, path_of_slot
+from autofunc.pipe import Pipeline
+from autofunc.shard.dtensors import local
+from autofunc.shown import shown
+
+Saved = Mapping[str, TensorStorageMetadata]
+"""What a checkpoint has, by name."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What `af.load` returns: this process's part of everything."""
+
+    params: TensorDict
+    state: TensorDict  # of layers that keep some; empty where none does
+    optimizer_state: TensorDict | None  # None when no optimizer was given
+    extra: dict[str, Any]  # what `af.save` was given as such
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def load(
+    path: str | os.PathLike[str],
+    pipe: Pipeline,
+    *,
+    optimizer: Optimizer | None = None,
+    device: torch.device | str | None = None,
+) -> Checkpoint:
+    """Read a checkpoint of `af.save`, written in any layout, into that of a pipeline. Each process reads its part alone.
+
+    Args:
+        path: the folder.
+        pipe: whose parameters are wanted.
+        optimizer: the one whose state was saved; without it the state is not read.
+        device: where the tensors are to be; by default as for `pipe.init`.
+
+    Raises:
+        CheckpointError: when there is none, or one of another model or optimizer; says what differs.
+    """
+    extra, saved = read_extra(path), _saved(Path(path))
+    _check_model(path, saved, pipe.stages[0].model)
+    params = pipe.blank({name.removeprefix(f"{PARAMS}."): each.properties.dtype for name, each in saved.items()}, device)
+    slots: Mapping[str, Any] | None = None
+    if optimizer is not None:
+        params, slots = _slots(path, optimizer, params, pipe, saved)
+    state = pipe.init_state(device)
+    _read(path, flat_trees(params, state, slots), saved)
+    return Checkpoint(
+        params, state, tree.to_tensordict(slots) if slots is not None else None, extra
+    )  # fmt: skip
+
+
+def check_fits(path: str | os.PathLike[str], model: Model) -> dict[str, Any]:
+    """Refuse a checkpoint that is not of this model, reading no tensor; returns its `extra`.
+
+    Raises:
+        CheckpointError: saying what differs.
+    """
+    extra, saved = read_extra(path), _saved(Path(path))
+    _check_model(path, saved, model)
+    return extra
+
+
+def _saved(path: Path) -> dict[str, TensorStorageMetadata]:
+    entries = read_metadata(path).state_dict_metadata
+    return {name: entry for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
+
+
+def _check_model(path: str | os.PathLike[str], saved: Saved, model: Model) -> None:
+    differences = []
+    for prefix, kind, spec in ((PARAMS, "parameters", model.spec), (STATE, "state", model.state_spec)):
+        expected = {name: leaf for name, leaf in spec.items() if name not in model.ties}
+        has = {name.removeprefix(f"{prefix}."): each for name, each in saved.items() if name.startswith(f"{prefix}.")}
+        differences += _names(kind, has, expected)
+        differences += [
+            f"{name} has shape {tuple(has[name].size)} there, and {tuple(leaf.shape)} here"
+            for name, leaf in expected.items()
+            if name in has and not _same_shape(has[name].size, leaf.shape)
+        ]
+    if differences:
+        listed = "; ".join(differences[:4]) + (f"; and {len(differences) - 4} more" if len(differences) > 4 else "")
+        raise CheckpointError(f"{shown(path)} is a checkpoint of another model than {model.title}: {listed}")
+
+
+def _names(kind: str, has: Iterable[str], wants: Iterable[str]) -> list[str]:
+    """Names that are on one side only."""
+    has, wants = list(has), list(wants)
+    missing, more = [name for name in wants if name not in set(has)], [name for name in has if name not in set(wants)]
+    said = [f"it lacks {kind} {some_of(missing)}"] if missing else []
+    return said + ([f"it has {kind} {some_of(more)}, which the model has not"] if more else [])
+
+
+def _same_shape(one: torch.Size, other: torch.Size) -> bool:
+    """Whether two shapes are the same. A parameter without dims has one where it is sharded."""
+    return one == other or (one.numel() == other.numel() == 1 and max(len(one), len(other)) == 1)
+
+
+def _slots(
+    path: str | os.PathLike[str], optimizer: Optimizer, params: TensorDict, pipe: Pipeline, saved: Saved
+) -> tuple[TensorDict, dict[str, Tensor]]:
+    """Tensors to read an optimizer's state into: what an update makes. Nobody else knows how an optimizer lays it out."""
+    model = pipe.stages[0].model
+    zeros = {name: torch.zeros_like(leaf) for name, leaf in tree.flatten(params).items() if model.is_trainable(name)}
+    fresh = optimizer.init(params)
+    has = {name.removeprefix(f"{OPTIMIZER}.") for name in saved if name.startswith(f"{OPTIMIZER}.")}
+    if not has:  # saved before the first update
+        return params, tree.flatten(fresh)
+    params, made = optimizer.update(zeros, fresh, params)
+    slots = tree.flatten(made)
+    outside = {name for name in has if Optimizer.is_outside(name)}
+    missing = [name for name in slots if name not in has and not Optimizer.is_outside(name)]
+    more = sorted(name for name in has - set(slots) if path_of_slot(name, zeros))
+    if missing or more:
+        differs = f"it lacks {some_of(missing)}" if missing else f"it keeps {some_of(more)}, which this one does not"
+        raise CheckpointError(f"{shown(path)} is a checkpoint of another optimizer than {optimizer!r}: {differs}")
+    slots = {name: leaf for name, leaf in slots.items() if name in has}
+    # what an optimizer keeps beside its parameters comes and goes: all of it belongs to every process
+    slots |= {name: _empty(saved[f"{OPTIMIZER}.{name}"]) for name in outside - set(slots)}
+    return params, slots
+
+
+def _empty(entry: TensorStorageMetadata) -> Tensor:
+    return torch.empty(entry.size, dtype=entry.properties.dtype)
+
+
+def _read(path: str | os.PathLike[str], wanted: Mapping[str, Tensor], saved: Saved) -> None:
+    """Read tensors in place."""
+    # a parameter without dims is laid out with one where it is sharded: read whole, for it is one number
+    others = {name: _empty(saved[name]) for name, leaf in wanted.items() if leaf.shape != saved[name].size}
+    try:
+        with quiet():
+            dcp.load({**wanted, **others}, checkpoint_id=path, no_dist=True)
+    except (CheckpointException, OSError, RuntimeError) as error:
+        raise CheckpointError(f"{shown(path)} cannot be read: {message_of(error)}") from error
+    for name, value in others.items():
+        part = local(wanted[name])
+        part.copy_(value.expand(part.shape) if part.numel() else part)

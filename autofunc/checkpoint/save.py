@@ -1,0 +1,188 @@
+"""Write a checkpoint: every process its part, all of it or nothing."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+
+from autofunc import tree
+from autofunc.checkpoint.folder import OPTIMIZER, PARAMS, STATE, prepare, publish, remove
+from autofunc.errors import AutofuncError, CheckpointError, in_brief
+from autofunc.shown import shown
+
+
+def save(
+    path: str | os.PathLike[str],
+    *,
+    params: tree.Nested,
+    state: tree.Nested | None = None,
+    optimizer_state: tree.Nested | None = None,
+    extra: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a checkpoint, which `af.load` reads into a pipeline of any layout: other ranks, splits, schedules, shards.
+
+    All processes of the default process group call it, where there is one, and a folder that all of them see is needed.
+    The checkpoint has its name only when it is whole.
+
+    Args:
+        path: the folder to make; there must be none yet.
+        params: this process's parameters.
+        state: of layers that keep some, such as batch normalisation.
+        optimizer_state: what `optimizer.init` or `update` returned.
+        extra: what else is to be kept, such as the step: anything that JSON takes.
+
+    Raises:
+        CheckpointError: on every process, when one of them cannot write its part.
+
+    Example:
+        af.save("checkpoints/step_100", params=params, optimizer_state=state, extra={"step": 100})
+        checkpoint = af.load("checkpoints/step_100", pipe, optimizer=optimizer)
+        params, state, step = checkpoint.params, checkpoint.optimizer_state, checkpoint.extra["step"]
+    """
+    begin_save(path, params=params, state=state, optimizer_state=optimizer_state, extra=extra).finish()
+
+
+class Saving:
+    """A checkpoint that is being written; `begin_save` makes it."""
+
+    def __init__(self, path: Path, extra: Mapping[str, Any], written: Future[Any] | None, error: str | None) -> None:
+        self.path = path
+        self._extra, self._written, self._error = dict(extra), written, error
+
+    @property
+    def is_written(self) -> bool:
+        """Whether this process's part is, so that `finish` would not wait for it."""
+        return self._written is None or self._written.done()
+
+    def finish(self) -> None:
+        """Wait until all parts are written, and publish the checkpoint. All processes call it.
+
+        Raises:
+            CheckpointError: on every process, when one of them could not write; then there is no checkpoint.
+        """
+        error = self._error
+        if error is None and self._written is not None:
+            error = message_of(self._written.exception())
+        if error is None and _is_first():
+            try:
+                publish(self.path, self._extra)
+            except (OSError, TypeError, ValueError) as failed:
+                error = in_brief(failed)
+        errors = [each for each in _of_all(error) if each is not None]
+        if errors:
+            if _is_first():
+                remove(self.path)
+            raise CheckpointError(f"{shown(self.path)} cannot be written: {errors[0]}")
+
+
+def begin_save(
+    path: str | os.PathLike[str],
+    *,
+    params: tree.Nested,
+    state: tree.Nested | None = None,
+    optimizer_state: tree.Nested | None = None,
+    extra: Mapping[str, Any] | None = None,
+    background: dist.ProcessGroup | bool = False,
+) -> Saving:
+    """Begin to write a checkpoint; `finish` of what this returns ends it. Arguments as of `save`, all processes call it.
+
+    Args:
+        path: see `save`.
+        params: see `save`; as all trees, they may be changed as soon as this returns.
+        state: see `save`.
+        optimizer_state: see `save`.
+        extra: see `save`.
+        background: True copies the tensors to the host and writes them while the caller goes on; a group of all processes
+            on gloo, where there are several, which nothing else may use meanwhile.
+
+    Raises:
+        CheckpointError: on every process, when the folder cannot be made.
+    """
+    folder = Path(path)
+    error, partial = None, Path()
+    if _is_first():
+        try:
+            partial = prepare(folder)
+        except CheckpointError as failed:
+            error = str(failed)
+    error, partial = _of_first((error, partial))
+    if error is not None:
+        raise CheckpointError(error)
+    tensors = flat_trees(params, state, optimizer_state)
+    alone = not dist.is_initialized()
+    if background:
+        group = background if isinstance(background, dist.ProcessGroup) else None
+        with quiet():
+            written = dcp.async_save(tensors, checkpoint_id=partial, process_group=group, no_dist=alone)
+        assert isinstance(written, Future), "which the thread that writes gives"
+        return Saving(folder, extra or {}, written, None)
+    try:
+        with torch.no_grad(), quiet():
+            dcp.save(tensors, checkpoint_id=partial, no_dist=alone)
+    except (CheckpointException, OSError, RuntimeError) as failed:
+        error = message_of(failed)
+    return Saving(folder, extra or {}, None, error)
+
+
+def flat_trees(params: tree.Nested, state: tree.Nested | None, optimizer_state: tree.Nested | None) -> dict[str, Tensor]:
+    """The tensors of a checkpoint by their names in it: `params.h.0.weight`, `optimizer.exp_avg.h.0.weight`.
+
+    Raises:
+        AutofuncError: for a leaf that is no tensor.
+    """
+    found: dict[str, Tensor] = {}
+    for prefix, given in ((PARAMS, params), (STATE, state), (OPTIMIZER, optimizer_state)):
+        for path, leaf in tree.flatten(given if given is not None else {}).items():
+            if not isinstance(leaf, Tensor):
+                raise AutofuncError(f"{prefix}: {path!r} is a {type(leaf).__name__}; expected a tensor")
+            found[f"{prefix}.{path}"] = leaf.detach()
+    return found
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without torch's word that a process alone is alone, also where it was told so."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
+        yield
+
+
+def message_of(error: BaseException | None) -> str | None:
+    """What went wrong first: torch gives a table of all ranks' errors, each with its traceback."""
+    if isinstance(error, CheckpointException):
+        rank, (first, _) = min(error.failures.items())
+        return in_brief(first) + (f" (rank {rank})" if dist.is_initialized() else "")
+    return None if error is None else in_brief(error)
+
+
+def _is_first() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def _of_first(value: Any) -> Any:
+    """What the first process has."""
+    if not dist.is_initialized():
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def _of_all(value: Any) -> list[Any]:
+    """What each process has."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
