@@ -104,7 +104,7 @@ class Optimizer:
 
 
 def path_of_slot(slot: str, paths: Container[str]) -> str:
-    """The parameter to which a path in a state belongs: `h.0.weight` of `exp_avg.h.0.weight`; "" where it is none of these."""
+    """The parameter to which a path in a state belongs: `h.0.weight` of `exp_avg.h.0.weight`; "" where none of these is."""
     token, _, path = slot.partition(".")
     while path and path not in paths:
         path = path.rpartition(".")[0]

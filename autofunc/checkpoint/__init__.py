@@ -1,7 +1,7 @@
 """Checkpoints: what a run is at a step, in a folder that any layout reads."""
 
 from autofunc.checkpoint.folder import read_extra
-from autofunc.checkpoint.load import Checkpoint, check_fits, load
-from autofunc.checkpoint.save import Saving, begin_save, save
+from autofunc.checkpoint.read import Checkpoint, check_fits, load
+from autofunc.checkpoint.write import Saving, begin_save, save
 
 __all__ = ["Checkpoint", "Saving", "begin_save", "check_fits", "load", "read_extra", "save"]

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 
-from autofunc.config import read_config
+from autofunc.config import FinetuneConfig, read_config
 from autofunc.shown import literal, shown
 from autofunc.train.device import check_devices
 from autofunc.train.launch import is_worker, launch, was_checked
 from autofunc.train.memory_budget import check_budget
-from autofunc.train.output import default_output_dir, make_output_dir
+from autofunc.train.output import default_output_dir, last_output_dir, make_output_dir
 from autofunc.train.recipe import prepare
+from autofunc.train.resume import AUTO, check_restorable, folder_of, goes_on_in, source, wanted
 from autofunc.train.run import run
 from autofunc.train.tensor_parallel_check import check_tensor_parallel
 from autofunc.train.worker import run_worker
@@ -44,10 +46,13 @@ def finetune_llm(config_path: str, overrides: Sequence[str], nproc_per_node: int
         check_tensor_parallel(recipe)
         check_budget(recipe)
         check_devices(config.distributed.device, recipe.axes.num_processes)
-    output_dir = _output_dir(config.output_dir, config_path)
-    make_output_dir(output_dir, overwrite)
+        output_dir = _output_dir(config, config_path)
+        begun_from = source(config.checkpoint, output_dir)
+        if begun_from is not None:
+            check_restorable(begun_from, recipe)
+    _make_output_dir(config, output_dir, begun_from, overwrite)
     if recipe.axes.num_processes == 1:
-        run(recipe, config, output_dir)
+        run(recipe, config, output_dir, _command(config_path, overrides))
         return
     sys.stdout.write(f"starting {recipe.axes.num_processes} processes\n")
     sys.stdout.flush()
@@ -58,14 +63,31 @@ def finetune_llm(config_path: str, overrides: Sequence[str], nproc_per_node: int
 def _work(config_path: str, overrides: Sequence[str], overwrite: bool) -> None:
     config, notes = read_config(config_path, overrides)
     recipe = prepare(config, int(os.environ["WORLD_SIZE"]), notes=notes, checked=was_checked())
-    output_dir = _output_dir(config.output_dir, config_path)
+    output_dir = _output_dir(config, config_path)
     if not was_checked() and os.environ.get("RANK", "0") == "0":  # the one that writes
-        make_output_dir(output_dir, overwrite)
-    run(recipe, config, output_dir)
+        begun_from = source(config.checkpoint, output_dir)
+        _make_output_dir(config, output_dir, begun_from, overwrite)
+    run(recipe, config, output_dir, _command(config_path, overrides))
 
 
-def _output_dir(configured: str | None, config_path: str) -> Path:
-    if configured is not None:
-        return Path(configured).expanduser()
+def _output_dir(config: FinetuneConfig, config_path: str) -> Path:
+    """Where results go: where the run before has left its own, if this one goes on from there."""
+    if config.output_dir is not None:
+        return Path(config.output_dir).expanduser()
     chosen = os.environ.get(_OUTPUT_DIR)
-    return Path(chosen) if chosen else default_output_dir(config_path)
+    if chosen:
+        return Path(chosen)
+    return last_output_dir(config_path) if wanted(config.checkpoint) else default_output_dir(config_path)
+
+
+def _make_output_dir(config: FinetuneConfig, output_dir: Path, begun_from: Path | None, overwrite: bool) -> None:
+    folder = folder_of(config.checkpoint, output_dir)
+    # AUTO begins anew where a run was ended before its first checkpoint
+    begins_again = wanted(config.checkpoint) == AUTO and begun_from is None
+    make_output_dir(output_dir, overwrite or begins_again, folder, goes_on=goes_on_in(folder, begun_from))
+
+
+def _command(config_path: str, overrides: Sequence[str]) -> str:
+    """What was typed, but for what begins the run elsewhere."""
+    words = ["autofunc", "finetune", "llm", "-c", config_path, *overrides]
+    return shlex.join(words)

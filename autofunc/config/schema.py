@@ -102,6 +102,12 @@ class StepScheduler(Section):
     )
     max_steps: Steps | None = Field(None, description="stop after this many steps, even inside an epoch")
     val_every_steps: Steps | None = Field(None, description="also validate every so many steps, not only at the end")
+    ckpt_every_steps: Steps | None = Field(
+        None, description="also write a checkpoint every so many steps; needs the section checkpoint"
+    )
+    save_checkpoint_every_epoch: bool = Field(
+        True, description="write a checkpoint at the end of each epoch, where there are any"
+    )
 
 
 class MixedPrecision(Section):
@@ -180,6 +186,25 @@ class Dataloader(Section):
     num_workers: Annotated[int, Field(ge=0, le=1 << 10)] = Field(0, description="processes that load rows")
 
 
+class CheckpointSection(Section):
+    """What is kept of a run while it goes, so that it can go on after it was interrupted."""
+
+    enabled: bool = Field(True, description="write checkpoints: every ckpt_every_steps, after each epoch and at the end")
+    checkpoint_dir: Text | None = Field(None, description="where; by default checkpoints in output_dir")
+    is_async: bool = Field(False, description="write while training goes on; takes the memory of a copy on the host")
+    max_recent_checkpoints: Steps | None = Field(
+        None, description="how many of the newest are kept, beside the one with the lowest validation loss; by default all"
+    )
+    save_consolidated: Literal["final", "every"] | bool = Field(
+        "final", description="whole weights as model.safetensors: final at the end of a run, every (or true) in each "
+        "checkpoint as well, false never",
+    )  # fmt: skip
+    restore_from: Text | None = Field(
+        None, description="a checkpoint to go on from: its folder; LATEST or LOWEST_VAL of checkpoint_dir; AUTO, the "
+        "latest if there is one",
+    )  # fmt: skip
+
+
 class ClipGradNorm(Section):
     """Clipping of gradients."""
 
@@ -213,6 +238,9 @@ class FinetuneConfig(Section):
     distributed: Distributed = Distributed()
     optimizer: Target = Field(description="a torch.optim class and its options")
     loss_fn: Target | None = Field(None, description="loss(outputs, microbatch); by default autofunc.losses.causal_lm")
+    checkpoint: CheckpointSection | None = Field(
+        None, description="checkpoints of the run; without the section there are none"
+    )
     clip_grad_norm: ClipGradNorm | None = Field(None, description="scale gradients down to a global norm")
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(42, description="of weights, data order and dropout")
     output_dir: Text | None = Field(None, description="where results go; by default runs/<name of the file>")

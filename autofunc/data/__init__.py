@@ -1,16 +1,18 @@
 """Datasets and loaders: rows of token ids with labels that are already aligned (`labels[t]` follows `input_ids[t]`)."""
 
 from autofunc.data.hellaswag import HellaSwag
-from autofunc.data.loader import STACKED, Part, first_rows, make_loader, num_batches
+from autofunc.data.loader import STACKED, START, Part, Position, first_rows, make_loader, num_batches
 from autofunc.data.rows import text_columns
 from autofunc.data.text_folder import TextFolder
 from autofunc.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 
 __all__ = [
     "STACKED",
+    "START",
     "ByteTokenizer",
     "HellaSwag",
     "Part",
+    "Position",
     "TextFolder",
     "Tokenizer",
     "first_rows",

@@ -7,15 +7,12 @@ loss that is a mean over a microbatch is never one over rows that are not in the
 
 from __future__ import annotations
 
-import itertools
-import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, RandomSampler, Sampler, SequentialSampler
-from torchdata.stateful_dataloader import StatefulDataLoader
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from autofunc.batch import COUNTS
 from autofunc.data.rows import Rows, labelled, stack
@@ -25,12 +22,28 @@ STACKED = 0
 """The dim of the rows in every batch of these loaders."""
 
 
+class Position(NamedTuple):
+    """A place in the data of a run: all that a loader needs to go on from it, on any number of places."""
+
+    epoch: int = 1
+    rows: int = 0  # that have been read in it
+
+    @property
+    def begins_epoch(self) -> bool:
+        """Whether nothing of the epoch has been read."""
+        return self.rows == 0
+
+
+START = Position()
+
+
 class Part(NamedTuple):
     """A batch, or one of the two parts of a short one."""
 
     batch: dict[str, Tensor]  # with the entry COUNTS
     num_rows: int  # of the dataset in it, over all places
     ends_batch: bool
+    after: Position  # when its batch has been used
 
 
 class _Picks(NamedTuple):
@@ -42,6 +55,7 @@ class _Picks(NamedTuple):
     num_rows: int  # real ones over all places
     ends_batch: bool
     epoch: int
+    after: Position
 
 
 def make_loader(
@@ -55,7 +69,8 @@ def make_loader(
     num_workers: int = 0,
     place: int = 0,
     places: int = 1,
-) -> StatefulDataLoader[Any]:
+    start: Position = START,
+) -> DataLoader[Any]:
     """A loader of `Part`s, in an order that depends on the seed alone.
 
     Each place reads its part of every batch only: the first place the first rows. What rows draw from random generators
@@ -71,6 +86,7 @@ def make_loader(
         num_workers: processes that load; 0 loads in this one.
         place: which of the places this is.
         places: how many read parts of each batch.
+        start: where the first pass over the loader begins; a run that goes on gives the last part's `after`.
 
     Raises:
         DataError: when there is not one whole batch and short ones are dropped; from the loader, for rows that are none.
@@ -78,17 +94,9 @@ def make_loader(
     length = len(dataset)  # type: ignore[arg-type]
     if not num_batches(length, rows, drop_last):
         raise DataError(f"the dataset has {length} rows, fewer than one batch of {rows}, and drop_last leaves none")
-    generator = torch.Generator().manual_seed(seed)
-    order: Sampler[int] = RandomSampler(dataset, generator=generator) if shuffle else SequentialSampler(dataset)  # type: ignore[arg-type]
-    with warnings.catch_warnings():
-        # torchdata 0.11 calls a function that torch 2.13 is about to drop; nothing a user could change
-        warnings.filterwarnings("ignore", "'set_vital' is deprecated")
-        return StatefulDataLoader(
-            _Parts(Rows(dataset, seed)),
-            batch_sampler=_Sampler(order, rows, microbatch, drop_last, place, places),
-            collate_fn=_as_it_is,
-            num_workers=num_workers,
-        )
+    sampler: Any = _Sampler(_Order(length, seed if shuffle else None), rows, microbatch, drop_last, place, places, start)
+    hand_on: Any = _as_it_is  # a part is whole already, where a loader expects rows
+    return DataLoader(_Parts(Rows(dataset, seed)), batch_sampler=sampler, collate_fn=hand_on, num_workers=num_workers)
 
 
 def num_batches(length: int, rows: int, drop_last: bool) -> int:
@@ -106,39 +114,56 @@ def first_rows(dataset: Dataset[Any], rows: int, start: int = 0) -> dict[str, Te
     return stack(Rows(dataset).read([min(index, last) for index in range(start, start + rows)], epoch=1))
 
 
+class _Order(NamedTuple):
+    """In what order the rows of each epoch are read; known without the epochs before it."""
+
+    length: int
+    seed: int | None  # None keeps the dataset's
+
+    def of(self, epoch: int) -> Sequence[int]:
+        """The indices of an epoch, from 1 on."""
+        if self.seed is None:
+            return range(self.length)
+        generator = torch.Generator().manual_seed((self.seed + epoch - 1) % 2**63)
+        found: list[int] = torch.randperm(self.length, generator=generator).tolist()
+        return found
+
+
 class _Sampler(Sampler[_Picks]):
     """The picks of one place, part by part."""
 
     def __init__(
-        self, order: Sampler[int], rows: int, microbatch: int, drop_last: bool, place: int, places: int
+        self, order: _Order, rows: int, microbatch: int, drop_last: bool, place: int, places: int, start: Position
     ) -> None:  # fmt: skip
         self._order, self._rows, self._microbatch, self._drop_last = order, rows, microbatch, drop_last
         self._place, self._count = place, rows // places // microbatch
         self._microbatches = rows // microbatch
-        self._epoch = 0
-        whole, short = divmod(len(order), rows)  # type: ignore[arg-type]
+        self._next = start
+        whole, short = divmod(order.length, rows)
         self._length = whole + (0 if drop_last else sum(map(bool, divmod(short, microbatch))))
 
     def __len__(self) -> int:
         return self._length
 
     def __iter__(self) -> Iterator[_Picks]:
-        self._epoch += 1
-        indices = iter(self._order)
-        while batch := list(itertools.islice(indices, self._rows)):
-            if len(batch) < self._rows and self._drop_last:
-                return
+        (epoch, begin), self._next = self._next, Position(self._next.epoch + 1)
+        order = self._order.of(epoch)
+        last = len(order) - (len(order) - begin) % self._rows if self._drop_last else len(order)
+        for at in range(begin, last, self._rows):
+            batch = list(order[at : min(at + self._rows, last)])
+            read = at + len(batch)
+            after = Position(epoch, read) if read < last else Position(epoch + 1)
             whole = len(batch) // self._microbatch * self._microbatch
             cut = ((batch[:whole], self._microbatch), (batch[whole:], len(batch) - whole))
             parts = [(part, size) for part, size in cut if part]
             for number, (part, size) in enumerate(parts, start=1):
-                yield self._picks(part, size, number == len(parts))
+                yield self._picks(part, size, number == len(parts), epoch, after)
 
-    def _picks(self, part: list[int], size: int, ends_batch: bool) -> _Picks:
+    def _picks(self, part: list[int], size: int, ends_batch: bool, epoch: int, after: Position) -> _Picks:
         begin, end = self._place * self._count * size, (self._place + 1) * self._count * size
         filled = part + part[-1:] * (self._microbatches * size - len(part))
         real = min(max(len(part) - begin, 0), end - begin)
-        return _Picks(filled[begin:end], real, size, len(part), ends_batch, self._epoch)
+        return _Picks(filled[begin:end], real, size, len(part), ends_batch, epoch, after)
 
 
 class _Parts(Dataset[Any]):
@@ -157,7 +182,9 @@ class _Parts(Dataset[Any]):
         bare = [at for at in range(0, len(rows), picks.microbatch) if not has_label[at : at + picks.microbatch].any()]
         for at in bare:
             rows[at : at + picks.microbatch] = [self._rows.first_labelled()] * picks.microbatch
-        return Part({**(stack(rows) if bare else batch), COUNTS: counts.float()}, picks.num_rows, picks.ends_batch)
+        return Part(
+            {**(stack(rows) if bare else batch), COUNTS: counts.float()}, picks.num_rows, picks.ends_batch, picks.after
+        )
 
 
 def _as_it_is(part: Part) -> Part:

@@ -67,6 +67,16 @@ class Position:
         yield
         self.enter(before)
 
+    @contextmanager
+    def unhurried(self, phase: str) -> Iterator[None]:
+        """Something that takes as long as it takes, such as writing to a disk."""
+        before, was_settled = self.phase, self.is_settled
+        self.is_settled = False
+        self.enter(phase)
+        yield
+        self.is_settled = was_settled
+        self.enter(before)
+
     def begin(self, number: int, ranks: Sequence[int] | None) -> None:
         """A step begins.
 

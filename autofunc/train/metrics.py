@@ -8,11 +8,18 @@ from typing import Any
 
 
 class MetricsFile:
-    """`metrics.jsonl`: one JSON object per line, written as it happens."""
+    """`metrics.jsonl`: one JSON object per line, written as it happens.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        path: of the file.
+        after_step: of a run that goes on: lines of later steps are left out, they will come again.
+    """
+
+    def __init__(self, path: Path, after_step: int = 0) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
+        kept = _until(path, after_step) if after_step and path.is_file() else []
         self._file = path.open("w", encoding="utf-8")
+        self._file.writelines(kept)
         self.error: OSError | None = None  # why lines are missing: a full disk ends no run
 
     def write(self, **values: Any) -> None:
@@ -30,6 +37,18 @@ class MetricsFile:
             self._file.close()  # which writes what could not be written before
         except OSError as error:
             self.error = self.error or error
+
+
+def _until(path: Path, step: int) -> list[str]:
+    """The lines of a file of steps up to one. A process that was killed may have left the last line unfinished."""
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):
+            continue
+    return kept
 
 
 def draw_loss_curve(metrics: Path, picture: Path) -> None:

@@ -2,45 +2,73 @@
 
 from __future__ import annotations
 
+import itertools
 import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from autofunc.errors import ConfigError
 from autofunc.shown import quoted
+from autofunc.train.step_folders import clear, steps_in
 
 METRICS, PICTURE, WEIGHTS, SCHEDULE = "metrics.jsonl", "loss.png", "model.safetensors", "schedule.csv"
+CHECKPOINTS = "checkpoints"
 _RESULTS = (METRICS, PICTURE, WEIGHTS, SCHEDULE)
 
 
 def default_output_dir(config_path: str | Path) -> Path:
     """runs/<name of the file>, or with a number after it where that is taken: no run overwrites another."""
+    return next(candidate for candidate in _candidates(config_path) if not candidate.exists())
+
+
+def last_output_dir(config_path: str | Path) -> Path:
+    """The newest of those folders that has checkpoints; the one of a new run where none has."""
+    taken = itertools.takewhile(Path.exists, _candidates(config_path))
+    return next((each for each in reversed(list(taken)) if steps_in(each / CHECKPOINTS)), default_output_dir(config_path))
+
+
+def _candidates(config_path: str | Path) -> Iterator[Path]:
     base = Path("runs") / Path(config_path).stem
-    candidates = [base, *(base.with_name(f"{base.name}-{number}") for number in range(2, 10_000))]
-    return next(candidate for candidate in candidates if not candidate.exists())
+    yield base
+    yield from (base.with_name(f"{base.name}-{number}") for number in itertools.count(2))
 
 
-def make_output_dir(folder: Path, overwrite: bool) -> None:
+def make_output_dir(folder: Path, overwrite: bool, checkpoints: Path | None = None, *, goes_on: bool = False) -> None:
     """Make a folder for a run, and try to write into it.
 
     Args:
         folder: which.
         overwrite: whether what another run has left there is deleted.
+        checkpoints: the run's folder of checkpoints; by default in `folder`.
+        goes_on: whether the run goes on from what is there.
 
     Raises:
         ConfigError: when it cannot be written into, or holds a run.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        found = [name for name in _RESULTS if (folder / name).exists()]
-        if found and not overwrite:
-            raise ConfigError(
-                f"output_dir: {folder} holds a run already ({', '.join(found)}); name another one, or say --overwrite to "
-                "replace it"
-            )
-        for name in found:
-            (folder / name).unlink()
+        kept = [folder / CHECKPOINTS] if checkpoints is None else [folder / CHECKPOINTS, checkpoints]
+        if not goes_on:
+            _make_empty(folder, kept, overwrite)
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"x")
     except OSError as error:
         reason = error.strerror or str(error)
         raise ConfigError(f"output_dir: {quoted(str(folder))} cannot be written into: {reason}") from error
+
+
+def _make_empty(folder: Path, checkpoints: Sequence[Path], overwrite: bool) -> None:
+    """Delete what a run has left, if that may be."""
+    found = [name for name in _RESULTS if (folder / name).exists()]
+    steps = [each for each in dict.fromkeys(checkpoints) if steps_in(each)]
+    if (found or steps) and not overwrite:
+        where = folder if found or not steps else steps[0]
+        named = ", ".join([*found, *(each.name for each in steps)])
+        raise ConfigError(
+            f"output_dir: {where} holds a run already ({named}); name another one, or say --overwrite to replace it"
+            + (", or --checkpoint.restore_from LATEST to go on with it" if steps else "")
+        )
+    for name in found:
+        (folder / name).unlink()
+    for each in checkpoints:
+        clear(each)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
 from datetime import timedelta
@@ -14,28 +15,37 @@ import torch.distributed as dist
 from rich.console import Console
 from torch.distributed.device_mesh import DeviceMesh
 
+from autofunc.checkpoint.write import of_first
 from autofunc.config import FinetuneConfig
-from autofunc.config.schema import Distributed
 from autofunc.errors import MeshError
 from autofunc.explain import explain
 from autofunc.schedule import write_file
 from autofunc.shown import literal
 from autofunc.splitting import parameter_count
 from autofunc.train.autoschedule import find_schedule
+from autofunc.train.checkpoints import Checkpoints
 from autofunc.train.datasets import title
 from autofunc.train.device import take_device
-from autofunc.train.loop import train
+from autofunc.train.loop import TrainResult, train
 from autofunc.train.metrics import MetricsFile, draw_loss_curve
 from autofunc.train.output import METRICS, PICTURE, SCHEDULE, WEIGHTS
 from autofunc.train.progress import ProgressReporter, Silent
 from autofunc.train.recipe import Recipe
+from autofunc.train.resume import folder_of, source, step_at
+from autofunc.train.step_folders import name_of
 from autofunc.train.threads import threads
 from autofunc.train.watched import watched
 from autofunc.train.weights import save_safely
 
 
-def run(recipe: Recipe, config: FinetuneConfig, output_dir: Path) -> None:
+def run(recipe: Recipe, config: FinetuneConfig, output_dir: Path, command: str = "") -> None:
     """Train in this process: alone, or as one of the ranks that torchrun or `train.launch` started.
+
+    Args:
+        recipe: what to do.
+        config: what it was made of.
+        output_dir: where results go.
+        command: what was typed, to say how a run that is told to end goes on.
 
     Raises:
         MeshError: when the number of processes is not what the configuration needs.
@@ -44,26 +54,45 @@ def run(recipe: Recipe, config: FinetuneConfig, output_dir: Path) -> None:
     mesh = _mesh(recipe, device, config.distributed.timeout_minutes)
     with threads(config.distributed.threads_per_rank):
         if mesh is None or dist.get_rank() == 0:
-            _lead(recipe, mesh, device, output_dir, config.distributed)
+            _lead(recipe, mesh, device, output_dir, config, command)
         else:
-            _follow(recipe, mesh, device, config.distributed)
+            _follow(recipe, mesh, device, output_dir, config)
     if mesh is not None:  # not after an error: that must be recorded before the others see the connection close
         dist.destroy_process_group()
 
 
-def _follow(recipe: Recipe, mesh: DeviceMesh, device: torch.device, config: Distributed) -> None:
+def _follow(
+    recipe: Recipe, mesh: DeviceMesh, device: torch.device, output_dir: Path, config: FinetuneConfig
+) -> None:  # fmt: skip
     """Any other rank's run."""
     if recipe.searches:
         recipe = replace(recipe, schedule=find_schedule(recipe, mesh, device, None).schedule)
-    with watched(config):
-        result = train(recipe, mesh, device, Silent(), None)
-    for each in (result.params, result.state):
-        result.pipe.gather(each)
+    begun_from, checkpoints = _checkpoints(config, output_dir, lambda _: None)
+    with watched(config.distributed):
+        result = train(recipe, mesh, device, Silent(), None, checkpoints, begun_from)
+    if _writes_weights(config, result):
+        for each in (result.params, result.state):
+            result.pipe.gather(each)
+
+
+def _checkpoints(
+    config: FinetuneConfig, output_dir: Path, show: Callable[[str], None]
+) -> tuple[Path | None, Checkpoints | None]:
+    """What the run goes on from, as the first rank sees it, and what writes checkpoints."""
+    section = config.checkpoint
+    begun_from = of_first(source(section, output_dir))
+    if section is None or not section.enabled:
+        return begun_from, None
+    return begun_from, Checkpoints(folder_of(section, output_dir), section, config.step_scheduler, show)
+
+
+def _writes_weights(config: FinetuneConfig, result: TrainResult) -> bool:
+    return not result.stopped and (config.checkpoint is None or config.checkpoint.save_consolidated is not False)
 
 
 def _lead(
-    recipe: Recipe, mesh: DeviceMesh | None, device: torch.device, output_dir: Path, config: Distributed
-) -> None:  # fmt: skip
+    recipe: Recipe, mesh: DeviceMesh | None, device: torch.device, output_dir: Path, config: FinetuneConfig, command: str
+) -> None:
     """The first rank's run: the others' and everything that is shown or written."""
     console = Console(file=sys.stdout)
 
@@ -89,15 +118,20 @@ def _lead(
     sys.stdout.write(explain(recipe.stages, recipe.schedule, colour=colour) + "\n")  # it brings its own colours
     sys.stdout.flush()
 
+    begun_from, checkpoints = _checkpoints(config, output_dir, show)
+    done = step_at(begun_from)
+    if begun_from is not None:
+        show(f"going on from {begun_from}, after step {done}")
     with (
-        closing(MetricsFile(output_dir / METRICS)) as metrics,
+        closing(MetricsFile(output_dir / METRICS, done)) as metrics,
         ProgressReporter(console, recipe.num_steps) as reporter,
-        watched(config),  # not while weights are written, which takes as long as it takes
+        watched(config.distributed),  # not while weights are written, which takes as long as it takes
     ):
-        result = train(recipe, mesh, device, reporter, metrics)
-    gather = result.pipe.gather
-    save_safely(gather(result.params), output_dir / WEIGHTS, gather(result.state))  # before all that may fail
-    show(f"{result.num_steps} steps in {result.training_seconds:.1f} s of training")
+        result = train(recipe, mesh, device, reporter, metrics, checkpoints, begun_from)
+    if _writes_weights(config, result):
+        gather = result.pipe.gather
+        save_safely(gather(result.params), output_dir / WEIGHTS, gather(result.state))  # before all that may fail
+    show(f"{result.num_steps - done} steps in {result.training_seconds:.1f} s of training")
     if metrics.error is not None:
         show(f"{METRICS} lacks lines: {metrics.error}")
     try:
@@ -106,6 +140,12 @@ def _lead(
         show(f"{PICTURE} is not drawn: {error}")
     left = [name for name in (METRICS, PICTURE, WEIGHTS) if (output_dir / name).is_file()]
     show(f"written to {output_dir}: {', '.join(left)}")
+    if checkpoints is not None:
+        show(f"checkpoints: {checkpoints.folder}, the latest {name_of(result.num_steps)}")
+    if result.stopped:
+        show(f"told to end by SIGTERM, after step {result.num_steps} of {recipe.num_steps}. To go on:")
+        show(f"  {command} --output_dir {output_dir} --checkpoint.restore_from LATEST")
+        return
     if result.validation_loss is not None:
         show(f"validation loss: {result.validation_loss:.4f}")
     elif recipe.validation_dataset is not None:

@@ -90,7 +90,9 @@ LAYOUTS = (*ONE_PROCESS, *MESHES)
 
 
 @pytest.mark.parametrize("distances", [(0, 1, 3), pytest.param((2, 4, 5, 6, 7), marks=pytest.mark.full)], ids=str)
-def test_every_layout_reads_what_every_layout_wrote(workers: WorkerPool, tmp_path: Path, distances: tuple[int, ...]) -> None:
+def test_every_layout_reads_what_every_layout_wrote(
+    workers: WorkerPool, tmp_path: Path, distances: tuple[int, ...]
+) -> None:
     """By default every layout reads its own and two others; the rest in a full run."""
     paths = {layout: tmp_path / layout.replace(" ", "-") for layout in LAYOUTS}
     written = {

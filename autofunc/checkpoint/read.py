@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from autofunc import tree
 from autofunc.checkpoint.folder import OPTIMIZER, PARAMS, STATE, read_extra, read_metadata
-from autofunc.checkpoint.save import flat_trees, message_of, quiet
+from autofunc.checkpoint.write import flat_trees, message_of, quiet
 from autofunc.errors import CheckpointError, some_of
 from autofunc.model import Model
 from autofunc.optim import Optimizer, path_of_slot

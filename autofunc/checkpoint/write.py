@@ -116,7 +116,7 @@ def begin_save(
             partial = prepare(folder)
         except CheckpointError as failed:
             error = str(failed)
-    error, partial = _of_first((error, partial))
+    error, partial = of_first((error, partial))
     if error is not None:
         raise CheckpointError(error)
     tensors = flat_trees(params, state, optimizer_state)
@@ -170,7 +170,7 @@ def _is_first() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def _of_first(value: Any) -> Any:
+def of_first(value: Any) -> Any:
     """What the first process has."""
     if not dist.is_initialized():
         return value

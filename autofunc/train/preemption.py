@@ -1,0 +1,46 @@
+"""A run that is told to end, by SIGTERM: it finishes its step, and all processes of it agree which that is."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+
+class Stop:
+    """Whether this process was told to end."""
+
+    def __init__(self) -> None:
+        self.is_asked = False
+
+    def ask(self, number: int, frame: FrameType | None) -> None:
+        """The handler of the signal."""
+        self.is_asked = True
+
+
+@contextmanager
+def noticed() -> Iterator[Stop]:
+    """Note SIGTERM instead of being ended by it."""
+    stop = Stop()
+    if threading.current_thread() is not threading.main_thread():  # where Python handles no signals
+        yield stop
+        return
+    before = signal.signal(signal.SIGTERM, stop.ask)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def any_of(flags: list[bool], device: torch.device) -> list[bool]:
+    """Of each flag whether it is set in any process of the run. All processes call it."""
+    if not dist.is_initialized():
+        return flags
+    numbers = torch.tensor([int(flag) for flag in flags], device=device)
+    dist.all_reduce(numbers, dist.ReduceOp.MAX)
+    return [bool(number) for number in numbers.tolist()]

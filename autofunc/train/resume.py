@@ -1,0 +1,166 @@
+"""Where a run begins: anew, or from a checkpoint of it or of another."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from autofunc.checkpoint import check_fits, load, read_extra
+from autofunc.config.schema import CheckpointSection
+from autofunc.data import START, Position
+from autofunc.errors import CheckpointError, ConfigError
+from autofunc.pipe import Pipeline
+from autofunc.shown import quoted, shown
+from autofunc.train.output import CHECKPOINTS
+from autofunc.train.recipe import Recipe
+from autofunc.train.step import Trained
+from autofunc.train.step_folders import LATEST, LOWEST_VAL, name_of, step_of, steps_in, validation_losses
+
+AUTO = "AUTO"
+_RESTARTS = "TORCHELASTIC_RESTART_COUNT"  # of torch's launcher: how often it has started the workers again
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """What a run begins with."""
+
+    trained: Trained
+    step: int  # the last one that was done
+    position: Position  # in the data
+
+
+def anew(recipe: Recipe, pipe: Pipeline, device: torch.device) -> Beginning:
+    """The beginning of a run that goes on from nothing."""
+    params = pipe.init(recipe.init_seed, device)
+    return Beginning(Trained(params, pipe.init_state(device), recipe.optimizer.init(params)), 0, START)
+
+
+def restored(path: Path, recipe: Recipe, pipe: Pipeline, device: torch.device) -> Beginning:
+    """The beginning of a run that goes on from a checkpoint.
+
+    Raises:
+        CheckpointError: when it cannot be read, or does not fit.
+    """
+    checkpoint = load(path, pipe, optimizer=recipe.optimizer, device=device)
+    assert checkpoint.optimizer_state is not None, "an optimizer was given"
+    step, position = _place(path, checkpoint.extra, recipe)
+    return Beginning(Trained(checkpoint.params, checkpoint.state, checkpoint.optimizer_state), step, position)
+
+
+def extra_of(recipe: Recipe, step: int, position: Position) -> dict[str, Any]:
+    """What a checkpoint keeps beside tensors, which `restored` reads."""
+    return {
+        "step": step,
+        "epoch": position.epoch,
+        "rows": position.rows,
+        "seed": recipe.seed,
+        "dataset_rows": len(recipe.dataset),
+    }
+
+
+def check_restorable(path: Path, recipe: Recipe) -> int:
+    """Refuse a checkpoint that the run cannot go on from, before processes start; returns its step.
+
+    Raises:
+        ConfigError: saying what differs.
+    """
+    try:
+        step, _ = _place(path, check_fits(path, recipe.model), recipe)
+    except CheckpointError as error:
+        raise ConfigError(f"checkpoint.restore_from: {error}") from error
+    if step > recipe.num_steps:
+        raise ConfigError(
+            f"checkpoint.restore_from: {shown(path)} is of step {step}, and the run ends after {recipe.num_steps}: raise "
+            "step_scheduler.max_steps or num_epochs"
+        )
+    return step
+
+
+def step_at(path: Path | None) -> int:
+    """The step of the checkpoint that a run goes on from; 0 for one that begins anew."""
+    return 0 if path is None else int(read_extra(path).get("step", 0))
+
+
+def _place(path: Path, extra: dict[str, Any], recipe: Recipe) -> tuple[int, Position]:
+    """(the step, where in the data) of a checkpoint."""
+    mine = extra_of(recipe, 0, START)
+    numbers = {name: extra.get(name) for name in mine}
+    if not all(isinstance(number, int) and number >= 0 for number in numbers.values()):
+        raise CheckpointError(
+            f"{shown(path)} is no checkpoint of a run: its extra has no {' and '.join(mine)}; load it with af.load"
+        )
+    for name, key in (("seed", "seed"), ("dataset_rows", "the rows of dataset")):
+        if numbers[name] != mine[name]:
+            raise CheckpointError(
+                f"{shown(path)} is of a run with other data: {key} {numbers[name]} there, {mine[name]} here, so the order "
+                "of rows is another. To begin anew with its weights, give weights: its model.safetensors"
+            )
+    step, epoch, rows = extra["step"], extra["epoch"], extra["rows"]
+    if epoch < 1 or rows > mine["dataset_rows"]:
+        raise CheckpointError(f"{shown(path)} is damaged: epoch {epoch}, row {rows} of {mine['dataset_rows']}")
+    return step, Position(epoch, rows)
+
+
+def folder_of(config: CheckpointSection | None, output_dir: Path) -> Path:
+    """Where the checkpoints of a run are."""
+    named = config.checkpoint_dir if config is not None else None
+    return Path(named).expanduser() if named is not None else output_dir / CHECKPOINTS
+
+
+def wanted(config: CheckpointSection | None) -> str | None:
+    """LATEST, LOWEST_VAL or AUTO, where a run goes on in its own folder; None where it does not."""
+    name = ((config.restore_from if config is not None else None) or "").upper()
+    return name if name in (LATEST, LOWEST_VAL, AUTO) else None
+
+
+def source(config: CheckpointSection | None, output_dir: Path) -> Path | None:
+    """The checkpoint that a run goes on from; None for one that begins anew.
+
+    A run that torch's launcher has started again after a failure goes on from its latest one, if it has any.
+
+    Raises:
+        ConfigError: when there is none like that, or newer ones would be written again.
+    """
+    if config is None:
+        return None
+    folder, name = folder_of(config, output_dir), wanted(config)
+    there = steps_in(folder)
+    if there and int(os.environ.get(_RESTARTS, "0")):
+        name = LATEST
+    if name is None:
+        path = Path(config.restore_from).expanduser() if config.restore_from is not None else None
+    elif name == LOWEST_VAL:
+        path = _lowest(folder)
+    elif there:
+        path = folder / name_of(there[-1])
+    elif name == AUTO:
+        path = None
+    else:
+        raise ConfigError(
+            f"checkpoint.restore_from: LATEST of {quoted(str(folder))}: it has no checkpoint; AUTO begins anew then"
+        )
+    if path is not None and config.enabled and goes_on_in(folder, path):
+        after = [step for step in there if step > (step_of(path) or 0)]
+        if after:
+            raise ConfigError(
+                f"checkpoint.restore_from: {quoted(str(path))} is not the latest of its folder, and the run would write "
+                f"{name_of(after[0])} again; name another output_dir, and restore_from: {path}"
+            )
+    return path
+
+
+def goes_on_in(folder: Path, path: Path | None) -> bool:
+    """Whether a checkpoint is one of those in a folder, so that a run that begins with it adds to them."""
+    return path is not None and path.parent.resolve() == folder.resolve() and step_of(path) is not None
+
+
+def _lowest(folder: Path) -> Path:
+    losses = validation_losses(folder)
+    if not losses:
+        why = "none of its checkpoints has a validation loss" if steps_in(folder) else "it has no checkpoint"
+        raise ConfigError(f"checkpoint.restore_from: LOWEST_VAL of {quoted(str(folder))}: {why}")
+    return folder / name_of(min(losses, key=lambda step: (losses[step], step)))

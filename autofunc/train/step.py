@@ -1,0 +1,111 @@
+"""One step of a run: from the rows of a batch to new parameters."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tensordict import TensorDict
+from torch.distributed.device_mesh import DeviceMesh
+
+from autofunc import tree
+from autofunc.data import Part
+from autofunc.errors import NotFiniteError, PipelineRunError, full_message
+from autofunc.mesh import same_over
+from autofunc.pipe import Pipeline
+from autofunc.random import fold_in, make_key
+from autofunc.runtime.plan import Mode
+from autofunc.train.recipe import Recipe
+from autofunc.train.weighing import gradients, together
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a run has made so far, of this rank."""
+
+    params: TensorDict
+    state: TensorDict  # what its layers keep from step to step
+    optimizer_state: TensorDict
+
+
+def take_step(
+    recipe: Recipe, pipe: Pipeline, before: Trained, parts: Sequence[Part], step: int, device: torch.device
+) -> tuple[Trained, float, float]:
+    """Train on a batch; `before` is donated.
+
+    Args:
+        recipe: what to do.
+        pipe: of the run.
+        before: what there is.
+        parts: of the batch.
+        step: its number, from 1 on.
+        device: where batches go.
+
+    Returns:
+        (what there is now, the loss, the gradients' norm before they are clipped).
+
+    Raises:
+        NotFiniteError: when a loss or gradient is no number, saying where that begins.
+        PipelineRunError: when ranks have read different rows, or no row has a label.
+    """
+    params, state = before.params, before.state
+    ran, results = [], []
+    for number, part in enumerate(parts):
+        key = (recipe.seed, step) if number == 0 else fold_in(make_key(recipe.seed, step, device=device), number)
+        ran.append((params, to_device(part.batch, device), key, state))
+        results.append(pipe.run(Mode.GRADS, *ran[-1]))
+        state = tree.to_tensordict(results[-1].state)
+    loss, weight = together(results)  # before the parameters change, which are needed to find out why it is NaN
+    _check_rows(parts, pipe.mesh, device, step)
+    if not weight:
+        raise PipelineRunError(f"no row of step {step} has a label to learn from (all are -100?)")
+    if not math.isfinite(loss):
+        raise _not_finite(pipe, ran, f"the loss is {loss} at step {step}")
+    grads = gradients(results)
+    norm = pipe.global_norm(grads)
+    if not math.isfinite(norm_value := norm.item()):  # after the update nobody could say where that began
+        raise _not_finite(pipe, ran, f"the gradient's norm is {norm_value} at step {step}")
+    del ran
+    if recipe.max_norm is not None:
+        grads = pipe.scaled(grads, norm, recipe.max_norm)
+    params, optimizer_state = recipe.optimizer.update(grads, before.optimizer_state, params)
+    return Trained(params, state, optimizer_state), loss, norm_value
+
+
+def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """The batch with its tensors on a device."""
+    return tree.map_leaves(  # type: ignore[no-any-return]
+        lambda leaf: leaf.to(device, non_blocking=True) if isinstance(leaf, torch.Tensor) else leaf, dict(batch)
+    )
+
+
+def _not_finite(pipe: Pipeline, ran: Iterable[tuple[Any, ...]], what: str) -> NotFiniteError:
+    """What a step made that was not finite, found by running it once more. All processes know that it was, so all do.
+
+    Args:
+        pipe: of the run.
+        ran: what each part of the step was called with.
+        what: what is known.
+    """
+    for arguments in ran:
+        try:
+            pipe.check_finite(*arguments)
+        except NotFiniteError as found:
+            return NotFiniteError(f"{what}; {full_message(found)}")
+    return NotFiniteError(f"{what}, but not when the step is run again: its values depend on more than its arguments")
+
+
+def _check_rows(parts: Sequence[Part], mesh: DeviceMesh | None, device: torch.device, step: int) -> None:
+    """Refuse a step for which ranks of a pipeline have read other rows than their neighbours."""
+    number = 0
+    for leaf in (leaf for part in parts for leaf in part.batch.values()):
+        number = zlib.crc32(leaf.contiguous().view(torch.uint8).numpy().data, number)
+    if not same_over(mesh, ("pp", "tp"), number, device):
+        raise PipelineRunError(
+            f"the ranks of a pipeline have read different rows for step {step}: the dataset gives another row each time it "
+            "is asked. Let it draw from the generators of Python, numpy or torch, which are seeded for each row"
+        )
