@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from autofunc import tree
 from autofunc.checkpoint.folder import OPTIMIZER, PARAMS, STATE, read_extra, read_metadata
-from autofunc.checkpoint.write import flat_trees, message_of, quiet
+from autofunc.checkpoint.write import flat_trees, hush, message_of
 from autofunc.errors import CheckpointError, some_of
 from autofunc.model import Model
 from autofunc.optim import Optimizer, path_of_slot
@@ -149,9 +149,9 @@ def _read(path: str | os.PathLike[str], wanted: Mapping[str, Tensor], saved: Sav
     """Read tensors in place."""
     # a parameter without dims is laid out with one where it is sharded: read whole, for it is one number
     others = {name: _empty(saved[name]) for name, leaf in wanted.items() if leaf.shape != saved[name].size}
+    hush()
     try:
-        with quiet():
-            dcp.load({**wanted, **others}, checkpoint_id=path, no_dist=True)
+        dcp.load({**wanted, **others}, checkpoint_id=path, no_dist=True)
     except (CheckpointException, OSError, RuntimeError) as error:
         raise CheckpointError(f"{shown(path)} cannot be read: {message_of(error)}") from error
     for name, value in others.items():

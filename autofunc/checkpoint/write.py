@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -121,14 +120,14 @@ def begin_save(
         raise CheckpointError(error)
     tensors = flat_trees(params, state, optimizer_state)
     alone = not dist.is_initialized()
+    hush()
     if background:
         group = background if isinstance(background, dist.ProcessGroup) else None
-        with quiet():
-            written = dcp.async_save(tensors, checkpoint_id=partial, process_group=group, no_dist=alone)
+        written = dcp.async_save(tensors, checkpoint_id=partial, process_group=group, no_dist=alone)
         assert isinstance(written, Future), "which the thread that writes gives"
         return Saving(folder, extra or {}, written, None)
     try:
-        with torch.no_grad(), quiet():
+        with torch.no_grad():
             dcp.save(tensors, checkpoint_id=partial, no_dist=alone)
     except (CheckpointException, OSError, RuntimeError) as failed:
         error = message_of(failed)
@@ -150,12 +149,9 @@ def flat_trees(params: tree.Nested, state: tree.Nested | None, optimizer_state: 
     return found
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without torch's word that a process alone is alone, also where it was told so."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
-        yield
+def hush() -> None:
+    """Leave out torch's word that a process alone is alone, also where it was told so, and in its threads."""
+    warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
 
 
 def message_of(error: BaseException | None) -> str | None:

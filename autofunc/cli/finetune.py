@@ -19,6 +19,7 @@ from autofunc.train.output import default_output_dir, last_output_dir, make_outp
 from autofunc.train.recipe import prepare
 from autofunc.train.resume import AUTO, check_restorable, folder_of, goes_on_in, source, wanted
 from autofunc.train.run import run
+from autofunc.train.step_folders import LATEST
 from autofunc.train.tensor_parallel_check import check_tensor_parallel
 from autofunc.train.worker import run_worker
 
@@ -52,7 +53,7 @@ def finetune_llm(config_path: str, overrides: Sequence[str], nproc_per_node: int
             check_restorable(begun_from, recipe)
     _make_output_dir(config, output_dir, begun_from, overwrite)
     if recipe.axes.num_processes == 1:
-        run(recipe, config, output_dir, _command(config_path, overrides))
+        run(recipe, config, output_dir, _command(config, config_path, overrides, output_dir))
         return
     sys.stdout.write(f"starting {recipe.axes.num_processes} processes\n")
     sys.stdout.flush()
@@ -67,7 +68,7 @@ def _work(config_path: str, overrides: Sequence[str], overwrite: bool) -> None:
     if not was_checked() and os.environ.get("RANK", "0") == "0":  # the one that writes
         begun_from = source(config.checkpoint, output_dir)
         _make_output_dir(config, output_dir, begun_from, overwrite)
-    run(recipe, config, output_dir, _command(config_path, overrides))
+    run(recipe, config, output_dir, _command(config, config_path, overrides, output_dir))
 
 
 def _output_dir(config: FinetuneConfig, config_path: str) -> Path:
@@ -87,7 +88,11 @@ def _make_output_dir(config: FinetuneConfig, output_dir: Path, begun_from: Path 
     make_output_dir(output_dir, overwrite or begins_again, folder, goes_on=goes_on_in(folder, begun_from))
 
 
-def _command(config_path: str, overrides: Sequence[str]) -> str:
-    """What was typed, but for what begins the run elsewhere."""
+def _command(config: FinetuneConfig, config_path: str, overrides: Sequence[str], output_dir: Path) -> str:
+    """What to type to go on with this run when it was ended."""
     words = ["autofunc", "finetune", "llm", "-c", config_path, *overrides]
+    if config.output_dir is None:
+        words += ["--output_dir", str(output_dir)]
+    if wanted(config.checkpoint) not in (LATEST, AUTO):
+        words += ["--checkpoint.restore_from", LATEST]
     return shlex.join(words)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-_NO_CHECKPOINTS = "there are none during a run; it ends with model.safetensors in output_dir"
+_OFTEN = "step_scheduler.ckpt_every_steps, and a section checkpoint"
+_RESUME = "checkpoint.restore_from: a folder, LATEST or AUTO"
+_DCP = "nothing: torch.distributed.checkpoint, which every layout reads"
 _CONSTANT = "there is no schedule of it; the learning rate is constant"
 _LOGS = "every step is in metrics.jsonl in output_dir"
-_WHOLE_RUN = "a run is whole; it is not resumed"
 _TEXTS = "rows of one length; autofunc.data.TextFolder joins texts"
 
 _GLOBAL = "step_scheduler.global_batch_size, rows of a step: steps of accumulation times local_batch_size times dp_size"
@@ -41,10 +42,11 @@ HF_TRAINER: Mapping[str, str] = {
     "evaluation_strategy": "step_scheduler.val_every_steps; it is always validated at the end",
     "do_train": "autofunc finetune",
     "do_eval": "validation_dataset",
-    "save_steps": _NO_CHECKPOINTS,
-    "save_strategy": _NO_CHECKPOINTS,
-    "save_total_limit": _NO_CHECKPOINTS,
-    "resume_from_checkpoint": _WHOLE_RUN,
+    "save_steps": _OFTEN,
+    "save_strategy": "step_scheduler.ckpt_every_steps and save_checkpoint_every_epoch, and a section checkpoint",
+    "save_total_limit": "checkpoint.max_recent_checkpoints",
+    "load_best_model_at_end": "checkpoint.restore_from: LOWEST_VAL",
+    "resume_from_checkpoint": _RESUME,
     "logging_steps": _LOGS,
     "logging_dir": _LOGS,
     "report_to": _LOGS,
@@ -109,7 +111,14 @@ TORCHTITAN: Mapping[str, str] = {
     "comm.init_timeout_seconds": "distributed.timeout_minutes",
     "comm.train_timeout_seconds": "distributed.timeout_minutes",
     "comm": "distributed.timeout_minutes",
-    "checkpoint": _NO_CHECKPOINTS,
+    "checkpoint.enable": "checkpoint.enabled",
+    "checkpoint.folder": "checkpoint.checkpoint_dir",
+    "checkpoint.interval": "step_scheduler.ckpt_every_steps",
+    "checkpoint.keep_latest_k": "checkpoint.max_recent_checkpoints",
+    "checkpoint.async_mode": "checkpoint.is_async",
+    "checkpoint.load_step": _RESUME,
+    "checkpoint.initial_load_path": "checkpoint.restore_from, or weights",
+    "checkpoint.last_save_in_hf": "checkpoint.save_consolidated",
     "metrics": _LOGS,
     "profiling": "pipe.profile, in Python",
     "validation": "validation_dataset, and step_scheduler.val_every_steps",
@@ -119,7 +128,11 @@ TORCHTITAN: Mapping[str, str] = {
 
 AUTOMODEL: Mapping[str, str] = {
     "recipe": "autofunc finetune llm",
-    "step_scheduler.ckpt_every_steps": _NO_CHECKPOINTS,
+    "checkpoint.model_save_format": _DCP,
+    "checkpoint.best_metric_key": "nothing: LOWEST_VAL is by the validation loss",
+    "checkpoint.staging_dir": "nothing: a checkpoint is written beside its folder and then renamed",
+    "checkpoint.cpu_offload": "nothing: what is written is on the host",
+    "checkpoint.wait_for_staging": "nothing: a step begins when all is copied",
     "step_scheduler.grad_acc_steps": _GLOBAL,
     "dist_env.timeout_minutes": "distributed.timeout_minutes",
     "dist_env.backend": "nccl on GPUs and gloo on CPUs; see distributed.device",
@@ -140,8 +153,7 @@ AUTOMODEL: Mapping[str, str] = {
     "wandb": _LOGS,
     "mlflow": _LOGS,
     "logger": _LOGS,
-    "checkpoint": _NO_CHECKPOINTS,
-    "restore_from": _WHOLE_RUN,
+    "restore_from": _RESUME,
     "autopipeline": "distributed.pp_size, schedule and split_points",
     "pipeline": "distributed.pp_size, schedule and split_points",
     "tokenizer": "dataset.tokenizer",

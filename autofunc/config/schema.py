@@ -245,6 +245,14 @@ class FinetuneConfig(Section):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(42, description="of weights, data order and dropout")
     output_dir: Text | None = Field(None, description="where results go; by default runs/<name of the file>")
 
+    @model_validator(mode="after")
+    def _writes_what_is_asked_for(self) -> FinetuneConfig:
+        if self.step_scheduler.ckpt_every_steps is not None and self.checkpoint is None:
+            raise ValueError(
+                "step_scheduler.ckpt_every_steps needs a section checkpoint, which may be empty: checkpoint: {}"
+            )
+        return self
+
 
 def parse_config(raw: Mapping[str, Any]) -> FinetuneConfig:
     """Check a configuration.

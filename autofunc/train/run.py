@@ -45,7 +45,7 @@ def run(recipe: Recipe, config: FinetuneConfig, output_dir: Path, command: str =
         recipe: what to do.
         config: what it was made of.
         output_dir: where results go.
-        command: what was typed, to say how a run that is told to end goes on.
+        command: what to type to go on with the run when it was told to end.
 
     Raises:
         MeshError: when the number of processes is not what the configuration needs.
@@ -144,7 +144,7 @@ def _lead(
         show(f"checkpoints: {checkpoints.folder}, the latest {name_of(result.num_steps)}")
     if result.stopped:
         show(f"told to end by SIGTERM, after step {result.num_steps} of {recipe.num_steps}. To go on:")
-        show(f"  {command} --output_dir {output_dir} --checkpoint.restore_from LATEST")
+        console.print(literal(f"  {command}"), soft_wrap=True)  # in one line, to be copied
         return
     if result.validation_loss is not None:
         show(f"validation loss: {result.validation_loss:.4f}")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from autofunc.batch import COUNTS
-from autofunc.data import Part, first_rows, make_loader, text_columns
+from autofunc.data import START, Part, Position, first_rows, make_loader, text_columns
 from autofunc.errors import DataError
 
 
@@ -72,6 +72,27 @@ def test_order_is_a_function_of_the_seed() -> None:
     assert order(1) == order(1) != order(2)
     first, second = order(1)
     assert first != second and sorted(first) == sorted(second) == list(range(20)), "each epoch has its own order"
+
+
+@pytest.mark.parametrize("options", [{}, {"drop_last": True}, {"shuffle": False, "num_workers": 2}], ids=str)
+def test_a_loader_goes_on_from_any_batch(options: dict[str, Any]) -> None:
+    """Two epochs, of which the first is begun where another loader has ended, by as many places or fewer."""
+
+    def rows(place: int, places: int, start: Position = START, epochs: int = 2) -> list[Any]:
+        given = {"seed": 3, "shuffle": True, **options, "place": place, "places": places, "start": start}
+        loader = make_loader(numbers(21), 8, microbatch=2, **given)  # type: ignore[arg-type]
+        return [(seen(part), part.num_rows, part.after, part.ends_batch) for _ in range(epochs) for part in loader]
+
+    for place, places in ((0, 1), (1, 2)):
+        whole = rows(place, places)
+        for number, (_, _, after, ends) in enumerate(whole, start=1):
+            if ends:
+                left = 2 - (after.epoch - 1)
+                assert rows(place, places, after, left) == whole[number:]
+    assert [after for *_, after, ends in rows(0, 1) if ends] == [
+        Position(1, 8), *([Position(1, 16)] if not options.get("drop_last") else []), Position(2), Position(2, 8),
+        *([Position(2, 16)] if not options.get("drop_last") else []), Position(3),
+    ]  # fmt: skip
 
 
 class Draws:

@@ -12,7 +12,7 @@ from torch.utils.data import Subset, TensorDataset
 
 import autofunc as af
 from autofunc import cache
-from autofunc.data import Part, TextFolder
+from autofunc.data import START, Part, TextFolder
 from autofunc.engine.compile import LOG
 from autofunc.train.datasets import title
 from autofunc.train.loop import _unit
@@ -28,7 +28,7 @@ def test_datasets_have_names() -> None:
 
 
 def test_rows_are_not_called_tokens() -> None:
-    part = lambda name: Part({name: torch.ones(2, 3)}, num_rows=2, ends_batch=True)  # noqa: E731
+    part = lambda name: Part({name: torch.ones(2, 3)}, num_rows=2, ends_batch=True, after=START)  # noqa: E731
     assert (_unit([part("pixel_values")]), _unit([part("input_ids")])) == ("rows", "tokens")
 
 

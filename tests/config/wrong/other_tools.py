@@ -17,8 +17,8 @@ WRONG: list[tuple[list[str] | str, ...]] = [
     ("parallelism.pipeline_parallel_degree=2", "parallelism.pipeline_parallel_degree", "distributed.pp_size"),
     ("activation_checkpoint.mode=full", "activation_checkpoint", "distributed.remat"),
     ("lr_scheduler.lr_warmup_steps=10", "lr_scheduler", "constant"),
-    ("checkpoint.enabled=true", "checkpoint", "model.safetensors"),
-    ("step_scheduler.ckpt_every_steps=10", "step_scheduler.ckpt_every_steps", "model.safetensors"),
+    ("checkpoint.interval=10", "checkpoint.interval", "step_scheduler.ckpt_every_steps"),
+    ("checkpoint.model_save_format=safetensors", "checkpoint.model_save_format", "torch.distributed.checkpoint"),
     ("dist_env.timeout_minutes=5", "dist_env.timeout_minutes", "distributed.timeout_minutes"),
     ("rng.seed=5", "rng.seed", "seed"),
     (

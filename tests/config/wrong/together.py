@@ -64,6 +64,7 @@ WRONG: list[tuple[list[str] | str, ...]] = [
     ("--nproc-per-node=0", "nproc", "greater than or equal to 1"),
     ("--nproc-per-node=-2", "nproc", "greater than or equal to 1"),
     (["--nproc-per-node=4", "distributed.dp_size=1"], "dp_size=1", "4"),
+    ("step_scheduler.ckpt_every_steps=10", "step_scheduler.ckpt_every_steps", "checkpoint: {}"),
     ("output_dir=corpus/text.txt", "output_dir", "corpus/text.txt"),
     ("output_dir=/dev/null/run", "output_dir", "/dev/null/run"),
     ("output_dir=" + "x" * 5000, "output_dir", "too long"),
