@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from autofunc.batch import rows_in_words
 from autofunc.config import read_config
 from autofunc.data import STACKED
+from autofunc.row_dims import rows_in_words
 from autofunc.schedule import draw
 from autofunc.shown import literal, printable, shown
 from autofunc.train.planning import RunPlan, plan_run

@@ -15,6 +15,7 @@ from tensordict import TensorDict
 from torch.distributed.device_mesh import DeviceMesh
 
 from autofunc import tree
+from autofunc.counted_rows import weighed
 from autofunc.data import STACKED, Part
 from autofunc.errors import NotFiniteError, PipelineRunError, full_message
 from autofunc.mesh import data_coordinate, same_over
@@ -25,7 +26,7 @@ from autofunc.runtime.position import here
 from autofunc.train.metrics import MetricsFile
 from autofunc.train.progress import Reporter
 from autofunc.train.recipe import Recipe
-from autofunc.train.weighing import gradients, together, weighed
+from autofunc.train.weighing import gradients, together
 from autofunc.transform import pipeline
 
 
