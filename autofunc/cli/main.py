@@ -167,7 +167,8 @@ def main() -> None:
         sys.stderr.write(f"error: {full_message(error)}\n")
         sys.exit(2)
     except Exception:  # raised by the user's code, or a mistake of ours, which needs the whole traceback
-        from autofunc.train.blame import brief, names_users_lines, wants_whole
+        from autofunc.train.blame import brief, names_users_lines
+        from autofunc.users_lines import wants_whole
 
         raised = traceback.format_exc()
         shown = brief(raised) if names_users_lines(raised) and not wants_whole() else raised
