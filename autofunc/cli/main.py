@@ -100,6 +100,10 @@ def plan(
         str | None,
         typer.Option("--draw", metavar="FILE", help="Draw the predicted step: .svg, .png, .html or .json (a trace)."),
     ] = None,
+    fake_data: Annotated[
+        bool,
+        typer.Option("--fake-data", help="Read no dataset: make up token ids, dataset.seq_len in a row."),
+    ] = False,
 ) -> None:
     """Say what a run would do, without weights or processes.
 
@@ -108,7 +112,7 @@ def plan(
     """
     with _loading_torch():
         from autofunc.cli.plan import plan as show_plan
-    show_plan(config, context.args, nproc_per_node, measure, as_json, picture)
+    show_plan(config, context.args, nproc_per_node, measure, as_json, picture, fake_data)
 
 
 @app.command(

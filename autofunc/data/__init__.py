@@ -2,6 +2,7 @@
 
 from autofunc.data.hellaswag import HellaSwag
 from autofunc.data.loader import STACKED, Part, first_rows, make_loader, num_batches
+from autofunc.data.made_up import MadeUpTokens
 from autofunc.data.rows import text_columns
 from autofunc.data.text_folder import TextFolder
 from autofunc.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
@@ -10,6 +11,7 @@ __all__ = [
     "STACKED",
     "ByteTokenizer",
     "HellaSwag",
+    "MadeUpTokens",
     "Part",
     "TextFolder",
     "Tokenizer",
