@@ -164,7 +164,7 @@ class Pipeline(Held):
         def run_once(watch: Watch) -> None:
             self.run(Mode.GRADS, params, batch, key, self._state_beside(params), watch)
 
-        return measured_timeline(run_once, self._group, steps)
+        return measured_timeline(run_once, self._group, self._device(tree.flatten(params)), steps)
 
     def costs(self, params: tree.Nested, batch: Mapping[str, Any], key: Any = None, *, steps: int = 5) -> Costs:
         """What the stages cost, in milliseconds: for `schedule.simulate` and `schedule.search`.

@@ -8,6 +8,7 @@ import time
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from autofunc.pipe import Pipeline
 from autofunc.random import fold_in, make_key
 from autofunc.runtime.plan import Mode
 from autofunc.runtime.position import here
+from autofunc.train.bubble import BubbleMeter
 from autofunc.train.metrics import MetricsFile
 from autofunc.train.progress import Reporter
 from autofunc.train.recipe import Recipe
@@ -64,7 +66,8 @@ def train(
     params, state = pipe.init(recipe.init_seed, device), pipe.init_state(device)
     optimizer_state = recipe.optimizer.init(params)
     loader = recipe.make_train_loader(place=place, places=places)
-    training_seconds, loss_value = 0.0, float("nan")
+    training_seconds, loss_value, bubble = 0.0, float("nan"), None
+    meter = BubbleMeter(mesh, device, recipe.num_steps)
     validation_loss: float | None = None
 
     clock = time.perf_counter()
@@ -73,7 +76,10 @@ def train(
         for number, part in enumerate(parts):
             key = (recipe.seed, step) if number == 0 else fold_in(make_key(recipe.seed, step, device=device), number)
             ran.append((to_device(part.batch, device), key, state))
-            results.append(pipe.run(Mode.GRADS, params, *ran[-1]))
+            run = partial(pipe.run, Mode.GRADS, params, *ran[-1])
+            if number == 0:
+                result, bubble = meter.run(step, run)
+            results.append(result if number == 0 else run())
             state = tree.to_tensordict(results[-1].state)
         loss_value, weight = together(results)  # before the parameters change, which are needed to find out why it is NaN
         _check_rows(parts, mesh, device, step)
@@ -94,9 +100,12 @@ def train(
         seconds = time.perf_counter() - clock  # the wait for data included
         training_seconds += seconds
         tokens = sum(_count_tokens(part) for part in parts)
-        reporter.step(step, loss_value, f"{tokens / seconds:,.0f} {_unit(parts)}/s")
+        reporter.step(step, loss_value, f"{tokens / seconds:,.0f} {_unit(parts)}/s", bubble)
         if metrics is not None:
-            metrics.write(step=step, loss=loss_value, grad_norm=norm_value, num_tokens=tokens, step_time_ms=seconds * 1e3)
+            metrics.write(
+                step=step, loss=loss_value, grad_norm=norm_value, num_tokens=tokens, step_time_ms=seconds * 1e3,
+                **({} if bubble is None else {"bubble_fraction": bubble}),
+            )  # fmt: skip
         if step == recipe.num_steps or (recipe.val_every_steps and step % recipe.val_every_steps == 0):
             validation_loss = validate(recipe, pipe, params, state, device, reporter)
             if validation_loss is not None:
