@@ -10,6 +10,7 @@ import difflib
 from collections.abc import Iterable
 
 from autofunc.shown import printable, shown
+from autofunc.users_lines import in_notebook
 
 
 class AutofuncError(Exception):
@@ -17,6 +18,10 @@ class AutofuncError(Exception):
 
     def __init__(self, *args: object) -> None:
         super().__init__(*(_lines(each) if isinstance(each, str) else each for each in args))
+
+    def _render_traceback_(self) -> list[str]:
+        """What IPython, which asks for it by this name, shows in a notebook: the message, and the user's lines."""
+        return in_notebook(self, full_message(self))
 
 
 class ConfigError(AutofuncError, ValueError):

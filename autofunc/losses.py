@@ -114,22 +114,28 @@ def evaluate(loss: Loss | None, outputs: Any, microbatch: Mapping[str, Any]) -> 
     return LossTerms(total, weight.detach().float(), tree.map_leaves(_detached, aux))
 
 
-def combine_aux(loss: Loss | None, collected: Sequence[Any]) -> Any:
-    """Combine the aux of all microbatches, in order, as the loss declares."""
+def combine_aux(loss: Loss | None, collected: Sequence[Any], weights: Sequence[float] = ()) -> Any:
+    """Combine the aux of all microbatches, in order, as the loss declares.
+
+    Args:
+        loss: whose aux it is.
+        collected: of each microbatch.
+        weights: of each in a mean; by default all alike.
+    """
     how: Mapping[str, str] = getattr(loss, "aux_reductions", {})
     first = collected[0]
     if isinstance(first, Mapping):
-        return {name: _reduce(how.get(name, "sum"), [aux[name] for aux in collected]) for name in first}
-    return _reduce("sum", collected)
+        return {name: _reduce(how.get(name, "sum"), [aux[name] for aux in collected], weights) for name in first}
+    return _reduce("sum", collected, weights)
 
 
-def _reduce(how: str, values: Sequence[Any]) -> Any:
+def _reduce(how: str, values: Sequence[Any], weights: Sequence[float]) -> Any:
     specs = [tree.leaves_and_spec(value) for value in values]
     columns = zip(*(leaves for leaves, _ in specs), strict=True)
-    return tree.from_leaves([_reduce_leaf(how, list(column)) for column in columns], specs[0][1])
+    return tree.from_leaves([_reduce_leaf(how, list(column), weights) for column in columns], specs[0][1])
 
 
-def _reduce_leaf(how: str, values: list[Any]) -> Any:
+def _reduce_leaf(how: str, values: list[Any], weights: Sequence[float]) -> Any:
     if not isinstance(values[0], Tensor):
         values = [torch.as_tensor(value) for value in values]
     if how == "cat":
@@ -137,6 +143,8 @@ def _reduce_leaf(how: str, values: list[Any]) -> Any:
     stacked = torch.stack(values)
     if how == "max":
         return stacked.amax(0)
+    if how == "mean" and weights:
+        return torch.tensordot(torch.tensor(weights, device=stacked.device) / sum(weights), stacked.float(), dims=1)
     return stacked.float().mean(0) if how == "mean" else stacked.sum(0)
 
 

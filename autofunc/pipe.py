@@ -15,23 +15,26 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from autofunc import tree
-from autofunc.batch import BatchDims, Microbatch, check_device, shapes_of, signature, split_batch
+from autofunc.batch import Microbatch, check_device, shapes_of, signature, split_any_rows, split_batch
 from autofunc.compatible import check_compatible
+from autofunc.counted_rows import weighed
 from autofunc.engine import EngineOptions, require_compiler
-from autofunc.errors import AutofuncError, BatchError, some_of
+from autofunc.errors import AutofuncError, some_of
 from autofunc.explain import explain
 from autofunc.held import Held
 from autofunc.losses import Loss
 from autofunc.mesh import data_coordinate
 from autofunc.outside import Outside
+from autofunc.row_dims import BatchDims
 from autofunc.runtime.agree import agree
 from autofunc.runtime.buffers import SlotPool
 from autofunc.runtime.debug import observe_as
 from autofunc.runtime.measure import Scales, Watch, measured_timeline, of_all
 from autofunc.runtime.not_finite import check_parameters, finite_check
+from autofunc.runtime.parts import check_same_parts, counted, joined
 from autofunc.runtime.plan import Blueprint, Mode, Plan, build_plan
 from autofunc.runtime.position import here
-from autofunc.runtime.step import Observe, StepResult, run_step
+from autofunc.runtime.step import Observe, StepResult, given_aux, run_step
 from autofunc.runtime.transport import DistributedTransport
 from autofunc.schedule import Costs, Schedule, StageBytes, Timeline, costs_of
 from autofunc.shard import Sharding
@@ -97,13 +100,8 @@ class Pipeline(Held):
             key: anything but None when steps will have a key.
         """
         microbatches = self._split(batch, key)
-        if params is None:
-            flat = self._model.init_paths(self._parameters.paths, 0, "meta")
-            device = self._device(microbatches[0])
-        else:
-            flat = tree.flatten(params)
-            device = self._device(flat)
-        self._plan(Mode.GRADS, flat, device, microbatches)
+        flat = self._model.init_paths(self._parameters.paths, 0, "meta") if params is None else tree.flatten(params)
+        self._plan(Mode.GRADS, flat, self._device(microbatches[0] if params is None else flat), microbatches)
         return self
 
     def explain(self) -> str:
@@ -122,6 +120,7 @@ class Pipeline(Held):
     ) -> Any:
         """The loss, forward only: 0-dim fp32, the same on every process; `(loss, aux)` with `has_aux`.
 
+        A batch may have any number of rows, the same on all data parallel ranks; microbatches weigh as much as their rows.
         Layers with state, such as batch normalisation, are evaluated with the `state` given, which stays as it is.
         """
         result = self.run(Mode.LOSS, params, batch, key, state)
@@ -135,7 +134,7 @@ class Pipeline(Held):
 
         Args:
             params: this process's parameters.
-            batch: a batch; labels are not needed.
+            batch: of any number of rows; labels are not needed.
             key: see `value_and_grad`.
             state: of layers that keep some, as for `pipe(...)`.
             gather: "all" gives the outputs to every process.
@@ -165,7 +164,7 @@ class Pipeline(Held):
         def run_once(watch: Watch) -> None:
             self.run(Mode.GRADS, params, batch, key, self._state_beside(params), watch)
 
-        return measured_timeline(run_once, self._group, steps)
+        return measured_timeline(run_once, self._group, self._device(tree.flatten(params)), steps)
 
     def costs(self, params: tree.Nested, batch: Mapping[str, Any], key: Any = None, *, steps: int = 5) -> Costs:
         """What the stages cost, in milliseconds: for `schedule.simulate` and `schedule.search`.
@@ -190,6 +189,7 @@ class Pipeline(Held):
             self.stages, schedule, loss, self.mesh, self.options, self._batch_dims, self.sharding, merge, self._parameters
         )  # fmt: skip
 
+    @torch.inference_mode(False)
     def memory(self, params: tree.Nested, batch: Mapping[str, Any], key: Any = None) -> tuple[StageBytes, ...]:
         """What each stage keeps for one microbatch, in bytes: known from its graph, nothing is run.
 
@@ -198,7 +198,8 @@ class Pipeline(Held):
         Raises:
             AutofuncError: for the eager engine, which cannot tell, and where a size depends on data.
         """
-        functions = self._prepare(Mode.GRADS, params, batch, key)[0].functions
+        flat = tree.flatten(params)
+        functions = self._plan(Mode.GRADS, flat, self._device(flat), self._split(batch, key))[0].functions
         if not all(stage.exact_bytes for stage in functions.values()):
             raise AutofuncError(
                 "what this pipeline keeps is not known before it runs: "
@@ -239,13 +240,40 @@ class Pipeline(Held):
         self, mode: Mode, params: tree.Nested, batch: Mapping[str, Any], key: Any, state: tree.Nested | None = None,
         observe: Observe | None = None, again: bool = False,
     ) -> StepResult:  # fmt: skip
-        """Run one step, or the last one again. `af.value_and_grad`, `pipe(...)` and `pipe.forward` are this with a mode."""
+        """Run one step, or the last one again. `af.value_and_grad`, `pipe(...)` and `pipe.forward` are this with a mode.
+
+        Without gradients any number of rows will do. Those that are left over are a step of their own, and weigh less.
+        """
         given = self._checked(state)
-        plan, transport, flat, microbatches = self._prepare(mode, params, batch, key)
+        if mode is Mode.GRADS:
+            return self._step(mode, params, self._split(batch, key), given, observe, again)
+        parts = split_any_rows(
+            batch, self.schedule.num_microbatches, key=key, batch_dims=self._batch_dims, place=data_coordinate(self.mesh),
+            key_name=self._model.key_name,
+        )  # fmt: skip
+        device = self._device(tree.flatten(params))
+        check_same_parts(self.mesh, parts, device)
+        results = [self._step(mode, params, parts.whole, given, observe, again)]
+        if parts.rest:
+            pipe, rest = (self._by_rows, counted(parts, device)) if mode is Mode.LOSS else (self, parts.rest)
+            results.append(pipe._step(mode, params, rest, given, observe, again))
+        return joined(results, self.loss, (len(parts.whole), parts.share))
+
+    @cached_property
+    def _by_rows(self) -> Pipeline:
+        """With a loss in which rows count as much as the batch says, built once."""
+        return self.with_loss(weighed(self.loss, 1))
+
+    def _step(
+        self, mode: Mode, params: tree.Nested, microbatches: Sequence[Microbatch], state: Mapping[str, Tensor],
+        observe: Observe | None, again: bool,
+    ) -> StepResult:  # fmt: skip
+        flat = tree.flatten(params)
+        plan, transport = self._plan(mode, flat, self._device(flat), microbatches)
         self._step_number += not again
         here.begin(self._step_number, self._ranks)
         with torch.no_grad():
-            result = run_step(plan, flat, microbatches, given, transport, self._step_number, observe or self._observe)
+            result = run_step(plan, flat, microbatches, state, transport, self._step_number, observe or self._observe)
         here.end(self._step_number)
         return result
 
@@ -253,17 +281,8 @@ class Pipeline(Held):
         """To measure steps with, where the parameters are: what they cost does not depend on it."""
         return self.init_state(self._device(tree.flatten(params)))
 
-    @torch.inference_mode(False)
-    def _prepare(
-        self, mode: Mode, params: tree.Nested, batch: Mapping[str, Any], key: Any
-    ) -> tuple[Plan, DistributedTransport | None, dict[str, Tensor], list[Microbatch]]:
-        flat = tree.flatten(params)
-        microbatches = self._split(batch, key)
-        return (*self._plan(mode, flat, self._device(flat), microbatches), flat, microbatches)
-
     def _split(self, batch: Mapping[str, Any], key: Any) -> list[Microbatch]:
-        place, _ = data_coordinate(self.mesh)
-        count = self.schedule.num_microbatches
+        (place, _), count = data_coordinate(self.mesh), self.schedule.num_microbatches
         return split_batch(
             batch, count, key=key, batch_dims=self._batch_dims, first=place * count, key_name=self._model.key_name
         )
@@ -275,7 +294,7 @@ class Pipeline(Held):
             (path, leaf.shape, leaf.dtype, leaf.stride(), self._parameters.lies_right(leaf))
             for path, leaf in sorted(params.items())
         )
-        around = (mode, signature(microbatches[0]), described, device, surroundings())
+        around = (mode, len(microbatches), signature(microbatches[0]), described, device, surroundings())
         key = (around, self._outside.key())
         if key not in self._plans:
             self._warn_of_changes(around)
@@ -285,12 +304,12 @@ class Pipeline(Held):
             held = [plan.num_nodes for plan, _ in self._plans.values()]
             if self._group is not None:
                 here.enter(f"preparing a step with {shapes_of(microbatches[0])}")
-                dtypes, held = agree(self._group, mode.value, microbatches[0], dtypes, held)
+                dtypes, held = agree(self._group, mode.value, microbatches, dtypes, held)
             self._forget(held)
             of_all_ranks = {path: torch.empty((), dtype=dtype, device="meta") for path, dtype in dtypes.items()}
             of_all_ranks |= self._parameters.laid_out(params)
             with here.building():
-                plan = build_plan(self._blueprint, mode, of_all_ranks, device, microbatches[0])
+                plan = build_plan(self._blueprint, mode, of_all_ranks, device, microbatches)
             transport = None
             if self._group is not None and self._ranks is not None:
                 transport = DistributedTransport(self._group, self._ranks, self.local_ranks[0], plan.device, plan.channels)
@@ -325,10 +344,3 @@ class Pipeline(Held):
                 "far): put numbers that change into the batch, as tensors without dims",
                 stacklevel=2,
             )
-
-
-def given_aux(result: StepResult) -> Any:
-    """The aux of a step whose caller wants it."""
-    if result.aux is None:
-        raise BatchError("has_aux=True, but the loss returns no aux; return (sum, weight, aux) from it")
-    return result.aux

@@ -9,10 +9,11 @@ import torch
 from tensordict import TensorDict
 
 from autofunc import tree
-from autofunc.batch import BatchDims, split_batch
+from autofunc.batch import split_batch
 from autofunc.errors import BatchError
 from autofunc.losses import Loss, combine_aux, evaluate
 from autofunc.model import Model
+from autofunc.row_dims import BatchDims
 
 
 def reference_value_and_grad(

@@ -9,12 +9,13 @@ from tensordict import TensorDict
 from torch.distributed.device_mesh import DeviceMesh
 
 from autofunc import tree
-from autofunc.batch import BatchDims
 from autofunc.engine import EngineOptions
 from autofunc.errors import AutofuncError, ModelError, some_of
 from autofunc.losses import Loss
-from autofunc.pipe import Pipeline, given_aux
+from autofunc.pipe import Pipeline
+from autofunc.row_dims import BatchDims
 from autofunc.runtime.plan import Mode
+from autofunc.runtime.step import given_aux
 from autofunc.schedule import Schedule
 from autofunc.shard import Sharding
 from autofunc.splitting import Stage
@@ -52,7 +53,7 @@ def pipeline(
         memory_budget: for "auto": bytes of values that may be alive on a rank, as `schedule.live_bytes` counts them.
         sharding: how parameters and work are shared over the dp and tp axes of the mesh, and in what precision.
         batch_dims: which dim of a batch entry holds the rows, or None for entries that every microbatch gets whole; one
-            number is for all entries. Without it, what may be meant otherwise is refused, see `autofunc.batch.row_dims`.
+            number is for all entries. Without it, what may be meant otherwise is refused, see `autofunc.row_dims.row_dims`.
 
     Returns:
         An `af.Pipeline`: `pipe(params, batch)` is the loss, `af.value_and_grad(pipe)(params, batch)` loss and gradients.
@@ -61,7 +62,7 @@ def pipeline(
         - `init(seed)`, `place(full_params)`: initial parameters, or this process's part of given ones
         - `init_state()`, `place_state(full_state)`: the same of the state that layers keep
         - `gather(params_or_grads)`: the full tree, on every process
-        - `forward(params, batch)`: outputs of the last stage
+        - `forward(params, batch)`: outputs of the last stage, for any number of rows
         - `clip(grads, max_norm)`, `global_norm(grads)`: gradients with a bounded norm, and the norm
         - `build(batch)`: builds for such batches ahead of the first call
         - `explain()`: stages, what crosses between them, and the schedule drawn, as text
@@ -106,7 +107,7 @@ def value_and_grad(
 
     Raises:
         AutofuncError: when `pipe` is no pipeline.
-        BatchError: from `f`, when the batch does not divide, or its total weight is 0.
+        BatchError: from `f`, when the number of microbatches does not divide the rows, or the total weight is 0.
         ModelError: when layers keep state and `has_state` is False; from `f`, when a parameter or state is missing.
         PipelineRunError: from `f`, when an action fails.
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 import autofunc as af
-from autofunc.batch import rows_in_words, split_batch
+from autofunc.batch import split_batch
 from autofunc.errors import BatchError
+from autofunc.row_dims import rows_in_words
 from tests.cases import make_case
 
 

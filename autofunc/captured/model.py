@@ -102,6 +102,11 @@ class CapturedModel(Model):
         """What was captured."""
         return self._source.module
 
+    @property
+    def is_module(self) -> bool:
+        """Whether that is a module, and no function of parameters."""
+        return isinstance(self._source, ModuleSource)
+
     def cut_before(self, names: Sequence[str]) -> CapturedModel:
         """See `Model.cut_before`: layers begin at these places too."""
         start = self._found.start
@@ -167,7 +172,7 @@ class CapturedModel(Model):
 
     def state_dict(self, params: tree.Nested, state: tree.Nested | None = None) -> dict[str, Tensor]:
         """See `Model.state_dict`: a module's own, so that `module.load_state_dict` takes it."""
-        if not isinstance(self._source, ModuleSource):
+        if not self.is_module:
             return super().state_dict(params, state)
         return self.to_module(params, state).state_dict()
 

@@ -8,10 +8,10 @@ from typing import Any
 from torch import Tensor
 
 from autofunc import tree
-from autofunc.batch import refuse_ambiguous, rows_in_words
 from autofunc.checks.subject import Subject
 from autofunc.checks.verdict import Verdict
 from autofunc.errors import BatchError
+from autofunc.row_dims import refuse_ambiguous, rows_in_words
 
 
 def check_entries(subject: Subject) -> list[Verdict]:

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from autofunc.batch import BatchDims
 from autofunc.checks.config import check_config
 from autofunc.checks.cuts import check_cuts
 from autofunc.checks.empty_build import check_empty_build
@@ -31,6 +30,7 @@ from autofunc.checks.writes import check_writes
 from autofunc.fake import user_line
 from autofunc.losses import Loss
 from autofunc.model import Model
+from autofunc.row_dims import BatchDims
 
 UNFINISHED = "the check could not be finished: "
 _LONGEST = 600

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from autofunc import tree
-from autofunc.batch import BatchDims, split_batch
+from autofunc.batch import split_batch
 from autofunc.captured import CapturedModel, capture_module
 from autofunc.captured.cut_points import default_layers
 from autofunc.captured.module_source import ModuleSource
@@ -30,6 +30,7 @@ from autofunc.errors import AutofuncError, BatchError, ModelError
 from autofunc.fake import user_line
 from autofunc.losses import Loss, LossTerms, evaluate
 from autofunc.model import CutPoints, Model
+from autofunc.row_dims import BatchDims
 
 
 class ForwardError(ModelError):

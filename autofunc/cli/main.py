@@ -100,6 +100,10 @@ def plan(
         str | None,
         typer.Option("--draw", metavar="FILE", help="Draw the predicted step: .svg, .png, .html or .json (a trace)."),
     ] = None,
+    fake_data: Annotated[
+        bool,
+        typer.Option("--fake-data", help="Read no dataset: make up token ids, dataset.seq_len in a row."),
+    ] = False,
 ) -> None:
     """Say what a run would do, without weights or processes.
 
@@ -108,7 +112,7 @@ def plan(
     """
     with _loading_torch():
         from autofunc.cli.plan import plan as show_plan
-    show_plan(config, context.args, nproc_per_node, measure, as_json, picture)
+    show_plan(config, context.args, nproc_per_node, measure, as_json, picture, fake_data)
 
 
 @app.command(
@@ -167,7 +171,8 @@ def main() -> None:
         sys.stderr.write(f"error: {full_message(error)}\n")
         sys.exit(2)
     except Exception:  # raised by the user's code, or a mistake of ours, which needs the whole traceback
-        from autofunc.train.blame import brief, names_users_lines, wants_whole
+        from autofunc.train.blame import brief, names_users_lines
+        from autofunc.users_lines import wants_whole
 
         raised = traceback.format_exc()
         shown = brief(raised) if names_users_lines(raised) and not wants_whole() else raised

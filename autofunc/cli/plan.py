@@ -9,18 +9,20 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from autofunc.batch import rows_in_words
 from autofunc.config import read_config
 from autofunc.data import STACKED
+from autofunc.row_dims import rows_in_words
 from autofunc.schedule import draw
 from autofunc.shown import literal, printable, shown
+from autofunc.train.fake_data import with_fake_data
 from autofunc.train.planning import RunPlan, plan_run
 from autofunc.train.tensor_parallel_check import check_tensor_parallel
 
 
 def plan(
-    config_path: str, overrides: Sequence[str], num_processes: int | None, measure: bool, as_json: bool, picture: str | None
-) -> None:
+    config_path: str, overrides: Sequence[str], num_processes: int | None, measure: bool, as_json: bool,
+    picture: str | None, fake_data: bool,
+) -> None:  # fmt: skip
     """Print a plan.
 
     Args:
@@ -30,6 +32,7 @@ def plan(
         measure: see `plan_run`.
         as_json: JSON instead of tables.
         picture: a file for the drawn schedule: .svg, .html or .json (a trace).
+        fake_data: make rows up, and read no dataset.
 
     Raises:
         AutofuncError: for every mistake in the configuration.
@@ -37,6 +40,7 @@ def plan(
     console = Console(stderr=True)
     with console.status(literal(f"planning {shown(config_path)}")) as status:
         config, notes = read_config(config_path, overrides)
+        config = with_fake_data(config, notes) if fake_data else config
         made = plan_run(
             config, num_processes, notes, measure=measure, on_progress=lambda text: status.update(literal(text))
         )

@@ -2,6 +2,7 @@
 
 from autofunc.data.hellaswag import HellaSwag
 from autofunc.data.loader import STACKED, START, Part, Position, first_rows, make_loader, num_batches
+from autofunc.data.made_up import MadeUpTokens
 from autofunc.data.rows import text_columns
 from autofunc.data.text_folder import TextFolder
 from autofunc.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
@@ -11,6 +12,7 @@ __all__ = [
     "START",
     "ByteTokenizer",
     "HellaSwag",
+    "MadeUpTokens",
     "Part",
     "Position",
     "TextFolder",

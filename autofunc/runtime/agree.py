@@ -30,6 +30,7 @@ class Intent:
     """What a rank is about to do."""
 
     mode: str
+    num_microbatches: int
     entries: Mapping[str, str]  # of a microbatch: name of a leaf -> what it is
     dtypes: Mapping[str, str]  # of its parameters, by path
     settings: Mapping[str, str]  # of torch, by name
@@ -39,7 +40,7 @@ class Intent:
 def agree(
     group: dist.ProcessGroup,
     mode: str,
-    microbatch: Mapping[str, Any],
+    microbatches: Sequence[Mapping[str, Any]],
     dtypes: Mapping[str, torch.dtype],
     held: Sequence[int],
 ) -> tuple[dict[str, torch.dtype], list[int]]:
@@ -48,7 +49,7 @@ def agree(
     Args:
         group: of the pp axis.
         mode: what the step is for.
-        microbatch: an example.
+        microbatches: an example of a step's.
         dtypes: of this rank's parameters, by path.
         held: how many nodes the graphs of each of this rank's plans have, the oldest first.
 
@@ -57,8 +58,8 @@ def agree(
         for a rank that makes one anew waits here for the others.
 
     Raises:
-        BatchError: when ranks have microbatches of different shapes, dtypes or values that are no tensors, want different
-            things, or have other settings of torch.
+        BatchError: when ranks have microbatches of different numbers, shapes, dtypes or values that are no tensors, want
+            different things, or have other settings of torch.
         ModelError: when a parameter has different dtypes on two ranks.
         PeerLostError: when a rank does not come within the timeout of the group.
     """
@@ -68,8 +69,9 @@ def agree(
     store, rank, size = group.get_group_store(), group.rank(), group.size()
     keys = [f"autofunc/intent/{number}/{each}" for each in range(size)]
     own = Intent(
-        mode, _described(microbatch), {path: _name(dtype) for path, dtype in dtypes.items()}, named_settings(), held
-    )
+        mode, len(microbatches), _described(microbatches[0]), {path: _name(dtype) for path, dtype in dtypes.items()},
+        named_settings(), held,
+    )  # fmt: skip
     store.set(keys[rank], json.dumps(asdict(own)))
     try:
         store.wait(keys, timeout_of(group))
@@ -99,6 +101,11 @@ def _check(intents: list[Intent]) -> None:
                     f"{name} of a microbatch is {here} on pp rank 0, and {there} on rank {rank}; all pp ranks of a data "
                     "parallel coordinate pass the same batch"
                 )
+        if intent.num_microbatches != first.num_microbatches:
+            raise BatchError(
+                f"a batch makes {first.num_microbatches} microbatches on pp rank 0, and {intent.num_microbatches} on rank "
+                f"{rank}; all pp ranks of a data parallel coordinate pass the same batch"
+            )
         for name, setting in first.settings.items():
             if intent.settings[name] != setting:
                 raise BatchError(

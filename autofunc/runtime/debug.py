@@ -12,8 +12,9 @@ from autofunc.runtime.observe import Trace
 from autofunc.runtime.plan import Plan
 from autofunc.runtime.program import Program
 from autofunc.runtime.step import Observe
+from autofunc.users_lines import DEBUG, WHOLE, words_of
 
-WORDS = ("1", "nan")
+WORDS = (WHOLE, "nan")
 """Of AUTOFUNC_DEBUG, separated by commas: whole tracebacks; checks of all values."""
 
 
@@ -23,9 +24,9 @@ def debug_words(environment: Mapping[str, str]) -> frozenset[str]:
     Raises:
         AutofuncError: for a word that has no meaning.
     """
-    words = frozenset(word.strip() for word in environment.get("AUTOFUNC_DEBUG", "").split(",")) - {"", "0"}
+    words = words_of(environment)
     for word in words.difference(WORDS):
-        raise AutofuncError(f"AUTOFUNC_DEBUG={environment['AUTOFUNC_DEBUG']}: {one_of(word, WORDS)}")
+        raise AutofuncError(f"{DEBUG}={environment[DEBUG]}: {one_of(word, WORDS)}")
     return words
 
 

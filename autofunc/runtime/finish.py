@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from autofunc.errors import BatchError
+from autofunc.losses import Loss
 from autofunc.runtime.program import Layout
 from autofunc.runtime.ties import Tie, tie_name
 from autofunc.runtime.transport import Ticket, Transport
@@ -90,14 +91,17 @@ def empty(layouts: Sequence[Layout], device: torch.device) -> list[Tensor]:
     return [torch.ones(shape, dtype=dtype, device=device) for shape, dtype in layouts]
 
 
-def check_weight(weight: Tensor) -> None:
-    """Refuse a step without any weight.
+def divisor(weight: Tensor, loss: Loss | None) -> Tensor:
+    """The total weight of a loss, as sums are divided by it; 1 instead of 0 where a loss may weigh nothing.
 
     Raises:
-        BatchError: when the total weight is 0.
+        BatchError: when it is 0, and may not be.
     """
+    if getattr(loss, "may_weigh_nothing", False):
+        return torch.where(weight == 0, 1.0, weight)
     if weight.item() == 0.0:
         raise BatchError("the total weight of the loss is 0: no microbatch has a label to learn from (all are -100?)")
+    return weight
 
 
 def divide(sums: Mapping[str, Tensor], weight: Tensor, dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:

@@ -19,6 +19,8 @@ from autofunc.runtime.plan import Plan
 from autofunc.runtime.program import Program
 from autofunc.schedule import Timeline
 
+Result = TypeVar("Result")
+
 Times = npt.NDArray[np.float64]
 """Shape (2, number of ops)."""
 
@@ -37,25 +39,39 @@ class Watch:
         return [clock]
 
 
-def measured_timeline(run_once: Callable[[Watch], Any], group: dist.ProcessGroup | None, steps: int) -> Timeline:
+def observed_step(
+    run: Callable[[Watch], Result], group: dist.ProcessGroup | None, device: torch.device
+) -> tuple[Result, Timeline]:
+    """Run one step, and tell when every action ran, in milliseconds. All processes of the group call it.
+
+    Args:
+        run: runs one step under a watch.
+        group: all pp ranks; None when they are in this process.
+        device: that the step computes on.
+    """
+    if group is not None:
+        dist.all_reduce(torch.zeros(1, device=device), group=group)  # all ranks begin together
+    began, watch = time.perf_counter(), Watch()
+    result = run(watch)
+    assert watch.plan is not None
+    schedule, edges = watch.plan.schedule, watch.plan.boundaries.edges()
+    rows = _of_all_ranks(watch.clocks, began, group)
+    start, end = (tuple(rows[rank][which] for rank in range(schedule.num_ranks)) for which in (0, 1))
+    return result, Timeline(schedule, start, end, label="measured", edges=edges)
+
+
+def measured_timeline(
+    run: Callable[[Watch], Any], group: dist.ProcessGroup | None, device: torch.device, steps: int
+) -> Timeline:  # fmt: skip
     """Run a step that is not measured and then some that are; the timeline of the one of median length, in milliseconds.
 
     Args:
-        run_once: runs one step under a watch.
-        group: all pp ranks; None when they are in this process.
+        run: see `observed_step`, as are the others.
+        group: of the ranks.
+        device: of the step.
         steps: how many to measure.
     """
-    timelines = []
-    for _ in range(steps + 1):
-        if group is not None:
-            dist.all_reduce(torch.zeros(1), group=group)  # all ranks begin together
-        began, watch = time.perf_counter(), Watch()
-        run_once(watch)
-        assert watch.plan is not None
-        schedule, edges = watch.plan.schedule, watch.plan.boundaries.edges()
-        rows = _of_all_ranks(watch.clocks, began, group)
-        start, end = (tuple(rows[rank][which] for rank in range(schedule.num_ranks)) for which in (0, 1))
-        timelines.append(Timeline(schedule, start, end, label="measured", edges=edges))
+    timelines = [observed_step(run, group, device)[1] for _ in range(steps + 1)]
     return sorted(timelines[1:], key=lambda timeline: timeline.makespan)[steps // 2]
 
 

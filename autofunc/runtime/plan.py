@@ -94,8 +94,9 @@ class Blueprint:
 
 
 def build_plan(
-    blueprint: Blueprint, mode: Mode, params: Mapping[str, Tensor], device: torch.device, microbatch: Mapping[str, Any]
-) -> Plan:
+    blueprint: Blueprint, mode: Mode, params: Mapping[str, Tensor], device: torch.device,
+    microbatches: Sequence[Mapping[str, Any]],
+) -> Plan:  # fmt: skip
     """Work out what crosses between stages, lower and check the schedule, and make the programs of the local ranks.
 
     Args:
@@ -103,7 +104,7 @@ def build_plan(
         mode: what steps are for.
         params: flat parameters of all ranks, of which only the dtypes matter.
         device: where this process computes.
-        microbatch: an example.
+        microbatches: an example of a step's; a step that gives no gradients may have fewer than the schedule.
 
     Raises:
         ScheduleError: for a schedule without backwards where gradients are wanted.
@@ -115,9 +116,9 @@ def build_plan(
         raise ScheduleError(
             f"schedule {blueprint.schedule.name} has no backward actions, so it gives no gradients; call the pipeline"
         )
-    contexts, boundaries = _followed(blueprint, mode, params, device, microbatch)
+    contexts, boundaries = _followed(blueprint, mode, params, device, microbatches[0])
     edges = boundaries.edges()
-    lowered = _lowered(blueprint, mode, edges)
+    lowered = _lowered(blueprint, mode, edges, len(microbatches))
     functions = make_functions(contexts, blueprint.options, lowered, boundaries)
     ties = _ties(blueprint, lowered, params) if mode is Mode.GRADS else ()
     by_edge = edge_channels(lowered, boundaries)
@@ -162,11 +163,11 @@ def _followed(
     return {c.stage.index: c for c in contexts if placement[c.stage.index] in blueprint.pools}, boundaries
 
 
-def _lowered(blueprint: Blueprint, mode: Mode, edges: Sequence[Edge]) -> Schedule:
+def _lowered(blueprint: Blueprint, mode: Mode, edges: Sequence[Edge], num_microbatches: int) -> Schedule:
     """The schedule with its transfers and sharding actions, validated."""
     schedule, parameters = blueprint.schedule, blueprint.parameters
     lowered = lower(
-        schedule if mode is Mode.GRADS else schedule.forward_form(),
+        schedule if mode is Mode.GRADS else schedule.forward_form(num_microbatches),
         edges,
         unshard=parameters.unshard,
         unshard_ahead=parameters.sharding.prefetch,

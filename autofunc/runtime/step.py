@@ -11,11 +11,12 @@ from torch import Tensor
 
 from autofunc import tree
 from autofunc.engine import Microbatch, Produced
+from autofunc.errors import BatchError
 from autofunc.losses import combine_aux
 from autofunc.mesh import DATA_AXES, data_coordinate, gather_over, sum_over
 from autofunc.runtime.accumulate import Accumulator
 from autofunc.runtime.executor import Observer, RankStep, run_rank, run_together
-from autofunc.runtime.finish import check_weight, divide, exchange_ties, share, total_loss
+from autofunc.runtime.finish import divide, divisor, exchange_ties, share, total_loss
 from autofunc.runtime.plan import Mode, Plan
 from autofunc.runtime.position import here
 from autofunc.runtime.program import Program
@@ -29,12 +30,20 @@ from autofunc.shard.reduce import Reduction
 class StepResult:
     """What a step gives this process."""
 
-    loss: Tensor | None = None  # 0-dim fp32, the same on every rank
-    weight: Tensor | None = None  # of the loss, 0-dim fp32, the same on every rank
+    loss: Tensor | None = None  # total / weight; 0-dim fp32 and the same on every rank, as these are
+    total: Tensor | None = None  # sum of the microbatches' losses
+    weight: Tensor | None = None  # and of their weights
     aux: Any = None
     grads: dict[str, Tensor] = field(default_factory=dict)  # canonical path -> gradient
     state: dict[str, Tensor] = field(default_factory=dict)  # path -> what layers keep for the next step
     outputs: Any = None  # on the rank that holds the last stage
+
+
+def given_aux(result: StepResult) -> Any:
+    """The aux of a step whose caller wants it."""
+    if result.aux is None:
+        raise BatchError("has_aux=True, but the loss returns no aux; return (sum, weight, aux) from it")
+    return result.aux
 
 
 Observe = Callable[[Plan, Program, Sequence[Microbatch]], Sequence[Observer]]
@@ -116,10 +125,11 @@ def _run(
     if not plan.mode.ends_in_loss:
         yield from _finish_outputs(plan, rank, [each.outputs for each in produced], transport, result)
         return
-    weights: list[Tensor] = []
-    yield from _finish_loss(plan, rank, produced, transport, result, weights)
+    yield from _finish_loss(plan, rank, produced, transport, result)
     if plan.mode is Mode.GRADS:
-        yield from _finish_grads(plan, step, params, weights[0], transport, result)
+        weight = divisor(_tensor(result.weight), plan.loss)
+        result.loss = _tensor(result.total) / weight
+        yield from _finish_grads(plan, step, params, weight, transport, result)
         result.state.update(flat_states(stages, step.states, plan.parameters.mesh))
 
 
@@ -129,9 +139,8 @@ def _finish_loss(
     produced: Sequence[Produced],
     transport: Transport,
     result: StepResult,
-    weights: list[Tensor],
 ) -> Iterator[None]:
-    """The loss and aux of all microbatches and data parallel ranks, to every rank; appends the weight to `weights`."""
+    """The sum of the loss, its weight and aux of all microbatches and data parallel ranks, to every rank."""
 
     def make() -> list[Tensor]:
         total = total_loss([_tensor(each.sum) for each in produced], [_tensor(each.weight) for each in produced])
@@ -145,14 +154,7 @@ def _finish_loss(
     shared: list[Tensor] = []
     layouts = [((2,), torch.float32), *plan.aux]
     yield from share(rank, plan.last_rank, make, layouts, plan.device, transport, shared)
-    total, weight = shared[0].unbind()
-    result.weight = weight
-    if getattr(plan.loss, "may_weigh_nothing", False):
-        weight = torch.where(weight == 0, 1.0, weight)
-    else:
-        check_weight(weight)
-    result.loss = total / weight
-    weights.append(weight)
+    result.total, result.weight = shared[0].unbind()
     if plan.aux_spec is not None:
         result.aux = tree.from_leaves(shared[1:], plan.aux_spec)
 

@@ -220,10 +220,15 @@ class Schedule:
         rows = tuple(Row(_frozen(row.table[row.table[:, 1] <= Kind.W])) for row in self.rows)
         return Schedule(self.name, self.placement, self.num_microbatches, rows)
 
-    def forward_form(self) -> Schedule:
-        """Only its forwards, for evaluation."""
-        rows = tuple(Row(_frozen(row.table[row.table[:, 1] == Kind.F])) for row in self.rows)
-        return Schedule(self.name, self.placement, self.num_microbatches, rows).without_overlap()
+    def forward_form(self, num_microbatches: int | None = None) -> Schedule:
+        """Only its forwards, for evaluation.
+
+        Args:
+            num_microbatches: the first so many; by default all.
+        """
+        count = self.num_microbatches if num_microbatches is None else num_microbatches
+        tables = (row.table[(row.table[:, 1] == Kind.F) & (row.table[:, 2] < count)] for row in self.rows)
+        return Schedule(self.name, self.placement, count, tuple(Row(_frozen(table)) for table in tables)).without_overlap()
 
     def split_form(self) -> Schedule:
         """The same schedule with every B as an I and a W, one after the other."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import signal
 from collections.abc import Mapping, Sequence, Set
@@ -10,7 +9,7 @@ from typing import Any
 
 from autofunc.errors import HangError, PeerLostError
 from autofunc.installed import is_installed
-from autofunc.runtime.debug import debug_words
+from autofunc.users_lines import HEADING, HINT, line_of_user, wants_whole
 
 _LOST = re.compile(
     rf"{PeerLostError.__name__}|gloo/transport|Connection (closed|reset) by peer|ProcessGroupNCCL|DistBackendError"
@@ -75,7 +74,7 @@ def brief(traceback: str) -> str:
     lines = blocks[-1].splitlines()
     begin = next((number for number, line in enumerate(lines) if number and not line.startswith("  ")), 0)
     said = re.sub(r"^autofunc\.errors\.\w+: ", "", "\n".join(lines[begin:]))
-    return "\n".join([*([_USERS_LINES, *own] if own else []), said, _WHOLE])
+    return "\n".join([*([HEADING, *own] if own else []), said, HINT])
 
 
 def names_users_lines(traceback: str) -> bool:
@@ -83,14 +82,9 @@ def names_users_lines(traceback: str) -> bool:
     return bool(_users_lines(traceback))
 
 
-def wants_whole() -> bool:
-    """Whether whole tracebacks are asked for."""
-    return "1" in debug_words(os.environ)
-
-
 def _users_lines(traceback: str) -> list[str]:
     return [
-        f"  {file}, line {line}, in {name}: {code.strip()}"
+        line_of_user(file, int(line), name, code)
         for file, line, name, code in _FRAME.findall(_blocks(traceback)[0])
         if not is_installed(file)
     ]
@@ -102,5 +96,3 @@ def _blocks(traceback: str) -> list[str]:
 
 
 _FRAME = re.compile(r'^  File "(.+)", line (\d+), in (.+)\n    (.*)', re.MULTILINE)
-_USERS_LINES = "in your code, outermost line first"
-_WHOLE = "(the whole traceback: AUTOFUNC_DEBUG=1)"

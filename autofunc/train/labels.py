@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from autofunc.checks import shifted_by
 from autofunc.config import FinetuneConfig
@@ -27,7 +26,7 @@ def refuse_shifted_twice(config: FinetuneConfig, model: Model, dataset: Any) -> 
     batch = first_rows(dataset, _ROWS)
     if not (aligned(batch) or any(getattr(each, "aligned_labels", False) for each in inside(dataset))):
         return
-    if _is_transformers(model) or _shifts(model, batch, config.inputs):
+    if shifted_by(model, batch, config.inputs):
         name = " in ".join(type(each).__name__ for each in reversed(list(inside(dataset))[:2]))
         raise ConfigError(
             f"loss_fn: the model's own loss shifts labels by one, and {name} gives labels that are aligned already. Let it "
@@ -54,21 +53,3 @@ def aligned(batch: dict[str, Tensor]) -> bool:
     following = labels[:, :-1][counted] == ids[:, 1:][counted]
     same = labels[:, :-1][counted] == ids[:, :-1][counted]
     return bool(counted.any() and following.all() and not same.all())
-
-
-def _is_transformers(model: Model) -> bool:
-    """Whether it is one of transformers' causal language models, which all shift."""
-    module = getattr(model, "module", None)
-    is_transformers = type(module).__module__.startswith("transformers.")
-    return is_transformers and (type(module).__name__.endswith(("ForCausalLM", "LMHeadModel")))
-
-
-def _shifts(model: Model, batch: dict[str, Tensor], inputs: Sequence[str] | dict[str, str] | None) -> bool:
-    """Whether it shifts, seen in a few runs; not where it has no weights yet, which only the ranks make."""
-    module = getattr(model, "module", None)
-    if not isinstance(module, nn.Module):
-        return bool(shifted_by(model, batch))
-    if any(leaf.is_meta for leaf in module.parameters()):
-        return False
-    on = next((leaf.device for leaf in module.parameters()), torch.device("cpu"))
-    return bool(shifted_by(module, {name: leaf.to(on) for name, leaf in batch.items()}, inputs))

@@ -13,11 +13,13 @@ import torch
 from tensordict import TensorDict
 from torch.distributed.device_mesh import DeviceMesh
 
+from autofunc.counted_rows import weighed
 from autofunc.data import STACKED, Part
 from autofunc.errors import PipelineRunError
 from autofunc.mesh import data_coordinate
 from autofunc.pipe import Pipeline
 from autofunc.runtime.position import here
+from autofunc.train.bubble import BubbleMeter
 from autofunc.train.checkpoints import Checkpoints
 from autofunc.train.metrics import MetricsFile
 from autofunc.train.preemption import Stop, any_of, noticed
@@ -27,7 +29,6 @@ from autofunc.train.resume import anew, extra_of, restored
 from autofunc.train.step import take_step
 from autofunc.train.step_folders import VALIDATION_LOSS
 from autofunc.train.validation import validate
-from autofunc.train.weighing import weighed
 from autofunc.transform import pipeline
 
 
@@ -71,18 +72,23 @@ def train(
     loader = recipe.make_train_loader(place=place, places=places, start=begun.position)
     now, step, loss, validation_loss = begun.trained, begun.step, float("nan"), None
     training_seconds, is_stopped = 0.0, False
+    meter = BubbleMeter(mesh, device, recipe.num_steps)
 
     with noticed() if checkpoints is not None else nullcontext(Stop()) as stop:
         clock = time.perf_counter()
         for parts in itertools.islice(_endless(loader), recipe.num_steps - begun.step):
             step += 1
-            now, loss, norm = take_step(recipe, pipe, now, parts, step, device)
+            taken = take_step(recipe, pipe, now, parts, step, device, meter)
+            now, loss = taken.now, taken.loss
             seconds = time.perf_counter() - clock  # the wait for data included
             training_seconds += seconds
             tokens = sum(_count_tokens(part) for part in parts)
-            reporter.step(step, loss, f"{tokens / seconds:,.0f} {_unit(parts)}/s")
+            reporter.step(step, loss, f"{tokens / seconds:,.0f} {_unit(parts)}/s", taken.bubble)
             if metrics is not None:
-                metrics.write(step=step, loss=loss, grad_norm=norm, num_tokens=tokens, step_time_ms=seconds * 1e3)
+                metrics.write(
+                    step=step, loss=loss, grad_norm=taken.norm, num_tokens=tokens, step_time_ms=seconds * 1e3,
+                    **({} if taken.bubble is None else {"bubble_fraction": taken.bubble}),
+                )  # fmt: skip
             position, is_last = parts[-1].after, step == recipe.num_steps
             is_due = False
             if checkpoints is not None:

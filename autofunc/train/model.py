@@ -13,6 +13,7 @@ from torch import nn
 from autofunc import losses, tree
 from autofunc.automodel import register_modeling_path
 from autofunc.captured import Pretrained, StoredTensors, capture_module, empty_weights
+from autofunc.checks import weighed_alike_by
 from autofunc.config import FinetuneConfig, instantiate, target_and_arguments
 from autofunc.data import first_rows
 from autofunc.errors import AutofuncError, ConfigError
@@ -21,6 +22,7 @@ from autofunc.model import Model
 from autofunc.splitting import infer_boundaries, split
 from autofunc.train.labels import refuse_shifted_twice
 
+_ROWS = 4  # on which the loss is looked at
 OWN, SEED = "own", "seed"
 """Values of `weights`: those that the module was made with; or made from (seed, path) layer by layer."""
 
@@ -106,6 +108,9 @@ def build_loss(
             infer_boundaries(split(model), {}, microbatch, loss)
     except AutofuncError as error:
         raise ConfigError(f"the model on a batch of dataset: {error}") from error
+    if not checked and loss is not losses.causal_lm:
+        weighs = weighed_alike_by(model, first_rows(dataset, _ROWS), loss, config.inputs)
+        notes += [f"loss_fn: {weighs}"] if weighs else []
     if loss is not None:
         return loss
     if not checked:

@@ -20,8 +20,8 @@ _SECONDS_BETWEEN_LINES = 10.0
 class Reporter(Protocol):
     """What the training loop tells."""
 
-    def step(self, step: int, loss: float, speed: str) -> None:
-        """A step is done, at this speed."""
+    def step(self, step: int, loss: float, speed: str, bubble: float | None = None) -> None:
+        """A step is done, at this speed; its bubble, if that was measured."""
         ...
 
     def validating(self, batch: int, num_batches: int) -> None:
@@ -36,7 +36,7 @@ class Reporter(Protocol):
 class Silent:
     """Says nothing: for every rank but the first."""
 
-    def step(self, step: int, loss: float, speed: str) -> None:
+    def step(self, step: int, loss: float, speed: str, bubble: float | None = None) -> None:
         """See `Reporter.step`."""
 
     def validating(self, batch: int, num_batches: int) -> None:
@@ -64,7 +64,7 @@ class ProgressReporter:
     def __init__(self, console: Console, num_steps: int) -> None:
         self._console = console
         self._num_steps = num_steps
-        self._last_line = time.monotonic()
+        self._last_line, self._bubble = time.monotonic(), ""
         self._compiling = _Messages(self._building)
         self._bar: Progress | None = None
         if console.is_terminal:
@@ -101,9 +101,10 @@ class ProgressReporter:
         else:
             self._console.print(message, highlight=False, markup=False)
 
-    def step(self, step: int, loss: float, speed: str) -> None:
-        """See `Reporter.step`."""
-        status = f"loss {loss:.3f}  {speed}"
+    def step(self, step: int, loss: float, speed: str, bubble: float | None = None) -> None:
+        """See `Reporter.step`. The last measured bubble stays."""
+        self._bubble = self._bubble if bubble is None else f"  measured bubble {bubble:.1%}"
+        status = f"loss {loss:.3f}  {speed}{self._bubble}"
         if self._bar is not None:
             self._bar.update(self._task, completed=step, status=status)
         elif step in (1, self._num_steps) or time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES:

@@ -6,7 +6,8 @@ import math
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from tensordict import TensorDict
@@ -19,6 +20,7 @@ from autofunc.mesh import same_over
 from autofunc.pipe import Pipeline
 from autofunc.random import fold_in, make_key
 from autofunc.runtime.plan import Mode
+from autofunc.train.bubble import BubbleMeter
 from autofunc.train.recipe import Recipe
 from autofunc.train.weighing import gradients, together
 
@@ -32,9 +34,24 @@ class Trained:
     optimizer_state: TensorDict
 
 
+class Taken(NamedTuple):
+    """What a step gives."""
+
+    now: Trained
+    loss: float
+    norm: float  # of the gradients, before they are clipped
+    bubble: float | None  # the fraction of time that ranks were idle; None where that was not measured
+
+
 def take_step(
-    recipe: Recipe, pipe: Pipeline, before: Trained, parts: Sequence[Part], step: int, device: torch.device
-) -> tuple[Trained, float, float]:
+    recipe: Recipe,
+    pipe: Pipeline,
+    before: Trained,
+    parts: Sequence[Part],
+    step: int,
+    device: torch.device,
+    meter: BubbleMeter,
+) -> Taken:
     """Train on a batch; `before` is donated.
 
     Args:
@@ -44,20 +61,21 @@ def take_step(
         parts: of the batch.
         step: its number, from 1 on.
         device: where batches go.
-
-    Returns:
-        (what there is now, the loss, the gradients' norm before they are clipped).
+        meter: measures the first part now and then.
 
     Raises:
         NotFiniteError: when a loss or gradient is no number, saying where that begins.
         PipelineRunError: when ranks have read different rows, or no row has a label.
     """
-    params, state = before.params, before.state
+    params, state, bubble = before.params, before.state, None
     ran, results = [], []
     for number, part in enumerate(parts):
         key = (recipe.seed, step) if number == 0 else fold_in(make_key(recipe.seed, step, device=device), number)
         ran.append((params, to_device(part.batch, device), key, state))
-        results.append(pipe.run(Mode.GRADS, *ran[-1]))
+        run = partial(pipe.run, Mode.GRADS, *ran[-1])
+        if number == 0:
+            result, bubble = meter.run(step, run)
+        results.append(result if number == 0 else run())
         state = tree.to_tensordict(results[-1].state)
     loss, weight = together(results)  # before the parameters change, which are needed to find out why it is NaN
     _check_rows(parts, pipe.mesh, device, step)
@@ -73,7 +91,7 @@ def take_step(
     if recipe.max_norm is not None:
         grads = pipe.scaled(grads, norm, recipe.max_norm)
     params, optimizer_state = recipe.optimizer.update(grads, before.optimizer_state, params)
-    return Trained(params, state, optimizer_state), loss, norm_value
+    return Taken(Trained(params, state, optimizer_state), loss, norm_value, bubble)
 
 
 def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:

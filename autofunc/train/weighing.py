@@ -1,41 +1,16 @@
-"""How much each microbatch of a run weighs in the loss: as much as its rows that count."""
+"""The parts of a batch put together, each weighing as much as its rows that count."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from tensordict import TensorDict
 from torch import Tensor
 
 from autofunc.batch import COUNTS
-from autofunc.losses import Loss, evaluate
 from autofunc.runtime.step import StepResult
 from autofunc.tree import to_tensordict
-
-
-def weighed(loss: Loss | None, rows: int) -> Loss:
-    """A loss whose microbatches weigh what their rows do, and nothing where none of them counts.
-
-    A mean weighs the share of a full microbatch's rows that count; a `(sum, weight)` has its own weight.
-
-    Args:
-        loss: of the run; None for the model's own.
-        rows: of a full microbatch.
-    """
-
-    def weigh(outputs: Any, microbatch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        counts = microbatch[COUNTS]
-        rest = {name: value for name, value in microbatch.items() if name != COUNTS}
-        value = loss(outputs, rest) if loss is not None else None
-        terms = evaluate(None if loss is None else lambda *_: value, outputs, rest)
-        share = (counts != 0).any().float() if isinstance(value, tuple) else counts.sum() / rows
-        # where, because nothing times infinity is no number
-        return torch.where(share > 0, terms.sum * share, 0.0), terms.weight * share
-
-    weigh.may_weigh_nothing = True  # type: ignore[attr-defined]
-    return weigh
 
 
 def counting_all(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -15,8 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import autofunc as af
 from autofunc import tree
 from autofunc.batch import COUNTS, split_batch
+from autofunc.counted_rows import weighed
 from autofunc.errors import ModelError
-from autofunc.train.weighing import weighed
 from tests.captured.laws import assert_unchanged, close, contents
 from tests.cases import assert_same_tree, mesh_of
 from tests.pool import WorkerPool

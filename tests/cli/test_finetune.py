@@ -122,7 +122,9 @@ def test_trains_on_two_processes(folder: Path, two_processes: subprocess.Complet
     assert lines[0]["num_tokens"] == 128 and lines[0]["step_time_ms"] > 0
     assert lines[-1]["validation_loss"] < lines[0]["loss"], "it learns"
     assert out.count("validation loss: ") == 2, "each once"
-    assert "tokens/s" in out and out.count("bubble") == 1, "what was predicted, once"
+    assert "tokens/s" in out and out.count("bubble") == out.count(", bubble ") + out.count("  measured bubble ") == 2
+    measured = {line["step"]: line["bubble_fraction"] for line in lines if "bubble_fraction" in line}
+    assert list(measured) == [6] and 0 < measured[6] < 1, "in the last step, and every fiftieth"
     assert out.splitlines()[-1] == f"validation loss: {lines[-1]['validation_loss']:.4f}"
     assert (folder / "runs" / "cfg" / "loss.png").read_bytes().startswith(b"\x89PNG")
     wide = [line for line in out.splitlines() if len(line) > 80 and str(folder) not in line]

@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 import autofunc as af
 from autofunc.errors import AutofuncError
-from tests.cases import make_case, pp_mesh
+from tests.cases import make_case, mesh_of, pp_mesh
 from tests.pool import WorkerPool
 
 
@@ -109,3 +109,39 @@ def forgetting() -> list[int]:
 def test_all_forget_the_same_plans(workers: WorkerPool) -> None:
     """Else a rank that makes one anew would wait for the others, which have theirs."""
     assert workers.run(forgetting) == [[1, 1, 1, 1, 1]] * 4
+
+
+def of_any_rows() -> Any:
+    """Losses and outputs of rows that make no equal microbatches; then what is said where places have other numbers."""
+    mesh = mesh_of(pp=2, dp_shard=2)
+    place = mesh.get_local_rank("dp_shard")
+    _, stages, loss, batch = make_case("mlp", 2, 14)
+    pipe = af.pipeline(stages, af.schedule.build("1f1b", num_ranks=2, num_microbatches=4), loss=loss, mesh=mesh)
+    params, found, said = pipe.init(seed=3), [], ""
+    for rows in (1, 5, 7):
+        mine = {name: leaf[place * rows : (place + 1) * rows] for name, leaf in batch.items()}
+        found.append((pipe(params, mine), pipe.forward(params, mine, gather="all")))
+    try:
+        pipe(params, {name: leaf[: 5 + place] for name, leaf in batch.items()})
+    except AutofuncError as error:
+        said = str(error)
+    return place, found, said, pipe(params, {name: leaf[:5] for name, leaf in batch.items()})
+
+
+def test_places_with_any_number_of_rows(workers: WorkerPool) -> None:
+    model, _, loss, batch = make_case("mlp", 2, 14)
+    params = model.init(seed=3)
+
+    def expected(rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        of_all = {name: leaf[:rows] for name, leaf in batch.items()}
+        outputs = model(params, of_all)
+        return loss(outputs, of_all).detach(), outputs
+
+    for place, found, said, again in workers.run(of_any_rows):
+        for rows, (value, outputs) in zip((1, 5, 7), found, strict=True):
+            mean, of_both = expected(2 * rows)
+            torch.testing.assert_close(value, mean)
+            torch.testing.assert_close(outputs, of_both[place * rows : (place + 1) * rows])
+        made = "make 2 of equal size and one of the rest" if place == 0 else "make 3 of equal size"
+        assert f"the {5 + place} rows here {made}" in said
+        torch.testing.assert_close(again, expected(5)[0])

@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import GPT2Config
 
+import autofunc as af
+from autofunc.checks import shifted_by
 from autofunc.train.labels import aligned, inside
 from tests.cli.here import run_here
 
@@ -39,6 +42,26 @@ def alike():  # rows that begin with the same token
 """
 
 
+MASKED = """
+class Logits(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Embedding(256, 8), nn.Linear(8, 256))
+    def forward(self, input_ids):
+        return super().forward(input_ids)
+
+def mean(outputs, batch): return nn.functional.cross_entropy(outputs.flatten(0, 1), batch["labels"].flatten())
+def summed(outputs, batch):
+    labels = batch["labels"].flatten()
+    return nn.functional.cross_entropy(outputs.flatten(0, 1), labels, reduction="sum"), (labels != -100).sum()
+def whole(): return [dict(row) for row in (text()[i] for i in range(8))]
+def masked():
+    rows = whole()
+    for row in rows[::3]:
+        row["labels"] = row["labels"].masked_fill(torch.arange(16) > 3, -100)
+    return rows
+"""
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     (tmp_path / "net.py").write_text(NET)
@@ -46,9 +69,10 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def run(folder: Path, dataset: str, shifts: bool) -> str:
+def run(folder: Path, dataset: str, shifts: bool, weights: str = "own") -> str:
     (folder / "run.yaml").write_text(f"""
         model: {{_target_: net.py:build, shifts: {str(shifts).lower()}}}
+        weights: {weights}
         dataset: {{_target_: net.py:{dataset}}}
         step_scheduler: {{global_batch_size: 4, local_batch_size: 2, max_steps: 1}}
         optimizer: {{_target_: torch.optim.SGD, lr: 0.1}}
@@ -67,6 +91,43 @@ def test_shifted_twice(folder: Path, dataset: str) -> None:
 @pytest.mark.parametrize(("dataset", "shifts"), [("text", False), ("raw", True), ("alike", False)])
 def test_shifted_once(folder: Path, dataset: str, shifts: bool) -> None:
     assert run(folder, dataset, shifts) == ""
+
+
+def test_without_weights(folder: Path) -> None:
+    assert "the model's own loss shifts labels by one" in run(folder, "text", True, "seed")
+    assert run(folder, "text", False, "seed") == run(folder, "raw", True, "seed") == ""
+
+
+def test_without_weights_that_could_be_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Labels that are shifted before they meet any weight are seen in what the batch alone makes."""
+    monkeypatch.setattr("autofunc.checks.looked_at._MOST_BYTES", 0)
+    ids = torch.arange(12).view(2, 6)
+    batch = {"input_ids": ids, "labels": ids}
+    config = GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=32, n_positions=8, resid_pdrop=0.0)
+    assert "the model shifts 'labels' itself" in shifted_by(af.from_module(af.AutoModel.from_config(config), batch), batch)
+
+
+@pytest.mark.parametrize("weights", ["own", "seed"])
+def test_a_mean_of_means_is_noted(folder: Path, weights: str) -> None:
+    (folder / "net.py").write_text(NET + MASKED)
+    for dataset, loss, noted in (
+        ("masked", "net.py:mean", True),
+        ("whole", "net.py:mean", False),
+        ("masked", "net.py:summed", False),
+    ):
+        (folder / "run.yaml").write_text(f"""
+            model: {{_target_: net.py:Logits}}
+            weights: {weights}
+            inputs: [input_ids]
+            loss_fn: {{_target_: {loss}}}
+            dataset: {{_target_: net.py:{dataset}}}
+            step_scheduler: {{global_batch_size: 4, local_batch_size: 2, max_steps: 1}}
+            optimizer: {{_target_: torch.optim.SGD, lr: 0.1}}
+            output_dir: {dataset}_{loss[-4:]}
+        """)
+        done = run_here(folder, "finetune", "llm", "-c", "run.yaml")
+        assert done.status == 0, done.err
+        assert ("note: loss_fn: the loss is a mean over labels" in done.out) is noted, (dataset, loss)
 
 
 def test_aligned() -> None:

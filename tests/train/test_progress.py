@@ -39,6 +39,15 @@ def test_lines_say_what_changes() -> None:
     assert out.getvalue() == "step 1/2  loss 2.500  10 rows/s\n"
 
 
+def test_the_last_measured_bubble_stays() -> None:
+    out = io.StringIO()
+    with ProgressReporter(Console(file=out), 3) as reporter:
+        reporter.step(1, 2.5, "10 rows/s")
+        reporter.step(2, 2.5, "10 rows/s", 0.1234)
+        reporter.step(3, 2.5, "10 rows/s")
+    assert out.getvalue().splitlines()[1] == "step 3/3  loss 2.500  10 rows/s  measured bubble 12.3%"
+
+
 def test_pieces_that_are_compiled_are_announced(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first compiled step of a large model takes minutes."""
     monkeypatch.setattr(cache, "shared", cache.Cache(most=64))

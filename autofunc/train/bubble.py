@@ -1,0 +1,45 @@
+"""The bubble of a run, measured in a step now and then; the other steps pay nothing for it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+
+from autofunc.mesh import axis_group
+from autofunc.runtime.debug import observe_as
+from autofunc.runtime.measure import observed_step
+from autofunc.runtime.step import Observe, StepResult
+
+STEPS_BETWEEN = 50
+
+
+class BubbleMeter:
+    """Runs steps, and measures every so many of them, and the last.
+
+    Ranks of one process take turns, so that only processes of their own have a bubble; and where the environment asks to
+    look into each step, times would be those of looking.
+
+    Args:
+        mesh: of the run.
+        device: that this process computes on.
+        num_steps: of the run.
+    """
+
+    def __init__(self, mesh: DeviceMesh | None, device: torch.device, num_steps: int) -> None:
+        self._group, self._device, self._num_steps = axis_group(mesh, "pp"), device, num_steps
+        self._measures = self._group is not None and observe_as(os.environ) is None
+
+    def run(self, step: int, run: Callable[[Observe | None], StepResult]) -> tuple[StepResult, float | None]:
+        """Run a step; what it gives, and its bubble: None where that was not measured. All pp ranks call it alike.
+
+        Args:
+            step: its number, from 1 on. The first is never measured: what is built in it is no bubble.
+            run: runs it under an observer.
+        """
+        if not self._measures or step == 1 or (step % STEPS_BETWEEN and step != self._num_steps):
+            return run(None), None
+        result, timeline = observed_step(run, self._group, self._device)
+        return result, timeline.bubble_fraction
