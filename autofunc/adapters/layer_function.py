@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 from torch import Tensor
+from torch.autograd.graph import disable_saved_tensors_hooks
 
 from autofunc import random, tree
 from autofunc.adapters.adapter import HELD, A, B, Held
 from autofunc.adapters.products import Change, ChangedProducts, Drop
+from autofunc.errors import ModelError
 
 KeyOf = Callable[[Any], Tensor | None]
 """The key of a microbatch, from what `Specialised.share` gave."""
@@ -35,12 +38,28 @@ def with_adapters(layer: str, function: Callable[..., Any], held: Sequence[Held]
             drop = _dropping(each, key, f"{layer}.{each.weight}.lora")
             weight = own[each.weight]
             products.change(weight, Change(left, right, each.adapter.size.scale, each.weight, drop))
-        with products:
+        with products, _nothing_run_again(layer):
             made = function(tree.nest(own), x, entries, *state)
         products.check_read()
         return made
 
     return apply
+
+
+@contextmanager
+def _nothing_run_again(layer: str) -> Iterator[None]:
+    """Refuse `torch.utils.checkpoint`: what it runs again while gradients are computed has no adapters."""
+    words = (
+        f"layer {layer!r} has adapters and calls torch.utils.checkpoint, which would run it again without them; take the "
+        "call out, and say remat='layer' to af.pipeline"
+    )
+    try:
+        with disable_saved_tensors_hooks(words):
+            yield
+    except RuntimeError as error:
+        if str(error) != words:
+            raise
+        raise ModelError(words) from None
 
 
 def _dropping(held: Held, key: Tensor | None, name: str) -> Drop | None:

@@ -53,7 +53,6 @@ class AdaptedModel(Model):
         super().__init__(
             base.layers, ties=ties, config=base.config, trainable=[glob.escape(path) for path in (*trained, *self.saved)],
             tensor_parallel=base.tensor_parallel,
-            in_transformers=None if base.in_transformers is None else self._in_transformers,
         )  # fmt: skip
         self.stored = stored
         self.notes, self.uncut, self.frozen, self.state_spec = base.notes, base.uncut, base.frozen, base.state_spec
@@ -166,10 +165,6 @@ class AdaptedModel(Model):
     def to_module(self, params: tree.Nested, state: tree.Nested | None = None) -> nn.Module:
         """See `Model.to_module`: the module as it was captured, with the changes added to its weights."""
         return self.base.to_module(self.merged(params), state)
-
-    def _in_transformers(self, params: tree.Nested) -> tuple[Mapping[str, Any], Mapping[str, Tensor]]:
-        assert self.base.in_transformers is not None
-        return self.base.in_transformers(self.merged(params))
 
     # --- what runs
 

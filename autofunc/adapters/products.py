@@ -158,4 +158,5 @@ def _einsum(change: Change, given: Sequence[Any], place: int, times: float) -> T
 
 _MADE: Mapping[How, Callable[[Change, Sequence[Any], int, float], Tensor]] = {
     How.LINEAR: _linear, How.TIMES: _times, How.BEFORE: _before, How.EINSUM: _einsum,
+    How.EINSUM_OVER_ROWS: _einsum,
 }  # fmt: skip

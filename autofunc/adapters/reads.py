@@ -28,7 +28,8 @@ class How(Enum):
     LINEAR = "x V^T"
     TIMES = "x V"
     BEFORE = "V x"
-    EINSUM = "einsum"
+    EINSUM = "an einsum over the columns of V"
+    EINSUM_OVER_ROWS = "an einsum over the rows of V"
     LOOKED_UP = "rows of V"
     LIKE = "the dtype or shape of V"
     OTHER = "anything else"
@@ -83,7 +84,9 @@ def name_of(func: Callable[..., Any]) -> str:
 
 def operands(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
     """What a product is of, in the order of its arguments, however they were given."""
-    return [*args, *(kwargs[name] for name in _OPERANDS if name in kwargs)]
+    given = [*args, *(kwargs[name] for name in _OPERANDS if name in kwargs)]
+    in_list = len(given) > 1 and isinstance(given[0], str) and isinstance(given[1], (list, tuple))
+    return [given[0], *given[1]] if in_list else given
 
 
 def how_read(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], weight: Tensor) -> How:
@@ -102,8 +105,8 @@ def how_read(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str,
         return How.BEFORE if place == 0 else How.TIMES
     if name == "addmm" and place in (1, 2):
         return How.BEFORE if place == 1 else How.TIMES
-    if name == "einsum" and place is not None and _is_of_two(given, place):
-        return How.EINSUM
+    if name == "einsum" and place is not None:
+        return _einsum(given, place)
     if name.startswith("embedding"):
         return How.LOOKED_UP
     return How.OTHER
@@ -116,9 +119,12 @@ def _swaps(name: str, dims: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     return (first % 2, second % 2) == (1, 0) if name == "permute" else first % 2 != second % 2
 
 
-def _is_of_two(given: Sequence[Any], place: int) -> bool:
-    """Whether an einsum is of two tensors, the one at this place with two letters, and says what it returns."""
+def _einsum(given: Sequence[Any], place: int) -> How:
+    """An einsum of two tensors, the one at this place with two letters; anything else is no product."""
     if len(given) != 3 or not isinstance(given[0], str) or "->" not in given[0]:
-        return False
-    letters = given[0].partition("->")[0].replace(" ", "").split(",")[place - 1]
-    return len(set(letters)) == len(letters) == 2
+        return How.OTHER
+    terms, result = given[0].replace(" ", "").split("->")
+    letters = terms.split(",")[place - 1]
+    if not len(set(letters)) == len(letters) == 2:
+        return How.OTHER
+    return How.EINSUM_OVER_ROWS if letters[0] not in result else How.EINSUM

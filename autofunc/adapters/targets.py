@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -19,7 +19,11 @@ from autofunc.model import Model
 ALL_LINEAR: Literal["all-linear"] = "all-linear"
 """PEFT's word for every weight that is multiplied by, but for the output layer's."""
 
-_MULTIPLIED = {How.LINEAR, How.TIMES, How.BEFORE, How.EINSUM}
+_MULTIPLIED = {How.LINEAR, How.TIMES, How.BEFORE, How.EINSUM, How.EINSUM_OVER_ROWS}
+_OVER_ROWS = {How.TIMES, How.EINSUM_OVER_ROWS}
+_OF_TURNED = {
+    How.LINEAR: How.TIMES, How.TIMES: How.LINEAR, How.EINSUM: How.EINSUM_OVER_ROWS, How.EINSUM_OVER_ROWS: How.EINSUM,
+}  # fmt: skip
 
 Seen = Mapping[str, set[How]]
 """By the home of a weight: how it is read."""
@@ -90,8 +94,13 @@ def _named(what: str, patterns: Sequence[str], weights: Mapping[str, Tensor], al
                 f"lora: {what} {pattern!r} names {other!r} of shape {tuple(all_[other].shape)}; an adapter fits weights of "
                 f"two dims, such as {some_of(map(part_of, weights), 3)}"
             )
-        raise ModelError(f"lora: {what} {pattern!r} names no weight; {one_of(pattern, map(part_of, weights))}")
+        raise ModelError(f"lora: {what} {pattern!r} names no weight; {one_of(pattern, _endings(weights))}")
     return [path for path in weights if matching(path, patterns)]
+
+
+def _endings(weights: Iterable[str]) -> list[str]:
+    """What weights are named by, without what all blocks repeat: `q_proj`."""
+    return list(dict.fromkeys(part_of(path).rpartition(".")[2] for path in weights))
 
 
 def _all_linear(base: Model, weights: Mapping[str, Tensor], reads: Seen | None) -> list[str]:
@@ -127,7 +136,8 @@ def _adapter(path: str, weight: Tensor, size: Rank, reads: Seen | None) -> Adapt
 
 def is_in_out(path: str, reads: Seen | None) -> bool:
     """Whether a weight is stored as (in, out): wherever it is read, something is multiplied by it as it is."""
-    return (reads or {}).get(path) == {How.TIMES}
+    seen = (reads or {}).get(path, set())
+    return bool(seen) and seen <= _OVER_ROWS
 
 
 # --- how a model reads its weights
@@ -148,7 +158,7 @@ class _Noted(Reads):
             return self.know(result, (path, is_turned != (how is How.TURNED)))
         if how is How.LIKE or not any(isinstance(leaf, Tensor) for leaf in tree.leaves_and_spec(result)[0]):
             return result
-        seen = {How.LINEAR: How.TIMES, How.TIMES: How.LINEAR}.get(how, how) if is_turned else how
+        seen = _OF_TURNED.get(how, how) if is_turned else how
         for each, _ in known.values():
             self.found.setdefault(each, set()).add(seen)
         return result

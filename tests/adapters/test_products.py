@@ -45,6 +45,7 @@ PRODUCTS: dict[str, Callable[[Tensor], Tensor]] = {
     "aten.addmm": lambda w: aten.addmm.default(BIAS, X[0], aten.t.default(w)),
     "einsum": lambda w: torch.einsum("btd,od->bto", X, w),
     "einsum, weight first": lambda w: torch.einsum("od, ...d -> ...o", w, X),
+    "einsum of a list": lambda w: aten.einsum.default("btd,od->bto", [X, w]),
     "einsum over the rows": lambda w: torch.einsum("bto,od->btd", Y, w),
     "einsum that sums nothing": lambda w: torch.einsum("btd,od->btod", X, w),
     "in another dtype": lambda w: X.float() @ w.float().t(),
