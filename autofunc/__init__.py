@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from autofunc import errors, losses, random, schedule, tree
+    from autofunc.adapters import load_adapter, lora, merge_lora, save_adapter
     from autofunc.automodel import AutoModel, register_architecture, register_modeling_path
     from autofunc.captured import empty_weights, from_function
     from autofunc.checkpoint import Checkpoint, load, save
@@ -51,13 +52,17 @@ _HOME = {
     "from_function": "autofunc.captured",
     "from_module": "autofunc.whole_module",
     "load": "autofunc.checkpoint",
+    "load_adapter": "autofunc.adapters",
+    "lora": "autofunc.adapters",
     "make_mesh": "autofunc.mesh",
+    "merge_lora": "autofunc.adapters",
     "optimizer": "autofunc.optim",
     "pipeline": "autofunc.transform",
     "reference_value_and_grad": "autofunc.reference",
     "register_architecture": "autofunc.automodel",
     "register_modeling_path": "autofunc.automodel",
     "save": "autofunc.checkpoint",
+    "save_adapter": "autofunc.adapters",
     "split": "autofunc.splitting",
     "split_point": "autofunc.markers",
     "value_and_grad": "autofunc.transform",
@@ -84,8 +89,11 @@ __all__ = [
     "from_function",
     "from_module",
     "load",
+    "load_adapter",
+    "lora",
     "losses",
     "make_mesh",
+    "merge_lora",
     "optimizer",
     "pipeline",
     "random",
@@ -93,6 +101,7 @@ __all__ = [
     "register_architecture",
     "register_modeling_path",
     "save",
+    "save_adapter",
     "schedule",
     "split",
     "split_point",

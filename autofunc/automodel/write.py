@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from autofunc import tree
+from autofunc.adapters import AdaptedModel
 from autofunc.automodel.description import CONFIG, values_of
 from autofunc.automodel.in_transformers import is_model
 from autofunc.automodel.registry import ARCHITECTURES, model_type_of
@@ -33,7 +34,8 @@ def write_pretrained(
     A model of transformers is written by its own `save_pretrained`: tied parameters once, its generation config, and
     weights in the form in which its checkpoints store them. Any other module needs a `config` attribute; its folder is for
     `af.AutoModel.from_pretrained`, once its class is registered. The module stays as it is. A model of pure layers is
-    written as it says that it is in transformers (`Model.in_transformers`), as those of `stages/` do.
+    written as it says that it is in transformers (`Model.in_transformers`), as those of `stages/` do. Of a model with
+    adapters the base is written, with their changes added to its weights.
 
     Args:
         model: what the parameters are of; its module may be on the meta device.
@@ -49,6 +51,8 @@ def write_pretrained(
         ModelError: for parameters that are missing, unknown or of another shape, and for a config that is none.
     """
     folder = Path(folder).expanduser()
+    if isinstance(model, AdaptedModel):
+        params, model = model.merged(_flat(params)), model.base
     if isinstance(model, Model) and not isinstance(model, CapturedModel):
         config, leaves = _in_transformers(model, _flat(params))
         _write_files(folder, config, leaves, max_shard_size)

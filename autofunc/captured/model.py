@@ -83,6 +83,11 @@ class CapturedModel(Model):
         self.uncut = f"{self._source.what} was captured with the sizes of the whole in its graph"
 
     @property
+    def example(self) -> Mapping[str, Any]:
+        """The batch that it was captured with first."""
+        return self._example
+
+    @property
     def used(self) -> list[str]:
         """Canonical paths of the parameters that a layer uses, and of those that could be trained and none uses."""
         return list(dict.fromkeys(name for owned in self._holders.values() for name in owned))

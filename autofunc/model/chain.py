@@ -151,6 +151,10 @@ class Model(GivenBack):
     uncut: str | None = None
     """Why its parameters cannot be cut over tensor parallel ranks by any table; None: by one that fits they can."""
 
+    def spread_by(self, table: TensorParallel) -> TensorParallel:
+        """A table of this model's parameters with what the model adds to it."""
+        return table
+
     def specialise(
         self,
         microbatch: Mapping[str, Any] | None = None,

@@ -35,6 +35,10 @@ class TensorParallel:
             except ModelError as error:
                 raise ModelError(f"tensor parallel table, {pattern!r}: {error}") from error
 
+    def placement(self, path: str) -> str:
+        """How a parameter lies, by its canonical path."""
+        return next((each for pattern, each in self.params.items() if tree.matches(path, [pattern])), "replicate")
+
 
 def cut_dims(table: TensorParallel, spec: Mapping[str, torch.Tensor], size: int) -> dict[str, int]:
     """The dim along which each parameter is cut; those that are whole are left out.
@@ -56,7 +60,7 @@ def cut_dims(table: TensorParallel, spec: Mapping[str, torch.Tensor], size: int)
             raise MeshError(f"tp={size} does not divide {name}={number}; {_fitting(number)}")
     dims: dict[str, int] = {}
     for path, leaf in spec.items():
-        placement = next((each for pattern, each in table.params.items() if tree.matches(path, [pattern])), "replicate")
+        placement = table.placement(path)
         dim = sharded_dim(placement)
         if dim is None:
             continue

@@ -302,4 +302,4 @@ def cut_over_tp(model: Model, size: int, sharding: Sharding) -> dict[str, int]:
             f"the mesh has tp={size}, but the model has no placement table for its parameters; give it one "
             "(af.Model(..., tensor_parallel=...) or af.Sharding(tensor_parallel={'*.weight': 'shard(0)'})), or use tp=1"
         )
-    return cut_dims(table, canonical, size)
+    return cut_dims(model.spread_by(table), canonical, size)

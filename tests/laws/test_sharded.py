@@ -36,6 +36,8 @@ def build(name: str) -> af.Model:
             n_head=2,
             resid_pdrop=0.1 if name == "gpt2 with dropout" else 0.0,
         )
+    if name == "llama with adapters":
+        return af.lora(build("llama"), ["*_proj"], rank=2, alpha=4, dropout=0.1, modules_to_save=["norm"])
     return build_llama_model(
         vocab_size=18,
         hidden_size=8,
@@ -257,3 +259,9 @@ def test_bf16_follows_one_process_in_bf16(workers: WorkerPool, name: str, sizes:
     for path, leaf in params.items():
         torch.testing.assert_close(found[2][path], leaf, rtol=tolerance, atol=tolerance)
         assert leaf.dtype == torch.float32
+
+
+@pytest.mark.parametrize("mesh", ["pp dp", *(pytest.param(mesh, marks=pytest.mark.full) for mesh in ("pp tp", "dp tp"))])
+def test_adapters(workers: WorkerPool, mesh: str) -> None:
+    """Factors are cut as their weights are, and dropout draws the same."""
+    check(workers, "llama with adapters", "zb_h1", MESHES[mesh], sequence_parallel=mesh == "dp tp")

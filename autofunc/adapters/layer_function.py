@@ -1,0 +1,74 @@
+"""A layer's function with adapters: the layer as it is, with changed products."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+from torch.autograd.graph import disable_saved_tensors_hooks
+
+from autofunc import random, tree
+from autofunc.adapters.adapter import HELD, A, B, Held
+from autofunc.adapters.products import Change, ChangedProducts, Drop
+from autofunc.errors import ModelError
+
+KeyOf = Callable[[Any], Tensor | None]
+"""The key of a microbatch, from what `Specialised.share` gave."""
+
+
+def with_adapters(layer: str, function: Callable[..., Any], held: Sequence[Held], key_of: KeyOf) -> Callable[..., Any]:
+    """A `LayerFunction` or a `StatefulFunction` whose parameters have the factors beside its own.
+
+    Args:
+        layer: its name.
+        function: the layer's own.
+        held: its adapters.
+        key_of: where dropout draws from.
+    """
+
+    def apply(params: Mapping[str, Any], x: Any, entries: Any, *state: Any) -> Any:
+        own = tree.flatten({name: value for name, value in params.items() if name not in HELD.values()})
+        a, b = (tree.flatten(params[HELD[name]]) for name in (A, B))
+        products, key = ChangedProducts(layer), key_of(entries)
+        for each in held:
+            left, right = each.adapter.factors(a[each.weight], b[each.weight])
+            drop = _dropping(each, key, f"{layer}.{each.weight}.lora")
+            weight = own[each.weight]
+            products.change(weight, Change(left, right, each.adapter.size.scale, each.weight, drop))
+        with products, _nothing_run_again(layer):
+            made = function(tree.nest(own), x, entries, *state)
+        products.check_read()
+        return made
+
+    return apply
+
+
+@contextmanager
+def _nothing_run_again(layer: str) -> Iterator[None]:
+    """Refuse `torch.utils.checkpoint`: what it runs again while gradients are computed has no adapters."""
+    words = (
+        f"layer {layer!r} has adapters and calls torch.utils.checkpoint, which would run it again without them; take the "
+        "call out, and say remat='layer' to af.pipeline"
+    )
+    try:
+        with disable_saved_tensors_hooks(words):
+            yield
+    except RuntimeError as error:
+        if str(error) != words:
+            raise
+        raise ModelError(words) from None
+
+
+def _dropping(held: Held, key: Tensor | None, name: str) -> Drop | None:
+    """Dropout that draws anew at each product; None without a key, which is evaluation."""
+    if key is None or not held.adapter.size.dropout:
+        return None
+    calls = iter(range(1 << 30))
+
+    def drop(x: Tensor) -> Tensor:
+        return random.dropout(x, held.adapter.size.dropout, {random.KEY: key}, f"{name}#{next(calls)}")
+
+    return partial(drop)
