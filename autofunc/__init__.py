@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from autofunc.markers import split_point
     from autofunc.mesh import data_coordinate, make_mesh
     from autofunc.model import Layer, Model, TensorParallel
-    from autofunc.optim import Optimizer, optimizer
+    from autofunc.optim import LearningRate, Optimizer, lr_schedule, optimizer, optimizers
     from autofunc.pipe import Pipeline
     from autofunc.reference import reference_value_and_grad
     from autofunc.runtime.watchdog import watchdog
@@ -36,6 +36,7 @@ _HOME = {
     "AutoModel": "autofunc.automodel",
     "AutofuncError": "autofunc.errors",
     "Layer": "autofunc.model",
+    "LearningRate": "autofunc.optim",
     "Model": "autofunc.model",
     "Optimizer": "autofunc.optim",
     "Pipeline": "autofunc.pipe",
@@ -48,8 +49,10 @@ _HOME = {
     "empty_weights": "autofunc.captured",
     "from_function": "autofunc.captured",
     "from_module": "autofunc.whole_module",
+    "lr_schedule": "autofunc.optim",
     "make_mesh": "autofunc.mesh",
     "optimizer": "autofunc.optim",
+    "optimizers": "autofunc.optim",
     "pipeline": "autofunc.transform",
     "reference_value_and_grad": "autofunc.reference",
     "register_architecture": "autofunc.automodel",
@@ -65,6 +68,7 @@ __all__ = [
     "AutoModel",
     "AutofuncError",
     "Layer",
+    "LearningRate",
     "Model",
     "Optimizer",
     "Pipeline",
@@ -79,8 +83,10 @@ __all__ = [
     "from_function",
     "from_module",
     "losses",
+    "lr_schedule",
     "make_mesh",
     "optimizer",
+    "optimizers",
     "pipeline",
     "random",
     "reference_value_and_grad",

@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted((ROOT / "autofunc").rglob("*.py"))
 assert SOURCES
-DISTRIBUTED_FROM = {"mesh.py", "shard", "compatible.py", "pipe.py", "held.py", "transform.py", "runtime", "train"}
+DISTRIBUTED_FROM = {"mesh.py", "shard", "optim", "compatible.py", "pipe.py", "held.py", "transform.py", "runtime", "train"}
 
 
 def imports(path: Path) -> set[str]:

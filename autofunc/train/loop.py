@@ -89,13 +89,17 @@ def train(
         del ran
         if recipe.max_norm is not None:
             grads = pipe.scaled(grads, norm, recipe.max_norm)
-        params, optimizer_state = recipe.optimizer.update(grads, optimizer_state, params)
+        lr = None if recipe.lr_at is None else recipe.lr_at(step)
+        params, optimizer_state = recipe.optimizer.update(grads, optimizer_state, params, lr=lr)
         seconds = time.perf_counter() - clock  # the wait for data included
         training_seconds += seconds
         tokens = sum(_count_tokens(part) for part in parts)
-        reporter.step(step, loss_value, f"{tokens / seconds:,.0f} {_unit(parts)}/s")
+        reporter.step(step, loss_value, f"{tokens / seconds:,.0f} {_unit(parts)}/s" + (f"  lr {lr:.2e}" if lr else ""))
         if metrics is not None:
-            metrics.write(step=step, loss=loss_value, grad_norm=norm_value, num_tokens=tokens, step_time_ms=seconds * 1e3)
+            metrics.write(
+                step=step, loss=loss_value, grad_norm=norm_value, lr=recipe.optimizer.lr if lr is None else lr,
+                num_tokens=tokens, step_time_ms=seconds * 1e3,
+            )  # fmt: skip
         if step == recipe.num_steps or (recipe.val_every_steps and step % recipe.val_every_steps == 0):
             validation_loss = validate(recipe, pipe, params, state, device, reporter)
             if validation_loss is not None:
