@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from autofunc.markers import split_point
     from autofunc.mesh import data_coordinate, make_mesh
     from autofunc.model import Layer, Model, TensorParallel
-    from autofunc.optim import Optimizer, optimizer
+    from autofunc.optim import LearningRate, Optimizer, lr_schedule, optimizer, optimizers
     from autofunc.pipe import Pipeline
     from autofunc.reference import reference_value_and_grad
     from autofunc.runtime.watchdog import watchdog
@@ -39,6 +39,7 @@ _HOME = {
     "AutofuncError": "autofunc.errors",
     "Checkpoint": "autofunc.checkpoint",
     "Layer": "autofunc.model",
+    "LearningRate": "autofunc.optim",
     "Model": "autofunc.model",
     "Optimizer": "autofunc.optim",
     "Pipeline": "autofunc.pipe",
@@ -54,9 +55,11 @@ _HOME = {
     "load": "autofunc.checkpoint",
     "load_adapter": "autofunc.adapters",
     "lora": "autofunc.adapters",
+    "lr_schedule": "autofunc.optim",
     "make_mesh": "autofunc.mesh",
     "merge_lora": "autofunc.adapters",
     "optimizer": "autofunc.optim",
+    "optimizers": "autofunc.optim",
     "pipeline": "autofunc.transform",
     "reference_value_and_grad": "autofunc.reference",
     "register_architecture": "autofunc.automodel",
@@ -75,6 +78,7 @@ __all__ = [
     "AutofuncError",
     "Checkpoint",
     "Layer",
+    "LearningRate",
     "Model",
     "Optimizer",
     "Pipeline",
@@ -92,9 +96,11 @@ __all__ = [
     "load_adapter",
     "lora",
     "losses",
+    "lr_schedule",
     "make_mesh",
     "merge_lora",
     "optimizer",
+    "optimizers",
     "pipeline",
     "random",
     "reference_value_and_grad",

@@ -18,6 +18,7 @@ assert SOURCES
 DISTRIBUTED_FROM = {
     "mesh.py",
     "checkpoint",
+    "optim",
     "shard",
     "compatible.py",
     "pipe.py",

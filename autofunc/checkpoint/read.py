@@ -20,7 +20,8 @@ from autofunc.checkpoint.folder import OPTIMIZER, PARAMS, STATE, read_extra, rea
 from autofunc.checkpoint.write import flat_trees, hush, message_of
 from autofunc.errors import CheckpointError, some_of
 from autofunc.model import Model
-from autofunc.optim import Optimizer, path_of_slot
+from autofunc.optim import Optimizer
+from autofunc.optim.state import OUTSIDE, path_of_slot
 from autofunc.pipe import Pipeline
 from autofunc.shard.dtensors import local
 from autofunc.shown import shown
@@ -129,8 +130,8 @@ def _slots(
         return params, tree.flatten(fresh)
     params, made = optimizer.update(zeros, fresh, params)
     slots = tree.flatten(made)
-    outside = {name for name in has if Optimizer.is_outside(name)}
-    missing = [name for name in slots if name not in has and not Optimizer.is_outside(name)]
+    outside = {name for name in has if name.startswith(OUTSIDE)}
+    missing = [name for name in slots if name not in has and not name.startswith(OUTSIDE)]
     more = sorted(name for name in has - set(slots) if path_of_slot(name, zeros))
     if missing or more:
         differs = f"it lacks {some_of(missing)}" if missing else f"it keeps {some_of(more)}, which this one does not"

@@ -16,7 +16,7 @@ _MADE_OF = (Union, UnionType, list, dict, Sequence, Mapping)
 
 
 def check_arguments(
-    target: Callable[..., Any], given: Mapping[str, Any], where: str, name: str, given_later: int = 0
+    target: Callable[..., Any], given: Mapping[str, Any], where: str, name: str, given_later: int | str = 0
 ) -> dict[str, Any]:
     """Compare arguments with the target's signature.
 
@@ -25,7 +25,8 @@ def check_arguments(
         given: keyword arguments.
         where: the section, for messages.
         name: of the target, for messages.
-        given_later: how many leading arguments the caller passes itself.
+        given_later: how many leading arguments the caller passes itself; or the name of the one argument that it passes,
+            which is the first where none has that name.
 
     Returns:
         The arguments; those that came from a variable of the environment are numbers where the signature does not say text.
@@ -37,7 +38,7 @@ def check_arguments(
     parameters = _parameters(target)
     if parameters is None:
         return {key: read_environment(value) for key, value in given.items()}
-    by_name = {parameter.name: parameter for parameter in parameters[given_later:]}
+    by_name = {parameter.name: parameter for parameter in _left(parameters, given_later)}
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
     known = [
         key
@@ -75,6 +76,14 @@ def _parameters(target: Callable[..., Any]) -> list[inspect.Parameter] | None:
         return list(inspect.signature(target, eval_str=True).parameters.values())
     except Exception:  # annotations that only a type checker can follow
         return list(plain.parameters.values())
+
+
+def _left(parameters: list[inspect.Parameter], given_later: int | str) -> list[inspect.Parameter]:
+    """What the caller does not pass itself."""
+    if isinstance(given_later, int):
+        return parameters[given_later:]
+    others = [parameter for parameter in parameters if parameter.name != given_later]
+    return others if len(others) < len(parameters) else parameters[1:]
 
 
 def _is_made(value: Any) -> bool:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from autofunc.errors import one_of
 
 _PACKAGE = "nemo_automodel"
+_OVERRIDES = "param_group_overrides"
+_PLAIN_TOKENS = re.compile(r"\\\.|\.\*|\.|[\w-]")
+_AS_GLOB = {"\\.": ".", ".*": "*", ".": "?"}
 
 RENAMED: Mapping[str, str] = {
     "build_gpt2_model": "stages.gpt2.build_gpt2_model",
@@ -45,4 +49,42 @@ def with_new_names(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[str], l
 
     renamed = visit(dict(raw), "")
     near = one_of(unknown[0].rpartition(".")[2] if unknown else "", RENAMED)
-    return renamed, notes, [f"{', '.join(unknown)}, of NeMo AutoModel, has no name here; {near}"] if unknown else []
+    problems = [f"{', '.join(unknown)}, of NeMo AutoModel, has no name here; {near}"] if unknown else []
+    return renamed, notes, problems + _with_param_groups(renamed, notes)
+
+
+def _with_param_groups(raw: dict[str, Any], notes: list[str]) -> list[str]:
+    """Make `optimizer.param_group_overrides`, whose patterns are searched for, `optimizer.param_groups`; what is wrong."""
+    section = raw.get("optimizer")
+    given = section.get(_OVERRIDES) if isinstance(section, dict) else None
+    if not isinstance(section, dict) or not isinstance(given, list) or not all(isinstance(each, dict) for each in given):
+        return []
+    if "param_groups" in section:
+        return [f"optimizer has both param_groups and {_OVERRIDES}; give one of them"]
+    groups: list[dict[str, Any]] = []
+    for number, group in enumerate(given):
+        where = f"optimizer.{_OVERRIDES}[{number}].pattern"
+        globs = _globs(group.get("pattern"))
+        if not globs:
+            return [
+                f"{where}: {group.get('pattern')!r} cannot be written as shell-style patterns, which are what "
+                "optimizer.param_groups takes, such as '*.bias'"
+            ]
+        notes.append(f"{where}: {group['pattern']!r}, searched for in paths, is {' or '.join(globs)} here")
+        groups += [{**group, "pattern": glob} for glob in globs]
+    del section[_OVERRIDES]
+    section["param_groups"] = groups
+    return []
+
+
+def _globs(pattern: Any) -> list[str]:
+    """Shell-style patterns of the paths in which a regular expression is found; none where there are no such."""
+    found = []
+    for part in pattern.split("|") if isinstance(pattern, str) else ():
+        body = part.removeprefix("^").removesuffix("$")
+        tokens = _PLAIN_TOKENS.findall(body)
+        if not body or "".join(tokens) != body:
+            return []
+        glob = "".join(_AS_GLOB.get(token, token) for token in tokens)
+        found.append(("" if part.startswith("^") else "*") + glob + ("" if part.endswith("$") else "*"))
+    return found

@@ -8,7 +8,10 @@ from typing import Any
 _OFTEN = "step_scheduler.ckpt_every_steps, and a section checkpoint"
 _RESUME = "checkpoint.restore_from: a folder, LATEST or AUTO"
 _DCP = "nothing: torch.distributed.checkpoint, which every layout reads"
-_CONSTANT = "there is no schedule of it; the learning rate is constant"
+_DECAY = "lr_scheduler.lr_decay_style: cosine, linear, constant, inverse-square-root or WSD"
+_WARMUP = "lr_scheduler.lr_warmup_steps"
+_CONSTANT_WD = "weight decay is constant: optimizer.weight_decay"
+_NO_STATE = "nothing: the learning rate depends on the step alone"
 _LOGS = "every step is in metrics.jsonl in output_dir"
 _TEXTS = "rows of one length; autofunc.data.TextFolder joins texts"
 
@@ -29,10 +32,10 @@ HF_TRAINER: Mapping[str, str] = {
     "max_grad_norm": "clip_grad_norm.max_norm",
     "num_train_epochs": "step_scheduler.num_epochs",
     "max_steps": "step_scheduler.max_steps",
-    "lr_scheduler_type": _CONSTANT,
-    "lr_scheduler_kwargs": _CONSTANT,
-    "warmup_steps": _CONSTANT,
-    "warmup_ratio": _CONSTANT,
+    "lr_scheduler_type": _DECAY,
+    "lr_scheduler_kwargs": "lr_scheduler, such as lr_decay_steps and min_lr",
+    "warmup_steps": _WARMUP,
+    "warmup_ratio": f"{_WARMUP}, a number of steps",
     "bf16": _PRECISION,
     "fp16": f"float16 would need loss scaling, which is not supported; {_PRECISION}",
     "gradient_checkpointing": "distributed.remat: layer",
@@ -78,7 +81,10 @@ TORCHTITAN: Mapping[str, str] = {
     "optimizer.beta1": _BETAS,
     "optimizer.beta2": _BETAS,
     "optimizer.implementation": "optimizer.fused or optimizer.foreach: true",
-    "lr_scheduler": _CONSTANT,
+    "lr_scheduler.warmup_steps": _WARMUP,
+    "lr_scheduler.decay_ratio": "lr_scheduler.wsd_decay_steps, of lr_decay_style: WSD",
+    "lr_scheduler.decay_type": _DECAY,
+    "lr_scheduler.min_lr_factor": "lr_scheduler.min_lr",
     "training.steps": "step_scheduler.max_steps",
     "training.local_batch_size": "step_scheduler.local_batch_size is rows of a microbatch, global_batch_size of a step",
     "training.batch_size": "step_scheduler.local_batch_size is rows of a microbatch, global_batch_size of a step",
@@ -148,7 +154,12 @@ AUTOMODEL: Mapping[str, str] = {
     "validation_dataloader": "nothing: validation rows are loaded as dataloader says",
     "validation_dataset_name": "validation_dataset: {_target_: ...}",
     "packed_sequence": _TEXTS,
-    "lr_scheduler": _CONSTANT,
+    "lr_scheduler.start_wd": _CONSTANT_WD,
+    "lr_scheduler.end_wd": _CONSTANT_WD,
+    "lr_scheduler.wd_incr_steps": _CONSTANT_WD,
+    "lr_scheduler.wd_incr_style": _CONSTANT_WD,
+    "lr_scheduler.use_checkpoint_opt_param_scheduler": _NO_STATE,
+    "lr_scheduler.override_opt_param_scheduler": _NO_STATE,
     "peft": "trainable, patterns of parameters; a model with adapters from model._target_",
     "wandb": _LOGS,
     "mlflow": _LOGS,

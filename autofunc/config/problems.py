@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, get_args
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
@@ -14,6 +14,9 @@ from autofunc.shown import quoted
 
 MOST = 14
 """Problems that are told at once."""
+
+HAS_TARGET, HAS_KEYS, IS_LIST = "(_target_)", "(keys)", "(list)"
+"""Of a section that is one of several kinds: what pydantic puts into the location of a problem, which is no key."""
 
 _A_SECTION = "expected a section, with keys of its own"
 _TYPES = {"model_type": _A_SECTION, "dict_type": _A_SECTION, "too_short": "expected one or more, or to leave it out"}
@@ -35,12 +38,13 @@ def in_words(error: ValidationError, section: type[BaseModel]) -> list[str]:
     found: dict[tuple[str, str], list[str]] = {}
     told: list[str] = []
     for detail in error.errors():
-        location = [str(part) for part in detail["loc"]]
+        location = [str(part) for part in detail["loc"] if part not in (HAS_TARGET, HAS_KEYS, IS_LIST)]
         if detail["type"] == "extra_forbidden":
             known = [*_keys_below(section, location[:-1])]
             told += unknown_key(location, detail["input"], one_of(location[-1], known))
         elif detail["type"] == "missing":
-            told.append(f"missing section {'.'.join(location)!r}")
+            kind = "section" if len(location) == 1 else "key"
+            told.append(f"missing {kind} {_path(section, location)!r}")
         else:
             given, path = detail["input"], _path(section, location)
             found.setdefault((path, _got(detail, given)), []).append(_expected(detail, given))
@@ -87,21 +91,33 @@ def _joined(expected: list[str]) -> str:
 def _path(section: type[BaseModel], location: list[str]) -> str:
     """The dotted key: after that of a field of several types pydantic has the name of the type that did not fit."""
     path: list[str] = []
+    shown = ""
     known = list(section.model_fields)
     for part in location:
-        if part not in known:
+        if part.isdigit() and path:
+            shown += f"[{part}]"
+        elif part in known:
+            path.append(part)
+            shown = f"{shown}.{part}" if shown else part
+            known = _keys_below(section, path)
+        else:
             break
-        path.append(part)
-        known = _keys_below(section, path)
-    return ".".join(path)
+    return shown
 
 
 def _keys_below(section: type[BaseModel], path: list[str]) -> list[str]:
     for part in path:
         field = section.model_fields.get(part)
         kind = field.annotation if field is not None else None
-        kinds = [each for each in (kind, *get_args(kind)) if isinstance(each, type) and issubclass(each, BaseModel)]
+        kinds = {each for each in _members(kind) if isinstance(each, type) and issubclass(each, BaseModel)}
         if not kinds:
             return []
         (section,) = kinds
     return list(section.model_fields)
+
+
+def _members(kind: Any) -> Iterator[Any]:
+    """A type and all that it is made of, and the section that says which keys a mapping has."""
+    yield getattr(kind, "section", kind)
+    for part in get_args(kind):
+        yield from _members(part)

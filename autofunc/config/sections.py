@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from autofunc.config.arguments import check_arguments
 from autofunc.config.problems import all_at_once
 from autofunc.config.schema import FinetuneConfig
 from autofunc.config.target import resolve_target
+from autofunc.config.updates import OPTIMIZER_KEYS
 from autofunc.errors import ConfigError
 
-GIVEN_LATER: Mapping[str, int] = {"model": 0, "dataset": 0, "validation_dataset": 0, "optimizer": 1, "loss_fn": 2}
-"""By section: how many leading arguments are not in the file."""
+GIVEN_LATER: Mapping[str, int | str] = {
+    "model": 0, "dataset": 0, "validation_dataset": 0, "optimizer": 1, "lr_scheduler": "optimizer", "loss_fn": 2,
+}  # fmt: skip
+"""By section: how many leading arguments are not in the file, or the name of the one that is not."""
 
 _KNOWN = ("autofunc.", "stages.", "torch.")
 
@@ -23,8 +27,7 @@ def check_targets(config: FinetuneConfig) -> None:
     Raises:
         ConfigError: listing every problem.
     """
-    sections = {name: getattr(config, name) for name in GIVEN_LATER}
-    problems = [line for name, section in sections.items() if section is not None for line in _problems(name, section)]
+    problems = [line for name in GIVEN_LATER for line in _problems(name, getattr(config, name))]
     if problems:
         raise ConfigError(all_at_once(problems))
 
@@ -37,8 +40,10 @@ def target_and_arguments(section: Mapping[str, Any], where: str) -> tuple[Callab
     """
     name = section["_target_"]
     target = resolve_target(name, f"{where}._target_")
-    given = {key: value for key, value in section.items() if key != "_target_"}
-    return target, check_arguments(target, given, where, name, GIVEN_LATER[where])
+    root = re.split(r"[.[]", where)[0]
+    left_out = ("_target_", *OPTIMIZER_KEYS) if root == "optimizer" else ("_target_",)
+    given = {key: value for key, value in section.items() if key not in left_out}
+    return target, check_arguments(target, given, where, name, GIVEN_LATER[root])
 
 
 def problems_of_known(raw: Mapping[str, Any]) -> list[str]:
@@ -46,14 +51,28 @@ def problems_of_known(raw: Mapping[str, Any]) -> list[str]:
     found: list[str] = []
     for name in GIVEN_LATER:
         section = raw.get(name)
-        if isinstance(section, Mapping) and str(section.get("_target_")).startswith(_KNOWN):
-            found += _problems(name, section)
+        for where, each in _each(name, section):
+            if str(each.get("_target_")).startswith(_KNOWN):
+                found += _problems(where, each)
     return found
 
 
-def _problems(name: str, section: Mapping[str, Any]) -> list[str]:
-    try:
-        target_and_arguments(section, name)
-    except ConfigError as error:
-        return str(error).splitlines()
-    return []
+def _each(name: str, section: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The section if it names a target, those in a list, and the schedulers inside a scheduler: each with its name."""
+    if isinstance(section, list):
+        for number, each in enumerate(section):
+            yield from _each(f"{name}[{number}]", each)
+    elif isinstance(section, Mapping) and "_target_" in section:
+        yield name, section
+        if name.startswith("lr_scheduler"):
+            yield from _each(f"{name}.schedulers", section.get("schedulers"))
+
+
+def _problems(name: str, section: Any) -> list[str]:
+    found: list[str] = []
+    for where, each in _each(name, section):
+        try:
+            target_and_arguments(each, where)
+        except ConfigError as error:
+            found += str(error).splitlines()
+    return found

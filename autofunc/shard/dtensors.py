@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 
 
 def local(leaf: Tensor) -> Tensor:
@@ -28,6 +28,30 @@ def on_mesh(leaf: DTensor, part: Tensor) -> DTensor:
     return DTensor.from_local(
         part, leaf.device_mesh, leaf.placements, run_check=False, shape=leaf.shape, stride=leaf.stride()
     )  # fmt: skip
+
+
+def gathered(leaf: Tensor) -> Tensor:
+    """A leaf put together from all ranks that have a part of it, which all call it; a copy of what is no DTensor too."""
+    with torch.no_grad():
+        if not isinstance(leaf, DTensor):
+            return leaf.detach().clone()
+        leaf = on_mesh(leaf, leaf.to_local())  # moves an offloaded part to the mesh's device, where collectives are
+        for axis in range(len(leaf.placements)):  # one at a time, dp_shard first: FSDP cuts what tp has cut
+            leaf = leaf.redistribute(placements=[*leaf.placements[:axis], Replicate(), *leaf.placements[axis + 1 :]])
+        whole: Tensor = leaf.to_local()
+        return whole.clone()
+
+
+def cut_as(leaf: Tensor, whole: Tensor) -> Tensor:
+    """This process's part of a whole tensor, as another leaf lies; nothing is sent."""
+    if not isinstance(leaf, DTensor):
+        return whole
+    with torch.no_grad():
+        placements = [Replicate() for _ in leaf.placements]
+        made = DTensor.from_local(whole, leaf.device_mesh, placements, run_check=False)
+        for axis in reversed(range(len(placements))):  # the opposite of `gathered`
+            made = made.redistribute(placements=[*placements[:axis], *leaf.placements[axis:]])
+        return like(leaf, made.to_local().clone(memory_format=torch.contiguous_format))
 
 
 def settled(part: Tensor) -> Tensor:

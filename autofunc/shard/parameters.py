@@ -21,7 +21,7 @@ from autofunc.errors import AutofuncError, MeshError, ModelError
 from autofunc.mesh import axis_size, coordinate, data_coordinate
 from autofunc.model import Model, cut_dims
 from autofunc.shard.data_sum import OverData
-from autofunc.shard.dtensors import local, on_mesh
+from autofunc.shard.dtensors import gathered, local
 from autofunc.shard.fsdp import Group, ShardedTree, Storages
 from autofunc.shard.options import Sharding
 from autofunc.shard.reduce import shard_shape, with_rows
@@ -123,16 +123,8 @@ class Parameters:
 
     def full(self, path: str, leaf: Tensor) -> Tensor:
         """A leaf put together from all ranks of the dp_shard and tp axes, which all call it; a copy."""
-        if not isinstance(leaf, DTensor):
-            return leaf.detach().clone()
-        with torch.no_grad():
-            # it moves an offloaded part to the mesh's device, where collectives are
-            leaf = on_mesh(leaf, leaf.to_local())
-            for axis in range(len(leaf.placements)):  # one at a time, dp_shard first: FSDP cuts what tp has cut
-                target = [*leaf.placements[:axis], Replicate(), *leaf.placements[axis + 1 :]]
-                leaf = leaf.redistribute(placements=target)
-            whole: Tensor = leaf.to_local()
-            return whole.clone().view(self.model.spec[path].shape)
+        whole = gathered(leaf)
+        return whole.view(self.model.spec[path].shape) if isinstance(leaf, DTensor) else whole
 
     @property
     def _is_spread(self) -> bool:

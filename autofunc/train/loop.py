@@ -83,10 +83,13 @@ def train(
             seconds = time.perf_counter() - clock  # the wait for data included
             training_seconds += seconds
             tokens = sum(_count_tokens(part) for part in parts)
-            reporter.step(step, loss, f"{tokens / seconds:,.0f} {_unit(parts)}/s", taken.bubble)
+            said = f"{tokens / seconds:,.0f} {_unit(parts)}/s" + (
+                f"  lr {taken.lr:.2e}" if recipe.lr_at is not None else ""
+            )
+            reporter.step(step, loss, said, taken.bubble)
             if metrics is not None:
                 metrics.write(
-                    step=step, loss=loss, grad_norm=taken.norm, num_tokens=tokens, step_time_ms=seconds * 1e3,
+                    step=step, loss=loss, grad_norm=taken.norm, lr=taken.lr, num_tokens=tokens, step_time_ms=seconds * 1e3,
                     **({} if taken.bubble is None else {"bubble_fraction": taken.bubble}),
                 )  # fmt: skip
             position, is_last = parts[-1].after, step == recipe.num_steps

@@ -221,7 +221,7 @@ def _ranks(recipe: Recipe) -> list[RankPlan]:
             RankPlan(
                 rank,
                 sum(sizes.values()) // shared_by,
-                int(slots * sum(sizes[path] for path in trained)) // shared_by,
+                int(sum(slots[path] * sizes[path] for path in trained)) // shared_by,
                 None if peaks is None else int(peaks[rank]),
             )
         )
@@ -234,12 +234,16 @@ def _held(stages: Sequence[Stage]) -> dict[str, torch.Tensor]:
     return {path: model.spec[path] for stage in stages for path in stage.paths}
 
 
-def _optimizer_slots(recipe: Recipe) -> float:
-    """Numbers of the optimizer's state for each number of a parameter."""
-    params = tree.to_tensordict({"weight": torch.zeros(16, 16)})
-    _, state = recipe.optimizer.update(params.clone(), recipe.optimizer.init(params), params)
-    numbers: int = sum(leaf.numel() for leaf in tree.flatten(state).values() if leaf.numel() > 1)
-    return numbers / 256
+def _optimizer_slots(recipe: Recipe) -> dict[str, float]:
+    """By path of what is trained: numbers of the optimizer's state for each number of a parameter."""
+    found: dict[str, float] = {}
+    separate = recipe.optimizer.separate()
+    for part, paths in recipe.optimizer.assigned(path for path in recipe.model.spec if recipe.model.is_trainable(path)):
+        params, alone = tree.to_tensordict({"weight": torch.zeros(16, 16)}), separate[part]
+        _, state = alone.update(params.clone(), alone.init(params), params)
+        numbers = sum(leaf.numel() for leaf in tree.flatten(state).values() if leaf.numel() > 1)
+        found |= dict.fromkeys(paths, numbers / 256)
+    return found
 
 
 def _kept(recipe: Recipe) -> tuple[StageBytes, ...] | None:

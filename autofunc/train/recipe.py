@@ -6,25 +6,24 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from autofunc.batch import Microbatch, split_batch
-from autofunc.config import FinetuneConfig, StepScheduler, check_targets, not_ended, target_and_arguments
+from autofunc.config import FinetuneConfig, StepScheduler, check_targets, not_ended
 from autofunc.data import STACKED, first_rows
 from autofunc.engine import EngineOptions, require_compiler
-from autofunc.errors import FAILURES, AutofuncError, ConfigError, ModelError, in_brief
+from autofunc.errors import AutofuncError, ConfigError
 from autofunc.losses import Loss
 from autofunc.model import Model
-from autofunc.optim import Optimizer, optimizer
+from autofunc.optim import LearningRate, Optimizer
 from autofunc.schedule import Schedule
 from autofunc.shard import Sharding
 from autofunc.splitting import Stage, layer_costs
 from autofunc.train.axes import Axes, axes_of, sharding_of
 from autofunc.train.datasets import check_tokens, loaders_of, read_dataset, read_validation, tell_tokenizers
 from autofunc.train.layout import LayerCosts, count_microbatches, is_auto, stages_and_schedule
+from autofunc.train.learning_rate import learning_rate_of
 from autofunc.train.model import build_loss, build_model
+from autofunc.train.optimizer import build_optimizer, check_optimizer, try_optimizer
 from autofunc.train.trial import Trial
-from autofunc.tree import to_tensordict
 
 
 @dataclass(frozen=True)
@@ -41,6 +40,7 @@ class Recipe:
     options: EngineOptions
     loss: Loss | None  # None: the model's own
     optimizer: Optimizer
+    lr_at: LearningRate | None  # the learning rate by step; None: the optimizer's own
     dataset: Any
     validation_dataset: Any | None
     make_train_loader: Callable[..., Any]  # of (place=, places=): which part of each batch
@@ -95,12 +95,13 @@ def prepare(
     options, search_budget = _engine_options(config)
     check_targets(config)
     sharding = sharding_of(config, axes, told)
-    make_optimizer = _optimizer(config)
+    optimizer = build_optimizer(config)
     if not checked:
-        _try_optimizer(make_optimizer)
+        try_optimizer(optimizer)
     dataset = read_dataset(config.dataset, "dataset")
     model = build_model(config, dataset)
     told += model.notes
+    check_optimizer(optimizer, model)
     check_tokens("dataset", dataset, model)
     loss = build_loss(config, model, dataset, told, checked=checked)
     stages, schedule = stages_and_schedule(config, num_microbatches, model, loss, dataset, told, layer_costs)
@@ -127,7 +128,8 @@ def prepare(
         search_budget=search_budget if searches else None,
         options=options,
         loss=loss,
-        optimizer=make_optimizer,
+        optimizer=optimizer,
+        lr_at=learning_rate_of(config, optimizer, num_steps),
         dataset=dataset,
         validation_dataset=validation,
         make_train_loader=loaders.train,
@@ -185,21 +187,3 @@ def _engine_options(config: FinetuneConfig) -> tuple[EngineOptions, int | None]:
         except AutofuncError as error:
             raise ConfigError(f"distributed.compile: {error}") from error
     return options, search_budget
-
-
-def _optimizer(config: FinetuneConfig) -> Optimizer:
-    factory, options = target_and_arguments(config.optimizer, "optimizer")
-    return optimizer(factory, **options)
-
-
-def _try_optimizer(made: Optimizer) -> None:
-    """Update a parameter of zeros with gradients of zeros, which no options may make anything else."""
-    scratch = to_tensordict({"weight": torch.zeros(2, 2)})
-    try:
-        updated, _ = made.update(scratch.clone(), made.init(scratch), scratch)
-    except ModelError as error:
-        raise ConfigError(f"optimizer: {error}") from error
-    except FAILURES as error:
-        raise ConfigError(f"optimizer: {made!r} cannot update a parameter: {in_brief(error)}") from error
-    if not updated["weight"].isfinite().all():
-        raise ConfigError(f"optimizer: {made!r} makes a parameter of zeros infinite, or no number, in an update with zeros")

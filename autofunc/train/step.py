@@ -40,6 +40,7 @@ class Taken(NamedTuple):
     now: Trained
     loss: float
     norm: float  # of the gradients, before they are clipped
+    lr: float | None  # None where the optimizer has none
     bubble: float | None  # the fraction of time that ranks were idle; None where that was not measured
 
 
@@ -90,8 +91,11 @@ def take_step(
     del ran
     if recipe.max_norm is not None:
         grads = pipe.scaled(grads, norm, recipe.max_norm)
-    params, optimizer_state = recipe.optimizer.update(grads, before.optimizer_state, params)
-    return Taken(Trained(params, state, optimizer_state), loss, norm_value, bubble)
+    lr = None if recipe.lr_at is None else recipe.lr_at(step)
+    params, optimizer_state = recipe.optimizer.update(grads, before.optimizer_state, params, lr=lr)
+    return Taken(
+        Trained(params, state, optimizer_state), loss, norm_value, recipe.optimizer.lr if lr is None else lr, bubble
+    )
 
 
 def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:

@@ -16,9 +16,10 @@ WRONG: list[tuple[list[str] | str, ...]] = [
     ("training.seq_len=10", "training.seq_len", "dataset.seq_len"),
     ("parallelism.pipeline_parallel_degree=2", "parallelism.pipeline_parallel_degree", "distributed.pp_size"),
     ("activation_checkpoint.mode=full", "activation_checkpoint", "distributed.remat"),
-    ("lr_scheduler.lr_warmup_steps=10", "lr_scheduler", "constant"),
     ("checkpoint.interval=10", "checkpoint.interval", "step_scheduler.ckpt_every_steps"),
     ("checkpoint.model_save_format=safetensors", "checkpoint.model_save_format", "torch.distributed.checkpoint"),
+    ("lr_scheduler.start_wd=0.1", "lr_scheduler.start_wd", "weight decay is constant"),
+    ("lr_scheduler.override_opt_param_scheduler=true", "lr_scheduler.override_opt_param_scheduler", "the step alone"),
     ("dist_env.timeout_minutes=5", "dist_env.timeout_minutes", "distributed.timeout_minutes"),
     ("rng.seed=5", "rng.seed", "seed"),
     (
