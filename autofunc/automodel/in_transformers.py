@@ -124,6 +124,12 @@ def _remote(description: Description) -> tuple[Any, Any]:
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
     folder, places = str(description.folder), description.auto_map
+    elsewhere = sorted(place for place in places.values() if "--" in place or "/" in place)
+    if elsewhere:
+        raise ModelError(
+            f"{description.what}: auto_map names {quoted(elsewhere[0])}, code that is not beside the config.json; put it "
+            "there, or import it in a _target_ of your own"
+        )
     named = [place for place in places.values() if place.rpartition(".")[2] == description.architecture]
     place = named[0] if named else places.get("AutoModelForCausalLM") or places.get("AutoModel")
     if place is None:
