@@ -19,10 +19,10 @@ from autofunc.automodel.saved_files import check_kinds, dtypes_of
 from autofunc.automodel.write import write_pretrained
 from autofunc.captured.pretrained import ConvertedForm, Pretrained, SafetensorsWeights, Weights
 from autofunc.captured.stored_tensors import INDEX, SINGLE, StoredTensors, refuse_adapter
-from autofunc.errors import ModelError, one_of
+from autofunc.errors import ModelError, in_brief, one_of
 from autofunc.foreign_file import NOT_THERE, check_file, is_folder, unfit
 from autofunc.model import Model
-from autofunc.shown import reason, shown
+from autofunc.shown import shown
 
 
 class AutoModel:
@@ -177,4 +177,4 @@ def _read_generation_config(module: nn.Module, folder: Path) -> None:
         try:
             module.generation_config = GenerationConfig.from_pretrained(folder)
         except Exception as error:  # whatever is in it
-            raise ModelError(f"{shown(folder)}: generation_config.json: {type(error).__name__}: {reason(error)}") from error
+            raise ModelError(f"{shown(folder)}: generation_config.json: {in_brief(error)}") from error
