@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-from autofunc.shown import printable, shown
+from autofunc.shown import beginning, printable, shown
 from autofunc.users_lines import in_notebook
 
 
@@ -102,16 +102,10 @@ def full_message(error: BaseException) -> str:
 FAILURES = (Exception, SystemExit)
 """What code of others may raise: anything but an interrupt. One that ends the process would end it without a word."""
 
-_MOST_LINES, _MOST_LETTERS = 8, 700
-
 
 def in_brief(error: BaseException) -> str:
     """An error of others' code by its type and message, of which a long one is cut."""
-    told = f"{type(error).__name__}: {full_message(error)}"
-    lines = told.splitlines()
-    kept = "\n".join(lines[:_MOST_LINES])[:_MOST_LETTERS]
-    left = f" ... ({len(lines):,} lines of {len(told):,} characters)" if len(kept) < len(told.rstrip()) else ""
-    return _lines(kept + left)
+    return f"{type(error).__name__}: {beginning(full_message(error))}"
 
 
 def _lines(text: str) -> str:

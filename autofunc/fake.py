@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 
-from autofunc.errors import AutofuncError, ModelError
+from autofunc.errors import AutofuncError, ModelError, in_brief
 from autofunc.installed import is_of_torch
 
 _LOG = logging.getLogger("torch._subclasses.fake_tensor")
@@ -93,6 +93,6 @@ def naming_errors(what: str) -> Iterator[None]:
         ) from error
     except Exception as error:
         line = user_line(traceback.extract_tb(error.__traceback__))
-        raise ModelError(f"{what} cannot run on this batch: {type(error).__name__}: {error} ({line})") from error
+        raise ModelError(f"{what} cannot run on this batch: {in_brief(error)} ({line})") from error
     finally:
         _LOG.disabled = disabled

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 _MOST_CHARACTERS = 200
 _MOST_DIGITS = 40
+_MOST_LINES, _MOST_LETTERS = 8, 700  # of a text of others
 
 
 def printable(text: str, keep: str = "") -> str:
@@ -42,8 +43,18 @@ def quoted(value: object) -> str:
 
 def reason(error: BaseException) -> str:
     """What an error of another library says, in messages: its first lines."""
-    text = printable(str(error)[:2000], keep="\n").strip()
-    return text if len(text) <= 400 else f"{text[:400]}..."
+    return beginning(str(error))
+
+
+def beginning(text: str) -> str:
+    """A text of others, in messages: its first lines, and how many it has where they are too many, or too long."""
+    text = text.strip()
+    lines = text.splitlines()
+    kept = "\n".join(lines[:_MOST_LINES])[:_MOST_LETTERS]
+    left = (
+        f" ... ({len(lines):,} line{'s' * (len(lines) != 1)} of {len(text):,} characters)" if len(kept) < len(text) else ""
+    )
+    return printable(kept + left, keep="\n\t")
 
 
 def literal(text: str) -> Text:

@@ -2,45 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from typing import Any
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple
 
 import torch
 
 _DEVICES = tuple(kind for kind in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(kind))
+_BACKENDS: Any = torch.backends
+_KERNELS: Any = torch.backends.cuda
+
+
+class _Setting(NamedTuple):
+    """A setting of torch that decides which operators run, or in what precision, and that a capture makes permanent."""
+
+    name: str
+    read: Callable[[], Hashable]
+    is_of_run: bool = False  # whether all processes of a run must have the same
+
+
+def _autocast() -> Hashable:
+    """By device that has it, its dtype."""
+    return tuple((kind, torch.get_autocast_dtype(kind)) for kind in _DEVICES if torch.is_autocast_enabled(kind))
+
+
+_SETTINGS = (
+    _Setting("the default dtype", torch.get_default_dtype, True),
+    _Setting("the default device", torch.get_default_device),
+    _Setting("float32 matmul precision", torch.get_float32_matmul_precision, True),
+    _Setting("the use of deterministic algorithms", torch.are_deterministic_algorithms_enabled, True),
+    _Setting("autocast", _autocast, True),
+    _Setting("flash attention", _KERNELS.flash_sdp_enabled),
+    _Setting("memory efficient attention", _KERNELS.mem_efficient_sdp_enabled),
+    _Setting("attention by plain products", _KERNELS.math_sdp_enabled),
+    _Setting("attention of cuDNN", _KERNELS.cudnn_sdp_enabled),
+    _Setting("cuDNN", lambda: _BACKENDS.cudnn.enabled),
+    _Setting("oneDNN", lambda: _BACKENDS.mkldnn.enabled),
+    _Setting("the fast path of attention modules", _BACKENDS.mha.get_fastpath_enabled),
+)
+"""All of them. Grad and inference mode are not among them: a pipeline decides these itself."""
 
 
 def surroundings() -> Hashable:
-    """Settings of torch that decide which operators run, or in what precision, and that a capture makes permanent.
-
-    Autocast by device and its dtype, default dtype and device, deterministic algorithms, precision of products, and which
-    kernels composite operators may choose. Grad and inference mode are not among them: a pipeline decides these itself.
-    It is asked at every step, and takes some microseconds.
-    """
-    backends: Any = torch.backends
-    kernels: Any = backends.cuda
-    return (
-        torch.get_default_dtype(),
-        torch.get_default_device(),
-        torch.get_float32_matmul_precision(),
-        torch.are_deterministic_algorithms_enabled(),
-        tuple(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None for kind in _DEVICES),
-        kernels.flash_sdp_enabled(),
-        kernels.mem_efficient_sdp_enabled(),
-        kernels.math_sdp_enabled(),
-        kernels.cudnn_sdp_enabled(),
-        backends.cudnn.enabled,
-        backends.mkldnn.enabled,
-        backends.mha.get_fastpath_enabled(),
-    )
+    """What they are now. It is asked at every step, and takes some microseconds."""
+    return tuple(setting.read() for setting in _SETTINGS)
 
 
 def named_settings() -> dict[str, str]:
     """Those of them that all processes of a run must share, as text."""
-    autocast = {kind: torch.get_autocast_dtype(kind) for kind in _DEVICES if torch.is_autocast_enabled(kind)}
-    return {
-        "the default dtype": repr(torch.get_default_dtype()),
-        "float32 matmul precision": repr(torch.get_float32_matmul_precision()),
-        "the use of deterministic algorithms": repr(torch.are_deterministic_algorithms_enabled()),
-        "autocast": repr(autocast),
-    }
+    return {setting.name: repr(setting.read()) for setting in _SETTINGS if setting.is_of_run}

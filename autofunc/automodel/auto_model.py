@@ -18,11 +18,11 @@ from autofunc.automodel.in_transformers import WholeModel, is_model
 from autofunc.automodel.saved_files import check_kinds, dtypes_of
 from autofunc.automodel.write import write_pretrained
 from autofunc.captured.pretrained import ConvertedForm, Pretrained, SafetensorsWeights, Weights
-from autofunc.captured.stored_tensors import INDEX, SINGLE, StoredTensors
-from autofunc.errors import ModelError, one_of
-from autofunc.foreign_file import NOT_THERE, is_folder, unfit
+from autofunc.captured.stored_tensors import INDEX, SINGLE, StoredTensors, refuse_adapter
+from autofunc.errors import ModelError, in_brief, one_of
+from autofunc.foreign_file import NOT_THERE, check_file, is_folder, unfit
 from autofunc.model import Model
-from autofunc.shown import reason, shown
+from autofunc.shown import shown
 
 
 class AutoModel:
@@ -87,13 +87,15 @@ class AutoModel:
             What `af.from_module` takes; its module is in train mode.
 
         Raises:
-            ModelError: see `from_config`; for weights that are missing, have no place, or have another shape.
+            ModelError: see `from_config`; for weights that are missing, have no place, or have another shape, and for
+                adapters of PEFT.
         """
         folder = Path(pretrained_model_name_or_path).expanduser()
         if not is_folder(folder):
             if unfit(folder) is None:
                 raise ModelError(f"{shown(folder)} is a file; name the folder that has it and a config.json")
             folder = folder_of(str(pretrained_model_name_or_path), WEIGHTS, revision)
+        refuse_adapter(folder)
         overrides = overrides if dtype is None else {**overrides, "dtype": dtype}
         description = describe(folder, overrides, lambda name: folder_of(name, WEIGHTS, revision))
         stored = StoredTensors(folder) if _has_safetensors(folder) else None
@@ -167,10 +169,12 @@ def _check_patterns(module: nn.Module, trainable: Sequence[str]) -> None:
 
 def _read_generation_config(module: nn.Module, folder: Path) -> None:
     """How the model is meant to generate travels with it."""
-    if hasattr(module, "generation_config") and (folder / "generation_config.json").is_file():
+    file = folder / "generation_config.json"
+    if hasattr(module, "generation_config") and unfit(file) != NOT_THERE:
         from transformers import GenerationConfig
 
+        check_file(file, ModelError)
         try:
             module.generation_config = GenerationConfig.from_pretrained(folder)
         except Exception as error:  # whatever is in it
-            raise ModelError(f"{shown(folder)}: generation_config.json: {type(error).__name__}: {reason(error)}") from error
+            raise ModelError(f"{shown(folder)}: generation_config.json: {in_brief(error)}") from error

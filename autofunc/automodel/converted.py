@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from autofunc.captured.pretrained import ConvertedForm
 from autofunc.captured.stored_tensors import StoredTensors
+from autofunc.errors import in_brief
 from autofunc.model.stored import CONVERTED
 
 
@@ -58,7 +59,7 @@ class ConvertedTensors(StoredTensors):
         except Exception as error:
             raise ConvertedForm(
                 f"the rules of transformers for {type(module).__name__} cannot be applied to one tensor at a time "
-                f"({type(error).__name__}: {error})"
+                f"({in_brief(error)})"
             ) from error
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:

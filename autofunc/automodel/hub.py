@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from autofunc.errors import ModelError, one_of
+from autofunc.errors import ModelError, in_brief, one_of
 from autofunc.hub_access import cache_without_network
-from autofunc.shown import quoted, reason
+from autofunc.shown import quoted
 
 CONFIGS = ("*.json", "*.py")
 WEIGHTS = (*CONFIGS, "*.safetensors")
@@ -29,8 +29,8 @@ def folder_of(name: str, patterns: tuple[str, ...], revision: str | None = None)
         try:
             return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
         except Exception as error:  # offline, no such name, no access: each is an error of its own
-            first = reason(error).partition("\n")[0]
-            why = network or f" ({type(error).__name__}: {first})"
+            first = in_brief(error).partition("\n")[0]
+            why = network or f" ({first})"
             raise ModelError(
                 f"{quoted(name)} is neither a folder nor a model in the Hugging Face cache, and cannot be downloaded"
                 f"{why}; cached models: {one_of(name, _cached())}"

@@ -15,8 +15,8 @@ from autofunc.automodel.description import Description, changed, from_dict
 from autofunc.automodel.registry import known_architectures
 from autofunc.automodel.saved_files import check_saved, dtypes_of
 from autofunc.captured.stored_tensors import INDEX, SINGLE
-from autofunc.errors import ModelError, one_of, some_of
-from autofunc.shown import quoted, reason, shown
+from autofunc.errors import ModelError, in_brief, one_of, some_of
+from autofunc.shown import quoted, shown
 
 
 def find_class(name: str) -> Any:
@@ -124,6 +124,12 @@ def _remote(description: Description) -> tuple[Any, Any]:
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
     folder, places = str(description.folder), description.auto_map
+    elsewhere = sorted(place for place in places.values() if "--" in place or "/" in place)
+    if elsewhere:
+        raise ModelError(
+            f"{description.what}: auto_map names {quoted(elsewhere[0])}, code that is not beside the config.json; put it "
+            "there, or import it in a _target_ of your own"
+        )
     named = [place for place in places.values() if place.rpartition(".")[2] == description.architecture]
     place = named[0] if named else places.get("AutoModelForCausalLM") or places.get("AutoModel")
     if place is None:
@@ -177,7 +183,7 @@ class WholeModel:
                 self._folder, config=self._config, dtype=self._dtype, output_loading_info=True, local_files_only=True
             )
         except Exception as error:
-            said = f"{type(error).__name__}: {reason(error)}"
+            said = in_brief(error)
             raise ModelError(f"{shown(self._folder)}: transformers cannot load it: {said}") from error
         for what, names in info.items():
             if names:

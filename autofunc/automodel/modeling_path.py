@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from autofunc.automodel.registry import ARCHITECTURES, follows_convention
-from autofunc.errors import AutofuncError, ConfigError, ModelError, one_of
+from autofunc.errors import AutofuncError, ConfigError, ModelError, in_brief, one_of
 from autofunc.source_file import load_file
 
 
@@ -113,7 +113,7 @@ def _import(name: str) -> ModuleType:
             f"'path/to/file.py'; {one_of(name, _neighbours(name))}"
         ) from error
     except Exception as error:
-        raise ModelError(f"importing {name} failed: {type(error).__name__}: {error}") from error
+        raise ModelError(f"importing {name} failed: {in_brief(error)}") from error
 
 
 def _neighbours(name: str) -> list[str]:

@@ -9,7 +9,7 @@ from typing import TypeVar, overload
 
 from torch import nn
 
-from autofunc.errors import ModelError
+from autofunc.errors import ModelError, in_brief
 
 GROUP = "autofunc.architectures"
 """Entry points with which an installed package registers its models: `MyCustomForCausalLM = "my_package.models:Class"`."""
@@ -91,7 +91,7 @@ class Registry:
             try:
                 found = point.load()
             except Exception as error:
-                raise ModelError(f"{_described(point)} cannot be loaded: {type(error).__name__}: {error}") from error
+                raise ModelError(f"{_described(point)} cannot be loaded: {in_brief(error)}") from error
             if not (isinstance(found, type) and issubclass(found, nn.Module)):
                 raise ModelError(f"{_described(point)} must name a class derived from nn.Module, as 'package.module:Class'")
             self.register(name, found)

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from autofunc.captured.stored_tensors import shards
-from autofunc.errors import ModelError
+from autofunc.errors import ModelError, in_brief
 from autofunc.foreign_file import NOT_THERE, unfit
 from autofunc.model.stored import misfit
-from autofunc.shown import quoted, reason, shown
+from autofunc.shown import quoted, shown
 
 SAVED, SAVED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 """What they are called in a folder."""
@@ -70,8 +70,8 @@ def _tensors(file: Path) -> dict[str, Tensor]:
         found: Any = torch.load(file, map_location="meta", weights_only=True)
     except Exception as error:  # of torch, of pickle, of zip files
         raise ModelError(
-            f"{shown(file)} cannot be loaded without executing what is in it, or is broken ({type(error).__name__}: "
-            f"{reason(error).partition(_NEXT)[0]}); save its state_dict as safetensors"
+            f"{shown(file)} cannot be loaded without executing what is in it, or is broken "
+            f"({in_brief(error).partition(_NEXT)[0]}); save its state_dict as safetensors"
         ) from error
     if not isinstance(found, Mapping):
         raise ModelError(f"{shown(file)} holds a {type(found).__name__}; expected a state dict, of names and tensors")

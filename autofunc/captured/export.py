@@ -43,7 +43,7 @@ from autofunc.captured.recurrent import unfuse
 from autofunc.captured.rows_back import leave_out_rows
 from autofunc.captured.unchanged import LeftBehind, restored, written_back
 from autofunc.captured.vmapped import unmap
-from autofunc.errors import ModelError
+from autofunc.errors import ModelError, in_brief
 from autofunc.fake import fake_mode, naming_errors
 from autofunc.graph.lazy_code import lazy_code
 from autofunc.graph.lines import line_of
@@ -221,7 +221,7 @@ def _refuse_state(call: Call, batch: Mapping[str, Any], first: str, what: str) -
     try:
         again = str(_traced(call, batch).graph)
     except Exception as error:  # whatever the user's code makes of what it finds
-        again = f"{type(error).__name__}: {error}"
+        again = in_brief(error)
     if again != first:
         raise ModelError(
             f"{what} keeps state from one forward to the next: {stored}. Microbatches overlap in a pipeline, and a "

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from autofunc.captured.module_source import ModuleSource
-from autofunc.errors import ModelError, one_of
+from autofunc.errors import ModelError, in_brief, one_of
 
 
 def filled(source: ModuleSource, values: Mapping[str, Tensor]) -> Any:
@@ -39,7 +39,7 @@ def filled(source: ModuleSource, values: Mapping[str, Tensor]) -> Any:
     try:
         return copy.deepcopy(module, memo)
     except Exception as error:
-        raise ModelError(f"{source.what} cannot be copied: {type(error).__name__}: {error}") from error
+        raise ModelError(f"{source.what} cannot be copied: {in_brief(error)}") from error
 
 
 def full_values(source: ModuleSource, given: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -25,7 +25,7 @@ from autofunc.captured.snapshot import Snapshot
 from autofunc.captured.source import Source
 from autofunc.captured.unchanged import restored
 from autofunc.captured.without_dropout import WithoutDropout
-from autofunc.errors import ModelError
+from autofunc.errors import ModelError, in_brief
 from autofunc.fake import fake_mode, is_fake, user_line
 
 
@@ -113,7 +113,7 @@ def _run(
             source.module(*args, **kwargs)
         except Exception as error:  # whatever the user's code raises; it may also have caught what ended the run
             line = user_line(traceback.extract_tb(error.__traceback__))
-            noting.stopped = noting.stopped or f"{type(error).__name__}: {error} ({line})"
+            noting.stopped = noting.stopped or f"{in_brief(error)} ({line})"
     return noting
 
 

@@ -17,6 +17,8 @@ from autofunc.shown import quoted, reason, shown
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 """What files with weights are called in a folder."""
+ADAPTER = "adapter_config.json"
+"""What PEFT says of adapters in a folder."""
 
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -86,6 +88,7 @@ def _files_of(path: Path) -> dict[Path, set[str] | None]:
         return {path: None}
     for name in (SINGLE, INDEX):
         if is_folder(path) and unfit(path / name) != NOT_THERE:
+            refuse_adapter(path)
             return {path / SINGLE: None} if name == SINGLE else dict(shards(path / INDEX))
     if is_folder(path):
         found = some_of(sorted(each.name for each in path.iterdir()), 12) or "nothing"
@@ -119,6 +122,24 @@ def shards(index: Path, suffix: str = ".safetensors") -> dict[Path, set[str]]:
         if unfit(path) == NOT_THERE:
             raise ModelError(f"{shown(index)} names {shown(path.name)}, which is not there, for {quoted(min(inside))}")
     return files
+
+
+def refuse_adapter(folder: Path) -> None:
+    """Refuse a folder of PEFT: its weights are changes to those of another model, which lie wherever it says.
+
+    Raises:
+        ModelError: naming that model, and what to do.
+    """
+    file = folder / ADAPTER
+    if unfit(file) == NOT_THERE:
+        return
+    document = read_json(file, ModelError)
+    base = document.get("base_model_name_or_path") if isinstance(document, dict) else None
+    raise ModelError(
+        f"{shown(folder)} has {ADAPTER}: adapters of PEFT for {quoted(base) if base else 'a model it does not name'}, and "
+        "nothing outside of a folder is read. Merge them into that model (merge_and_unload() and save_pretrained() of "
+        f"PEFT) and name the folder of the result; a model beside {ADAPTER} is read without adapters once that is gone"
+    )
 
 
 def _opened(file: Path) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 
 from autofunc.checks.subject import Subject
 from autofunc.checks.verdict import Verdict
+from autofunc.errors import in_brief
 
 
 def check_config(subject: Subject, registry: bool) -> list[Verdict]:
@@ -33,7 +34,7 @@ def _problem(config: Any) -> str:
     try:
         plain = _plain(config)
     except Exception as error:  # to_dict is the user's
-        return f"config ({type(config).__name__}) cannot be read: {type(error).__name__}: {error}"
+        return f"config ({type(config).__name__}) cannot be read: {in_brief(error)}"
     if plain is None:
         return f"config is a {type(config).__name__}; expected a dict, a dataclass, a SimpleNamespace or to_dict()"
     try:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from autofunc.captured.initial import initial_weights
 from autofunc.checks.subject import Subject
 from autofunc.checks.verdict import Verdict, where
-from autofunc.errors import ModelError
+from autofunc.errors import ModelError, in_brief
 
 
 def check_empty_build(subject: Subject) -> list[Verdict]:
@@ -20,7 +20,7 @@ def check_empty_build(subject: Subject) -> list[Verdict]:
     try:
         empty = _without_memory(subject)
     except Exception as error:  # its parts say how they are copied
-        text = f"cannot be copied to the meta device ({type(error).__name__}: {error})"
+        text = f"cannot be copied to the meta device ({in_brief(error)})"
         return [Verdict("P5", "warn", text, subject.where)]
     missing: dict[type, list[str]] = {}
     reasons: dict[type, str] = {}
@@ -34,7 +34,7 @@ def check_empty_build(subject: Subject) -> list[Verdict]:
             reasons[cls] = f"has no reset_parameters, nor a module above it an _init_weights, that fills {name!r}"
         except Exception as error:  # the user's initialisers may raise anything
             missing.setdefault(cls, []).append(path)
-            reasons[cls] = f"cannot be initialised by itself: {type(error).__name__}: {error}"
+            reasons[cls] = f"cannot be initialised by itself: {in_brief(error)}"
     found = []
     for cls, paths in missing.items():
         text = f"{cls.__name__} {reasons[cls]} ({len(paths)} in all), so its weights must be real or come from a file"

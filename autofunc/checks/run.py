@@ -27,6 +27,7 @@ from autofunc.checks.ties import check_ties
 from autofunc.checks.verdict import Verdict
 from autofunc.checks.whole_module import check_whole_module
 from autofunc.checks.writes import check_writes
+from autofunc.errors import in_brief
 from autofunc.fake import user_line
 from autofunc.losses import Loss
 from autofunc.model import Model
@@ -108,6 +109,6 @@ def _verdicts(code: str, run: Callable[[Subject], list[Verdict]], subject: Subje
         return [Verdict(code, "fail", str(error), subject.where)]
     except Exception as error:  # a module can do what nobody thought of
         line = user_line(traceback.extract_tb(error.__traceback__))
-        return [Verdict(code, "fail", f"{UNFINISHED}{type(error).__name__}: {error} ({line})", subject.where)]
+        return [Verdict(code, "fail", f"{UNFINISHED}{in_brief(error)} ({line})", subject.where)]
     finally:
         subject.restore()

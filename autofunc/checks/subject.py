@@ -26,7 +26,7 @@ from autofunc.captured.without_dropout import WithoutDropout, still
 from autofunc.checks.seeds import seeded
 from autofunc.checks.verdict import Where, is_torch, where
 from autofunc.checks.watch import Watched, watching
-from autofunc.errors import AutofuncError, BatchError, ModelError
+from autofunc.errors import AutofuncError, BatchError, ModelError, in_brief
 from autofunc.fake import user_line
 from autofunc.losses import Loss, LossTerms, evaluate
 from autofunc.model import CutPoints, Model
@@ -177,7 +177,7 @@ class Subject:
             raise ForwardError(str(error)) from error
         except Exception as error:  # whatever the user's code raises
             line = user_line(traceback.extract_tb(error.__traceback__))
-            raise ForwardError(f"forward raises {type(error).__name__}: {error} ({line})") from error
+            raise ForwardError(f"forward raises {in_brief(error)} ({line})") from error
 
     def run_still(self, batch: Mapping[str, Any]) -> Run:
         """Run the forward once without dropout, so that its values can be compared with those of other runs.
@@ -268,7 +268,7 @@ class Subject:
         except AutofuncError as error:
             return None, str(error)
         except Exception as error:  # what no message is written for
-            return None, f"{self.name} cannot be captured: {type(error).__name__}: {error}"
+            return None, f"{self.name} cannot be captured: {in_brief(error)}"
         finally:
             self.restore()
 

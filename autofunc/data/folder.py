@@ -6,9 +6,9 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from autofunc.errors import DataError, one_of
+from autofunc.errors import DataError, in_brief, one_of
 from autofunc.foreign_file import unfit
-from autofunc.shown import quoted, reason, shown
+from autofunc.shown import quoted, shown
 
 _NOT_ENTERED = {"site-packages", "dist-packages", "__pycache__"}
 
@@ -55,7 +55,7 @@ def tables_in(path: Path, split: str) -> list[Path]:
     try:
         found = datasets.load_dataset_builder(str(path)).config.data_files
     except Exception as error:  # datasets raises a different one for each cause
-        raise DataError(f"{shown(path)} has no tables: {type(error).__name__}: {reason(error)}") from error
+        raise DataError(f"{shown(path)} has no tables: {in_brief(error)}") from error
     if split not in found:
         raise DataError(f"{shown(path)} has no split {quoted(split)}; {one_of(split, found)}")
     files = [Path(file) for file in found[split]]

@@ -22,10 +22,10 @@ from autofunc.data.checks import check_at_least_one, check_length
 from autofunc.data.folder import tables_in
 from autofunc.data.table_file import SUFFIXES, Located, check_columns, read_table
 from autofunc.data.tokenizer import load_tokenizer
-from autofunc.errors import DataError
+from autofunc.errors import DataError, in_brief
 from autofunc.foreign_file import NOT_THERE, is_folder, unfit
 from autofunc.hub_access import cache_without_network
-from autofunc.shown import quoted, reason, shown
+from autofunc.shown import quoted, shown
 
 _COLUMNS = ("ctx", "endings", "label")
 _ROUND_UP_TO = 8
@@ -160,7 +160,7 @@ def _of_hub(name: str, split: str) -> Iterator[Located]:
         try:
             table = datasets.load_dataset(name, split=split)
         except Exception as error:  # datasets raises a different one for each cause
-            said = f"{type(error).__name__}: {reason(error)}"
+            said = in_brief(error)
             raise DataError(f"{quoted(name)}, split {quoted(split)}, cannot be loaded{network}: {said}") from error
     check_columns(shown(name), table.column_names, _COLUMNS)
     for number, row in enumerate(table, 1):

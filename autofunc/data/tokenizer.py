@@ -7,9 +7,9 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Protocol
 
-from autofunc.errors import DataError
+from autofunc.errors import DataError, in_brief
 from autofunc.hub_access import cache_without_network
-from autofunc.shown import quoted, reason
+from autofunc.shown import quoted
 
 
 class Tokenizer(Protocol):
@@ -44,7 +44,7 @@ class _HuggingFaceTokenizer:
                 self._tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         except Exception as error:  # whatever is in its files
             raise DataError(
-                f"tokenizer {quoted(name)} cannot be loaded{network}: {type(error).__name__}: {reason(error)}. "
+                f"tokenizer {quoted(name)} cannot be loaded{network}: {in_brief(error)}. "
                 "Name a folder with a tokenizer, a hub name that is in the local cache or can be "
                 "downloaded, or leave it out to use bytes."
             ) from error

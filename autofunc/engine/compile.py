@@ -30,7 +30,7 @@ from autofunc import cache
 from autofunc.engine.emit import Runnable
 from autofunc.engine.matmul import choose_matmuls
 from autofunc.engine.partition import Piece, in_order
-from autofunc.errors import AutofuncError, ModelError
+from autofunc.errors import AutofuncError, ModelError, in_brief
 from autofunc.fake import fake_mode
 from autofunc.graph.trace import trace
 from autofunc.splitting import accumulator_dtype
@@ -94,7 +94,7 @@ def compile_piece(piece: Piece, order: list[Node], attributes: Mapping[str, Any]
     try:
         call = cache.shared.get(("compiled", key), make)
     except Exception as error:
-        raise ModelError(f"{name} cannot be compiled: {type(error).__name__}: {error}; use compile=False") from error
+        raise ModelError(f"{name} cannot be compiled: {in_brief(error)}; use compile=False") from error
     if not constants:
         return call  # type: ignore[no-any-return]
 

@@ -231,3 +231,7 @@ def test_code_that_comes_with_a_model(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"brings its own code \(own.OwnConfig, own.OwnThing\)"):
         built(tmp_path)
     assert built(tmp_path, trust_remote_code=True, width=4).layer.weight.shape == (3, 4)
+    for place in ("org/other--own.OwnThing", "../own.OwnThing"):
+        (tmp_path / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoModel": place}}))
+        with pytest.raises(ModelError, match=f"auto_map names '{place}', code that is not beside the config.json"):
+            built(tmp_path, trust_remote_code=True)

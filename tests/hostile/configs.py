@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from tests.hostile.judge import Case
 from tests.hostile.schedules import sparse
-from tests.hostile.weights import CONFIG, PLAIN, SINGLE, folder_of, special, values
+from tests.hostile.weights import CONFIG, PLAIN, SINGLE, folder_of, link_to, special, values
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 8, "hidden_size": 8, "num_hidden_layers": 1,
@@ -41,6 +41,14 @@ def plain(name: str, *says: str, **changes: Any) -> Case:
 
 def llama(name: str, *says: str, **changes: Any) -> Case:
     return config(name, LLAMA | changes, *says)
+
+
+ADAPTER, BASES = "adapter_config.json", ("../outside", "/etc", "org/model", "a" * 90)
+
+
+def adapter(base: str) -> Callable[[Path], Any]:
+    """Writes what PEFT says of an adapter for a model elsewhere."""
+    return lambda path: path.write_text(json.dumps({"base_model_name_or_path": base, "peft_type": "LORA"}))
 
 
 CONFIGS = [
@@ -80,7 +88,11 @@ CONFIGS = [
     llama("numbers as code", "auto_map", architectures=["Odd"], auto_map={"AutoModel": 7}),
     llama("quantized", "quantization_config", quantization_config={"quant_method": "fp8"}),
     llama("another class", "LlamaForCausalLM", architectures=["LlamaForCausalLM", 7]),
+    *(special(f"an adapter of {base}", adapter(base), ADAPTER, repr(base), "Merge", at=ADAPTER) for base in BASES),
+    special("an adapter that is no JSON", lambda path: path.write_text("{"), ADAPTER, "JSON", at=ADAPTER),
+    special("an adapter that is a fifo", os.mkfifo, ADAPTER, "is not a file", at=ADAPTER),
     special("a fifo", os.mkfifo, CONFIG, "is not a file", at=CONFIG),
+    special("a link to a fifo", link_to(os.mkfifo), CONFIG, "is not a file", at=CONFIG),
     special("a dangling link", lambda path: path.symlink_to("gone"), CONFIG, "link", at=CONFIG),
     special("a folder", Path.mkdir, CONFIG, "is not a file", at=CONFIG),
     special("a hole", sparse, CONFIG, "bytes", at=CONFIG),

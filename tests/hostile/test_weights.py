@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import save_file
 from transformers import LlamaForCausalLM
 
 import autofunc as af
 from autofunc.automodel.registry import ARCHITECTURES
-from tests.hostile.configs import CONFIGS, PICKLES
+from autofunc.captured import StoredTensors
+from autofunc.errors import ModelError
+from tests.hostile.configs import ADAPTER, CONFIGS, PICKLES, adapter
 from tests.hostile.judge import faults
-from tests.hostile.weights import FILES, INDICES, PlainForCausalLM
+from tests.hostile.weights import CONFIG, FILES, INDEX, INDICES, PLAIN, SINGLE, PlainForCausalLM, values
 
 
 @pytest.fixture(autouse=True)
@@ -53,3 +57,27 @@ def test_what_torch_saves(tmp_path: Path) -> None:
     found = faults(PICKLES, read, tmp_path)
     assert not found, "\n".join(found)
     assert not list(tmp_path.rglob("executed"))
+
+
+def test_links_to_files_are_read(tmp_path: Path) -> None:
+    """As in a cache of the hub, whose folders have links to blobs elsewhere."""
+    blobs, folder = tmp_path / "blobs", tmp_path / "snapshot"
+    blobs.mkdir()
+    folder.mkdir()
+    (blobs / "0").write_text(json.dumps(PLAIN))
+    save_file(values(), blobs / "1")
+    (folder / CONFIG).symlink_to("../blobs/0")
+    (folder / SINGLE).symlink_to("../blobs/1")
+    read(folder)
+    (folder / SINGLE).unlink()
+    (folder / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(values(), "a.safetensors")}))
+    (folder / "a.safetensors").symlink_to(blobs / "1")
+    read(folder)
+
+
+def test_weights_beside_an_adapter_are_refused(tmp_path: Path) -> None:
+    save_file(values(), tmp_path / SINGLE)
+    assert StoredTensors(tmp_path).shapes
+    adapter("../base")(tmp_path / ADAPTER)
+    with pytest.raises(ModelError, match=r"has adapter_config.json: adapters of PEFT for '\.\./base', and nothing outside"):
+        StoredTensors(tmp_path)

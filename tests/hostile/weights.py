@@ -99,6 +99,16 @@ def special(name: str, make: Callable[[Path], Any], *says: str, at: str = SINGLE
     return folder_of(f"{name} as {at}", fill, *says)
 
 
+def link_to(make: Callable[[Path], Any]) -> Callable[[Path], Any]:
+    """Makes a link to what is made beside it, as a cache of the hub has links to blobs."""
+
+    def link(path: Path) -> None:
+        make(path.parent / f"blob-{path.name}")
+        path.symlink_to(f"blob-{path.name}")
+
+    return link
+
+
 HTML = b"<!doctype html><html><body>404 \x1b[31m</body></html>"
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 64\n"
 NOT = "model.safetensors is not a safetensors file"
@@ -174,6 +184,9 @@ FILES = [
     special("a dangling link", lambda path: path.symlink_to("gone"), SINGLE, "link"),
     special("a link to itself", lambda path: path.symlink_to(path.name), SINGLE, "link"),
     special("a device", lambda path: path.symlink_to("/dev/zero"), SINGLE, "is not a file"),
+    special("a link to a fifo", link_to(os.mkfifo), SINGLE, "is not a file"),
+    special("a link to a folder", link_to(Path.mkdir), SINGLE, "is not a file"),
+    special("a link to a link to a fifo", link_to(link_to(os.mkfifo)), SINGLE, "is not a file"),
     special("a hole", sparse, SINGLE, NOT),
 ]
 
@@ -247,6 +260,7 @@ INDICES = [
     shard_that_is("a fifo", os.mkfifo, "is not a file"),
     shard_that_is("a dangling link", lambda path: path.symlink_to("gone"), "link"),
     shard_that_is("a device", lambda path: path.symlink_to("/dev/zero"), "is not a file"),
+    shard_that_is("a link to a fifo", link_to(os.mkfifo), "is not a file"),
     shard_that_is("a folder", Path.mkdir, "is not a file"),
     shard_that_is("broken", lambda path: path.write_bytes(b"no"), "is not a safetensors file"),
     special("a fifo", os.mkfifo, INDEX, "is not a file", at=INDEX),
