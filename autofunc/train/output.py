@@ -5,11 +5,14 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
+from autofunc.adapters import ADAPTER_FILES
 from autofunc.errors import ConfigError
 from autofunc.shown import quoted
 
 METRICS, PICTURE, WEIGHTS, SCHEDULE = "metrics.jsonl", "loss.png", "model.safetensors", "schedule.csv"
-_RESULTS = (METRICS, PICTURE, WEIGHTS, SCHEDULE)
+ADAPTER = "adapter"
+"""The folder in it with the adapter that a run trained."""
+_RESULTS = (METRICS, PICTURE, WEIGHTS, SCHEDULE, *(f"{ADAPTER}/{name}" for name in ADAPTER_FILES))
 
 
 def default_output_dir(config_path: str | Path) -> Path:
