@@ -9,11 +9,11 @@ unsplit module, over the gradient's largest element, of a pipeline of two stages
 from __future__ import annotations
 
 import copy
+import importlib
 import tempfile
 import warnings
 from typing import Any
 
-import peft
 import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
@@ -22,6 +22,7 @@ import autofunc as af
 from autofunc.tree import flatten
 
 VOCABULARY = 64
+peft: Any = importlib.import_module("peft")
 
 
 def modules() -> list[tuple[str, nn.Module, dict[str, Any]]]:

@@ -17,6 +17,8 @@ from autofunc.errors import ModelError, one_of
 from autofunc.model import Model
 
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
+ADAPTER_FILES = (CONFIG, WEIGHTS)
+"""What an adapter's folder holds."""
 
 
 def save_adapter(model: Model, params: tree.Nested, folder: str | Path, base: str | None = None) -> Path:

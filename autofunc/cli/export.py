@@ -11,7 +11,9 @@ from rich.console import Console
 from autofunc.automodel import write_pretrained
 from autofunc.config import read_config
 from autofunc.shown import literal, shown
-from autofunc.train.model import SEED, make
+from autofunc.train.adapters import trained_model
+from autofunc.train.datasets import read_dataset
+from autofunc.train.model import SEED, build_base, make
 
 
 def export(config_path: str, overrides: Sequence[str], weights: str, folder: str) -> None:
@@ -20,7 +22,8 @@ def export(config_path: str, overrides: Sequence[str], weights: str, folder: str
     Args:
         config_path: the YAML file of the run.
         overrides: see `config.load_config`.
-        weights: the run's output folder, or its model.safetensors.
+        weights: the run's output folder, or its model.safetensors; with `peft`, the run's output folder or its adapter,
+            which is added to the weights of the base.
         folder: what is written.
 
     Raises:
@@ -28,6 +31,11 @@ def export(config_path: str, overrides: Sequence[str], weights: str, folder: str
     """
     with Console(stderr=True).status(literal(f"writing {shown(folder)}")):
         config, _ = read_config(config_path, overrides)
-        made = make(config.model_copy(update={"weights": SEED}))
-        written = write_pretrained(made, Path(weights), folder)
+        if config.peft is None:
+            made = make(config.model_copy(update={"weights": SEED}))
+            written = write_pretrained(made, Path(weights), folder)
+        else:
+            base = build_base(config, read_dataset(config.dataset, "dataset"))
+            model = trained_model(base, Path(weights).expanduser())
+            written = write_pretrained(model, model.init(config.seed if model.uses_seed else None), folder)
     sys.stdout.write(f"written to {shown(written)}\n")

@@ -143,7 +143,9 @@ def check(
 def export(
     context: typer.Context,
     config: ConfigFile,
-    weights: Annotated[str, typer.Option("--weights", help="Output folder of the run, or its model.safetensors.")],
+    weights: Annotated[
+        str, typer.Option("--weights", help="Output folder of the run, or its model.safetensors or adapter.")
+    ],
     output: Annotated[str, typer.Option("--output", "-o", help="Folder to write.")],
 ) -> None:
     """Write trained weights as a folder that transformers' from_pretrained loads."""

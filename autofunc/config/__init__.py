@@ -2,12 +2,13 @@
 
 from autofunc.config.arguments import check_arguments
 from autofunc.config.read import load_config, read_config
-from autofunc.config.schema import FinetuneConfig, StepScheduler, parse_config
+from autofunc.config.schema import FinetuneConfig, Peft, StepScheduler, parse_config
 from autofunc.config.sections import check_targets, target_and_arguments
 from autofunc.config.target import call, import_object, instantiate, not_ended, resolve_target
 
 __all__ = [
     "FinetuneConfig",
+    "Peft",
     "StepScheduler",
     "call",
     "check_arguments",

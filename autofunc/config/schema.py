@@ -145,6 +145,25 @@ class ClipGradNorm(Section):
     max_norm: float = Field(1.0, gt=0, description="the global norm that gradients are scaled down to")
 
 
+class Peft(Section):
+    """Low-rank adapters (LoRA) in the place of training the weights themselves."""
+
+    target_modules: OneOrMore | None = Field(
+        None, description="names or patterns of the weights that get adapters, such as q_proj or *.mlp.*"
+    )
+    match_all_linear: bool = Field(
+        False, description="whatever the model multiplies by, but for its output layer, in the place of target_modules"
+    )
+    exclude_modules: OneOrMore | None = Field(
+        None, description="names or patterns of those that get none; alone, all others that the model multiplies by do"
+    )
+    modules_to_save: OneOrMore | None = Field(None, description="names or patterns of parts that are trained whole")
+    dim: Annotated[int, Field(ge=1, le=1 << 16)] = Field(8, description="rank of the adapters")
+    alpha: float = Field(32.0, gt=0, description="an adapter is multiplied by alpha / dim")
+    dropout: float = Field(0.0, ge=0, lt=1, description="of what an adapter multiplies")
+    use_rslora: bool = Field(False, description="divide alpha by the root of dim")
+
+
 class FinetuneConfig(Section):
     """The whole file."""
 
@@ -157,6 +176,7 @@ class FinetuneConfig(Section):
         None,
         description="patterns of the parameters that are trained, such as lm_head*; by default all that are not frozen",
     )
+    peft: Peft | None = Field(None, description="train low-rank adapters, and nothing else")
     weights: Text | None = Field(
         None,
         description="own: those a module is made with (default); seed: made from the seed, each rank its stages' only; "

@@ -20,6 +20,7 @@ from autofunc.errors import AutofuncError, ConfigError
 from autofunc.losses import Loss, own_loss
 from autofunc.model import Model
 from autofunc.splitting import infer_boundaries, split
+from autofunc.train.adapters import with_adapters
 from autofunc.train.labels import refuse_shifted_twice
 
 _ROWS = 4  # on which the loss is looked at
@@ -28,6 +29,16 @@ OWN, SEED = "own", "seed"
 
 
 def build_model(config: FinetuneConfig, dataset: Any) -> Model:
+    """What is trained: what `model._target_` gives, with the adapters that are wanted.
+
+    Raises:
+        ConfigError: see `build_base` and `with_adapters`.
+    """
+    base = build_base(config, dataset)
+    return base if config.peft is None else with_adapters(base, config.peft, config, dataset)
+
+
+def build_base(config: FinetuneConfig, dataset: Any) -> Model:
     """What `model._target_` gives, as a model of named layers.
 
     Args:

@@ -7,13 +7,16 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from autofunc.adapters import ADAPTER_FILES
 from autofunc.errors import ConfigError
 from autofunc.shown import quoted
 from autofunc.train.step_folders import clear, steps_in
 
 METRICS, PICTURE, WEIGHTS, SCHEDULE = "metrics.jsonl", "loss.png", "model.safetensors", "schedule.csv"
 CHECKPOINTS = "checkpoints"
-_RESULTS = (METRICS, PICTURE, WEIGHTS, SCHEDULE)
+ADAPTER = "adapter"
+"""The folder in it with the adapter that a run trained."""
+_RESULTS = (METRICS, PICTURE, WEIGHTS, SCHEDULE, *(f"{ADAPTER}/{name}" for name in ADAPTER_FILES))
 
 
 def default_output_dir(config_path: str | Path) -> Path:

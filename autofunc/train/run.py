@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import replace
 from datetime import timedelta
@@ -22,20 +22,21 @@ from autofunc.explain import explain
 from autofunc.schedule import write_file
 from autofunc.shown import literal
 from autofunc.splitting import parameter_count
+from autofunc.train.adapters import described
 from autofunc.train.autoschedule import find_schedule
 from autofunc.train.checkpoints import Checkpoints
 from autofunc.train.datasets import title
 from autofunc.train.device import take_device
 from autofunc.train.loop import TrainResult, train
 from autofunc.train.metrics import MetricsFile, draw_loss_curve
-from autofunc.train.output import METRICS, PICTURE, SCHEDULE, WEIGHTS
+from autofunc.train.output import METRICS, PICTURE, SCHEDULE
 from autofunc.train.progress import ProgressReporter, Silent
 from autofunc.train.recipe import Recipe
 from autofunc.train.resume import folder_of, source, step_at
 from autofunc.train.step_folders import name_of
 from autofunc.train.threads import threads
 from autofunc.train.watched import watched
-from autofunc.train.weights import save_safely
+from autofunc.train.weights import save_result, written_part
 
 
 def run(recipe: Recipe, config: FinetuneConfig, output_dir: Path, command: str = "") -> None:
@@ -71,7 +72,7 @@ def _follow(
     with watched(config.distributed):
         result = train(recipe, mesh, device, Silent(), None, checkpoints, begun_from)
     if _writes_weights(config, result):
-        for each in (result.params, result.state):
+        for each in (written_part(recipe.model, result.params), result.state):
             result.pipe.gather(each)
 
 
@@ -102,6 +103,9 @@ def _lead(
     for note in recipe.notes:
         show(f"note: {note}")
     show(f"model: {parameter_count(recipe.model):,} parameters on {device.type}")
+    trained = described(recipe.model)
+    if trained is not None:
+        show(trained)
     if mesh is not None:
         show(f"mesh: {recipe.axes}, {recipe.axes.num_processes} processes")
     show(f"data: {title(recipe.dataset)}")
@@ -128,9 +132,10 @@ def _lead(
         watched(config.distributed),  # not while weights are written, which takes as long as it takes
     ):
         result = train(recipe, mesh, device, reporter, metrics, checkpoints, begun_from)
+    saved: Sequence[str] = ()
     if _writes_weights(config, result):
-        gather = result.pipe.gather
-        save_safely(gather(result.params), output_dir / WEIGHTS, gather(result.state))  # before all that may fail
+        params, state = (result.pipe.gather(each) for each in (written_part(recipe.model, result.params), result.state))
+        saved = save_result(recipe.model, params, state, output_dir)  # before all that may fail
     show(f"{result.num_steps - done} steps in {result.training_seconds:.1f} s of training")
     if metrics.error is not None:
         show(f"{METRICS} lacks lines: {metrics.error}")
@@ -138,7 +143,7 @@ def _lead(
         draw_loss_curve(output_dir / METRICS, output_dir / PICTURE)
     except (OSError, ValueError) as error:
         show(f"{PICTURE} is not drawn: {error}")
-    left = [name for name in (METRICS, PICTURE, WEIGHTS) if (output_dir / name).is_file()]
+    left = [*(name for name in (METRICS, PICTURE) if (output_dir / name).is_file()), *saved]
     show(f"written to {output_dir}: {', '.join(left)}")
     if checkpoints is not None:
         show(f"checkpoints: {checkpoints.folder}, the latest {name_of(result.num_steps)}")

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from autofunc import tree
+from autofunc.adapters import AdaptedModel, save_adapter
 from autofunc.errors import PipelineRunError
+from autofunc.model import Model
+from autofunc.train.output import ADAPTER, WEIGHTS
 
 
 def save_weights(params: tree.Nested, path: Path, state: tree.Nested | None = None) -> None:
@@ -18,21 +22,51 @@ def save_weights(params: tree.Nested, path: Path, state: tree.Nested | None = No
     save_file({name: leaf.detach().contiguous().cpu() for name, leaf in leaves.items()}, path)
 
 
-def save_safely(params: tree.Nested, path: Path, state: tree.Nested) -> None:
-    """Write weights that took long to make: into a new folder for temporary files where `path` cannot be written.
+def save_safely(write: Callable[[Path], object], path: Path) -> None:
+    """Write what took long to make: into a new folder for temporary files where `path` cannot be written.
+
+    Args:
+        write: writes a file, or a folder.
+        path: which.
 
     Raises:
-        PipelineRunError: when they can be written nowhere, or elsewhere only: then naming the file.
+        PipelineRunError: when it can be written nowhere, or elsewhere only: then naming the file.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_weights(params, path, state)
+        write(path)
     except (OSError, SafetensorError) as error:
         elsewhere = Path(tempfile.mkdtemp(prefix="autofunc-")) / path.name
         try:
-            save_weights(params, elsewhere, state)
+            write(elsewhere)
         except (OSError, SafetensorError) as again:
             raise PipelineRunError(
                 f"the weights cannot be written to {path} ({error}), nor to {elsewhere} ({again})"
             ) from error
         raise PipelineRunError(f"the weights cannot be written to {path}: {error}. They are in {elsewhere}") from error
+
+
+def save_result(model: Model, params: tree.Nested, state: tree.Nested, folder: Path) -> list[str]:
+    """Write what a run trained, and say by what names: weights, or the adapter.
+
+    Args:
+        model: what was trained.
+        params: `written_part`, gathered.
+        state: what layers keep from step to step, gathered. An adapter cannot hold it: the file with weights does.
+        folder: the run's.
+    """
+    if not isinstance(model, AdaptedModel):
+        save_safely(lambda path: save_weights(params, path, state), folder / WEIGHTS)
+        return [WEIGHTS]
+    save_safely(lambda path: save_adapter(model, params, path), folder / ADAPTER)
+    if not tree.flatten(state):
+        return [ADAPTER]
+    save_safely(lambda path: save_weights(params, path, state), folder / WEIGHTS)
+    return [ADAPTER, WEIGHTS]
+
+
+def written_part(model: Model, params: tree.Nested) -> tree.Nested:
+    """Of this rank's parameters those that are written: all, or what an adapter holds where that is all."""
+    if not isinstance(model, AdaptedModel) or model.state_spec:
+        return params
+    return tree.to_tensordict({path: leaf for path, leaf in tree.flatten(params).items() if model.is_trainable(path)})

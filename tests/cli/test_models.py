@@ -15,7 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from autofunc.config import read_config
 from autofunc.train import planning
+from autofunc.train.model import make
 from tests.cli.here import run_here
 
 ROOT = Path(__file__).parent.parent.parent
@@ -204,6 +206,34 @@ def test_statistics_are_trained_saved_and_read(folder: Path) -> None:
     autofunc(folder, "export", "-c", "normed.yaml", "--weights", "normed_on", "-o", "normed_exported")
     exported = load_file(folder / "normed_exported" / "model.safetensors")
     assert all(torch.equal(exported[path], leaf) for path, leaf in again.items())
+
+
+def test_adapters_are_trained_written_and_exported(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run leaves an adapter that PEFT loads, and no copy of the base; it is a part of the exported model."""
+    words = ("--peft.target_modules", "[blocks.*]", "--peft.dim", "2", "--peft.modules_to_save", "[lm_head]")
+    done = autofunc(folder, "finetune", "llm", "-c", "file.yaml", "--output_dir", "adapted", *words, *ALONE)
+    assert "adapters of rank 2 on 3 weights: 4,544 of 9,456 parameters are trained (48.05%)" in done
+    assert (
+        "written to adapted: metrics.jsonl, loss.png, adapter" in done
+        and not (folder / "adapted/model.safetensors").exists()
+    )
+    found = losses(folder, "adapted")
+    assert found[-1] < found[0]
+    stored = load_file(folder / "adapted" / "adapter" / "adapter_model.safetensors")
+    blocks = {f"base_model.model.blocks.{block}.lora_{factor}.weight" for block in range(3) for factor in "AB"}
+    assert stored.keys() == {*blocks, "base_model.model.lm_head.weight", "base_model.model.lm_head.bias"}
+    assert all(leaf.any() for leaf in stored.values())
+    autofunc(folder, "export", "-c", "file.yaml", "--weights", "adapted", "-o", "exported", *words)
+    exported = load_file(folder / "exported" / "model.safetensors")
+    monkeypatch.chdir(folder)
+    plain = make(read_config("file.yaml", [])[0]).state_dict()
+    a, b = (stored[f"base_model.model.blocks.0.lora_{factor}.weight"] for factor in "AB")
+    torch.testing.assert_close(exported["blocks.0.weight"], plain["blocks.0.weight"] + 32 / 2 * b @ a)
+    assert torch.equal(exported["embed.weight"], plain["embed.weight"])
+    assert torch.equal(exported["lm_head.weight"], stored["base_model.model.lm_head.weight"])
+    assert "holds a run already (metrics.jsonl, loss.png, adapter/adapter_config.json" in autofunc(
+        folder, "finetune", "llm", "-c", "file.yaml", "--output_dir", "adapted", *words, *ALONE, status=2
+    )
 
 
 def test_check(folder: Path) -> None:

@@ -96,5 +96,5 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(weights.tempfile, "mkdtemp", lambda prefix: str(tmp_path))
     (tmp_path / "file").write_text("")
     with pytest.raises(PipelineRunError, match="They are in"):
-        weights.save_safely(params, tmp_path / "file" / "model.safetensors", to_tensordict({}))
+        weights.save_safely(lambda path: weights.save_weights(params, path), tmp_path / "file" / "model.safetensors")
     assert load_file(tmp_path / "model.safetensors")["weight"].tolist() == [1, 1]

@@ -23,9 +23,13 @@ WRONG: list[tuple[list[str] | str, ...]] = [
     ("dist_env.timeout_minutes=5", "dist_env.timeout_minutes", "distributed.timeout_minutes"),
     ("rng.seed=5", "rng.seed", "seed"),
     (
-        ["distributed._target_=nemo_automodel.components.distributed.fsdp2.FSDP2Manager", "peft.dim=8", "wandb.project=x"],
+        [
+            "distributed._target_=nemo_automodel.components.distributed.fsdp2.FSDP2Manager",
+            "peft.use_dora=true",
+            "wandb.project=x",
+        ],
         "distributed._target_",
-        "peft",
+        "peft.use_dora",
         "wandb",
     ),
     (
