@@ -36,6 +36,9 @@ class StepScheduler(Section):
     )
     max_steps: Steps | None = Field(None, description="stop after this many steps, even inside an epoch")
     val_every_steps: Steps | None = Field(None, description="also validate every so many steps, not only at the end")
+    gc_every_steps: Steps | None = Field(
+        None, description="look for Python's garbage every so many steps, and at no other time; by default Python decides"
+    )
 
 
 class MixedPrecision(Section):

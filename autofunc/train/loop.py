@@ -22,6 +22,7 @@ from autofunc.pipe import Pipeline
 from autofunc.random import fold_in, make_key
 from autofunc.runtime.plan import Mode
 from autofunc.runtime.position import here
+from autofunc.train.garbage import collecting_between
 from autofunc.train.metrics import MetricsFile
 from autofunc.train.progress import Reporter
 from autofunc.train.recipe import Recipe
@@ -67,7 +68,8 @@ def train(
     validation_loss: float | None = None
 
     clock = time.perf_counter()
-    for step, parts in enumerate(itertools.islice(_endless(loader), recipe.num_steps), start=1):
+    all_parts = itertools.islice(_endless(loader), recipe.num_steps)
+    for step, parts in enumerate(collecting_between(all_parts, recipe.gc_every_steps), start=1):
         ran, results = [], []
         for number, part in enumerate(parts):
             key = (recipe.seed, step) if number == 0 else fold_in(make_key(recipe.seed, step, device=device), number)
@@ -94,7 +96,8 @@ def train(
         seconds = time.perf_counter() - clock  # the wait for data included
         training_seconds += seconds
         tokens = sum(_count_tokens(part) for part in parts)
-        reporter.step(step, loss_value, f"{tokens / seconds:,.0f} {_unit(parts)}/s" + (f"  lr {lr:.2e}" if lr else ""))
+        shown = f"{tokens / seconds:,.0f} {_unit(parts)}/s" + ("" if lr is None else f"  lr {lr:.2e}")
+        reporter.step(step, loss_value, shown)
         if metrics is not None:
             metrics.write(
                 step=step, loss=loss_value, grad_norm=norm_value, lr=recipe.optimizer.lr if lr is None else lr,
