@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from autofunc.markers import split_point
     from autofunc.mesh import data_coordinate, make_mesh
     from autofunc.model import Layer, Model, TensorParallel
-    from autofunc.optim import LearningRate, Optimizer, lr_schedule, optimizer, optimizers
+    from autofunc.optim import LearningRate, Optimizer, ema, lr_schedule, optimizer, optimizers
     from autofunc.pipe import Pipeline
     from autofunc.reference import reference_value_and_grad
     from autofunc.runtime.watchdog import watchdog
@@ -49,6 +49,7 @@ _HOME = {
     "check": "autofunc.checks",
     "constrain": "autofunc.spread",
     "data_coordinate": "autofunc.mesh",
+    "ema": "autofunc.optim",
     "empty_weights": "autofunc.captured",
     "from_function": "autofunc.captured",
     "from_module": "autofunc.whole_module",
@@ -88,6 +89,7 @@ __all__ = [
     "check",
     "constrain",
     "data_coordinate",
+    "ema",
     "empty_weights",
     "errors",
     "from_function",

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from autofunc import tree
-from autofunc.errors import BatchError, one_of
+from autofunc.chunked_entropy import chunked_entropy
+from autofunc.errors import BatchError, ModelError, one_of
 from autofunc.spread import current_spread
 
 Loss = Callable[[Any, Mapping[str, Any]], Any]
@@ -33,7 +34,7 @@ class LossTerms(NamedTuple):
     aux: Any
 
 
-def causal_lm(outputs: Any, microbatch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+def causal_lm(outputs: Any, microbatch: Mapping[str, Any], *, mask: str | None = None) -> tuple[Tensor, Tensor]:
     """Sum of the cross-entropy in nats over all labels that are not -100, and their number; worked out in fp32 or better.
 
     Args:
@@ -41,16 +42,90 @@ def causal_lm(outputs: Any, microbatch: Mapping[str, Any]) -> tuple[Tensor, Tens
             the vocabulary are not put together.
         microbatch: `microbatch["labels"]`, int64 of shape (...), already aligned: `labels[..., t]` is the token that
             `logits[..., t, :]` predicts.
+        mask: an entry of the batch of the same shape, such as "loss_mask": labels where it is 0 do not count either.
+
+    Raises:
+        BatchError: for outputs without logits, and when there is no such entry, or it has another shape.
     """
     logits = _entry(outputs, "logits")
     logits = outputs if logits is None else logits
-    logits, labels = logits.flatten(0, -2), microbatch["labels"].flatten()
+    if not isinstance(logits, Tensor):
+        raise BatchError(
+            f"causal_lm takes logits, and the model's output ({type(outputs).__name__}) has no 'logits'"
+            + ("; af.losses.chunked_causal_lm takes what it has" if _entry(outputs, "hidden") is not None else "")
+        )
+    logits, labels = logits.flatten(0, -2), _counted_labels(microbatch, mask).flatten()
     logits = logits.float() if logits.dtype.itemsize < 4 else logits
     spread = current_spread()
     total = spread.cross_entropy(logits, labels) if spread is not None else None
     if total is None:
         total = functional.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
     return total, (labels != IGNORED).sum()
+
+
+def chunked_causal_lm(
+    outputs: Any, microbatch: Mapping[str, Any], *, num_chunks: int = 8, mask: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """`causal_lm` without logits that are whole: those of one chunk of the tokens are made, used and let go of at a time.
+
+    The backward makes them once more, and gives the gradients of hidden states and weight in one pass: with I and W apart,
+    both come with I. Sums are taken chunk by chunk, so the last bits differ from those of `causal_lm`.
+
+    Args:
+        outputs: what `lazy_logits` returned: a mapping with "hidden" (..., features), "weight" (vocabulary, features) and,
+            if there is one, "bias" (vocabulary,).
+        microbatch: `microbatch["labels"]`, int64 of shape (...), aligned as for `causal_lm`.
+        num_chunks: into how many pieces the tokens of a microbatch are cut.
+        mask: see `causal_lm`.
+
+    Raises:
+        BatchError: for outputs that are something else, and as `causal_lm`.
+        ModelError: over tensor parallel ranks.
+    """
+    hidden, weight = _entry(outputs, "hidden"), _entry(outputs, "weight")
+    if hidden is None or weight is None:
+        raise BatchError(
+            "chunked_causal_lm takes hidden states and the head's weight, and the model's output has no 'hidden' and "
+            "'weight'; let its last layer return af.losses.lazy_logits(x, params[\"weight\"], batch), or use causal_lm"
+        )
+    if num_chunks < 1:
+        raise BatchError(f"chunked_causal_lm: num_chunks={num_chunks}; expected at least 1")
+    if current_spread() is not None:
+        raise ModelError(
+            "chunked_causal_lm over tensor parallel ranks: they have cut the weight along the vocabulary, and so the "
+            "logits too; use causal_lm, and a head that returns logits"
+        )
+    labels = _counted_labels(microbatch, mask).flatten()
+    bias = _entry(outputs, "bias")
+    return chunked_entropy(hidden.flatten(0, -2), weight, bias, labels, IGNORED, num_chunks), (labels != IGNORED).sum()
+
+
+def lazy_logits(hidden: Tensor, weight: Tensor, batch: Mapping[str, Any], bias: Tensor | None = None) -> Any:
+    """For a last layer: what `chunked_causal_lm` takes where the batch has labels, and the logits where it has none.
+
+    Args:
+        hidden: (..., features).
+        weight: (vocabulary, features).
+        batch: of the layer.
+        bias: (vocabulary,).
+    """
+    if "labels" not in batch:
+        return functional.linear(hidden, weight, bias)
+    return {"hidden": hidden, "weight": weight} | ({} if bias is None else {"bias": bias})
+
+
+def _counted_labels(microbatch: Mapping[str, Any], mask: str | None) -> Tensor:
+    labels: Tensor = microbatch["labels"]
+    if mask is None:
+        return labels
+    counts = microbatch.get(mask)
+    if counts is None:
+        raise BatchError(f"mask={mask!r}: the batch has no such entry; {one_of(mask, microbatch)}")
+    if counts.shape != labels.shape:
+        raise BatchError(
+            f"mask={mask!r} has shape {tuple(counts.shape)}, and labels {tuple(labels.shape)}; expected the same"
+        )
+    return labels.masked_fill(counts == 0, IGNORED)
 
 
 def reduce_aux(**how: str) -> Callable[[Loss], Loss]:

@@ -84,6 +84,7 @@ def build_gpt2_model(
     resid_pdrop: float = 0.0,
     layer_norm_epsilon: float = 1e-5,
     initializer_range: float = 0.02,
+    chunked_loss: bool = False,
 ) -> af.Model:
     """GPT-2 as layers `wte`, `wpe`, `h.0` ... `h.{n_layer-1}`, `ln_f`, `head`, with `head.weight` tied to `wte.weight`.
 
@@ -102,11 +103,13 @@ def build_gpt2_model(
         layer_norm_epsilon: added to the variance.
         initializer_range: standard deviation of the initial weights; those that write into the residual stream are
             divided by sqrt(2 * n_layer).
+        chunked_loss: for `autofunc.losses.chunked_causal_lm`: of a batch with labels the output is what it takes instead of
+            logits.
 
     Raises:
         ModelError: for sizes that do not fit together; when it runs, for a sequence longer than `n_positions`.
     """
-    config = GPT2Config(**locals())
+    config = GPT2Config(**{name: value for name, value in locals().items() if name != "chunked_loss"})
     layers = {"wte": _token_embedding(config), "wpe": _position_embedding(config)}
     for index in range(n_layer):
         layers[f"h.{index}"] = _block(config, f"h.{index}")
@@ -114,7 +117,9 @@ def build_gpt2_model(
         init=lambda key: _norm_init(key, "", config), apply=lambda params, x, batch: layer_norm(params, x, config)
     )
     layers["head"] = af.Layer(
-        apply=lambda params, x_BTD, batch: functional.linear(af.constrain(x_BTD, "replicate"), params["weight"])
+        apply=lambda params, x_BTD, batch: af.losses.lazy_logits(
+            af.constrain(x_BTD, "replicate"), params["weight"], batch if chunked_loss else {}
+        )
     )
     spread = af.TensorParallel(TENSOR_PARALLEL, divisible={"n_head": n_head, "vocab_size": vocab_size})
     return af.Model(

@@ -112,6 +112,7 @@ def build_llama_model(
     rms_norm_eps: float = 1e-6,
     initializer_range: float = 0.02,
     tie_word_embeddings: bool = False,
+    chunked_loss: bool = False,
 ) -> af.Model:
     """Llama as layers `embed_tokens`, `layers.0` ..., `norm`, `lm_head`.
 
@@ -134,11 +135,13 @@ def build_llama_model(
         rms_norm_eps: added to the mean square.
         initializer_range: standard deviation of the initial weights.
         tie_word_embeddings: whether the head uses the weight of the embedding.
+        chunked_loss: for `autofunc.losses.chunked_causal_lm`: of a batch with labels the output is what it takes instead of
+            logits.
 
     Raises:
         ModelError: for sizes that do not fit together, or an unknown scaling of the positions.
     """
-    config = LlamaConfig(**locals())
+    config = LlamaConfig(**{name: value for name, value in locals().items() if name != "chunked_loss"})
     layers = {"embed_tokens": embedding(config)}
     for index in range(num_hidden_layers):
         layers[f"layers.{index}"] = _block(config)
@@ -146,7 +149,7 @@ def build_llama_model(
         init=lambda key: norm_init(key, "", hidden_size),
         apply=lambda params, x_BTD, batch: rms_norm(params, x_BTD, rms_norm_eps),
     )
-    layers["lm_head"] = head(config)
+    layers["lm_head"] = head(config, chunked_loss=chunked_loss)
     divisible = {
         "num_attention_heads": num_attention_heads,
         "num_key_value_heads": config.kv_heads,
@@ -259,11 +262,12 @@ def embedding(config: LlamaConfig) -> af.Layer:
     )
 
 
-def head(config: LlamaConfig) -> af.Layer:
-    """From (B, T, D) to logits (B, T, V); without parameters of its own when tied."""
+def head(config: LlamaConfig, *, chunked_loss: bool = False) -> af.Layer:
+    """From (B, T, D) to logits (B, T, V), or what a chunked loss takes; without parameters of its own when tied."""
 
-    def apply(params: Params, x_BTD: Tensor, batch: Params) -> Tensor:
-        return functional.linear(af.constrain(x_BTD, "replicate"), params["weight"])
+    def apply(params: Params, x_BTD: Tensor, batch: Params) -> Any:
+        x_BTD = af.constrain(x_BTD, "replicate")
+        return af.losses.lazy_logits(x_BTD, params["weight"], batch if chunked_loss else {})
 
     return af.Layer(apply=apply) if config.tie_word_embeddings else af.Layer(embedding(config).init, apply)
 

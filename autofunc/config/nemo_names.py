@@ -17,6 +17,7 @@ RENAMED: Mapping[str, str] = {
     "build_gpt2_model": "stages.gpt2.build_gpt2_model",
     "HellaSwag": "autofunc.data.HellaSwag",
     "MaskedCrossEntropy": "autofunc.losses.causal_lm",
+    "FusedLinearCrossEntropy": "autofunc.losses.chunked_causal_lm",
     "NeMoAutoModelForCausalLM.from_pretrained": "autofunc.AutoModel.from_pretrained",
     "NeMoAutoModelForCausalLM.from_config": "autofunc.AutoModel.from_config",
     "NeMoAutoModelForSeq2SeqLM.from_pretrained": "autofunc.AutoModel.from_pretrained",

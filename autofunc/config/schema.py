@@ -42,6 +42,9 @@ class StepScheduler(Section):
     save_checkpoint_every_epoch: bool = Field(
         True, description="write a checkpoint at the end of each epoch, where there are any"
     )
+    gc_every_steps: Steps | None = Field(
+        None, description="look for Python's garbage every so many steps, and at no other time; by default Python decides"
+    )
 
 
 class MixedPrecision(Section):

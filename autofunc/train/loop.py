@@ -21,6 +21,7 @@ from autofunc.pipe import Pipeline
 from autofunc.runtime.position import here
 from autofunc.train.bubble import BubbleMeter
 from autofunc.train.checkpoints import Checkpoints
+from autofunc.train.garbage import collecting_between
 from autofunc.train.metrics import MetricsFile
 from autofunc.train.preemption import Stop, any_of, noticed
 from autofunc.train.progress import Reporter
@@ -76,17 +77,16 @@ def train(
 
     with noticed() if checkpoints is not None else nullcontext(Stop()) as stop:
         clock = time.perf_counter()
-        for parts in itertools.islice(_endless(loader), recipe.num_steps - begun.step):
+        all_parts = itertools.islice(_endless(loader), recipe.num_steps - begun.step)
+        for parts in collecting_between(all_parts, recipe.gc_every_steps):
             step += 1
             taken = take_step(recipe, pipe, now, parts, step, device, meter)
             now, loss = taken.now, taken.loss
             seconds = time.perf_counter() - clock  # the wait for data included
             training_seconds += seconds
             tokens = sum(_count_tokens(part) for part in parts)
-            said = f"{tokens / seconds:,.0f} {_unit(parts)}/s" + (
-                f"  lr {taken.lr:.2e}" if recipe.lr_at is not None else ""
-            )
-            reporter.step(step, loss, said, taken.bubble)
+            rate = f"  lr {taken.lr:.2e}" if recipe.lr_at is not None else ""  # one that changes
+            reporter.step(step, loss, f"{tokens / seconds:,.0f} {_unit(parts)}/s{rate}", taken.bubble)
             if metrics is not None:
                 metrics.write(
                     step=step, loss=loss, grad_norm=taken.norm, lr=taken.lr, num_tokens=tokens, step_time_ms=seconds * 1e3,

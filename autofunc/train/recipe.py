@@ -47,6 +47,7 @@ class Recipe:
     make_validation_loader: Callable[..., Any] | None
     num_steps: int
     val_every_steps: int | None
+    gc_every_steps: int | None  # None: Python decides when it looks for garbage
     max_norm: float | None  # of the gradients
     seed: int
     rows: int  # of a batch, over all data parallel ranks
@@ -136,6 +137,7 @@ def prepare(
         make_validation_loader=loaders.validation,
         num_steps=num_steps,
         val_every_steps=steps.val_every_steps,
+        gc_every_steps=steps.gc_every_steps,
         max_norm=config.clip_grad_norm.max_norm if config.clip_grad_norm is not None else None,
         seed=config.seed,
         rows=rows,

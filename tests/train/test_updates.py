@@ -23,7 +23,7 @@ from tests.cli.here import run_here
 CONFIG = """
 model: {_target_: stages.gpt2.build_gpt2_model, vocab_size: 256, n_positions: 16, n_embd: 16, n_layer: 1, n_head: 2}
 dataset: {_target_: autofunc.data.TextFolder, path: corpus, seq_len: 16}
-step_scheduler: {global_batch_size: 4, local_batch_size: 2, max_steps: 3}
+step_scheduler: {global_batch_size: 4, local_batch_size: 2, max_steps: 3, gc_every_steps: 2}
 distributed: {device: cpu, engine: eager}
 optimizer:
 - {_target_: torch.optim.Muon, lr: 0.02, params: ["h.*.attn.*.weight", "h.*.mlp.*.weight"]}

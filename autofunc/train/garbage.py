@@ -1,0 +1,29 @@
+"""When Python looks for garbage: of itself, or every so many steps, so that all ranks pause at once and none in a step."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def collecting_between(steps: Iterable[T], every: int | None) -> Iterator[T]:
+    """The same, with garbage collected after every so many of them and at no other time; None leaves it to Python.
+
+    Python decides again as before when the iterator ends or is let go of.
+    """
+    if every is None:
+        yield from steps
+        return
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        for number, step in enumerate(steps, start=1):
+            yield step
+            if number % every == 0:
+                gc.collect()
+    finally:
+        if was_enabled:
+            gc.enable()
