@@ -1,26 +1,23 @@
-"""`autofunc finetune llm`: check, then train in this process or start the workers."""
+"""`autofunc finetune llm`: what comes before torch, which takes seconds to import. The rest is `train.begin`."""
 
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Sequence
-from pathlib import Path
+from contextlib import AbstractContextManager, nullcontext
 
 from rich.console import Console
 
-from autofunc.config import read_config
+from autofunc.config import FinetuneConfig, read_config
 from autofunc.shown import literal, shown
-from autofunc.train.device import check_devices
-from autofunc.train.launch import is_worker, launch, was_checked
-from autofunc.train.memory_budget import check_budget
-from autofunc.train.output import default_output_dir, make_output_dir
-from autofunc.train.recipe import prepare
-from autofunc.train.run import run
-from autofunc.train.tensor_parallel_check import check_tensor_parallel
-from autofunc.train.worker import run_worker
+from autofunc.timing import clock
+from autofunc.train.fork_server import ForkServer
+from autofunc.train.role import is_worker
 
-_OUTPUT_DIR = "AUTOFUNC_OUTPUT_DIR"  # chosen once, by the process that starts the workers
+_OF_WORKERS = [
+    "autofunc.train.begin", "torch.distributed.fsdp", "torch.distributed.tensor", "torch.fx.experimental.proxy_tensor",
+]  # fmt: skip
+"""Modules that all workers need."""
 
 
 def finetune_llm(config_path: str, overrides: Sequence[str], nproc_per_node: int | None, overwrite: bool) -> None:
@@ -36,36 +33,45 @@ def finetune_llm(config_path: str, overrides: Sequence[str], nproc_per_node: int
         AutofuncError: for every mistake in the configuration, before a process is started.
     """
     if is_worker():
-        run_worker(lambda: _work(config_path, overrides, overwrite))
+        _work(config_path, overrides, overwrite)
         return
-    with Console(stderr=True).status(literal(f"checking {shown(config_path)}")):  # reads the data; shown on terminals
+    with _checking(config_path):
         config, notes = read_config(config_path, overrides)
-        recipe = prepare(config, nproc_per_node, notes=notes)
-        check_tensor_parallel(recipe)
-        check_budget(recipe)
-        check_devices(config.distributed.device, recipe.axes.num_processes)
-    output_dir = _output_dir(config.output_dir, config_path)
-    make_output_dir(output_dir, overwrite)
-    if recipe.axes.num_processes == 1:
-        run(recipe, config, output_dir)
-        return
-    sys.stdout.write(f"starting {recipe.axes.num_processes} processes\n")
-    sys.stdout.flush()
-    arguments = ["finetune", "llm", "-c", config_path, *overrides]
-    launch(recipe.axes.num_processes, arguments, {_OUTPUT_DIR: str(output_dir)})
+        clock.done("reading the configuration")
+    with _fork_server(config, nproc_per_node) as server:
+        with _checking(config_path):  # reads the data
+            from autofunc.train.begin import begin, checked_recipe, output_dir_of
+
+            clock.done("imports")
+            recipe = checked_recipe(config, nproc_per_node, notes)
+        begin(recipe, config, notes, output_dir_of(config, config_path), overwrite, server)
+
+
+def _checking(config_path: str) -> AbstractContextManager[object]:
+    """Shown on terminals."""
+    return Console(stderr=True).status(literal(f"checking {shown(config_path)}"))
+
+
+def _fork_server(config: FinetuneConfig, nproc_per_node: int | None) -> AbstractContextManager[ForkServer | None]:
+    """What the workers are forked from, where there will be more than this process."""
+    wanted = config.distributed
+    sizes = (wanted.pp_size, wanted.tp_size, wanted.dp_size, wanted.dp_replicate_size, nproc_per_node)
+    if all(size in (None, 1) for size in sizes):
+        return nullcontext()
+    variables = {
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+        "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # a library may ask for GPUs when it is imported, see docs/traps.md
+    }
+    return ForkServer(_OF_WORKERS, variables)
 
 
 def _work(config_path: str, overrides: Sequence[str], overwrite: bool) -> None:
-    config, notes = read_config(config_path, overrides)
-    recipe = prepare(config, int(os.environ["WORLD_SIZE"]), notes=notes, checked=was_checked())
-    output_dir = _output_dir(config.output_dir, config_path)
-    if not was_checked() and os.environ.get("RANK", "0") == "0":  # the one that writes
-        make_output_dir(output_dir, overwrite)
-    run(recipe, config, output_dir)
+    from autofunc.train.begin import output_dir_of, run_rank
+    from autofunc.train.worker import run_worker
 
+    def work() -> None:
+        config, notes = read_config(config_path, overrides)
+        run_rank(config, notes, output_dir_of(config, config_path), overwrite=overwrite)
 
-def _output_dir(configured: str | None, config_path: str) -> Path:
-    if configured is not None:
-        return Path(configured).expanduser()
-    chosen = os.environ.get(_OUTPUT_DIR)
-    return Path(chosen) if chosen else default_output_dir(config_path)
+    clock.done("imports")
+    run_worker(work)

@@ -15,6 +15,7 @@ from autofunc.cli import schedule
 from autofunc.cli.options import TAKES_OVERRIDES, ConfigFile
 from autofunc.errors import AutofuncError, ConfigError, PipelineRunError, full_message
 from autofunc.shown import quoted
+from autofunc.timing import clock
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -75,8 +76,8 @@ def finetune(
 
     if domain != "llm":
         raise ConfigError(f"finetune {domain!r}: {one_of(domain, ['llm'])}")
-    with _loading_torch():
-        from autofunc.cli.finetune import finetune_llm
+    from autofunc.cli.finetune import finetune_llm
+
     finetune_llm(config, context.args, nproc_per_node, overwrite)
 
 
@@ -108,6 +109,7 @@ def plan(
     """
     with _loading_torch():
         from autofunc.cli.plan import plan as show_plan
+    clock.done("imports")
     show_plan(config, context.args, nproc_per_node, measure, as_json, picture)
 
 
@@ -127,6 +129,7 @@ def check(
     """
     with _loading_torch():
         from autofunc.cli.check import check as run_check
+    clock.done("imports")
     if not run_check(config, context.args, as_json):
         raise typer.Exit(1)
 

@@ -1,122 +1,133 @@
 """Start the worker processes of a run, and end them all when one fails.
 
-torch's elastic launcher starts them with the environment that `torchrun` gives, so a worker is the same command as one
-under the user's own `torchrun`.
+They get the variables that `torchrun` gives, so that a worker finds what it would find under the user's own `torchrun`.
 """
 
 from __future__ import annotations
 
-import logging
 import os
+import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence, Set
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
+
+from torch.distributed import TCPStore
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from autofunc.errors import PipelineRunError
 from autofunc.runtime.position import make_file, read_file
+from autofunc.timing import clock
 from autofunc.train.blame import report
-from autofunc.train.worker import LAUNCHER, POSITIONS
+from autofunc.train.fork_server import ForkServer
+from autofunc.train.role import CHECKED, POSITIONS
 
-_CHECKED = "AUTOFUNC_CHECKED"
-
-
-def is_worker() -> bool:
-    """Whether this process was started by torchrun, or by `launch`."""
-    return "LOCAL_RANK" in os.environ and "WORLD_SIZE" in os.environ
-
-
-def was_checked() -> bool:
-    """Whether `launch` started this process: then the one that called it has tried the configuration."""
-    return os.environ.get(_CHECKED) == "1"
+_HOST = "127.0.0.1"  # the machine's own name need not resolve
+_LOOK_SECONDS = 0.2
+_TOGETHER_SECONDS = 0.2  # after a failure: what failed at the same time is told by then
+_SECONDS_TO_END = 30.0
+_STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 
-def launch(num_processes: int, arguments: Sequence[str], environment: Mapping[str, str]) -> None:
-    """Run `python -m autofunc ARGUMENTS` in several processes on this machine and wait for them.
+def launch(server: ForkServer, num_processes: int, work: Callable[[], None]) -> None:
+    """Do a piece of work in several processes on this machine, and wait for them.
 
     Args:
+        server: forks them.
         num_processes: how many.
-        arguments: of the command, which the caller has checked.
-        environment: variables that the processes have besides this one's.
+        work: what each does, with RANK and its like in its environment; picklable.
 
     Raises:
         PipelineRunError: when one fails; holds the traceback of the first that did. All others have been ended.
         SystemExit: when this process is interrupted or told to end.
     """
-    with TemporaryDirectory(prefix="autofunc-") as folder, _ended_by_launcher() as ended:
-        positions = Path(folder) / "positions"
+    with TemporaryDirectory(prefix="autofunc-") as name, _heeded_signals() as asked:
+        folder = Path(name)
+        positions = folder / "positions"
         make_file(positions, num_processes)
-        _run(num_processes, arguments, {**environment, POSITIONS: str(positions)}, folder, ended)
+        store = TCPStore(_HOST, 0, is_master=True, wait_for_workers=False)  # here, so that nobody else takes its port
+        ranks = [_variables(rank, num_processes, store.port, folder) for rank in range(num_processes)]
+        pids = server.fork(work, [{**each, POSITIONS: str(positions)} for each in ranks], folder)
+        clock.done("forking the workers")
+        workers = _Workers(server, pids, folder, asked)
+        workers.wait()
+        if asked:
+            sys.exit(128 + asked[0])
+        if workers.failures:
+            raise PipelineRunError(report(workers.failures, workers.ended, read_file(positions)))
 
 
-def _run(
-    num_processes: int, arguments: Sequence[str], environment: Mapping[str, str], folder: str, ended: Set[int]
-) -> None:  # fmt: skip
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+def _variables(rank: int, num_processes: int, port: int, folder: Path) -> dict[str, str]:
+    """As `torchrun` gives them. The last three tell torch that the launcher has the store, and where errors are written."""
+    own, all_of_them = str(rank), str(num_processes)
+    return {
+        "RANK": own, "LOCAL_RANK": own, "ROLE_RANK": own, "GROUP_RANK": "0", "WORLD_SIZE": all_of_them,
+        "LOCAL_WORLD_SIZE": all_of_them, "ROLE_WORLD_SIZE": all_of_them, "GROUP_WORLD_SIZE": "1",
+        "MASTER_ADDR": _HOST, "MASTER_PORT": str(port), CHECKED: "1",
+        "TORCH_NCCL_ASYNC_ERROR_HANDLING": os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1"),
+        "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0",
+        "TORCHELASTIC_ERROR_FILE": str(_error_file(folder, rank)),
+    }  # fmt: skip
 
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=num_processes,
-        run_id=f"autofunc-{os.getpid()}",
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=0,
-        monitor_interval=0.2,
-        local_addr="127.0.0.1",  # the machine's own name need not resolve
-        logs_specs=DefaultLogsSpecs(log_dir=folder),
-    )
-    own = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), _CHECKED: "1", LAUNCHER: str(os.getpid())}
-    try:
-        with _environment({**own, **environment}):
-            elastic_launch(config, sys.executable)("-m", "autofunc", *arguments)
-    except ChildFailedError as failed:
-        raise PipelineRunError(report(failed.failures, ended, read_file(Path(environment[POSITIONS])))) from None
-    except SignalException as stopped:  # the launcher has ended the workers
-        sys.exit(128 + stopped.sigval)
+
+def _error_file(folder: Path, rank: int) -> Path:
+    return folder / f"error-{rank}.json"
+
+
+class _Workers:
+    """The workers of a run, until all have ended.
+
+    Args:
+        server: forked them.
+        pids: their process ids, by rank.
+        folder: where they write down their errors.
+        asked: signals that ask this process to end.
+    """
+
+    def __init__(self, server: ForkServer, pids: Sequence[int], folder: Path, asked: Sequence[signal.Signals]) -> None:
+        self._server, self._pids, self._folder, self._asked = server, pids, folder, asked
+        self._running = set(pids)
+        self.failures: dict[int, Any] = {}  # by rank
+        self.ended: frozenset[int] = frozenset()  # process ids of those that were told to end after the first failure
+
+    def wait(self) -> None:
+        """Until they have all ended: by themselves, or because one failed, or this process is to end."""
+        while self._running and not self.failures and not self._asked:
+            self._take(_LOOK_SECONDS)
+        if self._running and not self._asked:
+            time.sleep(_TOGETHER_SECONDS)
+        if self._running:
+            self.ended = self._end(self._asked[0] if self._asked else signal.SIGTERM)
+        if self._running:
+            self._end(signal.SIGKILL)
+
+    def _end(self, number: signal.Signals) -> frozenset[int]:
+        """Tell those that run to end, and wait until they have, or this process is told so once more."""
+        told, until, times = self._server.signal(number), time.monotonic() + _SECONDS_TO_END, len(self._asked)
+        while self._running and time.monotonic() < until and len(self._asked) == times:
+            self._take(_LOOK_SECONDS)
+        return told
+
+    def _take(self, seconds: float) -> None:
+        for each in self._server.ended(seconds):
+            rank = self._pids.index(each.pid)
+            self._running.discard(each.pid)
+            if each.exitcode != 0:
+                file = str(_error_file(self._folder, rank))
+                self.failures[rank] = ProcessFailure(rank, each.pid, each.exitcode, file)
 
 
 @contextmanager
-def _environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """The launcher gives its workers this process's environment, so they are set here for as long as it runs."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
+def _heeded_signals() -> Iterator[list[signal.Signals]]:
+    """Notes the signals that ask this process to end, but not those that it was started to ignore, as by nohup."""
+    asked: list[signal.Signals] = []
+    heeded = [each for each in _STOPPING if signal.getsignal(each) is not signal.SIG_IGN]
+    before = {each: signal.signal(each, lambda number, _: asked.append(signal.Signals(number))) for each in heeded}
     try:
-        yield
+        yield asked
     finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
-class _Ended(logging.Handler):
-    """Notes the processes that torch's launcher says it ends."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.pids: set[int] = set()
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Of "Sending process %s closing signal %s" and "Unable to shutdown process %s ...", the process."""
-        if isinstance(record.args, tuple) and "process %s" in str(record.msg) and record.args:
-            self.pids.add(int(str(record.args[0])))
-
-
-@contextmanager
-def _ended_by_launcher() -> Iterator[Set[int]]:
-    """The launcher logs its own report of a failure; ours says it once. What it ends is told by its log alone."""
-    logger, handler = logging.getLogger("torch.distributed.elastic"), _Ended()
-    before = logger.level, logger.propagate, logger.handlers
-    logger.setLevel(logging.WARNING)
-    logger.propagate, logger.handlers = False, [handler]
-    try:
-        yield handler.pids
-    finally:
-        logger.setLevel(before[0])
-        logger.propagate, logger.handlers = before[1], before[2]
+        for each, handler in before.items():
+            signal.signal(each, handler)

@@ -22,6 +22,7 @@ from autofunc.pipe import Pipeline
 from autofunc.random import fold_in, make_key
 from autofunc.runtime.plan import Mode
 from autofunc.runtime.position import here
+from autofunc.timing import clock
 from autofunc.train.metrics import MetricsFile
 from autofunc.train.progress import Reporter
 from autofunc.train.recipe import Recipe
@@ -66,7 +67,8 @@ def train(
     training_seconds, loss_value = 0.0, float("nan")
     validation_loss: float | None = None
 
-    clock = time.perf_counter()
+    clock.done("making the weights")
+    began = time.perf_counter()
     for step, parts in enumerate(itertools.islice(_endless(loader), recipe.num_steps), start=1):
         ran, results = [], []
         for number, part in enumerate(parts):
@@ -90,7 +92,7 @@ def train(
         if recipe.max_norm is not None:
             grads = pipe.scaled(grads, norm, recipe.max_norm)
         params, optimizer_state = recipe.optimizer.update(grads, optimizer_state, params)
-        seconds = time.perf_counter() - clock  # the wait for data included
+        seconds = time.perf_counter() - began  # the wait for data included
         training_seconds += seconds
         tokens = sum(_count_tokens(part) for part in parts)
         reporter.step(step, loss_value, f"{tokens / seconds:,.0f} {_unit(parts)}/s")
@@ -103,7 +105,10 @@ def train(
                     reporter.validation(step, validation_loss)
                 if metrics is not None:
                     metrics.write(step=step, validation_loss=validation_loss)
-        clock = time.perf_counter()
+        if step == 1:
+            clock.done("the first step")
+            clock.stop()
+        began = time.perf_counter()
     return TrainResult(pipe, params, state, recipe.num_steps, loss_value, validation_loss, training_seconds)
 
 

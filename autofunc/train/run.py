@@ -21,6 +21,7 @@ from autofunc.explain import explain
 from autofunc.schedule import write_file
 from autofunc.shown import literal
 from autofunc.splitting import parameter_count
+from autofunc.timing import clock
 from autofunc.train.autoschedule import find_schedule
 from autofunc.train.datasets import title
 from autofunc.train.device import take_device
@@ -42,6 +43,7 @@ def run(recipe: Recipe, config: FinetuneConfig, output_dir: Path) -> None:
     """
     device = take_device(config.distributed.device)
     mesh = _mesh(recipe, device, config.distributed.timeout_minutes)
+    clock.done("joining the process group")
     with threads(config.distributed.threads_per_rank):
         if mesh is None or dist.get_rank() == 0:
             _lead(recipe, mesh, device, output_dir, config.distributed)
