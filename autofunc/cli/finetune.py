@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 from rich.console import Console
 
+from autofunc.cli.loading import loading_torch
 from autofunc.config import FinetuneConfig, read_config
 from autofunc.shown import literal, shown
 from autofunc.timing import clock
@@ -39,10 +40,9 @@ def finetune_llm(config_path: str, overrides: Sequence[str], nproc_per_node: int
         config, notes = read_config(config_path, overrides)
         clock.done("reading the configuration")
     with _fork_server(config, nproc_per_node) as server:
-        with _checking(config_path):  # reads the data
+        with loading_torch():
             from autofunc.train.begin import begin, checked_recipe, output_dir_of
-
-            clock.done("imports")
+        with _checking(config_path):  # reads the data
             recipe = checked_recipe(config, nproc_per_node, notes)
         begin(recipe, config, notes, output_dir_of(config, config_path), overwrite, server)
 
@@ -66,12 +66,12 @@ def _fork_server(config: FinetuneConfig, nproc_per_node: int | None) -> Abstract
 
 
 def _work(config_path: str, overrides: Sequence[str], overwrite: bool) -> None:
-    from autofunc.train.begin import output_dir_of, run_rank
-    from autofunc.train.worker import run_worker
+    with loading_torch():
+        from autofunc.train.begin import output_dir_of, run_rank
+        from autofunc.train.worker import run_worker
 
     def work() -> None:
         config, notes = read_config(config_path, overrides)
         run_rank(config, notes, output_dir_of(config, config_path), overwrite=overwrite)
 
-    clock.done("imports")
     run_worker(work)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import traceback
-from contextlib import AbstractContextManager
 from typing import Annotated
 
 import typer
@@ -12,10 +11,10 @@ import typer
 from autofunc import __version__
 from autofunc.cli import config as config_commands
 from autofunc.cli import schedule
+from autofunc.cli.loading import loading_torch
 from autofunc.cli.options import TAKES_OVERRIDES, ConfigFile
 from autofunc.errors import AutofuncError, ConfigError, PipelineRunError, full_message
 from autofunc.shown import quoted
-from autofunc.timing import clock
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -27,13 +26,6 @@ app = typer.Typer(
 
 app.add_typer(schedule.app, name="schedule")
 app.add_typer(config_commands.app, name="config")
-
-
-def _loading_torch() -> AbstractContextManager[object]:
-    """Shown on terminals while a command imports what takes seconds."""
-    from rich.console import Console
-
-    return Console(stderr=True).status("loading torch")
 
 
 def _version(wanted: bool) -> None:
@@ -107,9 +99,8 @@ def plan(
     Runs the code that the file names in _target_, to build the model and read the data.
     Stages, parameters, operations, what is sent, memory, step time and bubble.
     """
-    with _loading_torch():
+    with loading_torch():
         from autofunc.cli.plan import plan as show_plan
-    clock.done("imports")
     show_plan(config, context.args, nproc_per_node, measure, as_json, picture)
 
 
@@ -127,9 +118,8 @@ def check(
 
     Runs the code that the file names in _target_. Ten checks on a few rows of the dataset. The status is 1 when one fails.
     """
-    with _loading_torch():
+    with loading_torch():
         from autofunc.cli.check import check as run_check
-    clock.done("imports")
     if not run_check(config, context.args, as_json):
         raise typer.Exit(1)
 
@@ -146,7 +136,7 @@ def export(
     output: Annotated[str, typer.Option("--output", "-o", help="Folder to write.")],
 ) -> None:
     """Write trained weights as a folder that transformers' from_pretrained loads."""
-    with _loading_torch():
+    with loading_torch():
         from autofunc.cli.export import export as write
     write(config, context.args, weights, output)
 
