@@ -42,6 +42,7 @@ from autofunc.shard.dtensors import local
 from autofunc.shard.parameters import Parameters
 from autofunc.splitting import Stage
 from autofunc.surroundings import surroundings
+from autofunc.timing import clock
 
 _MANY_CHANGES = 3  # of what functions read from outside, after which it is said where numbers that change belong
 _MOST_PLANS = 64  # batch signatures a pipeline remembers; beyond that the oldest is forgotten
@@ -310,6 +311,7 @@ class Pipeline(Held):
             of_all_ranks |= self._parameters.laid_out(params)
             with here.building():
                 plan = build_plan(self._blueprint, mode, of_all_ranks, device, microbatches)
+            clock.done("capturing the stages")
             transport = None
             if self._group is not None and self._ranks is not None:
                 transport = DistributedTransport(self._group, self._ranks, self.local_ranks[0], plan.device, plan.channels)

@@ -27,6 +27,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from autofunc.train.forking import WORKER_NAME
+
 MICROBATCHES, STEPS, TIMEOUT_SECONDS, LEFT_SECONDS = 4, 12, 6, 10.0
 MARK = "AUTOFUNC_FAULT_RUN"
 """Environment variable by which the processes of a run are found."""
@@ -255,7 +257,8 @@ def _end(
     """Wait until all processes run steps, then send one a signal."""
     until = time.monotonic() + 90
     while time.monotonic() < until:
-        workers = {int(found["RANK"]): pid for pid, found in _processes(mark) if "RANK" in found}
+        names = [(pid, name.removeprefix(WORKER_NAME)) for pid, name in _processes(mark) if name.startswith(WORKER_NAME)]
+        workers = {int(rank): pid for pid, rank in names}
         written = any(file.stat().st_size for file in folder.rglob("metrics.jsonl"))
         if len(workers) == processes and written:
             time.sleep(after)
@@ -264,18 +267,18 @@ def _end(
         time.sleep(0.1)
 
 
-def _processes(mark: str) -> Iterator[tuple[int, dict[str, str]]]:
-    """The processes of a run, with their environments."""
+def _processes(mark: str) -> Iterator[tuple[int, str]]:
+    """The processes of a run, with their names."""
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():
             continue
         try:
             words = (entry / "environ").read_bytes().decode(errors="replace").split("\0")
+            name = (entry / "comm").read_text().strip()
         except OSError:  # it has ended, or is another user's
             continue
-        environment = dict(word.split("=", 1) for word in words if "=" in word)
-        if environment.get(MARK) == mark:
-            yield int(entry.name), environment
+        if f"{MARK}={mark}" in words:
+            yield int(entry.name), name
 
 
 def _left(mark: str, until: float) -> list[int]:

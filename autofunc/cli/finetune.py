@@ -1,32 +1,29 @@
-"""`autofunc finetune llm`: check, then train in this process or start the workers."""
+"""`autofunc finetune llm`: what comes before torch, which takes seconds to import. The rest is `train.begin`."""
 
 from __future__ import annotations
 
 import os
-import shlex
-import sys
 from collections.abc import Sequence
-from pathlib import Path
+from contextlib import AbstractContextManager, nullcontext
 
 from rich.console import Console
 
+from autofunc.cli.loading import loading_torch
 from autofunc.config import FinetuneConfig, read_config
 from autofunc.shown import literal, shown
-from autofunc.train.device import check_devices
-from autofunc.train.launch import is_worker, launch, was_checked
-from autofunc.train.memory_budget import check_budget
-from autofunc.train.output import default_output_dir, last_output_dir, make_output_dir
-from autofunc.train.recipe import prepare
-from autofunc.train.resume import AUTO, check_restorable, folder_of, goes_on_in, source, wanted
-from autofunc.train.run import run
-from autofunc.train.step_folders import LATEST
-from autofunc.train.tensor_parallel_check import check_tensor_parallel
-from autofunc.train.worker import run_worker
+from autofunc.timing import clock
+from autofunc.train.fork_server import ForkServer
+from autofunc.train.role import is_worker
 
-_OUTPUT_DIR = "AUTOFUNC_OUTPUT_DIR"  # chosen once, by the process that starts the workers
+_OF_WORKERS = [
+    "autofunc.train.begin", "torch.distributed.fsdp", "torch.distributed.tensor", "torch.fx.experimental.proxy_tensor",
+]  # fmt: skip
+"""Modules that all workers need."""
 
 
-def finetune_llm(config_path: str, overrides: Sequence[str], nproc_per_node: int | None, overwrite: bool) -> None:
+def finetune_llm(
+    config_path: str, overrides: Sequence[str], nproc_per_node: int | None, overwrite: bool, max_restarts: int = 0
+) -> None:
     """Run a configuration.
 
     Args:
@@ -34,65 +31,55 @@ def finetune_llm(config_path: str, overrides: Sequence[str], nproc_per_node: int
         overrides: see `config.load_config`.
         nproc_per_node: processes to start; the configuration's own number by default.
         overwrite: whether a run in the same output folder is replaced.
+        max_restarts: how often workers are started again after a failure.
 
     Raises:
         AutofuncError: for every mistake in the configuration, before a process is started.
     """
     if is_worker():
-        run_worker(lambda: _work(config_path, overrides, overwrite))
+        _work(config_path, overrides, overwrite)
         return
-    with Console(stderr=True).status(literal(f"checking {shown(config_path)}")):  # reads the data; shown on terminals
+    with _checking(config_path):
         config, notes = read_config(config_path, overrides)
-        recipe = prepare(config, nproc_per_node, notes=notes)
-        check_tensor_parallel(recipe)
-        check_budget(recipe)
-        check_devices(config.distributed.device, recipe.axes.num_processes)
-        output_dir = _output_dir(config, config_path)
-        begun_from = source(config.checkpoint, output_dir)
-        if begun_from is not None:
-            check_restorable(begun_from, recipe)
-    _make_output_dir(config, output_dir, begun_from, overwrite)
-    if recipe.axes.num_processes == 1:
-        run(recipe, config, output_dir, _command(config, config_path, overrides, output_dir))
-        return
-    sys.stdout.write(f"starting {recipe.axes.num_processes} processes\n")
-    sys.stdout.flush()
-    arguments = ["finetune", "llm", "-c", config_path, *overrides]
-    launch(recipe.axes.num_processes, arguments, {_OUTPUT_DIR: str(output_dir)})
+        clock.done("reading the configuration")
+    with _fork_server(config, nproc_per_node, max_restarts) as server:
+        with loading_torch():
+            from autofunc.train.begin import asked, begin, checked_recipe
+        words = ["autofunc", "finetune", "llm", "-c", config_path, *overrides]
+        run_asked = asked(config, notes, words, config_path, overwrite=overwrite, max_restarts=max_restarts)
+        with _checking(config_path):  # reads the data
+            recipe = checked_recipe(config, nproc_per_node, notes)
+        begin(recipe, run_asked, server)
+
+
+def _checking(config_path: str) -> AbstractContextManager[object]:
+    """Shown on terminals."""
+    return Console(stderr=True).status(literal(f"checking {shown(config_path)}"))
+
+
+def _fork_server(
+    config: FinetuneConfig, nproc_per_node: int | None, max_restarts: int
+) -> AbstractContextManager[ForkServer | None]:
+    """What the workers are forked from, where there will be more than this process, or one that is started again."""
+    wanted = config.distributed
+    sizes = (max_restarts + 1, wanted.pp_size, wanted.tp_size, wanted.dp_size, wanted.dp_replicate_size, nproc_per_node)
+    if all(size in (None, 1) for size in sizes):
+        return nullcontext()
+    variables = {
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+        "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # a library may ask for GPUs when it is imported, see docs/traps.md
+    }
+    return ForkServer(_OF_WORKERS, variables)
 
 
 def _work(config_path: str, overrides: Sequence[str], overwrite: bool) -> None:
-    config, notes = read_config(config_path, overrides)
-    recipe = prepare(config, int(os.environ["WORLD_SIZE"]), notes=notes, checked=was_checked())
-    output_dir = _output_dir(config, config_path)
-    if not was_checked() and os.environ.get("RANK", "0") == "0":  # the one that writes
-        begun_from = source(config.checkpoint, output_dir)
-        _make_output_dir(config, output_dir, begun_from, overwrite)
-    run(recipe, config, output_dir, _command(config, config_path, overrides, output_dir))
+    with loading_torch():
+        from autofunc.train.begin import asked, run_rank
+        from autofunc.train.worker import run_worker
 
+    def work() -> None:
+        config, notes = read_config(config_path, overrides)
+        words = ["autofunc", "finetune", "llm", "-c", config_path, *overrides]
+        run_rank(asked(config, notes, words, config_path, overwrite=overwrite))
 
-def _output_dir(config: FinetuneConfig, config_path: str) -> Path:
-    """Where results go: where the run before has left its own, if this one goes on from there."""
-    if config.output_dir is not None:
-        return Path(config.output_dir).expanduser()
-    chosen = os.environ.get(_OUTPUT_DIR)
-    if chosen:
-        return Path(chosen)
-    return last_output_dir(config_path) if wanted(config.checkpoint) else default_output_dir(config_path)
-
-
-def _make_output_dir(config: FinetuneConfig, output_dir: Path, begun_from: Path | None, overwrite: bool) -> None:
-    folder = folder_of(config.checkpoint, output_dir)
-    # AUTO begins anew where a run was ended before its first checkpoint
-    begins_again = wanted(config.checkpoint) == AUTO and begun_from is None
-    make_output_dir(output_dir, overwrite or begins_again, folder, goes_on=goes_on_in(folder, begun_from))
-
-
-def _command(config: FinetuneConfig, config_path: str, overrides: Sequence[str], output_dir: Path) -> str:
-    """What to type to go on with this run when it was ended."""
-    words = ["autofunc", "finetune", "llm", "-c", config_path, *overrides]
-    if config.output_dir is None:
-        words += ["--output_dir", str(output_dir)]
-    if wanted(config.checkpoint) not in (LATEST, AUTO):
-        words += ["--checkpoint.restore_from", LATEST]
-    return shlex.join(words)
+    run_worker(work)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import traceback
-from contextlib import AbstractContextManager
 from typing import Annotated
 
 import typer
@@ -12,6 +11,7 @@ import typer
 from autofunc import __version__
 from autofunc.cli import config as config_commands
 from autofunc.cli import schedule
+from autofunc.cli.loading import loading_torch
 from autofunc.cli.options import TAKES_OVERRIDES, ConfigFile
 from autofunc.errors import AutofuncError, ConfigError, PipelineRunError, full_message
 from autofunc.shown import quoted
@@ -26,13 +26,6 @@ app = typer.Typer(
 
 app.add_typer(schedule.app, name="schedule")
 app.add_typer(config_commands.app, name="config")
-
-
-def _loading_torch() -> AbstractContextManager[object]:
-    """Shown on terminals while a command imports what takes seconds."""
-    from rich.console import Console
-
-    return Console(stderr=True).status("loading torch")
 
 
 def _version(wanted: bool) -> None:
@@ -64,6 +57,10 @@ def finetune(
         typer.Option("--nproc-per-node", "--nproc_per_node", min=1, help="Processes to start; pp_size by default."),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run that is in output_dir.")] = False,
+    max_restarts: Annotated[
+        int,
+        typer.Option("--max-restarts", min=0, help="After a failure go on from the latest checkpoint, so many times."),
+    ] = 0,
 ) -> None:
     """Train a model as a YAML file says.
 
@@ -75,9 +72,9 @@ def finetune(
 
     if domain != "llm":
         raise ConfigError(f"finetune {domain!r}: {one_of(domain, ['llm'])}")
-    with _loading_torch():
-        from autofunc.cli.finetune import finetune_llm
-    finetune_llm(config, context.args, nproc_per_node, overwrite)
+    from autofunc.cli.finetune import finetune_llm
+
+    finetune_llm(config, context.args, nproc_per_node, overwrite, max_restarts)
 
 
 @app.command(
@@ -110,7 +107,7 @@ def plan(
     Runs the code that the file names in _target_, to build the model and read the data.
     Stages, parameters, operations, what is sent, memory, step time and bubble.
     """
-    with _loading_torch():
+    with loading_torch():
         from autofunc.cli.plan import plan as show_plan
     show_plan(config, context.args, nproc_per_node, measure, as_json, picture, fake_data)
 
@@ -129,7 +126,7 @@ def check(
 
     Runs the code that the file names in _target_. Ten checks on a few rows of the dataset. The status is 1 when one fails.
     """
-    with _loading_torch():
+    with loading_torch():
         from autofunc.cli.check import check as run_check
     if not run_check(config, context.args, as_json):
         raise typer.Exit(1)
@@ -149,7 +146,7 @@ def export(
     output: Annotated[str, typer.Option("--output", "-o", help="Folder to write.")],
 ) -> None:
     """Write trained weights as a folder that transformers' from_pretrained loads."""
-    with _loading_torch():
+    with loading_torch():
         from autofunc.cli.export import export as write
     write(config, context.args, weights, output)
 

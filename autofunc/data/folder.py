@@ -25,8 +25,10 @@ def files_in(path: Path, suffixes: Sequence[str] | None = None) -> Iterator[Path
         folders[:] = [name for name in folders if name not in _NOT_ENTERED and not name.startswith(".")]
         for name in names:
             if suffixes is None or name.endswith(tuple(suffixes)):
-                check_inside(Path(folder, name), path)
-                yield Path(folder, name)
+                file = Path(folder, name)
+                if file.is_symlink() or unfit(file) is not None:  # no link to a folder is followed: all else lies in it
+                    check_inside(file, path)
+                yield file
 
 
 def check_inside(file: Path, folder: Path) -> None:

@@ -19,6 +19,7 @@ from autofunc.errors import PipelineRunError
 from autofunc.mesh import data_coordinate
 from autofunc.pipe import Pipeline
 from autofunc.runtime.position import here
+from autofunc.timing import clock
 from autofunc.train.bubble import BubbleMeter
 from autofunc.train.checkpoints import Checkpoints
 from autofunc.train.garbage import collecting_between
@@ -76,13 +77,14 @@ def train(
     meter = BubbleMeter(mesh, device, recipe.num_steps)
 
     with noticed() if checkpoints is not None else nullcontext(Stop()) as stop:
-        clock = time.perf_counter()
+        clock.done("making the weights")
+        began = time.perf_counter()
         all_parts = itertools.islice(_endless(loader), recipe.num_steps - begun.step)
         for parts in collecting_between(all_parts, recipe.gc_every_steps):
             step += 1
             taken = take_step(recipe, pipe, now, parts, step, device, meter)
             now, loss = taken.now, taken.loss
-            seconds = time.perf_counter() - clock  # the wait for data included
+            seconds = time.perf_counter() - began  # the wait for data included
             training_seconds += seconds
             tokens = sum(_count_tokens(part) for part in parts)
             rate = f"  lr {taken.lr:.2e}" if recipe.lr_at is not None else ""  # one that changes
@@ -112,7 +114,10 @@ def train(
                     raise PipelineRunError(f"told to end by SIGTERM after step {step}, and no checkpoint could be written")
             if is_stopped:
                 break
-            clock = time.perf_counter()
+            if step == begun.step + 1:
+                clock.done("the first step")
+                clock.stop()
+            began = time.perf_counter()
         if checkpoints is not None:
             checkpoints.finish()
     return TrainResult(

@@ -25,6 +25,7 @@ from autofunc.splitting import (
     measure_layers,
     parameter_count,
 )
+from autofunc.timing import clock
 from autofunc.train.memory_budget import kept_bytes, pipe_alone
 from autofunc.train.model import SEED
 from autofunc.train.recipe import Recipe, prepare
@@ -129,9 +130,11 @@ def plan_run(
             measured(recipe.model, microbatch, recipe.loss)
         on_progress("counting operations")
         counted = count_operations(recipe.model, microbatch, recipe.loss)
+        clock.done("counting operations")
         if not measure:
             on_progress("timing a layer")
             times, timed, why_not = _times_of(recipe, microbatch, counted)
+            clock.done("timing a layer")
         on_progress("following values over the boundaries")
         stages = tuple(_stages(recipe, microbatch, {name: each.flops for name, each in counted.items()}, times))
         on_progress("capturing the stages")

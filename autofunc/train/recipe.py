@@ -17,6 +17,7 @@ from autofunc.optim import LearningRate, Optimizer
 from autofunc.schedule import Schedule
 from autofunc.shard import Sharding
 from autofunc.splitting import Stage, layer_costs
+from autofunc.timing import clock
 from autofunc.train.axes import Axes, axes_of, sharding_of
 from autofunc.train.datasets import check_tokens, loaders_of, read_dataset, read_validation, tell_tokenizers
 from autofunc.train.layout import LayerCosts, count_microbatches, is_auto, stages_and_schedule
@@ -100,16 +101,21 @@ def prepare(
     if not checked:
         try_optimizer(optimizer)
     dataset = read_dataset(config.dataset, "dataset")
+    clock.done("reading the dataset")
     model = build_model(config, dataset)
+    clock.done("making the model")
     told += model.notes
     check_optimizer(optimizer, model)
     check_tokens("dataset", dataset, model)
     loss = build_loss(config, model, dataset, told, checked=checked)
+    clock.done("trying the model and its loss")
     stages, schedule = stages_and_schedule(config, num_microbatches, model, loss, dataset, told, layer_costs)
     searches = is_auto(config) and schedule.num_ranks > 1
     if search_budget is not None and not searches:
         told.append("pp_size is 1, so memory_budget has no search to limit")
+    clock.done("cutting stages")
     validation = read_validation(config, stages[0].model, told)
+    clock.done("reading the validation dataset")
     tell_tokenizers({"dataset": dataset, "validation_dataset": validation}, told)
     loaders = loaders_of(config, dataset, validation, told)
     steps, rows = config.step_scheduler, config.step_scheduler.global_batch_size
@@ -118,6 +124,7 @@ def prepare(
         trial.run("dataset", dataset, config.dataloader.drop_last)
         if validation is not None:
             trial.run("validation_dataset", validation, config.dataloader.drop_last)
+    clock.done("trying the stages")
     num_steps = _num_steps(steps, loaders.num_batches, told)
     return Recipe(
         model=stages[0].model,

@@ -22,6 +22,7 @@ from autofunc.explain import explain
 from autofunc.schedule import write_file
 from autofunc.shown import literal
 from autofunc.splitting import parameter_count
+from autofunc.timing import clock
 from autofunc.train.adapters import described
 from autofunc.train.autoschedule import find_schedule
 from autofunc.train.checkpoints import Checkpoints
@@ -53,6 +54,8 @@ def run(recipe: Recipe, config: FinetuneConfig, output_dir: Path, command: str =
     """
     device = take_device(config.distributed.device)
     mesh = _mesh(recipe, device, config.distributed.timeout_minutes)
+    clock.done("joining the process group")
+    output_dir = of_first(output_dir)  # under torchrun each process has found one by itself
     with threads(config.distributed.threads_per_rank):
         if mesh is None or dist.get_rank() == 0:
             _lead(recipe, mesh, device, output_dir, config, command)

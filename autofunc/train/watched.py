@@ -9,7 +9,8 @@ from autofunc.config.schema import Distributed
 from autofunc.errors import HangError
 from autofunc.runtime.position import read_file
 from autofunc.runtime.watchdog import watchdog
-from autofunc.train.worker import is_recorded, positions_file
+from autofunc.train.role import positions_file
+from autofunc.train.worker import is_recorded
 
 _BEFORE_TIMEOUT = 0.9  # of what the process group waits for: its own error knows less
 

@@ -10,34 +10,22 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 
 from autofunc.errors import AutofuncError, PipelineRunError, full_message
 from autofunc.runtime.position import here
+from autofunc.train.role import PARENT, positions_file
 
 WORKER_FAILED = 1
-LAUNCHER = "AUTOFUNC_LAUNCHER"
-"""Environment variable: id of the process that started the workers."""
-
-POSITIONS = "AUTOFUNC_POSITIONS"
-"""Environment variable: the file in which each worker writes down where it is; see `runtime.position`."""
-
 _LOOK_SECONDS = 0.5
-
-
-def positions_file() -> Path | None:
-    """Where workers write down where they are; None for those that something else than `launch` started."""
-    named = os.environ.get(POSITIONS)
-    return Path(named) if named else None
 
 
 def run_worker(work: Callable[[], None]) -> None:
     """Run a worker's part. Its exception is recorded for the launcher, which shows it once, and ends the process."""
     from torch.distributed.elastic.multiprocessing.errors import record
 
-    launcher, positions = os.environ.get(LAUNCHER), positions_file()
-    if launcher is not None:
-        threading.Thread(target=_end_with, args=(int(launcher),), daemon=True).start()
+    parent, positions = os.environ.get(PARENT), positions_file()
+    if parent is not None:
+        threading.Thread(target=_end_with, args=(int(parent),), daemon=True).start()
     if positions is not None:
         here.publish(positions, int(os.environ["RANK"]))
     try:
@@ -74,9 +62,9 @@ def _without_exit(work: Callable[[], None]) -> Callable[[], None]:
     return run
 
 
-def _end_with(launcher: int) -> None:
-    """Leave when the launcher is gone, however it went: nobody reads the results, and the devices are wanted."""
-    while os.getppid() == launcher:
+def _end_with(parent: int) -> None:
+    """Leave when the process that this one was forked from is gone, however it went: then nobody reads the results."""
+    while os.getppid() == parent:
         time.sleep(_LOOK_SECONDS)
     positions = positions_file()
     if positions is not None:

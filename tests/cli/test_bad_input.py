@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
 from autofunc.cli import finetune, main
+from autofunc.train import begin
 from tests.cli.test_finetune import CONFIG
 
 OWN = """
@@ -37,8 +39,9 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *wo
     def no_worker(*_: object) -> None:
         raise AssertionError("a worker was started")
 
-    monkeypatch.setattr(finetune, "launch", no_worker)
-    monkeypatch.setattr(finetune, "run", no_worker)
+    monkeypatch.setattr(begin, "launch", no_worker)
+    monkeypatch.setattr(begin, "run", no_worker)
+    monkeypatch.setattr(finetune, "_fork_server", lambda *_: nullcontext())
     monkeypatch.setattr(sys, "argv", ["autofunc", *words])
     with pytest.raises(SystemExit) as stopped:
         main.main()

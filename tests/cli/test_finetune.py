@@ -259,11 +259,16 @@ def test_a_dying_launcher_leaves_no_worker(folder: Path, how: str) -> None:
     launcher = subprocess.Popen(words, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     written = folder / f"launcher-{how}" / "metrics.jsonl"
     _until(lambda: written.exists() and written.read_text().count("\n") > 1)
-    workers = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    (server,) = _children(launcher.pid)
+    workers = _children(server)
     assert len(workers) == 2
     launcher.send_signal(getattr(signal, how))
     launcher.wait(60)
-    _until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))
+    _until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in (server, *workers)))
+
+
+def _children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def _until(condition: Callable[[], bool], seconds: float = 60) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from autofunc.cli import finetune
+from autofunc.train import begin
 from tests.cli.here import Done, run_here
 from tests.config.wrong import BY_OVERRIDES, BY_TEXT
 from tests.config.wrong.base import BASE, ENVIRONMENT, with_sections, write_files
@@ -32,7 +32,7 @@ def refused(folder: Path, monkeypatch: pytest.MonkeyPatch, *words: str) -> Done:
         raise AssertionError("the run began")
 
     for name in ("launch", "run"):
-        monkeypatch.setattr(finetune, name, begun)
+        monkeypatch.setattr(begin, name, begun)
     for name, value in ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
     return run_here(folder, "finetune", "llm", "-c", "cfg.yaml", *words)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +9,7 @@ import pytest
 import torch
 
 from autofunc.config import load_config, parse_config
-from autofunc.train import launch, recipe, trial
+from autofunc.train import recipe, trial
 from autofunc.train.recipe import Recipe, prepare
 from autofunc.train.threads import threads
 from tests.cli.test_finetune import CONFIG
@@ -78,24 +76,3 @@ def test_threads_are_put_back() -> None:
         assert torch.get_num_threads() == before + 1
         raise KeyError
     assert torch.get_num_threads() == before
-
-
-def test_what_workers_inherit_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("KNOWN", "old")
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    logger = logging.getLogger("torch.distributed.elastic")
-    before, log, seen = dict(os.environ), (logger.level, logger.propagate, logger.handlers), {}
-
-    def elastic_launch(config: Any, program: str) -> Any:
-        def run(*arguments: str) -> None:
-            seen.update(os.environ, arguments=arguments, propagates=logger.propagate, was_checked=launch.was_checked())
-
-        return run
-
-    monkeypatch.setattr("torch.distributed.launcher.api.elastic_launch", elastic_launch)
-    launch.launch(2, ["finetune"], {"KNOWN": "new", "OWN": "1"})
-    assert (seen["KNOWN"], seen["OWN"], seen["OMP_NUM_THREADS"]) == ("new", "1", "1")
-    assert seen["arguments"] == ("-m", "autofunc", "finetune")
-    assert seen["was_checked"] and not seen["propagates"], "what torch logs is not shown"
-    assert dict(os.environ) == before and not launch.was_checked()
-    assert (logger.level, logger.propagate, logger.handlers) == log

@@ -1,0 +1,26 @@
+"""Importing torch and what is built on it, which takes seconds."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+
+from autofunc.timing import clock
+
+
+@contextmanager
+def loading_torch() -> Iterator[None]:
+    """Import within; on terminals it is shown. Nothing that is imported goes away, so nobody looks for garbage in it."""
+    if "torch" in sys.modules:
+        yield
+        return
+    gc.disable()
+    with Console(stderr=True).status("loading torch"):
+        yield
+    gc.freeze()
+    gc.enable()
+    clock.done("imports")

@@ -1,0 +1,147 @@
+"""A run that has a configuration: check it, then train in this process or start the workers."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from autofunc.config import FinetuneConfig
+from autofunc.errors import ConfigError
+from autofunc.timing import clock
+from autofunc.train.device import check_devices
+from autofunc.train.fork_server import ForkServer
+from autofunc.train.launch import launch
+from autofunc.train.memory_budget import check_budget
+from autofunc.train.output import default_output_dir, last_output_dir, make_output_dir
+from autofunc.train.recipe import Recipe, prepare
+from autofunc.train.resume import AUTO, check_restorable, folder_of, goes_on_in, source, wanted
+from autofunc.train.role import was_checked
+from autofunc.train.run import run
+from autofunc.train.step_folders import LATEST
+from autofunc.train.tensor_parallel_check import check_tensor_parallel
+from autofunc.train.worker import run_worker
+
+_SECONDS_TO_END = 30.0  # of workers that are told to, without checkpoints to write
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a command asks for."""
+
+    config: FinetuneConfig
+    notes: tuple[str, ...]  # what the user should know already
+    output_dir: Path
+    command: str  # what to type to go on when the run was ended
+    overwrite: bool  # whether a run that is there is replaced
+    max_restarts: int = 0
+
+
+def asked(
+    config: FinetuneConfig,
+    notes: Sequence[str],
+    words: Sequence[str],
+    config_path: str,
+    *,
+    overwrite: bool,
+    max_restarts: int = 0,
+) -> Asked:
+    """What a command asks for.
+
+    Args:
+        config: what is wanted.
+        notes: what the user should know already.
+        words: of the command.
+        config_path: the file.
+        overwrite: whether a run that is there is replaced.
+        max_restarts: how often workers are started again.
+
+    Raises:
+        ConfigError: for restarts without checkpoints.
+    """
+    if max_restarts and (config.checkpoint is None or not config.checkpoint.enabled):
+        raise ConfigError(
+            f"--max-restarts {max_restarts} goes on from checkpoints: give a section checkpoint, which may be empty "
+            "(checkpoint: {}), and how often: step_scheduler.ckpt_every_steps"
+        )
+    folder = output_dir_of(config, config_path)
+    typed = list(words) if config.output_dir is not None else [*words, "--output_dir", str(folder)]
+    if wanted(config.checkpoint) not in (LATEST, AUTO):
+        typed += ["--checkpoint.restore_from", LATEST]
+    return Asked(config, tuple(notes), folder, shlex.join(typed), overwrite, max_restarts)
+
+
+def checked_recipe(config: FinetuneConfig, nproc_per_node: int | None, notes: Sequence[str]) -> Recipe:
+    """Build a run, and try it without its processes.
+
+    Args:
+        config: what is wanted.
+        nproc_per_node: processes to start; the configuration's own number by default.
+        notes: what the user should know already.
+
+    Raises:
+        AutofuncError: for every mistake in the configuration.
+    """
+    recipe = prepare(config, nproc_per_node, notes=notes)
+    check_tensor_parallel(recipe)
+    check_budget(recipe)
+    check_devices(config.distributed.device, recipe.axes.num_processes)
+    return recipe
+
+
+def begin(recipe: Recipe, run_asked: Asked, server: ForkServer | None) -> None:
+    """Train here where one process is enough, else in processes that are forked.
+
+    Args:
+        recipe: of `checked_recipe`.
+        run_asked: what it was made of.
+        server: forks the workers; None where one process is enough.
+    """
+    begun_from = source(run_asked.config.checkpoint, run_asked.output_dir)
+    if begun_from is not None:
+        check_restorable(begun_from, recipe)
+    _make_output_dir(run_asked, begun_from)
+    if recipe.axes.num_processes == 1 and not run_asked.max_restarts:
+        run(recipe, run_asked.config, run_asked.output_dir, run_asked.command)
+        return
+    assert server is not None
+    sys.stdout.write(f"starting {recipe.axes.num_processes} processes\n")
+    sys.stdout.flush()
+    config = run_asked.config
+    writes = config.checkpoint is not None and config.checkpoint.enabled  # which takes as long as it takes
+    launch(
+        server, recipe.axes.num_processes, partial(_as_worker, run_asked, clock.began), max_restarts=run_asked.max_restarts,
+        seconds_to_end=60 * config.distributed.timeout_minutes if writes else _SECONDS_TO_END,
+    )  # fmt: skip
+
+
+def _as_worker(run_asked: Asked, began: float) -> None:
+    clock.becomes(int(os.environ["RANK"]), began)
+    run_worker(lambda: run_rank(run_asked))
+
+
+def run_rank(run_asked: Asked) -> None:
+    """One rank's part of a run."""
+    recipe = prepare(run_asked.config, int(os.environ["WORLD_SIZE"]), notes=run_asked.notes, checked=was_checked())
+    if not was_checked() and os.environ.get("RANK", "0") == "0":  # the one that writes
+        _make_output_dir(run_asked, source(run_asked.config.checkpoint, run_asked.output_dir))
+    run(recipe, run_asked.config, run_asked.output_dir, run_asked.command)
+
+
+def _make_output_dir(run_asked: Asked, begun_from: Path | None) -> None:
+    section = run_asked.config.checkpoint
+    folder = folder_of(section, run_asked.output_dir)
+    # AUTO begins anew where a run was ended before its first checkpoint
+    overwrite = run_asked.overwrite or (wanted(section) == AUTO and begun_from is None)
+    make_output_dir(run_asked.output_dir, overwrite, folder, goes_on=goes_on_in(folder, begun_from))
+
+
+def output_dir_of(config: FinetuneConfig, config_path: str) -> Path:
+    """Where a run writes: what its configuration says, or beside others of its file, or where the one before it did."""
+    if config.output_dir is not None:
+        return Path(config.output_dir).expanduser()
+    return last_output_dir(config_path) if wanted(config.checkpoint) else default_output_dir(config_path)

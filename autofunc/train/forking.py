@@ -1,0 +1,148 @@
+"""The process that workers are forked from, see `fork_server`: it imports, forks, and tells who has ended."""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from autofunc.train.role import PARENT
+
+WORKER_NAME = "autofunc rank "
+"""What ps and top call a worker, its rank after it."""
+
+_LOOK_SECONDS = 0.1
+
+
+@dataclass(frozen=True)
+class Fork:
+    """Asked for: a worker for each environment; see `ForkServer.fork`. The answer is a list of process ids."""
+
+    work: Callable[[], None]
+    environments: tuple[Mapping[str, str], ...]
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Signal:
+    """Asked for: a signal to all workers that have not ended."""
+
+    number: signal.Signals
+
+
+@dataclass(frozen=True)
+class Signalled:
+    """The answer."""
+
+    pids: frozenset[int]
+
+
+@dataclass(frozen=True)
+class Ended:
+    """Told of each worker."""
+
+    pid: int
+    exitcode: int  # of one that a signal ended: minus its number
+
+
+def serve(fileno: int) -> None:
+    """Fork when the launcher asks, until it is gone. Returns in a worker too, once its work is done.
+
+    Args:
+        fileno: of a connection to the launcher, whose first message is what to import.
+    """
+    gc.disable()  # nothing that is imported goes away
+    here = str(Path.cwd())
+    if here not in sys.path:  # last, see `autofunc.__main__`
+        sys.path.append(here)
+    forking, work = _Forking(Connection(fileno), os.getppid()), None
+    with suppress(EOFError, ConnectionError):  # the launcher is gone
+        work = forking.until_worker()
+    if work is None:
+        forking.end()
+    else:
+        work()
+
+
+class _Forking:
+    """The workers, and the launcher that asks for them."""
+
+    def __init__(self, connection: Connection, launcher: int) -> None:
+        self._connection, self._launcher = connection, launcher
+        self._workers: set[int] = set()  # that have not ended, or whose end has not been noticed
+        self._folder: Path | None = None
+
+    def until_worker(self) -> Callable[[], None] | None:
+        """In a worker, what it is to do; None when the launcher is gone."""
+        for name in self._connection.recv():
+            importlib.import_module(name)
+            if os.getppid() != self._launcher:
+                return None
+        gc.freeze()  # so that collecting garbage touches no memory that is shared
+        while os.getppid() == self._launcher:
+            if self._connection.poll(_LOOK_SECONDS):
+                asked: Fork | Signal = self._connection.recv()
+                self._tell_ended()
+                if isinstance(asked, Signal):
+                    for pid in self._workers:
+                        os.killpg(pid, asked.number)
+                    self._connection.send(Signalled(frozenset(self._workers)))
+                elif self._fork(asked):
+                    return asked.work
+            self._tell_ended()
+        return None
+
+    def _fork(self, asked: Fork) -> bool:
+        """Whether this is a worker."""
+        self._folder = asked.folder
+        pids = []
+        for environment in asked.environments:
+            pid = os.fork()
+            if pid == 0:
+                self._connection.close()
+                _become_worker(environment)
+                return True
+            os.setpgid(pid, pid)  # here too: a signal may have to reach it before it has come to that itself
+            pids.append(pid)
+        self._workers.update(pids)
+        self._connection.send(pids)
+        return False
+
+    def _tell_ended(self) -> None:
+        while self._workers:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if pid == 0:
+                return
+            self._workers.discard(pid)
+            self._connection.send(Ended(pid, os.waitstatus_to_exitcode(status)))
+
+    def end(self) -> None:
+        """The launcher is gone: nobody reads the results, and the devices are wanted."""
+        for pid in self._workers:
+            with suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL)
+        for pid in self._workers:
+            os.waitpid(pid, 0)
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _become_worker(environment: Mapping[str, str]) -> None:
+    import numpy as np
+
+    os.setpgid(0, 0)  # with what it starts itself
+    os.environ.update(environment)
+    os.environ[PARENT] = str(os.getppid())
+    gc.enable()
+    np.random.seed()  # as in a process that was started: no two draw the same unless they are told to
+    comm = Path("/proc/self/comm")
+    if comm.exists():  # for ps and top
+        comm.write_text(f"{WORKER_NAME}{environment['RANK']}")

@@ -1,0 +1,32 @@
+"""What workers do in tests of how they are forked. It imports nothing that takes time."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+
+def end(hows: list[str]) -> None:
+    how = hows[int(os.environ["RANK"])]
+    if how.startswith("SIG"):
+        os.kill(os.getpid(), getattr(signal, how))
+    if how == "sleep":
+        time.sleep(60)
+    if how == "leave":
+        os._exit(7)
+
+
+def note(folder: Path) -> None:
+    import random
+
+    import numpy as np
+
+    drawn = f"DRAWN={random.random()} {np.random.rand()}"
+    (folder / os.environ["RANK"]).write_text("\n".join([drawn, *(f"{name}={value}" for name, value in os.environ.items())]))
+
+
+def note_and_sleep(folder: Path) -> None:
+    (folder / str(os.getpid())).touch()
+    time.sleep(60)
