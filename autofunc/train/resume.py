@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,11 @@ from autofunc.pipe import Pipeline
 from autofunc.shown import quoted, shown
 from autofunc.train.output import CHECKPOINTS
 from autofunc.train.recipe import Recipe
+from autofunc.train.role import restarts
 from autofunc.train.step import Trained
 from autofunc.train.step_folders import LATEST, LOWEST_VAL, name_of, step_of, steps_in, validation_losses
 
 AUTO = "AUTO"
-_RESTARTS = "TORCHELASTIC_RESTART_COUNT"  # of torch's launcher: how often it has started the workers again
 
 
 @dataclass(frozen=True)
@@ -129,7 +128,7 @@ def source(config: CheckpointSection | None, output_dir: Path) -> Path | None:
         return None
     folder, name = folder_of(config, output_dir), wanted(config)
     there = steps_in(folder)
-    if there and int(os.environ.get(_RESTARTS, "0")):
+    if there and restarts():
         name = LATEST
     if name is None:
         path = Path(config.restore_from).expanduser() if config.restore_from is not None else None

@@ -25,6 +25,11 @@ def was_checked() -> bool:
     return os.environ.get(CHECKED) == "1"
 
 
+def restarts() -> int:
+    """How often torch's elastic agent has started the workers again."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
 def positions_file() -> Path | None:
     """Where workers write down where they are; None for those that something else than `launch` started."""
     named = os.environ.get(POSITIONS)

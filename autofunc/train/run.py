@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.rendezvous import rendezvous
 
 from autofunc.checkpoint.write import of_first
 from autofunc.config import FinetuneConfig
@@ -34,6 +35,7 @@ from autofunc.train.output import METRICS, PICTURE, SCHEDULE
 from autofunc.train.progress import ProgressReporter, Silent
 from autofunc.train.recipe import Recipe
 from autofunc.train.resume import folder_of, source, step_at
+from autofunc.train.role import restarts
 from autofunc.train.step_folders import name_of
 from autofunc.train.threads import threads
 from autofunc.train.watched import watched
@@ -170,5 +172,10 @@ def _mesh(recipe: Recipe, device: torch.device, timeout_minutes: float) -> Devic
         )
     if world == 1:
         return None
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=timeout_minutes))
+    timeout = timedelta(minutes=timeout_minutes)
+    store, rank, world = next(rendezvous("env://", timeout=timeout))
+    # torch's agent keeps its store when it starts workers again, and with it the addresses of those that are gone
+    store = dist.PrefixStore(f"start {restarts()}", store)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
     return axes.mesh(device.type)
