@@ -51,10 +51,9 @@ def beginning(text: str) -> str:
     text = text.strip()
     lines = text.splitlines()
     kept = "\n".join(lines[:_MOST_LINES])[:_MOST_LETTERS]
-    left = (
-        f" ... ({len(lines):,} line{'s' * (len(lines) != 1)} of {len(text):,} characters)" if len(kept) < len(text) else ""
-    )
-    return printable(kept + left, keep="\n\t")
+    if len(kept) < len(text):
+        kept += f" ... ({len(lines):,} line{'s' * (len(lines) != 1)} of {len(text):,} characters)"
+    return printable(kept, keep="\n\t")
 
 
 def literal(text: str) -> Text:

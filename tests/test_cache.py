@@ -114,8 +114,11 @@ def test_what_a_capture_depends_on_is_in_its_key(changed: str, monkeypatch: pyte
         frozen = af.Model(model.layers, trainable=["*weight"])
         af.pipeline(af.split(frozen, [stages[1].layers[0]]), s, loss=loss).build(batch)
     else:
-        monkeypatch.setattr(torch, "get_default_dtype", lambda: torch.float64)
-        af.pipeline(stages, s, loss=loss).build(batch)
+        torch.set_default_dtype(torch.float64)
+        try:
+            af.pipeline(stages, s, loss=loss).build(batch)
+        finally:
+            torch.set_default_dtype(torch.float32)
     assert captured[2:] == ([1] if changed == "loss" else [0, 1])
 
 
