@@ -160,7 +160,7 @@ def graph_nodes() -> int:
 
 @pytest.mark.parametrize(
     ("most_nodes", "shapes", "steps", "apart"),
-    [(150, 12, 24, 40), pytest.param(1500, 200, 500, 1, marks=pytest.mark.full)],
+    [(150, 6, 12, 80), pytest.param(1500, 200, 500, 1, marks=pytest.mark.full)],
 )
 def test_memory_does_not_grow_with_steps_and_shapes(
     most_nodes: int, shapes: int, steps: int, apart: int, monkeypatch: pytest.MonkeyPatch

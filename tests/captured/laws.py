@@ -78,6 +78,7 @@ def check_layouts(
     *,
     loss: Loss | None = None,
     call: Caller = lambda module, batch: module(**batch),
+    example: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> af.Model:
     """Split a module in several ways; compare with the plain loop, and bit for bit with the oracle.
@@ -88,10 +89,11 @@ def check_layouts(
         layouts: (split_points, name of a schedule).
         loss: see `af.pipeline`.
         call: how the plain loop calls the module.
+        example: what it is captured with; the batch by default. One as large as a microbatch saves a capture.
         options: of `af.from_module`.
     """
     before = contents(module)
-    model = af.from_module(module, batch, **options)
+    model = af.from_module(module, batch if example is None else example, **options)
     params = model.init()
     results = []
     for points, name in layouts:

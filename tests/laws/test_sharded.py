@@ -211,9 +211,10 @@ def test_other_ways(workers: WorkerPool, way: str, engine: str) -> None:
     check(workers, name, schedule, sizes, {"engine": engine, **how}, **options)
 
 
-def test_all_of_it_on_eight_processes(eight_workers: WorkerPool) -> None:
+@pytest.mark.parametrize("engine", ["eager", pytest.param("graph", marks=pytest.mark.full)])
+def test_all_of_it_on_eight_processes(eight_workers: WorkerPool, engine: str) -> None:
     options = {"sequence_parallel": True, "reshard_after_forward": True}
-    check(eight_workers, "gpt2 with dropout", "zbv", (2, 1, 2, 2), **options)
+    check(eight_workers, "gpt2 with dropout", "zbv", (2, 1, 2, 2), {"engine": engine}, **options)
 
 
 @pytest.mark.full
