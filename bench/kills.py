@@ -1,11 +1,11 @@
-"""Kill workers of training runs at random, also while they write checkpoints, and see whether the runs end as undisturbed ones.
+"""Kill workers of training runs at random, also during a save, and see whether the runs end as undisturbed ones.
 
     python bench/kills.py                  # 20 kills at random steps and 20 during a save, about ten minutes
     python bench/kills.py --kills 5 --layouts pp2
 
-A run is started with --max-restarts; workers are killed with SIGKILL, one after the other, each after the run has gone on. It
-is right when it ends with status 0, its losses and weights are those of the undisturbed run bit for bit, and every checkpoint
-that was there under its name after a kill could be read as a whole.
+A run is started with --max-restarts; workers are killed with SIGKILL, one after the other, each after the run has gone on.
+It is right when it ends with status 0, its losses and weights are those of the undisturbed run bit for bit, and every
+checkpoint that was there under its name after a kill could be read as a whole.
 """
 
 from __future__ import annotations
