@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -13,8 +14,9 @@ from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile
 
 import autofunc as af
-from autofunc.errors import BatchError
+from autofunc.errors import BatchError, ModelError
 from autofunc.losses import IGNORED, causal_lm, chunked_causal_lm, lazy_logits
+from autofunc.spread import spreading
 from autofunc.tree import flatten
 from stages.gpt2 import build_gpt2_model
 from tests.cases import cut_evenly
@@ -158,3 +160,9 @@ def test_a_mask_of_the_batch() -> None:
         BatchError, match=r"causal_lm takes logits, .* has no 'logits'; af.losses.chunked_causal_lm takes what"
     ):
         causal_lm({"hidden": hidden, "weight": weight}, mb)
+
+
+def test_tensor_parallel_ranks_take_the_plain_loss() -> None:
+    outputs = {"hidden": torch.randn(2, 3), "weight": torch.randn(5, 3)}
+    with spreading(Mock()), pytest.raises(ModelError, match=r"cut the weight along the vocabulary.*use causal_lm"):
+        chunked_causal_lm(outputs, {"labels": torch.tensor([1, 2])})

@@ -62,19 +62,20 @@ class Optimizer:
         """Each of several as an optimizer of any parameters, all with its own options."""
         return {part: Optimizer([replace(part, params=None, groups=Groups())]) for part in self.parts}
 
-    def check(self, params: Mapping[str, Tensor]) -> None:
+    def check(self, params: tree.Nested) -> None:
         """Refuse patterns that match none of a model's parameters, and parameters that its optimizer does not take.
 
         Args:
-            params: all that are trained, of all ranks, by path; meta tensors will do.
+            params: all that are trained, of all ranks, such as `model.init(device="meta")`.
 
         Raises:
             ModelError: naming the nearest path.
         """
-        for part, paths in self.assigned(params):
+        flat = tree.flatten(params)
+        for part, paths in self.assigned(flat):
             if part.params is None and not paths:
                 raise ModelError(f"no parameter is left for {part!r}; leave it out, or give the others fewer patterns")
-            mine = {path: params[path] for path in paths}
+            mine = {path: flat[path] for path in paths}
             part.check_patterns(mine)
             part.check_shapes(mine)
             examples = {part.groups.key_of(path, leaf): path for path, leaf in mine.items()}

@@ -39,9 +39,9 @@ def counted_recipe(monkeypatch: pytest.MonkeyPatch, checked: bool, *words: str) 
     """A recipe; how often stages were tried, and how often the optimizer was."""
     tries: list[Any] = []
     optimizers: list[Any] = []
-    infer, attempt = trial.infer_boundaries, recipe._try_optimizer
+    infer, attempt = trial.infer_boundaries, recipe.try_optimizer
     monkeypatch.setattr(trial, "infer_boundaries", lambda *given, **named: (tries.append(1), infer(*given, **named))[1])
-    monkeypatch.setattr(recipe, "_try_optimizer", lambda *given: (optimizers.append(1), attempt(*given))[1])
+    monkeypatch.setattr(recipe, "try_optimizer", lambda *given: (optimizers.append(1), attempt(*given))[1])
     made = prepare(parse_config(load_config("cfg.yaml", words)), checked=checked)
     monkeypatch.undo()
     return made, len(tries), len(optimizers)
