@@ -21,13 +21,18 @@ import tempfile
 import time
 from pathlib import Path
 
+import torch.distributed.checkpoint as dcp
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
+from torch import empty
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from autofunc.checkpoint.folder import read_extra, read_metadata
+from autofunc.checkpoint.write import hush
 from autofunc.train.forking import WORKER_NAME
 
-STEPS, EVERY, LONGEST_SECONDS = 60, 3, 600.0
+STEPS, EVERY, LONGEST_SECONDS = 200, 3, 600.0
 CONFIG = """
 model: {{_target_: stages.gpt2.build_gpt2_model, vocab_size: 256, n_positions: 16, n_embd: 64, n_layer: 4, n_head: 2}}
 dataset: {{_target_: autofunc.data.TextFolder, path: corpus, seq_len: 16}}
@@ -105,13 +110,6 @@ def is_readable(path: Path) -> bool:
     """Whether all tensors of a checkpoint can be read, unless it is one that is being written."""
     if path.suffix == ".partial":
         return True
-    import torch.distributed.checkpoint as dcp
-    from torch import empty
-    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-
-    from autofunc.checkpoint.folder import read_extra, read_metadata
-    from autofunc.checkpoint.write import hush
-
     hush()
     read_extra(path)
     entries = read_metadata(path).state_dict_metadata
