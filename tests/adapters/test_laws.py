@@ -95,6 +95,8 @@ def test_initial_factors_depend_on_seed_and_path_alone() -> None:
     for schedule, num_ranks in (("1f1b", 2), ("gpipe", 1)):
         s = af.schedule.build(schedule, num_ranks=num_ranks, num_microbatches=2)
         assert_same_tree(whole, flatten(af.pipeline(cut_evenly(model, num_ranks), s).init(seed=3)))
+    some = model.init_paths(reversed(whole), 3, "cpu")
+    assert list(some) == list(whole), "in the same order in every process, whatever the order of the paths"
     down = whole["model.layers.0.mlp.down_proj.lora_A.weight"]
     assert down.shape == (3, 24) and not torch.equal(down, whole["model.layers.1.mlp.down_proj.lora_A.weight"])
     assert 0.15 < down.abs().max() <= 24**-0.5, "uniform up to 1 / sqrt(in)"
