@@ -39,7 +39,7 @@ def test_pipelines_equal_the_plain_loop(name: str) -> None:
     assert set(flatten(expected)) == wanted, "the base is frozen"
     assert all(grad.abs().max() > 0 for grad in flatten(expected).values())
     for schedule in ("gpipe", "1f1b", "zb_h1"):
-        for engine in ("graph", "eager"):
+        for engine in ("graph", "eager") if name == "layers" or schedule == "zb_h1" else ("graph",):
             s = af.schedule.build(schedule, num_ranks=2, num_microbatches=2)
             pipe = af.pipeline(cut_evenly(model, 2), s, loss=loss, engine=engine)
             found_loss, found = af.value_and_grad(pipe)(pipe.place(full), batch, KEY)
