@@ -119,11 +119,11 @@ class AdaptedModel(Model):
         self, paths: Iterable[str], seed: int, device: torch.device | str, dtype: torch.dtype | None = None
     ) -> dict[str, Tensor]:
         """See `Model.init_paths`: the base's own, and the factors from (seed, path)."""
-        wanted = {self.canonical(path) for path in paths}
+        wanted = sorted({self.canonical(path) for path in paths}, key=tree.split_path)
         is_real = torch.device(device).type != "meta"
         stored = [path for path in wanted if is_real and self.stored is not None and path in self.stored.shapes]
         own = [path for path in wanted if path in self._of_factor and path not in stored]
-        made = self.base.init_paths(wanted.difference(stored, own), seed, device, dtype)
+        made = self.base.init_paths(set(wanted).difference(stored, own), seed, device, dtype)
         if self.stored is not None:
             read = self.stored.read(stored)
             made |= {path: leaf.to(device, dtype or self.spec[path].dtype, copy=True) for path, leaf in read.items()}
@@ -131,7 +131,7 @@ class AdaptedModel(Model):
             name, holder = self._of_factor[path]
             key = InitKey(seed, path, torch.device(device), dtype or self.spec[path].dtype)
             made[path] = self.plan[self.adapted[holder]].initial(name, key)
-        return made
+        return {path: made[path] for path in wanted}
 
     def init_state_paths(self, paths: Iterable[str] | None, device: torch.device | str) -> dict[str, Tensor]:
         """See `Model.init_state_paths`."""

@@ -56,7 +56,8 @@ class ShardedTree:
         axes = ("dp_replicate", "dp_shard") if axis_size(mesh, "dp_replicate") > 1 else ("dp_shard",)
         self._holders: dict[Group, Any] = {}
         for group in groups:  # one layer at a time, so that no more than one is whole
-            holder = _Holder(make(group))
+            made = make(group)
+            holder = _Holder({path: made[path] for path in group})  # in the same order on every rank
             fully_shard(
                 holder,
                 mesh=mesh[axes],

@@ -39,7 +39,7 @@ def test_pipelines_equal_the_plain_loop(name: str) -> None:
     assert set(flatten(expected)) == wanted, "the base is frozen"
     assert all(grad.abs().max() > 0 for grad in flatten(expected).values())
     for schedule in ("gpipe", "1f1b", "zb_h1"):
-        for engine in ("graph", "eager"):
+        for engine in ("graph", "eager") if name == "layers" or schedule == "zb_h1" else ("graph",):
             s = af.schedule.build(schedule, num_ranks=2, num_microbatches=2)
             pipe = af.pipeline(cut_evenly(model, 2), s, loss=loss, engine=engine)
             found_loss, found = af.value_and_grad(pipe)(pipe.place(full), batch, KEY)
@@ -95,6 +95,8 @@ def test_initial_factors_depend_on_seed_and_path_alone() -> None:
     for schedule, num_ranks in (("1f1b", 2), ("gpipe", 1)):
         s = af.schedule.build(schedule, num_ranks=num_ranks, num_microbatches=2)
         assert_same_tree(whole, flatten(af.pipeline(cut_evenly(model, num_ranks), s).init(seed=3)))
+    some = model.init_paths(reversed(whole), 3, "cpu")
+    assert list(some) == list(whole), "in the same order in every process, whatever the order of the paths"
     down = whole["model.layers.0.mlp.down_proj.lora_A.weight"]
     assert down.shape == (3, 24) and not torch.equal(down, whole["model.layers.1.mlp.down_proj.lora_A.weight"])
     assert 0.15 < down.abs().max() <= 24**-0.5, "uniform up to 1 / sqrt(in)"
