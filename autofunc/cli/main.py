@@ -12,8 +12,8 @@ from autofunc import __version__
 from autofunc.cli import config as config_commands
 from autofunc.cli import schedule
 from autofunc.cli.loading import loading_torch
-from autofunc.cli.options import TAKES_OVERRIDES, ConfigFile
-from autofunc.errors import AutofuncError, ConfigError, PipelineRunError, full_message
+from autofunc.cli.options import TAKES_OVERRIDES, ConfigFile, RunOptions, takes_groups
+from autofunc.errors import AutofuncError, ConfigError, PipelineRunError, full_message, one_of
 from autofunc.shown import quoted
 
 app = typer.Typer(
@@ -43,38 +43,52 @@ def _common(
     """Options of all commands."""
 
 
-@app.command(
-    "finetune",
-    context_settings=TAKES_OVERRIDES,
-    epilog="Any key of the file can be set: --step_scheduler.max_steps 10, or distributed.schedule=gpipe",
-)
-def finetune(
-    context: typer.Context,
-    domain: Annotated[str, typer.Argument(metavar="llm", help="What is trained: llm.")],
-    config: ConfigFile,
-    nproc_per_node: Annotated[
-        int | None,
-        typer.Option("--nproc-per-node", "--nproc_per_node", min=1, help="Processes to start; pp_size by default."),
-    ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run that is in output_dir.")] = False,
-    max_restarts: Annotated[
-        int,
-        typer.Option("--max-restarts", min=0, help="After a failure go on from the latest checkpoint, so many times."),
-    ] = 0,
-) -> None:
-    """Train a model as a YAML file says.
+_ANY_KEY = "Any key of the file can be set: --step_scheduler.max_steps 10, or distributed.schedule=gpipe"
+Domain = Annotated[str, typer.Argument(metavar="llm", help="What is trained: llm.")]
+
+
+@app.command("finetune", context_settings=TAKES_OVERRIDES, epilog=_ANY_KEY)
+@takes_groups
+def finetune(context: typer.Context, domain: Domain, options: RunOptions) -> None:
+    """Train a language model as a YAML file says.
 
     Starts its own worker processes, unless torchrun has.
 
     Example: autofunc finetune llm -c examples/demo.yaml --step_scheduler.max_steps 20
     """
-    from autofunc.errors import one_of
+    _run(["finetune", _known_domain("finetune", domain)], context, options)
 
+
+@app.command("pretrain", context_settings=TAKES_OVERRIDES, epilog=_ANY_KEY)
+@takes_groups
+def pretrain(context: typer.Context, domain: Domain, options: RunOptions) -> None:
+    """Train a language model, as finetune does: a key says what weights it begins with.
+
+    Example: autofunc pretrain llm -c run.yaml --weights seed
+    """
+    _run(["pretrain", _known_domain("pretrain", domain)], context, options)
+
+
+@app.command("train", context_settings=TAKES_OVERRIDES, epilog=_ANY_KEY)
+@takes_groups
+def train(context: typer.Context, options: RunOptions) -> None:
+    """Train any model as a YAML file says: a classifier of images as well as a language model.
+
+    Example: autofunc train -c run.yaml --loss_fn._target_ net.py:loss
+    """
+    _run(["train"], context, options)
+
+
+def _known_domain(verb: str, domain: str) -> str:
     if domain != "llm":
-        raise ConfigError(f"finetune {domain!r}: {one_of(domain, ['llm'])}")
-    from autofunc.cli.finetune import finetune_llm
+        raise ConfigError(f"{verb} {domain!r}: {one_of(domain, ['llm'])}; autofunc train -c FILE is for models of any kind")
+    return domain
 
-    finetune_llm(config, context.args, nproc_per_node, overwrite, max_restarts)
+
+def _run(verb: list[str], context: typer.Context, options: RunOptions) -> None:
+    from autofunc.cli.train import train as run
+
+    run(verb, options, context.args)
 
 
 @app.command(

@@ -25,6 +25,22 @@ ConfigFile = Annotated[str, typer.Option("--config", "-c", help="YAML file of a 
 
 
 @dataclass(frozen=True)
+class RunOptions:
+    """How a run is started."""
+
+    config: ConfigFile
+    nproc_per_node: Annotated[
+        int | None,
+        typer.Option("--nproc-per-node", "--nproc_per_node", min=1, help="Processes to start; pp_size by default."),
+    ] = None
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run that is in output_dir.")] = False
+    max_restarts: Annotated[
+        int,
+        typer.Option("--max-restarts", min=0, help="After a failure go on from the latest checkpoint, so many times."),
+    ] = 0
+
+
+@dataclass(frozen=True)
 class Sizes:
     """How large a schedule is."""
 

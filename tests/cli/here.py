@@ -11,7 +11,7 @@ from typing import NamedTuple
 import pytest
 
 from autofunc.automodel.registry import ARCHITECTURES
-from autofunc.cli import finetune, main
+from autofunc.cli import main, train
 
 
 class Done(NamedTuple):
@@ -36,7 +36,7 @@ def run_here(folder: Path, *words: str) -> Done:
         patch.setattr(sys, "path", [*sys.path])
         patch.setattr(ARCHITECTURES, "_classes", {})
         patch.setattr(ARCHITECTURES, "_installed", None)
-        patch.setattr(finetune, "_fork_server", lambda *_: contextlib.nullcontext())  # there are no workers here
+        patch.setattr(train, "_fork_server", lambda *_: contextlib.nullcontext())  # there are no workers here
         for name, value in {"NO_COLOR": "1", "COLUMNS": "80"}.items():
             patch.setenv(name, value)
         try:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from autofunc.cli import finetune, main
+from autofunc.cli import main, train
 from autofunc.train import begin
 from tests.cli.test_finetune import CONFIG
 
@@ -41,7 +41,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *wo
 
     monkeypatch.setattr(begin, "launch", no_worker)
     monkeypatch.setattr(begin, "run", no_worker)
-    monkeypatch.setattr(finetune, "_fork_server", lambda *_: nullcontext())
+    monkeypatch.setattr(train, "_fork_server", lambda *_: nullcontext())
     monkeypatch.setattr(sys, "argv", ["autofunc", *words])
     with pytest.raises(SystemExit) as stopped:
         main.main()

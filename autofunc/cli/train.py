@@ -1,4 +1,7 @@
-"""`autofunc finetune llm`: what comes before torch, which takes seconds to import. The rest is `train.begin`."""
+"""`autofunc train`, `finetune llm` and `pretrain llm`: what comes before torch, which takes seconds to import.
+
+The rest is `train.begin`.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 from rich.console import Console
 
 from autofunc.cli.loading import loading_torch
+from autofunc.cli.options import RunOptions
 from autofunc.config import FinetuneConfig, read_config
 from autofunc.shown import literal, shown
 from autofunc.timing import clock
@@ -21,34 +25,32 @@ _OF_WORKERS = [
 """Modules that all workers need."""
 
 
-def finetune_llm(
-    config_path: str, overrides: Sequence[str], nproc_per_node: int | None, overwrite: bool, max_restarts: int = 0
-) -> None:
+def train(verb: Sequence[str], options: RunOptions, overrides: Sequence[str]) -> None:
     """Run a configuration.
 
     Args:
-        config_path: the YAML file.
+        verb: the words of the command, such as ["finetune", "llm"].
+        options: how the run is started.
         overrides: see `config.load_config`.
-        nproc_per_node: processes to start; the configuration's own number by default.
-        overwrite: whether a run in the same output folder is replaced.
-        max_restarts: how often workers are started again after a failure.
 
     Raises:
         AutofuncError: for every mistake in the configuration, before a process is started.
     """
+    words = ["autofunc", *verb, "-c", options.config, *overrides]
     if is_worker():
-        _work(config_path, overrides, overwrite)
+        _work(options, overrides, words)
         return
-    with _checking(config_path):
-        config, notes = read_config(config_path, overrides)
+    with _checking(options.config):
+        config, notes = read_config(options.config, overrides)
         clock.done("reading the configuration")
-    with _fork_server(config, nproc_per_node, max_restarts) as server:
+    with _fork_server(config, options) as server:
         with loading_torch():
             from autofunc.train.begin import asked, begin, checked_recipe
-        words = ["autofunc", "finetune", "llm", "-c", config_path, *overrides]
-        run_asked = asked(config, notes, words, config_path, overwrite=overwrite, max_restarts=max_restarts)
-        with _checking(config_path):  # reads the data
-            recipe = checked_recipe(config, nproc_per_node, notes)
+        run_asked = asked(
+            config, notes, words, options.config, overwrite=options.overwrite, max_restarts=options.max_restarts
+        )
+        with _checking(options.config):  # reads the data
+            recipe = checked_recipe(config, options.nproc_per_node, notes)
         begin(recipe, run_asked, server)
 
 
@@ -57,13 +59,11 @@ def _checking(config_path: str) -> AbstractContextManager[object]:
     return Console(stderr=True).status(literal(f"checking {shown(config_path)}"))
 
 
-def _fork_server(
-    config: FinetuneConfig, nproc_per_node: int | None, max_restarts: int
-) -> AbstractContextManager[ForkServer | None]:
+def _fork_server(config: FinetuneConfig, options: RunOptions) -> AbstractContextManager[ForkServer | None]:
     """What the workers are forked from, where there will be more than this process, or one that is started again."""
     wanted = config.distributed
-    sizes = (max_restarts + 1, wanted.pp_size, wanted.tp_size, wanted.dp_size, wanted.dp_replicate_size, nproc_per_node)
-    if all(size in (None, 1) for size in sizes):
+    sizes = (wanted.pp_size, wanted.tp_size, wanted.dp_size, wanted.dp_replicate_size, options.nproc_per_node)
+    if not options.max_restarts and all(size in (None, 1) for size in sizes):
         return nullcontext()
     variables = {
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
@@ -72,14 +72,13 @@ def _fork_server(
     return ForkServer(_OF_WORKERS, variables)
 
 
-def _work(config_path: str, overrides: Sequence[str], overwrite: bool) -> None:
+def _work(options: RunOptions, overrides: Sequence[str], words: Sequence[str]) -> None:
     with loading_torch():
         from autofunc.train.begin import asked, run_rank
         from autofunc.train.worker import run_worker
 
     def work() -> None:
-        config, notes = read_config(config_path, overrides)
-        words = ["autofunc", "finetune", "llm", "-c", config_path, *overrides]
-        run_rank(asked(config, notes, words, config_path, overwrite=overwrite))
+        config, notes = read_config(options.config, overrides)
+        run_rank(asked(config, notes, words, options.config, overwrite=options.overwrite))
 
     run_worker(work)
