@@ -9,6 +9,7 @@ from typing import Any
 from autofunc.errors import one_of
 
 _PACKAGE = "nemo_automodel"
+_NAME_TARGETS = ("model", "dataset", "validation_dataset", "optimizer", "loss_fn")
 _OVERRIDES = "param_group_overrides"
 _PLAIN_TOKENS = re.compile(r"\\\.|\.\*|\.|[\w-]")
 _AS_GLOB = {"\\.": ".", ".*": "*", ".": "?"}
@@ -48,10 +49,20 @@ def with_new_names(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[str], l
         notes.append(f"{where}: {node} is {found} here")
         return found
 
-    renamed = visit(dict(raw), "")
+    known = {name: value for name, value in raw.items() if name in _NAME_TARGETS}  # other sections are told as such
+    renamed = {**raw, **visit(known, "")}
+    if notes or unknown:
+        renamed = _without_none(renamed)
     near = one_of(unknown[0].rpartition(".")[2] if unknown else "", RENAMED)
     problems = [f"{', '.join(unknown)}, of NeMo AutoModel, has no name here; {near}"] if unknown else []
     return renamed, notes, problems + _with_param_groups(renamed, notes)
+
+
+def _without_none(node: Any) -> Any:
+    """The text `none` is null in such files."""
+    if isinstance(node, Mapping):
+        return {key: _without_none(value) for key, value in node.items()}
+    return None if isinstance(node, str) and node in ("none", "None") else node
 
 
 def _with_param_groups(raw: dict[str, Any], notes: list[str]) -> list[str]:
