@@ -47,13 +47,7 @@ def causal_lm(outputs: Any, microbatch: Mapping[str, Any], *, mask: str | None =
     Raises:
         BatchError: for outputs without logits, and when there is no such entry, or it has another shape.
     """
-    logits = _entry(outputs, "logits")
-    logits = outputs if logits is None else logits
-    if not isinstance(logits, Tensor):
-        raise BatchError(
-            f"causal_lm takes logits, and the model's output ({type(outputs).__name__}) has no 'logits'"
-            + ("; af.losses.chunked_causal_lm takes what it has" if _entry(outputs, "hidden") is not None else "")
-        )
+    logits = logits_of(outputs, "causal_lm")
     logits, labels = logits.flatten(0, -2), _counted_labels(microbatch, mask).flatten()
     logits = logits.float() if logits.dtype.itemsize < 4 else logits
     spread = current_spread()
@@ -61,6 +55,26 @@ def causal_lm(outputs: Any, microbatch: Mapping[str, Any], *, mask: str | None =
     if total is None:
         total = functional.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
     return total, (labels != IGNORED).sum()
+
+
+def logits_of(outputs: Any, taker: str) -> Tensor:
+    """The logits among the outputs of a model.
+
+    Args:
+        outputs: logits, or a mapping or object with "logits".
+        taker: the function that takes them, for messages.
+
+    Raises:
+        BatchError: when there are none.
+    """
+    logits = _entry(outputs, "logits")
+    logits = outputs if logits is None else logits
+    if not isinstance(logits, Tensor):
+        raise BatchError(
+            f"{taker} takes logits, and the model's output ({type(outputs).__name__}) has no 'logits'"
+            + ("; af.losses.chunked_causal_lm takes what it has" if _entry(outputs, "hidden") is not None else "")
+        )
+    return logits
 
 
 def chunked_causal_lm(

@@ -12,7 +12,7 @@ from autofunc import __version__
 from autofunc.cli import config as config_commands
 from autofunc.cli import schedule
 from autofunc.cli.loading import loading_torch
-from autofunc.cli.options import TAKES_OVERRIDES, ConfigFile, RunOptions, takes_groups
+from autofunc.cli.options import TAKES_OVERRIDES, ConfigFile, EvaluateOptions, RunOptions, takes_groups
 from autofunc.errors import AutofuncError, ConfigError, PipelineRunError, full_message, one_of
 from autofunc.shown import quoted
 
@@ -77,6 +77,24 @@ def train(context: typer.Context, options: RunOptions) -> None:
     Example: autofunc train -c run.yaml --loss_fn._target_ net.py:loss
     """
     _run(["train"], context, options)
+
+
+@app.command("evaluate", context_settings=TAKES_OVERRIDES, epilog=_ANY_KEY)
+@takes_groups
+def evaluate(context: typer.Context, options: EvaluateOptions) -> None:
+    """Measure a checkpoint, or weights, on the validation dataset: its loss and the metrics of the file.
+
+    Example: autofunc evaluate -c run.yaml --checkpoint.restore_from LATEST
+    """
+    from autofunc.cli.train import train as run
+
+    run(
+        ["evaluate"],
+        RunOptions(options.config, options.nproc_per_node),
+        context.args,
+        evaluates=True,
+        as_json=options.as_json,
+    )
 
 
 def _known_domain(verb: str, domain: str) -> str:

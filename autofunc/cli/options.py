@@ -41,6 +41,18 @@ class RunOptions:
 
 
 @dataclass(frozen=True)
+class EvaluateOptions:
+    """How an evaluation is started."""
+
+    config: ConfigFile
+    nproc_per_node: Annotated[
+        int | None,
+        typer.Option("--nproc-per-node", "--nproc_per_node", min=1, help="Processes to start; pp_size by default."),
+    ] = None
+    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of text.")] = False
+
+
+@dataclass(frozen=True)
 class Sizes:
     """How large a schedule is."""
 

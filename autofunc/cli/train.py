@@ -25,20 +25,29 @@ _OF_WORKERS = [
 """Modules that all workers need."""
 
 
-def train(verb: Sequence[str], options: RunOptions, overrides: Sequence[str]) -> None:
+def train(
+    verb: Sequence[str],
+    options: RunOptions,
+    overrides: Sequence[str],
+    *,
+    evaluates: bool = False,
+    as_json: bool = False,
+) -> None:
     """Run a configuration.
 
     Args:
         verb: the words of the command, such as ["finetune", "llm"].
         options: how the run is started.
         overrides: see `config.load_config`.
+        evaluates: whether it is not trained, but measured.
+        as_json: whether what is measured is shown as JSON.
 
     Raises:
         AutofuncError: for every mistake in the configuration, before a process is started.
     """
     words = ["autofunc", *verb, "-c", options.config, *overrides]
     if is_worker():
-        _work(options, overrides, words)
+        _work(options, overrides, words, evaluates=evaluates, as_json=as_json)
         return
     with _checking(options.config):
         config, notes = read_config(options.config, overrides)
@@ -47,8 +56,9 @@ def train(verb: Sequence[str], options: RunOptions, overrides: Sequence[str]) ->
         with loading_torch():
             from autofunc.train.begin import asked, begin, checked_recipe
         run_asked = asked(
-            config, notes, words, options.config, overwrite=options.overwrite, max_restarts=options.max_restarts
-        )
+            config, notes, words, options.config, overwrite=options.overwrite, max_restarts=options.max_restarts,
+            evaluates=evaluates, as_json=as_json,
+        )  # fmt: skip
         with _checking(options.config):  # reads the data
             recipe = checked_recipe(config, options.nproc_per_node, notes)
         begin(recipe, run_asked, server)
@@ -72,13 +82,13 @@ def _fork_server(config: FinetuneConfig, options: RunOptions) -> AbstractContext
     return ForkServer(_OF_WORKERS, variables)
 
 
-def _work(options: RunOptions, overrides: Sequence[str], words: Sequence[str]) -> None:
+def _work(options: RunOptions, overrides: Sequence[str], words: Sequence[str], **how: bool) -> None:
     with loading_torch():
         from autofunc.train.begin import asked, run_rank
         from autofunc.train.worker import run_worker
 
     def work() -> None:
         config, notes = read_config(options.config, overrides)
-        run_rank(asked(config, notes, words, options.config, overwrite=options.overwrite))
+        run_rank(asked(config, notes, words, options.config, overwrite=options.overwrite, **how))
 
     run_worker(work)

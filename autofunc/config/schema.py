@@ -142,6 +142,13 @@ class CheckpointSection(Section):
     )  # fmt: skip
 
 
+class EarlyStopping(Section):
+    """When a run ends before its last step."""
+
+    patience: Steps = Field(3, description="how many validations in a row may be no better than the best one before them")
+    min_delta: float = Field(0.0, ge=0, description="by how much a loss must be lower to be better")
+
+
 class ClipGradNorm(Section):
     """Clipping of gradients."""
 
@@ -190,6 +197,11 @@ class FinetuneConfig(Section):
     )
     dataset: Target = Field(description="what is learnt from")
     validation_dataset: Target | None = Field(None, description="what the validation loss is measured on")
+    metrics: dict[str, Target] = Field(
+        {}, description="what else is measured in validation, by name: functions of (outputs, microbatch) that return a "
+        "mean, or (sum, weight), such as autofunc.metrics.accuracy",
+    )  # fmt: skip
+    early_stopping: EarlyStopping | None = Field(None, description="end when the validation loss gets no better")
     dataloader: Dataloader = Dataloader()
     step_scheduler: StepScheduler = StepScheduler()
     distributed: Distributed = Distributed()
@@ -205,6 +217,13 @@ class FinetuneConfig(Section):
     clip_grad_norm: ClipGradNorm | None = Field(None, description="scale gradients down to a global norm")
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(42, description="of weights, data order and dropout")
     output_dir: Text | None = Field(None, description="where results go; by default runs/<name of the file>")
+
+    @model_validator(mode="after")
+    def _measures_what_is_asked_for(self) -> FinetuneConfig:
+        for name in ("metrics", "early_stopping"):
+            if getattr(self, name) and self.validation_dataset is None:
+                raise ValueError(f"{name} is measured on validation_dataset, and there is none")
+        return self
 
     @model_validator(mode="after")
     def _writes_what_is_asked_for(self) -> FinetuneConfig:

@@ -15,6 +15,7 @@ from autofunc.errors import ConfigError
 
 GIVEN_LATER: Mapping[str, int | str] = {
     "model": 0, "dataset": 0, "validation_dataset": 0, "optimizer": 1, "lr_scheduler": "optimizer", "loss_fn": 2,
+    "metrics": 2,
 }  # fmt: skip
 """By section: how many leading arguments are not in the file, or the name of the one that is not."""
 
@@ -66,6 +67,9 @@ def _each(name: str, section: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
         yield name, section
         if name.startswith("lr_scheduler"):
             yield from _each(f"{name}.schedulers", section.get("schedulers"))
+    elif name == "metrics" and isinstance(section, Mapping):
+        for key, each in section.items():
+            yield from _each(f"{name}.{key}", each)
 
 
 def _problems(name: str, section: Any) -> list[str]:

@@ -10,10 +10,14 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+
 from autofunc.config import FinetuneConfig
 from autofunc.errors import ConfigError
 from autofunc.timing import clock
 from autofunc.train.device import check_devices
+from autofunc.train.evaluate import check_evaluation, evaluate
 from autofunc.train.fork_server import ForkServer
 from autofunc.train.launch import launch
 from autofunc.train.memory_budget import check_budget
@@ -21,7 +25,7 @@ from autofunc.train.output import default_output_dir, last_output_dir, make_outp
 from autofunc.train.recipe import Recipe, prepare
 from autofunc.train.resume import AUTO, check_restorable, folder_of, goes_on_in, source, wanted
 from autofunc.train.role import was_checked
-from autofunc.train.run import run
+from autofunc.train.run import in_mesh, run
 from autofunc.train.step_folders import LATEST
 from autofunc.train.tensor_parallel_check import check_tensor_parallel
 from autofunc.train.worker import run_worker
@@ -39,6 +43,8 @@ class Asked:
     command: str  # what to type to go on when the run was ended
     overwrite: bool  # whether a run that is there is replaced
     max_restarts: int = 0
+    evaluates: bool = False  # and does not train
+    as_json: bool = False
 
 
 def asked(
@@ -49,6 +55,8 @@ def asked(
     *,
     overwrite: bool,
     max_restarts: int = 0,
+    evaluates: bool = False,
+    as_json: bool = False,
 ) -> Asked:
     """What a command asks for.
 
@@ -59,6 +67,8 @@ def asked(
         config_path: the file.
         overwrite: whether a run that is there is replaced.
         max_restarts: how often workers are started again.
+        evaluates: whether it is not trained, but measured.
+        as_json: whether what is measured is shown as JSON.
 
     Raises:
         ConfigError: for restarts without checkpoints.
@@ -72,7 +82,7 @@ def asked(
     typed = list(words) if config.output_dir is not None else [*words, "--output_dir", str(folder)]
     if wanted(config.checkpoint) not in (LATEST, AUTO):
         typed += ["--checkpoint.restore_from", LATEST]
-    return Asked(config, tuple(notes), folder, shlex.join(typed), overwrite, max_restarts)
+    return Asked(config, tuple(notes), folder, shlex.join(typed), overwrite, max_restarts, evaluates, as_json)
 
 
 def checked_recipe(config: FinetuneConfig, nproc_per_node: int | None, notes: Sequence[str]) -> Recipe:
@@ -102,15 +112,19 @@ def begin(recipe: Recipe, run_asked: Asked, server: ForkServer | None) -> None:
         server: forks the workers; None where one process is enough.
     """
     begun_from = source(run_asked.config.checkpoint, run_asked.output_dir)
-    if begun_from is not None:
-        check_restorable(begun_from, recipe)
-    _make_output_dir(run_asked, begun_from)
+    if run_asked.evaluates:
+        check_evaluation(recipe)
+    else:
+        if begun_from is not None:
+            check_restorable(begun_from, recipe)
+        _make_output_dir(run_asked, begun_from)
     if recipe.axes.num_processes == 1 and not run_asked.max_restarts:
-        run(recipe, run_asked.config, run_asked.output_dir, run_asked.command)
+        _run(recipe, run_asked)
         return
     assert server is not None
-    sys.stdout.write(f"starting {recipe.axes.num_processes} processes\n")
-    sys.stdout.flush()
+    if not run_asked.as_json:
+        sys.stdout.write(f"starting {recipe.axes.num_processes} processes\n")
+        sys.stdout.flush()
     config = run_asked.config
     writes = config.checkpoint is not None and config.checkpoint.enabled  # which takes as long as it takes
     launch(
@@ -127,9 +141,23 @@ def _as_worker(run_asked: Asked, began: float) -> None:
 def run_rank(run_asked: Asked) -> None:
     """One rank's part of a run."""
     recipe = prepare(run_asked.config, int(os.environ["WORLD_SIZE"]), notes=run_asked.notes, checked=was_checked())
-    if not was_checked() and os.environ.get("RANK", "0") == "0":  # the one that writes
+    is_writer = not was_checked() and os.environ.get("RANK", "0") == "0" and not run_asked.evaluates
+    if is_writer:
         _make_output_dir(run_asked, source(run_asked.config.checkpoint, run_asked.output_dir))
-    run(recipe, run_asked.config, run_asked.output_dir, run_asked.command)
+    _run(recipe, run_asked)
+
+
+def _run(recipe: Recipe, run_asked: Asked) -> None:
+    config, folder = run_asked.config, run_asked.output_dir
+    if not run_asked.evaluates:
+        run(recipe, config, folder, run_asked.command)
+        return
+
+    def work(mesh: DeviceMesh | None, device: torch.device, folder: Path) -> None:
+        evaluate(recipe, mesh, device, folder, config, run_asked.as_json)
+
+    check_evaluation(recipe)
+    in_mesh(recipe, config, folder, work)
 
 
 def _make_output_dir(run_asked: Asked, begun_from: Path | None) -> None:

@@ -30,7 +30,7 @@ from autofunc.train.recipe import Recipe
 from autofunc.train.resume import anew, extra_of, restored
 from autofunc.train.step import take_step
 from autofunc.train.step_folders import VALIDATION_LOSS
-from autofunc.train.validation import validate
+from autofunc.train.validation import Validated, Validation
 from autofunc.transform import pipeline
 
 
@@ -43,9 +43,10 @@ class TrainResult:
     state: TensorDict  # of this rank: what its layers keep from step to step
     num_steps: int
     loss: float  # of the last step
-    validation_loss: float | None
+    validated: Validated | None  # the last time
     training_seconds: float  # without validation
     stopped: bool = False  # told to end before its last step; then there is a checkpoint of it
+    ended_early: bool = False  # the validation loss got no better
 
 
 def train(
@@ -72,9 +73,10 @@ def train(
     place, places = data_coordinate(mesh)
     begun = anew(recipe, pipe, device) if source is None else restored(source, recipe, pipe, device)
     loader = recipe.make_train_loader(place=place, places=places, start=begun.position)
-    now, step, loss, validation_loss = begun.trained, begun.step, float("nan"), None
-    training_seconds, is_stopped = 0.0, False
-    meter = BubbleMeter(mesh, device, recipe.num_steps)
+    now, step, loss, patience = begun.trained, begun.step, float("nan"), begun.patience
+    validated: Validated | None = None
+    training_seconds, is_stopped, is_over = 0.0, False, False
+    meter, validation = BubbleMeter(mesh, device, recipe.num_steps), Validation(recipe, pipe, device, reporter)
 
     with noticed() if checkpoints is not None else nullcontext(Stop()) as stop:
         clock.done("making the weights")
@@ -100,19 +102,21 @@ def train(
                 is_stopped, is_due = _agree(checkpoints, stop, step, position.begins_epoch, device)
             measured = None
             if is_last or (is_due and not is_stopped) or (recipe.val_every_steps and step % recipe.val_every_steps == 0):
-                measured = validate(recipe, pipe, now.params, now.state, device, reporter)
+                measured = validation.run(now.params, now.state)
             if measured is not None:
-                validation_loss = measured
-                if not is_last:  # the last is in what the run ends with
-                    reporter.validation(step, measured)
+                validated, patience = measured, patience.after(measured.loss, recipe.early_stopping)
+                is_over = patience.is_over(recipe.early_stopping)
+                if not is_last and not is_over:  # the last is in what the run ends with
+                    reporter.validation(step, measured.said())
                 if metrics is not None:
-                    metrics.write(step=step, validation_loss=measured)
-            if checkpoints is not None and (is_due or is_last):
-                extra = {**extra_of(recipe, step, position), "loss": loss, VALIDATION_LOSS: measured}
+                    metrics.write(step=step, **measured.named())
+            if checkpoints is not None and (is_due or is_last or is_over):
+                found = None if measured is None else measured.loss
+                extra = {**extra_of(recipe, step, position, patience), "loss": loss, VALIDATION_LOSS: found}
                 is_saved = checkpoints.save(step, pipe, now, extra)
                 if is_stopped and not is_saved:
                     raise PipelineRunError(f"told to end by SIGTERM after step {step}, and no checkpoint could be written")
-            if is_stopped:
+            if is_stopped or is_over:
                 break
             if step == begun.step + 1:
                 clock.done("the first step")
@@ -120,8 +124,9 @@ def train(
             began = time.perf_counter()
         if checkpoints is not None:
             checkpoints.finish()
+    is_early = step < recipe.num_steps
     return TrainResult(
-        pipe, now.params, now.state, step, loss, validation_loss, training_seconds, step < recipe.num_steps
+        pipe, now.params, now.state, step, loss, validated, training_seconds, is_early and not is_over, is_early and is_over
     )  # fmt: skip
 
 

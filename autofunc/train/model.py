@@ -15,6 +15,7 @@ from autofunc.automodel import register_modeling_path
 from autofunc.captured import Pretrained, StoredTensors, capture_module, empty_weights
 from autofunc.checks import weighed_alike_by
 from autofunc.config import FinetuneConfig, instantiate, target_and_arguments
+from autofunc.counted_rows import measured
 from autofunc.data import first_rows
 from autofunc.errors import AutofuncError, ConfigError
 from autofunc.losses import Loss, own_loss
@@ -22,6 +23,7 @@ from autofunc.model import Model
 from autofunc.splitting import infer_boundaries, split
 from autofunc.train.adapters import with_adapters
 from autofunc.train.labels import refuse_shifted_twice
+from autofunc.train.weighing import counting_all
 
 _ROWS = 4  # on which the loss is looked at
 OWN, SEED = "own", "seed"
@@ -144,6 +146,35 @@ def loss_to_check(config: FinetuneConfig, made: Model | nn.Module | Pretrained, 
 def _configured_loss(section: Mapping[str, Any]) -> Loss:
     loss, options = target_and_arguments(section, "loss_fn")
     return partial(loss, **options) if options else loss
+
+
+def build_metrics(
+    config: FinetuneConfig, model: Model, loss: Loss | None, dataset: Any, *, checked: bool = False
+) -> dict[str, Loss]:  # fmt: skip
+    """The configured metrics by name.
+
+    Args:
+        config: what is wanted.
+        model: what is trained.
+        loss: of the run.
+        dataset: to try them with.
+        checked: whether another process has tried them already.
+
+    Raises:
+        ConfigError: where one cannot run on the dataset's rows, or gives no scalar.
+    """
+    metrics: dict[str, Loss] = {}
+    for name, section in config.metrics.items():
+        metric, options = target_and_arguments(section, f"metrics.{name}")
+        metrics[name] = partial(metric, **options) if options else metric
+    if metrics and not checked:
+        rows = config.step_scheduler.local_batch_size
+        microbatch = counting_all(first_rows(dataset, rows))
+        try:
+            infer_boundaries(split(model), {}, microbatch, measured(loss, rows, metrics))
+        except AutofuncError as error:
+            raise ConfigError(f"metrics on a batch of validation_dataset: {error}") from error
+    return metrics
 
 
 def gives_loss(model: Model, microbatch: Mapping[str, Any]) -> bool:

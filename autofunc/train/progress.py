@@ -28,8 +28,8 @@ class Reporter(Protocol):
         """A batch of a validation is done."""
         ...
 
-    def validation(self, step: int, loss: float) -> None:
-        """The validation loss was measured."""
+    def validation(self, step: int, said: str) -> None:
+        """The validation loss was measured, and what else is."""
         ...
 
 
@@ -42,7 +42,7 @@ class Silent:
     def validating(self, batch: int, num_batches: int) -> None:
         """See `Reporter.validating`."""
 
-    def validation(self, step: int, loss: float) -> None:
+    def validation(self, step: int, said: str) -> None:
         """See `Reporter.validation`."""
 
 
@@ -116,9 +116,9 @@ class ProgressReporter:
         if self._bar is not None:
             self._bar.update(self._task, status=f"validating: batch {batch} of {num_batches}")
 
-    def validation(self, step: int, loss: float) -> None:
+    def validation(self, step: int, said: str) -> None:
         """See `Reporter.validation`."""
-        self._console.print(f"step {step}: validation loss: {loss:.4f}", highlight=False)
+        self._console.print(f"step {step}: {said}", highlight=False, markup=False)
 
 
 @contextmanager

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from autofunc.batch import Microbatch, split_batch
 from autofunc.config import FinetuneConfig, StepScheduler, check_targets, not_ended
+from autofunc.config.schema import EarlyStopping
 from autofunc.data import STACKED, first_rows
 from autofunc.engine import EngineOptions, require_compiler
 from autofunc.errors import AutofuncError, ConfigError
@@ -22,7 +23,7 @@ from autofunc.train.axes import Axes, axes_of, sharding_of
 from autofunc.train.datasets import check_tokens, loaders_of, read_dataset, read_validation, tell_tokenizers
 from autofunc.train.layout import LayerCosts, count_microbatches, is_auto, stages_and_schedule
 from autofunc.train.learning_rate import learning_rate_of
-from autofunc.train.model import build_loss, build_model
+from autofunc.train.model import build_loss, build_metrics, build_model
 from autofunc.train.optimizer import build_optimizer, check_optimizer, try_optimizer
 from autofunc.train.trial import Trial
 
@@ -46,6 +47,8 @@ class Recipe:
     validation_dataset: Any | None
     make_train_loader: Callable[..., Any]  # of (place=, places=): which part of each batch
     make_validation_loader: Callable[..., Any] | None
+    metrics: Mapping[str, Loss]  # measured in validation, by name
+    early_stopping: EarlyStopping | None
     num_steps: int
     val_every_steps: int | None
     gc_every_steps: int | None  # None: Python decides when it looks for garbage
@@ -125,6 +128,7 @@ def prepare(
         if validation is not None:
             trial.run("validation_dataset", validation, config.dataloader.drop_last)
     clock.done("trying the stages")
+    metrics = build_metrics(config, stages[0].model, loss, validation, checked=checked)
     num_steps = _num_steps(steps, loaders.num_batches, told)
     return Recipe(
         model=stages[0].model,
@@ -142,6 +146,8 @@ def prepare(
         validation_dataset=validation,
         make_train_loader=loaders.train,
         make_validation_loader=loaders.validation,
+        metrics=metrics,
+        early_stopping=config.early_stopping,
         num_steps=num_steps,
         val_every_steps=steps.val_every_steps,
         gc_every_steps=steps.gc_every_steps,

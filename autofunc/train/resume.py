@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from autofunc.data import START, Position
 from autofunc.errors import CheckpointError, ConfigError
 from autofunc.pipe import Pipeline
 from autofunc.shown import quoted, shown
+from autofunc.train.early_stopping import Patience
 from autofunc.train.output import CHECKPOINTS
 from autofunc.train.recipe import Recipe
 from autofunc.train.role import restarts
@@ -21,6 +23,7 @@ from autofunc.train.step import Trained
 from autofunc.train.step_folders import LATEST, LOWEST_VAL, name_of, step_of, steps_in, validation_losses
 
 AUTO = "AUTO"
+_BEST, _SINCE = "best_validation_loss", "validations_since_best"
 
 
 @dataclass(frozen=True)
@@ -30,12 +33,13 @@ class Beginning:
     trained: Trained
     step: int  # the last one that was done
     position: Position  # in the data
+    patience: Patience
 
 
 def anew(recipe: Recipe, pipe: Pipeline, device: torch.device) -> Beginning:
     """The beginning of a run that goes on from nothing."""
     params = pipe.init(recipe.init_seed, device)
-    return Beginning(Trained(params, pipe.init_state(device), recipe.optimizer.init(params)), 0, START)
+    return Beginning(Trained(params, pipe.init_state(device), recipe.optimizer.init(params)), 0, START, Patience())
 
 
 def restored(path: Path, recipe: Recipe, pipe: Pipeline, device: torch.device) -> Beginning:
@@ -47,11 +51,19 @@ def restored(path: Path, recipe: Recipe, pipe: Pipeline, device: torch.device) -
     checkpoint = load(path, pipe, optimizer=recipe.optimizer, device=device)
     assert checkpoint.optimizer_state is not None, "an optimizer was given"
     step, position = _place(path, checkpoint.extra, recipe)
-    return Beginning(Trained(checkpoint.params, checkpoint.state, checkpoint.optimizer_state), step, position)
+    trained = Trained(checkpoint.params, checkpoint.state, checkpoint.optimizer_state)
+    best, since = checkpoint.extra.get(_BEST), checkpoint.extra.get(_SINCE)
+    patience = Patience(float(best), int(since)) if best is not None and since is not None else Patience()
+    return Beginning(trained, step, position, patience)
 
 
-def extra_of(recipe: Recipe, step: int, position: Position) -> dict[str, Any]:
+def extra_of(recipe: Recipe, step: int, position: Position, patience: Patience) -> dict[str, Any]:
     """What a checkpoint keeps beside tensors, which `restored` reads."""
+    known = {} if math.isinf(patience.best) else {_BEST: patience.best, _SINCE: patience.since}
+    return _of_run(recipe, step, position) | known
+
+
+def _of_run(recipe: Recipe, step: int, position: Position) -> dict[str, int]:
     return {
         "step": step,
         "epoch": position.epoch,
@@ -86,7 +98,7 @@ def step_at(path: Path | None) -> int:
 
 def _place(path: Path, extra: dict[str, Any], recipe: Recipe) -> tuple[int, Position]:
     """(the step, where in the data) of a checkpoint."""
-    mine = extra_of(recipe, 0, START)
+    mine = _of_run(recipe, 0, START)
     numbers = {name: extra.get(name) for name in mine}
     if not all(isinstance(number, int) and number >= 0 for number in numbers.values()):
         raise CheckpointError(

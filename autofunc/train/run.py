@@ -54,15 +54,38 @@ def run(recipe: Recipe, config: FinetuneConfig, output_dir: Path, command: str =
     Raises:
         MeshError: when the number of processes is not what the configuration needs.
     """
+
+    def work(mesh: DeviceMesh | None, device: torch.device, folder: Path) -> None:
+        if mesh is None or dist.get_rank() == 0:
+            _lead(recipe, mesh, device, folder, config, command)
+        else:
+            _follow(recipe, mesh, device, folder, config)
+
+    in_mesh(recipe, config, output_dir, work)
+
+
+def in_mesh(
+    recipe: Recipe,
+    config: FinetuneConfig,
+    output_dir: Path,
+    work: Callable[[DeviceMesh | None, torch.device, Path], None],
+) -> None:
+    """Do this process's part of a run on its device, and with the others, if there are any.
+
+    Args:
+        recipe: of the run.
+        config: what it was made of.
+        output_dir: where results go; work gets that of the first process.
+        work: what is done.
+
+    Raises:
+        MeshError: when the number of processes is not what the configuration needs.
+    """
     device = take_device(config.distributed.device)
     mesh = _mesh(recipe, device, config.distributed.timeout_minutes)
     clock.done("joining the process group")
-    output_dir = of_first(output_dir)  # under torchrun each process has found one by itself
     with threads(config.distributed.threads_per_rank):
-        if mesh is None or dist.get_rank() == 0:
-            _lead(recipe, mesh, device, output_dir, config, command)
-        else:
-            _follow(recipe, mesh, device, output_dir, config)
+        work(mesh, device, of_first(output_dir))  # under torchrun each process has found a folder by itself
     if mesh is not None:  # not after an error: that must be recorded before the others see the connection close
         dist.destroy_process_group()
 
@@ -156,8 +179,10 @@ def _lead(
         show(f"told to end by SIGTERM, after step {result.num_steps} of {recipe.num_steps}. To go on:")
         console.print(literal(f"  {command}"), soft_wrap=True)  # in one line, to be copied
         return
-    if result.validation_loss is not None:
-        show(f"validation loss: {result.validation_loss:.4f}")
+    if result.ended_early:
+        show(f"ended after step {result.num_steps} of {recipe.num_steps}: the validation loss gets no better")
+    if result.validated is not None:
+        show(result.validated.said())
     elif recipe.validation_dataset is not None:
         show("validation loss: none, for no row of validation_dataset has a label")
 

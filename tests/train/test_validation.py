@@ -1,0 +1,130 @@
+"""Metrics, the end of a run whose validation loss gets no better, and evaluation alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import autofunc as af
+from autofunc.batch import COUNTS
+from autofunc.counted_rows import measured
+from autofunc.errors import BatchError
+from autofunc.metrics import accuracy
+from autofunc.train.early_stopping import EarlyStopping, Patience
+from tests.cli.here import run_here
+from tests.cli.test_finetune import CONFIG
+
+OWN = """
+def right(outputs, microbatch):
+    return (outputs.argmax(-1) == microbatch["labels"]).float().mean()
+
+def words(outputs, microbatch):
+    return outputs[:, 0, :3]
+"""
+ACCURACY = "--metrics.accuracy._target_", "autofunc.metrics.accuracy"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of three steps."""
+    folder = tmp_path_factory.mktemp("runs")
+    (folder / "corpus").mkdir()
+    (folder / "corpus" / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 30)
+    (folder / "own.py").write_text(OWN)
+    text = CONFIG.replace("pp_size: 2, split_points: [h.1]", "engine: eager").replace("max_steps: 6", "max_steps: 3")
+    (folder / "cfg.yaml").write_text(text + "checkpoint: {}\n")
+    done = run_here(folder, "train", "-c", "cfg.yaml", *ACCURACY, "--step_scheduler.val_every_steps", "2")
+    assert done.status == 0, done.err
+    return folder
+
+
+def lines_of(folder: Path, run: str = "cfg") -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "runs" / run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_what_a_run_measures(trained: Path) -> None:
+    found = [line for line in lines_of(trained) if "validation_loss" in line]
+    assert [line["step"] for line in found] == [2, 3]
+    assert all(0 <= line["validation_accuracy"] <= 1 for line in found)
+
+
+@pytest.mark.parametrize("engine", ["eager", "graph"])
+def test_an_evaluation_is_the_validation_of_the_run(trained: Path, engine: str) -> None:
+    """Also in another layout, with a mean where rows are left over."""
+    words = "--checkpoint.restore_from", "LATEST", "--json", *ACCURACY, "--metrics.mean._target_", "own.py:right"
+    more = "--distributed.engine", engine, "--step_scheduler.local_batch_size", "1"
+    done = run_here(trained, "evaluate", "-c", "cfg.yaml", *words, *more)
+    assert done.status == 0, done.err
+    found = json.loads(done.out.splitlines()[-1])
+    expected = lines_of(trained)[-1]
+    assert found["step"] == 3 and found["checkpoint"].endswith("step_3")
+    assert found["validation_loss"] == pytest.approx(expected["validation_loss"], abs=1e-6)
+    assert found["validation_accuracy"] == found["validation_mean"] == expected["validation_accuracy"]
+    assert not (trained / "runs" / "cfg-2").exists(), "nothing is written"
+
+
+def test_weights_of_a_run(trained: Path) -> None:
+    done = run_here(trained, "evaluate", "-c", "cfg.yaml", "--weights", "runs/cfg", "--json")
+    found = json.loads(done.out.splitlines()[-1])
+    assert found["validation_loss"] == pytest.approx(lines_of(trained)[-1]["validation_loss"], abs=1e-6)
+
+
+WRONG = {
+    ("--metrics.m._target_", "own.py:words"): ["the metric 'm' must be a scalar", "a tensor of shape (2, 3)"],
+    ("--metrics.m._target_", "own.py:none"): ["metrics.m", "has no 'none'", "right"],
+    ("--metrics.m._target_", "autofunc.metrics.accuracy", "--metrics.m.label", "x"): [
+        "metrics.m.label",
+        "did you mean labels",
+    ],
+    ("--metrics.m._target_", "autofunc.metrics.accuracy", "--metrics.m.labels", "x"): ["the batch has no 'x'"],
+    (*ACCURACY, "--validation_dataset", "null"): ["metrics is measured on validation_dataset"],
+    ("--early_stopping.patience", "0"): ["early_stopping.patience", "got 0"],
+    ("--early_stopping.patience", "2", "--validation_dataset", "null"): ["early_stopping is measured on"],
+}
+
+
+def test_what_cannot_be_measured(trained: Path) -> None:
+    for words, expected in WRONG.items():
+        done = run_here(trained, "train", "-c", "cfg.yaml", *words)
+        assert done.status == 2, (words, done)
+        assert all(each in done.err for each in expected), (words, done.err)
+    done = run_here(trained, "evaluate", "-c", "cfg.yaml", "--validation_dataset", "null")
+    assert done.status == 2 and "evaluate measures on validation_dataset" in done.err
+
+
+def test_a_run_ends_when_it_gets_no_better(trained: Path) -> None:
+    """It says so, writes its weights, and a run that goes on from its checkpoint has no more patience than it had."""
+    words = "--early_stopping.patience", "2", "--early_stopping.min_delta", "100", "--step_scheduler.val_every_steps", "1"
+    more = "--output_dir", "runs/early", "--step_scheduler.max_steps", "9"
+    done = run_here(trained, "train", "-c", "cfg.yaml", *words, *more)
+    assert done.status == 0 and "ended after step 3 of 9: the validation loss gets no better" in done.out
+    assert (trained / "runs" / "early" / "model.safetensors").exists()
+    again = run_here(trained, "train", "-c", "cfg.yaml", *words, *more, "--checkpoint.restore_from", "LATEST")
+    assert "ended after step 4 of 9" in again.out
+
+
+def test_patience() -> None:
+    config = EarlyStopping(patience=2, min_delta=0.1)
+    patience = Patience()
+    for loss, best, since in ((3.0, 3.0, 0), (2.95, 3.0, 1), (2.8, 2.8, 0), (2.8, 2.8, 1), (5.0, 2.8, 2)):
+        assert not patience.is_over(config)
+        patience = patience.after(loss, config)
+        assert patience == (best, since)
+    assert patience.is_over(config) and not patience.is_over(None)
+
+
+def test_rows_that_do_not_count_are_not_measured() -> None:
+    logits, labels = torch.eye(4)[:, None, :], torch.tensor([[0], [1], [0], [-100]])
+    batch: dict[str, Any] = {"labels": labels, COUNTS: torch.tensor([1.0, 1.0, 1.0, 0.0])}
+    mean = lambda outputs, microbatch: (outputs.argmax(-1) == microbatch["labels"]).float().mean()  # noqa: E731
+    loss = measured(af.losses.causal_lm, 4, {"pair": accuracy, "mean": mean})
+    _, _, aux = loss(logits, batch)
+    assert aux["pair"].tolist() == [2.0, 3.0] and aux["mean"].tolist() == [0.5 * 0.75, 0.75]
+    _, weight, aux = loss(logits * float("nan"), {**batch, COUNTS: torch.zeros(4)})
+    assert weight == 0 and not any(each.any() for each in aux.values())
+    with pytest.raises(BatchError, match="'labels' has shape"):
+        accuracy(logits, {"labels": labels[0]})
