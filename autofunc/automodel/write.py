@@ -69,6 +69,29 @@ def write_pretrained(
     return folder
 
 
+def check_writable(model: Model | Pretrained | nn.Module) -> None:
+    """Refuse a model that `write_pretrained` could not write, whatever its parameters.
+
+    Raises:
+        ModelError: for a model of functions that does not say what it is in transformers, and a module without a config.
+    """
+    model = model.base if isinstance(model, AdaptedModel) else model
+    if isinstance(model, Model) and not isinstance(model, CapturedModel):
+        _check_says_what_it_is(model)
+        return
+    module = source_of(model).module
+    if not is_model(module):
+        _as_json(_config_values(module))
+
+
+def _check_says_what_it_is(model: Model) -> None:
+    if model.in_transformers is None:
+        raise ModelError(
+            f"{model!r} was made of functions and does not say what it is in transformers; give it "
+            "af.Model(..., in_transformers=...), or keep model.state_dict(params)"
+        )
+
+
 def _flat(params: tree.Nested | str | Path) -> dict[str, Tensor]:
     if isinstance(params, (str, Path)):
         stored = StoredTensors(params)
@@ -78,11 +101,8 @@ def _flat(params: tree.Nested | str | Path) -> dict[str, Tensor]:
 
 def _in_transformers(model: Model, params: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The config and the weights of a model of pure layers, each weight once."""
-    if model.in_transformers is None:
-        raise ModelError(
-            f"{model!r} was made of functions and does not say what it is in transformers; give it "
-            "af.Model(..., in_transformers=...), or keep model.state_dict(params)"
-        )
+    _check_says_what_it_is(model)
+    assert model.in_transformers is not None
     known = model.state_dict(params)
     flat = {path: known[path].cpu().contiguous() for path in sorted({model.canonical(path) for path in model.spec})}
     config, state = model.in_transformers(flat)

@@ -217,6 +217,10 @@ class FinetuneConfig(Section):
     clip_grad_norm: ClipGradNorm | None = Field(None, description="scale gradients down to a global norm")
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(42, description="of weights, data order and dropout")
     output_dir: Text | None = Field(None, description="where results go; by default runs/<name of the file>")
+    export: Text | None = Field(
+        None,
+        description="folder in output_dir that a run leaves at its end, and that transformers' from_pretrained loads",
+    )
 
     @model_validator(mode="after")
     def _measures_what_is_asked_for(self) -> FinetuneConfig:

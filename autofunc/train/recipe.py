@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from autofunc.automodel import check_writable
 from autofunc.batch import Microbatch, split_batch
 from autofunc.config import FinetuneConfig, StepScheduler, check_targets, not_ended
 from autofunc.config.schema import EarlyStopping
@@ -17,6 +19,7 @@ from autofunc.model import Model
 from autofunc.optim import LearningRate, Optimizer
 from autofunc.schedule import Schedule
 from autofunc.shard import Sharding
+from autofunc.shown import quoted
 from autofunc.splitting import Stage, layer_costs
 from autofunc.timing import clock
 from autofunc.train.axes import Axes, axes_of, sharding_of
@@ -128,6 +131,8 @@ def prepare(
         if validation is not None:
             trial.run("validation_dataset", validation, config.dataloader.drop_last)
     clock.done("trying the stages")
+    if config.export is not None:
+        _check_export(config, stages[0].model)
     metrics = build_metrics(config, stages[0].model, loss, validation, checked=checked)
     num_steps = _num_steps(steps, loaders.num_batches, told)
     return Recipe(
@@ -157,6 +162,17 @@ def prepare(
         microbatch_rows=steps.local_batch_size,
         notes=tuple(dict.fromkeys(told)),
     )
+
+
+def _check_export(config: FinetuneConfig, model: Model) -> None:
+    """A model that cannot be written is found before it is trained."""
+    assert config.export is not None
+    if Path(config.export).is_absolute() or ".." in Path(config.export).parts:
+        raise ConfigError(f"export: {quoted(config.export)} is not in output_dir; name a folder in it, such as model")
+    try:
+        check_writable(model)
+    except AutofuncError as error:
+        raise ConfigError(f"export: {error}") from error
 
 
 def _num_steps(steps: StepScheduler, of_an_epoch: int, notes: list[str]) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
 from datetime import timedelta
@@ -16,6 +16,8 @@ from rich.console import Console
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.rendezvous import rendezvous
 
+from autofunc import tree
+from autofunc.automodel import write_pretrained
 from autofunc.checkpoint.write import of_first
 from autofunc.config import FinetuneConfig
 from autofunc.errors import MeshError
@@ -40,6 +42,7 @@ from autofunc.train.step_folders import name_of
 from autofunc.train.threads import threads
 from autofunc.train.watched import watched
 from autofunc.train.weights import save_result, written_part
+from autofunc.tree import Nested
 
 
 def run(recipe: Recipe, config: FinetuneConfig, output_dir: Path, command: str = "") -> None:
@@ -99,9 +102,8 @@ def _follow(
     begun_from, checkpoints = _checkpoints(config, output_dir, lambda _: None)
     with watched(config.distributed):
         result = train(recipe, mesh, device, Silent(), None, checkpoints, begun_from)
-    if _writes_weights(config, result):
-        for each in (written_part(recipe.model, result.params), result.state):
-            result.pipe.gather(each)
+    if not result.stopped:
+        _whole(recipe, config, result)
 
 
 def _checkpoints(
@@ -115,8 +117,17 @@ def _checkpoints(
     return begun_from, Checkpoints(folder_of(section, output_dir), section, config.step_scheduler, show)
 
 
-def _writes_weights(config: FinetuneConfig, result: TrainResult) -> bool:
-    return not result.stopped and (config.checkpoint is None or config.checkpoint.save_consolidated is not False)
+def _writes_weights(config: FinetuneConfig) -> bool:
+    return config.checkpoint is None or config.checkpoint.save_consolidated is not False
+
+
+def _whole(recipe: Recipe, config: FinetuneConfig, result: TrainResult) -> tuple[Nested, Nested]:
+    """What a run has trained, from all ranks: as much of it as is written. All ranks call it."""
+    pipe = result.pipe
+    params: Nested = result.params
+    if config.export is None:
+        params = written_part(recipe.model, params) if _writes_weights(config) else {}
+    return pipe.gather(params), pipe.gather(result.state)
 
 
 def _lead(
@@ -160,10 +171,14 @@ def _lead(
         watched(config.distributed),  # not while weights are written, which takes as long as it takes
     ):
         result = train(recipe, mesh, device, reporter, metrics, checkpoints, begun_from)
-    saved: Sequence[str] = ()
-    if _writes_weights(config, result):
-        params, state = (result.pipe.gather(each) for each in (written_part(recipe.model, result.params), result.state))
-        saved = save_result(recipe.model, params, state, output_dir)  # before all that may fail
+    saved: list[str] = []
+    if not result.stopped:
+        params, state = _whole(recipe, config, result)
+        if _writes_weights(config):  # before all that may fail
+            saved += save_result(recipe.model, written_part(recipe.model, params), state, output_dir)
+        if config.export is not None:
+            write_pretrained(recipe.model, {**tree.flatten(params), **tree.flatten(state)}, output_dir / config.export)
+            saved.append(f"{config.export}/")
     show(f"{result.num_steps - done} steps in {result.training_seconds:.1f} s of training")
     if metrics.error is not None:
         show(f"{METRICS} lacks lines: {metrics.error}")
