@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 import autofunc as af
+from autofunc.runtime.plan import Mode, Plan
 from autofunc.tree import flatten
 from stages.gpt2 import build_gpt2_model
 from stages.mlp import build_mlp_model
@@ -60,6 +61,12 @@ def pp_mesh(num_ranks: int) -> DeviceMesh:
 
     ranks = torch.arange(dist.get_world_size()).view(-1, num_ranks)
     return DeviceMesh("cpu", ranks, mesh_dim_names=("copy", "pp"))["pp"]
+
+
+def plan_of(pipe: af.Pipeline, params: Mapping[str, Any], batch: Mapping[str, Any], key: Any = None) -> Plan:
+    """What a pipeline has built for the training step of a batch."""
+    flat = flatten(params)
+    return pipe._plan(Mode.GRADS, flat, pipe._device(flat), pipe._split(batch, key))[0]
 
 
 def cut_evenly(model: af.Model, num_stages: int) -> list[Any]:

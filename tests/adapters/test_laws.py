@@ -10,10 +10,9 @@ import torch
 
 import autofunc as af
 from autofunc.adapters import AdaptedModel
-from autofunc.runtime.plan import Mode
 from autofunc.tree import flatten
 from tests.adapters.cases import ROWS, TOKENS, bases, with_values
-from tests.cases import assert_same_tree, cut_evenly
+from tests.cases import assert_same_tree, cut_evenly, plan_of
 from tests.laws.test_memory import check_bytes
 
 WHAT: dict[str, dict[str, Any]] = {
@@ -78,7 +77,7 @@ def test_frozen_weights_cost_no_work(name: str) -> None:
         for trained in (True, False)
     }
     frozen = {way for shape in shapes_of[False] - shapes_of[True] if len(shape) == 2 for way in (shape, shape[::-1])}
-    plan = pipe._prepare(Mode.GRADS, params, batch, KEY)[0]
+    plan = plan_of(pipe, params, batch, KEY)
     for stage in plan.functions.values():
         made = [
             node for node in stage.joint.graph.nodes

@@ -9,10 +9,9 @@ import pytest
 
 import autofunc as af
 from autofunc.errors import AutofuncError
-from autofunc.runtime.plan import Mode
 from autofunc.runtime.program import Program
 from autofunc.schedule import Kind, Schedule, StageBytes
-from tests.cases import make_case, pp_mesh
+from tests.cases import make_case, plan_of, pp_mesh
 from tests.pool import WorkerPool
 
 SCHEDULES = af.schedule.names()
@@ -114,7 +113,7 @@ def test_there_are_as_many_slots_as_received_values_are_in_use_at_once(name: str
     """What captured stages say they keep; of all schedules on tokens."""
     for num_ranks, num_microbatches in ((2, 8), (4, 8)):
         pipe, params, batch = pipe_of("gpt2", name, num_ranks, num_microbatches)
-        plan = pipe._prepare(Mode.GRADS, params, batch, None)[0]
+        plan = plan_of(pipe, params, batch)
         keeps = {index: stage.bytes for index, stage in plan.functions.items()}
         for rank, program in plan.programs.items():
             assert one_per_layout(program) == overlap(program.schedule, rank, keeps)

@@ -17,7 +17,7 @@ from autofunc.runtime.plan import Mode
 from autofunc.schedule import Kind
 from stages.gpt2 import build_gpt2_model
 from stages.llama import build_llama_model
-from tests.cases import mesh_of
+from tests.cases import mesh_of, plan_of
 from tests.pool import WorkerPool
 
 Counts = dict[str, int]
@@ -78,7 +78,7 @@ def of_run(name: str, blocks: int, microbatches: int, engine: str, options: dict
 def of_program(name: str, blocks: int, options: dict[str, Any]) -> tuple[Counts, Counts, Counts]:
     """Collectives of the forward and of the backward of one microbatch; and sharding actions of a step."""
     pipe, params, batch = pipe_of(name, blocks, 2, "graph", options)
-    plan = pipe._prepare(Mode.GRADS, params, batch, None)[0]
+    plan = plan_of(pipe, params, batch)
     stage = plan.functions[0]
     order = list(stage.joint.graph.nodes)
     found = []

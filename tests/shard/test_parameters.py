@@ -13,10 +13,9 @@ import autofunc as af
 from autofunc.errors import AutofuncError, MeshError, ModelError
 from autofunc.mesh import data_coordinate
 from autofunc.model import cut_dims
-from autofunc.runtime.plan import Mode
 from autofunc.tree import flatten
 from stages.gpt2 import TENSOR_PARALLEL, build_gpt2_model
-from tests.cases import assert_same_tree, cut_evenly, make_case, mesh_of, squared_error
+from tests.cases import assert_same_tree, cut_evenly, make_case, mesh_of, plan_of, squared_error
 from tests.pool import WorkerPool
 
 SIZES: dict[str, int] = {"vocab_size": 18, "n_positions": 8, "n_embd": 8, "n_layer": 2, "n_head": 2}
@@ -151,7 +150,7 @@ def test_what_was_built_ahead_is_used(workers: WorkerPool) -> None:
 def boundary(options: dict[str, Any]) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Shape of what stage 0 sends, and of what it is to the pipeline on one process."""
     pipe, _, batch = pipe_on(mesh_of(pp=2, tp=2), **options)
-    plan = pipe._prepare(Mode.GRADS, pipe.init(), batch, None)[0]
+    plan = plan_of(pipe, pipe.init(), batch)
     (value,) = plan.boundaries.stages[0].values
     channels = [channel for channel in plan.channels if channel.name == "stage 0 to 1"]
     assert channels[0].layouts == ((value.shape, value.dtype),)
