@@ -9,7 +9,7 @@ READY := .venv/.ready
 help:
 	@echo "make setup   create .venv and install autofunc with its tested versions"
 	@echo "make demo    train GPT-2 on two processes (about three minutes)"
-	@echo "make test    run the tests: every law, on the sizes that tell most (about eight minutes on two cores)"
+	@echo "make test    run the tests: every law, on the sizes that tell most (about fifteen minutes on two cores)"
 	@echo "make test-full  run the rest: other sizes, and combinations whose parts those cover"
 	@echo "make test-gpu   laws on one GPU, all ranks in one process (about two minutes)"
 	@echo "make lint    formatting, lints, types, import directions"

@@ -131,7 +131,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     draw, console = random.Random(options.seed), Console()
-    table = Table("layout", "killed", "kills", "runs that ended with the same bits")
+    table = Table("layout", "killed", "kills", "status", "losses", "weights")
     wrong = False
     with Progress(console=console) as bar:
         task = bar.add_task("kills", total=2 * options.kills)

@@ -86,6 +86,9 @@ def train(
             step += 1
             taken = take_step(recipe, pipe, now, parts, step, device, meter)
             now, loss = taken.now, taken.loss
+            if step == begun.step + 1:
+                clock.done("the first step")
+                clock.stop()
             seconds = time.perf_counter() - began  # the wait for data included
             training_seconds += seconds
             tokens = sum(_count_tokens(part) for part in parts)
@@ -118,9 +121,6 @@ def train(
                     raise PipelineRunError(f"told to end by SIGTERM after step {step}, and no checkpoint could be written")
             if is_stopped or is_over:
                 break
-            if step == begun.step + 1:
-                clock.done("the first step")
-                clock.stop()
             began = time.perf_counter()
         if checkpoints is not None:
             checkpoints.finish()
