@@ -89,6 +89,11 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+def computed(line: dict[str, Any]) -> dict[str, Any]:
+    """What does not depend on how fast a machine is."""
+    return {name: value for name, value in line.items() if name not in ("step_time_ms", "bubble_fraction")}
+
+
 def losses(folder: Path) -> list[float]:
     return [line["loss"] for line in metrics(folder) if "loss" in line]
 
@@ -186,7 +191,7 @@ def test_every_mesh_gives_the_same_to_rounding(
     assert f"starting {processes} processes" in done.stdout
     expected, found = metrics(folder / "runs" / "cfg"), metrics(output)
     for one, other in zip(expected, found, strict=True):
-        assert {**other, "step_time_ms": 0} == pytest.approx({**one, "step_time_ms": 0}, rel=1e-4)
+        assert computed(other) == pytest.approx(computed(one), rel=1e-4)
     weights = load_file(folder / "runs" / "cfg" / "model.safetensors")
     for path, leaf in load_file(output / "model.safetensors").items():
         if not path.endswith("attn.k.bias"):  # its gradient is zero, and AdamW divides what rounding leaves by itself
