@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.here import run_here
+from tests.cli.test_finetune import start
 
 MODEL = """
 import torch
@@ -81,4 +82,4 @@ def test_a_gradient_of_a_loss_that_is_finite(tmp_path: Path) -> None:
 
 @pytest.mark.full
 def test_on_two_processes(tmp_path: Path) -> None:
-    assert_told(run_here(folder_of(tmp_path), "finetune", "llm", "-c", "run.yaml").err, "mid.1")
+    assert_told(start(folder_of(tmp_path), "finetune", "llm", "-c", "run.yaml").stderr, "mid.1")
