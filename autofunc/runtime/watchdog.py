@@ -68,7 +68,8 @@ def watchdog(
     if here.is_on:
         raise AutofuncError("a watchdog inside of another: one for each process is enough")
     watch = _Watch(step_timeout_seconds, first_step_timeout_seconds, on_hang or _tell, positions)
-    here.is_on = True
+    # of an earlier run in this process nothing is known to hold
+    here.is_on, here.is_settled, here.slowest_step_seconds = True, False, 0.0
     watch.start()
     try:
         yield

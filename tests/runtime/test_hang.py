@@ -16,6 +16,7 @@ import autofunc as af
 from autofunc.errors import AutofuncError, HangError
 from autofunc.runtime import agree, position, transport, watchdog
 from autofunc.runtime.hang import Frame, State, describe, frames_of, late
+from autofunc.runtime.position import here
 from tests.cases import make_case, pp_mesh
 from tests.pool import WorkerPool
 
@@ -159,3 +160,11 @@ def test_one_process_says_it_for_all(workers: WorkerPool, where: str, words: str
     assert len(said) == 1 and said[0].startswith(f"{HangError.__name__}: no progress for "), said
     assert words in said[0] and "in late_loss" in said[0], said
     assert "rank 0: step 2, before 0B0, waits for rank 1" in said[0], said
+
+
+def test_a_second_run_in_a_process_has_time_for_its_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However quick the steps of the run before were."""
+    monkeypatch.setattr(here, "is_settled", True)
+    monkeypatch.setattr(here, "slowest_step_seconds", 0.1)
+    with af.watchdog():
+        assert not here.is_settled and here.slowest_step_seconds == 0.0
