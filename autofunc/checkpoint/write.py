@@ -73,14 +73,14 @@ class Saving:
         error = self._error
         if error is None and self._written is not None:
             error = message_of(self._written.exception())
-        if error is None and _is_first():
+        if error is None and is_first():
             try:
                 publish(self.path, self._extra)
             except (OSError, TypeError, ValueError) as failed:
                 error = in_brief(failed)
         errors = [each for each in _of_all(error) if each is not None]
         if errors:
-            if _is_first():
+            if is_first():
                 remove(self.path)
             raise CheckpointError(f"{shown(self.path)} cannot be written: {errors[0]}")
 
@@ -110,7 +110,7 @@ def begin_save(
     """
     folder = Path(path)
     error, partial = None, Path()
-    if _is_first():
+    if is_first():
         try:
             partial = prepare(folder)
         except CheckpointError as failed:
@@ -162,7 +162,8 @@ def message_of(error: BaseException | None) -> str | None:
     return None if error is None else in_brief(error)
 
 
-def _is_first() -> bool:
+def is_first() -> bool:
+    """Whether this is the first process, or the only one."""
     return not dist.is_initialized() or dist.get_rank() == 0
 
 

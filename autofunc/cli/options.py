@@ -25,14 +25,20 @@ ConfigFile = Annotated[str, typer.Option("--config", "-c", help="YAML file of a 
 
 
 @dataclass(frozen=True)
-class RunOptions:
-    """How a run is started."""
+class StartOptions:
+    """What is started, in how many processes."""
 
     config: ConfigFile
     nproc_per_node: Annotated[
         int | None,
         typer.Option("--nproc-per-node", "--nproc_per_node", min=1, help="Processes to start; pp_size by default."),
     ] = None
+
+
+@dataclass(frozen=True)
+class RunOptions(StartOptions):
+    """How a run is started."""
+
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run that is in output_dir.")] = False
     max_restarts: Annotated[
         int,
@@ -41,14 +47,9 @@ class RunOptions:
 
 
 @dataclass(frozen=True)
-class EvaluateOptions:
+class EvaluateOptions(StartOptions):
     """How an evaluation is started."""
 
-    config: ConfigFile
-    nproc_per_node: Annotated[
-        int | None,
-        typer.Option("--nproc-per-node", "--nproc_per_node", min=1, help="Processes to start; pp_size by default."),
-    ] = None
     as_json: Annotated[bool, typer.Option("--json", help="JSON instead of text.")] = False
 
 

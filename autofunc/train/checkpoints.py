@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from autofunc.checkpoint import Saving, begin_save
 from autofunc.checkpoint.folder import partial_of, remove
+from autofunc.checkpoint.write import is_first
 from autofunc.config.schema import CheckpointSection, StepScheduler
 from autofunc.errors import CheckpointError
 from autofunc.pipe import Pipeline
@@ -37,7 +38,7 @@ class Checkpoints:
         self.folder, self._config, self._steps, self._show = folder, config, steps, show
         self._every_epoch = steps.save_checkpoint_every_epoch
         self._saving: Saving | None = None
-        self._losses = validation_losses(folder)
+        self._losses = validation_losses(folder) if is_first() else {}  # for the links, which it makes
         several = config.is_async and dist.is_initialized()
         self._background: Any = dist.new_group(backend="gloo") if several else config.is_async
 
@@ -75,7 +76,7 @@ class Checkpoints:
                 )  # fmt: skip
                 if self._config.save_consolidated in ("every", True):
                     whole, whole_state = pipe.gather(now.params), pipe.gather(now.state)
-                    if _is_first():
+                    if is_first():
                         save_weights(whole, partial_of(path) / WEIGHTS, whole_state)
             except (CheckpointError, OSError) as error:
                 self._tell(str(error))
@@ -91,7 +92,7 @@ class Checkpoints:
         with here.unhurried(f"publishing {saving.path.name}"):
             try:
                 saving.finish()
-                if _is_first():
+                if is_first():
                     self._published(saving.path)
             except CheckpointError as error:
                 self._tell(str(error))
@@ -115,7 +116,3 @@ class Checkpoints:
         for step in found[:-kept] if kept else ():
             if step != best:
                 remove(self.folder / name_of(step))
-
-
-def _is_first() -> bool:
-    return not dist.is_initialized() or dist.get_rank() == 0

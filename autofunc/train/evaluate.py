@@ -7,12 +7,11 @@ import sys
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from rich.console import Console
 from torch.distributed.device_mesh import DeviceMesh
 
 from autofunc.checkpoint import load
-from autofunc.checkpoint.write import of_first
+from autofunc.checkpoint.write import is_first, of_first
 from autofunc.config import FinetuneConfig
 from autofunc.errors import ConfigError
 from autofunc.shown import literal
@@ -47,18 +46,18 @@ def evaluate(
         config: for the checkpoint, and the timeouts.
         as_json: whether it is shown as JSON.
     """
-    is_first = mesh is None or dist.get_rank() == 0
+    is_shown = is_first()
     console = Console(file=sys.stdout)
     path = of_first(source(config.checkpoint, output_dir))
-    if is_first and not as_json:
+    if is_shown and not as_json:
         console.print(literal(f"checkpoint: {path}, after step {step_at(path)}" if path is not None else "initial weights"))
     with watched(config.distributed):
-        if not is_first or as_json:
+        if not is_shown or as_json:
             found = _validated(recipe, mesh, device, path, Silent())
         else:
             with ProgressReporter(console, 0) as reporter:
                 found = _validated(recipe, mesh, device, path, reporter)
-    if is_first:
+    if is_shown:
         named = {} if found is None else found.named()
         if as_json:
             sys.stdout.write(
