@@ -18,7 +18,16 @@ from autofunc.runtime.position import here
 from autofunc.shown import quoted
 from autofunc.train.output import WEIGHTS
 from autofunc.train.step import Trained
-from autofunc.train.step_folders import LATEST, LOWEST_VAL, VALIDATION_LOSS, link, name_of, steps_in, validation_losses
+from autofunc.train.step_folders import (
+    LATEST,
+    LOWEST_VAL,
+    VALIDATION_LOSS,
+    link,
+    lowest,
+    name_of,
+    steps_in,
+    validation_losses,
+)
 from autofunc.train.weights import save_weights
 
 
@@ -108,7 +117,7 @@ class Checkpoints:
         """Lead the links to it, and delete those that are too old."""
         link(self.folder / LATEST, path.name)
         losses = {step: loss for step, loss in self._losses.items() if (self.folder / name_of(step)).is_dir()}
-        best = min(losses, key=lambda step: (losses[step], step), default=None)
+        best = lowest(losses)
         if best is not None:
             link(self.folder / LOWEST_VAL, name_of(best))
         kept = self._config.max_recent_checkpoints

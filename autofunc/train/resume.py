@@ -20,7 +20,7 @@ from autofunc.train.output import CHECKPOINTS
 from autofunc.train.recipe import Recipe
 from autofunc.train.role import restarts
 from autofunc.train.step import Trained
-from autofunc.train.step_folders import LATEST, LOWEST_VAL, name_of, step_of, steps_in, validation_losses
+from autofunc.train.step_folders import LATEST, LOWEST_VAL, lowest, name_of, step_of, steps_in, validation_losses
 
 AUTO = "AUTO"
 _BEST, _SINCE = "best_validation_loss", "validations_since_best"
@@ -73,8 +73,8 @@ def _of_run(recipe: Recipe, step: int, position: Position) -> dict[str, int]:
     }
 
 
-def check_restorable(path: Path, recipe: Recipe) -> int:
-    """Refuse a checkpoint that the run cannot go on from, before processes start; returns its step.
+def check_restorable(path: Path, recipe: Recipe) -> None:
+    """Refuse a checkpoint that the run cannot go on from, before processes start.
 
     Raises:
         ConfigError: saying what differs.
@@ -88,7 +88,6 @@ def check_restorable(path: Path, recipe: Recipe) -> int:
             f"checkpoint.restore_from: {shown(path)} is of step {step}, and the run ends after {recipe.num_steps}: raise "
             "step_scheduler.max_steps or num_epochs"
         )
-    return step
 
 
 def step_at(path: Path | None) -> int:
@@ -170,8 +169,8 @@ def goes_on_in(folder: Path, path: Path | None) -> bool:
 
 
 def _lowest(folder: Path) -> Path:
-    losses = validation_losses(folder)
-    if not losses:
+    step = lowest(validation_losses(folder))
+    if step is None:
         why = "none of its checkpoints has a validation loss" if steps_in(folder) else "it has no checkpoint"
         raise ConfigError(f"checkpoint.restore_from: LOWEST_VAL of {quoted(str(folder))}: {why}")
-    return folder / name_of(min(losses, key=lambda step: (losses[step], step)))
+    return folder / name_of(step)

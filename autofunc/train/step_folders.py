@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from autofunc.checkpoint.folder import read_extra, remove
@@ -49,6 +50,11 @@ def clear(folder: Path) -> None:
             remove(entry.with_name(entry.name.removesuffix(".partial")))
         elif entry.name in (LATEST, LOWEST_VAL) and entry.is_symlink():
             entry.unlink()
+
+
+def lowest(losses: Mapping[int, float]) -> int | None:
+    """The step with the lowest loss, the first of several; None of none."""
+    return min(losses, key=lambda step: (losses[step], step), default=None)
 
 
 def validation_losses(folder: Path) -> dict[int, float]:
