@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from autofunc.optim import LearningRate, Optimizer, ema, lr_schedule, optimizer, optimizers
     from autofunc.pipe import Pipeline
     from autofunc.reference import reference_value_and_grad
+    from autofunc.runtime.pair_groups import Transfers
     from autofunc.runtime.watchdog import watchdog
     from autofunc.shard import Sharding
     from autofunc.splitting import Stage, split
@@ -46,6 +47,7 @@ _HOME = {
     "Sharding": "autofunc.shard",
     "Stage": "autofunc.splitting",
     "TensorParallel": "autofunc.model",
+    "Transfers": "autofunc.runtime.pair_groups",
     "check": "autofunc.checks",
     "constrain": "autofunc.spread",
     "data_coordinate": "autofunc.mesh",
@@ -86,6 +88,7 @@ __all__ = [
     "Sharding",
     "Stage",
     "TensorParallel",
+    "Transfers",
     "check",
     "constrain",
     "data_coordinate",

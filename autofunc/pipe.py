@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -15,38 +14,33 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from autofunc import tree
-from autofunc.batch import Microbatch, check_device, shapes_of, signature, split_any_rows, split_batch
+from autofunc.batch import Microbatch, split_any_rows, split_batch
 from autofunc.compatible import check_compatible
 from autofunc.counted_rows import weighed
 from autofunc.engine import EngineOptions, require_compiler
-from autofunc.errors import AutofuncError, some_of
+from autofunc.errors import AutofuncError
 from autofunc.explain import explain
 from autofunc.held import Held
 from autofunc.losses import Loss
 from autofunc.mesh import data_coordinate
-from autofunc.outside import Outside
 from autofunc.row_dims import BatchDims
-from autofunc.runtime.agree import agree
 from autofunc.runtime.buffers import SlotPool
 from autofunc.runtime.debug import observe_as
+from autofunc.runtime.finish import may_weigh_nothing
 from autofunc.runtime.measure import Scales, Watch, measured_timeline, of_all
 from autofunc.runtime.not_finite import check_parameters, finite_check
+from autofunc.runtime.pair_groups import Transfers
 from autofunc.runtime.parts import check_same_parts, counted, joined
-from autofunc.runtime.plan import Blueprint, Mode, Plan, build_plan
+from autofunc.runtime.plan import Blueprint, Mode
+from autofunc.runtime.plans import Plans
 from autofunc.runtime.position import here
 from autofunc.runtime.step import Observe, StepResult, given_aux, run_step
-from autofunc.runtime.transport import DistributedTransport
+from autofunc.runtime.weight_check import WeightCheck
 from autofunc.schedule import Costs, Schedule, StageBytes, Timeline, costs_of
 from autofunc.shard import Sharding
 from autofunc.shard.dtensors import local
 from autofunc.shard.parameters import Parameters
 from autofunc.splitting import Stage
-from autofunc.surroundings import surroundings
-from autofunc.timing import clock
-
-_MANY_CHANGES = 3  # of what functions read from outside, after which it is said where numbers that change belong
-_MOST_PLANS = 64  # batch signatures a pipeline remembers; beyond that the oldest is forgotten
-_MOST_NODES = 100_000  # of the graphs of all of them: half a GB
 
 
 class Pipeline(Held):
@@ -71,6 +65,7 @@ class Pipeline(Held):
         options: EngineOptions,
         batch_dims: BatchDims,
         sharding: Sharding,
+        transfers: Transfers,
         merge: bool = True,
         parameters: Parameters | None = None,
     ) -> None:
@@ -81,11 +76,12 @@ class Pipeline(Held):
         self.loss = loss
         self.options = options
         self._batch_dims = batch_dims
-        self._plans: dict[Any, tuple[Plan, DistributedTransport | None]] = {}
+        self._transfers = transfers
         self._step_number = 0  # of the last step
-        self._outside = Outside(self._frozen)
+        self._weight_check = WeightCheck()
         pools = {rank: SlotPool() for rank in self.local_ranks}
         self._blueprint = Blueprint(self.stages, schedule, loss, options, self._parameters, pools, merge)
+        self._plans = Plans(self._blueprint, self._group, self._ranks, transfers)
         self._observe = observe_as(os.environ)
 
     def __repr__(self) -> str:
@@ -102,13 +98,24 @@ class Pipeline(Held):
         """
         microbatches = self._split(batch, key)
         flat = self._model.init_paths(self._parameters.paths, 0, "meta") if params is None else tree.flatten(params)
-        self._plan(Mode.GRADS, flat, self._device(microbatches[0] if params is None else flat), microbatches)
+        self._plans.of(Mode.GRADS, flat, self._device(microbatches[0] if params is None else flat), microbatches)
         return self
+
+    def close(self) -> None:
+        """Let go of what was built: graphs, memory, and connections between pp ranks that no other pipeline uses.
+
+        Every process calls it, and before `torch.distributed.destroy_process_group`. A pipeline that is called again is
+        built anew.
+        """
+        for variant in ("_with_split_backward", "_by_rows"):
+            if variant in self.__dict__:
+                self.__dict__.pop(variant).close()
+        self._plans.close()
 
     def explain(self) -> str:
         """What this pipeline does, as text: stages, parameters, what crosses between them, and the schedule drawn."""
-        plans = [plan for plan, _ in self._plans.values()]
-        return explain(self.stages, self.schedule, plans[0].boundaries if plans else None)
+        first = next(iter(self._plans), None)
+        return explain(self.stages, self.schedule, None if first is None else first.boundaries)
 
     def __call__(
         self,
@@ -187,7 +194,8 @@ class Pipeline(Held):
 
     def _variant(self, schedule: Schedule, loss: Loss | None, merge: bool) -> Pipeline:
         return Pipeline(
-            self.stages, schedule, loss, self.mesh, self.options, self._batch_dims, self.sharding, merge, self._parameters
+            self.stages, schedule, loss, self.mesh, self.options, self._batch_dims, self.sharding, self._transfers, merge,
+            self._parameters,
         )  # fmt: skip
 
     @torch.inference_mode(False)
@@ -200,7 +208,7 @@ class Pipeline(Held):
             AutofuncError: for the eager engine, which cannot tell, and where a size depends on data.
         """
         flat = tree.flatten(params)
-        functions = self._plan(Mode.GRADS, flat, self._device(flat), self._split(batch, key))[0].functions
+        functions = self._plans.of(Mode.GRADS, flat, self._device(flat), self._split(batch, key))[0].functions
         if not all(stage.exact_bytes for stage in functions.values()):
             raise AutofuncError(
                 "what this pipeline keeps is not known before it runs: "
@@ -247,7 +255,7 @@ class Pipeline(Held):
         """
         given = self._checked(state)
         if mode is Mode.GRADS:
-            return self._step(mode, params, self._split(batch, key), given, observe, again)
+            return self._checked_weight(self._step(mode, params, self._split(batch, key), given, observe, again))
         parts = split_any_rows(
             batch, self.schedule.num_microbatches, key=key, batch_dims=self._batch_dims, place=data_coordinate(self.mesh),
             key_name=self._model.key_name,
@@ -258,7 +266,13 @@ class Pipeline(Held):
         if parts.rest:
             pipe, rest = (self._by_rows, counted(parts, device)) if mode is Mode.LOSS else (self, parts.rest)
             results.append(pipe._step(mode, params, rest, given, observe, again))
-        return joined(results, self.loss, (len(parts.whole), parts.share))
+        return self._checked_weight(joined(results, self.loss, (len(parts.whole), parts.share)))
+
+    def _checked_weight(self, result: StepResult) -> StepResult:
+        if result.weight is not None and not may_weigh_nothing(self.loss):
+            self._weight_check.add(self._step_number, result.weight)
+        self._weight_check.raise_if_nothing_weighed()
+        return result
 
     @cached_property
     def _by_rows(self) -> Pipeline:
@@ -270,7 +284,7 @@ class Pipeline(Held):
         observe: Observe | None, again: bool,
     ) -> StepResult:  # fmt: skip
         flat = tree.flatten(params)
-        plan, transport = self._plan(mode, flat, self._device(flat), microbatches)
+        plan, transport = self._plans.of(mode, flat, self._device(flat), microbatches)
         self._step_number += not again
         here.begin(self._step_number, self._ranks)
         with torch.no_grad():
@@ -287,62 +301,3 @@ class Pipeline(Held):
         return split_batch(
             batch, count, key=key, batch_dims=self._batch_dims, first=place * count, key_name=self._model.key_name
         )
-
-    def _plan(
-        self, mode: Mode, params: Mapping[str, Tensor], device: torch.device, microbatches: Sequence[Microbatch]
-    ) -> tuple[Plan, DistributedTransport | None]:
-        described = tuple(
-            (path, leaf.shape, leaf.dtype, leaf.stride(), self._parameters.lies_right(leaf))
-            for path, leaf in sorted(params.items())
-        )
-        around = (mode, len(microbatches), signature(microbatches[0]), described, device, surroundings())
-        key = (around, self._outside.key())
-        if key not in self._plans:
-            self._warn_of_changes(around)
-            self._parameters.check(params)
-            check_device(microbatches[0], device)
-            dtypes = {path: leaf.dtype for path, leaf in params.items()}
-            held = [plan.num_nodes for plan, _ in self._plans.values()]
-            if self._group is not None:
-                here.enter(f"preparing a step with {shapes_of(microbatches[0])}")
-                dtypes, held = agree(self._group, mode.value, microbatches, dtypes, held)
-            self._forget(held)
-            of_all_ranks = {path: torch.empty((), dtype=dtype, device="meta") for path, dtype in dtypes.items()}
-            of_all_ranks |= self._parameters.laid_out(params)
-            with here.building():
-                plan = build_plan(self._blueprint, mode, of_all_ranks, device, microbatches)
-            clock.done("capturing the stages")
-            transport = None
-            if self._group is not None and self._ranks is not None:
-                transport = DistributedTransport(self._group, self._ranks, self.local_ranks[0], plan.device, plan.channels)
-            self._outside.renew()  # what is captured now may read more, and fill a list
-            key = (around, self._outside.key())
-            self._plans[key] = (plan, transport)
-        return self._plans[key]
-
-    def _forget(self, held: Sequence[int]) -> None:
-        """Make room for another plan.
-
-        Args:
-            held: how many nodes the graphs of each plan have, the oldest first; the same on all ranks.
-        """
-        for number in range(len(held)):
-            if number > len(held) - _MOST_PLANS and sum(held[number:]) <= _MOST_NODES:
-                break
-            self._plans.pop(next(iter(self._plans)))
-
-    def _frozen(self) -> list[Any]:
-        """What captures of this pipeline read beside their arguments; the eager engine calls functions at every step."""
-        model = self.stages[0].model
-        functions = [layer.apply for layer in model.layers.values()] if self.options.engine == "graph" else []
-        return [*model.frozen, *functions, *([self.loss] if self.options.engine == "graph" else [])]
-
-    def _warn_of_changes(self, around: Any) -> None:
-        """Say what makes plans anew, again and again, for batches that are known."""
-        known, changed = sum(each == around for each, _ in self._plans), self._outside.changed
-        if known == _MANY_CHANGES and changed:
-            warnings.warn(
-                f"{some_of(changed)} changed between steps, and each time the pipeline is captured anew ({known} times so "
-                "far): put numbers that change into the batch, as tensors without dims",
-                stacklevel=2,
-            )

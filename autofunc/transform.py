@@ -14,6 +14,7 @@ from autofunc.errors import AutofuncError, ModelError, some_of
 from autofunc.losses import Loss
 from autofunc.pipe import Pipeline
 from autofunc.row_dims import BatchDims
+from autofunc.runtime.pair_groups import Transfers
 from autofunc.runtime.plan import Mode
 from autofunc.runtime.step import given_aux
 from autofunc.schedule import Schedule
@@ -33,6 +34,7 @@ def pipeline(
     memory_budget: int | None = None,
     batch_dims: BatchDims = None,
     sharding: Sharding | None = None,
+    transfers: Transfers | None = None,
 ) -> Pipeline:
     """Compose stages by a schedule into one pipelined function.
 
@@ -51,6 +53,7 @@ def pipeline(
             also move part of W's work into I. A microbatch has two forwards at most. The eager engine runs the whole
             stage again in either case.
         memory_budget: for "auto": bytes of values that may be alive on a rank, as `schedule.live_bytes` counts them.
+        transfers: how values between pp ranks share a GPU with what it computes, see `af.Transfers`.
         sharding: how parameters and work are shared over the dp and tp axes of the mesh, and in what precision.
         batch_dims: which dim of a batch entry holds the rows, or None for entries that every microbatch gets whole; one
             number is for all entries. Without it, what may be meant otherwise is refused, see `autofunc.row_dims.row_dims`.
@@ -70,6 +73,7 @@ def pipeline(
         - `memory(params, batch)`, `measure_bytes(params, batch)`: bytes that stages keep, known ahead; and weighed in a run
         - `check_finite(params, batch)`: where a step's values stop being finite
         - `with_loss(loss)`: the same pipeline with another loss
+        - `close()`: lets go of what was built, and of connections
 
     Raises:
         ScheduleError: when the schedule is invalid or does not fit the number of stages.
@@ -84,7 +88,7 @@ def pipeline(
         loss, grads = af.value_and_grad(pipe)(params, batch)
     """
     options = EngineOptions(engine, compile, remat, memory_budget)
-    return Pipeline(stages, schedule, loss, mesh, options, batch_dims, sharding or Sharding())
+    return Pipeline(stages, schedule, loss, mesh, options, batch_dims, sharding or Sharding(), transfers or Transfers())
 
 
 def value_and_grad(

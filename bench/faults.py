@@ -171,7 +171,10 @@ KINDS = {
     "hang_collective": Kind(r"rank {rank}: .*all_reduce(.*\n)*rank {rank} waits(.*\n)*.*net\.py, line \d+, in act"),
     "raise_layer": Kind(r"rank {rank} \(step {step}.*failed:(.*\n)*.*net\.py, line \d+(.*\n)*.*broken on purpose"),
     "raise_dataset": Kind(r"rank {rank} \(reading rows\) failed:(.*\n)*.*broken on purpose"),
-    "raise_in_collective": Kind(r"rank {rank} \(step {step}.*failed:(.*\n)*.*broken on purpose"),
+    "raise_in_collective": Kind(
+        r"rank {rank} \(step {step}.*failed:(.*\n)*.*broken on purpose",
+        ranks=(0,),  # the second waits for the first
+    ),
     "wrong_shape": Kind(r"rank {rank}: preparing a step with batch.input_ids \(1, 6\).*waits for other ranks to prepare"),
     "exit": Kind(r"rank {rank} \(step {step}.*failed:(.*\n)*.*sys\.exit\(3\)"),
     "leave": Kind(r"rank {rank} \(step {step}.*failed: .*exit code 137"),

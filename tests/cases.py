@@ -66,7 +66,7 @@ def pp_mesh(num_ranks: int) -> DeviceMesh:
 def plan_of(pipe: af.Pipeline, params: Mapping[str, Any], batch: Mapping[str, Any], key: Any = None) -> Plan:
     """What a pipeline has built for the training step of a batch."""
     flat = flatten(params)
-    return pipe._plan(Mode.GRADS, flat, pipe._device(flat), pipe._split(batch, key))[0]
+    return pipe._plans.of(Mode.GRADS, flat, pipe._device(flat), pipe._split(batch, key))[0]
 
 
 def cut_evenly(model: af.Model, num_stages: int) -> list[Any]:

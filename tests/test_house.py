@@ -63,7 +63,9 @@ def test_torch_distributed_from_the_mesh_on() -> None:
 
 # What has no public name, by file of autofunc/. Each of these files says with which version of torch it was tried.
 PRIVATE_MODULES = {
-    "torch._C": {"runtime/edge_groups.py"},
+    "torch._C": {"runtime/pair_groups.py"},
+    "torch._foreach_mul": {"shard/norm.py"},
+    "torch._foreach_norm": {"shard/norm.py"},
     "torch._guards": {"engine/compile.py"},
     "torch._inductor": {"engine/compile.py"},
     "torch._ops": {"graph/schema.py"},
@@ -76,10 +78,10 @@ PRIVATE_MODULES = {
     "torch.utils._pytree": {"tree.py"},
 }
 PRIVATE_ATTRIBUTES = {
-    "_create_internal": {"runtime/edge_groups.py"},
-    "_get_backend": {"runtime/edge_groups.py", "shard/links.py"},
+    "_create_internal": {"runtime/pair_groups.py"},
+    "_get_backend": {"runtime/pair_groups.py", "shard/links.py"},
     "_schema": {"graph/schema.py"},
-    "_timeout": {"runtime/edge_groups.py", "shard/links.py"},
+    "_timeout": {"runtime/pair_groups.py", "shard/links.py"},
 }
 
 

@@ -56,6 +56,15 @@ class MixedPrecision(Section):
     cast_forward_inputs: bool = Field(True, description="cast floating-point entries of the batch for the layers too")
 
 
+class TransferSection(Section):
+    """How values between pipeline ranks share a GPU with what it computes; without effect on CPU."""
+
+    max_ctas: Annotated[int, Field(ge=1, le=64)] | None = Field(
+        None, description="blocks of a GPU that a transfer may use at most; by default NCCL decides"
+    )
+    high_priority: bool = Field(False, description="run transfers on streams of high priority")
+
+
 class Distributed(Section):
     """How the model is spread over processes."""
 
@@ -84,6 +93,7 @@ class Distributed(Section):
         1, description="computations ahead of its use that a gather starts"
     )
     mp_policy: MixedPrecision = MixedPrecision()
+    transfers: TransferSection = TransferSection()
     offload_policy: Literal["cpu"] | None = Field(None, description="where sharded parameters wait: cpu, or the device")
     split_points: list[Text] | Ranks | Literal["auto"] | None = Field(
         None, description="names or globs of the layers at which a new stage begins, or a number of stages, balanced by "

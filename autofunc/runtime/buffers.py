@@ -33,7 +33,7 @@ class SlotPool:
     def tensors(self, layouts: Sequence[Layout], device: torch.device) -> list[Tensor]:
         """A tensor for each layout, no two in the same memory, for the time of one step."""
         if self._buffers and self._buffers[0].device != device:
-            self._buffers, self._views = [], OrderedDict()
+            self.clear()
         key = tuple(layouts)
         if key not in self._views:
             self._views[key] = self._made(key, device)
@@ -41,6 +41,10 @@ class SlotPool:
                 self._views.popitem(last=False)
         self._views.move_to_end(key)
         return self._views[key]
+
+    def clear(self) -> None:
+        """Let go of all memory."""
+        self._buffers, self._views = [], OrderedDict()
 
     def _made(self, layouts: Sequence[Layout], device: torch.device) -> list[Tensor]:
         sizes = [torch.Size(shape).numel() * dtype.itemsize for shape, dtype in layouts]

@@ -7,10 +7,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from autofunc.errors import BatchError
 from autofunc.losses import Loss
 from autofunc.runtime.program import Layout
-from autofunc.runtime.ties import Tie, tie_name
+from autofunc.runtime.ties import Tie
 from autofunc.runtime.transport import Ticket, Transport
 
 
@@ -32,16 +31,12 @@ def exchange_ties(
             continue
         # receives first: with zero buffering a send completes only once its receive is posted
         incoming = {
-            channel.name: transport.open(channel).receive(empty(channel.layouts, device))
-            for channel in tie.channels
+            path: transport.open(channel).receive(empty([tie.layout], device))
+            for path, channel in tie.transfers()
             if channel.target == rank
         }
         outgoing = [
-            transport.open(channel).send([sums[path]])
-            for path, owner in tie.holders
-            if owner == rank
-            for channel in tie.channels
-            if channel.source == rank and channel.name == tie_name(path, channel.target)
+            transport.open(channel).send([sums[path]]) for path, channel in tie.transfers() if channel.source == rank
         ]
         posted.append((tie, outgoing, incoming))
     for tie, outgoing, incoming in posted:
@@ -50,7 +45,7 @@ def exchange_ties(
             if owner == rank:
                 part = sums.pop(path)
             else:
-                ticket = incoming[tie_name(path, rank)]
+                ticket = incoming[path]
                 while not ticket.arrived():
                     yield
                 part = ticket.tensors[0]
@@ -91,17 +86,19 @@ def empty(layouts: Sequence[Layout], device: torch.device) -> list[Tensor]:
     return [torch.ones(shape, dtype=dtype, device=device) for shape, dtype in layouts]
 
 
-def divisor(weight: Tensor, loss: Loss | None) -> Tensor:
-    """The total weight of a loss, as sums are divided by it; 1 instead of 0 where a loss may weigh nothing.
+def may_weigh_nothing(loss: Loss | None) -> bool:
+    """Whether a step in which no microbatch weighs anything is one like others, with a loss of 0."""
+    return bool(getattr(loss, "may_weigh_nothing", False))
 
-    Raises:
-        BatchError: when it is 0, and may not be.
-    """
-    if getattr(loss, "may_weigh_nothing", False):
-        return torch.where(weight == 0, 1.0, weight)
-    if weight.item() == 0.0:
-        raise BatchError("the total weight of the loss is 0: no microbatch has a label to learn from (all are -100?)")
-    return weight
+
+def mean(total: Tensor, weight: Tensor, loss: Loss | None) -> Tensor:
+    """The loss of a step from its sum and weight: NaN where nothing weighs anything, but should."""
+    return total / divisor(weight) if may_weigh_nothing(loss) else total / weight
+
+
+def divisor(weight: Tensor) -> Tensor:
+    """By what sums of gradients are divided: the total weight of the loss. Where that is 0 so are they, and stay it."""
+    return torch.where(weight == 0, 1.0, weight)
 
 
 def divide(sums: Mapping[str, Tensor], weight: Tensor, dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:

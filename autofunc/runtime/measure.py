@@ -107,7 +107,7 @@ def _of_all_ranks(clocks: dict[int, Clock], began: float, group: dist.ProcessGro
 
     Processes of one machine share its clock; of several, each counts from when the barrier let it go.
     """
-    local = {rank: np.array([clock.start, clock.end]) for rank, clock in clocks.items()}
+    local = {rank: np.array(clock.times()) for rank, clock in clocks.items()}
     gathered: list[Any] = [(platform.node(), began, local)]
     if group is not None:
         gathered = [None] * group.size()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,25 +18,45 @@ from autofunc.runtime.transport import Ticket
 
 
 class Clock:
-    """When each op of a rank started and ended, in seconds of one clock: waiting for its operands comes before."""
+    """When each op of a rank started and ended: waiting for its operands comes before.
+
+    On an accelerator these are events of its stream, so the host runs ahead as in any step: waiting for the device at each
+    op would make times of the host, and with NCCL a deadlock.
+    """
 
     def __init__(self, num_ops: int, device: torch.device) -> None:
-        self.start, self.end = [0.0] * num_ops, [0.0] * num_ops
-        self._synchronize = torch.accelerator.synchronize if device.type != "cpu" else None
+        self._start: list[Any] = [None] * num_ops
+        self._end: list[Any] = [None] * num_ops
+        self._now: Callable[[], Any] = time.perf_counter
+        if device.type != "cpu":
+            self._now = partial(_event, device)
+            torch.accelerator.synchronize(device)
+            self._begin, self._began = self._now(), time.perf_counter()
 
     def before(self, op: Op, step: RankStep, registers: list[Any]) -> None:
         """See `Observer.before`."""
-        self.start[op.position] = self._now()
+        self._start[op.position] = self._now()
 
     def after(self, op: Op, step: RankStep, registers: list[Any], sends: list[Ticket | None]) -> None:
         """See `Observer.after`."""
-        self.end[op.position] = self._now()
+        self._end[op.position] = self._now()
 
-    def _now(self) -> float:
-        """The time when all that was started is done."""
-        if self._synchronize is not None:
-            self._synchronize()
-        return time.perf_counter()
+    def times(self) -> tuple[list[float], list[float]]:
+        """Starts and ends by position, in seconds of the host's `time.perf_counter`. Waits for the device."""
+        if self._now is time.perf_counter:
+            return self._start, self._end
+        torch.accelerator.synchronize()
+        start, end = (
+            [self._began + self._begin.elapsed_time(event) / 1e3 for event in row] for row in (self._start, self._end)
+        )
+        return start, end
+
+
+def _event(device: torch.device) -> torch.Event:
+    """The place that the device's stream has reached."""
+    event = torch.Event(device, enable_timing=True)
+    event.record()
+    return event
 
 
 class LiveBytes:
@@ -88,8 +109,10 @@ class Trace:
     def after(self, op: Op, step: RankStep, registers: list[Any], sends: list[Ticket | None]) -> None:
         """See `Observer.after`."""
         shapes: list[tuple[int, ...]] = []
-        if isinstance(op, (Send, Receive)):
-            shapes = [shape for shape, _ in self._program.channels[op.channel].layouts]
+        if isinstance(op, Receive):
+            shapes = [shape for shape, _ in (self._program.slots[slot] for slot in op.slots)]
+        elif isinstance(op, Send):
+            shapes = [tuple(leaf.shape) for leaf in sends[op.number].tensors]  # type: ignore[union-attr]
         elif isinstance(op, (Forward, Backward, BackwardInput)):
             shapes = [tuple(leaf.shape) for register in op.writes for leaf in registers[register]]
         text = f"{self._row[op.position]} {' '.join(map(str, shapes))}"

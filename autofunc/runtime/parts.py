@@ -14,7 +14,7 @@ from autofunc.batch import COUNTS, Microbatch, Parts
 from autofunc.errors import BatchError
 from autofunc.losses import Loss, combine_aux
 from autofunc.mesh import DATA_AXES, data_coordinate, same_over
-from autofunc.runtime.finish import divisor
+from autofunc.runtime.finish import mean
 from autofunc.runtime.step import StepResult
 
 
@@ -51,9 +51,6 @@ def joined(parts: Sequence[StepResult], loss: Loss | None, weights: Sequence[flo
         parts: in order.
         loss: of the pipeline.
         weights: of the parts in a mean.
-
-    Raises:
-        BatchError: when no part weighs anything.
     """
     first, *others = parts
     for other in others:
@@ -64,7 +61,7 @@ def joined(parts: Sequence[StepResult], loss: Loss | None, weights: Sequence[flo
         for other in others:
             assert other.total is not None and other.weight is not None, "parts end alike"
             first.total, first.weight = first.total + other.total, first.weight + other.weight
-        first.loss = first.total / divisor(first.weight, loss)
+        first.loss = mean(first.total, first.weight, loss)
     return first
 
 

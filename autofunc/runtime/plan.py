@@ -17,7 +17,7 @@ from autofunc.losses import Loss, combine_aux
 from autofunc.mesh import data_coordinate
 from autofunc.runtime.buffers import SlotPool
 from autofunc.runtime.build import captured, make_functions
-from autofunc.runtime.program import Channel, Layout, Program, build_program, edge_channels
+from autofunc.runtime.program import Channel, Layout, Program, build_program, channels_between, message_layouts
 from autofunc.runtime.ties import Tie, find_ties
 from autofunc.schedule import Edge, Schedule, lower, settled_sends, validate
 from autofunc.shard.parameters import Parameters
@@ -64,7 +64,7 @@ class Plan:
     layouts: Mapping[int, tuple[Layout, ...]]  # by local stage: of the sum of each trainable holder's gradients
     parameters: Parameters  # how this process holds them
     ties: tuple[Tie, ...]
-    channels: tuple[Channel, ...]  # of the whole pipeline, in the same order on every rank
+    channels: tuple[Channel, ...]  # of the whole pipeline
     aux: tuple[Layout, ...]  # shape and dtype of each leaf of the combined aux
     aux_spec: tree.TreeSpec | None
     device: torch.device
@@ -121,10 +121,10 @@ def build_plan(
     lowered = _lowered(blueprint, mode, edges, len(microbatches))
     functions = make_functions(contexts, blueprint.options, lowered, boundaries)
     ties = _ties(blueprint, lowered, params) if mode is Mode.GRADS else ()
-    by_edge = edge_channels(lowered, boundaries)
+    messages = message_layouts(lowered, boundaries)
     settled = settled_sends(lowered, edges)
     keeps = {index: stage.bytes for index, stage in functions.items()}
-    programs = {rank: build_program(lowered, rank, edges, by_edge, keeps, settled[rank]) for rank in blueprint.pools}
+    programs = {rank: build_program(lowered, rank, edges, messages, keeps, settled[rank]) for rank in blueprint.pools}
     aux, aux_spec = _combined_aux(loss, boundaries, lowered.num_microbatches, data_coordinate(parameters.mesh)[1])
     return Plan(
         mode=mode,
@@ -139,7 +139,7 @@ def build_plan(
         layouts={index: tuple(context.accumulator_layouts) for index, context in contexts.items()},
         parameters=parameters,
         ties=ties,
-        channels=(*by_edge.values(), *(channel for tie in ties for channel in tie.channels)),
+        channels=tuple({*channels_between(lowered, messages), *(channel for tie in ties for channel in tie.channels())}),
         aux=aux,
         aux_spec=aux_spec,
         device=device,

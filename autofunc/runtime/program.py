@@ -8,7 +8,7 @@ there are as many as are in use at once.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -39,12 +39,10 @@ PLACE_BYTES = 48
 
 
 class Channel(NamedTuple):
-    """A directed edge between two pp ranks: its messages arrive in the order in which they were sent."""
+    """All that a pp rank sends another, whatever stages it is of: messages arrive in the order in which they were sent."""
 
-    name: str
     source: int  # pp rank
     target: int  # pp rank
-    layouts: tuple[Layout, ...]  # of each tensor of a message
 
 
 @dataclass(frozen=True)
@@ -73,12 +71,15 @@ class Program:
         return tuple(text.encode()[:PLACE_BYTES].ljust(PLACE_BYTES) for text in self.places)
 
 
-def edge_channels(schedule: Schedule, boundaries: Boundaries) -> dict[tuple[int, int], Channel]:
-    """The channels of all edges between different ranks, by (sending stage, receiving stage), forward and back."""
-    channels = {}
+StagePair = tuple[int, int]
+"""(stage that sends, stage that receives), forward or back along an edge."""
+
+
+def message_layouts(schedule: Schedule, boundaries: Boundaries) -> dict[StagePair, tuple[Layout, ...]]:
+    """Of each tensor of a message between stages on different ranks."""
+    layouts = {}
     for edge in boundaries.edges():
-        source, target = schedule.placement[edge.producer], schedule.placement[edge.consumer]
-        if source == target:
+        if schedule.placement[edge.producer] == schedule.placement[edge.consumer]:
             continue
         values = boundaries.stages[edge.producer].values
         back = tuple(value for value in values if value.needs_grad)
@@ -87,20 +88,21 @@ def edge_channels(schedule: Schedule, boundaries: Boundaries) -> dict[tuple[int,
             (edge.consumer, edge.producer, back),
         ):
             if carried:
-                channels[sender, receiver] = Channel(
-                    f"stage {sender} to {receiver}",
-                    schedule.placement[sender],
-                    schedule.placement[receiver],
-                    tuple((value.shape, value.dtype) for value in carried),
-                )
-    return channels
+                layouts[sender, receiver] = tuple((value.shape, value.dtype) for value in carried)
+    return layouts
+
+
+def channels_between(schedule: Schedule, pairs: Iterable[StagePair]) -> tuple[Channel, ...]:
+    """The channels that carry messages between these stages, in order."""
+    placement = schedule.placement
+    return tuple(sorted({Channel(placement[sender], placement[receiver]) for sender, receiver in pairs}))
 
 
 def build_program(
     schedule: Schedule,
     rank: int,
     edges: Sequence[Edge],
-    channels: Mapping[tuple[int, int], Channel],
+    layouts: Mapping[StagePair, tuple[Layout, ...]],
     keeps: Mapping[int, StageBytes],
     settled: Mapping[int, Sequence[int]],
 ) -> Program:
@@ -110,12 +112,12 @@ def build_program(
         schedule: lowered.
         rank: whose row.
         edges: connections between stages.
-        channels: of the whole pipeline, see `edge_channels`.
+        layouts: of messages in the whole pipeline, see `message_layouts`.
         keeps: by local stage: which received values its residuals hold.
         settled: of this rank, see `schedule.settled_sends`.
     """
     row = list(schedule[rank])
-    builder = _Builder(Dataflow(edges, schedule.is_forward_only), rank, channels, _Slots(row, keeps), settled)
+    builder = _Builder(Dataflow(edges, schedule.is_forward_only), schedule, rank, layouts, _Slots(row, keeps), settled)
     ops = tuple(builder.op(position, action) for position, action in enumerate(row))
     slots, registers = tuple(builder.slots.layouts), builder.registers.count
     return Program(rank, ops, builder.own, slots, registers, len(builder.sends), schedule)
@@ -127,15 +129,16 @@ class _Builder:
     def __init__(
         self,
         flow: Dataflow,
+        schedule: Schedule,
         rank: int,
-        channels: Mapping[tuple[int, int], Channel],
+        layouts: Mapping[StagePair, tuple[Layout, ...]],
         slots: _Slots,
         settled: Mapping[int, Sequence[int]],
     ) -> None:
-        self.own = tuple(dict.fromkeys(each for each in channels.values() if rank in (each.source, each.target)))
+        self.own = tuple(channel for channel in channels_between(schedule, layouts) if rank in channel)
         self.slots, self.registers = slots, _Registers()
         self.sends: dict[int, int] = {}  # position of a SEND -> its number
-        self._flow, self._channels, self._settled = flow, channels, settled
+        self._flow, self._placement, self._layouts, self._settled = flow, schedule.placement, layouts, settled
         self._in_flight: set[int] = set()  # registers that a receive will fill
 
     def op(self, position: int, action: Action) -> Op:
@@ -151,9 +154,8 @@ class _Builder:
         if kind.is_receive:
             (register,) = self.registers.write(effect.writes)
             self._in_flight.add(register)
-            channel = self._number(peer, stage)
-            slots = self.slots.take(position, carried_by(action), self.own[channel].layouts)
-            return Receive(position, stage, microbatch, register, channel, slots)
+            slots = self.slots.take(position, carried_by(action), self._layouts[peer, stage])
+            return Receive(position, stage, microbatch, register, self._number(peer, stage), slots)
         if kind is Kind.UNSHARD:
             return Gather(position, stage)
         return Release(position, stage) if kind is Kind.RESHARD else Reduce(position, stage)
@@ -177,7 +179,7 @@ class _Builder:
 
     def _number(self, sender: int, receiver: int) -> int:
         """The number, on this rank, of the channel between two stages."""
-        return self.own.index(self._channels[sender, receiver])
+        return self.own.index(Channel(self._placement[sender], self._placement[receiver]))
 
 
 def _sorted_out(tokens: Sequence[Token]) -> tuple[list[Token], list[Token]]:

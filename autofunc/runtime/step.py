@@ -16,7 +16,7 @@ from autofunc.losses import combine_aux
 from autofunc.mesh import DATA_AXES, data_coordinate, gather_over, sum_over
 from autofunc.runtime.accumulate import Accumulator
 from autofunc.runtime.executor import Observer, RankStep, run_rank, run_together
-from autofunc.runtime.finish import divide, divisor, exchange_ties, share, total_loss
+from autofunc.runtime.finish import divide, divisor, exchange_ties, mean, share, total_loss
 from autofunc.runtime.plan import Mode, Plan
 from autofunc.runtime.position import here
 from autofunc.runtime.program import Program
@@ -127,9 +127,9 @@ def _run(
         return
     yield from _finish_loss(plan, rank, produced, transport, result)
     if plan.mode is Mode.GRADS:
-        weight = divisor(_tensor(result.weight), plan.loss)
-        result.loss = _tensor(result.total) / weight
-        yield from _finish_grads(plan, step, params, weight, transport, result)
+        weight = _tensor(result.weight)
+        result.loss = mean(_tensor(result.total), weight, plan.loss)
+        yield from _finish_grads(plan, step, params, divisor(weight), transport, result)
         result.state.update(flat_states(stages, step.states, plan.parameters.mesh))
 
 

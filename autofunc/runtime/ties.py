@@ -1,4 +1,4 @@
-"""Tied parameters: who holds each, and the channels by which its holders' sums reach each other.
+"""Tied parameters: who holds each, and which sums of its holders travel.
 
 Holders are summed once per step, in path order (see `finish.exchange_ties`), so that every layout gives the same bits.
 """
@@ -15,20 +15,25 @@ from autofunc.splitting import Stage
 
 @dataclass(frozen=True)
 class Tie:
-    """A tied parameter: who holds it, and how its holders' sums reach the other ranks."""
+    """A tied parameter: who holds it, and what its holders' sums look like."""
 
     path: str  # canonical
     holders: tuple[tuple[str, int], ...]  # (path, pp rank) in path order
-    channels: tuple[Channel, ...]  # one per (holder, other rank), named after the holder
+    layout: Layout
 
-    def ranks(self) -> set[int]:
-        """The pp ranks that hold it."""
-        return {rank for _, rank in self.holders}
+    def ranks(self) -> list[int]:
+        """The pp ranks that hold it, in order."""
+        return sorted({rank for _, rank in self.holders})
 
+    def transfers(self) -> list[tuple[str, Channel]]:
+        """(path of the holder, channel) of each sum that travels: to all other ranks, in the same order on both ends."""
+        return [
+            (path, Channel(owner, target)) for path, owner in self.holders for target in self.ranks() if target != owner
+        ]
 
-def tie_name(path: str, target: int) -> str:
-    """The name of the channel that carries a holder's sum to another rank."""
-    return f"tie {path} to rank {target}"
+    def channels(self) -> set[Channel]:
+        """What sums travel along."""
+        return {channel for _, channel in self.transfers()}
 
 
 def find_ties(stages: Sequence[Stage], schedule: Schedule, layouts: Mapping[str, Layout]) -> list[Tie]:
@@ -49,12 +54,5 @@ def find_ties(stages: Sequence[Stage], schedule: Schedule, layouts: Mapping[str,
     for canonical, held in sorted(holders.items()):
         if len(held) < 2:
             continue
-        ranks = sorted({rank for _, rank in held})
-        channels = tuple(
-            Channel(tie_name(path, target), source, target, (layouts[canonical],))
-            for path, source in held
-            for target in ranks
-            if target != source
-        )
-        ties.append(Tie(canonical, tuple(held), channels))
+        ties.append(Tie(canonical, tuple(held), layouts[canonical]))
     return ties

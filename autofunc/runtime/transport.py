@@ -8,7 +8,7 @@ reused. A ticket holds the tensors until then.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -16,10 +16,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from autofunc.errors import PeerLostError
-from autofunc.runtime.edge_groups import edge_group
+from autofunc.runtime.pair_groups import Transfers, connect, disconnect
 from autofunc.runtime.program import Channel
 
-_SOURCE, _TARGET = 0, 1  # ranks within an edge's group
+_SOURCE, _TARGET = 0, 1  # ranks within a pair's group
 
 
 class Ticket(Protocol):
@@ -54,7 +54,7 @@ class Port(Protocol):
         """Post a send: returns at once. The ticket keeps the tensors, which must not change until it is settled.
 
         Args:
-            tensors: one message, of the shapes and dtypes of the channel's layouts.
+            tensors: one message.
 
         Raises:
             PeerLostError: when the other end is known to be gone.
@@ -65,7 +65,7 @@ class Port(Protocol):
         """Post a receive: returns at once.
 
         Args:
-            into: what the next message is written into: contiguous, of the shapes and dtypes of the channel's layouts.
+            into: what the next message is written into: contiguous, of the shapes and dtypes of what is sent.
 
         Raises:
             PeerLostError: when the other end is known to be gone.
@@ -147,13 +147,13 @@ class MemoryHub:
     def __init__(self, num_ranks: int) -> None:
         self.num_ranks = num_ranks
         self.delivered = 0  # counts deliveries, so that the scheduler of coroutines can tell waiting from a deadlock
-        self._boxes: dict[str, _Mailbox] = {}
+        self._boxes: dict[object, _Mailbox] = {}
 
-    def box(self, name: str) -> _Mailbox:
-        """The mailbox of the channel with this name, both ends of which are in it."""
-        if name not in self._boxes:
-            self._boxes[name] = _Mailbox(self)
-        return self._boxes[name]
+    def box(self, of: object) -> _Mailbox:
+        """The mailbox of a channel, both ends of which are in it."""
+        if of not in self._boxes:
+            self._boxes[of] = _Mailbox(self)
+        return self._boxes[of]
 
 
 class MemoryTransport:
@@ -165,7 +165,7 @@ class MemoryTransport:
 
     def open(self, channel: Channel) -> _Mailbox:
         """See `Transport.open`."""
-        return self._hub.box(channel.name)
+        return self._hub.box(channel)
 
     def broadcast(self, root: int, tensors: list[Tensor]) -> _MemoryTicket:
         """See `Transport.broadcast`."""
@@ -206,7 +206,7 @@ class _Transfer:
 
 
 class _GroupPort:
-    """One end of an edge's process group."""
+    """One end of a pair's process group."""
 
     __slots__ = ("_recv", "_send")
 
@@ -231,41 +231,67 @@ class _GroupPort:
             raise _lost(error) from error
 
 
-class DistributedTransport:
-    """Point-to-point transfers of `torch.distributed` (gloo or nccl), one process group per directed edge.
+class _CoalescingPort(_GroupPort):
+    """One end of a pair's communicator of NCCL: the tensors of a message are one call, and one kernel."""
 
-    Groups are made in the order of `channels`, which must be the same on every rank: making one waits for the other end.
+    __slots__ = ("_group",)
+
+    def __init__(self, group: Any) -> None:
+        super().__init__(group)
+        self._group = group
+
+    def send(self, tensors: list[Tensor]) -> _Transfer:
+        """See `Port.send`."""
+        return super().send(tensors) if len(tensors) == 1 else self._at_once(super().send, tensors)
+
+    def receive(self, into: list[Tensor]) -> _Transfer:
+        """See `Port.receive`."""
+        return super().receive(into) if len(into) == 1 else self._at_once(super().receive, into)
+
+    def _at_once(self, post: Callable[[list[Tensor]], _Transfer], tensors: list[Tensor]) -> _Transfer:
+        self._group._start_coalescing()
+        posted = post(tensors)
+        return _Transfer(posted.tensors, [self._group._end_coalescing()])
+
+
+class DistributedTransport:
+    """Point-to-point transfers of `torch.distributed` (gloo or nccl), one communicator for each directed pair of ranks.
+
+    Making it waits for the other end of each.
 
     Args:
         pp_group: the process group of this process's pp axis.
         ranks: global ranks along it, by pp rank.
-        rank: this process's pp rank.
         device: where tensors live.
-        channels: all channels of the pipeline; only this rank's own get groups.
+        channels: all channels of the pipeline; only this rank's own are connected.
+        options: of the transfers.
     """
 
     def __init__(
         self,
         pp_group: dist.ProcessGroup,
         ranks: Sequence[int],
-        rank: int,
         device: torch.device,
         channels: Sequence[Channel],
+        options: Transfers,
     ) -> None:
         self._pp_group = pp_group
         self._ranks = ranks
         try:
-            self._ports = {
-                channel: _GroupPort(edge_group(pp_group, channel.name, channel.source, channel.target, device))
-                for channel in channels
-                if rank in (channel.source, channel.target)
-            }
+            groups = connect(pp_group, channels, device, options, self)
         except RuntimeError as error:
             raise _lost(error) from error
+        port = _CoalescingPort if device.type == "cuda" else _GroupPort
+        self._ports = {Channel(*pair): port(group) for pair, group in groups.items()}
 
     def open(self, channel: Channel) -> _GroupPort:
         """See `Transport.open`."""
         return self._ports[channel]
+
+    def close(self) -> None:
+        """Shut down the connections that nobody else has. All pp ranks call it, with nothing under way."""
+        self._ports = {}
+        disconnect(self._pp_group, self)
 
     def broadcast(self, root: int, tensors: list[Tensor]) -> _Transfer:
         """See `Transport.broadcast`."""

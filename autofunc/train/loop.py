@@ -143,7 +143,7 @@ def build_pipe(recipe: Recipe, mesh: DeviceMesh | None) -> Pipeline:
     options = asdict(recipe.options)
     return pipeline(
         recipe.stages, recipe.schedule, loss=weighed(recipe.loss, recipe.microbatch_rows), mesh=mesh,
-        sharding=recipe.sharding, batch_dims=STACKED, **options,
+        sharding=recipe.sharding, transfers=recipe.transfers, batch_dims=STACKED, **options,
     )  # fmt: skip
 
 

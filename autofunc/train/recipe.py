@@ -17,6 +17,7 @@ from autofunc.errors import AutofuncError, ConfigError
 from autofunc.losses import Loss
 from autofunc.model import Model
 from autofunc.optim import LearningRate, Optimizer
+from autofunc.runtime.pair_groups import Transfers
 from autofunc.schedule import Schedule
 from autofunc.shard import Sharding
 from autofunc.shown import quoted
@@ -39,6 +40,7 @@ class Recipe:
     stages: tuple[Stage, ...]
     axes: Axes  # sizes of the mesh
     sharding: Sharding
+    transfers: Transfers
     schedule: Schedule  # to train with; of a run that searches, to measure costs with
     searches: bool  # whether a schedule is searched for when the run starts
     search_budget: int | None  # bytes of residuals that it keeps within; None: as many activations as 1F1B
@@ -140,6 +142,7 @@ def prepare(
         stages=tuple(stages),
         axes=axes,
         sharding=sharding,
+        transfers=Transfers(config.distributed.transfers.max_ctas, config.distributed.transfers.high_priority),
         schedule=schedule,
         searches=searches,
         search_budget=search_budget if searches else None,

@@ -22,6 +22,7 @@ from autofunc.checkpoint.write import of_first
 from autofunc.config import FinetuneConfig
 from autofunc.errors import MeshError
 from autofunc.explain import explain
+from autofunc.runtime.pair_groups import disconnect_all
 from autofunc.schedule import write_file
 from autofunc.shown import literal
 from autofunc.splitting import parameter_count
@@ -90,6 +91,7 @@ def in_mesh(
     with threads(config.distributed.threads_per_rank):
         work(mesh, device, of_first(output_dir))  # under torchrun each process has found a folder by itself
     if mesh is not None:  # not after an error: that must be recorded before the others see the connection close
+        disconnect_all()
         dist.destroy_process_group()
 
 

@@ -23,6 +23,8 @@ def run_worker(work: Callable[[], None]) -> None:
     """Run a worker's part. Its exception is recorded for the launcher, which shows it once, and ends the process."""
     from torch.distributed.elastic.multiprocessing.errors import record
 
+    # As SIGTERM does. A KeyboardInterrupt that is raised in a weak reference's callback is printed, and the run goes on.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     parent, positions = os.environ.get(PARENT), positions_file()
     if parent is not None:
         threading.Thread(target=_end_with, args=(int(parent),), daemon=True).start()
@@ -30,8 +32,7 @@ def run_worker(work: Callable[[], None]) -> None:
         here.publish(positions, int(os.environ["RANK"]))
     try:
         record(_without_exit(work))()
-    except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    except KeyboardInterrupt:  # raised by what it runs
         os.kill(os.getpid(), signal.SIGINT)  # whoever waits for this process sees what ended it
     except Exception as error:
         if not is_recorded():  # nobody else tells

@@ -10,7 +10,7 @@ import torch
 import autofunc as af
 from autofunc.runtime.buffers import SlotPool
 from autofunc.runtime.ops import Backward, BackwardInput, BackwardWeight, Forward, Op, Receive, Send
-from autofunc.runtime.program import Channel, build_program
+from autofunc.runtime.program import Layout, build_program
 from autofunc.schedule import Kind, Schedule, StageBytes
 from autofunc.schedule.effects import chain
 
@@ -18,14 +18,11 @@ COMPUTATIONS = {Kind.F: Forward, Kind.B: Backward, Kind.I: BackwardInput, Kind.W
 LAYOUT = ((2,), torch.float32)
 
 
-def channels_of(s: Schedule) -> dict[tuple[int, int], Channel]:
+def layouts_of(s: Schedule) -> dict[tuple[int, int], tuple[Layout, ...]]:
     pairs = [
         pair for edge in chain(s.num_stages) for pair in ((edge.producer, edge.consumer), (edge.consumer, edge.producer))
     ]
-    places = s.placement
-    return {
-        (a, b): Channel(f"{a} to {b}", places[a], places[b], (LAYOUT,)) for a, b in pairs if places[a] != places[b]
-    }  # fmt: skip
+    return {(a, b): (LAYOUT,) for a, b in pairs if s.placement[a] != s.placement[b]}
 
 
 def freed(op: Op) -> list[int]:
@@ -50,7 +47,7 @@ def test_a_register_holds_one_value_at_a_time(name: str, forward_only: bool) -> 
         lowered = af.schedule.lower(s.forward_form() if forward_only else s)
         keeps = dict.fromkeys(range(s.num_stages), StageBytes((8,), (8,), 0, 0, 0))
         for rank, settled in enumerate(af.schedule.settled_sends(lowered)):
-            program = build_program(lowered, rank, chain(s.num_stages), channels_of(s), keeps, settled)
+            program = build_program(lowered, rank, chain(s.num_stages), layouts_of(s), keeps, settled)
             full: set[int] = set()
             in_flight: set[int] = set()
             sent: list[int] = []

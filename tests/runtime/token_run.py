@@ -16,8 +16,8 @@ import torch
 
 from autofunc.engine import Microbatch, Produced
 from autofunc.runtime.executor import RankStep, run_rank, run_together
-from autofunc.runtime.program import Program, build_program, edge_channels
-from autofunc.runtime.transport import MemoryHub, MemoryTransport
+from autofunc.runtime.program import Program, build_program, message_layouts
+from autofunc.runtime.transport import MemoryHub, MemoryTransport, Transport
 from autofunc.schedule import Edge, Kind, Schedule, StageBytes, live_bytes, lower, settled_sends
 from autofunc.splitting import Boundaries, Boundary, Value
 from tests.runtime.tokens import Ledger, Residuals, Slot, Sums, Token, TokenPort, expect
@@ -200,9 +200,9 @@ class World:
 
     def programs(self, settled: Sequence[Mapping[int, Sequence[int]]] | None = None) -> list[Program]:
         """The real programs of all ranks; with other sends settled, if that is asked for."""
-        channels, settled = edge_channels(self.schedule, self.boundaries), settled or self.settled
+        layouts, settled = message_layouts(self.schedule, self.boundaries), settled or self.settled
         return [
-            build_program(self.schedule, rank, self.edges, channels, self.keeps, settled[rank])
+            build_program(self.schedule, rank, self.edges, layouts, self.keeps, settled[rank])
             for rank in range(self.schedule.num_ranks)
         ]
 
@@ -231,6 +231,8 @@ def run(
     slots: Callable[[Program], list[Slot]] = slots_of,
     stage: type[TokenStage] = TokenStage,
     last_first: bool = False,
+    transport: Callable[[MemoryHub, int], Transport] = MemoryTransport,
+    together: Callable[[Sequence[Iterator[None]], MemoryHub], None] = run_together,
 ) -> None:
     """Run programs, one per rank, and check all that can be said of a run.
 
@@ -240,6 +242,8 @@ def run(
         slots: makes the slots of a rank.
         stage: the functions of stages.
         last_first: whose turn comes first.
+        transport: makes the end of a rank.
+        together: runs all ranks.
 
     Raises:
         AssertionError: about what was left at the end.
@@ -251,20 +255,20 @@ def run(
     microbatches = [Microbatch({"number": number}, []) for number in range(lowered.num_microbatches)]
     for rank, program in enumerate(programs):
         ledger, parameters = Ledger(lowered, rank), Parameters(lowered.is_sharded)
-        mine, transport = lowered.stages_of(rank), MemoryTransport(hub, rank)
+        mine, end = lowered.stages_of(rank), transport(hub, rank)
         given: dict[str, Any] = {
             "functions": {i: stage(i, world.boundaries, world.keeps[i], ledger, parameters) for i in mine},
             "stages": {index: Layers(index) for index in mine},
             "parameters": parameters,
             "reduction": Reduction(),
             "accumulators": {index: Sums(ledger, world.keeps[index].accumulators) for index in mine},
-            "ports": [TokenPort(transport.open(channel), ledger) for channel in program.channels],
+            "ports": [TokenPort(end.open(channel), ledger) for channel in program.channels],
             "slots": slots(program),
         }
         ledgers.append(ledger)
         steps.append(RankStep(program=program, microbatches=microbatches, number=1, observers=[ledger], **given))
     runs: list[Iterator[None]] = [run_rank(step) for step in steps]
-    run_together(runs[::-1] if last_first else runs, hub)
+    together(runs[::-1] if last_first else runs, hub)
     num_sends = sum(action.kind.is_send for row in lowered for action in row)
     expect(hub.delivered, num_sends, "messages delivered")
     for rank, (step, ledger) in enumerate(zip(steps, ledgers, strict=True)):

@@ -22,9 +22,12 @@ def validate(schedule: Schedule, edges: Sequence[Edge] | None = None) -> None:
     """Check a schedule, in compute form or lowered.
 
     Every (stage, microbatch) runs F once and either B once or I and W once, on the rank its stage is placed on and in
-    dependency order; a forward-only schedule runs each F once. In lowered form every send meets a receive, in the same
-    order on both ends of every edge, without deadlock even when nothing is buffered, and nothing is live at the end. If
-    the schedule gathers sharded parameters, they are there whenever a computation uses them, and let go of at the end.
+    dependency order; a forward-only schedule runs each F once. In lowered form every send meets a receive, and each rank
+    receives from each other in the order in which that one sends, so that one channel for each directed pair of ranks will
+    do; nothing deadlocks, even when nothing is buffered, every transfer waits for those before it on its channel, and a
+    rank that waits does nothing else; nothing is live at the end. That is all a runtime may rely on, whose channels are
+    connected before. If the schedule gathers sharded parameters, they are there whenever a computation uses them, and let
+    go of at the end.
 
     Args:
         schedule: what to check.
@@ -109,16 +112,22 @@ def _check_complete(schedule: Schedule) -> None:
 
 
 def _check_transfers(network: Network) -> None:
-    """Every value that changes ranks is sent once and received once, in the same order on both ends of its edge."""
+    """Every value that changes ranks is sent once and received once, in one order from each rank to each other."""
     expected = 0
+    between: dict[tuple[int, int], list[Crossing]] = {}
+    placement = network.schedule.placement
     for crossing in network.crossings:
         _check_ends(network, crossing)
         expected += 2 * len(crossing.send)
-        by_send, by_receive = np.argsort(crossing.send), np.argsort(crossing.receive)
+        between.setdefault((placement[crossing.source], placement[crossing.target]), []).append(crossing)
+    for (source, target), crossings in between.items():
+        send = np.concatenate([crossing.send for crossing in crossings])
+        receive = np.concatenate([crossing.receive for crossing in crossings])
+        by_send, by_receive = np.argsort(send), np.argsort(receive)
         for k in np.flatnonzero(by_send != by_receive)[:1]:
-            sent, received = (int(crossing.send[by_send[k]]), int(crossing.receive[by_receive[k]]))
+            sent, received = int(send[by_send[k]]), int(receive[by_receive[k]])
             raise ScheduleError(
-                f"the two ends of the edge from stage {crossing.source} to stage {crossing.target} disagree on the order: "
+                f"rank {target} receives in another order than rank {source} sends: "
                 f"{network.describe(sent)} is sent where {network.describe(received)} is received\n"
                 + grid(network.schedule, network.locate(received))
             )

@@ -8,7 +8,6 @@ numpy calls, whatever the number of ranks.
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +22,7 @@ from autofunc.shown import shown
 Times = npt.NDArray[np.float64]
 
 _MOST_REASONS = 4
+"""Ranks of a circle that are named."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class _Walk:
             ready = self._ready(here)
             can = ready < np.inf
             if not can.any():
-                raise _stuck(network, {int(rank): int(position[rank]) for rank in ranks}, self.arrival)
+                raise self._stuck({int(rank): int(position[rank]) for rank in ranks})
             going, acting = ranks[can], here[can]
             begin = np.maximum(clock[going], ready[can])
             finish = begin + duration[acting]
@@ -100,6 +100,25 @@ class _Walk:
             position[going] += 1
             ranks = ranks[position[ranks] < stop[ranks]]
         return start, end, arrived
+
+    def _stuck(self, positions: dict[int, int]) -> ScheduleError:
+        """Of the ranks that are left, those that wait for each other in a circle.
+
+        Args:
+            positions: by rank that is left, the action at which it waits.
+        """
+        seen: dict[int, tuple[int, Token, int]] = {}  # by rank, in the order in which they wait for each other
+        rank = next(iter(positions))
+        while rank in positions and rank not in seen:
+            flat = positions[rank]
+            messages = self.incoming[:, flat]
+            message = int(messages[self.arrival[messages] == np.inf][0])
+            number, microbatch = divmod(message, self.network.schedule.num_microbatches)
+            crossing = self.network.crossings[number]
+            seen[rank] = flat, crossing.bundle.of(microbatch), int(crossing.send[microbatch])
+            rank = self.network.schedule.placement[crossing.source]
+        waiting = list(seen.values())[list(seen).index(rank) if rank in seen else 0 :]
+        return _cannot_go_on(self.network, waiting, len(positions))
 
     def _ready(self, here: npt.NDArray[np.int64]) -> Times:
         """When all that these actions read has arrived."""
@@ -164,30 +183,17 @@ def _check_local_order(network: Network) -> None:
     raise _cannot_go_on(network, [(int(reader[first]), token, int(maker[first]))])
 
 
-def _stuck(network: Network, positions: dict[int, int], arrival: Times) -> ScheduleError:
-    """Why each rank that is left waits."""
-    waiting: list[tuple[int, Token, int]] = []
-    m = network.schedule.num_microbatches
-    for flat in itertools.islice(positions.values(), _MOST_REASONS):
-        for number, crossing in enumerate(network.crossings):
-            found = np.flatnonzero(crossing.bundle.reader == flat)
-            if len(found) and arrival[number * m + found[0]] == np.inf:
-                waiting.append((flat, crossing.bundle.of(int(found[0])), int(crossing.send[found[0]])))
-                break
-    return _cannot_go_on(network, waiting, len(positions))
-
-
 def _cannot_go_on(network: Network, waiting: list[tuple[int, Token, int]], num_ranks: int = 1) -> ScheduleError:
     """The error for actions that never start, each with the value it needs and the action that should give it.
 
-    Of `num_ranks` that wait, these are the first.
+    They wait for each other in a circle, or the last for what no action gives. Of all ranks `num_ranks` wait.
     """
     reasons = []
-    for flat, token, maker in waiting:
+    for flat, token, maker in waiting[:_MOST_REASONS]:
         giver = "which no action makes" if maker < 0 else f"which {_giver(network, maker)}"
         reasons.append(f"{network.describe(flat)}: needs the {token}, {giver}")
-    if num_ranks > len(waiting):
-        reasons.append(f"and {num_ranks - len(waiting):,} more ranks wait")
+    if num_ranks > len(reasons):
+        reasons.append(f"and {num_ranks - len(reasons):,} more ranks wait")
     return ScheduleError(
         f"schedule {shown(network.schedule.name)} cannot go on: {'; '.join(reasons)}\n"
         + grid(network.schedule, network.locate(waiting[0][0]))

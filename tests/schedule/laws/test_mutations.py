@@ -54,11 +54,11 @@ def keeps_the_laws(s: Schedule) -> bool:
                         live.add((s.placement[token.target] if travels else rank, token))
                     continue
                 is_send = action.kind.is_send
-                edge = (action.stage, action.peer) if is_send else (action.peer, action.stage)
-                (sends if is_send else receives).setdefault(edge, deque()).append(action)
-                if sends.get(edge) and receives.get(edge):
-                    sent, received = sends[edge].popleft(), receives[edge].popleft()
-                    if sent.microbatch != received.microbatch:
+                pair = (rank, s.placement[action.peer]) if is_send else (s.placement[action.peer], rank)
+                (sends if is_send else receives).setdefault(pair, deque()).append(action)
+                if sends.get(pair) and receives.get(pair):
+                    sent, received = sends[pair].popleft(), receives[pair].popleft()
+                    if (sent.stage, sent.microbatch, sent.peer) != (received.peer, received.microbatch, received.stage):
                         return False
                     live.add((s.placement[received.stage], flow.effect(received).writes[0]))
     done = all(position[rank] == len(row) for rank, row in enumerate(s))

@@ -51,7 +51,7 @@ def test_marks_the_action() -> None:
         (
             "0SEND_F0,0RECV_B0,0F1,0SEND_F1",
             "0RECV_B0,0F1,0SEND_F1,0SEND_F0",
-            r"disagree on the order: rank 0, position 3, 0SEND_F1 is sent where rank 1, position 0, 1RECV_F0 is",
+            r"rank 1 receives in another order than rank 0 sends: rank 0, position 3, 0SEND_F1 is sent where rank 1, posi",
         ),
         ("0RECV_B1", "0RECV_B1,0RECV_B1", r"rank 0, position 6, 0RECV_B1: it was posted before, at position 5"),
     ],

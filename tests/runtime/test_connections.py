@@ -1,0 +1,97 @@
+"""Ranks are connected before the first step, at most twice to a neighbour, and `close` ends it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import autofunc as af
+from autofunc.errors import AutofuncError
+from autofunc.runtime import pair_groups
+from autofunc.runtime.program import channels_between
+from autofunc.runtime.transport import _CoalescingPort
+from tests.cases import make_case, pp_mesh
+from tests.pool import WorkerPool
+
+
+@pytest.mark.parametrize(
+    ("name", "stages_per_rank"), [("1f1b", 1), ("interleaved_1f1b", 2), ("interleaved_1f1b", 4), ("zbv", 2)]
+)
+def test_two_channels_for_each_neighbour(name: str, stages_per_rank: int) -> None:
+    s = af.schedule.build(name, num_ranks=4, num_microbatches=8, stages_per_rank=stages_per_rank)
+    pairs = [
+        pair
+        for edge in af.schedule.chain(s.num_stages)
+        for pair in ((edge.producer, edge.consumer), (edge.consumer, edge.producer))
+    ]
+    channels = channels_between(s, [(a, b) for a, b in pairs if s.placement[a] != s.placement[b]])
+    for rank in range(4):
+        neighbours = {end for channel in channels if rank in channel for end in channel} - {rank}
+        assert sum(rank in channel for channel in channels) == 2 * len(neighbours) <= 4
+
+
+def connected(close: bool) -> list[int]:
+    """How many connections there are: after a step, after one of another schedule and shape, and at the end."""
+    counts = []
+    pipes = []
+    for name, rows in (("1f1b", 4), ("interleaved_1f1b", 8)):
+        model, _, loss, batch = make_case("gpt2", 2, rows)
+        s = af.schedule.build(name, num_ranks=2, num_microbatches=4)
+        pipe = af.pipeline(af.split(model, s.num_stages), s, loss=loss, mesh=pp_mesh(2))
+        params = pipe.init(0)
+        af.value_and_grad(pipe)(params, batch)
+        pipe(params, batch)
+        pipes.append(pipe)
+        counts.append(len(pair_groups._known[pp_mesh(2).get_group()].groups))
+    for pipe in pipes if close else []:
+        pipe.close()
+        counts.append(len(pair_groups._known[pp_mesh(2).get_group()].groups))
+    loss_after, _ = af.value_and_grad(pipes[0])(pipes[0].init(0), make_case("gpt2", 2, 4)[3])
+    assert loss_after.isfinite(), "a pipeline that was closed is built anew"
+    pipes[0].close()
+    pipes[1].close()
+    return counts
+
+
+def test_pipelines_share_connections_until_the_last_is_closed(workers: WorkerPool) -> None:
+    assert workers.run(connected, True) == [[2, 2, 2, 0]] * 4
+
+
+class Backend:
+    """In place of a communicator of NCCL: notes what is called."""
+
+    def __init__(self) -> None:
+        self.called: list[str] = []
+
+    def send(self, tensors: list[Any], rank: int, tag: int) -> str:
+        self.called.append(f"send {len(tensors)} to {rank}")
+        return "work"
+
+    def recv(self, tensors: list[Any], rank: int, tag: int) -> str:
+        self.called.append(f"receive {len(tensors)} from {rank}")
+        return "work"
+
+    def _start_coalescing(self) -> None:
+        self.called.append("begin")
+
+    def _end_coalescing(self) -> str:
+        self.called.append("end")
+        return "all"
+
+
+def test_a_message_of_several_tensors_is_one_call() -> None:
+    backend = Backend()
+    port = _CoalescingPort(backend)
+    assert port.send([torch.ones(2), torch.ones(3)]).works == ["all"]
+    assert port.receive([torch.ones(2), torch.ones(3)]).works == ["all"]
+    assert port.send([torch.ones(2)]).works == ["work"]
+    assert backend.called == [
+        "begin", "send 1 to 1", "send 1 to 1", "end", "begin", "receive 1 from 0", "receive 1 from 0", "end", "send 1 to 1",
+    ]  # fmt: skip
+
+
+def test_options_that_do_not_exist() -> None:
+    with pytest.raises(AutofuncError, match="max_ctas=0, expected 1 or more"):
+        af.Transfers(max_ctas=0)
