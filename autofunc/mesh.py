@@ -1,10 +1,14 @@
-"""The device mesh: which process holds which coordinate of each axis."""
+"""The device mesh: which process holds which coordinate of each axis.
+
+Private parts of torch used, tried with 2.13.0: `ProcessGroup._get_backend` and `Options._timeout`, for timeouts of groups.
+"""
 
 from __future__ import annotations
 
 import math
 import os
 from collections.abc import Sequence
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -23,7 +27,8 @@ def make_mesh(
 ) -> DeviceMesh:
     """Make the device mesh of all processes, with the axes "pp", "dp_replicate", "dp_shard" and "tp", in that order.
 
-    Starts the default process group when there is none yet: call it in processes started by `torchrun`.
+    Starts the default process group when there is none yet: call it in processes started by `torchrun`. Ranks wait for each
+    other as long as in the default group, along every axis.
 
     Args:
         pp: ranks along the pipeline.
@@ -58,7 +63,24 @@ def make_mesh(
             f"{local} processes on this machine need a GPU each, and it has {found or 'none'}; use fewer, or "
             'device_type="cpu"'
         )
-    return init_device_mesh(device_type, sizes, mesh_dim_names=AXES)
+    mesh = init_device_mesh(device_type, sizes, mesh_dim_names=AXES)
+    default = dist.group.WORLD
+    if default is not None and dist.get_backend() != "fake":  # torch's group that sends nowhere, and never waits
+        for axis in AXES:
+            _set_timeout(mesh.get_group(axis), timeout_of(default))
+    return mesh
+
+
+def timeout_of(group: dist.ProcessGroup, device: torch.device | None = None) -> timedelta:
+    """How long the ranks of a group wait for each other; by the backend for a device where it has several."""
+    found: timedelta = group._get_backend(device or group._device_types[0]).options._timeout
+    return found
+
+
+def _set_timeout(group: dist.ProcessGroup, timeout: timedelta) -> None:
+    """torch makes the groups of a mesh of several axes with a timeout of half an hour, whatever the default group's is."""
+    for device in group._device_types:
+        group._get_backend(device).set_timeout(timeout)
 
 
 def check_axes(mesh: DeviceMesh) -> None:

@@ -79,9 +79,9 @@ PRIVATE_MODULES = {
 }
 PRIVATE_ATTRIBUTES = {
     "_create_internal": {"runtime/pair_groups.py"},
-    "_get_backend": {"runtime/pair_groups.py", "shard/links.py"},
+    "_get_backend": {"mesh.py"},
     "_schema": {"graph/schema.py"},
-    "_timeout": {"runtime/pair_groups.py", "shard/links.py"},
+    "_timeout": {"mesh.py", "runtime/pair_groups.py"},
 }
 
 

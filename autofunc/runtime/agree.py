@@ -18,7 +18,7 @@ from torch import Tensor
 
 from autofunc import tree
 from autofunc.errors import BatchError, ModelError, PeerLostError
-from autofunc.runtime.pair_groups import timeout_of
+from autofunc.mesh import timeout_of
 from autofunc.surroundings import named_settings
 
 # pipelines on one mesh are built one after the other on every rank, so the same number means the same plan

@@ -101,12 +101,13 @@ def divisor(weight: Tensor) -> Tensor:
     return torch.where(weight == 0, 1.0, weight)
 
 
-def divide(sums: Mapping[str, Tensor], weight: Tensor, dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
+def divide(sums: dict[str, Tensor], weight: Tensor, dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
     """Gradients of the mean loss: each sum divided by the total weight, in the parameter's dtype.
 
     Args:
-        sums: by path, of all microbatches and data parallel ranks.
+        sums: by path, of all microbatches and data parallel ranks. They become the gradients, in the same memory where the
+            dtype stays, and are taken out, so that there is never a second set.
         weight: total weight of the loss, 0-dim fp32.
         dtypes: by path, of the parameters.
     """
-    return {path: (total / weight).to(dtypes[path]) for path, total in sums.items()}
+    return {path: sums.pop(path).div_(weight).to(dtypes[path]) for path in list(sums)}

@@ -19,14 +19,14 @@ def gather_tree(flat: Mapping[str, Tensor], ranks: Sequence[int], group: dist.Pr
         group: their process group.
     """
     described: list[Any] = [None] * len(ranks)
-    dist.all_gather_object(described, {p: (tuple(leaf.shape), leaf.dtype) for p, leaf in flat.items()}, group=group)
-    device = next((leaf.device for leaf in flat.values()), torch.device("cpu"))
+    mine = {path: (tuple(leaf.shape), leaf.dtype, leaf.device.type) for path, leaf in flat.items()}
+    dist.all_gather_object(described, mine, group=group)
     full: dict[str, Tensor] = {}
     for root, paths in zip(ranks, described, strict=True):
-        for path, (shape, dtype) in paths.items():
+        for path, (shape, dtype, device) in paths.items():  # of the device its owner has it on: this rank may have none
             if path not in full:
-                mine = root == dist.get_rank()
-                leaf = flat[path].detach().clone() if mine else torch.empty(shape, dtype=dtype, device=device)
+                is_mine = root == dist.get_rank()
+                leaf = flat[path].detach().clone() if is_mine else torch.empty(shape, dtype=dtype, device=device)
                 dist.broadcast(leaf, root, group=group)
                 full[path] = leaf
     return full

@@ -3,8 +3,7 @@
 `torch.distributed.new_group(use_local_synchronization=True)` would be the public way. It names a group after the number
 of groups its process already knows, which differs between ranks that talk to different ones: the two ends then wait for
 each other for ever. So the backends are made here directly, over the store of the pp group, under names that both ends
-know. Private parts of torch used, tried with 2.13.0: `ProcessGroup._get_backend`, `Options._timeout`,
-`FakeProcessGroup`.
+know. Private parts of torch used, tried with 2.13.0: `Options._timeout`, `FakeProcessGroup`.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ from torch._C._distributed_c10d import FakeProcessGroup
 from torch.distributed.distributed_c10d import PrefixStore
 
 from autofunc.errors import AutofuncError, MeshError
+from autofunc.mesh import timeout_of
 
 Pair = tuple[int, int]
 """(pp rank that sends, pp rank that receives): ranks 0 and 1 of their group."""
@@ -114,12 +114,6 @@ def disconnect_all() -> None:
         for group in known.groups.values():
             group.backend.shutdown()
         known.groups.clear()
-
-
-def timeout_of(group: dist.ProcessGroup, device: torch.device | None = None) -> timedelta:
-    """How long the ranks of a group wait for each other; by the backend for a device where it has several."""
-    found: timedelta = group._get_backend(device or group._device_types[0]).options._timeout
-    return found
 
 
 def _made(

@@ -3,8 +3,6 @@
 A stage waits for every exchange, so what counts is how long a small message takes. gloo hands messages to threads of its
 own, which compete for cores with the ranks that wait: 32 KB take 0.8 to 1.1 ms between two processes that compute, over a
 Unix socket 0.08 ms (two cores).
-
-Private part of torch used, tried with 2.13.0: `ProcessGroup._get_backend`, for the timeout.
 """
 
 from __future__ import annotations
@@ -23,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from autofunc.errors import PeerLostError
+from autofunc.mesh import timeout_of
 
 _CHUNK = 1 << 16
 """Bytes sent before as many are received: so little that sockets hold them, so that nobody waits for a reader."""
@@ -98,7 +97,7 @@ def _connect(group: dist.ProcessGroup) -> Links | None:
         here = all(node == platform.node() and each and Path(each).exists() for node, each in places)
         if not all(_of_all(here, group)):
             return None
-        timeout = group._get_backend(torch.device("cpu")).options._timeout.total_seconds()
+        timeout = timeout_of(group).total_seconds()
         listener.settimeout(timeout)
         peers: dict[int, socket.socket] = {}
         for rank in range(own):

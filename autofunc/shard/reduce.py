@@ -45,7 +45,7 @@ class _Pending:
 
     work: Any
     arriving: Tensor
-    given: Tensor  # must live until then
+    given: Tensor | None  # must live until then
     layouts: list[tuple[str, torch.Size, torch.dtype]]  # path, shape of this rank's part, dtype of the sum
     padded: list[int]  # elements of each part in `arriving`
 
@@ -106,14 +106,15 @@ class Reduction:
         """
         for each in self._pending:
             each.work.wait()
+            each.given = None
             if self._scattering is not None and self._replicating is not None:
                 each.work = dist.all_reduce(each.arriving, group=self._replicating, async_op=True)
-        for each in self._pending:
+        while self._pending:  # the memory of each goes before that of the next is needed
+            each = self._pending.pop(0)
             if self._scattering is not None and self._replicating is not None:
                 each.work.wait()
             for part, (path, shape, dtype) in zip(_cut(each.arriving, each.padded), each.layouts, strict=True):
                 self._sums[path] = part[: shape.numel()].view(shape).to(dtype)
-        self._pending = []
         sums, self._sums = self._sums, {}
         group = axis_group(self._mesh, "tp")
         parts = [path for path in sums if path in terms]

@@ -218,6 +218,6 @@ def _mesh(recipe: Recipe, device: torch.device, timeout_minutes: float) -> Devic
     store, rank, world = next(rendezvous("env://", timeout=timeout))
     # torch's agent keeps its store when it starts workers again, and with it the addresses of those that are gone
     store = dist.PrefixStore(f"start {restarts()}", store)
-    backend = "nccl" if device.type == "cuda" else "gloo"
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"  # objects travel by gloo
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
     return axes.mesh(device.type)

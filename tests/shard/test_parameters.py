@@ -369,3 +369,20 @@ def test_what_is_refused_leaves_nothing_behind(workers: WorkerPool) -> None:
     for first, second, third in workers.run(refused_twice):
         assert "sequence_parallel needs a number of tokens that tp divides" in first
         assert second == first and not third
+
+
+def timeouts() -> set[float]:
+    from autofunc.mesh import AXES, timeout_of
+    from autofunc.runtime import pair_groups
+
+    mesh = mesh_of(pp=2, dp_shard=2)
+    pipe, _, batch = pipe_on(mesh)
+    af.value_and_grad(pipe)(pipe.init(), batch)
+    backends = [group.backend for group in pair_groups._known[mesh["pp"].get_group()].groups.values()]
+    groups = [mesh.get_group(axis) for axis in AXES]
+    return {each.total_seconds() for each in (*(b.options._timeout for b in backends), *map(timeout_of, groups))}
+
+
+def test_all_groups_wait_as_long_as_the_default_one(workers: WorkerPool) -> None:
+    (expected,) = set(map(frozenset, workers.run(timeouts)))
+    assert len(expected) == 1 and expected != {1800.0}, "torch gives those of axes half an hour"
