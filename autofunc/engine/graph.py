@@ -138,7 +138,7 @@ class GraphStage:
 
     @property
     def work(self) -> tuple[float, float, float]:
-        """How long F, I and W take, in multiplications, see `residuals.cost_of`."""
+        """How long F, I and W take, in bytes read or written, see `residuals.cost_of`."""
         pieces = (self.pieces.forward, self.pieces.backward_input, self.pieces.backward_weight)
         f, i, w = (cost_of(in_order(piece, self._order)) if piece is not None else 0.0 for piece in pieces)
         return f, i, w

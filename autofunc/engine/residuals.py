@@ -22,6 +22,7 @@ import torch
 from torch import fx
 
 from autofunc.engine.capture import Joint
+from autofunc.engine.device_speed import multiplications_per_byte
 from autofunc.graph.memory import base_of, is_view, storage_bytes
 from autofunc.graph.reach import ancestors_within, descendants, frontier, reachable
 from autofunc.graph.schema import is_pointwise
@@ -59,7 +60,6 @@ _PRODUCTS = {
     _aten.bmm.default: (0, 1),
     _aten.baddbmm.default: (1, 2),
 }
-_BYTE = 8.0  # multiplications that take as long as reading or writing a byte
 
 
 def recomputed(joint: Joint, keep: Keep) -> set[Node]:
@@ -172,18 +172,18 @@ def early_gradients(joint: Joint, keep: Keep) -> set[int]:
 
 
 def cost_of(nodes: Iterable[Node]) -> float:
-    """How long some operators take, in multiplications: those of products, and the bytes that the others touch."""
+    """How long some operators take, in bytes read or written: those that they touch, or the work of a product."""
     total = 0.0
     for node in nodes:
         if node.op != "call_function" or is_view(node) or node.target is getitem:
             continue
         if node.target in _PRODUCTS:
             left, right = (node.args[place].meta["val"] for place in _PRODUCTS[node.target])  # type: ignore[union-attr]
-            total += float(left.numel() * right.shape[-1])
+            total += left.numel() * right.shape[-1] / multiplications_per_byte(left.device, left.dtype)
         else:
             value = node.meta["val"]
             made = value if isinstance(value, (tuple, list)) else (value,)
             read = [each.meta["val"] for each in node.all_input_nodes if isinstance(each.meta.get("val"), torch.Tensor)]
             tensors = [each for each in (*made, *read) if isinstance(each, torch.Tensor)]
-            total += _BYTE * sum(float(each.numel() * each.element_size()) for each in tensors)
+            total += sum(float(each.numel() * each.element_size()) for each in tensors)
     return total

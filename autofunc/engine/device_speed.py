@@ -1,0 +1,41 @@
+"""How fast devices multiply, next to how fast they read memory: what makes recomputing a value dear or cheap."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+
+_CPU = 8.0
+"""Multiplications in the time of a byte, of the machines on which benchmarks were run; see `bench/engine_memory.py`."""
+
+_GPUS = {  # Tflop/s with dense 16-bit and with 32-bit numbers, and TB/s, by the vendor's data sheets
+    "H200": (989.0, 67.0, 4.8),
+    "H100": (989.0, 67.0, 3.35),
+    "A100": (312.0, 19.5, 2.0),
+    "L40S": (362.0, 91.6, 0.864),
+    "V100": (125.0, 15.7, 0.9),
+}
+_OTHER_GPU = _GPUS["A100"]
+
+
+def multiplications_per_byte(device: torch.device, dtype: torch.dtype) -> float:
+    """How many multiplications of a matrix product take as long as reading or writing a byte.
+
+    Args:
+        device: that computes; of a GPU that is not known, as an A100.
+        dtype: of what is multiplied.
+    """
+    if device.type != "cuda":
+        return _CPU
+    half, single, terabytes = _speed_of(_name_of(device))
+    return (half if dtype.itemsize <= 2 else single) / 2 / terabytes
+
+
+def _speed_of(name: str) -> tuple[float, float, float]:
+    return next((speed for known, speed in _GPUS.items() if known in name), _OTHER_GPU)
+
+
+@cache
+def _name_of(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if torch.cuda.is_available() else ""
