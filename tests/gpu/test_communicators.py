@@ -9,7 +9,9 @@ import torch
 import torch.distributed as dist
 
 import autofunc as af
+from autofunc.mesh import timeout_of
 from autofunc.runtime.pair_groups import nccl_group
+from tests.cases import assert_same_tree, make_case
 
 pytestmark = pytest.mark.gpu
 
@@ -31,3 +33,27 @@ def test_a_message_to_oneself(transfers: af.Transfers) -> None:
     for given, into in zip(sent, received, strict=True):
         torch.testing.assert_close(into, given, rtol=0, atol=0)
     group.shutdown()
+
+
+def test_a_world_of_one() -> None:
+    """A pipeline over a mesh, as a run makes it: objects travel by gloo, tensors by NCCL."""
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=77)
+    )
+    try:
+        mesh = af.make_mesh(device_type="cuda")
+        model, stages, loss, batch = make_case("gpt2", 1, rows=4)
+        batch = {name: leaf.cuda() for name, leaf in batch.items()}
+        s = af.schedule.build("1f1b", num_ranks=1, num_microbatches=4)
+        pipe = af.pipeline(stages, s, loss=loss, mesh=mesh, transfers=af.Transfers(max_ctas=2))
+        params = pipe.init(0)
+        found, grads = af.value_and_grad(pipe)(params, batch, (0, 1))
+        alone = af.pipeline(stages, s, loss=loss)
+        expected, expected_grads = af.value_and_grad(alone)(model.init(0, device="cuda"), batch, (0, 1))
+        assert torch.equal(found, expected)
+        assert_same_tree(expected_grads, pipe.gather(grads))
+        assert pipe.profile(params, batch).makespan > 0
+        assert timeout_of(mesh.get_group("pp"), torch.device("cuda")) == timedelta(seconds=77)
+        pipe.close()
+    finally:
+        dist.destroy_process_group()
