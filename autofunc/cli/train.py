@@ -60,7 +60,7 @@ def train(
             evaluates=evaluates, as_json=as_json,
         )  # fmt: skip
         with _checking(options.config):  # reads the data
-            recipe = checked_recipe(config, options.nproc_per_node, notes)
+            recipe = checked_recipe(run_asked.config, options.nproc_per_node, notes)
         begin(recipe, run_asked, server)
 
 

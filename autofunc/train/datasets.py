@@ -17,8 +17,35 @@ class Loaders(NamedTuple):
     """What makes the batches of a run. Each function takes `place` and `places`: which part of every batch, of how many."""
 
     train: Callable[..., Any]
-    validation: Callable[..., Any] | None
+    validation: Mapping[str, Callable[..., Any]]  # by the section of the dataset
     num_batches: int  # of an epoch
+
+
+class Batches(NamedTuple):
+    """How rows become batches."""
+
+    rows: int  # over all data parallel ranks
+    microbatch: int  # rows of one
+    drop_last: bool
+    num_workers: int
+
+
+def batches_of(config: FinetuneConfig) -> Batches:
+    """Those that are trained on."""
+    steps, loader = config.step_scheduler, config.dataloader
+    return Batches(steps.global_batch_size, steps.local_batch_size, loader.drop_last, loader.num_workers)
+
+
+def validation_batches_of(config: FinetuneConfig) -> Batches:
+    """Those of validation: as many microbatches as in training, which may have another number of rows."""
+    own, trained = config.validation_dataloader, batches_of(config)
+    microbatch = own.batch_size or trained.microbatch
+    return Batches(
+        trained.rows // trained.microbatch * microbatch,
+        microbatch,
+        trained.drop_last if own.drop_last is None else own.drop_last,
+        trained.num_workers if own.num_workers is None else own.num_workers,
+    )
 
 
 def read_dataset(section: Mapping[str, Any], where: str) -> Any:
@@ -41,14 +68,34 @@ def read_dataset(section: Mapping[str, Any], where: str) -> Any:
     return dataset
 
 
-def read_validation(config: FinetuneConfig, model: Model, notes: list[str]) -> Any | None:
-    """The validation dataset, whose tokens the model must know; None, with a note, where there is none."""
-    if not config.validation_dataset:
-        notes.append("no validation_dataset: the validation loss is not measured")
-        return None
-    dataset = read_dataset(config.validation_dataset, "validation_dataset")
-    check_tokens("validation_dataset", dataset, model)
-    return dataset
+class Datasets:
+    """The datasets of a configuration: sections that say the same are one dataset, which is read once.
+
+    Args:
+        config: what is wanted.
+    """
+
+    def __init__(self, config: FinetuneConfig) -> None:
+        self._sections = config.validations
+        self._read: list[tuple[Mapping[str, Any], Any]] = []
+        same = (name for name, section in self._sections.items() if section == config.dataset)
+        self.train = self._of(config.dataset, next(same, "dataset"))
+
+    def validation(self, model: Model, notes: list[str]) -> dict[str, Any]:
+        """The validation datasets by section, whose tokens the model must know; a note where there are none."""
+        if not self._sections:
+            notes.append("no validation_dataset: the validation loss is not measured")
+        found = {name: self._of(section, name) for name, section in self._sections.items()}
+        for name, dataset in found.items():
+            check_tokens(name, dataset, model)
+        return found
+
+    def _of(self, section: Mapping[str, Any], where: str) -> Any:
+        known = next((dataset for same, dataset in self._read if same == section), None)
+        if known is None:
+            known = read_dataset(section, where)
+            self._read.append((section, known))
+        return known
 
 
 def check_tokens(where: str, dataset: Any, model: Model) -> None:
@@ -83,36 +130,35 @@ def tell_rows(dataset: Any, where: str, rows: int, drop_last: bool, notes: list[
         notes.append(f"{where}: drop_last leaves out {len(dataset) % rows} of its {len(dataset)} rows")
 
 
-def loaders_of(config: FinetuneConfig, dataset: Any, validation: Any | None, notes: list[str]) -> Loaders:
+def loaders_of(config: FinetuneConfig, dataset: Any, validation: Mapping[str, Any], notes: list[str]) -> Loaders:
     """How batches are made of the datasets.
 
     Args:
         config: what is wanted.
         dataset: to train on.
-        validation: to measure the validation loss on, if any.
+        validation: to measure on, by section.
         notes: told what is left out.
 
     Raises:
         ConfigError: naming the dataset that has not one batch, or whose rows are none.
     """
-    steps, loader = config.step_scheduler, config.dataloader
-    rows = steps.global_batch_size
 
-    def make(where: str, dataset: Any, shuffle: bool) -> Callable[..., Any]:
+    def make(where: str, dataset: Any, shuffle: bool, batches: Batches) -> Callable[..., Any]:
         made = partial(
-            make_loader, dataset, rows, microbatch=steps.local_batch_size, seed=config.seed, shuffle=shuffle,
-            drop_last=loader.drop_last, num_workers=loader.num_workers,
+            make_loader, dataset, batches.rows, microbatch=batches.microbatch, seed=config.seed, shuffle=shuffle,
+            drop_last=batches.drop_last, num_workers=batches.num_workers,
         )  # fmt: skip
         try:
             made()
-            tell_rows(dataset, where, rows, loader.drop_last, notes)
+            tell_rows(dataset, where, batches.rows, batches.drop_last, notes)
         except DataError as error:
             raise ConfigError(f"{where}: {error}") from error
         return made
 
-    train = make("dataset", dataset, loader.shuffle)
-    make_validation = make("validation_dataset", validation, False) if validation is not None else None
-    return Loaders(train, make_validation, num_batches(len(dataset), rows, loader.drop_last))
+    training, validating = batches_of(config), validation_batches_of(config)
+    train = make("dataset", dataset, config.dataloader.shuffle, training)
+    makes = {where: make(where, each, False, validating) for where, each in validation.items()}
+    return Loaders(train, makes, num_batches(len(dataset), training.rows, training.drop_last))
 
 
 def title(dataset: Any) -> str:

@@ -107,7 +107,9 @@ def train(
             if is_last or (is_due and not is_stopped) or (recipe.val_every_steps and step % recipe.val_every_steps == 0):
                 measured = validation.run(now.params, now.state)
             if measured is not None:
-                validated, patience = measured, patience.after(measured.loss, recipe.early_stopping)
+                validated = measured
+                if measured.loss is not None:
+                    patience = patience.after(measured.loss, recipe.early_stopping)
                 is_over = patience.is_over(recipe.early_stopping)
                 if not is_last and not is_over:  # the last is in what the run ends with
                     reporter.validation(step, measured.said())

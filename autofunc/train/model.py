@@ -149,7 +149,7 @@ def _configured_loss(section: Mapping[str, Any]) -> Loss:
 
 
 def build_metrics(
-    config: FinetuneConfig, model: Model, loss: Loss | None, dataset: Any, *, checked: bool = False
+    config: FinetuneConfig, model: Model, loss: Loss | None, datasets: Mapping[str, Any], rows: int
 ) -> dict[str, Loss]:  # fmt: skip
     """The configured metrics by name.
 
@@ -157,23 +157,22 @@ def build_metrics(
         config: what is wanted.
         model: what is trained.
         loss: of the run.
-        dataset: to try them with.
-        checked: whether another process has tried them already.
+        datasets: to try them with, by section; none where another process has tried them already.
+        rows: of a microbatch of these.
 
     Raises:
-        ConfigError: where one cannot run on the dataset's rows, or gives no scalar.
+        ConfigError: where one cannot run on a dataset's rows, or gives no scalar.
     """
     metrics: dict[str, Loss] = {}
     for name, section in config.metrics.items():
         metric, options = target_and_arguments(section, f"metrics.{name}")
         metrics[name] = partial(metric, **options) if options else metric
-    if metrics and not checked:
-        rows = config.step_scheduler.local_batch_size
+    for where, dataset in datasets.items() if metrics else ():
         microbatch = counting_all(first_rows(dataset, rows))
         try:
             infer_boundaries(split(model), {}, microbatch, measured(loss, rows, metrics))
         except AutofuncError as error:
-            raise ConfigError(f"metrics on a batch of validation_dataset: {error}") from error
+            raise ConfigError(f"metrics on a batch of {where}: {error}") from error
     return metrics
 
 

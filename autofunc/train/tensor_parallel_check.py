@@ -43,8 +43,8 @@ def check_tensor_parallel(recipe: Recipe) -> None:
 
 
 def _check_lengths(recipe: Recipe) -> None:
-    for where, dataset in (("dataset", recipe.dataset), ("validation_dataset", recipe.validation_dataset)):
-        ids = first_rows(dataset, 1).get("input_ids") if dataset is not None else None
+    for where, dataset in {"dataset": recipe.dataset, **recipe.validation_datasets}.items():
+        ids = first_rows(dataset, 1).get("input_ids")
         if ids is not None and ids.shape[-1] % recipe.axes.tp:
             raise MeshError(
                 f"sequence_parallel cuts sequences into {recipe.axes.tp} equal parts, and those of {where} have "
