@@ -9,11 +9,10 @@ import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
-from rich.console import Console
-
 from autofunc.cli.loading import loading_torch
 from autofunc.cli.options import RunOptions
 from autofunc.config import FinetuneConfig, read_config
+from autofunc.progress_bar import CONSOLE
 from autofunc.shown import literal, shown
 from autofunc.timing import clock
 from autofunc.train.fork_server import ForkServer
@@ -66,7 +65,7 @@ def train(
 
 def _checking(config_path: str) -> AbstractContextManager[object]:
     """Shown on terminals."""
-    return Console(stderr=True).status(literal(f"checking {shown(config_path)}"))
+    return CONSOLE.status(literal(f"checking {shown(config_path)}"))
 
 
 def _fork_server(config: FinetuneConfig, options: RunOptions) -> AbstractContextManager[ForkServer | None]:

@@ -18,6 +18,8 @@ _AS_GLOB = {"\\.": ".", ".*": "*", ".": "?"}
 RENAMED: Mapping[str, str] = {
     "build_gpt2_model": "stages.gpt2.build_gpt2_model",
     "HellaSwag": "autofunc.data.HellaSwag",
+    "ColumnMappedTextInstructionDataset": "autofunc.data.ColumnMappedTextInstructionDataset",
+    "ChatDataset": "autofunc.data.ChatDataset",
     "MaskedCrossEntropy": "autofunc.losses.causal_lm",
     "FusedLinearCrossEntropy": "autofunc.losses.chunked_causal_lm",
     "NeMoAutoModelForCausalLM.from_pretrained": "autofunc.AutoModel.from_pretrained",

@@ -1,5 +1,7 @@
 """Datasets and loaders: rows of token ids with labels that are already aligned (`labels[t]` follows `input_ids[t]`)."""
 
+from autofunc.data.chat import ChatDataset
+from autofunc.data.column_mapped import ColumnMappedTextInstructionDataset
 from autofunc.data.hellaswag import HellaSwag
 from autofunc.data.loader import STACKED, START, Part, Position, first_rows, make_loader, num_batches
 from autofunc.data.made_up import MadeUpTokens
@@ -11,6 +13,8 @@ __all__ = [
     "STACKED",
     "START",
     "ByteTokenizer",
+    "ChatDataset",
+    "ColumnMappedTextInstructionDataset",
     "HellaSwag",
     "MadeUpTokens",
     "Part",

@@ -122,7 +122,8 @@ def tell_tokenizers(datasets: Mapping[str, Any], notes: list[str]) -> None:
 
 
 def tell_rows(dataset: Any, where: str, rows: int, drop_last: bool, notes: list[str]) -> None:
-    """Note what of a dataset is not used: columns of text, and rows that `drop_last` leaves out."""
+    """Note what a dataset says, and what of it is not used: columns of text, and rows that `drop_last` leaves out."""
+    notes += [f"{where}: {note}" for each in inside(dataset) for note in getattr(each, "notes", ())]
     columns = text_columns(dataset)
     if columns:
         notes.append(f"{where}: text is left out of its rows: {', '.join(columns)}")
