@@ -13,7 +13,7 @@ _WARMUP = "lr_scheduler.lr_warmup_steps"
 _CONSTANT_WD = "weight decay is constant: optimizer.weight_decay"
 _NO_STATE = "nothing: the learning rate depends on the step alone"
 _LOGS = "every step is in metrics.jsonl in output_dir"
-_TEXTS = "rows of one length; autofunc.data.TextFolder joins texts"
+_TEXTS = "rows of one length, or dataloader.pad_seq_len_divisible; autofunc.data.PackedText packs texts"
 
 _GLOBAL = "step_scheduler.global_batch_size, rows of a step: steps of accumulation times local_batch_size times dp_size"
 _PRECISION = "distributed.mp_policy.param_dtype: bfloat16"

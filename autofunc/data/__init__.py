@@ -5,6 +5,8 @@ from autofunc.data.column_mapped import ColumnMappedTextInstructionDataset
 from autofunc.data.hellaswag import HellaSwag
 from autofunc.data.loader import STACKED, START, Part, Position, first_rows, make_loader, num_batches
 from autofunc.data.made_up import MadeUpTokens
+from autofunc.data.mock import MockDataset
+from autofunc.data.padding import Padded, Padding
 from autofunc.data.rows import text_columns
 from autofunc.data.text_folder import TextFolder
 from autofunc.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
@@ -17,6 +19,9 @@ __all__ = [
     "ColumnMappedTextInstructionDataset",
     "HellaSwag",
     "MadeUpTokens",
+    "MockDataset",
+    "Padded",
+    "Padding",
     "Part",
     "Position",
     "TextFolder",

@@ -55,7 +55,8 @@ class InstructionRows(Dataset[dict[str, Tensor]]):
             raise DataError(f"{name}: {of} is empty")
         ahead = 1 if aligned_labels else 0
         longest = int(examples.lengths.max()) - ahead
-        self.seq_len = seq_length if seq_length is not None else max(-(-longest // ROUND_UP_TO), 1) * ROUND_UP_TO
+        rounded = max(-(-longest // ROUND_UP_TO), 1) * ROUND_UP_TO if self._pads else longest
+        self.seq_len = seq_length if seq_length is not None else rounded
         most = self.seq_len + ahead
         long = int((examples.lengths > most).sum())
         if long and not truncation:

@@ -7,7 +7,8 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from autofunc.config import FinetuneConfig, call, instantiate
-from autofunc.data import first_rows, make_loader, num_batches, text_columns
+from autofunc.config.schema import Dataloader
+from autofunc.data import Padded, Padding, first_rows, make_loader, num_batches, text_columns
 from autofunc.errors import ConfigError, DataError
 from autofunc.model import Model
 from autofunc.train.labels import inside
@@ -48,8 +49,13 @@ def validation_batches_of(config: FinetuneConfig) -> Batches:
     )
 
 
-def read_dataset(section: Mapping[str, Any], where: str) -> Any:
+def read_dataset(section: Mapping[str, Any], where: str, loader: Dataloader) -> Any:
     """Make the dataset that a section describes: this reads, and usually tokenises, all of it.
+
+    Args:
+        section: that names it.
+        where: the key of the section, for messages.
+        loader: says whether its rows are filled up.
 
     Raises:
         ConfigError: naming the section, when it cannot be made, has no rows by index, none at all, or others than expected.
@@ -61,6 +67,8 @@ def read_dataset(section: Mapping[str, Any], where: str) -> Any:
         )
     if not call(partial(len, dataset), where, f"the length of {type(dataset).__name__}"):
         raise ConfigError(f"{where} has no rows")
+    if loader.pad_seq_len_divisible is not None or loader.pad_seq_len_to is not None:
+        dataset = Padded(dataset, Padding(loader.pad_seq_len_divisible, tuple(sorted(loader.pad_seq_len_to or ()))))
     try:
         first_rows(dataset, 1)
     except DataError as error:
@@ -76,7 +84,7 @@ class Datasets:
     """
 
     def __init__(self, config: FinetuneConfig) -> None:
-        self._sections = config.validations
+        self._sections, self._loader = config.validations, config.dataloader
         self._read: list[tuple[Mapping[str, Any], Any]] = []
         same = (name for name, section in self._sections.items() if section == config.dataset)
         self.train = self._of(config.dataset, next(same, "dataset"))
@@ -93,7 +101,7 @@ class Datasets:
     def _of(self, section: Mapping[str, Any], where: str) -> Any:
         known = next((dataset for same, dataset in self._read if same == section), None)
         if known is None:
-            known = read_dataset(section, where)
+            known = read_dataset(section, where, self._loader)
             self._read.append((section, known))
         return known
 
@@ -164,6 +172,10 @@ def loaders_of(config: FinetuneConfig, dataset: Any, validation: Mapping[str, An
 
 def title(dataset: Any) -> str:
     """What a dataset says of itself; else its class and its rows."""
+    if isinstance(dataset, Padded):
+        padding = dataset.padding
+        to = padding.multiple_of or ", ".join(map(str, padding.lengths))
+        return f"{title(dataset.dataset)}, filled up to {'multiples of ' if padding.multiple_of else ''}{to}"
     cls = type(dataset)
     own = any("__repr__" in vars(base) for base in cls.__mro__[:-1])
     return repr(dataset) if own else f"{cls.__module__}.{cls.__qualname__}, {len(dataset):,} rows"

@@ -6,11 +6,12 @@ from collections.abc import Hashable, Sequence
 from typing import Any
 
 from autofunc.batch import signature, split_batch
-from autofunc.data import STACKED, first_rows
-from autofunc.errors import AutofuncError, ConfigError
+from autofunc.data import STACKED, Padded, first_rows
+from autofunc.errors import AutofuncError, ConfigError, DataError
 from autofunc.losses import Loss
 from autofunc.splitting import Stage, infer_boundaries
 from autofunc.train.datasets import Batches
+from autofunc.train.labels import inside
 
 
 class Trial:
@@ -38,15 +39,20 @@ class Trial:
         """
         most = batches.microbatch
         rows, last = min(most, len(dataset)), len(dataset) % batches.rows
-        self._run(where, dataset, 0, rows, most)
+        try:
+            lengths = lengths_of(dataset)
+        except DataError as error:
+            raise ConfigError(f"{where}: {error}") from error
+        for length in lengths:
+            self._run(where, dataset, 0, rows, most, length)
         if last and not batches.drop_last:
             short = last % most or most
             self._run(where, dataset, len(dataset) - short, short, most)
 
-    def _run(self, where: str, dataset: Any, start: int, rows: int, most: int) -> None:
+    def _run(self, where: str, dataset: Any, start: int, rows: int, most: int, length: int = 0) -> None:
         name = self._stages[0].model.key_name
         try:
-            batch = first_rows(dataset, rows, start)
+            batch = first_rows(dataset, rows, start, length)
             self._try(split_batch(batch, 1, key=(0, 0), batch_dims=STACKED, key_name=name)[0])
         except AutofuncError as error:
             hint = (
@@ -61,3 +67,15 @@ class Trial:
         if known not in self._tried:
             infer_boundaries(self._stages, {}, microbatch, self._loss)
             self._tried.add(known)
+
+
+def lengths_of(dataset: Any) -> list[int]:
+    """The lengths that rows of a dataset may have, as far as is known, beside that of its first ones, which is 0.
+
+    Raises:
+        DataError: where its longest row fits into none.
+    """
+    if not isinstance(dataset, Padded):
+        return [0]
+    longest = dataset.padding.fitting(max((getattr(each, "seq_len", None) or 0 for each in inside(dataset)), default=0))
+    return [0, *(dataset.padding.lengths or [longest])]
