@@ -19,6 +19,7 @@ RENAMED: Mapping[str, str] = {
     "build_gpt2_model": "stages.gpt2.build_gpt2_model",
     "HellaSwag": "autofunc.data.HellaSwag",
     "ColumnMappedTextInstructionDataset": "autofunc.data.ColumnMappedTextInstructionDataset",
+    "NanogptDataset": "autofunc.data.TokenFiles",
     "MockIterableDataset": "autofunc.data.MockDataset",
     "ChatDataset": "autofunc.data.ChatDataset",
     "MaskedCrossEntropy": "autofunc.losses.causal_lm",

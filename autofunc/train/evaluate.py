@@ -15,6 +15,7 @@ from autofunc.checkpoint.write import is_first, of_first
 from autofunc.config import FinetuneConfig
 from autofunc.errors import CheckpointError, ConfigError
 from autofunc.shown import literal
+from autofunc.train.documents_apart import check_documents_apart
 from autofunc.train.loop import build_pipe
 from autofunc.train.progress import ProgressReporter, Reporter, Silent
 from autofunc.train.recipe import Recipe
@@ -91,4 +92,5 @@ def _validated(
     else:
         checkpoint = load(path, pipe, device=device)
         params, state = checkpoint.params, checkpoint.state
+    check_documents_apart(recipe, pipe, params, state, device)
     return Validation(recipe, pipe, device, reporter).run(params, state)

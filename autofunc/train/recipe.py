@@ -35,6 +35,7 @@ from autofunc.train.layout import LayerCosts, count_microbatches, is_auto, stage
 from autofunc.train.learning_rate import learning_rate_of
 from autofunc.train.model import build_loss, build_metrics, build_model
 from autofunc.train.optimizer import build_optimizer, check_optimizer, try_optimizer
+from autofunc.train.packed import check_positions_are_read
 from autofunc.train.trial import Trial
 
 
@@ -140,6 +141,8 @@ def prepare(
         trial.run("dataset", dataset, training)
         for where, each in validation.items():
             trial.run(where, each, validating)
+        for where, each in {"dataset": dataset, **validation}.items():
+            check_positions_are_read(stages, loss, where, each)
     clock.done("trying the stages")
     if config.export is not None:
         _check_export(config, stages[0].model)

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from autofunc.data import ColumnMappedTextInstructionDataset
+from autofunc.data import ColumnMappedTextInstructionDataset, HellaSwag, PackedText, TextFolder
 from autofunc.data.array_cache import FOLDER, OFF, cache_folder, cached
-from autofunc.data.tokenizer import ByteTokenizer
+from autofunc.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer
 from autofunc.errors import DataError
+from tests.data.test_datasets import SAMPLE
+from tests.data.tokenizers import write_tokenizer
 
 MAPPING = {"question": "q", "answer": "a"}
 
@@ -91,6 +96,26 @@ def test_a_dataset_is_tokenised_once(cache: Path, tmp_path: Path, monkeypatch: p
     assert read() and len(calls) == 3
     monkeypatch.setenv(FOLDER, OFF)
     assert read() and len(calls) == 4
+
+
+def test_what_is_read_is_what_was_made(cache: Path, tmp_path: Path) -> None:
+    """Of every dataset that tokenises; the second one does not."""
+    name = write_tokenizer(tmp_path / "tokenizer")
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("\n".join(json.dumps({"text": "what is it? " * count}) for count in range(1, 20)))
+    makes: list[Callable[[], Any]] = [
+        lambda: TextFolder(str(texts), seq_len=8, tokenizer=name),
+        lambda: HellaSwag(str(SAMPLE), tokenizer=name, num_samples_limit=5),
+        lambda: PackedText(str(texts), 16, tokenizer=name),
+    ]
+    for number, make in enumerate(makes, 1):
+        made = [make()[index] for index in range(3)]
+        assert len([each for each in cache.iterdir() if each.is_dir()]) == (number if number < 3 else 4)
+        with pytest.MonkeyPatch.context() as patch:
+            for method in ("encode", "spans"):
+                patch.delattr(HuggingFaceTokenizer, method)
+            read = [make()[index] for index in range(3)]
+        assert all(torch.equal(a[key], b[key]) for a, b in zip(made, read, strict=True) for key in a)
 
 
 def test_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
