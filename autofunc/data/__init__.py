@@ -3,6 +3,7 @@
 from autofunc.data.chat import ChatDataset
 from autofunc.data.column_mapped import ColumnMappedTextInstructionDataset
 from autofunc.data.hellaswag import HellaSwag
+from autofunc.data.instruction_rows import InstructionRows
 from autofunc.data.loader import STACKED, START, Part, Position, first_rows, make_loader, num_batches
 from autofunc.data.made_up import MadeUpTokens
 from autofunc.data.mock import MockDataset
@@ -21,6 +22,7 @@ __all__ = [
     "ChatDataset",
     "ColumnMappedTextInstructionDataset",
     "HellaSwag",
+    "InstructionRows",
     "MadeUpTokens",
     "MockDataset",
     "PackedText",

@@ -64,7 +64,7 @@ class InstructionRows(Dataset[dict[str, Tensor]]):
                 f"{name}: {long:,} of {len(examples):,} rows of {of} have more than seq_length={seq_length} tokens, the "
                 f"longest {longest:,}; give a longer seq_length, or truncation: true"
             )
-        self._kept = np.array([index for index in range(len(examples)) if examples.at(index)[1][1:most].any()])
+        self._kept = np.flatnonzero(examples.count_learnt(1, most))
         without = len(examples) - len(self._kept)
         if not len(self._kept):
             raise DataError(

@@ -45,6 +45,13 @@ class Examples:
         """Tokens of each."""
         return np.diff(self.starts)
 
+    def count_learnt(self, begin: int, end: int) -> np.ndarray:
+        """How many tokens of each example are learnt, from one place in it to before another."""
+        before = np.concatenate([[0], np.cumsum(self._learnt)])
+        first = np.minimum(self.starts[:-1] + begin, self.starts[1:])
+        counts: np.ndarray = before[np.minimum(self.starts[:-1] + end, self.starts[1:])] - before[first]
+        return counts
+
     def at(self, index: int) -> tuple[Tensor, Tensor]:
         """(tokens, which of them are learnt) of an example."""
         part = slice(int(self.starts[index]), int(self.starts[index + 1]))

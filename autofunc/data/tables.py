@@ -39,8 +39,12 @@ class Tables:
                 self._table = self._from_hub(of)
             elif unfit(path) == NOT_THERE:
                 raise DataError(f"there is no file or folder {quoted(each)} (looked in {shown(Path.cwd())})")
+            elif is_folder(path):
+                self.files += tables_in(path, split)
+            elif split == "train":
+                self.files.append(path)
             else:
-                self.files += tables_in(path, split) if is_folder(path) else [path]
+                raise DataError(f"{shown(path)} is a file, which has the split 'train' only; got {quoted(split)}")
         if not self.files and self._table is None:
             raise DataError(f"{quoted(of)} names no file")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from contextlib import nullcontext
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -96,7 +97,8 @@ class HuggingFaceTokenizer:
         """See `Tokenizer`: its whole content, where it is kept by the library `tokenizers`."""
         if not self._tokenizer.is_fast:
             return None
-        content = f"{self._tokenizer.backend_tokenizer.to_str()} {self.end_of_text} {self.chat_template}"
+        versions = [version(library) for library in ("tokenizers", "transformers")]
+        content = f"{self._tokenizer.backend_tokenizer.to_str()} {self.end_of_text} {self.chat_template} {versions}"
         return hashlib.blake2b(content.encode(errors="surrogatepass"), digest_size=16).hexdigest()
 
     @property

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from autofunc.config import FinetuneConfig, call, instantiate
 from autofunc.config.schema import Dataloader
-from autofunc.data import Padded, Padding, first_rows, make_loader, num_batches, text_columns
+from autofunc.data import InstructionRows, Padded, Padding, first_rows, make_loader, num_batches, text_columns
 from autofunc.errors import ConfigError, DataError
 from autofunc.model import Model
 from autofunc.train.labels import inside
@@ -131,7 +131,7 @@ def tell_tokenizers(datasets: Mapping[str, Any], notes: list[str]) -> None:
 
 def tell_rows(dataset: Any, where: str, rows: int, drop_last: bool, notes: list[str]) -> None:
     """Note what a dataset says, and what of it is not used: columns of text, and rows that `drop_last` leaves out."""
-    notes += [f"{where}: {note}" for each in inside(dataset) for note in getattr(each, "notes", ())]
+    notes += [f"{where}: {note}" for each in inside(dataset) if isinstance(each, InstructionRows) for note in each.notes]
     columns = text_columns(dataset)
     if columns:
         notes.append(f"{where}: text is left out of its rows: {', '.join(columns)}")

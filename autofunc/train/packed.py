@@ -23,7 +23,7 @@ HOW = (
 
 def is_packed(dataset: Any) -> bool:
     """Whether rows of a dataset hold several documents, told apart by their positions."""
-    return any(getattr(each, "is_packed", False) for each in inside(dataset))
+    return any(getattr(each, "is_packed", None) is True for each in inside(dataset))
 
 
 def check_positions_are_read(stages: Sequence[Stage], loss: Loss | None, where: str, dataset: Any) -> None:

@@ -136,6 +136,12 @@ def test_what_cannot_be_learnt_from(tmp_path: Path, tokenizers: dict[str, str]) 
         (columns, [path, MAPPING], {"seq_length": 4, "truncation": False}, "2 of 2 rows of .* have more than seq_length=4"),
         (columns, [path, MAPPING], {"padding": "longest"}, "padding='longest': "),
         (columns, [path, MAPPING, tokenizers["none"]], {"use_hf_chat_template": True}, "has no chat template"),
+        (
+            columns,
+            [path, MAPPING],
+            {"split": "validation"},
+            "is a file, which has the split 'train' only; got 'validation'",
+        ),
         (columns, ["nowhere.jsonl", MAPPING], {}, "there is no file or folder 'nowhere.jsonl'"),
         (chat, [talk(*TALK), tokenizers["none"]], {}, "has no chat template; give one"),
         (chat, [talk(*TALK), tokenizers["last"]], {}, "line 1 of .* renders message 2 otherwise"),
