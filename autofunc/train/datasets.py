@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from autofunc.config import FinetuneConfig, call, instantiate
-from autofunc.config.schema import Dataloader
+from autofunc.config.dataloaders import Dataloader
 from autofunc.data import InstructionRows, Padded, Padding, first_rows, make_loader, num_batches, text_columns
 from autofunc.errors import ConfigError, DataError
 from autofunc.model import Model
