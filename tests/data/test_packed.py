@@ -59,7 +59,7 @@ def alone(row: dict[str, Tensor]) -> list[dict[str, Tensor]]:
 def test_the_loss_is_that_of_each_document_alone(tmp_path: Path, aligned: bool) -> None:
     config = LlamaConfig(
         vocab_size=256, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=32,
+        max_position_embeddings=32, initializer_range=0.15,
     )  # fmt: skip
     torch.manual_seed(0)
     module = LlamaForCausalLM(config).eval()
@@ -78,6 +78,8 @@ def test_the_loss_is_that_of_each_document_alone(tmp_path: Path, aligned: bool) 
         together.append(total.item())
     expected = sum(together) / sum(weights) if aligned else np.mean([t / w for t, w in zip(together, weights, strict=True)])
     assert pipe(model.init(), batch).item() == pytest.approx(expected, abs=1e-6)
+    at_once = pipe(model.init(), {**batch, "position_ids": torch.arange(24).expand(len(data), -1).contiguous()}).item()
+    assert abs(at_once - expected) > 1e-3, "it is another if they see each other"
     texts = {bytes(part["input_ids"][0].tolist()).decode() for index in range(len(data)) for part in alone(data[index])}
     assert {WORDS[:4], WORDS[:7], WORDS[:22], WORDS[:24], WORDS[24:]} <= texts
 
@@ -108,12 +110,19 @@ def llama():
     return LlamaForCausalLM(LlamaConfig(vocab_size=256, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
                             num_attention_heads=1, max_position_embeddings=32))
 
+class Mask(nn.Module):
+    "With a mask of its own transformers takes positions for rotary angles only."
+    def __init__(self):
+        super().__init__()
+        self.inner = llama()
+    def forward(self, input_ids, position_ids):
+        return self.inner(input_ids, torch.ones_like(input_ids), position_ids).logits
+
 class Looks(nn.Module):
     "Positions are read, but attention looks at all that stands before."
     def __init__(self):
         super().__init__()
         self.ids, self.at, self.head = nn.Embedding(256, 8), nn.Embedding(32, 8), nn.Linear(8, 256)
-        nn.init.normal_(self.head.weight, std=5.0)
     def forward(self, input_ids, position_ids):
         x = self.ids(input_ids) + self.at(position_ids)
         return self.head(nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True))
@@ -142,5 +151,6 @@ def test_a_model_that_cannot_keep_them_apart_is_refused(tmp_path: Path) -> None:
     assert (
         done.status == 2 and "dataset has several documents in a row, and the model does not read position_ids" in done.err
     )
-    done = run_here(tmp_path, "train", "-c", "run.yaml", "--output_dir", "looks", "--model._target_", "net.py:Looks")
-    assert done.status == 1 and "the model lets them see each other: other tokens in the first one change" in done.err
+    for name in ("Looks", "Mask"):
+        done = run_here(tmp_path, "train", "-c", "run.yaml", "--output_dir", name, "--model._target_", f"net.py:{name}")
+        assert done.status == 1 and "the model lets them see each other: other tokens in the first one" in done.err, name
