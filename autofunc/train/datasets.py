@@ -86,8 +86,10 @@ class Datasets:
     def __init__(self, config: FinetuneConfig) -> None:
         self._sections, self._loader = config.validations, config.dataloader
         self._read: list[tuple[Mapping[str, Any], Any]] = []
-        same = (name for name, section in self._sections.items() if section == config.dataset)
-        self.train = self._of(config.dataset, next(same, "dataset"))
+        # what is only measured has no other (`evaluate.to_evaluate`)
+        measured = (name for name, section in self._sections.items() if section is config.dataset)
+        self.where = next(measured, "dataset")  # the section of `train`, for messages
+        self.train = self._of(config.dataset, self.where)
 
     def validation(self, model: Model, notes: list[str]) -> dict[str, Any]:
         """The validation datasets by section, whose tokens the model must know; a note where there are none."""
@@ -139,12 +141,15 @@ def tell_rows(dataset: Any, where: str, rows: int, drop_last: bool, notes: list[
         notes.append(f"{where}: drop_last leaves out {len(dataset) % rows} of its {len(dataset)} rows")
 
 
-def loaders_of(config: FinetuneConfig, dataset: Any, validation: Mapping[str, Any], notes: list[str]) -> Loaders:
+def loaders_of(
+    config: FinetuneConfig, where: str, dataset: Any, validation: Mapping[str, Any], notes: list[str]
+) -> Loaders:  # fmt: skip
     """How batches are made of the datasets.
 
     Args:
         config: what is wanted.
-        dataset: to train on.
+        where: the section of the dataset to train on.
+        dataset: that one.
         validation: to measure on, by section.
         notes: told what is left out.
 
@@ -165,8 +170,8 @@ def loaders_of(config: FinetuneConfig, dataset: Any, validation: Mapping[str, An
         return made
 
     training, validating = batches_of(config), validation_batches_of(config)
-    train = make("dataset", dataset, config.dataloader.shuffle, training)
-    makes = {where: make(where, each, False, validating) for where, each in validation.items()}
+    train = make(where, dataset, config.dataloader.shuffle, training)
+    makes = {name: make(name, each, False, validating) for name, each in validation.items()}
     return Loaders(train, makes, num_batches(len(dataset), training.rows, training.drop_last))
 
 

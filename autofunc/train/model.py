@@ -98,13 +98,14 @@ def make(config: FinetuneConfig) -> Model | nn.Module | Pretrained:
 
 
 def build_loss(
-    config: FinetuneConfig, model: Model, dataset: Any, notes: list[str], *, checked: bool = False
+    config: FinetuneConfig, model: Model, where: str, dataset: Any, notes: list[str], *, checked: bool = False
 ) -> Loss | None:  # fmt: skip
     """The configured loss; else None where the model gives its own, and the causal one where it does not.
 
     Args:
         config: what is wanted.
         model: what is trained.
+        where: the section of the dataset, for messages.
         dataset: to try it with.
         notes: told what was chosen.
         checked: whether another process has tried it already.
@@ -120,7 +121,7 @@ def build_loss(
         if not checked:
             infer_boundaries(split(model), {}, microbatch, loss)
     except AutofuncError as error:
-        raise ConfigError(f"the model on a batch of dataset: {error}") from error
+        raise ConfigError(f"the model on a batch of {where}: {error}") from error
     if not checked and loss is not losses.causal_lm:
         weighs = weighed_alike_by(model, first_rows(dataset, _ROWS), loss, config.inputs)
         notes += [f"loss_fn: {weighs}"] if weighs else []

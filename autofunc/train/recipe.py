@@ -117,14 +117,14 @@ def prepare(
     if not checked:
         try_optimizer(optimizer)
     datasets = Datasets(config)
-    dataset = datasets.train
+    dataset, where = datasets.train, datasets.where
     clock.done("reading the dataset")
     model = build_model(config, dataset)
     clock.done("making the model")
     told += model.notes
     check_optimizer(optimizer, model)
-    check_tokens("dataset", dataset, model)
-    loss = build_loss(config, model, dataset, told, checked=checked)
+    check_tokens(where, dataset, model)
+    loss = build_loss(config, model, where, dataset, told, checked=checked)
     clock.done("trying the model and its loss")
     stages, schedule = stages_and_schedule(config, num_microbatches, model, loss, dataset, told, layer_costs)
     searches = is_auto(config) and schedule.num_ranks > 1
@@ -133,16 +133,16 @@ def prepare(
     clock.done("cutting stages")
     validation = datasets.validation(stages[0].model, told)
     clock.done("reading the validation datasets")
-    tell_tokenizers({"dataset": dataset, **validation}, told)
-    loaders = loaders_of(config, dataset, validation, told)
+    tell_tokenizers({where: dataset, **validation}, told)
+    loaders = loaders_of(config, where, dataset, validation, told)
     training, validating = batches_of(config), validation_batches_of(config)
     if not checked:
         trial = Trial(stages, loss)
-        trial.run("dataset", dataset, training)
-        for where, each in validation.items():
-            trial.run(where, each, validating)
-        for where, each in {"dataset": dataset, **validation}.items():
-            check_positions_are_read(stages, loss, where, each)
+        trial.run(where, dataset, training)
+        for name, each in validation.items():
+            trial.run(name, each, validating)
+        for name, each in {where: dataset, **validation}.items():
+            check_positions_are_read(stages, loss, name, each)
     clock.done("trying the stages")
     if config.export is not None:
         _check_export(config, stages[0].model)

@@ -103,6 +103,8 @@ def test_a_checkpoint_that_is_not_the_newest_is_measured(trained: Path) -> None:
         assert done.status == 2 and "the run would write step_9 again" in done.err
     finally:
         (folder / "step_9").rmdir()
+    done = run_here(trained, "evaluate", *older, "--validation_dataset.seq_len", "17")
+    assert done.status == 2 and "the model on a batch of validation_dataset: " in done.err
     done = run_here(trained, "evaluate", *older, "--model.n_embd", "8")
     assert done.status == 2 and "checkpoint.restore_from" in done.err and "(8,) here" in done.err
 
