@@ -35,7 +35,7 @@ def check(config_path: str, overrides: Sequence[str], as_json: bool) -> bool:
     with Console(stderr=True).status(literal(f"checking {shown(config_path)}")):
         config, notes = read_config(config_path, overrides)
         check_targets(config)
-        dataset = read_dataset(config.dataset, "dataset")
+        dataset = read_dataset(config.dataset, "dataset", config.dataloader)
         made = make(config)
         module = made if isinstance(made, Model) else with_values(made, config.seed)
         batch = first_rows(dataset, min(max(config.step_scheduler.local_batch_size, 2), _MOST_ROWS))

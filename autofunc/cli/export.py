@@ -35,7 +35,7 @@ def export(config_path: str, overrides: Sequence[str], weights: str, folder: str
             made = make(config.model_copy(update={"weights": SEED}))
             written = write_pretrained(made, Path(weights), folder)
         else:
-            base = build_base(config, read_dataset(config.dataset, "dataset"))
+            base = build_base(config, read_dataset(config.dataset, "dataset", config.dataloader))
             model = trained_model(base, Path(weights).expanduser())
             written = write_pretrained(model, model.init(config.seed if model.uses_seed else None), folder)
     sys.stdout.write(f"written to {shown(written)}\n")

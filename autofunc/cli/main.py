@@ -10,7 +10,7 @@ import typer
 
 from autofunc import __version__
 from autofunc.cli import config as config_commands
-from autofunc.cli import schedule
+from autofunc.cli import data, schedule
 from autofunc.cli.loading import loading_torch
 from autofunc.cli.options import TAKES_OVERRIDES, ConfigFile, EvaluateOptions, RunOptions, takes_groups
 from autofunc.errors import AutofuncError, ConfigError, PipelineRunError, full_message, one_of
@@ -26,6 +26,7 @@ app = typer.Typer(
 
 app.add_typer(schedule.app, name="schedule")
 app.add_typer(config_commands.app, name="config")
+app.add_typer(data.app, name="data")
 
 
 def _version(wanted: bool) -> None:

@@ -9,11 +9,10 @@ import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
-from rich.console import Console
-
 from autofunc.cli.loading import loading_torch
 from autofunc.cli.options import RunOptions
 from autofunc.config import FinetuneConfig, read_config
+from autofunc.progress_bar import CONSOLE
 from autofunc.shown import literal, shown
 from autofunc.timing import clock
 from autofunc.train.fork_server import ForkServer
@@ -60,13 +59,13 @@ def train(
             evaluates=evaluates, as_json=as_json,
         )  # fmt: skip
         with _checking(options.config):  # reads the data
-            recipe = checked_recipe(config, options.nproc_per_node, notes)
+            recipe = checked_recipe(run_asked.config, options.nproc_per_node, notes)
         begin(recipe, run_asked, server)
 
 
 def _checking(config_path: str) -> AbstractContextManager[object]:
     """Shown on terminals."""
-    return Console(stderr=True).status(literal(f"checking {shown(config_path)}"))
+    return CONSOLE.status(literal(f"checking {shown(config_path)}"))
 
 
 def _fork_server(config: FinetuneConfig, options: RunOptions) -> AbstractContextManager[ForkServer | None]:

@@ -13,6 +13,8 @@ Rows = Annotated[int, Field(ge=1, le=1 << 24)]
 
 MicrobatchRows = Annotated[int, Field(ge=1, le=1 << 16)]
 
+RowLength = Annotated[int, Field(ge=1, le=1 << 24)]
+
 Steps = Annotated[int, Field(ge=1, le=10**12)]
 
 Ranks = Annotated[int, Field(ge=1, le=1 << 16)]

@@ -6,10 +6,11 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from autofunc.config.validations import is_validation
 from autofunc.errors import one_of
 
 _PACKAGE = "nemo_automodel"
-_NAME_TARGETS = ("model", "dataset", "validation_dataset", "optimizer", "loss_fn")
+_NAME_TARGETS = ("model", "dataset", "optimizer", "loss_fn")
 _OVERRIDES = "param_group_overrides"
 _PLAIN_TOKENS = re.compile(r"\\\.|\.\*|\.|[\w-]")
 _AS_GLOB = {"\\.": ".", ".*": "*", ".": "?"}
@@ -17,6 +18,10 @@ _AS_GLOB = {"\\.": ".", ".*": "*", ".": "?"}
 RENAMED: Mapping[str, str] = {
     "build_gpt2_model": "stages.gpt2.build_gpt2_model",
     "HellaSwag": "autofunc.data.HellaSwag",
+    "ColumnMappedTextInstructionDataset": "autofunc.data.ColumnMappedTextInstructionDataset",
+    "NanogptDataset": "autofunc.data.TokenFiles",
+    "MockIterableDataset": "autofunc.data.MockDataset",
+    "ChatDataset": "autofunc.data.ChatDataset",
     "MaskedCrossEntropy": "autofunc.losses.causal_lm",
     "FusedLinearCrossEntropy": "autofunc.losses.chunked_causal_lm",
     "NeMoAutoModelForCausalLM.from_pretrained": "autofunc.AutoModel.from_pretrained",
@@ -49,7 +54,8 @@ def with_new_names(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[str], l
         notes.append(f"{where}: {node} is {found} here")
         return found
 
-    known = {name: value for name, value in raw.items() if name in _NAME_TARGETS}  # other sections are told as such
+    # other sections are told as such
+    known = {name: value for name, value in raw.items() if name in _NAME_TARGETS or is_validation(name)}
     renamed = {**raw, **visit(known, "")}
     if notes or unknown:
         renamed = _without_none(renamed)

@@ -13,7 +13,7 @@ _WARMUP = "lr_scheduler.lr_warmup_steps"
 _CONSTANT_WD = "weight decay is constant: optimizer.weight_decay"
 _NO_STATE = "nothing: the learning rate depends on the step alone"
 _LOGS = "every step is in metrics.jsonl in output_dir"
-_TEXTS = "rows of one length; autofunc.data.TextFolder joins texts"
+_TEXTS = "rows of one length, or dataloader.pad_seq_len_divisible; autofunc.data.PackedText packs texts"
 
 _GLOBAL = "step_scheduler.global_batch_size, rows of a step: steps of accumulation times local_batch_size times dp_size"
 _PRECISION = "distributed.mp_policy.param_dtype: bfloat16"
@@ -21,7 +21,7 @@ _BETAS = "optimizer.betas, a list of both"
 
 HF_TRAINER: Mapping[str, str] = {
     "per_device_train_batch_size": "step_scheduler.local_batch_size",
-    "per_device_eval_batch_size": "step_scheduler.local_batch_size, for both datasets",
+    "per_device_eval_batch_size": "validation_dataloader.batch_size",
     "gradient_accumulation_steps": _GLOBAL,
     "learning_rate": "optimizer.lr",
     "weight_decay": "optimizer.weight_decay",
@@ -135,7 +135,6 @@ TORCHTITAN: Mapping[str, str] = {
 AUTOMODEL: Mapping[str, str] = {
     "recipe": "autofunc finetune llm",
     "checkpoint.model_save_format": _DCP,
-    "checkpoint.best_metric_key": "nothing: LOWEST_VAL is by the validation loss",
     "checkpoint.staging_dir": "nothing: a checkpoint is written beside its folder and then renamed",
     "checkpoint.cpu_offload": "nothing: what is written is on the host",
     "checkpoint.wait_for_staging": "nothing: a step begins when all is copied",
@@ -151,8 +150,8 @@ AUTOMODEL: Mapping[str, str] = {
     "dataloader._target_": "nothing: the loader is its own",
     "dataloader.collate_fn": f"nothing: rows are stacked. {_TEXTS}",
     "dataloader.batch_size": "step_scheduler.local_batch_size",
-    "validation_dataloader": "nothing: validation rows are loaded as dataloader says",
-    "validation_dataset_name": "validation_dataset: {_target_: ...}",
+    "validation_dataloader._target_": "nothing: the loader is its own",
+    "validation_dataloader.collate_fn": f"nothing: rows are stacked. {_TEXTS}",
     "packed_sequence": _TEXTS,
     "lr_scheduler.start_wd": _CONSTANT_WD,
     "lr_scheduler.end_wd": _CONSTANT_WD,

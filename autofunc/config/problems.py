@@ -9,6 +9,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from autofunc.config.environment import FromEnvironment
 from autofunc.config.other_tools import explained
+from autofunc.config.validations import is_validation
 from autofunc.errors import one_of
 from autofunc.shown import quoted
 
@@ -92,7 +93,7 @@ def _path(section: type[BaseModel], location: list[str]) -> str:
     """The dotted key: after that of a field of several types pydantic has the name of the type that did not fit."""
     path: list[str] = []
     shown = ""
-    known = list(section.model_fields)
+    known = [*section.model_fields, *filter(is_validation, location[:1])]
     for part in location:
         if part.isdigit() and path:
             shown += f"[{part}]"

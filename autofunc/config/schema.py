@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import ConfigDict, Field, ValidationError, model_validator
 
+from autofunc.config.dataloaders import Dataloader, ValidationDataloader
 from autofunc.config.kinds import (
     Bytes,
     Dtype,
@@ -21,9 +22,10 @@ from autofunc.config.kinds import (
     Text,
     Threads,
 )  # fmt: skip
-from autofunc.config.problems import all_at_once, in_words
+from autofunc.config.problems import all_at_once, in_words, unknown_key
 from autofunc.config.updates import LrScheduler, Optimizers
-from autofunc.errors import ConfigError
+from autofunc.config.validations import SECTION, is_validation, leading, measured_as
+from autofunc.errors import ConfigError, one_of
 
 
 class StepScheduler(Section):
@@ -125,14 +127,6 @@ class Distributed(Section):
     )  # fmt: skip
 
 
-class Dataloader(Section):
-    """How rows become batches."""
-
-    shuffle: bool = Field(True, description="draw rows in an order that depends on the seed")
-    drop_last: bool = Field(False, description="leave out a short last batch, of each dataset")
-    num_workers: Annotated[int, Field(ge=0, le=1 << 10)] = Field(0, description="processes that load rows")
-
-
 class CheckpointSection(Section):
     """What is kept of a run while it goes, so that it can go on after it was interrupted."""
 
@@ -145,6 +139,10 @@ class CheckpointSection(Section):
     save_consolidated: Literal["final", "every"] | bool = Field(
         "final", description="whole weights as model.safetensors: final at the end of a run, every (or true) in each "
         "checkpoint as well, false never",
+    )  # fmt: skip
+    best_metric_key: Text | None = Field(
+        None, description="name of the validation dataset whose loss LOWEST_VAL and early_stopping look at: default is the "
+        "one without a name; left out, that one or, where all have names, the first",
     )  # fmt: skip
     restore_from: Text | None = Field(
         None, description="a checkpoint to go on from: its folder; LATEST or LOWEST_VAL of checkpoint_dir; AUTO, the "
@@ -184,8 +182,17 @@ class Peft(Section):
     use_rslora: bool = Field(False, description="divide alpha by the root of dim")
 
 
+def _with_named(schema: dict[str, Any]) -> None:
+    """Say in the JSON schema which other keys there may be."""
+    schema["patternProperties"] = {f"^{SECTION}_[A-Za-z0-9]": schema["properties"][SECTION]}
+    schema["additionalProperties"] = False
+
+
 class FinetuneConfig(Section):
-    """The whole file."""
+    """The whole file. Beside these keys it takes validation datasets by name: `validation_dataset_NAME`."""
+
+    model_config = ConfigDict(extra="allow", json_schema_extra=_with_named)  # `parse_config` refuses all others
+    __pydantic_extra__: dict[str, Target | None] = Field(init=False)
 
     model: Target = Field(description="a callable that returns an nn.Module or an af.Model")
     inputs: OneOrMore | Annotated[dict[str, Text], Field(min_length=1)] | None = Field(
@@ -207,6 +214,7 @@ class FinetuneConfig(Section):
     )
     dataset: Target = Field(description="what is learnt from")
     validation_dataset: Target | None = Field(None, description="what the validation loss is measured on")
+    validation_dataloader: ValidationDataloader = ValidationDataloader()
     metrics: dict[str, Target] = Field(
         {}, description="what else is measured in validation, by name: functions of (outputs, microbatch) that return a "
         "mean, or (sum, weight), such as autofunc.metrics.accuracy",
@@ -232,11 +240,33 @@ class FinetuneConfig(Section):
         description="folder in output_dir that a run leaves at its end, and that transformers' from_pretrained loads",
     )
 
+    @property
+    def validations(self) -> dict[str, dict[str, Any]]:
+        """The sections of validation datasets by their names, in order: the one without a name first."""
+        sections = {SECTION: self.validation_dataset, **(self.model_extra or {})}
+        return {name: section for name, section in sections.items() if section is not None}
+
+    @property
+    def leading_validation(self) -> str | None:
+        """The section of the validation dataset whose loss LOWEST_VAL and early stopping look at; None without any."""
+        return leading(self.validations, self.checkpoint.best_metric_key if self.checkpoint is not None else None)
+
     @model_validator(mode="after")
     def _measures_what_is_asked_for(self) -> FinetuneConfig:
         for name in ("metrics", "early_stopping"):
-            if getattr(self, name) and self.validation_dataset is None:
+            if getattr(self, name) and not self.validations:
                 raise ValueError(f"{name} is measured on validation_dataset, and there is none")
+        try:
+            _ = self.leading_validation
+        except ConfigError as error:
+            raise ValueError(f"checkpoint.best_metric_key: {error}") from error
+        known: dict[str, str] = {}
+        for section in self.validations:
+            for what in ("loss", *self.metrics):
+                name = measured_as(section, what)
+                if name in known:
+                    raise ValueError(f"{name} would be measured on {known[name]} and on {section}; give one another name")
+                known[name] = section
         return self
 
     @model_validator(mode="after")
@@ -254,8 +284,14 @@ def parse_config(raw: Mapping[str, Any]) -> FinetuneConfig:
     Raises:
         ConfigError: listing every problem: the key, what was given, what was expected, and the nearest known key.
     """
+    fields = FinetuneConfig.model_fields
+    known = {name: value for name, value in raw.items() if name in fields or is_validation(name)}
+    unknown = [name for name in raw if name not in known]
+    problems = [line for name in unknown for line in unknown_key([name], raw[name], one_of(name, fields))]
     try:
-        return FinetuneConfig.model_validate(raw)
+        config = FinetuneConfig.model_validate(known)
     except ValidationError as error:
-        problems = in_words(error, FinetuneConfig)
+        problems += in_words(error, FinetuneConfig)
+    if not problems:
+        return config
     raise ConfigError(all_at_once(problems))

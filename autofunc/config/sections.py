@@ -11,6 +11,7 @@ from autofunc.config.problems import all_at_once
 from autofunc.config.schema import FinetuneConfig
 from autofunc.config.target import resolve_target
 from autofunc.config.updates import OPTIMIZER_KEYS
+from autofunc.config.validations import is_validation
 from autofunc.errors import ConfigError
 
 GIVEN_LATER: Mapping[str, int | str] = {
@@ -28,7 +29,8 @@ def check_targets(config: FinetuneConfig) -> None:
     Raises:
         ConfigError: listing every problem.
     """
-    problems = [line for name in GIVEN_LATER for line in _problems(name, getattr(config, name))]
+    sections = {name: getattr(config, name) for name in GIVEN_LATER} | config.validations
+    problems = [line for name, section in sections.items() for line in _problems(name, section)]
     if problems:
         raise ConfigError(all_at_once(problems))
 
@@ -44,15 +46,14 @@ def target_and_arguments(section: Mapping[str, Any], where: str) -> tuple[Callab
     root = re.split(r"[.[]", where)[0]
     left_out = ("_target_", *OPTIMIZER_KEYS) if root == "optimizer" else ("_target_",)
     given = {key: value for key, value in section.items() if key not in left_out}
-    return target, check_arguments(target, given, where, name, GIVEN_LATER[root])
+    return target, check_arguments(target, given, where, name, GIVEN_LATER.get(root, 0))
 
 
 def problems_of_known(raw: Mapping[str, Any]) -> list[str]:
     """What is wrong with the sections of a raw configuration that name what comes with autofunc: no code of the user's."""
     found: list[str] = []
-    for name in GIVEN_LATER:
-        section = raw.get(name)
-        for where, each in _each(name, section):
+    for name in [*GIVEN_LATER, *(name for name in raw if is_validation(name) and name not in GIVEN_LATER)]:
+        for where, each in _each(name, raw.get(name)):
             if str(each.get("_target_")).startswith(_KNOWN):
                 found += _problems(where, each)
     return found

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from autofunc.batch import COUNTS
+from autofunc.data.padding import Padded, filled_up, length_of
 from autofunc.data.rows import Rows, labelled, stack
 from autofunc.errors import DataError
 
@@ -50,7 +51,8 @@ class _Picks(NamedTuple):
     """The rows of one place in a part."""
 
     indices: list[int]
-    num_real: int  # of these; the others fill up
+    everywhere: list[int]  # those of all places
+    num_real: int  # of its indices; the others fill up
     microbatch: int  # rows of each microbatch
     num_rows: int  # real ones over all places
     ends_batch: bool
@@ -104,14 +106,23 @@ def num_batches(length: int, rows: int, drop_last: bool) -> int:
     return length // rows if drop_last else -(-length // rows)
 
 
-def first_rows(dataset: Dataset[Any], rows: int, start: int = 0) -> dict[str, Tensor]:
+def first_rows(dataset: Dataset[Any], rows: int, start: int = 0, length: int = 0) -> dict[str, Tensor]:
     """A batch of `rows` rows from the start on, the last one repeated where the dataset ends: to look at and to try.
+
+    Args:
+        dataset: has rows by index.
+        rows: of the batch.
+        start: index of the first one.
+        length: that they are filled up to at least, where the dataset's rows are filled up.
 
     Raises:
         DataError: for rows that are none.
     """
     last = len(dataset) - 1  # type: ignore[arg-type]
-    return stack(Rows(dataset).read([min(index, last) for index in range(start, start + rows)], epoch=1))
+    found = Rows(dataset).read([min(index, last) for index in range(start, start + rows)], epoch=1)
+    if isinstance(dataset, Padded):
+        found = filled_up(found, dataset.padding.fitting(max([length, *map(length_of, found)])))
+    return stack(found)
 
 
 class _Order(NamedTuple):
@@ -163,7 +174,7 @@ class _Sampler(Sampler[_Picks]):
         begin, end = self._place * self._count * size, (self._place + 1) * self._count * size
         filled = part + part[-1:] * (self._microbatches * size - len(part))
         real = min(max(len(part) - begin, 0), end - begin)
-        return _Picks(filled[begin:end], real, size, len(part), ends_batch, epoch, after)
+        return _Picks(filled[begin:end], part, real, size, len(part), ends_batch, epoch, after)
 
 
 class _Parts(Dataset[Any]):
@@ -173,18 +184,33 @@ class _Parts(Dataset[Any]):
         self._rows = rows
 
     def __getitems__(self, picks: _Picks) -> Part:
-        rows = self._rows.read(picks.indices, picks.epoch)
+        rows = _of_one_length(self._rows, picks)
         batch = stack(rows)
         has_label = labelled(batch)
         counts = has_label.clone()
         counts[picks.num_real :] = False
         # a mean over no label is no number, so microbatches without any get rows that have some, and do not count
         bare = [at for at in range(0, len(rows), picks.microbatch) if not has_label[at : at + picks.microbatch].any()]
+        stand_in = self._rows.first_labelled() if bare else {}
+        if bare and isinstance(self._rows.dataset, Padded):
+            (stand_in,) = filled_up([stand_in], length_of(rows[0]))
         for at in bare:
-            rows[at : at + picks.microbatch] = [self._rows.first_labelled()] * picks.microbatch
+            rows[at : at + picks.microbatch] = [stand_in] * picks.microbatch
         return Part(
             {**(stack(rows) if bare else batch), COUNTS: counts.float()}, picks.num_rows, picks.ends_batch, picks.after
         )
+
+
+def _of_one_length(rows: Rows, picks: _Picks) -> list[dict[str, Tensor]]:
+    """Rows, filled up where the dataset says so: on all places to the same length, which their rows together need."""
+    padding = rows.dataset.padding if isinstance(rows.dataset, Padded) else None
+    if padding is None:
+        return rows.read(picks.indices, picks.epoch)
+    found = rows.read([*picks.indices, *picks.everywhere], picks.epoch)
+    longest = max(map(length_of, found))
+    if not all(labelled(stack([row])).item() for row in found):  # one that has labels may have to stand in
+        longest = max(longest, length_of(rows.first_labelled()))
+    return filled_up(found[: len(picks.indices)], padding.fitting(longest))
 
 
 def _as_it_is(part: Part) -> Part:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +11,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from autofunc.data.array_cache import Arrays, cached, content_of
 from autofunc.data.checks import check_at_least_one
 from autofunc.data.folder import files_in
 from autofunc.data.tokenizer import load_tokenizer
 from autofunc.errors import DataError, one_of
 from autofunc.foreign_file import NOT_THERE, check_file, compression, is_folder, unfit
+from autofunc.progress_bar import counting
 from autofunc.shown import shown
 
+_VERSION = 1  # of how tokens are made, for the cache
 _VALIDATION_EVERY = 20  # every 20th file is for validation
 
 MOST_BYTES = 2**33
@@ -73,9 +76,7 @@ class TextFolder(Dataset[dict[str, Tensor]]):
         if split_by_file:
             wanted = split == "validation"
             files = [f for index, f in enumerate(files) if (index % _VALIDATION_EVERY == _VALIDATION_EVERY - 1) == wanted]
-        chunks = list(self._tokens_of(files, is_folder(self.path), suffixes is not None))
-        self._tokens = np.concatenate(chunks) if chunks else np.empty(0, dtype=np.int32)
-        self.num_files = len(chunks)
+        self._tokens, self.num_files = self._read(files, suffixes)
         if not split_by_file:
             cut = len(self._tokens) - len(self._tokens) // _VALIDATION_EVERY
             self._tokens = self._tokens[:cut] if split == "train" else self._tokens[cut:]
@@ -108,12 +109,34 @@ class TextFolder(Dataset[dict[str, Tensor]]):
         row = torch.from_numpy(self._tokens[start : start + self.seq_len + 1].astype(np.int64))
         return {"input_ids": row[:-1], "labels": row[1:] if self.aligned_labels else row[:-1]}
 
-    def _tokens_of(self, files: list[Path], of_folder: bool, chosen: bool) -> Iterator[np.ndarray]:
+    def _read(self, files: list[Path], suffixes: Sequence[str] | None) -> tuple[np.ndarray, int]:
+        """(Tokens of all files, how many of them have text): from the cache, where they took long to make."""
+        of_folder, chosen = is_folder(self.path), suffixes is not None
+
+        def make() -> dict[str, np.ndarray]:
+            with counting(f"tokenising {shown(self.path)}", "bytes", sum(file.stat().st_size for file in files)) as advance:
+                chunks = list(self._tokens_of(files, of_folder, chosen, advance))
+            tokens = np.concatenate(chunks) if chunks else np.empty(0, dtype=np.int32)
+            return {"tokens": tokens, "num_files": np.array(len(chunks))}
+
+        if self.tokenizer.name == "bytes" or self.tokenizer.identity is None:
+            found: Arrays = make()
+        else:
+            for file in files:
+                check_file(file, DataError, MOST_BYTES)
+            key = {"made by": f"text {_VERSION}", "content": content_of(files), "tokenizer": self.tokenizer.identity}
+            found = cached("text", {**key, "of a folder": of_folder, "chosen": chosen}, make)
+        return found["tokens"], int(found["num_files"])
+
+    def _tokens_of(
+        self, files: list[Path], of_folder: bool, chosen: bool, advance: Callable[[int], None]
+    ) -> Iterator[np.ndarray]:
         room = MOST_BYTES
         for file in files:
             check_file(file, DataError, room)
             content = file.read_bytes()
             room -= len(content)
+            advance(len(content))
             packed = compression(file)
             if packed is not None and (chosen or not of_folder):
                 raise DataError(f"TextFolder: {shown(file)} is compressed ({packed}); unpack it first")

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from contextlib import nullcontext
+from importlib.metadata import version
 from pathlib import Path
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 from autofunc.errors import DataError, in_brief
 from autofunc.hub_access import cache_without_network
 from autofunc.shown import quoted
+
+
+class Spans(NamedTuple):
+    """Tokens of a text, and which of its characters each stands for: from begin to before end; none of special ones."""
+
+    ids: Sequence[int]
+    begins: Sequence[int]
+    ends: Sequence[int]
 
 
 class Tokenizer(Protocol):
@@ -17,9 +27,19 @@ class Tokenizer(Protocol):
 
     name: str
     vocab_size: int
+    end_of_text: int | None  # the token that ends a text
+
+    @property
+    def identity(self) -> str | None:
+        """Equal for tokenizers that give equal ids; None where that cannot be known."""
+        ...
 
     def encode(self, text: str) -> Sequence[int]:
         """Token ids of a text, without special tokens."""
+        ...
+
+    def spans(self, text: str, special: bool) -> Spans:
+        """Tokens of a text and where they are in it; with the special tokens around it, or without."""
         ...
 
 
@@ -28,38 +48,110 @@ class ByteTokenizer:
 
     name = "bytes"
     vocab_size = 256
+    identity = "bytes"
+    end_of_text: int | None = None
 
     def encode(self, text: str) -> Sequence[int]:
         """The UTF-8 bytes of the text; lone surrogates, as from `surrogateescape`, give their bytes back."""
         return text.encode("utf-8", errors="surrogateescape")
 
+    def spans(self, text: str, special: bool) -> Spans:
+        """See `Tokenizer.spans`: each byte stands for its character."""
+        lengths = [len(self.encode(character)) for character in text]
+        at = [index for index, length in enumerate(lengths) for _ in range(length)]
+        return Spans(list(self.encode(text)), at, [index + 1 for index in at])
 
-class _HuggingFaceTokenizer:
-    def __init__(self, name: str) -> None:
+
+class HuggingFaceTokenizer:
+    """One of `transformers`.
+
+    Args:
+        name: of the hub, or of a folder.
+        chat_template: in the place of its own.
+
+    Raises:
+        DataError: when it cannot be loaded.
+    """
+
+    def __init__(self, name: str, chat_template: str | None = None) -> None:
         from transformers import AutoTokenizer  # takes seconds to import
 
         network = ""
         try:
             with nullcontext("") if Path(name).exists() else cache_without_network() as network:
-                self._tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+                self._tokenizer: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         except Exception as error:  # whatever is in its files
             raise DataError(
                 f"tokenizer {quoted(name)} cannot be loaded{network}: {in_brief(error)}. "
                 "Name a folder with a tokenizer, a hub name that is in the local cache or can be "
                 "downloaded, or leave it out to use bytes."
             ) from error
+        if chat_template is not None:
+            self._tokenizer.chat_template = chat_template
         self.name = name
         self.vocab_size = len(self._tokenizer)
+        self.end_of_text: int | None = self._tokenizer.eos_token_id
+
+    @property
+    def identity(self) -> str | None:
+        """See `Tokenizer`: its whole content, where it is kept by the library `tokenizers`."""
+        if not self._tokenizer.is_fast:
+            return None
+        versions = [version(library) for library in ("tokenizers", "transformers")]
+        content = f"{self._tokenizer.backend_tokenizer.to_str()} {self.end_of_text} {self.chat_template} {versions}"
+        return hashlib.blake2b(content.encode(errors="surrogatepass"), digest_size=16).hexdigest()
+
+    @property
+    def chat_template(self) -> str | None:
+        """How it renders conversations, as Jinja; None where it does not."""
+        template = self._tokenizer.chat_template
+        return template.get("default") if isinstance(template, dict) else template
 
     def encode(self, text: str) -> Sequence[int]:
+        """See `Tokenizer.encode`."""
         ids: Sequence[int] = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return ids
 
+    def spans(self, text: str, special: bool) -> Spans:
+        """See `Tokenizer.spans`.
 
-def load_tokenizer(name: str | None) -> Tokenizer:
+        Raises:
+            DataError: where it does not say for which characters a token stands.
+        """
+        if not self._tokenizer.is_fast:
+            raise DataError(
+                f"tokenizer {quoted(self.name)} ({type(self._tokenizer).__name__}) does not say where its tokens are in a "
+                "text; expected one with a tokenizer.json"
+            )
+        made = self._tokenizer(text, add_special_tokens=special, return_offsets_mapping=True, verbose=False)
+        offsets = made["offset_mapping"]
+        return Spans(made["input_ids"], [begin for begin, _ in offsets], [end for _, end in offsets])
+
+    def render(self, messages: Sequence[Any], tools: Any = None, *, asks: bool = False) -> str:
+        """A conversation as text, by the chat template.
+
+        Args:
+            messages: each with `role` and `content`.
+            tools: that the template may describe.
+            asks: whether the beginning of an answer follows.
+        """
+        text: str = self._tokenizer.apply_chat_template(
+            list(messages), tools=tools, tokenize=False, add_generation_prompt=asks
+        )
+        return text
+
+    def marked(self, messages: Sequence[Any], tools: Any = None) -> tuple[list[int], list[bool]]:
+        """A conversation as tokens, and which of them the chat template marks as answers (`{% generation %}`)."""
+        made = self._tokenizer.apply_chat_template(
+            list(messages), tools=tools, return_dict=True, return_assistant_tokens_mask=True
+        )
+        return made["input_ids"], [bool(each) for each in made["assistant_masks"]]
+
+
+def load_tokenizer(name: str | None) -> ByteTokenizer | HuggingFaceTokenizer:
     """The tokenizer of a name or folder that `transformers` knows; bytes when `name` is None.
 
     Raises:
         DataError: when it cannot be loaded.
     """
-    return ByteTokenizer() if name is None else _HuggingFaceTokenizer(name)
+    return ByteTokenizer() if name is None else HuggingFaceTokenizer(name)

@@ -17,7 +17,7 @@ from autofunc.config import FinetuneConfig
 from autofunc.errors import ConfigError
 from autofunc.timing import clock
 from autofunc.train.device import check_devices
-from autofunc.train.evaluate import check_evaluation, evaluate
+from autofunc.train.evaluate import check_evaluation, evaluate, to_evaluate
 from autofunc.train.fork_server import ForkServer
 from autofunc.train.launch import launch
 from autofunc.train.memory_budget import check_budget
@@ -79,6 +79,8 @@ def asked(
             "(checkpoint: {}), and how often: step_scheduler.ckpt_every_steps"
         )
     folder = output_dir_of(config, config_path)
+    if evaluates:
+        config = to_evaluate(config)
     typed = list(words) if config.output_dir is not None else [*words, "--output_dir", str(folder)]
     if wanted(config.checkpoint) not in (LATEST, AUTO):
         typed += ["--checkpoint.restore_from", LATEST]
@@ -111,9 +113,9 @@ def begin(recipe: Recipe, run_asked: Asked, server: ForkServer | None) -> None:
         run_asked: what it was made of.
         server: forks the workers; None where one process is enough.
     """
-    begun_from = source(run_asked.config.checkpoint, run_asked.output_dir)
+    begun_from = source(run_asked.config.checkpoint, run_asked.output_dir, writes=not run_asked.evaluates)
     if run_asked.evaluates:
-        check_evaluation(recipe)
+        check_evaluation(recipe, begun_from)
     else:
         if begun_from is not None:
             check_restorable(begun_from, recipe)
@@ -156,7 +158,6 @@ def _run(recipe: Recipe, run_asked: Asked) -> None:
     def work(mesh: DeviceMesh | None, device: torch.device, folder: Path) -> None:
         evaluate(recipe, mesh, device, folder, config, run_asked.as_json)
 
-    check_evaluation(recipe)
     in_mesh(recipe, config, folder, work)
 
 

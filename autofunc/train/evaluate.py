@@ -10,11 +10,12 @@ import torch
 from rich.console import Console
 from torch.distributed.device_mesh import DeviceMesh
 
-from autofunc.checkpoint import load
+from autofunc.checkpoint import check_fits, load
 from autofunc.checkpoint.write import is_first, of_first
 from autofunc.config import FinetuneConfig
-from autofunc.errors import ConfigError
+from autofunc.errors import CheckpointError, ConfigError
 from autofunc.shown import literal
+from autofunc.train.documents_apart import check_documents_apart
 from autofunc.train.loop import build_pipe
 from autofunc.train.progress import ProgressReporter, Reporter, Silent
 from autofunc.train.recipe import Recipe
@@ -23,14 +24,28 @@ from autofunc.train.validation import Validated, Validation
 from autofunc.train.watched import watched
 
 
-def check_evaluation(recipe: Recipe) -> None:
-    """Refuse an evaluation on nothing.
+def to_evaluate(config: FinetuneConfig) -> FinetuneConfig:
+    """What an evaluation needs of a configuration: what is only learnt from is not read.
 
     Raises:
         ConfigError: without a validation dataset.
     """
-    if recipe.validation_dataset is None:
+    if config.leading_validation is None:
         raise ConfigError("evaluate measures on validation_dataset, and there is none")
+    return config.model_copy(update={"dataset": config.validations[config.leading_validation]})
+
+
+def check_evaluation(recipe: Recipe, path: Path | None) -> None:
+    """Refuse a checkpoint of another model, before processes start.
+
+    Raises:
+        ConfigError: saying what differs.
+    """
+    if path is not None:
+        try:
+            check_fits(path, recipe.model)
+        except CheckpointError as error:
+            raise ConfigError(f"checkpoint.restore_from: {error}") from error
 
 
 def evaluate(
@@ -48,7 +63,7 @@ def evaluate(
     """
     is_shown = is_first()
     console = Console(file=sys.stdout)
-    path = of_first(source(config.checkpoint, output_dir))
+    path = of_first(source(config.checkpoint, output_dir, writes=False))
     if is_shown and not as_json:
         console.print(literal(f"checkpoint: {path}, after step {step_at(path)}" if path is not None else "initial weights"))
     with watched(config.distributed):
@@ -58,14 +73,14 @@ def evaluate(
             with ProgressReporter(console, 0) as reporter:
                 found = _validated(recipe, mesh, device, path, reporter)
     if is_shown:
-        named = {} if found is None else found.named()
+        named, names = {} if found is None else found.named(), " and ".join(recipe.validation_datasets)
         if as_json:
             sys.stdout.write(
                 json.dumps({"checkpoint": None if path is None else str(path), "step": step_at(path), **named})
             )
             sys.stdout.write("\n")
         else:
-            console.print(literal(found.said() if found is not None else "no row of validation_dataset has a label"))
+            console.print(literal(found.said() if found is not None else f"no row of {names} has a label"))
 
 
 def _validated(
@@ -77,4 +92,5 @@ def _validated(
     else:
         checkpoint = load(path, pipe, device=device)
         params, state = checkpoint.params, checkpoint.state
+    check_documents_apart(recipe, pipe, params, state, device)
     return Validation(recipe, pipe, device, reporter).run(params, state)

@@ -42,8 +42,7 @@ def with_fake_data(config: FinetuneConfig, notes: list[str]) -> FinetuneConfig:
         "_target_": "autofunc.data.MadeUpTokens", "vocab_size": vocab_size, "seq_len": seq_len,
         "num_rows": steps.global_batch_size * (steps.max_steps or 1),
     }  # fmt: skip
-    validation = section if config.validation_dataset else None
-    return config.model_copy(update={"dataset": section, "validation_dataset": validation})
+    return config.model_copy(update={"dataset": section, **dict.fromkeys(config.validations, section)})
 
 
 def _sizes(config: FinetuneConfig) -> Mapping[str, Any]:

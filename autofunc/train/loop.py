@@ -22,6 +22,7 @@ from autofunc.runtime.position import here
 from autofunc.timing import clock
 from autofunc.train.bubble import BubbleMeter
 from autofunc.train.checkpoints import Checkpoints
+from autofunc.train.documents_apart import check_documents_apart
 from autofunc.train.garbage import collecting_between
 from autofunc.train.metrics import MetricsFile
 from autofunc.train.preemption import Stop, any_of, noticed
@@ -72,6 +73,7 @@ def train(
     pipe = build_pipe(recipe, mesh)
     place, places = data_coordinate(mesh)
     begun = anew(recipe, pipe, device) if source is None else restored(source, recipe, pipe, device)
+    check_documents_apart(recipe, pipe, begun.trained.params, begun.trained.state, device)
     loader = recipe.make_train_loader(place=place, places=places, start=begun.position)
     now, step, loss, patience = begun.trained, begun.step, float("nan"), begun.patience
     validated: Validated | None = None
@@ -107,7 +109,9 @@ def train(
             if is_last or (is_due and not is_stopped) or (recipe.val_every_steps and step % recipe.val_every_steps == 0):
                 measured = validation.run(now.params, now.state)
             if measured is not None:
-                validated, patience = measured, patience.after(measured.loss, recipe.early_stopping)
+                validated = measured
+                if measured.loss is not None:
+                    patience = patience.after(measured.loss, recipe.early_stopping)
                 is_over = patience.is_over(recipe.early_stopping)
                 if not is_last and not is_over:  # the last is in what the run ends with
                     reporter.validation(step, measured.said())

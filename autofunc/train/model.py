@@ -98,13 +98,14 @@ def make(config: FinetuneConfig) -> Model | nn.Module | Pretrained:
 
 
 def build_loss(
-    config: FinetuneConfig, model: Model, dataset: Any, notes: list[str], *, checked: bool = False
+    config: FinetuneConfig, model: Model, where: str, dataset: Any, notes: list[str], *, checked: bool = False
 ) -> Loss | None:  # fmt: skip
     """The configured loss; else None where the model gives its own, and the causal one where it does not.
 
     Args:
         config: what is wanted.
         model: what is trained.
+        where: the section of the dataset, for messages.
         dataset: to try it with.
         notes: told what was chosen.
         checked: whether another process has tried it already.
@@ -120,7 +121,7 @@ def build_loss(
         if not checked:
             infer_boundaries(split(model), {}, microbatch, loss)
     except AutofuncError as error:
-        raise ConfigError(f"the model on a batch of dataset: {error}") from error
+        raise ConfigError(f"the model on a batch of {where}: {error}") from error
     if not checked and loss is not losses.causal_lm:
         weighs = weighed_alike_by(model, first_rows(dataset, _ROWS), loss, config.inputs)
         notes += [f"loss_fn: {weighs}"] if weighs else []
@@ -149,7 +150,7 @@ def _configured_loss(section: Mapping[str, Any]) -> Loss:
 
 
 def build_metrics(
-    config: FinetuneConfig, model: Model, loss: Loss | None, dataset: Any, *, checked: bool = False
+    config: FinetuneConfig, model: Model, loss: Loss | None, datasets: Mapping[str, Any], rows: int
 ) -> dict[str, Loss]:  # fmt: skip
     """The configured metrics by name.
 
@@ -157,23 +158,22 @@ def build_metrics(
         config: what is wanted.
         model: what is trained.
         loss: of the run.
-        dataset: to try them with.
-        checked: whether another process has tried them already.
+        datasets: to try them with, by section; none where another process has tried them already.
+        rows: of a microbatch of these.
 
     Raises:
-        ConfigError: where one cannot run on the dataset's rows, or gives no scalar.
+        ConfigError: where one cannot run on a dataset's rows, or gives no scalar.
     """
     metrics: dict[str, Loss] = {}
     for name, section in config.metrics.items():
         metric, options = target_and_arguments(section, f"metrics.{name}")
         metrics[name] = partial(metric, **options) if options else metric
-    if metrics and not checked:
-        rows = config.step_scheduler.local_batch_size
+    for where, dataset in datasets.items() if metrics else ():
         microbatch = counting_all(first_rows(dataset, rows))
         try:
             infer_boundaries(split(model), {}, microbatch, measured(loss, rows, metrics))
         except AutofuncError as error:
-            raise ConfigError(f"metrics on a batch of validation_dataset: {error}") from error
+            raise ConfigError(f"metrics on a batch of {where}: {error}") from error
     return metrics
 
 

@@ -24,11 +24,19 @@ from autofunc.shown import quoted
 from autofunc.splitting import Stage, layer_costs
 from autofunc.timing import clock
 from autofunc.train.axes import Axes, axes_of, sharding_of
-from autofunc.train.datasets import check_tokens, loaders_of, read_dataset, read_validation, tell_tokenizers
+from autofunc.train.datasets import (
+    Datasets,
+    batches_of,
+    check_tokens,
+    loaders_of,
+    tell_tokenizers,
+    validation_batches_of,
+)
 from autofunc.train.layout import LayerCosts, count_microbatches, is_auto, stages_and_schedule
 from autofunc.train.learning_rate import learning_rate_of
 from autofunc.train.model import build_loss, build_metrics, build_model
 from autofunc.train.optimizer import build_optimizer, check_optimizer, try_optimizer
+from autofunc.train.packed import check_positions_are_read
 from autofunc.train.trial import Trial
 
 
@@ -49,9 +57,10 @@ class Recipe:
     optimizer: Optimizer
     lr_at: LearningRate | None  # the learning rate by step; None: the optimizer's own
     dataset: Any
-    validation_dataset: Any | None
+    validation_datasets: Mapping[str, Any]  # by section
     make_train_loader: Callable[..., Any]  # of (place=, places=): which part of each batch
-    make_validation_loader: Callable[..., Any] | None
+    validation_loaders: Mapping[str, Callable[..., Any]]  # likewise, by section
+    leading_validation: str | None  # the section whose loss is the run's validation loss
     metrics: Mapping[str, Loss]  # measured in validation, by name
     early_stopping: EarlyStopping | None
     num_steps: int
@@ -61,6 +70,7 @@ class Recipe:
     seed: int
     rows: int  # of a batch, over all data parallel ranks
     microbatch_rows: int
+    validation_microbatch_rows: int
     notes: tuple[str, ...]  # what the user should know about how the configuration was read
 
     @property
@@ -108,34 +118,38 @@ def prepare(
     optimizer = build_optimizer(config)
     if not checked:
         try_optimizer(optimizer)
-    dataset = read_dataset(config.dataset, "dataset")
+    datasets = Datasets(config)
+    dataset, where = datasets.train, datasets.where
     clock.done("reading the dataset")
     model = build_model(config, dataset)
     clock.done("making the model")
     told += model.notes
     check_optimizer(optimizer, model)
-    check_tokens("dataset", dataset, model)
-    loss = build_loss(config, model, dataset, told, checked=checked)
+    check_tokens(where, dataset, model)
+    loss = build_loss(config, model, where, dataset, told, checked=checked)
     clock.done("trying the model and its loss")
     stages, schedule = stages_and_schedule(config, num_microbatches, model, loss, dataset, told, layer_costs)
     searches = is_auto(config) and schedule.num_ranks > 1
     if search_budget is not None and not searches:
         told.append("pp_size is 1, so memory_budget has no search to limit")
     clock.done("cutting stages")
-    validation = read_validation(config, stages[0].model, told)
-    clock.done("reading the validation dataset")
-    tell_tokenizers({"dataset": dataset, "validation_dataset": validation}, told)
-    loaders = loaders_of(config, dataset, validation, told)
-    steps, rows = config.step_scheduler, config.step_scheduler.global_batch_size
+    validation = datasets.validation(stages[0].model, told)
+    clock.done("reading the validation datasets")
+    tell_tokenizers({where: dataset, **validation}, told)
+    loaders = loaders_of(config, where, dataset, validation, told)
+    training, validating = batches_of(config), validation_batches_of(config)
     if not checked:
-        trial = Trial(stages, loss, rows, steps.local_batch_size)
-        trial.run("dataset", dataset, config.dataloader.drop_last)
-        if validation is not None:
-            trial.run("validation_dataset", validation, config.dataloader.drop_last)
+        trial = Trial(stages, loss)
+        trial.run(where, dataset, training)
+        for name, each in validation.items():
+            trial.run(name, each, validating)
+        for name, each in {where: dataset, **validation}.items():
+            check_positions_are_read(stages, loss, name, each)
     clock.done("trying the stages")
     if config.export is not None:
         _check_export(config, stages[0].model)
-    metrics = build_metrics(config, stages[0].model, loss, validation, checked=checked)
+    metrics = build_metrics(config, stages[0].model, loss, {} if checked else validation, validating.microbatch)
+    steps = config.step_scheduler
     num_steps = _num_steps(steps, loaders.num_batches, told)
     return Recipe(
         model=stages[0].model,
@@ -151,9 +165,10 @@ def prepare(
         optimizer=optimizer,
         lr_at=learning_rate_of(config, optimizer, num_steps),
         dataset=dataset,
-        validation_dataset=validation,
+        validation_datasets=validation,
         make_train_loader=loaders.train,
-        make_validation_loader=loaders.validation,
+        validation_loaders=loaders.validation,
+        leading_validation=config.leading_validation,
         metrics=metrics,
         early_stopping=config.early_stopping,
         num_steps=num_steps,
@@ -161,8 +176,9 @@ def prepare(
         gc_every_steps=steps.gc_every_steps,
         max_norm=config.clip_grad_norm.max_norm if config.clip_grad_norm is not None else None,
         seed=config.seed,
-        rows=rows,
-        microbatch_rows=steps.local_batch_size,
+        rows=training.rows,
+        microbatch_rows=training.microbatch,
+        validation_microbatch_rows=validating.microbatch,
         notes=tuple(dict.fromkeys(told)),
     )
 

@@ -127,10 +127,15 @@ def wanted(config: CheckpointSection | None) -> str | None:
     return name if name in (LATEST, LOWEST_VAL, AUTO) else None
 
 
-def source(config: CheckpointSection | None, output_dir: Path) -> Path | None:
+def source(config: CheckpointSection | None, output_dir: Path, *, writes: bool = True) -> Path | None:
     """The checkpoint that a run goes on from; None for one that begins anew.
 
     A run that torch's launcher has started again after a failure goes on from its latest one, if it has any.
+
+    Args:
+        config: what is wanted.
+        output_dir: of the run.
+        writes: whether newer ones are written; an evaluation writes none.
 
     Raises:
         ConfigError: when there is none like that, or newer ones would be written again.
@@ -139,7 +144,7 @@ def source(config: CheckpointSection | None, output_dir: Path) -> Path | None:
         return None
     folder, name = folder_of(config, output_dir), wanted(config)
     there = steps_in(folder)
-    if there and restarts():
+    if there and writes and restarts():
         name = LATEST
     if name is None:
         path = Path(config.restore_from).expanduser() if config.restore_from is not None else None
@@ -153,7 +158,7 @@ def source(config: CheckpointSection | None, output_dir: Path) -> Path | None:
         raise ConfigError(
             f"checkpoint.restore_from: LATEST of {quoted(str(folder))}: it has no checkpoint; AUTO begins anew then"
         )
-    if path is not None and config.enabled and goes_on_in(folder, path):
+    if path is not None and writes and config.enabled and goes_on_in(folder, path):
         after = [step for step in there if step > (step_of(path) or 0)]
         if after:
             raise ConfigError(

@@ -150,8 +150,8 @@ def _lead(
     if mesh is not None:
         show(f"mesh: {recipe.axes}, {recipe.axes.num_processes} processes")
     show(f"data: {title(recipe.dataset)}")
-    if recipe.validation_dataset is not None:
-        show(f"validation: {title(recipe.validation_dataset)}")
+    for section, dataset in recipe.validation_datasets.items():
+        show(f"{section.replace('_dataset', '').replace('_', ' ', 1)}: {title(dataset)}")
     if recipe.searches and mesh is not None:
         found = find_schedule(recipe, mesh, device, console)
         recipe = replace(recipe, schedule=found.schedule)
@@ -185,7 +185,7 @@ def _lead(
     if metrics.error is not None:
         show(f"{METRICS} lacks lines: {metrics.error}")
     try:
-        draw_loss_curve(output_dir / METRICS, output_dir / PICTURE)
+        draw_loss_curve(output_dir / METRICS, output_dir / PICTURE, recipe.validation_datasets)
     except (OSError, ValueError) as error:
         show(f"{PICTURE} is not drawn: {error}")
     left = [*(name for name in (METRICS, PICTURE) if (output_dir / name).is_file()), *saved]
@@ -200,8 +200,8 @@ def _lead(
         show(f"ended after step {result.num_steps} of {recipe.num_steps}: the validation loss gets no better")
     if result.validated is not None:
         show(result.validated.said())
-    elif recipe.validation_dataset is not None:
-        show("validation loss: none, for no row of validation_dataset has a label")
+    elif recipe.validation_datasets:
+        show(f"validation loss: none, for no row of {' and '.join(recipe.validation_datasets)} has a label")
 
 
 def _mesh(recipe: Recipe, device: torch.device, timeout_minutes: float) -> DeviceMesh | None:

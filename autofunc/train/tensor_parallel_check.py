@@ -17,6 +17,7 @@ from autofunc.shard.parameters import Parameters, cut_over_tp
 from autofunc.splitting import infer_boundaries
 from autofunc.train.axes import Axes
 from autofunc.train.recipe import Recipe
+from autofunc.train.trial import lengths_of
 
 
 def check_tensor_parallel(recipe: Recipe) -> None:
@@ -43,13 +44,14 @@ def check_tensor_parallel(recipe: Recipe) -> None:
 
 
 def _check_lengths(recipe: Recipe) -> None:
-    for where, dataset in (("dataset", recipe.dataset), ("validation_dataset", recipe.validation_dataset)):
-        ids = first_rows(dataset, 1).get("input_ids") if dataset is not None else None
-        if ids is not None and ids.shape[-1] % recipe.axes.tp:
-            raise MeshError(
-                f"sequence_parallel cuts sequences into {recipe.axes.tp} equal parts, and those of {where} have "
-                f"{ids.shape[-1]} tokens; use another seq_len"
-            )
+    for where, dataset in {"dataset": recipe.dataset, **recipe.validation_datasets}.items():
+        for length in lengths_of(dataset):
+            ids = first_rows(dataset, 1, length=length).get("input_ids")
+            if ids is not None and ids.shape[-1] % recipe.axes.tp:
+                raise MeshError(
+                    f"sequence_parallel cuts sequences into {recipe.axes.tp} equal parts, and those of {where} have "
+                    f"{ids.shape[-1]} tokens; use another seq_len"
+                )
 
 
 @contextmanager

@@ -6,10 +6,12 @@ from collections.abc import Hashable, Sequence
 from typing import Any
 
 from autofunc.batch import signature, split_batch
-from autofunc.data import STACKED, first_rows
-from autofunc.errors import AutofuncError, ConfigError
+from autofunc.data import STACKED, Padded, first_rows
+from autofunc.errors import AutofuncError, ConfigError, DataError
 from autofunc.losses import Loss
 from autofunc.splitting import Stage, infer_boundaries
+from autofunc.train.datasets import Batches
+from autofunc.train.labels import inside
 
 
 class Trial:
@@ -18,41 +20,44 @@ class Trial:
     Args:
         stages: all of them.
         loss: of the run; None for the model's own.
-        rows: of a batch, over all data parallel ranks.
-        microbatch: rows of a microbatch.
     """
 
-    def __init__(self, stages: Sequence[Stage], loss: Loss | None, rows: int, microbatch: int) -> None:
+    def __init__(self, stages: Sequence[Stage], loss: Loss | None) -> None:
         self._stages, self._loss = stages, loss
-        self._rows, self._microbatch = rows, microbatch
         self._tried: set[Hashable] = set()
 
-    def run(self, where: str, dataset: Any, drop_last: bool) -> None:
+    def run(self, where: str, dataset: Any, batches: Batches) -> None:
         """Try the first microbatch of a dataset, and the last one, which may be short.
 
         Args:
             where: the dataset's section, for messages.
             dataset: has rows by index.
-            drop_last: whether a short last batch is left out.
+            batches: how its rows become batches.
 
         Raises:
             ConfigError: when the model cannot run on such a microbatch, or the rows make none.
         """
-        rows, last = min(self._microbatch, len(dataset)), len(dataset) % self._rows
-        self._run(where, dataset, 0, rows)
-        if last and not drop_last:
-            short = last % self._microbatch or self._microbatch
-            self._run(where, dataset, len(dataset) - short, short)
+        most = batches.microbatch
+        rows, last = min(most, len(dataset)), len(dataset) % batches.rows
+        try:
+            lengths = lengths_of(dataset)
+        except DataError as error:
+            raise ConfigError(f"{where}: {error}") from error
+        for length in lengths:
+            self._run(where, dataset, 0, rows, most, length)
+        if last and not batches.drop_last:
+            short = last % most or most
+            self._run(where, dataset, len(dataset) - short, short, most)
 
-    def _run(self, where: str, dataset: Any, start: int, rows: int) -> None:
+    def _run(self, where: str, dataset: Any, start: int, rows: int, most: int, length: int = 0) -> None:
         name = self._stages[0].model.key_name
         try:
-            batch = first_rows(dataset, rows, start)
+            batch = first_rows(dataset, rows, start, length)
             self._try(split_batch(batch, 1, key=(0, 0), batch_dims=STACKED, key_name=name)[0])
         except AutofuncError as error:
             hint = (
                 f". These are the last {rows} rows of it, and dataloader.drop_last: true leaves a short batch out"
-                if rows < self._microbatch
+                if rows < most
                 else ""
             )
             raise ConfigError(f"the model on a batch of {where}: {error}{hint}") from error
@@ -62,3 +67,15 @@ class Trial:
         if known not in self._tried:
             infer_boundaries(self._stages, {}, microbatch, self._loss)
             self._tried.add(known)
+
+
+def lengths_of(dataset: Any) -> list[int]:
+    """The lengths that rows of a dataset may have, as far as is known, beside that of its first ones, which is 0.
+
+    Raises:
+        DataError: where its longest row fits into none.
+    """
+    if not isinstance(dataset, Padded):
+        return [0]
+    longest = dataset.padding.fitting(max((getattr(each, "seq_len", None) or 0 for each in inside(dataset)), default=0))
+    return [0, *(dataset.padding.lengths or [longest])]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from tensordict import TensorDict
 
-from autofunc.counted_rows import measured
+from autofunc.config.validations import SECTION, measured_as
+from autofunc.counted_rows import measured, weighed
 from autofunc.mesh import data_coordinate
 from autofunc.pipe import Pipeline
 from autofunc.runtime.plan import Mode
@@ -22,20 +23,25 @@ from autofunc.train.weighing import together
 class Validated(NamedTuple):
     """What a validation gives."""
 
-    loss: float
-    metrics: Mapping[str, float]  # NaN where nothing counts
+    by_section: Mapping[str, Mapping[str, float]]  # of each dataset the loss, and metrics, which are NaN where none counts
+    loss: float | None  # of the leading dataset; None where no row of it has a label
 
     def named(self) -> dict[str, float]:
         """All of it by name."""
-        return {"validation_loss": self.loss, **{f"validation_{name}": value for name, value in self.metrics.items()}}
+        found = self.by_section.items()
+        return {measured_as(section, what): value for section, values in found for what, value in values.items()}
 
     def said(self) -> str:
         """All of it as a line."""
-        return ", ".join(f"{name.replace('_', ' ', 1)}: {value:.4f}" for name, value in self.named().items())
+        return ", ".join(
+            f"validation {section.removeprefix(SECTION).lstrip('_')}".rstrip() + f" {what}: {value:.4f}"
+            for section, values in self.by_section.items()
+            for what, value in values.items()
+        )
 
 
 class Validation:
-    """Measures on the validation dataset of a run.
+    """Measures on the validation datasets of a run.
 
     Args:
         recipe: of the run.
@@ -47,25 +53,34 @@ class Validation:
     def __init__(self, recipe: Recipe, pipe: Pipeline, device: torch.device, reporter: Reporter) -> None:
         self._recipe, self._device, self._reporter = recipe, device, reporter
         self._place, self._places = data_coordinate(pipe.mesh)
-        loss = measured(recipe.loss, recipe.microbatch_rows, recipe.metrics) if recipe.metrics else None
-        self._pipe = pipe if loss is None else pipe.with_loss(loss)
+        rows = recipe.validation_microbatch_rows
+        if recipe.metrics:
+            self._pipe = pipe.with_loss(measured(recipe.loss, rows, recipe.metrics))
+        else:
+            self._pipe = pipe if rows == recipe.microbatch_rows else pipe.with_loss(weighed(recipe.loss, rows))
 
     def run(self, params: TensorDict, state: TensorDict) -> Validated | None:
-        """Measure, weighted as the loss and the metrics say; None without a dataset, or without labels in it.
+        """Measure, weighted as the loss and the metrics say; None without a dataset, or without labels in any.
 
         Args:
             params: of this rank.
             state: of this rank.
         """
-        if self._recipe.make_validation_loader is None:
-            return None
-        loader = self._recipe.make_validation_loader(place=self._place, places=self._places)
+        loaders = self._recipe.validation_loaders
+        measured = {section: self._measured(make, params, state) for section, make in loaders.items()}
+        found = {section: values for section, values in measured.items() if values}
+        leading = found.get(self._recipe.leading_validation or "")
+        return Validated(found, leading["loss"] if leading is not None else None) if found else None
+
+    def _measured(self, make_loader: Callable[..., Any], params: TensorDict, state: TensorDict) -> dict[str, float]:
+        """The loss and the metrics on one dataset; nothing where no row has a label."""
+        loader = make_loader(place=self._place, places=self._places)
         results = []
         for index, part in enumerate(loader, start=1):
             results.append(self._pipe.run(Mode.LOSS, params, to_device(part.batch, self._device), None, state))
             self._reporter.validating(index, len(loader))
         loss, weight = together(results)
         if not weight:
-            return None
+            return {}
         sums = {name: sum(result.aux[name].double() for result in results).tolist() for name in self._recipe.metrics}
-        return Validated(loss, {name: total / count if count else math.nan for name, (total, count) in sums.items()})
+        return {"loss": loss, **{name: total / count if count else math.nan for name, (total, count) in sums.items()}}

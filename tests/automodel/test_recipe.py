@@ -28,7 +28,8 @@ optimizer: {_target_: torch.optim.Adam, betas: [0.9, 0.999], lr: 1.0e-5, weight_
 """
 UNKNOWN = [
     "dist_env.backend", "dist_env.timeout_minutes", "rng.seed", "checkpoint.model_save_format", "peft._target_",
-    "peft.use_triton", "packed_sequence", "dataloader._target_", "dataloader.collate_fn", "validation_dataloader",
+    "peft.use_triton", "packed_sequence", "dataloader._target_", "dataloader.collate_fn",
+    "validation_dataloader._target_", "validation_dataloader.collate_fn",
 ]  # fmt: skip
 
 

@@ -50,7 +50,7 @@ def counted_recipe(monkeypatch: pytest.MonkeyPatch, checked: bool, *words: str) 
 def test_each_dataset_is_read_once_and_each_signature_tried_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made, tries, optimizers = counted_recipe(monkeypatch, False)
     assert (folder / "read").read_text() == "train validation "
-    assert len(made.dataset) % made.rows and made.validation_dataset is not None, "there are short last batches too"
+    assert len(made.dataset) % made.rows and made.validation_datasets, "there are short last batches too"
     assert (tries, optimizers) == (2, 1), "a whole microbatch, and the rows that are left"
 
 

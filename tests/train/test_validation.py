@@ -8,11 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 import autofunc as af
 from autofunc.batch import COUNTS
+from autofunc.checkpoint import read_extra
+from autofunc.config.validations import leading
 from autofunc.counted_rows import measured
-from autofunc.errors import BatchError
+from autofunc.errors import BatchError, ConfigError
 from autofunc.metrics import accuracy
 from autofunc.train.early_stopping import EarlyStopping, Patience
 from tests.cli.here import run_here
@@ -85,6 +88,84 @@ WRONG = {
     ("--early_stopping.patience", "0"): ["early_stopping.patience", "got 0"],
     ("--early_stopping.patience", "2", "--validation_dataset", "null"): ["early_stopping is measured on"],
 }
+
+
+def test_a_checkpoint_that_is_not_the_newest_is_measured(trained: Path) -> None:
+    """Nothing is written, and nothing is read but what is measured on."""
+    folder = trained / "runs" / "cfg" / "checkpoints"
+    (folder / "step_9").mkdir()  # a newer one
+    older = ["-c", "cfg.yaml", "--output_dir", "runs/cfg", "--checkpoint.restore_from", str(folder / "step_3")]
+    try:
+        done = run_here(trained, "evaluate", *older, "--dataset.path", "nowhere", "--json")
+        assert done.status == 0, done.err
+        assert json.loads(done.out)["validation_loss"] == lines_of(trained)[-1]["validation_loss"]
+        done = run_here(trained, "train", *older)
+        assert done.status == 2 and "the run would write step_9 again" in done.err
+    finally:
+        (folder / "step_9").rmdir()
+    done = run_here(trained, "evaluate", *older, "--validation_dataset.seq_len", "17")
+    assert done.status == 2 and "the model on a batch of validation_dataset: " in done.err
+    done = run_here(trained, "evaluate", *older, "--model.n_embd", "8")
+    assert done.status == 2 and "checkpoint.restore_from" in done.err and "(8,) here" in done.err
+
+
+NAMED = """
+validation_dataset_b: {_target_: autofunc.data.TextFolder, path: corpus, seq_len: 8, num_samples_limit: 5}
+validation_dataset_a: {_target_: autofunc.data.TextFolder, path: corpus, seq_len: 16, num_samples_limit: 7}
+validation_dataloader: {batch_size: 3}
+"""
+
+
+def test_datasets_by_name(trained: Path) -> None:
+    """Each is measured as it is alone, whatever the rows of a microbatch; the run looks at the one that is said."""
+    (trained / "named.yaml").write_text((trained / "cfg.yaml").read_text() + NAMED)
+    done = run_here(trained, "train", "-c", "named.yaml", *ACCURACY, "--checkpoint.best_metric_key", "a")
+    assert done.status == 0, done.err
+    line = lines_of(trained, "named")[-1]
+    names = [f"validation_{name}{what}" for name in ("", "b_", "a_") for what in ("loss", "accuracy")]
+    assert [*line] == ["step", *names]
+    assert f"validation b loss: {line['validation_b_loss']:.4f}" in done.out
+    last = trained / "runs" / "named" / "checkpoints" / "step_3"
+    assert read_extra(last)["validation_loss"] == line["validation_a_loss"] != line["validation_loss"]
+    given = yaml.safe_load((trained / "named.yaml").read_text())
+    for name in ("b", "a"):
+        section = json.dumps(given[f"validation_dataset_{name}"] | {"split": "train"})
+        alone = ["-c", "cfg.yaml", "--weights", "runs/named", "--json", "--validation_dataset", section, *ACCURACY]
+        found = json.loads(run_here(trained, "evaluate", *alone).out)
+        assert found["validation_loss"] == pytest.approx(line[f"validation_{name}_loss"], abs=1e-6)
+        assert found["validation_accuracy"] == pytest.approx(line[f"validation_{name}_accuracy"], abs=1e-6)
+
+
+WRONG_NAMES = {
+    ("--validation_dataset_", "{_target_: x.y}"): ["unknown key 'validation_dataset_'", "validation_dataset"],
+    ("--validation_datset_a", "{_target_: x.y}"): ["unknown key 'validation_datset_a': did you mean validation_dataset"],
+    ("--validation_dataset_c", "{path: x}"): ["validation_dataset_c", "needs a _target_"],
+    ("--validation_dataset_a.seq_length", "3"): ["validation_dataset_a.seq_length", "did you mean seq_len"],
+    ("--validation_dataset_a.path", "nowhere"): ["validation_dataset_a: TextFolder: nowhere is neither"],
+    ("--validation_dataset_a.seq_len", "17"): ["the model on a batch of validation_dataset_a", "17 tokens"],
+    ("--checkpoint.best_metric_key", "c"): ["checkpoint.best_metric_key", "'c'", "Known: default, b, a"],
+    ("--metrics.a_loss._target_", "autofunc.metrics.accuracy"): ["validation_a_loss would be measured on"],
+    ("--validation_dataloader.batch_size", "0"): ["validation_dataloader.batch_size", "got 0"],
+    ("--validation_dataloader.collate_fn", "x"): ["unknown key 'validation_dataloader.collate_fn', of NeMo AutoModel"],
+}
+
+
+def test_wrong_names(trained: Path) -> None:
+    (trained / "wrong.yaml").write_text((trained / "cfg.yaml").read_text() + NAMED)
+    for words, expected in WRONG_NAMES.items():
+        done = run_here(trained, "train", "-c", "wrong.yaml", *words)
+        assert done.status == 2, (words, done)
+        assert all(each in done.err for each in expected), (words, done.err)
+
+
+def test_whose_loss_is_the_runs() -> None:
+    both, named = ["validation_dataset", "validation_dataset_a"], ["validation_dataset_b", "validation_dataset_a"]
+    cases = [(both, None), (both, "a"), (named, None), (named, "a"), (both, "default"), ([], None)]
+    found = [leading(sections, name) for sections, name in cases]
+    assert found == [both[0], both[1], named[0], named[1], both[0], None]
+    for sections, name in ((named, "default"), (both, "b"), ([], "a")):
+        with pytest.raises(ConfigError, match="no name of a validation dataset"):
+            leading(sections, name)
 
 
 def test_what_cannot_be_measured(trained: Path) -> None:

@@ -1,0 +1,104 @@
+"""Rows with named columns: of files, of a folder of files, or of a dataset of the hub."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from autofunc.data.array_cache import content_of
+from autofunc.data.folder import tables_in
+from autofunc.data.table_file import SUFFIXES, Located, check_columns, check_plain, read_table
+from autofunc.errors import DataError, in_brief
+from autofunc.foreign_file import NOT_THERE, is_folder, unfit
+from autofunc.hub_access import cache_without_network
+from autofunc.shown import quoted, shown
+
+
+class Tables:
+    """The rows of a split.
+
+    Args:
+        of: a file (.jsonl, .json, .csv, .parquet), several, a folder of such files that are named after their splits, or a
+            hub name.
+        split: of a folder or of the hub; a file has one only.
+        subset: of a dataset of the hub that has several.
+
+    Raises:
+        DataError: for what is not there.
+    """
+
+    def __init__(self, of: str | Sequence[str], split: str, subset: str | None = None) -> None:
+        self._of, self._split, self._subset = of, split, subset
+        self.files: list[Path] = []
+        self._table: Any = None
+        for each in [of] if isinstance(of, str) else of:
+            path = Path(each).expanduser()
+            is_local = unfit(path) != NOT_THERE or path.suffix in SUFFIXES or each.startswith((".", "/", "~"))
+            if not is_local and isinstance(of, str):
+                self._table = self._from_hub(of)
+            elif unfit(path) == NOT_THERE:
+                raise DataError(f"there is no file or folder {quoted(each)} (looked in {shown(Path.cwd())})")
+            elif is_folder(path):
+                self.files += tables_in(path, split)
+            elif split == "train":
+                self.files.append(path)
+            else:
+                raise DataError(f"{shown(path)} is a file, which has the split 'train' only; got {quoted(split)}")
+        if not self.files and self._table is None:
+            raise DataError(f"{quoted(of)} names no file")
+
+    def __str__(self) -> str:
+        return shown(self._of) if isinstance(self._of, str) else f"{len(self.files)} files"
+
+    def content(self) -> list[str]:
+        """What it holds, for a key of a cache.
+
+        Raises:
+            DataError: for what is no file of tables.
+        """
+        for file in self.files:
+            check_plain(file)
+        return content_of(self.files) if self._table is None else [str(self._table._fingerprint)]
+
+    def rows(self, columns: Sequence[str]) -> Iterator[Located]:
+        """All rows in order, each with where it is.
+
+        Args:
+            columns: that each must have.
+
+        Raises:
+            DataError: naming the row that cannot be read, or lacks a column.
+        """
+        for file in self.files:
+            yield from read_table(file, columns)
+        if self._table is not None:
+            check_columns(shown(self._of), self._table.column_names, columns)
+            for number, row in enumerate(self._table, 1):
+                yield f"row {number} of {shown(self._of)}", row
+
+    def _from_hub(self, name: str) -> Any:
+        import datasets  # takes seconds to import
+
+        datasets.disable_progress_bars()
+        with cache_without_network() as network:
+            try:
+                return datasets.load_dataset(name, self._subset, split=self._split)
+            except Exception as error:  # datasets raises a different one for each cause
+                said = in_brief(error)
+                of = f"{quoted(name)}, split {quoted(self._split)}"
+                raise DataError(f"{of}, cannot be loaded{network}: {said}") from error
+
+
+def text_of(where: str, what: str, value: object) -> str:
+    """A text of a row.
+
+    Raises:
+        DataError: for what is none, and for half a character, which JSON can say.
+    """
+    try:
+        if isinstance(value, str) and value.encode(errors="surrogateescape") is not None:
+            return value
+    except UnicodeEncodeError:
+        pass
+    raise DataError(f"{where}: {what} is {quoted(value)}; expected a text")

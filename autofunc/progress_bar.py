@@ -1,0 +1,67 @@
+"""A bar on the terminal for what takes more than two seconds, shown by the first process alone."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from autofunc.shown import literal, shown
+
+CONSOLE = Console(stderr=True)
+"""What shows that something goes on: bars and lines of one console stand below each other."""
+
+_SECONDS_UNSEEN = 2.0
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+def is_first() -> bool:
+    """Whether this process is the first of a run, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def say(text: str) -> None:
+    """A line on the error output, of the first process."""
+    if is_first():
+        CONSOLE.print(literal(text), soft_wrap=True)
+
+
+@contextmanager
+def counting(what: str, unit: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
+    """Show how far something is: a bar on a terminal, a line now and then in a log.
+
+    Yields what is called with how much more is done.
+
+    Args:
+        what: is done, such as "tokenising data.jsonl".
+        unit: what is counted, such as "rows".
+        total: of them; None where that is not known.
+    """
+    began = last_line = time.monotonic()
+    done = 0
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[said]}"),
+        TimeRemainingColumn(compact=True),
+    )
+    with Progress(*columns, console=CONSOLE, transient=True, disable=not is_first() or not CONSOLE.is_terminal) as bar:
+        task = bar.add_task(shown(what, 60), total=total, visible=False, said="")
+
+        def advance(more: int) -> None:
+            nonlocal done, last_line
+            done += more
+            now = time.monotonic()
+            if now - began < _SECONDS_UNSEEN:
+                return
+            said = f"{done:,}{f' of {total:,}' if total is not None else ''} {unit}"
+            bar.update(task, completed=done, visible=True, said=said)
+            if bar.disable and now - last_line > (_SECONDS_BETWEEN_LINES if last_line != began else _SECONDS_UNSEEN):
+                last_line = now
+                say(f"{what}: {said}")
+
+        yield advance
