@@ -28,6 +28,7 @@ from autofunc.train.role import was_checked
 from autofunc.train.run import in_mesh, run
 from autofunc.train.step_folders import LATEST
 from autofunc.train.tensor_parallel_check import check_tensor_parallel
+from autofunc.train.trackers import check_trackers
 from autofunc.train.worker import run_worker
 
 _SECONDS_TO_END = 30.0  # of workers that are told to, without checkpoints to write
@@ -71,13 +72,15 @@ def asked(
         as_json: whether what is measured is shown as JSON.
 
     Raises:
-        ConfigError: for restarts without checkpoints.
+        ConfigError: for restarts without checkpoints, and for packages that are not installed.
     """
     if max_restarts and (config.checkpoint is None or not config.checkpoint.enabled):
         raise ConfigError(
             f"--max-restarts {max_restarts} goes on from checkpoints: give a section checkpoint, which may be empty "
             "(checkpoint: {}), and how often: step_scheduler.ckpt_every_steps"
         )
+    if not evaluates:
+        check_trackers(config)
     folder = output_dir_of(config, config_path)
     typed = list(words) if config.output_dir is not None else [*words, "--output_dir", str(folder)]
     if wanted(config.checkpoint) not in (LATEST, AUTO):

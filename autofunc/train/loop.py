@@ -23,11 +23,12 @@ from autofunc.timing import clock
 from autofunc.train.bubble import BubbleMeter
 from autofunc.train.checkpoints import Checkpoints
 from autofunc.train.garbage import collecting_between
-from autofunc.train.metrics import MetricsFile
 from autofunc.train.preemption import Stop, any_of, noticed
 from autofunc.train.progress import Reporter
 from autofunc.train.recipe import Recipe
+from autofunc.train.records import Records
 from autofunc.train.resume import anew, extra_of, restored
+from autofunc.train.speed import Speedometer, peaks_of_all, units_of
 from autofunc.train.step import take_step
 from autofunc.train.step_folders import VALIDATION_LOSS
 from autofunc.train.validation import Validated, Validation
@@ -45,6 +46,7 @@ class TrainResult:
     loss: float  # of the last step
     validated: Validated | None  # the last time
     training_seconds: float  # without validation
+    peak_memory_bytes: tuple[int, ...]  # by process
     stopped: bool = False  # told to end before its last step; then there is a checkpoint of it
     ended_early: bool = False  # the validation loss got no better
 
@@ -54,7 +56,7 @@ def train(
     mesh: DeviceMesh | None,
     device: torch.device,
     reporter: Reporter,
-    metrics: MetricsFile | None,
+    metrics: Records | None,
     checkpoints: Checkpoints | None = None,
     source: Path | None = None,
 ) -> TrainResult:
@@ -76,7 +78,8 @@ def train(
     now, step, loss, patience = begun.trained, begun.step, float("nan"), begun.patience
     validated: Validated | None = None
     training_seconds, is_stopped, is_over = 0.0, False, False
-    meter, validation = BubbleMeter(mesh, device, recipe.num_steps), Validation(recipe, pipe, device, reporter)
+    bubbles, validation = BubbleMeter(mesh, device, recipe.num_steps), Validation(recipe, pipe, device, reporter)
+    meter = Speedometer(recipe, device) if metrics is not None else None
 
     with noticed() if checkpoints is not None else nullcontext(Stop()) as stop:
         clock.done("making the weights")
@@ -84,21 +87,19 @@ def train(
         all_parts = itertools.islice(_endless(loader), recipe.num_steps - begun.step)
         for parts in collecting_between(all_parts, recipe.gc_every_steps):
             step += 1
-            taken = take_step(recipe, pipe, now, parts, step, device, meter)
+            taken = take_step(recipe, pipe, now, parts, step, device, bubbles)
             now, loss = taken.now, taken.loss
             if step == begun.step + 1:
                 clock.done("the first step")
                 clock.stop()
             seconds = time.perf_counter() - began  # the wait for data included
             training_seconds += seconds
-            tokens = sum(_count_tokens(part) for part in parts)
-            rate = f"  lr {taken.lr:.2e}" if recipe.lr_at is not None else ""  # one that changes
-            reporter.step(step, loss, f"{tokens / seconds:,.0f} {_unit(parts)}/s{rate}", taken.bubble)
-            if metrics is not None:
-                metrics.write(
-                    step=step, loss=loss, grad_norm=taken.norm, lr=taken.lr, num_tokens=tokens, step_time_ms=seconds * 1e3,
-                    **({} if taken.bubble is None else {"bubble_fraction": taken.bubble}),
-                )  # fmt: skip
+            if metrics is not None and meter is not None:
+                speed = meter.of(*_units(parts), seconds)
+                rate = f"  lr {taken.lr:.2e}" if recipe.lr_at is not None else ""  # one that changes
+                reporter.step(step, loss, f"{speed.said()}{rate}", taken.bubble)
+                bubble = {} if taken.bubble is None else {"bubble_fraction": taken.bubble}
+                metrics.write(step=step, loss=loss, grad_norm=taken.norm, lr=taken.lr, **speed.named(), **bubble)
             position, is_last = parts[-1].after, step == recipe.num_steps
             is_due = False
             if checkpoints is not None:
@@ -126,7 +127,8 @@ def train(
             checkpoints.finish()
     is_early = step < recipe.num_steps
     return TrainResult(
-        pipe, now.params, now.state, step, loss, validated, training_seconds, is_early and not is_over, is_early and is_over
+        pipe, now.params, now.state, step, loss, validated, training_seconds, peaks_of_all(device),
+        stopped=is_early and not is_over, ended_early=is_early and is_over,
     )  # fmt: skip
 
 
@@ -160,12 +162,7 @@ def _endless(loader: Iterable[Part]) -> Iterator[list[Part]]:
                 here.enter("reading rows")
 
 
-def _count_tokens(part: Part) -> int:
-    """Tokens of a part over all places, or its rows where they have none."""
-    ids = part.batch.get("input_ids")
-    return part.num_rows * (ids[0].numel() if ids is not None else 1)
-
-
-def _unit(parts: Sequence[Part]) -> str:
-    """What `_count_tokens` counts."""
-    return "tokens" if any("input_ids" in part.batch for part in parts) else "rows"
+def _units(parts: Sequence[Part]) -> tuple[int, str]:
+    """How much a batch is over all places, and in what it is counted."""
+    counted = [units_of(part.batch, part.num_rows) for part in parts]
+    return sum(count for count, _ in counted), counted[0][1]

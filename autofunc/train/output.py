@@ -14,9 +14,11 @@ from autofunc.train.step_folders import clear, steps_in
 
 METRICS, PICTURE, WEIGHTS, SCHEDULE = "metrics.jsonl", "loss.png", "model.safetensors", "schedule.csv"
 CHECKPOINTS = "checkpoints"
+TRACKERS = "trackers.json"
+"""What other tools call the run, so that it goes on there too."""
 ADAPTER = "adapter"
 """The folder in it with the adapter that a run trained."""
-_RESULTS = (METRICS, PICTURE, WEIGHTS, SCHEDULE, *(f"{ADAPTER}/{name}" for name in ADAPTER_FILES))
+_RESULTS = (METRICS, PICTURE, WEIGHTS, SCHEDULE, TRACKERS, *(f"{ADAPTER}/{name}" for name in ADAPTER_FILES))
 
 
 def default_output_dir(config_path: str | Path) -> Path:

@@ -56,6 +56,7 @@ class Recipe:
     val_every_steps: int | None
     gc_every_steps: int | None  # None: Python decides when it looks for garbage
     max_norm: float | None  # of the gradients
+    peak_tflops: float | None  # of a device, where the configuration says it
     seed: int
     rows: int  # of a batch, over all data parallel ranks
     microbatch_rows: int
@@ -157,6 +158,7 @@ def prepare(
         val_every_steps=steps.val_every_steps,
         gc_every_steps=steps.gc_every_steps,
         max_norm=config.clip_grad_norm.max_norm if config.clip_grad_norm is not None else None,
+        peak_tflops=config.peak_tflops,
         seed=config.seed,
         rows=rows,
         microbatch_rows=steps.local_batch_size,

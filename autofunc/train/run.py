@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from contextlib import closing
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -23,7 +22,7 @@ from autofunc.config import FinetuneConfig
 from autofunc.errors import MeshError
 from autofunc.explain import explain
 from autofunc.schedule import write_file
-from autofunc.shown import literal
+from autofunc.shown import literal, size_in_words
 from autofunc.splitting import parameter_count
 from autofunc.timing import clock
 from autofunc.train.adapters import described
@@ -32,14 +31,16 @@ from autofunc.train.checkpoints import Checkpoints
 from autofunc.train.datasets import title
 from autofunc.train.device import take_device
 from autofunc.train.loop import TrainResult, train
-from autofunc.train.metrics import MetricsFile, draw_loss_curve
+from autofunc.train.metrics import draw_loss_curve
 from autofunc.train.output import METRICS, PICTURE, SCHEDULE
 from autofunc.train.progress import ProgressReporter, Silent
 from autofunc.train.recipe import Recipe
+from autofunc.train.records import Records
 from autofunc.train.resume import folder_of, source, step_at
 from autofunc.train.role import restarts
 from autofunc.train.step_folders import name_of
 from autofunc.train.threads import threads
+from autofunc.train.trackers import open_trackers
 from autofunc.train.watched import watched
 from autofunc.train.weights import save_result, written_part
 from autofunc.tree import Nested
@@ -165,8 +166,9 @@ def _lead(
     done = step_at(begun_from)
     if begun_from is not None:
         show(f"going on from {begun_from}, after step {done}")
+    trackers = open_trackers(config, output_dir, done)
     with (
-        closing(MetricsFile(output_dir / METRICS, done)) as metrics,
+        Records(output_dir, done, trackers, config.step_scheduler.log_remote_every_steps, show) as metrics,
         ProgressReporter(console, recipe.num_steps) as reporter,
         watched(config.distributed),  # not while weights are written, which takes as long as it takes
     ):
@@ -179,7 +181,9 @@ def _lead(
         if config.export is not None:
             write_pretrained(recipe.model, {**tree.flatten(params), **tree.flatten(state)}, output_dir / config.export)
             saved.append(f"{config.export}/")
-    show(f"{result.num_steps - done} steps in {result.training_seconds:.1f} s of training")
+    peaks = result.peak_memory_bytes
+    most = size_in_words(max(peaks)) + (f" on rank {peaks.index(max(peaks))}" if len(peaks) > 1 else "")
+    show(f"{result.num_steps - done} steps in {result.training_seconds:.1f} s of training, peak memory {most}")
     if metrics.error is not None:
         show(f"{METRICS} lacks lines: {metrics.error}")
     try:

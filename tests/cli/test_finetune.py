@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from autofunc import schedule
+from autofunc.train.speed import MEASURED
 from tests.cases import assert_same_tree
 from tests.cli.here import run_here
 
@@ -91,7 +92,7 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 def computed(line: dict[str, Any]) -> dict[str, Any]:
     """What does not depend on how fast a machine is."""
-    return {name: value for name, value in line.items() if name not in ("step_time_ms", "bubble_fraction")}
+    return {name: value for name, value in line.items() if name not in MEASURED}
 
 
 def losses(folder: Path) -> list[float]:
