@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from torch.distributed.device_mesh import DeviceMesh
 
 from autofunc.checkpoint import load
@@ -15,6 +14,7 @@ from autofunc.checkpoint.write import is_first, of_first
 from autofunc.config import FinetuneConfig
 from autofunc.errors import ConfigError
 from autofunc.shown import literal
+from autofunc.train.logs import line_console
 from autofunc.train.loop import build_pipe
 from autofunc.train.progress import ProgressReporter, Reporter, Silent
 from autofunc.train.recipe import Recipe
@@ -47,7 +47,7 @@ def evaluate(
         as_json: whether it is shown as JSON.
     """
     is_shown = is_first()
-    console = Console(file=sys.stdout)
+    console = line_console()
     path = of_first(source(config.checkpoint, output_dir))
     if is_shown and not as_json:
         console.print(literal(f"checkpoint: {path}, after step {step_at(path)}" if path is not None else "initial weights"))

@@ -19,6 +19,7 @@ from autofunc.errors import PipelineRunError
 from autofunc.mesh import data_coordinate
 from autofunc.pipe import Pipeline
 from autofunc.runtime.position import here
+from autofunc.schedule import Timeline
 from autofunc.timing import clock
 from autofunc.train.bubble import BubbleMeter
 from autofunc.train.checkpoints import Checkpoints
@@ -47,6 +48,7 @@ class TrainResult:
     validated: Validated | None  # the last time
     training_seconds: float  # without validation
     peak_memory_bytes: tuple[int, ...]  # by process
+    timeline: Timeline | None  # of the last step that was measured
     stopped: bool = False  # told to end before its last step; then there is a checkpoint of it
     ended_early: bool = False  # the validation loss got no better
 
@@ -128,7 +130,7 @@ def train(
     is_early = step < recipe.num_steps
     return TrainResult(
         pipe, now.params, now.state, step, loss, validated, training_seconds, peaks_of_all(device),
-        stopped=is_early and not is_over, ended_early=is_early and is_over,
+        bubbles.timeline, stopped=is_early and not is_over, ended_early=is_early and is_over,
     )  # fmt: skip
 
 

@@ -12,13 +12,16 @@ from autofunc.errors import ConfigError
 from autofunc.shown import quoted
 from autofunc.train.step_folders import clear, steps_in
 
-METRICS, PICTURE, WEIGHTS, SCHEDULE = "metrics.jsonl", "loss.png", "model.safetensors", "schedule.csv"
+METRICS, PICTURE, PAGE = "metrics.jsonl", "loss.png", "run.html"
+WEIGHTS, SCHEDULE = "model.safetensors", "schedule.csv"
 CHECKPOINTS = "checkpoints"
+LOGS = "logs"
+"""The folder in it with what each process wrote to its output."""
 TRACKERS = "trackers.json"
 """What other tools call the run, so that it goes on there too."""
 ADAPTER = "adapter"
 """The folder in it with the adapter that a run trained."""
-_RESULTS = (METRICS, PICTURE, WEIGHTS, SCHEDULE, TRACKERS, *(f"{ADAPTER}/{name}" for name in ADAPTER_FILES))
+_RESULTS = (METRICS, PICTURE, PAGE, WEIGHTS, SCHEDULE, TRACKERS, *(f"{ADAPTER}/{name}" for name in ADAPTER_FILES))
 
 
 def default_output_dir(config_path: str | Path) -> Path:
@@ -73,7 +76,8 @@ def _make_empty(folder: Path, checkpoints: Sequence[Path], overwrite: bool) -> N
             f"output_dir: {where} holds a run already ({named}); name another one, or say --overwrite to replace it"
             + (", or --checkpoint.restore_from LATEST to go on with it" if steps else "")
         )
-    for name in found:
-        (folder / name).unlink()
+    logs = (folder / LOGS).glob("rank_*.log") if overwrite else ()
+    for path in [*(folder / name for name in found), *logs]:
+        path.unlink()
     for each in checkpoints:
         clear(each)

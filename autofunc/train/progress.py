@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from autofunc.engine.compile import LOG
+from autofunc.train.logs import bar_console, keep_log_beside_bar
 
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -74,13 +75,14 @@ class ProgressReporter:
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[status]}"),
                 TimeRemainingColumn(compact=True),
-                console=console,
+                console=bar_console(),
             )
             self._task = self._bar.add_task("training", total=num_steps, status="building the pipeline")
 
     def __enter__(self) -> ProgressReporter:
         if self._bar is not None:
             self._bar.start()
+            keep_log_beside_bar()
         self._logs_before = LOG.level
         LOG.setLevel(logging.INFO)
         LOG.addHandler(self._compiling)
@@ -109,7 +111,7 @@ class ProgressReporter:
             self._bar.update(self._task, completed=step, status=status)
         elif step in (1, self._num_steps) or time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES:
             self._last_line = time.monotonic()
-            self._console.print(f"step {step}/{self._num_steps}  {status}", highlight=False)
+            self._console.print(f"step {step}/{self._num_steps}  {status}", highlight=False, soft_wrap=True)
 
     def validating(self, batch: int, num_batches: int) -> None:
         """See `Reporter.validating`."""
