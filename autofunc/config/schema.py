@@ -217,6 +217,11 @@ class FinetuneConfig(Section):
         None, description="checkpoints of the run; without the section there are none"
     )
     clip_grad_norm: ClipGradNorm | None = Field(None, description="scale gradients down to a global norm")
+    nonfinite: Literal["stop", "skip", "warn"] = Field(
+        "stop", description="what becomes of a step whose loss or gradients are not finite: stop ends the run, skip leaves "
+        "all as it was before the step, warn takes it",
+    )  # fmt: skip
+    max_skips: Steps = Field(10, description="of nonfinite skip: how many steps in a row, before the run ends")
     peak_tflops: float | None = Field(
         None, gt=0, le=1e9, description="what each device is capable of, in 1e12 operations a second, to show the model "
         "FLOPs utilization; that of A100, H100 and H200 in bf16 is known",

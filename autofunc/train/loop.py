@@ -24,6 +24,7 @@ from autofunc.timing import clock
 from autofunc.train.bubble import BubbleMeter
 from autofunc.train.checkpoints import Checkpoints
 from autofunc.train.garbage import collecting_between
+from autofunc.train.nonfinite import NonFinite
 from autofunc.train.preemption import Stop, any_of, noticed
 from autofunc.train.progress import Reporter
 from autofunc.train.recipe import Recipe
@@ -81,6 +82,7 @@ def train(
     validated: Validated | None = None
     training_seconds, is_stopped, is_over = 0.0, False, False
     bubbles, validation = BubbleMeter(mesh, device, recipe.num_steps), Validation(recipe, pipe, device, reporter)
+    nonfinite = NonFinite(recipe.nonfinite, recipe.max_skips, reporter.note)
     meter = Speedometer(recipe, device) if metrics is not None else None
 
     with noticed() if checkpoints is not None else nullcontext(Stop()) as stop:
@@ -89,7 +91,7 @@ def train(
         all_parts = itertools.islice(_endless(loader), recipe.num_steps - begun.step)
         for parts in collecting_between(all_parts, recipe.gc_every_steps):
             step += 1
-            taken = take_step(recipe, pipe, now, parts, step, device, bubbles)
+            taken = take_step(recipe, pipe, now, parts, step, device, bubbles, nonfinite)
             now, loss = taken.now, taken.loss
             if step == begun.step + 1:
                 clock.done("the first step")
@@ -100,8 +102,9 @@ def train(
                 speed = meter.of(*_units(parts), seconds)
                 rate = f"  lr {taken.lr:.2e}" if recipe.lr_at is not None else ""  # one that changes
                 reporter.step(step, loss, f"{speed.said()}{rate}", taken.bubble)
-                bubble = {} if taken.bubble is None else {"bubble_fraction": taken.bubble}
-                metrics.write(step=step, loss=loss, grad_norm=taken.norm, lr=taken.lr, **speed.named(), **bubble)
+                more = {} if taken.bubble is None else {"bubble_fraction": taken.bubble}
+                more |= {"skipped": True} if taken.is_skipped else {}
+                metrics.write(step=step, loss=loss, grad_norm=taken.norm, lr=taken.lr, **speed.named(), **more)
             position, is_last = parts[-1].after, step == recipe.num_steps
             is_due = False
             if checkpoints is not None:

@@ -33,6 +33,10 @@ class Reporter(Protocol):
         """The validation loss was measured, and what else is."""
         ...
 
+    def note(self, text: str) -> None:
+        """Something happened that is no error."""
+        ...
+
 
 class Silent:
     """Says nothing: for every rank but the first."""
@@ -45,6 +49,9 @@ class Silent:
 
     def validation(self, step: int, said: str) -> None:
         """See `Reporter.validation`."""
+
+    def note(self, text: str) -> None:
+        """See `Reporter.note`."""
 
 
 class _Messages(logging.Handler):
@@ -120,7 +127,11 @@ class ProgressReporter:
 
     def validation(self, step: int, said: str) -> None:
         """See `Reporter.validation`."""
-        self._console.print(f"step {step}: {said}", highlight=False, markup=False)
+        self.note(f"step {step}: {said}")
+
+    def note(self, text: str) -> None:
+        """See `Reporter.note`."""
+        self._console.print(text, highlight=False, markup=False)
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from autofunc.train.datasets import check_tokens, loaders_of, read_dataset, read
 from autofunc.train.layout import LayerCosts, count_microbatches, is_auto, stages_and_schedule
 from autofunc.train.learning_rate import learning_rate_of
 from autofunc.train.model import build_loss, build_metrics, build_model
+from autofunc.train.nonfinite import Action
 from autofunc.train.optimizer import build_optimizer, check_optimizer, try_optimizer
 from autofunc.train.trial import Trial
 
@@ -56,6 +57,8 @@ class Recipe:
     val_every_steps: int | None
     gc_every_steps: int | None  # None: Python decides when it looks for garbage
     max_norm: float | None  # of the gradients
+    nonfinite: Action  # what becomes of a step that is not finite
+    max_skips: int  # of such steps in a row
     peak_tflops: float | None  # of a device, where the configuration says it
     seed: int
     rows: int  # of a batch, over all data parallel ranks
@@ -158,6 +161,8 @@ def prepare(
         val_every_steps=steps.val_every_steps,
         gc_every_steps=steps.gc_every_steps,
         max_norm=config.clip_grad_norm.max_norm if config.clip_grad_norm is not None else None,
+        nonfinite=config.nonfinite,
+        max_skips=config.max_skips,
         peak_tflops=config.peak_tflops,
         seed=config.seed,
         rows=rows,

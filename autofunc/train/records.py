@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -32,7 +33,8 @@ class Records(AbstractContextManager["Records"]):
         self._trackers, self._every_steps, self._warn = list(trackers), every_steps, warn
 
     def write(self, *, step: int, **values: Any) -> None:
-        """Keep some values of a step; None is none."""
+        """Keep some values of a step. None is none, and so is what is no number, which JSON cannot say."""
+        values = {name: each if _is_known(each) else None for name, each in values.items()}
         self._file.write(step=step, **values)
         if "loss" in values and step % self._every_steps:
             return
@@ -57,3 +59,7 @@ class Records(AbstractContextManager["Records"]):
             except FAILURES as error:
                 self._trackers.remove(tracker)
                 self._warn(f"{tracker.name} is told no more: {in_brief(error)}. {METRICS} goes on")
+
+
+def _is_known(value: Any) -> bool:
+    return not isinstance(value, float) or math.isfinite(value)
