@@ -23,7 +23,7 @@ from autofunc.config.kinds import (
 )  # fmt: skip
 from autofunc.config.problems import all_at_once, in_words
 from autofunc.config.tracking import Mlflow, Tensorboard, Wandb
-from autofunc.config.updates import LrScheduler, Optimizers
+from autofunc.config.updates import Ema, LrScheduler, Optimizers
 from autofunc.errors import ConfigError
 
 
@@ -212,6 +212,7 @@ class FinetuneConfig(Section):
         None, description="the learning rate by step: a warm-up and a decay, or a scheduler of torch.optim.lr_scheduler; "
         "by default it is constant",
     )  # fmt: skip
+    ema: Ema | None = Field(None, description="keep a moving average of the parameters that are trained")
     loss_fn: Target | None = Field(None, description="loss(outputs, microbatch); by default autofunc.losses.causal_lm")
     checkpoint: CheckpointSection | None = Field(
         None, description="checkpoints of the run; without the section there are none"

@@ -20,7 +20,6 @@ _PANELS: Mapping[str, Sequence[_Curve]] = {
     "loss": (
         _Curve("loss", "training", "tab:blue"),
         _Curve("validation_loss", "validation", "tab:orange", "o"),
-        _Curve("ema_validation_loss", "validation of the average", "tab:green", "o"),
     ),
     "learning rate": (_Curve("lr", "lr", "tab:purple"),),
     "per second": (

@@ -14,6 +14,7 @@ from autofunc.checkpoint.write import is_first, of_first
 from autofunc.config import FinetuneConfig
 from autofunc.errors import ConfigError
 from autofunc.shown import literal
+from autofunc.train.average import in_place
 from autofunc.train.logs import line_console
 from autofunc.train.loop import build_pipe
 from autofunc.train.progress import ProgressReporter, Reporter, Silent
@@ -75,6 +76,9 @@ def _validated(
     if path is None:
         params, state = pipe.init(recipe.init_seed, device), pipe.init_state(device)
     else:
-        checkpoint = load(path, pipe, device=device)
+        averaged = recipe.ema is not None and recipe.ema.validation
+        checkpoint = load(path, pipe, device=device, average=averaged)
         params, state = checkpoint.params, checkpoint.state
+        if checkpoint.average is not None:
+            params = in_place(checkpoint.average, params)
     return Validation(recipe, pipe, device, reporter).run(params, state)

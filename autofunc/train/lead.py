@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,12 +21,13 @@ from autofunc.shown import literal, printable, size_in_words
 from autofunc.splitting import parameter_count
 from autofunc.train.adapters import described
 from autofunc.train.autoschedule import find_schedule
+from autofunc.train.average import in_place
 from autofunc.train.checkpoints import Checkpoints
 from autofunc.train.curves import draw_curves
 from autofunc.train.datasets import title
 from autofunc.train.logs import bar_console, line_console, show_last
 from autofunc.train.loop import TrainResult, train
-from autofunc.train.output import LOGS, METRICS, PAGE, PICTURE, SCHEDULE
+from autofunc.train.output import LOGS, METRICS, PAGE, PICTURE, SCHEDULE, of_average
 from autofunc.train.page import make_page
 from autofunc.train.progress import ProgressReporter, Silent
 from autofunc.train.recipe import Recipe
@@ -57,7 +58,8 @@ def follow(
     with watched(config.distributed):
         result = train(recipe, mesh, device, Silent(), None, checkpoints, begun_from)
     if not result.stopped:
-        _whole(recipe, config, result)
+        for params, _ in _trees(result):
+            _whole(recipe, config, result, params)
 
 
 def _checkpoints(
@@ -75,10 +77,16 @@ def _writes_weights(config: FinetuneConfig) -> bool:
     return config.checkpoint is None or config.checkpoint.save_consolidated is not False
 
 
-def _whole(recipe: Recipe, config: FinetuneConfig, result: TrainResult) -> tuple[Nested, Nested]:
-    """What a run has trained, from all ranks: as much of it as is written. All ranks call it."""
+def _trees(result: TrainResult) -> Iterator[tuple[Nested, Callable[[str], str]]]:
+    """What this rank has trained, one after the other, and what it is called by."""
+    yield result.params, str
+    if result.average is not None:
+        yield in_place(result.average, result.params), of_average
+
+
+def _whole(recipe: Recipe, config: FinetuneConfig, result: TrainResult, params: Nested) -> tuple[Nested, Nested]:
+    """One of `_trees` from all ranks: as much of it as is written. All ranks call it."""
     pipe = result.pipe
-    params: Nested = result.params
     if config.export is None:
         params = written_part(recipe.model, params) if _writes_weights(config) else {}
     return pipe.gather(params), pipe.gather(result.state)
@@ -167,12 +175,14 @@ def _save(recipe: Recipe, config: FinetuneConfig, result: TrainResult, output_di
     if result.stopped:
         return []
     saved: list[str] = []
-    params, state = _whole(recipe, config, result)
-    if _writes_weights(config):  # before all that may fail
-        saved += save_result(recipe.model, written_part(recipe.model, params), state, output_dir)
-    if config.export is not None:
-        write_pretrained(recipe.model, {**tree.flatten(params), **tree.flatten(state)}, output_dir / config.export)
-        saved.append(f"{config.export}/")
+    for own, named in _trees(result):
+        params, state = _whole(recipe, config, result, own)
+        if _writes_weights(config):  # before all that may fail
+            saved += save_result(recipe.model, written_part(recipe.model, params), state, output_dir, named)
+        if config.export is not None:
+            folder = named(config.export)
+            write_pretrained(recipe.model, {**tree.flatten(params), **tree.flatten(state)}, output_dir / folder)
+            saved.append(f"{folder}/")
     return saved
 
 

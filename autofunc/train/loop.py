@@ -31,7 +31,7 @@ from autofunc.train.recipe import Recipe
 from autofunc.train.records import Records
 from autofunc.train.resume import anew, extra_of, restored
 from autofunc.train.speed import Speedometer, peaks_of_all, units_of
-from autofunc.train.step import take_step
+from autofunc.train.step import take_step, validated_params
 from autofunc.train.step_folders import VALIDATION_LOSS
 from autofunc.train.validation import Validated, Validation
 from autofunc.transform import pipeline
@@ -44,6 +44,7 @@ class TrainResult:
     pipe: Pipeline
     params: TensorDict  # of this rank
     state: TensorDict  # of this rank: what its layers keep from step to step
+    average: TensorDict | None  # of this rank's parameters that are trained; None where none is wanted
     num_steps: int
     loss: float  # of the last step
     validated: Validated | None  # the last time
@@ -78,6 +79,8 @@ def train(
     place, places = data_coordinate(mesh)
     begun = anew(recipe, pipe, device) if source is None else restored(source, recipe, pipe, device)
     loader = recipe.make_train_loader(place=place, places=places, start=begun.position)
+    for note in begun.notes:
+        reporter.note(note)
     now, step, loss, patience = begun.trained, begun.step, float("nan"), begun.patience
     validated: Validated | None = None
     training_seconds, is_stopped, is_over = 0.0, False, False
@@ -111,7 +114,7 @@ def train(
                 is_stopped, is_due = _agree(checkpoints, stop, step, position.begins_epoch, device)
             measured = None
             if is_last or (is_due and not is_stopped) or (recipe.val_every_steps and step % recipe.val_every_steps == 0):
-                measured = validation.run(now.params, now.state)
+                measured = validation.run(validated_params(recipe, now), now.state)
             if measured is not None:
                 validated, patience = measured, patience.after(measured.loss, recipe.early_stopping)
                 is_over = patience.is_over(recipe.early_stopping)
@@ -132,7 +135,7 @@ def train(
             checkpoints.finish()
     is_early = step < recipe.num_steps
     return TrainResult(
-        pipe, now.params, now.state, step, loss, validated, training_seconds, peaks_of_all(device),
+        pipe, now.params, now.state, now.average, step, loss, validated, training_seconds, peaks_of_all(device),
         bubbles.timeline, stopped=is_early and not is_over, ended_early=is_early and is_over,
     )  # fmt: skip
 

@@ -21,7 +21,22 @@ TRACKERS = "trackers.json"
 """What other tools call the run, so that it goes on there too."""
 ADAPTER = "adapter"
 """The folder in it with the adapter that a run trained."""
-_RESULTS = (METRICS, PICTURE, PAGE, WEIGHTS, SCHEDULE, TRACKERS, *(f"{ADAPTER}/{name}" for name in ADAPTER_FILES))
+
+
+def of_average(name: str) -> str:
+    """What the same is called of the average of parameters: `model_ema.safetensors`.
+
+    >>> of_average("model.safetensors"), of_average("adapter")
+    ('model_ema.safetensors', 'adapter_ema')
+    """
+    stem = name.removesuffix(".safetensors")
+    return f"{stem}_ema{name.removeprefix(stem)}"
+
+
+_RESULTS = (
+    METRICS, PICTURE, PAGE, WEIGHTS, of_average(WEIGHTS), SCHEDULE, TRACKERS,
+    *(f"{folder}/{name}" for folder in (ADAPTER, of_average(ADAPTER)) for name in ADAPTER_FILES),
+)  # fmt: skip
 
 
 def default_output_dir(config_path: str | Path) -> Path:

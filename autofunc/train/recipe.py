@@ -11,6 +11,7 @@ from autofunc.automodel import check_writable
 from autofunc.batch import Microbatch, split_batch
 from autofunc.config import FinetuneConfig, StepScheduler, check_targets, not_ended
 from autofunc.config.schema import EarlyStopping
+from autofunc.config.updates import Ema
 from autofunc.data import STACKED, first_rows
 from autofunc.engine import EngineOptions, require_compiler
 from autofunc.errors import AutofuncError, ConfigError
@@ -46,6 +47,7 @@ class Recipe:
     options: EngineOptions
     loss: Loss | None  # None: the model's own
     optimizer: Optimizer
+    ema: Ema | None  # the average of parameters that is kept
     lr_at: LearningRate | None  # the learning rate by step; None: the optimizer's own
     dataset: Any
     validation_dataset: Any | None
@@ -150,6 +152,7 @@ def prepare(
         options=options,
         loss=loss,
         optimizer=optimizer,
+        ema=config.ema,
         lr_at=learning_rate_of(config, optimizer, num_steps),
         dataset=dataset,
         validation_dataset=validation,

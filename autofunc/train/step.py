@@ -20,6 +20,7 @@ from autofunc.mesh import same_over
 from autofunc.pipe import Pipeline
 from autofunc.random import fold_in, make_key
 from autofunc.runtime.plan import Mode
+from autofunc.train.average import in_place, moved_on
 from autofunc.train.bubble import BubbleMeter
 from autofunc.train.nonfinite import NonFinite
 from autofunc.train.recipe import Recipe
@@ -33,6 +34,13 @@ class Trained:
     params: TensorDict
     state: TensorDict  # what its layers keep from step to step
     optimizer_state: TensorDict
+    average: TensorDict | None = None  # of the parameters that are trained; None where none is wanted
+
+
+def validated_params(recipe: Recipe, now: Trained) -> TensorDict:
+    """What is validated: the parameters, or their average where that is wanted."""
+    wanted = recipe.ema is not None and recipe.ema.validation
+    return in_place(now.average, now.params) if wanted and now.average is not None else now.params
 
 
 class Taken(NamedTuple):
@@ -101,7 +109,10 @@ def take_step(
     if recipe.max_norm is not None:
         grads = pipe.scaled(grads, norm, recipe.max_norm)
     params, optimizer_state = recipe.optimizer.update(grads, before.optimizer_state, params, lr=lr)
-    return taken(Trained(params, state, optimizer_state))
+    average = before.average
+    if average is not None and recipe.ema is not None and step % recipe.ema.every_steps == 0:
+        average = moved_on(recipe.model, average, params, recipe.ema.decay)
+    return taken(Trained(params, state, optimizer_state, average))
 
 
 def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
