@@ -10,7 +10,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, TextIO, cast
 
@@ -21,12 +21,50 @@ from autofunc.train.output import LOGS
 from autofunc.train.role import restarts
 
 _CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\r")  # colours and moves of a terminal's cursor
-_kept: list[TextIO] = []  # the logs of this process
+_kept: list[Log] = []  # the logs of this process
 
 
 def log_of(folder: Path, rank: int) -> Path:
     """The file of a process of the run that writes into a folder."""
     return folder / LOGS / f"rank_{rank}.log"
+
+
+class Log(io.TextIOBase):
+    """A log that is being written. A full disk ends no run: `error` says why lines are missing.
+
+    Args:
+        path: of the file; what it has stays before what is written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.error: OSError | None = None
+        self._file = path.open("a", encoding="utf-8", errors="backslashreplace", buffering=1)
+
+    def write(self, text: str) -> int:
+        """Write, as far as that can be done."""
+        if self.error is None:
+            try:
+                self._file.write(text)
+            except OSError as error:
+                self.error = error
+        return len(text)
+
+    def close(self) -> None:
+        """Close the file."""
+        try:
+            self._file.close()  # which writes what could not be written before
+        except OSError as error:
+            self.error = self.error or error
+
+    def fileno(self) -> int:
+        """Of the file."""
+        return self._file.fileno()
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        """Of the file."""
+        return self._file.encoding
 
 
 class Teed(io.TextIOBase):
@@ -38,7 +76,7 @@ class Teed(io.TextIOBase):
         quiet: whether the console gets nothing.
     """
 
-    def __init__(self, console: TextIO, log: TextIO, quiet: bool = False) -> None:
+    def __init__(self, console: TextIO, log: Log, quiet: bool = False) -> None:
         self.console, self.log, self.quiet = console, log, quiet
 
     def write(self, text: str) -> int:
@@ -80,8 +118,7 @@ def kept_log(folder: Path, rank: int, *, quiet: bool = False) -> Iterator[None]:
         quiet: whether the first rank shows nothing either, but for `show_last`.
     """
     path = log_of(folder, rank)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8", errors="backslashreplace", buffering=1) as log:
+    with closing(Log(path)) as log:
         again = f", restart {restarts()}" if restarts() else ""
         log.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')}: rank {rank}, process {os.getpid()}{again}\n")
         _kept.append(log)
@@ -93,6 +130,8 @@ def kept_log(folder: Path, rank: int, *, quiet: bool = False) -> Iterator[None]:
             raise
         finally:
             _kept.remove(log)
+    if log.error is not None:
+        sys.stdout.write(f"{path} lacks lines: {log.error}\n")
 
 
 @contextmanager
@@ -175,7 +214,7 @@ def _is_quiet() -> bool:
 
 
 @contextmanager
-def _teed(log: TextIO, quiet: bool) -> Iterator[None]:
+def _teed(log: Log, quiet: bool) -> Iterator[None]:
     """Python's own streams go to both, and so does what was given one of them before."""
     before = sys.stdout, sys.stderr
     out, err = (Teed(each, log, quiet) for each in before)
@@ -198,7 +237,7 @@ def _stream_handlers() -> list[logging.StreamHandler[Any]]:
 
 
 @contextmanager
-def _sent_to(log: TextIO) -> Iterator[None]:
+def _sent_to(log: Log) -> Iterator[None]:
     """All that this process writes goes to a file, also what is not written by Python."""
     before, copies = (sys.stdout, sys.stderr), [os.dup(number) for number in (1, 2)]
     for stream in before:

@@ -47,6 +47,17 @@ def test_the_first_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert rest == ["green", "logged", "warned", "shown before", "a stack"]
 
 
+def test_a_full_disk_ends_no_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "logs").mkdir()
+    for rank in (0, 1):
+        log_of(tmp_path, rank).symlink_to("/dev/full")
+        with kept_log(tmp_path, rank):
+            sys.stdout.write("said\n")
+            write_log("noted\n")
+        out = capfd.readouterr().out
+        assert out.startswith("said\n" if rank == 0 else str(tmp_path)) and f"rank_{rank}.log lacks lines: " in out
+
+
 def test_any_other_rank(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with kept_log(tmp_path, 1):
         sys.stdout.write("of Python\n")
