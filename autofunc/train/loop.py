@@ -86,7 +86,7 @@ def train(
     training_seconds, is_stopped, is_over = 0.0, False, False
     bubbles, validation = BubbleMeter(mesh, device, recipe.num_steps), Validation(recipe, pipe, device, reporter)
     nonfinite = NonFinite(recipe.nonfinite, recipe.max_skips, reporter.note)
-    meter = Speedometer(recipe, device) if metrics is not None else None
+    meter = Speedometer(recipe, device, reporter.note) if metrics is not None else None
 
     with noticed() if checkpoints is not None else nullcontext(Stop()) as stop:
         clock.done("making the weights")

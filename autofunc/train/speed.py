@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import resource
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from autofunc.errors import ModelError
 from autofunc.shown import size_in_words
 from autofunc.splitting.cost import count_operations
 from autofunc.train.recipe import Recipe
@@ -56,18 +58,24 @@ class Speedometer:
     Args:
         recipe: of the run.
         device: of this process, which all others' are like.
+        tell: told where operations cannot be counted, which ends no run.
     """
 
-    def __init__(self, recipe: Recipe, device: torch.device) -> None:
+    def __init__(self, recipe: Recipe, device: torch.device, tell: Callable[[str], None]) -> None:
         self._device = device
         self._operations_per_unit = 0.0
         peak = peak_flops(device, recipe.peak_tflops)
         self._peak = None if peak is None else peak * recipe.axes.num_processes
-        if self._peak is not None:
-            microbatch = recipe.microbatch((recipe.seed, 1))
+        if self._peak is None:
+            return
+        microbatch = recipe.microbatch((recipe.seed, 1))
+        units, _ = units_of(microbatch, recipe.microbatch_rows)
+        try:
             costs = count_operations(recipe.model, microbatch, recipe.loss)
-            units, _ = units_of(microbatch, recipe.microbatch_rows)
             self._operations_per_unit = _OF_A_STEP * sum(each.flops for each in costs.values()) / units
+        except ModelError as error:
+            self._peak = None
+            tell(f"no mfu, for the operations of a step cannot be counted: {error}")
 
     def of(self, units: int, unit: str, seconds: float) -> Speed:
         """The speed of a step.

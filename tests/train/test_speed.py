@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from autofunc.errors import ModelError
 from autofunc.train import speed
 from tests.cli.here import run_here
 from tests.train.test_weighing import finetune
@@ -49,3 +50,11 @@ def test_operations_are_counted_once(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     )  # fmt: skip
     finetune(tmp_path, peak_tflops=1.0)
     assert len(counted) == 1 and len(lines_of(tmp_path)) == 3
+
+    def refuse(*_: Any) -> None:
+        raise ModelError("the model cannot run on this batch")
+
+    monkeypatch.setattr(speed, "count_operations", refuse)
+    done = run_here(tmp_path, "finetune", "llm", "-c", "run.yaml", "--overwrite")
+    assert done.status == 0 and "no mfu, for the operations of a step cannot be counted: the model" in done.out
+    assert "mfu" not in lines_of(tmp_path)[0]
