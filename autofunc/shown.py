@@ -63,6 +63,18 @@ def literal(text: str) -> Text:
     return Text(printable(text, keep="\n"))
 
 
+def size_in_words(num_bytes: int) -> str:
+    """A size, as people read it.
+
+    >>> size_in_words(3 << 19)
+    '1.5 MiB'
+    """
+    for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if num_bytes >= size:
+            return f"{num_bytes / size:.3g} {unit}"
+    return f"{num_bytes} B"
+
+
 def _escape(character: str) -> str:
     return character.encode("unicode_escape").decode()
 

@@ -95,7 +95,7 @@ def test_examples_can_be_prepared(example: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_every_key_is_documented() -> None:
-    text = (ROOT / "docs" / "configuration.md").read_text()
+    text = "".join((ROOT / "docs" / name).read_text() for name in ("configuration.md", "runs.md"))
     keys = keys_of(FinetuneConfig)
     assert len(keys) > 20
     for key in keys:

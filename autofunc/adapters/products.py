@@ -89,7 +89,8 @@ class ChangedProducts(Reads):
             return func(*_with_changes(args, self._known), **_with_changes(kwargs, self._known))
         given = operands(args, kwargs)
         place = next(number for number, operand in enumerate(given) if id(operand) in known)
-        return result + _MADE[how](change, given, place, change.scale * kwargs.get("alpha", 1))
+        # the scale comes last, as in PEFT: in another place it would round otherwise
+        return result + _MADE[how](change, given, place) * (change.scale * kwargs.get("alpha", 1))
 
     def _check(self, func: Callable[..., Any], how: How, changes: Sequence[Change]) -> None:
         change = changes[0]
@@ -128,22 +129,22 @@ def _dropped(change: Change, x: Tensor) -> Tensor:
     return x if change.drop is None else change.drop(x)
 
 
-def _linear(change: Change, given: Sequence[Any], place: int, times: float) -> Tensor:
+def _linear(change: Change, given: Sequence[Any], place: int) -> Tensor:
     x = _dropped(change, given[0])
-    return functional.linear(functional.linear(x, change.right) * times, change.left)
+    return functional.linear(functional.linear(x, change.right), change.left)
 
 
-def _times(change: Change, given: Sequence[Any], place: int, times: float) -> Tensor:
+def _times(change: Change, given: Sequence[Any], place: int) -> Tensor:
     x = _dropped(change, given[place - 1])
-    return (x @ change.left * times) @ change.right
+    return (x @ change.left) @ change.right
 
 
-def _before(change: Change, given: Sequence[Any], place: int, times: float) -> Tensor:
+def _before(change: Change, given: Sequence[Any], place: int) -> Tensor:
     x = _dropped(change, given[place + 1])
-    return change.left @ (change.right @ x * times)
+    return change.left @ (change.right @ x)
 
 
-def _einsum(change: Change, given: Sequence[Any], place: int, times: float) -> Tensor:
+def _einsum(change: Change, given: Sequence[Any], place: int) -> Tensor:
     """The weight's letters `od` become `or` and `rd`; x meets first the factor with the letter that is summed."""
     terms, result = given[0].replace(" ", "").split("->")
     letters = terms.split(",")
@@ -153,10 +154,10 @@ def _einsum(change: Change, given: Sequence[Any], place: int, times: float) -> T
     (near, first), (far, second) = factors[::-1] if of_weight[1] in result else factors
     kept = "".join(letter for letter in dict.fromkeys(of_x.replace("...", "") + near) if letter in far + result)
     middle = f"{'...' if '...' in of_x else ''}{kept}"
-    return torch.einsum(f"{middle},{far}->{result}", torch.einsum(f"{of_x},{near}->{middle}", x, first) * times, second)
+    return torch.einsum(f"{middle},{far}->{result}", torch.einsum(f"{of_x},{near}->{middle}", x, first), second)
 
 
-_MADE: Mapping[How, Callable[[Change, Sequence[Any], int, float], Tensor]] = {
+_MADE: Mapping[How, Callable[[Change, Sequence[Any], int], Tensor]] = {
     How.LINEAR: _linear, How.TIMES: _times, How.BEFORE: _before, How.EINSUM: _einsum,
     How.EINSUM_OVER_ROWS: _einsum,
 }  # fmt: skip

@@ -21,7 +21,7 @@ from autofunc.errors import CheckpointError
 from autofunc.foreign_file import check_file, is_folder, read_plain
 from autofunc.shown import reason, shown
 
-PARAMS, STATE, OPTIMIZER = "params", "state", "optimizer"
+PARAMS, STATE, OPTIMIZER, AVERAGE = "params", "state", "optimizer", "average"
 """What the names of tensors begin with."""
 
 _MANIFEST, _METADATA = "autofunc.json", ".metadata"

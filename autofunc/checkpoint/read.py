@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from autofunc import tree
-from autofunc.checkpoint.folder import OPTIMIZER, PARAMS, STATE, read_extra, read_metadata
+from autofunc.checkpoint.folder import AVERAGE, OPTIMIZER, PARAMS, STATE, read_extra, read_metadata
 from autofunc.checkpoint.write import flat_trees, hush, message_of
 from autofunc.errors import CheckpointError, some_of
 from autofunc.model import Model
@@ -38,6 +38,7 @@ class Checkpoint:
     state: TensorDict  # of layers that keep some; empty where none does
     optimizer_state: TensorDict | None  # None when no optimizer was given
     extra: dict[str, Any]  # what `af.save` was given as such
+    average: TensorDict | None = None  # None when it was not asked for, or there is none
 
 
 @torch.inference_mode(False)
@@ -48,6 +49,7 @@ def load(
     *,
     optimizer: Optimizer | None = None,
     device: torch.device | str | None = None,
+    average: bool = False,
 ) -> Checkpoint:
     """Read a checkpoint of `af.save`, written in any layout, into that of a pipeline. Each process reads its part alone.
 
@@ -56,21 +58,35 @@ def load(
         pipe: whose parameters are wanted.
         optimizer: the one whose state was saved; without it the state is not read.
         device: where the tensors are to be; by default as for `pipe.init`.
+        average: whether that of the parameters is read too, if the checkpoint has one.
 
     Raises:
         CheckpointError: when there is none, or one of another model or optimizer; says what differs.
     """
     extra, saved = read_extra(path), _saved(Path(path))
     _check_model(path, saved, pipe.stages[0].model)
-    params = pipe.blank({name.removeprefix(f"{PARAMS}."): each.properties.dtype for name, each in saved.items()}, device)
+    params = pipe.blank(_dtypes(saved, PARAMS), device)
     slots: Mapping[str, Any] | None = None
     if optimizer is not None:
         params, slots = _slots(path, optimizer, params, pipe, saved)
     state = pipe.init_state(device)
-    _read(path, flat_trees(params, state, slots), saved)
-    return Checkpoint(
-        params, state, tree.to_tensordict(slots) if slots is not None else None, extra
-    )  # fmt: skip
+    averaged = _blank_average(pipe, saved, device) if average else None
+    _read(path, flat_trees(params, state, slots, averaged), saved)
+    return Checkpoint(params, state, tree.to_tensordict(slots) if slots is not None else None, extra, averaged)
+
+
+def _dtypes(saved: Saved, prefix: str) -> dict[str, torch.dtype]:
+    names = (name for name in saved if name.startswith(f"{prefix}."))
+    return {name.removeprefix(f"{prefix}."): saved[name].properties.dtype for name in names}
+
+
+def _blank_average(pipe: Pipeline, saved: Saved, device: torch.device | str | None) -> TensorDict | None:
+    """Tensors to read an average into: laid out as the parameters that it is of."""
+    has = _dtypes(saved, AVERAGE)
+    if not has:
+        return None
+    blank = tree.flatten(pipe.blank(_dtypes(saved, PARAMS) | has, device))
+    return tree.to_tensordict({path: leaf for path, leaf in blank.items() if path in has})
 
 
 def check_fits(path: str | os.PathLike[str], model: Model) -> dict[str, Any]:

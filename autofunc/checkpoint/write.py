@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from autofunc import tree
-from autofunc.checkpoint.folder import OPTIMIZER, PARAMS, STATE, prepare, publish, remove
+from autofunc.checkpoint.folder import AVERAGE, OPTIMIZER, PARAMS, STATE, prepare, publish, remove
 from autofunc.errors import AutofuncError, CheckpointError, in_brief
 from autofunc.shown import shown
 
@@ -27,6 +27,7 @@ def save(
     params: tree.Nested,
     state: tree.Nested | None = None,
     optimizer_state: tree.Nested | None = None,
+    average: tree.Nested | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a checkpoint, which `af.load` reads into a pipeline of any layout: other ranks, splits, schedules, shards.
@@ -39,6 +40,7 @@ def save(
         params: this process's parameters.
         state: of layers that keep some, such as batch normalisation.
         optimizer_state: what `optimizer.init` or `update` returned.
+        average: of the parameters, such as `af.ema` gives, or of some of them.
         extra: what else is to be kept, such as the step: anything that JSON takes.
 
     Raises:
@@ -49,7 +51,9 @@ def save(
         checkpoint = af.load("checkpoints/step_100", pipe, optimizer=optimizer)
         params, state, step = checkpoint.params, checkpoint.optimizer_state, checkpoint.extra["step"]
     """
-    begin_save(path, params=params, state=state, optimizer_state=optimizer_state, extra=extra).finish()
+    begin_save(
+        path, params=params, state=state, optimizer_state=optimizer_state, average=average, extra=extra
+    ).finish()  # fmt: skip
 
 
 class Saving:
@@ -91,6 +95,7 @@ def begin_save(
     params: tree.Nested,
     state: tree.Nested | None = None,
     optimizer_state: tree.Nested | None = None,
+    average: tree.Nested | None = None,
     extra: Mapping[str, Any] | None = None,
     background: dist.ProcessGroup | bool = False,
 ) -> Saving:
@@ -101,6 +106,7 @@ def begin_save(
         params: see `save`; as all trees, they may be changed as soon as this returns.
         state: see `save`.
         optimizer_state: see `save`.
+        average: see `save`.
         extra: see `save`.
         background: True copies the tensors to the host and writes them while the caller goes on; a group of all processes
             on gloo, where there are several, which nothing else may use meanwhile.
@@ -118,7 +124,7 @@ def begin_save(
     error, partial = of_first((error, partial))
     if error is not None:
         raise CheckpointError(error)
-    tensors = flat_trees(params, state, optimizer_state)
+    tensors = flat_trees(params, state, optimizer_state, average)
     alone = not dist.is_initialized()
     hush()
     if background:
@@ -134,14 +140,16 @@ def begin_save(
     return Saving(folder, extra or {}, None, error)
 
 
-def flat_trees(params: tree.Nested, state: tree.Nested | None, optimizer_state: tree.Nested | None) -> dict[str, Tensor]:
+def flat_trees(
+    params: tree.Nested, state: tree.Nested | None, optimizer_state: tree.Nested | None, average: tree.Nested | None
+) -> dict[str, Tensor]:
     """The tensors of a checkpoint by their names in it: `params.h.0.weight`, `optimizer.exp_avg.h.0.weight`.
 
     Raises:
         AutofuncError: for a leaf that is no tensor.
     """
     found: dict[str, Tensor] = {}
-    for prefix, given in ((PARAMS, params), (STATE, state), (OPTIMIZER, optimizer_state)):
+    for prefix, given in ((PARAMS, params), (STATE, state), (OPTIMIZER, optimizer_state), (AVERAGE, average)):
         for path, leaf in tree.flatten(given if given is not None else {}).items():
             if not isinstance(leaf, Tensor):
                 raise AutofuncError(f"{prefix}: {path!r} is a {type(leaf).__name__}; expected a tensor")

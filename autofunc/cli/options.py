@@ -44,6 +44,9 @@ class RunOptions(StartOptions):
         int,
         typer.Option("--max-restarts", min=0, help="After a failure go on from the latest checkpoint, so many times."),
     ] = 0
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Show errors and the last line alone; files are written as ever.")
+    ] = False
 
 
 @dataclass(frozen=True)

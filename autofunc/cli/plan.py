@@ -13,7 +13,7 @@ from autofunc.config import read_config
 from autofunc.data import STACKED
 from autofunc.row_dims import rows_in_words
 from autofunc.schedule import draw
-from autofunc.shown import literal, printable, shown
+from autofunc.shown import literal, printable, shown, size_in_words
 from autofunc.train.fake_data import with_fake_data
 from autofunc.train.planning import RunPlan, plan_run
 from autofunc.train.tensor_parallel_check import check_tensor_parallel
@@ -72,7 +72,7 @@ def _show(made: RunPlan, console: Console) -> None:
         table.add_row(
             str(stage.stage), str(stage.rank), literal(layers), _count(stage.parameters),
             f"{stage.forward_flops / 1e9:.3g}", f"{stage.forward_ms + stage.backward_ms:.3g}",
-            _bytes(stage.sends_bytes) if stage.sends_bytes else "-",
+            size_in_words(stage.sends_bytes) if stage.sends_bytes else "-",
         )  # fmt: skip
     console.print(table, highlight=False)
     memory = Table("rank", box=None, pad_edge=False, header_style="bold")
@@ -80,9 +80,11 @@ def _show(made: RunPlan, console: Console) -> None:
         memory.add_column(title, justify="right")
     for rank in made.ranks:
         total = rank.parameter_bytes + rank.optimizer_bytes + (rank.activation_bytes or 0)
-        peak = "not known" if rank.activation_bytes is None else _bytes(rank.activation_bytes)
-        in_all = _bytes(total) + (" +" if rank.activation_bytes is None else "")
-        memory.add_row(str(rank.rank), _bytes(rank.parameter_bytes), _bytes(rank.optimizer_bytes), peak, in_all)
+        peak = "not known" if rank.activation_bytes is None else size_in_words(rank.activation_bytes)
+        in_all = size_in_words(total) + (" +" if rank.activation_bytes is None else "")
+        memory.add_row(
+            str(rank.rank), size_in_words(rank.parameter_bytes), size_in_words(rank.optimizer_bytes), peak, in_all
+        )
     console.print()
     console.print(memory, highlight=False)
     if made.measured:
@@ -114,10 +116,3 @@ def _count(number: int) -> str:
         if number >= size:
             return f"{number / size:.3g} {unit}"
     return str(number)
-
-
-def _bytes(number: int) -> str:
-    for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
-        if number >= size:
-            return f"{number / size:.3g} {unit}"
-    return f"{number} B"

@@ -6,8 +6,9 @@ The rest is `train.begin`.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from io import StringIO
 
 from autofunc.cli.loading import loading_torch
 from autofunc.cli.options import RunOptions
@@ -46,9 +47,9 @@ def train(
     """
     words = ["autofunc", *verb, "-c", options.config, *overrides]
     if is_worker():
-        _work(options, overrides, words, evaluates=evaluates, as_json=as_json)
+        _work(options, overrides, words, evaluates=evaluates, as_json=as_json, quiet=options.quiet)
         return
-    with _checking(options.config):
+    with _checking(options):
         config, notes = read_config(options.config, overrides)
         clock.done("reading the configuration")
     with _fork_server(config, options) as server:
@@ -56,16 +57,22 @@ def train(
             from autofunc.train.begin import asked, begin, checked_recipe
         run_asked = asked(
             config, notes, words, options.config, overwrite=options.overwrite, max_restarts=options.max_restarts,
-            evaluates=evaluates, as_json=as_json,
+            evaluates=evaluates, as_json=as_json, quiet=options.quiet,
         )  # fmt: skip
-        with _checking(options.config):  # reads the data
+        with _checking(options):  # reads the data
             recipe = checked_recipe(run_asked.config, options.nproc_per_node, notes)
         begin(recipe, run_asked, server)
 
 
-def _checking(config_path: str) -> AbstractContextManager[object]:
-    """Shown on terminals."""
-    return CONSOLE.status(literal(f"checking {shown(config_path)}"))
+@contextmanager
+def _checking(options: RunOptions) -> Iterator[None]:
+    """Shown on terminals. A quiet run does not show what the code that a file names says either."""
+    if options.quiet:
+        with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+            yield
+    else:
+        with CONSOLE.status(literal(f"checking {shown(options.config)}")):
+            yield
 
 
 def _fork_server(config: FinetuneConfig, options: RunOptions) -> AbstractContextManager[ForkServer | None]:

@@ -12,7 +12,7 @@ _DECAY = "lr_scheduler.lr_decay_style: cosine, linear, constant, inverse-square-
 _WARMUP = "lr_scheduler.lr_warmup_steps"
 _CONSTANT_WD = "weight decay is constant: optimizer.weight_decay"
 _NO_STATE = "nothing: the learning rate depends on the step alone"
-_LOGS = "every step is in metrics.jsonl in output_dir"
+_LOGS = "every step is in metrics.jsonl in output_dir; sections tensorboard, wandb and mlflow tell others too"
 _TEXTS = "rows of one length, or dataloader.pad_seq_len_divisible; autofunc.data.PackedText packs texts"
 
 _GLOBAL = "step_scheduler.global_batch_size, rows of a step: steps of accumulation times local_batch_size times dp_size"
@@ -52,7 +52,7 @@ HF_TRAINER: Mapping[str, str] = {
     "resume_from_checkpoint": _RESUME,
     "logging_steps": _LOGS,
     "logging_dir": _LOGS,
-    "report_to": _LOGS,
+    "report_to": "sections tensorboard, wandb and mlflow",
     "run_name": "output_dir",
     "data_seed": "seed",
     "dataloader_num_workers": "dataloader.num_workers",
@@ -166,9 +166,13 @@ AUTOMODEL: Mapping[str, str] = {
     "peft.lora_dtype": "nothing: adapters have the dtype of the weights",
     "peft.use_triton": "distributed.compile",
     "peft.moe_rank_scaling": "nothing: every adapter has the rank dim",
-    "wandb": _LOGS,
-    "mlflow": _LOGS,
+    "wandb.save_dir": "wandb.dir",
+    "mlflow.description": "mlflow.tags, such as mlflow.note.content",
+    "comet": "tensorboard, wandb or mlflow",
     "logger": _LOGS,
+    "mfu.peak_tflops": "peak_tflops",
+    "mfu.device": "nothing: the GPU is asked for its name; peak_tflops says otherwise",
+    "mfu.enabled": "nothing: it is shown where the peak is known",
     "restore_from": _RESUME,
     "autopipeline": "distributed.pp_size, schedule and split_points",
     "pipeline": "distributed.pp_size, schedule and split_points",

@@ -23,7 +23,8 @@ from autofunc.config.kinds import (
     Threads,
 )  # fmt: skip
 from autofunc.config.problems import all_at_once, in_words, unknown_key
-from autofunc.config.updates import LrScheduler, Optimizers
+from autofunc.config.tracking import Mlflow, Tensorboard, Wandb
+from autofunc.config.updates import Ema, LrScheduler, Optimizers
 from autofunc.config.validations import SECTION, is_validation, leading, measured_as
 from autofunc.errors import ConfigError, one_of
 
@@ -44,6 +45,7 @@ class StepScheduler(Section):
     save_checkpoint_every_epoch: bool = Field(
         True, description="write a checkpoint at the end of each epoch, where there are any"
     )
+    log_remote_every_steps: Steps = Field(1, description="tell tensorboard, wandb and mlflow every so many steps")
     gc_every_steps: Steps | None = Field(
         None, description="look for Python's garbage every so many steps, and at no other time; by default Python decides"
     )
@@ -228,11 +230,24 @@ class FinetuneConfig(Section):
         None, description="the learning rate by step: a warm-up and a decay, or a scheduler of torch.optim.lr_scheduler; "
         "by default it is constant",
     )  # fmt: skip
+    ema: Ema | None = Field(None, description="keep a moving average of the parameters that are trained")
     loss_fn: Target | None = Field(None, description="loss(outputs, microbatch); by default autofunc.losses.causal_lm")
     checkpoint: CheckpointSection | None = Field(
         None, description="checkpoints of the run; without the section there are none"
     )
     clip_grad_norm: ClipGradNorm | None = Field(None, description="scale gradients down to a global norm")
+    nonfinite: Literal["stop", "skip", "warn"] = Field(
+        "stop", description="what becomes of a step whose loss or gradients are not finite: stop ends the run, skip leaves "
+        "all as it was before the step, warn takes it",
+    )  # fmt: skip
+    max_skips: Steps = Field(10, description="of nonfinite skip: how many steps in a row, before the run ends")
+    peak_tflops: float | None = Field(
+        None, gt=0, le=1e9, description="what each device is capable of, in 1e12 operations a second, to show the model "
+        "FLOPs utilization; that of A100, H100 and H200 in bf16 is known",
+    )  # fmt: skip
+    tensorboard: Tensorboard | None = Field(None, description="files for TensorBoard too")
+    wandb: Wandb | None = Field(None, description="follow the run in Weights & Biases too")
+    mlflow: Mlflow | None = Field(None, description="follow the run in MLflow too")
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(42, description="of weights, data order and dropout")
     output_dir: Text | None = Field(None, description="where results go; by default runs/<name of the file>")
     export: Text | None = Field(

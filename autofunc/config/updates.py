@@ -89,6 +89,14 @@ class LrDecay(Section):
     )
 
 
+class Ema(Section):
+    """An exponential moving average of the parameters that are trained."""
+
+    decay: float = Field(0.999, ge=0, le=1, description="how much of the average stays when a step is added")
+    every_steps: Steps = Field(1, description="add every so many steps")
+    validation: bool = Field(False, description="validate the average, not the parameters of the last step")
+
+
 def _kind_of_section(given: Any) -> str:
     return HAS_TARGET if isinstance(given, dict) and "_target_" in given else HAS_KEYS
 

@@ -117,7 +117,7 @@ def run_rank(step: RankStep) -> Iterator[None]:
             if left is not None:
                 left.settle()
     except AutofuncError as error:
-        _add_place(error, step, op)
+        add_place(error, step, op)
         raise
     except Exception as error:
         place = _place(step, op)
@@ -277,7 +277,7 @@ def _marked(step: RankStep, op: Op | None) -> str:
     return "" if op is None else "\n" + grid(step.program.schedule, (step.program.rank, op.position))
 
 
-def _add_place(error: AutofuncError, step: RankStep, op: Op | None) -> None:
+def add_place(error: AutofuncError, step: RankStep, op: Op | None) -> None:
     """Say in an error where it was raised; it stays what it is."""
     place = _place(step, op)
     if isinstance(error, PipelineRunError):

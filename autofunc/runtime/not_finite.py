@@ -12,7 +12,7 @@ from autofunc import tree
 from autofunc.engine import Microbatch
 from autofunc.engine.layerwise import all_finite, first_not_finite
 from autofunc.errors import NotFiniteError
-from autofunc.runtime.executor import RankStep
+from autofunc.runtime.executor import RankStep, add_place
 from autofunc.runtime.ops import Backward, BackwardInput, BackwardWeight, Forward, Op
 from autofunc.runtime.plan import Plan
 from autofunc.runtime.program import Program
@@ -85,6 +85,33 @@ class FiniteCheck:
             leaves = [leaf.detach() for leaf in step.parameters.leaves(step.stages[op.stage])]
             found = first_not_finite(context, leaves, state, inputs, microbatch, cotangents)
         return NotFiniteError(f"{which}: {found or otherwise}{_of_batch(microbatch)}")
+
+
+class FiniteNotes:
+    """Notes what a `FiniteCheck` finds first, and lets the step go on: other ranks wait for what this one makes."""
+
+    def __init__(self) -> None:
+        self.found: NotFiniteError | None = None
+        self._checks: dict[int, FiniteCheck] = {}  # by rank
+
+    def __call__(self, plan: Plan, program: Program, microbatches: Sequence[Microbatch]) -> list[FiniteNotes]:
+        """See `step.Observe`."""
+        self._checks[program.rank] = FiniteCheck(plan.contexts)
+        return [self]
+
+    def before(self, op: Op, step: RankStep, registers: list[Any]) -> None:
+        """See `Observer.before`."""
+        if self.found is None:
+            self._checks[step.program.rank].before(op, step, registers)
+
+    def after(self, op: Op, step: RankStep, registers: list[Any], sends: list[Ticket | None]) -> None:
+        """See `Observer.after`."""
+        if self.found is None:
+            try:
+                self._checks[step.program.rank].after(op, step, registers, sends)
+            except NotFiniteError as error:
+                add_place(error, step, op)
+                self.found = error
 
 
 def finite_check(plan: Plan, program: Program, microbatches: Sequence[Microbatch]) -> list[FiniteCheck]:

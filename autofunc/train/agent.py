@@ -37,6 +37,7 @@ class ForkingAgent(SimpleElasticAgent):
         asked: signals that ask this process to end; grows.
         seconds_to_end: how long workers have to end by themselves.
         show: told of failures after which they are started again.
+        logs_in: the folder of the run, where each keeps a log.
     """
 
     def __init__(
@@ -48,10 +49,11 @@ class ForkingAgent(SimpleElasticAgent):
         asked: Sequence[signal.Signals],
         seconds_to_end: float,
         show: Callable[[str], None],
+        logs_in: Path | None = None,
     ) -> None:
         super().__init__(spec)
         self._server, self._work, self._folder, self._asked = server, work, folder, asked
-        self._seconds_to_end, self._show = seconds_to_end, show
+        self._seconds_to_end, self._show, self._logs_in = seconds_to_end, show, logs_in
         self._starts = 0
         self._ranks: dict[int, int] = {}  # by process id
         self._running: set[int] = set()
@@ -108,7 +110,7 @@ class ForkingAgent(SimpleElasticAgent):
             for pid, rank in self._ranks.items()
             if self._exit_codes[rank] != 0
         }
-        self.report = report(failures, ended, read_file(self._positions))
+        self.report = report(failures, ended, read_file(self._positions), self._logs_in)
         left = worker_group.spec.max_restarts - self._starts + 1
         if left > 0:
             self._show(f"{self.report}\nstarting again ({self._starts} of {worker_group.spec.max_restarts})")

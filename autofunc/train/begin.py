@@ -6,6 +6,7 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from autofunc.train.device import check_devices
 from autofunc.train.evaluate import check_evaluation, evaluate, to_evaluate
 from autofunc.train.fork_server import ForkServer
 from autofunc.train.launch import launch
+from autofunc.train.logs import kept_log, log_alone
 from autofunc.train.memory_budget import check_budget
 from autofunc.train.output import default_output_dir, last_output_dir, make_output_dir
 from autofunc.train.recipe import Recipe, prepare
@@ -28,6 +30,7 @@ from autofunc.train.role import was_checked
 from autofunc.train.run import in_mesh, run
 from autofunc.train.step_folders import LATEST
 from autofunc.train.tensor_parallel_check import check_tensor_parallel
+from autofunc.train.trackers import check_trackers
 from autofunc.train.worker import run_worker
 
 _SECONDS_TO_END = 30.0  # of workers that are told to, without checkpoints to write
@@ -45,6 +48,7 @@ class Asked:
     max_restarts: int = 0
     evaluates: bool = False  # and does not train
     as_json: bool = False
+    quiet: bool = False  # whether the console gets nothing but errors and the last line
 
 
 def asked(
@@ -57,6 +61,7 @@ def asked(
     max_restarts: int = 0,
     evaluates: bool = False,
     as_json: bool = False,
+    quiet: bool = False,
 ) -> Asked:
     """What a command asks for.
 
@@ -69,22 +74,25 @@ def asked(
         max_restarts: how often workers are started again.
         evaluates: whether it is not trained, but measured.
         as_json: whether what is measured is shown as JSON.
+        quiet: whether the console gets nothing but errors and the last line.
 
     Raises:
-        ConfigError: for restarts without checkpoints.
+        ConfigError: for restarts without checkpoints, and for packages that are not installed.
     """
     if max_restarts and (config.checkpoint is None or not config.checkpoint.enabled):
         raise ConfigError(
             f"--max-restarts {max_restarts} goes on from checkpoints: give a section checkpoint, which may be empty "
             "(checkpoint: {}), and how often: step_scheduler.ckpt_every_steps"
         )
+    if not evaluates:
+        check_trackers(config)
     folder = output_dir_of(config, config_path)
     if evaluates:
         config = to_evaluate(config)
     typed = list(words) if config.output_dir is not None else [*words, "--output_dir", str(folder)]
     if wanted(config.checkpoint) not in (LATEST, AUTO):
         typed += ["--checkpoint.restore_from", LATEST]
-    return Asked(config, tuple(notes), folder, shlex.join(typed), overwrite, max_restarts, evaluates, as_json)
+    return Asked(config, tuple(notes), folder, shlex.join(typed), overwrite, max_restarts, evaluates, as_json, quiet)
 
 
 def checked_recipe(config: FinetuneConfig, nproc_per_node: int | None, notes: Sequence[str]) -> Recipe:
@@ -124,25 +132,33 @@ def begin(recipe: Recipe, run_asked: Asked, server: ForkServer | None) -> None:
         _run(recipe, run_asked)
         return
     assert server is not None
-    if not run_asked.as_json:
+    if not (run_asked.as_json or run_asked.quiet):
         sys.stdout.write(f"starting {recipe.axes.num_processes} processes\n")
         sys.stdout.flush()
     config = run_asked.config
     writes = config.checkpoint is not None and config.checkpoint.enabled  # which takes as long as it takes
     launch(
         server, recipe.axes.num_processes, partial(_as_worker, run_asked, clock.began), max_restarts=run_asked.max_restarts,
+        folder=None if run_asked.evaluates else run_asked.output_dir,
         seconds_to_end=60 * config.distributed.timeout_minutes if writes else _SECONDS_TO_END,
     )  # fmt: skip
 
 
 def _as_worker(run_asked: Asked, began: float) -> None:
     clock.becomes(int(os.environ["RANK"]), began)
-    run_worker(lambda: run_rank(run_asked))
+    rank = int(os.environ["RANK"])
+
+    def work() -> None:
+        with nullcontext() if run_asked.evaluates else kept_log(run_asked.output_dir, rank, quiet=run_asked.quiet):
+            run_rank(run_asked)
+
+    run_worker(work)
 
 
 def run_rank(run_asked: Asked) -> None:
     """One rank's part of a run."""
-    recipe = prepare(run_asked.config, int(os.environ["WORLD_SIZE"]), notes=run_asked.notes, checked=was_checked())
+    with log_alone() if was_checked() else nullcontext():  # what that says was shown when it was checked
+        recipe = prepare(run_asked.config, int(os.environ["WORLD_SIZE"]), notes=run_asked.notes, checked=was_checked())
     is_writer = not was_checked() and os.environ.get("RANK", "0") == "0" and not run_asked.evaluates
     if is_writer:
         _make_output_dir(run_asked, source(run_asked.config.checkpoint, run_asked.output_dir))
@@ -152,7 +168,7 @@ def run_rank(run_asked: Asked) -> None:
 def _run(recipe: Recipe, run_asked: Asked) -> None:
     config, folder = run_asked.config, run_asked.output_dir
     if not run_asked.evaluates:
-        run(recipe, config, folder, run_asked.command)
+        run(recipe, config, folder, run_asked.command, quiet=run_asked.quiet)
         return
 
     def work(mesh: DeviceMesh | None, device: torch.device, folder: Path) -> None:

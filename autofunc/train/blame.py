@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 import signal
 from collections.abc import Mapping, Sequence, Set
+from pathlib import Path
 from typing import Any
 
 from autofunc.errors import HangError, PeerLostError
 from autofunc.installed import is_installed
+from autofunc.train.logs import log_of
 from autofunc.users_lines import HEADING, HINT, line_of_user, wants_whole
 
 _LOST = re.compile(
@@ -18,22 +20,24 @@ _LOST = re.compile(
 _HANG = re.compile(rf"autofunc\.errors\.{HangError.__name__}: ")
 
 
-def report(failures: Mapping[int, Any], ended: Set[int], positions: Sequence[str] = ()) -> str:
+def report(failures: Mapping[int, Any], ended: Set[int], positions: Sequence[str] = (), logs_in: Path | None = None) -> str:
     """The cause, and who followed.
 
     Args:
         failures: by rank, as torch's launcher has them.
         ended: ids of the processes that the launcher ended itself, after it had seen the first failure.
         positions: by rank, where each was.
+        logs_in: the folder of the run, which has a log of each; that of the cause is named.
     """
     first_rank, first = min(failures.items(), key=lambda item: (_distance(item[1], ended), item[1].timestamp, item[0]))
     raised = _recorded(first) or ""
+    log = [] if logs_in is None else [f"log: {log_of(logs_in, first_rank)}"]
     if _HANG.search(raised):  # it speaks of all ranks; the others were ended after it
-        return _HANG.split(raised)[-1].strip()
+        return "\n".join([_HANG.split(raised)[-1].strip(), *log])
     at = f" ({positions[first_rank]})" if first_rank < len(positions) and positions[first_rank] else ""
     lines = [f"rank {first_rank}{at} failed: {_cause(first)}"]
     lines += [f"rank {rank} was ended, or failed after it" for rank in sorted(failures) if rank != first_rank]
-    return "\n".join(lines)
+    return "\n".join([*lines, *log])
 
 
 def _distance(failure: Any, ended: Set[int]) -> int:

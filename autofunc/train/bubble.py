@@ -12,6 +12,7 @@ from autofunc.mesh import axis_group
 from autofunc.runtime.debug import observe_as
 from autofunc.runtime.measure import observed_step
 from autofunc.runtime.step import Observe, StepResult
+from autofunc.schedule import Timeline
 
 STEPS_BETWEEN = 50
 
@@ -30,6 +31,8 @@ class BubbleMeter:
 
     def __init__(self, mesh: DeviceMesh | None, device: torch.device, num_steps: int) -> None:
         self._group, self._device, self._num_steps = axis_group(mesh, "pp"), device, num_steps
+        self.timeline: Timeline | None = None
+        """Of the last step that was measured."""
         self._measures = self._group is not None and observe_as(os.environ) is None
 
     def run(self, step: int, run: Callable[[Observe | None], StepResult]) -> tuple[StepResult, float | None]:
@@ -41,5 +44,5 @@ class BubbleMeter:
         """
         if not self._measures or step == 1 or (step % STEPS_BETWEEN and step != self._num_steps):
             return run(None), None
-        result, timeline = observed_step(run, self._group, self._device)
-        return result, timeline.bubble_fraction
+        result, self.timeline = observed_step(run, self._group, self._device)
+        return result, self.timeline.bubble_fraction

@@ -80,8 +80,8 @@ class Checkpoints:
         with here.unhurried(f"writing a checkpoint after step {step}"):
             try:
                 self._saving = begin_save(
-                    path, params=now.params, state=now.state, optimizer_state=now.optimizer_state, extra=extra,
-                    background=self._background,
+                    path, params=now.params, state=now.state, optimizer_state=now.optimizer_state, average=now.average,
+                    extra=extra, background=self._background,
                 )  # fmt: skip
                 if self._config.save_consolidated in ("every", True):
                     whole, whole_state = pipe.gather(now.params), pipe.gather(now.state)

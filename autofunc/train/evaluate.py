@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from torch.distributed.device_mesh import DeviceMesh
 
 from autofunc.checkpoint import check_fits, load
@@ -15,7 +14,9 @@ from autofunc.checkpoint.write import is_first, of_first
 from autofunc.config import FinetuneConfig
 from autofunc.errors import CheckpointError, ConfigError
 from autofunc.shown import literal
+from autofunc.train.average import in_place
 from autofunc.train.documents_apart import check_documents_apart
+from autofunc.train.logs import line_console
 from autofunc.train.loop import build_pipe
 from autofunc.train.progress import ProgressReporter, Reporter, Silent
 from autofunc.train.recipe import Recipe
@@ -62,7 +63,7 @@ def evaluate(
         as_json: whether it is shown as JSON.
     """
     is_shown = is_first()
-    console = Console(file=sys.stdout)
+    console = line_console()
     path = of_first(source(config.checkpoint, output_dir, writes=False))
     if is_shown and not as_json:
         console.print(literal(f"checkpoint: {path}, after step {step_at(path)}" if path is not None else "initial weights"))
@@ -90,7 +91,10 @@ def _validated(
     if path is None:
         params, state = pipe.init(recipe.init_seed, device), pipe.init_state(device)
     else:
-        checkpoint = load(path, pipe, device=device)
+        averaged = recipe.ema is not None and recipe.ema.validation
+        checkpoint = load(path, pipe, device=device, average=averaged)
         params, state = checkpoint.params, checkpoint.state
+        if checkpoint.average is not None:
+            params = in_place(checkpoint.average, params)
     check_documents_apart(recipe, pipe, params, state, device)
     return Validation(recipe, pipe, device, reporter).run(params, state)

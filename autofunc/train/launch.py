@@ -28,6 +28,7 @@ def launch(
     num_processes: int,
     work: Callable[[], None],
     *,
+    folder: Path | None = None,
     max_restarts: int = 0,
     seconds_to_end: float = 30.0,
 ) -> None:
@@ -37,6 +38,7 @@ def launch(
         server: forks them.
         num_processes: how many.
         work: what each does, with RANK and its like in its environment; picklable.
+        folder: of the run, where each keeps a log; None where there are none.
         max_restarts: how often all are started again after one has failed.
         seconds_to_end: how long they have to end when they are told to.
 
@@ -44,7 +46,7 @@ def launch(
         PipelineRunError: when one fails; holds the traceback of the first that did. All others have been ended.
         SystemExit: when this process is interrupted or told to end, unless all end with status 0 then.
     """
-    with TemporaryDirectory(prefix="autofunc-") as folder, _heeded_signals() as asked:
+    with TemporaryDirectory(prefix="autofunc-") as scratch, _heeded_signals() as asked:
         parameters = RendezvousParameters(
             "c10d", f"{_HOST}:0", f"autofunc-{os.getpid()}", min_nodes=1, max_nodes=1, local_addr=_HOST
         )  # fmt: skip
@@ -53,7 +55,7 @@ def launch(
             role="autofunc", local_world_size=num_processes, entrypoint="autofunc", rdzv_handler=handler,
             max_restarts=max_restarts, monitor_interval=_LOOK_SECONDS, master_addr=_HOST, local_addr=_HOST,
         )  # fmt: skip
-        agent = ForkingAgent(spec, server, work, Path(folder), asked, seconds_to_end, _say)
+        agent = ForkingAgent(spec, server, work, Path(scratch), asked, seconds_to_end, _say, folder)
         try:
             result = agent.run()
         finally:

@@ -19,17 +19,20 @@ from autofunc.errors import PipelineRunError
 from autofunc.mesh import data_coordinate
 from autofunc.pipe import Pipeline
 from autofunc.runtime.position import here
+from autofunc.schedule import Timeline
 from autofunc.timing import clock
 from autofunc.train.bubble import BubbleMeter
 from autofunc.train.checkpoints import Checkpoints
 from autofunc.train.documents_apart import check_documents_apart
 from autofunc.train.garbage import collecting_between
-from autofunc.train.metrics import MetricsFile
+from autofunc.train.nonfinite import NonFinite
 from autofunc.train.preemption import Stop, any_of, noticed
 from autofunc.train.progress import Reporter
 from autofunc.train.recipe import Recipe
+from autofunc.train.records import Records
 from autofunc.train.resume import anew, extra_of, restored
-from autofunc.train.step import take_step
+from autofunc.train.speed import Speedometer, peaks_of_all, units_of
+from autofunc.train.step import take_step, validated_params
 from autofunc.train.step_folders import VALIDATION_LOSS
 from autofunc.train.validation import Validated, Validation
 from autofunc.transform import pipeline
@@ -42,10 +45,13 @@ class TrainResult:
     pipe: Pipeline
     params: TensorDict  # of this rank
     state: TensorDict  # of this rank: what its layers keep from step to step
+    average: TensorDict | None  # of this rank's parameters that are trained; None where none is wanted
     num_steps: int
     loss: float  # of the last step
     validated: Validated | None  # the last time
     training_seconds: float  # without validation
+    peak_memory_bytes: tuple[int, ...]  # by process
+    timeline: Timeline | None  # of the last step that was measured
     stopped: bool = False  # told to end before its last step; then there is a checkpoint of it
     ended_early: bool = False  # the validation loss got no better
 
@@ -55,7 +61,7 @@ def train(
     mesh: DeviceMesh | None,
     device: torch.device,
     reporter: Reporter,
-    metrics: MetricsFile | None,
+    metrics: Records | None,
     checkpoints: Checkpoints | None = None,
     source: Path | None = None,
 ) -> TrainResult:
@@ -75,10 +81,14 @@ def train(
     begun = anew(recipe, pipe, device) if source is None else restored(source, recipe, pipe, device)
     check_documents_apart(recipe, pipe, begun.trained.params, begun.trained.state, device)
     loader = recipe.make_train_loader(place=place, places=places, start=begun.position)
+    for note in begun.notes:
+        reporter.note(note)
     now, step, loss, patience = begun.trained, begun.step, float("nan"), begun.patience
     validated: Validated | None = None
     training_seconds, is_stopped, is_over = 0.0, False, False
-    meter, validation = BubbleMeter(mesh, device, recipe.num_steps), Validation(recipe, pipe, device, reporter)
+    bubbles, validation = BubbleMeter(mesh, device, recipe.num_steps), Validation(recipe, pipe, device, reporter)
+    nonfinite = NonFinite(recipe.nonfinite, recipe.max_skips, reporter.note)
+    meter = Speedometer(recipe, device, reporter.note) if metrics is not None else None
 
     with noticed() if checkpoints is not None else nullcontext(Stop()) as stop:
         clock.done("making the weights")
@@ -86,28 +96,27 @@ def train(
         all_parts = itertools.islice(_endless(loader), recipe.num_steps - begun.step)
         for parts in collecting_between(all_parts, recipe.gc_every_steps):
             step += 1
-            taken = take_step(recipe, pipe, now, parts, step, device, meter)
+            taken = take_step(recipe, pipe, now, parts, step, device, bubbles, nonfinite)
             now, loss = taken.now, taken.loss
             if step == begun.step + 1:
                 clock.done("the first step")
                 clock.stop()
             seconds = time.perf_counter() - began  # the wait for data included
             training_seconds += seconds
-            tokens = sum(_count_tokens(part) for part in parts)
-            rate = f"  lr {taken.lr:.2e}" if recipe.lr_at is not None else ""  # one that changes
-            reporter.step(step, loss, f"{tokens / seconds:,.0f} {_unit(parts)}/s{rate}", taken.bubble)
-            if metrics is not None:
-                metrics.write(
-                    step=step, loss=loss, grad_norm=taken.norm, lr=taken.lr, num_tokens=tokens, step_time_ms=seconds * 1e3,
-                    **({} if taken.bubble is None else {"bubble_fraction": taken.bubble}),
-                )  # fmt: skip
+            if metrics is not None and meter is not None:
+                speed = meter.of(*_units(parts), seconds)
+                rate = f"  lr {taken.lr:.2e}" if recipe.lr_at is not None else ""  # one that changes
+                reporter.step(step, loss, f"{speed.said()}{rate}", taken.bubble)
+                more = {} if taken.bubble is None else {"bubble_fraction": taken.bubble}
+                more |= {"skipped": True} if taken.is_skipped else {}
+                metrics.write(step=step, loss=loss, grad_norm=taken.norm, lr=taken.lr, **speed.named(), **more)
             position, is_last = parts[-1].after, step == recipe.num_steps
             is_due = False
             if checkpoints is not None:
                 is_stopped, is_due = _agree(checkpoints, stop, step, position.begins_epoch, device)
             measured = None
             if is_last or (is_due and not is_stopped) or (recipe.val_every_steps and step % recipe.val_every_steps == 0):
-                measured = validation.run(now.params, now.state)
+                measured = validation.run(validated_params(recipe, now), now.state)
             if measured is not None:
                 validated = measured
                 if measured.loss is not None:
@@ -130,7 +139,8 @@ def train(
             checkpoints.finish()
     is_early = step < recipe.num_steps
     return TrainResult(
-        pipe, now.params, now.state, step, loss, validated, training_seconds, is_early and not is_over, is_early and is_over
+        pipe, now.params, now.state, now.average, step, loss, validated, training_seconds, peaks_of_all(device),
+        bubbles.timeline, stopped=is_early and not is_over, ended_early=is_early and is_over,
     )  # fmt: skip
 
 
@@ -164,12 +174,7 @@ def _endless(loader: Iterable[Part]) -> Iterator[list[Part]]:
                 here.enter("reading rows")
 
 
-def _count_tokens(part: Part) -> int:
-    """Tokens of a part over all places, or its rows where they have none."""
-    ids = part.batch.get("input_ids")
-    return part.num_rows * (ids[0].numel() if ids is not None else 1)
-
-
-def _unit(parts: Sequence[Part]) -> str:
-    """What `_count_tokens` counts."""
-    return "tokens" if any("input_ids" in part.batch for part in parts) else "rows"
+def _units(parts: Sequence[Part]) -> tuple[int, str]:
+    """How much a batch is over all places, and in what it is counted."""
+    counted = [units_of(part.batch, part.num_rows) for part in parts]
+    return sum(count for count, _ in counted), counted[0][1]

@@ -1,13 +1,10 @@
-"""What a run leaves behind: a line of JSON for every step, and the loss curve as a picture."""
+"""A line of JSON for every step of a run."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
-
-from autofunc.config.validations import SECTION, measured_as
 
 
 class MetricsFile:
@@ -52,29 +49,3 @@ def _until(path: Path, step: int) -> list[str]:
         except (ValueError, KeyError, TypeError):
             continue
     return kept
-
-
-def draw_loss_curve(metrics: Path, picture: Path, validations: Iterable[str] = (SECTION,)) -> None:
-    """Draw the losses of a `metrics.jsonl` into a PNG: in training, and on the datasets of sections of validation."""
-    from matplotlib.figure import Figure  # and not pyplot, which chooses a backend for the whole process
-
-    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
-    axes = figure.subplots()
-    curves: list[tuple[str, str, float, str, str | None]] = [("loss", "training", 1.0, "C0", None)]
-    for number, section in enumerate(validations, 1):
-        curves.append(
-            (measured_as(section, "loss"), section.replace("_dataset", "").replace("_", " "), 1.5, f"C{number}", "o")
-        )
-    for key, label, width, colour, marker in curves:
-        points = [(line["step"], line[key]) for line in lines if key in line]
-        if points:
-            steps, values = zip(*points, strict=True)
-            axes.plot(
-                steps, values, label=f"{label}, last {values[-1]:.3f}", linewidth=width, color=colour, marker=marker
-            )  # fmt: skip
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(picture)

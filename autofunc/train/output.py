@@ -12,11 +12,31 @@ from autofunc.errors import ConfigError
 from autofunc.shown import quoted
 from autofunc.train.step_folders import clear, steps_in
 
-METRICS, PICTURE, WEIGHTS, SCHEDULE = "metrics.jsonl", "loss.png", "model.safetensors", "schedule.csv"
+METRICS, PICTURE, PAGE = "metrics.jsonl", "loss.png", "run.html"
+WEIGHTS, SCHEDULE = "model.safetensors", "schedule.csv"
 CHECKPOINTS = "checkpoints"
+LOGS = "logs"
+"""The folder in it with what each process wrote to its output."""
+TRACKERS = "trackers.json"
+"""What other tools call the run, so that it goes on there too."""
 ADAPTER = "adapter"
 """The folder in it with the adapter that a run trained."""
-_RESULTS = (METRICS, PICTURE, WEIGHTS, SCHEDULE, *(f"{ADAPTER}/{name}" for name in ADAPTER_FILES))
+
+
+def of_average(name: str) -> str:
+    """What the same is called of the average of parameters: `model_ema.safetensors`.
+
+    >>> of_average("model.safetensors"), of_average("adapter")
+    ('model_ema.safetensors', 'adapter_ema')
+    """
+    stem = name.removesuffix(".safetensors")
+    return f"{stem}_ema{name.removeprefix(stem)}"
+
+
+_RESULTS = (
+    METRICS, PICTURE, PAGE, WEIGHTS, of_average(WEIGHTS), SCHEDULE, TRACKERS,
+    *(f"{folder}/{name}" for folder in (ADAPTER, of_average(ADAPTER)) for name in ADAPTER_FILES),
+)  # fmt: skip
 
 
 def default_output_dir(config_path: str | Path) -> Path:
@@ -71,7 +91,8 @@ def _make_empty(folder: Path, checkpoints: Sequence[Path], overwrite: bool) -> N
             f"output_dir: {where} holds a run already ({named}); name another one, or say --overwrite to replace it"
             + (", or --checkpoint.restore_from LATEST to go on with it" if steps else "")
         )
-    for name in found:
-        (folder / name).unlink()
+    logs = (folder / LOGS).glob("rank_*.log") if overwrite else ()
+    for path in [*(folder / name for name in found), *logs]:
+        path.unlink()
     for each in checkpoints:
         clear(each)

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from autofunc.engine.compile import LOG
+from autofunc.train.logs import bar_console, keep_log_beside_bar
 
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -32,6 +33,10 @@ class Reporter(Protocol):
         """The validation loss was measured, and what else is."""
         ...
 
+    def note(self, text: str) -> None:
+        """Something happened that is no error."""
+        ...
+
 
 class Silent:
     """Says nothing: for every rank but the first."""
@@ -44,6 +49,9 @@ class Silent:
 
     def validation(self, step: int, said: str) -> None:
         """See `Reporter.validation`."""
+
+    def note(self, text: str) -> None:
+        """See `Reporter.note`."""
 
 
 class _Messages(logging.Handler):
@@ -74,13 +82,14 @@ class ProgressReporter:
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[status]}"),
                 TimeRemainingColumn(compact=True),
-                console=console,
+                console=bar_console(),
             )
             self._task = self._bar.add_task("training", total=num_steps, status="building the pipeline")
 
     def __enter__(self) -> ProgressReporter:
         if self._bar is not None:
             self._bar.start()
+            keep_log_beside_bar()
         self._logs_before = LOG.level
         LOG.setLevel(logging.INFO)
         LOG.addHandler(self._compiling)
@@ -109,7 +118,7 @@ class ProgressReporter:
             self._bar.update(self._task, completed=step, status=status)
         elif step in (1, self._num_steps) or time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES:
             self._last_line = time.monotonic()
-            self._console.print(f"step {step}/{self._num_steps}  {status}", highlight=False)
+            self._console.print(f"step {step}/{self._num_steps}  {status}", highlight=False, soft_wrap=True)
 
     def validating(self, batch: int, num_batches: int) -> None:
         """See `Reporter.validating`."""
@@ -118,7 +127,11 @@ class ProgressReporter:
 
     def validation(self, step: int, said: str) -> None:
         """See `Reporter.validation`."""
-        self._console.print(f"step {step}: {said}", highlight=False, markup=False)
+        self.note(f"step {step}: {said}")
+
+    def note(self, text: str) -> None:
+        """See `Reporter.note`."""
+        self._console.print(text, highlight=False, markup=False)
 
 
 @contextmanager

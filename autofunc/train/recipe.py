@@ -11,6 +11,7 @@ from autofunc.automodel import check_writable
 from autofunc.batch import Microbatch, split_batch
 from autofunc.config import FinetuneConfig, StepScheduler, check_targets, not_ended
 from autofunc.config.schema import EarlyStopping
+from autofunc.config.updates import Ema
 from autofunc.data import STACKED, first_rows
 from autofunc.engine import EngineOptions, require_compiler
 from autofunc.errors import AutofuncError, ConfigError
@@ -35,6 +36,7 @@ from autofunc.train.datasets import (
 from autofunc.train.layout import LayerCosts, count_microbatches, is_auto, stages_and_schedule
 from autofunc.train.learning_rate import learning_rate_of
 from autofunc.train.model import build_loss, build_metrics, build_model
+from autofunc.train.nonfinite import Action
 from autofunc.train.optimizer import build_optimizer, check_optimizer, try_optimizer
 from autofunc.train.packed import check_positions_are_read
 from autofunc.train.trial import Trial
@@ -55,6 +57,7 @@ class Recipe:
     options: EngineOptions
     loss: Loss | None  # None: the model's own
     optimizer: Optimizer
+    ema: Ema | None  # the average of parameters that is kept
     lr_at: LearningRate | None  # the learning rate by step; None: the optimizer's own
     dataset: Any
     validation_datasets: Mapping[str, Any]  # by section
@@ -67,6 +70,9 @@ class Recipe:
     val_every_steps: int | None
     gc_every_steps: int | None  # None: Python decides when it looks for garbage
     max_norm: float | None  # of the gradients
+    nonfinite: Action  # what becomes of a step that is not finite
+    max_skips: int  # of such steps in a row
+    peak_tflops: float | None  # of a device, where the configuration says it
     seed: int
     rows: int  # of a batch, over all data parallel ranks
     microbatch_rows: int
@@ -163,6 +169,7 @@ def prepare(
         options=options,
         loss=loss,
         optimizer=optimizer,
+        ema=config.ema,
         lr_at=learning_rate_of(config, optimizer, num_steps),
         dataset=dataset,
         validation_datasets=validation,
@@ -175,6 +182,9 @@ def prepare(
         val_every_steps=steps.val_every_steps,
         gc_every_steps=steps.gc_every_steps,
         max_norm=config.clip_grad_norm.max_norm if config.clip_grad_norm is not None else None,
+        nonfinite=config.nonfinite,
+        max_skips=config.max_skips,
+        peak_tflops=config.peak_tflops,
         seed=config.seed,
         rows=training.rows,
         microbatch_rows=training.microbatch,

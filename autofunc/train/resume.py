@@ -15,6 +15,7 @@ from autofunc.data import START, Position
 from autofunc.errors import CheckpointError, ConfigError
 from autofunc.pipe import Pipeline
 from autofunc.shown import quoted, shown
+from autofunc.train.average import begun
 from autofunc.train.early_stopping import Patience
 from autofunc.train.output import CHECKPOINTS
 from autofunc.train.recipe import Recipe
@@ -34,12 +35,15 @@ class Beginning:
     step: int  # the last one that was done
     position: Position  # in the data
     patience: Patience
+    notes: tuple[str, ...] = ()  # what the user should know of it
 
 
 def anew(recipe: Recipe, pipe: Pipeline, device: torch.device) -> Beginning:
     """The beginning of a run that goes on from nothing."""
     params = pipe.init(recipe.init_seed, device)
-    return Beginning(Trained(params, pipe.init_state(device), recipe.optimizer.init(params)), 0, START, Patience())
+    average = begun(recipe.model, params) if recipe.ema is not None else None
+    trained = Trained(params, pipe.init_state(device), recipe.optimizer.init(params), average)
+    return Beginning(trained, 0, START, Patience())
 
 
 def restored(path: Path, recipe: Recipe, pipe: Pipeline, device: torch.device) -> Beginning:
@@ -48,13 +52,17 @@ def restored(path: Path, recipe: Recipe, pipe: Pipeline, device: torch.device) -
     Raises:
         CheckpointError: when it cannot be read, or does not fit.
     """
-    checkpoint = load(path, pipe, optimizer=recipe.optimizer, device=device)
+    checkpoint = load(path, pipe, optimizer=recipe.optimizer, device=device, average=recipe.ema is not None)
     assert checkpoint.optimizer_state is not None, "an optimizer was given"
     step, position = _place(path, checkpoint.extra, recipe)
-    trained = Trained(checkpoint.params, checkpoint.state, checkpoint.optimizer_state)
+    average, notes = checkpoint.average, []
+    if recipe.ema is not None and average is None:
+        average = begun(recipe.model, checkpoint.params)
+        notes = [f"ema: {shown(path)} has no average, so it begins with the parameters of step {step}"]
+    trained = Trained(checkpoint.params, checkpoint.state, checkpoint.optimizer_state, average)
     best, since = checkpoint.extra.get(_BEST), checkpoint.extra.get(_SINCE)
     patience = Patience(float(best), int(since)) if best is not None and since is not None else Patience()
-    return Beginning(trained, step, position, patience)
+    return Beginning(trained, step, position, patience, tuple(notes))
 
 
 def extra_of(recipe: Recipe, step: int, position: Position, patience: Patience) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -15,12 +15,14 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from autofunc import tree
 from autofunc.data import Part
-from autofunc.errors import NotFiniteError, PipelineRunError, full_message
+from autofunc.errors import PipelineRunError
 from autofunc.mesh import same_over
 from autofunc.pipe import Pipeline
 from autofunc.random import fold_in, make_key
 from autofunc.runtime.plan import Mode
+from autofunc.train.average import in_place, moved_on
 from autofunc.train.bubble import BubbleMeter
+from autofunc.train.nonfinite import NonFinite
 from autofunc.train.recipe import Recipe
 from autofunc.train.weighing import gradients, together
 
@@ -32,6 +34,13 @@ class Trained:
     params: TensorDict
     state: TensorDict  # what its layers keep from step to step
     optimizer_state: TensorDict
+    average: TensorDict | None = None  # of the parameters that are trained; None where none is wanted
+
+
+def validated_params(recipe: Recipe, now: Trained) -> TensorDict:
+    """What is validated: the parameters, or their average where that is wanted."""
+    wanted = recipe.ema is not None and recipe.ema.validation
+    return in_place(now.average, now.params) if wanted and now.average is not None else now.params
 
 
 class Taken(NamedTuple):
@@ -42,6 +51,7 @@ class Taken(NamedTuple):
     norm: float  # of the gradients, before they are clipped
     lr: float | None  # None where the optimizer has none
     bubble: float | None  # the fraction of time that ranks were idle; None where that was not measured
+    is_skipped: bool = False  # for it was not finite; then all is as before
 
 
 def take_step(
@@ -52,6 +62,7 @@ def take_step(
     step: int,
     device: torch.device,
     meter: BubbleMeter,
+    nonfinite: NonFinite,
 ) -> Taken:
     """Train on a batch; `before` is donated.
 
@@ -63,9 +74,10 @@ def take_step(
         step: its number, from 1 on.
         device: where batches go.
         meter: measures the first part now and then.
+        nonfinite: what becomes of a loss or gradient that is no number.
 
     Raises:
-        NotFiniteError: when a loss or gradient is no number, saying where that begins.
+        NotFiniteError: when that ends the run, saying where it begins.
         PipelineRunError: when ranks have read different rows, or no row has a label.
     """
     params, state, bubble = before.params, before.state, None
@@ -82,20 +94,25 @@ def take_step(
     _check_rows(parts, pipe.mesh, device, step)
     if not weight:
         raise PipelineRunError(f"no row of step {step} has a label to learn from (all are -100?)")
-    if not math.isfinite(loss):
-        raise _not_finite(pipe, ran, f"the loss is {loss} at step {step}")
     grads = gradients(results)
     norm = pipe.global_norm(grads)
-    if not math.isfinite(norm_value := norm.item()):  # after the update nobody could say where that began
-        raise _not_finite(pipe, ran, f"the gradient's norm is {norm_value} at step {step}")
+    norm_value = norm.item()
+    lr = None if recipe.lr_at is None else recipe.lr_at(step)
+    taken = partial(Taken, loss=loss, norm=norm_value, lr=recipe.optimizer.lr if lr is None else lr, bubble=bubble)
+    if math.isfinite(loss) and math.isfinite(norm_value):
+        nonfinite.passed()
+    else:  # before the update, after which nobody could say where that began
+        what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {norm_value}"
+        if nonfinite.met(pipe, ran, f"{what} at step {step}"):
+            return taken(before, is_skipped=True)
     del ran
     if recipe.max_norm is not None:
         grads = pipe.scaled(grads, norm, recipe.max_norm)
-    lr = None if recipe.lr_at is None else recipe.lr_at(step)
     params, optimizer_state = recipe.optimizer.update(grads, before.optimizer_state, params, lr=lr)
-    return Taken(
-        Trained(params, state, optimizer_state), loss, norm_value, recipe.optimizer.lr if lr is None else lr, bubble
-    )
+    average = before.average
+    if average is not None and recipe.ema is not None and step % recipe.ema.every_steps == 0:
+        average = moved_on(recipe.model, average, params, recipe.ema.decay)
+    return taken(Trained(params, state, optimizer_state, average))
 
 
 def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
@@ -103,22 +120,6 @@ def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     return tree.map_leaves(  # type: ignore[no-any-return]
         lambda leaf: leaf.to(device, non_blocking=True) if isinstance(leaf, torch.Tensor) else leaf, dict(batch)
     )
-
-
-def _not_finite(pipe: Pipeline, ran: Iterable[tuple[Any, ...]], what: str) -> NotFiniteError:
-    """What a step made that was not finite, found by running it once more. All processes know that it was, so all do.
-
-    Args:
-        pipe: of the run.
-        ran: what each part of the step was called with.
-        what: what is known.
-    """
-    for arguments in ran:
-        try:
-            pipe.check_finite(*arguments)
-        except NotFiniteError as found:
-            return NotFiniteError(f"{what}; {full_message(found)}")
-    return NotFiniteError(f"{what}, but not when the step is run again: its values depend on more than its arguments")
 
 
 def _check_rows(parts: Sequence[Part], mesh: DeviceMesh | None, device: torch.device, step: int) -> None:

@@ -9,6 +9,7 @@ from autofunc.config.schema import Distributed
 from autofunc.errors import HangError
 from autofunc.runtime.position import read_file
 from autofunc.runtime.watchdog import watchdog
+from autofunc.train.logs import write_log
 from autofunc.train.role import positions_file
 from autofunc.train.worker import is_recorded
 
@@ -34,6 +35,7 @@ def watched(config: Distributed) -> Iterator[None]:
 
 def _record(error: HangError) -> None:
     """Write it down for the launcher, which shows it."""
+    write_log(f"{error}\n")
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
     try:

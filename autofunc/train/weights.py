@@ -46,7 +46,9 @@ def save_safely(write: Callable[[Path], object], path: Path) -> None:
         raise PipelineRunError(f"the weights cannot be written to {path}: {error}. They are in {elsewhere}") from error
 
 
-def save_result(model: Model, params: tree.Nested, state: tree.Nested, folder: Path) -> list[str]:
+def save_result(
+    model: Model, params: tree.Nested, state: tree.Nested, folder: Path, named: Callable[[str], str] = str
+) -> list[str]:
     """Write what a run trained, and say by what names: weights, or the adapter.
 
     Args:
@@ -54,15 +56,17 @@ def save_result(model: Model, params: tree.Nested, state: tree.Nested, folder: P
         params: `written_part`, gathered.
         state: what layers keep from step to step, gathered. An adapter cannot hold it: the file with weights does.
         folder: the run's.
+        named: what a file is called, from what it is called by default.
     """
+    weights, adapter = named(WEIGHTS), named(ADAPTER)
     if not isinstance(model, AdaptedModel):
-        save_safely(lambda path: save_weights(params, path, state), folder / WEIGHTS)
-        return [WEIGHTS]
-    save_safely(lambda path: save_adapter(model, params, path), folder / ADAPTER)
+        save_safely(lambda path: save_weights(params, path, state), folder / weights)
+        return [weights]
+    save_safely(lambda path: save_adapter(model, params, path), folder / adapter)
     if not tree.flatten(state):
-        return [ADAPTER]
-    save_safely(lambda path: save_weights(params, path, state), folder / WEIGHTS)
-    return [ADAPTER, WEIGHTS]
+        return [adapter]
+    save_safely(lambda path: save_weights(params, path, state), folder / weights)
+    return [adapter, weights]
 
 
 def written_part(model: Model, params: tree.Nested) -> tree.Nested:

@@ -77,6 +77,20 @@ def test_products_are_those_with_the_changed_weight_and_never_make_it() -> None:
         torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance, msg=lambda text, n=name: f"{n}: {text}")
 
 
+def test_the_order_of_operations_is_that_of_peft() -> None:
+    """In single precision, with scales that are no powers of two: values and gradients are PEFT's bit for bit."""
+    x, w, b, a, bias = (each.float().requires_grad_() for each in (X, W, B, A, BIAS))
+    for scale in (2.5, 1 / 3):
+        theirs = functional.linear(x, w, bias) + functional.linear(functional.linear(x, a), b) * scale
+        products = ChangedProducts("layer")
+        products.change(w, Change(b, a, scale, "w"))
+        with products:
+            ours = functional.linear(x, w, bias)
+        assert torch.equal(ours, theirs)
+        found, expected = (torch.autograd.grad(made.square().sum(), [x, a, b]) for made in (ours, theirs))
+        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
 def test_what_is_no_product_gets_the_changed_weight_and_says_so() -> None:
     for name, function in OTHERS.items():
         with pytest.warns(UserWarning, match="layer 'layer' gives 'w' to .* as much memory as if it were trained"):

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from autofunc import schedule
+from autofunc.train.speed import MEASURED
 from tests.cases import assert_same_tree
 from tests.cli.here import run_here
 
@@ -91,7 +92,7 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 def computed(line: dict[str, Any]) -> dict[str, Any]:
     """What does not depend on how fast a machine is."""
-    return {name: value for name, value in line.items() if name not in ("step_time_ms", "bubble_fraction")}
+    return {name: value for name, value in line.items() if name not in MEASURED}
 
 
 def losses(folder: Path) -> list[float]:
@@ -132,6 +133,9 @@ def test_trains_on_two_processes(folder: Path, two_processes: subprocess.Complet
     assert list(measured) == [6] and 0 < measured[6] < 1, "in the last step, and every fiftieth"
     assert out.splitlines()[-1] == f"validation loss: {lines[-1]['validation_loss']:.4f}"
     assert (folder / "runs" / "cfg" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    logs = [(folder / "runs" / "cfg" / "logs" / f"rank_{rank}.log").read_text().splitlines() for rank in (0, 1)]
+    assert logs[0][-1] == out.splitlines()[-1] and len(logs[1]) == 1, "the other rank has said nothing"
+    assert "As predicted" not in (folder / "runs" / "cfg" / "run.html").read_text(), "it was measured"
     wide = [line for line in out.splitlines() if len(line) > 80 and str(folder) not in line]
     assert not wide, "only paths are longer than a line"
 

@@ -83,3 +83,12 @@ def test_a_gradient_of_a_loss_that_is_finite(tmp_path: Path) -> None:
 @pytest.mark.full
 def test_on_two_processes(tmp_path: Path) -> None:
     assert_told(start(folder_of(tmp_path), "finetune", "llm", "-c", "run.yaml").stderr, "mid.1")
+
+
+@pytest.mark.full
+def test_two_processes_skip_alike(tmp_path: Path) -> None:
+    """The first rank tells what the second has found, and both go on."""
+    done = start(folder_of(tmp_path), "finetune", "llm", "-c", "run.yaml", "--nonfinite", "skip")
+    assert done.returncode == 0, done.stderr
+    assert_told(done.stdout, "mid.1")
+    assert "at rank 1, step 2" in done.stdout and "step 5/5" in done.stdout

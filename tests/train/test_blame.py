@@ -6,6 +6,7 @@ import json
 import re
 import signal
 import traceback
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -53,6 +54,17 @@ def test_where_it_was() -> None:
     found = report({1: failure(1, -signal.SIGKILL)}, set(), ["step 7, before 0B2", "step 7, in 1F3"])
     assert found == "rank 1 (step 7, in 1F3) failed: killed by SIGKILL"
     assert report({1: failure(1, -signal.SIGKILL)}, set(), ["", ""]) == "rank 1 failed: killed by SIGKILL"
+
+
+def test_its_log_is_named() -> None:
+    failures = {0: failure(2, 1, GLOO), 1: failure(1, -signal.SIGKILL)}
+    assert report(failures, {2}, (), Path("out")).splitlines() == [
+        "rank 1 failed: killed by SIGKILL",
+        "rank 0 was ended, or failed after it",
+        "log: out/logs/rank_1.log",
+    ]
+    hang = failure(1, 1, "autofunc.errors.HangError: no progress")
+    assert report({0: hang}, set(), (), Path("out")) == "no progress\nlog: out/logs/rank_0.log"
 
 
 def test_a_hang_speaks_of_all_ranks() -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from autofunc.train.step_folders import steps_in
 from tests.cli.here import Done, run_here
-from tests.cli.test_finetune import CONFIG
+from tests.cli.test_finetune import CONFIG, computed
 
 STEPS = 11
 ROWS = """
@@ -63,7 +63,7 @@ def again(folder: Path, *words: str) -> Done:
 
 def metrics(run: Path) -> list[dict[str, float]]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name != "step_time_ms"} for line in lines]
+    return [computed(line) for line in lines]
 
 
 def assert_same_run(one: Path, other: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from autofunc.errors import ConfigError, PipelineRunError
-from autofunc.train import run as run_module
-from autofunc.train import weights
+from autofunc.train import lead, weights
 from autofunc.train.metrics import MetricsFile
 from autofunc.train.output import default_output_dir, make_output_dir
 from autofunc.tree import to_tensordict
@@ -64,23 +64,25 @@ def test_a_second_run(tmp_path: Path) -> None:
 
 def test_what_happens_to_the_folder_loses_no_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     finetune(tmp_path)
-    train, out = run_module.train, tmp_path / "out"
+    train, out = lead.train, tmp_path / "out"
 
     def removed() -> None:
-        (out / "metrics.jsonl").unlink()
-        out.rmdir()
+        shutil.rmtree(out)
 
     def blocked() -> None:
         (out / "loss.png").mkdir()
 
-    for disturb, left in ((removed, "model.safetensors"), (blocked, "metrics.jsonl, model.safetensors")):
+    for disturb, left in (
+        (removed, "run.html, model.safetensors"),
+        (blocked, "metrics.jsonl, run.html, model.safetensors, logs/"),
+    ):
 
         def disturbed(*given: Any, disturb: Callable[[], None] = disturb) -> Any:
             result = train(*given)
             disturb()
             return result
 
-        monkeypatch.setattr(run_module, "train", disturbed)
+        monkeypatch.setattr(lead, "train", disturbed)
         done = run_here(tmp_path, "finetune", "llm", "-c", "run.yaml", "--overwrite")
         assert done.status == 0 and "loss.png is not drawn" in done.out and f"written to out: {left}\n" in done.out
         assert load_file(out / "model.safetensors")

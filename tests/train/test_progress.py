@@ -15,7 +15,7 @@ from autofunc import cache
 from autofunc.data import START, Part, TextFolder
 from autofunc.engine.compile import LOG
 from autofunc.train.datasets import title
-from autofunc.train.loop import _unit
+from autofunc.train.loop import _units
 from autofunc.train.progress import ProgressReporter
 from tests.cases import make_case
 
@@ -29,7 +29,7 @@ def test_datasets_have_names() -> None:
 
 def test_rows_are_not_called_tokens() -> None:
     part = lambda name: Part({name: torch.ones(2, 3)}, num_rows=2, ends_batch=True, after=START)  # noqa: E731
-    assert (_unit([part("pixel_values")]), _unit([part("input_ids")])) == ("rows", "tokens")
+    assert (_units([part("pixel_values")]), _units([part("input_ids")])) == ((2, "rows"), (6, "tokens"))
 
 
 def test_lines_say_what_changes() -> None:

@@ -44,7 +44,7 @@ def test_a_run_with_two_optimizers_groups_and_a_decay(tmp_path: Path) -> None:
     assert done.status == 0, done.err
     lines = [json.loads(line) for line in (tmp_path / "runs" / "cfg" / "metrics.jsonl").read_text().splitlines()]
     assert [line["lr"] for line in lines] == pytest.approx([0.002, 0.02, 0.01])
-    assert "tokens/s  lr 2.00e-03" in done.out and "tokens/s  lr 1.00e-02" in done.out
+    assert "B  lr 2.00e-03" in done.out and "B  lr 1.00e-02" in done.out, "after speed and memory"
     before, after = flatten(MODEL.init(seed=42)), load_file(tmp_path / "runs" / "cfg" / "model.safetensors")
     kept = {path for path in before if torch.equal(before[path], after[path])}
     assert kept == {"wte.weight", "wpe.weight"}

@@ -26,11 +26,11 @@ WRONG: list[tuple[list[str] | str, ...]] = [
         [
             "distributed._target_=nemo_automodel.components.distributed.fsdp2.FSDP2Manager",
             "peft.use_dora=true",
-            "wandb.project=x",
+            "wandb.save_dir=x",
         ],
         "distributed._target_",
         "peft.use_dora",
-        "wandb",
+        "wandb.dir",
     ),
     (
         [

@@ -1,0 +1,255 @@
+"""What each process of a run writes to its output, in a file of its own; the first one's is on the console too."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import re
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any, TextIO, cast
+
+from rich.console import Console
+
+from autofunc.errors import FAILURES
+from autofunc.train.output import LOGS
+from autofunc.train.role import restarts
+
+_CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\r")  # colours and moves of a terminal's cursor
+_kept: list[Log] = []  # the logs of this process
+
+
+def log_of(folder: Path, rank: int) -> Path:
+    """The file of a process of the run that writes into a folder."""
+    return folder / LOGS / f"rank_{rank}.log"
+
+
+class Log(io.TextIOBase):
+    """A log that is being written. A full disk ends no run: `error` says why lines are missing.
+
+    Args:
+        path: of the file; what it has stays before what is written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.error: OSError | None = None
+        self._file = path.open("a", encoding="utf-8", errors="backslashreplace", buffering=1)
+
+    def write(self, text: str) -> int:
+        """Write, as far as that can be done."""
+        if self.error is None:
+            try:
+                self._file.write(text)
+            except OSError as error:
+                self.error = error
+        return len(text)
+
+    def close(self) -> None:
+        """Close the file."""
+        try:
+            self._file.close()  # which writes what could not be written before
+        except OSError as error:
+            self.error = self.error or error
+
+    def fileno(self) -> int:
+        """Of the file."""
+        return self._file.fileno()
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        """Of the file."""
+        return self._file.encoding
+
+
+class Teed(io.TextIOBase):
+    """A text stream to the console and to a log.
+
+    Args:
+        console: the stream that was there before.
+        log: gets all of it, without what only acts on a terminal.
+        quiet: whether the console gets nothing.
+    """
+
+    def __init__(self, console: TextIO, log: Log, quiet: bool = False) -> None:
+        self.console, self.log, self.quiet = console, log, quiet
+
+    def write(self, text: str) -> int:
+        """Write to both."""
+        if not self.quiet:
+            self.console.write(text)
+        self.log.write(_CONTROL.sub("", text))
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush both."""
+        self.console.flush()
+        self.log.flush()
+
+    def isatty(self) -> bool:
+        """Whether someone looks on."""
+        return not self.quiet and self.console.isatty()
+
+    def fileno(self) -> int:
+        """Of the console: what other programs write does not come by here."""
+        return self.console.fileno()
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        """Of the console."""
+        return self.console.encoding
+
+
+@contextmanager
+def kept_log(folder: Path, rank: int, *, quiet: bool = False) -> Iterator[None]:
+    """Keep what this process writes to stdout and stderr in its log, and the traceback of what ends it.
+
+    Of the first rank the console shows it too; all others are silent, and with them what every rank would say. What a log
+    of an earlier start has stays before it.
+
+    Args:
+        folder: of the run.
+        rank: of this process.
+        quiet: whether the first rank shows nothing either, but for `show_last`.
+    """
+    path = log_of(folder, rank)
+    with closing(Log(path)) as log:
+        again = f", restart {restarts()}" if restarts() else ""
+        log.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')}: rank {rank}, process {os.getpid()}{again}\n")
+        _kept.append(log)
+        try:
+            with _teed(log, quiet) if rank == 0 else _sent_to(log):
+                yield
+        except FAILURES:
+            log.write(traceback.format_exc())
+            raise
+        finally:
+            _kept.remove(log)
+    if log.error is not None:
+        sys.stdout.write(f"{path} lacks lines: {log.error}\n")
+
+
+@contextmanager
+def named_log(folder: Path, rank: int, *, quiet: bool = False) -> Iterator[None]:
+    """`kept_log`, of a process that tells of its errors itself: they name the log."""
+    try:
+        with kept_log(folder, rank, quiet=quiet):
+            yield
+    except FAILURES as error:
+        error.add_note(f"log: {log_of(folder, rank)}")
+        raise
+
+
+@contextmanager
+def log_alone() -> Iterator[None]:
+    """For what another process has shown already: only the log gets it."""
+    streams = [each for each in (sys.stdout, sys.stderr) if isinstance(each, Teed)]
+    before = [each.quiet for each in streams]
+    for each in streams:
+        each.quiet = True
+    try:
+        yield
+    finally:
+        for each, was in zip(streams, before, strict=True):
+            each.quiet = was
+
+
+def write_log(text: str) -> None:
+    """Write to this process's log alone, if it has one."""
+    for log in _kept[-1:]:
+        log.write(text)
+
+
+def show_last(text: str) -> None:
+    """Show what a run ends with, a quiet one too."""
+    sys.stdout.write(f"{text}\n")
+    if isinstance(sys.stdout, Teed) and sys.stdout.quiet:
+        sys.stdout.console.write(f"{text}\n")
+    sys.stdout.flush()
+
+
+def line_console() -> Console:
+    """For lines, whatever is `sys.stdout` when they are shown: rich puts another in its place while it draws a bar."""
+    return Console(file=cast(TextIO, _Stdout()))
+
+
+def bar_console() -> Console:
+    """Where what moves is drawn: on the console, and in no log."""
+    stream = sys.stdout
+    return Console(file=stream.console if isinstance(stream, Teed) else stream, quiet=_is_quiet())
+
+
+def keep_log_beside_bar() -> None:
+    """Go on with the log while rich draws a bar: its own streams are in the place of ours, until it puts ours back."""
+    for name in ("stdout", "stderr"):
+        drawn = getattr(sys, name)
+        ours = getattr(drawn, "rich_proxied_file", None)
+        if isinstance(ours, Teed):
+            setattr(sys, name, Teed(drawn, ours.log))
+
+
+class _Stdout(io.TextIOBase):
+    """What is `sys.stdout` just then."""
+
+    def write(self, text: str) -> int:
+        return sys.stdout.write(text)
+
+    def flush(self) -> None:
+        sys.stdout.flush()
+
+    def isatty(self) -> bool:
+        return sys.stdout.isatty()
+
+    def fileno(self) -> int:
+        return sys.stdout.fileno()
+
+
+def _is_quiet() -> bool:
+    return isinstance(sys.stdout, Teed) and sys.stdout.quiet
+
+
+@contextmanager
+def _teed(log: Log, quiet: bool) -> Iterator[None]:
+    """Python's own streams go to both, and so does what was given one of them before."""
+    before = sys.stdout, sys.stderr
+    out, err = (Teed(each, log, quiet) for each in before)
+    handlers = [each for each in _stream_handlers() if each.stream is before[1]]
+    sys.stdout, sys.stderr = out, err
+    for handler in handlers:
+        handler.setStream(err)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
+        for handler in handlers:
+            handler.setStream(before[1])
+
+
+def _stream_handlers() -> list[logging.StreamHandler[Any]]:
+    """Of all loggers: libraries make theirs when they are imported."""
+    loggers = [logging.getLogger(), *map(logging.getLogger, list(logging.getLogger().manager.loggerDict))]
+    return [each for logger in loggers for each in logger.handlers if isinstance(each, logging.StreamHandler)]
+
+
+@contextmanager
+def _sent_to(log: Log) -> Iterator[None]:
+    """All that this process writes goes to a file, also what is not written by Python."""
+    before, copies = (sys.stdout, sys.stderr), [os.dup(number) for number in (1, 2)]
+    for stream in before:
+        stream.flush()
+    sys.stdout = sys.stderr = log
+    for number in (1, 2):
+        os.dup2(log.fileno(), number)
+    try:
+        yield
+    finally:
+        log.flush()
+        sys.stdout, sys.stderr = before
+        for number, copy in zip((1, 2), copies, strict=True):
+            os.dup2(copy, number)
+            os.close(copy)

@@ -1,0 +1,126 @@
+"""How fast a step was, and what it took: what can be known before the run is worked out before it."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from autofunc.errors import ModelError
+from autofunc.shown import size_in_words
+from autofunc.splitting.cost import count_operations
+from autofunc.train.recipe import Recipe
+
+MEASURED = ("step_time_ms", "tokens_per_second", "rows_per_second", "mfu", "peak_memory_bytes", "bubble_fraction")
+"""Of what a step is told by: what the machine decides, and no two runs have alike."""
+
+PEAK_TFLOPS = {
+    "H200": 989.5, "H100 PCIe": 756.0, "H100 NVL": 835.5, "H100": 989.5, "A100": 312.0,
+}  # fmt: skip
+"""Dense products in bf16, by what a GPU's name has in it; the first that fits counts."""
+
+_OF_A_STEP = 3
+"""Operations of a step over those of its forward: a backward has two products for each of the forward's."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Of one step."""
+
+    units: int  # tokens, or rows where rows have none, over all ranks
+    unit: str  # which of them
+    seconds: float
+    mfu: float | None  # model FLOPs utilization; None where the device's peak is unknown
+    peak_memory_bytes: int  # of this process so far
+
+    def named(self) -> dict[str, Any]:
+        """All of it by name."""
+        found = {
+            "num_tokens": self.units, "step_time_ms": self.seconds * 1e3,
+            f"{self.unit}_per_second": self.units / self.seconds, "peak_memory_bytes": self.peak_memory_bytes,
+        }  # fmt: skip
+        return found if self.mfu is None else {**found, "mfu": self.mfu}
+
+    def said(self) -> str:
+        """What a line of progress says of it."""
+        used = "" if self.mfu is None else f"  MFU {self.mfu:.1%}"
+        return f"{self.units / self.seconds:,.0f} {self.unit}/s{used}  {size_in_words(self.peak_memory_bytes)}"
+
+
+class Speedometer:
+    """Tells the speed of steps.
+
+    Args:
+        recipe: of the run.
+        device: of this process, which all others' are like.
+        tell: told where operations cannot be counted, which ends no run.
+    """
+
+    def __init__(self, recipe: Recipe, device: torch.device, tell: Callable[[str], None]) -> None:
+        self._device = device
+        self._operations_per_unit = 0.0
+        peak = peak_flops(device, recipe.peak_tflops)
+        self._peak = None if peak is None else peak * recipe.axes.num_processes
+        if self._peak is None:
+            return
+        microbatch = recipe.microbatch((recipe.seed, 1))
+        units, _ = units_of(microbatch, recipe.microbatch_rows)
+        try:
+            costs = count_operations(recipe.model, microbatch, recipe.loss)
+            self._operations_per_unit = _OF_A_STEP * sum(each.flops for each in costs.values()) / units
+        except ModelError as error:
+            self._peak = None
+            tell(f"no mfu, for the operations of a step cannot be counted: {error}")
+
+    def of(self, units: int, unit: str, seconds: float) -> Speed:
+        """The speed of a step.
+
+        Args:
+            units: tokens or rows that it took.
+            unit: which of them.
+            seconds: that it took, with the wait for its data.
+        """
+        used = None if self._peak is None else self._operations_per_unit * units / (seconds * self._peak)
+        return Speed(units, unit, seconds, used, peak_memory_bytes(self._device))
+
+
+def units_of(batch: Any, num_rows: int) -> tuple[int, str]:
+    """How much some rows are, and in what it is counted: tokens, or rows where they have none."""
+    ids = batch.get("input_ids")
+    return (num_rows, "rows") if ids is None else (num_rows * ids[0].numel(), "tokens")
+
+
+def peak_flops(device: torch.device, given_tflops: float | None) -> float | None:
+    """Floating-point operations a second of which a device is capable; None where that is not known.
+
+    Args:
+        device: which.
+        given_tflops: what the configuration says it is, in 1e12 a second.
+    """
+    if given_tflops is not None:
+        return given_tflops * 1e12
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((peak * 1e12 for part, peak in PEAK_TFLOPS.items() if part in name), None)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most that tensors have taken on a GPU since this process began; on a CPU the most that the process has."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
+
+
+def peaks_of_all(device: torch.device) -> tuple[int, ...]:
+    """`peak_memory_bytes` of every process of the run, by rank. All call it."""
+    mine = peak_memory_bytes(device)
+    if not dist.is_initialized():
+        return (mine,)
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, mine)
+    return tuple(found)
