@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -19,9 +18,10 @@ from autofunc.batch import Microbatch, check_device, shapes_of, signature, split
 from autofunc.compatible import check_compatible
 from autofunc.counted_rows import weighed
 from autofunc.engine import EngineOptions, require_compiler
-from autofunc.errors import AutofuncError, some_of
+from autofunc.errors import AutofuncError
 from autofunc.explain import explain
 from autofunc.held import Held
+from autofunc.known_plans import forget, warn_of_changes
 from autofunc.losses import Loss
 from autofunc.mesh import data_coordinate
 from autofunc.outside import Outside
@@ -43,10 +43,6 @@ from autofunc.shard.parameters import Parameters
 from autofunc.splitting import Stage
 from autofunc.surroundings import surroundings
 from autofunc.timing import clock
-
-_MANY_CHANGES = 3  # of what functions read from outside, after which it is said where numbers that change belong
-_MOST_PLANS = 64  # batch signatures a pipeline remembers; beyond that the oldest is forgotten
-_MOST_NODES = 100_000  # of the graphs of all of them: half a GB
 
 
 class Pipeline(Held):
@@ -143,6 +139,23 @@ class Pipeline(Held):
         if gather not in (None, "all"):
             raise AutofuncError(f'gather={gather!r}: expected None or "all"')
         return self.run(Mode.SHARED_OUTPUTS if gather == "all" else Mode.OUTPUTS, params, batch, key, state).outputs
+
+    @torch.inference_mode(False)
+    def advance(
+        self, params: tree.Nested, batch: Mapping[str, Any], states: Sequence[tree.Nested], key: Any = None
+    ) -> tuple[Any, list[TensorDict]]:
+        """The outputs, as of `forward`, and the new state: of each microbatch by itself, such as a cache of its rows.
+
+        Args:
+            params: this process's parameters.
+            batch: of as many microbatches as there are states, whose rows are equally many.
+            states: of this process's layers, for each microbatch; they are given away, and what is returned may lie in
+                their memory.
+            key: see `value_and_grad`.
+        """
+        given = [self._checked(state) for state in states]
+        result = self._step(Mode.ADVANCE, params, self._split(batch, key, len(given)), given)
+        return result.outputs, [tree.to_tensordict(state) for state in result.states]
 
     def profile(self, params: tree.Nested, batch: Mapping[str, Any], key: Any = None, *, steps: int = 5) -> Timeline:
         """Run some steps and tell when every action ran: the step of median length, in milliseconds.
@@ -245,7 +258,7 @@ class Pipeline(Held):
 
         Without gradients any number of rows will do. Those that are left over are a step of their own, and weigh less.
         """
-        given = self._checked(state)
+        given = [self._checked(state)]
         if mode is Mode.GRADS:
             return self._step(mode, params, self._split(batch, key), given, observe, again)
         parts = split_any_rows(
@@ -266,15 +279,15 @@ class Pipeline(Held):
         return self.with_loss(weighed(self.loss, 1))
 
     def _step(
-        self, mode: Mode, params: tree.Nested, microbatches: Sequence[Microbatch], state: Mapping[str, Tensor],
-        observe: Observe | None, again: bool,
+        self, mode: Mode, params: tree.Nested, microbatches: Sequence[Microbatch], states: Sequence[Mapping[str, Tensor]],
+        observe: Observe | None = None, again: bool = False,
     ) -> StepResult:  # fmt: skip
         flat = tree.flatten(params)
         plan, transport = self._plan(mode, flat, self._device(flat), microbatches)
         self._step_number += not again
         here.begin(self._step_number, self._ranks)
         with torch.no_grad():
-            result = run_step(plan, flat, microbatches, state, transport, self._step_number, observe or self._observe)
+            result = run_step(plan, flat, microbatches, states, transport, self._step_number, observe or self._observe)
         here.end(self._step_number)
         return result
 
@@ -282,8 +295,8 @@ class Pipeline(Held):
         """To measure steps with, where the parameters are: what they cost does not depend on it."""
         return self.init_state(self._device(tree.flatten(params)))
 
-    def _split(self, batch: Mapping[str, Any], key: Any) -> list[Microbatch]:
-        (place, _), count = data_coordinate(self.mesh), self.schedule.num_microbatches
+    def _split(self, batch: Mapping[str, Any], key: Any, into: int | None = None) -> list[Microbatch]:
+        (place, _), count = data_coordinate(self.mesh), into or self.schedule.num_microbatches
         return split_batch(
             batch, count, key=key, batch_dims=self._batch_dims, first=place * count, key_name=self._model.key_name
         )
@@ -298,7 +311,7 @@ class Pipeline(Held):
         around = (mode, len(microbatches), signature(microbatches[0]), described, device, surroundings())
         key = (around, self._outside.key())
         if key not in self._plans:
-            self._warn_of_changes(around)
+            warn_of_changes(self._plans, around, self._outside.changed)
             self._parameters.check(params)
             check_device(microbatches[0], device)
             dtypes = {path: leaf.dtype for path, leaf in params.items()}
@@ -306,7 +319,7 @@ class Pipeline(Held):
             if self._group is not None:
                 here.enter(f"preparing a step with {shapes_of(microbatches[0])}")
                 dtypes, held = agree(self._group, mode.value, microbatches, dtypes, held)
-            self._forget(held)
+            forget(self._plans, held)
             of_all_ranks = {path: torch.empty((), dtype=dtype, device="meta") for path, dtype in dtypes.items()}
             of_all_ranks |= self._parameters.laid_out(params)
             with here.building():
@@ -320,29 +333,8 @@ class Pipeline(Held):
             self._plans[key] = (plan, transport)
         return self._plans[key]
 
-    def _forget(self, held: Sequence[int]) -> None:
-        """Make room for another plan.
-
-        Args:
-            held: how many nodes the graphs of each plan have, the oldest first; the same on all ranks.
-        """
-        for number in range(len(held)):
-            if number > len(held) - _MOST_PLANS and sum(held[number:]) <= _MOST_NODES:
-                break
-            self._plans.pop(next(iter(self._plans)))
-
     def _frozen(self) -> list[Any]:
         """What captures of this pipeline read beside their arguments; the eager engine calls functions at every step."""
         model = self.stages[0].model
         functions = [layer.apply for layer in model.layers.values()] if self.options.engine == "graph" else []
         return [*model.frozen, *functions, *([self.loss] if self.options.engine == "graph" else [])]
-
-    def _warn_of_changes(self, around: Any) -> None:
-        """Say what makes plans anew, again and again, for batches that are known."""
-        known, changed = sum(each == around for each, _ in self._plans), self._outside.changed
-        if known == _MANY_CHANGES and changed:
-            warnings.warn(
-                f"{some_of(changed)} changed between steps, and each time the pipeline is captured anew ({known} times so "
-                "far): put numbers that change into the batch, as tensors without dims",
-                stacklevel=2,
-            )

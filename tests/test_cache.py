@@ -167,7 +167,7 @@ def test_memory_does_not_grow_with_steps_and_shapes(
 ) -> None:
     """Of receive slots, plans and captures: after a third of the shapes it is what it is in the end."""
     monkeypatch.setattr(cache, "shared", Cache(most=1024, heaviest=most_nodes))
-    monkeypatch.setattr("autofunc.pipe._MOST_NODES", most_nodes)
+    monkeypatch.setattr("autofunc.known_plans._MOST_NODES", most_nodes)
     net = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16))
 
     def batch(length: int) -> dict[str, torch.Tensor]:

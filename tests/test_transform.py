@@ -83,7 +83,7 @@ def test_a_layer_that_reads_a_value_is_told_where() -> None:
 
 
 def test_plans_are_remembered_within_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("autofunc.pipe._MOST_PLANS", 3)
+    monkeypatch.setattr("autofunc.known_plans._MOST_PLANS", 3)
     _, pipe, batch = build()
     for number in range(5):
         pipe(pipe.init(), {**batch, "temperature": float(number)})

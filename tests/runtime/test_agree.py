@@ -87,7 +87,7 @@ def test_a_rank_that_comes_alone_names_the_others(workers: WorkerPool) -> None:
 
 def forgetting() -> list[int]:
     """How many plans this rank holds after each of some steps; there is room for more on some ranks than on others."""
-    from autofunc import pipe as module
+    from autofunc import known_plans as module
 
     mesh = pp_mesh(4)
     _, stages, loss, batch = make_case("gpt2", 4, 8)
