@@ -5,7 +5,7 @@ from autofunc.data.loader import STACKED, START, Part, Position, first_rows, mak
 from autofunc.data.made_up import MadeUpTokens
 from autofunc.data.rows import text_columns
 from autofunc.data.text_folder import TextFolder
-from autofunc.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+from autofunc.data.tokenizer import ByteTokenizer, TextTokenizer, Tokenizer, load_tokenizer
 
 __all__ = [
     "STACKED",
@@ -16,6 +16,7 @@ __all__ = [
     "Part",
     "Position",
     "TextFolder",
+    "TextTokenizer",
     "Tokenizer",
     "first_rows",
     "load_tokenizer",

@@ -23,6 +23,14 @@ class Tokenizer(Protocol):
         ...
 
 
+class TextTokenizer(Tokenizer, Protocol):
+    """What generating needs of one."""
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of some token ids, without special tokens."""
+        ...
+
+
 class ByteTokenizer:
     """UTF-8 bytes: 256 ids, nothing to download."""
 
@@ -32,6 +40,10 @@ class ByteTokenizer:
     def encode(self, text: str) -> Sequence[int]:
         """The UTF-8 bytes of the text; lone surrogates, as from `surrogateescape`, give their bytes back."""
         return text.encode("utf-8", errors="surrogateescape")
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of these bytes; what is none is shown as U+FFFD."""
+        return b"".join(bytes((each,)) if each < 256 else b"\xff" for each in tokens).decode("utf-8", errors="replace")
 
 
 class _HuggingFaceTokenizer:
@@ -55,8 +67,12 @@ class _HuggingFaceTokenizer:
         ids: Sequence[int] = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return ids
 
+    def decode(self, tokens: Sequence[int]) -> str:
+        text: str = self._tokenizer.decode(list(tokens), skip_special_tokens=True)
+        return text
 
-def load_tokenizer(name: str | None) -> Tokenizer:
+
+def load_tokenizer(name: str | None) -> TextTokenizer:
     """The tokenizer of a name or folder that `transformers` knows; bytes when `name` is None.
 
     Raises:

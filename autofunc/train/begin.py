@@ -19,6 +19,7 @@ from autofunc.timing import clock
 from autofunc.train.device import check_devices
 from autofunc.train.evaluate import check_evaluation, evaluate
 from autofunc.train.fork_server import ForkServer
+from autofunc.train.generating import check_texts, generate_texts
 from autofunc.train.launch import launch
 from autofunc.train.memory_budget import check_budget
 from autofunc.train.output import default_output_dir, last_output_dir, make_output_dir
@@ -28,6 +29,7 @@ from autofunc.train.role import was_checked
 from autofunc.train.run import in_mesh, run
 from autofunc.train.step_folders import LATEST
 from autofunc.train.tensor_parallel_check import check_tensor_parallel
+from autofunc.train.texts import TextsWanted
 from autofunc.train.worker import run_worker
 
 _SECONDS_TO_END = 30.0  # of workers that are told to, without checkpoints to write
@@ -45,6 +47,12 @@ class Asked:
     max_restarts: int = 0
     evaluates: bool = False  # and does not train
     as_json: bool = False
+    texts: TextsWanted | None = None  # to generate, instead of training
+
+    @property
+    def trains(self) -> bool:
+        """Whether weights are trained, and written."""
+        return not self.evaluates and self.texts is None
 
 
 def asked(
@@ -57,6 +65,7 @@ def asked(
     max_restarts: int = 0,
     evaluates: bool = False,
     as_json: bool = False,
+    texts: TextsWanted | None = None,
 ) -> Asked:
     """What a command asks for.
 
@@ -69,6 +78,7 @@ def asked(
         max_restarts: how often workers are started again.
         evaluates: whether it is not trained, but measured.
         as_json: whether what is measured is shown as JSON.
+        texts: what is generated, instead of training.
 
     Raises:
         ConfigError: for restarts without checkpoints.
@@ -82,7 +92,7 @@ def asked(
     typed = list(words) if config.output_dir is not None else [*words, "--output_dir", str(folder)]
     if wanted(config.checkpoint) not in (LATEST, AUTO):
         typed += ["--checkpoint.restore_from", LATEST]
-    return Asked(config, tuple(notes), folder, shlex.join(typed), overwrite, max_restarts, evaluates, as_json)
+    return Asked(config, tuple(notes), folder, shlex.join(typed), overwrite, max_restarts, evaluates, as_json, texts)
 
 
 def checked_recipe(config: FinetuneConfig, nproc_per_node: int | None, notes: Sequence[str]) -> Recipe:
@@ -114,6 +124,8 @@ def begin(recipe: Recipe, run_asked: Asked, server: ForkServer | None) -> None:
     begun_from = source(run_asked.config.checkpoint, run_asked.output_dir)
     if run_asked.evaluates:
         check_evaluation(recipe)
+    elif run_asked.texts is not None:
+        check_texts(recipe, run_asked.texts)
     else:
         if begun_from is not None:
             check_restorable(begun_from, recipe)
@@ -122,7 +134,7 @@ def begin(recipe: Recipe, run_asked: Asked, server: ForkServer | None) -> None:
         _run(recipe, run_asked)
         return
     assert server is not None
-    if not run_asked.as_json:
+    if not run_asked.as_json and run_asked.texts is None:
         sys.stdout.write(f"starting {recipe.axes.num_processes} processes\n")
         sys.stdout.flush()
     config = run_asked.config
@@ -141,7 +153,7 @@ def _as_worker(run_asked: Asked, began: float) -> None:
 def run_rank(run_asked: Asked) -> None:
     """One rank's part of a run."""
     recipe = prepare(run_asked.config, int(os.environ["WORLD_SIZE"]), notes=run_asked.notes, checked=was_checked())
-    is_writer = not was_checked() and os.environ.get("RANK", "0") == "0" and not run_asked.evaluates
+    is_writer = not was_checked() and os.environ.get("RANK", "0") == "0" and run_asked.trains
     if is_writer:
         _make_output_dir(run_asked, source(run_asked.config.checkpoint, run_asked.output_dir))
     _run(recipe, run_asked)
@@ -149,14 +161,18 @@ def run_rank(run_asked: Asked) -> None:
 
 def _run(recipe: Recipe, run_asked: Asked) -> None:
     config, folder = run_asked.config, run_asked.output_dir
-    if not run_asked.evaluates:
+    if run_asked.trains:
         run(recipe, config, folder, run_asked.command)
         return
 
     def work(mesh: DeviceMesh | None, device: torch.device, folder: Path) -> None:
+        if run_asked.texts is not None:
+            generate_texts(recipe, mesh, device, folder, config, run_asked.texts)
+            return
         evaluate(recipe, mesh, device, folder, config, run_asked.as_json)
 
-    check_evaluation(recipe)
+    if run_asked.evaluates:
+        check_evaluation(recipe)
     in_mesh(recipe, config, folder, work)
 
 

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from tensordict import TensorDict
 from torch.distributed.device_mesh import DeviceMesh
 
 from autofunc.checkpoint import load
 from autofunc.checkpoint.write import is_first, of_first
 from autofunc.config import FinetuneConfig
 from autofunc.errors import ConfigError
+from autofunc.pipe import Pipeline
 from autofunc.shown import literal
 from autofunc.train.loop import build_pipe
 from autofunc.train.progress import ProgressReporter, Reporter, Silent
@@ -72,9 +74,14 @@ def _validated(
     recipe: Recipe, mesh: DeviceMesh | None, device: torch.device, path: Path | None, reporter: Reporter
 ) -> Validated | None:
     pipe = build_pipe(recipe, mesh)
+    return Validation(recipe, pipe, device, reporter).run(*weights_of(path, recipe, pipe, device))
+
+
+def weights_of(
+    path: Path | None, recipe: Recipe, pipe: Pipeline, device: torch.device
+) -> tuple[TensorDict, TensorDict]:  # fmt: skip
+    """The parameters and the state of a checkpoint; without one those that training begins with."""
     if path is None:
-        params, state = pipe.init(recipe.init_seed, device), pipe.init_state(device)
-    else:
-        checkpoint = load(path, pipe, device=device)
-        params, state = checkpoint.params, checkpoint.state
-    return Validation(recipe, pipe, device, reporter).run(params, state)
+        return pipe.init(recipe.init_seed, device), pipe.init_state(device)
+    checkpoint = load(path, pipe, device=device)
+    return checkpoint.params, checkpoint.state
