@@ -9,13 +9,14 @@ from rich.console import Console
 
 import autofunc as af
 from autofunc.automodel import AutoModel
-from autofunc.data import TextTokenizer
+from autofunc.data import TextTokenizer, load_tokenizer
 from autofunc.errors import ConfigError, DataError
-from autofunc.foreign_file import is_folder
 from autofunc.generation import Sampling
 from autofunc.shown import literal, shown
 from autofunc.train.device import take_device
 from autofunc.train.texts import TextsWanted, TokenBar, encoded, named_tokenizer, note, put_together, show
+
+_GIVE = "Give --tokenizer FOLDER, a name on the hub, or --tokenizer bytes for a model of bytes"
 
 
 def generate_from_folder(folder: str, num_ranks: int, wanted: TextsWanted) -> None:
@@ -50,10 +51,9 @@ def _tokenizer(folder: str, named: str | None) -> TextTokenizer:
     if named is not None:
         return named_tokenizer(named)
     try:
-        return named_tokenizer(folder)
-    except (ConfigError, DataError) as error:
-        what = "this folder" if is_folder(folder) else "this name"
-        raise ConfigError(
-            f"--model {shown(folder)}: {what} has no tokenizer that can be loaded: give --tokenizer FOLDER, a name on the "
-            "hub, or --tokenizer bytes for a model of bytes"
-        ) from error
+        tokenizer = load_tokenizer(folder)
+    except DataError as error:
+        raise ConfigError(f"--model: {error.args[0].partition('. ')[0]}. {_GIVE}") from error
+    if not tokenizer.encode("text"):  # transformers makes one without a vocabulary where there are no files
+        raise ConfigError(f"--model: {shown(folder)} has no tokenizer. {_GIVE}")
+    return tokenizer

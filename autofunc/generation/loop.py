@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from autofunc import tree
@@ -16,7 +15,7 @@ from autofunc.generation.cached import cached_steps
 from autofunc.generation.prompts import Prompts, as_lists
 from autofunc.generation.sampling import Sampling, next_tokens
 from autofunc.generation.whole_sequence import WholeSteps
-from autofunc.mesh import axis_size, pp_ranks
+from autofunc.mesh import axis_size, share_over_pp
 from autofunc.model import Model
 from autofunc.pipe import Pipeline
 
@@ -123,8 +122,7 @@ def _shared(pipe: Pipeline, tokens: Tensor | None, rows: int, device: torch.devi
         assert tokens is not None, "this process runs all stages"
         return tokens
     given = torch.empty(rows, dtype=torch.int64, device=device) if tokens is None else tokens.contiguous()
-    dist.broadcast(given, pp_ranks(pipe.mesh)[pipe.schedule.placement[-1]], group=pipe.mesh.get_group("pp"))
-    return given
+    return share_over_pp(pipe.mesh, pipe.schedule.placement[-1], given)
 
 
 def _warn(said: str) -> None:
