@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -66,6 +68,14 @@ def test_adapters() -> None:
     assert expected != one_by_one(lambda ids: base(base.init(seed=1), {"input_ids": ids}))
     pipe = pipe_of(model, 2)
     assert af.generate(pipe, pipe.place(changed), ROWS, max_new_tokens=NEW) == expected
+
+
+def test_the_page_runs_as_printed() -> None:
+    page = Path(__file__).parents[2] / "docs" / "generation.md"
+    (code,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(compile(code, "generation.md", "exec"), names)
+    assert [len(text) for text in names["drawn"]] == [8, 8]
 
 
 class Own(nn.Module):
