@@ -22,7 +22,10 @@ def why_no_cache(module: nn.Module) -> str | None:
     if not is_model(module):
         return f"{name} is no model of transformers"
     model: Any = module
-    if not model.can_generate() or not set(_TAKES) <= inspect.signature(module.forward).parameters.keys():
+    lacking = [each for each in _TAKES if each not in inspect.signature(module.forward).parameters]
+    if lacking:
+        return f"{name}.forward takes no {lacking[0]}"
+    if not model.can_generate():
         return f"{name} is not made for generating"
     if not model._can_compile_fullgraph:
         return f"transformers has no cache of fixed size for {name}"
