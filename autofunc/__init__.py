@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from autofunc.checkpoint import Checkpoint, load, save
     from autofunc.checks import check
     from autofunc.errors import AutofuncError
+    from autofunc.generation import generate
     from autofunc.markers import split_point
     from autofunc.mesh import data_coordinate, make_mesh
     from autofunc.model import Layer, Model, TensorParallel
@@ -55,6 +56,7 @@ _HOME = {
     "empty_weights": "autofunc.captured",
     "from_function": "autofunc.captured",
     "from_module": "autofunc.whole_module",
+    "generate": "autofunc.generation",
     "load": "autofunc.checkpoint",
     "load_adapter": "autofunc.adapters",
     "lora": "autofunc.adapters",
@@ -97,6 +99,7 @@ __all__ = [
     "errors",
     "from_function",
     "from_module",
+    "generate",
     "load",
     "load_adapter",
     "lora",

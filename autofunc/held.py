@@ -103,6 +103,15 @@ class Held:
         return tree.to_tensordict(self._model.init_state_paths(self._state_spec, device))
 
     @torch.inference_mode(False)
+    def empty_state(self, device: torch.device | str) -> TensorDict:
+        """Zeros in the place of this process's state: what caches begin with."""
+        return tree.to_tensordict({path: torch.zeros_like(leaf, device=device) for path, leaf in self._state_spec.items()})
+
+    def device_of(self, params: tree.Nested) -> torch.device:
+        """Where this process computes with these parameters of its ranks."""
+        return self._device(tree.flatten(params))
+
+    @torch.inference_mode(False)
     def place_state(self, full_state: tree.Nested) -> TensorDict:
         """A copy of this process's part of a full tree of state.
 

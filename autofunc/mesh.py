@@ -154,6 +154,12 @@ def gather_over(mesh: DeviceMesh | None, axes: Sequence[str], tensor: Tensor) ->
     return tensors
 
 
+def share_over_pp(mesh: DeviceMesh, pp_rank: int, tensor: Tensor) -> Tensor:
+    """Give all ranks of the pp axis, in place, the tensor of one of them; returns it. All their processes call it."""
+    dist.broadcast(tensor, pp_ranks(mesh)[pp_rank], group=axis_group(mesh, "pp"))
+    return tensor
+
+
 def pp_ranks(mesh: DeviceMesh) -> list[int]:
     """Global ranks along this process's pp axis, by pp rank."""
     ranks: list[int] = mesh["pp"].mesh.flatten().tolist()

@@ -76,7 +76,7 @@ class Pipeline(Held):
         self.loss = loss
         self.options = options
         self._batch_dims = batch_dims
-        self._transfers = transfers
+        self.transfers = transfers
         self._step_number = 0  # of the last step
         self._weight_check = WeightCheck()
         pools = {rank: SlotPool() for rank in self.local_ranks}
@@ -151,6 +151,23 @@ class Pipeline(Held):
             raise AutofuncError(f'gather={gather!r}: expected None or "all"')
         return self.run(Mode.SHARED_OUTPUTS if gather == "all" else Mode.OUTPUTS, params, batch, key, state).outputs
 
+    @torch.inference_mode(False)
+    def advance(
+        self, params: tree.Nested, batch: Mapping[str, Any], states: Sequence[tree.Nested], key: Any = None
+    ) -> tuple[Any, list[TensorDict]]:
+        """The outputs, as of `forward`, and the new state: of each microbatch by itself, such as a cache of its rows.
+
+        Args:
+            params: this process's parameters.
+            batch: of as many microbatches as there are states, whose rows are equally many.
+            states: of this process's layers, for each microbatch; they are given away, and what is returned may lie in
+                their memory.
+            key: see `value_and_grad`.
+        """
+        given = [self._checked(state) for state in states]
+        result = self._step(Mode.ADVANCE, params, self._split(batch, key, len(given)), given)
+        return result.outputs, [tree.to_tensordict(state) for state in result.states]
+
     def profile(self, params: tree.Nested, batch: Mapping[str, Any], key: Any = None, *, steps: int = 5) -> Timeline:
         """Run some steps and tell when every action ran: the step of median length, in milliseconds.
 
@@ -194,7 +211,7 @@ class Pipeline(Held):
 
     def _variant(self, schedule: Schedule, loss: Loss | None, merge: bool) -> Pipeline:
         return Pipeline(
-            self.stages, schedule, loss, self.mesh, self.options, self._batch_dims, self.sharding, self._transfers, merge,
+            self.stages, schedule, loss, self.mesh, self.options, self._batch_dims, self.sharding, self.transfers, merge,
             self._parameters,
         )  # fmt: skip
 
@@ -253,7 +270,7 @@ class Pipeline(Held):
 
         Without gradients any number of rows will do. Those that are left over are a step of their own, and weigh less.
         """
-        given = self._checked(state)
+        given = [self._checked(state)]
         if mode is Mode.GRADS:
             return self._checked_weight(self._step(mode, params, self._split(batch, key), given, observe, again))
         parts = split_any_rows(
@@ -280,15 +297,15 @@ class Pipeline(Held):
         return self.with_loss(weighed(self.loss, 1))
 
     def _step(
-        self, mode: Mode, params: tree.Nested, microbatches: Sequence[Microbatch], state: Mapping[str, Tensor],
-        observe: Observe | None, again: bool,
+        self, mode: Mode, params: tree.Nested, microbatches: Sequence[Microbatch], states: Sequence[Mapping[str, Tensor]],
+        observe: Observe | None = None, again: bool = False,
     ) -> StepResult:  # fmt: skip
         flat = tree.flatten(params)
         plan, transport = self._plans.of(mode, flat, self._device(flat), microbatches)
         self._step_number += not again
         here.begin(self._step_number, self._ranks)
         with torch.no_grad():
-            result = run_step(plan, flat, microbatches, state, transport, self._step_number, observe or self._observe)
+            result = run_step(plan, flat, microbatches, states, transport, self._step_number, observe or self._observe)
         here.end(self._step_number)
         return result
 
@@ -296,8 +313,8 @@ class Pipeline(Held):
         """To measure steps with, where the parameters are: what they cost does not depend on it."""
         return self.init_state(self._device(tree.flatten(params)))
 
-    def _split(self, batch: Mapping[str, Any], key: Any) -> list[Microbatch]:
-        (place, _), count = data_coordinate(self.mesh), self.schedule.num_microbatches
+    def _split(self, batch: Mapping[str, Any], key: Any, into: int | None = None) -> list[Microbatch]:
+        (place, _), count = data_coordinate(self.mesh), into or self.schedule.num_microbatches
         return split_batch(
             batch, count, key=key, batch_dims=self._batch_dims, first=place * count, key_name=self._model.key_name
         )

@@ -66,6 +66,7 @@ def pipeline(
         - `init_state()`, `place_state(full_state)`: the same of the state that layers keep
         - `gather(params_or_grads)`: the full tree, on every process
         - `forward(params, batch)`: outputs of the last stage, for any number of rows
+        - `advance(params, batch, states)`: the same, and the new state of each microbatch by itself
         - `clip(grads, max_norm)`, `global_norm(grads)`: gradients with a bounded norm, and the norm
         - `build(batch)`: builds for such batches ahead of the first call
         - `explain()`: stages, what crosses between them, and the schedule drawn, as text

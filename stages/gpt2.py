@@ -23,12 +23,16 @@ from torch.nn import functional
 
 import autofunc as af
 from autofunc.errors import ModelError
+from autofunc.model import CacheForm
 from autofunc.tree import flatten
 from stages.huggingface import drop_tied, fill, read_settings, read_weights, require
 from stages.in_transformers import gpt2_values
+from stages.key_cache import KeyCache, caching_layer
 from stages.ranges import MOST_LAYERS, check_probabilities, check_scales, check_sizes
 
 Params = Mapping[str, Any]
+
+TIES = {"head.weight": "wte.weight"}
 
 TENSOR_PARALLEL = {
     "wte.weight": "shard(0)",
@@ -110,22 +114,30 @@ def build_gpt2_model(
         ModelError: for sizes that do not fit together; when it runs, for a sequence longer than `n_positions`.
     """
     config = GPT2Config(**{name: value for name, value in locals().items() if name != "chunked_loss"})
-    layers = {"wte": _token_embedding(config), "wpe": _position_embedding(config)}
-    for index in range(n_layer):
-        layers[f"h.{index}"] = _block(config, f"h.{index}")
+    spread = af.TensorParallel(TENSOR_PARALLEL, divisible={"n_head": n_head, "vocab_size": vocab_size})
+    model = af.Model(
+        _layers(config, chunked_loss=chunked_loss), ties=TIES, config=config, tensor_parallel=spread,
+        in_transformers=lambda params: (gpt2_values(config), to_hf(params, config)),
+    )  # fmt: skip
+    model.with_cache = lambda form: af.Model(_layers(config, form), ties=TIES, config=config)
+    return model
+
+
+def _layers(config: GPT2Config, form: CacheForm | None = None, *, chunked_loss: bool = False) -> dict[str, af.Layer]:
+    """By name; with the form of a cache those that keep keys and values, and give logits of the last token."""
+    layers = {"wte": _token_embedding(config), "wpe": _position_embedding(config, form)}
+    for index in range(config.n_layer):
+        layers[f"h.{index}"] = _block(config, f"h.{index}", form)
     layers["ln_f"] = af.Layer(
         init=lambda key: _norm_init(key, "", config), apply=lambda params, x, batch: layer_norm(params, x, config)
     )
     layers["head"] = af.Layer(
         apply=lambda params, x_BTD, batch: af.losses.lazy_logits(
-            af.constrain(x_BTD, "replicate"), params["weight"], batch if chunked_loss else {}
+            af.constrain(x_BTD if form is None else x_BTD[:, -1:], "replicate"), params["weight"],
+            batch if chunked_loss else {},
         )
-    )
-    spread = af.TensorParallel(TENSOR_PARALLEL, divisible={"n_head": n_head, "vocab_size": vocab_size})
-    return af.Model(
-        layers, ties={"head.weight": "wte.weight"}, config=config, tensor_parallel=spread,
-        in_transformers=lambda params: (gpt2_values(config), to_hf(params, config)),
     )  # fmt: skip
+    return layers
 
 
 def layer_norm(params: Params, x_BTD: Tensor, config: GPT2Config) -> Tensor:
@@ -133,12 +145,18 @@ def layer_norm(params: Params, x_BTD: Tensor, config: GPT2Config) -> Tensor:
     return functional.layer_norm(x_BTD, (config.n_embd,), params["weight"], params["bias"], config.layer_norm_epsilon)
 
 
-def attention(params: Params, x_BTD: Tensor, batch: Params, config: GPT2Config, name: str) -> Tensor:
+def attention(
+    params: Params, x_BTD: Tensor, batch: Params, config: GPT2Config, name: str, cache: KeyCache | None = None
+) -> Tensor:
     """Causal multi-head attention. q, k and v are separate weights, so that each can be sharded by heads."""
     q_BNTH, k_BNTH, v_BNTH = (
         rearrange(_linear(params[part], x_BTD), "b t (n h) -> b n t h", n=config.n_head) for part in ("q", "k", "v")
     )
-    if config.attn_pdrop and batch.get("key") is not None:
+    if cache is not None:
+        k_BNSH, v_BNSH = cache.extended(k_BNTH, v_BNTH)
+        seen_B1TS = cache.seen(x_BTD.shape[1])
+        y_BNTH = functional.scaled_dot_product_attention(q_BNTH, k_BNSH, v_BNSH, attn_mask=seen_B1TS)
+    elif config.attn_pdrop and batch.get("key") is not None:
         y_BNTH = _attention_with_dropout(q_BNTH, k_BNTH, v_BNTH, batch, config, f"{name}.weights")
     else:
         y_BNTH = functional.scaled_dot_product_attention(q_BNTH, k_BNTH, v_BNTH, is_causal=True)
@@ -166,7 +184,7 @@ def _linear(params: Params, x: Tensor) -> Tensor:
     return functional.linear(x, params["weight"], params["bias"])
 
 
-def _block(config: GPT2Config, name: str) -> af.Layer:
+def _block(config: GPT2Config, name: str, form: CacheForm | None = None) -> af.Layer:
     width, residual_std = config.n_embd, config.initializer_range / math.sqrt(2 * config.n_layer)
 
     def init(key: af.random.InitKey) -> dict[str, Any]:
@@ -182,13 +200,15 @@ def _block(config: GPT2Config, name: str) -> af.Layer:
             },
         }
 
-    def apply(params: Params, x_BTD: Tensor, batch: Params) -> Tensor:
+    def apply(params: Params, x_BTD: Tensor, batch: Params, cache: KeyCache | None = None) -> Tensor:
         h_BTD = af.constrain(layer_norm(params["ln_1"], x_BTD, config), "replicate")
-        x_BTD = x_BTD + attention(params["attn"], h_BTD, batch, config, f"{name}.attn")
+        x_BTD = x_BTD + attention(params["attn"], h_BTD, batch, config, f"{name}.attn", cache)
         h_BTD = af.constrain(layer_norm(params["ln_2"], x_BTD, config), "replicate")
         return x_BTD + mlp(params["mlp"], h_BTD, batch, config, f"{name}.mlp")
 
-    return af.Layer(init=init, apply=apply)
+    if form is None:
+        return af.Layer(init=init, apply=apply)
+    return caching_layer(init, apply, form, config.n_head, width // config.n_head)
 
 
 def _linear_init(key: af.random.InitKey, name: str, rows: int, columns: int, std: float) -> dict[str, Tensor]:
@@ -209,9 +229,11 @@ def _token_embedding(config: GPT2Config) -> af.Layer:
     )
 
 
-def _position_embedding(config: GPT2Config) -> af.Layer:
+def _position_embedding(config: GPT2Config, form: CacheForm | None) -> af.Layer:
     def apply(params: Params, x_BTD: Tensor, batch: Params) -> Tensor:
         tokens = x_BTD.shape[1]
+        if form is not None:
+            return x_BTD + functional.embedding(batch["position_ids"], params["weight"])
         if tokens > config.n_positions:
             raise ModelError(
                 f"gpt2: a sequence of {tokens} tokens is longer than n_positions={config.n_positions}; shorten the "

@@ -23,9 +23,11 @@ from torch.nn import functional
 
 import autofunc as af
 from autofunc.errors import ModelError
+from autofunc.model import CacheForm
 from autofunc.tree import flatten
 from stages.huggingface import drop_tied, fill, read_settings, read_weights, require
 from stages.in_transformers import llama_values
+from stages.key_cache import KeyCache, caching_layer
 from stages.ranges import MOST_LAYERS, check_scales, check_sizes
 from stages.rotary import Scaling, check_scaling, rope_from_hf, rotary, rotate
 
@@ -142,24 +144,32 @@ def build_llama_model(
         ModelError: for sizes that do not fit together, or an unknown scaling of the positions.
     """
     config = LlamaConfig(**{name: value for name, value in locals().items() if name != "chunked_loss"})
-    layers = {"embed_tokens": embedding(config)}
-    for index in range(num_hidden_layers):
-        layers[f"layers.{index}"] = _block(config)
-    layers["norm"] = af.Layer(
-        init=lambda key: norm_init(key, "", hidden_size),
-        apply=lambda params, x_BTD, batch: rms_norm(params, x_BTD, rms_norm_eps),
-    )
-    layers["lm_head"] = head(config, chunked_loss=chunked_loss)
     divisible = {
         "num_attention_heads": num_attention_heads,
         "num_key_value_heads": config.kv_heads,
         "vocab_size": vocab_size,
     }
     table = TENSOR_PARALLEL if tie_word_embeddings else {**TENSOR_PARALLEL, "lm_head.weight": "shard(0)"}
-    return af.Model(
-        layers, ties=ties(config), config=config, tensor_parallel=af.TensorParallel(table, divisible),
+    model = af.Model(
+        _layers(config, chunked_loss=chunked_loss), ties=ties(config), config=config,
+        tensor_parallel=af.TensorParallel(table, divisible),
         in_transformers=lambda params: (llama_values(config), to_hf(params, config)),
     )  # fmt: skip
+    model.with_cache = lambda form: af.Model(_layers(config, form), ties=ties(config), config=config)
+    return model
+
+
+def _layers(config: LlamaConfig, form: CacheForm | None = None, *, chunked_loss: bool = False) -> dict[str, af.Layer]:
+    """By name; with the form of a cache those that keep keys and values, and give logits of the last token."""
+    layers = {"embed_tokens": embedding(config)}
+    for index in range(config.num_hidden_layers):
+        layers[f"layers.{index}"] = _block(config, form)
+    layers["norm"] = af.Layer(
+        init=lambda key: norm_init(key, "", config.hidden_size),
+        apply=lambda params, x_BTD, batch: rms_norm(params, x_BTD if form is None else x_BTD[:, -1:], config.rms_norm_eps),
+    )
+    layers["lm_head"] = head(config, chunked_loss=chunked_loss)
+    return layers
 
 
 def ties(config: LlamaConfig) -> dict[str, str]:
@@ -180,7 +190,7 @@ def norm_init(key: af.random.InitKey, name: str, width: int) -> dict[str, Tensor
     return {"weight": key.at(name).ones("weight", (width,))}
 
 
-def attention(params: Params, x_BTD: Tensor, config: LlamaConfig) -> Tensor:
+def attention(params: Params, x_BTD: Tensor, config: LlamaConfig, cache: KeyCache | None = None) -> Tensor:
     """Causal attention; each key and value head serves N / K query heads."""
     q_BTNH, k_BTKH, v_BTKH = (
         rearrange(_linear(params[f"{part}_proj"], x_BTD), "b t (n h) -> b t n h", n=heads)
@@ -191,18 +201,20 @@ def attention(params: Params, x_BTD: Tensor, config: LlamaConfig) -> Tensor:
         k_BTKH = rms_norm(params["k_norm"], k_BTKH, config.rms_norm_eps)
     q_BNTH, k_BKTH, v_BKTH = (rearrange(x, "b t n h -> b n t h") for x in (q_BTNH, k_BTKH, v_BTKH))
     tokens = x_BTD.shape[1]
-    cos_TH, sin_TH = rotary(tokens, config.features_per_head, config.rope_theta, config.rope_scaling, x_BTD.device)
+    places = torch.arange(tokens, device=x_BTD.device) if cache is None else cache.places_B1T
+    cos_TH, sin_TH = rotary(places, config.features_per_head, config.rope_theta, config.rope_scaling)
     q_BNTH, k_BKTH = rotate(q_BNTH, cos_TH, sin_TH), rotate(k_BKTH, cos_TH, sin_TH)
+    seen = None  # without a mask, attention may use its fastest kernels
+    if cache is not None:
+        k_BKTH, v_BKTH = cache.extended(k_BKTH, v_BKTH)
+        seen = cache.seen(tokens)
     group = config.num_attention_heads // config.kv_heads
     k_BNTH, v_BNTH = (repeat(x, "b k t h -> b (k g) t h", g=group) if group > 1 else x for x in (k_BKTH, v_BKTH))
-    seen_TT = None  # without a mask, attention may use its fastest kernels
-    if config.sliding_window is not None and config.sliding_window < tokens:
+    if cache is None and config.sliding_window is not None and config.sliding_window < tokens:
         position = torch.arange(tokens, device=x_BTD.device)
         distance_TT = position[:, None] - position
-        seen_TT = (distance_TT >= 0) & (distance_TT < config.sliding_window)
-    y_BNTH = functional.scaled_dot_product_attention(
-        q_BNTH, k_BNTH, v_BNTH, attn_mask=seen_TT, is_causal=seen_TT is None
-    )  # fmt: skip
+        seen = (distance_TT >= 0) & (distance_TT < config.sliding_window)
+    y_BNTH = functional.scaled_dot_product_attention(q_BNTH, k_BNTH, v_BNTH, attn_mask=seen, is_causal=seen is None)
     return af.constrain(_linear(params["o_proj"], rearrange(y_BNTH, "b n t h -> b t (n h)")), "sequence")
 
 
@@ -233,7 +245,7 @@ def _linear(params: Params, x: Tensor) -> Tensor:
     return functional.linear(x, params["weight"], params.get("bias"))
 
 
-def _block(config: LlamaConfig) -> af.Layer:
+def _block(config: LlamaConfig, form: CacheForm | None = None) -> af.Layer:
     width, hidden = config.hidden_size, config.intermediate_size
     mlp_sizes = {"gate_proj": (hidden, width), "up_proj": (hidden, width), "down_proj": (width, hidden)}
 
@@ -245,13 +257,15 @@ def _block(config: LlamaConfig) -> af.Layer:
             "mlp": {name: weight_init(key, f"mlp.{name}", size, config) for name, size in mlp_sizes.items()},
         }
 
-    def apply(params: Params, x_BTD: Tensor, batch: Params) -> Tensor:
+    def apply(params: Params, x_BTD: Tensor, batch: Params, cache: KeyCache | None = None) -> Tensor:
         h_BTD = af.constrain(rms_norm(params["input_layernorm"], x_BTD, config.rms_norm_eps), "replicate")
-        x_BTD = x_BTD + attention(params["self_attn"], h_BTD, config)
+        x_BTD = x_BTD + attention(params["self_attn"], h_BTD, config, cache)
         h_BTD = af.constrain(rms_norm(params["post_attention_layernorm"], x_BTD, config.rms_norm_eps), "replicate")
         return x_BTD + mlp(params["mlp"], h_BTD)
 
-    return af.Layer(init=init, apply=apply)
+    if form is None:
+        return af.Layer(init=init, apply=apply)
+    return caching_layer(init, apply, form, config.kv_heads, config.features_per_head, config.sliding_window)
 
 
 def embedding(config: LlamaConfig) -> af.Layer:

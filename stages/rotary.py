@@ -27,21 +27,18 @@ SCALINGS = {
 """`rope_type` -> the numbers that it needs."""
 
 
-def rotary(
-    tokens: int, features: int, theta: float, scaling: Scaling | None, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Cosines and sines for every position, fp32, shape (T, H).
+def rotary(places: Tensor, features: int, theta: float, scaling: Scaling | None) -> tuple[Tensor, Tensor]:
+    """Cosines and sines for every position, fp32, shape (..., T, H).
 
     Args:
-        tokens: T.
+        places: of the tokens, shape (..., T).
         features: H.
         theta: base of the wavelengths.
         scaling: as `check_scaling` takes it.
-        device: where to make them.
     """
-    exponent = torch.arange(0, features, 2, dtype=torch.float32, device=device) / features
+    exponent = torch.arange(0, features, 2, dtype=torch.float32, device=places.device) / features
     frequency = _stretched(1.0 / theta**exponent, scaling or {})
-    angle = torch.outer(torch.arange(tokens, dtype=torch.float32, device=device), frequency)
+    angle = places.float().unsqueeze(-1) * frequency
     angle = torch.cat((angle, angle), dim=-1)
     return angle.cos(), angle.sin()
 

@@ -7,12 +7,15 @@ from autofunc.captured.model import CapturedModel
 from autofunc.captured.module import capture_module, with_values
 from autofunc.captured.pretrained import Pretrained
 from autofunc.captured.stored_tensors import StoredTensors
+from autofunc.captured.within import INSIDE, capture_around
 
 __all__ = [
+    "INSIDE",
     "Branches",
     "CapturedModel",
     "Pretrained",
     "StoredTensors",
+    "capture_around",
     "capture_module",
     "empty_weights",
     "from_function",

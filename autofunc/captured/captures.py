@@ -43,14 +43,15 @@ Branches = Literal["example", "refuse"]
 class Captures:
     """Captured forwards of a source. They are kept in the cache of the process, and hold nothing of the source."""
 
-    def __init__(self, source: Source, branches: Branches = "example") -> None:
+    def __init__(self, source: Source, branches: Branches = "example", *, in_eval_mode: bool = False) -> None:
         if branches not in get_args(Branches):
             raise ModelError(f"branches={branches!r}; {one_of(branches, get_args(Branches))}")
         self.source, self._branches = source, branches
         self._decisions: list[Decision] | None = None  # of the example; None where it makes none
         self._all_places = False  # of masks are taken, where the data decides how many are true
         self._is_known = False  # whether the example was captured
-        self._modes = {part: part.training for part in source.module.modules()}  # whatever becomes of them later
+        # whatever becomes of them later
+        self._modes = {part: part.training and not in_eval_mode for part in source.module.modules()}
         self._constants: WeakValueDictionary[Any, Tensor] = WeakValueDictionary()
         self.reads = Reads({id(part): name for name, part in source.module.named_modules()})
         self.kept = KeptBuffers(source.module)

@@ -125,6 +125,10 @@ class CapturedModel(Model):
             config=self.config, trainable=self.trainable, notes=self.notes,
         )  # fmt: skip
 
+    def selected(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """The entries of a batch that it takes."""
+        return self._source.select(batch)
+
     # --- what `Model` works out from its layers
 
     def _check_names(self, layers: Iterable[str]) -> None:

@@ -12,7 +12,7 @@ from autofunc import __version__
 from autofunc.cli import config as config_commands
 from autofunc.cli import data, schedule
 from autofunc.cli.loading import loading_torch
-from autofunc.cli.options import TAKES_OVERRIDES, ConfigFile, EvaluateOptions, RunOptions, takes_groups
+from autofunc.cli.options import TAKES_OVERRIDES, ConfigFile, EvaluateOptions, GenerateOptions, RunOptions, takes_groups
 from autofunc.errors import AutofuncError, ConfigError, PipelineRunError, full_message, one_of
 from autofunc.shown import quoted
 
@@ -96,6 +96,39 @@ def evaluate(context: typer.Context, options: EvaluateOptions) -> None:
         evaluates=True,
         as_json=options.as_json,
     )
+
+
+@app.command("generate", context_settings=TAKES_OVERRIDES, epilog=_ANY_KEY)
+@takes_groups
+def generate(context: typer.Context, options: GenerateOptions) -> None:
+    """Say what follows a prompt, by the model of a run or of a folder.
+
+    Example: autofunc generate -c run.yaml --checkpoint.restore_from LATEST --prompt "Once"
+
+    Example: autofunc generate --model my_model --prompt "Once" --temperature 0.8 --top-p 0.9
+    """
+    from autofunc.train.texts import TextsWanted, read_prompts
+
+    if (options.config is None) == (options.model is None):
+        raise ConfigError("generate needs one of -c FILE, the configuration of a run, and --model FOLDER")
+    wanted = TextsWanted(
+        read_prompts(options.prompt or (), options.prompt_file), options.max_new_tokens, options.temperature, options.top_k,
+        options.top_p, options.seed, options.tokenizer, options.as_json,
+    )  # fmt: skip
+    if options.config is not None:
+        from autofunc.cli.train import train as run
+
+        ranks = [] if options.pp is None else ["--distributed.pp_size", str(options.pp)]
+        run(["generate"], RunOptions(options.config), [*context.args, *ranks], texts=wanted)
+        return
+    if context.args:
+        raise ConfigError(
+            f"generate --model takes no keys of a configuration: {quoted(context.args[0])}; they go with -c FILE"
+        )
+    assert options.model is not None, "one of the two is given"
+    with loading_torch():
+        from autofunc.cli.generate import generate_from_folder
+    generate_from_folder(options.model, options.pp or 1, wanted)
 
 
 def _known_domain(verb: str, domain: str) -> str:

@@ -57,6 +57,32 @@ class EvaluateOptions(StartOptions):
 
 
 @dataclass(frozen=True)
+class GenerateOptions:
+    """What is generated, by which model."""
+
+    config: Annotated[str | None, typer.Option("--config", "-c", help="YAML file of a run.")] = None
+    model: Annotated[
+        str | None, typer.Option("--model", metavar="FOLDER", help="Instead: weights, config.json and tokenizer.")
+    ] = None
+    prompt: Annotated[list[str] | None, typer.Option("--prompt", help="What the text begins with; may come again.")] = None
+    prompt_file: Annotated[str | None, typer.Option("--prompt-file", metavar="FILE", help="Prompts, one a line.")] = None
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Where a text ends at the latest.")] = 64
+    temperature: Annotated[
+        float | None, typer.Option("--temperature", min=0, help="Draw tokens; by default the likeliest is taken.")
+    ] = None
+    top_p: Annotated[
+        float | None, typer.Option("--top-p", help="Draw from the likeliest that together have this probability.")
+    ] = None
+    top_k: Annotated[int | None, typer.Option("--top-k", min=1, help="Draw from so many of the likeliest.")] = None
+    seed: Annotated[int, typer.Option("--seed", help="Of the draws.")] = 0
+    pp: Annotated[int | None, typer.Option("--pp", min=1, help="Pipeline ranks; with -c those of the file.")] = None
+    tokenizer: Annotated[
+        str | None, typer.Option("--tokenizer", metavar="NAME", help="A folder, a name on the hub, or bytes.")
+    ] = None
+    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of text.")] = False
+
+
+@dataclass(frozen=True)
 class Sizes:
     """How large a schedule is."""
 

@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from io import StringIO
+from typing import Any
 
 from autofunc.cli.loading import loading_torch
 from autofunc.cli.options import RunOptions
@@ -18,6 +19,7 @@ from autofunc.shown import literal, shown
 from autofunc.timing import clock
 from autofunc.train.fork_server import ForkServer
 from autofunc.train.role import is_worker
+from autofunc.train.texts import TextsWanted
 
 _OF_WORKERS = [
     "autofunc.train.begin", "torch.distributed.fsdp", "torch.distributed.tensor", "torch.fx.experimental.proxy_tensor",
@@ -32,6 +34,7 @@ def train(
     *,
     evaluates: bool = False,
     as_json: bool = False,
+    texts: TextsWanted | None = None,
 ) -> None:
     """Run a configuration.
 
@@ -41,13 +44,14 @@ def train(
         overrides: see `config.load_config`.
         evaluates: whether it is not trained, but measured.
         as_json: whether what is measured is shown as JSON.
+        texts: what is generated, instead of training.
 
     Raises:
         AutofuncError: for every mistake in the configuration, before a process is started.
     """
     words = ["autofunc", *verb, "-c", options.config, *overrides]
     if is_worker():
-        _work(options, overrides, words, evaluates=evaluates, as_json=as_json, quiet=options.quiet)
+        _work(options, overrides, words, evaluates=evaluates, as_json=as_json, quiet=options.quiet, texts=texts)
         return
     with _checking(options):
         config, notes = read_config(options.config, overrides)
@@ -57,7 +61,7 @@ def train(
             from autofunc.train.begin import asked, begin, checked_recipe
         run_asked = asked(
             config, notes, words, options.config, overwrite=options.overwrite, max_restarts=options.max_restarts,
-            evaluates=evaluates, as_json=as_json, quiet=options.quiet,
+            evaluates=evaluates, as_json=as_json, quiet=options.quiet, texts=texts,
         )  # fmt: skip
         with _checking(options):  # reads the data
             recipe = checked_recipe(run_asked.config, options.nproc_per_node, notes)
@@ -88,7 +92,7 @@ def _fork_server(config: FinetuneConfig, options: RunOptions) -> AbstractContext
     return ForkServer(_OF_WORKERS, variables)
 
 
-def _work(options: RunOptions, overrides: Sequence[str], words: Sequence[str], **how: bool) -> None:
+def _work(options: RunOptions, overrides: Sequence[str], words: Sequence[str], **how: Any) -> None:
     with loading_torch():
         from autofunc.train.begin import asked, run_rank
         from autofunc.train.worker import run_worker

@@ -13,7 +13,7 @@ from autofunc.data.rows import text_columns
 from autofunc.data.text_folder import TextFolder
 from autofunc.data.token_file import read_token_file, write_token_file
 from autofunc.data.token_files import TokenFiles
-from autofunc.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+from autofunc.data.tokenizer import ByteTokenizer, TextTokenizer, Tokenizer, load_tokenizer
 
 __all__ = [
     "STACKED",
@@ -31,6 +31,7 @@ __all__ = [
     "Part",
     "Position",
     "TextFolder",
+    "TextTokenizer",
     "TokenFiles",
     "Tokenizer",
     "first_rows",

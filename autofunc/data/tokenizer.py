@@ -43,6 +43,14 @@ class Tokenizer(Protocol):
         ...
 
 
+class TextTokenizer(Tokenizer, Protocol):
+    """What generating needs of one."""
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of some token ids, without special tokens."""
+        ...
+
+
 class ByteTokenizer:
     """UTF-8 bytes: 256 ids, nothing to download."""
 
@@ -60,6 +68,10 @@ class ByteTokenizer:
         lengths = [len(self.encode(character)) for character in text]
         at = [index for index, length in enumerate(lengths) for _ in range(length)]
         return Spans(list(self.encode(text)), at, [index + 1 for index in at])
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of these bytes; what is none is shown as U+FFFD."""
+        return b"".join(bytes((each,)) if each < 256 else b"\xff" for each in tokens).decode("utf-8", errors="replace")
 
 
 class HuggingFaceTokenizer:
@@ -146,6 +158,11 @@ class HuggingFaceTokenizer:
             list(messages), tools=tools, return_dict=True, return_assistant_tokens_mask=True
         )
         return made["input_ids"], [bool(each) for each in made["assistant_masks"]]
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """See `TextTokenizer.decode`."""
+        text: str = self._tokenizer.decode(list(tokens), skip_special_tokens=True)
+        return text
 
 
 def load_tokenizer(name: str | None) -> ByteTokenizer | HuggingFaceTokenizer:

@@ -37,7 +37,7 @@ class Joint:
     batch: list[Node]  # tensors of the microbatch
     cotangents: list[Node]  # one per output that needs a gradient; of the loss: the one it is seeded with
     outputs: list[Node]  # values of the stage's own boundary; or the loss's sum, weight, and tensors of aux
-    new_states: list[Node]  # one per state, where gradients are wanted
+    new_states: list[Node]  # one per state, where it is wanted
     input_grads: list[Node | None]  # one per input that needs a gradient; None is a zero
     weight_grads: list[Node | None]  # one per trainable holder; None is a zero
     returned: Returned  # what it returns, and the loss's aux; its number is left open
@@ -131,9 +131,9 @@ class _Tracer:
             leaves = [leaf.detach().requires_grad_(wanted) for leaf, wanted in zip(inputs, wants, strict=True)]
             outputs, after = self.forward(own, states, leaves, batch)
             self.num_outputs = len(outputs)
+            self.num_states = len(after) if self.context.keeps_state else 0
             if not self.context.with_grads:
-                return list(outputs)
-            self.num_states = len(after)
+                return [*outputs, *after[: self.num_states]]
             return self._differentiated(outputs, after, own, leaves)
 
     def _differentiated(

@@ -25,7 +25,7 @@ Runnable = Callable[[list[Any]], Sequence[Tensor]]
 
 def emit(
     piece: Piece, order: list[Node], attributes: Mapping[str, Any], name: str, *,
-    whole: Set[Node] = frozenset(), arrivals: Mapping[Node, int] | None = None,
+    whole: Set[Node] = frozenset(), arrivals: Mapping[Node, int] | None = None, donated: Mapping[Node, Any] | None = None,
 ) -> Runnable:  # fmt: skip
     """Compile a piece. Its first call looks at how values really lie, see `layouts`; what it returns is as good as ever.
 
@@ -37,8 +37,9 @@ def emit(
         whole: nodes that are handed on, laid out as they were captured.
         arrivals: layers of the parameters that may still be on their way: then the function takes, last, one that waits
             for a layer's, and calls it before each layer is first needed.
+        donated: nodes that write to what they are given, and the operators that do, see `donation`.
     """
-    emitter = _Emitter(piece, order, attributes, name, arrivals or {})
+    emitter = _Emitter(piece, order, attributes, name, arrivals or {}, donated or {})
     settled: list[Runnable] = []
 
     def run(given: list[Any]) -> Sequence[Tensor]:
@@ -54,9 +55,10 @@ def emit(
 
 class _Emitter:
     def __init__(
-        self, piece: Piece, order: list[Node], attributes: Mapping[str, Any], name: str, arrivals: Mapping[Node, int]
-    ) -> None:
-        self.piece, self.attributes, self.name, self.arrivals = piece, attributes, name, arrivals
+        self, piece: Piece, order: list[Node], attributes: Mapping[str, Any], name: str, arrivals: Mapping[Node, int],
+        donated: Mapping[Node, Any],
+    ) -> None:  # fmt: skip
+        self.piece, self.attributes, self.name, self.arrivals, self.donated = piece, attributes, name, arrivals, donated
         self.values: dict[str, Any] = {}  # constants and functions that the code names
         self.nodes = in_order(piece, order)
         self.names = {node: f"v{index}" for index, node in enumerate([*self.piece.inputs, *self.nodes])}
@@ -117,7 +119,8 @@ class _Emitter:
         relaid: Set[Node] = frozenset() if self.watched else self.watch.relaid.get(node, frozenset())
         arguments = [self._text(argument, relaid) for argument in node.args]
         arguments += [f"{key}={self._text(value, relaid)}" for key, value in node.kwargs.items()]
-        return f"{self._constant(self.watch.calling(node) if self.watched else node.target)}({', '.join(arguments)})"
+        target = self.donated.get(node, node.target)
+        return f"{self._constant(self.watch.calling(node) if self.watched else target)}({', '.join(arguments)})"
 
     def _given_back(self, node: Node) -> str:
         if self.watched:

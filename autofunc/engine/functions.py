@@ -31,7 +31,7 @@ class Produced(NamedTuple):
     sum: Tensor | None = None  # of the last stage with a loss: detached 0-dim sum of the loss ...
     weight: Tensor | None = None  # ... its weight, 0-dim fp32 ...
     aux: Any = None  # ... and its detached auxiliary outputs
-    state: Sequence[Tensor] = ()  # the stage's new state, where a backward follows
+    state: Sequence[Tensor] = ()  # the stage's new state, where it is wanted
 
 
 class Accumulators(Protocol):
@@ -85,7 +85,7 @@ class StageFunctions(Protocol):
         ...
 
     def evaluate(self, bound: Any, state: Sequence[Tensor], inputs: list[Tensor], microbatch: Microbatch) -> Produced:
-        """Forward without keeping anything."""
+        """Forward without keeping anything. Where new state is wanted, the old one is given away, and may be written to."""
         ...
 
     def forward(

@@ -10,6 +10,7 @@ from torch import Tensor, fx
 
 from autofunc.engine.capture import Joint
 from autofunc.engine.compile import compile_piece
+from autofunc.engine.donation import donated
 from autofunc.engine.emit import Runnable, emit
 from autofunc.engine.footprint import footprint
 from autofunc.engine.functions import Accumulators, Microbatch, Produced
@@ -80,6 +81,9 @@ class GraphStage:
         self, joint: Joint, context: StageContext, keep: Keep = KEEP_ALL, *, compiled: bool = False
     ) -> None:  # fmt: skip
         self._with_loss, self._with_grads, self._compiled = context.with_loss, context.with_grads, compiled
+        self._donated: Mapping[Node, Any] = {}
+        if context.keeps_state and not context.with_grads:
+            joint, self._donated = donated(joint)
         pieces = partition(joint, recomputed(joint, keep), early_gradients(joint, keep))
         self.joint, self.pieces = joint, pieces
         self.bytes, self.exact_bytes = footprint(joint, pieces, context)
@@ -133,7 +137,8 @@ class GraphStage:
             call = compile_piece(piece, self._order, self._attributes, f"{name} of {self._title}")
             return _after(sorted(set(arrivals.values())), call) if arrivals else call
         return emit(
-            piece, self._order, self._attributes, f"stage_{self._index}_{name}", whole=self._handed_on, arrivals=arrivals
+            piece, self._order, self._attributes, f"stage_{self._index}_{name}", whole=self._handed_on, arrivals=arrivals,
+            donated=self._donated,
         )  # fmt: skip
 
     @property
@@ -158,7 +163,8 @@ class GraphStage:
         self, bound: PieceParameters, state: Sequence[Tensor], inputs: list[Tensor], microbatch: Microbatch
     ) -> Produced:
         """See `StageFunctions.evaluate`."""
-        return self._produced(self._evaluate([*bound.forward, *state, *inputs, *microbatch.tensors, *bound.ready]))
+        made = self._evaluate([*bound.forward, *state, *inputs, *microbatch.tensors, *bound.ready])
+        return self._produced(made[: self._num_outputs], made[self._num_outputs :])
 
     def forward(
         self, bound: PieceParameters, state: Sequence[Tensor], inputs: list[Tensor], microbatch: Microbatch

@@ -38,7 +38,7 @@ class Pieces:
     """A stage, cut. Values kept between the pieces are lists of nodes; `batch` nodes among them cost nothing to keep."""
 
     forward: Piece  # takes all params, states, inputs, batch; gives outputs, new states, then `saved`
-    evaluate: Piece  # the same, and gives outputs alone
+    evaluate: Piece  # the same, and gives no `saved`
     saved: list[Node]  # what F keeps: no parameters
     backward: Piece  # takes saved, cotangents; gives input gradients
     backward_input: Piece | None  # the same, and gives `kept` after the input gradients; None where there are none
@@ -67,7 +67,7 @@ def partition(joint: Joint, again: Set[Node] = frozenset(), early: Set[int] = fr
     everyone = list(range(len(joint.params)))
     checks = tuple(node for node in joint.graph.nodes if is_check(node))
     forward = Piece(everyone, placeholders, [*outputs, *joint.new_states, *saved], [], checks)
-    evaluate = Piece(everyone, placeholders, outputs, [], checks)
+    evaluate = Piece(everyone, placeholders, [*outputs, *joint.new_states], [], checks)
     if not input_grads:
         return Pieces(forward, evaluate, saved, backward, None, [*saved, *joint.cotangents], backward)
 

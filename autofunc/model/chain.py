@@ -12,6 +12,7 @@ from tensordict import TensorDict
 
 from autofunc import tree
 from autofunc.errors import ModelError, one_of
+from autofunc.model.cache_form import WithCache
 from autofunc.model.cut_points import CutPoints
 from autofunc.model.given_back import GivenBack, InTransformers
 from autofunc.model.layer import Layer, drawing_as
@@ -50,6 +51,7 @@ class Model(GivenBack):
     """Where `init` makes parameters and state unless told otherwise: where a captured module is, else the CPU."""
 
     frozen: Sequence[Any] = ()  # what `specialise` reads beside its arguments, for fingerprints
+    with_cache: WithCache | None = None  # the model with a cache of keys and values, where it can have one
 
     def __init__(
         self,

@@ -71,9 +71,18 @@ class RankStep:
     ports: Sequence[Port]  # by number of the channel
     slots: Sequence[Tensor]
     number: int  # of this call, for messages
-    states: dict[int, Sequence[Tensor]] = field(default_factory=dict)  # by stage: what it keeps, as of the last microbatch
+    states: dict[tuple[int, int], Sequence[Tensor]] = field(default_factory=dict)  # by stage and lane: what it keeps
+    apart: bool = False  # whether each microbatch has a state, its lane, of its own; else they hand on that of lane 0
     observers: Sequence[Observer] = ()
     produced: dict[int, Produced] = field(default_factory=dict)  # by microbatch: what the last stage made
+
+    def state(self, stage: int, microbatch: int) -> Sequence[Tensor]:
+        """What a stage keeps as a microbatch finds it."""
+        return self.states.get((stage, microbatch if self.apart else 0), ())
+
+    def keep(self, stage: int, microbatch: int, after: Sequence[Tensor]) -> None:
+        """What a stage keeps after a microbatch."""
+        self.states[stage, microbatch if self.apart else 0] = after
 
 
 def run_rank(step: RankStep) -> Iterator[None]:
@@ -136,7 +145,7 @@ class _Machine:
         self._functions, self._sums = step.functions, step.accumulators
         self._stages, self._parameters, self._reduction = step.stages, step.parameters, step.reduction
         self._bound: dict[int, Any] = {}  # by stage, while its parameters are there: what `StageFunctions.bind` made
-        self._microbatches, self._produced, self._states = step.microbatches, step.produced, step.states
+        self._microbatches, self._produced, self._step = step.microbatches, step.produced, step
         self._last_stage = program.schedule.num_stages - 1
 
     # --- computations
@@ -145,12 +154,14 @@ class _Machine:
         """Each layer waits for its own parameters."""
         stage = op.stage
         functions, bound, given = self._functions[stage], self._bind(stage), self._take(op.reads)
-        state = self._states.get(stage, ())
+        state, microbatch = self._step.state(stage, op.microbatch), self._microbatches[op.microbatch]
         if op.keeps is None:
-            produced = functions.evaluate(bound, state, given, self._microbatches[op.microbatch])
+            produced = functions.evaluate(bound, state, given, microbatch)
+            if self._step.apart:
+                self._step.keep(stage, op.microbatch, produced.state)
         else:
-            produced, self.registers[op.keeps] = functions.forward(bound, state, given, self._microbatches[op.microbatch])
-            self._states[stage] = _kept(state, produced.state, self._microbatches[op.microbatch])
+            produced, self.registers[op.keeps] = functions.forward(bound, state, given, microbatch)
+            self._step.keep(stage, op.microbatch, _kept(state, produced.state, microbatch))
         if stage == self._last_stage:
             self._produced[op.microbatch] = produced
         else:

@@ -39,7 +39,7 @@ class FiniteCheck:
     def before(self, op: Op, step: RankStep, registers: list[Any]) -> None:
         """See `Observer.before`."""
         if isinstance(op, Forward):
-            state = [leaf.clone() for leaf in step.states.get(op.stage, ())]
+            state = [leaf.clone() for leaf in step.state(op.stage, op.microbatch)]
             self._given[op.stage, op.microbatch] = (_copies(registers, op.reads), state)
         elif isinstance(op, (Backward, BackwardInput)):
             self._cotangents = _copies(registers, op.reads)

@@ -41,11 +41,17 @@ class Mode(Enum):
     LOSS = "loss"
     OUTPUTS = "outputs, on the last stage's rank"
     SHARED_OUTPUTS = "outputs, on every rank"
+    ADVANCE = "outputs, on the last stage's rank, and the new state of each microbatch"
 
     @property
     def ends_in_loss(self) -> bool:
         """Whether the last stage runs the loss."""
         return self in (Mode.GRADS, Mode.LOSS)
+
+    @property
+    def keeps_state(self) -> bool:
+        """Whether the new state of layers is wanted."""
+        return self in (Mode.GRADS, Mode.ADVANCE)
 
 
 @dataclass(frozen=True)
@@ -158,7 +164,8 @@ def _followed(
 
     contexts, boundaries = follow(
         blueprint.stages, params, microbatch, blueprint.loss, device=device, with_loss=mode.ends_in_loss,
-        with_grads=mode is Mode.GRADS, setting=blueprint.parameters.setting, returned_by=returned_by,
+        with_grads=mode is Mode.GRADS, keeps_state=mode.keeps_state, setting=blueprint.parameters.setting,
+        returned_by=returned_by,
     )  # fmt: skip
     return {c.stage.index: c for c in contexts if placement[c.stage.index] in blueprint.pools}, boundaries
 

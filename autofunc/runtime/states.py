@@ -11,17 +11,28 @@ from torch.distributed.device_mesh import DeviceMesh
 from autofunc.mesh import DATA_AXES, data_coordinate, sum_over
 from autofunc.splitting import Stage
 
-
-def states_of(stages: Sequence[Stage], flat: Mapping[str, Tensor]) -> dict[int, Sequence[Tensor]]:
-    """By stage: its state, from a flat tree."""
-    return {stage.index: [flat[path] for path in stage.states] for stage in stages}
+States = Mapping[tuple[int, int], Sequence[Tensor]]
+"""By stage and lane, see `executor.RankStep.states`."""
 
 
-def flat_states(
-    stages: Sequence[Stage], states: Mapping[int, Sequence[Tensor]], mesh: DeviceMesh | None
-) -> dict[str, Tensor]:
+def states_of(stages: Sequence[Stage], lanes: Sequence[Mapping[str, Tensor]]) -> dict[tuple[int, int], Sequence[Tensor]]:
+    """From a flat tree for each lane."""
+    return {
+        (stage.index, lane): [flat[path] for path in stage.states] for lane, flat in enumerate(lanes) for stage in stages
+    }
+
+
+def flat_lanes(stages: Sequence[Stage], states: States, num_lanes: int) -> list[dict[str, Tensor]]:
+    """The new state of some stages: a flat tree for each lane."""
+    return [
+        {path: leaf for stage in stages for path, leaf in zip(stage.states, states[stage.index, lane], strict=True)}
+        for lane in range(num_lanes)
+    ]
+
+
+def flat_states(stages: Sequence[Stage], states: States, mesh: DeviceMesh | None) -> dict[str, Tensor]:
     """The new state of some stages as a flat tree, the same on all data parallel ranks: that of the first of them."""
-    flat = {path: leaf for stage in stages for path, leaf in zip(stage.states, states[stage.index], strict=True)}
+    (flat,) = flat_lanes(stages, states, 1)
     place, size = data_coordinate(mesh)
     if size == 1 or not flat:
         return flat

@@ -20,7 +20,7 @@ from autofunc.runtime.finish import divide, divisor, exchange_ties, mean, share,
 from autofunc.runtime.plan import Mode, Plan
 from autofunc.runtime.position import here
 from autofunc.runtime.program import Program
-from autofunc.runtime.states import flat_states, states_of
+from autofunc.runtime.states import flat_lanes, flat_states, states_of
 from autofunc.runtime.transport import MemoryHub, MemoryTransport, Transport
 from autofunc.shard.dtensors import like
 from autofunc.shard.reduce import Reduction
@@ -36,6 +36,7 @@ class StepResult:
     aux: Any = None
     grads: dict[str, Tensor] = field(default_factory=dict)  # canonical path -> gradient
     state: dict[str, Tensor] = field(default_factory=dict)  # path -> what layers keep for the next step
+    states: list[dict[str, Tensor]] = field(default_factory=list)  # the same, of each microbatch by itself
     outputs: Any = None  # on the rank that holds the last stage
 
 
@@ -55,7 +56,7 @@ def run_step(
     plan: Plan,
     params: Mapping[str, Tensor],
     microbatches: Sequence[Mapping[str, Any]],
-    state: Mapping[str, Tensor],
+    states: Sequence[Mapping[str, Tensor]],
     transport: Transport | None,
     number: int,
     observe: Observe | None = None,
@@ -66,22 +67,22 @@ def run_step(
         plan: what to run.
         params: flat canonical parameters of the local ranks.
         microbatches: all microbatches of the step.
-        state: flat state of the local ranks.
+        states: flat state of the local ranks: one that microbatches hand on, or one for each of them, see `Mode.ADVANCE`.
         transport: to the other processes; None when all ranks are in this one.
         number: of this step, for messages.
         observe: who looks on.
     """
-    result = StepResult()
+    result = StepResult(states=[{} for _ in states])
     given = [Microbatch.of(entries) for entries in microbatches]
     if transport is not None:
         ((rank, _),) = plan.programs.items()
-        for _ in _run(plan, rank, params, given, state, transport, number, observe, result):
+        for _ in _run(plan, rank, params, given, states, transport, number, observe, result):
             raise AssertionError("a transport between processes blocks; it never yields")
         return result
     hub = MemoryHub(plan.schedule.num_ranks)
     run_together(
         [
-            _run(plan, rank, params, given, state, MemoryTransport(hub, rank), number, observe, result)
+            _run(plan, rank, params, given, states, MemoryTransport(hub, rank), number, observe, result)
             for rank in plan.programs
         ],
         hub,
@@ -94,7 +95,7 @@ def _run(
     rank: int,
     params: Mapping[str, Tensor],
     microbatches: Sequence[Microbatch],
-    state: Mapping[str, Tensor],
+    states: Sequence[Mapping[str, Tensor]],
     transport: Transport,
     number: int,
     observe: Observe | None,
@@ -114,7 +115,8 @@ def _run(
         ports=[transport.open(channel) for channel in program.channels],
         slots=plan.pools[rank].tensors(program.slots, plan.device),
         number=number,
-        states=states_of(stages, state),
+        states=states_of(stages, states),
+        apart=plan.mode is Mode.ADVANCE,
         observers=[*(observe(plan, program, microbatches) if observe is not None else ()), *here.marks(program)],
     )
     try:
@@ -122,6 +124,9 @@ def _run(
     finally:
         parameters.end()
     produced = [step.produced[index] for index in sorted(step.produced)]
+    if plan.mode is Mode.ADVANCE:
+        for into, lane in zip(result.states, flat_lanes(stages, step.states, len(states)), strict=True):
+            into.update(lane)
     if not plan.mode.ends_in_loss:
         yield from _finish_outputs(plan, rank, [each.outputs for each in produced], transport, result)
         return

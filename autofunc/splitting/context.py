@@ -43,6 +43,7 @@ class StageContext:
     device: torch.device
     setting: Setting = ALONE
     strides: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # of canonical parameters that are not contiguous
+    keeps_state: bool = True  # whether its new state is wanted
 
     @property
     def input_wants(self) -> list[bool]:
@@ -150,7 +151,7 @@ class StageContext:
             (stage.layers.index(layer or ""), model.inner_path(path), tuple(leaf.shape), leaf.dtype)
             for layer, path, leaf in states
         )
-        what = (self.with_loss, self.with_grads, self.device, stage.is_last, state)
+        what = (self.with_loss, self.with_grads, self.keeps_state, self.device, stage.is_last, state)
         return (
             self.specialised.fingerprints(stage.layers, labels), tuple(labels), params, _boundary_key(self.received),
             repr(spec), microbatch, Fingerprint().of(self.loss) if self.with_loss else None, what,

@@ -56,6 +56,7 @@ def follow(
     device: torch.device | None = None,
     with_loss: bool = True,
     with_grads: bool = True,
+    keeps_state: bool | None = None,
     setting: Setting = ALONE,
     returned_by: Callable[[StageContext], Returned] | None = None,
 ) -> tuple[list[StageContext], Boundaries]:
@@ -64,6 +65,7 @@ def follow(
     Args:
         stages, params, microbatch, loss, device, with_loss, setting: see `infer_boundaries`.
         with_grads: whether the stages will be differentiated.
+        keeps_state: whether new state is wanted; by default where gradients are.
         returned_by: works out what a stage returns; by default `infer` does.
 
     Returns:
@@ -73,7 +75,8 @@ def follow(
         ModelError: see `infer_boundaries`.
     """
     model = stages[0].model
-    specialised, dtypes = specialise(model, parameter_dtypes(model, params), microbatch, setting, training=with_grads)
+    keeps = with_grads if keeps_state is None else keeps_state
+    specialised, dtypes = specialise(model, parameter_dtypes(model, params), microbatch, setting, training=keeps)
     strides = _strides(model, params)
     # a pipeline keeps its stages' surroundings, and is not to keep a batch with them
     mode = fake_mode()
@@ -85,7 +88,7 @@ def follow(
     for stage in stages:
         context = StageContext(
             stage, specialised, found[-1].boundary if found else None, loss, with_loss and stage is stages[-1], with_grads,
-            dtypes, example, device or torch.device("cpu"), setting, strides,
+            dtypes, example, device or torch.device("cpu"), setting, strides, keeps,
         )  # fmt: skip
         contexts.append(context)
         found.append((returned_by or infer)(context).of(stage.index))

@@ -20,6 +20,7 @@ from autofunc.timing import clock
 from autofunc.train.device import check_devices
 from autofunc.train.evaluate import check_evaluation, evaluate, to_evaluate
 from autofunc.train.fork_server import ForkServer
+from autofunc.train.generating import check_texts, generate_texts
 from autofunc.train.launch import launch
 from autofunc.train.logs import kept_log, log_alone
 from autofunc.train.memory_budget import check_budget
@@ -30,6 +31,7 @@ from autofunc.train.role import was_checked
 from autofunc.train.run import in_mesh, run
 from autofunc.train.step_folders import LATEST
 from autofunc.train.tensor_parallel_check import check_tensor_parallel
+from autofunc.train.texts import TextsWanted
 from autofunc.train.trackers import check_trackers
 from autofunc.train.worker import run_worker
 
@@ -49,6 +51,12 @@ class Asked:
     evaluates: bool = False  # and does not train
     as_json: bool = False
     quiet: bool = False  # whether the console gets nothing but errors and the last line
+    texts: TextsWanted | None = None  # to generate, instead of training
+
+    @property
+    def trains(self) -> bool:
+        """Whether weights are trained, and written."""
+        return not self.evaluates and self.texts is None
 
 
 def asked(
@@ -62,6 +70,7 @@ def asked(
     evaluates: bool = False,
     as_json: bool = False,
     quiet: bool = False,
+    texts: TextsWanted | None = None,
 ) -> Asked:
     """What a command asks for.
 
@@ -75,6 +84,7 @@ def asked(
         evaluates: whether it is not trained, but measured.
         as_json: whether what is measured is shown as JSON.
         quiet: whether the console gets nothing but errors and the last line.
+        texts: what is generated, instead of training.
 
     Raises:
         ConfigError: for restarts without checkpoints, and for packages that are not installed.
@@ -84,7 +94,7 @@ def asked(
             f"--max-restarts {max_restarts} goes on from checkpoints: give a section checkpoint, which may be empty "
             "(checkpoint: {}), and how often: step_scheduler.ckpt_every_steps"
         )
-    if not evaluates:
+    if not evaluates and texts is None:
         check_trackers(config)
     folder = output_dir_of(config, config_path)
     if evaluates:
@@ -92,7 +102,7 @@ def asked(
     typed = list(words) if config.output_dir is not None else [*words, "--output_dir", str(folder)]
     if wanted(config.checkpoint) not in (LATEST, AUTO):
         typed += ["--checkpoint.restore_from", LATEST]
-    return Asked(config, tuple(notes), folder, shlex.join(typed), overwrite, max_restarts, evaluates, as_json, quiet)
+    return Asked(config, tuple(notes), folder, shlex.join(typed), overwrite, max_restarts, evaluates, as_json, quiet, texts)
 
 
 def checked_recipe(config: FinetuneConfig, nproc_per_node: int | None, notes: Sequence[str]) -> Recipe:
@@ -121,9 +131,11 @@ def begin(recipe: Recipe, run_asked: Asked, server: ForkServer | None) -> None:
         run_asked: what it was made of.
         server: forks the workers; None where one process is enough.
     """
-    begun_from = source(run_asked.config.checkpoint, run_asked.output_dir, writes=not run_asked.evaluates)
+    begun_from = source(run_asked.config.checkpoint, run_asked.output_dir, writes=run_asked.trains)
     if run_asked.evaluates:
         check_evaluation(recipe, begun_from)
+    elif run_asked.texts is not None:
+        check_texts(recipe, run_asked.texts)
     else:
         if begun_from is not None:
             check_restorable(begun_from, recipe)
@@ -132,14 +144,14 @@ def begin(recipe: Recipe, run_asked: Asked, server: ForkServer | None) -> None:
         _run(recipe, run_asked)
         return
     assert server is not None
-    if not (run_asked.as_json or run_asked.quiet):
+    if not (run_asked.as_json or run_asked.quiet) and run_asked.texts is None:
         sys.stdout.write(f"starting {recipe.axes.num_processes} processes\n")
         sys.stdout.flush()
     config = run_asked.config
     writes = config.checkpoint is not None and config.checkpoint.enabled  # which takes as long as it takes
     launch(
         server, recipe.axes.num_processes, partial(_as_worker, run_asked, clock.began), max_restarts=run_asked.max_restarts,
-        folder=None if run_asked.evaluates else run_asked.output_dir,
+        folder=run_asked.output_dir if run_asked.trains else None,
         seconds_to_end=60 * config.distributed.timeout_minutes if writes else _SECONDS_TO_END,
     )  # fmt: skip
 
@@ -149,7 +161,7 @@ def _as_worker(run_asked: Asked, began: float) -> None:
     rank = int(os.environ["RANK"])
 
     def work() -> None:
-        with nullcontext() if run_asked.evaluates else kept_log(run_asked.output_dir, rank, quiet=run_asked.quiet):
+        with kept_log(run_asked.output_dir, rank, quiet=run_asked.quiet) if run_asked.trains else nullcontext():
             run_rank(run_asked)
 
     run_worker(work)
@@ -159,7 +171,7 @@ def run_rank(run_asked: Asked) -> None:
     """One rank's part of a run."""
     with log_alone() if was_checked() else nullcontext():  # what that says was shown when it was checked
         recipe = prepare(run_asked.config, int(os.environ["WORLD_SIZE"]), notes=run_asked.notes, checked=was_checked())
-    is_writer = not was_checked() and os.environ.get("RANK", "0") == "0" and not run_asked.evaluates
+    is_writer = not was_checked() and os.environ.get("RANK", "0") == "0" and run_asked.trains
     if is_writer:
         _make_output_dir(run_asked, source(run_asked.config.checkpoint, run_asked.output_dir))
     _run(recipe, run_asked)
@@ -167,11 +179,14 @@ def run_rank(run_asked: Asked) -> None:
 
 def _run(recipe: Recipe, run_asked: Asked) -> None:
     config, folder = run_asked.config, run_asked.output_dir
-    if not run_asked.evaluates:
+    if run_asked.trains:
         run(recipe, config, folder, run_asked.command, quiet=run_asked.quiet)
         return
 
     def work(mesh: DeviceMesh | None, device: torch.device, folder: Path) -> None:
+        if run_asked.texts is not None:
+            generate_texts(recipe, mesh, device, folder, config, run_asked.texts)
+            return
         evaluate(recipe, mesh, device, folder, config, run_asked.as_json)
 
     in_mesh(recipe, config, folder, work)

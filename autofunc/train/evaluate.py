@@ -7,12 +7,14 @@ import sys
 from pathlib import Path
 
 import torch
+from tensordict import TensorDict
 from torch.distributed.device_mesh import DeviceMesh
 
 from autofunc.checkpoint import check_fits, load
 from autofunc.checkpoint.write import is_first, of_first
 from autofunc.config import FinetuneConfig
 from autofunc.errors import CheckpointError, ConfigError
+from autofunc.pipe import Pipeline
 from autofunc.shown import literal
 from autofunc.train.average import in_place
 from autofunc.train.documents_apart import check_documents_apart
@@ -88,13 +90,18 @@ def _validated(
     recipe: Recipe, mesh: DeviceMesh | None, device: torch.device, path: Path | None, reporter: Reporter
 ) -> Validated | None:
     pipe = build_pipe(recipe, mesh)
-    if path is None:
-        params, state = pipe.init(recipe.init_seed, device), pipe.init_state(device)
-    else:
-        averaged = recipe.ema is not None and recipe.ema.validation
-        checkpoint = load(path, pipe, device=device, average=averaged)
-        params, state = checkpoint.params, checkpoint.state
-        if checkpoint.average is not None:
-            params = in_place(checkpoint.average, params)
+    params, state = weights_of(path, recipe, pipe, device)
     check_documents_apart(recipe, pipe, params, state, device)
     return Validation(recipe, pipe, device, reporter).run(params, state)
+
+
+def weights_of(
+    path: Path | None, recipe: Recipe, pipe: Pipeline, device: torch.device
+) -> tuple[TensorDict, TensorDict]:  # fmt: skip
+    """The parameters and the state of a checkpoint; without one those that training begins with."""
+    if path is None:
+        return pipe.init(recipe.init_seed, device), pipe.init_state(device)
+    averaged = recipe.ema is not None and recipe.ema.validation
+    checkpoint = load(path, pipe, device=device, average=averaged)
+    params = checkpoint.params if checkpoint.average is None else in_place(checkpoint.average, checkpoint.params)
+    return params, checkpoint.state

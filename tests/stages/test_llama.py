@@ -42,7 +42,7 @@ def test_windows_of_qwen3() -> None:
 
 def test_llama3_leaves_short_wavelengths_and_divides_long_ones() -> None:
     """One frequency at a time, in plain numbers."""
-    _, sin = rotary(2, 16, 500.0, LLAMA3, torch.device("cpu"))
+    _, sin = rotary(torch.arange(2), 16, 500.0, LLAMA3)
     for index, found in enumerate(sin[1, :8].asin().tolist()):
         frequency = 500.0 ** (-index / 8)
         turns = 32 * frequency / 6.283185307179586  # in the original context

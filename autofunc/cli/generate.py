@@ -1,0 +1,59 @@
+"""`autofunc generate --model FOLDER`: texts by a model of transformers, from its folder alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from rich.console import Console
+
+import autofunc as af
+from autofunc.automodel import AutoModel
+from autofunc.data import TextTokenizer, load_tokenizer
+from autofunc.errors import ConfigError, DataError
+from autofunc.generation import Sampling
+from autofunc.shown import literal, shown
+from autofunc.train.device import take_device
+from autofunc.train.texts import TextsWanted, TokenBar, encoded, named_tokenizer, note, put_together, show
+
+_GIVE = "Give --tokenizer FOLDER, a name on the hub, or --tokenizer bytes for a model of bytes"
+
+
+def generate_from_folder(folder: str, num_ranks: int, wanted: TextsWanted) -> None:
+    """Generate in this process, which runs all pp ranks.
+
+    Args:
+        folder: with config.json, safetensors files and a tokenizer; or the name of a model on the hub.
+        num_ranks: pp ranks.
+        wanted: the prompts, and how tokens are chosen.
+
+    Raises:
+        AutofuncError: for a folder that is none of a model, and what cannot be generated.
+    """
+    Sampling(**wanted.sampling)
+    with Console(stderr=True).status(literal(f"reading {shown(folder)}")):
+        classes: Any = AutoModel  # which mypy takes for a function, since it is never built
+        pretrained = classes.from_pretrained(folder)
+        tokenizer = _tokenizer(folder, wanted.tokenizer)
+        rows = encoded(tokenizer, wanted.prompts)
+        model = af.from_module(pretrained, {"input_ids": torch.zeros((1, 8), dtype=torch.long)})
+        schedule = af.schedule.build("gpipe", num_ranks=num_ranks, num_microbatches=num_ranks)
+        pipe = af.pipeline(af.split(model, num_ranks), schedule)
+        params = pipe.init(device=take_device(None))
+    with TokenBar(wanted.max_new_tokens) as bar:
+        made = af.generate(
+            pipe, params, rows, max_new_tokens=wanted.max_new_tokens, tell=note, on_step=bar.step, **wanted.sampling
+        )
+    show(put_together(tokenizer, wanted.prompts, rows, made), as_json=wanted.as_json)
+
+
+def _tokenizer(folder: str, named: str | None) -> TextTokenizer:
+    if named is not None:
+        return named_tokenizer(named)
+    try:
+        tokenizer = load_tokenizer(folder)
+    except DataError as error:
+        raise ConfigError(f"--model: {error.args[0].partition('. ')[0]}. {_GIVE}") from error
+    if not tokenizer.encode("text"):  # transformers makes one without a vocabulary where there are no files
+        raise ConfigError(f"--model: {shown(folder)} has no tokenizer. {_GIVE}")
+    return tokenizer

@@ -1,0 +1,96 @@
+"""One process of `autofunc generate` with the configuration of a run: texts by its model and its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+
+from autofunc.checkpoint.write import is_first, of_first
+from autofunc.config import FinetuneConfig
+from autofunc.data import TextTokenizer
+from autofunc.errors import AutofuncError, ConfigError
+from autofunc.generation import Sampling, check_request, generate
+from autofunc.train.evaluate import weights_of
+from autofunc.train.labels import inside
+from autofunc.train.loop import build_pipe
+from autofunc.train.recipe import Recipe
+from autofunc.train.resume import source
+from autofunc.train.texts import TextsWanted, TokenBar, encoded, named_tokenizer, note, put_together, show
+from autofunc.train.watched import watched
+
+
+def check_texts(recipe: Recipe, wanted: TextsWanted) -> None:
+    """Refuse what cannot be generated, before processes start.
+
+    Raises:
+        ConfigError: naming the option.
+    """
+    axes = recipe.axes
+    if axes.dp > 1 or axes.tp > 1:
+        raise ConfigError(f"generate runs on pp ranks only, and this run has {axes}: give --dp_size 1 --tp_size 1")
+    try:
+        Sampling(**wanted.sampling)
+        rows = encoded(tokenizer_of(recipe, wanted.tokenizer), wanted.prompts)
+        check_request(recipe.model, rows, wanted.max_new_tokens)
+    except ConfigError:
+        raise
+    except AutofuncError as error:
+        raise ConfigError(f"generate: {error}") from error
+
+
+def generate_texts(
+    recipe: Recipe, mesh: DeviceMesh | None, device: torch.device, output_dir: Path, config: FinetuneConfig,
+    wanted: TextsWanted,
+) -> None:  # fmt: skip
+    """Generate with a checkpoint, or the weights that the configuration names; the first rank shows what came of it.
+
+    Args:
+        recipe: of the run.
+        mesh: this process's mesh; None runs every pp rank in this process.
+        device: where parameters live.
+        output_dir: of the run, for its checkpoints.
+        config: for the checkpoint, and the timeouts.
+        wanted: the prompts, and how tokens are chosen.
+    """
+    path = of_first(source(config.checkpoint, output_dir, writes=False))
+    if path is None and config.weights is None and is_first():
+        note("these are the weights that training begins with; others: --checkpoint.restore_from LATEST, --weights FOLDER")
+    tokenizer = tokenizer_of(recipe, wanted.tokenizer)
+    rows = encoded(tokenizer, wanted.prompts)
+    with watched(config.distributed), TokenBar(wanted.max_new_tokens) as bar:
+        pipe = build_pipe(recipe, mesh)
+        params, state = weights_of(path, recipe, pipe, device)
+        tell: Callable[[str], None] = note if is_first() else _silent
+        made = generate(
+            pipe, params, rows, max_new_tokens=wanted.max_new_tokens, state=state, tell=tell,
+            on_step=bar.step if is_first() else None, **wanted.sampling,
+        )  # fmt: skip
+    if is_first():
+        show(put_together(tokenizer, wanted.prompts, rows, made), as_json=wanted.as_json)
+
+
+def tokenizer_of(recipe: Recipe, named: str | None) -> TextTokenizer:
+    """What is named, or the dataset's own.
+
+    Raises:
+        ConfigError: where there is none.
+    """
+    if named is not None:
+        return named_tokenizer(named)
+    for dataset in inside(recipe.dataset):
+        found: Any = getattr(dataset, "tokenizer", None)
+        if callable(getattr(found, "encode", None)) and callable(getattr(found, "decode", None)):
+            tokenizer: TextTokenizer = found
+            return tokenizer
+    raise ConfigError(
+        f"generate needs a tokenizer, and the dataset ({type(recipe.dataset).__name__}) has none as its attribute "
+        "tokenizer: give --tokenizer FOLDER, a name on the hub, or --tokenizer bytes"
+    )
+
+
+def _silent(said: str) -> None:
+    """Of every rank but the first."""

@@ -1,0 +1,162 @@
+"""Texts that are generated: what is asked for, how prompts become tokens, and what is shown of what follows."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from autofunc.errors import ConfigError, DataError
+from autofunc.shown import literal, printable, quoted, shown
+
+if TYPE_CHECKING:
+    from autofunc.data import TextTokenizer
+
+BYTES = "bytes"
+"""The name of the tokenizer that takes the bytes of a text."""
+
+_SECONDS_BEFORE_BAR = 2.0
+
+
+@dataclass(frozen=True)
+class TextsWanted:
+    """What `autofunc generate` is asked for, see `af.generate`."""
+
+    prompts: tuple[str, ...]
+    max_new_tokens: int
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int = 0
+    tokenizer: str | None = None  # a name or folder; None: that of the dataset, or of the model's folder
+    as_json: bool = False
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """The arguments of `Sampling`."""
+        return {name: getattr(self, name) for name in ("temperature", "top_k", "top_p", "seed")}
+
+
+@dataclass(frozen=True)
+class MadeText:
+    """A prompt and what follows."""
+
+    prompt: str
+    text: str  # the prompt included
+    tokens: list[int]  # the new ones
+
+
+def read_prompts(prompts: Sequence[str], file: str | None) -> tuple[str, ...]:
+    """Those of the command line, and those of a file: one a line, empty lines left out.
+
+    Raises:
+        ConfigError: when there are none, or the file cannot be read.
+    """
+    found = list(prompts)
+    if file is not None:
+        try:
+            text = Path(file).expanduser().read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(
+                f"--prompt-file {shown(file)} cannot be read: {error}; expected a text, a prompt a line"
+            ) from error
+        found += [line for line in text.splitlines() if line.strip()]
+    if not found:
+        raise ConfigError('generate needs a prompt: --prompt "Once upon a time", or --prompt-file FILE with one a line')
+    return tuple(found)
+
+
+def named_tokenizer(name: str) -> TextTokenizer:
+    """The tokenizer of `--tokenizer`: bytes, or a name or folder that transformers knows.
+
+    Raises:
+        ConfigError: when it cannot be loaded.
+    """
+    from autofunc.data import load_tokenizer
+
+    try:
+        return load_tokenizer(None if name == BYTES else name)
+    except DataError as error:
+        raise ConfigError(f"--tokenizer: {error}") from error
+
+
+def encoded(tokenizer: TextTokenizer, prompts: Sequence[str]) -> list[list[int]]:
+    """Token ids of each prompt.
+
+    Raises:
+        ConfigError: for a prompt without tokens.
+    """
+    rows = [list(tokenizer.encode(prompt)) for prompt in prompts]
+    for prompt, row in zip(prompts, rows, strict=True):
+        if not row:
+            raise ConfigError(f"--prompt {quoted(prompt)} has no tokens; give it a character at least")
+    return rows
+
+
+def put_together(
+    tokenizer: TextTokenizer, prompts: Sequence[str], rows: Sequence[Sequence[int]], made: Sequence[Sequence[int]]
+) -> list[MadeText]:
+    """Texts of tokens."""
+    return [
+        MadeText(prompt, tokenizer.decode([*row, *new]), list(new))
+        for prompt, row, new in zip(prompts, rows, made, strict=True)
+    ]
+
+
+def show(texts: Sequence[MadeText], *, as_json: bool) -> None:
+    """Write them to stdout, one after the other; on terminals what would act on one is escaped."""
+    if as_json:
+        sys.stdout.write(json.dumps([asdict(each) for each in texts], ensure_ascii=False) + "\n")
+        return
+    for each in texts:
+        sys.stdout.write((printable(each.text, keep="\n\t") if sys.stdout.isatty() else each.text) + "\n")
+
+
+def note(said: str) -> None:
+    """A line beside the texts."""
+    Console(stderr=True).print(literal(f"note: {said}"), soft_wrap=True)
+
+
+class TokenBar:
+    """A bar on stderr, on terminals, when it takes longer than two seconds.
+
+    Args:
+        most: how many steps there may be.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._console = Console(stderr=True)
+        columns = (
+            TextColumn("generating"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(compact=True),
+        )
+        self._bar = Progress(*columns, console=self._console, transient=True)
+        self._task = self._bar.add_task("tokens", total=most)
+        self._began, self._is_shown = time.monotonic(), False
+
+    def __enter__(self) -> TokenBar:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:  # fmt: skip
+        if self._is_shown:
+            self._bar.stop()
+
+    def step(self, done: int) -> None:
+        """So many tokens are there."""
+        self._bar.update(self._task, completed=done)
+        late = time.monotonic() - self._began > _SECONDS_BEFORE_BAR
+        if late and not self._is_shown and self._console.is_terminal:
+            self._bar.start()
+            self._is_shown = True

@@ -1,0 +1,103 @@
+"""`autofunc generate`: from the configuration of a run, and from a folder of weights."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from autofunc.data import ByteTokenizer
+from autofunc.train import texts
+from tests.cli.here import run_here
+from tests.cli.test_finetune import CONFIG
+
+PROMPTS = "--prompt", "the qui", "--prompt", "lazy", "--max-new-tokens", "6"
+LATEST = "-c", "cfg.yaml", "--checkpoint.restore_from", "LATEST"
+
+ROWS_WITHOUT = "--dataset", "{_target_: rows.py:rows, path: no, seq_len: 16}", "--validation_dataset", "null"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of three steps, with a checkpoint and a folder for transformers."""
+    folder = tmp_path_factory.mktemp("runs")
+    (folder / "corpus").mkdir()
+    (folder / "corpus" / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 30)
+    text = CONFIG.replace("pp_size: 2, split_points: [h.1]", "engine: eager").replace("max_steps: 6", "max_steps: 3")
+    (folder / "cfg.yaml").write_text(text + "checkpoint: {}\nexport: model\n")
+    done = run_here(folder, "train", "-c", "cfg.yaml")
+    assert done.status == 0, done.err
+    return folder
+
+
+def test_a_run_and_its_folder_say_the_same(trained: Path) -> None:
+    (trained / "prompts.txt").write_text("the qui\n\nlazy\n")
+    of_run = run_here(trained, "generate", *LATEST, *PROMPTS)
+    assert of_run.status == 0, of_run.err
+    first, second = of_run.out.split("\nlazy")
+    assert first.startswith("the qui") and len(second) > 1 and "note" not in of_run.err, "nothing but the texts"
+    file = "--prompt-file", "prompts.txt", "--max-new-tokens", "6"
+    in_folder = run_here(
+        trained, "generate", "--model", "runs/cfg/model", "--tokenizer", "bytes", "--pp", "2", "--json", *file
+    )
+    assert in_folder.status == 0, in_folder.err
+    found = json.loads(in_folder.out)
+    assert [each["prompt"] for each in found] == ["the qui", "lazy"]
+    assert "".join(each["text"] + "\n" for each in found) == of_run.out
+    for each in found:
+        assert ByteTokenizer().decode([*each["prompt"].encode(), *each["tokens"]]) == each["text"]
+    assert not (trained / "runs" / "cfg-2").exists(), "nothing is written"
+
+
+def test_what_is_drawn(trained: Path) -> None:
+    how = *LATEST, *PROMPTS, "--temperature", "1.5", "--top-k", "50"
+    made = [run_here(trained, "generate", *how, "--seed", seed).out for seed in ("1", "1", "2")]
+    assert made[0] == made[1] != made[2]
+
+
+def test_weights_that_are_not_trained(trained: Path) -> None:
+    done = run_here(trained, "generate", "-c", "cfg.yaml", *PROMPTS)
+    assert done.status == 0 and "weights that training begins with" in done.err and "note" not in done.out
+
+
+def test_refused(trained: Path) -> None:
+    """Before anything is started, in one line."""
+    shutil.copytree(trained / "runs" / "cfg" / "model", trained / "unlike", dirs_exist_ok=True)
+    (trained / "rows.py").write_text("import torch\ndef rows(path, seq_len):\n    x = torch.arange(17)\n"
+                                     "    return [{'input_ids': x[:-1], 'labels': x[1:]}] * 16\n")  # fmt: skip
+    folder = "--model", "unlike"
+    cases = [
+        (PROMPTS, "one of -c FILE"),
+        ((*LATEST, *folder, *PROMPTS), "one of -c FILE"),
+        (LATEST, "needs a prompt: --prompt"),
+        ((*LATEST, "--prompt-file", "nowhere.txt"), "nowhere.txt cannot be read"),
+        ((*LATEST, "--prompt", ""), "has no tokens"),
+        ((*LATEST, *PROMPTS, "--max-new-tokens", "60"), "positions for 16 tokens"),
+        ((*LATEST, *PROMPTS, "--top-p", "2"), "top_p=2.0"),
+        ((*LATEST, *PROMPTS, "--tokenizer", "nowhere"), "--tokenizer: tokenizer 'nowhere' cannot be loaded"),
+        ((*folder, *PROMPTS), "unlike has no tokenizer. Give --tokenizer FOLDER"),
+        ((*folder, *PROMPTS, "--step_scheduler.max_steps", "2"), "takes no keys of a configuration"),
+        (("-c", "cfg.yaml", *ROWS_WITHOUT, *PROMPTS),
+         "has none as its attribute tokenizer: give --tokenizer"),
+    ]  # fmt: skip
+    for words, said in cases:
+        done = run_here(trained, "generate", *words)
+        assert done.status == 2 and said in done.err.replace("\n", " ") and not done.out, (words, done)
+        assert "Traceback" not in done.err
+
+
+def test_the_bar_comes_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = [0.0]
+    monkeypatch.setattr(texts.time, "monotonic", lambda: seconds[0])
+    for is_terminal, after, shown in ((True, 1.0, False), (True, 3.0, True), (False, 3.0, False)):
+        written, seconds[0] = io.StringIO(), 0.0
+        console = Console(file=written, force_terminal=is_terminal, no_color=True, width=80)
+        monkeypatch.setattr(texts, "Console", lambda *_, console=console, **__: console)
+        with texts.TokenBar(10) as bar:
+            seconds[0] = after
+            bar.step(4)
+        assert ("4/10" in written.getvalue()) is shown
