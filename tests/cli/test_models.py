@@ -214,7 +214,7 @@ def test_adapters_are_trained_written_and_exported(folder: Path, monkeypatch: py
     done = autofunc(folder, "finetune", "llm", "-c", "file.yaml", "--output_dir", "adapted", *words, *ALONE)
     assert "adapters of rank 2 on 3 weights: 4,544 of 9,456 parameters are trained (48.05%)" in done
     assert (
-        "written to adapted: metrics.jsonl, loss.png, adapter" in done
+        "written to adapted: metrics.jsonl, loss.png, run.html, adapter" in done
         and not (folder / "adapted/model.safetensors").exists()
     )
     found = losses(folder, "adapted")
@@ -231,7 +231,7 @@ def test_adapters_are_trained_written_and_exported(folder: Path, monkeypatch: py
     torch.testing.assert_close(exported["blocks.0.weight"], plain["blocks.0.weight"] + 32 / 2 * b @ a)
     assert torch.equal(exported["embed.weight"], plain["embed.weight"])
     assert torch.equal(exported["lm_head.weight"], stored["base_model.model.lm_head.weight"])
-    assert "holds a run already (metrics.jsonl, loss.png, adapter/adapter_config.json" in autofunc(
+    assert "holds a run already (metrics.jsonl, loss.png, run.html, adapter/adapter_config.json" in autofunc(
         folder, "finetune", "llm", "-c", "file.yaml", "--output_dir", "adapted", *words, *ALONE, status=2
     )
 
