@@ -8,7 +8,7 @@ left, one all-reduce over dp_replicate. Both are started as soon as a layer's la
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,7 +45,7 @@ class _Pending:
 
     work: Any
     arriving: Tensor
-    given: Tensor | None  # must live until then
+    given: Tensor | None  # must live until then; by place, what each rank gets
     layouts: list[tuple[str, torch.Size, torch.dtype]]  # path, shape of this rank's part, dtype of the sum
     padded: list[int]  # elements of each part in `arriving`
 
@@ -81,20 +81,13 @@ class Reduction:
         if self._size > 1:
             sums = {path: total.view(with_rows(total.shape)) for path, total in sums.items()}
         each = {path: self._padded(total) for path, total in sums.items()}
-        given = torch.zeros((self._size, sum(each.values())), dtype=dtype, device=device)
-        layouts, start = [], 0
-        for path, total in sums.items():
-            rows = _rows_each(total.shape[0], self._size) if self._size > 1 else None
-            for place in range(self._size):
-                part = total if rows is None else total[place * rows : (place + 1) * rows]
-                given[place, start : start + part.numel()].copy_(part.reshape(-1))
-            layouts.append((path, shard_shape(total.shape, self._size, self._place), total.dtype))
-            start += each[path]
+        given = torch.cat([piece for place in range(self._size) for piece in self._pieces(sums, each, place)]).to(dtype)
+        layouts = [(path, shard_shape(total.shape, self._size, self._place), total.dtype) for path, total in sums.items()]
         if self._scattering is not None:
-            arriving = torch.empty(given.shape[1], dtype=dtype, device=device)
-            work = dist.reduce_scatter_single(arriving, given.view(-1), group=self._scattering, async_op=True)
+            arriving = torch.empty(sum(each.values()), dtype=dtype, device=device)
+            work = dist.reduce_scatter_single(arriving, given, group=self._scattering, async_op=True)
         else:
-            arriving = given.view(-1)
+            arriving = given
             work = dist.all_reduce(arriving, group=self._replicating, async_op=True)
         self._pending.append(_Pending(work, arriving, given, layouts, list(each.values())))
 
@@ -124,6 +117,15 @@ class Reduction:
             for path, part in zip(parts, _cut(joined, [sums[path].numel() for path in parts]), strict=True):
                 sums[path] = part.view(sums[path].shape)
         return sums
+
+    def _pieces(self, sums: Mapping[str, Tensor], padded: Mapping[str, int], place: int) -> Iterator[Tensor]:
+        """What the rank at a place gets of some sums, filled up to as many elements as all get."""
+        for path, total in sums.items():
+            rows = _rows_each(total.shape[0], self._size) if self._size > 1 else None
+            part = (total if rows is None else total[place * rows : (place + 1) * rows]).reshape(-1)
+            yield part
+            if part.numel() < padded[path]:
+                yield part.new_zeros(padded[path] - part.numel())
 
     def _padded(self, total: Tensor) -> int:
         """Elements of the largest part of a sum."""
