@@ -40,6 +40,7 @@ def test_a_world_of_one() -> None:
     dist.init_process_group(
         "cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=77)
     )
+    torch.cuda.set_device(0)
     try:
         mesh = af.make_mesh(device_type="cuda")
         model, stages, loss, batch = make_case("gpt2", 1, rows=4)
