@@ -34,6 +34,7 @@ from autofunc.train.recipe import Recipe
 from autofunc.train.records import Records
 from autofunc.train.resume import folder_of, source, step_at
 from autofunc.train.step_folders import name_of
+from autofunc.train.tokenizers import keep_tokenizer
 from autofunc.train.trackers import open_trackers
 from autofunc.train.watched import watched
 from autofunc.train.weights import save_result, written_part
@@ -182,6 +183,7 @@ def _save(recipe: Recipe, config: FinetuneConfig, result: TrainResult, output_di
         if config.export is not None:
             folder = named(config.export)
             write_pretrained(recipe.model, {**tree.flatten(params), **tree.flatten(state)}, output_dir / folder)
+            keep_tokenizer(recipe.dataset, output_dir / folder)
             saved.append(f"{folder}/")
     return saved
 
