@@ -86,11 +86,11 @@ def _trees(result: TrainResult) -> Iterator[tuple[Nested, Callable[[str], str]]]
 
 
 def _whole(recipe: Recipe, config: FinetuneConfig, result: TrainResult, params: Nested) -> tuple[Nested, Nested]:
-    """One of `_trees` from all ranks: as much of it as is written. All ranks call it."""
+    """One of `_trees` from all ranks, on the first one: as much of it as is written. All ranks call it."""
     pipe = result.pipe
     if config.export is None:
         params = written_part(recipe.model, params) if _writes_weights(config) else {}
-    return pipe.gather(params), pipe.gather(result.state)
+    return pipe.collect(params), pipe.collect(result.state)
 
 
 def lead(
