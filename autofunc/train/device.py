@@ -34,8 +34,8 @@ def check_devices(wanted: Wanted, num_processes: int) -> None:
 
 
 def on_gpus(wanted: Wanted) -> bool:
-    """Whether processes compute on GPUs."""
-    return wanted != "cpu" and torch.cuda.device_count() > 0
+    """Whether processes are to compute on GPUs."""
+    return wanted == "cuda" or (wanted is None and torch.cuda.device_count() > 0)
 
 
 def take_device(wanted: Wanted) -> torch.device:

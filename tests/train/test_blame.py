@@ -129,6 +129,12 @@ def test_the_flight_recorder_of_nccl(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_it_is_on_where_workers_compute_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    for found, wanted, is_on in ((0, None, False), (2, None, True), (2, "cuda", True), (2, "cpu", False)):
+    for found, wanted, is_on in (
+        (0, None, False),
+        (0, "cuda", True),
+        (2, None, True),
+        (2, "cuda", True),
+        (2, "cpu", False),
+    ):
         monkeypatch.setattr("torch.cuda.device_count", lambda found=found: found)
         assert on_gpus(wanted) == is_on  # type: ignore[arg-type]
