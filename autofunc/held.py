@@ -16,6 +16,7 @@ from autofunc import tree
 from autofunc.errors import ModelError, some_of
 from autofunc.mesh import pp_ranks
 from autofunc.model import Model, check_state
+from autofunc.runtime.collect import collect_tree
 from autofunc.runtime.gather import gather_tree
 from autofunc.schedule import Schedule
 from autofunc.shard import Sharding
@@ -142,6 +143,26 @@ class Held:
         if self._group is None or self._ranks is None:
             return tree.to_tensordict(flat)
         return tree.to_tensordict(gather_tree(flat, self._ranks, self._group))
+
+    @torch.inference_mode(False)
+    def collect(self, params: tree.Nested) -> TensorDict:
+        """A copy of the full tree for the first process alone, on its host; the others get an empty one.
+
+        To write it: no device holds more of it than one tensor beside its own part. Every process calls it.
+        """
+        flat = tree.flatten(params)
+
+        def whole(path: str) -> Tensor:
+            return self._parameters.full(path, flat[path])
+
+        if self._group is None or self._ranks is None or self.mesh is None:
+            return tree.to_tensordict({path: whole(path).cpu() for path in flat})
+        if self._ranks[0] != self.mesh.mesh.flatten()[0]:
+            for path in flat:  # the first process's part of the data, or of its tensors, goes on without this one
+                whole(path)
+            return tree.to_tensordict({})
+        layouts = {path: (tuple(self._parameters.full_shape(path, leaf)), leaf.dtype) for path, leaf in flat.items()}
+        return tree.to_tensordict(collect_tree(layouts, whole, self._ranks, self._group, self._device(flat)))
 
     def global_norm(self, grads: tree.Nested) -> Tensor:
         """The 2-norm of all gradients of the model: 0-dim fp32, the same on every process; a tied one counts once.

@@ -7,6 +7,8 @@ characters that are none in UTF-8. Whatever is long is shortened in its middle.
 from __future__ import annotations
 
 import reprlib
+from collections.abc import Sequence
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -94,3 +96,16 @@ class _Short(reprlib.Repr):
 
 
 _SHORT = _Short()
+
+
+def in_ranges(numbers: Sequence[int]) -> str:
+    """Ascending numbers, in brief.
+
+    >>> in_ranges([0, 1, 2, 3, 7])
+    '0-3, 7'
+    """
+    parts = []
+    for _, group in groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0]):
+        run = [number for _, number in group]
+        parts.append(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}")
+    return ", ".join(parts)

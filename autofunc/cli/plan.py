@@ -13,7 +13,8 @@ from autofunc.config import read_config
 from autofunc.data import STACKED
 from autofunc.row_dims import rows_in_words
 from autofunc.schedule import draw
-from autofunc.shown import literal, printable, shown, size_in_words
+from autofunc.shown import in_ranges, literal, printable, shown, size_in_words
+from autofunc.train.connections import assumed
 from autofunc.train.fake_data import with_fake_data
 from autofunc.train.planning import RunPlan, plan_run
 from autofunc.train.tensor_parallel_check import check_tensor_parallel
@@ -104,11 +105,27 @@ def _show(made: RunPlan, console: Console) -> None:
     ]
     if len(made.stages) > 1:
         lines.append(f"split_points: [{', '.join(printable(stage.first_layer) for stage in made.stages[1:])}]")
+    lines += _connections(made)
     if recipe.searches:
         lines.append("schedule auto: a better one is searched for when the run starts")
     for line in lines:
         console.print(literal(line))
     sys.stdout.write(draw(recipe.schedule, colour=console.is_terminal and not console.no_color) + "\n")
+
+
+def _connections(made: RunPlan) -> list[str]:
+    """How many each rank makes, and what they take of its GPU."""
+    alike: dict[int, list[int]] = {}
+    for rank in made.ranks:
+        alike.setdefault(rank.connections, []).append(rank.rank)
+    if not any(alike):
+        return []
+    told = [f"{count} on rank{'s' if len(ranks) > 1 else ''} {in_ranges(ranks)}" for count, ranks in alike.items()]
+    lines = [f"connections between pp ranks, each one way: {'; '.join(told)}"]
+    most = max(rank.connection_bytes or 0 for rank in made.ranks)
+    if most:
+        lines.append(f"they take {size_in_words(most)} of a GPU at most, {assumed(made.recipe.transfers)}")
+    return lines
 
 
 def _count(number: int) -> str:

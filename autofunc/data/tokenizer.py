@@ -164,6 +164,10 @@ class HuggingFaceTokenizer:
         text: str = self._tokenizer.decode(list(tokens), skip_special_tokens=True)
         return text
 
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write its files, from which transformers makes it again; with the chat template that it was given."""
+        self._tokenizer.save_pretrained(str(folder))
+
 
 def load_tokenizer(name: str | None) -> ByteTokenizer | HuggingFaceTokenizer:
     """The tokenizer of a name or folder that `transformers` knows; bytes when `name` is None.

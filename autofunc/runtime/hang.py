@@ -6,11 +6,11 @@ import linecache
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from types import FrameType
 
 from autofunc.installed import is_installed, is_of_torch
+from autofunc.shown import in_ranges
 
 _OWN = Path(__file__).parents[1]
 _WAITS = {
@@ -111,7 +111,7 @@ def describe(states: Mapping[int, State | None], positions: Sequence[str] = ()) 
     alike: dict[str, list[int]] = {}
     for rank, state in sorted(states.items()):
         alike.setdefault(_said(state, positions[rank] if rank < len(positions) else ""), []).append(rank)
-    lines = [f"  rank{'s' if len(ranks) > 1 else ''} {_ranges(ranks)}: {text}" for text, ranks in alike.items()]
+    lines = [f"  rank{'s' if len(ranks) > 1 else ''} {in_ranges(ranks)}: {text}" for text, ranks in alike.items()]
     if len(lines) > _MOST_RANKS:
         lines = [*lines[:_MOST_RANKS], f"  and {len(lines) - _MOST_RANKS} more"]
     return "\n".join([*lines, *_verdict(states)])
@@ -167,12 +167,3 @@ def _is_distributed(frame: Frame) -> bool:
     if any(part in frame.name for part in _OPERATORS):
         return True
     return is_of_torch(frame.file) and "distributed" in Path(frame.file).parts and frame.name != "wrapper"
-
-
-def _ranges(ranks: Sequence[int]) -> str:
-    """Such as "0-3, 7"."""
-    parts = []
-    for _, group in groupby(enumerate(ranks), key=lambda pair: pair[1] - pair[0]):
-        run = [rank for _, rank in group]
-        parts.append(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}")
-    return ", ".join(parts)

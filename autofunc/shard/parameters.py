@@ -123,8 +123,11 @@ class Parameters:
 
     def full(self, path: str, leaf: Tensor) -> Tensor:
         """A leaf put together from all ranks of the dp_shard and tp axes, which all call it; a copy."""
-        whole = gathered(leaf)
-        return whole.view(self.model.spec[path].shape) if isinstance(leaf, DTensor) else whole
+        return gathered(leaf).view(self.full_shape(path, leaf))
+
+    def full_shape(self, path: str, leaf: Tensor) -> torch.Size:
+        """The shape that `full` gives a leaf."""
+        return self.model.spec[path].shape if isinstance(leaf, DTensor) else leaf.shape
 
     @property
     def _is_spread(self) -> bool:

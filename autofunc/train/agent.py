@@ -19,6 +19,7 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from autofunc.runtime.position import make_file, read_file
 from autofunc.timing import clock
 from autofunc.train.blame import report
+from autofunc.train.flight_recorder import FlightRecorder
 from autofunc.train.fork_server import ForkServer
 from autofunc.train.role import CHECKED, POSITIONS
 
@@ -38,6 +39,7 @@ class ForkingAgent(SimpleElasticAgent):
         seconds_to_end: how long workers have to end by themselves.
         show: told of failures after which they are started again.
         logs_in: the folder of the run, where each keeps a log.
+        recorder: of NCCL, where they compute on GPUs.
     """
 
     def __init__(
@@ -50,10 +52,12 @@ class ForkingAgent(SimpleElasticAgent):
         seconds_to_end: float,
         show: Callable[[str], None],
         logs_in: Path | None = None,
+        recorder: FlightRecorder | None = None,
     ) -> None:
         super().__init__(spec)
         self._server, self._work, self._folder, self._asked = server, work, folder, asked
         self._seconds_to_end, self._show, self._logs_in = seconds_to_end, show, logs_in
+        self._recorder, self._started = recorder, 0.0
         self._starts = 0
         self._ranks: dict[int, int] = {}  # by process id
         self._running: set[int] = set()
@@ -61,7 +65,7 @@ class ForkingAgent(SimpleElasticAgent):
         self.report = ""  # of the last failure
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
-        self._starts += 1
+        self._starts, self._started = self._starts + 1, time.time()
         make_file(self._positions, len(worker_group.workers))
         variables = [self._variables(worker_group, worker) for worker in worker_group.workers]
         pids = self._server.fork(self._work, variables, self._folder)
@@ -82,6 +86,7 @@ class ForkingAgent(SimpleElasticAgent):
             "TORCHELASTIC_USE_AGENT_STORE": str(group.spec.rdzv_handler.use_agent_store),
             "TORCHELASTIC_RESTART_COUNT": str(self._starts - 1), "TORCHELASTIC_MAX_RESTARTS": str(group.spec.max_restarts),
             "TORCHELASTIC_ERROR_FILE": str(self._error_file(worker.global_rank)),
+            **({} if self._recorder is None else self._recorder.variables()),
         }  # fmt: skip
 
     @property
@@ -110,7 +115,9 @@ class ForkingAgent(SimpleElasticAgent):
             for pid, rank in self._ranks.items()
             if self._exit_codes[rank] != 0
         }
-        self.report = report(failures, ended, read_file(self._positions), self._logs_in)
+        left_by_nccl = [] if self._recorder is None else self._recorder.said(self._started)
+        found = report(failures, ended, read_file(self._positions), self._logs_in)
+        self.report = "\n".join([found, *left_by_nccl])
         left = worker_group.spec.max_restarts - self._starts + 1
         if left > 0:
             self._show(f"{self.report}\nstarting again ({self._starts} of {worker_group.spec.max_restarts})")

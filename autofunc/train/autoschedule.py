@@ -31,10 +31,10 @@ from autofunc.schedule import (
     to_text,
 )
 from autofunc.schedule.footprint.live import peak_held
+from autofunc.train.batches import to_device
 from autofunc.train.loop import build_pipe
 from autofunc.train.progress import search_bar
 from autofunc.train.recipe import Recipe
-from autofunc.train.step import to_device
 from autofunc.train.weighing import counting_all
 
 SECONDS = 3.0

@@ -17,8 +17,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from autofunc.config import FinetuneConfig
 from autofunc.errors import ConfigError
 from autofunc.timing import clock
-from autofunc.train.device import check_devices
+from autofunc.train.device import check_devices, on_gpus
 from autofunc.train.evaluate import check_evaluation, evaluate, to_evaluate
+from autofunc.train.flight_recorder import FlightRecorder
 from autofunc.train.fork_server import ForkServer
 from autofunc.train.generating import check_texts, generate_texts
 from autofunc.train.launch import launch
@@ -153,6 +154,7 @@ def begin(recipe: Recipe, run_asked: Asked, server: ForkServer | None) -> None:
         server, recipe.axes.num_processes, partial(_as_worker, run_asked, clock.began), max_restarts=run_asked.max_restarts,
         folder=run_asked.output_dir if run_asked.trains else None,
         seconds_to_end=60 * config.distributed.timeout_minutes if writes else _SECONDS_TO_END,
+        recorder=FlightRecorder(run_asked.output_dir) if run_asked.trains and on_gpus(config.distributed.device) else None,
     )  # fmt: skip
 
 

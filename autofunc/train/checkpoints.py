@@ -84,7 +84,7 @@ class Checkpoints:
                     extra=extra, background=self._background,
                 )  # fmt: skip
                 if self._config.save_consolidated in ("every", True):
-                    whole, whole_state = pipe.gather(now.params), pipe.gather(now.state)
+                    whole, whole_state = pipe.collect(now.params), pipe.collect(now.state)
                     if is_first():
                         save_weights(whole, partial_of(path) / WEIGHTS, whole_state)
             except (CheckpointError, OSError) as error:

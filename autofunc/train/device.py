@@ -33,6 +33,11 @@ def check_devices(wanted: Wanted, num_processes: int) -> None:
         )
 
 
+def on_gpus(wanted: Wanted) -> bool:
+    """Whether processes are to compute on GPUs."""
+    return wanted == "cuda" or (wanted is None and torch.cuda.device_count() > 0)
+
+
 def take_device(wanted: Wanted) -> torch.device:
     """The CPU, or the GPU of this process's number on its machine, which becomes the current one of the process.
 
@@ -40,7 +45,7 @@ def take_device(wanted: Wanted) -> torch.device:
         MeshError: when there are fewer GPUs than processes.
     """
     check_devices(wanted, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    if wanted == "cpu" or torch.cuda.device_count() == 0:
+    if not on_gpus(wanted):
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(device)

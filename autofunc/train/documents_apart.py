@@ -14,9 +14,9 @@ from autofunc.errors import PipelineRunError
 from autofunc.losses import IGNORED
 from autofunc.pipe import Pipeline
 from autofunc.runtime.plan import Mode
+from autofunc.train.batches import to_device
 from autofunc.train.packed import HOW, POSITIONS, is_packed
 from autofunc.train.recipe import Recipe
-from autofunc.train.step import to_device
 from autofunc.train.weighing import counting_all
 
 _CLOSE, _CLOSE_IN_BFLOAT16 = 1e-4, 2e-2  # what is masked adds zero, but other tokens may be sorted otherwise by a router

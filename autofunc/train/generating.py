@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
@@ -15,11 +14,11 @@ from autofunc.data import TextTokenizer
 from autofunc.errors import AutofuncError, ConfigError
 from autofunc.generation import Sampling, check_request, generate
 from autofunc.train.evaluate import weights_of
-from autofunc.train.labels import inside
 from autofunc.train.loop import build_pipe
 from autofunc.train.recipe import Recipe
 from autofunc.train.resume import source
 from autofunc.train.texts import TextsWanted, TokenBar, encoded, named_tokenizer, note, put_together, show
+from autofunc.train.tokenizers import tokenizer_in
 from autofunc.train.watched import watched
 
 
@@ -81,11 +80,9 @@ def tokenizer_of(recipe: Recipe, named: str | None) -> TextTokenizer:
     """
     if named is not None:
         return named_tokenizer(named)
-    for dataset in inside(recipe.dataset):
-        found: Any = getattr(dataset, "tokenizer", None)
-        if callable(getattr(found, "encode", None)) and callable(getattr(found, "decode", None)):
-            tokenizer: TextTokenizer = found
-            return tokenizer
+    tokenizer = tokenizer_in(recipe.dataset)
+    if tokenizer is not None:
+        return tokenizer
     raise ConfigError(
         f"generate needs a tokenizer, and the dataset ({type(recipe.dataset).__name__}) has none as its attribute "
         "tokenizer: give --tokenizer FOLDER, a name on the hub, or --tokenizer bytes"

@@ -16,6 +16,7 @@ from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
 from autofunc.errors import PipelineRunError
 from autofunc.train.agent import ForkingAgent
+from autofunc.train.flight_recorder import FlightRecorder
 from autofunc.train.fork_server import ForkServer
 
 _HOST = "127.0.0.1"  # the machine's own name need not resolve
@@ -31,6 +32,7 @@ def launch(
     folder: Path | None = None,
     max_restarts: int = 0,
     seconds_to_end: float = 30.0,
+    recorder: FlightRecorder | None = None,
 ) -> None:
     """Do a piece of work in several processes on this machine, and wait for them.
 
@@ -41,6 +43,7 @@ def launch(
         folder: of the run, where each keeps a log; None where there are none.
         max_restarts: how often all are started again after one has failed.
         seconds_to_end: how long they have to end when they are told to.
+        recorder: of NCCL, where they compute on GPUs.
 
     Raises:
         PipelineRunError: when one fails; holds the traceback of the first that did. All others have been ended.
@@ -55,7 +58,7 @@ def launch(
             role="autofunc", local_world_size=num_processes, entrypoint="autofunc", rdzv_handler=handler,
             max_restarts=max_restarts, monitor_interval=_LOOK_SECONDS, master_addr=_HOST, local_addr=_HOST,
         )  # fmt: skip
-        agent = ForkingAgent(spec, server, work, Path(scratch), asked, seconds_to_end, _say, folder)
+        agent = ForkingAgent(spec, server, work, Path(scratch), asked, seconds_to_end, _say, folder, recorder)
         try:
             result = agent.run()
         finally:

@@ -34,6 +34,7 @@ from autofunc.train.recipe import Recipe
 from autofunc.train.records import Records
 from autofunc.train.resume import folder_of, source, step_at
 from autofunc.train.step_folders import name_of
+from autofunc.train.tokenizers import keep_tokenizer
 from autofunc.train.trackers import open_trackers
 from autofunc.train.watched import watched
 from autofunc.train.weights import save_result, written_part
@@ -85,11 +86,11 @@ def _trees(result: TrainResult) -> Iterator[tuple[Nested, Callable[[str], str]]]
 
 
 def _whole(recipe: Recipe, config: FinetuneConfig, result: TrainResult, params: Nested) -> tuple[Nested, Nested]:
-    """One of `_trees` from all ranks: as much of it as is written. All ranks call it."""
+    """One of `_trees` from all ranks, on the first one: as much of it as is written. All ranks call it."""
     pipe = result.pipe
     if config.export is None:
         params = written_part(recipe.model, params) if _writes_weights(config) else {}
-    return pipe.gather(params), pipe.gather(result.state)
+    return pipe.collect(params), pipe.collect(result.state)
 
 
 def lead(
@@ -182,6 +183,7 @@ def _save(recipe: Recipe, config: FinetuneConfig, result: TrainResult, output_di
         if config.export is not None:
             folder = named(config.export)
             write_pretrained(recipe.model, {**tree.flatten(params), **tree.flatten(state)}, output_dir / folder)
+            keep_tokenizer(recipe.dataset, output_dir / folder)
             saved.append(f"{folder}/")
     return saved
 

@@ -21,6 +21,7 @@ from autofunc.pipe import Pipeline
 from autofunc.runtime.position import here
 from autofunc.schedule import Timeline
 from autofunc.timing import clock
+from autofunc.train.batches import Batches
 from autofunc.train.bubble import BubbleMeter
 from autofunc.train.checkpoints import Checkpoints
 from autofunc.train.documents_apart import check_documents_apart
@@ -93,10 +94,10 @@ def train(
     with noticed() if checkpoints is not None else nullcontext(Stop()) as stop:
         clock.done("making the weights")
         began = time.perf_counter()
-        all_parts = itertools.islice(_endless(loader), recipe.num_steps - begun.step)
-        for parts in collecting_between(all_parts, recipe.gc_every_steps):
+        batches = Batches(itertools.islice(_endless(loader), recipe.num_steps - begun.step), device)
+        for batch in collecting_between(batches, recipe.gc_every_steps):
             step += 1
-            taken = take_step(recipe, pipe, now, parts, step, device, bubbles, nonfinite)
+            taken = take_step(recipe, pipe, now, batch, step, device, bubbles, nonfinite, batches.read_ahead)
             now, loss = taken.now, taken.loss
             if step == begun.step + 1:
                 clock.done("the first step")
@@ -104,13 +105,13 @@ def train(
             seconds = time.perf_counter() - began  # the wait for data included
             training_seconds += seconds
             if metrics is not None and meter is not None:
-                speed = meter.of(*_units(parts), seconds)
+                speed = meter.of(*_units(batch.parts), seconds)
                 rate = f"  lr {taken.lr:.2e}" if recipe.lr_at is not None else ""  # one that changes
                 reporter.step(step, loss, f"{speed.said()}{rate}", taken.bubble)
                 more = {} if taken.bubble is None else {"bubble_fraction": taken.bubble}
                 more |= {"skipped": True} if taken.is_skipped else {}
                 metrics.write(step=step, loss=loss, grad_norm=taken.norm, lr=taken.lr, **speed.named(), **more)
-            position, is_last = parts[-1].after, step == recipe.num_steps
+            position, is_last = batch.parts[-1].after, step == recipe.num_steps
             is_due = False
             if checkpoints is not None:
                 is_stopped, is_due = _agree(checkpoints, stop, step, position.begins_epoch, device)

@@ -17,6 +17,8 @@ WEIGHTS, SCHEDULE = "model.safetensors", "schedule.csv"
 CHECKPOINTS = "checkpoints"
 LOGS = "logs"
 """The folder in it with what each process wrote to its output."""
+TRACE = "nccl_trace_rank_"
+"""What the files of NCCL's flight recorder are called there, before the rank."""
 TRACKERS = "trackers.json"
 """What other tools call the run, so that it goes on there too."""
 ADAPTER = "adapter"
@@ -91,7 +93,7 @@ def _make_empty(folder: Path, checkpoints: Sequence[Path], overwrite: bool) -> N
             f"output_dir: {where} holds a run already ({named}); name another one, or say --overwrite to replace it"
             + (", or --checkpoint.restore_from LATEST to go on with it" if steps else "")
         )
-    logs = (folder / LOGS).glob("rank_*.log") if overwrite else ()
+    logs = [each for name in ("rank_*.log", f"{TRACE}*") for each in (folder / LOGS).glob(name)] if overwrite else []
     for path in [*(folder / name for name in found), *logs]:
         path.unlink()
     for each in checkpoints:

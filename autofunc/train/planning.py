@@ -16,6 +16,7 @@ from autofunc.losses import Loss
 from autofunc.model import Model
 from autofunc.schedule import Costs, StageBytes, Timeline, peak_bytes, simulate
 from autofunc.splitting import (
+    Boundaries,
     LayerCost,
     Stage,
     count_operations,
@@ -26,6 +27,8 @@ from autofunc.splitting import (
     parameter_count,
 )
 from autofunc.timing import clock
+from autofunc.train.connections import count_connections, most_bytes
+from autofunc.train.device import on_gpus
 from autofunc.train.memory_budget import kept_bytes, pipe_alone
 from autofunc.train.model import SEED
 from autofunc.train.recipe import Recipe, prepare
@@ -57,6 +60,8 @@ class RankPlan:
     parameter_bytes: int
     optimizer_bytes: int
     activation_bytes: int | None  # most that is alive, sums of gradients included; None: known only where it runs
+    connections: int  # to and from other pp ranks, each one way
+    connection_bytes: int | None  # that they take on a GPU at most; None on CPU
 
 
 @dataclass(frozen=True)
@@ -136,21 +141,22 @@ def plan_run(
             times, timed, why_not = _times_of(recipe, microbatch, counted)
             clock.done("timing a layer")
         on_progress("following values over the boundaries")
-        stages = tuple(_stages(recipe, microbatch, {name: each.flops for name, each in counted.items()}, times))
+        boundaries = infer_boundaries(recipe.stages, {}, microbatch, recipe.loss)
+        stages = tuple(_stages(recipe, boundaries, {name: each.flops for name, each in counted.items()}, times))
         on_progress("capturing the stages")
         uneven = imbalance(recipe.stages, {name: sum(pair) for name, pair in times.items()})
         timeline = simulate(recipe.schedule, _costs(stages))
-        return RunPlan(recipe, stages, tuple(_ranks(recipe)), timeline, measure, timed, why_not, uneven)
+        ranks = tuple(_ranks(recipe, count_connections(recipe, boundaries), on_gpus(config.distributed.device)))
+        return RunPlan(recipe, stages, ranks, timeline, measure, timed, why_not, uneven)
 
 
 def _stages(
     recipe: Recipe,
-    microbatch: Mapping[str, Any],
+    boundaries: Boundaries,
     flops: Mapping[str, int],
     times: Mapping[str, tuple[float, float]],
 ) -> Iterator[StagePlan]:
     """All stages, from each layer's operations and its milliseconds forward and backward."""
-    boundaries = infer_boundaries(recipe.stages, {}, microbatch, recipe.loss)
     for stage in recipe.stages:
         yield StagePlan(
             stage.index,
@@ -209,7 +215,7 @@ def _without_weights(config: FinetuneConfig) -> FinetuneConfig:
     return config if config.weights is not None else config.model_copy(update={"weights": SEED})
 
 
-def _ranks(recipe: Recipe) -> list[RankPlan]:
+def _ranks(recipe: Recipe, connections: Sequence[int], uses_nccl: bool) -> list[RankPlan]:
     kept = _kept(recipe)
     peaks = peak_bytes(recipe.schedule, kept) if kept is not None else None
     shared_by = recipe.axes.dp_shard * recipe.axes.tp
@@ -226,6 +232,8 @@ def _ranks(recipe: Recipe) -> list[RankPlan]:
                 sum(sizes.values()) // shared_by,
                 int(sum(slots[path] * sizes[path] for path in trained)) // shared_by,
                 None if peaks is None else int(peaks[rank]),
+                connections[rank],
+                most_bytes(connections[rank], recipe.transfers) if uses_nccl else None,
             )
         )
     return found

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from tensordict import TensorDict
@@ -21,6 +21,7 @@ from autofunc.pipe import Pipeline
 from autofunc.random import fold_in, make_key
 from autofunc.runtime.plan import Mode
 from autofunc.train.average import in_place, moved_on
+from autofunc.train.batches import Batch
 from autofunc.train.bubble import BubbleMeter
 from autofunc.train.nonfinite import NonFinite
 from autofunc.train.recipe import Recipe
@@ -58,11 +59,12 @@ def take_step(
     recipe: Recipe,
     pipe: Pipeline,
     before: Trained,
-    parts: Sequence[Part],
+    batch: Batch,
     step: int,
     device: torch.device,
     meter: BubbleMeter,
     nonfinite: NonFinite,
+    meanwhile: Callable[[], None] = lambda: None,
 ) -> Taken:
     """Train on a batch; `before` is donated.
 
@@ -70,11 +72,12 @@ def take_step(
         recipe: what to do.
         pipe: of the run.
         before: what there is.
-        parts: of the batch.
+        batch: what to train on.
         step: its number, from 1 on.
-        device: where batches go.
+        device: where it is.
         meter: measures the first part now and then.
         nonfinite: what becomes of a loss or gradient that is no number.
+        meanwhile: what the host does while the device computes, before it waits for the loss.
 
     Raises:
         NotFiniteError: when that ends the run, saying where it begins.
@@ -82,16 +85,17 @@ def take_step(
     """
     params, state, bubble = before.params, before.state, None
     ran, results = [], []
-    for number, part in enumerate(parts):
+    for number, sent in enumerate(batch.sent):
         key = (recipe.seed, step) if number == 0 else fold_in(make_key(recipe.seed, step, device=device), number)
-        ran.append((params, to_device(part.batch, device), key, state))
+        ran.append((params, sent, key, state))
         run = partial(pipe.run, Mode.GRADS, *ran[-1])
         if number == 0:
             result, bubble = meter.run(step, run)
         results.append(result if number == 0 else run())
         state = tree.to_tensordict(results[-1].state)
+    meanwhile()
     loss, weight = together(results)  # before the parameters change, which are needed to find out why it is NaN
-    _check_rows(parts, pipe.mesh, device, step)
+    _check_rows(batch.parts, pipe.mesh, device, step)
     if not weight:
         raise PipelineRunError(f"no row of step {step} has a label to learn from (all are -100?)")
     grads = gradients(results)
@@ -113,13 +117,6 @@ def take_step(
     if average is not None and recipe.ema is not None and step % recipe.ema.every_steps == 0:
         average = moved_on(recipe.model, average, params, recipe.ema.decay)
     return taken(Trained(params, state, optimizer_state, average))
-
-
-def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """The batch with its tensors on a device."""
-    return tree.map_leaves(  # type: ignore[no-any-return]
-        lambda leaf: leaf.to(device, non_blocking=True) if isinstance(leaf, torch.Tensor) else leaf, dict(batch)
-    )
 
 
 def _check_rows(parts: Sequence[Part], mesh: DeviceMesh | None, device: torch.device, step: int) -> None:

@@ -14,9 +14,9 @@ from autofunc.counted_rows import measured, weighed
 from autofunc.mesh import data_coordinate
 from autofunc.pipe import Pipeline
 from autofunc.runtime.plan import Mode
+from autofunc.train.batches import to_device
 from autofunc.train.progress import Reporter
 from autofunc.train.recipe import Recipe
-from autofunc.train.step import to_device
 from autofunc.train.weighing import together
 
 

@@ -254,7 +254,11 @@ def test_plan(folder: Path) -> None:
         patch.setattr(planning, "_LONGEST_TIMED_MS", 0.0)
         shown = " ".join(autofunc(folder, "plan", "-c", "own.yaml").split())
     assert re.search(r"a step may take several times as long, for [\w.]+ would take longer than 0 s", shown)
+    assert "connections between pp ranks, each one way: 2 on ranks 0-1" in shown and "of a GPU" not in shown
+    on_gpus = " ".join(autofunc(folder, "plan", "-c", "own.yaml", "--distributed.device", "cuda").split())
+    assert "they take 256 MiB of a GPU at most, assuming a buffer of 4 MiB (NCCL_BUFFSIZE) for each of 32" in on_gpus
     planned: dict[str, Any] = json.loads(autofunc(folder, "plan", "-c", "own.yaml", "--json", "--measure"))
+    assert [(rank["connections"], rank["connection_bytes"]) for rank in planned["ranks"]] == [(2, None)] * 2
     assert planned["times_are"] == "measured" and planned["timed_layer"] is None and planned["processes"] == 2
     first, second = planned["stages"]
     assert first["sends_bytes"] == 2 * 16 * 16 * 4 and second["sends_bytes"] == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import signal
+import time
 import traceback
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,8 @@ import pytest
 
 from autofunc.errors import PipelineRunError
 from autofunc.train.blame import brief, report
+from autofunc.train.device import on_gpus
+from autofunc.train.flight_recorder import FlightRecorder
 
 
 def failure(pid: int, exitcode: int, raised: str | None = None, timestamp: int = 100) -> Any:
@@ -99,3 +102,39 @@ def test_brief() -> None:
 def test_the_whole_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AUTOFUNC_DEBUG", "1")
     assert f"Traceback\n{VALUE_ERROR}" in report({0: failure(1, 1, VALUE_ERROR)}, set())
+
+
+def test_the_flight_recorder_of_nccl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_DUMP_ON_TIMEOUT", "TORCH_FR_DUMP_TEMP_FILE")
+    older = ("TORCH_NCCL_TRACE_BUFFER_SIZE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE")
+    for name in (*names, *older):
+        monkeypatch.delenv(name, raising=False)
+    recorder, logs = FlightRecorder(tmp_path), tmp_path / "logs"
+    prefix = f"{logs}/nccl_trace_rank_"
+    assert recorder.variables() == dict(zip(names, ("2000", "1", prefix), strict=True))
+    assert recorder.said(0.0) == [], "nothing is there"
+    logs.mkdir()
+    for number in (1, 0):
+        Path(f"{prefix}{number}").touch()
+    (logs / "rank_0.log").touch()
+    (line,) = recorder.said(0.0)
+    assert f"{logs}: nccl_trace_rank_0, nccl_trace_rank_1 (torchfrtrace -p nccl_trace_rank_ {logs})" in line
+    assert recorder.said(time.time() + 60) == [], "those of a run before"
+
+    monkeypatch.setenv("TORCH_NCCL_TRACE_BUFFER_SIZE", "7")
+    monkeypatch.setenv("TORCH_NCCL_DEBUG_INFO_TEMP_FILE", str(tmp_path / "mine"))
+    assert recorder.variables() == {"TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}
+    (tmp_path / "mine3").touch()
+    assert "mine3" in recorder.said(0.0)[0]
+
+
+def test_it_is_on_where_workers_compute_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    for found, wanted, is_on in (
+        (0, None, False),
+        (0, "cuda", True),
+        (2, None, True),
+        (2, "cuda", True),
+        (2, "cpu", False),
+    ):
+        monkeypatch.setattr("torch.cuda.device_count", lambda found=found: found)
+        assert on_gpus(wanted) == is_on  # type: ignore[arg-type]

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from autofunc.data import ByteTokenizer
+from autofunc.train.tokenizers import keep_tokenizer
 from tests.cli.here import run_here
 from tests.cli.test_finetune import CONFIG
+from tests.data.tokenizers import write_tokenizer
 
 OWN = """
 import torch
@@ -60,3 +64,25 @@ def test_what_cannot_be_exported_is_told_before_the_start(folder: Path) -> None:
         done = run_here(folder, "train", *given)
         assert done.status == 2 and said in done.err, (words, done.err)
         assert not (folder / "runs").exists()
+
+
+def test_the_folder_has_the_tokenizer_of_the_dataset(folder: Path) -> None:
+    name = write_tokenizer(folder / "pieces")
+    text = (folder / "cfg.yaml").read_text().replace("vocab_size: 256", "vocab_size: 512")
+    text = text.replace("path: corpus,", "path: corpus, tokenizer: pieces,")
+    (folder / "pieces.yaml").write_text(text)
+    words = ("--export", "model", "--output_dir", "out", "--checkpoint.save_consolidated", "false")
+    done = run_here(folder, "train", "-c", "pieces.yaml", *words)
+    assert done.status == 0, done.err
+    left = AutoTokenizer.from_pretrained(folder / "out" / "model")
+    given = AutoTokenizer.from_pretrained(name)
+    asked = "the question is it?<|end|>"
+    assert left(asked)["input_ids"] == given(asked)["input_ids"] and left.chat_template == given.chat_template
+    made = run_here(folder, "generate", "--model", "out/model", "--prompt", "the question", "--max-new-tokens", "2")
+    assert made.status == 0 and made.out.startswith("the question"), made.err
+
+    exported = folder / "out" / "model"
+    keep_tokenizer(object(), exported)  # of which nothing is known
+    assert (exported / "tokenizer.json").exists()
+    keep_tokenizer(SimpleNamespace(tokenizer=ByteTokenizer()), exported)  # by a later run, into the same folder
+    assert {each.name for each in exported.iterdir()} == {"config.json", "model.safetensors"}

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from autofunc.errors import PipelineRunError
+from autofunc.train.flight_recorder import FlightRecorder
 from autofunc.train.fork_server import ForkServer
 from autofunc.train.launch import launch
 from tests.train.forked import end, note
@@ -58,11 +59,12 @@ def test_how_each_ended_is_told(server: ForkServer) -> None:
 
 def test_what_workers_find(server: ForkServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before, handlers = dict(os.environ), [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
-    launch(server, 2, partial(note, tmp_path))
+    launch(server, 2, partial(note, tmp_path), recorder=FlightRecorder(tmp_path))
     first, second = (dict(line.split("=", 1) for line in (tmp_path / rank).read_text().splitlines()) for rank in "01")
     for found, rank in ((first, "0"), (second, "1")):
         assert (found["RANK"], found["LOCAL_RANK"], found["WORLD_SIZE"], found["OF_ALL"]) == (rank, rank, "2", "1")
     assert first["MASTER_PORT"] == second["MASTER_PORT"] and first["AUTOFUNC_CHECKED"] == "1"
+    assert first["TORCH_FR_DUMP_TEMP_FILE"] == second["TORCH_FR_DUMP_TEMP_FILE"] == f"{tmp_path}/logs/nccl_trace_rank_"
     assert first["DRAWN"].split()[0] != second["DRAWN"].split()[0], "Python's generator"
     assert first["DRAWN"].split()[1] != second["DRAWN"].split()[1], "numpy's"
     assert dict(os.environ) == before

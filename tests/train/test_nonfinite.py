@@ -12,6 +12,7 @@ import torch
 
 from autofunc.config import parse_config
 from autofunc.data import START, Part
+from autofunc.train.batches import Batch
 from autofunc.train.bubble import BubbleMeter
 from autofunc.train.loop import build_pipe
 from autofunc.train.nonfinite import NonFinite
@@ -74,7 +75,7 @@ def steps(batches: list[int], bad: float | None, told: list[str], **keys: Any) -
         if batch == 1 and bad is not None:
             stacked["y"][0] = bad
         part = Part(counting_all(stacked), num_rows=4, ends_batch=True, after=START)
-        found.append(take_step(recipe, pipe, now, [part], step, device, meter, nonfinite))
+        found.append(take_step(recipe, pipe, now, Batch.of([part], device), step, device, meter, nonfinite))
         now = found[-1].now
     return found
 

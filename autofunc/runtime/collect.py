@@ -1,0 +1,63 @@
+"""Bringing a tree to one process, to be written: on its host, where the others hold no more than one tensor of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import zip_longest
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Layout = tuple[tuple[int, ...], torch.dtype]
+
+
+def collect_tree(
+    layouts: Mapping[str, Layout],
+    whole: Callable[[str], Tensor],
+    ranks: Sequence[int],
+    group: dist.ProcessGroup,
+    device: torch.device,
+) -> dict[str, Tensor]:
+    """The union of all ranks' flat trees, on the host of the first of them; the others get nothing.
+
+    One tensor travels at a time, of each rank in turn: so none waits for its first until another has sent all of its own.
+    A path on several ranks comes from the first of them.
+
+    Args:
+        layouts: of the tensors of this rank's part, in the order in which `whole` gives them.
+        whole: makes a tensor of this rank's part, which is let go of before the next is asked for.
+        ranks: global ranks of the group, in order.
+        group: their process group.
+        device: of this process, over which tensors travel where the group has no backend for the host.
+    """
+    described: list[Any] = [None] * len(ranks)
+    dist.all_gather_object(described, dict(layouts), group=group)
+    owner = {path: rank for rank, paths in reversed([*zip(ranks, described, strict=True)]) for path in paths}
+    road = torch.device("cpu") if "cpu:" in dist.get_backend_config(group) else device
+    first, here = ranks[0], dist.get_rank()
+    full: dict[str, Tensor] = {}
+    for turn in zip_longest(*described):
+        for rank, path in zip(ranks, turn, strict=True):
+            if path is None:
+                continue
+            if rank == here == first:
+                full[path] = whole(path).cpu()
+            elif rank == here:
+                _hand_on(whole(path), first if owner[path] == rank else None, group, road)
+            elif here == first and owner[path] == rank:
+                full[path] = _received(described[ranks.index(rank)][path], rank, group, road)
+    return full
+
+
+def _hand_on(leaf: Tensor, to: int | None, group: dist.ProcessGroup, road: torch.device) -> None:
+    if to is not None and leaf.numel():
+        dist.send(leaf.detach().to(road).contiguous(), to, group=group)
+
+
+def _received(layout: Layout, source: int, group: dist.ProcessGroup, road: torch.device) -> Tensor:
+    leaf = torch.empty(layout[0], dtype=layout[1], device=road)
+    if leaf.numel():
+        dist.recv(leaf, source, group=group)
+    return leaf.cpu()

@@ -1,0 +1,39 @@
+"""The connections that ranks make to send each other values, and what they take of a GPU."""
+
+from __future__ import annotations
+
+from autofunc.runtime.pair_groups import Transfers
+from autofunc.runtime.program import channels_between, message_layouts
+from autofunc.runtime.ties import find_ties
+from autofunc.shown import size_in_words
+from autofunc.splitting import Boundaries
+from autofunc.train.recipe import Recipe
+
+_CHANNELS, _BUFFER_BYTES = 32, 4 << 20
+"""NCCL's limit of channels of a communicator, and its buffer for each, where nobody says otherwise."""
+
+
+def count_connections(recipe: Recipe, boundaries: Boundaries) -> tuple[int, ...]:
+    """By pp rank: one for each way between it and another rank, as steps that train need them."""
+    schedule = recipe.schedule
+    layouts = {path: (tuple(leaf.shape), leaf.dtype) for path, leaf in recipe.model.spec.items()}
+    found = {
+        *channels_between(schedule, message_layouts(schedule, boundaries)),
+        *(channel for tie in find_ties(recipe.stages, schedule, layouts) for channel in tie.channels()),
+    }
+    return tuple(sum(rank in channel for channel in found) for rank in range(schedule.num_ranks))
+
+
+def most_bytes(connections: int, transfers: Transfers) -> int:
+    """What the communicators of NCCL take on a GPU at most, with its own buffers."""
+    return connections * (transfers.max_ctas or _CHANNELS) * _BUFFER_BYTES
+
+
+def assumed(transfers: Transfers) -> str:
+    """What `most_bytes` counts with."""
+    channels = (
+        f"{_CHANNELS} channels (NCCL's limit; transfers.max_ctas sets another)"
+        if transfers.max_ctas is None
+        else f"{transfers.max_ctas} channels (transfers.max_ctas)"
+    )
+    return f"assuming a buffer of {size_in_words(_BUFFER_BYTES)} (NCCL_BUFFSIZE) for each of {channels}"

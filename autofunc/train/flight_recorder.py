@@ -1,0 +1,53 @@
+"""NCCL's flight recorder in torch: what every rank sent last, left as files where torch's own timeout ends a run.
+
+The variables are those of torch 2.13 (`FlightRecorder.hpp`, `ProcessGroupNCCL.hpp`), which reads the older names too.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from autofunc.train.output import LOGS, TRACE
+
+_EVENTS = "2000"
+_SIZE = ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE")
+_DUMPS = ("TORCH_NCCL_DUMP_ON_TIMEOUT",)
+_FILE = ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE")
+"""Each by its name, and the older one."""
+
+
+@dataclass(frozen=True)
+class FlightRecorder:
+    """That of the workers of a run on GPUs.
+
+    Args:
+        folder: the run's.
+    """
+
+    folder: Path
+
+    @property
+    def _prefix(self) -> str:
+        """What its files are called, before the rank."""
+        given = next((os.environ[name] for name in _FILE if name in os.environ), None)
+        return given or str((self.folder / LOGS / TRACE).absolute())
+
+    def variables(self) -> dict[str, str]:
+        """What workers find in their environment, as far as the user's says nothing of it."""
+        wanted = ((_SIZE, _EVENTS), (_DUMPS, "1"), (_FILE, self._prefix))
+        return {names[0]: value for names, value in wanted if not any(name in os.environ for name in names)}
+
+    def said(self, since: float) -> list[str]:
+        """A line on what it has left, if it has.
+
+        Args:
+            since: when the workers were started, in seconds of the epoch: older files are of others.
+        """
+        prefix = Path(self._prefix)
+        found = [each for each in prefix.parent.glob(f"{prefix.name}*") if each.stat().st_mtime >= since]
+        if not found:
+            return []
+        files = ", ".join(sorted(each.name for each in found))
+        return [f"NCCL's flight recorder: {prefix.parent}: {files} (torchfrtrace -p {prefix.name} {prefix.parent})"]
