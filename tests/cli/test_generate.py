@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import json
 import shutil
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from autofunc.data import ByteTokenizer
-from autofunc.train import texts
 from tests.cli.here import run_here
 from tests.cli.test_finetune import CONFIG
 
@@ -88,16 +85,3 @@ def test_refused(trained: Path) -> None:
         done = run_here(trained, "generate", *words)
         assert done.status == 2 and said in done.err.replace("\n", " ") and not done.out, (words, done)
         assert "Traceback" not in done.err
-
-
-def test_the_bar_comes_late(monkeypatch: pytest.MonkeyPatch) -> None:
-    seconds = [0.0]
-    monkeypatch.setattr(texts.time, "monotonic", lambda: seconds[0])
-    for is_terminal, after, shown in ((True, 1.0, False), (True, 3.0, True), (False, 3.0, False)):
-        written, seconds[0] = io.StringIO(), 0.0
-        console = Console(file=written, force_terminal=is_terminal, no_color=True, width=80)
-        monkeypatch.setattr(texts, "Console", lambda *_, console=console, **__: console)
-        with texts.TokenBar(10) as bar:
-            seconds[0] = after
-            bar.step(4)
-        assert ("4/10" in written.getvalue()) is shown
