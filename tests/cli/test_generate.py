@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from autofunc.automodel import hub
 from autofunc.data import ByteTokenizer
 from tests.cli.here import run_here
 from tests.cli.test_finetune import CONFIG
@@ -61,8 +62,9 @@ def test_weights_that_are_not_trained(trained: Path) -> None:
     assert done.status == 0 and "weights that training begins with" in done.err and "note" not in done.out
 
 
-def test_refused(trained: Path) -> None:
+def test_refused(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before anything is started, in one line."""
+    monkeypatch.setattr(hub, "_cached", list)
     shutil.copytree(trained / "runs" / "cfg" / "model", trained / "unlike", dirs_exist_ok=True)
     (trained / "rows.py").write_text("import torch\ndef rows(path, seq_len):\n    x = torch.arange(17)\n"
                                      "    return [{'input_ids': x[:-1], 'labels': x[1:]}] * 16\n")  # fmt: skip
@@ -77,6 +79,7 @@ def test_refused(trained: Path) -> None:
         ((*LATEST, *PROMPTS, "--top-p", "2"), "top_p=2.0"),
         ((*LATEST, *PROMPTS, "--tokenizer", "nowhere"), "--tokenizer: tokenizer 'nowhere' cannot be loaded"),
         ((*folder, *PROMPTS), "unlike has no tokenizer. Give --tokenizer FOLDER"),
+        (("--model", "nowhere/at/all", *PROMPTS), "; no model is cached"),
         ((*folder, *PROMPTS, "--step_scheduler.max_steps", "2"), "takes no keys of a configuration"),
         (("-c", "cfg.yaml", *ROWS_WITHOUT, *PROMPTS),
          "has none as its attribute tokenizer: give --tokenizer"),
@@ -84,4 +87,4 @@ def test_refused(trained: Path) -> None:
     for words, said in cases:
         done = run_here(trained, "generate", *words)
         assert done.status == 2 and said in done.err.replace("\n", " ") and not done.out, (words, done)
-        assert "Traceback" not in done.err
+        assert "Traceback" not in done.err and ".. " not in done.err
