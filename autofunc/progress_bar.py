@@ -30,6 +30,11 @@ def say(text: str) -> None:
         CONSOLE.print(literal(text), soft_wrap=True)
 
 
+def note(text: str) -> None:
+    """A line on the error output about what is no error, of the first process."""
+    say(f"note: {text}")
+
+
 @contextmanager
 def counting(what: str, unit: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
     """Show how far something is: a bar on a terminal, a line now and then in a log.

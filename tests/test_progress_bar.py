@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from autofunc import progress_bar
-from autofunc.progress_bar import counting, say
+from autofunc.progress_bar import counting, note, say
 
 
 @pytest.fixture
@@ -49,4 +49,5 @@ def test_lines_are_those_of_the_first_process(
     for rank in ("1", "0"):
         monkeypatch.setenv("RANK", rank)
         say(f"rank {rank} [bold] \x1b[31m")
-    assert capsys.readouterr().err == "rank 0 [bold] \\x1b[31m\n"
+        note(f"of rank {rank}")
+    assert capsys.readouterr().err == "rank 0 [bold] \\x1b[31m\nnote: of rank 0\n"

@@ -33,8 +33,13 @@ def folder_of(name: str, patterns: tuple[str, ...], revision: str | None = None)
             why = network or f" ({first})"
             raise ModelError(
                 f"{quoted(name)} is neither a folder nor a model in the Hugging Face cache, and cannot be downloaded"
-                f"{why}; cached models: {one_of(name, _cached())}"
+                f"{why}; {_of_cached(name)}"
             ) from error
+
+
+def _of_cached(name: str) -> str:
+    known = _cached()
+    return f"cached models: {one_of(name, known)}" if known else "no model is cached"
 
 
 def _cached() -> list[str]:

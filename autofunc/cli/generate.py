@@ -5,16 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from rich.console import Console
 
 import autofunc as af
 from autofunc.automodel import AutoModel
 from autofunc.data import TextTokenizer, load_tokenizer
 from autofunc.errors import ConfigError, DataError
 from autofunc.generation import Sampling
+from autofunc.progress_bar import CONSOLE, counting, note
 from autofunc.shown import literal, shown
 from autofunc.train.device import take_device
-from autofunc.train.texts import TextsWanted, TokenBar, encoded, named_tokenizer, note, put_together, show
+from autofunc.train.texts import TextsWanted, encoded, named_tokenizer, put_together, show
 
 _GIVE = "Give --tokenizer FOLDER, a name on the hub, or --tokenizer bytes for a model of bytes"
 
@@ -31,7 +31,7 @@ def generate_from_folder(folder: str, num_ranks: int, wanted: TextsWanted) -> No
         AutofuncError: for a folder that is none of a model, and what cannot be generated.
     """
     Sampling(**wanted.sampling)
-    with Console(stderr=True).status(literal(f"reading {shown(folder)}")):
+    with CONSOLE.status(literal(f"reading {shown(folder)}")):
         classes: Any = AutoModel  # which mypy takes for a function, since it is never built
         pretrained = classes.from_pretrained(folder)
         tokenizer = _tokenizer(folder, wanted.tokenizer)
@@ -40,10 +40,11 @@ def generate_from_folder(folder: str, num_ranks: int, wanted: TextsWanted) -> No
         schedule = af.schedule.build("gpipe", num_ranks=num_ranks, num_microbatches=num_ranks)
         pipe = af.pipeline(af.split(model, num_ranks), schedule)
         params = pipe.init(device=take_device(None))
-    with TokenBar(wanted.max_new_tokens) as bar:
+    with counting("generating", "tokens", wanted.max_new_tokens) as advance:
         made = af.generate(
-            pipe, params, rows, max_new_tokens=wanted.max_new_tokens, tell=note, on_step=bar.step, **wanted.sampling
-        )
+            pipe, params, rows, max_new_tokens=wanted.max_new_tokens, tell=note, on_step=lambda _: advance(1),
+            **wanted.sampling,
+        )  # fmt: skip
     show(put_together(tokenizer, wanted.prompts, rows, made), as_json=wanted.as_json)
 
 

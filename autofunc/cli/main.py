@@ -83,7 +83,7 @@ def train(context: typer.Context, options: RunOptions) -> None:
 @app.command("evaluate", context_settings=TAKES_OVERRIDES, epilog=_ANY_KEY)
 @takes_groups
 def evaluate(context: typer.Context, options: EvaluateOptions) -> None:
-    """Measure a checkpoint, or weights, on the validation dataset: its loss and the metrics of the file.
+    """Measure a checkpoint, or weights, on the validation datasets: the loss and the metrics of the file.
 
     Example: autofunc evaluate -c run.yaml --checkpoint.restore_from LATEST
     """

@@ -25,15 +25,25 @@ def measured_as(section: str, what: str) -> str:
     return f"validation{section.removeprefix(SECTION)}_{what}"
 
 
+def spoken(section: str) -> str:
+    """A section as lines and curves call it: "validation", "validation NAME"."""
+    return f"validation {_name(section)}".rstrip()
+
+
 def leading(sections: Iterable[str], named: str | None) -> str | None:
     """The section whose loss is that of a run: the one that is named, else the one without a name, else the first.
 
     Raises:
         ConfigError: where the one that is named is not there.
     """
-    by_name = {section.removeprefix(SECTION).removeprefix("_") or DEFAULT: section for section in sections}
+    by_name = {_name(section) or DEFAULT: section for section in sections}
     if named is None:
         return by_name.get(DEFAULT) or next(iter(by_name.values()), None)
     if named not in by_name:
         raise ConfigError(f"{named!r} is no name of a validation dataset; {one_of(named, by_name)}")
     return by_name[named]
+
+
+def _name(section: str) -> str:
+    """What follows `validation_dataset_`; empty where nothing does."""
+    return section.removeprefix(SECTION).removeprefix("_")

@@ -93,8 +93,9 @@ class HuggingFaceTokenizer:
             with nullcontext("") if Path(name).exists() else cache_without_network() as network:
                 self._tokenizer: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         except Exception as error:  # whatever is in its files
+            first = in_brief(error).partition("\n")[0].rstrip(".")
             raise DataError(
-                f"tokenizer {quoted(name)} cannot be loaded{network}: {in_brief(error)}. "
+                f"tokenizer {quoted(name)} cannot be loaded{network}: {first}. "
                 "Name a folder with a tokenizer, a hub name that is in the local cache or can be "
                 "downloaded, or leave it out to use bytes."
             ) from error

@@ -9,9 +9,11 @@ import torch
 _CPU = 8.0
 """Multiplications in the time of a byte, of the machines on which benchmarks were run; see `bench/engine_memory.py`."""
 
-_GPUS = {  # Tflop/s with dense 16-bit and with 32-bit numbers, and TB/s, by the vendor's data sheets
-    "H200": (989.0, 67.0, 4.8),
-    "H100": (989.0, 67.0, 3.35),
+_GPUS = {  # Tflop/s with dense 16-bit and with 32-bit numbers, and TB/s, by the vendor's data sheets; the first that fits
+    "H200": (989.5, 67.0, 4.8),
+    "H100 PCIe": (756.0, 51.0, 2.0),
+    "H100 NVL": (835.5, 60.0, 3.9),
+    "H100": (989.5, 67.0, 3.35),
     "A100": (312.0, 19.5, 2.0),
     "L40S": (362.0, 91.6, 0.864),
     "V100": (125.0, 15.7, 0.9),
@@ -28,12 +30,18 @@ def multiplications_per_byte(device: torch.device, dtype: torch.dtype) -> float:
     """
     if device.type != "cuda":
         return _CPU
-    half, single, terabytes = _speed_of(_name_of(device))
+    half, single, terabytes = _speed_of(_name_of(device)) or _OTHER_GPU
     return (half if dtype.itemsize <= 2 else single) / 2 / terabytes
 
 
-def _speed_of(name: str) -> tuple[float, float, float]:
-    return next((speed for known, speed in _GPUS.items() if known in name), _OTHER_GPU)
+def peak_tflops(device: torch.device) -> float | None:
+    """What a device is capable of with dense products of 16-bit numbers, in 1e12 a second; None where that is not known."""
+    speed = _speed_of(_name_of(device)) if device.type == "cuda" else None
+    return None if speed is None else speed[0]
+
+
+def _speed_of(name: str) -> tuple[float, float, float] | None:
+    return next((speed for known, speed in _GPUS.items() if known in name), None)
 
 
 @cache

@@ -9,7 +9,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from autofunc.config.validations import SECTION, measured_as
+from autofunc.config.validations import SECTION, measured_as, spoken
 
 
 class _Curve(NamedTuple):
@@ -72,7 +72,7 @@ def draw_curves(metrics: Path, validations: Iterable[str] = (SECTION,)) -> bytes
 def _losses(validations: Iterable[str]) -> list[_Curve]:
     """Those of the validation datasets."""
     return [
-        _Curve(measured_as(section, "loss"), section.replace("_dataset", "").replace("_", " "), colour, "o")
+        _Curve(measured_as(section, "loss"), spoken(section), colour, "o")
         for section, colour in zip(validations, cycle(_VALIDATION_COLOURS))
     ]
 

@@ -15,11 +15,13 @@ from autofunc.checkpoint.write import is_first, of_first
 from autofunc.config import FinetuneConfig
 from autofunc.errors import CheckpointError, ConfigError
 from autofunc.pipe import Pipeline
-from autofunc.shown import literal
+from autofunc.progress_bar import note
+from autofunc.shown import literal, shown
 from autofunc.train.average import in_place
 from autofunc.train.documents_apart import check_documents_apart
 from autofunc.train.logs import line_console
 from autofunc.train.loop import build_pipe
+from autofunc.train.model import OWN, SEED
 from autofunc.train.progress import ProgressReporter, Reporter, Silent
 from autofunc.train.recipe import Recipe
 from autofunc.train.resume import source, step_at
@@ -68,7 +70,7 @@ def evaluate(
     console = line_console()
     path = of_first(source(config.checkpoint, output_dir, writes=False))
     if is_shown and not as_json:
-        console.print(literal(f"checkpoint: {path}, after step {step_at(path)}" if path is not None else "initial weights"))
+        console.print(literal(_which(path, config)))
     with watched(config.distributed):
         if not is_shown or as_json:
             found = _validated(recipe, mesh, device, path, Silent())
@@ -86,6 +88,13 @@ def evaluate(
             console.print(literal(found.said() if found is not None else f"no row of {names} has a label"))
 
 
+def _which(path: Path | None, config: FinetuneConfig) -> str:
+    """What is measured."""
+    if path is not None:
+        return f"checkpoint: {path}, after step {step_at(path)}"
+    return "initial weights" if config.weights in (None, OWN, SEED) else f"weights: {config.weights}"
+
+
 def _validated(
     recipe: Recipe, mesh: DeviceMesh | None, device: torch.device, path: Path | None, reporter: Reporter
 ) -> Validated | None:
@@ -98,10 +107,18 @@ def _validated(
 def weights_of(
     path: Path | None, recipe: Recipe, pipe: Pipeline, device: torch.device
 ) -> tuple[TensorDict, TensorDict]:  # fmt: skip
-    """The parameters and the state of a checkpoint; without one those that training begins with."""
+    """The parameters and the state of a checkpoint; without one those that training begins with.
+
+    With `ema.validation` the parameters are the moving average, which is said, and also where there is none.
+    """
     if path is None:
         return pipe.init(recipe.init_seed, device), pipe.init_state(device)
     averaged = recipe.ema is not None and recipe.ema.validation
     checkpoint = load(path, pipe, device=device, average=averaged)
-    params = checkpoint.params if checkpoint.average is None else in_place(checkpoint.average, checkpoint.params)
-    return params, checkpoint.state
+    if not averaged:
+        return checkpoint.params, checkpoint.state
+    if checkpoint.average is None:
+        note(f"ema.validation: {shown(path)} has no moving average, so these are its parameters")
+        return checkpoint.params, checkpoint.state
+    note("ema.validation: the weights are the moving average")
+    return in_place(checkpoint.average, checkpoint.params), checkpoint.state

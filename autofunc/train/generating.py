@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -13,11 +12,12 @@ from autofunc.config import FinetuneConfig
 from autofunc.data import TextTokenizer
 from autofunc.errors import AutofuncError, ConfigError
 from autofunc.generation import Sampling, check_request, generate
+from autofunc.progress_bar import counting, note
 from autofunc.train.evaluate import weights_of
 from autofunc.train.loop import build_pipe
 from autofunc.train.recipe import Recipe
 from autofunc.train.resume import source
-from autofunc.train.texts import TextsWanted, TokenBar, encoded, named_tokenizer, note, put_together, show
+from autofunc.train.texts import TextsWanted, encoded, named_tokenizer, put_together, show
 from autofunc.train.tokenizers import tokenizer_in
 from autofunc.train.watched import watched
 
@@ -56,17 +56,16 @@ def generate_texts(
         wanted: the prompts, and how tokens are chosen.
     """
     path = of_first(source(config.checkpoint, output_dir, writes=False))
-    if path is None and config.weights is None and is_first():
+    if path is None and config.weights is None:
         note("these are the weights that training begins with; others: --checkpoint.restore_from LATEST, --weights FOLDER")
     tokenizer = tokenizer_of(recipe, wanted.tokenizer)
     rows = encoded(tokenizer, wanted.prompts)
-    with watched(config.distributed), TokenBar(wanted.max_new_tokens) as bar:
+    with watched(config.distributed), counting("generating", "tokens", wanted.max_new_tokens) as advance:
         pipe = build_pipe(recipe, mesh)
         params, state = weights_of(path, recipe, pipe, device)
-        tell: Callable[[str], None] = note if is_first() else _silent
         made = generate(
-            pipe, params, rows, max_new_tokens=wanted.max_new_tokens, state=state, tell=tell,
-            on_step=bar.step if is_first() else None, **wanted.sampling,
+            pipe, params, rows, max_new_tokens=wanted.max_new_tokens, state=state, tell=note,
+            on_step=lambda _: advance(1), **wanted.sampling,
         )  # fmt: skip
     if is_first():
         show(put_together(tokenizer, wanted.prompts, rows, made), as_json=wanted.as_json)
@@ -87,7 +86,3 @@ def tokenizer_of(recipe: Recipe, named: str | None) -> TextTokenizer:
         f"generate needs a tokenizer, and the dataset ({type(recipe.dataset).__name__}) has none as its attribute "
         "tokenizer: give --tokenizer FOLDER, a name on the hub, or --tokenizer bytes"
     )
-
-
-def _silent(said: str) -> None:
-    """Of every rank but the first."""

@@ -15,6 +15,7 @@ from autofunc import tree
 from autofunc.automodel import write_pretrained
 from autofunc.checkpoint.write import of_first
 from autofunc.config import FinetuneConfig
+from autofunc.config.validations import spoken
 from autofunc.explain import explain
 from autofunc.schedule import write_file
 from autofunc.shown import literal, printable, size_in_words
@@ -156,7 +157,7 @@ def _announce(recipe: Recipe, mesh: DeviceMesh | None, device: torch.device, sho
         show(f"mesh: {recipe.axes}, {recipe.axes.num_processes} processes")
     show(f"data: {title(recipe.dataset)}")
     for section, dataset in recipe.validation_datasets.items():
-        show(f"{section.replace('_dataset', '').replace('_', ' ', 1)}: {title(dataset)}")
+        show(f"{spoken(section)}: {title(dataset)}")
 
 
 def _searched(

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from autofunc.engine.device_speed import peak_tflops
 from autofunc.errors import ModelError
 from autofunc.shown import size_in_words
 from autofunc.splitting.cost import count_operations
@@ -18,11 +19,6 @@ from autofunc.train.recipe import Recipe
 
 MEASURED = ("step_time_ms", "tokens_per_second", "rows_per_second", "mfu", "peak_memory_bytes", "bubble_fraction")
 """Of what a step is told by: what the machine decides, and no two runs have alike."""
-
-PEAK_TFLOPS = {
-    "H200": 989.5, "H100 PCIe": 756.0, "H100 NVL": 835.5, "H100": 989.5, "A100": 312.0,
-}  # fmt: skip
-"""Dense products in bf16, by what a GPU's name has in it; the first that fits counts."""
 
 _OF_A_STEP = 3
 """Operations of a step over those of its forward: a backward has two products for each of the forward's."""
@@ -102,10 +98,8 @@ def peak_flops(device: torch.device, given_tflops: float | None) -> float | None
         device: which.
         given_tflops: what the configuration says it is, in 1e12 a second.
     """
-    if given_tflops is not None:
-        return given_tflops * 1e12
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((peak * 1e12 for part, peak in PEAK_TFLOPS.items() if part in name), None)
+    tflops = peak_tflops(device) if given_tflops is None else given_tflops
+    return None if tflops is None else tflops * 1e12
 
 
 def peak_memory_bytes(device: torch.device) -> int:

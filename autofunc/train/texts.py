@@ -4,26 +4,19 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
 from autofunc.errors import ConfigError, DataError
-from autofunc.shown import literal, printable, quoted, shown
+from autofunc.shown import printable, quoted, shown
 
 if TYPE_CHECKING:
     from autofunc.data import TextTokenizer
 
 BYTES = "bytes"
 """The name of the tokenizer that takes the bytes of a text."""
-
-_SECONDS_BEFORE_BAR = 2.0
 
 
 @dataclass(frozen=True)
@@ -118,45 +111,3 @@ def show(texts: Sequence[MadeText], *, as_json: bool) -> None:
         return
     for each in texts:
         sys.stdout.write((printable(each.text, keep="\n\t") if sys.stdout.isatty() else each.text) + "\n")
-
-
-def note(said: str) -> None:
-    """A line beside the texts."""
-    Console(stderr=True).print(literal(f"note: {said}"), soft_wrap=True)
-
-
-class TokenBar:
-    """A bar on stderr, on terminals, when it takes longer than two seconds.
-
-    Args:
-        most: how many steps there may be.
-    """
-
-    def __init__(self, most: int) -> None:
-        self._console = Console(stderr=True)
-        columns = (
-            TextColumn("generating"),
-            BarColumn(bar_width=None),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(compact=True),
-        )
-        self._bar = Progress(*columns, console=self._console, transient=True)
-        self._task = self._bar.add_task("tokens", total=most)
-        self._began, self._is_shown = time.monotonic(), False
-
-    def __enter__(self) -> TokenBar:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:  # fmt: skip
-        if self._is_shown:
-            self._bar.stop()
-
-    def step(self, done: int) -> None:
-        """So many tokens are there."""
-        self._bar.update(self._task, completed=done)
-        late = time.monotonic() - self._began > _SECONDS_BEFORE_BAR
-        if late and not self._is_shown and self._console.is_terminal:
-            self._bar.start()
-            self._is_shown = True

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from tensordict import TensorDict
 
-from autofunc.config.validations import SECTION, measured_as
+from autofunc.config.validations import measured_as, spoken
 from autofunc.counted_rows import measured, weighed
 from autofunc.mesh import data_coordinate
 from autofunc.pipe import Pipeline
@@ -34,7 +34,7 @@ class Validated(NamedTuple):
     def said(self) -> str:
         """All of it as a line."""
         return ", ".join(
-            f"validation {section.removeprefix(SECTION).lstrip('_')}".rstrip() + f" {what}: {value:.4f}"
+            f"{spoken(section)} {what}: {value:.4f}"
             for section, values in self.by_section.items()
             for what, value in values.items()
         )

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import json
 import shutil
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
+from autofunc.automodel import hub
 from autofunc.data import ByteTokenizer
-from autofunc.train import texts
 from tests.cli.here import run_here
 from tests.cli.test_finetune import CONFIG
 
@@ -64,8 +62,9 @@ def test_weights_that_are_not_trained(trained: Path) -> None:
     assert done.status == 0 and "weights that training begins with" in done.err and "note" not in done.out
 
 
-def test_refused(trained: Path) -> None:
+def test_refused(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before anything is started, in one line."""
+    monkeypatch.setattr(hub, "_cached", list)
     shutil.copytree(trained / "runs" / "cfg" / "model", trained / "unlike", dirs_exist_ok=True)
     (trained / "rows.py").write_text("import torch\ndef rows(path, seq_len):\n    x = torch.arange(17)\n"
                                      "    return [{'input_ids': x[:-1], 'labels': x[1:]}] * 16\n")  # fmt: skip
@@ -80,6 +79,7 @@ def test_refused(trained: Path) -> None:
         ((*LATEST, *PROMPTS, "--top-p", "2"), "top_p=2.0"),
         ((*LATEST, *PROMPTS, "--tokenizer", "nowhere"), "--tokenizer: tokenizer 'nowhere' cannot be loaded"),
         ((*folder, *PROMPTS), "unlike has no tokenizer. Give --tokenizer FOLDER"),
+        (("--model", "nowhere/at/all", *PROMPTS), "; no model is cached"),
         ((*folder, *PROMPTS, "--step_scheduler.max_steps", "2"), "takes no keys of a configuration"),
         (("-c", "cfg.yaml", *ROWS_WITHOUT, *PROMPTS),
          "has none as its attribute tokenizer: give --tokenizer"),
@@ -87,17 +87,4 @@ def test_refused(trained: Path) -> None:
     for words, said in cases:
         done = run_here(trained, "generate", *words)
         assert done.status == 2 and said in done.err.replace("\n", " ") and not done.out, (words, done)
-        assert "Traceback" not in done.err
-
-
-def test_the_bar_comes_late(monkeypatch: pytest.MonkeyPatch) -> None:
-    seconds = [0.0]
-    monkeypatch.setattr(texts.time, "monotonic", lambda: seconds[0])
-    for is_terminal, after, shown in ((True, 1.0, False), (True, 3.0, True), (False, 3.0, False)):
-        written, seconds[0] = io.StringIO(), 0.0
-        console = Console(file=written, force_terminal=is_terminal, no_color=True, width=80)
-        monkeypatch.setattr(texts, "Console", lambda *_, console=console, **__: console)
-        with texts.TokenBar(10) as bar:
-            seconds[0] = after
-            bar.step(4)
-        assert ("4/10" in written.getvalue()) is shown
+        assert "Traceback" not in done.err and ".. " not in done.err

@@ -70,9 +70,13 @@ def test_it_is_validated(run: Path) -> None:
     loss = made["cross_entropy"](outputs, {"labels": torch.stack([row["labels"] for row in rows])}).item()
     assert validation_losses(run / "out")[8] == pytest.approx(loss, rel=1e-6)
     words = "evaluate", "-c", "run.yaml", "--checkpoint.restore_from", "LATEST", "--json"
-    assert json.loads(run_here(run, *words).out)["validation_loss"] == pytest.approx(loss, rel=1e-6)
-    of_last = json.loads(run_here(run, *words, "--ema.validation", "false").out)["validation_loss"]
-    assert of_last != pytest.approx(loss, rel=1e-6)
+    done = run_here(run, *words)
+    assert json.loads(done.out)["validation_loss"] == pytest.approx(loss, rel=1e-6)
+    assert "note: ema.validation: the weights are the moving average" in done.err
+    of_last = run_here(run, *words, "--ema.validation", "false")
+    assert json.loads(of_last.out)["validation_loss"] != pytest.approx(loss, rel=1e-6) and not of_last.err
+    by_name = run_here(run, *words[:3], "--weights", "out/model_ema.safetensors")
+    assert "weights: out/model_ema.safetensors" in by_name.out and f"validation loss: {loss:.4f}" in by_name.out
 
 
 def test_a_run_goes_on_with_it(folder: Path) -> None:
@@ -88,6 +92,8 @@ def test_a_checkpoint_without_one(folder: Path) -> None:
     begin = "--ema", "null", "--output_dir", "none", "--step_scheduler.max_steps", "2"
     assert run_here(folder, *WORDS[:4], *begin).status == 0
     assert not (folder / "none" / "model_ema.safetensors").exists()
+    at = "-c", "run.yaml", "--checkpoint.restore_from", "none/checkpoints/step_2"
+    assert "none/checkpoints/step_2 has no moving average, so these are its" in run_here(folder, "evaluate", *at).err
     done = run_here(folder, *WORDS, "none/checkpoints/step_2", "--output_dir", "more", "--step_scheduler.max_steps", "4")
     assert done.status == 0, done.err
     assert "ema: none/checkpoints/step_2 has no average, so it begins with the parameters of step 2" in " ".join(

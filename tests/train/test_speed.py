@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from autofunc.engine import device_speed
 from autofunc.errors import ModelError
 from autofunc.train import speed
 from tests.cli.here import run_here
@@ -38,7 +39,7 @@ def test_every_step_tells_its_speed(tmp_path: Path) -> None:
 def test_peaks_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     names = {"NVIDIA H100 PCIe": 756e12, "NVIDIA H100 80GB HBM3": 989.5e12, "NVIDIA A100-SXM4-80GB": 312e12, "Other": None}
     for name, peak in names.items():
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _, name=name: name)
+        monkeypatch.setattr(device_speed, "_name_of", lambda _, name=name: name)
         assert speed.peak_flops(torch.device("cuda", 0), None) == peak
         assert speed.peak_flops(torch.device("cuda", 0), 2.0) == 2e12, "what is given counts"
 

@@ -13,10 +13,11 @@ import yaml
 import autofunc as af
 from autofunc.batch import COUNTS
 from autofunc.checkpoint import read_extra
-from autofunc.config.validations import leading
+from autofunc.config.validations import leading, spoken
 from autofunc.counted_rows import measured
 from autofunc.errors import BatchError, ConfigError
 from autofunc.metrics import accuracy
+from autofunc.train.curves import _losses
 from autofunc.train.early_stopping import EarlyStopping, Patience
 from tests.cli.here import run_here
 from tests.cli.test_finetune import CONFIG
@@ -209,3 +210,10 @@ def test_rows_that_do_not_count_are_not_measured() -> None:
     assert weight == 0 and not any(each.any() for each in aux.values())
     with pytest.raises(BatchError, match="'labels' has shape"):
         accuracy(logits, {"labels": labels[0]})
+
+
+def test_sections_are_spoken_of_alike() -> None:
+    names = {"validation_dataset": "validation", "validation_dataset_a_dataset": "validation a_dataset"}
+    assert {section: spoken(section) for section in names} == names
+    curves = [curve.label for curve in _losses(names)]
+    assert curves == list(names.values())
