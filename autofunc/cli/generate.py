@@ -35,7 +35,7 @@ def generate_from_folder(folder: str, num_ranks: int, wanted: TextsWanted) -> No
         classes: Any = AutoModel  # which mypy takes for a function, since it is never built
         pretrained = classes.from_pretrained(folder)
         tokenizer = _tokenizer(folder, wanted.tokenizer)
-        rows = encoded(tokenizer, wanted.prompts)
+        rows = encoded(tokenizer.prompt, wanted.prompts)
         model = af.from_module(pretrained, {"input_ids": torch.zeros((1, 8), dtype=torch.long)})
         schedule = af.schedule.build("gpipe", num_ranks=num_ranks, num_microbatches=num_ranks)
         pipe = af.pipeline(af.split(model, num_ranks), schedule)

@@ -46,6 +46,10 @@ class Tokenizer(Protocol):
 class TextTokenizer(Tokenizer, Protocol):
     """What generating needs of one."""
 
+    def prompt(self, text: str) -> Sequence[int]:
+        """Token ids of a text to go on with, after the special tokens that the tokenizer itself begins one with."""
+        ...
+
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of some token ids, without special tokens."""
         ...
@@ -62,6 +66,10 @@ class ByteTokenizer:
     def encode(self, text: str) -> Sequence[int]:
         """The UTF-8 bytes of the text; lone surrogates, as from `surrogateescape`, give their bytes back."""
         return text.encode("utf-8", errors="surrogateescape")
+
+    def prompt(self, text: str) -> Sequence[int]:
+        """The same as `encode`: no byte is special."""
+        return self.encode(text)
 
     def spans(self, text: str, special: bool) -> Spans:
         """See `Tokenizer.spans`: each byte stands for its character."""
@@ -124,6 +132,11 @@ class HuggingFaceTokenizer:
         """See `Tokenizer.encode`."""
         ids: Sequence[int] = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return ids
+
+    def prompt(self, text: str) -> Sequence[int]:
+        """See `TextTokenizer.prompt`. A token that ends texts is left out at the end: nothing follows it."""
+        ids: list[int] = self._tokenizer(text, verbose=False)["input_ids"]
+        return ids[:-1] if ids and ids[-1] == self._tokenizer.eos_token_id else ids
 
     def spans(self, text: str, special: bool) -> Spans:
         """See `Tokenizer.spans`.

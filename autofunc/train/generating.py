@@ -33,7 +33,7 @@ def check_texts(recipe: Recipe, wanted: TextsWanted) -> None:
         raise ConfigError(f"generate runs on pp ranks only, and this run has {axes}: give --dp_size 1 --tp_size 1")
     try:
         Sampling(**wanted.sampling)
-        rows = encoded(tokenizer_of(recipe, wanted.tokenizer), wanted.prompts)
+        rows = encoded(tokenizer_of(recipe, wanted.tokenizer).encode, wanted.prompts)
         check_request(recipe.model, rows, wanted.max_new_tokens)
     except ConfigError:
         raise
@@ -59,7 +59,7 @@ def generate_texts(
     if path is None and config.weights is None:
         note("these are the weights that training begins with; others: --checkpoint.restore_from LATEST, --weights FOLDER")
     tokenizer = tokenizer_of(recipe, wanted.tokenizer)
-    rows = encoded(tokenizer, wanted.prompts)
+    rows = encoded(tokenizer.encode, wanted.prompts)
     with watched(config.distributed), counting("generating", "tokens", wanted.max_new_tokens) as advance:
         pipe = build_pipe(recipe, mesh)
         params, state = weights_of(path, recipe, pipe, device)

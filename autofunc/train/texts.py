@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -81,13 +81,17 @@ def named_tokenizer(name: str) -> TextTokenizer:
         raise ConfigError(f"--tokenizer: {error}") from error
 
 
-def encoded(tokenizer: TextTokenizer, prompts: Sequence[str]) -> list[list[int]]:
+def encoded(encode: Callable[[str], Sequence[int]], prompts: Sequence[str]) -> list[list[int]]:
     """Token ids of each prompt.
+
+    Args:
+        encode: of a tokenizer: `encode`, as runs learn texts, or `prompt`, with special tokens before.
+        prompts: not empty.
 
     Raises:
         ConfigError: for a prompt without tokens.
     """
-    rows = [list(tokenizer.encode(prompt)) for prompt in prompts]
+    rows = [list(encode(prompt)) for prompt in prompts]
     for prompt, row in zip(prompts, rows, strict=True):
         if not row:
             raise ConfigError(f"--prompt {quoted(prompt)} has no tokens; give it a character at least")
