@@ -35,8 +35,7 @@ FULL = [pytest.mark.full]  # a compiled kernel costs about a second
     ("model_name", "name", "remat", "key"),
     [
         *(pytest.param("gpt2", name, None, None, marks=[] if name == "zbv" else FULL) for name in af.schedule.names()),
-        ("mlp", "1f1b", "layer", (3, 5)),
-        pytest.param("mlp", "zb_h1", "layer", (3, 5), marks=FULL),
+        *(pytest.param("mlp", name, "layer", (3, 5), marks=FULL) for name in ("1f1b", "zb_h1")),
     ],
 )
 def test_close_to_the_oracle(model_name: str, name: str, remat: str | None, key: Any) -> None:

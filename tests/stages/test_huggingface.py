@@ -82,7 +82,8 @@ def test_weights_from_files(family: Family, tmp_path: Path) -> None:
     "name", [name for name in FAMILIES if name not in ("mistral", "llama linear")]
 )  # these are "llama"
 @pytest.mark.parametrize(
-    ("schedule", "ranks", "engine"), [("1f1b", 2, "eager"), ("1f1b", 3, "graph"), ("zb_h1", 4, "graph")]
+    ("schedule", "ranks", "engine"),
+    [("1f1b", 2, "eager"), ("zb_h1", 4, "graph"), pytest.param("1f1b", 3, "graph", marks=pytest.mark.full)],
 )
 def test_a_pipeline_equals_the_plain_loop(name: str, schedule: str, ranks: int, engine: str) -> None:
     family = FAMILIES[name]
