@@ -91,6 +91,8 @@ def _files_of(path: Path) -> dict[Path, set[str] | None]:
             refuse_adapter(path)
             return {path / SINGLE: None} if name == SINGLE else dict(shards(path / INDEX))
     if is_folder(path):
+        for folder in (path, *filter(is_folder, sorted(path.iterdir()))):  # a run leaves its adapter in a folder
+            refuse_adapter(folder)
         found = some_of(sorted(each.name for each in path.iterdir()), 12) or "nothing"
         raise ModelError(f"{shown(path)} has neither {SINGLE} nor {INDEX}; it has {found}")
     raise ModelError(f"no weights at {shown(path)}: expected a .safetensors file, or a folder with {SINGLE} or {INDEX}")
@@ -138,7 +140,8 @@ def refuse_adapter(folder: Path) -> None:
     raise ModelError(
         f"{shown(folder)} has {ADAPTER}: adapters of PEFT for {quoted(base) if base else 'a model it does not name'}, and "
         "nothing outside of a folder is read. Merge them into that model (merge_and_unload() and save_pretrained() of "
-        f"PEFT) and name the folder of the result; a model beside {ADAPTER} is read without adapters once that is gone"
+        f"PEFT; autofunc export for those of a run) and name the folder of the result; a model beside {ADAPTER} is read "
+        "without adapters once that is gone"
     )
 
 
