@@ -227,10 +227,14 @@ def run_once(kind: str, layout: str, draw: random.Random) -> Outcome:
             _end(run, Path(folder), mark, (fault.whom, rank), name, draw.uniform(0.2, 2.0), processes)
         try:
             said, _ = run.communicate(timeout=120)
+            hangs = ""
         except subprocess.TimeoutExpired:
+            hangs = f"it hangs; signal {name or 'none'}"
             run.kill()
-            said = "it hangs"
-        wrong = _wrong(fault, said, run.returncode, {"rank": rank, "step": step, "microbatch": microbatch, "signal": name})
+            said, _ = run.communicate()
+        wrong = hangs or _wrong(
+            fault, said, run.returncode, {"rank": rank, "step": step, "microbatch": microbatch, "signal": name}
+        )
         left = _left(mark, time.monotonic() + LEFT_SECONDS)
         if left:
             wrong += f"; {len(left)} processes are left"
@@ -302,6 +306,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--show", action="store_true", help="what each run says, right or wrong")
     options = parser.parse_args()
+    for number in (
+        signal.SIGINT,
+        signal.SIGHUP,
+    ):  # which a shell has its background ignore, and so would all that is started
+        signal.signal(number, signal.SIG_DFL)
     draw, console = random.Random(options.seed), Console()
     planned = [(kind, layout) for kind in options.only for layout in options.layouts for _ in range(options.times)]
     outcomes = []

@@ -23,8 +23,8 @@ def run_worker(work: Callable[[], None]) -> None:
     """Run a worker's part. Its exception is recorded for the launcher, which shows it once, and ends the process."""
     from torch.distributed.elastic.multiprocessing.errors import record
 
-    # As SIGTERM does. A KeyboardInterrupt that is raised in a weak reference's callback is printed, and the run goes on.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it was started to ignore it, as by nohup
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a KeyboardInterrupt in a weak reference's callback ends nothing
     parent, positions = os.environ.get(PARENT), positions_file()
     if parent is not None:
         threading.Thread(target=_end_with, args=(int(parent),), daemon=True).start()
@@ -33,6 +33,7 @@ def run_worker(work: Callable[[], None]) -> None:
     try:
         record(_without_exit(work))()
     except KeyboardInterrupt:  # raised by what it runs
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGINT)  # whoever waits for this process sees what ended it
     except Exception as error:
         if not is_recorded():  # nobody else tells
