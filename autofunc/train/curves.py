@@ -64,6 +64,7 @@ def draw_curves(metrics: Path, validations: Iterable[str] = (SECTION,)) -> bytes
         if curves:
             axes.legend()
     columns[-1].set_xlabel("step")
+    columns[-1].xaxis.get_major_locator().set_params(integer=True)
     made = io.BytesIO()
     figure.savefig(made, format="png")
     return made.getvalue()
