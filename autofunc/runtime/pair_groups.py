@@ -105,15 +105,19 @@ def disconnect(pp_group: dist.ProcessGroup, user: Any) -> None:
     for key, group in list(known.groups.items()):
         group.users.discard(user)
         if not group.users:
-            known.groups.pop(key).backend.shutdown()
+            _shut_down(key[1], known.groups.pop(key))
 
 
 def disconnect_all() -> None:
-    """Shut down all that this process is connected by. All ranks call it, with nothing under way."""
+    """Shut down all communicators of NCCL. All ranks call it, with nothing under way. Groups of gloo go with the pp group."""
     for known in list(_known.values()):
-        for group in known.groups.values():
-            group.backend.shutdown()
-        known.groups.clear()
+        for key in [key for key in known.groups if key[1].type == "cuda"]:
+            _shut_down(key[1], known.groups.pop(key))
+
+
+def _shut_down(device: torch.device, group: _Group) -> None:
+    if device.type == "cuda":  # a group of gloo ends when nobody holds it
+        group.backend.shutdown()
 
 
 def _made(
