@@ -109,7 +109,7 @@ def disconnect(pp_group: dist.ProcessGroup, user: Any) -> None:
 
 
 def disconnect_all() -> None:
-    """Shut down all communicators of NCCL. All ranks call it, with nothing under way. Those of gloo go with the pp group."""
+    """Shut down all communicators of NCCL. All ranks call it, with nothing under way. Groups of gloo end by themselves."""
     for known in list(_known.values()):
         for key in [key for key in known.groups if key[1].type == "cuda"]:
             _shut_down(key[1], known.groups.pop(key))
