@@ -19,14 +19,14 @@ _SECONDS_UNSEEN = 2.0
 _SECONDS_BETWEEN_LINES = 10.0
 
 
-def is_first() -> bool:
-    """Whether this process is the first of a run, or the only one."""
+def _is_shown() -> bool:
+    """Whether this process is the first of a run, or the only one: known before there is a process group."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def say(text: str) -> None:
     """A line on the error output, of the first process."""
-    if is_first():
+    if _is_shown():
         CONSOLE.print(literal(text), soft_wrap=True)
 
 
@@ -54,7 +54,7 @@ def counting(what: str, unit: str, total: int | None = None) -> Iterator[Callabl
         TextColumn("{task.fields[said]}"),
         TimeRemainingColumn(compact=True),
     )
-    with Progress(*columns, console=CONSOLE, transient=True, disable=not is_first() or not CONSOLE.is_terminal) as bar:
+    with Progress(*columns, console=CONSOLE, transient=True, disable=not _is_shown() or not CONSOLE.is_terminal) as bar:
         task = bar.add_task(shown(what, 60), total=total, visible=False, said="")
 
         def advance(more: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -59,7 +58,7 @@ class ChatDataset(InstructionRows):
     ) -> None:
         check_at_least_one("ChatDataset", limit_dataset_samples=limit_dataset_samples)
         try:
-            tables = Tables(path_or_dataset_id, split, name)
+            tables = Tables(path_or_dataset_id, split, name, limit=limit_dataset_samples)
             made_by = HuggingFaceTokenizer(tokenizer, template_of(chat_template))
             if made_by.chat_template is None:
                 raise DataError(
@@ -67,14 +66,11 @@ class ChatDataset(InstructionRows):
                 )
 
             def make() -> Iterator[Example]:
-                for where, row in itertools.islice(tables.rows(["messages"]), limit_dataset_samples):
+                for where, row in tables.rows(["messages"]):
                     messages, tools = (_parsed(where, row.get(column)) for column in ("messages", "tools"))
                     yield conversation(where, messages_of(where, messages), made_by, tools or None, answer_only_loss_mask)
 
-            key = {
-                "made by": f"chat {_VERSION}", "content": tables.content(), "limit": limit_dataset_samples,
-                "answers": answer_only_loss_mask,
-            }  # fmt: skip
+            key = {"made by": f"chat {_VERSION}", **tables.key(), "answers": answer_only_loss_mask}
             examples = examples_of("chat", str(tables), key, made_by, make)
         except DataError as error:
             raise DataError(f"ChatDataset: {error}") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -63,7 +62,7 @@ class ColumnMappedTextInstructionDataset(InstructionRows):
         check_at_least_one(cls, limit_dataset_samples=limit_dataset_samples)
         try:
             _check_mapping(column_mapping)
-            tables = Tables(path_or_dataset_id, split, name)
+            tables = Tables(path_or_dataset_id, split, name, limit=limit_dataset_samples)
             made_by = load_tokenizer(tokenizer)
             template = getattr(made_by, "chat_template", None)
             if use_hf_chat_template and template is None:
@@ -71,7 +70,7 @@ class ColumnMappedTextInstructionDataset(InstructionRows):
             renders = template is not None and use_hf_chat_template is not False
 
             def make() -> Iterator[Example]:
-                for where, row in itertools.islice(tables.rows(list(column_mapping.values())), limit_dataset_samples):
+                for where, row in tables.rows(list(column_mapping.values())):
                     parts = {part: text_of(where, column, row[column]) for part, column in column_mapping.items()}
                     if renders:
                         assert isinstance(made_by, HuggingFaceTokenizer)
@@ -80,8 +79,8 @@ class ColumnMappedTextInstructionDataset(InstructionRows):
                         yield _joined(parts, made_by, answer_only_loss_mask)
 
             key = {
-                "made by": f"columns {_VERSION}", "content": tables.content(), "limit": limit_dataset_samples,
-                "columns": dict(column_mapping), "answers": answer_only_loss_mask, "renders": renders,
+                "made by": f"columns {_VERSION}", **tables.key(), "columns": dict(column_mapping),
+                "answers": answer_only_loss_mask, "renders": renders,
             }  # fmt: skip
             examples = examples_of("instructions", str(tables), key, made_by, make)
         except DataError as error:

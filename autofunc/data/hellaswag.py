@@ -6,7 +6,6 @@ Source: Zellers et al., "HellaSwag: Can a Machine Really Finish Your Sentence?",
 from __future__ import annotations
 
 import ast
-import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -62,12 +61,12 @@ class HellaSwag(Dataset[dict[str, Tensor]]):
         self.tokenizer = load_tokenizer(tokenizer)
 
         def make() -> Iterator[Example]:
-            for where, row in itertools.islice(tables.rows(_COLUMNS), num_samples_limit):
+            for where, row in tables.rows(_COLUMNS):
                 yield self._encode(where, row)
 
         try:
-            tables = Tables(path_or_dataset, split)
-            key = {"made by": f"HellaSwag {_VERSION}", "content": tables.content(), "limit": num_samples_limit}
+            tables = Tables(path_or_dataset, split, limit=num_samples_limit)
+            key = {"made by": f"HellaSwag {_VERSION}", **tables.key()}
             self._examples = examples_of("hellaswag", str(tables), key, self.tokenizer, make)
         except DataError as error:
             said = str(error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,16 @@ class Tables:
             hub name.
         split: of a folder or of the hub; a file has one only.
         subset: of a dataset of the hub that has several.
+        limit: take the first rows only.
 
     Raises:
         DataError: for what is not there.
     """
 
-    def __init__(self, of: str | Sequence[str], split: str, subset: str | None = None) -> None:
-        self._of, self._split, self._subset = of, split, subset
+    def __init__(
+        self, of: str | Sequence[str], split: str, subset: str | None = None, *, limit: int | None = None
+    ) -> None:  # fmt: skip
+        self._of, self._split, self._subset, self._limit = of, split, subset, limit
         self.files: list[Path] = []
         self._table: Any = None
         for each in [of] if isinstance(of, str) else of:
@@ -51,18 +55,19 @@ class Tables:
     def __str__(self) -> str:
         return shown(self._of) if isinstance(self._of, str) else f"{len(self.files)} files"
 
-    def content(self) -> list[str]:
-        """What it holds, for a key of a cache.
+    def key(self) -> dict[str, Any]:
+        """What the rows are, for a cache.
 
         Raises:
             DataError: for what is no file of tables.
         """
         for file in self.files:
             check_plain(file)
-        return content_of(self.files) if self._table is None else [str(self._table._fingerprint)]
+        content = content_of(self.files) if self._table is None else [str(self._table._fingerprint)]
+        return {"content": content, "limit": self._limit}
 
     def rows(self, columns: Sequence[str]) -> Iterator[Located]:
-        """All rows in order, each with where it is.
+        """The rows in order, each with where it is.
 
         Args:
             columns: that each must have.
@@ -70,6 +75,9 @@ class Tables:
         Raises:
             DataError: naming the row that cannot be read, or lacks a column.
         """
+        return itertools.islice(self._all(columns), self._limit)
+
+    def _all(self, columns: Sequence[str]) -> Iterator[Located]:
         for file in self.files:
             yield from read_table(file, columns)
         if self._table is not None:

@@ -113,9 +113,8 @@ def weights_of(
     """
     if path is None:
         return pipe.init(recipe.init_seed, device), pipe.init_state(device)
-    averaged = recipe.ema is not None and recipe.ema.validation
-    checkpoint = load(path, pipe, device=device, average=averaged)
-    if not averaged:
+    checkpoint = load(path, pipe, device=device, average=recipe.validates_average)
+    if not recipe.validates_average:
         return checkpoint.params, checkpoint.state
     if checkpoint.average is None:
         note(f"ema.validation: {shown(path)} has no moving average, so these are its parameters")

@@ -88,6 +88,11 @@ class Recipe:
         """A batch of the dataset's first rows, as many as a data parallel rank has: to measure on."""
         return first_rows(self.dataset, self.rows // self.axes.dp)
 
+    @property
+    def validates_average(self) -> bool:
+        """Whether what is validated is the moving average of the parameters."""
+        return self.ema is not None and self.ema.validation
+
     def microbatch(self, key: tuple[int, int]) -> Microbatch:
         """The first microbatch of `example`, in the step of this (seed, step)."""
         name, count = self.model.key_name, self.schedule.num_microbatches

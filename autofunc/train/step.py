@@ -40,8 +40,7 @@ class Trained:
 
 def validated_params(recipe: Recipe, now: Trained) -> TensorDict:
     """What is validated: the parameters, or their average where that is wanted."""
-    wanted = recipe.ema is not None and recipe.ema.validation
-    return in_place(now.average, now.params) if wanted and now.average is not None else now.params
+    return in_place(now.average, now.params) if recipe.validates_average and now.average is not None else now.params
 
 
 class Taken(NamedTuple):
