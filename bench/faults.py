@@ -1,11 +1,13 @@
 """Plant faults in training runs of several processes, and look at what is said of them and at what is left.
 
     python bench/faults.py                      # every kind on both layouts, three times each
-    python bench/faults.py --times 20           # takes hours
+    python bench/faults.py --times 20           # takes an hour and a half on two idle cores
+    python bench/faults.py --times 20 --beside 6  # several at a time, where there are cores for them
     python bench/faults.py --only hang_layer kill_worker --layouts pp2
 
 A run is right when its message names the place of the fault, its exit status is that of a failure, no process of it is left
-after ten seconds, and no file or socket in the folder for temporary files.
+after ten seconds, and no file or socket in the folder for temporary files. Of one that hangs the stacks of all its processes
+are shown.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -215,7 +218,7 @@ def run_once(kind: str, layout: str, draw: random.Random) -> Outcome:
         mark = f"{os.getpid()}-{time.monotonic_ns()}"
         environment = {
             **os.environ, MARK: mark, "FAULT": f"{planted}:{rank}:{step}:{microbatch}", "TMPDIR": str(temporary),
-            "NO_COLOR": "1",
+            "NO_COLOR": "1", "PYTHONFAULTHANDLER": "1",
         }  # fmt: skip
         began = time.monotonic()
         run = subprocess.Popen(
@@ -230,8 +233,7 @@ def run_once(kind: str, layout: str, draw: random.Random) -> Outcome:
             hangs = ""
         except subprocess.TimeoutExpired:
             hangs = f"it hangs; signal {name or 'none'}"
-            run.kill()
-            said, _ = run.communicate()
+            said = _stacks(run, mark, Path(folder))
         wrong = hangs or _wrong(
             fault, said, run.returncode, {"rank": rank, "step": step, "microbatch": microbatch, "signal": name}
         )
@@ -244,6 +246,26 @@ def run_once(kind: str, layout: str, draw: random.Random) -> Outcome:
         if remains:
             wrong += f"; files are left: {', '.join(remains)}"
         return Outcome(kind, layout, wrong, time.monotonic() - began, said)
+
+
+def _stacks(run: subprocess.Popen[str], mark: str, folder: Path) -> str:
+    """End the processes of a run that hangs, and return what it has said, with the stacks of each: SIGABRT writes them."""
+    by_name = sorted(_processes(mark), key=lambda process: process[1], reverse=True)
+    for pid, _ in by_name:
+        if pid != run.pid:
+            os.kill(pid, signal.SIGABRT)
+            time.sleep(0.2)  # what they write does not mix
+    if run.poll() is None:
+        run.send_signal(signal.SIGABRT)
+    try:
+        said, _ = run.communicate(timeout=LEFT_SECONDS)
+    except subprocess.TimeoutExpired:  # a process that ignores it keeps the pipe open
+        run.kill()
+        for pid, _ in _processes(mark):
+            os.kill(pid, signal.SIGKILL)
+        said, _ = run.communicate()
+    logs = [f"{path.name}:\n{path.read_text(errors='replace')[-6000:]}" for path in sorted(folder.rglob("rank_*.log"))]
+    return "\n".join([f"processes: {by_name}", said, *logs])
 
 
 def _wrong(fault: Kind, said: str, status: int, values: dict[str, object]) -> str:
@@ -304,6 +326,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=KINDS, default=list(KINDS), metavar="KIND", help=", ".join(KINDS))
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), metavar="LAYOUT")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--beside", type=int, default=1, help="how many runs at a time (default 1)")
     parser.add_argument("--show", action="store_true", help="what each run says, right or wrong")
     options = parser.parse_args()
     for number in (
@@ -311,13 +334,20 @@ def main() -> None:
         signal.SIGHUP,
     ):  # which a shell has its background ignore, and so would all that is started
         signal.signal(number, signal.SIG_DFL)
-    draw, console = random.Random(options.seed), Console()
-    planned = [(kind, layout) for kind in options.only for layout in options.layouts for _ in range(options.times)]
+    console = Console()
+    planned = [
+        (kind, layout, number) for kind in options.only for layout in options.layouts for number in range(options.times)
+    ]
     outcomes = []
-    for kind, layout in track(planned, console=console, description="faults"):
-        outcomes.append(outcome := run_once(kind, layout, draw))
-        if outcome.wrong or options.show:
-            console.print(f"{kind} on {layout}: {outcome.wrong}\n{outcome.said[-3000:]}", markup=False, highlight=False)
+    with ThreadPoolExecutor(options.beside) as runs:
+        each = runs.map(lambda one: run_once(one[0], one[1], random.Random(f"{options.seed}: {one}")), planned)
+        for outcome in track(each, total=len(planned), console=console, description="faults"):
+            outcomes.append(outcome)
+            if outcome.wrong or options.show:
+                shown = outcome.said[-20_000:] if "hangs" in outcome.wrong else outcome.said[-3000:]
+                console.print(
+                    f"{outcome.kind} on {outcome.layout}: {outcome.wrong}\n{shown}", markup=False, highlight=False
+                )
     table = Table("fault", *options.layouts, "seconds, median")
     for kind in options.only:
         of_kind = [outcome for outcome in outcomes if outcome.kind == kind]
