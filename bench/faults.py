@@ -6,8 +6,8 @@
     python bench/faults.py --only hang_layer kill_worker --layouts pp2
 
 A run is right when its message names the place of the fault, its exit status is that of a failure, no process of it is left
-after ten seconds, and no file or socket in the folder for temporary files. Of one that hangs the stacks of all its processes
-are shown.
+after ten seconds, and no file or socket in the folder for temporary files. Of one that hangs, the stacks of all its
+processes are shown.
 """
 
 from __future__ import annotations
