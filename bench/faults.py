@@ -340,8 +340,8 @@ def main() -> None:
     ]
     outcomes = []
     with ThreadPoolExecutor(options.beside) as runs:
-        each = runs.map(lambda one: run_once(one[0], one[1], random.Random(f"{options.seed}: {one}")), planned)
-        for outcome in track(each, total=len(planned), console=console, description="faults"):
+        done = runs.map(lambda one: run_once(one[0], one[1], random.Random(f"{options.seed}: {one}")), planned)
+        for outcome in track(done, total=len(planned), console=console, description="faults"):
             outcomes.append(outcome)
             if outcome.wrong or options.show:
                 shown = outcome.said[-20_000:] if "hangs" in outcome.wrong else outcome.said[-3000:]
