@@ -80,7 +80,9 @@ class Pipeline(Held):
         self._step_number = 0  # of the last step
         self._weight_check = WeightCheck()
         pools = {rank: SlotPool() for rank in self.local_ranks}
-        self._blueprint = Blueprint(self.stages, schedule, loss, options, self._parameters, pools, merge)
+        self._blueprint = Blueprint(
+            self.stages, schedule, loss, options, self._parameters, pools, merge, transfers.sends_block
+        )
         self._plans = Plans(self._blueprint, self._group, self._ranks, transfers)
         self._observe = observe_as(os.environ)
 

@@ -53,7 +53,7 @@ def pipeline(
             also move part of W's work into I. A microbatch has two forwards at most. The eager engine runs the whole
             stage again in either case.
         memory_budget: for "auto": bytes of values that may be alive on a rank, as `schedule.live_bytes` counts them.
-        transfers: how values between pp ranks share a GPU with what it computes, see `af.Transfers`.
+        transfers: how values travel between pp ranks, and share a GPU with what it computes, see `af.Transfers`.
         sharding: how parameters and work are shared over the dp and tp axes of the mesh, and in what precision.
         batch_dims: which dim of a batch entry holds the rows, or None for entries that every microbatch gets whole; one
             number is for all entries. Without it, what may be meant otherwise is refused, see `autofunc.row_dims.row_dims`.

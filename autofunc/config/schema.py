@@ -61,12 +61,15 @@ class MixedPrecision(Section):
 
 
 class TransferSection(Section):
-    """How values between pipeline ranks share a GPU with what it computes; without effect on CPU."""
+    """How values travel between pipeline ranks, and share a GPU with what it computes."""
 
     max_ctas: Annotated[int, Field(ge=1, le=64)] | None = Field(
         None, description="blocks of a GPU that a transfer may use at most; by default NCCL decides"
     )
     high_priority: bool = Field(False, description="run transfers on streams of high priority")
+    sends_block: bool = Field(
+        False, description="post receives such that steps end even where a send waits until its receive is posted"
+    )
 
 
 class Distributed(Section):

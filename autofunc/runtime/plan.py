@@ -97,6 +97,7 @@ class Blueprint:
     parameters: Parameters  # how this process holds them
     pools: Mapping[int, SlotPool]  # by local pp rank
     merge: bool = True  # whether lowering makes one B of an I and a W that are adjacent
+    sends_block: bool = False  # whether a send keeps its rank until the receive is posted
 
 
 def build_plan(
@@ -180,8 +181,9 @@ def _lowered(blueprint: Blueprint, mode: Mode, edges: Sequence[Edge], num_microb
         unshard_ahead=parameters.sharding.prefetch,
         reduce_grads=parameters.has_reduce_actions,
         merge=blueprint.merge,
+        sends_block=blueprint.sends_block,
     )
-    validate(lowered, edges)
+    validate(lowered, edges, blueprint.sends_block)
     return lowered
 
 

@@ -167,7 +167,7 @@ def prepare(
         stages=tuple(stages),
         axes=axes,
         sharding=sharding,
-        transfers=Transfers(config.distributed.transfers.max_ctas, config.distributed.transfers.high_priority),
+        transfers=Transfers(**config.distributed.transfers.model_dump()),
         schedule=schedule,
         searches=searches,
         search_budget=search_budget if searches else None,

@@ -18,7 +18,7 @@ from autofunc.schedule.limits import check_sizes
 from autofunc.shown import quoted
 
 
-def validate(schedule: Schedule, edges: Sequence[Edge] | None = None) -> None:
+def validate(schedule: Schedule, edges: Sequence[Edge] | None = None, sends_block: bool = False) -> None:
     """Check a schedule, in compute form or lowered.
 
     Every (stage, microbatch) runs F once and either B once or I and W once, on the rank its stage is placed on and in
@@ -32,6 +32,8 @@ def validate(schedule: Schedule, edges: Sequence[Edge] | None = None) -> None:
     Args:
         schedule: what to check.
         edges: connections between stages; a chain by default.
+        sends_block: whether it is to end as well where a rank that sends does nothing else until the receive is posted.
+            For lowered schedules, see `lower`.
 
     Raises:
         ScheduleError: naming rank, position and action, with the grid and the action marked.
@@ -47,7 +49,7 @@ def validate(schedule: Schedule, edges: Sequence[Edge] | None = None) -> None:
     if schedule.is_lowered:
         _check_transfers(network)
     check_residency(schedule)
-    walk(network, at_no_time(network))
+    walk(network, at_no_time(network), sends_block)
 
 
 def _check_ranges(schedule: Schedule, rank: int, table: npt.NDArray[np.int32]) -> None:

@@ -2,7 +2,8 @@
 
 Each rank runs its row in order. An action runs once every value it reads is on its rank. In compute form a value travels
 as soon as it is made; in lowered form once both its SEND and its RECV have been posted. Posting never blocks, so this is
-exactly execution with zero buffering. All ranks take one step at a time, together: the cost of a step is that of a dozen
+exactly execution with zero buffering; where it is said that sends do, one begins only once its RECV has been posted, which
+keeps its rank as long. All ranks take one step at a time, together: the cost of a step is that of a dozen
 numpy calls, whatever the number of ranks.
 """
 
@@ -15,8 +16,9 @@ import numpy.typing as npt
 
 from autofunc.errors import ScheduleError
 from autofunc.schedule.effects import Token
+from autofunc.schedule.ir import Kind
 from autofunc.schedule.laws.error_grid import grid
-from autofunc.schedule.laws.network import Network
+from autofunc.schedule.laws.network import Crossing, Network
 from autofunc.shown import shown
 
 Times = npt.NDArray[np.float64]
@@ -41,22 +43,27 @@ def at_no_time(network: Network) -> Pace:
     return Pace(np.zeros(len(network.table)), free, 0.0, free)
 
 
-def walk(network: Network, pace: Pace) -> tuple[Times, Times, Times]:
+def walk(network: Network, pace: Pace, sends_block: bool = False) -> tuple[Times, Times, Times]:
     """When each action of the flat table starts and ends, and when all it reads has arrived.
+
+    Args:
+        network: who waits for whom.
+        pace: how long things take.
+        sends_block: whether a SEND waits until its RECV has been posted; only of a lowered schedule.
 
     Raises:
         ScheduleError: when a value is not made before it is read on its own rank, or no rank can go on. The message holds
             the grid with the action marked.
     """
     _check_local_order(network)
-    return _Walk(network, pace).run()
+    return _Walk(network, pace, sends_block and network.schedule.is_lowered).run()
 
 
 class _Walk:
     """The state of one walk: numbers of messages, and when each arrives."""
 
-    def __init__(self, network: Network, pace: Pace) -> None:
-        self.network, self.pace = network, pace
+    def __init__(self, network: Network, pace: Pace, sends_block: bool) -> None:
+        self.network, self.pace, self.sends_block = network, pace, sends_block
         crossings, lowered = network.crossings, network.schedule.is_lowered
         count = len(network.table)
         self.num_messages = len(crossings) * network.schedule.num_microbatches
@@ -67,7 +74,8 @@ class _Walk:
         self.receiving = _slots(receives, count, padding=self.num_messages + 1) if lowered else None
         self.arrival = np.full(self.num_messages + 2, np.inf)
         self.arrival[-2] = -np.inf  # what an action without incoming messages waits for
-        self.posted = np.full(self.num_messages + 2, -np.inf)
+        self.posted = np.full(self.num_messages + 2, np.inf)
+        self.posted[-2:] = -np.inf
         placement = network.schedule.placement
         ends = [(placement[crossing.source], placement[crossing.target]) for crossing in crossings]
         number = {pair: index for index, pair in enumerate(dict.fromkeys(ends))}
@@ -97,6 +105,7 @@ class _Walk:
             clock[going] = self._send(acting, finish)
             if self.receiving is not None:
                 self.posted[self.receiving[0, acting]] = finish
+                self.posted[-1] = -np.inf
             position[going] += 1
             ranks = ranks[position[ranks] < stop[ranks]]
         return start, end, arrived
@@ -108,17 +117,24 @@ class _Walk:
             positions: by rank that is left, the action at which it waits.
         """
         seen: dict[int, tuple[int, Token, int]] = {}  # by rank, in the order in which they wait for each other
+        placement = self.network.schedule.placement
         rank = next(iter(positions))
         while rank in positions and rank not in seen:
             flat = positions[rank]
-            messages = self.incoming[:, flat]
-            message = int(messages[self.arrival[messages] == np.inf][0])
-            number, microbatch = divmod(message, self.network.schedule.num_microbatches)
-            crossing = self.network.crossings[number]
-            seen[rank] = flat, crossing.bundle.of(microbatch), int(crossing.send[microbatch])
-            rank = self.network.schedule.placement[crossing.source]
+            crossing, microbatch, is_sender = self._missing(flat)
+            giver = crossing.receive if is_sender else crossing.send
+            seen[rank] = flat, crossing.bundle.of(microbatch), int(giver[microbatch])
+            rank = placement[crossing.target if is_sender else crossing.source]
         waiting = list(seen.values())[list(seen).index(rank) if rank in seen else 0 :]
         return _cannot_go_on(self.network, waiting, len(positions))
+
+    def _missing(self, flat: int) -> tuple[Crossing, int, bool]:
+        """Of what an action waits for: its crossing and microbatch, and whether it is a send that waits for its receive."""
+        messages = self.incoming[:, flat]
+        missing = messages[self.arrival[messages] == np.inf]
+        message = int(missing[0] if len(missing) else self.outgoing[0, flat])
+        number, microbatch = divmod(message, self.network.schedule.num_microbatches)
+        return self.network.crossings[number], microbatch, not len(missing)
 
     def _ready(self, here: npt.NDArray[np.int64]) -> Times:
         """When all that these actions read has arrived."""
@@ -130,6 +146,8 @@ class _Walk:
                 crossing = np.minimum(message // self.network.schedule.num_microbatches, len(self.network.crossings))
                 arrived = np.maximum(arrived, self.posted[message] + self.transfer[crossing] + self.pace.latency)
             ready = np.maximum(ready, arrived)
+        if self.sends_block:
+            ready = np.maximum(ready, self.posted[self.outgoing[0, here]])  # lowered, an action sends one value
         return ready
 
     def _send(self, acting: npt.NDArray[np.int64], finish: Times) -> Times:
@@ -184,14 +202,16 @@ def _check_local_order(network: Network) -> None:
 
 
 def _cannot_go_on(network: Network, waiting: list[tuple[int, Token, int]], num_ranks: int = 1) -> ScheduleError:
-    """The error for actions that never start, each with the value it needs and the action that should give it.
+    """The error for actions that never start, each with the value it needs and the action that should give or take it.
 
     They wait for each other in a circle, or the last for what no action gives. Of all ranks `num_ranks` wait.
     """
     reasons = []
-    for flat, token, maker in waiting[:_MOST_REASONS]:
-        giver = "which no action makes" if maker < 0 else f"which {_giver(network, maker)}"
-        reasons.append(f"{network.describe(flat)}: needs the {token}, {giver}")
+    for flat, token, giver in waiting[:_MOST_REASONS]:
+        by_whom = "which no action makes" if giver < 0 else f"which {_giver(network, giver)}"
+        blocks = giver >= 0 and Kind(network.table[flat, 1]).is_send and Kind(network.table[giver, 1]).is_receive
+        needs = "blocks until somebody receives the" if blocks else "needs the"
+        reasons.append(f"{network.describe(flat)}: {needs} {token}, {by_whom}")
     if num_ranks > len(reasons):
         reasons.append(f"and {num_ranks - len(reasons):,} more ranks wait")
     return ScheduleError(

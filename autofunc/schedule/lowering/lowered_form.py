@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from autofunc.errors import ScheduleError, one_of
 from autofunc.schedule.effects import Dataflow, Edge, flow_of
 from autofunc.schedule.ir import Action, Kind, Row, Schedule, as_table
+from autofunc.schedule.lowering.blocking_sends import receive_before_blocking_sends
 from autofunc.schedule.lowering.gaps import insert
 from autofunc.schedule.lowering.sharding import Unshard, sharding_actions
 from autofunc.schedule.lowering.transfers import transfer_actions
@@ -21,6 +22,7 @@ def lower(
     reduce_grads: bool = False,
     keep_overlapped: bool = False,
     merge: bool = True,
+    sends_block: bool = False,
 ) -> Schedule:
     """Add SEND and RECV actions for every edge between stages on different ranks, and the sharding actions asked for.
 
@@ -38,6 +40,8 @@ def lower(
         keep_overlapped: keep overlapped pairs together, with what they send after both, for a runtime that runs them at
             once (torch's takes a function for it). Otherwise their parts run one after the other, each with its sends.
         merge: False leaves every I and W as it is.
+        sends_block: whether a send keeps its rank from going on until its receive is posted, see `af.Transfers`. Receives
+            are then posted earlier than `receive_ahead` says, where a rank would otherwise wait for ever.
 
     Raises:
         ScheduleError: for arguments that do not exist, and edges that do not fit.
@@ -58,7 +62,8 @@ def lower(
     for rank, row in enumerate(schedule):
         gather, release = sharding_actions(row, unshard, unshard_ahead, reduce_grads)
         rows.append(Row(as_table(insert(row, (gather, before[rank]), (after[rank], release)))))
-    return Schedule(schedule.name, schedule.placement, schedule.num_microbatches, tuple(rows))
+    lowered = Schedule(schedule.name, schedule.placement, schedule.num_microbatches, tuple(rows))
+    return receive_before_blocking_sends(lowered, flow) if sends_block else lowered
 
 
 def merge_backward(schedule: Schedule, flow: Dataflow) -> Schedule:
