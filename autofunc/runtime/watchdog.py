@@ -42,6 +42,7 @@ def watchdog(
     first_step_timeout_seconds: float = 540.0,
     on_hang: Callable[[HangError], None] | None = None,
     positions: Positions = lambda: (),
+    on_alarm: Callable[[], None] = lambda: None,
 ) -> Iterator[None]:
     """End the process when its steps make no progress inside of this, and say which rank is late and what it does.
 
@@ -53,6 +54,7 @@ def watchdog(
         first_step_timeout_seconds: how long while nothing is known: in a first step, and where a pipeline is built.
         on_hang: told before the process ends; by default it is written to stderr.
         positions: of all ranks as they were last written down, for those that do not answer.
+        on_alarm: called by every process, in a thread of its own, when one of several makes no progress.
 
     Raises:
         AutofuncError: for a timeout that is not positive, and inside of another watchdog.
@@ -67,7 +69,7 @@ def watchdog(
             raise AutofuncError(f"a timeout of {given} seconds; expected a number above 0")
     if here.is_on:
         raise AutofuncError("a watchdog inside of another: one for each process is enough")
-    watch = _Watch(step_timeout_seconds, first_step_timeout_seconds, on_hang or _tell, positions)
+    watch = _Watch(step_timeout_seconds, first_step_timeout_seconds, on_hang or _tell, positions, on_alarm)
     # of an earlier run in this process nothing is known to hold
     here.is_on, here.is_settled, here.slowest_step_seconds = True, False, 0.0
     watch.start()
@@ -87,11 +89,13 @@ class _Watch(threading.Thread):
     """Looks at this process, and answers others."""
 
     def __init__(
-        self, given: float | None, first: float, on_hang: Callable[[HangError], None], positions: Positions
-    ) -> None:
+        self, given: float | None, first: float, on_hang: Callable[[HangError], None], positions: Positions,
+        on_alarm: Callable[[], None],
+    ) -> None:  # fmt: skip
         super().__init__(name="autofunc watchdog", daemon=True)
         self.ended = threading.Event()
         self._given, self._first, self._on_hang, self._positions = given, first, on_hang, positions
+        self._on_alarm = on_alarm
         self._thread = threading.get_ident()
         self._rank, self._size = 0, 1
         self._store: Any = None
@@ -143,6 +147,8 @@ class _Watch(threading.Thread):
     def _answer(self) -> bool:
         """Write down what this process does, if somebody has asked since it did."""
         asked = self._alarms()
+        if asked > self._answered:
+            self._on_alarm()  # before it answers: who asked ends the run when all have
         for alarm in range(self._answered + 1, asked + 1):
             self._store.set(_key(alarm, self._rank), json.dumps(asdict(self._state())))
         answered, self._answered = self._answered, asked

@@ -17,7 +17,14 @@ _LOST = re.compile(
     rf"{PeerLostError.__name__}|gloo/transport|Connection (closed|reset) by peer|ProcessGroupNCCL|DistBackendError"
 )
 """What an error says that only tells of another process's end: ours, or that of a collective of torch."""
+_TOO_LATE = re.compile(r"Watchdog caught collective operation timeout: (.+)")
+"""What NCCL's watchdog says before it aborts a process (torch 2.13, `ProcessGroupNCCL.cpp`)."""
+_LOG_BYTES = 2**16  # of a log's end that are looked at
 _HANG = re.compile(rf"autofunc\.errors\.{HangError.__name__}: ")
+
+
+_FOLLOWED = 2
+"""The distance from the cause (see `_distance`) at which one may have followed another."""
 
 
 def report(failures: Mapping[int, Any], ended: Set[int], positions: Sequence[str] = (), logs_in: Path | None = None) -> str:
@@ -36,17 +43,39 @@ def report(failures: Mapping[int, Any], ended: Set[int], positions: Sequence[str
         return "\n".join([_HANG.split(raised)[-1].strip(), *log])
     at = f" ({positions[first_rank]})" if first_rank < len(positions) and positions[first_rank] else ""
     lines = [f"rank {first_rank}{at} failed: {_cause(first)}"]
-    lines += [f"rank {rank} was ended, or failed after it" for rank in sorted(failures) if rank != first_rank]
-    return "\n".join([*lines, *log])
+    others = [rank for rank in sorted(failures) if rank != first_rank]
+    if _distance(first, ended) < _FOLLOWED:
+        lines += [f"rank {rank} was ended, or failed after it" for rank in others]
+        return "\n".join([*lines, *log])
+    # none of them is known to be the cause: where each was may tell
+    where = {rank: positions[rank] if rank < len(positions) else "" for rank in others}
+    lines += [f"rank {rank} was ended, or failed as well{f' ({at})' if at else ''}" for rank, at in where.items()]
+    return "\n".join([*lines, *_too_late([] if logs_in is None else [log_of(logs_in, rank) for rank in failures]), *log])
+
+
+def _too_late(logs: Sequence[Path]) -> list[str]:
+    """What NCCL's watchdog has left in the logs; once where it says the same of several."""
+    found = []
+    for log in logs:
+        if log.exists():
+            with log.open("rb") as file:
+                file.seek(max(log.stat().st_size - _LOG_BYTES, 0))
+                found += _TOO_LATE.findall(file.read().decode(errors="replace"))[:1]
+    return [f"NCCL waited too long: {said}" for said in dict.fromkeys(found)]
 
 
 def _distance(failure: Any, ended: Set[int]) -> int:
-    """From the cause: killed from outside; raised, or left; lost a peer; ended by the launcher."""
+    """From the cause: killed from outside; raised, or left; aborted; lost a peer; ended by the launcher.
+
+    An abort may be a crash of its own, but under NCCL a watchdog aborts whoever waits for one that has failed.
+    """
     raised = _recorded(failure)
     if raised is not None:
-        return 2 if _LOST.search(raised) else 1
+        return 3 if _LOST.search(raised) else 1
     if failure.pid in ended:
-        return 3
+        return 4
+    if failure.exitcode == -signal.SIGABRT:
+        return _FOLLOWED
     return 0 if failure.exitcode < 0 else 1
 
 
@@ -62,6 +91,8 @@ def _cause(failure: Any) -> str:
     raised = _recorded(failure)
     if raised is not None:
         return raised if wants_whole() else brief(raised)
+    if failure.exitcode == -signal.SIGABRT:
+        return "aborted (SIGABRT): NCCL's watchdog does so after distributed.timeout_minutes, and C++ code that crashes"
     if failure.exitcode < 0:
         return f"killed by {signal.Signals(-failure.exitcode).name}"
     known = " (128 + SIGKILL: often for want of memory)" if failure.exitcode == 128 + signal.SIGKILL else ""

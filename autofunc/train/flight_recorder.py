@@ -1,6 +1,7 @@
-"""NCCL's flight recorder in torch: what every rank sent last, left as files where torch's own timeout ends a run.
+"""NCCL's flight recorder in torch: what every rank sent last, left as files where a hang ends a run.
 
 The variables are those of torch 2.13 (`FlightRecorder.hpp`, `ProcessGroupNCCL.hpp`), which reads the older names too.
+Private parts of torch used, tried with 2.13.0: `_dump_nccl_trace`, which builds without NCCL lack.
 """
 
 from __future__ import annotations
@@ -9,6 +10,10 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch._C._distributed_c10d as c10d
+import torch.distributed as dist
+
+from autofunc.train.logs import write_log
 from autofunc.train.output import LOGS, TRACE
 
 _EVENTS = "2000"
@@ -31,8 +36,7 @@ class FlightRecorder:
     @property
     def _prefix(self) -> str:
         """What its files are called, before the rank."""
-        given = next((os.environ[name] for name in _FILE if name in os.environ), None)
-        return given or str((self.folder / LOGS / TRACE).absolute())
+        return _given(_FILE) or str((self.folder / LOGS / TRACE).absolute())
 
     def variables(self) -> dict[str, str]:
         """What workers find in their environment, as far as the user's says nothing of it."""
@@ -51,3 +55,21 @@ class FlightRecorder:
             return []
         files = ", ".join(sorted(each.name for each in found))
         return [f"NCCL's flight recorder: {prefix.parent}: {files} (torchfrtrace -p {prefix.name} {prefix.parent})"]
+
+
+def keep_record() -> None:
+    """Write down what this process's recorder knows, where torch would after its own timeout; nothing where it is off."""
+    dump, prefix, events = getattr(c10d, "_dump_nccl_trace", None), _given(_FILE), _given(_SIZE)
+    if dump is None or prefix is None or events in (None, "0"):
+        return
+    file = Path(f"{prefix}{dist.get_rank()}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(dump())
+    except OSError as error:  # the hang is to be told of all the same
+        write_log(f"NCCL's flight recorder is not written: {error}\n")
+
+
+def _given(names: tuple[str, str]) -> str | None:
+    """What the environment says."""
+    return next((os.environ[name] for name in names if name in os.environ), None)

@@ -9,6 +9,7 @@ from autofunc.config.schema import Distributed
 from autofunc.errors import HangError
 from autofunc.runtime.position import read_file
 from autofunc.runtime.watchdog import watchdog
+from autofunc.train.flight_recorder import keep_record
 from autofunc.train.logs import write_log
 from autofunc.train.role import positions_file
 from autofunc.train.worker import is_recorded
@@ -29,6 +30,7 @@ def watched(config: Distributed) -> Iterator[None]:
         first_step_timeout_seconds=_BEFORE_TIMEOUT * 60 * config.timeout_minutes,
         on_hang=_record if is_recorded() else None,
         positions=lambda: read_file(file) if file is not None else (),
+        on_alarm=keep_record,
     ):
         yield
 

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import pickle
+import subprocess
+import sys
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +16,7 @@ import torch.distributed as dist
 import autofunc as af
 from autofunc.mesh import timeout_of
 from autofunc.runtime.pair_groups import nccl_group
+from autofunc.train.flight_recorder import FlightRecorder
 from tests.cases import assert_same_tree, make_case
 
 pytestmark = pytest.mark.gpu
@@ -33,6 +39,23 @@ def test_a_message_to_oneself(transfers: af.Transfers) -> None:
     for given, into in zip(sent, received, strict=True):
         torch.testing.assert_close(into, given, rtol=0, atol=0)
     group.shutdown()
+
+
+def test_its_flight_recorder_is_kept(tmp_path: Path) -> None:
+    """In a process of its own: the recorder is on or off from the first communicator on."""
+    program = (
+        "import torch, torch.distributed as dist\n"
+        "from autofunc.train.flight_recorder import keep_record\n"
+        "dist.init_process_group('nccl', store=dist.HashStore(), rank=0, world_size=1)\n"
+        "dist.all_reduce(torch.ones(3, device='cuda'))\n"
+        "torch.cuda.synchronize()\n"
+        "keep_record()\n"
+        "dist.destroy_process_group()\n"
+    )
+    variables = FlightRecorder(tmp_path).variables()
+    subprocess.run([sys.executable, "-c", program], env={**os.environ, **variables}, check=True, timeout=120)
+    (entry,) = pickle.loads((tmp_path / "logs" / "nccl_trace_rank_0").read_bytes())["entries"]
+    assert entry["profiling_name"] == "nccl:all_reduce"
 
 
 def test_a_world_of_one() -> None:

@@ -120,7 +120,7 @@ def test_timeouts_are_checked() -> None:
 
 def hang(where: str) -> list[str]:
     """What a rank's watchdog says when rank 1 sleeps in a layer, or alone calls a collective."""
-    mesh, said = pp_mesh(2), []
+    mesh, said, alarms = pp_mesh(2), [], []
     watchdog.leave = lambda: None  # this process lives on
     rank = mesh.get_local_rank("pp")
     _, stages, loss, batch = make_case("mlp", 2, 4)
@@ -138,13 +138,17 @@ def hang(where: str) -> list[str]:
     s = af.schedule.build("1f1b", num_ranks=2, num_microbatches=2)
     pipe = af.pipeline(stages, s, loss=late_loss, mesh=mesh, engine="eager")
     params = pipe.init()
-    with af.watchdog(step_timeout_seconds=1, on_hang=lambda error: said.append(f"{type(error).__name__}: {error}")):
+    with af.watchdog(
+        step_timeout_seconds=1, on_hang=lambda error: said.append(f"{type(error).__name__}: {error}"),
+        on_alarm=lambda: alarms.append(True),
+    ):  # fmt: skip
         af.value_and_grad(pipe)(params, batch)
         asleep[0] = True
         if where == "collective" and rank == 0:  # it comes to help in the end, so that this test ends
             threading.Timer(3.5, lambda: dist.all_reduce(torch.zeros(1))).start()
         af.value_and_grad(pipe)(params, batch)
         dist.barrier()
+    assert alarms, "every process hears of it"
     return said
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import re
 import signal
 import time
@@ -12,11 +13,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch._C._distributed_c10d as c10d
 
 from autofunc.errors import PipelineRunError
 from autofunc.train.blame import brief, report
 from autofunc.train.device import on_gpus
-from autofunc.train.flight_recorder import FlightRecorder
+from autofunc.train.flight_recorder import FlightRecorder, keep_record
 
 
 def failure(pid: int, exitcode: int, raised: str | None = None, timestamp: int = 100) -> Any:
@@ -51,6 +53,50 @@ def test_the_cause_is_named(cause: Any, words: str, others: str | None) -> None:
     first, *rest = found.rsplit("\nrank 0 was", 1)
     assert first.startswith("rank 3 failed: ") and re.search(words, first)
     assert len(rest) == 1 and "pytorch.org" not in found and "a page of torch" not in found
+
+
+ABORT = failure(9, -signal.SIGABRT, timestamp=90)
+
+
+@pytest.mark.parametrize(
+    ("cause", "words"),
+    [
+        (failure(3, 1, VALUE_ERROR, timestamp=103), VALUE_ERROR),
+        (failure(3, -signal.SIGKILL), "killed by SIGKILL"),
+        (failure(3, 5), "exit code 5"),
+    ],
+)
+def test_what_nccl_aborts_is_not_the_cause(cause: Any, words: str) -> None:
+    """Its watchdog aborts those that wait for the one that failed, and they may be seen first."""
+    found = report({0: ABORT, 1: cause, 2: failure(2, -signal.SIGTERM)}, {2}, ["before 0B0", "in 1F3", ""])
+    assert found.startswith("rank 1 (in 1F3) failed: ") and words in found
+    assert "rank 0 was ended, or failed after it" in found and "SIGABRT" not in found
+
+
+def test_where_all_were_when_nccl_has_waited_too_long(tmp_path: Path) -> None:
+    """No rank is the cause for certain, so each is told of, with what NCCL's watchdog has said."""
+    work = "WorkNCCL(SeqNum=7, OpType=SEND, NumelIn=4, NumelOut=4, Timeout(ms)=600000) ran for 600081 milliseconds"
+    (tmp_path / "logs").mkdir()
+    for rank in (0, 2):
+        line = (
+            f"[rank{rank}]:[E1118] [Rank {rank}] Watchdog caught collective operation timeout: {work}\nterminate called\n"
+        )
+        (tmp_path / "logs" / f"rank_{rank}.log").write_text("x" * 70_000 + "\n" + line)
+    others = failure(1, -signal.SIGTERM), failure(2, -signal.SIGABRT, timestamp=95)
+    found = report({0: ABORT, 1: others[0], 2: others[1]}, {1}, ["step 7, before 0B2", "step 7, in 1F3"], tmp_path)
+    assert found.splitlines() == [
+        "rank 0 (step 7, before 0B2) failed: aborted (SIGABRT): NCCL's watchdog does so after "
+        "distributed.timeout_minutes, and C++ code that crashes",
+        "rank 1 was ended, or failed as well (step 7, in 1F3)",
+        "rank 2 was ended, or failed as well",
+        f"NCCL waited too long: {work}",
+        f"log: {tmp_path}/logs/rank_0.log",
+    ]
+
+
+def test_a_crash_is_before_who_lost_it() -> None:
+    found = report({0: failure(1, 1, LOST, timestamp=80), 1: ABORT}, set())
+    assert found.startswith("rank 1 failed: aborted (SIGABRT)")
 
 
 def test_where_it_was() -> None:
@@ -126,6 +172,27 @@ def test_the_flight_recorder_of_nccl(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert recorder.variables() == {"TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}
     (tmp_path / "mine3").touch()
     assert "mine3" in recorder.said(0.0)[0]
+
+
+def test_a_hang_leaves_what_it_knows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Our watchdog comes before torch's own timeout, which would write the same files."""
+    recorder = FlightRecorder(tmp_path)
+    for name, value in recorder.variables().items():
+        monkeypatch.setenv(name, value)
+    keep_record()
+    assert recorder.said(0.0) == [], "this build has no NCCL"
+    monkeypatch.setattr(c10d, "_dump_nccl_trace", c10d._dump_fr_trace, raising=False)
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: 3)
+    keep_record()
+    assert pickle.loads((tmp_path / "logs" / "nccl_trace_rank_3").read_bytes())["entries"] == []
+    assert "nccl_trace_rank_3" in recorder.said(0.0)[0]
+
+    monkeypatch.setenv("TORCH_FR_DUMP_TEMP_FILE", str(tmp_path / "logs" / "nccl_trace_rank_3" / "below"))
+    keep_record()  # cannot be written, and ends nothing
+    monkeypatch.setenv("TORCH_FR_DUMP_TEMP_FILE", str(tmp_path / "off"))
+    monkeypatch.setenv("TORCH_FR_BUFFER_SIZE", "0")
+    keep_record()
+    assert not (tmp_path / "off3").exists()
 
 
 def test_it_is_on_where_workers_compute_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
