@@ -216,8 +216,10 @@ class _Machine:
         self._parameters.release(op.stage)
 
     def reduce(self, op: Reduce) -> None:
-        for sums in self._stages[op.stage].by_layer(self._sums[op.stage].take()):
-            self._reduction.post(sums)
+        layers = self._stages[op.stage].by_layer(self._sums[op.stage].take())
+        layers.reverse()
+        while layers:  # what a layer summed goes before the next is copied
+            self._reduction.post(layers.pop())
 
     def _bind(self, stage: int) -> Any:
         """What the stage's forward takes; parameters may still be on their way."""

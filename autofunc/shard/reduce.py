@@ -43,11 +43,17 @@ def shard_shape(shape: torch.Size, size: int, place: int) -> torch.Size:
 class _Pending:
     """A layer's gradients on their way."""
 
-    work: Any
+    work: Any  # None once it is done
     arriving: Tensor
     given: Tensor | None  # must live until then; by place, what each rank gets
     layouts: list[tuple[str, torch.Size, torch.dtype]]  # path, shape of this rank's part, dtype of the sum
     padded: list[int]  # elements of each part in `arriving`
+
+    def wait(self) -> None:
+        """Wait until it is done; what it was given is let go of."""
+        if self.work is not None:
+            self.work.wait()
+        self.work = self.given = None
 
 
 class Reduction:
@@ -66,11 +72,14 @@ class Reduction:
         self._sums: dict[str, Tensor] = {}
 
     def post(self, sums: Mapping[str, Tensor]) -> None:
-        """Start to add up the gradients of a layer; their memory may be let go of.
+        """Start to add up the gradients of a layer; their memory may be let go of. So is that of layers that are done.
 
         Args:
             sums: path of each holder -> its sum over microbatches on this rank.
         """
+        for each in self._pending:  # NCCL's say when they are done; gloo's only when they are waited for
+            if each.work is not None and each.work.is_completed():
+                each.wait()
         if not sums:
             return
         if self._scattering is None and self._replicating is None:
@@ -98,14 +107,12 @@ class Reduction:
             terms: paths of holders of whose sums each tp rank has a part.
         """
         for each in self._pending:
-            each.work.wait()
-            each.given = None
+            each.wait()
             if self._scattering is not None and self._replicating is not None:
                 each.work = dist.all_reduce(each.arriving, group=self._replicating, async_op=True)
         while self._pending:  # the memory of each goes before that of the next is needed
             each = self._pending.pop(0)
-            if self._scattering is not None and self._replicating is not None:
-                each.work.wait()
+            each.wait()
             for part, (path, shape, dtype) in zip(_cut(each.arriving, each.padded), each.layouts, strict=True):
                 self._sums[path] = part[: shape.numel()].view(shape).to(dtype)
         sums, self._sums = self._sums, {}
