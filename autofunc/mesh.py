@@ -83,6 +83,11 @@ def _set_timeout(group: dist.ProcessGroup, timeout: timedelta) -> None:
         group._get_backend(device).set_timeout(timeout)
 
 
+def over_host(group: dist.ProcessGroup | None, device: torch.device) -> torch.device:
+    """Where values that hosts tell each other lie: on the host, or, where a group has no backend for it, on the device."""
+    return torch.device("cpu") if "cpu:" in dist.get_backend_config(group) else device
+
+
 def check_axes(mesh: DeviceMesh) -> None:
     """Refuse a mesh with axes whose meaning is not known, or without a pp axis.
 

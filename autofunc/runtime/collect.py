@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from autofunc.mesh import over_host
+
 Layout = tuple[tuple[int, ...], torch.dtype]
 
 
@@ -35,7 +37,7 @@ def collect_tree(
     described: list[Any] = [None] * len(ranks)
     dist.all_gather_object(described, dict(layouts), group=group)
     owner = {path: rank for rank, paths in reversed([*zip(ranks, described, strict=True)]) for path in paths}
-    road = torch.device("cpu") if "cpu:" in dist.get_backend_config(group) else device
+    road = over_host(group, device)
     first, here = ranks[0], dist.get_rank()
     full: dict[str, Tensor] = {}
     for turn in zip_longest(*described):

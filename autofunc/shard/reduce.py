@@ -77,9 +77,9 @@ class Reduction:
         Args:
             sums: path of each holder -> its sum over microbatches on this rank.
         """
-        for each in self._pending:  # NCCL's say when they are done; gloo's only when they are waited for
-            if each.work is not None and each.work.is_completed():
-                each.wait()
+        for pending in self._pending:  # NCCL's say when they are done; gloo's only when they are waited for
+            if pending.work is not None and pending.work.is_completed():
+                pending.wait()
         if not sums:
             return
         if self._scattering is None and self._replicating is None:

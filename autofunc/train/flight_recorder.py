@@ -1,7 +1,7 @@
 """NCCL's flight recorder in torch: what every rank sent last, left as files where a hang ends a run.
 
 The variables are those of torch 2.13 (`FlightRecorder.hpp`, `ProcessGroupNCCL.hpp`), which reads the older names too.
-Private part of torch used: `_dump_nccl_trace`, of builds with NCCL; tried with 2.13.0 by its twin of all builds, `_dump_fr_trace`.
+Private part of torch used: `_dump_nccl_trace`, of builds with NCCL; tried with 2.13.0 by its twin of all, `_dump_fr_trace`.
 """
 
 from __future__ import annotations

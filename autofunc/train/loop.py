@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,13 +22,14 @@ from autofunc.pipe import Pipeline
 from autofunc.runtime.position import here
 from autofunc.schedule import Timeline
 from autofunc.timing import clock
+from autofunc.train.agreed import Said
 from autofunc.train.batches import Batches
 from autofunc.train.bubble import BubbleMeter
 from autofunc.train.checkpoints import Checkpoints
 from autofunc.train.documents_apart import check_documents_apart
 from autofunc.train.garbage import collecting_between
 from autofunc.train.nonfinite import NonFinite
-from autofunc.train.preemption import Stop, any_of, noticed
+from autofunc.train.preemption import Stop, noticed
 from autofunc.train.progress import Reporter
 from autofunc.train.recipe import Recipe
 from autofunc.train.records import Records
@@ -97,7 +99,18 @@ def train(
         batches = Batches(itertools.islice(_endless(loader), recipe.num_steps - begun.step), device)
         for batch in collecting_between(batches, recipe.gc_every_steps):
             step += 1
-            taken = take_step(recipe, pipe, now, batch, step, device, bubbles, nonfinite, batches.read_ahead)
+            taken = take_step(
+                recipe,
+                pipe,
+                now,
+                batch,
+                step,
+                device,
+                bubbles,
+                nonfinite,
+                batches.read_ahead,
+                partial(_said, checkpoints, stop),
+            )
             now, loss = taken.now, taken.loss
             if step == begun.step + 1:
                 clock.done("the first step")
@@ -114,7 +127,12 @@ def train(
             position, is_last = batch.parts[-1].after, step == recipe.num_steps
             is_due = False
             if checkpoints is not None:
-                is_stopped, is_due = _agree(checkpoints, stop, step, position.begins_epoch, device)
+                # alone, whatever has come since is heeded at once
+                said = taken.said if mesh is not None else _said(checkpoints, stop)
+                if not said.is_writing:
+                    checkpoints.finish()
+                is_stopped = said.is_asked_to_end
+                is_due = is_stopped or checkpoints.is_due(step, position.begins_epoch)
             measured = None
             if is_last or (is_due and not is_stopped) or (recipe.val_every_steps and step % recipe.val_every_steps == 0):
                 measured = validation.run(validated_params(recipe, now), now.state)
@@ -145,12 +163,9 @@ def train(
     )  # fmt: skip
 
 
-def _agree(checkpoints: Checkpoints, stop: Stop, step: int, ends_epoch: bool, device: torch.device) -> tuple[bool, bool]:
-    """(Whether the run ends after this step, whether a checkpoint is due), the same in all its processes."""
-    is_stopped, is_busy = any_of([stop.is_asked, checkpoints.is_busy], device)
-    if not is_busy:
-        checkpoints.finish()
-    return is_stopped, is_stopped or checkpoints.is_due(step, ends_epoch)
+def _said(checkpoints: Checkpoints | None, stop: Stop) -> Said:
+    """What this process tells the others of the run."""
+    return Said(stop.is_asked, checkpoints is not None and checkpoints.is_busy)
 
 
 def build_pipe(recipe: Recipe, mesh: DeviceMesh | None) -> Pipeline:

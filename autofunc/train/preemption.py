@@ -1,4 +1,4 @@
-"""A run that is told to end, by SIGTERM: it finishes its step, and all processes of it agree which that is."""
+"""A run that is told to end, by SIGTERM: it finishes its step; `agreed.py` says which that is."""
 
 from __future__ import annotations
 
@@ -7,9 +7,6 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-
-import torch
-import torch.distributed as dist
 
 
 class Stop:
@@ -35,12 +32,3 @@ def noticed() -> Iterator[Stop]:
         yield stop
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def any_of(flags: list[bool], device: torch.device) -> list[bool]:
-    """Of each flag whether it is set in any process of the run. All processes call it."""
-    if not dist.is_initialized():
-        return flags
-    numbers = torch.tensor([int(flag) for flag in flags], device=device)
-    dist.all_reduce(numbers, dist.ReduceOp.MAX)
-    return [bool(number) for number in numbers.tolist()]

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import math
-import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
 import torch
 from tensordict import TensorDict
-from torch.distributed.device_mesh import DeviceMesh
 
 from autofunc import tree
-from autofunc.data import Part
 from autofunc.errors import PipelineRunError
-from autofunc.mesh import same_over
 from autofunc.pipe import Pipeline
 from autofunc.random import fold_in, make_key
 from autofunc.runtime.plan import Mode
+from autofunc.train.agreed import Said, agree
 from autofunc.train.average import in_place, moved_on
 from autofunc.train.batches import Batch
 from autofunc.train.bubble import BubbleMeter
@@ -51,6 +48,7 @@ class Taken(NamedTuple):
     norm: float  # of the gradients, before they are clipped
     lr: float | None  # None where the optimizer has none
     bubble: float | None  # the fraction of time that ranks were idle; None where that was not measured
+    said: Said  # by any process, at this step
     is_skipped: bool = False  # for it was not finite; then all is as before
 
 
@@ -64,6 +62,7 @@ def take_step(
     meter: BubbleMeter,
     nonfinite: NonFinite,
     meanwhile: Callable[[], None] = lambda: None,
+    says: Callable[[], Said] = Said,
 ) -> Taken:
     """Train on a batch; `before` is donated.
 
@@ -77,6 +76,7 @@ def take_step(
         meter: measures the first part now and then.
         nonfinite: what becomes of a loss or gradient that is no number.
         meanwhile: what the host does while the device computes, before it waits for the loss.
+        says: what this process tells the others; asked while the device computes.
 
     Raises:
         NotFiniteError: when that ends the run, saying where it begins.
@@ -93,15 +93,21 @@ def take_step(
         results.append(result if number == 0 else run())
         state = tree.to_tensordict(results[-1].state)
     meanwhile()
+    is_same, said = agree(pipe.mesh, batch.parts, says(), device)
+    if not is_same:
+        raise PipelineRunError(
+            f"the ranks of a pipeline have read different rows for step {step}: the dataset gives another row each time it "
+            "is asked. Let it draw from the generators of Python, numpy or torch, which are seeded for each row"
+        )
     loss, weight = together(results)  # before the parameters change, which are needed to find out why it is NaN
-    _check_rows(batch.parts, pipe.mesh, device, step)
     if not weight:
         raise PipelineRunError(f"no row of step {step} has a label to learn from (all are -100?)")
     grads = gradients(results)
     norm = pipe.global_norm(grads)
     norm_value = norm.item()
     lr = None if recipe.lr_at is None else recipe.lr_at(step)
-    taken = partial(Taken, loss=loss, norm=norm_value, lr=recipe.optimizer.lr if lr is None else lr, bubble=bubble)
+    rate = recipe.optimizer.lr if lr is None else lr
+    taken = partial(Taken, loss=loss, norm=norm_value, lr=rate, bubble=bubble, said=said)
     if math.isfinite(loss) and math.isfinite(norm_value):
         nonfinite.passed()
     else:  # before the update, after which nobody could say where that began
@@ -116,15 +122,3 @@ def take_step(
     if average is not None and recipe.ema is not None and step % recipe.ema.every_steps == 0:
         average = moved_on(recipe.model, average, params, recipe.ema.decay)
     return taken(Trained(params, state, optimizer_state, average))
-
-
-def _check_rows(parts: Sequence[Part], mesh: DeviceMesh | None, device: torch.device, step: int) -> None:
-    """Refuse a step for which ranks of a pipeline have read other rows than their neighbours."""
-    number = 0
-    for leaf in (leaf for part in parts for leaf in part.batch.values()):
-        number = zlib.crc32(leaf.contiguous().view(torch.uint8).numpy().data, number)
-    if not same_over(mesh, ("pp", "tp"), number, device):
-        raise PipelineRunError(
-            f"the ranks of a pipeline have read different rows for step {step}: the dataset gives another row each time it "
-            "is asked. Let it draw from the generators of Python, numpy or torch, which are seeded for each row"
-        )

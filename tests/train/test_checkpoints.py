@@ -12,7 +12,7 @@ import pytest
 
 from autofunc.train.step_folders import steps_in
 from tests.cli.here import Done, run_here
-from tests.cli.test_finetune import CONFIG, computed
+from tests.cli.test_finetune import CONFIG, computed, start
 
 STEPS = 11
 ROWS = """
@@ -21,12 +21,12 @@ import signal
 from autofunc.data import TextFolder
 
 class Rows(TextFolder):
-    # a process is told to end while it reads a row for the nth time
+    # a process, of several the second, is told to end while it reads a row for the nth time
     reads = 0
 
     def __getitem__(self, index):
         Rows.reads += 1
-        if str(Rows.reads) == os.environ.get("END_AT"):
+        if str(Rows.reads) == os.environ.get("END_AT") and os.environ.get("RANK", "1") == "1":
             os.kill(os.getpid(), signal.SIGTERM)
         return super().__getitem__(index)
 """
@@ -91,6 +91,25 @@ def test_a_run_that_was_told_to_end_goes_on(folder: Path, monkeypatch: pytest.Mo
     assert_same_run(folder / "runs" / "cfg", folder / "runs" / "cfg-2")
     whole = folder / "runs" / "cfg-2" / "checkpoints" / "step_8" / "model.safetensors"
     assert whole.exists() == bool(more)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("sizes", [{"pp_size": 2, "split_points": "[h.1]"}, {"dp_size": 2}], ids=["pp", "dp"])
+def test_all_processes_end_after_the_step_in_which_one_was_told_to(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, sizes: dict[str, object]
+) -> None:  # fmt: skip
+    layout = [word for name, value in sizes.items() for word in (f"--distributed.{name}", str(value))]
+    command = ("finetune", "llm", "-c", "cfg.yaml", *layout, "--output_dir")
+    assert start(folder, *command, "whole").returncode == 0
+    monkeypatch.setenv("END_AT", "30")
+    ended = start(folder, *command, "ended")
+    found = re.search(r"told to end by SIGTERM, after step (\d+) of 11. To go on:\n  autofunc (.*)\n", ended.stdout)
+    assert ended.returncode == 0 and found, ended.stderr
+    assert steps_in(folder / "ended" / "checkpoints")[-1] == int(found[1]) < STEPS
+    monkeypatch.delenv("END_AT")
+    done = start(folder, *shlex.split(found[2]))
+    assert done.returncode == 0, done.stderr
+    assert metrics(folder / "ended") == metrics(folder / "whole")
 
 
 def test_a_run_goes_on_from_any_checkpoint(folder: Path) -> None:
