@@ -28,7 +28,7 @@ from autofunc.runtime.buffers import SlotPool
 from autofunc.runtime.debug import observe_as
 from autofunc.runtime.finish import may_weigh_nothing
 from autofunc.runtime.measure import Scales, Watch, measured_timeline, of_all
-from autofunc.runtime.not_finite import check_parameters, finite_check
+from autofunc.runtime.not_finite import FiniteNotes, raise_first, unfit_parameters
 from autofunc.runtime.pair_groups import Transfers
 from autofunc.runtime.parts import check_same_parts, counted, joined
 from autofunc.runtime.plan import Blueprint, Mode
@@ -252,16 +252,17 @@ class Pipeline(Held):
     ) -> None:
         """Run a step again that gave a loss or gradients that are not finite, and say where that begins.
 
-        Every process calls it, with the arguments of `value_and_grad`. With `AUTOFUNC_DEBUG=nan` in the environment all
-        steps are looked into like this, at the price of waiting for each action.
+        Every process calls it, with the arguments of `value_and_grad`, and raises the same. With `AUTOFUNC_DEBUG=nan` in
+        the environment all steps are looked into, at the price of waiting for each action.
 
         Raises:
             NotFiniteError: with rank, step, stage and microbatch, the layer, and whether it is the forward, the gradient of
-                an input or that of a parameter. Where all is finite there is none.
+                an input or that of a parameter: the first place of all processes. Where all is finite there is none.
         """
-        check_parameters({path: local(leaf) for path, leaf in tree.flatten(params).items()})
-        given = self._state_beside(params) if state is None else state
-        self.run(Mode.GRADS, params, batch, key, given, finite_check, again=self._step_number > 0)
+        raise_first(unfit_parameters({path: local(leaf) for path, leaf in tree.flatten(params).items()}), self.mesh)
+        given, notes = self._state_beside(params) if state is None else state, FiniteNotes()
+        self.run(Mode.GRADS, params, batch, key, given, notes, again=self._step_number > 0)
+        raise_first(notes.found.values(), self.mesh)
 
     @torch.inference_mode(False)
     def run(

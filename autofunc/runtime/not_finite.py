@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from autofunc import tree
 from autofunc.engine import Microbatch
 from autofunc.engine.layerwise import all_finite, first_not_finite
 from autofunc.errors import NotFiniteError
+from autofunc.mesh import AXES, axis_group
 from autofunc.runtime.executor import RankStep, add_place
 from autofunc.runtime.ops import Backward, BackwardInput, BackwardWeight, Forward, Op
 from autofunc.runtime.plan import Plan
@@ -88,11 +91,11 @@ class FiniteCheck:
 
 
 class FiniteNotes:
-    """Notes what a `FiniteCheck` finds first, and lets the step go on: other ranks wait for what this one makes."""
+    """Notes what a `FiniteCheck` finds first on each rank, and lets the step go on: others wait for what it makes."""
 
     def __init__(self) -> None:
-        self.found: NotFiniteError | None = None
-        self._checks: dict[int, FiniteCheck] = {}  # by rank
+        self.found: dict[int, NotFiniteError] = {}  # by local rank
+        self._checks: dict[int, FiniteCheck] = {}
 
     def __call__(self, plan: Plan, program: Program, microbatches: Sequence[Microbatch]) -> list[FiniteNotes]:
         """See `step.Observe`."""
@@ -101,17 +104,47 @@ class FiniteNotes:
 
     def before(self, op: Op, step: RankStep, registers: list[Any]) -> None:
         """See `Observer.before`."""
-        if self.found is None:
+        if step.program.rank not in self.found:
             self._checks[step.program.rank].before(op, step, registers)
 
     def after(self, op: Op, step: RankStep, registers: list[Any], sends: list[Ticket | None]) -> None:
         """See `Observer.after`."""
-        if self.found is None:
+        rank = step.program.rank
+        if rank not in self.found:
             try:
-                self._checks[step.program.rank].after(op, step, registers, sends)
+                self._checks[rank].after(op, step, registers, sends)
             except NotFiniteError as error:
                 add_place(error, step, op)
-                self.found = error
+                self.found[rank] = error
+
+
+def raise_first(found: Iterable[NotFiniteError], mesh: DeviceMesh | None) -> None:
+    """Raise the first of what all processes have found. They all call it, and all raise the same, or nothing.
+
+    Args:
+        found: by this process.
+        mesh: of the pipeline.
+
+    Raises:
+        NotFiniteError: when there is one.
+    """
+    first = min(found, key=_order, default=None)
+    for axis in AXES:
+        group = axis_group(mesh, axis)
+        if group is not None:
+            each: list[NotFiniteError | None] = [None] * group.size()
+            dist.all_gather_object(each, first, group=group)
+            first = min((error for error in each if error is not None), key=_order, default=None)
+    if first is not None:
+        raise first
+
+
+def _order(error: NotFiniteError) -> tuple[int, ...]:
+    """Parameters, then forwards, then backwards; of a microbatch as it goes through the stages."""
+    if error.action is None or error.stage is None:
+        return (0,)
+    is_forward = "F" in error.action
+    return (1 if is_forward else 2, error.microbatch or 0, error.stage if is_forward else -error.stage)
 
 
 def finite_check(plan: Plan, program: Program, microbatches: Sequence[Microbatch]) -> list[FiniteCheck]:
@@ -119,19 +152,18 @@ def finite_check(plan: Plan, program: Program, microbatches: Sequence[Microbatch
     return [FiniteCheck(plan.contexts)]
 
 
-def check_parameters(params: Mapping[str, Tensor]) -> None:
-    """Refuse parameters that are not finite: then the step before it is to blame.
-
-    Raises:
-        NotFiniteError: naming the first.
-    """
+def unfit_parameters(params: Mapping[str, Tensor]) -> list[NotFiniteError]:
+    """Of the first parameter that is not finite, if there is one: then the step before is to blame."""
     for path, leaf in params.items():
         if not all_finite([leaf]):
             count = int((~torch.isfinite(leaf)).sum())
-            raise NotFiniteError(
-                f"parameter {path!r} is not finite before the step ({count} of {leaf.numel()} elements); the last update "
-                "made it so: try a lower learning rate, or clip gradients"
-            )
+            return [
+                NotFiniteError(
+                    f"parameter {path!r} is not finite before the step ({count} of {leaf.numel()} elements); the last "
+                    "update made it so: try a lower learning rate, or clip gradients"
+                )
+            ]
+    return []
 
 
 def _copies(registers: list[Any], numbers: Sequence[int]) -> list[Tensor]:

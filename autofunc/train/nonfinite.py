@@ -5,14 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
-import torch.distributed as dist
-
 from autofunc.errors import NotFiniteError, full_message
 from autofunc.pipe import Pipeline
-from autofunc.runtime.not_finite import FiniteNotes, check_parameters
-from autofunc.runtime.plan import Mode
-from autofunc.shard.dtensors import local
-from autofunc.tree import Nested, flatten
 
 Action = Literal["stop", "skip", "warn"]
 
@@ -66,38 +60,13 @@ class NonFinite:
 
 
 def _beginning(pipe: Pipeline, ran: Iterable[tuple[Any, ...]]) -> str:
-    """Where a step makes what is not finite, of all processes' places the first; found by running it once more."""
-    for params, batch, key, state in ran:
-        found = _found(pipe, params, batch, key, state)
-        own = None if found is None else (_order(found), full_message(found))
-        everywhere: list[Any] = [own]
-        if dist.is_initialized():
-            everywhere = [None] * dist.get_world_size()
-            dist.all_gather_object(everywhere, own)
-        places = [each for each in everywhere if each is not None]
-        if places:
-            return f"; {min(places)[1]}"
+    """Where a step makes what is not finite, found by running it once more."""
+    for given in ran:
+        try:
+            pipe.check_finite(*given)
+        except NotFiniteError as error:
+            return f"; {full_message(error)}"
     return ", but not when the step is run again: its values depend on more than its arguments"
-
-
-def _found(pipe: Pipeline, params: Nested, batch: Any, key: Any, state: Nested) -> NotFiniteError | None:
-    """What this process finds itself: the step goes on to its end, for others wait for what it makes."""
-    unfit = None
-    try:
-        check_parameters({path: local(leaf) for path, leaf in flatten(params).items()})
-    except NotFiniteError as error:
-        unfit = error
-    notes = FiniteNotes()
-    pipe.run(Mode.GRADS, params, batch, key, state, notes, again=True)
-    return unfit or notes.found
-
-
-def _order(error: NotFiniteError) -> tuple[int, ...]:
-    """Parameters, then forwards, then backwards; of a microbatch as it goes through the stages."""
-    if error.action is None or error.stage is None:
-        return (0,)
-    is_forward = "F" in error.action
-    return (1 if is_forward else 2, error.microbatch or 0, error.stage if is_forward else -error.stage)
 
 
 def _ordinal(number: int) -> str:

@@ -10,6 +10,10 @@ from torch import Tensor, nn
 
 import autofunc as af
 from autofunc.errors import AutofuncError, NotFiniteError, full_message
+from autofunc.mesh import data_coordinate
+from autofunc.tree import flatten
+from tests.cases import mesh_of
+from tests.pool import WorkerPool
 
 ENGINES = ["eager", "graph"]
 
@@ -50,12 +54,13 @@ class Net(nn.Module):
         return nn.functional.cross_entropy(x, labels)
 
 
-def pipe_of(engine: str, name: str = "zb_h1") -> tuple[Any, Any, dict[str, Tensor]]:
+def pipe_of(engine: str, name: str = "zb_h1", mesh: Any = None) -> tuple[Any, Any, dict[str, Tensor]]:
     """Two stages of two blocks, four microbatches; the third block divides by what `marks` says."""
     batch = {"x": torch.randn(8, 4), "marks": torch.ones(8, 3), "labels": torch.arange(8) % 4}
     model = af.from_module(Net(), batch)
     s = af.schedule.build(name, num_ranks=2, num_microbatches=4)
-    return af.pipeline(af.split(model, ["blocks.2"]), s, engine=engine), model.init(), batch
+    pipe = af.pipeline(af.split(model, ["blocks.2"]), s, engine=engine, mesh=mesh)
+    return pipe, pipe.init() if mesh is not None else model.init(), batch
 
 
 def message_of(pipe: Any, params: Any, batch: Any) -> str:
@@ -82,6 +87,26 @@ def test_the_first_place(mark: int, action: str, words: str, engine: str) -> Non
     message = message_of(pipe, params, batch)
     assert words in message
     assert f"rank 1, step 2, action {action}" in message and "(stage 1, microbatch 2)" in message
+
+
+def of_all_processes(mark: int, place: int) -> tuple[str, Any]:
+    """What a process says when microbatch 2 of some rows is bad in stage 1; and when a parameter of stage 0 is."""
+    mesh = mesh_of(pp=2, dp_replicate=2)
+    pipe, params, batch = pipe_of("graph", mesh=mesh)
+    if data_coordinate(mesh)[0] == place:
+        batch["marks"][4:6, mark] = 0.0
+    message = message_of(pipe, params, batch)
+    for leaf in flatten(params).values() if mesh.get_local_rank("pp") == 0 else ():
+        leaf.fill_(float("inf"))
+    with pytest.raises(NotFiniteError, match=r"'blocks\.0\.linear\.bias' is not finite before the step") as caught:
+        pipe.check_finite(params, batch)
+    return message, caught.value.rank
+
+
+@pytest.mark.parametrize(("mark", "place", "action"), [(0, 1, "1F2"), (1, 0, "1I2")])
+def test_all_processes_name_the_first_place_of_all(workers: WorkerPool, mark: int, place: int, action: str) -> None:
+    found = workers.run(of_all_processes, mark, place)
+    assert len(set(found)) == 1 and f"rank 1, step 1, action {action}" in found[0][0]
 
 
 def test_of_layers_that_are_functions() -> None:
