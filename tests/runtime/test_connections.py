@@ -10,9 +10,10 @@ import torch
 import autofunc as af
 from autofunc.errors import AutofuncError
 from autofunc.runtime import pair_groups
-from autofunc.runtime.program import channels_between
-from autofunc.runtime.transport import _CoalescingPort
-from tests.cases import make_case, pp_mesh
+from autofunc.runtime.ops import Receive, Send
+from autofunc.runtime.program import Channel, channels_between
+from autofunc.runtime.transport import DistributedTransport, _CoalescingPort
+from tests.cases import make_case, plan_of, pp_mesh
 from tests.pool import WorkerPool
 
 
@@ -79,6 +80,45 @@ class Backend:
     def _end_coalescing(self) -> str:
         self.called.append("end")
         return "all"
+
+
+@pytest.mark.parametrize("name", af.schedule.names())
+def test_a_rank_sends_another_one_message_between_two_computations(name: str) -> None:
+    """So that what a computation makes for another rank, be it several values, is one call."""
+    lowered = af.schedule.lower(af.schedule.build(name, num_ranks=4, num_microbatches=8))
+    for row in lowered:
+        sent: list[int] = []
+        for action in row:
+            if action.kind.is_compute:
+                sent = []
+            elif action.kind.is_send:
+                sent.append(lowered.placement[action.peer])
+                assert len(sent) == len(set(sent)), action
+
+
+def test_values_of_one_edge_are_one_message_of_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that hands two values on: what rank 0 posts to rank 1, and gets back, for one microbatch."""
+    layers = {
+        "a": af.Layer(
+            lambda key: {"w": key.ones("w", (3,))}, lambda p, x, batch: (batch["x"] * p["w"], batch["x"] + p["w"])
+        ),
+        "b": af.Layer(lambda key: {"w": key.ones("w", (3,))}, lambda p, x, batch: (x[0] + x[1]) * p["w"]),
+    }
+    stages, s = af.split(af.Model(layers), ["b"]), af.schedule.build("1f1b", num_ranks=2, num_microbatches=1)
+    pipe = af.pipeline(stages, s, loss=lambda outputs, microbatch: outputs.sum())
+    program = plan_of(pipe, pipe.init(), {"x": torch.ones(1, 3)}).programs[0]
+    backends = {channel: Backend() for channel in program.channels}
+    monkeypatch.setattr("autofunc.runtime.transport.connect", lambda *_: backends)
+    transport = DistributedTransport(None, [0, 1], torch.device("cuda"), program.channels, af.Transfers())  # type: ignore[arg-type]
+    ports = [transport.open(channel) for channel in program.channels]
+    for op in program.ops:
+        if isinstance(op, Send):
+            ports[op.channel].send([torch.ones(1, 3)] * 2)
+        elif isinstance(op, Receive):
+            assert len(op.slots) == 2
+            ports[op.channel].receive([torch.ones(1, 3)] * 2)
+    assert backends[Channel(0, 1)].called == ["begin", "send 1 to 1", "send 1 to 1", "end"]
+    assert backends[Channel(1, 0)].called == ["begin", "receive 1 from 0", "receive 1 from 0", "end"]
 
 
 def test_a_message_of_several_tensors_is_one_call() -> None:
