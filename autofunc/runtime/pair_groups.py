@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import atexit
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
@@ -95,7 +95,7 @@ def connect(
     for pair in sorted(set(pairs)):
         if pp_group.rank() not in pair:
             continue
-        key = (pair, device, options)
+        key = (pair, device, replace(options, sends_block=False))  # which is the schedules', not the connection's
         if key not in known.groups:
             number = known.made[pair] = known.made.get(pair, -1) + 1
             known.groups[key] = _Group(_made(pp_group, pair, number, device, options))

@@ -14,7 +14,7 @@ from autofunc.config import FinetuneConfig, not_ended
 from autofunc.errors import AutofuncError
 from autofunc.losses import Loss
 from autofunc.model import Model
-from autofunc.schedule import Costs, StageBytes, Timeline, peak_bytes, simulate
+from autofunc.schedule import Costs, StageBytes, Timeline, lower, peak_bytes, simulate
 from autofunc.splitting import (
     Boundaries,
     LayerCost,
@@ -217,7 +217,8 @@ def _without_weights(config: FinetuneConfig) -> FinetuneConfig:
 
 def _ranks(recipe: Recipe, connections: Sequence[int], uses_nccl: bool) -> list[RankPlan]:
     kept = _kept(recipe)
-    peaks = peak_bytes(recipe.schedule, kept) if kept is not None else None
+    lowered = lower(recipe.schedule, sends_block=recipe.transfers.sends_block)
+    peaks = peak_bytes(lowered, kept) if kept is not None else None
     shared_by = recipe.axes.dp_shard * recipe.axes.tp
     slots = _optimizer_slots(recipe)
     found = []

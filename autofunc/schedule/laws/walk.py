@@ -126,6 +126,9 @@ class _Walk:
             seen[rank] = flat, crossing.bundle.of(microbatch), int(giver[microbatch])
             rank = placement[crossing.target if is_sender else crossing.source]
         waiting = list(seen.values())[list(seen).index(rank) if rank in seen else 0 :]
+        if rank in seen:  # a circle is told from a send on that blocks, if there is one
+            begin = next((number for number, each in enumerate(waiting) if _blocks(self.network, each[0], each[2])), 0)
+            waiting = waiting[begin:] + waiting[:begin]
         return _cannot_go_on(self.network, waiting, len(positions))
 
     def _missing(self, flat: int) -> tuple[Crossing, int, bool]:
@@ -209,8 +212,7 @@ def _cannot_go_on(network: Network, waiting: list[tuple[int, Token, int]], num_r
     reasons = []
     for flat, token, giver in waiting[:_MOST_REASONS]:
         by_whom = "which no action makes" if giver < 0 else f"which {_giver(network, giver)}"
-        blocks = giver >= 0 and Kind(network.table[flat, 1]).is_send and Kind(network.table[giver, 1]).is_receive
-        needs = "blocks until somebody receives the" if blocks else "needs the"
+        needs = "blocks until somebody receives the" if _blocks(network, flat, giver) else "needs the"
         reasons.append(f"{network.describe(flat)}: {needs} {token}, {by_whom}")
     if num_ranks > len(reasons):
         reasons.append(f"and {num_ranks - len(reasons):,} more ranks wait")
@@ -218,6 +220,11 @@ def _cannot_go_on(network: Network, waiting: list[tuple[int, Token, int]], num_r
         f"schedule {shown(network.schedule.name)} cannot go on: {'; '.join(reasons)}\n"
         + grid(network.schedule, network.locate(waiting[0][0]))
     )
+
+
+def _blocks(network: Network, flat: int, giver: int) -> bool:
+    """Whether an action is a send that waits for its receive."""
+    return giver >= 0 and Kind(network.table[flat, 1]).is_send and Kind(network.table[giver, 1]).is_receive
 
 
 def _giver(network: Network, flat: int) -> str:
