@@ -77,9 +77,12 @@ class Reduction:
         Args:
             sums: path of each holder -> its sum over microbatches on this rank.
         """
-        for pending in self._pending:  # NCCL's say when they are done; gloo's only when they are waited for
-            if pending.work is not None and pending.work.is_completed():
-                pending.wait()
+        for pending in self._pending:  # they end in order; NCCL's say when, gloo's only when they are waited for
+            if pending.work is None:
+                continue
+            if not pending.work.is_completed():
+                break
+            pending.wait()
         if not sums:
             return
         if self._scattering is None and self._replicating is None:
