@@ -17,6 +17,7 @@ from torch.distributed.fsdp import OffloadPolicy
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from autofunc import tree
+from autofunc.engine.recordable import check_axes
 from autofunc.errors import AutofuncError, MeshError, ModelError
 from autofunc.mesh import axis_size, coordinate, data_coordinate
 from autofunc.model import Model, cut_dims
@@ -166,6 +167,14 @@ class Parameters:
                     f"{tuple(local(leaf).shape)}; expected {expected}, of which it has {tuple(self.local_shape(path))}: "
                     "params come from pipe.init or pipe.place of this pipeline, or one with the same mesh"
                 )
+
+    def check_fixed(self) -> None:
+        """Refuse parameters that do not stay where they are in a step, and stages that exchange values.
+
+        Raises:
+            AutofuncError: with the reason.
+        """
+        check_axes(self.is_sharded, self.partitioning is not WHOLE)
 
     # --- one step
 

@@ -14,10 +14,12 @@ from autofunc.config.schema import EarlyStopping
 from autofunc.config.updates import Ema
 from autofunc.data import STACKED, first_rows
 from autofunc.engine import EngineOptions, require_compiler
+from autofunc.engine.recordable import check_axes
 from autofunc.errors import AutofuncError, ConfigError
 from autofunc.losses import Loss
 from autofunc.model import Model
 from autofunc.optim import LearningRate, Optimizer
+from autofunc.runtime.cuda_graphs import check_recording
 from autofunc.runtime.pair_groups import Transfers
 from autofunc.schedule import Schedule
 from autofunc.shard import Sharding
@@ -33,6 +35,7 @@ from autofunc.train.datasets import (
     tell_tokenizers,
     validation_batches_of,
 )
+from autofunc.train.device import on_gpus
 from autofunc.train.layout import LayerCosts, count_microbatches, is_auto, stages_and_schedule
 from autofunc.train.learning_rate import learning_rate_of
 from autofunc.train.model import build_loss, build_metrics, build_model
@@ -124,6 +127,8 @@ def prepare(
     axes = axes_of(config, num_processes)
     num_microbatches = count_microbatches(config, axes.dp)
     options, search_budget = _engine_options(config)
+    if options.records:
+        _check_recording(config, axes)
     check_targets(config)
     sharding = sharding_of(config, axes, told)
     optimizer = build_optimizer(config)
@@ -246,9 +251,18 @@ def _engine_options(config: FinetuneConfig) -> tuple[EngineOptions, int | None]:
         options = EngineOptions(wanted.engine, wanted.compile, remat, budget if remat == "auto" else None)
     except AutofuncError as error:
         raise ConfigError(f"distributed: {error}") from error
-    if options.compile:
+    if options.compiles:
         try:
             require_compiler()
         except AutofuncError as error:
             raise ConfigError(f"distributed.compile: {error}") from error
     return options, search_budget
+
+
+def _check_recording(config: FinetuneConfig, axes: Axes) -> None:
+    """Refuse to record steps that cannot be recorded, on the device and the mesh that are asked for."""
+    try:
+        check_recording("cuda" if on_gpus(config.distributed.device) else "cpu", "the run is")
+        check_axes(axes.dp_shard > 1 or config.distributed.offload_policy is not None, axes.tp > 1)
+    except AutofuncError as error:
+        raise ConfigError(f"distributed.compile: {error}") from error
