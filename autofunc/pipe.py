@@ -25,6 +25,7 @@ from autofunc.losses import Loss
 from autofunc.mesh import data_coordinate
 from autofunc.row_dims import BatchDims
 from autofunc.runtime.buffers import SlotPool
+from autofunc.runtime.cuda_graphs import require_graphs
 from autofunc.runtime.debug import observe_as
 from autofunc.runtime.finish import may_weigh_nothing
 from autofunc.runtime.measure import Scales, Watch, measured_timeline, of_all
@@ -70,9 +71,13 @@ class Pipeline(Held):
         parameters: Parameters | None = None,
     ) -> None:
         check_compatible(stages, schedule, mesh)
-        if options.compile:
+        if options.compiles:
             require_compiler()
+        if options.records:
+            require_graphs(mesh)
         super().__init__(stages, schedule, mesh, sharding, parameters)
+        if options.records:
+            self._parameters.check_fixed()
         self.loss = loss
         self.options = options
         self._batch_dims = batch_dims

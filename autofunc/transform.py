@@ -29,7 +29,7 @@ def pipeline(
     loss: Loss | None = None,
     mesh: DeviceMesh | None = None,
     engine: str = "graph",
-    compile: bool = False,
+    compile: bool | str = False,
     remat: str | None = None,
     memory_budget: int | None = None,
     batch_dims: BatchDims = None,
@@ -47,7 +47,9 @@ def pipeline(
         engine: how stages are differentiated: "graph" captures each once and cuts it into forward, backward, backward of
             the input and of the weights; "eager" runs autograd on it, and takes layers of functions that cannot be
             captured. A module was captured before, by `af.from_module`: what that refuses, no engine takes.
-        compile: run the captured pieces as compiled code. Equal to 1e-5, not bit for bit.
+        compile: True runs the captured pieces as compiled code: equal to 1e-5, not bit for bit. "graphs" records steps on
+            a GPU as CUDA graphs, with the same bits: launching kernels takes no time of the host, and the memory of a
+            step's peak stays reserved. "inductor+graphs" records compiled pieces.
         remat: what the backward computes again instead of keeping it: None; "layer", all but what goes from layer to layer;
             "stage", all but what the stage received; "auto", what makes the shortest step within `memory_budget`, which may
             also move part of W's work into I. A microbatch has two forwards at most. The eager engine runs the whole

@@ -63,7 +63,9 @@ def test_torch_distributed_from_the_mesh_on() -> None:
 
 # What has no public name, by file of autofunc/. Each of these files says with which version of torch it was tried.
 PRIVATE_MODULES = {
-    "torch._C": {"runtime/pair_groups.py"},
+    "torch._C": {"runtime/cuda_graphs.py", "runtime/pair_groups.py"},
+    "torch._foreach_copy_": {"runtime/fixed.py"},
+    "torch._foreach_div_": {"runtime/finish.py"},
     "torch._foreach_mul": {"shard/norm.py"},
     "torch._foreach_norm": {"shard/norm.py"},
     "torch._guards": {"engine/compile.py"},

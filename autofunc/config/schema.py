@@ -111,7 +111,9 @@ class Distributed(Section):
     engine: Literal["graph", "eager"] = Field(
         "graph", description="how stages are differentiated: captured once, or by autograd"
     )
-    compile: bool = Field(False, description="run the captured stages as compiled code")
+    compile: bool | Literal["graphs", "inductor+graphs"] = Field(
+        False, description="run the captured stages as compiled code; graphs: record steps as CUDA graphs; or both"
+    )
     remat: Literal["layer", "stage", "auto"] | None = Field(
         None, description="what the backward computes again instead of keeping it"
     )

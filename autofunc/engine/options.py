@@ -8,6 +8,9 @@ from autofunc.errors import AutofuncError, one_of
 
 ENGINES = ("graph", "eager")
 REMATS = ("layer", "stage", "auto")
+GRAPHS, BOTH = "graphs", "inductor+graphs"
+COMPILES = (GRAPHS, BOTH)
+"""What `compile` may be beside True and False."""
 
 
 @dataclass(frozen=True)
@@ -16,7 +19,7 @@ class EngineOptions:
 
     Args:
         engine: "graph" or "eager".
-        compile: run pieces as compiled code.
+        compile: True runs pieces as compiled code, "graphs" records steps as CUDA graphs, "inductor+graphs" does both.
         remat: what the backward computes again: None, "layer", "stage" or "auto".
         memory_budget: bytes that may be alive on a rank, for "auto".
 
@@ -25,7 +28,7 @@ class EngineOptions:
     """
 
     engine: str = "graph"
-    compile: bool = False
+    compile: bool | str = False
     remat: str | None = None
     memory_budget: int | None = None
 
@@ -34,9 +37,12 @@ class EngineOptions:
             raise AutofuncError(f"unknown engine {self.engine!r}: {one_of(self.engine, ENGINES)}")
         if self.remat is not None and self.remat not in REMATS:
             raise AutofuncError(f"unknown remat {self.remat!r}: {one_of(str(self.remat), REMATS)}, or None")
+        if not isinstance(self.compile, bool) and self.compile not in COMPILES:
+            raise AutofuncError(f"unknown compile {self.compile!r}: {one_of(str(self.compile), COMPILES)}, True or False")
         if self.engine == "eager":
             if self.compile:
-                raise AutofuncError('compile=True compiles captured stages, so it needs engine="graph"')
+                does = "records" if self.compile == GRAPHS else "compiles"
+                raise AutofuncError(f'compile={self.compile!r} {does} captured stages, so it needs engine="graph"')
             if self.remat == "auto":
                 raise AutofuncError('remat="auto" weighs captured stages, so it needs engine="graph"')
         if (self.remat == "auto") != (self.memory_budget is not None):
@@ -46,3 +52,13 @@ class EngineOptions:
             )
         if self.memory_budget is not None and self.memory_budget <= 0:
             raise AutofuncError(f"memory_budget={self.memory_budget}: expected a number of bytes")
+
+    @property
+    def compiles(self) -> bool:
+        """Whether pieces run as compiled code."""
+        return self.compile in (True, BOTH)
+
+    @property
+    def records(self) -> bool:
+        """Whether steps run as CUDA graphs."""
+        return self.compile in COMPILES

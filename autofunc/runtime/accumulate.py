@@ -50,3 +50,25 @@ class Accumulator:
         for total, grad in zip(self.sums, grads, strict=True):
             if grad is not None:
                 total.add_(grad)
+
+
+class HeldAccumulator(Accumulator):
+    """An accumulator whose sums lie in memory that is given, and that others use after it.
+
+    Args:
+        memory: one tensor per holder.
+        zeroed: whether it holds their sums; else it is filled with zeros at the first use.
+    """
+
+    def __init__(self, memory: Sequence[Tensor], *, zeroed: bool = False) -> None:
+        self._memory = memory
+        self._sums = [*memory] if zeroed else []
+
+    @property
+    def sums(self) -> list[Tensor]:
+        """See `Accumulator.sums`."""
+        if not self._sums:
+            for total in self._memory:
+                total.zero_()
+            self._sums = [*self._memory]
+        return self._sums

@@ -52,7 +52,7 @@ def make_functions(
         keeps = fitting_keeps(joints, contexts, options.memory_budget, schedule, boundaries)
     found: dict[int, StageFunctions] = {}
     for index, context in contexts.items():
-        found[index] = stage = _graph_stage(context, keeps[index], options.compile)
+        found[index] = stage = _graph_stage(context, keeps[index], options.compiles)
         table = schedule[schedule.placement[index]].table
         mine = table[(table[:, 0] == index) & (table[:, 1] <= Kind.W), 1]
         stage.make(Kind(kind) for kind in np.unique(mine))

@@ -74,6 +74,7 @@ class RankStep:
     states: dict[tuple[int, int], Sequence[Tensor]] = field(default_factory=dict)  # by stage and lane: what it keeps
     apart: bool = False  # whether each microbatch has a state, its lane, of its own; else they hand on that of lane 0
     observers: Sequence[Observer] = ()
+    lasting: bool = False  # whether its sums lie in memory that the next step uses
     produced: dict[int, Produced] = field(default_factory=dict)  # by microbatch: what the last stage made
 
     def state(self, stage: int, microbatch: int) -> Sequence[Tensor]:

@@ -17,6 +17,7 @@ from autofunc.engine import Microbatch
 from autofunc.runtime.observe import Clock, LiveBytes
 from autofunc.runtime.plan import Plan
 from autofunc.runtime.program import Program
+from autofunc.runtime.step import Timer
 from autofunc.schedule import Timeline
 
 Result = TypeVar("Result")
@@ -25,7 +26,7 @@ Times = npt.NDArray[np.float64]
 """Shape (2, number of ops)."""
 
 
-class Watch:
+class Watch(Timer):
     """Puts a clock on every local rank of a step, and remembers the clocks and the plan."""
 
     def __init__(self) -> None:

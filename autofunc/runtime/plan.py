@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
@@ -12,12 +12,15 @@ from torch import Tensor
 
 from autofunc import tree
 from autofunc.engine import EngineOptions, GraphStage, StageFunctions
+from autofunc.engine.recordable import check_recordable
 from autofunc.errors import ScheduleError
 from autofunc.losses import Loss, combine_aux
 from autofunc.mesh import data_coordinate
 from autofunc.runtime.buffers import SlotPool
 from autofunc.runtime.build import captured, make_functions
+from autofunc.runtime.cuda_graphs import check_recording
 from autofunc.runtime.program import Channel, Layout, Program, build_program, channels_between, message_layouts
+from autofunc.runtime.recording import GraphMemory, Recordings
 from autofunc.runtime.ties import Tie, find_ties
 from autofunc.schedule import Edge, Schedule, lower, settled_sends, validate
 from autofunc.shard.parameters import Parameters
@@ -74,6 +77,7 @@ class Plan:
     aux: tuple[Layout, ...]  # shape and dtype of each leaf of the combined aux
     aux_spec: tree.TreeSpec | None
     device: torch.device
+    recordings: Recordings | None = None  # of its steps, where they are to run as CUDA graphs
 
     @property
     def num_nodes(self) -> int:
@@ -97,6 +101,7 @@ class Blueprint:
     parameters: Parameters  # how this process holds them
     pools: Mapping[int, SlotPool]  # by local pp rank
     merge: bool = True  # whether lowering makes one B of an I and a W that are adjacent
+    graph_memory: GraphMemory = field(default_factory=GraphMemory)  # of recorded steps
 
 
 def build_plan(
@@ -122,6 +127,8 @@ def build_plan(
         raise ScheduleError(
             f"schedule {blueprint.schedule.name} has no backward actions, so it gives no gradients; call the pipeline"
         )
+    if blueprint.options.records:
+        check_recording(device.type, "the parameters are")
     contexts, boundaries = _followed(blueprint, mode, params, device, microbatches[0])
     edges = boundaries.edges()
     lowered = _lowered(blueprint, mode, edges, len(microbatches))
@@ -149,7 +156,20 @@ def build_plan(
         aux=aux,
         aux_spec=aux_spec,
         device=device,
+        recordings=_recordings(blueprint, mode, functions, contexts),
     )
+
+
+def _recordings(
+    blueprint: Blueprint, mode: Mode, functions: Mapping[int, StageFunctions], contexts: Mapping[int, StageContext]
+) -> Recordings | None:  # fmt: skip
+    """None where steps are not recorded: `Mode.ADVANCE` writes into the caches that it is given, wherever they lie."""
+    if not blueprint.options.records or mode is Mode.ADVANCE:
+        return None
+    for index, stage in functions.items():
+        assert isinstance(stage, GraphStage), "options ask for captured stages"
+        check_recordable(stage.joint, contexts[index].stage.title)
+    return Recordings(blueprint.graph_memory)
 
 
 def _followed(

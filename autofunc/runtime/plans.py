@@ -83,6 +83,7 @@ class Plans:
         self._built.clear()
         for pool in self._blueprint.pools.values():
             pool.clear()
+        self._blueprint.graph_memory.clear()
 
     def _make(
         self, mode: Mode, params: Mapping[str, Tensor], device: torch.device, microbatches: Sequence[Microbatch]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from autofunc.runtime.finish import divide, divisor, exchange_ties, mean, share,
 from autofunc.runtime.plan import Mode, Plan
 from autofunc.runtime.position import here
 from autofunc.runtime.program import Program
+from autofunc.runtime.recording import Recording
 from autofunc.runtime.states import flat_lanes, flat_states, states_of
 from autofunc.runtime.transport import MemoryHub, MemoryTransport, Transport
 from autofunc.shard.dtensors import like
@@ -52,6 +53,10 @@ Observe = Callable[[Plan, Program, Sequence[Microbatch]], Sequence[Observer]]
 plan, the rank's program and all microbatches of the step."""
 
 
+class Timer:
+    """Base of an `Observe` whose observers look at no value: they may be told of a step that is recorded."""
+
+
 def run_step(
     plan: Plan,
     params: Mapping[str, Tensor],
@@ -73,59 +78,67 @@ def run_step(
         observe: who looks on.
     """
     result = StepResult(states=[{} for _ in states])
-    given = [Microbatch.of(entries) for entries in microbatches]
+    given = _Given(params, [Microbatch.of(entries) for entries in microbatches], states, number)
+    recording = _recording(plan, given, transport, observe)
+    observers = {
+        rank: [*(observe(plan, program, given.microbatches) if observe is not None else ()), *here.marks(program)]
+        for rank, program in plan.programs.items()
+    }
     if transport is not None:
         ((rank, _),) = plan.programs.items()
-        for _ in _run(plan, rank, params, given, states, transport, number, observe, result):
+        for _ in _run(plan, rank, given, transport, recording, observers, result):
             raise AssertionError("a transport between processes blocks; it never yields")
         return result
     hub = MemoryHub(plan.schedule.num_ranks)
+    transports = {rank: MemoryTransport(hub, rank) for rank in plan.programs}
     run_together(
-        [
-            _run(plan, rank, params, given, states, MemoryTransport(hub, rank), number, observe, result)
-            for rank in plan.programs
-        ],
-        hub,
-    )
+        [_run(plan, rank, given, transports[rank], recording, observers, result) for rank in plan.programs], hub
+    )  # fmt: skip
     return result
+
+
+class _Given(NamedTuple):
+    """What a step is given."""
+
+    params: Mapping[str, Tensor]
+    microbatches: Sequence[Microbatch]
+    states: Sequence[Mapping[str, Tensor]]
+    number: int
+
+
+def _recording(plan: Plan, given: _Given, transport: Transport | None, observe: Observe | None) -> Recording | None:
+    """What plays the step, filled with what it is given; None where it runs op by op, as for who looks at values."""
+    if plan.recordings is None or not (observe is None or isinstance(observe, Timer)):
+        return None
+    (state,) = given.states
+    return plan.recordings.of(
+        plan, given.params, given.microbatches, state, given.number, cut=transport is not None, apart=observe is not None
+    )
 
 
 def _run(
     plan: Plan,
     rank: int,
-    params: Mapping[str, Tensor],
-    microbatches: Sequence[Microbatch],
-    states: Sequence[Mapping[str, Tensor]],
+    given: _Given,
     transport: Transport,
-    number: int,
-    observe: Observe | None,
+    recording: Recording | None,
+    observers: Mapping[int, Sequence[Observer]],
     result: StepResult,
 ) -> Iterator[None]:
     """One rank's step, from binding its parameters to the finished gradients."""
-    stages, program = [plan.stages[index] for index in plan.schedule.stages_of(rank)], plan.programs[rank]
-    parameters = plan.parameters.step(params)
-    step = RankStep(
-        program=program,
-        functions=plan.functions,
-        stages={stage.index: stage for stage in stages},
-        parameters=parameters,
-        reduction=Reduction(plan.parameters.mesh, plan.parameters.sharding.mp_policy.reduce_dtype),
-        accumulators={stage.index: Accumulator(plan.layouts[stage.index], plan.device) for stage in stages},
-        microbatches=microbatches,
-        ports=[transport.open(channel) for channel in program.channels],
-        slots=plan.pools[rank].tensors(program.slots, plan.device),
-        number=number,
-        states=states_of(stages, states),
-        apart=plan.mode is Mode.ADVANCE,
-        observers=[*(observe(plan, program, microbatches) if observe is not None else ()), *here.marks(program)],
-    )
-    try:
-        yield from run_rank(step)
-    finally:
-        parameters.end()
+    stages, reduction = [plan.stages[index] for index in plan.schedule.stages_of(rank)], _reduction(plan)
+    if recording is not None:
+        yield from recording.run(rank, transport, reduction, given.number, observers)
+        step = recording.step(rank, reduction)
+    else:
+        step = _rank_step(plan, rank, given, transport, reduction, observers[rank])
+        try:
+            yield from run_rank(step)
+        finally:
+            step.parameters.end()
     produced = [step.produced[index] for index in sorted(step.produced)]
     if plan.mode is Mode.ADVANCE:
-        for into, lane in zip(result.states, flat_lanes(stages, step.states, len(states)), strict=True):
+        for into, lane in zip(result.states, flat_lanes(stages, step.states, len(given.states)), strict=True):
             into.update(lane)
     if not plan.mode.ends_in_loss:
         yield from _finish_outputs(plan, rank, [each.outputs for each in produced], transport, result)
@@ -134,8 +147,34 @@ def _run(
     if plan.mode is Mode.GRADS:
         weight = _tensor(result.weight)
         result.loss = mean(_tensor(result.total), weight, plan.loss)
-        yield from _finish_grads(plan, step, params, divisor(weight), transport, result)
+        yield from _finish_grads(plan, step, given.params, divisor(weight), transport, result)
         result.state.update(flat_states(stages, step.states, plan.parameters.mesh))
+
+
+def _reduction(plan: Plan) -> Reduction:
+    return Reduction(plan.parameters.mesh, plan.parameters.sharding.mp_policy.reduce_dtype)
+
+
+def _rank_step(
+    plan: Plan, rank: int, given: _Given, transport: Transport, reduction: Reduction, observers: Sequence[Observer]
+) -> RankStep:
+    """A step that runs op by op."""
+    stages, program = [plan.stages[index] for index in plan.schedule.stages_of(rank)], plan.programs[rank]
+    return RankStep(
+        program=program,
+        functions=plan.functions,
+        stages={stage.index: stage for stage in stages},
+        parameters=plan.parameters.step(given.params),
+        reduction=reduction,
+        accumulators={stage.index: Accumulator(plan.layouts[stage.index], plan.device) for stage in stages},
+        microbatches=given.microbatches,
+        ports=[transport.open(channel) for channel in program.channels],
+        slots=plan.pools[rank].tensors(program.slots, plan.device),
+        number=given.number,
+        states=states_of(stages, given.states),
+        apart=plan.mode is Mode.ADVANCE,
+        observers=observers,
+    )
 
 
 def _finish_loss(
@@ -181,7 +220,8 @@ def _finish_grads(
         terms.update(path for path, is_term in zip(stage.trainable_holders, partial, strict=True) if is_term)
     sums = step.reduction.finish(terms)
     yield from exchange_ties(step.program.rank, sums, plan.ties, transport, plan.device)
-    for path, gradient in divide(sums, weight, {path: params[path].dtype for path in sums}).items():
+    dtypes, lasting = {path: params[path].dtype for path in sums}, step.lasting and not plan.parameters.has_reduce_actions
+    for path, gradient in divide(sums, weight, dtypes, lasting=lasting).items():
         result.grads[path] = like(params[path], gradient)
 
 

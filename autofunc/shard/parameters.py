@@ -17,6 +17,7 @@ from torch.distributed.fsdp import OffloadPolicy
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from autofunc import tree
+from autofunc.engine.recordable import INSTEAD
 from autofunc.errors import AutofuncError, MeshError, ModelError
 from autofunc.mesh import axis_size, coordinate, data_coordinate
 from autofunc.model import Model, cut_dims
@@ -166,6 +167,18 @@ class Parameters:
                     f"{tuple(local(leaf).shape)}; expected {expected}, of which it has {tuple(self.local_shape(path))}: "
                     "params come from pipe.init or pipe.place of this pipeline, or one with the same mesh"
                 )
+
+    def check_fixed(self) -> None:
+        """Refuse parameters that do not stay where they are in a step, and stages that exchange values.
+
+        Raises:
+            AutofuncError: naming the axis.
+        """
+        if self.is_sharded or self.partitioning is not WHOLE:
+            why = "tensors are cut over tp, so that stages exchange values in the middle of their work"
+            if self.is_sharded:
+                why = "parameters are sharded, and gathered into other memory in every step"
+            raise AutofuncError(f'compile="graphs": {why}; {INSTEAD}')
 
     # --- one step
 

@@ -18,6 +18,7 @@ from autofunc.errors import AutofuncError, ConfigError
 from autofunc.losses import Loss
 from autofunc.model import Model
 from autofunc.optim import LearningRate, Optimizer
+from autofunc.runtime.cuda_graphs import check_recording
 from autofunc.runtime.pair_groups import Transfers
 from autofunc.schedule import Schedule
 from autofunc.shard import Sharding
@@ -33,6 +34,7 @@ from autofunc.train.datasets import (
     tell_tokenizers,
     validation_batches_of,
 )
+from autofunc.train.device import on_gpus
 from autofunc.train.layout import LayerCosts, count_microbatches, is_auto, stages_and_schedule
 from autofunc.train.learning_rate import learning_rate_of
 from autofunc.train.model import build_loss, build_metrics, build_model
@@ -246,7 +248,12 @@ def _engine_options(config: FinetuneConfig) -> tuple[EngineOptions, int | None]:
         options = EngineOptions(wanted.engine, wanted.compile, remat, budget if remat == "auto" else None)
     except AutofuncError as error:
         raise ConfigError(f"distributed: {error}") from error
-    if options.compile:
+    if options.records:
+        try:
+            check_recording("cuda" if on_gpus(wanted.device) else "cpu", "the run is")
+        except AutofuncError as error:
+            raise ConfigError(f"distributed.compile: {error}") from error
+    if options.compiles:
         try:
             require_compiler()
         except AutofuncError as error:

@@ -1,0 +1,65 @@
+"""What of a stage cannot be part of a recorded step: where the host decides, and where processes meet inside of a stage."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, fx
+
+from autofunc.decisions import is_check
+from autofunc.engine.capture import Joint
+from autofunc.errors import AutofuncError, ModelError
+from autofunc.graph.lines import line_of
+from autofunc.shown import quoted
+
+_COLLECTIVES = ("_c10d_functional", "_c10d_functional_autograd", "c10d", "_dtensor")
+_OWN_COLLECTIVES = tuple(f"autofunc.{name}" for name in ("sum_over", "all_reduce", "all_gather", "reduce_scatter"))
+_READS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default, torch.ops.aten.equal.default)
+
+INSTEAD = "use compile=True, which compiles pieces without recording them, or compile=False"
+
+
+def check_recordable(joint: Joint, title: str) -> None:
+    """Refuse a stage that cannot be recorded.
+
+    Args:
+        joint: the captured stage.
+        title: of the stage.
+
+    Raises:
+        ModelError: with the reason, and the user's line.
+    """
+    for node in joint.graph.nodes:
+        why = _reason(node)
+        if why is not None:
+            raise ModelError(f'compile="graphs": {title} cannot be recorded: {why}; {INSTEAD}')
+
+
+def _reason(node: fx.Node) -> str | None:
+    if is_check(node):
+        return f"it decides by the data of each batch, and a recording decides nothing ({node.args[3]})"
+    name = str(node.target)
+    if name.split(".")[0] in _COLLECTIVES or name.startswith(_OWN_COLLECTIVES):
+        return f"it exchanges values with other processes in the middle of its work ({node.target})"
+    if node.target in _READS:
+        return f"the host reads a value of it ({line_of(node)})"
+    return None
+
+
+def check_tensors(named: Iterable[tuple[str, Tensor]], device: torch.device) -> None:
+    """Refuse entries of a batch that a recording cannot read: their values would be those of the first batch for good.
+
+    Raises:
+        AutofuncError: naming the entry.
+    """
+    for name, tensor in named:
+        if tensor.device != device:
+            raise AutofuncError(
+                f'compile="graphs": {quoted(name)} is on {tensor.device}, and a recorded step reads its values on {device} '
+                "alone; move it there"
+            )
+        if tensor.layout is not torch.strided:
+            raise AutofuncError(
+                f'compile="graphs": {quoted(name)} is {tensor.layout}; expected a strided tensor; {INSTEAD}'
+            )
