@@ -1,31 +1,34 @@
-"""What does a pipelined step cost on one accelerator, beside the plain microbatch loop?
+"""What does a pipelined step cost on one accelerator, beside the plain microbatch loop and torch's own pipeline?
 
 Two models of transformers, as they are, with bf16 parameters: GPT-2 (24 blocks, d=1024, T=1024) and a Llama (8 blocks,
-d=2048, T=2048). All ranks of a pipeline take turns on the one device, so no time is gained by overlap: what is measured is
-what stages, schedule and runtime add or take away. Contenders take turns; medians. The plain loop adds gradients up in
-bf16, autofunc in fp32.
+d=2048, T=2048). All stages of a pipeline take turns on the one device, so no time is gained by overlap: what is measured is
+what stages, schedule and runtime add or take away. Contenders take turns; medians. The plain loop and torch's pipeline add
+gradients up in bf16, autofunc in fp32.
 
-MFU counts 3 times the operations of the forward. Peak bytes are the allocator's in a step: gradients and
-activations, not parameters.
+MFU counts 3 times the operations of the forward. Peak bytes are what a step needs beside parameters and batch: what the
+allocator held at most, slots and sums that stay, and of recorded steps all that the pool of their graphs reserves.
 
-Run: python bench/gpu.py
+It prints tables in Markdown. A model takes less than two minutes on an H100: rounds end when the time is up.
+
+Run: python bench/gpu.py --model gpt2
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import gc
 import statistics
 import time
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 import transformers
 from machine import describe_machine
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
+from torch.distributed.pipelining import PipelineStage, ScheduleInterleaved1F1B
 from torch.utils.flop_counter import FlopCounterMode
 
 import autofunc as af
@@ -77,6 +80,72 @@ def plain_step(module: nn.Module, batch: Mapping[str, Tensor], *, compiled: bool
     return step
 
 
+class Half(nn.Module):
+    """Half of a model of transformers, which shares its parameters: a stage for torch's pipeline.
+
+    Args:
+        module: all of it.
+        last: the second half, which takes hidden states and ends in logits.
+    """
+
+    def __init__(self, module: Any, last: bool) -> None:
+        super().__init__()
+        self.head = module.lm_head if last else None
+        inner = copy.copy(module.base_model)
+        inner._modules = dict(inner._modules)
+        blocks, norm, positions = ("h", "ln_f", "wpe") if hasattr(inner, "h") else ("layers", "norm", None)
+        halfway = len(getattr(inner, blocks)) // 2
+        setattr(inner, blocks, getattr(inner, blocks)[halfway:] if last else getattr(inner, blocks)[:halfway])
+        if not last:
+            setattr(inner, norm, nn.Identity())
+        elif positions is not None:
+            setattr(inner, positions, _Nothing())
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tokens (B, T) to hidden states (B, T, D), or these to logits (B, T, V)."""
+        if self.head is None:
+            return self.inner(input_ids=x).last_hidden_state  # type: ignore[no-any-return]
+        return self.head(self.inner(inputs_embeds=x).last_hidden_state)  # type: ignore[no-any-return]
+
+
+class _Nothing(nn.Module):
+    """Positions that the first half has added."""
+
+    def forward(self, positions: Tensor) -> Tensor:
+        """A zero."""
+        return torch.zeros((), device=positions.device)
+
+
+def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """As transformers computes it, of one of several microbatches."""
+    return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten()) / MICROBATCHES
+
+
+def torch_pipeline_step(module: Any, batch: Mapping[str, Tensor], *, compiled: bool) -> Step:
+    """Torch's 1F1B over two stages of this process: it hands values on without sending them."""
+    ids, config = batch["input_ids"], module.config
+    rows = ids[: len(ids) // MICROBATCHES]
+    empty = {"dtype": module.dtype, "device": ids.device, "requires_grad": True}
+    hidden = torch.empty(*rows.shape, config.hidden_size, **empty)
+    logits = torch.empty(*rows.shape, config.vocab_size, **empty)
+    stages: list[Any] = []
+    for number, (given, made) in enumerate(((rows, hidden), (hidden, logits))):
+        half = Half(module, last=number == 1)
+        called: Any = torch.compile(half, dynamic=False) if compiled else half
+        stages.append(PipelineStage(called, number, RANKS, ids.device, input_args=given, output_args=made))
+    schedule = ScheduleInterleaved1F1B(stages, MICROBATCHES, loss_fn=next_token_loss, scale_grads=False)
+
+    def step() -> tuple[Tensor, list[Tensor | None]]:
+        losses: list[Tensor] = []
+        schedule.step(ids, target=batch["labels"], losses=losses, return_outputs=False)
+        grads = [leaf.grad for leaf in module.parameters()]
+        module.zero_grad(set_to_none=True)
+        return torch.stack([loss.detach() for loss in losses]).sum(), grads
+
+    return step
+
+
 def piped_step(
     model: af.Model, params: Any, batch: Mapping[str, Tensor], name: str, **options: Any
 ) -> tuple[Step, af.Pipeline]:
@@ -96,13 +165,33 @@ def timed_ms(step: Step) -> float:
     return (time.perf_counter() - began) * 1e3
 
 
-def peak_bytes(step: Step) -> int:
-    """Of the allocator in one step, above what was there before it."""
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    step()
+def pools_free_bytes() -> int:
+    """What the pools of graphs reserve beside what is allocated in them: graphs write there."""
+    snapshot: Any = torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]
+    segments = [each for each in snapshot if tuple(each["segment_pool_id"]) != (0, 0)]
+    return sum(each["total_size"] - each["allocated_size"] for each in segments)
+
+
+class Begun(NamedTuple):
+    """What the first steps of a contender show."""
+
+    first_s: float
+    peak_bytes: int
+    loss: float
+
+
+def begin(step: Step) -> Begun:
+    """Run steps until everything is compiled and recorded, and one more, of which the memory is measured."""
+    gc.collect()
     torch.accelerator.synchronize()
-    return torch.cuda.max_memory_allocated() - before
+    before, free_before = torch.cuda.memory_allocated(), pools_free_bytes()
+    first_s = timed_ms(step) / 1e3
+    step()
+    step()
+    torch.cuda.reset_peak_memory_stats()
+    loss = float(step()[0])
+    torch.accelerator.synchronize()
+    return Begun(first_s, torch.cuda.max_memory_allocated() - before + pools_free_bytes() - free_before, loss)
 
 
 def forward_flops(module: nn.Module, batch: Mapping[str, Tensor]) -> int:
@@ -112,73 +201,109 @@ def forward_flops(module: nn.Module, batch: Mapping[str, Tensor]) -> int:
     return int(counter.get_total_flops()) * batch["input_ids"].shape[0]
 
 
-def measure(name: str, repetitions: int, console: Console, *, with_compiled: bool) -> None:
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)) + "\n"
+
+
+CHOICES: Mapping[str, tuple[str, dict[str, Any]]] = {
+    "1f1b": ("1f1b", {}),
+    "zb_h1": ("zb_h1", {}),
+    '1f1b, `remat="layer"`': ("1f1b", {"remat": "layer"}),
+    "1f1b, graphs": ("1f1b", {"compile": "graphs"}),
+    "zb_h1, graphs": ("zb_h1", {"compile": "graphs"}),
+    "1f1b, compiled": ("1f1b", {"compile": True}),
+    "zb_h1, compiled": ("zb_h1", {"compile": True}),
+    "1f1b, compiled, graphs": ("1f1b", {"compile": "inductor+graphs"}),
+    "zb_h1, compiled, graphs": ("zb_h1", {"compile": "inductor+graphs"}),
+}
+"""By title: schedule, and options of the pipeline."""
+
+
+def measure(name: str, device: str, repetitions: int, seconds: float, *, with_compiled: bool) -> None:
     """Print the tables of one model."""
+    began = time.perf_counter()
     make, tokens, rows = MODELS[name]
     torch.manual_seed(0)
-    module = make().to("cuda", torch.bfloat16)
-    ids = torch.randint(0, 32000, (rows * MICROBATCHES, tokens), device="cuda")
+    module = make().to(device, torch.bfloat16)
+    ids = torch.randint(0, module.config.vocab_size, (rows * MICROBATCHES, tokens), device=device)
     batch = {"input_ids": ids, "labels": ids}
     flops = 3 * forward_flops(module, batch)
-    began = time.perf_counter()
+    captured = time.perf_counter()
     model = af.from_module(copy.deepcopy(module), batch)
-    params = model.init(device="cuda", dtype=torch.bfloat16)
-    console.print(f"{name}: captured in {time.perf_counter() - began:.1f} s")
+    params = model.init(device=device, dtype=torch.bfloat16)
+    print(f"{name}: {MICROBATCHES} microbatches of {rows} x {tokens} tokens; ", end="")
+    print(f"captured in {time.perf_counter() - captured:.1f} s")
 
     steps: dict[str, Step] = {"plain loop": plain_step(module, batch, compiled=False)}
-    pipes: dict[str, af.Pipeline] = {}
-    choices: dict[str, tuple[str, dict[str, Any]]] = {
-        "1f1b": ("1f1b", {}),
-        "zb_h1": ("zb_h1", {}),
-        "1f1b, remat=layer": ("1f1b", {"remat": "layer"}),
-    }
+    steps["torch's 1F1B"] = torch_pipeline_step(module, batch, compiled=False)
     if with_compiled:
-        steps["plain loop, torch.compile"] = plain_step(module, batch, compiled=True)
-        choices |= {f"{each}, compiled": (each, {"compile": True}) for each in ("1f1b", "zb_h1")}
-    for title, (schedule_name, options) in choices.items():
-        steps[title], pipes[title] = piped_step(model, params, batch, schedule_name, **options)
+        steps["plain loop, `torch.compile`"] = plain_step(module, batch, compiled=True)
+        steps["torch's 1F1B, `torch.compile`"] = torch_pipeline_step(module, batch, compiled=True)
+    pipes: dict[str, af.Pipeline] = {}
+    for title, (schedule_name, options) in CHOICES.items():
+        if with_compiled or "compiled" not in title:
+            steps[title], pipes[title] = piped_step(model, params, batch, schedule_name, **options)
 
-    peaks, first = {}, {}
-    for title, step in steps.items():
-        first[title] = timed_ms(step) / 1e3
-        step()
-        peaks[title] = peak_bytes(step)
+    found: dict[str, Begun] = {}
+    for title, step in list(steps.items()):
+        try:
+            found[title] = begin(step)
+        except (af.AutofuncError, RuntimeError) as error:  # the others are worth knowing all the same
+            print(f"{title}: {type(error).__name__}: {str(error).splitlines()[0]}")
+            del steps[title]
+            pipes.pop(title, None)
     times: dict[str, list[float]] = {title: [] for title in steps}
-    for _ in range(repetitions):
+    for round_number in range(repetitions):
+        if round_number >= 3 and time.perf_counter() - began > seconds:
+            break
         for title, step in steps.items():
             times[title].append(timed_ms(step))
 
     peak = next((each for part, each in PEAK_FLOPS.items() if part in torch.cuda.get_device_name()), None)
-    table = Table("step", "ms", "x plain", "MFU %", "peak GiB", "first s", title=f"{name}: {MICROBATCHES} microbatches")
-    for title, found in times.items():
-        ms = statistics.median(found)
-        ratio = statistics.median(one / other for one, other in zip(found, times["plain loop"], strict=True))
-        mfu = f"{100 * flops / (ms / 1e3) / peak:.1f}" if peak else "-"
-        table.add_row(
-            title, f"{ms:.1f}", f"{ratio:.3f}", mfu, f"{peaks[title] / 2**30:.2f}", f"{first[title]:.1f}"
-        )  # fmt: skip
-    console.print(table)
-    costs_table = Table("stages of", "F ms", "I ms", "W ms", title=f"{name}: one microbatch, by stage")
-    for title in (each for each in pipes if "remat" not in each and "zb" in each):
+    lines = []
+    for title, each in times.items():
+        ms, first = statistics.median(each), found[title]
+        ratio = statistics.median(one / other for one, other in zip(each, times["plain loop"], strict=True))
+        mfu = f"{100 * flops / (ms / 1e3) / peak:.1f} %" if peak else "-"
+        gib, loss = f"{first.peak_bytes / 2**30:.2f}", f"{first.loss:.4f}"
+        lines.append((title, f"{ms:.1f}", f"{ratio:.3f}", mfu, gib, f"{first.first_s:.1f}", loss))
+    print(f"{len(times['plain loop'])} rounds\n")
+    print(markdown(("step", "ms", "x plain", "MFU", "peak GiB", "first step s", "loss"), lines))
+    costed = [title for title in pipes if title.startswith("zb_h1")]
+    for title in [*pipes]:
+        if title not in costed:
+            pipes.pop(title).close()
+    steps.clear()
+    cost_lines: list[Sequence[str]] = []
+    for title in costed:
         costs = pipes[title].costs(params, batch, steps=3)
         columns: list[Any] = [costs.F, costs.I, costs.W]
-        costs_table.add_row(title, *(" ".join(f"{each:.2f}" for each in column) for column in columns))
-    console.print(costs_table)
+        cost_lines.append((title, *(", ".join(f"{each:.2f}" for each in column) for column in columns)))
+        pipes.pop(title).close()
+        gc.collect()
+        torch.cuda.empty_cache()
+    print(markdown(("one microbatch, by stage", "F ms", "I ms", "W ms"), cost_lines))
+    print(f"{name}: {time.perf_counter() - began:.0f} s in all", flush=True)
 
 
 def main() -> None:
     """Print what was measured on."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
-    parser.add_argument("--repetitions", type=int, default=9)
+    parser.add_argument("--model", nargs="+", default=list(MODELS), choices=MODELS)
+    parser.add_argument("--repetitions", type=int, default=7)
+    parser.add_argument("--seconds", type=float, default=80, help="of a model, after which no round begins")
     parser.add_argument("--without-compiled", action="store_true", help="leave out what is compiled first")
     arguments = parser.parse_args()
-    console = Console()
     if not torch.cuda.is_available():
         raise SystemExit("bench/gpu.py needs a GPU")
-    console.print(f"{torch.cuda.get_device_name()}; {describe_machine()}; transformers {transformers.__version__}")
-    for name in arguments.models:
-        measure(name, arguments.repetitions, console, with_compiled=not arguments.without_compiled)
+    print(f"{torch.cuda.get_device_name()}; {describe_machine()}; transformers {transformers.__version__}")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # torch's pipeline asks for one
+    for name in arguments.model:
+        measure(
+            name, "cuda", arguments.repetitions, arguments.seconds, with_compiled=not arguments.without_compiled
+        )  # fmt: skip
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
