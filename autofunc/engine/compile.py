@@ -160,6 +160,7 @@ def _compile(graph: fx.Graph, inputs: list[Node], key: str) -> Any:
         module = trace(fx.GraphModule({}, graph), *fakes, decompositions=select_decomp_table())
     choose_matmuls(module.graph)
     _call_as_it_is(torch.ops.aten.addmm_.default)
+    _call_as_it_is(torch.ops.autofunc.add_product_.default)
     module.recompile()
     output = module.graph.output_node()
     (returned,) = output.args

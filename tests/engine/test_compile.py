@@ -198,3 +198,58 @@ def test_constants_travel_beside_the_code() -> None:
     found_loss, found = af.value_and_grad(af.pipeline(af.split(model, 2), s, loss=loss, compile=True))(params, batch)
     torch.testing.assert_close(found_loss, expected_loss, rtol=1e-5, atol=0)
     assert_close(expected, found)
+
+
+def bf16_step(device: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Operators of the compiled backward of a linear layer with bf16 weights, on a device that need not be there."""
+    from torch._inductor.decomposition import select_decomp_table
+
+    from autofunc.fake import fake_mode
+    from autofunc.graph.trace import trace
+
+    def adds(total: Tensor, other: Tensor, x: Tensor, g: Tensor) -> list[Tensor]:
+        aten = torch.ops.aten
+        product, turned = aten.mm(aten.t(g), x), aten.t(aten.mm(aten.t(x), g))
+        return [aten.copy_(total, aten.add(total, product)), aten.copy_(other, aten.add(other, turned))]
+
+    monkeypatch.setattr(matmul, "MEDIUM", 1)
+    with fake_mode(), torch.no_grad():
+        sums = [torch.empty(8, 4, device=device) for _ in range(2)]
+        given = [torch.empty(16, size, dtype=torch.bfloat16, device=device) for size in (4, 8)]
+        graph = trace(adds, *sums, *given, decompositions=select_decomp_table()).graph
+    matmul.choose_matmuls(graph)
+    return [str(node.target) for node in graph.nodes if node.op == "call_function"]
+
+
+def test_low_precision_is_added_by_the_product_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On fake tensors of one; on the CPU it stays a product and an addition."""
+    on_gpu, on_cpu = (bf16_step(device, monkeypatch) for device in ("cuda:1", "cpu"))
+    assert on_gpu.count("autofunc.add_product_.default") == 2 and "aten.mm.default" not in on_gpu
+    assert on_cpu.count("aten.mm.default") == 2 and "autofunc.add_product_.default" not in on_cpu
+
+
+def test_low_precision_that_is_added_by_the_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the CPU's stand-in for the kernel: inductor calls it, and the sums are nearer to those of fp32."""
+    monkeypatch.setattr(cache, "shared", cache.Cache(1024))
+    monkeypatch.setattr(matmul, "MEDIUM", 1)
+    s = af.schedule.build("zb_h1", num_ranks=2, num_microbatches=4)
+    layer = af.Layer(
+        init=lambda key: {"w": key.normal("w", (24, 24))}, apply=lambda p, x, b: (b["x"] if x is None else x) @ p["w"]
+    )
+    model = af.Model({"a": layer, "b": layer})
+    stages, params = af.split(model, 2), model.init(dtype=torch.bfloat16)
+    batch = {"x": torch.randn(64, 24, generator=torch.Generator().manual_seed(0)).bfloat16()}
+    wide = [{name: leaf.float() for name, leaf in flatten(params).items()}, {"x": batch["x"].float()}]
+
+    def loss(out: Tensor, mb: Any) -> Tensor:
+        return out.float().sum()
+
+    _, exact = af.value_and_grad(af.pipeline(stages, s, loss=loss))(af.tree.to_tensordict(wide[0]), wide[1])
+    errors = []
+    for widening in ((), ("cpu",)):
+        monkeypatch.setattr(matmul, "WIDENING", widening)
+        cache.shared.clear()
+        _, found = af.value_and_grad(af.pipeline(stages, s, loss=loss, compile=True))(params, batch)
+        pairs = zip(flatten(exact).values(), flatten(found).values(), strict=True)
+        errors.append(sum(float((left - right).square().sum()) for left, right in pairs))
+    assert 0 < errors[1] < errors[0], errors
