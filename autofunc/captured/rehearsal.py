@@ -166,7 +166,7 @@ def _with_weights(source: Source) -> Iterator[None]:
 def _put_back() -> Iterator[None]:
     """The global random generators, as they were."""
     python, numbers = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=list(range(torch.cuda.device_count()))):
+    with torch.random.fork_rng(devices=list(range(torch.accelerator.device_count()))):
         try:
             yield
         finally:

@@ -14,7 +14,7 @@ import torch
 def seeded(seed: int) -> Iterator[None]:
     """All global random generators begin at a seed, and are put back afterwards."""
     python, numbers = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=list(range(torch.cuda.device_count()))):
+    with torch.random.fork_rng(devices=list(range(torch.accelerator.device_count()))):
         torch.manual_seed(seed)
         random.seed(seed)
         np.random.seed(seed)

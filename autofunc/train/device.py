@@ -48,5 +48,5 @@ def take_device(wanted: Wanted) -> torch.device:
     if not on_gpus(wanted):
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    torch.cuda.set_device(device)
+    torch.accelerator.set_device_index(device)
     return device

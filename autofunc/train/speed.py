@@ -104,8 +104,8 @@ def peak_flops(device: torch.device, given_tflops: float | None) -> float | None
 
 def peak_memory_bytes(device: torch.device) -> int:
     """The most that tensors have taken on a GPU since this process began; on a CPU the most that the process has."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
+    if device.type != "cpu":
+        return int(torch.accelerator.max_memory_allocated(device))
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most * 1024
 
