@@ -47,6 +47,24 @@ def _reason(node: fx.Node) -> str | None:
     return None
 
 
+def check_axes(is_sharded: bool, is_cut: bool) -> None:
+    """Refuse parameters that do not stay where they are in a step, and stages that exchange values.
+
+    Args:
+        is_sharded: parameters are gathered, over the dp_shard axis or from the host.
+        is_cut: over the tp axis.
+
+    Raises:
+        AutofuncError: with the reason.
+    """
+    if is_sharded:
+        why = "parameters are sharded, and gathered into other memory in every step"
+        raise AutofuncError(f'compile="graphs": {why}; {INSTEAD}')
+    if is_cut:
+        why = "tensors are cut over tp, so that stages exchange values in the middle of their work"
+        raise AutofuncError(f'compile="graphs": {why}; {INSTEAD}')
+
+
 def check_tensors(named: Iterable[tuple[str, Tensor]], device: torch.device) -> None:
     """Refuse entries of a batch that a recording cannot read: their values would be those of the first batch for good.
 

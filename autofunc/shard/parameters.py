@@ -17,7 +17,7 @@ from torch.distributed.fsdp import OffloadPolicy
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from autofunc import tree
-from autofunc.engine.recordable import INSTEAD
+from autofunc.engine.recordable import check_axes
 from autofunc.errors import AutofuncError, MeshError, ModelError
 from autofunc.mesh import axis_size, coordinate, data_coordinate
 from autofunc.model import Model, cut_dims
@@ -172,13 +172,9 @@ class Parameters:
         """Refuse parameters that do not stay where they are in a step, and stages that exchange values.
 
         Raises:
-            AutofuncError: naming the axis.
+            AutofuncError: with the reason.
         """
-        if self.is_sharded or self.partitioning is not WHOLE:
-            why = "tensors are cut over tp, so that stages exchange values in the middle of their work"
-            if self.is_sharded:
-                why = "parameters are sharded, and gathered into other memory in every step"
-            raise AutofuncError(f'compile="graphs": {why}; {INSTEAD}')
+        check_axes(self.is_sharded, self.partitioning is not WHOLE)
 
     # --- one step
 

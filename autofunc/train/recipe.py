@@ -14,6 +14,7 @@ from autofunc.config.schema import EarlyStopping
 from autofunc.config.updates import Ema
 from autofunc.data import STACKED, first_rows
 from autofunc.engine import EngineOptions, require_compiler
+from autofunc.engine.recordable import check_axes
 from autofunc.errors import AutofuncError, ConfigError
 from autofunc.losses import Loss
 from autofunc.model import Model
@@ -126,6 +127,8 @@ def prepare(
     axes = axes_of(config, num_processes)
     num_microbatches = count_microbatches(config, axes.dp)
     options, search_budget = _engine_options(config)
+    if options.records:
+        _check_recording(config, axes)
     check_targets(config)
     sharding = sharding_of(config, axes, told)
     optimizer = build_optimizer(config)
@@ -248,14 +251,18 @@ def _engine_options(config: FinetuneConfig) -> tuple[EngineOptions, int | None]:
         options = EngineOptions(wanted.engine, wanted.compile, remat, budget if remat == "auto" else None)
     except AutofuncError as error:
         raise ConfigError(f"distributed: {error}") from error
-    if options.records:
-        try:
-            check_recording("cuda" if on_gpus(wanted.device) else "cpu", "the run is")
-        except AutofuncError as error:
-            raise ConfigError(f"distributed.compile: {error}") from error
     if options.compiles:
         try:
             require_compiler()
         except AutofuncError as error:
             raise ConfigError(f"distributed.compile: {error}") from error
     return options, search_budget
+
+
+def _check_recording(config: FinetuneConfig, axes: Axes) -> None:
+    """Refuse to record steps that cannot be recorded, on the device and the mesh that are asked for."""
+    try:
+        check_recording("cuda" if on_gpus(config.distributed.device) else "cpu", "the run is")
+        check_axes(axes.dp_shard > 1 or config.distributed.offload_policy is not None, axes.tp > 1)
+    except AutofuncError as error:
+        raise ConfigError(f"distributed.compile: {error}") from error

@@ -163,7 +163,14 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *wo
             ["distributed.remat=auto", "distributed.memory_budget=1MB", "distributed.engine=eager"],
             'distributed: remat="auto" weighs captured stages, so it needs engine="graph"',
         ),
-        (["distributed.compile=1"], "distributed.compile: input should be a valid boolean; got 1"),
+        (
+            ["distributed.compile=1"],
+            "distributed.compile: input should be a valid boolean or 'graphs' or 'inductor+graphs'; got 1",
+        ),
+        (
+            ["distributed.compile=graphs", "distributed.device=cpu"],
+            'distributed.compile: compile="graphs" records CUDA graphs, and the run is on cpu; use compile=True',
+        ),
         (
             ["distributed.compile=true", "distributed.engine=eager"],
             'distributed: compile=True compiles captured stages, so it needs engine="graph"',
