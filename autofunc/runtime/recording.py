@@ -126,6 +126,7 @@ class Recording:
             names, leaves = tree.leaf_names(dict(microbatch.entries), ""), tree.leaves_and_spec(dict(microbatch.entries))[0]
             pairs = zip(names, leaves, strict=True)
             check_tensors(((name, leaf) for name, leaf in pairs if isinstance(leaf, Tensor)), plan.device)
+        memory.graphs(plan.device).make_room()
         self._batch = [Fixed(microbatch.tensors) for microbatch in microbatches]
         self._state = Fixed(list(state.values()))
         self._entries = [_with(mb, fixed.tensors) for mb, fixed in zip(microbatches, self._batch, strict=True)]
