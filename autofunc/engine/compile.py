@@ -138,7 +138,7 @@ def _graph_of(piece: Piece, order: list[Node], attributes: Mapping[str, Any]) ->
 
 
 def _key(graph: fx.Graph, inputs: list[Node]) -> str:
-    """Equal for pieces that can share their code."""
+    """Equal for pieces that can share their code, which belongs to one device: inductor writes its index into it."""
     described = [
         (tuple(value.shape), tuple(value.stride()), value.dtype, str(value.device))
         for value in (node.meta["val"] for node in inputs)

@@ -30,6 +30,10 @@ class Graphs(Protocol):
         """Whether this machine has such a device."""
         ...
 
+    def make_room(self) -> None:
+        """Before anything is made that is to stay: wait for the device, and give back what is kept for later."""
+        ...
+
     def capturing(self) -> AbstractContextManager[None]:
         """Around the run in which graphs are captured."""
         ...
@@ -51,6 +55,7 @@ class CudaGraphs:
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._first = _CudaGraph(self._pool)  # a pool whose graphs are all gone cannot be used again
         self._anchor = torch.zeros(1, device=device)
+        self.make_room()
         with self.capturing():
             self._first.begin()
             self._anchor.zero_()
@@ -61,12 +66,15 @@ class CudaGraphs:
         """See `Graphs.is_available`."""
         return torch.cuda.is_available()
 
-    @contextmanager
-    def capturing(self) -> Iterator[None]:
-        """See `Graphs.capturing`. Waits for the device; what the allocator keeps for later is free for the pool."""
+    def make_room(self) -> None:
+        """See `Graphs.make_room`: the pool cannot use what the allocator keeps."""
         torch.cuda.synchronize(self._device)
         gc.collect()  # nothing is to be destroyed while kernels are captured
         torch.cuda.empty_cache()
+
+    @contextmanager
+    def capturing(self) -> Iterator[None]:
+        """See `Graphs.capturing`."""
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
             # workspaces of products that graphs write to come from the pool, and go back to it
             torch._C._cuda_clearCublasWorkspaces()

@@ -49,11 +49,11 @@ class GraphMemory:
         self._parameters: dict[str, Tensor] = {}
         self._sums: dict[Any, list[Tensor]] = {}
 
-    def graphs(self, device: torch.device, number: int) -> Graphs:
+    def graphs(self, device: torch.device, tape: int = 0) -> Graphs:
         """Makes graphs for a device, with a pool of memory for each tape of a process: tapes are played in turns."""
-        if number not in self._graphs:
-            self._graphs[number] = KINDS[device.type](device)
-        return self._graphs[number]
+        if tape not in self._graphs:
+            self._graphs[tape] = KINDS[device.type](device)
+        return self._graphs[tape]
 
     def parameter(self, path: str, like: Tensor, dtype: torch.dtype) -> Tensor:
         """Memory for a parameter, in the dtype that stages compute with."""
@@ -126,6 +126,7 @@ class Recording:
             names, leaves = tree.leaf_names(dict(microbatch.entries), ""), tree.leaves_and_spec(dict(microbatch.entries))[0]
             pairs = zip(names, leaves, strict=True)
             check_tensors(((name, leaf) for name, leaf in pairs if isinstance(leaf, Tensor)), plan.device)
+        memory.graphs(plan.device).make_room()
         self._batch = [Fixed(microbatch.tensors) for microbatch in microbatches]
         self._state = Fixed(list(state.values()))
         self._entries = [_with(mb, fixed.tensors) for mb, fixed in zip(microbatches, self._batch, strict=True)]

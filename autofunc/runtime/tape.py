@@ -5,8 +5,8 @@ and everything else that is no kernel are noted, to be done at their places when
 process are on one tape, transfers included, which are copies there: all of their step is one graph. Between processes a
 transfer ends a graph, and the next computation begins another.
 
-All graphs of a tape take their memory from one pool, in the order in which they are played, so that what is alive at the
-same time lies apart, as in a step without them: microbatches that are under way need no copies, and the pool is as
+All graphs of a tape take their memory from one pool, in the order in which they are played, so that what is alive at
+the same time lies apart, as in a step without them: microbatches that are under way need no copies, and the pool is as
 large as such a step's peak. Recorded for each kind of piece alone, every slot would have to be as large as its largest
 value, or residuals be copied.
 """

@@ -253,3 +253,20 @@ def test_low_precision_that_is_added_by_the_product(monkeypatch: pytest.MonkeyPa
         pairs = zip(flatten(exact).values(), flatten(found).values(), strict=True)
         errors.append(sum(float((left - right).square().sum()) for left, right in pairs))
     assert 0 < errors[1] < errors[0], errors
+
+
+def test_code_belongs_to_a_device() -> None:
+    """On fake GPUs: inductor writes the index into its code, so only equal devices share it."""
+    from torch import fx
+
+    from autofunc.fake import fake_mode
+
+    def key(device: str) -> str:
+        graph = fx.Graph()
+        given = graph.placeholder("x")
+        with fake_mode():
+            given.meta["val"] = torch.empty(2, 3, device=device)
+        graph.output((graph.call_function(torch.ops.aten.neg.default, (given,)),))
+        return compile_module._key(graph, [given])
+
+    assert key("cuda:1") == key("cuda:1") != key("cuda:0")

@@ -156,26 +156,3 @@ def test_what_is_refused() -> None:
     s = af.schedule.build("1f1b", num_ranks=2, num_microbatches=2)
     with pytest.raises(ModelError, match="decides by the data"):
         af.value_and_grad(af.pipeline(af.split(model, 2), s, compile="graphs"))(model.init(device="cuda"), rows)
-
-
-def test_what_fails_while_it_is_recorded() -> None:
-    """It is said, and the device goes on."""
-    layer = af.Layer(init=lambda key: {"w": key.normal("w", (4, 4))}, apply=lambda p, x, b: waits(b["x"] @ p["w"]))
-    model = af.Model({"a": layer})
-    s = af.schedule.build("1f1b", num_ranks=1, num_microbatches=2)
-    pipe = af.pipeline(af.split(model, 1), s, loss=lambda out, mb: out.sum(), compile="graphs")
-    params, batch = model.init(device="cuda"), {"x": torch.randn(4, 4).cuda()}
-    af.value_and_grad(pipe)(params, batch)
-    with pytest.raises(AutofuncError, match="a step cannot be recorded: rank 0, step 2, action 0F0"):
-        af.value_and_grad(pipe)(params, batch)
-    check_steps(*pair_of("mlp", "1f1b"), steps=3)
-
-
-@torch.library.custom_op("tests::waits", mutates_args=())
-def waits(x: Tensor) -> Tensor:
-    """Makes the host wait for the device."""
-    return x * float(x.sum() * 0 + 1)
-
-
-waits.register_fake(lambda x: torch.empty_like(x))
-torch.library.register_autograd("tests::waits", lambda ctx, grad: grad.clone())
