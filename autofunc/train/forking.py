@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 from autofunc.train.role import PARENT
@@ -77,7 +77,7 @@ class _Forking:
 
     def __init__(self, connection: Connection, launcher: int) -> None:
         self._connection, self._launcher = connection, launcher
-        self._workers: set[int] = set()  # that have not ended, or whose end has not been noticed
+        self._workers: dict[int, int | None] = {}  # that have not ended, or whose end has not been noticed; see `_watched`
         self._folder: Path | None = None
 
     def until_worker(self) -> Callable[[], None] | None:
@@ -88,7 +88,7 @@ class _Forking:
                 return None
         gc.freeze()  # so that collecting garbage touches no memory that is shared
         while os.getppid() == self._launcher:
-            if self._connection.poll(_LOOK_SECONDS):
+            if self._connection in self._wait():
                 asked: Fork | Signal = self._connection.recv()
                 self._tell_ended()
                 if isinstance(asked, Signal):
@@ -100,6 +100,10 @@ class _Forking:
             self._tell_ended()
         return None
 
+    def _wait(self) -> list[object]:
+        """Until the launcher asks or a worker has ended, but no longer than it takes to see that the launcher is gone."""
+        return wait([self._connection, *(file for file in self._workers.values() if file is not None)], _LOOK_SECONDS)
+
     def _fork(self, asked: Fork) -> bool:
         """Whether this is a worker."""
         self._folder = asked.folder
@@ -108,11 +112,13 @@ class _Forking:
             pid = os.fork()
             if pid == 0:
                 self._connection.close()
+                for file in self._workers.values():
+                    _close(file)
                 _become_worker(environment)
                 return True
             os.setpgid(pid, pid)  # here too: a signal may have to reach it before it has come to that itself
             pids.append(pid)
-        self._workers.update(pids)
+            self._workers[pid] = _watched(pid)
         self._connection.send(pids)
         return False
 
@@ -121,7 +127,7 @@ class _Forking:
             pid, status = os.waitpid(-1, os.WNOHANG)
             if pid == 0:
                 return
-            self._workers.discard(pid)
+            _close(self._workers.pop(pid))
             self._connection.send(Ended(pid, os.waitstatus_to_exitcode(status)))
 
     def end(self) -> None:
@@ -133,6 +139,19 @@ class _Forking:
             os.waitpid(pid, 0)
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _watched(pid: int) -> int | None:
+    """A descriptor that can be read once a child has ended; None where the system has none: then it is looked at instead."""
+    if hasattr(os, "pidfd_open"):
+        with suppress(OSError):  # an old kernel, or a container that forbids it
+            return os.pidfd_open(pid)
+    return None
+
+
+def _close(file: int | None) -> None:
+    if file is not None:
+        os.close(file)
 
 
 def _become_worker(environment: Mapping[str, str]) -> None:
