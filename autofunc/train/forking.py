@@ -8,7 +8,7 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -53,23 +53,26 @@ class Ended:
     exitcode: int  # of one that a signal ended: minus its number
 
 
-def serve(fileno: int) -> None:
-    """Fork when the launcher asks, until it is gone. Returns in a worker too, once its work is done.
+def serve(connection: Connection, modules: Sequence[str]) -> None:
+    """Fork when the launcher asks, until it is gone. Returns in a worker only, once its work is done.
 
     Args:
-        fileno: of a connection to the launcher, whose first message is what to import.
+        connection: to the launcher.
+        modules: to import while it asks for nothing.
     """
     gc.disable()  # nothing that is imported goes away
     here = str(Path.cwd())
     if here not in sys.path:  # last, see `autofunc.__main__`
         sys.path.append(here)
-    forking, work = _Forking(Connection(fileno), os.getppid()), None
+    forking, work = _Forking(connection, os.getppid()), None
     with suppress(EOFError, ConnectionError):  # the launcher is gone
+        forking.prepare(modules)
+        gc.freeze()  # so that collecting garbage touches no memory that is shared; nothing of the user's is there yet
         work = forking.until_worker()
     if work is None:
         forking.end()
-    else:
-        work()
+        os._exit(0)  # what is imported runs nothing of its own at the end, and takes time to be cleared away
+    work()
 
 
 class _Forking:
@@ -80,15 +83,17 @@ class _Forking:
         self._workers: dict[int, int | None] = {}  # that have not ended, or whose end has not been noticed; see `_watched`
         self._folder: Path | None = None
 
+    def prepare(self, modules: Sequence[str]) -> None:
+        """Import for the workers, until something is asked for."""
+        for name in modules:
+            if self._connection.poll():
+                return
+            importlib.import_module(name)
+
     def until_worker(self) -> Callable[[], None] | None:
         """In a worker, what it is to do; None when the launcher is gone."""
-        for name in self._connection.recv():
-            importlib.import_module(name)
-            if os.getppid() != self._launcher:
-                return None
-        gc.freeze()  # so that collecting garbage touches no memory that is shared
         while os.getppid() == self._launcher:
-            if self._connection in self._wait():
+            if self._is_asked():
                 asked: Fork | Signal = self._connection.recv()
                 self._tell_ended()
                 if isinstance(asked, Signal):
@@ -100,9 +105,10 @@ class _Forking:
             self._tell_ended()
         return None
 
-    def _wait(self) -> list[object]:
-        """Until the launcher asks or a worker has ended, but no longer than it takes to see that the launcher is gone."""
-        return wait([self._connection, *(file for file in self._workers.values() if file is not None)], _LOOK_SECONDS)
+    def _is_asked(self) -> bool:
+        """Whether the launcher has asked, after waiting for that, or for the end of a worker, for a while."""
+        files = [file for file in self._workers.values() if file is not None]
+        return self._connection in wait([self._connection, *files], _LOOK_SECONDS)
 
     def _fork(self, asked: Fork) -> bool:
         """Whether this is a worker."""
@@ -142,7 +148,7 @@ class _Forking:
 
 
 def _watched(pid: int) -> int | None:
-    """A descriptor that can be read once a child has ended; None where the system has none: then it is looked at instead."""
+    """A descriptor that can be read once a child has ended; None where the system has none, and it is looked at instead."""
     if hasattr(os, "pidfd_open"):
         with suppress(OSError):  # an old kernel, or a container that forbids it
             return os.pidfd_open(pid)

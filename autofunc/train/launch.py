@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ from autofunc.train.fork_server import ForkServer
 from autofunc.train.one_machine import OneMachine
 
 _HOST = "127.0.0.1"  # the machine's own name need not resolve
+_SHORTEST = 1e-3  # of the intervals at which torch looks at the agent, which itself waits until a worker has ended
 _STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 
@@ -51,8 +51,8 @@ def launch(
         handler = OneMachine(_HOST)
         spec = WorkerSpec(
             role="autofunc", local_world_size=num_processes, entrypoint="autofunc", rdzv_handler=handler,
-            max_restarts=max_restarts, monitor_interval=1e-3, master_addr=_HOST, local_addr=_HOST,
-        )  # fmt: skip - no interval: the agent itself waits until a worker has ended
+            max_restarts=max_restarts, monitor_interval=_SHORTEST, master_addr=_HOST, local_addr=_HOST,
+        )  # fmt: skip
         agent = ForkingAgent(spec, server, work, Path(scratch), asked, seconds_to_end, _say, folder, recorder)
         try:
             result = agent.run()

@@ -37,7 +37,7 @@ def run_here(folder: Path, *words: str) -> Done:
         patch.setattr(ARCHITECTURES, "_classes", {})
         patch.setattr(ARCHITECTURES, "_installed", None)
         patch.setattr(train, "_fork_server", lambda *_: contextlib.nullcontext())  # there are no workers here
-        for name, value in {"NO_COLOR": "1", "COLUMNS": "80"}.items():
+        for name, value in {"NO_COLOR": "1", "COLUMNS": "80", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}.items():
             patch.setenv(name, value)
         try:
             main.main()
