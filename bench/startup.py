@@ -4,8 +4,8 @@
     python bench/startup.py --against ../other_checkout     # both in turn, and the ratio of each pair
 
 CPU seconds are of all processes together, and move less than wall seconds with what else the machine does. Bytecode is
-written first, as it is where autofunc is installed. `finetune` is of a tiny model on two ranks, with twelve steps; its time to
-the first is the one that `AUTOFUNC_TIMING=1` tells.
+written first, as it is where autofunc is installed. `finetune` is of a tiny model on two ranks; its time to the first step
+is the one that `AUTOFUNC_TIMING=1` tells.
 """
 
 from __future__ import annotations
