@@ -27,8 +27,9 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)
 	$(BIN)/autofunc finetune llm -c examples/demo.yaml
 
-# The tests of a file stay in one process, for they share what they make.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+# The tests of a file stay in one process, for they share what they make. What they import is compiled once, also where Python
+# is told to keep no bytecode: they start many processes.
+PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test: $(READY)
 	$(PYTEST)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 from typing import Annotated
@@ -192,6 +193,7 @@ def check(
 
     Runs the code that the file names in _target_. Ten checks on a few rows of the dataset. The status is 1 when one fails.
     """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # small forwards: threads that spin take the cores of others
     with loading_torch():
         from autofunc.cli.check import check as run_check
     if not run_check(config, context.args, as_json):

@@ -17,14 +17,13 @@ from autofunc.config import FinetuneConfig, read_config
 from autofunc.progress_bar import CONSOLE
 from autofunc.shown import literal, shown
 from autofunc.timing import clock
-from autofunc.train.fork_server import ForkServer
+from autofunc.train.fork_server import ForkServer, is_alone
 from autofunc.train.role import is_worker
 from autofunc.train.texts import TextsWanted
 
-_OF_WORKERS = [
-    "autofunc.train.begin", "torch.distributed.fsdp", "torch.distributed.tensor", "torch.fx.experimental.proxy_tensor",
-]  # fmt: skip
-"""Modules that all workers need."""
+_OF_WORKERS = ["autofunc.train.begin"]
+_OF_TRAINING = ["matplotlib.figure", "matplotlib.backends.backend_agg"]
+"""Modules that workers need: those that draw the curves at the end are imported while this process checks what to do."""
 
 
 def train(
@@ -56,9 +55,14 @@ def train(
     with _checking(options):
         config, notes = read_config(options.config, overrides)
         clock.done("reading the configuration")
-    with _fork_server(config, options) as server:
-        with loading_torch():
-            from autofunc.train.begin import asked, begin, checked_recipe
+    launches = _launches(config, options)
+    if launches:  # torch and numpy read it when they are imported, here and for the workers
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # a library may ask for GPUs then, see docs/traps.md
+    with loading_torch():
+        from autofunc.train.begin import asked, begin, checked_recipe
+    trains = not evaluates and texts is None
+    with _fork_server(trains) if launches else nullcontext() as server:
         run_asked = asked(
             config, notes, words, options.config, overwrite=options.overwrite, max_restarts=options.max_restarts,
             evaluates=evaluates, as_json=as_json, quiet=options.quiet, texts=texts,
@@ -79,17 +83,17 @@ def _checking(options: RunOptions) -> Iterator[None]:
             yield
 
 
-def _fork_server(config: FinetuneConfig, options: RunOptions) -> AbstractContextManager[ForkServer | None]:
-    """What the workers are forked from, where there will be more than this process, or one that is started again."""
+def _launches(config: FinetuneConfig, options: RunOptions) -> bool:
+    """Whether there will be more than this process, or one that is started again."""
     wanted = config.distributed
     sizes = (wanted.pp_size, wanted.tp_size, wanted.dp_size, wanted.dp_replicate_size, options.nproc_per_node)
-    if not options.max_restarts and all(size in (None, 1) for size in sizes):
-        return nullcontext()
-    variables = {
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
-        "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # a library may ask for GPUs when it is imported, see docs/traps.md
-    }
-    return ForkServer(_OF_WORKERS, variables)
+    return bool(options.max_restarts) or any(size not in (None, 1) for size in sizes)
+
+
+def _fork_server(trains: bool) -> AbstractContextManager[ForkServer | None]:
+    """What the workers are forked from: made while this process has done nothing but import."""
+    modules = _OF_WORKERS + (_OF_TRAINING if trains else [])
+    return ForkServer.forked(modules) if is_alone() else ForkServer.started(modules)
 
 
 def _work(options: RunOptions, overrides: Sequence[str], words: Sequence[str], **how: Any) -> None:

@@ -98,7 +98,7 @@ class ForkingAgent(SimpleElasticAgent):
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         """What has become of them; after a failure, and when this process is to end, the others are ended first."""
-        self._take(0.0)
+        self._take(_LOOK_SECONDS)
         if self._asked:
             self._end_all(self._asked[0])
             if any(self._exit_codes.values()):

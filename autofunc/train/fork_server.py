@@ -1,7 +1,8 @@
 """A process that has imported torch, and from which the workers of a run are forked: each costs milliseconds, not seconds.
 
-It imports while the launcher checks the configuration. It has one thread, computes nothing and touches no GPU, which makes
-its forks safe. It ends when the launcher does, however that goes, and takes all workers with it.
+It is a fork of the launcher, from when that has imported and done nothing else: it has one thread, has computed nothing
+and touched no GPU, which makes its own forks safe, also those after a failure. It ends when the launcher does, however that
+goes, and takes all workers with it.
 
 This file is the launcher's side; the process itself runs `forking.serve`.
 """
@@ -10,51 +11,81 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from autofunc.errors import PipelineRunError
-from autofunc.train.forking import Ended, Fork, Signal, Signalled
+from autofunc.train.forking import Ended, Fork, Signal, Signalled, serve
 
-_START = "import sys; sys.path[:] = sys.argv[2:]; from autofunc.train.forking import serve; serve(int(sys.argv[1]))"
-_SECONDS_TO_END = 10.0
+_START = (
+    "import sys; sys.path[:] = sys.argv[3:]; from multiprocessing.connection import Connection; "
+    "from autofunc.train.forking import serve; serve(Connection(int(sys.argv[1])), sys.argv[2].split())"
+)
+_SECONDS_TO_END, _LOOK_SECONDS = 10.0, 0.005
 
 
 class ForkServer(AbstractContextManager["ForkServer"]):
-    """Starts the process, which begins to import at once. It ends with this context.
+    """The process, which ends with this context. `forked` and `started` make it.
 
     Args:
-        modules: that it imports, for all workers.
-        environment: variables that it, and so each worker, has besides those of this process: torch reads some when it is
-            imported.
+        connection: to it.
+        pid: its process id.
     """
 
-    def __init__(self, modules: Sequence[str], environment: Mapping[str, str]) -> None:
-        self._connection, theirs = Pipe()
-        with theirs:
-            command = [sys.executable, "-P", "-c", _START, str(theirs.fileno()), *sys.path]
-            variables = {**os.environ, **environment}
-            self._process = subprocess.Popen(
-                command, env=variables, pass_fds=[theirs.fileno()], start_new_session=True
-            )  # fmt: skip - in a session of its own: Ctrl-C is for the launcher
-        self._connection.send(list(modules))
+    def __init__(self, connection: Connection, pid: int) -> None:
+        self._connection, self._pid = connection, pid
+        self._status: int | None = None  # its exit code, once it has ended
         self._ended: list[Ended] = []
         self._has_forked = False
+
+    @classmethod
+    def forked(cls, modules: Sequence[str]) -> ForkServer:
+        """Fork this process, which has one thread. In a worker that has done its part `SystemExit` is raised here.
+
+        Args:
+            modules: that it imports, for all workers, while it is asked for nothing.
+        """
+        ours, theirs = Pipe()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        pid = os.fork()
+        if pid == 0:
+            ours.close()
+            os.setsid()  # Ctrl-C is for the launcher
+            serve(theirs, modules)
+            sys.exit()
+        theirs.close()
+        return cls(ours, pid)
+
+    @classmethod
+    def started(cls, modules: Sequence[str]) -> ForkServer:
+        """Start another process, which imports anew: for one that has other threads, whose locks nobody opens in a fork.
+
+        Args:
+            modules: see `forked`.
+        """
+        ours, theirs = Pipe()
+        with theirs:
+            os.set_inheritable(theirs.fileno(), True)
+            command = [sys.executable, "-P", "-c", _START, str(theirs.fileno()), " ".join(modules), *sys.path]
+            return cls(ours, os.posix_spawn(sys.executable, command, os.environ, setsid=True))
 
     def __exit__(self, *_: object) -> None:
         self._connection.close()
         if not self._has_forked:  # it may be in the middle of an import
-            self._process.kill()
-        try:
-            self._process.wait(_SECONDS_TO_END)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+            os.kill(self._pid, signal.SIGKILL)
+        until = time.monotonic() + _SECONDS_TO_END
+        while self._exit_code() is None:
+            if time.monotonic() > until:
+                os.kill(self._pid, signal.SIGKILL)
+            time.sleep(_LOOK_SECONDS)
 
     def fork(self, work: Callable[[], None], environments: Sequence[Mapping[str, str]], folder: Path) -> list[int]:
         """Fork a worker for each environment; returns their process ids.
@@ -96,7 +127,23 @@ class ForkServer(AbstractContextManager["ForkServer"]):
         except (EOFError, OSError) as error:
             raise self._gone() from error
 
+    def _exit_code(self) -> int | None:
+        """That of the process; None while it runs."""
+        if self._status is None:
+            pid, status = os.waitpid(self._pid, os.WNOHANG)
+            self._status = os.waitstatus_to_exitcode(status) if pid else None
+        return self._status
+
     def _gone(self) -> PipelineRunError:
-        status = self._process.wait()
+        while (status := self._exit_code()) is None:  # it has closed the connection
+            time.sleep(_LOOK_SECONDS)
         how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"left with exit code {status}"
         return PipelineRunError(f"the process that the workers are forked from {how}, and they have ended with it")
+
+
+def is_alone(seconds: float = 1.0) -> bool:
+    """Whether this process has one thread. Those that were told to end, as rich's are when a line is gone, have time to."""
+    until = time.monotonic() + seconds
+    while threading.active_count() > 1 and time.monotonic() < until:
+        time.sleep(_LOOK_SECONDS)
+    return threading.active_count() == 1

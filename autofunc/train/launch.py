@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -11,16 +10,15 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from torch.distributed.elastic.agent.server.api import WorkerSpec
-from torch.distributed.elastic.rendezvous import RendezvousParameters
-from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
 from autofunc.errors import PipelineRunError
 from autofunc.train.agent import ForkingAgent
 from autofunc.train.flight_recorder import FlightRecorder
 from autofunc.train.fork_server import ForkServer
+from autofunc.train.one_machine import OneMachine
 
 _HOST = "127.0.0.1"  # the machine's own name need not resolve
-_LOOK_SECONDS = 0.2
+_SHORTEST = 1e-3  # of the intervals at which torch looks at the agent, which itself waits until a worker has ended
 _STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 
@@ -50,13 +48,10 @@ def launch(
         SystemExit: when this process is interrupted or told to end, unless all end with status 0 then.
     """
     with TemporaryDirectory(prefix="autofunc-") as scratch, _heeded_signals() as asked:
-        parameters = RendezvousParameters(
-            "c10d", f"{_HOST}:0", f"autofunc-{os.getpid()}", min_nodes=1, max_nodes=1, local_addr=_HOST
-        )  # fmt: skip
-        handler = get_rendezvous_handler(parameters)
+        handler = OneMachine(_HOST)
         spec = WorkerSpec(
             role="autofunc", local_world_size=num_processes, entrypoint="autofunc", rdzv_handler=handler,
-            max_restarts=max_restarts, monitor_interval=_LOOK_SECONDS, master_addr=_HOST, local_addr=_HOST,
+            max_restarts=max_restarts, monitor_interval=_SHORTEST, master_addr=_HOST, local_addr=_HOST,
         )  # fmt: skip
         agent = ForkingAgent(spec, server, work, Path(scratch), asked, seconds_to_end, _say, folder, recorder)
         try:

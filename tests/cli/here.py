@@ -37,7 +37,9 @@ def run_here(folder: Path, *words: str) -> Done:
         patch.setattr(ARCHITECTURES, "_classes", {})
         patch.setattr(ARCHITECTURES, "_installed", None)
         patch.setattr(train, "_fork_server", lambda *_: contextlib.nullcontext())  # there are no workers here
-        for name, value in {"NO_COLOR": "1", "COLUMNS": "80"}.items():
+        environment = {"NO_COLOR": "1", "COLUMNS": "80"}
+        set_by_commands = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+        for name, value in (environment | set_by_commands).items():
             patch.setenv(name, value)
         try:
             main.main()

@@ -43,6 +43,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *wo
     monkeypatch.setattr(begin, "run", no_worker)
     monkeypatch.setattr(train, "_fork_server", lambda *_: nullcontext())
     monkeypatch.setattr(sys, "argv", ["autofunc", *words])
+    monkeypatch.setenv("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     with pytest.raises(SystemExit) as stopped:
         main.main()
     code = stopped.value.code

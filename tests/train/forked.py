@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from typing import TextIO
 
 
 def end(hows: list[str]) -> None:
@@ -30,3 +31,11 @@ def note(folder: Path) -> None:
 def note_and_sleep(folder: Path) -> None:
     (folder / str(os.getpid())).touch()
     time.sleep(60)
+
+
+def leave_open() -> None:
+    _left.append(Path("left", os.environ["RANK"]).open("w"))  # noqa: SIM115
+    _left[0].write("written")
+
+
+_left: list[TextIO] = []

@@ -16,7 +16,7 @@ import pytest
 
 from autofunc.errors import PipelineRunError
 from autofunc.train.flight_recorder import FlightRecorder
-from autofunc.train.fork_server import ForkServer
+from autofunc.train.fork_server import ForkServer, is_alone
 from autofunc.train.launch import launch
 from tests.train.forked import end, note
 
@@ -27,16 +27,33 @@ from pathlib import Path
 from functools import partial
 from autofunc.train.fork_server import ForkServer
 from tests.train.forked import note_and_sleep
-server = ForkServer(["random"], {})
+make = ForkServer.forked if sys.argv[1] == "forked" else ForkServer.started
+server = make(["random"])
 server.fork(partial(note_and_sleep, Path("pids")), [{"RANK": "0"}, {"RANK": "1"}], Path("folder"))
 time.sleep(60)
+"""
+FORKED = """
+import atexit, sys
+from functools import partial
+from pathlib import Path
+from autofunc.train.fork_server import ForkServer, is_alone
+sys.stdout.write("once ")
+assert is_alone()
+with ForkServer.forked(["random"]) as server:
+    atexit.register(sys.stdout.write, " and at the end")
+    work = partial(exec, "from tests.train.forked import leave_open; leave_open()")
+    server.fork(work, [{"RANK": "0"}, {"RANK": "1"}], Path("folder"))
+    codes = [each.exitcode for _ in range(2) for each in server.ended(30)]
+    print(codes, end="")
 """
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[ForkServer]:
-    with ForkServer(["random"], {"OF_ALL": "1"}) as started:
-        yield started
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OF_ALL", "1")
+        with ForkServer.started(["random"]) as started:
+            yield started
 
 
 def ended(server: ForkServer, hows: list[str]) -> dict[int, int]:
@@ -95,17 +112,18 @@ def test_a_launcher_that_is_told_to_end(server: ForkServer, number: signal.Signa
 
 
 def test_a_server_that_is_gone() -> None:
-    with ForkServer([], {}) as server:
-        os.kill(server._process.pid, signal.SIGKILL)
+    with ForkServer.started([]) as server:
+        os.kill(server._pid, signal.SIGKILL)
         with pytest.raises(PipelineRunError, match="the process that the workers are forked from was killed by SIGKILL"):
             launch(server, 2, partial(end, ["", ""]))
 
 
-def test_a_launcher_that_is_gone_leaves_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["forked", "started"])
+def test_a_launcher_that_is_gone_leaves_nothing(tmp_path: Path, how: str) -> None:
     (tmp_path / "pids").mkdir()
     (tmp_path / "folder").mkdir()
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    launcher = subprocess.Popen([sys.executable, "-c", BY_ITSELF], cwd=tmp_path, env=environment)
+    launcher = subprocess.Popen([sys.executable, "-c", BY_ITSELF, how], cwd=tmp_path, env=environment)
     until = time.monotonic() + 60
     while len(pids := list((tmp_path / "pids").iterdir())) < 2 and time.monotonic() < until:
         time.sleep(0.05)
@@ -116,3 +134,24 @@ def test_a_launcher_that_is_gone_leaves_nothing(tmp_path: Path) -> None:
     while any(Path(f"/proc/{pid.name}").exists() for pid in pids) or (tmp_path / "folder").exists():
         assert time.monotonic() < until
         time.sleep(0.05)
+
+
+def test_a_fork_of_the_launcher_does_nothing_of_the_launchers(tmp_path: Path) -> None:
+    """Its workers end as Python does: what they have not yet written is."""
+    (tmp_path / "left").mkdir()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    launcher = subprocess.run(
+        [sys.executable, "-c", FORKED], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert (launcher.returncode, launcher.stdout, launcher.stderr) == (0, "once [0, 0] and at the end", "")
+    assert {file.name: file.read_text() for file in (tmp_path / "left").iterdir()} == {"0": "written", "1": "written"}
+
+
+def test_threads_are_waited_for() -> None:
+    ends = threading.Event()
+    other = threading.Thread(target=ends.wait)
+    other.start()
+    assert not is_alone(0.0)
+    ends.set()
+    other.join()
+    assert is_alone() == (threading.active_count() == 1)
