@@ -153,9 +153,29 @@ class Model(GivenBack):
     uncut: str | None = None
     """Why its parameters cannot be cut over tensor parallel ranks by any table; None: by one that fits they can."""
 
+    uncut_with_adapters: str | None = None
+    """Why it cannot be cut over them once it has adapters."""
+
     def spread_by(self, table: TensorParallel) -> TensorParallel:
         """A table of this model's parameters with what the model adds to it."""
         return table
+
+    def over_ranks(self, axis: str, size: int, table: Any, *, sequence: bool) -> Any:
+        """How the ranks of an axis compute this model together by functions of its own, for `specialise`.
+
+        None: its functions do not know, and run on values that know how they lie.
+
+        Args:
+            axis: its name.
+            size: how many ranks.
+            table: how parameters are cut, in the user's words; None lets the model say.
+            sequence: whether the stream between blocks is cut along the tokens.
+
+        Raises:
+            MeshError: where something does not divide.
+            ModelError: for a table that does not fit.
+        """
+        return None
 
     def specialise(
         self,
@@ -163,6 +183,7 @@ class Model(GivenBack):
         dtypes: Mapping[str, torch.dtype] | None = None,
         *,
         training: bool = True,
+        over: Any = None,
     ) -> Specialised:
         """The model as plain functions, for microbatches of one signature and parameters of known dtypes.
 
@@ -171,6 +192,7 @@ class Model(GivenBack):
                 one that the model was made with, where there is one.
             dtypes: of parameters as they are computed with, by canonical path; None: the model's own.
             training: whether new state is wanted, or the model only evaluated with the state it has.
+            over: what `over_ranks` gave; None: one process computes it, or values know how they lie.
 
         Raises:
             ModelError: when it cannot run on such a microbatch, or with such dtypes.

@@ -34,6 +34,8 @@ class OverTP:
         sequence_parallel: what "sequence" means, see `spread.constrain`.
     """
 
+    over = None
+
     def __init__(self, mesh: DeviceMesh, dims: Mapping[str, int], sequence_parallel: bool) -> None:
         _register_attention()
         self.mesh, self.dims, self.sequence_parallel = mesh, dims, sequence_parallel
