@@ -16,6 +16,7 @@ from autofunc.model.cache_form import WithCache
 from autofunc.model.cut_points import CutPoints
 from autofunc.model.given_back import GivenBack, InTransformers
 from autofunc.model.layer import Layer, drawing_as
+from autofunc.model.over_processes import OverProcesses
 from autofunc.model.placement_rules import TensorParallel
 from autofunc.model.specialised import LayerFunction, Specialised
 from autofunc.model.state import State, check_state, stateful
@@ -25,7 +26,7 @@ from autofunc.random import KEY, InitKey, as_key
 Device = torch.device | str | None
 
 
-class Model(GivenBack):
+class Model(OverProcesses, GivenBack):
     """Named pure layers in order.
 
     A parameter's path is its layer's name joined with its name inside the layer: `h.0.attn.weight`. A tie lets one layer
@@ -149,33 +150,6 @@ class Model(GivenBack):
 
     notes: tuple[str, ...] = ()
     """What was left out or changed when it was made of something else, in words for its user."""
-
-    uncut: str | None = None
-    """Why its parameters cannot be cut over tensor parallel ranks by any table; None: by one that fits they can."""
-
-    uncut_with_adapters: str | None = None
-    """Why it cannot be cut over them once it has adapters."""
-
-    def spread_by(self, table: TensorParallel) -> TensorParallel:
-        """A table of this model's parameters with what the model adds to it."""
-        return table
-
-    def over_ranks(self, axis: str, size: int, table: Any, *, sequence: bool) -> Any:
-        """How the ranks of an axis compute this model together by functions of its own, for `specialise`.
-
-        None: its functions do not know, and run on values that know how they lie.
-
-        Args:
-            axis: its name.
-            size: how many ranks.
-            table: how parameters are cut, in the user's words; None lets the model say.
-            sequence: whether the stream between blocks is cut along the tokens.
-
-        Raises:
-            MeshError: where something does not divide.
-            ModelError: for a table that does not fit.
-        """
-        return None
 
     def specialise(
         self,

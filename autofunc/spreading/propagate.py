@@ -93,7 +93,7 @@ class Propagation:
                 if self.layout(each) is TERMS:
                     self._add_up(each)
             return
-        wanted = [want.node for want in found.wants if isinstance(want.layout, Cut)]
+        wanted = [want.node for want in found.wants if isinstance(want.layout, Cut) and self.layout(want.node) is not TERMS]
         origins = frozenset[str]().union(*(self.origins(each) for each in wanted))
         self.outcomes[node], self.layouts[node], self._origins[node] = found, found.layout, origins
 

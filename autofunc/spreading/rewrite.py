@@ -77,11 +77,15 @@ class Rewriting:
         self._keep(node, new)
 
     def _on_full(self, node: Node, shared: bool) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-        """An operator as it is, on full operands."""
+        """An operator as it is, on full operands; one that has no gradient takes them shared or not."""
+        gradient = is_differentiable(node)
 
         def full(each: Node) -> Node:
             several = isinstance(self._found.layout(each), tuple) or isinstance(each.meta.get("val"), (list, tuple))
-            return self.values[each] if several else self._obtain(each, FULL, shared=shared)
+            if several:
+                return self.values[each]
+            known = self._made.get((each, FULL, True))
+            return known if known is not None and not gradient else self._obtain(each, FULL, shared=shared)
 
         args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), full)
         return node.target, args, kwargs
