@@ -24,6 +24,7 @@ from autofunc.model import Model, cut_dims
 from autofunc.shard.data_sum import OverData
 from autofunc.shard.dtensors import gathered, local
 from autofunc.shard.fsdp import Group, ShardedTree, Storages
+from autofunc.shard.fused import remember
 from autofunc.shard.options import Sharding
 from autofunc.shard.over_graphs import OverGraphs
 from autofunc.shard.reduce import shard_shape, with_rows
@@ -65,6 +66,7 @@ class Parameters:
             homes = {path: model.canonical(path) for path in model.spec}
             if cut.over is not None:
                 self.partitioning = OverGraphs(mesh["tp"], cut.over, homes)
+                remember(mesh.get_group("tp"), self._cut)
             else:
                 dims = {path: self._cut[home].dim for path, home in homes.items() if home in self._cut}
                 self.partitioning = OverTP(mesh["tp"], dims, sharding.sequence_parallel)

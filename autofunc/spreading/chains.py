@@ -37,6 +37,8 @@ def derived_cuts(whole: Whole, size: int, axis: str) -> dict[str, int]:
     for product in chains.products.values():
         if product.weight not in chains.cuts and product.weight not in chains.tried:
             chains.grow(product)
+    for name, (number, node) in chains.refused.items():
+        raise undivided(size, number, name, node)
     return {**chains.cuts, **dict(chains.vocabularies())}
 
 
@@ -48,6 +50,7 @@ class _Chains:
         self._nodes = {name: node for node, name in whole.params.items()}
         self.cuts: dict[str, int] = {}
         self.tried: set[str] = set()  # that begin no chain
+        self.refused: dict[str, tuple[int, Node]] = {}  # that would, if what they make divided
         self._heads: set[int] = set()  # sizes of vocabularies that are cut
 
     def grow(self, first: Product) -> None:
@@ -64,9 +67,9 @@ class _Chains:
                     borders.setdefault(name, set()).update(places)
                 continue
             if found.undivided:
-                if first.weight in found.undivided:
-                    number, node = found.undivided[first.weight]
-                    raise undivided(self.size, number, first.weight, node)
+                if first.weight in found.undivided:  # another chain may take it whole
+                    self.refused[first.weight] = found.undivided[first.weight]
+                    return
                 left_whole |= found.undivided.keys()
                 cuts = {name: dim for name, dim in cuts.items() if name not in left_whole}
                 continue
@@ -75,6 +78,8 @@ class _Chains:
                 return
             if not more:
                 self.cuts.update(cuts)
+                self.tried |= left_whole
+                self.refused = {name: why for name, why in self.refused.items() if name not in left_whole}
                 self._heads.update(shape_of(self._nodes[name])[0] for name in cuts if self._ends_in_loss(followed, first))
                 return
             cuts |= more

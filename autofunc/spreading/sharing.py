@@ -44,7 +44,12 @@ class Sharing:
         self._look_back()
         self.shared: set[Node] = set()
         for node in self._order:
-            if is_differentiable(node) and self._is_full(node) and self._leads[node] and all(map(self._is_there, self._operands(node))):
+            if (
+                is_differentiable(node)
+                and self._is_full(node)
+                and self._leads[node]
+                and all(map(self._is_there, self._operands(node)))
+            ):
                 self.shared.add(node)
         self.shared |= {node for node in self._whole.params if self._is_full(node) and self._is_used_shared(node)}
 

@@ -40,7 +40,10 @@ _MAKERS: dict[str, Callable[[Any, dict[str, Any]], nn.Module]] = {
     "gemma3": lambda t, changed: t.Gemma3ForCausalLM(
         t.Gemma3TextConfig(
             **{
-                **_GROUPED, "head_dim": 4, "sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"],
+                **_GROUPED,
+                "head_dim": 4,
+                "sliding_window": 4,
+                "layer_types": ["sliding_attention", "full_attention"],
                 **changed,
             }  # fmt: skip
         )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 import autofunc as af
@@ -16,15 +18,19 @@ Losses = list[float]
 
 
 def steps_of(
-    name: str, axes: dict[str, int] | None, engine: str, num: int, sharding: dict[str, Any]
+    name: str, axes: dict[str, int] | None, engine: str, num: int, sharding: dict[str, Any], places: int = 1
 ) -> tuple[Losses, dict[str, torch.Tensor]]:
     """Losses of some steps of AdamW, and all parameters after them."""
     batch = batch_of(name)
+    dp = {axis: size for axis, size in (axes or {}).items() if axis.startswith("dp")}
+    mesh = None if axes is None else mesh_of(**axes)
+    if dp and mesh is not None:  # this process's rows
+        ((axis, size),) = dp.items()
+        batch = {key: leaf.chunk(size)[mesh.get_local_rank(axis)] for key, leaf in batch.items()}
     model = af.from_module(model_of(name), batch)
     pp = (axes or {}).get("pp", 1)
     stages = af.split(model, "auto" if pp > 1 else (), num_stages=pp) if pp > 1 else af.split(model, 1)
-    s = af.schedule.build("1f1b", num_ranks=pp, num_microbatches=2)
-    mesh = None if axes is None else mesh_of(**axes)
+    s = af.schedule.build("1f1b", num_ranks=pp, num_microbatches=2 * places)
     options = {} if axes is None else sharding
     pipe = af.pipeline(stages, s, loss=None, mesh=mesh, engine=engine, sharding=af.Sharding(**options))
     params = pipe.init()
@@ -40,7 +46,8 @@ def steps_of(
 
 def check(workers: WorkerPool, name: str, axes: dict[str, int], engine: str = "graph", **sharding: Any) -> None:
     """Five steps on processes are those of one."""
-    losses, params = steps_of(name, None, "graph", 5, {})
+    rows = 2 if "dp_shard" in axes or "dp_replicate" in axes else 1
+    losses, params = steps_of(name, None, "graph", 5, {}, rows)
     for found, others in workers.run(steps_of, name, axes, engine, 5, sharding):
         torch.testing.assert_close(torch.tensor(found), torch.tensor(losses), rtol=1e-5, atol=1e-5)
         assert others.keys() == params.keys()
@@ -50,5 +57,79 @@ def check(workers: WorkerPool, name: str, axes: dict[str, int], engine: str = "g
             )
 
 
-def test_llama(workers: WorkerPool) -> None:
-    check(workers, "llama", {"pp": 2, "tp": 2})
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_pipeline_over_tp_ranks(workers: WorkerPool, name: str) -> None:
+    """GPT-2 has fused weights, a tied head and dropout."""
+    check(workers, name, {"pp": 2, "tp": 2})
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("name", "engine"),
+    [
+        *((name, "graph") for name in ("qwen3", "gemma3", "phi3", "bert", "t5", "mixtral")),
+        *((name, "eager") for name in ("llama", "gpt2", "t5")),
+    ],
+)
+def test_models_over_tp_ranks(workers: WorkerPool, name: str, engine: str) -> None:
+    check(workers, name, {"pp": 2, "tp": 2}, engine)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["llama", "phi3", "mixtral"])
+def test_beside_other_axes(workers: WorkerPool, name: str) -> None:
+    check(workers, name, {"dp_shard": 2, "tp": 2})
+    check(workers, name, {"dp_replicate": 2, "tp": 2}, sequence_parallel=True)
+
+
+@pytest.mark.full
+def test_more_ranks_than_heads_of_keys(workers: WorkerPool) -> None:
+    check(workers, "llama", {"tp": 4})
+    check(workers, "qwen3", {"tp": 4}, tensor_parallel="derived", sequence_parallel=True)
+
+
+def saved(name: str, axes: dict[str, int], path: Path) -> dict[str, torch.Tensor]:
+    """Train a step and save; all parameters as they are then, and slots of the first."""
+    pipe, optimizer = pipe_for(name, axes), af.optimizer(torch.optim.AdamW, lr=1e-2)
+    params = pipe.init()
+    _, grads = af.value_and_grad(pipe)(params, batch_of(name), key=(0, 0))
+    params, state = optimizer.update(grads, optimizer.init(params), params)
+    af.save(path, params=params, optimizer_state=state)
+    return whole_of(pipe, params, state)
+
+
+def loaded(name: str, axes: dict[str, int] | None, path: Path) -> dict[str, torch.Tensor]:
+    pipe = pipe_for(name, axes)
+    found = af.load(path, pipe, optimizer=af.optimizer(torch.optim.AdamW, lr=1e-2))
+    return whole_of(pipe, found.params, found.optimizer_state)
+
+
+def pipe_for(name: str, axes: dict[str, int] | None) -> af.Pipeline:
+    pp = (axes or {}).get("pp", 1)
+    stages = af.split(af.from_module(model_of(name), batch_of(name)), pp)
+    s = af.schedule.build("1f1b", num_ranks=pp, num_microbatches=2)
+    return af.pipeline(stages, s, mesh=None if axes is None else mesh_of(**axes))
+
+
+def whole_of(pipe: af.Pipeline, params: Any, state: Any) -> dict[str, torch.Tensor]:
+    slots = {path: leaf for path, leaf in flatten(state["exp_avg"]).items()}
+    gathered = {
+        **flatten(pipe.gather(params)),
+        **{f"exp_avg.{path}": leaf for path, leaf in flatten(pipe.gather(slots)).items()},
+    }
+    return {path: leaf.clone() for path, leaf in gathered.items()}
+
+
+@pytest.mark.parametrize("axes", [{"pp": 2, "tp": 2}, pytest.param({"dp_shard": 2, "tp": 2}, marks=pytest.mark.full)])
+def test_checkpoints_have_fused_weights_in_order(workers: WorkerPool, tmp_path: Path, axes: dict[str, int]) -> None:
+    """What tp ranks write one process reads, and the other way round."""
+    name = "phi3"
+    full = workers.run(saved, name, axes, tmp_path / "there")[0]
+    for found in (loaded(name, None, tmp_path / "there"), workers.run(loaded, name, axes, tmp_path / "there")[0]):
+        assert found.keys() == full.keys()
+        assert all(torch.equal(found[path], leaf) for path, leaf in full.items())
+    moved = (
+        full["model.layers.0.self_attn.qkv_proj.weight"]
+        - flatten(af.from_module(model_of(name), batch_of(name)).init())["model.layers.0.self_attn.qkv_proj.weight"]
+    )
+    assert moved.abs().max() < 0.02, "each row is where it was"
