@@ -45,16 +45,19 @@ def plan(
         made = plan_run(
             config, num_processes, notes, measure=measure, on_progress=lambda text: status.update(literal(text))
         )
-        check_tensor_parallel(made.recipe)
+        over = check_tensor_parallel(made.recipe)
     if picture is not None:
         draw(made.timeline, picture)
     if as_json:
-        sys.stdout.write(json.dumps(made.to_dict(), indent=2) + "\n")
+        table = {} if over is None else {name: {"dim": cut.dim, "parts": cut.parts} for name, cut in over.cuts.items()}
+        sys.stdout.write(json.dumps({**made.to_dict(), "tensor_parallel": table}, indent=2) + "\n")
         return
     console = Console(file=sys.stdout)
     for note in made.recipe.notes:
         console.print(literal(f"note: {note}"))
     _show(made, console)
+    for line in over.described() if over is not None else ():
+        console.print(literal(line))
     if picture is not None:
         console.print(literal(f"written to {shown(picture)}"))
 

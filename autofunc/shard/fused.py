@@ -1,4 +1,4 @@
-"""Fused weights that tp ranks cut part by part: in what order their numbers lie, for those who know a leaf by its path alone.
+"""Fused weights that tp ranks cut part by part: in what order their numbers lie, for those who know but their paths.
 
 A rank's numbers of such a weight are no range of the whole (a part of the queries, of the keys, of the values), which a
 DTensor cannot say. So leaves lie rank by rank, and what leaves a process as a whole is put in order: by `Parameters`, which

@@ -68,6 +68,8 @@ class Sharding:
     def table(self, own: TensorParallel | None) -> TensorParallel | None:
         """The placement table for a model that brings this one. What must divide stays the model's to say."""
         given = self.tensor_parallel
-        if given is None or isinstance(given, (TensorParallel, str)):
-            return given if isinstance(given, TensorParallel) else own
+        if isinstance(given, TensorParallel):
+            return given
+        if given is None or isinstance(given, str):
+            return own
         return TensorParallel(given, own.divisible if own is not None else {})

@@ -30,7 +30,7 @@ from autofunc.shard.over_graphs import OverGraphs
 from autofunc.shard.reduce import shard_shape, with_rows
 from autofunc.shard.tensor_parallel import OverTP
 from autofunc.splitting import WHOLE, Partitioning, Setting, Stage
-from autofunc.spreading import AxisPlan, Cut, piece_of, put_together
+from autofunc.spreading import DERIVED, AxisPlan, Cut, piece_of, put_together
 
 Full = Callable[[Sequence[str]], Mapping[str, Tensor]]
 """Makes whole parameters with these canonical paths."""
@@ -305,17 +305,25 @@ def cut_over_tp(model: Model, size: int, sharding: Sharding) -> CutOverTP:
         MeshError: when the model has no placement table, or something does not divide.
         ModelError: for a table that does not fit the model, also where there is nothing to cut.
     """
-    table = sharding.table(model.tensor_parallel)
     canonical = {path: leaf for path, leaf in model.spec.items() if path not in model.ties}
+    given = sharding.tensor_parallel
     if size == 1:
-        if sharding.tensor_parallel is not None and table is not None:
-            cut_dims(table, canonical, 1)  # its patterns are checked all the same
+        if given is None or isinstance(given, str):
+            return CutOverTP({})
+        table = None  # its patterns are checked all the same
+        if model.over_ranks("tp", 1, given, sequence=False) is None:
+            table = sharding.table(model.tensor_parallel)
+        if table is not None:
+            cut_dims(table, canonical, 1)
         return CutOverTP({})
     if model.uncut is not None:
         raise MeshError(f"the mesh has tp={size}, but {model.uncut}; use tp=1, or a model of named layers with a table")
-    over = model.over_ranks("tp", size, sharding.tensor_parallel, sequence=sharding.sequence_parallel)
+    over = model.over_ranks("tp", size, given, sequence=sharding.sequence_parallel)
     if over is not None:
         return CutOverTP(over.cuts, over)
+    if given == DERIVED:
+        raise ModelError(f"tensor_parallel={given!r} is read from the graph of a captured module; {model.title} is none")
+    table = sharding.table(model.tensor_parallel)
     if table is None:
         raise MeshError(
             f"the mesh has tp={size}, but the model has no placement table for its parameters; give it one "

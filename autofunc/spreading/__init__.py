@@ -7,9 +7,9 @@ from autofunc.spreading.plan import AxisPlan, settled
 from autofunc.spreading.propagate import Propagation, Whole
 from autofunc.spreading.rewrite import Rewriting
 from autofunc.spreading.rules import rule
-from autofunc.spreading.tables import SOURCES, wanted_cuts
+from autofunc.spreading.tables import DERIVED, SOURCES, wanted_cuts
 
 __all__ = [
-    "FULL", "SOURCES", "TERMS", "Axis", "AxisPlan", "Cut", "Operation", "Outcome", "Propagation", "Rewriting", "Want",
-    "Whole", "along", "axis_named", "local_shape", "piece_of", "put_together", "rule", "settled", "wanted_cuts",
+    "DERIVED", "FULL", "SOURCES", "TERMS", "Axis", "AxisPlan", "Cut", "Operation", "Outcome", "Propagation", "Rewriting",
+    "Want", "Whole", "along", "axis_named", "local_shape", "piece_of", "put_together", "rule", "settled", "wanted_cuts",
 ]  # fmt: skip

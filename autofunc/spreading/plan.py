@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -36,6 +37,19 @@ class AxisPlan:
     sequence: bool
     source: str
     notes: tuple[str, ...] = ()
+
+    def described(self) -> list[str]:
+        """The table in words: a line for parameters that differ in the number of their layer alone."""
+        alike: dict[str, tuple[Cut, int]] = {}
+        for name, cut in self.cuts.items():
+            pattern = re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+            alike[pattern] = cut, alike.get(pattern, (cut, 0))[1] + 1
+        lines = [
+            f"  {pattern}: dim {cut.dim}" + (f", in parts of {_counted(cut.parts)}" if len(cut.parts) > 1 else "")
+            + (f" ({count} parameters)" if count > 1 else "")
+            for pattern, (cut, count) in alike.items()
+        ]  # fmt: skip
+        return [f"cut over {self.size} {self.axis} ranks, by {self.source}:", *lines, *self.notes]
 
     def __hash__(self) -> int:
         return hash((self.axis, self.size, tuple(self.cuts.items()), self.terms, self.sequence))
@@ -72,6 +86,11 @@ def settled(whole: Whole, wanted: Mapping[str, int], size: int, axis: str, *, se
         f"{name} is whole on every rank: its {number} heads do not divide by {size}" for name, (number, _) in left.items()
     ]
     return AxisPlan(axis, size, cuts, terms, sequence, source, tuple(notes))
+
+
+def _counted(parts: tuple[int, ...]) -> str:
+    """`8, 8, 16`, or `3 x 64`."""
+    return f"{len(parts)} x {parts[0]}" if len(set(parts)) == 1 else ", ".join(map(str, parts))
 
 
 def _is_unfed(found: Propagation, node: object) -> bool:

@@ -34,20 +34,15 @@ def _t5(t: Any, changed: dict[str, Any]) -> nn.Module:
     return t.T5ForConditionalGeneration(t.T5Config(**{**sizes, "decoder_start_token_id": 0, "pad_token_id": 0, **changed}))
 
 
+def _gemma3(t: Any, changed: dict[str, Any]) -> nn.Module:
+    layers = {"head_dim": 4, "sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
+    return t.Gemma3ForCausalLM(t.Gemma3TextConfig(**{**_GROUPED, **layers, **changed}))
+
+
 _MAKERS: dict[str, Callable[[Any, dict[str, Any]], nn.Module]] = {
     "llama": lambda t, changed: t.LlamaForCausalLM(t.LlamaConfig(**{**_GROUPED, **changed})),
     "qwen3": lambda t, changed: t.Qwen3ForCausalLM(t.Qwen3Config(**{**_GROUPED, "head_dim": 4, **changed})),
-    "gemma3": lambda t, changed: t.Gemma3ForCausalLM(
-        t.Gemma3TextConfig(
-            **{
-                **_GROUPED,
-                "head_dim": 4,
-                "sliding_window": 4,
-                "layer_types": ["sliding_attention", "full_attention"],
-                **changed,
-            }  # fmt: skip
-        )
-    ),
+    "gemma3": _gemma3,
     "phi3": lambda t, changed: t.Phi3ForCausalLM(t.Phi3Config(**{**_GROUPED, "pad_token_id": 0, **changed})),
     "mixtral": lambda t, changed: t.MixtralForCausalLM(t.MixtralConfig(**{**_GROUPED, "num_local_experts": 4, **changed})),
     "bert": lambda t, changed: t.BertForMaskedLM(t.BertConfig(**{**_SIZES, "max_position_embeddings": 16, **changed})),

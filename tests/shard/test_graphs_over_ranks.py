@@ -112,11 +112,8 @@ def pipe_for(name: str, axes: dict[str, int] | None) -> af.Pipeline:
 
 
 def whole_of(pipe: af.Pipeline, params: Any, state: Any) -> dict[str, torch.Tensor]:
-    slots = {path: leaf for path, leaf in flatten(state["exp_avg"]).items()}
-    gathered = {
-        **flatten(pipe.gather(params)),
-        **{f"exp_avg.{path}": leaf for path, leaf in flatten(pipe.gather(slots)).items()},
-    }
+    slots = flatten(pipe.gather(state["exp_avg"]))
+    gathered = {**flatten(pipe.gather(params)), **{f"exp_avg.{path}": leaf for path, leaf in slots.items()}}
     return {path: leaf.clone() for path, leaf in gathered.items()}
 
 
