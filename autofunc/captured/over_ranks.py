@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -9,6 +10,7 @@ from torch import nn
 from autofunc.captured import keyed_parts as keyed_parts  # enters its rules
 from autofunc.captured.export import Exported
 from autofunc.captured.flow import Flow
+from autofunc.errors import MeshError
 from autofunc.spreading import AxisPlan, Propagation, Rewriting, Whole, settled, wanted_cuts
 
 
@@ -24,8 +26,12 @@ def planned(
 ) -> AxisPlan:  # fmt: skip
     """How the ranks of an axis compute a forward together, see `Model.over_ranks`."""
     whole = whole_of(flow)
-    wanted, source = wanted_cuts(whole, module, size, axis, table, what)
-    return settled(whole, wanted, size, axis, sequence=sequence, source=source)
+    wanted, source, notes = wanted_cuts(whole, module, size, axis, table, what)
+    made = settled(whole, wanted, size, axis, sequence=sequence, source=source)
+    if not made.cuts and size > 1:
+        why = f": {notes[0]}" if notes else "; give a table of your own, or use tp=1"
+        raise MeshError(f"tp={size}: nothing of {what} can be cut, by {source}{why}")
+    return replace(made, notes=(*made.notes, *notes))
 
 
 def over_ranks(flow: Flow, over: AxisPlan, what: str) -> Flow:

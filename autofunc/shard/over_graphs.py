@@ -1,4 +1,4 @@
-"""A stage computed by several processes together, by graphs of their own: everything is a local tensor, inside and outside.
+"""A stage computed by several processes together, by graphs of their own: values are local tensors, inside and outside.
 
 What each rank's graph does, and where it exchanges values, was decided when the model was planned over the axis, see
 `spreading`. Here is who they are that exchange.
@@ -6,49 +6,17 @@ What each rank's graph does, and where it exchanges values, was decided when the
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Hashable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, fx
 from torch.distributed.device_mesh import DeviceMesh
 
-from autofunc.cache import Identity
 from autofunc.shard.exchange import exchange_directly
+from autofunc.shard.group_axis import GroupAxis
+from autofunc.shard.tensor_parallel import OverTP
 from autofunc.spreading import AxisPlan, along, local_shape
-
-_c10d = torch.ops._c10d_functional
-
-
-class GroupAxis:
-    """A `spreading.Axis` over a process group, by collectives that can be captured."""
-
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self.group = group
-        self.size, self.rank = group.size(), group.rank()
-
-    @property
-    def fingerprint(self) -> Hashable:
-        """See `Axis.fingerprint`."""
-        return Identity(self.group)
-
-    def all_reduce(self, x: Tensor, how: str) -> Tensor:
-        """See `Axis.all_reduce`."""
-        return _waited(_c10d.all_reduce(x, how, self.group.group_name))
-
-    def all_gather(self, x: Tensor) -> Tensor:
-        """See `Axis.all_gather`."""
-        return _waited(_c10d.all_gather_into_tensor(x, self.size, self.group.group_name))
-
-    def reduce_scatter(self, x: Tensor) -> Tensor:
-        """See `Axis.reduce_scatter`."""
-        return _waited(_c10d.reduce_scatter_tensor(x, "sum", self.size, self.group.group_name))
-
-
-def _waited(x: Tensor) -> Tensor:
-    waited: Tensor = _c10d.wait_tensor(x)
-    return waited
 
 
 class OverGraphs:
@@ -62,7 +30,7 @@ class OverGraphs:
 
     def __init__(self, mesh: DeviceMesh, over: AxisPlan, homes: Mapping[str, str]) -> None:
         self.over, self._homes = over, homes
-        self._axis = GroupAxis(mesh.get_group())
+        self._axis, self._outside = GroupAxis(mesh), OverTP(mesh, {}, over.sequence)
 
     @property
     def fingerprint(self) -> Hashable:
@@ -74,9 +42,11 @@ class OverGraphs:
         cut = self.over.cuts.get(self._homes[path])
         return shape if cut is None else local_shape(shape, cut, self.over.size)
 
-    def running(self) -> AbstractContextManager[None]:
-        """See `Partitioning.running`."""
-        return along({self.over.axis: self._axis})
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """See `Partitioning.running`. A loss, which is outside of the graphs, sees logits that are cut as DTensors."""
+        with along({self.over.axis: self._axis}), self._outside.running():
+            yield
 
     def parameter(self, path: str, local: Tensor) -> Tensor:
         """See `Partitioning.parameter`."""
@@ -91,8 +61,8 @@ class OverGraphs:
         return value, None
 
     def whole(self, value: Tensor) -> Tensor:
-        """See `Partitioning.whole`. The graphs of the last stage put together what they return."""
-        return value
+        """See `Partitioning.whole`."""
+        return self._outside.whole(value)
 
     def gradient(self, path: str, gradient: Tensor) -> tuple[Tensor, bool]:
         """See `Partitioning.gradient`."""

@@ -46,6 +46,10 @@ class Axis(Protocol):
         """This rank's part, of equal ones along dim 0, of the sum of everyone's `x`."""
         ...
 
+    def handed_out(self, x: Tensor, dim: int) -> Tensor:
+        """What is returned of a value that is cut along a dim: all, or what a loss may take parts of; differentiable."""
+        ...
+
 
 _axes: ContextVar[Mapping[str, Axis]] = ContextVar("axes", default={})  # noqa: B039  (never written to)
 

@@ -27,8 +27,8 @@ Node = fx.Node
 _ROUNDS = 32
 
 
-def derived_cuts(whole: Whole, size: int, axis: str) -> dict[str, int]:
-    """Name of a parameter -> the dim that ranks cut.
+def derived_cuts(whole: Whole, size: int, axis: str) -> tuple[dict[str, int], list[str]]:
+    """Name of a parameter -> the dim that ranks cut; and what is not cut because it does not divide, in words.
 
     Raises:
         MeshError: where something would be cut by heads, and their number does not divide.
@@ -39,7 +39,7 @@ def derived_cuts(whole: Whole, size: int, axis: str) -> dict[str, int]:
             chains.grow(product)
     for name, (number, node) in chains.refused.items():
         raise undivided(size, number, name, node)
-    return {**chains.cuts, **dict(chains.vocabularies())}
+    return {**chains.cuts, **dict(chains.vocabularies())}, chains.uneven
 
 
 class _Chains:
@@ -50,6 +50,7 @@ class _Chains:
         self._nodes = {name: node for node, name in whole.params.items()}
         self.cuts: dict[str, int] = {}
         self.tried: set[str] = set()  # that begin no chain
+        self.uneven: list[str] = []
         self.refused: dict[str, tuple[int, Node]] = {}  # that would, if what they make divided
         self._heads: set[int] = set()  # sizes of vocabularies that are cut
 
@@ -58,7 +59,9 @@ class _Chains:
         self.tried.add(first.weight)
         cuts, left_whole, borders = self._of(first), set[str](), dict[str, set[int]]()
         for _ in range(_ROUNDS):
-            if not self._divides(cuts, borders):
+            uneven = self._uneven(cuts, borders)
+            if uneven is not None:
+                self.uneven.append(uneven)
                 return
             followed = Followed(self.whole, self.positions, self._cut(cuts, borders), self.size, self.axis)
             found = followed.found
@@ -94,8 +97,9 @@ class _Chains:
             made[name] = Cut(dim, tuple(end - start for start, end in zip([0, *ends], ends, strict=False)))
         return made
 
-    def _divides(self, cuts: dict[str, int], borders: dict[str, set[int]]) -> bool:
-        return all(cut.fits(self.size) for cut in self._cut(cuts, borders).values())
+    def _uneven(self, cuts: dict[str, int], borders: dict[str, set[int]]) -> str | None:
+        found = self._cut(cuts, borders).items()
+        return next((left_whole(name, cut, self.size) for name, cut in found if not cut.fits(self.size)), None)
 
     def _more(self, followed: Followed, cuts: dict[str, int], left_whole: set[str]) -> dict[str, int] | None:
         """What else has to be cut for a chain to hold; None where it does not end."""
@@ -155,6 +159,12 @@ class _Chains:
 
 def _embeds(node: Node) -> bool:
     return node.target is torch.ops.aten.embedding.default
+
+
+def left_whole(name: str, cut: Cut, size: int) -> str:
+    """What is said of a parameter that is not cut because it does not divide."""
+    number = next(part for part in cut.parts if part % size)
+    return f"{name} is whole on every rank: {size} does not divide {number}, in its dim {cut.dim}"
 
 
 def undivided(size: int, number: int, weight: str, node: Node) -> MeshError:

@@ -41,6 +41,11 @@ def gather_to_share(x: Tensor, axis: str, dim: int, parts: tuple[int, ...]) -> T
     return _moved(x, axis, Cut(dim, tuple(parts)), "gather", "scatter")
 
 
+def handed_out(x: Tensor, axis: str, dim: int) -> Tensor:
+    """A value that is cut, for whoever is given what the forward returns."""
+    return axis_named(axis).handed_out(x, dim)
+
+
 def piece_of_same(x: Tensor, axis: str, dim: int, parts: tuple[int, ...]) -> Tensor:
     """This rank's part of a value whose gradient every rank is to have whole."""
     return _moved(x, axis, Cut(dim, tuple(parts)), "piece", "gather")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from operator import getitem
@@ -112,7 +113,8 @@ class Propagation:
             return None
         rule = rule_of(node)
         try:
-            found = rule(Operation(node, seen, self.size, self.axis)) if rule is not None else None
+            seen_from = ChainMap(seen, self.layouts)
+            found = rule(Operation(node, seen_from, self.size, self.axis)) if rule is not None else None
             return None if found is not None and self._scatters_tokens(found) else found
         except Borders as needed:
             self._need(needed)

@@ -48,7 +48,7 @@ class Rewriting:
                 self._at = node
                 for kept in self._whole.kept:
                     if kept in self._whole.weighted and kept in self.values:
-                        self.values[kept] = self._obtain(kept, FULL, shared=False)
+                        self.values[kept] = self._kept(kept)
                 self.graph.output(fx.node.map_arg(node.args[0], lambda each: self.values[each]))
             elif node.op == "placeholder":
                 self._placeholder(node)
@@ -61,6 +61,17 @@ class Rewriting:
         new.meta.update(node.meta)
         new.meta["val"] = self._local(node, self._found.layout(node))
         self._keep(node, new)
+
+    def _kept(self, node: Node) -> Node:
+        """What is returned of a value: all of it; of logits that are cut along the vocabulary a loss may take parts."""
+        own, value = self._found.layout(node), node.meta["val"]
+        if isinstance(own, Cut) and own.dim == value.dim() - 1 and len(own.parts) == 1 and value.dim() > 2:
+            new = self._call(
+                movements.handed_out, (self._made[node, own, False], self._found.axis, own.dim), {}, FULL, node
+            )
+            new.meta["modes"] = ()
+            return new
+        return self._obtain(node, FULL, shared=False)
 
     def _keep(self, node: Node, new: Node) -> None:
         self.values[node] = new

@@ -16,7 +16,8 @@ from torch import nn
 from autofunc import tree
 from autofunc.errors import ModelError, one_of
 from autofunc.model import TensorParallel, cut_dims
-from autofunc.spreading.chains import derived_cuts
+from autofunc.spreading.chains import derived_cuts, left_whole
+from autofunc.spreading.layouts import Cut
 from autofunc.spreading.operation import shape_of
 from autofunc.spreading.propagate import Whole
 from autofunc.spreading.sides import Product, products_of
@@ -25,14 +26,15 @@ OUT = ("colwise", "colwise_rep", "colwise_gather_output", "packed_colwise", "loc
 INNER = ("rowwise", "rowwise_rep", "rowwise_split_input", "packed_rowwise", "local_rowwise", "local_packed_rowwise")
 ROWS = ("embedding_rowwise", "vocab_parallel", "vocab_parallel_rowwise")
 
+GIVEN = "the given table"
 OWN, DERIVED, AUTO = "own", "derived", "auto"
 SOURCES = (AUTO, OWN, DERIVED)
 
 
 def wanted_cuts(
     whole: Whole, module: nn.Module, size: int, axis: str, table: Any, what: str
-) -> tuple[dict[str, int], str]:  # fmt: skip
-    """Name of a parameter -> the dim that is cut; and where that comes from.
+) -> tuple[dict[str, int], str, list[str]]:  # fmt: skip
+    """Name of a parameter -> the dim that is cut; where that comes from; and what is not cut, in words.
 
     Args:
         whole: the forward.
@@ -50,17 +52,30 @@ def wanted_cuts(
     if isinstance(table, str) and table not in SOURCES:
         raise ModelError(f"tensor parallel table {table!r}; {one_of(table, SOURCES)}")
     if isinstance(table, (TensorParallel, Mapping)):
-        return _given(whole, table, size), "the given table"
+        return _given(whole, table, size), GIVEN, []
     own = own_plan(module)
     if table == OWN and not own:
         raise ModelError(f'{what} has no tensor parallel plan of its own (_tp_plan); use "derived", or give a table')
     if own and table != DERIVED:
         found = _by_words(whole, own, axis)
         if found:
-            return found, f"{what}'s own plan"
+            kept, notes = _that_divide(whole, found, size)
+            return kept, f"{what}'s own plan", notes
         if table == OWN:
             raise ModelError(f"{what}: its own tensor parallel plan matches none of its parameters: {', '.join(own)}")
-    return derived_cuts(whole, size, axis), "derived from the graph"
+    cuts, notes = derived_cuts(whole, size, axis)
+    return cuts, "what its graph gives", notes
+
+
+def _that_divide(whole: Whole, cuts: dict[str, int], size: int) -> tuple[dict[str, int], list[str]]:
+    """Without embeddings and heads whose vocabulary does not divide: those need no partner in a block."""
+    shapes = {name: shape_of(node) for node, name in whole.params.items()}
+    uneven = {
+        name: Cut(dim, (shapes[name][dim],)) for name, dim in cuts.items()
+        if shapes[name][dim] % size and not any(part.isdigit() for part in name.split("."))
+    }  # fmt: skip
+    kept = {name: dim for name, dim in cuts.items() if name not in uneven}
+    return kept, [left_whole(name, cut, size) for name, cut in uneven.items()]
 
 
 def own_plan(module: nn.Module) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,12 @@ import pytest
 import torch
 
 import autofunc as af
+from autofunc.engine.partition import in_order
 from autofunc.tree import flatten
-from tests.cases import mesh_of
+from tests.cases import mesh_of, plan_of
 from tests.pool import WorkerPool
 from tests.shard.spread_models import batch_of, model_of
+from tests.shard.test_collectives import Counting, kind_of, more
 
 Losses = list[float]
 
@@ -88,6 +91,32 @@ def test_more_ranks_than_heads_of_keys(workers: WorkerPool) -> None:
     check(workers, "qwen3", {"tp": 4}, tensor_parallel="derived", sequence_parallel=True)
 
 
+def exchanged_by(blocks: int, sequence: bool) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
+    """Collectives of the captured forward and backward of a microbatch, and of a step of two."""
+    batch = batch_of("llama")
+    model = af.from_module(model_of("llama", num_hidden_layers=blocks), batch)
+    s = af.schedule.build("1f1b", num_ranks=1, num_microbatches=2)
+    pipe = af.pipeline(af.split(model, 1), s, mesh=mesh_of(tp=4), sharding=af.Sharding(sequence_parallel=sequence))
+    params = pipe.init()
+    stage = plan_of(pipe, params, batch).functions[0]
+    counts = []
+    for piece in (stage.pieces.forward, stage.pieces.backward):
+        kinds = (kind_of(node.target) for node in in_order(piece, list(stage.joint.graph.nodes)))
+        counts.append(dict(Counter(kind for kind in kinds if kind)))
+    af.value_and_grad(pipe)(params, batch)
+    with Counting() as counting:
+        af.value_and_grad(pipe)(params, batch)
+    return counts[0], counts[1], dict(counting.found)
+
+
+@pytest.mark.parametrize("sequence", [False, True])
+def test_what_a_block_exchanges(workers: WorkerPool, sequence: bool) -> None:
+    two, one = (workers.run(exchanged_by, blocks, sequence)[0] for blocks in (2, 1))
+    each = {"all_gather": 2, "reduce_scatter": 2} if sequence else {"all_reduce": 2}
+    assert more(two[0], one[0]) == more(two[1], one[1]) == each, "in the program, forward and backward"
+    assert more(two[2], one[2]) == {kind: 2 * 2 * count for kind, count in each.items()}, "in a run of two microbatches"
+
+
 def saved(name: str, axes: dict[str, int], path: Path) -> dict[str, torch.Tensor]:
     """Train a step and save; all parameters as they are then, and slots of the first."""
     pipe, optimizer = pipe_for(name, axes), af.optimizer(torch.optim.AdamW, lr=1e-2)
@@ -130,3 +159,41 @@ def test_checkpoints_have_fused_weights_in_order(workers: WorkerPool, tmp_path: 
         - flatten(af.from_module(model_of(name), batch_of(name)).init())["model.layers.0.self_attn.qkv_proj.weight"]
     )
     assert moved.abs().max() < 0.02, "each row is where it was"
+
+
+def shifted(outputs: Any, microbatch: Any) -> torch.Tensor:
+    """A loss as people write it, which knows nothing of ranks."""
+    logits, labels = outputs.logits[:, :-1], microbatch["labels"][:, 1:]
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+
+def step_with(loss: Any, axes: dict[str, int] | None, engine: str) -> tuple[float, dict[str, torch.Tensor], dict[str, int]]:
+    """Loss and gradients of the logits of a Llama; and what is exchanged in a step of a process."""
+    batch = batch_of("llama")
+    model = af.from_module(model_of("llama"), batch, inputs=["input_ids"])
+    s = af.schedule.build("1f1b", num_ranks=1, num_microbatches=2)
+    mesh = None if axes is None else mesh_of(**axes)
+    pipe = af.pipeline(af.split(model, 1), s, loss=loss, mesh=mesh, engine=engine)
+    params = pipe.init()
+    value, grads = af.value_and_grad(pipe)(params, batch)
+    with Counting() as counting:
+        af.value_and_grad(pipe)(params, batch)
+    return value.item(), {path: leaf.clone() for path, leaf in flatten(pipe.gather(grads)).items()}, dict(counting.found)
+
+
+@pytest.mark.parametrize(
+    ("loss", "engine"),
+    [
+        (af.losses.causal_lm, "graph"),
+        (shifted, "graph"),
+        *(pytest.param(loss, "eager", marks=pytest.mark.full) for loss in (af.losses.causal_lm, shifted)),
+    ],
+)
+def test_losses_of_logits(workers: WorkerPool, loss: Any, engine: str) -> None:
+    """Those that are cut along the vocabulary are not put together for `causal_lm`."""
+    value, grads, _ = step_with(loss, None, "graph")
+    for found, others, exchanged in workers.run(step_with, loss, {"tp": 4}, engine):
+        assert found == pytest.approx(value, rel=1e-5)
+        for path, grad in grads.items():
+            torch.testing.assert_close(others[path], grad, rtol=1e-4, atol=1e-6, msg=path)
+        assert loss is shifted or "all_gather" not in exchanged

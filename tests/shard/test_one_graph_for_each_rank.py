@@ -14,6 +14,7 @@ from torch import Tensor
 import autofunc as af
 from autofunc import tree
 from autofunc.spreading import AxisPlan, along, piece_of, put_together
+from autofunc.spreading.movements import gather
 from tests.shard.spread_models import batch_of, model_of
 
 KEY = af.random.make_key(3)
@@ -52,6 +53,9 @@ class ThreadAxis:
 
     def reduce_scatter(self, x: Tensor) -> Tensor:
         return torch.stack(self._of_all(x, "reduce_scatter")).sum(0).chunk(self.size)[self.rank].clone()
+
+    def handed_out(self, x: Tensor, dim: int) -> Tensor:
+        return gather(x, "tp", dim, (x.shape[dim] * self.size,))
 
 
 def on_threads(size: int, work: Callable[[ThreadAxis], Any]) -> tuple[list[Any], ThreadAxis]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from autofunc.spreading.layouts import FULL, TERMS, Cut, Layout
 from autofunc.spreading.movements import on_first
-from autofunc.spreading.operation import Operation, Outcome, Want, shape_of
+from autofunc.spreading.operation import Node, Operation, Outcome, Want, shape_of
 from autofunc.spreading.rules.table import NAMED, rule
 
 _aten = torch.ops.aten
@@ -40,9 +40,15 @@ def linear(op: Operation) -> Outcome | None:
         if bias is None:
             return op.becomes(TERMS, input=operands[0], weight=operands[1])
         return Outcome(TERMS, linear_term, (*operands, Want(bias, FULL), op.axis))
-    if given is not None and given.dim != len(shape_of(x)) - 1:
+    if given is not None and given.dim != len(shape_of(x)) - 1 and not _is_made_whole(op, x):
         return op.becomes(given, input=Want(x, given))
     return None
+
+
+def _is_made_whole(op: Operation, x: Node) -> bool:
+    """Whether another product takes all of a value that is cut, so that it is there anyway."""
+    others = (user.args[1] for user in x.users if user.target is _aten.linear.default)
+    return any((cut := op.cut(weight)) is not None and cut.dim == 0 for weight in others)
 
 
 @rule(_aten.addmm)
