@@ -44,7 +44,7 @@ def over_ranks(flow: Flow, over: AxisPlan, what: str) -> Flow:
     """
     exported = flow.exported
     found = Propagation(whole_of(flow), over.cuts, over.size, over.axis, sequence=over.sequence).run()
-    made = Rewriting(exported.graph, found)
+    made = Rewriting(exported.graph, found, over.terms)
     new = made.values
     return Flow(
         Exported(

@@ -6,12 +6,11 @@ before it is first needed so.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from torch import Tensor, fx
 
-from autofunc.graph.lines import line_of
 from autofunc.spreading import movements
 from autofunc.spreading.layouts import FULL, TERMS, Cut, Kind, Layout, local_shape
 from autofunc.spreading.operation import Want
@@ -27,21 +26,20 @@ class Rewriting:
     Args:
         graph: of the whole.
         propagation: how its values lie.
+        terms: names of the parameters of whose gradients each rank is to have a term, whatever the batch; see `AxisPlan`.
 
     Attributes:
         graph: the new one.
         values: node of the whole -> its value in the new graph, on every rank what the whole has; of what is cut or a term
             that is not wanted whole, each rank's.
         first: node of the whole -> the first new node that belongs to it.
-        terms: names of the parameters of whose gradients each rank has a term.
     """
 
-    def __init__(self, graph: fx.Graph, propagation: Propagation) -> None:
+    def __init__(self, graph: fx.Graph, propagation: Propagation, terms: Collection[str]) -> None:
         self._found, self._whole = propagation, propagation.whole
-        self._sharing = Sharing(propagation)
+        self._sharing = Sharing(propagation, terms)
         self._made: dict[tuple[Node, Any, bool], Node] = {}  # (node, layout, shared) -> new node
         self.graph, self.values, self.first = fx.Graph(), dict[Node, Node](), dict[Node, Node]()
-        self.terms = frozenset(name for node, name in self._whole.params.items() if node in self._sharing.shared)
         alive = set(self._whole.nodes)
         for node in graph.nodes:
             if node.op == "output":
@@ -193,14 +191,6 @@ class Rewriting:
             layouts = layout if isinstance(layout, tuple) else (layout,) * len(value)
             return type(value)(_like(each, one, size) for each, one in zip(value, layouts, strict=True))
         return _like(value, layout, size)
-
-    @property
-    def notes(self) -> list[str]:
-        """What is computed on full values, though it reads some that are cut, with the user's lines."""
-        return [f"{node.target} ({line_of(node)})" for node in self._found.made_full if self._reads_cut(node)]
-
-    def _reads_cut(self, node: Node) -> bool:
-        return any(isinstance(self._found.layout(each), Cut) for each in node.all_input_nodes)
 
 
 def _like(value: Any, layout: Any, size: int) -> Any:

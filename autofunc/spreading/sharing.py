@@ -6,6 +6,7 @@ one that is not, and nowhere else: so what only leads to shared uses is computed
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -29,13 +30,17 @@ _STRUCTURAL = {
 class Sharing:
     """Where a propagation's full values are shared.
 
+    Args:
+        propagation: of all operators.
+        terms: names of the parameters of whose gradients ranks are to have terms; None: as few collectives as possible.
+
     Attributes:
         shared: nodes that are computed as shared; parameters among them have terms of their gradients on each rank.
         wanted: nodes that some user takes as shared.
         before: of those, the ones that are shared before they are made, by sharing what they are made of.
     """
 
-    def __init__(self, propagation: Propagation) -> None:
+    def __init__(self, propagation: Propagation, terms: Collection[str] | None = None) -> None:
         self._found, self._whole = propagation, propagation.whole
         self._order = [node for node in self._whole.nodes if node in self._whole.weighted]
         self.wanted: set[Node] = set()
@@ -51,7 +56,8 @@ class Sharing:
                 and all(map(self._is_there, self._operands(node)))
             ):
                 self.shared.add(node)
-        self.shared |= {node for node in self._whole.params if self._is_full(node) and self._is_used_shared(node)}
+        params = [(node, name) for node, name in self._whole.params.items() if self._is_full(node)]
+        self.shared |= {node for node, name in params if (self._is_used_shared(node) if terms is None else name in terms)}
 
     def _is_full(self, node: Node) -> bool:
         return self._found.layout(node) is FULL

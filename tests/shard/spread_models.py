@@ -53,6 +53,6 @@ _MAKERS: dict[str, Callable[[Any, dict[str, Any]], nn.Module]] = {
 
 def batch_of(name: str) -> dict[str, Tensor]:
     """Four rows of eight tokens."""
-    ids = torch.randint(1, 32, (4, 8), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(0, 32, (4, 8), generator=torch.Generator().manual_seed(1))
     padded = {"attention_mask": (torch.arange(8) < torch.tensor([[8], [6], [8], [5]])).long()}
     return {"input_ids": ids, "labels": ids} | (padded if name in ("bert", "t5") else {})

@@ -178,6 +178,8 @@ def step_with(loss: Any, axes: dict[str, int] | None, engine: str) -> tuple[floa
     value, grads = af.value_and_grad(pipe)(params, batch)
     with Counting() as counting:
         af.value_and_grad(pipe)(params, batch)
+    assert pipe(params, batch).item() == pytest.approx(value.item(), rel=1e-6)
+    assert pipe.forward(params, batch).logits.shape == (4, 8, 32), "all of them, to whoever asks"
     return value.item(), {path: leaf.clone() for path, leaf in flatten(pipe.gather(grads)).items()}, dict(counting.found)
 
 

@@ -17,7 +17,9 @@ def plan_of(name: str, size: int = 2, table: Any = None, **changed: Any) -> Any:
     return model.over_ranks("tp", size, table, sequence=False)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "phi3", "mixtral"])
+@pytest.mark.parametrize(
+    "name", ["llama", "phi3", *(pytest.param(name, marks=pytest.mark.full) for name in ("qwen3", "gemma3", "mixtral"))]
+)
 def test_a_graph_gives_the_table_that_people_write(name: str) -> None:
     """Where transformers has one, and says that fused weights are gathered, those are cut in parts all the same."""
     assert plan_of(name, table="derived").cuts == plan_of(name, table="own").cuts
