@@ -39,7 +39,7 @@ def check_tensor_parallel(recipe: Recipe) -> AxisPlan | None:
             return None
         if recipe.sharding.sequence_parallel:
             _check_lengths(recipe)
-        with _imagined(recipe.axes) as mesh:
+        with imagined(recipe.axes) as mesh:
             parameters = Parameters(recipe.stages, model, mesh, recipe.sharding)
             microbatch = recipe.microbatch((0, 0))
             infer_boundaries(recipe.stages, {}, microbatch, recipe.loss, setting=parameters.setting)
@@ -60,7 +60,8 @@ def _check_lengths(recipe: Recipe) -> None:
 
 
 @contextmanager
-def _imagined(axes: Axes) -> Iterator[DeviceMesh]:
+def imagined(axes: Axes) -> Iterator[DeviceMesh]:
+    """A mesh of processes that do not exist, as its first rank sees it. Only for a process that has no others."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=axes.num_processes)
