@@ -6,13 +6,17 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from torch import fx
+
 from autofunc.errors import MeshError
+from autofunc.graph.lines import line_of
 from autofunc.spreading.chains import undivided
 from autofunc.spreading.layouts import FULL, Cut
 from autofunc.spreading.operation import shape_of
 from autofunc.spreading.propagate import Propagation, Whole
 from autofunc.spreading.sharing import Sharing
 
+Node = fx.Node
 _ROUNDS = 32
 
 
@@ -85,7 +89,19 @@ def settled(whole: Whole, wanted: Mapping[str, int], size: int, axis: str, *, se
     notes = [
         f"{name} is whole on every rank: its {number} heads do not divide by {size}" for name, (number, _) in left.items()
     ]
-    return AxisPlan(axis, size, cuts, terms, sequence, source, tuple(notes))
+    notes += [
+        f"{node.target} is computed whole on every rank, of what is cut: {line_of(node)}" for node in _gathering(found)
+    ]
+    return AxisPlan(axis, size, cuts, terms, sequence, source, tuple(dict.fromkeys(notes)))
+
+
+def _gathering(found: Propagation) -> list[Node]:
+    """Operators on what is cut as weights are, for which no rule says what to do with parts."""
+
+    def is_cut(node: Node) -> bool:
+        return isinstance(found.layout(node), Cut) and bool(found.origins(node))
+
+    return [node for node in found.made_full if any(map(is_cut, node.all_input_nodes))]
 
 
 def _counted(parts: tuple[int, ...]) -> str:

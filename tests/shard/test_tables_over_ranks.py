@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
 import autofunc as af
 from autofunc.errors import MeshError, ModelError
@@ -56,6 +58,26 @@ def test_a_vocabulary_that_does_not_divide_is_whole() -> None:
     for table in ("own", "derived"):
         plan = check("llama", 2, table, vocab_size=33)[0]
         assert "lm_head.weight" not in plan.cuts and any("2 does not divide 33" in note for note in plan.notes)
+
+
+class _Sorted(nn.Module):
+    """Sorts along what a product makes, which no rank can do with a part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        made: torch.Tensor = self.last(self.first(x).sort(-1)[0])
+        return made
+
+
+def test_an_operator_without_a_rule_is_computed_whole() -> None:
+    batch = {"x": torch.randn(4, 8)}
+    model = af.from_module(_Sorted(), batch)
+    assert "first.weight" not in model.over_ranks("tp", 2, None, sequence=False).cuts, "it begins no chain"
+    plan = model.over_ranks("tp", 2, {"first": "colwise", "last": "rowwise"}, sequence=False)
+    assert any("aten.sort.default is computed whole" in note and "test_tables_over_ranks.py" in note for note in plan.notes)
 
 
 @pytest.mark.parametrize(
