@@ -21,7 +21,14 @@ Losses = list[float]
 
 
 def steps_of(
-    name: str, axes: dict[str, int] | None, engine: str, num: int, sharding: dict[str, Any], places: int = 1
+    name: str,
+    axes: dict[str, int] | None,
+    engine: str,
+    num: int,
+    sharding: dict[str, Any],
+    places: int = 1,
+    schedule: str = "1f1b",
+    options: dict[str, Any] | None = None,
 ) -> tuple[Losses, dict[str, torch.Tensor]]:
     """Losses of some steps of AdamW, and all parameters after them."""
     batch = batch_of(name)
@@ -33,9 +40,9 @@ def steps_of(
     model = af.from_module(model_of(name), batch)
     pp = (axes or {}).get("pp", 1)
     stages = af.split(model, "auto" if pp > 1 else (), num_stages=pp) if pp > 1 else af.split(model, 1)
-    s = af.schedule.build("1f1b", num_ranks=pp, num_microbatches=2 * places)
-    options = {} if axes is None else sharding
-    pipe = af.pipeline(stages, s, loss=None, mesh=mesh, engine=engine, sharding=af.Sharding(**options))
+    s = af.schedule.build(schedule if pp > 1 else "1f1b", num_ranks=pp, num_microbatches=2 * places)
+    chosen = af.Sharding(**({} if axes is None else sharding))
+    pipe = af.pipeline(stages, s, loss=None, mesh=mesh, engine=engine, sharding=chosen, **(options or {}))
     params = pipe.init()
     optimizer = af.optimizer(torch.optim.AdamW, lr=1e-3)
     state, losses = optimizer.init(params), []
@@ -76,6 +83,17 @@ def test_a_pipeline_over_tp_ranks(workers: WorkerPool, name: str) -> None:
 )
 def test_models_over_tp_ranks(workers: WorkerPool, name: str, engine: str) -> None:
     check(workers, name, {"pp": 2, "tp": 2}, engine)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("options", [{"remat": "layer"}, {"remat": "stage"}, {"compile": True}])
+def test_schedules_and_engines_know_nothing_of_it(workers: WorkerPool, options: dict[str, Any]) -> None:
+    """Backwards in two halves, what is computed again, compiled pieces."""
+    losses, params = steps_of("llama", None, "graph", 5, {})
+    for found, others in workers.run(steps_of, "llama", {"pp": 2, "tp": 2}, "graph", 5, {}, 1, "zb_h1", options):
+        torch.testing.assert_close(torch.tensor(found), torch.tensor(losses), rtol=1e-5, atol=1e-5)
+        for path, leaf in params.items():
+            torch.testing.assert_close(others[path], leaf, rtol=1e-4, atol=2e-5, msg=path)
 
 
 @pytest.mark.full
