@@ -83,7 +83,8 @@ class _Chains:
                 self.cuts.update(cuts)
                 self.tried |= left_whole
                 self.refused = {name: why for name, why in self.refused.items() if name not in left_whole}
-                self._heads.update(shape_of(self._nodes[name])[0] for name in cuts if self._ends_in_loss(followed, first))
+                if self._ends_in_logits(followed):
+                    self._heads.update(shape_of(self._nodes[name])[0] for name in cuts)
                 return
             cuts |= more
 
@@ -140,9 +141,12 @@ class _Chains:
             waiting += each.all_input_nodes
         return makers
 
-    def _ends_in_loss(self, followed: Followed, first: Product) -> bool:
+    def _ends_in_logits(self, followed: Followed) -> bool:
+        """Whether what a chain makes is taken by a loss, or returned for one."""
         found = followed.found
-        return any(found.layout(node) is FULL and node in found.outcomes for node in followed.visited)
+        return any(
+            node in found.outcomes and (found.layout(node) is FULL or node in self.whole.kept) for node in followed.visited
+        )
 
     def _is_given(self, ids: Any) -> bool:
         """Whether numbers come from the batch, as tokens do, and not from counting, as positions."""

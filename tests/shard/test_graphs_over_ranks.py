@@ -39,7 +39,7 @@ def steps_of(
         batch = {key: leaf.chunk(size)[mesh.get_local_rank(axis)] for key, leaf in batch.items()}
     model = af.from_module(model_of(name), batch)
     pp = (axes or {}).get("pp", 1)
-    stages = af.split(model, "auto" if pp > 1 else (), num_stages=pp) if pp > 1 else af.split(model, 1)
+    stages = af.split(model, pp)
     s = af.schedule.build(schedule if pp > 1 else "1f1b", num_ranks=pp, num_microbatches=2 * places)
     chosen = af.Sharding(**({} if axes is None else sharding))
     pipe = af.pipeline(stages, s, loss=None, mesh=mesh, engine=engine, sharding=chosen, **(options or {}))
