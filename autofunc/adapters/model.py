@@ -55,7 +55,8 @@ class AdaptedModel(Model):
             tensor_parallel=base.tensor_parallel,
         )  # fmt: skip
         self.stored = stored
-        self.notes, self.uncut, self.frozen, self.state_spec = base.notes, base.uncut, base.frozen, base.state_spec
+        self.notes, self.frozen, self.state_spec = base.notes, base.frozen, base.state_spec
+        self.uncut = base.uncut or base.uncut_with_adapters
 
     def _check_names(self, layers: Iterable[str]) -> None:
         """The base has checked them."""
@@ -174,6 +175,7 @@ class AdaptedModel(Model):
         dtypes: Mapping[str, torch.dtype] | None = None,
         *,
         training: bool = True,
+        over: Any = None,
     ) -> Specialised:
         """See `Model.specialise`: the base's functions, with changed products."""
         own = None if dtypes is None else {path: dtype for path, dtype in dtypes.items() if path not in self._of_factor}

@@ -78,14 +78,25 @@ def attention(
             query, key, value, mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa
         )
     if enable_gqa:
-        group = query.shape[-3] // key.shape[-3]
-        key, value = key.repeat_interleave(group, -3), value.repeat_interleave(group, -3)
+        key, value = for_each_head(key, query), for_each_head(value, query)
+    return random.dropout(attention_weights(query, key, mask, is_causal, scale), p, {"key": random_key}, name) @ value
+
+
+def attention_weights(
+    query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None
+) -> Tensor:  # fmt: skip
+    """What attention weighs values by."""
     scores = query @ key.transpose(-2, -1) * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)
     if is_causal:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
-    return random.dropout(scores.softmax(-1), p, {"key": random_key}, name) @ value
+    return scores.softmax(-1)
+
+
+def for_each_head(x: Tensor, query: Tensor) -> Tensor:
+    """Keys or values with as many heads as queries, each for a group of them."""
+    return x.repeat_interleave(query.shape[-3] // x.shape[-3], -3)
 
 
 _DROPOUTS: dict[str, Callable[..., Tensor]] = {

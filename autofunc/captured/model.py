@@ -20,6 +20,7 @@ from autofunc.captured.filled import filled, full_values
 from autofunc.captured.flow import Flow
 from autofunc.captured.holders import holders, idle, idle_note, with_idle
 from autofunc.captured.module_source import ModuleSource
+from autofunc.captured.over_ranks import over_ranks, planned
 from autofunc.captured.segment import Segment
 from autofunc.captured.source import device_of
 from autofunc.errors import ModelError
@@ -27,6 +28,7 @@ from autofunc.model import CutPoints, Layer, Model, Specialised, State
 from autofunc.model.specialised import LayerFunction
 from autofunc.model.state import StatefulFunction
 from autofunc.random import make_key
+from autofunc.spreading import AxisPlan
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,8 @@ class CapturedModel(Model):
             {name: Layer(apply=self._apply(number)) for number, name in enumerate(layers)},
             ties=ties, config=config, trainable=trainable,
         )  # fmt: skip
-        self.uncut = f"{self._source.what} was captured with the sizes of the whole in its graph"
+
+    uncut_with_adapters = "adapters of a captured module are not cut yet"
 
     @property
     def example(self) -> Mapping[str, Any]:
@@ -210,6 +213,7 @@ class CapturedModel(Model):
         dtypes: Mapping[str, torch.dtype] | None = None,
         *,
         training: bool = True,
+        over: AxisPlan | None = None,
     ) -> Specialised:
         """See `Model.specialise`: captures the forward for such microbatches, and cuts it at the layers.
 
@@ -223,8 +227,16 @@ class CapturedModel(Model):
             batch, self._recast(dtypes or {}), known, training=training or not known, evaluates=evaluates
         )
         entries = tuple(self._source.select(batch))
-        key = ("specialised", Identity(self), signature, entries)
-        return cache.shared.get(key, lambda: self._specialised_for(flow, entries))
+        key = ("specialised", Identity(self), signature, entries, over)
+        return cache.shared.get(key, lambda: self._specialised_for(self._over(flow, over), entries))
+
+    def over_ranks(self, axis: str, size: int, table: Any, *, sequence: bool) -> AxisPlan:
+        """See `Model.over_ranks`: by the graph of the example."""
+        flow = self._captures.flow(self._example, None, self._known_states)[1]
+        return planned(flow, self._source.module, axis, size, table, sequence=sequence, what=self._source.what)
+
+    def _over(self, flow: Flow, over: AxisPlan | None) -> Flow:
+        return flow if over is None else over_ranks(flow, over, self._source.what)
 
     def _specialised_for(self, flow: Flow, entries: Sequence[str]) -> Specialised:
         cut = self._cut_of(flow, [self._inner(layer) for layer in self._names])

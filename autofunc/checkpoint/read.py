@@ -17,13 +17,14 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from autofunc import tree
 from autofunc.checkpoint.folder import AVERAGE, OPTIMIZER, PARAMS, STATE, read_extra, read_metadata
-from autofunc.checkpoint.write import flat_trees, hush, message_of
+from autofunc.checkpoint.write import flat_trees, hush, message_of, with_cuts
 from autofunc.errors import CheckpointError, some_of
 from autofunc.model import Model
 from autofunc.optim import Optimizer
 from autofunc.optim.state import OUTSIDE, path_of_slot
 from autofunc.pipe import Pipeline
 from autofunc.shard.dtensors import local
+from autofunc.shard.fused import fill
 from autofunc.shown import shown
 
 Saved = Mapping[str, TensorStorageMetadata]
@@ -165,12 +166,16 @@ def _empty(entry: TensorStorageMetadata) -> Tensor:
 def _read(path: str | os.PathLike[str], wanted: Mapping[str, Tensor], saved: Saved) -> None:
     """Read tensors in place."""
     # a parameter without dims is laid out with one where it is sharded: read whole, for it is one number
-    others = {name: _empty(saved[name]) for name, leaf in wanted.items() if leaf.shape != saved[name].size}
+    cuts = {name: cut for name, (_, cut) in with_cuts(wanted).items() if cut is not None}
+    others = {name: _empty(saved[name]) for name, leaf in wanted.items() if leaf.shape != saved[name].size or name in cuts}
     hush()
     try:
         dcp.load({**wanted, **others}, checkpoint_id=path, no_dist=True)
     except (CheckpointException, OSError, RuntimeError) as error:
         raise CheckpointError(f"{shown(path)} cannot be read: {message_of(error)}") from error
     for name, value in others.items():
+        if name in cuts:
+            fill(wanted[name], value, cuts[name])
+            continue
         part = local(wanted[name])
         part.copy_(value.expand(part.shape) if part.numel() else part)

@@ -18,7 +18,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 from autofunc import tree
 from autofunc.checkpoint.folder import AVERAGE, OPTIMIZER, PARAMS, STATE, prepare, publish, remove
 from autofunc.errors import AutofuncError, CheckpointError, in_brief
+from autofunc.optim.state import path_of_slot
+from autofunc.shard.fused import fused_cut, in_order
 from autofunc.shown import shown
+from autofunc.spreading import Cut
 
 
 def save(
@@ -124,7 +127,10 @@ def begin_save(
     error, partial = of_first((error, partial))
     if error is not None:
         raise CheckpointError(error)
-    tensors = flat_trees(params, state, optimizer_state, average)
+    tensors = {
+        name: leaf if cut is None else in_order(leaf, cut)
+        for name, (leaf, cut) in with_cuts(flat_trees(params, state, optimizer_state, average)).items()
+    }
     alone = not dist.is_initialized()
     hush()
     if background:
@@ -154,6 +160,17 @@ def flat_trees(
             if not isinstance(leaf, Tensor):
                 raise AutofuncError(f"{prefix}: {path!r} is a {type(leaf).__name__}; expected a tensor")
             found[f"{prefix}.{path}"] = leaf.detach()
+    return found
+
+
+def with_cuts(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Cut | None]]:
+    """The tensors of a checkpoint, and of fused weights, and their slots, how they are cut; of others None."""
+    found: dict[str, tuple[Tensor, Cut | None]] = {}
+    params = {name.partition(".")[2] for name in tensors if name.startswith(f"{PARAMS}.")}
+    for name, leaf in tensors.items():
+        kind, _, rest = name.partition(".")
+        path = path_of_slot(rest, dict.fromkeys(params, leaf)) if kind == OPTIMIZER else rest
+        found[name] = leaf, None if path is None else fused_cut(leaf, path)
     return found
 
 

@@ -17,7 +17,6 @@ from autofunc.shown import in_ranges, literal, printable, shown, size_in_words
 from autofunc.train.connections import assumed
 from autofunc.train.fake_data import with_fake_data
 from autofunc.train.planning import RunPlan, plan_run
-from autofunc.train.tensor_parallel_check import check_tensor_parallel
 
 
 def plan(
@@ -45,7 +44,6 @@ def plan(
         made = plan_run(
             config, num_processes, notes, measure=measure, on_progress=lambda text: status.update(literal(text))
         )
-        check_tensor_parallel(made.recipe)
     if picture is not None:
         draw(made.timeline, picture)
     if as_json:
@@ -55,6 +53,8 @@ def plan(
     for note in made.recipe.notes:
         console.print(literal(f"note: {note}"))
     _show(made, console)
+    for line in made.over.described() if made.over is not None else ():
+        console.print(literal(line))
     if picture is not None:
         console.print(literal(f"written to {shown(picture)}"))
 

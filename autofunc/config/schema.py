@@ -91,7 +91,7 @@ class Distributed(Section):
     sequence_parallel: bool = Field(False, description="keep the stream between blocks cut over the tp ranks too")
     tp_plan: dict[str, str] | Text | None = Field(
         None, description="pattern of parameter paths -> shard(d) or replicate, or where to import such a table from; "
-        "instead of the model's own",
+        "auto, and by default: the model's own, or what its graph gives; own and derived insist on one of the two",
     )  # fmt: skip
     reshard_after_forward: bool = Field(
         False, description="gather a stage's parameters for each of its computations, not once a step"

@@ -16,6 +16,7 @@ from autofunc.model.cache_form import WithCache
 from autofunc.model.cut_points import CutPoints
 from autofunc.model.given_back import GivenBack, InTransformers
 from autofunc.model.layer import Layer, drawing_as
+from autofunc.model.over_processes import OverProcesses
 from autofunc.model.placement_rules import TensorParallel
 from autofunc.model.specialised import LayerFunction, Specialised
 from autofunc.model.state import State, check_state, stateful
@@ -25,7 +26,7 @@ from autofunc.random import KEY, InitKey, as_key
 Device = torch.device | str | None
 
 
-class Model(GivenBack):
+class Model(OverProcesses, GivenBack):
     """Named pure layers in order.
 
     A parameter's path is its layer's name joined with its name inside the layer: `h.0.attn.weight`. A tie lets one layer
@@ -150,19 +151,13 @@ class Model(GivenBack):
     notes: tuple[str, ...] = ()
     """What was left out or changed when it was made of something else, in words for its user."""
 
-    uncut: str | None = None
-    """Why its parameters cannot be cut over tensor parallel ranks by any table; None: by one that fits they can."""
-
-    def spread_by(self, table: TensorParallel) -> TensorParallel:
-        """A table of this model's parameters with what the model adds to it."""
-        return table
-
     def specialise(
         self,
         microbatch: Mapping[str, Any] | None = None,
         dtypes: Mapping[str, torch.dtype] | None = None,
         *,
         training: bool = True,
+        over: Any = None,
     ) -> Specialised:
         """The model as plain functions, for microbatches of one signature and parameters of known dtypes.
 
@@ -171,6 +166,7 @@ class Model(GivenBack):
                 one that the model was made with, where there is one.
             dtypes: of parameters as they are computed with, by canonical path; None: the model's own.
             training: whether new state is wanted, or the model only evaluated with the state it has.
+            over: what `over_ranks` gave; None: one process computes it, or values know how they lie.
 
         Raises:
             ModelError: when it cannot run on such a microbatch, or with such dtypes.

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 import torch
 from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy
 
-from autofunc.errors import AutofuncError
+from autofunc.errors import AutofuncError, one_of
 from autofunc.model import TensorParallel
 from autofunc.splitting import Precision
+from autofunc.spreading import SOURCES
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,8 @@ class Sharding:
             (`reduce_dtype`; fp32 by default) and the last outputs are given to the loss (`output_dtype`). Applies without a
             mesh too. Sums over microbatches are fp32 at least.
         offload_policy: where the sharded parameters wait, see `torch.distributed.fsdp.CPUOffloadPolicy`.
-        tensor_parallel: how parameters are cut over the tp axis, instead of the model's own table.
+        tensor_parallel: how parameters are cut over the tp axis: a table; by default ("auto") the model's own, and of a
+            captured module without one ("own" insists on it) what its graph gives ("derived").
         sequence_parallel: keep the stream between blocks cut along the tokens over the tp axis: less memory, the same
             traffic.
 
@@ -37,10 +39,14 @@ class Sharding:
     prefetch: int = 1
     mp_policy: MixedPrecisionPolicy = field(default_factory=MixedPrecisionPolicy)
     offload_policy: OffloadPolicy = field(default_factory=OffloadPolicy)
-    tensor_parallel: TensorParallel | Mapping[str, str] | None = None
+    tensor_parallel: TensorParallel | Mapping[str, str] | str | None = None
     sequence_parallel: bool = False
 
     def __post_init__(self) -> None:
+        if isinstance(self.tensor_parallel, str) and self.tensor_parallel not in SOURCES:
+            raise AutofuncError(
+                f"sharding: tensor_parallel={self.tensor_parallel!r}; {one_of(self.tensor_parallel, SOURCES)}"
+            )
         if self.prefetch < 0:
             raise AutofuncError(f"sharding: prefetch={self.prefetch}, expected 0 or more")
         for name in ("param_dtype", "reduce_dtype", "output_dtype"):
@@ -62,6 +68,8 @@ class Sharding:
     def table(self, own: TensorParallel | None) -> TensorParallel | None:
         """The placement table for a model that brings this one. What must divide stays the model's to say."""
         given = self.tensor_parallel
-        if given is None or isinstance(given, TensorParallel):
-            return given or own
+        if isinstance(given, TensorParallel):
+            return given
+        if given is None or isinstance(given, str):
+            return own
         return TensorParallel(given, own.divisible if own is not None else {})

@@ -8,6 +8,7 @@ precision of the policy.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -24,10 +25,13 @@ from autofunc.model import Model, cut_dims
 from autofunc.shard.data_sum import OverData
 from autofunc.shard.dtensors import gathered, local
 from autofunc.shard.fsdp import Group, ShardedTree, Storages
+from autofunc.shard.fused import remember
 from autofunc.shard.options import Sharding
+from autofunc.shard.over_graphs import OverGraphs
 from autofunc.shard.reduce import shard_shape, with_rows
 from autofunc.shard.tensor_parallel import OverTP
 from autofunc.splitting import WHOLE, Partitioning, Setting, Stage
+from autofunc.spreading import DERIVED, AxisPlan, Cut, piece_of, put_together
 
 Full = Callable[[Sequence[str]], Mapping[str, Tensor]]
 """Makes whole parameters with these canonical paths."""
@@ -56,11 +60,17 @@ class Parameters:
             raise AutofuncError(f"sharding: {choice} needs a mesh; make one with af.make_mesh")
         self.dp_shard = axis_size(mesh, "dp_shard")
         self.is_sharded = self.dp_shard > 1 or offloads
-        self._cut = cut_over_tp(model, axis_size(mesh, "tp"), sharding)
+        cut = cut_over_tp(model, axis_size(mesh, "tp"), sharding)
+        self._cut = cut.params
         self.partitioning: Partitioning = WHOLE
         if mesh is not None and axis_size(mesh, "tp") > 1:
-            dims = {path: self._cut[model.canonical(path)] for path in model.spec if model.canonical(path) in self._cut}
-            self.partitioning = OverTP(mesh["tp"], dims, sharding.sequence_parallel)
+            homes = {path: model.canonical(path) for path in model.spec}
+            if cut.over is not None:
+                self.partitioning = OverGraphs(mesh["tp"], cut.over, homes)
+                remember(mesh.get_group("tp"), self._cut)
+            else:
+                dims = {path: self._cut[home].dim for path, home in homes.items() if home in self._cut}
+                self.partitioning = OverTP(mesh["tp"], dims, sharding.sequence_parallel)
         data = OverData(mesh) if mesh is not None and data_coordinate(mesh)[1] > 1 else None
         self.setting = Setting(self.partitioning, sharding.precision, data, arrive_by_layer=self.is_sharded)
 
@@ -124,7 +134,10 @@ class Parameters:
 
     def full(self, path: str, leaf: Tensor) -> Tensor:
         """A leaf put together from all ranks of the dp_shard and tp axes, which all call it; a copy."""
-        return gathered(leaf).view(self.full_shape(path, leaf))
+        whole, cut = gathered(leaf).view(self.full_shape(path, leaf)), self._cut.get(path)
+        if cut is None or len(cut.parts) == 1 or not isinstance(leaf, DTensor):
+            return whole
+        return put_together(whole.chunk(axis_size(self.mesh, "tp"), cut.dim), cut)
 
     def full_shape(self, path: str, leaf: Tensor) -> torch.Size:
         """The shape that `full` gives a leaf."""
@@ -207,9 +220,9 @@ class Parameters:
         axis, size, place = self.mesh["tp"], axis_size(self.mesh, "tp"), coordinate(self.mesh, "tp")
         leaves: dict[str, Tensor] = {}
         for path, leaf in full.items():
-            dim = self._cut.get(path)
-            part = leaf if dim is None else leaf.chunk(size, dim)[place].clone(memory_format=torch.contiguous_format)
-            placement = Replicate() if dim is None else Shard(dim)
+            cut = self._cut.get(path)
+            part = leaf if cut is None else piece_of(leaf, cut, size, place).clone(memory_format=torch.contiguous_format)
+            placement = Replicate() if cut is None else Shard(cut.dim)
             leaves[path] = DTensor.from_local(part, axis, [placement], run_check=False)
         return leaves
 
@@ -286,24 +299,44 @@ class StepParameters:
         return self._cast[path]
 
 
-def cut_over_tp(model: Model, size: int, sharding: Sharding) -> dict[str, int]:
-    """Canonical path -> the dim that `size` tp ranks cut.
+@dataclass(frozen=True)
+class CutOverTP:
+    """How tp ranks share a model."""
+
+    params: Mapping[str, Cut]  # by canonical path; others are whole on every rank
+    over: AxisPlan | None = None  # of a model whose graphs are those of each rank
+
+
+def cut_over_tp(model: Model, size: int, sharding: Sharding) -> CutOverTP:
+    """What `size` tp ranks cut.
 
     Raises:
         MeshError: when the model has no placement table, or something does not divide.
         ModelError: for a table that does not fit the model, also where there is nothing to cut.
     """
-    table = sharding.table(model.tensor_parallel)
     canonical = {path: leaf for path, leaf in model.spec.items() if path not in model.ties}
+    given = sharding.tensor_parallel
     if size == 1:
-        if sharding.tensor_parallel is not None and table is not None:
-            cut_dims(table, canonical, 1)  # its patterns are checked all the same
-        return {}
+        if given is None or isinstance(given, str):
+            return CutOverTP({})
+        table = None  # its patterns are checked all the same
+        if model.over_ranks("tp", 1, given, sequence=False) is None:
+            table = sharding.table(model.tensor_parallel)
+        if table is not None:
+            cut_dims(table, canonical, 1)
+        return CutOverTP({})
     if model.uncut is not None:
         raise MeshError(f"the mesh has tp={size}, but {model.uncut}; use tp=1, or a model of named layers with a table")
+    over = model.over_ranks("tp", size, given, sequence=sharding.sequence_parallel)
+    if over is not None:
+        return CutOverTP(over.cuts, over)
+    if given == DERIVED:
+        raise ModelError(f"tensor_parallel={given!r} is read from the graph of a captured module; {model.title} is none")
+    table = sharding.table(model.tensor_parallel)
     if table is None:
         raise MeshError(
             f"the mesh has tp={size}, but the model has no placement table for its parameters; give it one "
             "(af.Model(..., tensor_parallel=...) or af.Sharding(tensor_parallel={'*.weight': 'shard(0)'})), or use tp=1"
         )
-    return cut_dims(model.spread_by(table), canonical, size)
+    dims = cut_dims(model.spread_by(table), canonical, size)
+    return CutOverTP({path: Cut(dim, (canonical[path].shape[dim],)) for path, dim in dims.items()})

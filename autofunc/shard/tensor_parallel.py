@@ -18,11 +18,13 @@ from torch.distributed.tensor.experimental import implicit_replication, register
 
 from autofunc.cache import Identity
 from autofunc.errors import ModelError
+from autofunc.losses import IGNORED
 from autofunc.shard.dtensors import settled
 from autofunc.shard.exchange import exchange_directly
+from autofunc.shard.group_axis import GroupAxis
 from autofunc.shard.masks import masks_let_go
-from autofunc.shard.vocabulary import cross_entropy_sum
 from autofunc.spread import SEQUENCE_DIM, sharded_dim, spreading
+from autofunc.spreading.entropy import cross_entropy_sum
 
 
 class OverTP:
@@ -33,6 +35,8 @@ class OverTP:
         dims: path of a holder -> the dim along which its parameter is cut; others are whole.
         sequence_parallel: what "sequence" means, see `spread.constrain`.
     """
+
+    over = None
 
     def __init__(self, mesh: DeviceMesh, dims: Mapping[str, int], sequence_parallel: bool) -> None:
         _register_attention()
@@ -115,7 +119,8 @@ class OverTP:
         """See `Spread.cross_entropy`."""
         if not isinstance(logits, DTensor) or logits.placements[0] != Shard(logits.dim() - 1):
             return None
-        return cross_entropy_sum(self._local(logits, logits.placements[0]), self.whole(labels), self.mesh)
+        own = self._local(logits, logits.placements[0])
+        return cross_entropy_sum(own, self.whole(labels), GroupAxis(self.mesh), IGNORED)
 
     # --- helpers
 

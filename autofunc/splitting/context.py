@@ -186,7 +186,8 @@ def specialise(
         training: see `Model.specialise`.
     """
     computed = {path: setting.precision.parameter_dtype(dtype) for path, dtype in dtypes.items()}
-    return model.specialise(setting.precision.batch(microbatch), computed, training=training), computed
+    over, seen = setting.partitioning.over, setting.precision.batch(microbatch)
+    return model.specialise(seen, computed, training=training, over=over), computed
 
 
 def _boundary_key(boundary: Boundary | None) -> Hashable:

@@ -21,6 +21,11 @@ class Partitioning(Protocol):
     """How the values of a stage lie over the processes that compute it together. Paths are those of holders."""
 
     @property
+    def over(self) -> Hashable:
+        """How the model itself is computed by several processes, see `Model.over_ranks`; None: it does not know."""
+        ...
+
+    @property
     def fingerprint(self) -> Hashable:
         """Equal where all that is not said by shapes and placements is: which processes, and how they exchange values."""
         ...
@@ -70,6 +75,7 @@ class Whole:
     """A `Partitioning` over one process: everything is as it is."""
 
     fingerprint: Hashable = "whole"
+    over: Hashable = None
 
     def shape(self, path: str, shape: torch.Size) -> torch.Size:
         """See `Partitioning.shape`."""

@@ -14,6 +14,7 @@ from autofunc.errors import AutofuncError, ConfigError
 from autofunc.mesh import make_mesh
 from autofunc.model import TensorParallel
 from autofunc.shard import Sharding
+from autofunc.spreading import SOURCES
 
 
 @dataclass(frozen=True)
@@ -128,8 +129,8 @@ def sharding_of(config: FinetuneConfig, axes: Axes, notes: list[str]) -> Shardin
         raise ConfigError(f"distributed: {error}") from error
 
 
-def _table(plan: Mapping[str, str] | str | None) -> TensorParallel | Mapping[str, str] | None:
-    if not isinstance(plan, str):
+def _table(plan: Mapping[str, str] | str | None) -> TensorParallel | Mapping[str, str] | str | None:
+    if not isinstance(plan, str) or plan in SOURCES:
         return plan
     found: Any = import_object(plan, "distributed.tp_plan")
     if callable(found) and not isinstance(found, TensorParallel):

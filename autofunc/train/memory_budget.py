@@ -6,13 +6,18 @@ from dataclasses import replace
 
 import torch
 
+from autofunc.counted_rows import weighed
+from autofunc.data import STACKED
 from autofunc.errors import AutofuncError, ConfigError
 from autofunc.pipe import Pipeline
 from autofunc.schedule import StageBytes
 from autofunc.shard import Sharding
+from autofunc.shard.parameters import Parameters
 from autofunc.train.autoschedule import search_limits
+from autofunc.train.axes import Axes
 from autofunc.train.loop import build_pipe
 from autofunc.train.recipe import Recipe
+from autofunc.train.tensor_parallel_check import imagined
 from autofunc.train.weighing import counting_all
 
 
@@ -44,6 +49,26 @@ def pipe_alone(recipe: Recipe) -> Pipeline:
     """The recipe's pipeline on this process alone, uncompiled: compiled pieces keep what the others keep."""
     sharding = Sharding(mp_policy=recipe.sharding.mp_policy)
     return build_pipe(replace(recipe, options=replace(recipe.options, compile=False), sharding=sharding), None)
+
+
+def kept_over_tp(recipe: Recipe) -> tuple[StageBytes, ...]:
+    """What each stage keeps for one microbatch on the first of several tp ranks, in bytes.
+
+    Raises:
+        AutofuncError: see `kept_bytes`.
+    """
+    stages, model = recipe.stages, recipe.model
+    chosen = recipe.sharding
+    sharding = Sharding(
+        mp_policy=chosen.mp_policy, tensor_parallel=chosen.tensor_parallel, sequence_parallel=chosen.sequence_parallel
+    )
+    with imagined(Axes(tp=recipe.axes.tp)) as mesh:
+        pipe = Pipeline(
+            stages, recipe.schedule, weighed(recipe.loss, recipe.microbatch_rows), None,
+            replace(recipe.options, compile=False), STACKED, sharding, recipe.transfers, True,
+            Parameters(stages, model, mesh, sharding),
+        )  # fmt: skip
+        return pipe.memory(model.init(None, "meta"), counting_all(recipe.example()), (recipe.seed, 1))
 
 
 def kept_bytes(recipe: Recipe, pipe: Pipeline) -> tuple[StageBytes, ...]:

@@ -15,6 +15,7 @@ from autofunc.errors import AutofuncError
 from autofunc.losses import Loss
 from autofunc.model import Model
 from autofunc.schedule import Costs, StageBytes, Timeline, lower, peak_bytes, simulate
+from autofunc.shard.parameters import cut_over_tp
 from autofunc.splitting import (
     Boundaries,
     LayerCost,
@@ -26,12 +27,14 @@ from autofunc.splitting import (
     measure_layers,
     parameter_count,
 )
+from autofunc.spreading import AxisPlan
 from autofunc.timing import clock
 from autofunc.train.connections import count_connections, most_bytes
 from autofunc.train.device import on_gpus
-from autofunc.train.memory_budget import kept_bytes, pipe_alone
+from autofunc.train.memory_budget import kept_bytes, kept_over_tp, pipe_alone
 from autofunc.train.model import SEED
 from autofunc.train.recipe import Recipe, prepare
+from autofunc.train.tensor_parallel_check import check_tensor_parallel
 from autofunc.train.threads import threads
 
 _LONGEST_TIMED_MS = 2_000.0  # of a layer that is timed to scale the others by
@@ -76,6 +79,7 @@ class RunPlan:
     timed: str | None  # the layer that ran here, by whose time counted operations are scaled; None: none
     why_not: str  # why no layer was timed
     imbalance: float  # the longest stage over the mean
+    over: AxisPlan | None  # how tp ranks share a captured module
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it."""
@@ -92,6 +96,10 @@ class RunPlan:
             "stages": [asdict(stage) for stage in self.stages],
             "ranks": [asdict(rank) for rank in self.ranks],
             "notes": list(self.recipe.notes),
+            "tensor_parallel": {
+                name: {"dim": cut.dim, "parts": list(cut.parts)}
+                for name, cut in (self.over.cuts if self.over is not None else {}).items()
+            },
         }
 
 
@@ -130,6 +138,7 @@ def plan_run(
         on_progress("reading the model and the data")
         options: dict[str, Any] = {"layer_costs": measured} if measure else {}
         recipe = prepare(config if measure else _without_weights(config), num_processes, notes=notes, **options)
+        over = check_tensor_parallel(recipe)
         microbatch = recipe.microbatch((recipe.seed, 1))
         if measure and not times:  # split points were given
             measured(recipe.model, microbatch, recipe.loss)
@@ -147,7 +156,7 @@ def plan_run(
         uneven = imbalance(recipe.stages, {name: sum(pair) for name, pair in times.items()})
         timeline = simulate(recipe.schedule, _costs(stages))
         ranks = tuple(_ranks(recipe, count_connections(recipe, boundaries), on_gpus(config.distributed.device)))
-        return RunPlan(recipe, stages, ranks, timeline, measure, timed, why_not, uneven)
+        return RunPlan(recipe, stages, ranks, timeline, measure, timed, why_not, uneven, over)
 
 
 def _stages(
@@ -219,19 +228,22 @@ def _ranks(recipe: Recipe, connections: Sequence[int], uses_nccl: bool) -> list[
     kept = _kept(recipe)
     lowered = lower(recipe.schedule, sends_block=recipe.transfers.sends_block)
     peaks = peak_bytes(lowered, kept) if kept is not None else None
-    shared_by = recipe.axes.dp_shard * recipe.axes.tp
+    cut = cut_over_tp(recipe.model, recipe.axes.tp, recipe.sharding).params
     slots = _optimizer_slots(recipe)
     found = []
     for rank in range(recipe.schedule.num_ranks):
         mine = [recipe.stages[stage] for stage in recipe.schedule.stages_of(rank)]
         held = _held(mine)
         trained = [path for path in held if recipe.model.is_trainable(path)]
-        sizes = {path: leaf.numel() * leaf.element_size() for path, leaf in held.items()}
+        sizes = {
+            path: leaf.numel() * leaf.element_size() // (recipe.axes.tp if path in cut else 1)
+            for path, leaf in held.items()
+        }
         found.append(
             RankPlan(
                 rank,
-                sum(sizes.values()) // shared_by,
-                int(sum(slots[path] * sizes[path] for path in trained)) // shared_by,
+                sum(sizes.values()) // recipe.axes.dp_shard,
+                int(sum(slots[path] * sizes[path] for path in trained)) // recipe.axes.dp_shard,
                 None if peaks is None else int(peaks[rank]),
                 connections[rank],
                 most_bytes(connections[rank], recipe.transfers) if uses_nccl else None,
@@ -260,11 +272,12 @@ def _optimizer_slots(recipe: Recipe) -> dict[str, float]:
 
 def _kept(recipe: Recipe) -> tuple[StageBytes, ...] | None:
     """What each stage keeps, from its captured graph; None where only the ranks themselves know."""
-    if recipe.options.engine != "graph" or recipe.axes.tp > 1:
+    if recipe.options.engine != "graph":
         return None
-    pipe = pipe_alone(recipe)
     try:
-        return kept_bytes(recipe, pipe)
+        if recipe.axes.tp > 1:
+            return kept_over_tp(recipe)
+        return kept_bytes(recipe, pipe_alone(recipe))
     except AutofuncError:
         if recipe.options.memory_budget is not None:
             raise  # nothing fits

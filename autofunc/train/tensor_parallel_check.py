@@ -15,30 +15,35 @@ from autofunc.data import first_rows
 from autofunc.errors import AutofuncError, ConfigError, MeshError
 from autofunc.shard.parameters import Parameters, cut_over_tp
 from autofunc.splitting import infer_boundaries
+from autofunc.spreading import AxisPlan
 from autofunc.train.axes import Axes
 from autofunc.train.recipe import Recipe
 from autofunc.train.trial import lengths_of
 
 
-def check_tensor_parallel(recipe: Recipe) -> None:
+def check_tensor_parallel(recipe: Recipe) -> AxisPlan | None:
     """Infer what crosses between stages as the first rank would; on one tp rank there is nothing to find.
 
     Only for a process that starts the others: what torch remembers of the mesh must not meet the real one.
+
+    Returns:
+        How ranks share a captured module; None for other models, and where there is one rank.
 
     Raises:
         ConfigError: naming what does not divide, or the stage that cannot be cut.
     """
     model = recipe.stages[0].model
     try:
-        cut_over_tp(model, recipe.axes.tp, recipe.sharding)
+        cut = cut_over_tp(model, recipe.axes.tp, recipe.sharding)
         if recipe.axes.tp == 1:
-            return
+            return None
         if recipe.sharding.sequence_parallel:
             _check_lengths(recipe)
-        with _imagined(recipe.axes) as mesh:
+        with imagined(recipe.axes) as mesh:
             parameters = Parameters(recipe.stages, model, mesh, recipe.sharding)
             microbatch = recipe.microbatch((0, 0))
             infer_boundaries(recipe.stages, {}, microbatch, recipe.loss, setting=parameters.setting)
+        return cut.over
     except AutofuncError as error:
         raise ConfigError(f"distributed, with {recipe.axes}: {error}") from error
 
@@ -55,7 +60,8 @@ def _check_lengths(recipe: Recipe) -> None:
 
 
 @contextmanager
-def _imagined(axes: Axes) -> Iterator[DeviceMesh]:
+def imagined(axes: Axes) -> Iterator[DeviceMesh]:
+    """A mesh of processes that do not exist, as its first rank sees it. Only for a process that has no others."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=axes.num_processes)

@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 import autofunc as af
 from autofunc import tree
-from autofunc.errors import MeshError, ModelError
+from autofunc.errors import ModelError
 from autofunc.splitting import infer_boundaries
 from tests.captured.laws import check_layouts
 from tests.captured.zoo import ZOO
@@ -166,15 +166,6 @@ def _trained(mesh: DeviceMesh | None) -> torch.Tensor:
         params, state = optimizer.update(grads, state, params)
         losses.append(loss)
     return torch.stack(losses)
-
-
-def test_not_over_tensor_parallel_ranks() -> None:
-    from autofunc.shard.parameters import cut_over_tp
-
-    build, batch = ZOO["llama"]
-    model = af.from_module(build(), batch())
-    with pytest.raises(MeshError, match=r"LlamaForCausalLM was captured with the sizes of the whole.*tp=1"):
-        cut_over_tp(model, 2, af.Sharding(tensor_parallel={"*.weight": "shard(0)"}))
 
 
 class _Mixed(nn.Module):

@@ -274,7 +274,13 @@ def test_plan(folder: Path) -> None:
         ("own.yaml", ["--trainable", "[lm_haed*]"], "trainable pattern 'lm_haed*' matches no parameter"),
         ("own.yaml", ["--weights", "nowhere"], "no weights at nowhere"),
         ("own.yaml", ["--distributed.split_points", "[block.1]"], "did you mean blocks.1"),
-        ("own.yaml", ["--distributed.tp_size", "2"], "captured with the sizes of the whole"),
+        ("own.yaml", ["--distributed.tp_size", "3"], "tp=3: nothing of TinyForCausalLM can be cut"),
+        (
+            "own.yaml",
+            ["--distributed.tp_size", "2", "--distributed.tp_plan", "own"],
+            "has no tensor parallel plan of its own",
+        ),
+        ("own.yaml", ["--distributed.tp_size", "2", "--distributed.tp_plan", "{'*.fc': colwise}"], "matches no parameter"),
         ("broken.yaml", [], "keeps state from one forward to the next"),
         ("registered.yaml", [], "tiny"),
         ("registered.yaml", ["--modeling_paths", "[my_model]"], "modeling_paths: "),
@@ -308,3 +314,16 @@ def test_the_example_trains(tmp_path: Path) -> None:
 @pytest.mark.full
 def test_the_example_trains_on_two_processes(tmp_path: Path) -> None:
     assert len(train_on_two(ROOT, "examples/custom_model.yaml", str(tmp_path), "--step_scheduler.max_steps", "2")) == 2
+
+
+def test_a_captured_module_over_tp_ranks(folder: Path) -> None:
+    (folder / "tp.yaml").write_text(
+        "model:\n  _target_: transformers.GPT2LMHeadModel\n  config: {_target_: transformers.GPT2Config, n_layer: 2, "
+        f"n_embd: 16, n_head: 2, vocab_size: 256, n_positions: 16, bos_token_id: 1, eos_token_id: 1}}\n{RUN}"
+    )
+    shown = " ".join(autofunc(folder, "plan", "-c", "tp.yaml", "--distributed.tp_size", "2").split())
+    assert "cut over 2 tp ranks, by what its graph gives:" in shown
+    assert "transformer.h.*.attn.c_attn.weight: dim 1, in parts of 3 x 16 (2 parameters)" in shown
+    assert "not known" not in shown, "what ranks keep"
+    error = autofunc(folder, "plan", "-c", "tp.yaml", "--distributed.tp_size", "3", status=2)
+    assert "tp=3" in error and "error: " in error

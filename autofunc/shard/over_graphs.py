@@ -1,0 +1,73 @@
+"""A stage computed by several processes together, by graphs of their own: values are local tensors, inside and outside.
+
+What each rank's graph does, and where it exchanges values, was decided when the model was planned over the axis, see
+`spreading`. Here is who they are that exchange.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, fx
+from torch.distributed.device_mesh import DeviceMesh
+
+from autofunc.shard.exchange import exchange_directly
+from autofunc.shard.group_axis import GroupAxis
+from autofunc.shard.tensor_parallel import OverTP
+from autofunc.spreading import AxisPlan, along, local_shape
+
+
+class OverGraphs:
+    """A `splitting.Partitioning` over a tp axis, of a model whose graphs are those of each rank.
+
+    Args:
+        mesh: the tp axis.
+        over: how the model is computed over it.
+        homes: path of a holder -> canonical name of its parameter.
+    """
+
+    def __init__(self, mesh: DeviceMesh, over: AxisPlan, homes: Mapping[str, str]) -> None:
+        self.over, self._homes = over, homes
+        self._axis, self._outside = GroupAxis(mesh), OverTP(mesh, {}, over.sequence)
+
+    @property
+    def fingerprint(self) -> Hashable:
+        """The group whose collectives a captured stage names."""
+        return "graphs", self._axis.fingerprint
+
+    def shape(self, path: str, shape: torch.Size) -> torch.Size:
+        """See `Partitioning.shape`."""
+        cut = self.over.cuts.get(self._homes[path])
+        return shape if cut is None else local_shape(shape, cut, self.over.size)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """See `Partitioning.running`. A loss, which is outside of the graphs, sees logits that are cut as DTensors."""
+        with along({self.over.axis: self._axis}), self._outside.running():
+            yield
+
+    def parameter(self, path: str, local: Tensor) -> Tensor:
+        """See `Partitioning.parameter`."""
+        return local.detach()
+
+    def received(self, local: Tensor, placement: Hashable) -> Tensor:
+        """See `Partitioning.received`. The stage before made it as this one takes it."""
+        return local
+
+    def handed_on(self, value: Tensor, placement: Hashable = None) -> tuple[Tensor, Hashable]:
+        """See `Partitioning.handed_on`."""
+        return value, None
+
+    def whole(self, value: Tensor) -> Tensor:
+        """See `Partitioning.whole`."""
+        return self._outside.whole(value)
+
+    def gradient(self, path: str, gradient: Tensor) -> tuple[Tensor, bool]:
+        """See `Partitioning.gradient`."""
+        return gradient, self._homes[path] in self.over.terms
+
+    def refine(self, graph: fx.Graph) -> None:
+        """See `Partitioning.refine`."""
+        exchange_directly(graph, self._axis.group)

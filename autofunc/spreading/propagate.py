@@ -1,0 +1,153 @@
+"""How every value of a graph lies over an axis, worked out from how its parameters do: each operator once, in order."""
+
+from __future__ import annotations
+
+from collections import ChainMap
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from operator import getitem
+from typing import Any
+
+from torch import Tensor, fx
+
+from autofunc.spreading.layouts import FULL, TERMS, Cut, Layout
+from autofunc.spreading.operation import Borders, Operation, Outcome, Undivided, shape_of
+from autofunc.spreading.rules import rule_of
+
+Node = fx.Node
+
+SEQUENCE_DIM = 1
+"""The dim of (rows, tokens, features) along which the stream between blocks is cut, with sequence parallelism."""
+
+
+@dataclass(frozen=True, eq=False)
+class Whole:
+    """A forward with the sizes of the whole.
+
+    Args:
+        nodes: of its operators, in order, as far as they are used.
+        weighted: those, and parameters, that need weights; all else is computed on every rank alike.
+        params: its parameters, and their names.
+        kept: nodes that are returned, or are new state: all of them are wanted on every rank.
+        inputs: the tensors of the batch.
+    """
+
+    nodes: list[Node]
+    weighted: Collection[Node]
+    params: Mapping[Node, str]
+    kept: Collection[Node]
+    inputs: Collection[Node] = ()
+
+
+class Propagation:
+    """How values lie.
+
+    Args:
+        whole: the forward.
+        cuts: name of a parameter -> how it is cut.
+        size: number of ranks along the axis.
+        axis: its name.
+        sequence: whether sums that ranks have terms of are cut along the tokens, where they have some.
+    """
+
+    def __init__(self, whole: Whole, cuts: Mapping[str, Cut], size: int, axis: str, *, sequence: bool = False) -> None:
+        self.whole, self.size, self.axis, self._sequence = whole, size, axis, sequence
+        self.layouts: dict[Node, Any] = {}  # a `Layout`, or several
+        self.outcomes: dict[Node, Outcome] = {}  # of operators with operands that are not full
+        self.added: dict[Node, Layout] = {}  # terms that are added up -> how their sum lies
+        self.made_full: dict[Node, None] = {}  # operators whose operands are made full, because no rule says better
+        self.borders: dict[str, set[int]] = {}  # of parameters, where parts would have to begin
+        self.undivided: dict[str, tuple[int, Node]] = {}  # parameters that cannot be cut: what does not divide, and where
+        self._origins: dict[Node, frozenset[str]] = {}
+        for node, name in whole.params.items():
+            if name in cuts:
+                self.layouts[node], self._origins[node] = cuts[name], frozenset([name])
+
+    def run(self, nodes: Iterable[Node] | None = None) -> Propagation:
+        """Go through operators in order; by default all."""
+        for node in self.whole.nodes if nodes is None else nodes:
+            if node in self.whole.weighted:
+                self.visit(node)
+        return self
+
+    def layout(self, node: Node) -> Any:
+        """How a value lies; several where an operator makes several."""
+        return self.layouts.get(node, FULL)
+
+    def origins(self, node: Node) -> frozenset[str]:
+        """Names of the parameters whose cuts a value has."""
+        return self._origins.get(node, frozenset())
+
+    def visit(self, node: Node) -> None:
+        """One operator, after those whose results it reads."""
+        if node.target is getitem and isinstance(node.args[0], Node):
+            several = self.layouts.get(node.args[0])
+            if isinstance(several, tuple):
+                self.layouts[node], self._origins[node] = several[node.args[1]], self.origins(node.args[0])  # type: ignore[index]
+            return
+        if all(self.layout(each) is FULL for each in node.all_input_nodes):
+            return
+        found = self._outcome(node)
+        if found is None:
+            self.made_full[node] = None
+            for each in node.all_input_nodes:
+                if self.layout(each) is TERMS:
+                    self._add_up(each)
+            return
+        wanted = [want.node for want in found.wants if isinstance(want.layout, Cut) and self.layout(want.node) is not TERMS]
+        origins = frozenset[str]().union(*(self.origins(each) for each in wanted))
+        self.outcomes[node], self.layouts[node], self._origins[node] = found, found.layout, origins
+
+    def _outcome(self, node: Node) -> Outcome | None:
+        terms = [each for each in node.all_input_nodes if self.layout(each) is TERMS]
+        if terms and all(len(each.users) == 1 for each in terms):
+            linear = rule_of(node, linear=True)
+            found = linear(Operation(node, self.layouts, self.size, self.axis)) if linear is not None else None
+            if found is not None:
+                return found
+        seen = {
+            **{each: self.layout(each) for each in node.all_input_nodes},
+            **{each: self._add_up(each) for each in terms},
+        }
+        if all(layout is FULL for layout in seen.values()):
+            return None
+        rule = rule_of(node)
+        try:
+            seen_from = ChainMap(seen, self.layouts)
+            found = rule(Operation(node, seen_from, self.size, self.axis)) if rule is not None else None
+            return None if found is not None and self._scatters_tokens(found) else found
+        except Borders as needed:
+            self._need(needed)
+        except Undivided as needed:
+            for name in self.origins(needed.node):
+                self.undivided.setdefault(name, (needed.number, node))
+        return None
+
+    def _scatters_tokens(self, outcome: Outcome) -> bool:
+        """Whether a rank would have some tokens of each row where those of all rows are one dim: what follows needs all."""
+        of_weights = any(self.origins(want.node) for want in outcome.wants)
+        return isinstance(outcome.layout, Cut) and len(outcome.layout.parts) > 1 and not of_weights
+
+    def _need(self, needed: Borders) -> None:
+        layout, names = self.layout(needed.node), self.origins(needed.node)
+        assert isinstance(layout, Cut)
+        params = {name: node for node, name in self.whole.params.items() if name in names}
+        for name, node in params.items():
+            own = self.layouts[node].whole
+            places = {own * place // layout.whole for place in needed.places if own * place % layout.whole == 0}
+            self.borders.setdefault(name, set()).update(places)
+
+    def _add_up(self, node: Node) -> Layout:
+        """How the sum of what ranks have terms of is to lie."""
+        if node not in self.added:
+            shape = shape_of(node)
+            tokens = Cut(SEQUENCE_DIM, (shape[SEQUENCE_DIM],)) if self._sequence and len(shape) == 3 else None
+            self.added[node] = tokens if tokens is not None and tokens.fits(self.size) else FULL
+        return self.added[node]
+
+
+def is_differentiable(node: Node) -> bool:
+    """Whether a value can have a gradient; one of several can."""
+    value = node.meta.get("val")
+    parts = value if isinstance(value, (list, tuple)) else [value]
+    return any(isinstance(part, Tensor) and (part.is_floating_point() or part.is_complex()) for part in parts)

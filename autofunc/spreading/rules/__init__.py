@@ -1,0 +1,6 @@
+"""What becomes of each operator where its operands are cut, or terms of a sum: one file for each kind."""
+
+from autofunc.spreading.rules import attention, pointwise, products, reductions, views, vocabulary
+from autofunc.spreading.rules.table import RULES, rule, rule_of
+
+__all__ = ["RULES", "attention", "pointwise", "products", "reductions", "rule", "rule_of", "views", "vocabulary"]

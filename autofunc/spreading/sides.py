@@ -1,0 +1,98 @@
+"""Which dim of a weight is that of what a product makes, and which that of what it adds up."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from heapq import heapify, heappop, heappush
+
+from torch import fx
+
+from autofunc.graph.schema import is_operator
+from autofunc.spreading.layouts import FULL, TERMS, Cut
+from autofunc.spreading.operation import shape_of
+from autofunc.spreading.propagate import Propagation, Whole
+
+Node = fx.Node
+
+
+@dataclass(frozen=True)
+class Product:
+    """A product with a weight."""
+
+    node: Node
+    weight: str  # name
+    out: int  # dim of the weight
+    inner: int
+    bias: str | None  # name
+
+
+class Followed:
+    """What becomes of cuts of some parameters, followed no further than something is cut."""
+
+    def __init__(self, whole: Whole, positions: dict[Node, int], cuts: dict[str, Cut], size: int, axis: str) -> None:
+        self.found = Propagation(whole, cuts, size, axis)
+        waiting = [positions[user] for node in self.found.layouts for user in node.users if user in positions]
+        heapify(waiting)
+        done: set[int] = set()
+        self.visited: list[Node] = []
+        while waiting:
+            position = heappop(waiting)
+            if position in done:
+                continue
+            done.add(position)
+            node = whole.nodes[position]
+            self.visited.append(node)
+            self.found.visit(node)
+            if self.found.layout(node) not in (FULL, TERMS):
+                for user in node.users:
+                    if user in positions:
+                        heappush(waiting, positions[user])
+
+
+def products_of(whole: Whole, positions: dict[Node, int], axis: str) -> dict[Node, Product]:
+    """All products with weights, in order."""
+    found: dict[Node, Product] = {}
+    for node, name in whole.params.items():
+        shape = shape_of(node)
+        if len(shape) < 2:
+            continue
+        sides: dict[Node, dict[str, int]] = {}
+        for dim in range(len(shape)):
+            for product, side in _first_products(whole, positions, node, dim):
+                sides.setdefault(product, {})[side] = dim
+        for product, each in sides.items():
+            if each.keys() == {"out", "inner"}:
+                found[product] = Product(product, name, each["out"], each["inner"], _bias_of(whole, product, node))
+    return dict(sorted(found.items(), key=lambda item: positions[item[0]]))
+
+
+def _first_products(whole: Whole, positions: dict[Node, int], weight: Node, dim: int) -> list[tuple[Node, str]]:
+    """The products that a weight reaches through views and casts, and what it is to them when cut along a dim."""
+    cut = Cut(dim, (shape_of(weight)[dim],))
+    followed = Propagation(whole, {whole.params[weight]: cut}, 1, axis="")
+    found, waiting = list[tuple[Node, str]](), [user for user in weight.users if user in positions]
+    while waiting:
+        node = waiting.pop()
+        followed.visit(node)
+        layout = followed.layout(node)
+        if _is_product(node):
+            if layout is TERMS:
+                found.append((node, "inner"))
+            elif isinstance(layout, Cut) and layout.dim == len(shape_of(node)) - 1:
+                found.append((node, "out"))
+        elif isinstance(layout, Cut) and len(node.all_input_nodes) == 1:
+            waiting += [user for user in node.users if user in positions]
+    return found
+
+
+_PRODUCTS = ("linear", "addmm", "mm", "bmm", "matmul", "baddbmm", "grouped_mm_fallback", "_grouped_mm")
+
+
+def _is_product(node: Node) -> bool:
+    return is_operator(node) and str(node.target).split(".")[1] in _PRODUCTS
+
+
+def _bias_of(whole: Whole, product: Node, weight: Node) -> str | None:
+    """A parameter of one dim that a product adds, and nothing else reads."""
+    found = [each for each in product.all_input_nodes if each in whole.params and each is not weight]
+    return next((whole.params[each] for each in found if len(shape_of(each)) == 1 and len(each.users) == 1), None)

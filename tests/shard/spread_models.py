@@ -1,0 +1,58 @@
+"""Small models of transformers, as they are, with random weights, and batches for them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 32}
+_GROUPED = {**_SIZES, "num_key_value_heads": 2, "use_cache": False}
+
+
+def model_of(name: str, **changed: Any) -> nn.Module:
+    """A module of two layers, of 4 heads, and 2 of keys where there may be fewer."""
+    warnings.filterwarnings("ignore")
+    import transformers as t
+
+    torch.manual_seed(0)
+    make = _MAKERS[name]
+    return make(t, changed)
+
+
+def _gpt2(t: Any, changed: dict[str, Any]) -> nn.Module:
+    sizes = {"n_embd": 16, "n_layer": 2, "n_head": 4, "vocab_size": 32, "n_positions": 16, "use_cache": False}
+    ends = {"bos_token_id": 0, "eos_token_id": 0}
+    return t.GPT2LMHeadModel(t.GPT2Config(**{**sizes, **ends, **changed}))
+
+
+def _t5(t: Any, changed: dict[str, Any]) -> nn.Module:
+    sizes = {"d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 2, "num_heads": 4, "vocab_size": 32, "use_cache": False}
+    return t.T5ForConditionalGeneration(t.T5Config(**{**sizes, "decoder_start_token_id": 0, "pad_token_id": 0, **changed}))
+
+
+def _gemma3(t: Any, changed: dict[str, Any]) -> nn.Module:
+    layers = {"head_dim": 4, "sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
+    return t.Gemma3ForCausalLM(t.Gemma3TextConfig(**{**_GROUPED, **layers, **changed}))
+
+
+_MAKERS: dict[str, Callable[[Any, dict[str, Any]], nn.Module]] = {
+    "llama": lambda t, changed: t.LlamaForCausalLM(t.LlamaConfig(**{**_GROUPED, **changed})),
+    "qwen3": lambda t, changed: t.Qwen3ForCausalLM(t.Qwen3Config(**{**_GROUPED, "head_dim": 4, **changed})),
+    "gemma3": _gemma3,
+    "phi3": lambda t, changed: t.Phi3ForCausalLM(t.Phi3Config(**{**_GROUPED, "pad_token_id": 0, **changed})),
+    "mixtral": lambda t, changed: t.MixtralForCausalLM(t.MixtralConfig(**{**_GROUPED, "num_local_experts": 4, **changed})),
+    "bert": lambda t, changed: t.BertForMaskedLM(t.BertConfig(**{**_SIZES, "max_position_embeddings": 16, **changed})),
+    "gpt2": _gpt2,
+    "t5": _t5,
+}
+
+
+def batch_of(name: str) -> dict[str, Tensor]:
+    """Four rows of eight tokens."""
+    ids = torch.randint(0, 32, (4, 8), generator=torch.Generator().manual_seed(1))
+    padded = {"attention_mask": (torch.arange(8) < torch.tensor([[8], [6], [8], [5]])).long()}
+    return {"input_ids": ids, "labels": ids} | (padded if name in ("bert", "t5") else {})
