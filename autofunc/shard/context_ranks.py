@@ -3,15 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
+from autofunc.context_parallel.axis import ContextAxis
+from autofunc.context_parallel.ranks import known_as
+from autofunc.mesh import axis_group
 from autofunc.shard.links import Links, links
 
 SMALL = 1 << 20
 """Bytes up to which more than two ranks exchange directly, see `exchange.py`."""
+
+_made: WeakKeyDictionary[dist.ProcessGroup, GroupRanks] = WeakKeyDictionary()
+
+
+def context_axis(mesh: DeviceMesh | None, method: str) -> ContextAxis | None:
+    """The cp axis of a mesh, whose ranks operators find by its name; None without one. All its processes call it."""
+    group = axis_group(mesh, "cp")
+    if group is None:
+        return None
+    if group not in _made:
+        _made[group] = GroupRanks(group)
+        known_as(group.group_name, _made[group])
+    return ContextAxis(group.group_name, group.size(), method)
 
 
 class GroupRanks:

@@ -123,7 +123,7 @@ def _check_rows(parts: Sequence[Part], mesh: DeviceMesh | None, device: torch.de
     number = 0
     for leaf in (leaf for part in parts for leaf in part.batch.values()):
         number = zlib.crc32(leaf.contiguous().view(torch.uint8).numpy().data, number)
-    if not same_over(mesh, ("pp", "tp"), number, device):
+    if not same_over(mesh, ("pp", "cp", "tp"), number, device):
         raise PipelineRunError(
             f"the ranks of a pipeline have read different rows for step {step}: the dataset gives another row each time it "
             "is asked. Let it draw from the generators of Python, numpy or torch, which are seeded for each row"
