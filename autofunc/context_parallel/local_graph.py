@@ -15,7 +15,7 @@ from torch import fx
 
 from autofunc.context_parallel.axis import ContextAxis
 from autofunc.context_parallel.moves import added_up, all_tokens, on_first, own_tokens
-from autofunc.context_parallel.rules import PRODUCTS, RULES
+from autofunc.context_parallel.rules import LINEAR, PRODUCTS, RULES
 from autofunc.context_parallel.token_chunks import check_length
 from autofunc.context_parallel.traced import Traced
 from autofunc.errors import ModelError
@@ -134,28 +134,27 @@ class LocalGraph:
             ModelError: when nothing does.
         """
         terms = [each for each, layout in seen.items() if layout is TERMS]
-        linear = rule_of(node, linear=True) if terms else None
-        found = linear(self._operation(node, seen)) if linear is not None else None
+        found = self._by_rule(node, seen, linear=True) if terms else None
         if found is not None:
             return found
         seen = {**seen, **dict.fromkeys(terms, FULL)}
         if all(layout is FULL for layout in seen.values()):
             return Outcome(FULL, node.target, node.args, node.kwargs)  # type: ignore[arg-type]
-        rule = RULES.get(_packet(node))
-        try:
-            operation = self._operation(node, seen)
-            if rule is not None:
-                found = rule(operation, self._axis)
-            elif (other := rule_of(node)) is not None:
-                found = other(operation)
-        except (Borders, Undivided):
-            found = None
+        found = self._by_rule(node, seen)
         if found is None or is_mutable(node):
             raise self._refused(node)
         return found
 
-    def _operation(self, node: Node, seen: Mapping[Node, Any]) -> Operation:
-        return Operation(node, seen, self._axis.size, self._axis.ranks)
+    def _by_rule(self, node: Node, seen: Mapping[Node, Any], *, linear: bool = False) -> Outcome | None:
+        table, packet = LINEAR if linear else RULES, _packet(node)
+        own, other = table.get(packet) or table.get(str(packet)), rule_of(node, linear=linear)
+        operation = Operation(node, seen, self._axis.size, self._axis.ranks)
+        try:
+            if own is not None:
+                return own(operation, self._axis)
+            return other(operation) if other is not None else None
+        except (Borders, Undivided):
+            return None
 
     def _check(self, node: Node, outcome: Outcome) -> None:
         """Refuse what would gather tokens for another reason than attention, or cut some otherwise than by chunks."""
@@ -181,13 +180,9 @@ class LocalGraph:
     def _naturally(self, node: Node) -> Layout:
         """How a value that depends on the batch alone would lie, were the entries of the batch cut."""
         seen = {each: self._natural.get(each, FULL) for each in node.all_input_nodes}
-        rule = rule_of(node)
-        if rule is None or is_mutable(node) or all(layout is FULL for layout in seen.values()):
+        if is_mutable(node) or all(layout is FULL for layout in seen.values()):
             return FULL
-        try:
-            found = rule(self._operation(node, seen))
-        except (Borders, Undivided):
-            return FULL
+        found = self._by_rule(node, seen)
         layout = found.layout if found is not None else FULL
         return layout if isinstance(layout, Cut) else FULL
 

@@ -21,17 +21,20 @@ Rule = Callable[[Operation, ContextAxis], "Outcome | None"]
 _aten = torch.ops.aten
 
 RULES: dict[Any, Rule] = {}
-"""By operator, all overloads: what comes before the rules of `spreading`."""
+"""By operator, all overloads, or its name: what comes before the rules of `spreading` ..."""
+
+LINEAR: dict[Any, Rule] = {}
+"""... and before those where operands are terms of a sum, which stay terms."""
 
 PRODUCTS = {_aten.matmul, _aten.bmm, _aten.baddbmm, _aten.mm, _aten.addmm}
 """Of which one operand may be gathered: that is attention that is written out."""
 
 
-def rule(*operators: Any) -> Callable[[Rule], Rule]:
+def rule(*operators: Any, linear: bool = False) -> Callable[[Rule], Rule]:
     """Enter a rule."""
 
     def enter(function: Rule) -> Rule:
-        RULES.update(dict.fromkeys(operators, function))
+        (LINEAR if linear else RULES).update(dict.fromkeys(operators, function))
         return function
 
     return enter
@@ -195,4 +198,43 @@ def _chunked_entropy(op: Operation, axis: ContextAxis) -> Outcome | None:
     return None if cut is None or cut.dim else op.becomes(TERMS, hidden=Want(hidden, cut), labels=Want(labels, cut))
 
 
+# operators of other parts of this library, which name them as they are made
 RULES[torch.ops.autofunc.chunked_entropy] = _chunked_entropy
+
+
+# --- beside a tp axis
+
+
+@rule(torch.ops.autofunc.moved)
+def moved(op: Operation, axis: ContextAxis) -> Outcome | None:
+    """What tp ranks exchange of values whose tokens are cut: along other dims."""
+    x = op.given["x"]
+    cut = op.cut(x)
+    return None if cut is None or cut.dim == op.given["dim"] else op.becomes(cut, x=Want(x, cut))
+
+
+@rule(torch.ops.autofunc.moved, linear=True)
+def moved_terms(op: Operation, axis: ContextAxis) -> Outcome | None:
+    """Of what is a term for cp ranks, too."""
+    return op.becomes(TERMS, x=Want(op.given["x"], TERMS))
+
+
+@rule(torch.ops.autofunc.cross_entropy_of_parts)
+def cross_entropy_of_parts(op: Operation, axis: ContextAxis) -> Outcome | None:
+    """A sum over tokens of logits that tp ranks have cut along the vocabulary."""
+    logits, labels = op.given["logits"], op.given["labels"]
+    cut = op.cut(logits)
+    return None if cut is None or cut.dim else op.becomes(TERMS, logits=Want(logits, cut), labels=Want(labels, cut))
+
+
+@rule("autofunc.sum_over", linear=True)
+def summed_terms(op: Operation, axis: ContextAxis) -> Outcome | None:
+    """The sum over data parallel ranks of a term."""
+    return op.becomes(TERMS, x=Want(op.given["x"], TERMS))
+
+
+@rule("autofunc.sum_over")
+def summed(op: Operation, axis: ContextAxis) -> Outcome | None:
+    """The sum over data parallel ranks of what each has for the same tokens."""
+    cut = op.cut(op.given["x"])
+    return None if cut is None else op.becomes(cut, x=Want(op.given["x"], cut))

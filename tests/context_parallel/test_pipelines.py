@@ -97,8 +97,10 @@ MORE = [
     ("gpt2", "1f1b", {"dp_shard": 2, "cp": 2}, {"engine": "eager"}, {"context_parallel": "ring"}),
     ("captured llama", "zb_h1", {"pp": 2, "cp": 2}, {}, {"context_parallel": "ring"}),
     ("captured llama", "1f1b", {"pp": 2, "cp": 2}, {"engine": "eager"}, {}),
-    ("captured gpt2", "1f1b", {"pp": 2, "cp": 2}, {"compile": True}, {}),
+    ("llama", "1f1b", {"pp": 2, "cp": 2}, {"compile": True}, {}),
     ("captured bert", "1f1b", {"cp": 4}, {}, {"context_parallel": "ring"}),
+    ("captured gpt2", "1f1b", {"cp": 2, "tp": 2}, {}, {}),
+    ("captured bert", "1f1b", {"cp": 2, "tp": 2}, {"engine": "eager"}, {"context_parallel": "ring"}),
 ]
 
 
@@ -109,6 +111,27 @@ MORE = [
 def test_five_steps_follow_one_process(
     workers: WorkerPool, name: str, schedule: str, axes: dict[str, int], options: dict[str, Any], sharding: dict[str, Any]
 ) -> None:
+    follows_one_process(workers, name, schedule, axes, options, sharding)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "options", "sharding"),
+    [
+        ("1f1b", {}, {"context_parallel": "ring"}),
+        pytest.param("zbv", {}, {}, marks=pytest.mark.full),
+        pytest.param("1f1b", {"engine": "eager"}, {}, marks=pytest.mark.full),
+    ],
+)
+def test_beside_tp_on_eight_processes(
+    eight_workers: WorkerPool, schedule: str, options: dict[str, Any], sharding: dict[str, Any]
+) -> None:
+    follows_one_process(eight_workers, "captured llama", schedule, {"pp": 2, "cp": 2, "tp": 2}, options, sharding)
+
+
+def follows_one_process(
+    workers: WorkerPool, name: str, schedule: str, axes: dict[str, int], options: dict[str, Any], sharding: dict[str, Any]
+) -> None:
+    """Compare what all processes have with what one has."""
     expected, params, outputs = train(name, "gpipe", {}, {"engine": "eager"}, {}, 5)
     for found, full, logits in workers.run(train, name, schedule, axes, options, sharding, 5):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
