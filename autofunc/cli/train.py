@@ -82,7 +82,9 @@ def _checking(options: RunOptions) -> Iterator[None]:
 def _fork_server(config: FinetuneConfig, options: RunOptions) -> AbstractContextManager[ForkServer | None]:
     """What the workers are forked from, where there will be more than this process, or one that is started again."""
     wanted = config.distributed
-    sizes = (wanted.pp_size, wanted.tp_size, wanted.dp_size, wanted.dp_replicate_size, options.nproc_per_node)
+    sizes = (
+        wanted.pp_size, wanted.cp_size, wanted.tp_size, wanted.dp_size, wanted.dp_replicate_size, options.nproc_per_node,
+    )  # fmt: skip
     if not options.max_restarts and all(size in (None, 1) for size in sizes):
         return nullcontext()
     variables = {

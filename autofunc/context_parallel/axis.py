@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from autofunc.context_parallel.ranks import imagined
+
 
 @dataclass(frozen=True)
 class ContextAxis:
@@ -18,3 +20,8 @@ class ContextAxis:
     ranks: str
     size: int
     method: str
+
+
+def imagined_axis(size: int, method: str) -> ContextAxis | None:
+    """Of ranks that do not exist, to find out what graphs would be; None where there is one."""
+    return ContextAxis(imagined(size), size, method) if size > 1 else None

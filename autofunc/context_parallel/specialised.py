@@ -12,6 +12,7 @@ from torch import Tensor
 from autofunc import tree
 from autofunc.captured.segment import Segment
 from autofunc.context_parallel.axis import ContextAxis
+from autofunc.context_parallel.beside import putting_together
 from autofunc.context_parallel.entries import TokenEntries, named_tensors, with_tensors
 from autofunc.context_parallel.local_graph import LocalGraph
 from autofunc.context_parallel.moves import added_up, all_tokens, own_tokens
@@ -106,8 +107,9 @@ class OverTokens(Specialised):
 
 
 def over_tokens(
-    base: Specialised, model: Model, leaves: Mapping[str, Tensor], microbatch: Mapping[str, Any], axis: ContextAxis
-) -> OverTokens:
+    base: Specialised, model: Model, leaves: Mapping[str, Tensor], microbatch: Mapping[str, Any], axis: ContextAxis,
+    beside: str | None = None,
+) -> OverTokens:  # fmt: skip
     """Cut the tokens of a model over cp ranks.
 
     Args:
@@ -116,6 +118,7 @@ def over_tokens(
         leaves: like the parameters of every holder, as ranks compute with them; only shapes and dtypes count.
         microbatch: as layers see it.
         axis: the ranks.
+        beside: name of another axis over which the model is cut already, and which is in charge.
 
     Raises:
         ModelError: for a model that keeps state, layers that mix tokens beside attention, and where no tokens are found.
@@ -127,7 +130,7 @@ def over_tokens(
             "tokens, would have of their own; use cp=1, or layers without state"
         )
     layers: dict[str, LocalLayer] = {}
-    with fake_mode() as mode:
+    with fake_mode() as mode, putting_together(beside):
         batch = _faked(mode, microbatch)
         with naming_errors(model.title):
             entries = base.share(list(model.layers), batch)

@@ -18,6 +18,7 @@ from torch.distributed.fsdp import OffloadPolicy
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from autofunc import tree
+from autofunc.context_parallel.axis import ContextAxis
 from autofunc.errors import AutofuncError, MeshError, ModelError
 from autofunc.mesh import axis_size, coordinate, data_coordinate, folded
 from autofunc.model import Model, cut_dims
@@ -44,6 +45,7 @@ class Parameters:
         stages: the stages that this process runs.
         mesh: None when it runs all of them.
         sharding: the choices.
+        context: cp ranks beside this process that do not exist, to find out what stages would keep.
 
     Raises:
         MeshError: when the model cannot be cut over the tp axis.
@@ -51,7 +53,10 @@ class Parameters:
         AutofuncError: for policies that need a mesh.
     """
 
-    def __init__(self, stages: Sequence[Stage], model: Model, mesh: DeviceMesh | None, sharding: Sharding) -> None:
+    def __init__(
+        self, stages: Sequence[Stage], model: Model, mesh: DeviceMesh | None, sharding: Sharding,
+        context: ContextAxis | None = None,
+    ) -> None:  # fmt: skip
         self.stages, self.model, self.sharding = stages, model, sharding
         self.rows_mesh, self.mesh = mesh, folded(mesh)
         mesh = self.mesh
@@ -75,7 +80,7 @@ class Parameters:
                 self.partitioning = OverTP(mesh["tp"], dims, sharding.sequence_parallel)
         rows = self.rows_mesh
         data = OverData(rows) if rows is not None and data_coordinate(rows)[1] > 1 else None
-        context = context_axis(rows, sharding.context_parallel)
+        context = context or context_axis(rows, sharding.context_parallel)
         if context is not None and isinstance(self.partitioning, OverTP):
             raise MeshError(
                 f"the mesh has cp={context.size} and tp={axis_size(mesh, 'tp')}, and the layers of {model.title} are "

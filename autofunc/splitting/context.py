@@ -205,7 +205,8 @@ def specialise(
         for path, leaf in model.spec.items()
     }
     with setting.partitioning.running(), summing(setting.data):
-        return over_tokens(specialised, model, leaves, seen, setting.context), computed
+        beside = getattr(over, "axis", None)
+        return over_tokens(specialised, model, leaves, seen, setting.context, beside), computed
 
 
 def _boundary_key(boundary: Boundary | None) -> Hashable:
