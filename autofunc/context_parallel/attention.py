@@ -101,7 +101,7 @@ def _forward(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float, ranks: str, method: str
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     group, tokens, dtype = ranks_of(ranks), query.shape[2], exact(query.dtype)
-    output = torch.zeros((*query.shape[:-1], value.shape[-1]), dtype=dtype, device=query.device)
+    output = _by_tokens(query, value.shape[-1], dtype).zero_()
     total = torch.full(query.shape[:-1], float("-inf"), dtype=dtype, device=query.device)
     for source, keys, values in _arriving(group, key, value, method):
         part = parts(group.rank, source, tokens, is_causal=is_causal)
@@ -146,10 +146,15 @@ def _gradients(
     else:
         each = {source: of(source, keys, values) for source, keys, values in _arriving(group, key, value, method)}
         own = group.reduce_scatter([each[source] for source in range(group.size)])
-    gradients = [by_query, *_apart(own, key, value)]
-    if of_mask and mask is not None:
-        gradients.append(_of_mask(by_mask, mask))
-    return [each.to(query.dtype).contiguous() for each in gradients]
+    each_own = by_query, *_apart(own, key, value)
+    found = [_by_tokens(x, x.shape[-1], query.dtype).copy_(x) for x in each_own]
+    return [*found, _of_mask(by_mask, mask).to(query.dtype).contiguous()] if of_mask and mask is not None else found
+
+
+def _by_tokens(x: Tensor, features: int, dtype: torch.dtype) -> Tensor:
+    """Memory for (B, N, T, features) in which heads of a token lie together, as the projections around attention have them."""
+    rows, heads, tokens, _ = x.shape
+    return torch.empty((rows, tokens, heads, features), dtype=dtype, device=x.device).transpose(1, 2)
 
 
 def _arriving(group: ContextRanks, key: Tensor, value: Tensor, method: str) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -219,15 +224,15 @@ def _backward(ctx: Any, cotangent: Tensor | None, _: Tensor | None) -> tuple[Ten
 
 
 def _fake(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    output = query.new_empty((*query.shape[:-1], value.shape[-1]))
+    output = _by_tokens(query, value.shape[-1], query.dtype)
     return output, query.new_empty(query.shape[:-1], dtype=exact(query.dtype))
 
 
 def _fake_gradients(
     cotangent: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *rest: Any
 ) -> list[Tensor]:  # fmt: skip
-    given = [query, key, value, *([mask] if rest[-1] and mask is not None else [])]
-    return [query.new_empty(each.shape) for each in given]
+    found = [_by_tokens(x, x.shape[-1], query.dtype) for x in (query, key, value)]
+    return [*found, query.new_empty(mask.shape)] if rest[-1] and mask is not None else found
 
 
 torch.library.register_fake("autofunc::context_attention", _fake)
