@@ -1,8 +1,8 @@
 """How much smaller are a rank's activations when tokens are cut over two ranks, and what does a step cost?
 
 A Llama with four blocks, one row, all in one stage on gloo processes of one thread each: without a mesh, and with cp=2 by
-both methods. The peak is weighed in a run after each action (what is kept for the backward, and sums of gradients, which do not
-depend on tokens); beside it what the graph keeps. Times are medians of steps that alternate (A B C A B C ...).
+both methods. The peak is weighed in a run after each action (what is kept for the backward, and sums of gradients, which do
+not depend on tokens); beside it what the graph keeps. Times are medians of steps that alternate (A B C A B C ...).
 
 Run: python bench/context_parallel.py [tokens ...]
 """

@@ -152,7 +152,7 @@ def _gradients(
 
 
 def _by_tokens(x: Tensor, features: int, dtype: torch.dtype) -> Tensor:
-    """Memory for (B, N, T, features) in which heads of a token lie together, as the projections around attention have them."""
+    """Memory for (B, N, T, features) in which heads of a token lie together, as projections around attention have them."""
     rows, heads, tokens, _ = x.shape
     return torch.empty((rows, tokens, heads, features), dtype=dtype, device=x.device).transpose(1, 2)
 
