@@ -171,7 +171,7 @@ class Held:
         """
         flat = tree.flatten(grads)
         owned = {path: leaf for path, leaf in flat.items() if path in self._owned}
-        return global_norm(owned, self.mesh, self._device(flat))
+        return global_norm(owned, self._parameters.mesh, self._device(flat))
 
     @torch.inference_mode(False)
     def clip(self, grads: tree.Nested, max_norm: float) -> tuple[TensorDict, Tensor]:

@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Sequence
 from datetime import timedelta
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -17,30 +18,32 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from autofunc.errors import MeshError, one_of
 
-AXES = ("pp", "dp_replicate", "dp_shard", "tp")
+AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 """In the order in which ranks count: neighbours along tp are next to each other, on one machine if possible."""
 DATA_AXES = ("dp_replicate", "dp_shard")
+"""Along which ranks see other rows. Those along cp see other tokens of the same rows."""
 
 
 def make_mesh(
-    pp: int = 1, dp_replicate: int = 1, dp_shard: int = 1, tp: int = 1, *, device_type: str | None = None
+    pp: int = 1, dp_replicate: int = 1, dp_shard: int = 1, cp: int = 1, tp: int = 1, *, device_type: str | None = None
 ) -> DeviceMesh:
-    """Make the device mesh of all processes, with the axes "pp", "dp_replicate", "dp_shard" and "tp", in that order.
+    """Make the device mesh of all processes, with the axes "pp", "dp_replicate", "dp_shard", "cp" and "tp", in that order.
 
     Starts the default process group when there is none yet: call it in processes started by `torchrun`. Ranks wait for each
-    other as long as in the default group, along every axis.
+    other as long as in the default group, along every axis. With `cp=1` there is no axis "cp".
 
     Args:
         pp: ranks along the pipeline.
         dp_replicate: groups of data parallel ranks that each hold all parameters (of their stages).
         dp_shard: data parallel ranks in a group, over which its parameters are sharded.
+        cp: ranks that share the tokens of each row.
         tp: ranks that compute each layer together.
         device_type: "cpu" or "cuda"; cuda by default where there is one.
 
     Raises:
         MeshError: when the number of processes is not the product of the axes, or there are no processes.
     """
-    sizes = (pp, dp_replicate, dp_shard, tp)
+    sizes = (pp, dp_replicate, dp_shard, cp, tp)
     given = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True) if size != 1) or "pp=1"
     needed = math.prod(sizes)
     if min(sizes) < 1:
@@ -63,12 +66,45 @@ def make_mesh(
             f"{local} processes on this machine need a GPU each, and it has {found or 'none'}; use fewer, or "
             'device_type="cpu"'
         )
-    mesh = init_device_mesh(device_type, sizes, mesh_dim_names=AXES)
+    made = {axis: size for axis, size in zip(AXES, sizes, strict=True) if axis != "cp" or size > 1}
+    mesh = init_device_mesh(device_type, tuple(made.values()), mesh_dim_names=tuple(made))
+    _wait_as_by_default(mesh)
+    return mesh
+
+
+def folded(mesh: DeviceMesh | None) -> DeviceMesh | None:
+    """The mesh as parameters see it: ranks along cp share them, and sum their gradients, as those along dp_shard do.
+
+    Its axis "dp_shard" is dp_shard and cp together, as `dp_shard_cp` in torchtitan; without cp it is the mesh itself. All
+    processes call it.
+
+    Raises:
+        MeshError: for a part of a mesh.
+    """
+    if mesh is None or axis_size(mesh, "cp") == 1:
+        return mesh
+    if mesh not in _folded:
+        if mesh.mesh.numel() != dist.get_world_size():
+            raise MeshError("a mesh with an axis cp has to be of all processes, and not a part of one; see af.make_mesh")
+        names = [name for name in mesh.mesh_dim_names or () if name not in ("dp_shard", "cp")]
+        ranks = mesh.mesh.movedim([(mesh.mesh_dim_names or ()).index(name) for name in names], list(range(len(names))))
+        at = sum(name in ("pp", "dp_replicate") for name in names)
+        ranks = ranks.flatten(len(names)).movedim(-1, at)
+        made = DeviceMesh(mesh.device_type, ranks, mesh_dim_names=(*names[:at], "dp_shard", *names[at:]))
+        _wait_as_by_default(made)
+        _folded[mesh] = made
+    return _folded[mesh]
+
+
+_folded: WeakKeyDictionary[DeviceMesh, DeviceMesh] = WeakKeyDictionary()  # making groups is costly
+
+
+def _wait_as_by_default(mesh: DeviceMesh) -> None:
+    """Ranks wait for each other along every axis as long as in the default group."""
     default = dist.group.WORLD
     if default is not None and dist.get_backend() != "fake":  # torch's group that sends nowhere, and never waits
-        for axis in AXES:
+        for axis in mesh.mesh_dim_names or ():
             _set_timeout(mesh.get_group(axis), timeout_of(default))
-    return mesh
 
 
 def timeout_of(group: dist.ProcessGroup, device: torch.device | None = None) -> timedelta:

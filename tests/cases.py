@@ -46,9 +46,9 @@ def make_case(
 
 
 @cache
-def mesh_of(pp: int = 1, dp_replicate: int = 1, dp_shard: int = 1, tp: int = 1) -> DeviceMesh:
+def mesh_of(pp: int = 1, dp_replicate: int = 1, dp_shard: int = 1, cp: int = 1, tp: int = 1) -> DeviceMesh:
     """A mesh of all processes, made once in each: its process groups cost threads."""
-    return af.make_mesh(pp, dp_replicate, dp_shard, tp)
+    return af.make_mesh(pp, dp_replicate, dp_shard, cp, tp)
 
 
 @cache

@@ -86,7 +86,11 @@ class Distributed(Section):
         None, description="groups of data parallel ranks that each share a whole set of parameters (HSDP); divides dp_size"
     )
     tp_size: Ranks = Field(1, description="tensor parallel ranks: they compute each layer together")
-    cp_size: OnlyOne = Field(1, description="context parallel ranks")
+    cp_size: Ranks = Field(1, description="context parallel ranks: they share the tokens of each row")
+    cp_method: Literal["allgather", "ring"] = Field(
+        "allgather", description="how attention comes by the keys and values of other context parallel ranks: all at once, "
+        "or in turn while it computes",
+    )  # fmt: skip
     ep_size: OnlyOne = Field(1, description="expert parallel ranks")
     sequence_parallel: bool = Field(False, description="keep the stream between blocks cut over the tp ranks too")
     tp_plan: dict[str, str] | Text | None = Field(

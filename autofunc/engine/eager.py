@@ -159,7 +159,7 @@ class EagerStage:
             terms = self._context.loss_terms(x, microbatch.entries)
             aux = tree.map_leaves(lambda leaf: _apart([leaf], inputs)[0] if isinstance(leaf, Tensor) else leaf, terms.aux)
             return Produced([], terms.sum.detach(), terms.weight, aux, after), [terms.sum]
-        tensors = self._returned.tensors(x, self._partitioning)
+        tensors = self._returned.tensors(self._context.with_all_tokens(x), self._partitioning)
         return Produced(_apart([tensor.detach() for tensor in tensors], inputs), state=after), tensors
 
 

@@ -139,7 +139,7 @@ def build_plan(
     settled = settled_sends(lowered, edges)
     keeps = {index: stage.bytes for index, stage in functions.items()}
     programs = {rank: build_program(lowered, rank, edges, messages, keeps, settled[rank]) for rank in blueprint.pools}
-    aux, aux_spec = _combined_aux(loss, boundaries, lowered.num_microbatches, data_coordinate(parameters.mesh)[1])
+    aux, aux_spec = _combined_aux(loss, boundaries, lowered.num_microbatches, data_coordinate(parameters.rows_mesh)[1])
     return Plan(
         mode=mode,
         stages=stages,

@@ -227,11 +227,12 @@ def _finish_grads(
 
 def _aux_of_all(plan: Plan, leaves: list[Tensor]) -> list[Tensor]:
     """The aux of all data parallel ranks, combined as the loss declares."""
-    _, size = data_coordinate(plan.parameters.mesh)
+    mesh = plan.parameters.rows_mesh
+    _, size = data_coordinate(mesh)
     if size == 1:
         return leaves
     assert plan.aux_spec is not None
-    columns = [gather_over(plan.parameters.mesh, DATA_AXES, leaf) for leaf in leaves]
+    columns = [gather_over(mesh, DATA_AXES, leaf) for leaf in leaves]
     each = [tree.from_leaves([column[place] for column in columns], plan.aux_spec) for place in range(size)]
     return tree.leaves_and_spec(combine_aux(plan.loss, each))[0]
 

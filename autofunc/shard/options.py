@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy
 
+from autofunc.context_parallel.attention import check_method
 from autofunc.errors import AutofuncError, one_of
 from autofunc.model import TensorParallel
 from autofunc.splitting import Precision
@@ -30,6 +31,8 @@ class Sharding:
             captured module without one ("own" insists on it) what its graph gives ("derived").
         sequence_parallel: keep the stream between blocks cut along the tokens over the tp axis: less memory, the same
             traffic.
+        context_parallel: how attention of tokens that are cut over the cp axis comes by keys and values: "allgather", all
+            at once, or "ring", from one rank after the other while it computes.
 
     Raises:
         AutofuncError: for choices that do not exist or go together.
@@ -41,6 +44,7 @@ class Sharding:
     offload_policy: OffloadPolicy = field(default_factory=OffloadPolicy)
     tensor_parallel: TensorParallel | Mapping[str, str] | str | None = None
     sequence_parallel: bool = False
+    context_parallel: str = "allgather"
 
     def __post_init__(self) -> None:
         if isinstance(self.tensor_parallel, str) and self.tensor_parallel not in SOURCES:
@@ -49,6 +53,7 @@ class Sharding:
             )
         if self.prefetch < 0:
             raise AutofuncError(f"sharding: prefetch={self.prefetch}, expected 0 or more")
+        check_method(self.context_parallel)
         for name in ("param_dtype", "reduce_dtype", "output_dtype"):
             dtype = getattr(self.mp_policy, name)
             if dtype is torch.float16:

@@ -18,10 +18,12 @@ from torch.distributed.fsdp import OffloadPolicy
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from autofunc import tree
+from autofunc.context_parallel.axis import ContextAxis
 from autofunc.engine.recordable import check_axes
 from autofunc.errors import AutofuncError, MeshError, ModelError
-from autofunc.mesh import axis_size, coordinate, data_coordinate
+from autofunc.mesh import axis_size, coordinate, data_coordinate, folded
 from autofunc.model import Model, cut_dims
+from autofunc.shard.context_ranks import context_axis
 from autofunc.shard.data_sum import OverData
 from autofunc.shard.dtensors import gathered, local
 from autofunc.shard.fsdp import Group, ShardedTree, Storages
@@ -44,6 +46,7 @@ class Parameters:
         stages: the stages that this process runs.
         mesh: None when it runs all of them.
         sharding: the choices.
+        context: cp ranks beside this process that do not exist, to find out what stages would keep.
 
     Raises:
         MeshError: when the model cannot be cut over the tp axis.
@@ -51,8 +54,13 @@ class Parameters:
         AutofuncError: for policies that need a mesh.
     """
 
-    def __init__(self, stages: Sequence[Stage], model: Model, mesh: DeviceMesh | None, sharding: Sharding) -> None:
-        self.stages, self.model, self.mesh, self.sharding = stages, model, mesh, sharding
+    def __init__(
+        self, stages: Sequence[Stage], model: Model, mesh: DeviceMesh | None, sharding: Sharding,
+        context: ContextAxis | None = None,
+    ) -> None:  # fmt: skip
+        self.stages, self.model, self.sharding = stages, model, sharding
+        self.rows_mesh, self.mesh = mesh, folded(mesh)
+        mesh = self.mesh
         self.paths = sorted({path for stage in stages for path in stage.paths}, key=tree.split_path)
         offloads = type(sharding.offload_policy) is not OffloadPolicy
         if mesh is None and (offloads or sharding.sequence_parallel):
@@ -71,8 +79,17 @@ class Parameters:
             else:
                 dims = {path: self._cut[home].dim for path, home in homes.items() if home in self._cut}
                 self.partitioning = OverTP(mesh["tp"], dims, sharding.sequence_parallel)
-        data = OverData(mesh) if mesh is not None and data_coordinate(mesh)[1] > 1 else None
-        self.setting = Setting(self.partitioning, sharding.precision, data, arrive_by_layer=self.is_sharded)
+        rows = self.rows_mesh
+        data = OverData(rows) if rows is not None and data_coordinate(rows)[1] > 1 else None
+        context = context or context_axis(rows, sharding.context_parallel)
+        if context is not None and isinstance(self.partitioning, OverTP):
+            raise MeshError(
+                f"the mesh has cp={context.size} and tp={axis_size(mesh, 'tp')}, and the layers of {model.title} are "
+                "functions, which cannot be cut over both; use cp=1 or tp=1, or a captured module"
+            )
+        self.setting = Setting(
+            self.partitioning, sharding.precision, data, arrive_by_layer=self.is_sharded, context=context
+        )
 
     @property
     def unshard(self) -> str:

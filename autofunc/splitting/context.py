@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from autofunc import tree
+from autofunc.context_parallel.specialised import OverTokens, over_tokens
 from autofunc.fingerprint import Fingerprint
 from autofunc.losses import Loss, LossTerms, evaluate
 from autofunc.model import Model, Specialised
@@ -115,12 +116,19 @@ class StageContext:
     def describe(self, x: Any) -> tuple[Boundary, list[Tensor]]:
         """What `run` returned as a boundary, and its tensors as they are handed on; of the last stage all of it."""
         partitioning = self.setting.partitioning
+        x = self.with_all_tokens(x)
         if self.stage.is_last:
             x = tree.map_leaves(lambda leaf: partitioning.whole(leaf) if isinstance(leaf, Tensor) else leaf, x)
         return describe(x, partitioning)
 
+    def with_all_tokens(self, x: Any) -> Any:
+        """What `run` returned, of the last stage with the tokens of all cp ranks, which all call it."""
+        return self.specialised.whole(x) if self.stage.is_last and isinstance(self.specialised, OverTokens) else x
+
     def loss_terms(self, x: Any, microbatch: Mapping[str, Any]) -> LossTerms:
-        """The loss of what the last stage made, all of it."""
+        """The loss of what the last stage made, all of it; over cp ranks the term of this one's tokens."""
+        if isinstance(self.specialised, OverTokens):
+            return self.specialised.loss_terms(x, microbatch)
         whole = self.setting.partitioning.whole
         terms = evaluate(self.loss, x, microbatch)
         aux = tree.map_leaves(lambda leaf: whole(leaf) if isinstance(leaf, Tensor) else leaf, terms.aux)
@@ -187,7 +195,18 @@ def specialise(
     """
     computed = {path: setting.precision.parameter_dtype(dtype) for path, dtype in dtypes.items()}
     over, seen = setting.partitioning.over, setting.precision.batch(microbatch)
-    return model.specialise(seen, computed, training=training, over=over), computed
+    specialised = model.specialise(seen, computed, training=training, over=over)
+    if setting.context is None:
+        return specialised, computed
+    leaves = {
+        path: torch.empty(
+            setting.partitioning.shape(path, leaf.shape), dtype=computed[model.canonical(path)], device="meta"
+        )
+        for path, leaf in model.spec.items()
+    }
+    with setting.partitioning.running(), summing(setting.data):
+        beside = getattr(over, "axis", None)
+        return over_tokens(specialised, model, leaves, seen, setting.context, beside), computed
 
 
 def _boundary_key(boundary: Boundary | None) -> Hashable:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from autofunc import cache, tree
+from autofunc.context_parallel.specialised import OverTokens
 from autofunc.fake import FakeTensorMode, fake_like, fake_mode, naming_errors, without_memory
 from autofunc.losses import Loss
 from autofunc.model import Model
@@ -77,6 +78,9 @@ def follow(
     model = stages[0].model
     keeps = with_grads if keeps_state is None else keeps_state
     specialised, dtypes = specialise(model, parameter_dtypes(model, params), microbatch, setting, training=keeps)
+    if isinstance(specialised, OverTokens) and with_loss:
+        with setting.partitioning.running():
+            specialised = specialised.with_loss(loss, microbatch, setting.precision.output)
     strides = _strides(model, params)
     # a pipeline keeps its stages' surroundings, and is not to keep a batch with them
     mode = fake_mode()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from autofunc import tree
+from autofunc.context_parallel.axis import ContextAxis
 from autofunc.spread import DataSum
 
 
@@ -153,6 +154,7 @@ class Setting:
     precision: Precision = Precision()
     data: DataSum | None = None  # sums over the processes that have other rows; None where there are none
     arrive_by_layer: bool = False  # whether a forward may begin while parameters of its later layers are on their way
+    context: ContextAxis | None = None  # the processes that share the tokens of the same rows; None where there is one
 
 
 ALONE = Setting()

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autofunc.spreading.axis import Axis
+from autofunc.spreading.axis import Axis, axis_named
 
 
 def cross_entropy_sum(logits: Tensor, labels: Tensor, axis: Axis, ignored: int) -> Tensor:
@@ -26,6 +26,21 @@ def cross_entropy_sum(logits: Tensor, labels: Tensor, axis: Axis, ignored: int) 
     """
     total: Tensor = _CrossEntropy.apply(logits, labels, axis, ignored)  # type: ignore[no-untyped-call]
     return total
+
+
+def cross_entropy_along(logits: Tensor, labels: Tensor, axis: str, ignored: int) -> Tensor:
+    """The same over the axis in charge of this name."""
+    total: Tensor = torch.ops.autofunc.cross_entropy_of_parts(logits, labels, axis, ignored)
+    return total
+
+
+# as `autofunc::moved`, see `movements.py`
+torch.library.define("autofunc::cross_entropy_of_parts", "(Tensor logits, Tensor labels, str axis, int ignored) -> Tensor")
+
+
+@torch.library.impl("autofunc::cross_entropy_of_parts", "CompositeImplicitAutograd")
+def _sum(logits: Tensor, labels: Tensor, axis: str, ignored: int) -> Tensor:
+    return cross_entropy_sum(logits, labels, axis_named(axis), ignored)
 
 
 class _CrossEntropy(torch.autograd.Function):

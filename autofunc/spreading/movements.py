@@ -7,6 +7,7 @@ Activation Recomputation", arXiv 2205.05198, section 4.2.1.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -68,6 +69,19 @@ def on_first(x: Tensor, axis: str) -> Tensor:
 
 
 def _moved(x: Tensor, axis: str, cut: Cut | None, forth: str, back: str) -> Tensor:
+    dim, parts = (cut.dim, list(cut.parts)) if cut is not None else (-1, [])
+    moved: Tensor = torch.ops.autofunc.moved(x, axis, dim, parts, forth, back)
+    return moved
+
+
+# one operator to whoever looks from above autograd, so that a graph recorded there keeps its gradient; to all others what
+# it is made of
+torch.library.define("autofunc::moved", "(Tensor x, str axis, int dim, int[] parts, str forth, str back) -> Tensor")
+
+
+@torch.library.impl("autofunc::moved", "CompositeImplicitAutograd")
+def _move(x: Tensor, axis: str, dim: int, parts: Sequence[int], forth: str, back: str) -> Tensor:
+    cut = Cut(dim, tuple(parts)) if parts else None
     moved: Tensor = _Move.apply(x, axis_named(axis), cut, forth, back)  # type: ignore[no-untyped-call]
     return moved
 

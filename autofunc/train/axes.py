@@ -10,10 +10,12 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from autofunc.config import FinetuneConfig, call, import_object
+from autofunc.context_parallel.axis import imagined_axis
 from autofunc.errors import AutofuncError, ConfigError
 from autofunc.mesh import make_mesh
 from autofunc.model import TensorParallel
 from autofunc.shard import Sharding
+from autofunc.splitting import Setting
 from autofunc.spreading import SOURCES
 
 
@@ -24,6 +26,7 @@ class Axes:
     pp: int = 1
     dp_replicate: int = 1
     dp_shard: int = 1
+    cp: int = 1
     tp: int = 1
 
     @property
@@ -34,14 +37,14 @@ class Axes:
     @property
     def num_processes(self) -> int:
         """Processes of the run."""
-        return self.pp * self.dp * self.tp
+        return self.pp * self.dp * self.cp * self.tp
 
     def mesh(self, device_type: str) -> DeviceMesh:
         """The mesh of this run's processes."""
-        return make_mesh(self.pp, self.dp_replicate, self.dp_shard, self.tp, device_type=device_type)
+        return make_mesh(self.pp, self.dp_replicate, self.dp_shard, self.cp, self.tp, device_type=device_type)
 
     def __str__(self) -> str:
-        sizes = {"pp_size": self.pp, "dp_size": self.dp, "tp_size": self.tp}
+        sizes = {"pp_size": self.pp, "dp_size": self.dp, "cp_size": self.cp, "tp_size": self.tp}
         return ", ".join(f"{name}={size}" for name, size in sizes.items() if size > 1) or "pp_size=1"
 
 
@@ -56,21 +59,20 @@ def axes_of(config: FinetuneConfig, num_processes: int | None) -> Axes:
         ConfigError: when the sizes do not fit each other or the processes.
     """
     wanted = config.distributed
-    others = wanted.pp_size * wanted.tp_size
+    others = wanted.pp_size * wanted.cp_size * wanted.tp_size
     replicate = wanted.dp_replicate_size
     dp = wanted.dp_size
     if dp is None and num_processes is not None:
         if num_processes % others:
             raise ConfigError(
-                f"distributed: pp_size={wanted.pp_size} and tp_size={wanted.tp_size} need {others} processes or a "
-                f"multiple, but there are {num_processes}"
+                f"distributed: {_sizes(wanted)} need {others} processes or a multiple, but there are {num_processes}"
             )
         dp = num_processes // others
     dp = dp or replicate or 1
     if num_processes is not None and dp * others != num_processes:
         raise ConfigError(
-            f"distributed: pp_size={wanted.pp_size}, dp_size={dp} and tp_size={wanted.tp_size} need {dp * others} "
-            f"processes, but there are {num_processes}; start as many, or leave dp_size out, which then is what they leave"
+            f"distributed: {_sizes(wanted, dp)} need {dp * others} processes, but there are {num_processes}; start as "
+            "many, or leave dp_size out, which then is what they leave"
         )
     if replicate is not None and dp % replicate:
         raise ConfigError(
@@ -83,8 +85,15 @@ def axes_of(config: FinetuneConfig, num_processes: int | None) -> Axes:
                 f"distributed: dp_replicate_size={replicate} with strategy ddp, where all {dp} data parallel ranks hold "
                 "all parameters; leave it out, or use strategy: fsdp2"
             )
-        return Axes(wanted.pp_size, dp, 1, wanted.tp_size)
-    return Axes(wanted.pp_size, replicate or 1, dp // (replicate or 1), wanted.tp_size)
+        return Axes(wanted.pp_size, dp, 1, wanted.cp_size, wanted.tp_size)
+    return Axes(wanted.pp_size, replicate or 1, dp // (replicate or 1), wanted.cp_size, wanted.tp_size)
+
+
+def _sizes(wanted: Any, dp: int | None = None) -> str:
+    """In words, without a cp_size of 1."""
+    sizes = {"pp_size": wanted.pp_size, "dp_size": dp, "cp_size": wanted.cp_size if wanted.cp_size > 1 else None}
+    listed = ", ".join(f"{name}={size}" for name, size in sizes.items() if size is not None)
+    return f"{listed} and tp_size={wanted.tp_size}"
 
 
 def sharding_of(config: FinetuneConfig, axes: Axes, notes: list[str]) -> Sharding:
@@ -108,7 +117,7 @@ def sharding_of(config: FinetuneConfig, axes: Axes, notes: list[str]) -> Shardin
             f"{wanted.strategy} and {axes.num_processes} process(es)"
         )
     for name, needs in (("sequence_parallel", "tp_size"), ("reshard_after_forward", "dp_size")):
-        if getattr(wanted, name) and (axes.tp if needs == "tp_size" else axes.dp_shard) == 1:
+        if getattr(wanted, name) and (axes.tp if needs == "tp_size" else axes.dp_shard * axes.cp) == 1:
             notes.append(f"{name} has no effect: there is one rank along {needs}")
     policy, table = wanted.mp_policy, _table(wanted.tp_plan)
     try:
@@ -124,9 +133,18 @@ def sharding_of(config: FinetuneConfig, axes: Axes, notes: list[str]) -> Shardin
             offload_policy=CPUOffloadPolicy(torch.accelerator.is_available()) if wanted.offload_policy else OffloadPolicy(),
             tensor_parallel=table,
             sequence_parallel=wanted.sequence_parallel and axes.tp > 1,
+            context_parallel=wanted.cp_method,
         )
     except AutofuncError as error:
         raise ConfigError(f"distributed: {error}") from error
+
+
+def setting_alone(axes: Axes, sharding: Sharding) -> Setting:
+    """What surrounds the stages of a run as far as one process can tell: how tokens are cut, among ranks that do not exist.
+
+    Without a tp axis, whose ranks cut layers: see `tensor_parallel_check.py`.
+    """
+    return Setting(context=imagined_axis(axes.cp, sharding.context_parallel))
 
 
 def _table(plan: Mapping[str, str] | str | None) -> TensorParallel | Mapping[str, str] | str | None:

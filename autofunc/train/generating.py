@@ -29,8 +29,9 @@ def check_texts(recipe: Recipe, wanted: TextsWanted) -> None:
         ConfigError: naming the option.
     """
     axes = recipe.axes
-    if axes.dp > 1 or axes.tp > 1:
-        raise ConfigError(f"generate runs on pp ranks only, and this run has {axes}: give --dp_size 1 --tp_size 1")
+    others = [f"--{name}_size 1" for name in ("dp", "cp", "tp") if getattr(axes, name) > 1]
+    if others:
+        raise ConfigError(f"generate runs on pp ranks only, and this run has {axes}: give {' '.join(others)}")
     try:
         Sampling(**wanted.sampling)
         rows = encoded(tokenizer_of(recipe, wanted.tokenizer).encode, wanted.prompts)

@@ -14,7 +14,7 @@ from autofunc.schedule import StageBytes
 from autofunc.shard import Sharding
 from autofunc.shard.parameters import Parameters
 from autofunc.train.autoschedule import search_limits
-from autofunc.train.axes import Axes
+from autofunc.train.axes import Axes, setting_alone
 from autofunc.train.loop import build_pipe
 from autofunc.train.recipe import Recipe
 from autofunc.train.tensor_parallel_check import imagined
@@ -46,9 +46,19 @@ def check_budget(recipe: Recipe) -> None:
 
 
 def pipe_alone(recipe: Recipe) -> Pipeline:
-    """The recipe's pipeline on this process alone, uncompiled: compiled pieces keep what the others keep."""
+    """The recipe's pipeline on this process alone, uncompiled: compiled pieces keep what the others keep.
+
+    Of several cp ranks it is one, whose stages can be captured, though not run.
+    """
     sharding = Sharding(mp_policy=recipe.sharding.mp_policy)
-    return build_pipe(replace(recipe, options=replace(recipe.options, compile=False), sharding=sharding), None)
+    pipe = build_pipe(replace(recipe, options=replace(recipe.options, compile=False), sharding=sharding), None)
+    context = setting_alone(recipe.axes, recipe.sharding).context
+    if context is None:
+        return pipe
+    parameters = Parameters(recipe.stages, recipe.model, None, sharding, context)
+    return Pipeline(
+        pipe.stages, pipe.schedule, pipe.loss, None, pipe.options, STACKED, sharding, pipe.transfers, parameters=parameters
+    )
 
 
 def kept_over_tp(recipe: Recipe) -> tuple[StageBytes, ...]:
@@ -66,7 +76,7 @@ def kept_over_tp(recipe: Recipe) -> tuple[StageBytes, ...]:
         pipe = Pipeline(
             stages, recipe.schedule, weighed(recipe.loss, recipe.microbatch_rows), None,
             replace(recipe.options, compile=False), STACKED, sharding, recipe.transfers, True,
-            Parameters(stages, model, mesh, sharding),
+            Parameters(stages, model, mesh, sharding, setting_alone(recipe.axes, chosen).context),
         )  # fmt: skip
         return pipe.memory(model.init(None, "meta"), counting_all(recipe.example()), (recipe.seed, 1))
 

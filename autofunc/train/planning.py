@@ -29,6 +29,7 @@ from autofunc.splitting import (
 )
 from autofunc.spreading import AxisPlan
 from autofunc.timing import clock
+from autofunc.train.axes import setting_alone
 from autofunc.train.connections import count_connections, most_bytes
 from autofunc.train.device import on_gpus
 from autofunc.train.memory_budget import kept_bytes, kept_over_tp, pipe_alone
@@ -57,7 +58,7 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class RankPlan:
-    """One pp rank of one data and tensor parallel coordinate."""
+    """One pp rank of one coordinate along the other axes."""
 
     rank: int
     parameter_bytes: int
@@ -150,7 +151,8 @@ def plan_run(
             times, timed, why_not = _times_of(recipe, microbatch, counted)
             clock.done("timing a layer")
         on_progress("following values over the boundaries")
-        boundaries = infer_boundaries(recipe.stages, {}, microbatch, recipe.loss)
+        setting = setting_alone(recipe.axes, recipe.sharding)
+        boundaries = infer_boundaries(recipe.stages, {}, microbatch, recipe.loss, setting=setting)
         stages = tuple(_stages(recipe, boundaries, {name: each.flops for name, each in counted.items()}, times))
         on_progress("capturing the stages")
         uneven = imbalance(recipe.stages, {name: sum(pair) for name, pair in times.items()})
@@ -165,7 +167,8 @@ def _stages(
     flops: Mapping[str, int],
     times: Mapping[str, tuple[float, float]],
 ) -> Iterator[StagePlan]:
-    """All stages, from each layer's operations and its milliseconds forward and backward."""
+    """All stages, from each layer's operations and its milliseconds forward and backward, which cp ranks share evenly."""
+    shared_by = recipe.axes.cp
     for stage in recipe.stages:
         yield StagePlan(
             stage.index,
@@ -173,9 +176,9 @@ def _stages(
             stage.layers[0],
             stage.layers[-1],
             parameter_count(recipe.model, list(stage.holders)),
-            sum(flops[name] for name in stage.layers),
-            sum(times[name][0] for name in stage.layers),
-            sum(times[name][1] for name in stage.layers),
+            sum(flops[name] for name in stage.layers) // shared_by,
+            sum(times[name][0] for name in stage.layers) / shared_by,
+            sum(times[name][1] for name in stage.layers) / shared_by,
             boundaries.stages[stage.index].num_bytes if stage is not recipe.stages[-1] else 0,
         )
 
@@ -229,7 +232,7 @@ def _ranks(recipe: Recipe, connections: Sequence[int], uses_nccl: bool) -> list[
     lowered = lower(recipe.schedule, sends_block=recipe.transfers.sends_block)
     peaks = peak_bytes(lowered, kept) if kept is not None else None
     cut = cut_over_tp(recipe.model, recipe.axes.tp, recipe.sharding).params
-    slots = _optimizer_slots(recipe)
+    slots, shards = _optimizer_slots(recipe), recipe.axes.dp_shard * recipe.axes.cp
     found = []
     for rank in range(recipe.schedule.num_ranks):
         mine = [recipe.stages[stage] for stage in recipe.schedule.stages_of(rank)]
@@ -242,8 +245,8 @@ def _ranks(recipe: Recipe, connections: Sequence[int], uses_nccl: bool) -> list[
         found.append(
             RankPlan(
                 rank,
-                sum(sizes.values()) // recipe.axes.dp_shard,
-                int(sum(slots[path] * sizes[path] for path in trained)) // recipe.axes.dp_shard,
+                sum(sizes.values()) // shards,
+                int(sum(slots[path] * sizes[path] for path in trained)) // shards,
                 None if peaks is None else int(peaks[rank]),
                 connections[rank],
                 most_bytes(connections[rank], recipe.transfers) if uses_nccl else None,

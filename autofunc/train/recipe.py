@@ -26,7 +26,7 @@ from autofunc.shard import Sharding
 from autofunc.shown import quoted
 from autofunc.splitting import Stage, layer_costs
 from autofunc.timing import clock
-from autofunc.train.axes import Axes, axes_of, sharding_of
+from autofunc.train.axes import Axes, axes_of, setting_alone, sharding_of
 from autofunc.train.datasets import (
     Datasets,
     batches_of,
@@ -155,7 +155,7 @@ def prepare(
     loaders = loaders_of(config, where, dataset, validation, told)
     training, validating = batches_of(config), validation_batches_of(config)
     if not checked:
-        trial = Trial(stages, loss)
+        trial = Trial(stages, loss, setting_alone(axes, sharding))
         trial.run(where, dataset, training)
         for name, each in validation.items():
             trial.run(name, each, validating)

@@ -9,7 +9,7 @@ from autofunc.batch import signature, split_batch
 from autofunc.data import STACKED, Padded, first_rows
 from autofunc.errors import AutofuncError, ConfigError, DataError
 from autofunc.losses import Loss
-from autofunc.splitting import Stage, infer_boundaries
+from autofunc.splitting import ALONE, Setting, Stage, infer_boundaries
 from autofunc.train.datasets import Batches
 from autofunc.train.labels import inside
 
@@ -20,10 +20,11 @@ class Trial:
     Args:
         stages: all of them.
         loss: of the run; None for the model's own.
+        setting: what surrounds the stages.
     """
 
-    def __init__(self, stages: Sequence[Stage], loss: Loss | None) -> None:
-        self._stages, self._loss = stages, loss
+    def __init__(self, stages: Sequence[Stage], loss: Loss | None, setting: Setting = ALONE) -> None:
+        self._stages, self._loss, self._setting = stages, loss, setting
         self._tried: set[Hashable] = set()
 
     def run(self, where: str, dataset: Any, batches: Batches) -> None:
@@ -65,7 +66,7 @@ class Trial:
     def _try(self, microbatch: dict[str, Any]) -> None:
         known = signature(microbatch)
         if known not in self._tried:
-            infer_boundaries(self._stages, {}, microbatch, self._loss)
+            infer_boundaries(self._stages, {}, microbatch, self._loss, setting=self._setting)
             self._tried.add(known)
 
 

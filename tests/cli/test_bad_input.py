@@ -67,7 +67,12 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *wo
         (["--distributed.schedule", "1f1"], "distributed.schedule: unknown schedule '1f1': did you mean 1f1b?"),
         (["--datset.seq_len", "3"], "unknown key 'datset': did you mean dataset"),
         (["--step_scheduler.max_step", "3"], "unknown key 'step_scheduler.max_step': did you mean max_steps"),
-        (["--distributed.cp_size", "2"], "distributed.cp_size: only 1 is supported so far; got 2"),
+        (["--distributed.cp_size", "2", "--dataset.seq_len", "14"], "14 tokens, which cp=2 ranks cannot cut into 4 equal"),
+        (
+            ["--distributed.cp_size", "2", "--distributed.tp_size", "2"],
+            "cp=2 and tp=2, and the layers of the model are",
+        ),
+        (["--distributed.cp_method", "rings"], "distributed.cp_method: input should be 'allgather' or 'ring'"),
         (["--distributed.dp_sise", "2"], "unknown key 'distributed.dp_sise': did you mean dp_size"),
         (["--distributed.tp_size", "3"], "distributed, with pp_size=2, tp_size=3: tp=3 does not divide n_head=2; sizes"),
         (["--distributed.tp_size", "2", "--model.n_head", "1"], "tp=2 does not divide n_head=1"),

@@ -82,7 +82,8 @@ def on_one_process(name: str, steps: int) -> tuple[list[float], list[float], dic
 def train_on_mesh(
     name: str, schedule: str, sizes: tuple[int, int, int, int], steps: int, how: dict[str, Any], options: dict[str, Any]
 ) -> tuple[list[float], list[float], dict[str, Tensor] | None]:
-    mesh = mesh_of(*sizes)
+    pp, dp_replicate, dp_shard, tp = sizes
+    mesh = mesh_of(pp, dp_replicate, dp_shard, tp=tp)
     place, dp = data_coordinate(mesh)
     s = af.schedule.build(schedule, num_ranks=sizes[0], num_microbatches=MICROBATCHES // dp)
     pipe = af.pipeline(
@@ -134,7 +135,9 @@ def places_on(sizes: dict[str, int]) -> tuple[tuple[str, ...], list[int]]:
 def test_axes_are_in_the_order_of_the_mesh(workers: WorkerPool) -> None:
     """tp ranks are next to each other, pp ranks farthest apart."""
     for rank, (names, place) in enumerate(workers.run(places_on, {"pp": 2, "tp": 2})):
-        assert names == AXES and place == [rank // 2, 0, 0, rank % 2]
+        assert names == tuple(axis for axis in AXES if axis != "cp") and place == [rank // 2, 0, 0, rank % 2]
+    for rank, (names, place) in enumerate(workers.run(places_on, {"cp": 2, "tp": 2})):
+        assert names == AXES and place == [0, 0, 0, rank // 2, rank % 2]
     for rank, (_, place) in enumerate(workers.run(places_on, {"dp_replicate": 2, "dp_shard": 2})):
         assert place == [0, rank // 2, rank % 2, 0]
 

@@ -348,7 +348,7 @@ def refused_twice() -> list[str]:
     """What a batch is told whose tokens tp does not divide, twice; and the loss of one that fits, on another mesh."""
     said = []
     for sizes, tokens in (((2, 1, 1, 2), 5), ((2, 1, 1, 2), 5), ((1, 1, 2, 2), 6)):
-        mesh = mesh_of(*sizes)
+        mesh = mesh_of(sizes[0], dp_shard=sizes[2], tp=sizes[3])
         model = build_gpt2_model(**SIZES)
         s = af.schedule.build("1f1b", num_ranks=sizes[0], num_microbatches=2)
         pipe = af.pipeline(
@@ -372,14 +372,14 @@ def test_what_is_refused_leaves_nothing_behind(workers: WorkerPool) -> None:
 
 
 def timeouts() -> set[float]:
-    from autofunc.mesh import AXES, timeout_of
+    from autofunc.mesh import timeout_of
     from autofunc.runtime import pair_groups
 
     mesh = mesh_of(pp=2, dp_shard=2)
     pipe, _, batch = pipe_on(mesh)
     af.value_and_grad(pipe)(pipe.init(), batch)
     backends = [group.backend for group in pair_groups._known[mesh["pp"].get_group()].groups.values()]
-    groups = [mesh.get_group(axis) for axis in AXES]
+    groups = [each.get_group(axis) for each in (mesh, mesh_of(pp=2, cp=2)) for axis in each.mesh_dim_names or ()]
     return {each.total_seconds() for each in (*(b.options._timeout for b in backends), *map(timeout_of, groups))}
 
 

@@ -17,7 +17,7 @@ _aten = torch.ops.aten
     _aten.to, _aten.contiguous, _aten.alias, _aten.detach, _aten.type_as, _aten.zeros_like, _aten.ones_like,
     _aten.full_like, _aten.empty_like, _aten.masked_fill, _aten.hardswish, _aten.log_sigmoid, _aten.log_sigmoid_forward,
     _aten.__and__, _aten.__or__, _aten.__xor__, _aten._to_copy, _aten.lift_fresh_copy, _aten.floor_divide,
-    _aten.selu, _aten.celu, _aten.prelu, _aten.hardsigmoid, _aten.relu6, _aten.clone,
+    _aten.where, _aten.selu, _aten.celu, _aten.prelu, _aten.hardsigmoid, _aten.relu6, _aten.clone,
 )  # fmt: skip
 def pointwise(op: Operation) -> Outcome | None:
     """Cut along the dim along which the largest operand is; operands that have no such dim are full."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from autofunc.spreading.axis import axis_named
-from autofunc.spreading.entropy import cross_entropy_sum
+from autofunc.spreading.entropy import cross_entropy_along
 from autofunc.spreading.layouts import FULL, TERMS
 from autofunc.spreading.operation import Operation, Outcome, Want, shape_of
 from autofunc.spreading.rules.table import rule
@@ -59,5 +59,5 @@ def cross_entropy(op: Operation) -> Outcome | None:
 def cross_entropy_of_parts(logits: Tensor, labels: Tensor, mean: bool, ignored: int, axis: str) -> Tensor:
     """The cross-entropy in nats: its mean over labels that count, or its sum; the same on every rank."""
     exact = logits if logits.dtype.itemsize >= 4 else logits.float()
-    total = cross_entropy_sum(exact, labels, axis_named(axis), ignored)
+    total = cross_entropy_along(exact, labels, axis, ignored)
     return (total / (labels != ignored).sum() if mean else total).to(logits.dtype)

@@ -1,0 +1,177 @@
+"""Attention of some queries to some of the keys, and how blocks of keys are put together by their log-sum-exp.
+
+Shapes: B rows, N heads, K key and value heads (K divides N), T queries, S keys, H features of a head.
+
+Sources: Milakov and Gimelshein, "Online normalizer calculation for softmax", arXiv 1805.02867; Dao, "FlashAttention-2",
+arXiv 2307.08691, section 3.1 (the backward of a block from the whole's output and log-sum-exp).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+_aten = torch.ops.aten
+
+
+class Gradients(NamedTuple):
+    """What a block adds to the gradients of its queries, keys, values and, where it is wanted, its mask."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+
+
+def exact(dtype: torch.dtype) -> torch.dtype:
+    """What sums over blocks are taken in: fp32 at least."""
+    return torch.float32 if dtype.itemsize < 4 else dtype
+
+
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask as what is added to scores: -inf where nothing is seen.
+
+    The lowest number, by which some libraries hide keys, counts as -inf: blocks of it cannot be told apart from the others
+    by their log-sum-exp. It matters to queries that see nothing at all: they get zeros.
+    """
+    if mask.dtype == torch.bool:
+        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, float("-inf"))
+    return mask.to(dtype).masked_fill(mask <= torch.finfo(mask.dtype).min / 2, float("-inf"))
+
+
+def block(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_diagonal: bool, scale: float
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Attention to a block of keys: output (B, N, T, H), and the log-sum-exp of the scores, (B, N, T).
+
+    Args:
+        query: (B, N, T, H).
+        key: (B, K, S, H).
+        value: (B, K, S, H).
+        mask: additive, see `additive`; broadcasts to (B, N, T, S).
+        is_diagonal: queries and keys are the same tokens, of which each sees those before it.
+        scale: of the scores.
+    """
+    if _has_flash(query, value):
+        if mask is not None:
+            mask = mask.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+        output, total = _aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, 0.0, is_diagonal, attn_mask=mask, scale=scale
+        )
+        return output, _none_seen(total, mask)
+    if _has_efficient(query, value, mask):
+        key, value = _for_each_head(key, value, query.shape[1])
+        output, total, _, _ = _aten._scaled_dot_product_efficient_attention(
+            query, key, value, None, True, 0.0, is_diagonal, scale=scale
+        )
+        return output, total[..., : query.shape[2]]
+    key, value = _for_each_head(key, value, query.shape[1])
+    scores = _scores(query, key, mask, is_diagonal, scale)
+    total = scores.logsumexp(-1)
+    weights = (scores - _finite(total).unsqueeze(-1)).exp_()
+    return (weights.to(value.dtype) @ value), total
+
+
+def block_backward(
+    cotangent: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, output: Tensor, total: Tensor,
+    is_diagonal: bool, scale: float, *, of_mask: bool,
+) -> Gradients:  # fmt: skip
+    """What a block adds to the gradients, in the kernel's precision.
+
+    Args:
+        cotangent: of `output`.
+        query: see `block`, as the next four.
+        key: see there.
+        value: see there.
+        mask: see there.
+        output: of attention to all keys.
+        total: the log-sum-exp over all keys.
+        is_diagonal: see `block`.
+        scale: see `block`.
+        of_mask: whether the mask's gradient is wanted.
+    """
+    groups, total = key.shape[1], _finite(total)
+    if _has_flash(query, value) and not of_mask:
+        if mask is not None:
+            mask = mask.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+        key, value = _for_each_head(key, value, query.shape[1])
+        by_query, by_key, by_value = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            cotangent, query, key, value, output, total, 0.0, is_diagonal, attn_mask=mask, scale=scale
+        )
+        return Gradients(by_query, _of_groups(by_key, groups), _of_groups(by_value, groups), None)
+    key, value = _for_each_head(key, value, query.shape[1])
+    if _has_efficient(query, value, mask) and not of_mask:
+        unused = torch.zeros((), dtype=torch.int64, device=query.device)  # of random numbers, which dropout would need
+        padded = torch.nn.functional.pad(total, (0, -total.shape[-1] % 32), value=float("inf")).contiguous()
+        by_query, by_key, by_value, _ = _aten._scaled_dot_product_efficient_attention_backward(
+            cotangent, query, key, value, None, output, padded, unused, unused, 0.0, [True, True, True, False],
+            is_diagonal, scale=scale,
+        )  # fmt: skip
+        return Gradients(by_query, _of_groups(by_key, groups), _of_groups(by_value, groups), None)
+    weights = (_scores(query, key, mask, is_diagonal, scale) - total.unsqueeze(-1)).exp_()
+    of_scores = (cotangent @ value.transpose(-2, -1)).to(weights.dtype)
+    of_scores -= (cotangent * output).sum(-1, keepdim=True, dtype=weights.dtype)
+    of_scores *= weights
+    by_value = weights.to(cotangent.dtype).transpose(-2, -1) @ cotangent
+    given = of_scores.to(query.dtype)
+    by_query, by_key = given @ key * scale, given.transpose(-2, -1) @ query * scale
+    by_mask = of_scores if of_mask else None
+    return Gradients(by_query, _of_groups(by_key, groups), _of_groups(by_value, groups), by_mask)
+
+
+def merge(output: Tensor, total: Tensor, more: Tensor, more_total: Tensor) -> None:
+    """Add attention to other keys to that so far, in place.
+
+    Args:
+        output: of the keys so far, (B, N, T, H).
+        total: their log-sum-exp, (B, N, T); -inf where there was nothing to see.
+        more: of the others.
+        more_total: of the others.
+    """
+    both = torch.logaddexp(total, more_total.to(total.dtype))
+    shift = _finite(both)
+    output.mul_((total - shift).exp_().unsqueeze(-1))
+    output.add_(more * (more_total - shift).exp_().unsqueeze(-1))
+    total.copy_(both)
+
+
+def _has_flash(query: Tensor, value: Tensor) -> bool:
+    return query.device.type == "cpu" and query.shape[-1] == value.shape[-1]
+
+
+def _has_efficient(query: Tensor, value: Tensor, mask: Tensor | None) -> bool:
+    """Whether the kernel of CUDA that knows all lengths takes these; a mask would have to be aligned for it."""
+    return mask is None and query.device.type == "cuda" and query.dtype != torch.float64 and query.shape[-1] % 8 == 0
+
+
+def _none_seen(total: Tensor, mask: Tensor | None) -> Tensor:
+    """The kernel says 0 of queries that see none of the keys."""
+    if mask is None:
+        return total
+    return total.masked_fill((mask == float("-inf")).all(-1), float("-inf"))
+
+
+def _finite(total: Tensor) -> Tensor:
+    """What is subtracted from scores: of queries that see nothing, any number does."""
+    return total.masked_fill(total == float("-inf"), 0.0)
+
+
+def _scores(query: Tensor, key: Tensor, mask: Tensor | None, is_diagonal: bool, scale: float) -> Tensor:
+    scores = (query @ key.transpose(-2, -1)).to(exact(query.dtype)) * scale
+    if is_diagonal:
+        seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        scores = scores.masked_fill(~seen, float("-inf"))
+    return scores if mask is None else scores + mask
+
+
+def _for_each_head(key: Tensor, value: Tensor, heads: int) -> Any:
+    group = heads // key.shape[1]
+    return (key, value) if group == 1 else (key.repeat_interleave(group, 1), value.repeat_interleave(group, 1))
+
+
+def _of_groups(gradient: Tensor, groups: int) -> Tensor:
+    """Of key heads, from that of query heads."""
+    rows, heads, tokens, features = gradient.shape
+    return gradient if heads == groups else gradient.reshape(rows, groups, heads // groups, tokens, features).sum(2)

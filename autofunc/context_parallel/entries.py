@@ -1,0 +1,37 @@
+"""What the layers of a stage see of a microbatch, as named tensors and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autofunc import tree
+from autofunc.captured.model import Shared
+
+
+def named_tensors(entries: Any) -> dict[str, Tensor]:
+    """The tensors among what `Specialised.share` gave, by a name that is the same for every stage."""
+    plain = {"values": entries.values, "key": entries.key} if isinstance(entries, Shared) else dict(entries)
+    leaves = zip(tree.leaf_names(plain, "entries"), tree.leaves_and_spec(plain)[0], strict=True)
+    return {name: leaf for name, leaf in leaves if isinstance(leaf, Tensor)}
+
+
+def with_tensors(entries: Any, given: Mapping[str, Tensor]) -> Any:
+    """The same with other tensors, by name."""
+    plain = {"values": entries.values, "key": entries.key} if isinstance(entries, Shared) else dict(entries)
+    leaves, spec = tree.leaves_and_spec(plain)
+    names = tree.leaf_names(plain, "entries")
+    made = tree.from_leaves([given.get(name, leaf) for name, leaf in zip(names, leaves, strict=True)], spec)
+    return replace(entries, **made) if isinstance(entries, Shared) else made
+
+
+@dataclass(frozen=True)
+class TokenEntries:
+    """What cp ranks see: the tensors of all, and pieces of them that are this rank's."""
+
+    tensors: Mapping[str, Tensor]
+    device: torch.device

@@ -1,0 +1,269 @@
+"""From a graph with the sizes of the whole to the one that each cp rank runs: the same on all of them.
+
+What depends on the batch alone is computed for all tokens, and cut where it meets what is cut; so positions, masks and
+shifted labels know nothing of chunks. Tokens are first cut where entries of the batch are looked up, or projected.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from operator import getitem
+from typing import Any
+
+import torch
+from torch import fx
+
+from autofunc.context_parallel.axis import ContextAxis
+from autofunc.context_parallel.moves import added_up, all_tokens, on_first, own_tokens
+from autofunc.context_parallel.rules import LINEAR, PRODUCTS, RULES
+from autofunc.context_parallel.token_chunks import check_length
+from autofunc.context_parallel.traced import Traced
+from autofunc.errors import ModelError
+from autofunc.graph.schema import is_mutable, is_operator, is_pointwise
+from autofunc.spreading import FULL, TERMS, Cut, Operation, Outcome, Want
+from autofunc.spreading.layouts import Layout, local_shape
+from autofunc.spreading.operation import Borders, Undivided, shape_of
+from autofunc.spreading.rules import rule_of
+from autofunc.spreading.rules.views import viewed
+
+Node = fx.Node
+
+_aten = torch.ops.aten
+_TOKENS_DIM = 1
+_LOOKED_UP, _PROJECTED = {_aten.embedding}, {_aten.linear, _aten.matmul}
+_VIEWS = {_aten.view, _aten.reshape, _aten._unsafe_view}
+_CONVERSIONS = {_aten.to, _aten._to_copy}
+
+
+class LocalGraph:
+    """A graph on one rank's tokens.
+
+    Args:
+        whole: what is cut.
+        received: how received values lie.
+        axis: the ranks.
+        what: it is, for messages.
+
+    Attributes:
+        graph: the new one; its placeholders are those of the whole, and after them `pieces`.
+        pieces: (name of an entry, how it is cut) -> its placeholder: entries of which tokens are wanted.
+        returned: for each returned leaf its node, or the constant.
+        layouts: of returned leaves, by position; only of tensors.
+    """
+
+    def __init__(self, whole: Traced, received: Mapping[Node, Layout], axis: ContextAxis, what: str) -> None:
+        self._whole, self._axis, self._what = whole, axis, what
+        self._layouts: dict[Node, Any] = {node: layout for node, layout in received.items() if layout is not FULL}
+        self._weighted = {*whole.params.values(), *whole.received}
+        self._made: dict[tuple[Node, Any], Node] = {}
+        self._names = {node: name for name, node in whole.entries.items()}
+        self._natural: dict[Node, Layout] = {
+            node: Cut(_TOKENS_DIM, (shape_of(node)[_TOKENS_DIM],))
+            for node in whole.entries.values()
+            if len(shape_of(node)) > _TOKENS_DIM and shape_of(node)[_TOKENS_DIM] > 1
+        }
+        self._is_pure = not any(map(is_mutable, whole.module.graph.nodes))
+        self.graph, self.pieces = fx.Graph(), dict[tuple[str, Cut], Node]()
+        for node in whole.module.graph.nodes:
+            if node.op == "output":
+                break
+            self._at = node
+            if node.op == "placeholder":
+                self._made[node, self._layout(node)] = self._last_placeholder = self._copy(node)
+            elif node.op == "get_attr":
+                self._made[node, FULL] = self._copy(node)
+            else:
+                self._visit(node)
+        self.returned = [
+            self._made[each, self._layout(each)] if isinstance(each, Node) else each for each in whole.returned
+        ]  # fmt: skip
+        self.layouts = {place: self._layout(each) for place, each in enumerate(whole.returned) if isinstance(each, Node)}
+
+    def terms(self, place: int) -> Node:
+        """A returned leaf as a term of a sum over ranks."""
+        node = self._whole.returned[place]
+        layout = self._layout(node)
+        if layout is TERMS:
+            return self._made[node, TERMS]
+        return self.graph.call_function(on_first, (self._obtain(node, FULL), self._axis.ranks))
+
+    def full(self, place: int) -> Node:
+        """A returned leaf, the same on every rank."""
+        return self._obtain(self._whole.returned[place], FULL)
+
+    # --- one operator
+
+    def _layout(self, node: Any) -> Any:
+        return self._layouts.get(node, FULL)
+
+    def _copy(self, node: Node) -> Node:
+        new = self.graph.node_copy(node, lambda each: self._obtain(each, FULL))
+        new.meta = dict(node.meta)
+        return new
+
+    def _visit(self, node: Node) -> None:
+        if node.target is getitem and isinstance(self._layouts.get(node.args[0]), tuple):  # type: ignore[arg-type]
+            source: Any = node.args[0]
+            self._layouts[node] = self._layouts[source][node.args[1]]
+            new = self.graph.call_function(getitem, (self._made[source, self._layouts[source]], node.args[1]))
+            self._keep(node, new)
+            return
+        if any(each in self._weighted for each in node.all_input_nodes):
+            self._weighted.add(node)
+        else:
+            self._natural[node] = self._naturally(node)
+        seen = {each: self._layout(each) for each in node.all_input_nodes}
+        if all(layout is FULL for layout in seen.values()):
+            seen = self._seed(node) or seen
+        if all(layout is FULL for layout in seen.values()):
+            self._keep(node, self._copy(node))
+            return
+        outcome = self._outcome(node, seen)
+        self._check(node, outcome)
+        self._layouts[node] = outcome.layout
+        kwargs = {name: self._argument(each) for name, each in outcome.kwargs.items()}
+        self._keep(node, self._call(outcome.target, self._argument(outcome.args), kwargs))
+
+    def _keep(self, node: Node, new: Node) -> None:
+        self._made[node, self._layout(node)] = new
+
+    def _outcome(self, node: Node, seen: dict[Node, Any]) -> Outcome:
+        """What becomes of an operator, some of whose operands are not full.
+
+        Raises:
+            ModelError: when nothing does.
+        """
+        terms = [each for each, layout in seen.items() if layout is TERMS]
+        found = self._by_rule(node, seen, linear=True) if terms else None
+        if found is not None:
+            return found
+        seen = {**seen, **dict.fromkeys(terms, FULL)}
+        if all(layout is FULL for layout in seen.values()):
+            return Outcome(FULL, node.target, node.args, node.kwargs)  # type: ignore[arg-type]
+        found = self._by_rule(node, seen)
+        if found is None or is_mutable(node):
+            raise self._refused(node)
+        return found
+
+    def _by_rule(self, node: Node, seen: Mapping[Node, Any], *, linear: bool = False) -> Outcome | None:
+        table, packet = LINEAR if linear else RULES, _packet(node)
+        own, other = table.get(packet) or table.get(str(packet)), rule_of(node, linear=linear)
+        operation = Operation(node, seen, self._axis.size, self._axis.ranks)
+        try:
+            if own is not None:
+                return own(operation, self._axis)
+            return other(operation) if other is not None else None
+        except (Borders, Undivided):
+            return None
+
+    def _check(self, node: Node, outcome: Outcome) -> None:
+        """Refuse what would gather tokens for another reason than attention, or cut some otherwise than by chunks."""
+        for want in outcome.wants:
+            own = self._layout(want.node)
+            if isinstance(own, Cut) and want.layout != own and not (want.layout is FULL and _packet(node) in PRODUCTS):
+                raise self._refused(node)
+        layouts = outcome.layout if isinstance(outcome.layout, tuple) else (outcome.layout,)
+        for layout in (*layouts, *(want.layout for want in outcome.wants)):
+            if isinstance(layout, Cut) and not layout.fits(2 * self._axis.size):
+                raise self._refused(node)
+
+    def _refused(self, node: Node) -> ModelError:
+        line = self._whole.line_of(node)
+        where = f" ({line})" if line else ""
+        return ModelError(
+            f"{self._what} runs {_title(node)}{where} on tokens that are cut over cp={self._axis.size} ranks, and one of "
+            "them would need tokens of others: beside attention, reductions and losses nothing may mix tokens; use cp=1"
+        )
+
+    # --- where tokens are first cut
+
+    def _naturally(self, node: Node) -> Layout:
+        """How a value that depends on the batch alone would lie, were the entries of the batch cut."""
+        seen = {each: self._natural.get(each, FULL) for each in node.all_input_nodes}
+        if is_mutable(node) or all(layout is FULL for layout in seen.values()):
+            return FULL
+        found = self._by_rule(node, seen)
+        layout = found.layout if found is not None else FULL
+        return layout if isinstance(layout, Cut) else FULL
+
+    def _seed(self, node: Node) -> dict[Node, Any] | None:
+        """Operands of what looks up or projects entries of the batch."""
+        packet = _packet(node)
+        if node not in self._weighted or packet not in _LOOKED_UP | _PROJECTED:
+            return None
+        source = node.args[1 if packet in _LOOKED_UP else 0]
+        cut = self._natural.get(source, FULL) if source not in self._weighted else FULL  # type: ignore[arg-type]
+        dims = len(shape_of(source))
+        if not isinstance(cut, Cut) or dims < 2 or (packet in _PROJECTED and (dims < 3 or cut.dim > dims - 2)):
+            return None
+        check_length(cut.parts[0], self._axis.size, f"{self._what}: its sequence")
+        return {**dict.fromkeys(node.all_input_nodes, FULL), source: cut}  # type: ignore[dict-item]
+
+    # --- values in the layouts in which they are wanted
+
+    def _argument(self, argument: Any) -> Any:
+        if isinstance(argument, Want):
+            return self._obtain(argument.node, argument.layout)
+        if isinstance(argument, Node):
+            return self._obtain(argument, FULL)
+        return type(argument)(map(self._argument, argument)) if type(argument) in (list, tuple) else argument
+
+    def _obtain(self, node: Node, layout: Layout) -> Node:
+        own = self._layout(node)
+        if isinstance(own, tuple):
+            layout = own  # type: ignore[assignment]  # several values, taken out one by one
+        if (node, layout) not in self._made:
+            self._made[node, layout] = self._moved(node, own, layout)
+        return self._made[node, layout]
+
+    def _moved(self, node: Node, own: Layout, layout: Layout) -> Node:
+        ranks = self._axis.ranks
+        if isinstance(layout, Cut):
+            if own is FULL and node not in self._weighted:
+                return self._piece(node, layout)
+            return self._call(own_tokens, (self._obtain(node, FULL), layout.dim, layout.parts, ranks), {})
+        if isinstance(own, Cut):
+            return self._call(all_tokens, (self._made[node, own], own.dim, own.parts, ranks), {})
+        return self._call(added_up, (self._made[node, own], ranks), {})
+
+    def _piece(self, node: Node, cut: Cut) -> Node:
+        """Tokens of what depends on the batch alone: cut as early as possible, so that little is computed for others."""
+        if node in self._names:
+            with self.graph.inserting_after(self._last_placeholder):
+                made = self._last_placeholder = self.graph.placeholder(f"piece_{len(self.pieces)}")
+            self.pieces[self._names[node], cut] = made
+            return made
+        packet = _packet(node)
+        if not self._is_pure:
+            pass  # what was written to in between would be read once more
+        elif packet in _VIEWS and isinstance(node.args[0], Node):
+            try:
+                before = viewed(shape_of(node), shape_of(node.args[0]), cut, self._axis.size, node)
+            except (Borders, Undivided):
+                before = None
+            if before is not None and before.fits(2 * self._axis.size):
+                sizes = list(local_shape(shape_of(node), cut, self._axis.size))
+                return self._call(_aten.reshape.default, (self._obtain(node.args[0], before), sizes), {})
+        elif is_operator(node) and not is_mutable(node) and (is_pointwise(node) or packet in _CONVERSIONS):
+
+            def part(each: Node) -> Node:
+                dim, shape = cut.dim - len(shape_of(node)) + len(shape_of(each)), shape_of(each)
+                there = dim >= 0 and shape[dim] == cut.whole
+                return self._obtain(each, cut.at(dim) if there else FULL)
+
+            args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), part)
+            return self._call(node.target, args, kwargs)
+        return self._call(own_tokens, (self._obtain(node, FULL), cut.dim, cut.parts, self._axis.ranks), {})
+
+    def _call(self, target: Callable[..., Any] | Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Node:
+        new = self.graph.call_function(target, tuple(args), dict(kwargs))
+        new.meta = {name: value for name, value in self._at.meta.items() if name == "modes"}
+        return new
+
+
+def _packet(node: Node) -> Any:
+    return getattr(node.target, "overloadpacket", node.target)
+
+
+def _title(node: Node) -> str:
+    return str(node.target) if is_operator(node) else getattr(node.target, "__name__", str(node.target))

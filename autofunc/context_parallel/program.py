@@ -1,0 +1,94 @@
+"""A graph on one rank's tokens as plain data that can be compared and run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from autofunc.captured.segment import Instruction, Ref, Runtime, Segment
+from autofunc.errors import ModelError
+from autofunc.graph.schema import is_mutable
+
+Node = fx.Node
+
+# functions without public names that a graph has for `with torch.no_grad()` and `with torch.autocast(...)`; torch 2.13.0
+_GRAD, _AUTOCAST_ON, _AUTOCAST_OFF = "_set_grad_enabled", "_enter_autocast", "_exit_autocast"
+
+
+def segment_of(
+    graph: fx.Graph, params: Mapping[str, Node], received: Sequence[Node], shared: Mapping[str, Node],
+    returned: Sequence[Any], spec: Any, constants: Mapping[str, Tensor], what: str,
+) -> Segment:  # fmt: skip
+    """A graph as a segment.
+
+    Args:
+        graph: of operators; what nothing needs is left out.
+        params: by path.
+        received: of the layer before.
+        shared: by name.
+        returned: nodes, and constants.
+        spec: of what is returned.
+        constants: of the graph, by name.
+        what: it is, for messages.
+    """
+    modes = _modes(graph, what)
+    kept = _needed(graph, [each for each in returned if isinstance(each, Node)])
+    used = {argument for node in kept for argument in node.all_input_nodes} | {e for e in returned if isinstance(e, Node)}
+    params = {path: node for path, node in params.items() if node in used}
+    shared = {name: node for name, node in shared.items() if node in used}
+    fixed = [node for node in graph.nodes if node.op == "get_attr" and node in used]
+    register = {node: number for number, node in enumerate([*params.values(), *received, *shared.values(), *fixed])}
+    instructions = []
+    for node in graph.nodes:
+        if node in kept and node in modes:
+            register[node] = len(register)
+            args = tuple(_plain(each, register) for each in node.args)
+            kwargs = tuple((name, _plain(each, register)) for name, each in node.kwargs.items())
+            instructions.append(Instruction(node.target, args, kwargs, register[node], modes[node]))
+    return Segment(
+        tuple(params), len(received), tuple(shared), tuple(constants[str(node.target)].detach() for node in fixed),
+        tuple(instructions), tuple(Ref(register[each]) if isinstance(each, Node) else each for each in returned), spec,
+    )  # fmt: skip
+
+
+def _modes(graph: fx.Graph, what: str) -> dict[Node, tuple[tuple[Any, ...], ...]]:
+    """What each operator runs under: `Instruction.modes`. Without what enters and leaves them."""
+    found: dict[Node, tuple[tuple[Any, ...], ...]] = {}
+    grad: tuple[tuple[Any, ...], ...] = ()
+    casts: list[tuple[Node, tuple[Any, ...]]] = []
+    for node in graph.nodes:
+        if node.op != "call_function":
+            continue
+        name = getattr(node.target, "__name__", "")
+        if name == _GRAD:
+            grad = () if node.args[0] else (("grad", False),)
+        elif name == _AUTOCAST_ON:
+            casts.append((node, ("autocast", *node.args)))
+        elif name == _AUTOCAST_OFF:
+            if not casts or casts.pop()[0] is not node.args[0]:
+                raise ModelError(f"{what}: regions of autocast are not inside each other")
+        else:
+            found[node] = (*grad, *(cast for _, cast in casts))
+    return found
+
+
+def _needed(graph: fx.Graph, roots: Iterable[Node]) -> set[Node]:
+    """What must run for some values; what writes in place may write to any of them."""
+    needed = set(roots) | {node for node in graph.nodes if is_mutable(node)}
+    for node in reversed(graph.nodes):
+        if node in needed:
+            needed.update(node.all_input_nodes)
+    return needed
+
+
+def _plain(argument: Any, register: Mapping[Node, int]) -> Any:
+    if isinstance(argument, Node):
+        return Ref(register[argument])
+    if isinstance(argument, torch.device):
+        return Runtime("device")
+    if isinstance(argument, (list, tuple)):
+        return [_plain(part, register) for part in argument]
+    return argument

@@ -1,0 +1,240 @@
+"""What becomes of operators whose operands have cut tokens, where it is other than for tensor parallel ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from autofunc.context_parallel.attention import context_attention
+from autofunc.context_parallel.axis import ContextAxis
+from autofunc.context_parallel.moves import all_tokens, one_token
+from autofunc.spreading import FULL, TERMS, Cut, Operation, Outcome, Want
+from autofunc.spreading.operation import shape_of
+from autofunc.spreading.rules import rule_of
+
+Rule = Callable[[Operation, ContextAxis], "Outcome | None"]
+
+_aten = torch.ops.aten
+
+RULES: dict[Any, Rule] = {}
+"""By operator, all overloads, or its name: what comes before the rules of `spreading` ..."""
+
+LINEAR: dict[Any, Rule] = {}
+"""... and before those where operands are terms of a sum, which stay terms."""
+
+PRODUCTS = {_aten.matmul, _aten.bmm, _aten.baddbmm, _aten.mm, _aten.addmm}
+"""Of which one operand may be gathered: that is attention that is written out."""
+
+
+def rule(*operators: Any, linear: bool = False) -> Callable[[Rule], Rule]:
+    """Enter a rule."""
+
+    def enter(function: Rule) -> Rule:
+        (LINEAR if linear else RULES).update(dict.fromkeys(operators, function))
+        return function
+
+    return enter
+
+
+@rule(_aten.scaled_dot_product_attention)
+def attention(op: Operation, axis: ContextAxis) -> Outcome | None:
+    """Of cut queries: to keys and values that are cut too, or that all ranks have."""
+    q, k, v, mask = (op.given[name] for name in ("query", "key", "value", "attn_mask"))
+    cut, dims = op.cut(q), len(op.shape)
+    if cut is None or cut.dim != dims - 2 or op.given["dropout_p"]:
+        return None
+    masked = Want(mask, rows_of(mask, cut)) if mask is not None else None
+    of_keys = [op.cut(each) for each in (k, v)]
+    if of_keys == [None, None] and not op.given["is_causal"]:
+        return op.becomes(cut, query=Want(q, cut), key=Want(k, FULL), value=Want(v, FULL), attn_mask=masked)
+    tokens = shape_of(k)[-2]
+    keys = cut if op.given["is_causal"] else Cut(dims - 2, (tokens,))
+    if op.given["is_causal"] and tokens != cut.whole:
+        return None
+    options = {"is_causal": op.given["is_causal"], "scale": op.given["scale"], "ranks": axis.ranks, "method": axis.method}
+    return Outcome(cut, context_attention, (Want(q, cut), Want(k, keys), Want(v, keys), masked), options)
+
+
+def rows_of(mask: Any, cut: Cut) -> Any:
+    """How a mask of (..., queries, keys) lies whose queries are cut."""
+    shape = shape_of(mask)
+    return Cut(len(shape) - 2, cut.parts) if len(shape) > 1 and shape[-2] == cut.whole and cut.whole > 1 else FULL
+
+
+@rule(_aten.matmul, _aten.bmm, _aten.mm)
+def product(op: Operation, axis: ContextAxis) -> Outcome | None:
+    """Rows of the left operand with all of the right: scores, and values weighted by them."""
+    left, right = list(op.given.values())[:2]
+    cut = op.cut(left)
+    rows = cut is not None and cut.dim == len(shape_of(left)) - 2 and op.cut(right) is not None
+    found = rule_of(op.node)
+    assert found is not None
+    seen = {left: op.layout(left), right: FULL if rows and _mixes(op, right) else op.layout(right)}
+    return found(Operation(op.node, seen, op.size, op.axis))
+
+
+def _mixes(op: Operation, right: Any) -> bool:
+    """Whether tokens are among the last two dims of the right operand: in others, rows of both are the same tokens."""
+    cut = op.cut(right)
+    return cut is not None and cut.dim >= len(shape_of(right)) - 2
+
+
+@rule(_aten.baddbmm)
+def biased_product(op: Operation, axis: ContextAxis) -> Outcome | None:
+    """As `product`, with what is added to it."""
+    bias, left, right = (op.given[name] for name in ("self", "batch1", "batch2"))
+    cut = op.cut(left)
+    if cut is None or cut.dim != 1:
+        return rule_of(op.node)(op)  # type: ignore[misc]
+    added = Want(bias, rows_of(bias, cut))
+    return op.becomes(cut, self=added, batch1=Want(left, cut), batch2=Want(right, FULL))
+
+
+@rule(_aten.select)
+def select(op: Operation, axis: ContextAxis) -> Outcome | None:
+    """One token, such as the first, which stands for the sequence: a term of a sum, on the rank that has it."""
+    x, shape = op.given["self"], shape_of(op.given["self"])
+    cut, dim = op.cut(x), op.given["dim"] % len(shape)
+    if cut is None or dim != cut.dim:
+        return rule_of(op.node)(op)  # type: ignore[misc]
+    if len(cut.parts) != 1 or not isinstance(op.given["index"], int):
+        return None
+    return Outcome(TERMS, one_token, (Want(x, cut), dim, op.given["index"] % shape[dim], axis.ranks))
+
+
+@rule(_aten.amax, _aten.amin, _aten.any, _aten.all, _aten.logsumexp, _aten.max, _aten.min)
+def reduction(op: Operation, axis: ContextAxis) -> Outcome | None:
+    """What is the same of all tokens as of what it is of chunks of them."""
+    x = op.given["self"]
+    cut, name = op.cut(x), str(op.node.target).split(".")[1]
+    given = op.given.get("dim", [])
+    dims = [dim % len(shape_of(x)) for dim in (given if isinstance(given, (list, tuple)) else [given])]
+    if cut is None or (dims and cut.dim not in dims) or (name in ("max", "min") and "dim" in op.given):
+        return rule_of(op.node)(op)  # type: ignore[misc]
+    if len(cut.parts) != 1:
+        return None
+    function = {"max": "amax", "min": "amin"}.get(name, name)
+    keepdim = bool(op.given.get("keepdim"))
+    return Outcome(
+        FULL,
+        reduced,
+        (Want(x, cut), function, dims or list(range(len(shape_of(x)))), keepdim, cut.dim, axis.size, axis.ranks),
+    )
+
+
+def reduced(x: Tensor, name: str, dims: list[int], keepdim: bool, dim: int, size: int, ranks: str) -> Tensor:
+    """A reduction over dims, of which one has this rank's tokens: of each chunk, then of those of all ranks."""
+    function = getattr(torch, name)
+    chunks = function(torch.stack(x.chunk(2, dim)), [each + 1 for each in dims], keepdim)
+    made: Tensor = function(all_tokens(chunks, 0, (2 * size,), ranks), 0)
+    return made
+
+
+# --- losses
+
+_NONE, _MEAN, _SUM = 0, 1, 2  # numbers of torch's reductions
+
+
+@rule(_aten.cross_entropy_loss)
+def cross_entropy(op: Operation, axis: ContextAxis) -> Outcome | None:
+    """Of logits (tokens, classes) or (rows, classes, tokens)."""
+    logits, target, weight = (op.given[name] for name in ("self", "target", "weight"))
+    cut, reduction, smoothing = op.cut(logits), op.given["reduction"], op.given["label_smoothing"]
+    classes = 1 if len(shape_of(logits)) > 1 else 0
+    if cut is None or cut.dim == classes:
+        return None
+    same = shape_of(target) == shape_of(logits)  # probabilities of classes
+    own = Want(target, cut if same else cut.at(cut.dim - (cut.dim > classes)))
+    ignored = op.given["ignore_index"]
+    if reduction == _MEAN:
+        if weight is not None and (smoothing or same):
+            return None
+        args = (Want(logits, cut), own, Want(target, FULL), weight, smoothing, ignored)
+        return Outcome(TERMS, cross_entropy_term, args)
+    layout = TERMS if reduction == _SUM else own.layout if not same else cut.at(cut.dim - (cut.dim > classes))
+    return op.becomes(layout, self=Want(logits, cut), target=own)
+
+
+def cross_entropy_term(
+    logits: Tensor, target: Tensor, all_targets: Tensor, weight: Tensor | None, smoothing: float, ignored: int
+) -> Tensor:  # fmt: skip
+    """A term of the mean over all tokens that count."""
+    total = functional.cross_entropy(
+        logits, target, weight, ignore_index=ignored, reduction="sum", label_smoothing=smoothing
+    )
+    if all_targets.is_floating_point():
+        return total / (all_targets.numel() // all_targets.shape[1])
+    counts = all_targets != ignored
+    return total / (counts.sum() if weight is None else (weight[all_targets.where(counts, 0)] * counts).sum())
+
+
+@rule(_aten.mse_loss, _aten.l1_loss, _aten.smooth_l1_loss, _aten.huber_loss, _aten.binary_cross_entropy_with_logits)
+def elementwise_loss(op: Operation, axis: ContextAxis) -> Outcome | None:
+    """Losses of elements and their targets, of one shape."""
+    x, target = op.given["self"], op.given["target"]
+    cut = op.cut(x) or op.cut(target)
+    if cut is None or shape_of(x) != shape_of(target) or op.given.get("weight") or op.given.get("pos_weight"):
+        return None
+    changed = {"self": Want(x, cut), "target": Want(target, cut)}
+    if op.given["reduction"] == _MEAN:  # each rank has equally many
+        options = {name: value for name, value in op.node.kwargs.items() if name not in changed}
+        return Outcome(TERMS, mean_term, (op.node.target, *op.becomes(TERMS, **changed).args), {**options, "size": op.size})
+    return op.becomes(cut if op.given["reduction"] == _NONE else TERMS, **changed)
+
+
+def mean_term(function: Callable[..., Tensor], *args: Any, size: int, **kwargs: Any) -> Tensor:
+    """A term of a mean, of what each of `size` ranks has, of equally many."""
+    return function(*args, **kwargs) / size
+
+
+def _chunked_entropy(op: Operation, axis: ContextAxis) -> Outcome | None:
+    """A cross-entropy that keeps no logits: a sum over tokens."""
+    hidden, labels = op.given["hidden"], op.given["labels"]
+    cut = op.cut(hidden)
+    return None if cut is None or cut.dim else op.becomes(TERMS, hidden=Want(hidden, cut), labels=Want(labels, cut))
+
+
+# operators of other parts of this library, which name them as they are made
+RULES[torch.ops.autofunc.chunked_entropy] = _chunked_entropy
+
+
+# --- beside a tp axis
+
+
+@rule(torch.ops.autofunc.moved)
+def moved(op: Operation, axis: ContextAxis) -> Outcome | None:
+    """What tp ranks exchange of values whose tokens are cut: along other dims."""
+    x = op.given["x"]
+    cut = op.cut(x)
+    return None if cut is None or cut.dim == op.given["dim"] else op.becomes(cut, x=Want(x, cut))
+
+
+@rule(torch.ops.autofunc.moved, linear=True)
+def moved_terms(op: Operation, axis: ContextAxis) -> Outcome | None:
+    """Of what is a term for cp ranks, too."""
+    return op.becomes(TERMS, x=Want(op.given["x"], TERMS))
+
+
+@rule(torch.ops.autofunc.cross_entropy_of_parts)
+def cross_entropy_of_parts(op: Operation, axis: ContextAxis) -> Outcome | None:
+    """A sum over tokens of logits that tp ranks have cut along the vocabulary."""
+    logits, labels = op.given["logits"], op.given["labels"]
+    cut = op.cut(logits)
+    return None if cut is None or cut.dim else op.becomes(TERMS, logits=Want(logits, cut), labels=Want(labels, cut))
+
+
+@rule("autofunc.sum_over", linear=True)
+def summed_terms(op: Operation, axis: ContextAxis) -> Outcome | None:
+    """The sum over data parallel ranks of a term."""
+    return op.becomes(TERMS, x=Want(op.given["x"], TERMS))
+
+
+@rule("autofunc.sum_over")
+def summed(op: Operation, axis: ContextAxis) -> Outcome | None:
+    """The sum over data parallel ranks of what each has for the same tokens."""
+    cut = op.cut(op.given["x"])
+    return None if cut is None else op.becomes(cut, x=Want(op.given["x"], cut))

@@ -1,0 +1,246 @@
+"""A model's layers, and its loss, on one rank's tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autofunc import tree
+from autofunc.captured.segment import Segment
+from autofunc.context_parallel.axis import ContextAxis
+from autofunc.context_parallel.beside import putting_together
+from autofunc.context_parallel.entries import TokenEntries, named_tensors, with_tensors
+from autofunc.context_parallel.local_graph import LocalGraph
+from autofunc.context_parallel.moves import added_up, all_tokens, own_tokens
+from autofunc.context_parallel.program import segment_of
+from autofunc.context_parallel.traced import Traced, traced
+from autofunc.errors import ModelError
+from autofunc.fake import fake_like, fake_mode, naming_errors
+from autofunc.losses import Loss, LossTerms, evaluate
+from autofunc.model import Model, Specialised
+from autofunc.spreading import TERMS, Cut
+from autofunc.spreading.layouts import Layout
+
+Piece = tuple[str, int, tuple[int, ...]]
+"""An entry of which a rank's tokens are wanted: its name, the dim along which they lie, lengths of sequences there."""
+
+
+@dataclass(frozen=True)
+class LocalLayer:
+    """A layer on one rank's tokens; plain data."""
+
+    segment: Segment
+    pieces: tuple[Piece, ...]
+    layouts: tuple[Layout | None, ...]  # of the leaves of what it returns; None of what is no tensor
+
+
+@dataclass(frozen=True)
+class OverTokens(Specialised):
+    """A `Specialised` of which each rank has its tokens.
+
+    Args:
+        axis: the ranks.
+        layers: by name.
+        output: what the last layer returns, whole, on fake tensors.
+        loss_layer: the loss, once `with_loss` has made it.
+    """
+
+    axis: ContextAxis = field(kw_only=True)
+    layers: Mapping[str, LocalLayer] = field(kw_only=True)
+    output: Any = field(kw_only=True)
+    loss_layer: LocalLayer | None = None
+
+    def whole(self, x: Any) -> Any:
+        """All of what the last layer returned; every rank calls it."""
+        leaves, spec = tree.leaves_and_spec(x)
+        layouts = list(self.layers.values())[-1].layouts
+        return tree.from_leaves([self._full(*each) for each in zip(leaves, layouts, strict=True)], spec)
+
+    def _full(self, leaf: Any, layout: Layout | None) -> Any:
+        if isinstance(layout, Cut):
+            return all_tokens(leaf, layout.dim, layout.parts, self.axis.ranks)
+        return added_up(leaf, self.axis.ranks) if layout is TERMS else leaf
+
+    def with_loss(self, loss: Loss | None, microbatch: Mapping[str, Any], output: Callable[[Any], Any]) -> OverTokens:
+        """The same with a loss of what the last layer returns.
+
+        Args:
+            loss: see `losses.evaluate`.
+            microbatch: an example.
+            output: what is made of the last layer's output before.
+
+        Raises:
+            ModelError: when it mixes tokens.
+        """
+        with fake_mode() as mode, naming_errors("the loss"):
+            entries = _faked(mode, microbatch)
+            x = tree.map_leaves(lambda leaf: _fresh(leaf) if isinstance(leaf, Tensor) else leaf, output(self.output))
+            leaves, spec = tree.leaves_and_spec(x)
+            layouts = list(self.layers.values())[-1].layouts
+
+            def function(params: Any, received: Sequence[Tensor], given: Mapping[str, Tensor]) -> Any:
+                arriving = iter(received)
+                full = [next(arriving) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+                terms = evaluate(loss, tree.from_leaves(full, spec), with_tensors(entries, given))
+                return terms.sum, terms.weight, terms.aux
+
+            whole = traced(function, {}, [leaf for leaf in leaves if isinstance(leaf, Tensor)], named_tensors(entries))
+            local = _local(whole, [each for each in layouts if each is not None], self.axis, "the loss")
+            returned = [
+                each if number not in local.layouts else local.terms(number) if number < 2 else local.full(number)
+                for number, each in enumerate(local.returned)
+            ]
+            made = _layer(whole, local, returned, "the loss", [None] * len(returned))
+        return replace(self, loss_layer=made)
+
+    def loss_terms(self, x: Any, microbatch: Mapping[str, Any]) -> LossTerms:
+        """This rank's terms of the loss and its weight, and all of aux; every rank calls it."""
+        assert self.loss_layer is not None
+        received = [leaf for leaf in tree.leaves_and_spec(x)[0] if isinstance(leaf, Tensor)]
+        given = _with_pieces(named_tensors(microbatch), self.loss_layer.pieces, self.axis)
+        (total, weight, aux), _ = self.loss_layer.segment({}, received, given, received[0].device, None)
+        return LossTerms(total, weight, aux)
+
+
+def over_tokens(
+    base: Specialised, model: Model, leaves: Mapping[str, Tensor], microbatch: Mapping[str, Any], axis: ContextAxis,
+    beside: str | None = None,
+) -> OverTokens:  # fmt: skip
+    """Cut the tokens of a model over cp ranks.
+
+    Args:
+        base: the model for such microbatches, whole.
+        model: it is of.
+        leaves: like the parameters of every holder, as ranks compute with them; only shapes and dtypes count.
+        microbatch: as layers see it.
+        axis: the ranks.
+        beside: name of another axis over which the model is cut already, and which is in charge.
+
+    Raises:
+        ModelError: for a model that keeps state, layers that mix tokens beside attention, and where no tokens are found.
+        BatchError: for a sequence that does not divide.
+    """
+    if model.state_spec:
+        raise ModelError(
+            f"{model.title} keeps state ({next(iter(model.state_spec))}, ...), which cp={axis.size} ranks, each with its "
+            "tokens, would have of their own; use cp=1, or layers without state"
+        )
+    layers: dict[str, LocalLayer] = {}
+    with fake_mode() as mode, putting_together(beside):
+        batch = _faked(mode, microbatch)
+        with naming_errors(model.title):
+            entries = base.share(list(model.layers), batch)
+        tensors = named_tensors(entries)
+        device = _device(batch)
+        x, layouts = None, list[Layout | None]([None])
+        for name in model.layers:
+            own = {path: leaf for path, leaf in leaves.items() if model.layer_of(path) == name}
+            params = {model.inner_path(path): torch.empty_like(leaf, device=device) for path, leaf in own.items()}
+            layers[name], x = _cut_layer(base, name, params, x, layouts, entries, tensors, axis)
+            layouts = list(layers[name].layouts)
+    if not any(isinstance(each, Cut) for layer in layers.values() for each in layer.layouts) and not any(
+        layer.pieces for layer in layers.values()
+    ):
+        raise ModelError(
+            f"{model.title}: cp={axis.size} cuts tokens, and no layer looks up or projects an entry of the batch with "
+            "tokens in dim 1; use cp=1"
+        )
+    functions = {name: _function(layer) for name, layer in layers.items()}
+
+    def share(names: Sequence[str], microbatch: Mapping[str, Any]) -> TokenEntries:
+        given = named_tensors(base.share(names, microbatch))
+        wanted = dict.fromkeys(piece for name in names for piece in layers[name].pieces)
+        return TokenEntries(_with_pieces(given, wanted, axis), _device(microbatch))
+
+    def programs(names: Sequence[str]) -> list[Any]:
+        return [(base.programs(names)[0], axis, layouts), *(layers[name] for name in names)]
+
+    return OverTokens(functions, share, programs, base.cut_points, axis=axis, layers=layers, output=x)
+
+
+def _cut_layer(
+    base: Specialised, name: str, params: Mapping[str, Tensor], x: Any, layouts: Sequence[Layout | None], entries: Any,
+    tensors: Mapping[str, Tensor], axis: ContextAxis,
+) -> tuple[LocalLayer, Any]:  # fmt: skip
+    """A layer, and what the whole one makes."""
+    what, (leaves, spec) = f"layer {name!r}", tree.leaves_and_spec(x)
+
+    def function(owned: Mapping[str, Tensor], received: Sequence[Tensor], given: Mapping[str, Tensor]) -> Any:
+        arriving = iter(received)
+        full = [next(arriving) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        return base.functions[name](tree.nest(owned), tree.from_leaves(full, spec), with_tensors(entries, given))
+
+    with naming_errors(what):
+        whole = traced(function, params, [leaf for leaf in leaves if isinstance(leaf, Tensor)], tensors)
+    local = _local(whole, [each for each in layouts if each is not None], axis, what)
+    found = [local.layouts.get(number) for number in range(len(local.returned))]
+    return _layer(whole, local, local.returned, what, found), whole.made
+
+
+def _local(whole: Traced, layouts: Sequence[Layout], axis: ContextAxis, what: str) -> LocalGraph:
+    return LocalGraph(whole, dict(zip(whole.received, layouts, strict=True)), axis, what)
+
+
+def _layer(whole: Traced, local: LocalGraph, returned: Sequence[Any], what: str, layouts: Sequence[Any]) -> LocalLayer:
+    placeholders = dict(zip(
+        (node for node in whole.module.graph.nodes if node.op == "placeholder"),
+        (node for node in local.graph.nodes if node.op == "placeholder"), strict=False,
+    ))  # fmt: skip
+    pieces = {(name, cut.dim, cut.parts): node for (name, cut), node in local.pieces.items()}
+    shared = {name: placeholders[node] for name, node in whole.entries.items()}
+    constants = {
+        str(node.target): getattr(whole.module, str(node.target))
+        for node in whole.module.graph.nodes
+        if node.op == "get_attr"
+    }
+    segment = segment_of(
+        local.graph, {path: placeholders[node] for path, node in whole.params.items()},
+        [placeholders[node] for node in whole.received],
+        {**shared, **{_piece_name(piece): node for piece, node in pieces.items()}}, returned, _named(whole.spec), constants,
+        what,
+    )  # fmt: skip
+    used = set(segment.shared)
+    return LocalLayer(segment, tuple(piece for piece in pieces if _piece_name(piece) in used), tuple(layouts))
+
+
+def _function(layer: LocalLayer) -> Callable[..., Any]:
+    def function(params: Mapping[str, Any], x: Any, entries: TokenEntries) -> Any:
+        received = [leaf for leaf in tree.leaves_and_spec(x)[0] if isinstance(leaf, Tensor)]
+        return layer.segment(params, received, entries.tensors, entries.device, None)[0]
+
+    return function
+
+
+def _named(spec: tree.TreeSpec) -> tree.TreeSpec | None:
+    """See `Segment.spec`: None where there is one tensor, or a tuple of them."""
+    plain = [tree.leaves_and_spec(each)[1] for each in (0, tuple(range(spec.num_leaves)))]
+    return None if spec in plain and spec.num_leaves else spec
+
+
+def _piece_name(piece: Piece) -> str:
+    name, dim, parts = piece
+    return f"{name} {dim} {parts}"
+
+
+def _with_pieces(given: Mapping[str, Tensor], pieces: Iterable[Piece], axis: ContextAxis) -> dict[str, Tensor]:
+    made = {_piece_name(each): own_tokens(given[each[0]], each[1], each[2], axis.ranks) for each in pieces}
+    return {**given, **made}
+
+
+def _faked(mode: Any, microbatch: Mapping[str, Any]) -> dict[str, Any]:
+    made: dict[str, Any] = tree.map_leaves(
+        lambda leaf: fake_like(mode, leaf) if isinstance(leaf, Tensor) else leaf, dict(microbatch)
+    )
+    return made
+
+
+def _device(microbatch: Mapping[str, Any]) -> torch.device:
+    return next((leaf.device for leaf in named_tensors(microbatch).values()), torch.device("cpu"))
+
+
+def _fresh(leaf: Tensor) -> Tensor:
+    return torch.empty(leaf.shape, dtype=leaf.dtype, device=leaf.device)

@@ -1,0 +1,104 @@
+"""A layer, or a loss, as a graph of the operators that it calls, with the sizes of the whole."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.overrides import TorchFunctionMode
+
+from autofunc import tree
+from autofunc.fake import is_own, user_line
+from autofunc.graph.trace import trace
+from autofunc.installed import is_of_torch
+
+Node = fx.Node
+
+_aten = torch.ops.aten
+_TAKEN_APART = (_aten.einsum.default, _aten.broadcast_tensors.default, _aten.tensordot.default, _aten.inner.default)
+"""Operators that are recorded as those they are made of, for which there are rules."""
+
+
+@dataclass(frozen=True, eq=False)
+class Traced:
+    """A function of parameters, received values and entries of the batch, as a graph."""
+
+    module: fx.GraphModule
+    params: Mapping[str, Node]  # by path
+    received: Sequence[Node]
+    entries: Mapping[str, Node]  # by name
+    returned: Sequence[Any]  # nodes, and constants as they are
+    spec: tree.TreeSpec
+    made: Any  # what it returned, on fake tensors
+    run: Callable[[], Any]  # once more, to find a line
+
+    def line_of(self, node: Node) -> str:
+        """The user's line that calls a node's operator, as far as it can be found."""
+        name = _plain_name(node)
+        before = 0
+        for each in self.module.graph.nodes:
+            if each is node:
+                break
+            before += each.op == "call_function" and _plain_name(each) == name
+        lines = _Lines()
+        with lines:
+            self.run()
+        found = lines.found.get(name, [])
+        return found[min(before, len(found) - 1)] if found else ""
+
+
+def traced(
+    function: Callable[[Mapping[str, Tensor], Sequence[Tensor], Mapping[str, Tensor]], Any],
+    params: Mapping[str, Tensor],
+    received: Sequence[Tensor],
+    entries: Mapping[str, Tensor],
+) -> Traced:
+    """Trace a function on fake tensors.
+
+    Args:
+        function: of parameters by path, received values, and entries of the batch by name.
+        params: whole.
+        received: whole.
+        entries: whole.
+    """
+    made: list[Any] = []
+
+    def run(owned: list[Tensor], arriving: list[Tensor], given: list[Tensor]) -> list[Tensor]:
+        made.append(function(dict(zip(params, owned, strict=True)), arriving, dict(zip(entries, given, strict=True))))
+        return [leaf for leaf in tree.leaves_and_spec(made[-1])[0] if isinstance(leaf, Tensor)]
+
+    given = list(params.values()), list(received), list(entries.values())
+    module = trace(run, *given, decompositions={each: each.decompose for each in _TAKEN_APART}, above_autograd=True)
+    placeholders = iter([node for node in module.graph.nodes if node.op == "placeholder"])
+    (results,) = next(node for node in module.graph.nodes if node.op == "output").args
+    remaining = iter(results)
+    leaves, spec = tree.leaves_and_spec(made[-1])
+    returned = [next(remaining) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    return Traced(
+        module, {path: next(placeholders) for path in params}, [next(placeholders) for _ in received],
+        {name: next(placeholders) for name in entries}, returned, spec, function(params, received, entries),
+        lambda: function(params, received, entries),
+    )  # fmt: skip
+
+
+class _Lines(TorchFunctionMode):
+    """Notes the user's line of every call, by the function's name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: dict[str, list[str]] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        frames = traceback.extract_stack()
+        if any(not is_of_torch(frame.filename) and not is_own(frame) for frame in frames):
+            name = getattr(func, "__name__", "").removesuffix("_")
+            self.found.setdefault(name, []).append(user_line(frames))
+        return func(*args, **(kwargs or {}))
+
+
+def _plain_name(node: Node) -> str:
+    return str(node.target).removeprefix("aten.").partition(".")[0].removesuffix("_")
