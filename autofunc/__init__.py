@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from autofunc.checkpoint import Checkpoint, load, save
     from autofunc.checks import check
     from autofunc.errors import AutofuncError
+    from autofunc.experts import Groups, mean_over_expert_ranks, routed_experts
     from autofunc.generation import generate
     from autofunc.markers import split_point
     from autofunc.mesh import data_coordinate, make_mesh
@@ -40,6 +41,7 @@ _HOME = {
     "AutoModel": "autofunc.automodel",
     "AutofuncError": "autofunc.errors",
     "Checkpoint": "autofunc.checkpoint",
+    "Groups": "autofunc.experts",
     "Layer": "autofunc.model",
     "LearningRate": "autofunc.optim",
     "Model": "autofunc.model",
@@ -62,6 +64,7 @@ _HOME = {
     "lora": "autofunc.adapters",
     "lr_schedule": "autofunc.optim",
     "make_mesh": "autofunc.mesh",
+    "mean_over_expert_ranks": "autofunc.experts",
     "merge_lora": "autofunc.adapters",
     "optimizer": "autofunc.optim",
     "optimizers": "autofunc.optim",
@@ -69,6 +72,7 @@ _HOME = {
     "reference_value_and_grad": "autofunc.reference",
     "register_architecture": "autofunc.automodel",
     "register_modeling_path": "autofunc.automodel",
+    "routed_experts": "autofunc.experts",
     "save": "autofunc.checkpoint",
     "save_adapter": "autofunc.adapters",
     "split": "autofunc.splitting",
@@ -82,6 +86,7 @@ __all__ = [
     "AutoModel",
     "AutofuncError",
     "Checkpoint",
+    "Groups",
     "Layer",
     "LearningRate",
     "Model",
@@ -106,6 +111,7 @@ __all__ = [
     "losses",
     "lr_schedule",
     "make_mesh",
+    "mean_over_expert_ranks",
     "merge_lora",
     "optimizer",
     "optimizers",
@@ -114,6 +120,7 @@ __all__ = [
     "reference_value_and_grad",
     "register_architecture",
     "register_modeling_path",
+    "routed_experts",
     "save",
     "save_adapter",
     "schedule",

@@ -99,6 +99,38 @@ def folded(mesh: DeviceMesh | None) -> DeviceMesh | None:
 _folded: WeakKeyDictionary[DeviceMesh, DeviceMesh] = WeakKeyDictionary()  # making groups is costly
 
 
+def expert_mesh(mesh: DeviceMesh, size: int) -> DeviceMesh:
+    """The mesh as experts see it that are spread over data parallel ranks: its axis "dp_shard" is two, "edp" and "ep".
+
+    Ranks along "ep", which are next to each other, have other experts; those along "edp" share the parameters of the same
+    ones, as those along "dp_shard" share all others. Made once for each mesh; all processes call it.
+
+    Args:
+        mesh: of all processes, with an axis "dp_shard" that `size` divides.
+        size: ranks along "ep".
+
+    Raises:
+        MeshError: for a part of a mesh.
+    """
+    made = _expert_meshes.setdefault(mesh, {})
+    if size not in made:
+        if mesh.mesh.numel() != dist.get_world_size():
+            raise MeshError("experts are spread over ranks of a mesh of all processes, and not of a part; see af.make_mesh")
+        shard = axis_size(mesh, "dp_shard")
+        sizes: dict[str, int] = {}
+        for axis in mesh.mesh_dim_names or ():
+            if axis == "dp_shard":
+                sizes |= {"edp": shard // size, "ep": size}
+            elif axis_size(mesh, axis) > 1:
+                sizes[axis] = axis_size(mesh, axis)
+        made[size] = DeviceMesh(mesh.device_type, mesh.mesh.view(*sizes.values()), mesh_dim_names=tuple(sizes))
+        _wait_as_by_default(made[size])
+    return made[size]
+
+
+_expert_meshes: WeakKeyDictionary[DeviceMesh, dict[int, DeviceMesh]] = WeakKeyDictionary()  # making groups is costly
+
+
 def _wait_as_by_default(mesh: DeviceMesh) -> None:
     """Ranks wait for each other along every axis as long as in the default group."""
     default = dist.group.WORLD

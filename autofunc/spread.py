@@ -1,8 +1,8 @@
 """How activations are spread over the processes that compute a stage together, and rows over those that run it besides.
 
 On one process nothing is done. While a stage that several processes compute together, or run on other rows each, runs or is
-captured, the engine puts a `Spread` and a `DataSum` in charge. A model says by `af.constrain` how its values lie, and the
-`Spread` moves them. The values themselves never change, only where they lie.
+captured, the engine puts a `Spread`, a `DataSum` and an `ExpertExchange` in charge. A model says by `af.constrain` how its
+values lie, and the `Spread` moves them. The values themselves never change, only where they lie.
 """
 
 from __future__ import annotations
@@ -54,7 +54,46 @@ class DataSum(Protocol):
         ...
 
 
+class ExpertExchange(Protocol):
+    """Who sends rows between the processes that share the experts of a layer, each of which has other rows.
+
+    With E experts, `size` processes and S rows on each: process r has the experts from `r * E / size` on.
+    """
+
+    @property
+    def size(self) -> int:
+        """How many processes these are."""
+        ...
+
+    @property
+    def fingerprint(self) -> Hashable:
+        """Equal where these are the same."""
+        ...
+
+    def counts(self, own: Tensor) -> Tensor:
+        """Everyone's numbers of rows for each expert: int64 (E,) -> (size, E)."""
+        ...
+
+    def dispatch(self, rows: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+        """Send rows, (S, width), sorted by expert, to those who have the experts; differentiable.
+
+        Returns:
+            (size * S, width): what came for this process's experts, by expert, then by who sent it, then zeros; and how
+            many there are for each, int64 (E / size,).
+        """
+        ...
+
+    def combine(self, made: Tensor, counts: Tensor, rows: int) -> Tensor:
+        """The opposite: what was made of the rows that came, (size * S, any), to who sent them, (S, any), in order."""
+        ...
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum of everyone's value for the same microbatch; differentiable."""
+        ...
+
+
 _data: ContextVar[DataSum | None] = ContextVar("data", default=None)
+_experts: ContextVar[ExpertExchange | None] = ContextVar("experts", default=None)
 
 
 @contextmanager
@@ -74,6 +113,16 @@ def summing(data: DataSum | None) -> AbstractContextManager[None]:
 def current_data() -> DataSum | None:
     """Who is in charge; None where all rows are this process's."""
     return _data.get()
+
+
+def exchanging(experts: ExpertExchange | None) -> AbstractContextManager[None]:
+    """Put it in charge; None where this process has all experts."""
+    return _in_charge(_experts, experts)
+
+
+def current_experts() -> ExpertExchange | None:
+    """Who is in charge; None where this process has all experts."""
+    return _experts.get()
 
 
 _spread: ContextVar[Spread | None] = ContextVar("spread", default=None)

@@ -6,9 +6,8 @@ transformers, `models/mixtral/modeling_mixtral.py` (`MixtralForCausalLM`), whose
 
 Shapes: as in `stages.llama`, and E = num_local_experts, k = num_experts_per_tok, F = intermediate_size of one expert.
 
-**What it costs.** Every token goes through every expert, as one MLP of E F hidden features, of which all but the k chosen
-experts' are multiplied by zero: E / k times the work and the memory of the experts that count. In return no shape depends
-on the data, so a stage can be captured, and products are as large as can be.
+**What it costs.** Every token goes through its k experts only, see `af.routed_experts`, and none is dropped. No shape
+depends on the data, so a stage can be captured. Over expert parallel ranks each has its part of the experts of a block.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from einops import rearrange
 from tensordict import TensorDict
 from torch import Tensor
 from torch.nn import functional
@@ -126,46 +124,66 @@ def build_moe_model(
     layers["norm"] = af.Layer(lambda key: norm_init(key, "", hidden_size), apply_norm)
     layers["lm_head"] = af.Layer(project.init, apply_head)
     return af.Model(
-        layers, ties=ties(config), config=config,
+        layers, ties=ties(config), config=config, experts=["layers.*.mlp.experts.*"],
         in_transformers=lambda params: (moe_values(config), to_hf(params, config)),
     )  # fmt: skip
 
 
-def route(params: Params, x_BTD: Tensor, config: MoEConfig) -> tuple[Tensor, Tensor]:
-    """How much each expert counts for each token, and the balance loss of this layer.
+def route(params: Params, x_ND: Tensor, config: MoEConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """The experts of each token, how much each of them counts, and the balance loss of this layer.
+
+    Args:
+        params: of the router.
+        x_ND: (tokens, D).
+        config: sizes.
 
     Returns:
-        fp32 (B, T, E), zero for all but k experts of a token and summing to 1 over them; and fp32, 0-dim.
+        int64 (tokens, k); fp32 (tokens, k), summing to 1; and fp32, 0-dim.
     """
-    probability_BTE = functional.linear(x_BTD, params["weight"]).float().softmax(dim=-1)
-    best_BTK = probability_BTE.topk(config.num_experts_per_tok, dim=-1).indices
-    expert_E = torch.arange(config.num_local_experts, device=x_BTD.device)
-    chosen_BTE = (best_BTK[..., None] == expert_E).any(dim=-2)
-    weight_BTE = probability_BTE * chosen_BTE
-    return weight_BTE / weight_BTE.sum(dim=-1, keepdim=True), balance_loss(probability_BTE, chosen_BTE)
+    probability_NE = functional.linear(x_ND, params["weight"]).float().softmax(dim=-1)
+    best_NK = probability_NE.topk(config.num_experts_per_tok, dim=-1).indices
+    weight_NK = probability_NE.gather(-1, best_NK)
+    return best_NK, weight_NK / weight_NK.sum(dim=-1, keepdim=True), balance_loss(probability_NE, best_NK)
 
 
-def balance_loss(probability_BTE: Tensor, chosen_BTE: Tensor) -> Tensor:
+def balance_loss(probability_NE: Tensor, best_NK: Tensor) -> Tensor:
     """`E * sum over experts of (share of tokens that chose it) * (its mean probability)`: k when all count alike.
+
+    Both factors are means over all tokens of the microbatch, those of the other expert parallel ranks included, which
+    compute a block together: so that a number of these ranks gives the loss of one process with all of their rows.
 
     The model's is the mean over its layers, to which each block adds its own part. Transformers
     (`load_balancing_loss_func`) takes both factors over the tokens of all layers at once, which no layer can add to alone:
     there the excess of an expert in one layer makes up for the lack of the one with its number in another, here every layer
     is to be balanced. With one layer they are equal, and so is the value at balance, so the same coefficient fits.
+
+    Args:
+        probability_NE: fp32 (tokens, E).
+        best_NK: int64 (tokens, k), the experts of each token.
     """
-    share_E = chosen_BTE.float().mean(dim=(0, 1))
-    return chosen_BTE.shape[-1] * (share_E * probability_BTE.mean(dim=(0, 1))).sum()
+    expert_E = torch.arange(probability_NE.shape[-1], device=best_NK.device)
+    chosen_NE = (best_NK[..., None] == expert_E).any(dim=-2)
+    both_2E = torch.stack((chosen_NE.float().mean(dim=0), probability_NE.mean(dim=0)))
+    share_E, mean_E = af.mean_over_expert_ranks(both_2E).unbind()
+    return len(expert_E) * (share_E * mean_E).sum()
 
 
-def experts(params: Params, x_BTD: Tensor, weight_BTE: Tensor) -> Tensor:
-    """The weighted sum of all experts, `down(silu(gate(x)) * up(x))` each, as one MLP of E F hidden features."""
-    count = weight_BTE.shape[-1]
-    gate_BTEF, up_BTEF = (
-        rearrange(functional.linear(x_BTD, params[name].flatten(0, 1)), "b t (e f) -> b t e f", e=count)
-        for name in ("gate_proj", "up_proj")
-    )
-    hidden_BTEF = functional.silu(gate_BTEF) * up_BTEF * weight_BTE[..., None].to(x_BTD.dtype)
-    return functional.linear(hidden_BTEF.flatten(-2), rearrange(params["down_proj"], "e d f -> d (e f)"))
+def experts(params: Params, x_ND: Tensor, best_NK: Tensor, weight_NK: Tensor, count: int) -> Tensor:
+    """The weighted sum of the chosen experts of each token, `down(silu(gate(x)) * up(x))` each: (tokens, D).
+
+    Args:
+        params: of all experts, or of this expert parallel rank's.
+        x_ND: (tokens, D).
+        best_NK: int64 (tokens, k).
+        weight_NK: (tokens, k).
+        count: E.
+    """
+
+    def expert(rows_RD: Tensor, groups: af.Groups) -> Tensor:
+        gate_RF, up_RF = (groups.linear(rows_RD, params[name]) for name in ("gate_proj", "up_proj"))
+        return groups.linear(functional.silu(gate_RF) * up_RF, params["down_proj"])
+
+    return af.routed_experts(x_ND, best_NK, weight_NK.to(x_ND.dtype), count, expert)
 
 
 @af.losses.reduce_aux(balance_loss="mean")
@@ -212,8 +230,9 @@ def _block(config: MoEConfig) -> af.Layer:
             params["self_attn"], rms_norm(params["input_layernorm"], x_BTD, config.rms_norm_eps), config
         )
         h_BTD = rms_norm(params["post_attention_layernorm"], x_BTD, config.rms_norm_eps)
-        weight_BTE, balance = route(params["mlp"]["gate"], h_BTD, config)
-        x_BTD = x_BTD + experts(params["mlp"]["experts"], h_BTD, weight_BTE)
+        h_ND = h_BTD.flatten(0, 1)
+        best_NK, weight_NK, balance = route(params["mlp"]["gate"], h_ND, config)
+        x_BTD = x_BTD + experts(params["mlp"]["experts"], h_ND, best_NK, weight_NK, count).view_as(x_BTD)
         return {"hidden": x_BTD, "balance_loss": x["balance_loss"] + balance / config.num_hidden_layers}
 
     return af.Layer(init=init, apply=apply)

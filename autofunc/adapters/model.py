@@ -93,6 +93,11 @@ class AdaptedModel(Model):
         self._check_trainable(made)
         return {path: made[path] for path in sorted(made, key=tree.split_path)}
 
+    @property
+    def expert_paths(self) -> frozenset[str]:
+        """See `Model.expert_paths`: those of the base."""
+        return self.base.expert_paths
+
     def layer_of(self, path: str) -> str | None:
         """See `Model.layer_of`."""
         return self.base.layer_of(self._of_factor[path][1] if path in self._of_factor else path)

@@ -23,6 +23,7 @@ from torch import Tensor, fx, nn
 from autofunc import tree
 from autofunc.captured.all_places import ROWS_OF_DATA
 from autofunc.captured.assertions import leave_out_assertions
+from autofunc.captured.balance import over_expert_ranks
 from autofunc.captured.compiled_parts import call_inside
 from autofunc.captured.control_flow import PYTHON_CONTROL_FLOW
 from autofunc.captured.converted_parts import without_conversions
@@ -30,6 +31,7 @@ from autofunc.captured.ctc import LENGTHS_AS_TENSORS
 from autofunc.captured.decided_draws import refuse_decided_draws
 from autofunc.captured.dense import SPARSE, make_dense
 from autofunc.captured.draws import unvalidated
+from autofunc.captured.experts import routed, run_for_real
 from autofunc.captured.gradients import refuse_module_hooks, refuse_own_backward, replaced_functions
 from autofunc.captured.host_draws import HostDraws, refuse_host_draws
 from autofunc.captured.inlined import PREFIX, Inliner
@@ -114,6 +116,8 @@ class Call(nn.Module):
             self.drawn.undone(),
             without_conversions(what),
             recorded(),
+            routed(),
+            over_expert_ranks(self.module),
         ):
             outputs, cached = without_caches(self._called(args, kwargs, batch))
             outputs = tree.with_known_classes(outputs)
@@ -198,6 +202,7 @@ def export(
             (exported.params if kind == "PARAMETER" else exported.buffers)[new] = name.removeprefix(PREFIX)
     exported.graph.output(tuple(flattening.run(program.graph)))
     apply_for_real(exported.graph)
+    run_for_real(exported.graph)
     exported.outline = outline(exported.graph, exported.constants)
     exported.notes += leave_out_rows(exported.graph, what)
     refuse_decided_draws(exported.graph, what)

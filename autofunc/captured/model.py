@@ -16,6 +16,7 @@ from autofunc.captured.captures import Captures
 from autofunc.captured.cut import Cut
 from autofunc.captured.cut_points import ABSENT, FIRST, default_layers, find_cut_points
 from autofunc.captured.evaluation import Evaluation, evaluation_of
+from autofunc.captured.experts import expert_parameters
 from autofunc.captured.filled import filled, full_values
 from autofunc.captured.flow import Flow
 from autofunc.captured.holders import holders, idle, idle_note, with_idle
@@ -149,6 +150,12 @@ class CapturedModel(Model):
         self._check_trainable(made)
         return {path: made[path] for path in sorted(made, key=tree.split_path)}
 
+    @cached_property
+    def expert_paths(self) -> frozenset[str]:
+        """See `Model.expert_paths`: what the captured forward multiplies the rows of experts by."""
+        flow = self._captures.flow(self._example, None)[1]
+        return expert_parameters(flow.exported.graph, flow.exported.params, self._source.what)
+
     def layer_of(self, path: str) -> str | None:
         """See `Model.layer_of`."""
         return self._layer_of_path.get(path)
@@ -259,7 +266,7 @@ class CapturedModel(Model):
             segment, keys = cut.shared([number_of[name] for name in layers])
             given = {name: microbatch[name] for name in entries}
             leaves = [leaf for leaf in tree.leaves_and_spec(given)[0] if isinstance(leaf, Tensor)]
-            device, key = _device(leaves), microbatch.get(key_name)
+            device, key = leaves[0].device if leaves else torch.device("cpu"), microbatch.get(key_name)
             values, _ = segment({}, leaves, {}, device, key)
             return Shared(dict(zip(keys, values if len(keys) != 1 else [values], strict=True)), device, key)
 
@@ -341,7 +348,3 @@ def _stateful_function(segment: Segment) -> StatefulFunction:
 
 def _received(segment: Segment, x: Any) -> Sequence[Tensor]:
     return [] if not segment.num_received else [x] if segment.num_received == 1 else x
-
-
-def _device(leaves: Sequence[Tensor]) -> torch.device:
-    return leaves[0].device if leaves else torch.device("cpu")

@@ -87,7 +87,8 @@ def _launches(config: FinetuneConfig, options: RunOptions) -> bool:
     """Whether there will be more than this process, or one that is started again."""
     wanted = config.distributed
     sizes = (
-        wanted.pp_size, wanted.cp_size, wanted.tp_size, wanted.dp_size, wanted.dp_replicate_size, options.nproc_per_node,
+        wanted.pp_size, wanted.cp_size, wanted.tp_size, wanted.dp_size, wanted.dp_replicate_size, wanted.ep_size,
+        options.nproc_per_node,
     )  # fmt: skip
     return bool(options.max_restarts) or any(size not in (None, 1) for size in sizes)
 

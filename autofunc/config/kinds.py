@@ -35,12 +35,6 @@ def check_target(node: dict[str, Any]) -> dict[str, Any]:
     return node
 
 
-def _check_one(size: int) -> int:
-    if size != 1:
-        raise ValueError("only 1 is supported so far")
-    return size
-
-
 _DTYPES = {"float32": "float32", "fp32": "float32", "bfloat16": "bfloat16", "bf16": "bfloat16"}
 
 
@@ -56,8 +50,6 @@ def _dtype_name(given: object) -> object:
 
 
 Dtype = Annotated[Literal["float32", "bfloat16"], BeforeValidator(_dtype_name)]
-
-OnlyOne = Annotated[int, AfterValidator(_check_one)]
 
 Bytes = Annotated[int, BeforeValidator(parse_bytes)]
 

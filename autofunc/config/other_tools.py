@@ -110,7 +110,7 @@ TORCHTITAN: Mapping[str, str] = {
     "parallelism.pipeline_parallel_layers_per_stage": "distributed.split_points, a number of stages",
     "parallelism.pipeline_parallel_microbatch_size": "step_scheduler.local_batch_size",
     "parallelism.context_parallel_degree": "distributed.cp_size",
-    "parallelism.expert_parallel_degree": "distributed.ep_size, of which only 1 is supported so far",
+    "parallelism.expert_parallel_degree": "distributed.ep_size",
     "parallelism": "distributed",
     "activation_checkpoint": "distributed.remat",
     "compile": "distributed.compile",
@@ -191,7 +191,7 @@ MEGATRON: Mapping[str, str] = {
     "distributed.tensor_model_parallel_size": "distributed.tp_size",
     "distributed.data_parallel_size": "distributed.dp_size",
     "distributed.context_parallel_size": "distributed.cp_size",
-    "distributed.expert_model_parallel_size": "distributed.ep_size, of which only 1 is supported so far",
+    "distributed.expert_model_parallel_size": "distributed.ep_size",
 }
 
 TOOLS: Mapping[str, Mapping[str, str]] = {

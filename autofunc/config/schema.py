@@ -13,7 +13,6 @@ from autofunc.config.kinds import (
     Dtype,
     MicrobatchRows,
     OneOrMore,
-    OnlyOne,
     Ranks,
     Rows,
     Section,
@@ -91,7 +90,9 @@ class Distributed(Section):
         "allgather", description="how attention comes by the keys and values of other context parallel ranks: all at once, "
         "or in turn while it computes",
     )  # fmt: skip
-    ep_size: OnlyOne = Field(1, description="expert parallel ranks")
+    ep_size: Ranks = Field(
+        1, description="expert parallel ranks: of the data parallel ranks that share parameters, so many have other experts"
+    )
     sequence_parallel: bool = Field(False, description="keep the stream between blocks cut over the tp ranks too")
     tp_plan: dict[str, str] | Text | None = Field(
         None, description="pattern of parameter paths -> shard(d) or replicate, or where to import such a table from; "

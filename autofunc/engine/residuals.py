@@ -23,6 +23,7 @@ from torch import fx
 
 from autofunc.engine.capture import Joint
 from autofunc.engine.device_speed import multiplications_per_byte
+from autofunc.experts import PRODUCTS, product_work
 from autofunc.graph.memory import base_of, is_view, storage_bytes
 from autofunc.graph.reach import ancestors_within, descendants, frontier, reachable
 from autofunc.graph.schema import is_pointwise
@@ -180,6 +181,9 @@ def cost_of(nodes: Iterable[Node]) -> float:
         if node.target in _PRODUCTS:
             left, right = (node.args[place].meta["val"] for place in _PRODUCTS[node.target])  # type: ignore[union-attr]
             total += left.numel() * right.shape[-1] / multiplications_per_byte(left.device, left.dtype)
+        elif node.target in PRODUCTS:
+            rows, other = (each.meta["val"] for each in node.args[:2])  # type: ignore[union-attr]
+            total += product_work(rows.shape, other.shape) / multiplications_per_byte(rows.device, rows.dtype)
         else:
             value = node.meta["val"]
             made = value if isinstance(value, (tuple, list)) else (value,)

@@ -17,6 +17,7 @@ from autofunc.model.cut_points import CutPoints
 from autofunc.model.given_back import GivenBack, InTransformers
 from autofunc.model.layer import Layer, drawing_as
 from autofunc.model.over_processes import OverProcesses
+from autofunc.model.patterns import matching
 from autofunc.model.placement_rules import TensorParallel
 from autofunc.model.specialised import LayerFunction, Specialised
 from autofunc.model.state import State, check_state, stateful
@@ -39,6 +40,7 @@ class Model(OverProcesses, GivenBack):
         config: anything that describes the model; kept as it is.
         trainable: shell-style patterns of the canonical paths that get gradients; `*` crosses dots.
         tensor_parallel: how its parameters are cut over a tp axis; without one they cannot be.
+        experts: patterns of the canonical paths of parameters of routed experts, see `expert_paths`.
         in_transformers: `in_transformers(params) -> (values of its config.json, state dict)`, for `autofunc export`.
 
     Raises:
@@ -62,16 +64,15 @@ class Model(OverProcesses, GivenBack):
         config: Any = None,
         trainable: Sequence[str] = ("*",),
         tensor_parallel: TensorParallel | None = None,
+        experts: Sequence[str] = (),
         in_transformers: InTransformers | None = None,
     ) -> None:
         if not layers:
             raise ModelError("a model needs at least one layer")
         self._check_names(layers)
         self.layers = dict(layers)
-        self.ties = dict(ties or {})
-        self.config = config
-        self.trainable = tuple(trainable)
-        self.tensor_parallel = tensor_parallel
+        self.ties, self.config, self.trainable = dict(ties or {}), config, tuple(trainable)
+        self.tensor_parallel, self.experts = tensor_parallel, tuple(experts)
         self.in_transformers = in_transformers
         self.stored: Stored | None = None  # initial values, instead of what layers make
         for alias, canonical in self.ties.items():
@@ -119,9 +120,7 @@ class Model(OverProcesses, GivenBack):
                 f"parameter {lost[0]!r} is {leaves[lost[0]].dtype}, and gradients are of real parameters only; keep its "
                 "real and imaginary parts (torch.view_as_real), or leave it out of trainable"
             )
-        unused = [pattern for pattern in self.trainable if not any(tree.matches(path, [pattern]) for path in known)]
-        if unused and known:
-            raise ModelError(f"trainable pattern {unused[0]!r} matches no parameter; {one_of(unused[0], known)}")
+        matching("trainable", self.trainable if known else (), known)
 
     def check_stored(self) -> None:
         """Refuse stored values that are not those of this model.
@@ -150,6 +149,11 @@ class Model(OverProcesses, GivenBack):
 
     notes: tuple[str, ...] = ()
     """What was left out or changed when it was made of something else, in words for its user."""
+
+    @property
+    def expert_paths(self) -> frozenset[str]:
+        """Canonical paths of the parameters with an entry for each routed expert in dim 0, which only these read."""
+        return matching("experts", self.experts, [path for path in self.spec if path not in self.ties])
 
     def specialise(
         self,
@@ -205,8 +209,7 @@ class Model(OverProcesses, GivenBack):
     @property
     def uses_seed(self) -> bool:
         """Whether `init` makes any parameter from the seed."""
-        own = [self.has_own_value(self.canonical(path)) for path in self.spec]
-        return not own or not all(own)
+        return not self.spec or not all(self.has_own_value(self.canonical(path)) for path in self.spec)
 
     def seed_of(self, seed: int | None, device: torch.device | str) -> int:
         """What `init` makes values from; warns where a seed is given and no value is made from it."""
@@ -225,8 +228,7 @@ class Model(OverProcesses, GivenBack):
         stored in files, keep those.
 
         Args:
-            seed: of the values; by default 0. A `UserWarning` says so when all parameters have values of their own, and
-                the seed is not used.
+            seed: by default 0. A `UserWarning` says so when all parameters have values of their own, and it is not used.
             device: where they are made; by default `Model.device`.
             dtype: of floating-point ones; by default fp32, or what a captured module's own weights have.
         """
@@ -241,8 +243,8 @@ class Model(OverProcesses, GivenBack):
         if self.stored is not None and torch.device(device).type != "meta":
             read = self.stored.read(sorted(wanted, key=tree.split_path))
             return {path: leaf.to(device, dtype or torch.float32, copy=True) for path, leaf in read.items()}
-        names = {self.layer_of(path) for path in wanted}
-        layers = {name: layer for name, layer in self.layers.items() if name in names}
+        needed = {self.layer_of(path) for path in wanted}
+        layers = {name: layer for name, layer in self.layers.items() if name in needed}
         flat = self._init_layers(layers, seed, torch.device(device), dtype or torch.float32)
         return {path: leaf for path, leaf in flat.items() if path in wanted}
 
@@ -266,8 +268,7 @@ class Model(OverProcesses, GivenBack):
             if self.stored is not None and torch.device(device).type != "meta":
                 read = self.stored.read([path for path in flat if path in self.stored.shapes])
                 flat |= {path: leaf.to(device, flat[path].dtype, copy=True) for path, leaf in read.items()}
-        wanted = flat if paths is None else set(paths)
-        return {path: flat[path] for path in sorted(wanted, key=tree.split_path)}
+        return {path: flat[path] for path in sorted(flat if paths is None else set(paths), key=tree.split_path)}
 
     def state_trees(self, flat: Mapping[str, torch.Tensor]) -> Mapping[str, State]:
         """Group a flat tree of all state by layer.

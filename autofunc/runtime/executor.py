@@ -33,8 +33,8 @@ from autofunc.runtime.ops import (
 from autofunc.runtime.program import Program
 from autofunc.runtime.transport import MemoryHub, Port, Ticket
 from autofunc.schedule import grid
-from autofunc.shard.parameters import StepParameters
 from autofunc.shard.reduce import Reduction
+from autofunc.shard.step_parameters import StepParameters
 from autofunc.splitting import Stage
 
 

@@ -24,7 +24,6 @@ from autofunc.runtime.recording import Recording
 from autofunc.runtime.states import flat_lanes, flat_states, states_of
 from autofunc.runtime.transport import MemoryHub, MemoryTransport, Transport
 from autofunc.shard.dtensors import like
-from autofunc.shard.reduce import Reduction
 
 
 @dataclass
@@ -126,7 +125,7 @@ def _run(
     result: StepResult,
 ) -> Iterator[None]:
     """One rank's step, from binding its parameters to the finished gradients."""
-    stages, reduction = [plan.stages[index] for index in plan.schedule.stages_of(rank)], _reduction(plan)
+    stages, reduction = [plan.stages[index] for index in plan.schedule.stages_of(rank)], plan.parameters.reduction()
     if recording is not None:
         yield from recording.run(rank, transport, reduction, given.number, observers)
         step = recording.step(rank, reduction)
@@ -149,10 +148,6 @@ def _run(
         result.loss = mean(_tensor(result.total), weight, plan.loss)
         yield from _finish_grads(plan, step, given.params, divisor(weight), transport, result)
         result.state.update(flat_states(stages, step.states, plan.parameters.mesh))
-
-
-def _reduction(plan: Plan) -> Reduction:
-    return Reduction(plan.parameters.mesh, plan.parameters.sharding.mp_policy.reduce_dtype)
 
 
 def _rank_step(

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, UnshardHandle, fully_shard
 
-from autofunc.mesh import axis_size
 from autofunc.shard.dtensors import local
 from autofunc.shard.options import Sharding
 
@@ -46,21 +45,24 @@ class ShardedTree:
     Args:
         groups: what is gathered together.
         make: gives the parameters of a group, whole over the dp_shard axis (cut over tp already).
-        mesh: with the axis dp_shard.
+        mesh_of: of a group: a mesh of the axis that shares it, or of dp_replicate and that one.
         sharding: the policies.
     """
 
     def __init__(
-        self, groups: Sequence[Group], make: Callable[[Group], Mapping[str, Tensor]], mesh: DeviceMesh, sharding: Sharding
+        self,
+        groups: Sequence[Group],
+        make: Callable[[Group], Mapping[str, Tensor]],
+        mesh_of: Callable[[Group], DeviceMesh],
+        sharding: Sharding,
     ) -> None:
-        axes = ("dp_replicate", "dp_shard") if axis_size(mesh, "dp_replicate") > 1 else ("dp_shard",)
         self._holders: dict[Group, Any] = {}
         for group in groups:  # one layer at a time, so that no more than one is whole
             made = make(group)
             holder = _Holder({path: made[path] for path in group})  # in the same order on every rank
             fully_shard(
                 holder,
-                mesh=mesh[axes],
+                mesh=mesh_of(group),
                 reshard_after_forward=False,
                 mp_policy=sharding.mp_policy,
                 offload_policy=sharding.offload_policy,

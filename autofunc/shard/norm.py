@@ -66,4 +66,6 @@ def _is_first_copy(leaf: Tensor, mesh: DeviceMesh | None) -> bool:
     if isinstance(leaf, DTensor):
         names = leaf.device_mesh.mesh_dim_names or ()
         cut = {name for name, placement in zip(names, leaf.placements, strict=True) if not placement.is_replicate()}
+    if "ep" in cut:  # along dp_shard each rank has other experts, or another part of the same
+        cut.add("dp_shard")
     return all(coordinate(mesh, axis) == 0 for axis in AXES[1:] if axis not in cut)

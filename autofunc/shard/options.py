@@ -29,6 +29,8 @@ class Sharding:
         offload_policy: where the sharded parameters wait, see `torch.distributed.fsdp.CPUOffloadPolicy`.
         tensor_parallel: how parameters are cut over the tp axis: a table; by default ("auto") the model's own, and of a
             captured module without one ("own" insists on it) what its graph gives ("derived").
+        expert_parallel: over how many ranks routed experts are spread: neighbours among the `dp_shard` ranks of the mesh,
+            which still have other rows each, and hold E / expert_parallel of E experts.
         sequence_parallel: keep the stream between blocks cut along the tokens over the tp axis: less memory, the same
             traffic.
         context_parallel: how attention of tokens that are cut over the cp axis comes by keys and values: "allgather", all
@@ -45,6 +47,7 @@ class Sharding:
     tensor_parallel: TensorParallel | Mapping[str, str] | str | None = None
     sequence_parallel: bool = False
     context_parallel: str = "allgather"
+    expert_parallel: int = 1
 
     def __post_init__(self) -> None:
         if isinstance(self.tensor_parallel, str) and self.tensor_parallel not in SOURCES:
@@ -54,6 +57,8 @@ class Sharding:
         if self.prefetch < 0:
             raise AutofuncError(f"sharding: prefetch={self.prefetch}, expected 0 or more")
         check_method(self.context_parallel)
+        if self.expert_parallel < 1:
+            raise AutofuncError(f"sharding: expert_parallel={self.expert_parallel}, expected 1 or more")
         for name in ("param_dtype", "reduce_dtype", "output_dtype"):
             dtype = getattr(self.mp_policy, name)
             if dtype is torch.float16:

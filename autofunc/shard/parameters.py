@@ -8,7 +8,6 @@ precision of the policy.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -22,18 +21,21 @@ from autofunc.context_parallel.axis import ContextAxis
 from autofunc.engine.recordable import check_axes
 from autofunc.errors import AutofuncError, MeshError, ModelError
 from autofunc.mesh import axis_size, coordinate, data_coordinate, folded
-from autofunc.model import Model, cut_dims
+from autofunc.model import Model
 from autofunc.shard.context_ranks import context_axis
+from autofunc.shard.cut_over_tp import cut_over_tp
 from autofunc.shard.data_sum import OverData
 from autofunc.shard.dtensors import gathered, local
+from autofunc.shard.experts import SpreadExperts
 from autofunc.shard.fsdp import Group, ShardedTree, Storages
 from autofunc.shard.fused import remember
 from autofunc.shard.options import Sharding
 from autofunc.shard.over_graphs import OverGraphs
-from autofunc.shard.reduce import shard_shape, with_rows
+from autofunc.shard.reduce import Reduction, shard_shape, with_rows
+from autofunc.shard.step_parameters import StepParameters
 from autofunc.shard.tensor_parallel import OverTP
 from autofunc.splitting import WHOLE, Partitioning, Setting, Stage
-from autofunc.spreading import DERIVED, AxisPlan, Cut, piece_of, put_together
+from autofunc.spreading import piece_of, put_together
 
 Full = Callable[[Sequence[str]], Mapping[str, Tensor]]
 """Makes whole parameters with these canonical paths."""
@@ -79,6 +81,10 @@ class Parameters:
             else:
                 dims = {path: self._cut[home].dim for path, home in homes.items() if home in self._cut}
                 self.partitioning = OverTP(mesh["tp"], dims, sharding.sequence_parallel)
+        self.experts: SpreadExperts | None = None
+        if sharding.expert_parallel > 1:
+            self.experts = SpreadExperts(model, mesh, sharding.expert_parallel)
+            self.partitioning = self.experts.partitioning
         rows = self.rows_mesh
         data = OverData(rows) if rows is not None and data_coordinate(rows)[1] > 1 else None
         context = context or context_axis(rows, sharding.context_parallel)
@@ -87,8 +93,19 @@ class Parameters:
                 f"the mesh has cp={context.size} and tp={axis_size(mesh, 'tp')}, and the layers of {model.title} are "
                 "functions, which cannot be cut over both; use cp=1 or tp=1, or a captured module"
             )
+        if context is not None and self.experts is not None:
+            raise MeshError(
+                f"the mesh has cp={context.size}, and expert_parallel={self.experts.size}; ranks that share experts have "
+                "whole rows: use cp=1, or expert_parallel=1"
+            )
+        exchange = self.experts.exchange if self.experts is not None else None
         self.setting = Setting(
-            self.partitioning, sharding.precision, data, arrive_by_layer=self.is_sharded, context=context
+            self.partitioning,
+            sharding.precision,
+            data,
+            exchange,
+            arrive_by_layer=self.is_sharded,
+            context=context,
         )
 
     @property
@@ -105,16 +122,19 @@ class Parameters:
 
     @cached_property
     def groups(self) -> list[Group]:
-        """What is gathered together: the parameters of each layer; one that several use goes with the first."""
+        """What is gathered together: a layer's parameters, those of spread experts apart; shared ones go with the first."""
         found: dict[str, str] = {}
         for stage in self.stages:
             for holder in stage.holders:
                 found.setdefault(self.model.canonical(holder), self.model.layer_of(holder) or "")
-        return [
-            tuple(path for path in self.paths if found[path] == layer)
+        apart = self.experts.paths if self.experts is not None else frozenset()
+        groups = (
+            tuple(path for path in self.paths if found[path] == layer and (path in apart) == is_expert)
             for layer in self.model.layers
             if layer in set(found.values())
-        ]
+            for is_expert in (False, True)
+        )
+        return [group for group in groups if group]
 
     @cached_property
     def _groups_of(self) -> dict[int, list[Group]]:
@@ -139,6 +159,8 @@ class Parameters:
     def local_shape(self, path: str) -> torch.Size:
         """Shape of the part of a parameter, or of its gradient, that this process holds; for any parameter of the model."""
         shape = self.partitioning.shape(path, self.model.spec[path].shape)
+        if self.experts is not None and self.model.canonical(path) in self.experts.paths:
+            return shard_shape(shape, axis_size(self.experts.mesh, "edp"), coordinate(self.experts.mesh, "edp"))
         return shard_shape(shape, self.dp_shard, coordinate(self.mesh, "dp_shard"))
 
     # --- trees
@@ -146,8 +168,8 @@ class Parameters:
     def make(self, full: Full) -> dict[str, Tensor]:
         """The leaves of this process, layer by layer: no more than one layer is whole at a time."""
         if self.is_sharded:
-            return dict(self._storages.add(lambda group: self._over_tp(_with_rows(full(group)))).sharded)
-        return {path: leaf for group in self.groups for path, leaf in self._over_tp(full(group)).items()}
+            return dict(self._storages.add(lambda group: self._parts(_with_rows(full(group)))).sharded)
+        return {path: leaf for group in self.groups for path, leaf in self._parts(full(group)).items()}
 
     def full(self, path: str, leaf: Tensor) -> Tensor:
         """A leaf put together from all ranks of the dp_shard and tp axes, which all call it; a copy."""
@@ -162,7 +184,12 @@ class Parameters:
 
     @property
     def _is_spread(self) -> bool:
-        return self.is_sharded or self.partitioning is not WHOLE
+        return self.is_sharded or (self.partitioning is not WHOLE and not self._is_imagined)
+
+    @property
+    def _is_imagined(self) -> bool:
+        """Whether experts are spread over ranks that do not exist."""
+        return self.experts is not None and self.mesh is None
 
     def lies_right(self, leaf: Tensor) -> bool:
         """Whether a leaf is a DTensor where it should be one; a meta tensor stands for any."""
@@ -188,7 +215,7 @@ class Parameters:
             expected_shape = tuple(with_rows(shape) if self.is_sharded and not leaf.is_meta else shape)
             if tuple(leaf.shape) != expected_shape:
                 raise ModelError(f"parameter {path!r} has shape {tuple(leaf.shape)}; expected {expected_shape}")
-            if leaf.is_meta:
+            if leaf.is_meta or self._is_imagined:
                 continue
             if not self.lies_right(leaf) or local(leaf).shape != self.local_shape(path):
                 expected = "a DTensor over the mesh" if self._is_spread else "a plain tensor"
@@ -208,12 +235,24 @@ class Parameters:
 
     # --- one step
 
+    def reduction(self) -> Reduction:
+        """Sums of one step's gradients."""
+        return Reduction(self.mesh, self.sharding.mp_policy.reduce_dtype, self.experts, self.model.canonical)
+
     def step(self, flat: Mapping[str, Tensor]) -> StepParameters:
         """What a step computes with.
 
         Args:
             flat: canonical path -> leaf, of all parameters of this process.
+
+        Raises:
+            AutofuncError: where experts are spread over ranks that do not exist.
         """
+        if self._is_imagined:
+            raise AutofuncError(
+                "sharding: expert_parallel needs a mesh; make one with af.make_mesh. Without one a pipeline knows what a "
+                "rank would keep (pipe.memory), and runs nothing"
+            )
         if self.is_sharded:
             return StepParameters(self, flat, self._storages.of(flat))
         return StepParameters(self, flat, None)
@@ -224,15 +263,27 @@ class Parameters:
         mesh, device = self.mesh, torch.device(self.mesh.device_type)
 
         def blank(group: Group, like: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-            return self._over_tp(
+            return self._parts(
                 {path: torch.empty(like[path].shape, dtype=like[path].dtype, device=device) for path in group}
             )  # fmt: skip
 
-        return Storages(lambda make: ShardedTree(self.groups, make, mesh, self.sharding), blank)
+        def mesh_of(group: Group) -> DeviceMesh:
+            whole, axis = mesh, "dp_shard"
+            if self.experts is not None and self.experts.mesh is not None and group[0] in self.experts.paths:
+                whole, axis = self.experts.mesh, "edp"
+            return whole["dp_replicate", axis] if axis_size(whole, "dp_replicate") > 1 else whole[axis]
+
+        return Storages(lambda make: ShardedTree(self.groups, make, mesh_of, self.sharding), blank)
+
+    def _parts(self, full: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Each process's part of the whole parameters of a group, over the ranks that compute with other ones."""
+        if self.experts is not None and not self.experts.paths.isdisjoint(full):
+            return self.experts.over_ranks(full)
+        return self._over_tp(full)
 
     def _over_tp(self, full: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Each process's part of whole parameters; all have the same ones, so nothing is sent."""
-        if self.mesh is None or self.partitioning is WHOLE:
+        if self.mesh is None or axis_size(self.mesh, "tp") == 1:
             return dict(full)
         axis, size, place = self.mesh["tp"], axis_size(self.mesh, "tp"), coordinate(self.mesh, "tp")
         leaves: dict[str, Tensor] = {}
@@ -246,114 +297,3 @@ class Parameters:
 
 def _with_rows(full: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {path: leaf.view(with_rows(leaf.shape)) for path, leaf in full.items()}
-
-
-class StepParameters:
-    """Comes by the parameters of stages in one step.
-
-    Args:
-        parameters: how this process holds them.
-        flat: the leaves of this step.
-        storage: where sharded ones lie.
-    """
-
-    def __init__(self, parameters: Parameters, flat: Mapping[str, Tensor], storage: ShardedTree | None) -> None:
-        self._parameters, self._flat, self._storage = parameters, flat, storage
-        self._cast: dict[str, Tensor] = {}
-
-    def gather(self, stage: int) -> None:
-        """Start to gather a stage's parameters."""
-        if self._storage is not None:
-            self._storage.gather(self._parameters._groups_of[stage])
-
-    def release(self, stage: int) -> None:
-        """Let go of a stage's gathered parameters."""
-        if self._storage is not None:
-            self._storage.release(self._parameters._groups_of[stage])
-
-    def leaves(self, stage: Stage) -> list[Tensor]:
-        """Local tensors for all holders of a stage, in order; sharded ones may still be on their way."""
-        canonical = (self._parameters.model.canonical(path) for path in stage.holders)
-        if self._storage is not None:
-            storage = self._storage
-            spec = self._parameters.model.spec
-            return [storage.whole(path).view(()) if not spec[path].dim() else storage.whole(path) for path in canonical]
-        return [self._cast_once(path) for path in canonical]
-
-    def ready(self, stage: int) -> Callable[[int], None] | None:
-        """Waits for the parameters of a layer of a stage, by its position; None where there is nothing to wait for."""
-        if self._storage is None:
-            return None
-        arrive, groups = self._storage.arrive, self._parameters._groups_by_layer[stage]
-        return lambda layer: arrive(groups[layer])
-
-    def arrive(self, stage: int) -> None:
-        """Wait until all of a stage's parameters are gathered."""
-        if self._storage is not None:
-            self._storage.arrive(self._parameters._groups_of[stage])
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of the parameters that are in memory now."""
-        if self._storage is not None:
-            return self._storage.num_bytes
-        held = [local(self._parameters.model.lookup(self._flat, path)) for path in self._parameters.paths]
-        return sum(leaf.numel() * leaf.element_size() for leaf in [*held, *self._cast.values()])
-
-    def end(self) -> None:
-        """After the step, or when it failed: nothing stays gathered."""
-        if self._storage is not None:
-            self._storage.release_all()
-
-    def _cast_once(self, path: str) -> Tensor:
-        """A parameter that need not be gathered: cast once a step, if at all."""
-        leaf = local(self._parameters.model.lookup(self._flat, path)).detach()
-        dtype = self._parameters.sharding.precision.parameter_dtype(leaf.dtype)
-        if dtype == leaf.dtype:
-            return leaf
-        if path not in self._cast:
-            self._cast[path] = leaf.to(dtype)
-        return self._cast[path]
-
-
-@dataclass(frozen=True)
-class CutOverTP:
-    """How tp ranks share a model."""
-
-    params: Mapping[str, Cut]  # by canonical path; others are whole on every rank
-    over: AxisPlan | None = None  # of a model whose graphs are those of each rank
-
-
-def cut_over_tp(model: Model, size: int, sharding: Sharding) -> CutOverTP:
-    """What `size` tp ranks cut.
-
-    Raises:
-        MeshError: when the model has no placement table, or something does not divide.
-        ModelError: for a table that does not fit the model, also where there is nothing to cut.
-    """
-    canonical = {path: leaf for path, leaf in model.spec.items() if path not in model.ties}
-    given = sharding.tensor_parallel
-    if size == 1:
-        if given is None or isinstance(given, str):
-            return CutOverTP({})
-        table = None  # its patterns are checked all the same
-        if model.over_ranks("tp", 1, given, sequence=False) is None:
-            table = sharding.table(model.tensor_parallel)
-        if table is not None:
-            cut_dims(table, canonical, 1)
-        return CutOverTP({})
-    if model.uncut is not None:
-        raise MeshError(f"the mesh has tp={size}, but {model.uncut}; use tp=1, or a model of named layers with a table")
-    over = model.over_ranks("tp", size, given, sequence=sharding.sequence_parallel)
-    if over is not None:
-        return CutOverTP(over.cuts, over)
-    if given == DERIVED:
-        raise ModelError(f"tensor_parallel={given!r} is read from the graph of a captured module; {model.title} is none")
-    table = sharding.table(model.tensor_parallel)
-    if table is None:
-        raise MeshError(
-            f"the mesh has tp={size}, but the model has no placement table for its parameters; give it one "
-            "(af.Model(..., tensor_parallel=...) or af.Sharding(tensor_parallel={'*.weight': 'shard(0)'})), or use tp=1"
-        )
-    dims = cut_dims(model.spread_by(table), canonical, size)
-    return CutOverTP({path: Cut(dim, (canonical[path].shape[dim],)) for path, dim in dims.items()})

@@ -8,7 +8,7 @@ left, one all-reduce over dp_replicate. Both are started as soon as a layer's la
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from autofunc.mesh import axis_group, axis_size, coordinate
+from autofunc.shard.experts import SpreadExperts
 
 
 def _rows_each(rows: int, size: int) -> int:
@@ -39,6 +40,19 @@ def shard_shape(shape: torch.Size, size: int, place: int) -> torch.Size:
     return torch.Size([max(0, min(each, shape[0] - place * each)), *shape[1:]])
 
 
+class _Route:
+    """The ranks over which some gradients are summed.
+
+    Args:
+        mesh: of the pipeline; None or without data parallel axes leaves sums as they are.
+        axis: whose ranks share the sum, each a part.
+    """
+
+    def __init__(self, mesh: DeviceMesh | None, axis: str) -> None:
+        self.size, self.place = axis_size(mesh, axis), coordinate(mesh, axis)
+        self.scattering, self.replicating = axis_group(mesh, axis), axis_group(mesh, "dp_replicate")
+
+
 @dataclass
 class _Pending:
     """A layer's gradients on their way."""
@@ -48,6 +62,12 @@ class _Pending:
     given: Tensor | None  # must live until then; by place, what each rank gets
     layouts: list[tuple[str, torch.Size, torch.dtype]]  # path, shape of this rank's part, dtype of the sum
     padded: list[int]  # elements of each part in `arriving`
+    route: _Route
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether the parts are still to be summed over dp_replicate."""
+        return self.route.scattering is not None and self.route.replicating is not None
 
     def wait(self) -> None:
         """Wait until it is done; what it was given is let go of."""
@@ -62,12 +82,20 @@ class Reduction:
     Args:
         mesh: of the pipeline; None or without data parallel axes leaves sums as they are.
         dtype: in what sums travel; None for the sums' own.
+        experts: those that are spread over ranks: of each, only the ranks that have it have terms of its sum.
+        canonical: from the path of a holder to that of its parameter.
     """
 
-    def __init__(self, mesh: DeviceMesh | None, dtype: torch.dtype | None) -> None:
-        self._mesh, self._dtype = mesh, dtype
-        self._size, self._place = axis_size(mesh, "dp_shard"), coordinate(mesh, "dp_shard")
-        self._scattering, self._replicating = axis_group(mesh, "dp_shard"), axis_group(mesh, "dp_replicate")
+    def __init__(
+        self,
+        mesh: DeviceMesh | None,
+        dtype: torch.dtype | None,
+        experts: SpreadExperts | None = None,
+        canonical: Callable[[str], str] = str,
+    ) -> None:
+        self._mesh, self._dtype, self._experts, self._canonical = mesh, dtype, experts, canonical
+        self._route = _Route(mesh, "dp_shard")
+        self._route_of_experts = self._route if experts is None else _Route(experts.mesh, "edp")
         self._pending: list[_Pending] = []
         self._sums: dict[str, Tensor] = {}
 
@@ -83,25 +111,32 @@ class Reduction:
             if not pending.work.is_completed():
                 break
             pending.wait()
+        apart = self._experts.paths if self._experts is not None else frozenset()
+        own = {path: total for path, total in sums.items() if self._canonical(path) in apart}
+        self._post({path: total for path, total in sums.items() if path not in own}, self._route)
+        self._post(own, self._route_of_experts)
+
+    def _post(self, sums: Mapping[str, Tensor], route: _Route) -> None:
         if not sums:
             return
-        if self._scattering is None and self._replicating is None:
+        if route.scattering is None and route.replicating is None:
             self._sums.update(sums)
             return
         dtype = self._dtype or next(iter(sums.values())).dtype
         device = next(iter(sums.values())).device
-        if self._size > 1:
+        size = route.size
+        if size > 1:
             sums = {path: total.view(with_rows(total.shape)) for path, total in sums.items()}
-        each = {path: self._padded(total) for path, total in sums.items()}
-        given = torch.cat([piece for place in range(self._size) for piece in self._pieces(sums, each, place)]).to(dtype)
-        layouts = [(path, shard_shape(total.shape, self._size, self._place), total.dtype) for path, total in sums.items()]
-        if self._scattering is not None:
+        each = {path: _padded(total, size) for path, total in sums.items()}
+        given = torch.cat([piece for place in range(size) for piece in _pieces(sums, each, place, size)]).to(dtype)
+        layouts = [(path, shard_shape(total.shape, size, route.place), total.dtype) for path, total in sums.items()]
+        if route.scattering is not None:
             arriving = torch.empty(sum(each.values()), dtype=dtype, device=device)
-            work = dist.reduce_scatter_single(arriving, given, group=self._scattering, async_op=True)
+            work = dist.reduce_scatter_single(arriving, given, group=route.scattering, async_op=True)
         else:
             arriving = given
-            work = dist.all_reduce(arriving, group=self._replicating, async_op=True)
-        self._pending.append(_Pending(work, arriving, given, layouts, list(each.values())))
+            work = dist.all_reduce(arriving, group=route.replicating, async_op=True)
+        self._pending.append(_Pending(work, arriving, given, layouts, list(each.values()), route))
 
     def finish(self, terms: Container[str]) -> dict[str, Tensor]:
         """Wait for everything: path of each holder -> this rank's part of the sum over all ranks.
@@ -111,8 +146,8 @@ class Reduction:
         """
         for each in self._pending:
             each.wait()
-            if self._scattering is not None and self._replicating is not None:
-                each.work = dist.all_reduce(each.arriving, group=self._replicating, async_op=True)
+            if each.goes_on:
+                each.work = dist.all_reduce(each.arriving, group=each.route.replicating, async_op=True)
         while self._pending:  # the memory of each goes before that of the next is needed
             each = self._pending.pop(0)
             each.wait()
@@ -128,20 +163,20 @@ class Reduction:
                 sums[path] = part.view(sums[path].shape)
         return sums
 
-    def _pieces(self, sums: Mapping[str, Tensor], padded: Mapping[str, int], place: int) -> Iterator[Tensor]:
-        """What the rank at a place gets of some sums, filled up to as many elements as all get."""
-        for path, total in sums.items():
-            rows = _rows_each(total.shape[0], self._size) if self._size > 1 else None
-            part = (total if rows is None else total[place * rows : (place + 1) * rows]).reshape(-1)
-            yield part
-            if part.numel() < padded[path]:
-                yield part.new_zeros(padded[path] - part.numel())
 
-    def _padded(self, total: Tensor) -> int:
-        """Elements of the largest part of a sum."""
-        if self._size == 1:
-            return total.numel()
-        return _rows_each(total.shape[0], self._size) * total.shape[1:].numel()
+def _pieces(sums: Mapping[str, Tensor], padded: Mapping[str, int], place: int, size: int) -> Iterator[Tensor]:
+    """What the rank at one of `size` places gets of some sums, filled up to as many elements as all get."""
+    for path, total in sums.items():
+        rows = _rows_each(total.shape[0], size) if size > 1 else None
+        part = (total if rows is None else total[place * rows : (place + 1) * rows]).reshape(-1)
+        yield part
+        if part.numel() < padded[path]:
+            yield part.new_zeros(padded[path] - part.numel())
+
+
+def _padded(total: Tensor, size: int) -> int:
+    """Elements of the largest part of a sum."""
+    return total.numel() if size == 1 else _rows_each(total.shape[0], size) * total.shape[1:].numel()
 
 
 def _cut(joined: Tensor, sizes: list[int]) -> Sequence[Tensor]:

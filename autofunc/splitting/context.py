@@ -19,7 +19,7 @@ from autofunc.model import Model, Specialised
 from autofunc.splitting.boundary import Boundary, Value, describe
 from autofunc.splitting.setting import ALONE, Setting
 from autofunc.splitting.stage import Stage
-from autofunc.spread import summing
+from autofunc.spread import exchanging, summing
 from autofunc.surroundings import surroundings
 
 Layout = tuple[torch.Size, torch.dtype]
@@ -105,7 +105,7 @@ class StageContext:
         with around(0):
             entries = self.specialised.share(self.stage.layers, self.setting.precision.batch(microbatch))
         states = self.stage.bind_state(state)
-        with summing(self.setting.data):
+        with summing(self.setting.data), exchanging(self.setting.experts):
             for number, name in enumerate(self.stage.layers):
                 if ready is not None:
                     ready(number)
@@ -164,7 +164,8 @@ class StageContext:
             self.specialised.fingerprints(stage.layers, labels), tuple(labels), params, _boundary_key(self.received),
             repr(spec), microbatch, Fingerprint().of(self.loss) if self.with_loss else None, what,
             self.setting.partitioning.fingerprint, self.setting.precision,
-            self.setting.data.fingerprint if self.setting.data is not None else None, surroundings(),
+            self.setting.data.fingerprint if self.setting.data is not None else None,
+            self.setting.experts.fingerprint if self.setting.experts is not None else None, surroundings(),
         )  # fmt: skip
 
     def _parameter_key(self, path: str) -> Hashable:

@@ -11,6 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from autofunc import tree
+from autofunc.experts import PRODUCTS, product_work
 from autofunc.fake import fake_mode, naming_errors
 from autofunc.losses import Loss, evaluate
 from autofunc.model import Model
@@ -34,6 +35,9 @@ _ELEMENTWISE = (
     "reciprocal", "abs", "stack",
 )  # fmt: skip
 """Operators that are counted by what they write."""
+
+_MOVED = ("copied_rows", "permuted_rows")
+"""Those of our own."""
 
 
 @dataclass(frozen=True)
@@ -120,9 +124,11 @@ class _Counter:
     def __init__(self) -> None:
         self.numbers = 0
         packets = {name: getattr(torch.ops.aten, name, None) for name in _ELEMENTWISE}
+        packets |= {name: getattr(torch.ops.autofunc, name) for name in _MOVED}
         counted = {packet: partial(self._write, _PASSES.get(name, 1)) for name, packet in packets.items() if packet}
+        products = {product.overloadpacket: _grouped for product in PRODUCTS}
         attention = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention}  # torch counts those of GPUs
-        self._mode = FlopCounterMode(display=False, custom_mapping={**counted, **attention})
+        self._mode = FlopCounterMode(display=False, custom_mapping={**counted, **products, **attention})
 
     def _write(self, passes: int, *shapes: Any, out_shape: Any = None, **options: Any) -> int:
         first = out_shape[0] if out_shape and isinstance(out_shape[0], (tuple, list, torch.Size)) else out_shape
@@ -143,6 +149,10 @@ class _Counter:
 
 def _attention(query: Any, key: Any, value: Any, *rest: Any, out_shape: Any = None, **options: Any) -> int:
     return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
+
+
+def _grouped(rows: Any, other: Any, *rest: Any, out_shape: Any = None, **options: Any) -> int:
+    return 2 * product_work(rows, other)
 
 
 def parameter_count(model: Model, paths: list[str] | None = None) -> int:

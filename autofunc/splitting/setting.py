@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from autofunc import tree
 from autofunc.context_parallel.axis import ContextAxis
-from autofunc.spread import DataSum
+from autofunc.spread import DataSum, ExpertExchange
 
 
 class Partitioning(Protocol):
@@ -153,6 +153,7 @@ class Setting:
     partitioning: Partitioning = WHOLE
     precision: Precision = Precision()
     data: DataSum | None = None  # sums over the processes that have other rows; None where there are none
+    experts: ExpertExchange | None = None  # to the processes that have other experts; None where this one has all
     arrive_by_layer: bool = False  # whether a forward may begin while parameters of its later layers are on their way
     context: ContextAxis | None = None  # the processes that share the tokens of the same rows; None where there is one
 

@@ -85,7 +85,10 @@ def _first_products(whole: Whole, positions: dict[Node, int], weight: Node, dim:
     return found
 
 
-_PRODUCTS = ("linear", "addmm", "mm", "bmm", "matmul", "baddbmm", "grouped_mm_fallback", "_grouped_mm")
+_PRODUCTS = (
+    "linear", "addmm", "mm", "bmm", "matmul", "baddbmm", "grouped_linear", "grouped_matmul", "grouped_mm_fallback",
+    "_grouped_mm",
+)  # fmt: skip
 
 
 def _is_product(node: Node) -> bool:

@@ -28,6 +28,7 @@ class Axes:
     dp_shard: int = 1
     cp: int = 1
     tp: int = 1
+    ep: int = 1  # of dp_shard, over which experts are spread
 
     @property
     def dp(self) -> int:
@@ -44,7 +45,7 @@ class Axes:
         return make_mesh(self.pp, self.dp_replicate, self.dp_shard, self.cp, self.tp, device_type=device_type)
 
     def __str__(self) -> str:
-        sizes = {"pp_size": self.pp, "dp_size": self.dp, "cp_size": self.cp, "tp_size": self.tp}
+        sizes = {"pp_size": self.pp, "dp_size": self.dp, "cp_size": self.cp, "tp_size": self.tp, "ep_size": self.ep}
         return ", ".join(f"{name}={size}" for name, size in sizes.items() if size > 1) or "pp_size=1"
 
 
@@ -68,7 +69,7 @@ def axes_of(config: FinetuneConfig, num_processes: int | None) -> Axes:
                 f"distributed: {_sizes(wanted)} need {others} processes or a multiple, but there are {num_processes}"
             )
         dp = num_processes // others
-    dp = dp or replicate or 1
+    dp = dp or (replicate or 1) * wanted.ep_size
     if num_processes is not None and dp * others != num_processes:
         raise ConfigError(
             f"distributed: {_sizes(wanted, dp)} need {dp * others} processes, but there are {num_processes}; start as "
@@ -85,8 +86,20 @@ def axes_of(config: FinetuneConfig, num_processes: int | None) -> Axes:
                 f"distributed: dp_replicate_size={replicate} with strategy ddp, where all {dp} data parallel ranks hold "
                 "all parameters; leave it out, or use strategy: fsdp2"
             )
+        if wanted.ep_size > 1:
+            raise ConfigError(
+                f"distributed: ep_size={wanted.ep_size} with strategy ddp, where each data parallel rank holds all "
+                "experts; use strategy: fsdp2"
+            )
         return Axes(wanted.pp_size, dp, 1, wanted.cp_size, wanted.tp_size)
-    return Axes(wanted.pp_size, replicate or 1, dp // (replicate or 1), wanted.cp_size, wanted.tp_size)
+    shard = dp // (replicate or 1)
+    if shard % wanted.ep_size:
+        divisors = ", ".join(str(size) for size in range(1, shard + 1) if shard % size == 0)
+        raise ConfigError(
+            f"distributed: ep_size={wanted.ep_size} does not divide the {shard} data parallel ranks that share parameters "
+            f"(dp_size={dp}, dp_replicate_size={replicate or 1}), among which experts are spread; one of {divisors} does"
+        )
+    return Axes(wanted.pp_size, replicate or 1, shard, wanted.cp_size, wanted.tp_size, wanted.ep_size)
 
 
 def _sizes(wanted: Any, dp: int | None = None) -> str:
@@ -133,6 +146,7 @@ def sharding_of(config: FinetuneConfig, axes: Axes, notes: list[str]) -> Shardin
             offload_policy=CPUOffloadPolicy(torch.accelerator.is_available()) if wanted.offload_policy else OffloadPolicy(),
             tensor_parallel=table,
             sequence_parallel=wanted.sequence_parallel and axes.tp > 1,
+            expert_parallel=axes.ep,
             context_parallel=wanted.cp_method,
         )
     except AutofuncError as error:

@@ -48,9 +48,9 @@ def check_budget(recipe: Recipe) -> None:
 def pipe_alone(recipe: Recipe) -> Pipeline:
     """The recipe's pipeline on this process alone, uncompiled: compiled pieces keep what the others keep.
 
-    Of several cp ranks it is one, whose stages can be captured, though not run.
+    Of several cp ranks it is one, whose stages can be captured, though not run; and so of ranks that share experts.
     """
-    sharding = Sharding(mp_policy=recipe.sharding.mp_policy)
+    sharding = Sharding(mp_policy=recipe.sharding.mp_policy, expert_parallel=recipe.sharding.expert_parallel)
     pipe = build_pipe(replace(recipe, options=replace(recipe.options, compile=False), sharding=sharding), None)
     context = setting_alone(recipe.axes, recipe.sharding).context
     if context is None:

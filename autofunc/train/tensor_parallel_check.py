@@ -1,4 +1,4 @@
-"""Whether a run's layers can be cut over the tp axis: found on a mesh of processes that do not exist, in time.
+"""Whether a run's layers can be cut over tp ranks, and their experts spread: found on a mesh of no processes, in time.
 
 Private parts of torch used, tried with 2.13.0: the fake process group of its own tests, whose transfers move nothing.
 """
@@ -13,7 +13,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from autofunc.data import first_rows
 from autofunc.errors import AutofuncError, ConfigError, MeshError
-from autofunc.shard.parameters import Parameters, cut_over_tp
+from autofunc.shard.cut_over_tp import cut_over_tp
+from autofunc.shard.parameters import Parameters
 from autofunc.splitting import infer_boundaries
 from autofunc.spreading import AxisPlan
 from autofunc.train.axes import Axes
@@ -22,7 +23,7 @@ from autofunc.train.trial import lengths_of
 
 
 def check_tensor_parallel(recipe: Recipe) -> AxisPlan | None:
-    """Infer what crosses between stages as the first rank would; on one tp rank there is nothing to find.
+    """Infer what crosses between stages as the first rank would; on one tp and ep rank there is nothing to find.
 
     Only for a process that starts the others: what torch remembers of the mesh must not meet the real one.
 
@@ -30,12 +31,12 @@ def check_tensor_parallel(recipe: Recipe) -> AxisPlan | None:
         How ranks share a captured module; None for other models, and where there is one rank.
 
     Raises:
-        ConfigError: naming what does not divide, or the stage that cannot be cut.
+        ConfigError: naming what does not divide, or the stage that cannot be cut or has no experts.
     """
     model = recipe.stages[0].model
     try:
         cut = cut_over_tp(model, recipe.axes.tp, recipe.sharding)
-        if recipe.axes.tp == 1:
+        if recipe.axes.tp == recipe.axes.ep == 1:
             return None
         if recipe.sharding.sequence_parallel:
             _check_lengths(recipe)

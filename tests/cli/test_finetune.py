@@ -40,6 +40,23 @@ distributed: {strategy: fsdp2, pp_size: 2, split_points: [h.1], schedule: 1f1b, 
 optimizer: {_target_: torch.optim.AdamW, lr: 1e-2}
 """
 
+EXPERTS = """
+model:
+  _target_: stages.moe.build_moe_model
+  vocab_size: 256
+  hidden_size: 16
+  intermediate_size: 24
+  num_hidden_layers: 2
+  num_attention_heads: 2
+  num_key_value_heads: 2
+  num_local_experts: 4
+loss_fn: {_target_: stages.moe.moe_causal_lm, router_aux_loss_coef: 0.0}
+dataset: {_target_: autofunc.data.TextFolder, path: corpus, seq_len: 16}
+step_scheduler: {global_batch_size: 8, local_batch_size: 2, max_steps: 4}
+distributed: {pp_size: 2, split_points: [layers.1]}
+optimizer: {_target_: torch.optim.AdamW, lr: 1e-2}
+"""
+
 DYING = """
 import os, signal, time
 import autofunc as af
@@ -144,6 +161,18 @@ def test_one_process_gives_the_same(folder: Path, two_processes: subprocess.Comp
     done = run_here(folder, "finetune", "llm", "-c", "cfg.yaml", "--distributed.pp_size", "1", "--output_dir", "alone")
     assert done.status == 0, done.err
     assert_the_same(folder, folder / "alone")
+
+
+@pytest.mark.full
+def test_experts_over_ranks_follow_those_of_one(folder: Path) -> None:
+    (folder / "experts.yaml").write_text(EXPERTS)
+    for name, size in (("whole", 1), ("spread", 2)):
+        done = start(
+            folder, "finetune", "llm", "-c", "experts.yaml", "--output_dir", name, "--distributed.ep_size", str(size)
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    assert "ep_size=2, 4 processes" in done.stdout
+    assert losses(folder / "spread") == pytest.approx(losses(folder / "whole"), rel=1e-5)
 
 
 @pytest.mark.full

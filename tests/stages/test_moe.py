@@ -60,18 +60,19 @@ def test_with_one_layer_loss_and_gradients_are_theirs() -> None:
 
 
 def test_the_balance_loss_at_balance_is_the_number_of_experts_a_token() -> None:
-    probability = torch.full((1, 4, 4), 0.25)
-    chosen = torch.tensor([[1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1], [1, 0, 0, 1]])[None] > 0
-    assert balance_loss(probability, chosen).item() == 2.0
+    best = torch.tensor([[0, 1], [2, 1], [2, 3], [0, 3]])
+    assert balance_loss(torch.full((4, 4), 0.25), best).item() == 2.0
 
 
 def test_routing_chooses_and_normalises() -> None:
     config = MoEConfig(**SIZES, num_local_experts=5, num_experts_per_tok=2)
     torch.manual_seed(0)
-    params, x = {"weight": torch.randn(5, 16)}, torch.randn(2, 3, 16)
-    weights, _ = route(params, x, config)
-    assert ((weights > 0).sum(-1) == 2).all()
-    torch.testing.assert_close(weights.sum(-1), torch.ones(2, 3))
+    params, x = {"weight": torch.randn(5, 16)}, torch.randn(6, 16)
+    best, weights, _ = route(params, x, config)
+    probability = (x @ params["weight"].t()).softmax(-1)
+    expected = probability.sort(-1, descending=True)
+    assert torch.equal(best, expected.indices[:, :2])
+    torch.testing.assert_close(weights, expected.values[:, :2] / expected.values[:, :2].sum(-1, keepdim=True))
 
 
 def test_only_the_chosen_experts_count() -> None:
@@ -81,14 +82,14 @@ def test_only_the_chosen_experts_count() -> None:
         "up_proj": torch.randn(3, 6, 4),
         "down_proj": torch.randn(3, 4, 6),
     }
-    x, weights = torch.randn(1, 2, 4), torch.tensor([[[0.0, 1.0, 0.0], [0.25, 0.0, 0.75]]])
+    x, best, weights = torch.randn(2, 4), torch.tensor([[1, 2], [2, 0]]), torch.tensor([[1.0, 0.0], [0.75, 0.25]])
 
     def alone(expert: int, row: Tensor) -> Tensor:
         gate, up, down = (params[name][expert] for name in ("gate_proj", "up_proj", "down_proj"))
         return down @ (torch.nn.functional.silu(gate @ row) * (up @ row))
 
-    expected = torch.stack([alone(1, x[0, 0]), 0.25 * alone(0, x[0, 1]) + 0.75 * alone(2, x[0, 1])])[None]
-    torch.testing.assert_close(experts(params, x, weights), expected)
+    expected = torch.stack([alone(1, x[0]), 0.25 * alone(0, x[1]) + 0.75 * alone(2, x[1])])
+    torch.testing.assert_close(experts(params, x, best, weights, 3), expected)
 
 
 def test_the_loss_adds_the_balance_and_reports_it() -> None:

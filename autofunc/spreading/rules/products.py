@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -103,14 +104,19 @@ def baddbmm(op: Operation) -> Outcome | None:
     return op.becomes(layout, self=along, batch1=wanted[0], batch2=wanted[1])
 
 
-def grouped(op: Operation) -> Outcome | None:
-    """Rows of x by groups, each with a matrix of its own: (rows, k) and (groups, k, n), and where groups end."""
+def grouped(op: Operation, out: int = 2) -> Outcome | None:
+    """Rows of x by groups, each with a matrix of its own: (rows, k) and (groups, k, n), and where groups end.
+
+    Args:
+        op: the operator.
+        out: the dim of the matrices along which they make something.
+    """
     x, weight, ends = op.node.args[:3]
     own = op.cut(weight)
     if own is None or len(shape_of(weight)) != 3 or own.dim == 0:
         return None
     rest = op.node.args[3:]
-    if own.dim == 2:
+    if own.dim == out:
         layout: Layout = own.at(1)
         wanted = (Want(x, FULL), Want(weight, own))  # type: ignore[arg-type]
     else:
@@ -118,7 +124,8 @@ def grouped(op: Operation) -> Outcome | None:
     return Outcome(layout, op.node.target, (*wanted, ends, *rest), op.node.kwargs)  # type: ignore[arg-type]
 
 
-NAMED["transformers.grouped_mm_fallback"] = NAMED["aten._grouped_mm"] = grouped
+NAMED["transformers.grouped_mm_fallback"] = NAMED["aten._grouped_mm"] = NAMED["autofunc.grouped_matmul"] = grouped
+NAMED["autofunc.grouped_linear"] = partial(grouped, out=1)
 
 
 def _product(op: Operation, x: Any, y: Any) -> tuple[Layout | None, tuple[Want, Want]]:

@@ -1,0 +1,137 @@
+"""Experts of transformers are captured as routed: rows sorted by expert, instead of a loop over what data decides.
+
+Its modules ask a public table for the function that runs their experts (`transformers.integrations.moe`). While a forward
+is exported it has ours, which does what theirs does with operators of `autofunc.experts`; the module is not touched. What
+sends rows to experts and back are two operators in the graph, and plain functions in the layers.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from autofunc.captured.balance import MEAN
+from autofunc.errors import ModelError
+from autofunc.experts import from_experts, grouped_linear, grouped_matmul, mean_over_expert_ranks, to_experts
+from autofunc.graph.lines import line_of
+
+_THEIRS = "transformers.integrations.moe"
+_REPLACED = ("eager", "grouped_mm", "batched_mm", "deepgemm", "sonicmoe", None)
+"""Names in the table that mean the same; one that a user has added stays theirs."""
+
+_library = torch.library.Library("autofunc", "FRAGMENT")  # type: ignore[no-untyped-call]
+_library.define("to_experts(Tensor x, Tensor chosen, int num_experts) -> Tensor[]")  # type: ignore[no-untyped-call]
+_library.define(  # type: ignore[no-untyped-call]
+    "from_experts(Tensor made, Tensor weights, Tensor order, Tensor inverse, Tensor counts) -> Tensor"
+)
+_REAL = {
+    torch.ops.autofunc.to_experts.default: to_experts,
+    torch.ops.autofunc.from_experts.default: from_experts,
+    MEAN: mean_over_expert_ranks,
+}
+for _function in (to_experts, from_experts):
+    _library.impl(_function.__name__, _function, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    torch.library.register_fake(f"autofunc::{_function.__name__}", _function)
+
+
+@contextmanager
+def routed() -> Iterator[None]:
+    """Inside, modules of transformers run their experts by `_forward`."""
+    theirs: Any = sys.modules.get(_THEIRS)
+    if theirs is None:
+        yield
+        return
+    table, missing = theirs.ALL_EXPERTS_FUNCTIONS, object()
+    before = {name: table.get(name, missing) for name in _REPLACED}
+    for name in _REPLACED:
+        table[name] = _forward
+    try:
+        yield
+    finally:
+        for name, function in before.items():
+            del table[name]
+            if table.get(name, missing) is not function:  # it had been put there in the same way
+                table[name] = function
+
+
+def _forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """What `grouped_mm_experts_forward` of transformers 5.23 computes, in its order, for all that its modules may be."""
+    if self._is_expert_parallel:
+        raise ModelError(
+            f"{type(self).__name__} spreads its experts over processes by itself (expert parallel in transformers); "
+            "load it without one"
+        )
+    product = grouped_matmul if self.is_transposed else grouped_linear
+    rows, ends, *route = torch.ops.autofunc.to_experts(hidden_states, top_k_index, self.num_experts)
+
+    def multiplied(rows: Tensor, name: str) -> Tensor:
+        weight = getattr(self, name)
+        return product(rows.to(weight.dtype), weight, ends, getattr(self, f"{name}_bias") if self.has_bias else None)
+
+    made = self._apply_gate(multiplied(rows, "gate_up_proj")) if self.has_gate else self.act_fn(multiplied(rows, "up_proj"))
+    made = multiplied(made, "down_proj")
+    if self.has_post_expert_norm:
+        made = self.post_expert_norm(made)
+    return torch.ops.autofunc.from_experts(made, top_k_weights, *route).to(hidden_states.dtype)  # type: ignore[no-any-return]
+
+
+_OF_EACH_EXPERT = {
+    torch.ops.autofunc.grouped_linear.default: 1,
+    torch.ops.autofunc.grouped_matmul.default: 1,
+    torch.ops.autofunc.grouped_rows.default: 0,
+}
+"""Operators that take something with an entry for each expert, and the position of it."""
+_CONVERTED = (torch.ops.aten.to.dtype, torch.ops.aten._to_copy.default)
+
+
+def expert_parameters(graph: fx.Graph, params: Mapping[fx.Node, str], what: str) -> frozenset[str]:
+    """Names of the parameters with an entry for each routed expert, which several processes may share.
+
+    Args:
+        graph: of a captured forward.
+        params: its placeholders that are parameters, by name.
+        what: the module, for messages.
+
+    Raises:
+        ModelError: where experts are multiplied by something else, or such a parameter is read elsewhere.
+    """
+    found: dict[fx.Node, str] = {}
+    for node in graph.nodes:
+        if node.target in _OF_EACH_EXPERT:
+            given = source = node.args[_OF_EACH_EXPERT[node.target]]
+            while source.target in _CONVERTED:
+                source = source.args[0]
+            if source not in params:
+                raise ModelError(
+                    f"{what} makes what it multiplies experts by ({given.name}; {line_of(node)}), so its experts cannot be "
+                    "spread over ranks; let it be a parameter"
+                )
+            found[source] = params[source]
+    for source, name in found.items():
+        other = next(filter(None, (_other_user(source, user) for user in source.users)), None)
+        if other is not None:
+            raise ModelError(
+                f"{what} reads {name!r} of its experts elsewhere too ({other.target}; {line_of(other)}), so its experts "
+                "cannot be spread over ranks"
+            )
+    return frozenset(found.values())
+
+
+def _other_user(value: fx.Node, user: fx.Node) -> fx.Node | None:
+    """Who reads a value of each expert otherwise than to multiply rows with it, of this user and what comes of it."""
+    if user.target in _CONVERTED:
+        return next(filter(None, (_other_user(user, each) for each in user.users)), None)
+    place = _OF_EACH_EXPERT.get(user.target)  # type: ignore[call-overload]
+    return None if place is not None and user.args[place] is value else user
+
+
+def run_for_real(graph: fx.Graph) -> None:
+    """Put the functions in the places of the operators that stood for them, once an export is done."""
+    for node in graph.nodes:
+        if node.target in _REAL:
+            node.target = _REAL[node.target]

@@ -1,0 +1,17 @@
+"""Routed experts: the tokens of each expert, products by groups of rows, and the way there and back."""
+
+from autofunc.experts.products import PRODUCTS, grouped_linear, grouped_matmul, grouped_rows, product_work
+from autofunc.experts.routed import Groups, from_experts, mean_over_expert_ranks, routed_experts, to_experts
+
+__all__ = [
+    "PRODUCTS",
+    "Groups",
+    "from_experts",
+    "grouped_linear",
+    "grouped_matmul",
+    "grouped_rows",
+    "mean_over_expert_ranks",
+    "product_work",
+    "routed_experts",
+    "to_experts",
+]

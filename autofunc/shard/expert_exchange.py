@@ -1,0 +1,196 @@
+"""Rows sent to the ranks that have their experts, and back: operators that a captured stage can name.
+
+`dispatch` and `combine` move rows and change none; each is the other's gradient. So a layer has two all-to-alls of rows in
+its forward and two in its backward, and in the forward an all-gather of E numbers before them.
+
+No row is dropped, and no shape depends on the data: what comes for a rank's experts may be all rows of all ranks, so it is
+a tensor of `ranks * S` rows, S = tokens * k of a microbatch. Of these S are real on average; products leave the others out,
+and what is computed row by row between them, such as activations, runs on all. Between the two exchanges that is
+`ranks * S * width * itemsize` bytes for each value that is kept.
+
+On the CPU the host reads the counts first, and exactly the rows that are there are sent. On an accelerator the host must
+not wait, so each pair of ranks exchanges S rows, real or not: each rank sends `ranks * S * width * itemsize` bytes.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+from weakref import WeakValueDictionary
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from autofunc.errors import BatchError
+from autofunc.shard.expert_rows import Arrived, arrived, own_experts, padded_places, sent
+
+
+class Peers(Protocol):
+    """The ranks that share the experts of a layer."""
+
+    rank: int
+    size: int
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        """Everyone's x, in rank order: (ranks, ...)."""
+        ...
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """The sum of everyone's x."""
+        ...
+
+    def all_to_all(self, x: Tensor, given: list[int] | None, wanted: list[int] | None) -> Tensor:
+        """Rows for each rank, in order, and those from each, in order.
+
+        Args:
+            x: all that go, contiguous.
+            given: how many go to each; None: equally many.
+            wanted: how many come from each; None: equally many.
+        """
+        ...
+
+
+_peers: WeakValueDictionary[str, Peers] = WeakValueDictionary()  # by name, which a captured graph can hold
+
+
+def register(name: str, peers: Peers) -> None:
+    """Let operators find ranks by a name, as long as somebody holds them."""
+    _peers[name] = peers
+
+
+class GroupPeers:
+    """The ranks of a process group."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self._group = group
+        self.rank, self.size = group.rank(), group.size()
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        """See `Peers.all_gather`."""
+        found = x.new_empty(self.size * x.shape[0], *x.shape[1:])
+        dist.all_gather_single(found, x.contiguous(), group=self._group)
+        return found.view(self.size, *x.shape)
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """See `Peers.all_reduce`."""
+        total = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=self._group)
+        return total
+
+    def all_to_all(self, x: Tensor, given: list[int] | None, wanted: list[int] | None) -> Tensor:
+        """See `Peers.all_to_all`."""
+        found = x.new_empty(x.shape[0] if wanted is None else sum(wanted), *x.shape[1:])
+        dist.all_to_all_single(found, x, wanted, given, group=self._group)
+        return found
+
+
+torch.library.define("autofunc::expert_counts", "(Tensor own, str peers, int size) -> Tensor")
+torch.library.define("autofunc::expert_sum", "(Tensor x, str peers) -> Tensor")
+torch.library.define("autofunc::dispatch", "(Tensor rows, Tensor counts, str peers) -> Tensor")
+torch.library.define("autofunc::combine", "(Tensor made, Tensor counts, str peers, int rows) -> Tensor")
+
+
+@torch.library.impl("autofunc::expert_counts", "CompositeExplicitAutograd")
+def _counts(own: Tensor, peers: str, size: int) -> Tensor:
+    return _peers[peers].all_gather(own)
+
+
+@torch.library.impl("autofunc::expert_sum", "CompositeExplicitAutograd")
+def _sum(x: Tensor, peers: str) -> Tensor:
+    return _peers[peers].all_reduce(x)
+
+
+@torch.library.impl("autofunc::dispatch", "CompositeExplicitAutograd")
+def _dispatch(rows: Tensor, counts: Tensor, peers: str) -> Tensor:
+    group, number = _peers[peers], rows.shape[0]
+    exact = _is_exact(rows)
+    if exact:
+        _check_counts(counts, number)
+        came = group.all_to_all(
+            rows.contiguous(), sent(counts, group.rank).tolist(), own_experts(counts, group.rank).sum(1).tolist()
+        )
+    else:
+        buffer = rows.new_zeros(group.size * number, rows.shape[1])
+        came = group.all_to_all(buffer.index_copy_(0, padded_places(counts, group.rank, number), rows), None, None)
+    found = arrived(counts, group.rank, number, padded=not exact)
+    if exact:
+        made = rows.new_zeros(group.size * number, rows.shape[1])
+        torch.index_select(came, 0, found.source[: len(came)], out=made[: len(came)])
+        return made
+    return came.index_select(0, _inside(found)).masked_fill_(~found.is_real[:, None], 0)
+
+
+@torch.library.impl("autofunc::combine", "CompositeExplicitAutograd")
+def _combine(made: Tensor, counts: Tensor, peers: str, rows: int) -> Tensor:
+    group = _peers[peers]
+    if _is_exact(made):
+        _check_counts(counts, rows)
+        came = own_experts(counts, group.rank).sum(1).tolist()
+        source = arrived(counts, group.rank, rows, padded=False).source[: sum(came)]
+        buffer = made.new_empty(sum(came), made.shape[1]).index_copy_(0, source, made[: sum(came)])
+        return group.all_to_all(buffer, came, sent(counts, group.rank).tolist())
+    found = arrived(counts, group.rank, rows, padded=True)
+    spare = group.size * rows  # one row more, for those that nobody sent
+    buffer = made.new_zeros(spare + 1, made.shape[1])
+    buffer.index_copy_(0, found.source.where(found.is_real, spare), made)
+    return group.all_to_all(buffer[:spare], None, None).index_select(0, padded_places(counts, group.rank, rows))
+
+
+def _is_exact(rows: Tensor) -> bool:
+    """Whether the host may look at the counts."""
+    return rows.device.type == "cpu"
+
+
+def _inside(found: Arrived) -> Tensor:
+    return found.source.where(found.is_real, 0)
+
+
+def _check_counts(counts: Tensor, rows: int) -> None:
+    each = counts.sum(1).tolist()
+    if any(number != rows for number in each):
+        raise BatchError(
+            f"ranks that share experts have {', '.join(map(str, each))} pairs of a token and an expert in a microbatch; "
+            "expected equally many: give all of them microbatches of one shape"
+        )
+
+
+torch.library.register_fake("autofunc::expert_counts", lambda own, peers, size: own.new_empty(size, own.shape[0]))
+torch.library.register_fake("autofunc::expert_sum", lambda x, peers: x.new_empty(x.shape))
+torch.library.register_fake(
+    "autofunc::dispatch", lambda rows, counts, peers: rows.new_empty(counts.shape[0] * rows.shape[0], rows.shape[1])
+)
+torch.library.register_fake(
+    "autofunc::combine", lambda made, counts, peers, rows: made.new_empty(rows, made.shape[1])
+)  # fmt: skip
+
+
+def _keep_sum(ctx: Any, inputs: tuple[Tensor, str], output: Tensor) -> None:
+    ctx.peers = inputs[1]
+
+
+def _sum_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    """The loss is a sum over all ranks, and each of them has read what was summed."""
+    return torch.ops.autofunc.expert_sum(grad, ctx.peers), None
+
+
+def _keep_dispatch(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.rows, ctx.peers = inputs[0].shape[0], inputs[2]
+    ctx.save_for_backward(inputs[1])
+
+
+def _keep_combine(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.peers = inputs[2]
+    ctx.save_for_backward(inputs[1])
+
+
+def _dispatch_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    return torch.ops.autofunc.combine(grad, ctx.saved_tensors[0], ctx.peers, ctx.rows), None, None
+
+
+def _combine_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    return torch.ops.autofunc.dispatch(grad, ctx.saved_tensors[0], ctx.peers), None, None, None
+
+
+torch.library.register_autograd("autofunc::expert_sum", _sum_backward, setup_context=_keep_sum)
+torch.library.register_autograd("autofunc::dispatch", _dispatch_backward, setup_context=_keep_dispatch)
+torch.library.register_autograd("autofunc::combine", _combine_backward, setup_context=_keep_combine)
