@@ -30,8 +30,8 @@ from autofunc.runtime.states import states_of
 from autofunc.runtime.tape import Tape, TapedPort
 from autofunc.runtime.transport import MemoryHub, MemoryTransport, Transport
 from autofunc.shard.dtensors import local
-from autofunc.shard.parameters import StepParameters
 from autofunc.shard.reduce import Reduction
+from autofunc.shard.step_parameters import StepParameters
 
 if TYPE_CHECKING:
     from autofunc.runtime.plan import Plan

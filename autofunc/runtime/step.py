@@ -24,6 +24,7 @@ from autofunc.runtime.recording import Recording
 from autofunc.runtime.states import flat_lanes, flat_states, states_of
 from autofunc.runtime.transport import MemoryHub, MemoryTransport, Transport
 from autofunc.shard.dtensors import like
+from autofunc.shard.reduce import Reduction
 
 
 @dataclass

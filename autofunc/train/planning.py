@@ -15,7 +15,7 @@ from autofunc.errors import AutofuncError
 from autofunc.losses import Loss
 from autofunc.model import Model
 from autofunc.schedule import Costs, StageBytes, Timeline, lower, peak_bytes, simulate
-from autofunc.shard.parameters import cut_over_tp
+from autofunc.shard.cut_over_tp import cut_over_tp
 from autofunc.splitting import (
     Boundaries,
     LayerCost,

@@ -263,6 +263,6 @@ def _check_recording(config: FinetuneConfig, axes: Axes) -> None:
     """Refuse to record steps that cannot be recorded, on the device and the mesh that are asked for."""
     try:
         check_recording("cuda" if on_gpus(config.distributed.device) else "cpu", "the run is")
-        check_axes(axes.dp_shard > 1 or config.distributed.offload_policy is not None, axes.tp > 1)
+        check_axes(axes.dp_shard * axes.cp > 1 or config.distributed.offload_policy is not None, axes.tp > 1)
     except AutofuncError as error:
         raise ConfigError(f"distributed.compile: {error}") from error
