@@ -15,21 +15,20 @@ from torch import fx
 
 from autofunc.context_parallel.axis import ContextAxis
 from autofunc.context_parallel.moves import added_up, all_tokens, on_first, own_tokens
-from autofunc.context_parallel.rules import LINEAR, PRODUCTS, RULES
+from autofunc.context_parallel.natural import of_operator
+from autofunc.context_parallel.rules import PRODUCTS, by_rule
 from autofunc.context_parallel.token_chunks import check_length
 from autofunc.context_parallel.traced import Traced
 from autofunc.errors import ModelError
 from autofunc.graph.schema import is_mutable, is_operator, is_pointwise
-from autofunc.spreading import FULL, TERMS, Cut, Operation, Outcome, Want
+from autofunc.spreading import FULL, TERMS, Cut, Outcome, Want
 from autofunc.spreading.layouts import Layout, local_shape
 from autofunc.spreading.operation import Borders, Undivided, shape_of
-from autofunc.spreading.rules import rule_of
 from autofunc.spreading.rules.views import viewed
 
 Node = fx.Node
 
 _aten = torch.ops.aten
-_TOKENS_DIM = 1
 _LOOKED_UP, _PROJECTED = {_aten.embedding}, {_aten.linear, _aten.matmul}
 _VIEWS = {_aten.view, _aten.reshape, _aten._unsafe_view}
 _CONVERSIONS = {_aten.to, _aten._to_copy}
@@ -41,6 +40,7 @@ class LocalGraph:
     Args:
         whole: what is cut.
         received: how received values lie.
+        entries: how entries would lie, were they cut.
         axis: the ranks.
         what: it is, for messages.
 
@@ -51,17 +51,15 @@ class LocalGraph:
         layouts: of returned leaves, by position; only of tensors.
     """
 
-    def __init__(self, whole: Traced, received: Mapping[Node, Layout], axis: ContextAxis, what: str) -> None:
+    def __init__(
+        self, whole: Traced, received: Mapping[Node, Layout], entries: Mapping[str, Layout], axis: ContextAxis, what: str
+    ) -> None:  # fmt: skip
         self._whole, self._axis, self._what = whole, axis, what
         self._layouts: dict[Node, Any] = {node: layout for node, layout in received.items() if layout is not FULL}
         self._weighted = {*whole.params.values(), *whole.received}
         self._made: dict[tuple[Node, Any], Node] = {}
         self._names = {node: name for name, node in whole.entries.items()}
-        self._natural: dict[Node, Layout] = {
-            node: Cut(_TOKENS_DIM, (shape_of(node)[_TOKENS_DIM],))
-            for node in whole.entries.values()
-            if len(shape_of(node)) > _TOKENS_DIM and shape_of(node)[_TOKENS_DIM] > 1
-        }
+        self._natural: dict[Node, Layout] = {node: entries.get(name, FULL) for name, node in whole.entries.items()}
         self._is_pure = not any(map(is_mutable, whole.module.graph.nodes))
         self.graph, self.pieces = fx.Graph(), dict[tuple[str, Cut], Node]()
         for node in whole.module.graph.nodes:
@@ -111,7 +109,7 @@ class LocalGraph:
         if any(each in self._weighted for each in node.all_input_nodes):
             self._weighted.add(node)
         else:
-            self._natural[node] = self._naturally(node)
+            self._natural[node] = of_operator(node, self._natural, self._axis)
         seen = {each: self._layout(each) for each in node.all_input_nodes}
         if all(layout is FULL for layout in seen.values()):
             seen = self._seed(node) or seen
@@ -134,27 +132,16 @@ class LocalGraph:
             ModelError: when nothing does.
         """
         terms = [each for each, layout in seen.items() if layout is TERMS]
-        found = self._by_rule(node, seen, linear=True) if terms else None
+        found = by_rule(node, seen, self._axis, linear=True) if terms else None
         if found is not None:
             return found
         seen = {**seen, **dict.fromkeys(terms, FULL)}
         if all(layout is FULL for layout in seen.values()):
             return Outcome(FULL, node.target, node.args, node.kwargs)  # type: ignore[arg-type]
-        found = self._by_rule(node, seen)
+        found = by_rule(node, seen, self._axis)
         if found is None or is_mutable(node):
             raise self._refused(node)
         return found
-
-    def _by_rule(self, node: Node, seen: Mapping[Node, Any], *, linear: bool = False) -> Outcome | None:
-        table, packet = LINEAR if linear else RULES, _packet(node)
-        own, other = table.get(packet) or table.get(str(packet)), rule_of(node, linear=linear)
-        operation = Operation(node, seen, self._axis.size, self._axis.ranks)
-        try:
-            if own is not None:
-                return own(operation, self._axis)
-            return other(operation) if other is not None else None
-        except (Borders, Undivided):
-            return None
 
     def _check(self, node: Node, outcome: Outcome) -> None:
         """Refuse what would gather tokens for another reason than attention, or cut some otherwise than by chunks."""
@@ -176,15 +163,6 @@ class LocalGraph:
         )
 
     # --- where tokens are first cut
-
-    def _naturally(self, node: Node) -> Layout:
-        """How a value that depends on the batch alone would lie, were the entries of the batch cut."""
-        seen = {each: self._natural.get(each, FULL) for each in node.all_input_nodes}
-        if is_mutable(node) or all(layout is FULL for layout in seen.values()):
-            return FULL
-        found = self._by_rule(node, seen)
-        layout = found.layout if found is not None else FULL
-        return layout if isinstance(layout, Cut) else FULL
 
     def _seed(self, node: Node) -> dict[Node, Any] | None:
         """Operands of what looks up or projects entries of the batch."""

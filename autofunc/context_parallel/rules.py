@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from autofunc.context_parallel.attention import context_attention
 from autofunc.context_parallel.axis import ContextAxis
 from autofunc.context_parallel.moves import all_tokens, one_token
 from autofunc.spreading import FULL, TERMS, Cut, Operation, Outcome, Want
-from autofunc.spreading.operation import shape_of
+from autofunc.spreading.operation import Borders, Node, Undivided, shape_of
 from autofunc.spreading.rules import rule_of
 
 Rule = Callable[[Operation, ContextAxis], "Outcome | None"]
@@ -38,6 +38,27 @@ def rule(*operators: Any, linear: bool = False) -> Callable[[Rule], Rule]:
         return function
 
     return enter
+
+
+def by_rule(node: Node, seen: Mapping[Node, Any], axis: ContextAxis, *, linear: bool = False) -> Outcome | None:
+    """What becomes of an operator by its rule, here or in `spreading`; None where there is none, or it does not say.
+
+    Args:
+        node: of the whole graph.
+        seen: how its operands lie.
+        axis: the ranks.
+        linear: whether operands are terms of a sum, which are to stay terms.
+    """
+    table = LINEAR if linear else RULES
+    packet = getattr(node.target, "overloadpacket", node.target)
+    own, other = table.get(packet) or table.get(str(packet)), rule_of(node, linear=linear)
+    operation = Operation(node, seen, axis.size, axis.ranks)
+    try:
+        if own is not None:
+            return own(operation, axis)
+        return other(operation) if other is not None else None
+    except (Borders, Undivided):
+        return None
 
 
 @rule(_aten.scaled_dot_product_attention)
@@ -191,21 +212,18 @@ def mean_term(function: Callable[..., Tensor], *args: Any, size: int, **kwargs: 
     return function(*args, **kwargs) / size
 
 
-def _chunked_entropy(op: Operation, axis: ContextAxis) -> Outcome | None:
+@rule("autofunc.chunked_entropy")
+def chunked_entropy(op: Operation, axis: ContextAxis) -> Outcome | None:
     """A cross-entropy that keeps no logits: a sum over tokens."""
     hidden, labels = op.given["hidden"], op.given["labels"]
     cut = op.cut(hidden)
     return None if cut is None or cut.dim else op.becomes(TERMS, hidden=Want(hidden, cut), labels=Want(labels, cut))
 
 
-# operators of other parts of this library, which name them as they are made
-RULES[torch.ops.autofunc.chunked_entropy] = _chunked_entropy
-
-
 # --- beside a tp axis
 
 
-@rule(torch.ops.autofunc.moved)
+@rule("autofunc.moved")
 def moved(op: Operation, axis: ContextAxis) -> Outcome | None:
     """What tp ranks exchange of values whose tokens are cut: along other dims."""
     x = op.given["x"]
@@ -213,13 +231,13 @@ def moved(op: Operation, axis: ContextAxis) -> Outcome | None:
     return None if cut is None or cut.dim == op.given["dim"] else op.becomes(cut, x=Want(x, cut))
 
 
-@rule(torch.ops.autofunc.moved, linear=True)
+@rule("autofunc.moved", linear=True)
 def moved_terms(op: Operation, axis: ContextAxis) -> Outcome | None:
     """Of what is a term for cp ranks, too."""
     return op.becomes(TERMS, x=Want(op.given["x"], TERMS))
 
 
-@rule(torch.ops.autofunc.cross_entropy_of_parts)
+@rule("autofunc.cross_entropy_of_parts")
 def cross_entropy_of_parts(op: Operation, axis: ContextAxis) -> Outcome | None:
     """A sum over tokens of logits that tp ranks have cut along the vocabulary."""
     logits, labels = op.given["logits"], op.given["labels"]

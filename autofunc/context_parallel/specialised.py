@@ -16,6 +16,7 @@ from autofunc.context_parallel.beside import putting_together
 from autofunc.context_parallel.entries import TokenEntries, named_tensors, with_tensors
 from autofunc.context_parallel.local_graph import LocalGraph
 from autofunc.context_parallel.moves import added_up, all_tokens, own_tokens
+from autofunc.context_parallel.natural import of_entries, of_shared
 from autofunc.context_parallel.program import segment_of
 from autofunc.context_parallel.traced import Traced, traced
 from autofunc.errors import ModelError
@@ -89,7 +90,8 @@ class OverTokens(Specialised):
                 return terms.sum, terms.weight, terms.aux
 
             whole = traced(function, {}, [leaf for leaf in leaves if isinstance(leaf, Tensor)], named_tensors(entries))
-            local = _local(whole, [each for each in layouts if each is not None], self.axis, "the loss")
+            natural = of_entries(named_tensors(entries))
+            local = _local(whole, [each for each in layouts if each is not None], natural, self.axis, "the loss")
             returned = [
                 each if number not in local.layouts else local.terms(number) if number < 2 else local.full(number)
                 for number, each in enumerate(local.returned)
@@ -135,12 +137,13 @@ def over_tokens(
         with naming_errors(model.title):
             entries = base.share(list(model.layers), batch)
         tensors = named_tensors(entries)
+        natural = _natural(base, model, batch, list(tensors), axis)
         device = _device(batch)
         x, layouts = None, list[Layout | None]([None])
         for name in model.layers:
             own = {path: leaf for path, leaf in leaves.items() if model.layer_of(path) == name}
             params = {model.inner_path(path): torch.empty_like(leaf, device=device) for path, leaf in own.items()}
-            layers[name], x = _cut_layer(base, name, params, x, layouts, entries, tensors, axis)
+            layers[name], x = _cut_layer(base, name, params, x, layouts, entries, natural, axis)
             layouts = list(layers[name].layouts)
     if not any(isinstance(each, Cut) for layer in layers.values() for each in layer.layouts) and not any(
         layer.pieces for layer in layers.values()
@@ -164,7 +167,7 @@ def over_tokens(
 
 def _cut_layer(
     base: Specialised, name: str, params: Mapping[str, Tensor], x: Any, layouts: Sequence[Layout | None], entries: Any,
-    tensors: Mapping[str, Tensor], axis: ContextAxis,
+    natural: Mapping[str, Layout], axis: ContextAxis,
 ) -> tuple[LocalLayer, Any]:  # fmt: skip
     """A layer, and what the whole one makes."""
     what, (leaves, spec) = f"layer {name!r}", tree.leaves_and_spec(x)
@@ -175,14 +178,28 @@ def _cut_layer(
         return base.functions[name](tree.nest(owned), tree.from_leaves(full, spec), with_tensors(entries, given))
 
     with naming_errors(what):
-        whole = traced(function, params, [leaf for leaf in leaves if isinstance(leaf, Tensor)], tensors)
-    local = _local(whole, [each for each in layouts if each is not None], axis, what)
+        whole = traced(function, params, [leaf for leaf in leaves if isinstance(leaf, Tensor)], named_tensors(entries))
+    local = _local(whole, [each for each in layouts if each is not None], natural, axis, what)
     found = [local.layouts.get(number) for number in range(len(local.returned))]
     return _layer(whole, local, local.returned, what, found), whole.made
 
 
-def _local(whole: Traced, layouts: Sequence[Layout], axis: ContextAxis, what: str) -> LocalGraph:
-    return LocalGraph(whole, dict(zip(whole.received, layouts, strict=True)), axis, what)
+def _local(
+    whole: Traced, layouts: Sequence[Layout], natural: Mapping[str, Layout], axis: ContextAxis, what: str
+) -> LocalGraph:  # fmt: skip
+    return LocalGraph(whole, dict(zip(whole.received, layouts, strict=True)), natural, axis, what)
+
+
+def _natural(
+    base: Specialised, model: Model, batch: Mapping[str, Any], names: Sequence[str], axis: ContextAxis
+) -> dict[str, Layout]:  # fmt: skip
+    """How what layers share would lie, were entries of the batch cut."""
+
+    def share(params: Any, received: Any, given: Mapping[str, Tensor]) -> list[Tensor]:
+        return list(named_tensors(base.share(list(model.layers), with_tensors(batch, given))).values())
+
+    whole = traced(share, {}, [], named_tensors(batch))
+    return dict(zip(names, of_shared(whole, axis), strict=True))
 
 
 def _layer(whole: Traced, local: LocalGraph, returned: Sequence[Any], what: str, layouts: Sequence[Any]) -> LocalLayer:

@@ -90,10 +90,11 @@ class _Lines(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
+        self._depth = len(traceback.extract_stack())  # frames around are of who runs the layer
         self.found: dict[str, list[str]] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        frames = traceback.extract_stack()
+        frames = traceback.StackSummary.from_list(traceback.extract_stack()[self._depth :])
         if any(not is_of_torch(frame.filename) and not is_own(frame) for frame in frames):
             name = getattr(func, "__name__", "").removesuffix("_")
             self.found.setdefault(name, []).append(user_line(frames))

@@ -231,6 +231,34 @@ def test_a_captured_module() -> None:
     assert check(model, squared_error, batch_of(), method="ring") == {"rotate": 4}
 
 
+class Decoder(Encoder):
+    """What it looks up is made of the labels, written one place further; its bias is looked up by distance."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Embedding(2 * TOKENS, 2)
+
+    def forward(self, labels: Tensor, mask: Tensor) -> Tensor:  # type: ignore[override]
+        ids = labels.new_zeros(labels.shape)
+        ids[:, 1:] = labels[:, :-1].clamp(min=0)
+        ids[:, 0] = 1
+        x = self.words(ids)
+        place = torch.arange(labels.shape[1])
+        bias = self.bias(place[:, None] - place + TOKENS).permute(2, 0, 1)[None]
+        bias = bias.masked_fill(~mask[:, None, None, :], torch.finfo(bias.dtype).min)
+        q = heads(self.norm(x))
+        y = functional.scaled_dot_product_attention(q, q, q, bias)
+        made: Tensor = self.out(x + y.transpose(1, 2).flatten(2))
+        return made
+
+
+def test_as_many_rows_as_tokens() -> None:
+    """A table of distances has the shape of a batch then; and ids are what depends on the batch, not what looks like it."""
+    torch.manual_seed(0)
+    batch = {name: entry.repeat(3, *[1] * (entry.dim() - 1))[:TOKENS] for name, entry in batch_of().items()}
+    assert check(af.from_module(Decoder(), batch), squared_error, batch, method="ring") == {"rotate": 4}
+
+
 # --- what is refused
 
 

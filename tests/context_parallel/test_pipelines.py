@@ -17,6 +17,7 @@ from stages.gpt2 import build_gpt2_model
 from stages.llama import build_llama_model
 from tests.cases import cut_evenly, mesh_of
 from tests.pool import WorkerPool
+from tests.shard import spread_models
 
 ROWS, TOKENS, MICROBATCHES, MAX_NORM = 8, 16, 4, 0.5
 
@@ -112,6 +113,38 @@ def test_five_steps_follow_one_process(
     workers: WorkerPool, name: str, schedule: str, axes: dict[str, int], options: dict[str, Any], sharding: dict[str, Any]
 ) -> None:
     follows_one_process(workers, name, schedule, axes, options, sharding)
+
+
+def steps_of(name: str, axes: dict[str, int], method: str) -> tuple[list[float], dict[str, Tensor]]:
+    """Losses of some steps of a module of transformers, and its parameters after them."""
+    mesh = mesh_of(**axes) if axes else None
+    place, dp = data_coordinate(mesh)
+    batch = spread_models.batch_of(name)
+    model = af.from_module(spread_models.model_of(name).train(), batch)
+    s = af.schedule.build("1f1b", num_ranks=1, num_microbatches=2 // dp)
+    pipe = af.pipeline(af.split(model, 1), s, mesh=mesh, sharding=af.Sharding(context_parallel=method))
+    params = pipe.init()
+    optimizer = af.optimizer(torch.optim.AdamW, lr=1e-3)
+    state, losses = optimizer.init(params), []
+    own = {entry: rows.chunk(dp)[place] for entry, rows in batch.items()}
+    for step in range(5):
+        loss, grads = af.value_and_grad(pipe)(params, own, key=(0, step))
+        params, state = optimizer.update(grads, state, params)
+        losses.append(loss.item())
+    return losses, flatten(pipe.gather(params))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("name", "method"), [("qwen3", "ring"), ("phi3", "allgather"), ("gemma3", "ring"), ("t5", "ring"), ("t5", "allgather")]
+)
+def test_others_of_transformers(workers: WorkerPool, name: str, method: str) -> None:
+    """Grouped heads, fused weights, windows, a bias that is trained and two sequences."""
+    losses, params = steps_of(name, {}, method)
+    for found, full in workers.run(steps_of, name, {"dp_replicate": 2, "cp": 2}, method):
+        torch.testing.assert_close(found, losses, rtol=1e-5, atol=1e-5)
+        for path, leaf in params.items():
+            torch.testing.assert_close(full[path], leaf, rtol=0, atol=1e-5, msg=lambda text, path=path: f"{path}: {text}")
 
 
 @pytest.mark.parametrize(
