@@ -61,12 +61,6 @@ def block(
             query, key, value, 0.0, is_diagonal, attn_mask=mask, scale=scale
         )
         return output, _none_seen(total, mask)
-    if _has_efficient(query, value, mask):
-        key, value = _for_each_head(key, value, query.shape[1])
-        output, total, _, _ = _aten._scaled_dot_product_efficient_attention(
-            query, key, value, None, True, 0.0, is_diagonal, scale=scale
-        )
-        return output, total[..., : query.shape[2]]
     key, value = _for_each_head(key, value, query.shape[1])
     scores = _scores(query, key, mask, is_diagonal, scale)
     total = scores.logsumexp(-1)
@@ -102,14 +96,6 @@ def block_backward(
         )
         return Gradients(by_query, _of_groups(by_key, groups), _of_groups(by_value, groups), None)
     key, value = _for_each_head(key, value, query.shape[1])
-    if _has_efficient(query, value, mask) and not of_mask:
-        unused = torch.zeros((), dtype=torch.int64, device=query.device)  # of random numbers, which dropout would need
-        padded = torch.nn.functional.pad(total, (0, -total.shape[-1] % 32), value=float("inf")).contiguous()
-        by_query, by_key, by_value, _ = _aten._scaled_dot_product_efficient_attention_backward(
-            cotangent, query, key, value, None, output, padded, unused, unused, 0.0, [True, True, True, False],
-            is_diagonal, scale=scale,
-        )  # fmt: skip
-        return Gradients(by_query, _of_groups(by_key, groups), _of_groups(by_value, groups), None)
     weights = (_scores(query, key, mask, is_diagonal, scale) - total.unsqueeze(-1)).exp_()
     of_scores = (cotangent @ value.transpose(-2, -1)).to(weights.dtype)
     of_scores -= (cotangent * output).sum(-1, keepdim=True, dtype=weights.dtype)
@@ -138,12 +124,8 @@ def merge(output: Tensor, total: Tensor, more: Tensor, more_total: Tensor) -> No
 
 
 def _has_flash(query: Tensor, value: Tensor) -> bool:
+    """Whether a kernel takes these that keeps no scores; elsewhere they are written out, for one block at a time."""
     return query.device.type == "cpu" and query.shape[-1] == value.shape[-1]
-
-
-def _has_efficient(query: Tensor, value: Tensor, mask: Tensor | None) -> bool:
-    """Whether the kernel of CUDA that knows all lengths takes these; a mask would have to be aligned for it."""
-    return mask is None and query.device.type == "cuda" and query.dtype != torch.float64 and query.shape[-1] % 8 == 0
 
 
 def _none_seen(total: Tensor, mask: Tensor | None) -> Tensor:
