@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from autofunc.captured.flow import Flow
-from autofunc.captured.segment import Instruction, Ref, Runtime, Segment
+from autofunc.captured.segment import Instruction, Ref, Segment, plain
 from autofunc.captured.strides import as_strided_as_captured
 from autofunc.errors import ModelError
 from autofunc.graph.lines import line_of
@@ -166,8 +166,8 @@ class Cut:
         for number, node in enumerate(nodes, start=len(given)):
             register[node] = number
             target, read = self._for_any_strides(node)
-            args = tuple(_plain(argument, register) for argument in read)
-            kwargs = tuple((name, _plain(argument, register)) for name, argument in node.kwargs.items())
+            args = tuple(plain(argument, register) for argument in read)
+            kwargs = tuple((name, plain(argument, register)) for name, argument in node.kwargs.items())
             instructions.append(Instruction(target, args, kwargs, number, node.meta.get("modes", ())))
         return Segment(
             tuple(path for path, _ in params),
@@ -215,13 +215,3 @@ class _Returned:
 def _is_several(node: Node) -> bool:
     """Whether an operator returns a list of tensors, which are taken out one by one."""
     return isinstance(node.meta.get("val"), (list, tuple))
-
-
-def _plain(argument: Any, register: Mapping[Node, int]) -> Any:
-    if isinstance(argument, Node):
-        return Ref(register[argument])
-    if isinstance(argument, torch.device):
-        return Runtime("device")
-    if isinstance(argument, (list, tuple)):
-        return [_plain(part, register) for part in argument]
-    return argument

@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from autofunc import tree
 from autofunc.fingerprint import Fingerprint, Fingerprinted, Name
@@ -31,6 +31,22 @@ class Runtime:
     """An argument that is known when it runs: "device", where the parameters are, or "key", of the microbatch."""
 
     what: str
+
+
+def plain(argument: Any, register: Mapping[fx.Node, int]) -> Any:
+    """An argument of a node in a graph as one of an instruction.
+
+    Args:
+        argument: of the node.
+        register: of each node that has one.
+    """
+    if isinstance(argument, fx.Node):
+        return Ref(register[argument])
+    if isinstance(argument, torch.device):
+        return Runtime("device")
+    if isinstance(argument, (list, tuple)):
+        return [plain(part, register) for part in argument]
+    return argument
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
-from autofunc.captured.segment import Instruction, Ref, Runtime, Segment
+from autofunc.captured.segment import Instruction, Ref, Segment, plain
 from autofunc.errors import ModelError
+from autofunc.graph.reach import ancestors
 from autofunc.graph.schema import is_mutable
 
 Node = fx.Node
@@ -45,8 +45,8 @@ def segment_of(
     for node in graph.nodes:
         if node in kept and node in modes:
             register[node] = len(register)
-            args = tuple(_plain(each, register) for each in node.args)
-            kwargs = tuple((name, _plain(each, register)) for name, each in node.kwargs.items())
+            args = tuple(plain(each, register) for each in node.args)
+            kwargs = tuple((name, plain(each, register)) for name, each in node.kwargs.items())
             instructions.append(Instruction(node.target, args, kwargs, register[node], modes[node]))
     return Segment(
         tuple(params), len(received), tuple(shared), tuple(constants[str(node.target)].detach() for node in fixed),
@@ -77,18 +77,4 @@ def _modes(graph: fx.Graph, what: str) -> dict[Node, tuple[tuple[Any, ...], ...]
 
 def _needed(graph: fx.Graph, roots: Iterable[Node]) -> set[Node]:
     """What must run for some values; what writes in place may write to any of them."""
-    needed = set(roots) | {node for node in graph.nodes if is_mutable(node)}
-    for node in reversed(graph.nodes):
-        if node in needed:
-            needed.update(node.all_input_nodes)
-    return needed
-
-
-def _plain(argument: Any, register: Mapping[Node, int]) -> Any:
-    if isinstance(argument, Node):
-        return Ref(register[argument])
-    if isinstance(argument, torch.device):
-        return Runtime("device")
-    if isinstance(argument, (list, tuple)):
-        return [_plain(part, register) for part in argument]
-    return argument
+    return ancestors([*roots, *(node for node in graph.nodes if is_mutable(node))])

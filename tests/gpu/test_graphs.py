@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 import autofunc as af
 from autofunc.errors import AutofuncError, ModelError
@@ -15,7 +14,7 @@ from tests.cases import assert_same_tree, make_case
 from tests.engine.test_compile import assert_close
 from tests.gpu.test_laws import DEVICE, on_device, pipe_of
 from tests.gpu.test_measured import pipe_of_size
-from tests.runtime.test_recording import Deciding, cut_at_transfers, moved
+from tests.runtime.test_recording import Deciding, check_steps, cut_at_transfers
 
 pytestmark = pytest.mark.gpu
 
@@ -30,44 +29,27 @@ def pair_of(model_name: str, name: str, rows: int = 8, *, cut: bool = False, **o
     return *pair, model.init(seed=7, device=DEVICE), on_device(batch)
 
 
-def check_steps(pipe: Any, plain: Any, params: Any, batch: dict[str, Tensor], steps: int = 6) -> None:
-    """In place updates, then parameters elsewhere; each step has other rows and another key."""
-    opt = af.optimizer(torch.optim.AdamW, lr=1e-2)
-    state, kept = opt.init(params), []
-    for step in range(steps):
-        if step == 3:
-            params = moved(params)
-        rows = {each: leaf.roll(step, 0) for each, leaf in batch.items()}
-        expected_loss, expected = af.value_and_grad(plain)(params, rows, (3, step))
-        loss, grads = af.value_and_grad(pipe)(params, rows, (3, step))
-        assert torch.equal(loss, expected_loss), step
-        assert_same_tree(expected, grads)
-        kept.append((loss, expected_loss))
-        params, state = opt.update(grads, state, params)
-    assert all(torch.equal(*pair) for pair in kept), "what a step gave is not the next one's"
-
-
 @pytest.mark.parametrize("cut", [False, True], ids=["whole", "cut"])
 @pytest.mark.parametrize("name", ["1f1b", "zb_h1", "interleaved_1f1b"])
 def test_bit_for_bit(name: str, cut: bool) -> None:
     """Several microbatches are under way; as one graph, and with transfers between graphs, as between processes."""
-    check_steps(*pair_of("gpt2", name, cut=cut))
+    check_steps(*pair_of("gpt2", name, cut=cut), moves=(3,))
 
 
 @pytest.mark.parametrize("name", ["zbv", "dualpipe_v", "gpipe"])
 def test_other_schedules_bit_for_bit(name: str) -> None:
-    check_steps(*pair_of("mlp", name, cut=True))
+    check_steps(*pair_of("mlp", name, cut=True), moves=(3,))
 
 
 @pytest.mark.parametrize("remat", ["layer", "stage"])
 def test_recomputed(remat: str) -> None:
-    check_steps(*pair_of("gpt2", "zb_h1", remat=remat))
+    check_steps(*pair_of("gpt2", "zb_h1", remat=remat), moves=(3,))
 
 
 def test_low_precision() -> None:
     pipe, plain, params, batch = pair_of("gpt2", "zb_h1", cut=True)
     low = af.tree.to_tensordict({path: leaf.bfloat16() for path, leaf in flatten(params).items()})
-    check_steps(pipe, plain, low, batch)
+    check_steps(pipe, plain, low, batch, moves=(3,))
 
 
 def test_batches_of_several_shapes_in_turns() -> None:

@@ -47,6 +47,23 @@ def pipes(
     return *pair, model, batch
 
 
+def check_steps(pipe: Any, plain: Any, params: Any, batch: dict[str, Tensor], moves: tuple[int, ...]) -> None:
+    """Six steps with updates in place; parameters move before some of them; each step has other rows and another key."""
+    opt = af.optimizer(torch.optim.AdamW, lr=1e-2)
+    state, kept = opt.init(params), []
+    for step in range(6):
+        if step in moves:
+            params = moved(params)
+        rows = {each: leaf.roll(step, 0) for each, leaf in batch.items()}
+        expected_loss, expected = af.value_and_grad(plain)(params, rows, (3, step))
+        loss, grads = af.value_and_grad(pipe)(params, rows, (3, step))
+        assert torch.equal(loss, expected_loss), step
+        assert_same_tree(expected, grads)
+        kept.append((loss, expected_loss))
+        params, state = opt.update(expected if step % 2 else grads, state, params)
+    assert all(torch.equal(*pair) for pair in kept), "what a step gave is not the next one's"
+
+
 def cut_at_transfers(pipe: af.Pipeline) -> None:
     """As between processes."""
     make = pipe._plans._make
@@ -79,20 +96,7 @@ def moved(params: Any) -> Any:
 def test_steps_have_the_same_bits(replayed: list[ReplayedGraphs], model_name: str, name: str, cut: bool) -> None:
     """With parameters that an optimizer updates in place, then with others elsewhere; with keys, and other values."""
     pipe, plain, model, batch = pipes(model_name, name, cut=cut)
-    opt = af.optimizer(torch.optim.AdamW, lr=1e-2)
-    params = model.init(seed=7)
-    state, kept = opt.init(params), []
-    for step in range(6):
-        if step in (3, 5):
-            params = moved(params)
-        rows = {each: leaf.roll(step, 0) for each, leaf in batch.items()}
-        expected_loss, expected = af.value_and_grad(plain)(params, rows, (3, step))
-        loss, grads = af.value_and_grad(pipe)(params, rows, (3, step))
-        assert torch.equal(loss, expected_loss), step
-        assert_same_tree(expected, grads)
-        kept.append((loss, expected_loss))
-        params, state = opt.update(expected if step % 2 else grads, state, params)
-    assert all(torch.equal(*pair) for pair in kept), "what a step gave is not the next one's"
+    check_steps(pipe, plain, model.init(seed=7), batch, moves=(3, 5))
     assert len(replayed) == (2 if cut else 1), "a pool of memory for each tape: they are played in turns"
     replays = [graph.replays for graphs in replayed for graph in graphs.made]
     assert len(replays) == 2 if not cut else len(replays) > 4

@@ -200,28 +200,17 @@ def narrow(op: Operation) -> Outcome | None:
     return op.becomes(Cut(dim, kept), self=Want(x, cut), start=start // op.size, length=length // op.size)
 
 
-@rule(_aten.select)
-def select(op: Operation) -> Outcome | None:
-    """One place along a dim."""
+@rule(_aten.select, _aten.unbind)
+def places(op: Operation) -> Outcome | None:
+    """One place along a dim, or all of them, one by one."""
     x, shape = op.given["self"], shape_of(op.given["self"])
     cut, dim = op.cut(x), op.given["dim"] % len(shape)
     if cut is None:
         return None
     if dim == cut.dim:
         raise Borders(x, range(1, shape[dim]))
-    return op.becomes(cut.at(cut.dim - (dim < cut.dim)), self=Want(x, cut))
-
-
-@rule(_aten.unbind)
-def unbind(op: Operation) -> Outcome | None:
-    """All places along a dim, one by one."""
-    x, shape = op.given["self"], shape_of(op.given["self"])
-    cut, dim = op.cut(x), op.given["dim"] % len(shape)
-    if cut is None:
-        return None
-    if dim == cut.dim:
-        raise Borders(x, range(1, shape[dim]))
-    return op.becomes((cut.at(cut.dim - (dim < cut.dim)),) * shape[dim], self=Want(x, cut))
+    place = cut.at(cut.dim - (dim < cut.dim))
+    return op.becomes(place if "index" in op.given else (place,) * shape[dim], self=Want(x, cut))
 
 
 @rule(_aten.split, _aten.split_with_sizes, _aten.chunk, _aten.unsafe_chunk, _aten.unsafe_split)
