@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,21 +10,18 @@ import torch
 from torch import Tensor
 
 from autofunc.context_parallel.ranks import known_as
+from tests.thread_ranks import Meeting
 
 
 class Threads:
-    """Ranks that are threads of one process: what each gives lies in one list."""
+    """Ranks that are threads of one process: they exchange where they meet."""
 
-    def __init__(self, rank: int, places: list[Any], barrier: threading.Barrier) -> None:
-        self.rank, self.size, self._places, self._barrier = rank, len(places), places, barrier
+    def __init__(self, rank: int, meeting: Meeting) -> None:
+        self.rank, self.size, self._meeting = rank, meeting.size, meeting
         self.count: Counter[str] = Counter()
 
     def _exchange(self, given: Any) -> list[Any]:
-        self._places[self.rank] = given
-        self._barrier.wait()
-        found = list(self._places)
-        self._barrier.wait()
-        return found
+        return self._meeting.of_all(self.rank, given)
 
     def gather(self, x: Tensor) -> list[Tensor]:
         self.count["gather"] += 1
@@ -43,24 +39,11 @@ class Threads:
 
 def on_ranks(size: int, function: Callable[[Threads, str], Any]) -> tuple[list[Any], list[Counter[str]]]:
     """What a function gives on each rank, and what each exchanged."""
-    places, barrier = [None] * size, threading.Barrier(size, timeout=30)
-    ranks = [Threads(rank, places, barrier) for rank in range(size)]
-    found: list[Any] = [None] * size
+    meeting = Meeting(size)
+    ranks = [Threads(rank, meeting) for rank in range(size)]
 
-    def run(rank: int) -> None:
-        try:
-            known_as(f"threads {rank}", ranks[rank])
-            found[rank] = function(ranks[rank], f"threads {rank}")
-        except BaseException as error:
-            found[rank] = error
-            barrier.abort()
+    def run(rank: int) -> Any:
+        known_as(f"threads {rank}", ranks[rank])
+        return function(ranks[rank], f"threads {rank}")
 
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for each in found:
-        if isinstance(each, BaseException):
-            raise each
-    return found, [rank.count for rank in ranks]
+    return meeting.run(run), [rank.count for rank in ranks]

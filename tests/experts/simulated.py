@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from typing import Any, TypeVar
 
@@ -14,6 +12,7 @@ from torch import Tensor
 from autofunc.shard.expert_exchange import register
 from autofunc.shard.experts import ExpertRanks
 from autofunc.spread import exchanging
+from tests.thread_ranks import Meeting
 
 T = TypeVar("T")
 
@@ -21,16 +20,12 @@ T = TypeVar("T")
 class ThreadPeers:
     """See `Peers`; also counts, by rank, what was sent."""
 
-    def __init__(self, rank: int, size: int, table: list[Any], barrier: threading.Barrier) -> None:
-        self.rank, self.size, self._table, self._barrier = rank, size, table, barrier
+    def __init__(self, rank: int, meeting: Meeting) -> None:
+        self.rank, self.size, self._meeting = rank, meeting.size, meeting
         self.sent_rows: list[int] = []
 
     def _of_all(self, own: Any) -> list[Any]:
-        self._table[self.rank] = own
-        self._barrier.wait()
-        found = list(self._table)
-        self._barrier.wait()
-        return found
+        return self._meeting.of_all(self.rank, own)
 
     def all_gather(self, x: Tensor) -> Tensor:
         return torch.stack(self._of_all(x))
@@ -48,19 +43,13 @@ class ThreadPeers:
 
 def on_ranks(size: int, function: Callable[[int], T]) -> tuple[list[T], list[ThreadPeers]]:
     """What the function gives for each rank, and the ranks."""
-    barrier = threading.Barrier(size, timeout=20)
-    table: list[Any] = [None] * size
-    peers = [ThreadPeers(rank, size, table, barrier) for rank in range(size)]
+    meeting = Meeting(size)
+    peers = [ThreadPeers(rank, meeting) for rank in range(size)]
 
     def run(rank: int) -> T:
-        name = f"simulated {id(table)} {rank}"
+        name = f"simulated {id(meeting)} {rank}"
         register(name, peers[rank])
         with exchanging(ExpertRanks(name, rank, size)) if size > 1 else nullcontext():
-            try:
-                return function(rank)
-            except BaseException:
-                barrier.abort()
-                raise
+            return function(rank)
 
-    with ThreadPoolExecutor(size) as pool:
-        return list(pool.map(run, range(size))), peers
+    return meeting.run(run), peers

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -16,15 +15,9 @@ from autofunc import tree
 from autofunc.spreading import AxisPlan, along, piece_of, put_together
 from autofunc.spreading.movements import gather
 from tests.shard.spread_models import batch_of, model_of
+from tests.thread_ranks import Meeting
 
 KEY = af.random.make_key(3)
-
-
-class Threads:
-    """What the threads of an axis hand each other."""
-
-    def __init__(self, size: int) -> None:
-        self.barrier, self.given = threading.Barrier(size, timeout=30), [torch.empty(0)] * size
 
 
 class ThreadAxis:
@@ -32,17 +25,13 @@ class ThreadAxis:
 
     fingerprint = "threads"
 
-    def __init__(self, threads: Threads, rank: int, size: int) -> None:
-        self.threads, self.rank, self.size = threads, rank, size
+    def __init__(self, meeting: Meeting, rank: int) -> None:
+        self.meeting, self.rank, self.size = meeting, rank, meeting.size
         self.counts: Counter[str] = Counter()
 
     def _of_all(self, x: Tensor, kind: str) -> list[Tensor]:
         self.counts[kind] += 1
-        self.threads.given[self.rank] = x.detach().clone()
-        self.threads.barrier.wait()
-        found = list(self.threads.given)
-        self.threads.barrier.wait()
-        return found
+        return self.meeting.of_all(self.rank, x.detach().clone())
 
     def all_reduce(self, x: Tensor, how: str) -> Tensor:
         stacked = torch.stack(self._of_all(x, "all_reduce"))
@@ -60,24 +49,9 @@ class ThreadAxis:
 
 def on_threads(size: int, work: Callable[[ThreadAxis], Any]) -> tuple[list[Any], ThreadAxis]:
     """What each of some threads makes."""
-    threads, made, failed = Threads(size), [None] * size, list[BaseException]()
-    axes = [ThreadAxis(threads, rank, size) for rank in range(size)]
-
-    def run(axis: ThreadAxis) -> None:
-        try:
-            made[axis.rank] = work(axis)
-        except BaseException as error:
-            failed.append(error)
-            threads.barrier.abort()
-
-    running = [threading.Thread(target=run, args=(axis,)) for axis in axes]
-    for each in running:
-        each.start()
-    for each in running:
-        each.join()
-    if failed:
-        raise next((each for each in failed if not isinstance(each, threading.BrokenBarrierError)), failed[0])
-    return made, axes[0]
+    meeting = Meeting(size)
+    axes = [ThreadAxis(meeting, rank) for rank in range(size)]
+    return meeting.run(lambda rank: work(axes[rank])), axes[0]
 
 
 Grads = dict[str, Tensor | None]
