@@ -21,6 +21,7 @@ import copy
 import gc
 import re
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -253,6 +254,7 @@ def measure(name: str, device: str, repetitions: int, seconds: float, wanted: re
             found[title] = begin(step)
         except (af.AutofuncError, RuntimeError) as error:  # the others are worth knowing all the same
             print(f"{title}: {type(error).__name__}: {str(error).splitlines()[0]}")
+            print(error, file=sys.stderr)
             del steps[title]
             pipes.pop(title, None)
     times: dict[str, list[float]] = {title: [] for title in steps}
