@@ -127,5 +127,6 @@ def one_of(given: object, known: Iterable[object]) -> str:
     names = [shown(name) for name in known]
     near = difflib.get_close_matches(shown(given), names, n=3, cutoff=0.5)
     listed = ", ".join(names[:12]) + (f", ... ({len(names)} in all)" if len(names) > 12 else "")
-    suggestion = f"did you mean {' or '.join(near)}? " if near else ""
-    return f"{suggestion}Known: {listed}" if names else f"{suggestion}There are none"
+    if near:
+        return f"did you mean {' or '.join(near)}? Known: {listed}"
+    return f"known: {listed}" if names else "none are known"

@@ -20,7 +20,10 @@ def load_file(path: Path) -> ModuleType:
     full = path.expanduser().resolve()
     if not full.is_file():
         beside = sorted(each.name for each in full.parent.glob("*.py")) if full.parent.is_dir() else []
-        raise ConfigError(f"there is no file {str(path)!r} (looked for {full}); {one_of(path.name, beside)}")
+        raise ConfigError(
+            f"there is no file {str(path)!r} (looked for {full}); "
+            + (one_of(path.name, beside) if beside else "its folder holds no Python files")
+        )
     name = f"autofunc_user_{full.stem}_{hashlib.blake2b(str(full).encode(), digest_size=4).hexdigest()}"
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, full)

@@ -150,7 +150,7 @@ REFUSALS: list[tuple[Any, str]] = [
     (lambda: af.optimizer(ADAMW, decay="matrixes"), "did you mean matrices"),
     (lambda: af.optimizer(ADAMW, params="wte.*"), r"expected a list of patterns, such as \['wte.\*'\]"),
     (lambda: af.optimizer(torch.optim.Muon), "Muon takes matrices alone, .* 1 are none: h.0.bias. Give those to another"),
-    (lambda: af.optimizer(ADAMW, params=["wte.*"]), "no optimizer takes 'h.0.bias'; Known: wte"),
+    (lambda: af.optimizer(ADAMW, params=["wte.*"]), "no optimizer takes 'h.0.bias'; known: wte"),
     (lambda: af.optimizers(*[af.optimizer(torch.optim.SGD)] * 2), "leaves none for optimizer.SGD"),
     (
         lambda: af.optimizers(af.optimizer(torch.optim.SGD, params=["*"]), af.optimizer(torch.optim.Muon)),

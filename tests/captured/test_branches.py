@@ -225,7 +225,7 @@ def test_what_differs_from_batch_to_batch_is_refused(forward: Forward, message: 
 def test_branches_can_be_refused() -> None:
     with pytest.raises(ModelError, match=r"reads the value of a tensor \(.*if ids.max\(\) >= 3"):
         af.from_module(Deciding(raising), batch(), branches="refuse")
-    with pytest.raises(ModelError, match="branches='maybe'; Known: example, refuse"):
+    with pytest.raises(ModelError, match="branches='maybe'; known: example, refuse"):
         af.from_module(Deciding(raising), batch(), branches="maybe")  # type: ignore[arg-type]
 
 

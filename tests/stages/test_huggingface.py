@@ -111,7 +111,7 @@ def test_a_pipeline_equals_the_plain_loop(name: str, schedule: str, ranks: int, 
         (
             "llama",
             {"rope_parameters": {"rope_type": "yarn"}},
-            "type 'yarn' is not supported; Known: default, linear, llama3",
+            "type 'yarn' is not supported; known: default, linear, llama3",
         ),
         (
             "llama",

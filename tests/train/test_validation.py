@@ -144,7 +144,7 @@ WRONG_NAMES = {
     ("--validation_dataset_a.seq_length", "3"): ["validation_dataset_a.seq_length", "did you mean seq_len"],
     ("--validation_dataset_a.path", "nowhere"): ["validation_dataset_a: TextFolder: nowhere is neither"],
     ("--validation_dataset_a.seq_len", "17"): ["the model on a batch of validation_dataset_a", "17 tokens"],
-    ("--checkpoint.best_metric_key", "c"): ["checkpoint.best_metric_key", "'c'", "Known: default, b, a"],
+    ("--checkpoint.best_metric_key", "c"): ["checkpoint.best_metric_key", "'c'", "known: default, b, a"],
     ("--metrics.a_loss._target_", "autofunc.metrics.accuracy"): ["validation_a_loss would be measured on"],
     ("--validation_dataloader.batch_size", "0"): ["validation_dataloader.batch_size", "got 0"],
     ("--validation_dataloader.collate_fn", "x"): ["unknown key 'validation_dataloader.collate_fn', of NeMo AutoModel"],
