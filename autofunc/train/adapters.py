@@ -1,4 +1,4 @@
-"""Adapters in a run: from the section `peft` to a model, and where they are written and read again."""
+"""Adapters in a run: build the model that section `peft` describes, and read back the adapters a run wrote."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from autofunc.train.output import ADAPTER
 
 
 def with_adapters(base: Model, wanted: Peft, config: FinetuneConfig, dataset: Any) -> AdaptedModel:
-    """A model with the adapters that a configuration wants.
+    """Return the base model with the adapters that section `peft` asks for.
 
     Args:
-        base: what `model._target_` gives.
+        base: the model that `model._target_` builds.
         wanted: the section.
-        config: the whole of it.
-        dataset: whose first rows the model is followed on.
+        config: the whole configuration.
+        dataset: its first rows trace the model.
 
     Raises:
-        ConfigError: for keys that contradict each other, and for adapters that do not fit the model.
+        ConfigError: if keys contradict each other or the adapters do not fit the model.
     """
     if config.trainable is not None:
         raise ConfigError(
-            f"trainable: {config.trainable} has no effect, for peft trains adapters alone; leave it out, and name what is "
-            "trained whole in peft.modules_to_save"
+            f"trainable: {config.trainable} has no effect, because peft trains only adapters; leave it out, and list what "
+            "to train in full under peft.modules_to_save"
         )
     if wanted.target_modules is not None and wanted.match_all_linear:
-        raise ConfigError("peft: match_all_linear takes the place of target_modules; leave one of them out")
+        raise ConfigError("peft: match_all_linear replaces target_modules; leave one of them out")
     if wanted.target_modules is None and not wanted.match_all_linear and wanted.exclude_modules is None:
-        raise ConfigError("peft: name weights in target_modules, such as [q_proj, v_proj], or say match_all_linear: true")
+        raise ConfigError("peft: name weights in target_modules, such as [q_proj, v_proj], or set match_all_linear: true")
     try:
         return lora(
             base, wanted.target_modules or "all-linear", wanted.dim, wanted.alpha, wanted.dropout,
@@ -46,7 +46,7 @@ def with_adapters(base: Model, wanted: Peft, config: FinetuneConfig, dataset: An
 
 
 def described(model: Model) -> str | None:
-    """How little is trained, and what its gradients take; None where all parameters are."""
+    """Describe how few parameters are trained and what their gradients take; None if all are trained."""
     canonical = {model.canonical(path): leaf for path, leaf in model.spec.items()}
     total = sum(leaf.numel() for leaf in canonical.values())
     trained = sum(leaf.numel() for path, leaf in canonical.items() if model.is_trainable(path))
@@ -57,16 +57,16 @@ def described(model: Model) -> str | None:
         size = next(iter(model.plan.values())).size
         adapters = f"adapters of rank {size.rank} on {len(model.plan)} weights: "
     return (
-        f"{adapters}{trained:,} of {total:,} parameters are trained ({trained / total:.2%}); sums of their gradients take "
-        f"{4 * trained:,} bytes, and not {4 * total:,}"
+        f"{adapters}{trained:,} of {total:,} parameters are trained ({trained / total:.2%}); their summed gradients take "
+        f"{4 * trained:,} bytes instead of {4 * total:,}"
     )
 
 
 def trained_model(base: Model, left: Path) -> AdaptedModel:
-    """A model with the adapter that a run left: in its output folder, or in the folder of the adapter itself.
+    """Return the model with the adapter of a run, given its output folder or the adapter's own folder.
 
     Raises:
-        AutofuncError: when there is none, or it does not fit the model.
+        AutofuncError: if the folder holds no adapter, or the adapter does not fit the model.
     """
     inside = left / ADAPTER
     return load_adapter(base, inside if is_folder(inside) else left)

@@ -1,7 +1,7 @@
-"""torch's elastic agent with workers that are forked: it starts them, starts them again after a failure, and ends them.
+"""torch's elastic agent with forked workers: it starts, restarts and ends them.
 
-The methods are those that `SimpleElasticAgent` asks of an agent. torch's own can fork too, but knows of the first failure
-alone, and the cause is often another.
+The methods are those that `SimpleElasticAgent` asks of an agent. torch's own agent can fork too, but reports the first
+failure only, which often is not the cause.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ from autofunc.train.fork_server import ForkServer
 from autofunc.train.role import CHECKED, POSITIONS
 
 _LOOK_SECONDS = 0.2
-_TOGETHER_SECONDS = 0.2  # after a failure: what failed at the same time is told by then
+_TOGETHER_SECONDS = 0.2  # after a failure: time for simultaneous failures to show
 
 
 class ForkingAgent(SimpleElasticAgent):
-    """The workers of a run on this machine, until all have ended.
+    """Runs this machine's workers until all have ended.
 
     Args:
-        spec: how many there are, and how often they are started again.
+        spec: how many workers to start, and how often to restart them.
         server: forks them.
-        work: what each does; picklable.
-        folder: for their positions and errors.
-        asked: signals that ask this process to end; grows.
-        seconds_to_end: how long workers have to end by themselves.
-        show: told of failures after which they are started again.
-        logs_in: the folder of the run, where each keeps a log.
-        recorder: of NCCL, where they compute on GPUs.
+        work: runs in each worker; picklable.
+        folder: for positions and errors.
+        asked: signals that asked this process to end; grows.
+        seconds_to_end: grace period before workers are killed.
+        show: called with failures that are followed by a restart.
+        logs_in: the run's folder, with one log per rank.
+        recorder: NCCL's flight recorder, if workers compute on GPUs.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class ForkingAgent(SimpleElasticAgent):
         self._starts = 0
         self._ranks: dict[int, int] = {}  # by process id
         self._running: set[int] = set()
-        self._exit_codes: dict[int, int] = {}  # by rank, of those that have ended
+        self._exit_codes: dict[int, int] = {}  # by rank; ended workers only
         self.report = ""  # of the last failure
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
@@ -75,7 +75,7 @@ class ForkingAgent(SimpleElasticAgent):
         return {worker.local_rank: pid for pid, worker in zip(pids, worker_group.workers, strict=True)}
 
     def _variables(self, group: WorkerGroup, worker: Any) -> dict[str, str]:
-        """As `torchrun` gives them, so that a worker finds what it would find under the user's own `torchrun`."""
+        """The variables that `torchrun` sets, so that a worker sees the same environment under either."""
         return {
             "RANK": str(worker.global_rank), "LOCAL_RANK": str(worker.local_rank), "ROLE_RANK": str(worker.role_rank),
             "GROUP_RANK": str(group.group_rank), "WORLD_SIZE": str(worker.world_size),
@@ -97,7 +97,7 @@ class ForkingAgent(SimpleElasticAgent):
         return self._folder / f"error-{self._starts}-{rank}.json"
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
-        """What has become of them; after a failure, and when this process is to end, the others are ended first."""
+        """Look at the workers; after a failure, or when this process must end, end the remaining ones first."""
         self._take(_LOOK_SECONDS)
         if self._asked:
             self._end_all(self._asked[0])
@@ -130,11 +130,11 @@ class ForkingAgent(SimpleElasticAgent):
         self._end_all(death_sig)
 
     def _end_all(self, number: signal.Signals) -> frozenset[int]:
-        """Tell those that run to end, and see to it; the process ids of those that were told so."""
+        """Ask running workers to end, kill those that do not; return the process ids that were signalled."""
         if not self._running:
             return frozenset()
         told, until, times = self._server.signal(number), time.monotonic() + self._seconds_to_end, len(self._asked)
-        while self._running and time.monotonic() < until and len(self._asked) == times:  # asked once more is at once
+        while self._running and time.monotonic() < until and len(self._asked) == times:  # a second request ends the wait
             self._take(_LOOK_SECONDS)
         if self._running:
             told |= self._server.signal(signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""What all processes of a run tell each other once a step: which rows they have read, and what they were asked for."""
+"""The exchange of all processes once a step: which rows they have read, and whether any was asked to stop."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ _ABSENT = torch.iinfo(torch.int64).min
 
 
 class Said(NamedTuple):
-    """What one process says, or all of them together: then whether any does."""
+    """One process's flags; after `agree`, each is true if any process set it."""
 
     is_asked_to_end: bool = False
-    is_writing: bool = False  # a checkpoint
+    is_writing: bool = False  # a checkpoint is being written
 
 
 def agree(mesh: DeviceMesh | None, parts: Sequence[Part], said: Said, device: torch.device) -> tuple[bool, Said]:
-    """(Whether the ranks of each pipeline have read the same rows, what any process says), alike on all.
+    """Return (whether the ranks of each pipeline read the same rows, the flags that any process set), equal on all ranks.
 
-    One exchange of all processes, between their hosts: it waits for no device that computes.
+    All processes exchange this once, between hosts, without waiting for a device.
 
     Args:
-        mesh: of the run; None where this process is alone.
-        parts: the rows that this process has read for the step.
-        said: by this process.
-        device: of this process, for a run whose process group has no backend for the host.
+        mesh: of the run; None with a single process.
+        parts: the rows this process has read for the step.
+        said: this process's flags.
+        device: of this process; used if the process group has no backend for the host.
     """
     if mesh is None:
         return True, said
@@ -48,7 +48,7 @@ def agree(mesh: DeviceMesh | None, parts: Sequence[Part], said: Said, device: to
 
 
 def _checksum(parts: Sequence[Part]) -> int:
-    """32 bits that tell these rows from others."""
+    """Return a 32-bit checksum of the rows."""
     number = 0
     for part in parts:
         for leaf in part.batch.values():

@@ -1,8 +1,8 @@
-"""`schedule: auto`: costs are measured when a run starts, and a schedule is searched for them.
+"""`schedule: auto`: measure costs when a run starts, then search for a schedule that fits them.
 
-Costs belong to stages and ranks are taken to be alike, so what is found may place the stages otherwise (in a V, where a
-rank has several) than the schedule that was measured with. The numbers of training do not depend on it: every schedule that
-a search gives is in order, as the named ones are.
+Costs belong to stages, and all ranks are assumed alike. The search may therefore place stages differently from the measured
+schedule (in a V, if a rank holds several). Training results do not depend on the choice: searched schedules keep the order
+of gradient sums, as the named ones do.
 """
 
 from __future__ import annotations
@@ -38,25 +38,25 @@ from autofunc.train.recipe import Recipe
 from autofunc.train.weighing import counting_all
 
 SECONDS = 3.0
-"""How long a search lasts, unless it finds earlier that nothing can be better."""
+"""Length of a search, unless it proves earlier that no schedule is better."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """What a search ended with."""
+    """The result of a search."""
 
-    timeline: Timeline  # of the schedule that was found, as predicted, in ms
-    measured: Timeline  # of the one that costs were measured with, as predicted from them
+    timeline: Timeline  # of the best schedule, predicted, in ms
+    measured: Timeline  # of the schedule the costs were measured with, predicted from them, in ms
     costs: Costs  # in ms
-    memory: tuple[StageBytes, ...] | None  # known where bytes limited the search
+    memory: tuple[StageBytes, ...] | None  # set if bytes limited the search
 
     @property
     def schedule(self) -> Schedule:
-        """What to train with."""
+        """The schedule to train with."""
         return self.timeline.schedule
 
     def report(self) -> list[str]:
-        """Lines for people: what was measured, what was chosen and what that promises."""
+        """Lines for people: measured costs, the chosen schedule and its predicted step time."""
         f, i, w = (_milliseconds(cost) for cost in (self.costs.F, self.costs.I, self.costs.W))
         lines = [
             f"ms of a microbatch by stage: F {f}, I {i}, W {w}, transfer {self.costs.comm:.3g}",
@@ -74,23 +74,23 @@ class Found:
 
 
 def find_schedule(recipe: Recipe, mesh: DeviceMesh, device: torch.device, console: Console | None) -> Found:
-    """Measure and search. Every rank calls it, and all get the same; the first one searches.
+    """Measure costs and search. All ranks call it and get the same result; the first one searches.
 
     Args:
-        recipe: one that `searches`.
+        recipe: one whose `searches` is true.
         mesh: of all ranks.
         device: of this rank.
-        console: where the first rank shows that it goes on.
+        console: where the first rank shows progress.
 
     Raises:
-        ConfigError: when the memory budget is too small.
+        ConfigError: if the memory budget is too small.
     """
     by_bytes = recipe.search_budget is not None or recipe.options.remat == "auto"
     shown = console or Console(quiet=True)
     pipe = build_pipe(recipe, mesh)
     params = pipe.init(recipe.init_seed, device)
     batch = to_device(counting_all(recipe.example()), device)
-    key = (recipe.seed, 1)  # of the first step: what is measured is what is trained, dropout included
+    key = (recipe.seed, 1)  # of the first step, so that the measured work includes dropout as trained
     with shown.status("measuring what the stages cost"):
         costs = pipe.costs(params, batch, key)
         memory = pipe.memory(params, batch, key) if by_bytes else None
@@ -100,33 +100,33 @@ def find_schedule(recipe: Recipe, mesh: DeviceMesh, device: torch.device, consol
         with search_bar(shown, SECONDS) as on_progress:
             best = search(costs, **limits, time_limit_s=SECONDS, seed=recipe.seed, on_progress=on_progress)
         answer = [(best.name, to_text(best))]
-    dist.broadcast_object_list(answer, src=0)  # to all, for each dp and tp coordinate has measured by itself
+    dist.broadcast_object_list(answer, src=0)  # each dp and tp coordinate measured separately: all use the first rank's
     assert answer[0] is not None
     name, text = answer[0]
     return Found(simulate(from_text(text, name), costs), simulate(recipe.schedule, costs), costs, memory)
 
 
 def search_limits(recipe: Recipe, memory: Sequence[StageBytes] | None) -> dict[str, Any]:
-    """The sizes and limits of a search, as `schedule.search` takes them.
+    """Return sizes and limits of a search, as `schedule.search` takes them.
 
     Args:
-        recipe: one that `searches`.
-        memory: what the stages keep; None limits activations instead.
+        recipe: one whose `searches` is true.
+        memory: bytes that stages keep; None limits activations instead.
 
     Raises:
-        ConfigError: when not even one microbatch fits into `recipe.search_budget`.
+        ConfigError: if `recipe.search_budget` does not fit a single microbatch.
     """
     num_ranks, num_stages = recipe.schedule.num_ranks, recipe.schedule.num_stages
     limits: dict[str, Any] = {
         "num_ranks": num_ranks,
         "num_microbatches": recipe.schedule.num_microbatches,
         "stages_per_rank": num_stages // num_ranks,
-        "memory_limit": num_stages,  # the activations of 1F1B's busiest rank: a microbatch for each rank
+        "memory_limit": num_stages,  # activations of 1F1B's busiest rank: one microbatch per rank
     }
     if memory is not None:
         rough = Memory.of_stages(memory)
         budget: float | None = recipe.search_budget
-        if budget is None:  # of remat auto: for what the measured schedule holds, the engine found a way to fit
+        if budget is None:  # remat auto: the engine found a way to fit what the measured schedule holds
             kept, weight = (rough.per_stage(name, num_stages).tolist() for name in ("residuals", "weight_residuals"))
             budget = max(peak_held(recipe.schedule, kept, weight))
         limits |= {"memory_limit": budget, "memory": rough}

@@ -1,4 +1,4 @@
-"""The moving average of the parameters that a run trains: begun, moved on, and put in their place."""
+"""The moving average of trained parameters: start it, update it, and substitute it."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from autofunc.tree import Nested, flatten, to_tensordict
 
 
 def begun(model: Model, params: Nested) -> TensorDict:
-    """The average before the first step: a copy of the parameters that are trained, at least in fp32.
+    """Return the initial average: a copy of the trained parameters, in fp32 or wider.
 
     Args:
-        model: says which are.
+        model: tells which parameters are trained.
         params: of this process.
     """
     return to_tensordict({path: _copy(leaf) for path, leaf in _trained(model, params).items()})
 
 
 def moved_on(model: Model, average: TensorDict, params: Nested, decay: float) -> TensorDict:
-    """The average after another step."""
+    """Return the average after another step."""
     return ema(average, to_tensordict(_trained(model, params)), decay)
 
 
 def in_place(average: Nested, params: Nested) -> TensorDict:
-    """The parameters with the average in the place of those that are trained, in their dtypes; both stay as they are."""
+    """Return the parameters with trained ones replaced by their average, in their dtypes; inputs are unchanged."""
     found = flatten(average)
     return to_tensordict(
         {path: found[path].to(leaf.dtype) if path in found else leaf for path, leaf in flatten(params).items()}

@@ -1,4 +1,4 @@
-"""How a configuration spreads a run over processes: the sizes of the mesh's axes, and what is sharded over them."""
+"""How a run spreads over processes: the sizes of the mesh's axes, and the sharding options."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ class Axes:
     dp_shard: int = 1
     cp: int = 1
     tp: int = 1
-    ep: int = 1  # of dp_shard, over which experts are spread
+    ep: int = 1  # splits dp_shard: the ranks over which experts are spread
 
     @property
     def dp(self) -> int:
-        """Data parallel ranks in all."""
+        """Number of data parallel ranks."""
         return self.dp_replicate * self.dp_shard
 
     @property
     def num_processes(self) -> int:
-        """Processes of the run."""
+        """Number of processes in the run."""
         return self.pp * self.dp * self.cp * self.tp
 
     def mesh(self, device_type: str) -> DeviceMesh:
-        """The mesh of this run's processes."""
+        """Make the mesh of this run's processes."""
         return make_mesh(self.pp, self.dp_replicate, self.dp_shard, self.cp, self.tp, device_type=device_type)
 
     def __str__(self) -> str:
@@ -50,14 +50,14 @@ class Axes:
 
 
 def axes_of(config: FinetuneConfig, num_processes: int | None) -> Axes:
-    """The sizes that the configuration gives; `dp_size`, when it is absent, is what the processes leave.
+    """Return the configured axis sizes; an absent `dp_size` is whatever the process count leaves.
 
     Args:
         config: what is wanted.
-        num_processes: how many there are, or were asked for; None lets the configuration say.
+        num_processes: running or requested processes; None derives it from the configuration.
 
     Raises:
-        ConfigError: when the sizes do not fit each other or the processes.
+        ConfigError: if the sizes do not fit each other or the process count.
     """
     wanted = config.distributed
     others = wanted.pp_size * wanted.cp_size * wanted.tp_size
@@ -72,8 +72,8 @@ def axes_of(config: FinetuneConfig, num_processes: int | None) -> Axes:
     dp = dp or (replicate or 1) * wanted.ep_size
     if num_processes is not None and dp * others != num_processes:
         raise ConfigError(
-            f"distributed: {_sizes(wanted, dp)} need {dp * others} processes, but there are {num_processes}; start as "
-            "many, or leave dp_size out, which then is what they leave"
+            f"distributed: {_sizes(wanted, dp)} need {dp * others} processes, but there are {num_processes}; start that "
+            "many, or leave dp_size out to derive it"
         )
     if replicate is not None and dp % replicate:
         raise ConfigError(
@@ -83,12 +83,12 @@ def axes_of(config: FinetuneConfig, num_processes: int | None) -> Axes:
     if wanted.strategy == "ddp":
         if replicate not in (None, dp):
             raise ConfigError(
-                f"distributed: dp_replicate_size={replicate} with strategy ddp, where all {dp} data parallel ranks hold "
-                "all parameters; leave it out, or use strategy: fsdp2"
+                f"distributed: dp_replicate_size={replicate} with strategy ddp, under which all {dp} data parallel ranks "
+                "hold all parameters; leave it out, or use strategy: fsdp2"
             )
         if wanted.ep_size > 1:
             raise ConfigError(
-                f"distributed: ep_size={wanted.ep_size} with strategy ddp, where each data parallel rank holds all "
+                f"distributed: ep_size={wanted.ep_size} with strategy ddp, under which each data parallel rank holds all "
                 "experts; use strategy: fsdp2"
             )
         return Axes(wanted.pp_size, dp, 1, wanted.cp_size, wanted.tp_size)
@@ -97,28 +97,28 @@ def axes_of(config: FinetuneConfig, num_processes: int | None) -> Axes:
         divisors = ", ".join(str(size) for size in range(1, shard + 1) if shard % size == 0)
         raise ConfigError(
             f"distributed: ep_size={wanted.ep_size} does not divide the {shard} data parallel ranks that share parameters "
-            f"(dp_size={dp}, dp_replicate_size={replicate or 1}), among which experts are spread; one of {divisors} does"
+            f"(dp_size={dp}, dp_replicate_size={replicate or 1}), over which experts are spread; one of {divisors} does"
         )
     return Axes(wanted.pp_size, replicate or 1, shard, wanted.cp_size, wanted.tp_size, wanted.ep_size)
 
 
 def _sizes(wanted: Any, dp: int | None = None) -> str:
-    """In words, without a cp_size of 1."""
+    """List the sizes, leaving out a cp_size of 1."""
     sizes = {"pp_size": wanted.pp_size, "dp_size": dp, "cp_size": wanted.cp_size if wanted.cp_size > 1 else None}
     listed = ", ".join(f"{name}={size}" for name, size in sizes.items() if size is not None)
     return f"{listed} and tp_size={wanted.tp_size}"
 
 
 def sharding_of(config: FinetuneConfig, axes: Axes, notes: list[str]) -> Sharding:
-    """The choices of `distributed`, as the pipeline takes them.
+    """Return the choices of section `distributed`, as the pipeline takes them.
 
     Args:
         config: what is wanted.
         axes: of the mesh.
-        notes: told of what has no effect.
+        notes: gains a line for each choice without effect.
 
     Raises:
-        ConfigError: for choices that do not go together.
+        ConfigError: if choices conflict.
     """
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy
 
@@ -154,9 +154,9 @@ def sharding_of(config: FinetuneConfig, axes: Axes, notes: list[str]) -> Shardin
 
 
 def setting_alone(axes: Axes, sharding: Sharding) -> Setting:
-    """What surrounds the stages of a run as far as one process can tell: how tokens are cut, among ranks that do not exist.
+    """Return the setting of a run's stages as far as one process can build it: tokens cut over ranks that do not run.
 
-    Without a tp axis, whose ranks cut layers: see `tensor_parallel_check.py`.
+    The tp axis is left out, because it cuts layers: see `tensor_parallel_check.py`.
     """
     return Setting(context=imagined_axis(axes.cp, sharding.context_parallel))
 

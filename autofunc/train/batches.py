@@ -1,4 +1,4 @@
-"""The batches of a run on their way to its device: read, and sent, while the device still computes the step before."""
+"""A run's batches on their way to the device: the next one is read and sent while the device computes."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from autofunc.runtime.position import here
 
 
 class Batch(NamedTuple):
-    """What a step trains on."""
+    """The rows of one step."""
 
     parts: Sequence[Part]  # on the host
-    sent: Sequence[dict[str, Any]]  # the batch of each of them, on the device
+    sent: Sequence[dict[str, Any]]  # each part's batch, on the device
 
     @classmethod
     def of(cls, parts: Sequence[Part], device: torch.device) -> Batch:
-        """Parts, and their batches on a device."""
+        """Return the parts and their batches on a device."""
         return cls(parts, [to_device(part.batch, device) for part in parts])
 
 
 class Batches:
-    """One batch after the other.
+    """Iterates over batches.
 
-    A device that works by itself gets the next one early: `read_ahead` reads it into pinned memory and sends it, beside
-    what the device computes. No more than one is read ahead. What a dataset raises then is raised when that batch is asked
-    for, so the step before it is not lost. On the CPU, which would compute later for it, every batch is read when it is
-    asked for.
+    An asynchronous device gets the next batch early: `read_ahead` reads it into pinned memory and sends it while the device
+    computes. At most one batch is read ahead. An exception of the dataset is kept and raised when that batch is due, so
+    that the step before it is not lost. On the CPU, reading early would only delay computation, so each batch is read when
+    it is due.
 
     Args:
         parts: of each batch.
-        device: where they go.
-        reads_ahead: whether the next one is read early; by default as above.
+        device: of the batches.
+        reads_ahead: whether to read early; the default depends on the device, see above.
     """
 
     def __init__(self, parts: Iterator[list[Part]], device: torch.device, *, reads_ahead: bool | None = None) -> None:
@@ -58,18 +58,18 @@ class Batches:
             current.wait_stream(self._road)
             for leaf in tree.leaves_and_spec([*batch.sent])[0]:
                 if isinstance(leaf, Tensor):
-                    leaf.record_stream(current)  # made on the other stream, whose memory it is
+                    leaf.record_stream(current)  # allocated on the copy stream
         return batch
 
     def read_ahead(self) -> None:
-        """Read the next batch and send it on its way, unless there is none or batches are not read ahead."""
+        """Read the next batch and start to send it; a no-op at the end, or if batches are not read ahead."""
         if not self._reads_ahead or self._next is not None or self._error is not None:
             return
         phase = here.phase
         try:
             parts = next(self._parts, None)
             self._next = None if parts is None else self._sent(parts)
-        except Exception as error:  # of the user's dataset: raised when this batch is asked for
+        except Exception as error:  # from the user's dataset: raised when this batch is due
             self._error = error
         here.enter(phase)
 
@@ -82,7 +82,7 @@ class Batches:
 
 
 def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """The batch with its tensors on a device."""
+    """Move a batch's tensors to a device."""
     return tree.map_leaves(  # type: ignore[no-any-return]
         lambda leaf: leaf.to(device, non_blocking=True) if isinstance(leaf, torch.Tensor) else leaf, dict(batch)
     )

@@ -1,4 +1,4 @@
-"""A run that has a configuration: check it, then train in this process or start the workers."""
+"""Start a configured run: check it, then train in this process or start workers."""
 
 from __future__ import annotations
 
@@ -36,27 +36,27 @@ from autofunc.train.texts import TextsWanted
 from autofunc.train.trackers import check_trackers
 from autofunc.train.worker import run_worker
 
-_SECONDS_TO_END = 30.0  # of workers that are told to, without checkpoints to write
+_SECONDS_TO_END = 30.0  # grace period of workers that write no checkpoints
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What a command asks for."""
+    """A command's request."""
 
     config: FinetuneConfig
-    notes: tuple[str, ...]  # what the user should know already
+    notes: tuple[str, ...]  # already known, to be shown to the user
     output_dir: Path
-    command: str  # what to type to go on when the run was ended
-    overwrite: bool  # whether a run that is there is replaced
+    command: str  # that resumes the run
+    overwrite: bool  # replace an existing run
     max_restarts: int = 0
-    evaluates: bool = False  # and does not train
+    evaluates: bool = False  # instead of training
     as_json: bool = False
-    quiet: bool = False  # whether the console gets nothing but errors and the last line
-    texts: TextsWanted | None = None  # to generate, instead of training
+    quiet: bool = False  # print errors and the last line only
+    texts: TextsWanted | None = None  # to generate instead of training
 
     @property
     def trains(self) -> bool:
-        """Whether weights are trained, and written."""
+        """Whether the run trains weights and writes them."""
         return not self.evaluates and self.texts is None
 
 
@@ -73,27 +73,27 @@ def asked(
     quiet: bool = False,
     texts: TextsWanted | None = None,
 ) -> Asked:
-    """What a command asks for.
+    """Return a command's request.
 
     Args:
-        config: what is wanted.
-        notes: what the user should know already.
+        config: the configuration.
+        notes: already known, to be shown to the user.
         words: of the command.
-        config_path: the file.
-        overwrite: whether a run that is there is replaced.
-        max_restarts: how often workers are started again.
-        evaluates: whether it is not trained, but measured.
-        as_json: whether what is measured is shown as JSON.
-        quiet: whether the console gets nothing but errors and the last line.
-        texts: what is generated, instead of training.
+        config_path: the configuration's file.
+        overwrite: replace an existing run.
+        max_restarts: how often to restart workers.
+        evaluates: evaluate instead of training.
+        as_json: print results as JSON.
+        quiet: print errors and the last line only.
+        texts: to generate instead of training.
 
     Raises:
         ConfigError: for restarts without checkpoints, and for packages that are not installed.
     """
     if max_restarts and (config.checkpoint is None or not config.checkpoint.enabled):
         raise ConfigError(
-            f"--max-restarts {max_restarts} goes on from checkpoints: give a section checkpoint, which may be empty "
-            "(checkpoint: {}), and how often: step_scheduler.ckpt_every_steps"
+            f"--max-restarts {max_restarts} resumes from checkpoints: add a section checkpoint, which may be empty "
+            "(checkpoint: {}), and set step_scheduler.ckpt_every_steps"
         )
     if not evaluates and texts is None:
         check_trackers(config)
@@ -107,15 +107,15 @@ def asked(
 
 
 def checked_recipe(config: FinetuneConfig, nproc_per_node: int | None, notes: Sequence[str]) -> Recipe:
-    """Build a run, and try it without its processes.
+    """Build a run and try it without starting its processes.
 
     Args:
-        config: what is wanted.
-        nproc_per_node: processes to start; the configuration's own number by default.
-        notes: what the user should know already.
+        config: the configuration.
+        nproc_per_node: processes to start; by default the configured number.
+        notes: already known, to be shown to the user.
 
     Raises:
-        AutofuncError: for every mistake in the configuration.
+        AutofuncError: for any mistake in the configuration.
     """
     recipe = prepare(config, nproc_per_node, notes=notes)
     check_tensor_parallel(recipe)
@@ -125,12 +125,12 @@ def checked_recipe(config: FinetuneConfig, nproc_per_node: int | None, notes: Se
 
 
 def begin(recipe: Recipe, run_asked: Asked, server: ForkServer | None) -> None:
-    """Train here where one process is enough, else in processes that are forked.
+    """Train in this process if one is enough, else in forked workers.
 
     Args:
-        recipe: of `checked_recipe`.
-        run_asked: what it was made of.
-        server: forks the workers; None where one process is enough.
+        recipe: from `checked_recipe`.
+        run_asked: the request it was built from.
+        server: forks the workers; None if one process is enough.
     """
     begun_from = source(run_asked.config.checkpoint, run_asked.output_dir, writes=run_asked.trains)
     if run_asked.evaluates:
@@ -149,7 +149,7 @@ def begin(recipe: Recipe, run_asked: Asked, server: ForkServer | None) -> None:
         sys.stdout.write(f"starting {recipe.axes.num_processes} processes\n")
         sys.stdout.flush()
     config = run_asked.config
-    writes = config.checkpoint is not None and config.checkpoint.enabled  # which takes as long as it takes
+    writes = config.checkpoint is not None and config.checkpoint.enabled  # and may need long to finish
     launch(
         server, recipe.axes.num_processes, partial(_as_worker, run_asked, clock.began), max_restarts=run_asked.max_restarts,
         folder=run_asked.output_dir if run_asked.trains else None,
@@ -170,8 +170,8 @@ def _as_worker(run_asked: Asked, began: float) -> None:
 
 
 def run_rank(run_asked: Asked) -> None:
-    """One rank's part of a run."""
-    with log_alone() if was_checked() else nullcontext():  # what that says was shown when it was checked
+    """Run one rank's part."""
+    with log_alone() if was_checked() else nullcontext():  # the check has shown its output already
         recipe = prepare(run_asked.config, int(os.environ["WORLD_SIZE"]), notes=run_asked.notes, checked=was_checked())
     is_writer = not was_checked() and os.environ.get("RANK", "0") == "0" and run_asked.trains
     if is_writer:
@@ -197,13 +197,13 @@ def _run(recipe: Recipe, run_asked: Asked) -> None:
 def _make_output_dir(run_asked: Asked, begun_from: Path | None) -> None:
     section = run_asked.config.checkpoint
     folder = folder_of(section, run_asked.output_dir)
-    # AUTO begins anew where a run was ended before its first checkpoint
+    # AUTO starts over if a run ended before its first checkpoint
     overwrite = run_asked.overwrite or (wanted(section) == AUTO and begun_from is None)
     make_output_dir(run_asked.output_dir, overwrite, folder, goes_on=goes_on_in(folder, begun_from))
 
 
 def output_dir_of(config: FinetuneConfig, config_path: str) -> Path:
-    """Where a run writes: what its configuration says, or beside others of its file, or where the one before it did."""
+    """Return the output folder: as configured, else a new one named after the file, else the one to resume in."""
     if config.output_dir is not None:
         return Path(config.output_dir).expanduser()
     return last_output_dir(config_path) if wanted(config.checkpoint) else default_output_dir(config_path)

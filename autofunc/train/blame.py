@@ -1,4 +1,4 @@
-"""Which of several failed processes is the cause, and what is said of it."""
+"""Find the cause among several failed processes, and describe it."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ from autofunc.users_lines import HEADING, HINT, line_of_user, wants_whole
 _LOST = re.compile(
     rf"{PeerLostError.__name__}|gloo/transport|Connection (closed|reset) by peer|ProcessGroupNCCL|DistBackendError"
 )
-"""What an error says that only tells of another process's end: ours, or that of a collective of torch."""
+"""Matches errors that only report another process's end: ours, and those of torch's collectives."""
 _TOO_LATE = re.compile(r"Watchdog caught collective operation timeout: (.+)")
-"""What NCCL's watchdog says before it aborts a process (torch 2.13, `ProcessGroupNCCL.cpp`)."""
-_LOG_BYTES = 2**16  # of a log's end that are looked at
+"""Matches the message of NCCL's watchdog before it aborts a process (torch 2.13, `ProcessGroupNCCL.cpp`)."""
+_LOG_BYTES = 2**16  # of the end of a log to search
 _HANG = re.compile(rf"autofunc\.errors\.{HangError.__name__}: ")
 
 
 _FOLLOWED = 2
-"""The distance from the cause (see `_distance`) at which one may have followed another."""
+"""The distance from the cause (see `_distance`) from which a failure may be a consequence of another."""
 
 
 def report(failures: Mapping[int, Any], ended: Set[int], positions: Sequence[str] = (), logs_in: Path | None = None) -> str:
-    """The cause, and who followed.
+    """Describe the cause, and the failures that followed.
 
     Args:
-        failures: by rank, as torch's launcher has them.
-        ended: ids of the processes that the launcher ended itself, after it had seen the first failure.
-        positions: by rank, where each was.
-        logs_in: the folder of the run, which has a log of each; that of the cause is named.
+        failures: by rank, in the form of torch's launcher.
+        ended: ids of processes that the launcher ended after the first failure.
+        positions: by rank, the last action of each.
+        logs_in: the run's folder, with one log per rank; the report names the log of the cause.
     """
     first_rank, first = min(failures.items(), key=lambda item: (_distance(item[1], ended), item[1].timestamp, item[0]))
     raised = _recorded(first) or ""
     log = [] if logs_in is None else [f"log: {log_of(logs_in, first_rank)}"]
-    if _HANG.search(raised):  # it speaks of all ranks; the others were ended after it
+    if _HANG.search(raised):  # covers all ranks; the remaining ones were ended after it
         return "\n".join([_HANG.split(raised)[-1].strip(), *log])
     at = f" ({positions[first_rank]})" if first_rank < len(positions) and positions[first_rank] else ""
     lines = [f"rank {first_rank}{at} failed: {_cause(first)}"]
@@ -47,14 +47,14 @@ def report(failures: Mapping[int, Any], ended: Set[int], positions: Sequence[str
     if _distance(first, ended) < _FOLLOWED:
         lines += [f"rank {rank} was ended, or failed after it" for rank in others]
         return "\n".join([*lines, *log])
-    # none of them is known to be the cause: where each was may tell
+    # none is known to be the cause, but their positions may tell
     where = {rank: positions[rank] if rank < len(positions) else "" for rank in others}
     lines += [f"rank {rank} was ended, or failed as well{f' ({at})' if at else ''}" for rank, at in where.items()]
     return "\n".join([*lines, *_too_late([] if logs_in is None else [log_of(logs_in, rank) for rank in failures]), *log])
 
 
 def _too_late(logs: Sequence[Path]) -> list[str]:
-    """What NCCL's watchdog has left in the logs; once where it says the same of several."""
+    """Return what NCCL's watchdog left in the logs, without repetitions."""
     found = []
     for log in logs:
         if log.exists():
@@ -65,9 +65,9 @@ def _too_late(logs: Sequence[Path]) -> list[str]:
 
 
 def _distance(failure: Any, ended: Set[int]) -> int:
-    """From the cause: killed from outside; raised, or left; aborted; lost a peer; ended by the launcher.
+    """Rank failures by distance from the cause: killed from outside; raised or exited; aborted; lost a peer; ended by us.
 
-    An abort may be a crash of its own, but under NCCL a watchdog aborts whoever waits for one that has failed.
+    An abort may be a crash in itself, but under NCCL the watchdog aborts every process that waits for a failed one.
     """
     raised = _recorded(failure)
     if raised is not None:
@@ -80,7 +80,7 @@ def _distance(failure: Any, ended: Set[int]) -> int:
 
 
 def _recorded(failure: Any) -> str | None:
-    """The exception that a process wrote down before it ended."""
+    """Return the exception that a process recorded before it ended."""
     if not isinstance(failure.message, dict):
         return None
     details = failure.message.get("extraInfo", {})
@@ -96,11 +96,11 @@ def _cause(failure: Any) -> str:
     if failure.exitcode < 0:
         return f"killed by {signal.Signals(-failure.exitcode).name}"
     known = " (128 + SIGKILL: often for want of memory)" if failure.exitcode == 128 + signal.SIGKILL else ""
-    return f"it left with exit code {failure.exitcode}{known} and without an exception, as after os._exit"
+    return f"it exited with code {failure.exitcode}{known} and without an exception, as after os._exit"
 
 
 def brief(traceback: str) -> str:
-    """What the last of a chain of exceptions says, and before it the user's lines that led to the first.
+    """Return the message of the last exception in a chain, preceded by the user's lines that led to the first.
 
     Args:
         traceback: as Python prints it.
@@ -113,7 +113,7 @@ def brief(traceback: str) -> str:
 
 
 def names_users_lines(traceback: str) -> bool:
-    """Whether the first of a chain of exceptions went through the user's code."""
+    """Return whether the first exception of a chain passed through the user's code."""
     return bool(_users_lines(traceback))
 
 
@@ -126,7 +126,7 @@ def _users_lines(traceback: str) -> list[str]:
 
 
 def _blocks(traceback: str) -> list[str]:
-    """The exceptions of a chain, the first one first."""
+    """Split a chain into its exceptions, the first one first."""
     return re.split(r"\n\n(?:The above exception was|During handling of)[^\n]*\n\n", traceback.strip("\n"))
 
 

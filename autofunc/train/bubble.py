@@ -1,4 +1,4 @@
-"""The bubble of a run, measured in a step now and then; the other steps pay nothing for it."""
+"""The bubble of a run, measured in a few of its steps; other steps pay nothing for it."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ STEPS_BETWEEN = 50
 
 
 class BubbleMeter:
-    """Runs steps, and measures every so many of them, and the last.
+    """Runs steps, and measures every fiftieth one and the last.
 
-    Ranks of one process take turns, so that only processes of their own have a bubble; and where the environment asks to
-    look into each step, times would be those of looking.
+    Ranks that share a process take turns and have no bubble, so only runs of several processes are measured. Nothing is
+    measured under debug settings that observe each step, because they would distort the times.
 
     Args:
         mesh: of the run.
-        device: that this process computes on.
+        device: of this process.
         num_steps: of the run.
     """
 
     def __init__(self, mesh: DeviceMesh | None, device: torch.device, num_steps: int) -> None:
         self._group, self._device, self._num_steps = axis_group(mesh, "pp"), device, num_steps
         self.timeline: Timeline | None = None
-        """Of the last step that was measured."""
+        """Of the last measured step."""
         self._measures = self._group is not None and observe_as(os.environ) is None
 
     def run(self, step: int, run: Callable[[Observe | None], StepResult]) -> tuple[StepResult, float | None]:
-        """Run a step; what it gives, and its bubble: None where that was not measured. All pp ranks call it alike.
+        """Run a step; return its result and its bubble, or None if it was not measured. All pp ranks call it alike.
 
         Args:
-            step: its number, from 1 on. The first is never measured: what is built in it is no bubble.
+            step: its number, from 1. The first step is never measured, because it includes one-time work.
             run: runs it under an observer.
         """
         if not self._measures or step == 1 or (step % STEPS_BETWEEN and step != self._num_steps):

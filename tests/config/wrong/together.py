@@ -4,7 +4,7 @@ from __future__ import annotations
 
 WRONG: list[tuple[list[str] | str, ...]] = [
     ("peft.dim=4", "target_modules", "match_all_linear: true"),
-    (["peft.target_modules=[q]", "peft.match_all_linear=true"], "match_all_linear takes the place of target_modules"),
+    (["peft.target_modules=[q]", "peft.match_all_linear=true"], "match_all_linear replaces target_modules"),
     (["peft.target_modules=[q]", "trainable=['*']"], "trainable: ['*'] has no effect", "peft.modules_to_save"),
     ("peft.target_modules=[attn.quer]", "peft: targets 'attn.quer' names no weight"),
     (["peft.target_modules=[q]", "peft.dim=0"], "peft.dim"),
