@@ -1,4 +1,4 @@
-"""The checkpoints that a run writes: when one is due, what they are called, and which are kept."""
+"""A run's checkpoints: when they are due, what they are called, and which are kept."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ class Checkpoints:
     """Writes the checkpoints of a run.
 
     Args:
-        folder: where.
-        config: how.
-        steps: how often.
-        show: told what cannot be written, on the first rank.
+        folder: of the checkpoints.
+        config: of checkpoints.
+        steps: how often to write.
+        show: called on the first rank with messages about checkpoints that cannot be written.
     """
 
     def __init__(
@@ -47,33 +47,33 @@ class Checkpoints:
         self.folder, self._config, self._steps, self._show = folder, config, steps, show
         self._every_epoch = steps.save_checkpoint_every_epoch
         self._saving: Saving | None = None
-        self._losses = validation_losses(folder) if is_first() else {}  # for the links, which it makes
+        self._losses = validation_losses(folder) if is_first() else {}  # for the links, which the first rank makes
         several = config.is_async and dist.is_initialized()
         self._background: Any = dist.new_group(backend="gloo") if several else config.is_async
 
     def is_due(self, step: int, ends_epoch: bool) -> bool:
-        """Whether there is to be one after this step."""
+        """Return whether a checkpoint is due after this step."""
         every = self._steps.ckpt_every_steps
         return bool(every and step % every == 0) or (ends_epoch and self._every_epoch)
 
     @property
     def is_busy(self) -> bool:
-        """Whether one is still being written by this process."""
+        """Whether this process is still writing a checkpoint."""
         return self._saving is not None and not self._saving.is_written
 
     def save(self, step: int, pipe: Pipeline, now: Trained, extra: Mapping[str, Any]) -> bool:
-        """Write one. All processes call it.
+        """Write a checkpoint. All processes call it.
 
-        A checkpoint that cannot be written ends no run: that is told.
+        A failure to write is shown and does not end the run.
 
         Args:
-            step: after which it is.
+            step: just finished.
             pipe: of the run.
-            now: what there is after it.
-            extra: what else a run needs to go on; with `validation_loss`, if it was measured after this step.
+            now: parameters and states after the step.
+            extra: what else resuming needs; includes `validation_loss` if it was measured after this step.
 
         Returns:
-            Whether there is one now, or one that is being written.
+            True if the checkpoint is written or being written.
         """
         self.finish()
         path = self.folder / name_of(step)
@@ -94,7 +94,7 @@ class Checkpoints:
         return self.finish() if not self._config.is_async else True
 
     def finish(self) -> bool:
-        """Publish what is being written; whether that could be done. All processes call it."""
+        """Publish the checkpoint being written; return whether that succeeded. All processes call it."""
         if self._saving is None:
             return False
         saving, self._saving = self._saving, None
@@ -106,7 +106,7 @@ class Checkpoints:
             except CheckpointError as error:
                 self._tell(str(error))
                 return False
-            except OSError as error:  # of a link, or of an old one that cannot be deleted: the new one is there
+            except OSError as error:  # from a link, or from deleting an old checkpoint: the new one is complete
                 self._tell(f"{quoted(str(self.folder))}: {error}")
         return True
 
@@ -114,7 +114,7 @@ class Checkpoints:
         self._show(f"no checkpoint: {text}")
 
     def _published(self, path: Path) -> None:
-        """Lead the links to it, and delete those that are too old."""
+        """Point the links at a new checkpoint, and delete those that are too old."""
         link(self.folder / LATEST, path.name)
         losses = {step: loss for step, loss in self._losses.items() if (self.folder / name_of(step)).is_dir()}
         best = lowest(losses)

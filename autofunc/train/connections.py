@@ -1,4 +1,4 @@
-"""The connections that ranks make to send each other values, and what they take of a GPU."""
+"""The connections over which ranks exchange values, and the GPU memory they take."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from autofunc.splitting import Boundaries
 from autofunc.train.recipe import Recipe
 
 _CHANNELS, _BUFFER_BYTES = 32, 4 << 20
-"""NCCL's limit of channels of a communicator, and its buffer for each, where nobody says otherwise."""
+"""NCCL's default limit of channels per communicator, and its default buffer per channel."""
 
 
 def count_connections(recipe: Recipe, boundaries: Boundaries) -> tuple[int, ...]:
-    """By pp rank: one for each way between it and another rank, as steps that train need them."""
+    """Count connections by pp rank: one per direction and peer, for training steps."""
     schedule = recipe.schedule
     layouts = {path: (tuple(leaf.shape), leaf.dtype) for path, leaf in recipe.model.spec.items()}
     found = {
@@ -25,14 +25,14 @@ def count_connections(recipe: Recipe, boundaries: Boundaries) -> tuple[int, ...]
 
 
 def most_bytes(connections: int, transfers: Transfers) -> int:
-    """What the communicators of NCCL take on a GPU at most, with its own buffers."""
+    """Return an upper bound on the bytes of NCCL's communicators on a GPU, for its default buffers."""
     return connections * (transfers.max_ctas or _CHANNELS) * _BUFFER_BYTES
 
 
 def assumed(transfers: Transfers) -> str:
-    """What `most_bytes` counts with."""
+    """Describe the assumptions of `most_bytes`."""
     channels = (
-        f"{_CHANNELS} channels (NCCL's limit; transfers.max_ctas sets another)"
+        f"{_CHANNELS} channels (NCCL's limit; lower it by transfers.max_ctas)"
         if transfers.max_ctas is None
         else f"{transfers.max_ctas} channels (transfers.max_ctas)"
     )

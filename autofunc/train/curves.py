@@ -1,4 +1,4 @@
-"""How a run went, as a picture: loss, learning rate and speed by step."""
+"""A run as a picture: loss, learning rate and speed by step."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from autofunc.config.validations import SECTION, measured_as, spoken
 
 
 class _Curve(NamedTuple):
-    name: str  # of the value in `metrics.jsonl`
+    name: str  # of the metric in `metrics.jsonl`
     label: str
     colour: str
     marker: str | None = None
@@ -28,22 +28,22 @@ _PANELS: Mapping[str, Sequence[_Curve]] = {
         _Curve("rows_per_second", "rows", "tab:green"),
     ),
 }  # fmt: skip
-_INCHES = (3.6, 1.8)  # of the first panel, and of each other
+_INCHES = (3.6, 1.8)  # heights of the first panel and of each other panel
 _DIGITS = {"lr": ".3g", "tokens_per_second": ",.0f", "rows_per_second": ",.0f"}
 
 
 def draw_curves(metrics: Path, validations: Iterable[str] = (SECTION,)) -> bytes:
-    """The curves of a `metrics.jsonl`, as a PNG: a panel for each of loss, learning rate and speed that it has.
+    """Draw a `metrics.jsonl` as a PNG, with a panel for each of loss, learning rate and speed that it contains.
 
     Args:
         metrics: the file.
-        validations: sections of the datasets that losses are measured on.
+        validations: sections of the datasets with a validation loss.
 
     Raises:
-        OSError: when it cannot be read.
-        ValueError: when it is no such file.
+        OSError: if the file cannot be read.
+        ValueError: if it is not a metrics file.
     """
-    from matplotlib.figure import Figure  # and not pyplot, which chooses a backend for the whole process
+    from matplotlib.figure import Figure  # not pyplot, which selects a backend for the whole process
 
     lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     wanted = {"loss": [_TRAINING, *_losses(validations)], **_PANELS}
@@ -71,7 +71,7 @@ def draw_curves(metrics: Path, validations: Iterable[str] = (SECTION,)) -> bytes
 
 
 def _losses(validations: Iterable[str]) -> list[_Curve]:
-    """Those of the validation datasets."""
+    """Return the loss curves of the validation datasets."""
     return [
         _Curve(measured_as(section, "loss"), spoken(section), colour, "o")
         for section, colour in zip(validations, cycle(_VALIDATION_COLOURS))
@@ -79,5 +79,5 @@ def _losses(validations: Iterable[str]) -> list[_Curve]:
 
 
 def _points(lines: Sequence[Mapping[str, Any]], name: str) -> list[tuple[int, float]]:
-    """Steps and values; what is no number is none."""
+    """Return steps and values, leaving out values that are not numbers."""
     return [(line["step"], line[name]) for line in lines if line.get(name) is not None]

@@ -1,4 +1,4 @@
-"""The data of a run: each dataset is read once in a process, and every rank loads its part of each batch."""
+"""The data of a run: a process reads each dataset once, and every rank loads its part of each batch."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ from autofunc.train.labels import inside
 
 
 class Loaders(NamedTuple):
-    """What makes the batches of a run. Each function takes `place` and `places`: which part of every batch, of how many."""
+    """Functions that make a run's batches. Each takes `place` and `places`: which part of every batch, out of how many."""
 
     train: Callable[..., Any]
-    validation: Mapping[str, Callable[..., Any]]  # by the section of the dataset
-    num_batches: int  # of an epoch
+    validation: Mapping[str, Callable[..., Any]]  # by the dataset's section
+    num_batches: int  # per epoch
 
 
 class Batches(NamedTuple):
-    """How rows become batches."""
+    """Sizes of batches."""
 
-    rows: int  # over all data parallel ranks
-    microbatch: int  # rows of one
+    rows: int  # per batch, over all data parallel ranks
+    microbatch: int  # rows per microbatch
     drop_last: bool
     num_workers: int
 
 
 def batches_of(config: FinetuneConfig) -> Batches:
-    """Those that are trained on."""
+    """Return the sizes of training batches."""
     steps, loader = config.step_scheduler, config.dataloader
     return Batches(steps.global_batch_size, steps.local_batch_size, loader.drop_last, loader.num_workers)
 
 
 def validation_batches_of(config: FinetuneConfig) -> Batches:
-    """Those of validation: as many microbatches as in training, which may have another number of rows."""
+    """Return the sizes of validation batches: as many microbatches as in training, possibly of another number of rows."""
     own, trained = config.validation_dataloader, batches_of(config)
     microbatch = own.batch_size or trained.microbatch
     return Batches(
@@ -50,15 +50,15 @@ def validation_batches_of(config: FinetuneConfig) -> Batches:
 
 
 def read_dataset(section: Mapping[str, Any], where: str, loader: Dataloader) -> Any:
-    """Make the dataset that a section describes: this reads, and usually tokenises, all of it.
+    """Build the dataset of a section; this reads and usually tokenises all of it.
 
     Args:
-        section: that names it.
-        where: the key of the section, for messages.
-        loader: says whether its rows are filled up.
+        section: the dataset's section.
+        where: its key, for messages.
+        loader: tells whether rows are padded.
 
     Raises:
-        ConfigError: naming the section, when it cannot be made, has no rows by index, none at all, or others than expected.
+        ConfigError: naming the section, if the dataset cannot be built, is not map-style, is empty or has unexpected rows.
     """
     dataset = instantiate(section, where)
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
@@ -77,22 +77,22 @@ def read_dataset(section: Mapping[str, Any], where: str, loader: Dataloader) -> 
 
 
 class Datasets:
-    """The datasets of a configuration: sections that say the same are one dataset, which is read once.
+    """The datasets of a configuration; equal sections share one dataset, which is read once.
 
     Args:
-        config: what is wanted.
+        config: the configuration.
     """
 
     def __init__(self, config: FinetuneConfig) -> None:
         self._sections, self._loader = config.validations, config.dataloader
         self._read: list[tuple[Mapping[str, Any], Any]] = []
-        # what is only measured has no other (`evaluate.to_evaluate`)
+        # evaluation has no training dataset (`evaluate.to_evaluate`)
         measured = (name for name, section in self._sections.items() if section is config.dataset)
-        self.where = next(measured, "dataset")  # the section of `train`, for messages
+        self.where = next(measured, "dataset")  # the section of the dataset to train on, for messages
         self.train = self._of(config.dataset, self.where)
 
     def validation(self, model: Model, notes: list[str]) -> dict[str, Any]:
-        """The validation datasets by section, whose tokens the model must know; a note where there are none."""
+        """Return the validation datasets by section, after checking their tokens; add a note if there are none."""
         if not self._sections:
             notes.append("no validation_dataset: the validation loss is not measured")
         found = {name: self._of(section, name) for name, section in self._sections.items()}
@@ -109,10 +109,10 @@ class Datasets:
 
 
 def check_tokens(where: str, dataset: Any, model: Model) -> None:
-    """Compare sizes of vocabularies, where both are known.
+    """Compare the vocabulary sizes of dataset and model, if both are known.
 
     Raises:
-        ConfigError: when the dataset has token ids that the model has not.
+        ConfigError: if the dataset has token ids outside the model's vocabulary.
     """
     has = getattr(model.config, "vocab_size", None)
     needs = max((getattr(each, "vocab_size", None) or 0 for each in inside(dataset)), default=0) or None
@@ -124,7 +124,7 @@ def check_tokens(where: str, dataset: Any, model: Model) -> None:
 
 
 def tell_tokenizers(datasets: Mapping[str, Any], notes: list[str]) -> None:
-    """Note which datasets, by the name of their section, have bytes for tokens because no tokenizer is named."""
+    """Note which datasets, by section, use bytes as tokens because no tokenizer is named."""
     for where, dataset in datasets.items():
         tokenizers = [getattr(each, "tokenizer", None) for each in inside(dataset)]
         if any(getattr(tokenizer, "name", "") == "bytes" for tokenizer in tokenizers):
@@ -132,29 +132,29 @@ def tell_tokenizers(datasets: Mapping[str, Any], notes: list[str]) -> None:
 
 
 def tell_rows(dataset: Any, where: str, rows: int, drop_last: bool, notes: list[str]) -> None:
-    """Note what a dataset says, and what of it is not used: columns of text, and rows that `drop_last` leaves out."""
+    """Note what of a dataset goes unused: text columns, and rows that `drop_last` drops."""
     notes += [f"{where}: {note}" for each in inside(dataset) if isinstance(each, InstructionRows) for note in each.notes]
     columns = text_columns(dataset)
     if columns:
-        notes.append(f"{where}: text is left out of its rows: {', '.join(columns)}")
+        notes.append(f"{where}: rows drop their text: {', '.join(columns)}")
     if drop_last and len(dataset) % rows:
-        notes.append(f"{where}: drop_last leaves out {len(dataset) % rows} of its {len(dataset)} rows")
+        notes.append(f"{where}: drop_last drops {len(dataset) % rows} of its {len(dataset)} rows")
 
 
 def loaders_of(
     config: FinetuneConfig, where: str, dataset: Any, validation: Mapping[str, Any], notes: list[str]
 ) -> Loaders:  # fmt: skip
-    """How batches are made of the datasets.
+    """Return the functions that make batches of the datasets.
 
     Args:
-        config: what is wanted.
+        config: the configuration.
         where: the section of the dataset to train on.
-        dataset: that one.
-        validation: to measure on, by section.
-        notes: told what is left out.
+        dataset: to train on.
+        validation: datasets to measure on, by section.
+        notes: gains a line for each part that goes unused.
 
     Raises:
-        ConfigError: naming the dataset that has not one batch, or whose rows are none.
+        ConfigError: naming the dataset, if it has no full batch or its rows are unusable.
     """
 
     def make(where: str, dataset: Any, shuffle: bool, batches: Batches) -> Callable[..., Any]:
@@ -176,11 +176,11 @@ def loaders_of(
 
 
 def title(dataset: Any) -> str:
-    """What a dataset says of itself; else its class and its rows."""
+    """Return a dataset's own description, else its class and number of rows."""
     if isinstance(dataset, Padded):
         padding = dataset.padding
         to = padding.multiple_of or ", ".join(map(str, padding.lengths))
-        return f"{title(dataset.dataset)}, filled up to {'multiples of ' if padding.multiple_of else ''}{to}"
+        return f"{title(dataset.dataset)}, padded to {'multiples of ' if padding.multiple_of else ''}{to}"
     cls = type(dataset)
     own = any("__repr__" in vars(base) for base in cls.__mro__[:-1])
     return repr(dataset) if own else f"{cls.__module__}.{cls.__qualname__}, {len(dataset):,} rows"

@@ -1,4 +1,4 @@
-"""Which device a process of a run computes on."""
+"""The device a process of a run computes on."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import torch
 from autofunc.errors import MeshError
 
 Wanted = Literal["cpu", "cuda"] | None
-"""What `distributed.device` asks for."""
+"""Values of `distributed.device`."""
 
 
 def check_devices(wanted: Wanted, num_processes: int) -> None:
-    """Refuse more processes than there are devices for them, before any is started.
+    """Refuse more processes than devices, before any process starts.
 
     Args:
-        wanted: None for GPUs, where there are any.
+        wanted: None for GPUs if there are any.
         num_processes: on this machine.
 
     Raises:
-        MeshError: naming both numbers.
+        MeshError: with both numbers.
     """
     found = torch.cuda.device_count()
     if wanted == "cpu" or (wanted is None and found == 0):
@@ -34,15 +34,15 @@ def check_devices(wanted: Wanted, num_processes: int) -> None:
 
 
 def on_gpus(wanted: Wanted) -> bool:
-    """Whether processes are to compute on GPUs."""
+    """Return whether processes compute on GPUs."""
     return wanted == "cuda" or (wanted is None and torch.cuda.device_count() > 0)
 
 
 def take_device(wanted: Wanted) -> torch.device:
-    """The CPU, or the GPU of this process's number on its machine, which becomes the current one of the process.
+    """Return the CPU, or the GPU with this process's local rank, and make it the process's current device.
 
     Raises:
-        MeshError: when there are fewer GPUs than processes.
+        MeshError: if there are fewer GPUs than processes.
     """
     check_devices(wanted, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     if not on_gpus(wanted):

@@ -1,4 +1,4 @@
-"""A model in which packed documents see each other is found when a run begins, with its weights and in its layout."""
+"""A check at the start of a run: packed documents must not see each other. It uses the run's weights and layout."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from autofunc.train.packed import HOW, POSITIONS, is_packed
 from autofunc.train.recipe import Recipe
 from autofunc.train.weighing import counting_all
 
-_CLOSE, _CLOSE_IN_BFLOAT16 = 1e-4, 2e-2  # what is masked adds zero, but other tokens may be sorted otherwise by a router
-_MOST_ROWS = 1000  # that are looked at for one with two documents
+_CLOSE, _CLOSE_IN_BFLOAT16 = 1e-4, 2e-2  # masked tokens add zero, but may change the order in which a router sorts
+_MOST_ROWS = 1000  # to search for one with two documents
 
 
 def check_documents_apart(
     recipe: Recipe, pipe: Pipeline, params: TensorDict, state: TensorDict, device: torch.device
 ) -> None:  # fmt: skip
-    """Refuse a model in which what stands in a document changes the loss of the next one. All processes call it.
+    """Refuse a model in which one document changes the loss of the next. All processes call it.
 
     Args:
         recipe: of the run.
         pipe: of the run.
         params: of this rank.
         state: of this rank.
-        device: where batches go.
+        device: of the batches.
 
     Raises:
-        PipelineRunError: saying so.
+        PipelineRunError: if documents see each other.
     """
     datasets = {"dataset": recipe.dataset, **recipe.validation_datasets}
     where = next((name for name, dataset in datasets.items() if is_packed(dataset)), None)
@@ -45,7 +45,7 @@ def check_documents_apart(
         return
     behind = _documents(row) > 1
     ids = row["input_ids"]
-    first_behind = int(((row["labels"] != IGNORED) & behind).nonzero()[0, -1])  # which would see most of what it must not
+    first_behind = int(((row["labels"] != IGNORED) & behind).nonzero()[0, -1])  # the label closest to the other document
     alone = torch.arange(ids.shape[-1]) == first_behind
     row = {**row, "labels": row["labels"].masked_fill(~alone, IGNORED)}
     other = {**row, "input_ids": torch.where(behind, ids, ids.amax() - ids)}
@@ -61,13 +61,13 @@ def check_documents_apart(
     close = _CLOSE_IN_BFLOAT16 if recipe.sharding.mp_policy.param_dtype is torch.bfloat16 else _CLOSE
     if abs(first - second) > close * abs(first):
         raise PipelineRunError(
-            f"{where} has several documents in a row, and the model lets them see each other: other tokens in the first "
-            f"one change the loss of the next from {first:.6f} to {second:.6f}; {HOW}"
+            f"{where} packs several documents into a row, and the model lets them see each other: changing the first one "
+            f"moves the loss of the next from {first:.6f} to {second:.6f}; {HOW}"
         )
 
 
 def _with_several(dataset: Any) -> dict[str, Tensor] | None:
-    """The first row in which something is learnt behind the first document; None where there is none."""
+    """Return the first row with labels behind its first document; None if there is none."""
     for index in range(min(len(dataset), _MOST_ROWS)):
         row = first_rows(dataset, 1, index)
         if ((row["labels"] != IGNORED) & (_documents(row) > 1)).any():
@@ -76,5 +76,5 @@ def _with_several(dataset: Any) -> dict[str, Tensor] | None:
 
 
 def _documents(row: Mapping[str, Tensor]) -> Tensor:
-    """Which document each token is of, from 1 on."""
+    """Number each token's document, from 1."""
     return (row[POSITIONS] == 0).cumsum(-1)

@@ -1,4 +1,4 @@
-"""When a run ends before its last step: its validation loss gets no better."""
+"""Early stopping: end a run when its validation loss stops improving."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from autofunc.config.schema import EarlyStopping
 
 
 class Patience(NamedTuple):
-    """The best validation loss so far, and how many validations since were no better."""
+    """The best validation loss so far, and the number of validations since without improvement."""
 
     best: float = math.inf
     since: int = 0
 
     def after(self, loss: float, config: EarlyStopping | None) -> Patience:
-        """After one more validation."""
+        """Return the state after one more validation."""
         if loss < self.best - (config.min_delta if config is not None else 0.0):
             return Patience(loss)
         return Patience(self.best, self.since + 1)
 
     def is_over(self, config: EarlyStopping | None) -> bool:
-        """Whether that is as many as may be."""
+        """Return whether patience has run out."""
         return config is not None and self.since >= config.patience

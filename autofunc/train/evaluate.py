@@ -1,4 +1,4 @@
-"""One process of an evaluation: the validation of a run, without training."""
+"""One process of `autofunc evaluate`: a run's validation, without training."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from autofunc.train.watched import watched
 
 
 def to_evaluate(config: FinetuneConfig) -> FinetuneConfig:
-    """What an evaluation needs of a configuration: what is only learnt from is not read.
+    """Reduce a configuration to what an evaluation needs; training data is not read.
 
     Raises:
         ConfigError: without a validation dataset.
@@ -41,10 +41,10 @@ def to_evaluate(config: FinetuneConfig) -> FinetuneConfig:
 
 
 def check_evaluation(recipe: Recipe, path: Path | None) -> None:
-    """Refuse a checkpoint of another model, before processes start.
+    """Refuse a checkpoint of a different model, before processes start.
 
     Raises:
-        ConfigError: saying what differs.
+        ConfigError: describing the difference.
     """
     if path is not None:
         try:
@@ -56,7 +56,7 @@ def check_evaluation(recipe: Recipe, path: Path | None) -> None:
 def evaluate(
     recipe: Recipe, mesh: DeviceMesh | None, device: torch.device, output_dir: Path, config: FinetuneConfig, as_json: bool
 ) -> None:
-    """Measure a checkpoint, or the weights that the configuration names; the first rank shows what came of it.
+    """Measure a checkpoint or the configured weights; the first rank shows the result.
 
     Args:
         recipe: of the run.
@@ -64,7 +64,7 @@ def evaluate(
         device: where parameters and batches live.
         output_dir: of the run, for its checkpoints.
         config: for the checkpoint, and the timeouts.
-        as_json: whether it is shown as JSON.
+        as_json: print the result as JSON.
     """
     is_shown = is_first()
     console = line_console()
@@ -89,7 +89,7 @@ def evaluate(
 
 
 def _which(path: Path | None, config: FinetuneConfig) -> str:
-    """What is measured."""
+    """Name the measured weights."""
     if path is not None:
         return f"checkpoint: {path}, after step {step_at(path)}"
     return "initial weights" if config.weights in (None, OWN, SEED) else f"weights: {config.weights}"
@@ -107,9 +107,9 @@ def _validated(
 def weights_of(
     path: Path | None, recipe: Recipe, pipe: Pipeline, device: torch.device
 ) -> tuple[TensorDict, TensorDict]:  # fmt: skip
-    """The parameters and the state of a checkpoint; without one those that training begins with.
+    """Return the parameters and state of a checkpoint; without one, the initial ones.
 
-    With `ema.validation` the parameters are the moving average, which is said, and also where there is none.
+    With `ema.validation` the parameters are the moving average; a note tells so, or that there is none.
     """
     if path is None:
         return pipe.init(recipe.init_seed, device), pipe.init_state(device)
@@ -117,7 +117,7 @@ def weights_of(
     if not recipe.validates_average:
         return checkpoint.params, checkpoint.state
     if checkpoint.average is None:
-        note(f"ema.validation: {shown(path)} has no moving average, so these are its parameters")
+        note(f"ema.validation: {shown(path)} has no moving average; using its parameters")
         return checkpoint.params, checkpoint.state
-    note("ema.validation: the weights are the moving average")
+    note("ema.validation: using the moving average of the weights")
     return in_place(checkpoint.average, checkpoint.params), checkpoint.state

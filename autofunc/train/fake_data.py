@@ -1,4 +1,4 @@
-"""A configuration whose data is made up, so that a run can be planned where its data is not."""
+"""A configuration with made-up data, so that a run can be planned on a machine without its data."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from autofunc.config.environment import read_environment
 from autofunc.train.model import SEED, make
 
 _LENGTHS = ("seq_len", "seq_length", "max_length", "max_seq_len", "max_seq_length", "block_size")
-"""What datasets call the tokens of a row."""
+"""Names that datasets use for the number of tokens in a row."""
 _MOST_TOKENS = ("n_positions", "max_position_embeddings", "max_seq_len", "block_size", "n_ctx")
-"""What configs of models call the most tokens that a row may have."""
+"""Names that model configs use for the maximum number of tokens in a row."""
 _SOME_TOKENS, _SOME_IDS = 1024, 2
 
 
 @not_ended()
 def with_fake_data(config: FinetuneConfig, notes: list[str]) -> FinetuneConfig:
-    """The configuration with made-up token ids in the place of its datasets, which are not read.
+    """Return the configuration with its datasets replaced by made-up token ids; no dataset is read.
 
     Args:
-        config: what is wanted. Its model is built, without weights, and asked for its vocabulary and its longest row.
-        notes: told what was assumed.
+        config: its model is built without weights, to learn its vocabulary size and maximum row length.
+        notes: gains the assumptions.
     """
     known = _sizes(config)
     seq_len, of_length = _first(read_environment(config.dataset), _LENGTHS, "dataset")
     if seq_len is None:
         seq_len, of_length = _first(known, _MOST_TOKENS, "the model's")
         if seq_len is None or seq_len > _SOME_TOKENS:
-            seq_len, of_length = _SOME_TOKENS, "assumed: set dataset.seq_len to another"
+            seq_len, of_length = _SOME_TOKENS, "assumed; dataset.seq_len sets it"
     vocab_size, of_ids = _first(known, ("vocab_size",), "the model's")
     if vocab_size is None:
-        vocab_size, of_ids = _SOME_IDS, "for the model does not say its vocab_size"
+        vocab_size, of_ids = _SOME_IDS, "the model does not tell its vocab_size"
     notes.append(
         f"fake data: no dataset is read; rows are input_ids and labels of {seq_len} tokens ({of_length}), with ids below "
         f"{vocab_size} ({of_ids})"
@@ -46,7 +46,7 @@ def with_fake_data(config: FinetuneConfig, notes: list[str]) -> FinetuneConfig:
 
 
 def _sizes(config: FinetuneConfig) -> Mapping[str, Any]:
-    """What the config of the model has, and the arguments that the model is made with."""
+    """Return the values in the model's config, and the arguments the model is built with."""
     made = make(config.model_copy(update={"weights": config.weights or SEED}))
     found = getattr(getattr(made, "module", made), "config", None)
     names = ("vocab_size", *_MOST_TOKENS)
@@ -57,7 +57,7 @@ def _sizes(config: FinetuneConfig) -> Mapping[str, Any]:
 
 
 def _first(sizes: Mapping[str, Any], names: tuple[str, ...], whose: str) -> tuple[int | None, str]:
-    """The first of these that is a size, and its name."""
+    """Return the first of these names that holds a size, and that name."""
     for name in names:
         size = sizes.get(name)
         if isinstance(size, int) and not isinstance(size, bool) and size > 0:

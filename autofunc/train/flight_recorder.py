@@ -1,7 +1,7 @@
-"""NCCL's flight recorder in torch: what every rank sent last, left as files where a hang ends a run.
+"""NCCL's flight recorder in torch: each rank's last collectives, dumped to files when a hang ends a run.
 
 The variables are those of torch 2.13 (`FlightRecorder.hpp`, `ProcessGroupNCCL.hpp`), which reads the older names too.
-Private part of torch used: `_dump_nccl_trace`, of builds with NCCL; tried with 2.13.0 by its twin of all, `_dump_fr_trace`.
+Private part of torch used: `_dump_nccl_trace`, in builds with NCCL; tried with 2.13.0 through its sibling `_dump_fr_trace`.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ _EVENTS = "2000"
 _SIZE = ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE")
 _DUMPS = ("TORCH_NCCL_DUMP_ON_TIMEOUT",)
 _FILE = ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE")
-"""Each by its name, and the older one."""
+"""Variables by name, each followed by its older name."""
 
 
 @dataclass(frozen=True)
 class FlightRecorder:
-    """That of the workers of a run on GPUs.
+    """The flight recorder of a run's workers on GPUs.
 
     Args:
         folder: the run's.
@@ -35,19 +35,19 @@ class FlightRecorder:
 
     @property
     def _prefix(self) -> str:
-        """What its files are called, before the rank."""
+        """Beginning of the dump files' names; the rank follows."""
         return _given(_FILE) or str((self.folder / LOGS / TRACE).absolute())
 
     def variables(self) -> dict[str, str]:
-        """What workers find in their environment, as far as the user's says nothing of it."""
+        """Return the workers' environment variables, keeping what the user has set."""
         wanted = ((_SIZE, _EVENTS), (_DUMPS, "1"), (_FILE, self._prefix))
         return {names[0]: value for names, value in wanted if not any(name in os.environ for name in names)}
 
     def said(self, since: float) -> list[str]:
-        """A line on what it has left, if it has.
+        """Return a line that names the dumps, if there are any.
 
         Args:
-            since: when the workers were started, in seconds of the epoch: older files are of others.
+            since: start of the workers, in seconds of the epoch; older files belong to earlier runs.
         """
         prefix = Path(self._prefix)
         found = [each for each in prefix.parent.glob(f"{prefix.name}*") if each.stat().st_mtime >= since]
@@ -58,7 +58,7 @@ class FlightRecorder:
 
 
 def keep_record() -> None:
-    """Write down what this process's recorder knows, where torch would after its own timeout; nothing where it is off."""
+    """Dump this process's record, as torch would after its own timeout; a no-op if the recorder is off."""
     dump, prefix, events = getattr(c10d, "_dump_nccl_trace", None), _given(_FILE), _given(_SIZE)
     if dump is None or prefix is None or events in (None, "0"):
         return
@@ -66,10 +66,10 @@ def keep_record() -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(dump())
-    except OSError as error:  # the hang is to be told of all the same
-        write_log(f"NCCL's flight recorder is not written: {error}\n")
+    except OSError as error:  # the hang must be reported all the same
+        write_log(f"NCCL's flight recorder could not be written: {error}\n")
 
 
 def _given(names: tuple[str, str]) -> str | None:
-    """What the environment says."""
+    """Return the variable's value in the environment."""
     return next((os.environ[name] for name in names if name in os.environ), None)

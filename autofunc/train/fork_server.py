@@ -1,10 +1,10 @@
-"""A process that has imported torch, and from which the workers of a run are forked: each costs milliseconds, not seconds.
+"""A process that has imported torch and forks a run's workers, each in milliseconds instead of seconds.
 
-It is a fork of the launcher, from when that has imported and done nothing else: it has one thread, has computed nothing
-and touched no GPU, which makes its own forks safe, also those after a failure. It ends when the launcher does, however that
-goes, and takes all workers with it.
+It is forked from the launcher right after its imports. It has a single thread, has computed nothing and has touched no GPU,
+so forking it is safe, even after a failure. It ends whenever the launcher does, for whatever reason, and ends all workers
+with it.
 
-This file is the launcher's side; the process itself runs `forking.serve`.
+This file is the launcher's side; the process runs `forking.serve`.
 """
 
 from __future__ import annotations
@@ -32,25 +32,25 @@ _SECONDS_TO_END, _LOOK_SECONDS = 10.0, 0.005
 
 
 class ForkServer(AbstractContextManager["ForkServer"]):
-    """The process, which ends with this context. `forked` and `started` make it.
+    """The fork server; it ends with this context. Create it by `forked` or `started`.
 
     Args:
-        connection: to it.
+        connection: to the process.
         pid: its process id.
     """
 
     def __init__(self, connection: Connection, pid: int) -> None:
         self._connection, self._pid = connection, pid
-        self._status: int | None = None  # its exit code, once it has ended
+        self._status: int | None = None  # exit code, once it has ended
         self._ended: list[Ended] = []
         self._has_forked = False
 
     @classmethod
     def forked(cls, modules: Sequence[str]) -> ForkServer:
-        """Fork this process, which has one thread. In a worker that has done its part `SystemExit` is raised here.
+        """Fork this process, which must have a single thread. A worker that has finished raises `SystemExit` here.
 
         Args:
-            modules: that it imports, for all workers, while it is asked for nothing.
+            modules: to import ahead of the first request, on behalf of all workers.
         """
         ours, theirs = Pipe()
         sys.stdout.flush()
@@ -66,7 +66,7 @@ class ForkServer(AbstractContextManager["ForkServer"]):
 
     @classmethod
     def started(cls, modules: Sequence[str]) -> ForkServer:
-        """Start another process, which imports anew: for one that has other threads, whose locks nobody opens in a fork.
+        """Start a new process that does its own imports: for a launcher with other threads, whose locks a fork would hold.
 
         Args:
             modules: see `forked`.
@@ -79,7 +79,7 @@ class ForkServer(AbstractContextManager["ForkServer"]):
 
     def __exit__(self, *_: object) -> None:
         self._connection.close()
-        if not self._has_forked:  # it may be in the middle of an import
+        if not self._has_forked:  # it may be importing
             os.kill(self._pid, signal.SIGKILL)
         until = time.monotonic() + _SECONDS_TO_END
         while self._exit_code() is None:
@@ -88,12 +88,12 @@ class ForkServer(AbstractContextManager["ForkServer"]):
             time.sleep(_LOOK_SECONDS)
 
     def fork(self, work: Callable[[], None], environments: Sequence[Mapping[str, str]], folder: Path) -> list[int]:
-        """Fork a worker for each environment; returns their process ids.
+        """Fork a worker for each environment; return their process ids.
 
         Args:
-            work: what each does; it is pickled.
-            environments: variables of each.
-            folder: removed when this process is gone before its workers.
+            work: what each worker runs; picklable.
+            environments: each worker's variables.
+            folder: removed if this process goes before its workers.
         """
         self._has_forked = True
         self._send(Fork(work, tuple(environments), folder))
@@ -102,14 +102,14 @@ class ForkServer(AbstractContextManager["ForkServer"]):
         return message
 
     def ended(self, seconds: float) -> list[Ended]:
-        """The workers that have ended since the last call, after waiting for one as long as that."""
+        """Return the workers that have ended since the last call, waiting up to `seconds` for one."""
         while self._connection.poll(0 if self._ended else seconds):
             self._ended.append(self._receive())
         found, self._ended = self._ended, []
         return found
 
     def signal(self, number: signal.Signals) -> frozenset[int]:
-        """Send a signal to all workers that have not ended, and to what they started; returns their process ids."""
+        """Send a signal to all running workers and to what they started; return their process ids."""
         self._send(Signal(number))
         while not isinstance(message := self._receive(), Signalled):
             self._ended.append(message)
@@ -128,7 +128,7 @@ class ForkServer(AbstractContextManager["ForkServer"]):
             raise self._gone() from error
 
     def _exit_code(self) -> int | None:
-        """That of the process; None while it runs."""
+        """The process's exit code; None while it runs."""
         if self._status is None:
             pid, status = os.waitpid(self._pid, os.WNOHANG)
             self._status = os.waitstatus_to_exitcode(status) if pid else None
@@ -137,12 +137,12 @@ class ForkServer(AbstractContextManager["ForkServer"]):
     def _gone(self) -> PipelineRunError:
         while (status := self._exit_code()) is None:  # it has closed the connection
             time.sleep(_LOOK_SECONDS)
-        how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"left with exit code {status}"
-        return PipelineRunError(f"the process that the workers are forked from {how}, and they have ended with it")
+        how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"exited with code {status}"
+        return PipelineRunError(f"the fork server {how}, and its workers ended with it")
 
 
 def is_alone(seconds: float = 1.0) -> bool:
-    """Whether this process has one thread. Those that were told to end, as rich's are when a line is gone, have time to."""
+    """Return whether this process has a single thread, giving threads that are about to end up to `seconds`."""
     until = time.monotonic() + seconds
     while threading.active_count() > 1 and time.monotonic() < until:
         time.sleep(_LOOK_SECONDS)

@@ -1,4 +1,4 @@
-"""The process that workers are forked from, see `fork_server`: it imports, forks, and tells who has ended."""
+"""The process that forks workers, see `fork_server`: it imports, forks, and reports workers that have ended."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from pathlib import Path
 from autofunc.train.role import PARENT
 
 WORKER_NAME = "autofunc rank "
-"""What ps and top call a worker, its rank after it."""
+"""Worker name in ps and top; the rank follows."""
 
 _LOOK_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
 class Fork:
-    """Asked for: a worker for each environment; see `ForkServer.fork`. The answer is a list of process ids."""
+    """Request: fork a worker for each environment, see `ForkServer.fork`. The answer is a list of process ids."""
 
     work: Callable[[], None]
     environments: tuple[Mapping[str, str], ...]
@@ -33,7 +33,7 @@ class Fork:
 
 @dataclass(frozen=True)
 class Signal:
-    """Asked for: a signal to all workers that have not ended."""
+    """Request: send a signal to all running workers."""
 
     number: signal.Signals
 
@@ -47,51 +47,51 @@ class Signalled:
 
 @dataclass(frozen=True)
 class Ended:
-    """Told of each worker."""
+    """Report of a worker that has ended."""
 
     pid: int
-    exitcode: int  # of one that a signal ended: minus its number
+    exitcode: int  # minus the signal's number, if a signal ended it
 
 
 def serve(connection: Connection, modules: Sequence[str]) -> None:
-    """Fork when the launcher asks, until it is gone. Returns in a worker only, once its work is done.
+    """Fork at the launcher's requests until it is gone. Returns only in a worker, once its work is done.
 
     Args:
         connection: to the launcher.
-        modules: to import while it asks for nothing.
+        modules: to import while no request is pending.
     """
-    gc.disable()  # nothing that is imported goes away
+    gc.disable()  # imported objects stay
     here = str(Path.cwd())
     if here not in sys.path:  # last, see `autofunc.__main__`
         sys.path.append(here)
     forking, work = _Forking(connection, os.getppid()), None
     with suppress(EOFError, ConnectionError):  # the launcher is gone
         forking.prepare(modules)
-        gc.freeze()  # so that collecting garbage touches no memory that is shared; nothing of the user's is there yet
+        gc.freeze()  # so that garbage collection does not write to shared memory; no user objects exist yet
         work = forking.until_worker()
     if work is None:
         forking.end()
-        os._exit(0)  # what is imported runs nothing of its own at the end, and takes time to be cleared away
+        os._exit(0)  # skips the teardown of imported modules, which takes time and has nothing to do
     work()
 
 
 class _Forking:
-    """The workers, and the launcher that asks for them."""
+    """The workers, and the launcher that requests them."""
 
     def __init__(self, connection: Connection, launcher: int) -> None:
         self._connection, self._launcher = connection, launcher
-        self._workers: dict[int, int | None] = {}  # that have not ended, or whose end has not been noticed; see `_watched`
+        self._workers: dict[int, int | None] = {}  # running, or ended but not yet noticed; see `_watched`
         self._folder: Path | None = None
 
     def prepare(self, modules: Sequence[str]) -> None:
-        """Import for the workers, until something is asked for."""
+        """Import on behalf of the workers, until a request arrives."""
         for name in modules:
             if self._connection.poll():
                 return
             importlib.import_module(name)
 
     def until_worker(self) -> Callable[[], None] | None:
-        """In a worker, what it is to do; None when the launcher is gone."""
+        """Return a worker's job, in the worker; return None when the launcher is gone."""
         while os.getppid() == self._launcher:
             if self._is_asked():
                 asked: Fork | Signal = self._connection.recv()
@@ -106,12 +106,12 @@ class _Forking:
         return None
 
     def _is_asked(self) -> bool:
-        """Whether the launcher has asked, after waiting for that, or for the end of a worker, for a while."""
+        """Wait a while for a request or the end of a worker; return whether there is a request."""
         files = [file for file in self._workers.values() if file is not None]
         return self._connection in wait([self._connection, *files], _LOOK_SECONDS)
 
     def _fork(self, asked: Fork) -> bool:
-        """Whether this is a worker."""
+        """Fork; return whether this process is a worker."""
         self._folder = asked.folder
         pids = []
         for environment in asked.environments:
@@ -122,7 +122,7 @@ class _Forking:
                     _close(file)
                 _become_worker(environment)
                 return True
-            os.setpgid(pid, pid)  # here too: a signal may have to reach it before it has come to that itself
+            os.setpgid(pid, pid)  # in the parent too, in case a signal must reach the worker before it gets there
             pids.append(pid)
             self._workers[pid] = _watched(pid)
         self._connection.send(pids)
@@ -137,7 +137,7 @@ class _Forking:
             self._connection.send(Ended(pid, os.waitstatus_to_exitcode(status)))
 
     def end(self) -> None:
-        """The launcher is gone: nobody reads the results, and the devices are wanted."""
+        """Kill the workers: the launcher is gone, so nobody reads their results."""
         for pid in self._workers:
             with suppress(ProcessLookupError):
                 os.killpg(pid, signal.SIGKILL)
@@ -148,7 +148,7 @@ class _Forking:
 
 
 def _watched(pid: int) -> int | None:
-    """A descriptor that can be read once a child has ended; None where the system has none, and it is looked at instead."""
+    """Return a descriptor that becomes readable once a child has ended; None on systems without one, which poll."""
     if hasattr(os, "pidfd_open"):
         with suppress(OSError):  # an old kernel, or a container that forbids it
             return os.pidfd_open(pid)
@@ -163,11 +163,11 @@ def _close(file: int | None) -> None:
 def _become_worker(environment: Mapping[str, str]) -> None:
     import numpy as np
 
-    os.setpgid(0, 0)  # with what it starts itself
+    os.setpgid(0, 0)  # a group with the processes it starts
     os.environ.update(environment)
     os.environ[PARENT] = str(os.getppid())
     gc.enable()
-    np.random.seed()  # as in a process that was started: no two draw the same unless they are told to
+    np.random.seed()  # as in a fresh process: workers draw different numbers unless seeded
     comm = Path("/proc/self/comm")
     if comm.exists():  # for ps and top
         comm.write_text(f"{WORKER_NAME}{environment['RANK']}")

@@ -1,4 +1,4 @@
-"""When Python looks for garbage: of itself, or every so many steps, so that all ranks pause at once and none in a step."""
+"""Garbage collection at fixed steps, so that all ranks pause together, between steps."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ T = TypeVar("T")
 
 
 def collecting_between(steps: Iterable[T], every: int | None) -> Iterator[T]:
-    """The same, with garbage collected after every so many of them and at no other time; None leaves it to Python.
+    """Iterate over steps, collecting garbage every so many of them and at no other time; None leaves it to Python.
 
-    Python decides again as before when the iterator ends or is let go of.
+    Python's own collection resumes when the iterator ends or is dropped.
     """
     if every is None:
         yield from steps

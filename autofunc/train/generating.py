@@ -1,4 +1,4 @@
-"""One process of `autofunc generate` with the configuration of a run: texts by its model and its weights."""
+"""One process of `autofunc generate -c`: texts by a run's model and weights."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def generate_texts(
     recipe: Recipe, mesh: DeviceMesh | None, device: torch.device, output_dir: Path, config: FinetuneConfig,
     wanted: TextsWanted,
 ) -> None:  # fmt: skip
-    """Generate with a checkpoint, or the weights that the configuration names; the first rank shows what came of it.
+    """Generate with a checkpoint or the configured weights; the first rank shows the texts.
 
     Args:
         recipe: of the run.
@@ -54,11 +54,11 @@ def generate_texts(
         device: where parameters live.
         output_dir: of the run, for its checkpoints.
         config: for the checkpoint, and the timeouts.
-        wanted: the prompts, and how tokens are chosen.
+        wanted: the prompts, and how to choose tokens.
     """
     path = of_first(source(config.checkpoint, output_dir, writes=False))
     if path is None and config.weights is None:
-        note("these are the weights that training begins with; others: --checkpoint.restore_from LATEST, --weights FOLDER")
+        note("using the initial weights; to use trained ones: --checkpoint.restore_from LATEST, --weights FOLDER")
     tokenizer = tokenizer_of(recipe, wanted.tokenizer)
     rows = encoded(tokenizer.encode, wanted.prompts)
     with watched(config.distributed), counting("generating", "tokens", wanted.max_new_tokens) as advance:
@@ -73,10 +73,10 @@ def generate_texts(
 
 
 def tokenizer_of(recipe: Recipe, named: str | None) -> TextTokenizer:
-    """What is named, or the dataset's own.
+    """Return the named tokenizer, else the dataset's.
 
     Raises:
-        ConfigError: where there is none.
+        ConfigError: if there is neither.
     """
     if named is not None:
         return named_tokenizer(named)
@@ -84,6 +84,6 @@ def tokenizer_of(recipe: Recipe, named: str | None) -> TextTokenizer:
     if tokenizer is not None:
         return tokenizer
     raise ConfigError(
-        f"generate needs a tokenizer, and the dataset ({type(recipe.dataset).__name__}) has none as its attribute "
+        f"generate needs a tokenizer, and the dataset ({type(recipe.dataset).__name__}) has no attribute "
         "tokenizer: give --tokenizer FOLDER, a name on the hub, or --tokenizer bytes"
     )

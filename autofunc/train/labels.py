@@ -1,4 +1,4 @@
-"""Labels that are shifted twice, once by the dataset and once by the model: found before training."""
+"""A check before training: labels must not be shifted by both the dataset and the model."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from autofunc.errors import ConfigError
 from autofunc.losses import IGNORED
 from autofunc.model import Model
 
-_ROWS = 4  # looked at
+_ROWS = 4  # to look at
 
 
 def refuse_shifted_twice(config: FinetuneConfig, model: Model, dataset: Any) -> None:
-    """Refuse a model whose own loss shifts labels, on rows whose labels are aligned already.
+    """Refuse rows with aligned labels for a model whose loss shifts them again.
 
     Raises:
-        ConfigError: saying which of the two to change.
+        ConfigError: naming both ways to fix it.
     """
     batch = first_rows(dataset, _ROWS)
     if not (aligned(batch) or any(getattr(each, "aligned_labels", False) for each in inside(dataset))):
@@ -29,14 +29,14 @@ def refuse_shifted_twice(config: FinetuneConfig, model: Model, dataset: Any) -> 
     if shifted_by(model, batch, config.inputs):
         name = " in ".join(type(each).__name__ for each in reversed(list(inside(dataset))[:2]))
         raise ConfigError(
-            f"loss_fn: the model's own loss shifts labels by one, and {name} gives labels that are aligned already. Let it "
-            "give the tokens themselves (of datasets of autofunc.data: dataset.aligned_labels: false); or set loss_fn: "
-            "{_target_: autofunc.losses.causal_lm}, which takes aligned ones"
+            f"loss_fn: the model computes its own loss and shifts the labels itself, but {name} gives aligned labels. Let "
+            "the dataset give the tokens themselves (datasets of autofunc.data: dataset.aligned_labels: false), or set "
+            "loss_fn: {_target_: autofunc.losses.causal_lm}, which takes aligned labels"
         )
 
 
 def inside(dataset: Any) -> Iterator[Any]:
-    """A dataset, and those that it is made of: as `torch.utils.data`'s Subset and ConcatDataset are."""
+    """Yield a dataset and those it wraps, such as `torch.utils.data`'s Subset and ConcatDataset."""
     yield dataset
     held = [getattr(dataset, "dataset", None), *(getattr(dataset, "datasets", None) or ())]
     for each in held:
@@ -45,7 +45,7 @@ def inside(dataset: Any) -> Iterator[Any]:
 
 
 def aligned(batch: dict[str, Tensor]) -> bool:
-    """Whether each label is the token after the one in its place, as far as rows tell."""
+    """Return whether each label is the token after its position, judging by the batch's rows."""
     ids, labels = batch.get("input_ids"), batch.get("labels")
     if ids is None or labels is None or ids.shape != labels.shape or ids.dim() != 2 or ids.shape[1] < 2:
         return False

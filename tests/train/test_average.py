@@ -72,7 +72,7 @@ def test_it_is_validated(run: Path) -> None:
     words = "evaluate", "-c", "run.yaml", "--checkpoint.restore_from", "LATEST", "--json"
     done = run_here(run, *words)
     assert json.loads(done.out)["validation_loss"] == pytest.approx(loss, rel=1e-6)
-    assert "note: ema.validation: the weights are the moving average" in done.err
+    assert "note: ema.validation: using the moving average of the weights" in done.err
     of_last = run_here(run, *words, "--ema.validation", "false")
     assert json.loads(of_last.out)["validation_loss"] != pytest.approx(loss, rel=1e-6) and not of_last.err
     by_name = run_here(run, *words[:3], "--weights", "out/model_ema.safetensors")

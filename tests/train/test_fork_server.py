@@ -114,7 +114,7 @@ def test_a_launcher_that_is_told_to_end(server: ForkServer, number: signal.Signa
 def test_a_server_that_is_gone() -> None:
     with ForkServer.started([]) as server:
         os.kill(server._pid, signal.SIGKILL)
-        with pytest.raises(PipelineRunError, match="the process that the workers are forked from was killed by SIGKILL"):
+        with pytest.raises(PipelineRunError, match="the fork server was killed by SIGKILL"):
             launch(server, 2, partial(end, ["", ""]))
 
 
