@@ -1,4 +1,4 @@
-"""Start the worker processes of a run on this machine, and end them all when one fails or this process is told to end."""
+"""Start a run's worker processes on this machine; end all of them when one fails or this process must end."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from autofunc.train.fork_server import ForkServer
 from autofunc.train.one_machine import OneMachine
 
 _HOST = "127.0.0.1"  # the machine's own name need not resolve
-_SHORTEST = 1e-3  # of the intervals at which torch looks at the agent, which itself waits until a worker has ended
+_SHORTEST = 1e-3  # torch's polling interval; the agent itself waits until a worker has ended
 _STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 
@@ -32,20 +32,20 @@ def launch(
     seconds_to_end: float = 30.0,
     recorder: FlightRecorder | None = None,
 ) -> None:
-    """Do a piece of work in several processes on this machine, and wait for them.
+    """Run work in several processes on this machine, and wait for them.
 
     Args:
         server: forks them.
-        num_processes: how many.
-        work: what each does, with RANK and its like in its environment; picklable.
-        folder: of the run, where each keeps a log; None where there are none.
-        max_restarts: how often all are started again after one has failed.
-        seconds_to_end: how long they have to end when they are told to.
-        recorder: of NCCL, where they compute on GPUs.
+        num_processes: to start.
+        work: runs in each, with RANK and the other variables in its environment; picklable.
+        folder: of the run, with one log per rank; None without logs.
+        max_restarts: how often to restart all after a failure.
+        seconds_to_end: grace period for workers that are told to end.
+        recorder: NCCL's flight recorder, if workers compute on GPUs.
 
     Raises:
-        PipelineRunError: when one fails; holds the traceback of the first that did. All others have been ended.
-        SystemExit: when this process is interrupted or told to end, unless all end with status 0 then.
+        PipelineRunError: if a worker fails; holds the traceback of the first failure. All workers have ended by then.
+        SystemExit: if this process is interrupted or told to end, unless all workers then exit with status 0.
     """
     with TemporaryDirectory(prefix="autofunc-") as scratch, _heeded_signals() as asked:
         handler = OneMachine(_HOST)
@@ -69,7 +69,7 @@ def _say(text: str) -> None:
 
 @contextmanager
 def _heeded_signals() -> Iterator[list[signal.Signals]]:
-    """Notes the signals that ask this process to end, but not those that it was started to ignore, as by nohup."""
+    """Note signals that ask this process to end, except those it was started to ignore, as by nohup."""
     asked: list[signal.Signals] = []
     heeded = [each for each in _STOPPING if signal.getsignal(each) is not signal.SIG_IGN]
     before = {each: signal.signal(each, lambda number, _: asked.append(signal.Signals(number))) for each in heeded}

@@ -1,4 +1,4 @@
-"""How a configuration lays a model out: its stages, and the schedule with as many of them on each rank."""
+"""How a configuration lays out a model: its stages, and the schedule that runs them."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from autofunc.splitting import Stage, split
 
 Points = list[str] | int | Literal["auto"] | None
 LayerCosts = Callable[[Model, Mapping[str, Any], Loss | None], Mapping[str, float]]
-"""From a model, an example of a microbatch and the loss to what each layer costs, by name; in any unit, as stages are
-balanced by ratios. `splitting.layer_costs`, which counts operations, is one."""
+"""From a model, an example microbatch and the loss to each layer's cost, by name. The unit does not matter, because stages
+are balanced by ratios. `splitting.layer_costs`, which counts operations, is one."""
 
 Cut = Callable[[int], list[Stage]]
-"""From the number of stages that a schedule needs to the stages; split points may say another number."""
+"""From the number of stages that a schedule needs to the stages; split points may give a different number."""
 
 
 def is_auto(config: FinetuneConfig) -> bool:
-    """Whether the schedule is to be searched for."""
+    """Return whether to search for the schedule."""
     return config.distributed.schedule.lower() == "auto"
 
 
@@ -38,19 +38,19 @@ def stages_and_schedule(
     notes: list[str],
     layer_costs: LayerCosts,
 ) -> tuple[list[Stage], Schedule]:
-    """The stages that split_points give, and their schedule; for `auto` the one that costs are measured with.
+    """Return the stages that split_points give, and their schedule; for `auto`, the schedule to measure costs with.
 
     Args:
-        config: what is wanted.
-        num_microbatches: of each data parallel rank.
-        model: what is split.
-        loss: which the last layer's cost is counted with.
-        dataset: whose rows costs are counted on.
-        notes: told of everything that is done otherwise than the configuration says.
-        layer_costs: what stages are balanced by, where split points leave that open.
+        config: the configuration.
+        num_microbatches: per data parallel rank.
+        model: to split.
+        loss: part of the last layer's cost.
+        dataset: its rows are used to count costs.
+        notes: gains a line for each departure from the configuration.
+        layer_costs: balances stages if split points are not given by name.
 
     Raises:
-        ConfigError: when they do not fit each other.
+        ConfigError: if stages and schedule do not fit.
     """
     name, num_ranks, points = config.distributed.schedule, config.distributed.pp_size, config.distributed.split_points
     microbatch = first_rows(dataset, config.step_scheduler.local_batch_size)
@@ -62,7 +62,7 @@ def stages_and_schedule(
     try:
         per_rank = default_stages_per_rank(name)
     except ScheduleError as error:
-        raise ConfigError(f"distributed.schedule: {error}; or auto, which searches for one") from error
+        raise ConfigError(f"distributed.schedule: {error}; or auto, which searches for a schedule") from error
     stages = cut(num_ranks * per_rank)
     if num_ranks == 1 and per_rank == 1 and len(stages) > 1:
         notes.append("pp_size is 1, so the model is one stage and split_points are not used")
@@ -81,7 +81,7 @@ def stages_and_schedule(
 def _to_measure(
     num_ranks: int, num_microbatches: int, cut: Cut, points: Points, notes: list[str]
 ) -> tuple[list[Stage], Schedule]:
-    """The stages of `auto`, and the plainest schedule for as many."""
+    """Return the stages for `auto`, and the simplest schedule that runs them."""
     stages = cut(num_ranks)
     per_rank, left = divmod(len(stages), num_ranks)
     if left:
@@ -92,12 +92,12 @@ def _to_measure(
         )
     name = "1f1b" if per_rank == 1 else "interleaved_1f1b"
     if num_ranks == 1:
-        notes.append(f"pp_size is 1, so schedule auto has nothing to search for: it is {name}")
+        notes.append(f"pp_size is 1, so schedule auto has nothing to search for and uses {name}")
     return stages, _named(name, num_ranks, num_microbatches, per_rank)
 
 
 def _own(name: str, num_ranks: int, num_microbatches: int, cut: Cut, points: Points) -> tuple[list[Stage], Schedule]:
-    """The schedule of a table or of a user's function, and the stages it is for."""
+    """Return a table's or user function's schedule, and the stages it needs."""
     source = resolve_target(name, "distributed.schedule") if is_named(name) else name
     make = partial(build, source, num_ranks=num_ranks, num_microbatches=num_microbatches)
     schedule: Schedule = call(make, "distributed.schedule", name)
@@ -118,7 +118,7 @@ def _named(name: str, num_ranks: int, num_microbatches: int, stages_per_rank: in
 
 
 def _split(model: Model, points: Points, costs: Callable[[Model], Mapping[str, float]], default: int) -> list[Stage]:
-    """Split where `points` say; balanced by costs where they give a number or nothing."""
+    """Split at `points`, or by balanced costs if they are a number or absent."""
     try:
         if isinstance(points, list):
             return split(model, points)
@@ -133,14 +133,14 @@ def _split(model: Model, points: Points, costs: Callable[[Model], Mapping[str, f
 
 
 MOST_MICROBATCHES = 1 << 13
-"""Of a data parallel rank in a step: a schedule has an entry for each."""
+"""Per data parallel rank and step: a schedule holds an entry for each."""
 
 
 def count_microbatches(config: FinetuneConfig, dp: int) -> int:
-    """How many each data parallel rank has.
+    """Return the number of microbatches per data parallel rank.
 
     Raises:
-        ConfigError: when rows do not divide, or there are too many.
+        ConfigError: if rows do not divide evenly, or make too many microbatches.
     """
     rows, per_microbatch = config.step_scheduler.global_batch_size, config.step_scheduler.local_batch_size
     if rows % (per_microbatch * dp):
@@ -158,7 +158,7 @@ def count_microbatches(config: FinetuneConfig, dp: int) -> int:
     if number > MOST_MICROBATCHES:
         raise ConfigError(
             f"step_scheduler: global_batch_size={rows} with local_batch_size={per_microbatch} and {dp} data parallel "
-            f"rank{'s' * (dp > 1)} makes {number:,} microbatches of a step, and {MOST_MICROBATCHES:,} is the most; use "
+            f"rank{'s' * (dp > 1)} makes {number:,} microbatches per step; the maximum is {MOST_MICROBATCHES:,}; use "
             "larger microbatches, or a smaller batch"
         )
     return number

@@ -1,4 +1,4 @@
-"""What the processes of a run do: the first one shows and writes what all have made, the others help."""
+"""The processes of a run: the first one shows and writes results, the others take part."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ from autofunc.tree import Nested
 def follow(
     recipe: Recipe, mesh: DeviceMesh, device: torch.device, output_dir: Path, config: FinetuneConfig
 ) -> None:  # fmt: skip
-    """Any other rank's run.
+    """Run any rank but the first.
 
     Args:
-        recipe: what to do.
+        recipe: of the run.
         mesh: of all ranks.
         device: of this rank.
-        output_dir: where results go.
-        config: what the recipe was made of.
+        output_dir: for results.
+        config: the recipe's configuration.
     """
     if recipe.searches:
         recipe = replace(recipe, schedule=find_schedule(recipe, mesh, device, None).schedule)
@@ -67,7 +67,7 @@ def follow(
 def _checkpoints(
     config: FinetuneConfig, output_dir: Path, show: Callable[[str], None]
 ) -> tuple[Path | None, Checkpoints | None]:
-    """What the run goes on from, as the first rank sees it, and what writes checkpoints."""
+    """Return the checkpoint to resume from, as seen by the first rank, and the writer of checkpoints."""
     section = config.checkpoint
     begun_from = of_first(source(section, output_dir))
     if section is None or not section.enabled:
@@ -80,14 +80,14 @@ def _writes_weights(config: FinetuneConfig) -> bool:
 
 
 def _trees(result: TrainResult) -> Iterator[tuple[Nested, Callable[[str], str]]]:
-    """What this rank has trained, one after the other, and what it is called by."""
+    """Yield the trees this rank trained, each with a function that names its files."""
     yield result.params, str
     if result.average is not None:
         yield in_place(result.average, result.params), of_average
 
 
 def _whole(recipe: Recipe, config: FinetuneConfig, result: TrainResult, params: Nested) -> tuple[Nested, Nested]:
-    """One of `_trees` from all ranks, on the first one: as much of it as is written. All ranks call it."""
+    """Gather one of `_trees` on the first rank, as far as it is written. All ranks call it."""
     pipe = result.pipe
     if config.export is None:
         params = written_part(recipe.model, params) if _writes_weights(config) else {}
@@ -97,15 +97,15 @@ def _whole(recipe: Recipe, config: FinetuneConfig, result: TrainResult, params: 
 def lead(
     recipe: Recipe, mesh: DeviceMesh | None, device: torch.device, output_dir: Path, config: FinetuneConfig, command: str
 ) -> None:
-    """The first rank's run: the others' and everything that is shown or written.
+    """Run the first rank, and show and write results.
 
     Args:
-        recipe: what to do.
-        mesh: of all ranks; None where this is the only process.
+        recipe: of the run.
+        mesh: of all ranks; None with a single process.
         device: of this rank.
-        output_dir: where results go.
-        config: what the recipe was made of.
-        command: what to type to go on with the run when it was told to end.
+        output_dir: for results.
+        config: the recipe's configuration.
+        command: resumes the run after it was told to end.
     """
     console = line_console()
 
@@ -116,18 +116,18 @@ def lead(
     if recipe.searches and mesh is not None:
         recipe = _searched(recipe, mesh, device, output_dir, show)
     colour = console.is_terminal and not console.no_color
-    sys.stdout.write(explain(recipe.stages, recipe.schedule, colour=colour) + "\n")  # it brings its own colours
+    sys.stdout.write(explain(recipe.stages, recipe.schedule, colour=colour) + "\n")  # coloured already
     sys.stdout.flush()
 
     begun_from, checkpoints = _checkpoints(config, output_dir, show)
     done = step_at(begun_from)
     if begun_from is not None:
-        show(f"going on from {begun_from}, after step {done}")
+        show(f"resuming from {begun_from}, after step {done}")
     trackers = open_trackers(config, output_dir, done)
     with (
         Records(output_dir, done, trackers, config.step_scheduler.log_remote_every_steps, show) as metrics,
         ProgressReporter(console, recipe.num_steps) as reporter,
-        watched(config.distributed),  # not while weights are written, which takes as long as it takes
+        watched(config.distributed),  # not while writing weights, which has no time limit
     ):
         result = train(recipe, mesh, device, reporter, metrics, checkpoints, begun_from)
     saved = _save(recipe, config, result, output_dir)
@@ -146,7 +146,7 @@ def lead(
 
 
 def _announce(recipe: Recipe, mesh: DeviceMesh | None, device: torch.device, show: Callable[[str], None]) -> None:
-    """What is trained, on what."""
+    """Show what is trained, and on what."""
     for note in recipe.notes:
         show(f"note: {note}")
     show(f"model: {parameter_count(recipe.model):,} parameters on {device.type}")
@@ -163,23 +163,23 @@ def _announce(recipe: Recipe, mesh: DeviceMesh | None, device: torch.device, sho
 def _searched(
     recipe: Recipe, mesh: DeviceMesh, device: torch.device, output_dir: Path, show: Callable[[str], None]
 ) -> Recipe:
-    """The recipe with the schedule that was searched for."""
+    """Return the recipe with the schedule that the search found."""
     found = find_schedule(recipe, mesh, device, bar_console())
     for line in found.report():
         show(line)
     write_file(found.schedule, output_dir / SCHEDULE)
-    show(f"written to {output_dir / SCHEDULE}, which distributed.schedule takes to use it again")
+    show(f"written to {output_dir / SCHEDULE}; distributed.schedule takes this file to reuse it")
     return replace(recipe, schedule=found.schedule)
 
 
 def _save(recipe: Recipe, config: FinetuneConfig, result: TrainResult, output_dir: Path) -> list[str]:
-    """Write what was trained, and say by what names."""
+    """Write trained weights; return the names of the files."""
     if result.stopped:
         return []
     saved: list[str] = []
     for own, named in _trees(result):
         params, state = _whole(recipe, config, result, own)
-        if _writes_weights(config):  # before all that may fail
+        if _writes_weights(config):  # first, because other writes may fail
             saved += save_result(recipe.model, written_part(recipe.model, params), state, output_dir, named)
         if config.export is not None:
             folder = named(config.export)
@@ -193,38 +193,38 @@ def _draw(
     recipe: Recipe, config: FinetuneConfig, result: TrainResult, output_dir: Path, device: torch.device,
     show: Callable[[str], None],
 ) -> None:  # fmt: skip
-    """The curves, and the page of the run. What cannot be drawn is told, and ends no run."""
+    """Draw the curves and the run's page. A failure is shown and does not end the run."""
     curves = None
     try:
         curves = draw_curves(output_dir / METRICS, recipe.validation_datasets)
         (output_dir / PICTURE).write_bytes(curves)
     except (OSError, ValueError) as error:
-        show(f"{PICTURE} is not drawn: {error}")
+        show(f"{PICTURE} could not be drawn: {error}")
     try:
         page = make_page(recipe, config, result, output_dir, device, curves)
         (output_dir / PAGE).write_text(page, encoding="utf-8")
     except (OSError, ValueError) as error:
-        show(f"{PAGE} is not written: {error}")
+        show(f"{PAGE} could not be written: {error}")
 
 
 def _outcome(recipe: Recipe, result: TrainResult) -> list[str]:
-    """What a run ends with."""
+    """Return the closing lines of a run."""
     if result.stopped:
-        return [f"told to end by SIGTERM, after step {result.num_steps} of {recipe.num_steps}. To go on:"]
+        return [f"told to end by SIGTERM, after step {result.num_steps} of {recipe.num_steps}. To resume:"]
     found = []
     if result.ended_early:
-        found.append(f"ended after step {result.num_steps} of {recipe.num_steps}: the validation loss gets no better")
+        found.append(f"ended after step {result.num_steps} of {recipe.num_steps}: the validation loss stopped improving")
     if result.validated is not None:
         found.append(result.validated.said())
     elif recipe.validation_datasets:
-        found.append(f"validation loss: none, for no row of {' and '.join(recipe.validation_datasets)} has a label")
+        found.append(f"validation loss: none, because no row of {' and '.join(recipe.validation_datasets)} has a label")
     return found
 
 
 def _end(lines: list[str], command: str | None, console: Console) -> None:
-    """Show what is said at the end, of which a quiet run shows the last line, and the command to go on with."""
+    """Show the closing lines, of which a quiet run shows only the last, and the command that resumes the run."""
     for line in lines[:-1]:
         console.print(literal(line))
     show_last(lines[-1])
     if command is not None:
-        show_last(f"  {printable(command)}")  # in one line, to be copied
+        show_last(f"  {printable(command)}")  # on one line, to copy

@@ -1,4 +1,4 @@
-"""From `lr_scheduler` to the learning rate of each step."""
+"""The learning rate of each step, from section `lr_scheduler`."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ _SECTION = "lr_scheduler"
 
 
 def learning_rate_of(config: FinetuneConfig, optimizer: Optimizer, num_steps: int) -> LearningRate | None:
-    """The learning rate by step; None where it is constant.
+    """Return the learning rate by step; None if it is constant.
 
     Args:
-        config: what is wanted.
-        optimizer: whose learning rate it is.
+        config: the configuration.
+        optimizer: has the base learning rate.
         num_steps: of the run.
 
     Raises:
-        ConfigError: for what does not fit together, or cannot go on for as many steps.
+        ConfigError: if options conflict, or the scheduler cannot run for that many steps.
     """
     section = config.lr_scheduler
     if section is None:
         return None
     if optimizer.lr is None:
-        raise ConfigError(f"{_SECTION}: {optimizer!r} has no learning rate to begin with; give optimizer.lr")
+        raise ConfigError(f"{_SECTION}: {optimizer!r} has no learning rate to start from; set optimizer.lr")
     try:
         if isinstance(section, Mapping):
             made = LearningRate(lambda scratch: _made(section, _SECTION, scratch), optimizer.lr, section["_target_"])
@@ -45,12 +45,12 @@ def learning_rate_of(config: FinetuneConfig, optimizer: Optimizer, num_steps: in
 
 
 def _made(section: Mapping[str, Any], where: str, optimizer: Any) -> LRScheduler:
-    """The scheduler that a section names, with those that its own sections name."""
+    """Build the scheduler that a section names, and those its subsections name."""
     target, options = target_and_arguments(section, where)
     if isinstance(target, type) and not issubclass(target, LRScheduler):
         raise ModelError(f"{where}: expected a scheduler of torch.optim.lr_scheduler; got {section['_target_']}")
     options = {name: _value(name, value, f"{where}.{name}", optimizer) for name, value in options.items()}
-    by_name = "optimizer" in inspect.signature(target).parameters  # of ChainedScheduler it is not the first
+    by_name = "optimizer" in inspect.signature(target).parameters  # not the first parameter of ChainedScheduler
     made = target(optimizer=optimizer, **options) if by_name else target(optimizer, **options)
     if not isinstance(made, LRScheduler):
         raise ModelError(f"{where}: expected a scheduler of torch.optim.lr_scheduler; got {type(made).__name__}")

@@ -1,4 +1,4 @@
-"""What each process of a run writes to its output, in a file of its own; the first one's is on the console too."""
+"""The log of each process of a run; the first process also prints to the console."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from autofunc.errors import FAILURES
 from autofunc.train.output import LOGS
 from autofunc.train.role import restarts
 
-_CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\r")  # colours and moves of a terminal's cursor
-_kept: list[Log] = []  # the logs of this process
+_CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\r")  # colours and cursor movements
+_kept: list[Log] = []  # this process's open logs
 
 
 def log_of(folder: Path, rank: int) -> Path:
-    """The file of a process of the run that writes into a folder."""
+    """Return the log file of a rank, given the run's folder."""
     return folder / LOGS / f"rank_{rank}.log"
 
 
 class Log(io.TextIOBase):
-    """A log that is being written. A full disk ends no run: `error` says why lines are missing.
+    """An open log. A full disk does not end the run; `error` tells why lines are missing.
 
     Args:
-        path: of the file; what it has stays before what is written.
+        path: of the file; new text is appended.
     """
 
     def __init__(self, path: Path) -> None:
@@ -42,7 +42,7 @@ class Log(io.TextIOBase):
         self._file = path.open("a", encoding="utf-8", errors="backslashreplace", buffering=1)
 
     def write(self, text: str) -> int:
-        """Write, as far as that can be done."""
+        """Write the text, as far as possible."""
         if self.error is None:
             try:
                 self._file.write(text)
@@ -53,34 +53,34 @@ class Log(io.TextIOBase):
     def close(self) -> None:
         """Close the file."""
         try:
-            self._file.close()  # which writes what could not be written before
+            self._file.close()  # flushes, which may fail
         except OSError as error:
             self.error = self.error or error
 
     def fileno(self) -> int:
-        """Of the file."""
+        """Return the file's descriptor."""
         return self._file.fileno()
 
     @property
     def encoding(self) -> str:  # type: ignore[override]
-        """Of the file."""
+        """The file's encoding."""
         return self._file.encoding
 
 
 class Teed(io.TextIOBase):
-    """A text stream to the console and to a log.
+    """A text stream to the console and a log.
 
     Args:
-        console: the stream that was there before.
-        log: gets all of it, without what only acts on a terminal.
-        quiet: whether the console gets nothing.
+        console: the original stream.
+        log: gets all text, without control sequences.
+        quiet: print nothing to the console.
     """
 
     def __init__(self, console: TextIO, log: Log, quiet: bool = False) -> None:
         self.console, self.log, self.quiet = console, log, quiet
 
     def write(self, text: str) -> int:
-        """Write to both."""
+        """Write to console and log."""
         if not self.quiet:
             self.console.write(text)
         self.log.write(_CONTROL.sub("", text))
@@ -92,30 +92,30 @@ class Teed(io.TextIOBase):
         self.log.flush()
 
     def isatty(self) -> bool:
-        """Whether someone looks on."""
+        """Return whether the console is a terminal."""
         return not self.quiet and self.console.isatty()
 
     def fileno(self) -> int:
-        """Of the console: what other programs write does not come by here."""
+        """Return the console's descriptor; output written through it bypasses the log."""
         return self.console.fileno()
 
     @property
     def encoding(self) -> str:  # type: ignore[override]
-        """Of the console."""
+        """The console's encoding."""
         return self.console.encoding
 
 
 @contextmanager
 def kept_log(folder: Path, rank: int, *, quiet: bool = False) -> Iterator[None]:
-    """Keep what this process writes to stdout and stderr in its log, and the traceback of what ends it.
+    """Copy stdout, stderr and the final traceback of this process to its log.
 
-    Of the first rank the console shows it too; all others are silent, and with them what every rank would say. What a log
-    of an earlier start has stays before it.
+    The first rank also prints to the console; all other ranks print nothing, so messages common to all ranks appear once.
+    Logs of earlier starts are kept and appended to.
 
     Args:
         folder: of the run.
         rank: of this process.
-        quiet: whether the first rank shows nothing either, but for `show_last`.
+        quiet: the first rank prints nothing either, except through `show_last`.
     """
     path = log_of(folder, rank)
     with closing(Log(path)) as log:
@@ -136,7 +136,7 @@ def kept_log(folder: Path, rank: int, *, quiet: bool = False) -> Iterator[None]:
 
 @contextmanager
 def named_log(folder: Path, rank: int, *, quiet: bool = False) -> Iterator[None]:
-    """`kept_log`, of a process that tells of its errors itself: they name the log."""
+    """Like `kept_log`, for a process that reports its own errors: they name the log."""
     try:
         with kept_log(folder, rank, quiet=quiet):
             yield
@@ -147,7 +147,7 @@ def named_log(folder: Path, rank: int, *, quiet: bool = False) -> Iterator[None]
 
 @contextmanager
 def log_alone() -> Iterator[None]:
-    """For what another process has shown already: only the log gets it."""
+    """Print to the log only, for text that another process has shown."""
     streams = [each for each in (sys.stdout, sys.stderr) if isinstance(each, Teed)]
     before = [each.quiet for each in streams]
     for each in streams:
@@ -160,7 +160,7 @@ def log_alone() -> Iterator[None]:
 
 
 def write_log(text: str) -> None:
-    """Write to this process's log alone, if it has one."""
+    """Write to this process's log only, if it has one."""
     for log in _kept[-1:]:
         log.write(text)
 

@@ -1,4 +1,4 @@
-"""What becomes of a step whose loss or gradients are not finite: the run ends, or the step is skipped, or taken anyhow."""
+"""Steps whose loss or gradients are not finite: end the run, skip the step, or take it anyway."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ Action = Literal["stop", "skip", "warn"]
 
 
 class NonFinite:
-    """Decides, alike in all processes: each knows the loss and the norm of the gradients, which are of all of them.
+    """Decides what happens. Every process decides alike, because loss and gradient norm are global.
 
     Args:
-        action: what the configuration wants.
-        most: how many steps in a row may be skipped.
-        tell: told of each, on the first rank.
+        action: as configured.
+        most: number of consecutive steps that may be skipped.
+        tell: called with each message, on the first rank.
     """
 
     def __init__(self, action: Action, most: int, tell: Callable[[str], None]) -> None:
@@ -26,26 +26,26 @@ class NonFinite:
         self._in_a_row = 0
 
     def met(self, pipe: Pipeline, ran: Iterable[tuple[Any, ...]], what: str) -> bool:
-        """What is to become of a step that is not finite; all processes call it.
+        """Decide about a step that is not finite; all processes call it.
 
-        Where that begins is found by running the step once more, for the first of a run and for one that ends it.
+        The first such step, and one that ends the run, is run once more to find where the values come from.
 
         Args:
             pipe: of the run.
-            ran: what each part of the step was called with.
-            what: what is known.
+            ran: the arguments of each part of the step.
+            what: was found.
 
         Returns:
-            Whether the step is skipped; else it is taken.
+            True to skip the step, False to take it.
 
         Raises:
-            NotFiniteError: when the run ends.
+            NotFiniteError: to end the run.
         """
         self._met += 1
         self._in_a_row += 1
         ends = self._action == "stop" or (self._action == "skip" and self._in_a_row > self._most)
         if ends and self._action == "skip":
-            what = f"{what}, after {self._most} steps that were skipped (max_skips)"
+            what = f"{what}, after {self._most} skipped steps (max_skips)"
         if ends or self._met == 1:
             what = f"{what}{_beginning(pipe, ran)}"
         if ends:
@@ -55,12 +55,12 @@ class NonFinite:
         return self._action == "skip"
 
     def passed(self) -> None:
-        """A step was finite."""
+        """Note a finite step."""
         self._in_a_row = 0
 
 
 def _beginning(pipe: Pipeline, ran: Iterable[tuple[Any, ...]]) -> str:
-    """Where a step makes what is not finite, found by running it once more."""
+    """Run the step once more and describe where values first stop being finite."""
     for given in ran:
         try:
             pipe.check_finite(*given)

@@ -1,7 +1,7 @@
-"""Where the agents of a launch meet, when there is one: it waits for nobody.
+"""A rendezvous for a single agent, which waits for nobody.
 
-torch's own, "c10d", sleeps for up to 0.3 s first, lest many machines come at once, and asks a server who else has come
-whenever the workers are looked at.
+torch's own, "c10d", first sleeps for up to 0.3 s to spread out arrivals, and asks a server for other agents whenever
+workers are polled.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousIn
 
 
 class OneMachine(RendezvousHandler):
-    """Gives the agent and its workers a store on this machine, the same at each start.
+    """Gives the agent and its workers one store on this machine, which restarts reuse.
 
     Args:
         host: address of this machine.
@@ -25,16 +25,16 @@ class OneMachine(RendezvousHandler):
         self._rounds = 0
 
     def get_backend(self) -> str:
-        """What it is called."""
+        """Return the handler's name."""
         return "one machine"
 
     @property
     def use_agent_store(self) -> bool:
-        """Whether workers are clients of the agent's store, or else the first of them makes one."""
+        """Workers connect to the agent's store, instead of the first worker starting one."""
         return True
 
     def next_rendezvous(self) -> RendezvousInfo:
-        """The store, and this agent's rank among all agents."""
+        """Return the store, and the agent's rank among all agents."""
         self._rounds += 1
         if self._store is None:
             self._store = TCPStore(self._host, 0, is_master=True)
@@ -42,21 +42,21 @@ class OneMachine(RendezvousHandler):
         return RendezvousInfo(agents, 0, 1, RendezvousStoreInfo(self._host, self._store.port))
 
     def is_closed(self) -> bool:
-        """Whether agents may not meet again."""
+        """Return whether the rendezvous is closed."""
         return False
 
     def set_closed(self) -> None:
-        """Others would be told: there are none."""
+        """Do nothing: there are no other agents to tell."""
 
     def num_nodes_waiting(self) -> int:
-        """How many agents wait to be let in."""
+        """Return the number of waiting agents."""
         return 0
 
     def get_run_id(self) -> str:
-        """Differs from that of other launches."""
+        """Return an id that differs between launches."""
         return f"autofunc-{os.getpid()}"
 
     def shutdown(self) -> bool:
-        """Let go of the store; whether that worked."""
+        """Release the store; return whether that worked."""
         self._store = None
         return True

@@ -1,4 +1,4 @@
-"""From `optimizer` to what updates the parameters, tried before anything runs."""
+"""The optimizer of section `optimizer`, tried before anything runs."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from autofunc.tree import to_tensordict
 
 
 def build_optimizer(config: FinetuneConfig) -> Optimizer:
-    """The optimizer of a run, or the several of them as one.
+    """Build a run's optimizer, which may combine several.
 
     Raises:
-        ConfigError: for a target that cannot be found, and for options that do not fit together.
+        ConfigError: if a target cannot be found, or options conflict.
     """
     given = config.optimizer
     sections = (
@@ -37,10 +37,10 @@ def _one(section: dict[str, Any], where: str) -> Optimizer:
 
 
 def try_optimizer(made: Optimizer) -> None:
-    """Update a parameter of zeros with gradients of zeros, which no options may make anything else.
+    """Update a zero parameter with zero gradients; it must stay finite.
 
     Raises:
-        ConfigError: when an optimizer cannot, or makes it infinite.
+        ConfigError: if an optimizer fails or gives values that are not finite.
     """
     for part, alone in made.separate().items():
         scratch = to_tensordict({"weight": torch.zeros(2, 2)})
@@ -52,12 +52,12 @@ def try_optimizer(made: Optimizer) -> None:
             raise ConfigError(f"optimizer: {part!r} cannot update a parameter: {in_brief(error)}") from error
         if not updated["weight"].isfinite().all():
             raise ConfigError(
-                f"optimizer: {part!r} makes a parameter of zeros infinite, or no number, in an update with zeros"
+                f"optimizer: {part!r} makes a zero parameter infinite or NaN when it updates it with zero gradients"
             )
 
 
 def check_optimizer(made: Optimizer, model: Model) -> None:
-    """Refuse patterns and options that do not fit the parameters that a model trains.
+    """Refuse patterns and options that do not fit the model's trained parameters.
 
     Raises:
         ConfigError: naming the parameter, or the nearest path.

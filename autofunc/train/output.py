@@ -1,4 +1,4 @@
-"""The folder that a run writes into: found unfit before the start, and never one that holds another run."""
+"""A run's output folder: checked before the start, and never shared with another run."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ METRICS, PICTURE, PAGE = "metrics.jsonl", "loss.png", "run.html"
 WEIGHTS, SCHEDULE = "model.safetensors", "schedule.csv"
 CHECKPOINTS = "checkpoints"
 LOGS = "logs"
-"""The folder in it with what each process wrote to its output."""
+"""Subfolder with each process's log."""
 TRACE = "nccl_trace_rank_"
-"""What the files of NCCL's flight recorder are called there, before the rank."""
+"""Beginning of the names of NCCL's flight recorder dumps; the rank follows."""
 TRACKERS = "trackers.json"
-"""What other tools call the run, so that it goes on there too."""
+"""File with the run's name in experiment trackers, so that a resumed run continues there."""
 ADAPTER = "adapter"
-"""The folder in it with the adapter that a run trained."""
+"""Subfolder with the trained adapter."""
 
 
 def of_average(name: str) -> str:
-    """What the same is called of the average of parameters: `model_ema.safetensors`.
+    """Return the name used for the parameters' average: `model_ema.safetensors`.
 
     >>> of_average("model.safetensors"), of_average("adapter")
     ('model_ema.safetensors', 'adapter_ema')
@@ -42,12 +42,12 @@ _RESULTS = (
 
 
 def default_output_dir(config_path: str | Path) -> Path:
-    """runs/<name of the file>, or with a number after it where that is taken: no run overwrites another."""
+    """Return runs/<name of the file>, with a number appended if that is taken: no run overwrites another."""
     return next(candidate for candidate in _candidates(config_path) if not candidate.exists())
 
 
 def last_output_dir(config_path: str | Path) -> Path:
-    """The newest of those folders that has checkpoints; the one of a new run where none has."""
+    """Return the newest of those folders that has checkpoints, or a new run's folder if none has."""
     taken = itertools.takewhile(Path.exists, _candidates(config_path))
     return next((each for each in reversed(list(taken)) if steps_in(each / CHECKPOINTS)), default_output_dir(config_path))
 
@@ -59,16 +59,16 @@ def _candidates(config_path: str | Path) -> Iterator[Path]:
 
 
 def make_output_dir(folder: Path, overwrite: bool, checkpoints: Path | None = None, *, goes_on: bool = False) -> None:
-    """Make a folder for a run, and try to write into it.
+    """Create a run's folder, and check that it can be written to.
 
     Args:
-        folder: which.
-        overwrite: whether what another run has left there is deleted.
+        folder: of the run.
+        overwrite: delete an earlier run's files.
         checkpoints: the run's folder of checkpoints; by default in `folder`.
-        goes_on: whether the run goes on from what is there.
+        goes_on: resume the run in the folder.
 
     Raises:
-        ConfigError: when it cannot be written into, or holds a run.
+        ConfigError: if the folder cannot be written to, or holds a run.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -79,19 +79,19 @@ def make_output_dir(folder: Path, overwrite: bool, checkpoints: Path | None = No
             file.write(b"x")
     except OSError as error:
         reason = error.strerror or str(error)
-        raise ConfigError(f"output_dir: {quoted(str(folder))} cannot be written into: {reason}") from error
+        raise ConfigError(f"output_dir: cannot write to {quoted(str(folder))}: {reason}") from error
 
 
 def _make_empty(folder: Path, checkpoints: Sequence[Path], overwrite: bool) -> None:
-    """Delete what a run has left, if that may be."""
+    """Delete an earlier run's files, if allowed."""
     found = [name for name in _RESULTS if (folder / name).exists()]
     steps = [each for each in dict.fromkeys(checkpoints) if steps_in(each)]
     if (found or steps) and not overwrite:
         where = folder if found or not steps else steps[0]
         named = ", ".join([*found, *(each.name for each in steps)])
         raise ConfigError(
-            f"output_dir: {where} holds a run already ({named}); name another one, or say --overwrite to replace it"
-            + (", or --checkpoint.restore_from LATEST to go on with it" if steps else "")
+            f"output_dir: {where} already holds a run ({named}); choose another, or pass --overwrite to replace it"
+            + (", or --checkpoint.restore_from LATEST to resume it" if steps else "")
         )
     logs = [each for name in ("rank_*.log", f"{TRACE}*") for each in (folder / LOGS).glob(name)] if overwrite else []
     for path in [*(folder / name for name in found), *logs]:

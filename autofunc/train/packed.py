@@ -1,4 +1,4 @@
-"""Rows with several documents: a model that does not look at positions cannot tell them apart."""
+"""Rows that pack several documents: a model must read positions to tell them apart."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from autofunc.splitting import Stage, infer_boundaries
 from autofunc.train.labels import inside
 
 POSITIONS = "position_ids"
-"""The entry that begins at 0 with each document."""
+"""Batch entry that restarts at 0 with each document."""
 
 HOW = (
-    "models of transformers keep documents apart by position_ids; in one of your own let attention stay within a document "
-    "(positions begin at 0 with each), or take rows of autofunc.data.TextFolder"
+    "models of transformers keep documents apart by position_ids; in your own, restrict attention to one document "
+    "(positions restart at 0), or use rows of autofunc.data.TextFolder"
 )
 
 
 def is_packed(dataset: Any) -> bool:
-    """Whether rows of a dataset hold several documents, told apart by their positions."""
+    """Return whether a dataset's rows pack several documents, told apart by positions."""
     return any(getattr(each, "is_packed", None) is True for each in inside(dataset))
 
 
 def check_positions_are_read(stages: Sequence[Stage], loss: Loss | None, where: str, dataset: Any) -> None:
-    """Refuse a model for packed rows that does not look at positions: it runs on positions of any shape.
+    """Refuse a model that ignores positions, for packed rows: such a model runs on positions of any shape.
 
     Raises:
-        ConfigError: saying so.
+        ConfigError: if the model does not read positions.
     """
     if not is_packed(dataset):
         return
@@ -41,4 +41,4 @@ def check_positions_are_read(stages: Sequence[Stage], loss: Loss | None, where: 
         infer_boundaries(stages, {}, split_batch(batch, 1, batch_dims=STACKED, key_name=name)[0], loss)
     except AutofuncError:
         return
-    raise ConfigError(f"{where} has several documents in a row, and the model does not read {POSITIONS}: {HOW}")
+    raise ConfigError(f"{where} packs several documents into a row, and the model does not read {POSITIONS}: {HOW}")

@@ -1,4 +1,4 @@
-"""`run.html`: all of a run on one page that needs nothing else, not even a network."""
+"""`run.html`: a whole run on one self-contained page."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ _PIXELS_OF_ROW, _PIXELS_OF_TIMELINE, _PIXELS_BESIDE = 27, 100, 120
 def make_page(
     recipe: Recipe, config: FinetuneConfig, result: TrainResult, folder: Path, device: torch.device, curves: bytes | None
 ) -> str:
-    """The page of a run that has ended, as text.
+    """Return the page of a finished run.
 
     Args:
         recipe: of the run.
-        config: what it was made of.
-        result: what it ended with.
-        folder: where results are.
+        config: the recipe's configuration.
+        result: of the run.
+        folder: with the results.
         device: of the first rank.
-        curves: a PNG; None where there is none.
+        curves: a PNG, or None.
     """
     timelines, caption = _timelines(recipe, result.timeline)
     rows = sum(each.schedule.num_ranks for each in timelines)
@@ -58,20 +58,20 @@ def make_page(
 
 
 def _timelines(recipe: Recipe, measured: Timeline | None) -> tuple[list[Timeline], str]:
-    """What is drawn, and what is said of it."""
+    """Return the timelines to draw, and their caption."""
     if measured is None:
         return [simulate(recipe.schedule, Costs())], (
-            "As predicted where all actions take the same time. It is measured where pipeline ranks are processes of "
+            "Predicted, with all actions taking the same time. The step is measured if pipeline ranks are processes of "
             "their own."
         )
     predicted = simulate(measured.schedule, costs_of(measured))
     return [predicted, measured], (
-        "A step as it is predicted from the mean time of each stage's actions, and as it was measured, in milliseconds."
+        "One step, predicted from the mean time of each stage's actions and as measured, in milliseconds."
     )
 
 
 def _result(result: TrainResult) -> Mapping[str, Any]:
-    how = "told to end" if result.stopped else "ended early: validation got no better" if result.ended_early else "done"
+    how = "told to end" if result.stopped else "ended early: validation stopped improving" if result.ended_early else "done"
     found = {"steps": f"{result.num_steps:,} ({how})", "loss": f"{result.loss:.4f}"}
     if result.validated is not None:
         found |= {name.replace("_", " "): f"{value:.4f}" for name, value in result.validated.named().items()}

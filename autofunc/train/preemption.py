@@ -1,4 +1,4 @@
-"""A run that is told to end, by SIGTERM: it finishes its step; `agreed.py` says which that is."""
+"""Graceful end by SIGTERM: the run finishes its step; `agreed.py` makes all processes agree on which one."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from types import FrameType
 
 
 class Stop:
-    """Whether this process was told to end."""
+    """Records whether this process was told to end."""
 
     def __init__(self) -> None:
         self.is_asked = False
 
     def ask(self, number: int, frame: FrameType | None) -> None:
-        """The handler of the signal."""
+        """Handle the signal."""
         self.is_asked = True
 
 
 @contextmanager
 def noticed() -> Iterator[Stop]:
-    """Note SIGTERM instead of being ended by it."""
+    """Record SIGTERM instead of ending."""
     stop = Stop()
-    if threading.current_thread() is not threading.main_thread():  # where Python handles no signals
+    if threading.current_thread() is not threading.main_thread():  # Python handles signals in the main thread only
         yield stop
         return
     before = signal.signal(signal.SIGTERM, stop.ask)

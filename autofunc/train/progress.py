@@ -1,4 +1,4 @@
-"""What a person sees while it trains: a bar on a terminal, a line now and then in a log."""
+"""Progress of training for people: a bar on a terminal, occasional lines in a log."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 class Reporter(Protocol):
-    """What the training loop tells."""
+    """Receives the training loop's progress."""
 
     def step(self, step: int, loss: float, speed: str, bubble: float | None = None) -> None:
-        """A step is done, at this speed; its bubble, if that was measured."""
+        """Report a finished step with its loss, speed and, if measured, bubble."""
         ...
 
     def validating(self, batch: int, num_batches: int) -> None:
-        """A batch of a validation is done."""
+        """Report a finished validation batch."""
         ...
 
     def validation(self, step: int, said: str) -> None:
-        """The validation loss was measured, and what else is."""
+        """Report the validation loss and metrics."""
         ...
 
     def note(self, text: str) -> None:
-        """Something happened that is no error."""
+        """Report an event that is not an error."""
         ...
 
 
 class Silent:
-    """Says nothing: for every rank but the first."""
+    """Reports nothing; for every rank but the first."""
 
     def step(self, step: int, loss: float, speed: str, bubble: float | None = None) -> None:
         """See `Reporter.step`."""
@@ -55,7 +55,7 @@ class Silent:
 
 
 class _Messages(logging.Handler):
-    """Hands on what is logged."""
+    """Forwards log records."""
 
     def __init__(self, show: Callable[[str], None]) -> None:
         super().__init__(logging.INFO)
@@ -67,7 +67,7 @@ class _Messages(logging.Handler):
 
 
 class ProgressReporter:
-    """A progress bar with loss and speed; plain lines where there is no terminal."""
+    """A progress bar with loss and speed; plain lines if the output is not a terminal."""
 
     def __init__(self, console: Console, num_steps: int) -> None:
         self._console = console
@@ -104,7 +104,7 @@ class ProgressReporter:
             self._bar.stop()
 
     def _building(self, message: str) -> None:
-        """Of the stages on the first rank: others compile theirs beside it."""
+        """Show what the first rank builds; other ranks compile their stages at the same time."""
         if self._bar is not None:
             self._bar.update(self._task, status=message)
         else:
@@ -136,9 +136,9 @@ class ProgressReporter:
 
 @contextmanager
 def search_bar(console: Console, seconds: float) -> Iterator[Callable[[float, float], None]]:
-    """A bar while a schedule is searched for, gone when that ends; nothing where there is no terminal.
+    """Show a bar during a schedule search; nothing if the output is not a terminal.
 
-    Yields what `schedule.search` tells (elapsed seconds, best step time in ms).
+    Yields a function for `schedule.search`'s progress: (elapsed seconds, best step time in ms).
     """
     columns = (
         TextColumn("searching for a schedule"),

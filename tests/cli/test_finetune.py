@@ -242,7 +242,7 @@ def test_a_searched_schedule_gives_the_same(folder: Path, two_processes: subproc
     words = " ".join(done.stdout.split())
     chosen = re.search(r"ms of a microbatch by stage: F .* schedule auto: (\w+), [\d.]+ ms a step predicted", words)
     assert chosen and f"schedule {chosen[1]}: 2 ranks, 4 microbatches" in words, "it is drawn"
-    assert "written to auto/schedule.csv, which distributed.schedule takes to use it again" in words
+    assert "written to auto/schedule.csv; distributed.schedule takes this file to reuse it" in words
     written = schedule.read_file(folder / "auto" / "schedule.csv")
     schedule.validate(written)
     assert written.in_order and (written.num_ranks, written.num_stages, written.num_microbatches) == (2, 2, 4)

@@ -231,7 +231,7 @@ def test_adapters_are_trained_written_and_exported(folder: Path, monkeypatch: py
     torch.testing.assert_close(exported["blocks.0.weight"], plain["blocks.0.weight"] + 32 / 2 * b @ a)
     assert torch.equal(exported["embed.weight"], plain["embed.weight"])
     assert torch.equal(exported["lm_head.weight"], stored["base_model.model.lm_head.weight"])
-    assert "holds a run already (metrics.jsonl, loss.png, run.html, adapter/adapter_config.json" in autofunc(
+    assert "already holds a run (metrics.jsonl, loss.png, run.html, adapter/adapter_config.json" in autofunc(
         folder, "finetune", "llm", "-c", "file.yaml", "--output_dir", "adapted", *words, *ALONE, status=2
     )
 

@@ -149,7 +149,8 @@ def test_a_model_that_cannot_keep_them_apart_is_refused(tmp_path: Path) -> None:
     assert done.status == 0, done.err
     done = run_here(tmp_path, "train", "-c", "run.yaml", "--output_dir", "gpt2", *GPT2)
     assert (
-        done.status == 2 and "dataset has several documents in a row, and the model does not read position_ids" in done.err
+        done.status == 2
+        and "dataset packs several documents into a row, and the model does not read position_ids" in done.err
     )
     for name in ("Looks", "Mask"):
         done = run_here(tmp_path, "train", "-c", "run.yaml", "--output_dir", name, "--model._target_", f"net.py:{name}")

@@ -79,7 +79,7 @@ def test_a_run_that_was_told_to_end_goes_on(folder: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("END_AT", "60")
     ended = again(folder, *more)
     assert ended.status == 0, ended.err
-    found = re.search(r"told to end by SIGTERM, after step (\d+) of 11. To go on:\n  autofunc (.*)\n", ended.out)
+    found = re.search(r"told to end by SIGTERM, after step (\d+) of 11. To resume:\n  autofunc (.*)\n", ended.out)
     assert found and 4 < int(found[1]) < 8 and "validation loss" not in ended.out.partition("told to end")[2]
     assert steps_in(folder / "runs" / "cfg-2" / "checkpoints") == [4, int(found[1])]
     assert not (folder / "runs" / "cfg-2" / "model.safetensors").exists()
@@ -87,7 +87,7 @@ def test_a_run_that_was_told_to_end_goes_on(folder: Path, monkeypatch: pytest.Mo
     monkeypatch.delenv("END_AT")
     done = run_here(folder, *shlex.split(found[2]))
     assert done.status == 0, done.err
-    assert f"going on from runs/cfg-2/checkpoints/step_{found[1]}, after step {found[1]}" in done.out
+    assert f"resuming from runs/cfg-2/checkpoints/step_{found[1]}, after step {found[1]}" in done.out
     assert_same_run(folder / "runs" / "cfg", folder / "runs" / "cfg-2")
     whole = folder / "runs" / "cfg-2" / "checkpoints" / "step_8" / "model.safetensors"
     assert whole.exists() == bool(more)
@@ -103,7 +103,7 @@ def test_all_processes_end_after_the_step_in_which_one_was_told_to(
     assert start(folder, *command, "whole").returncode == 0
     monkeypatch.setenv("END_AT", "30")
     ended = start(folder, *command, "ended")
-    found = re.search(r"told to end by SIGTERM, after step (\d+) of 11. To go on:\n  autofunc (.*)\n", ended.stdout)
+    found = re.search(r"told to end by SIGTERM, after step (\d+) of 11. To resume:\n  autofunc (.*)\n", ended.stdout)
     assert ended.returncode == 0 and found, ended.stderr
     assert steps_in(folder / "ended" / "checkpoints")[-1] == int(found[1]) < STEPS
     monkeypatch.delenv("END_AT")
@@ -144,9 +144,9 @@ def test_old_checkpoints_go_and_the_best_stays(folder: Path) -> None:
 def test_folders_are_not_overwritten_unless_that_is_asked_for(folder: Path) -> None:
     here = "--output_dir", "runs/cfg"
     said = again(folder, *here).err
-    assert "holds a run already" in said and "--checkpoint.restore_from LATEST to go on with it" in said
+    assert "already holds a run" in said and "--checkpoint.restore_from LATEST to resume it" in said
     said = again(folder, "--checkpoint.checkpoint_dir", "runs/cfg/checkpoints", "--output_dir", "new").err
-    assert "runs/cfg/checkpoints holds a run already" in said
+    assert "runs/cfg/checkpoints already holds a run" in said
     (folder / "runs" / "cfg" / "checkpoints" / "step_99.partial").mkdir()
     assert again(folder, *here, "--overwrite", "--step_scheduler.max_steps", "1").status == 0
     assert [entry.name for entry in sorted((folder / "runs" / "cfg" / "checkpoints").iterdir())] == [

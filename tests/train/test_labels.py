@@ -85,7 +85,9 @@ def run(folder: Path, dataset: str, shifts: bool, weights: str = "own") -> str:
 @pytest.mark.parametrize("dataset", ["text", "subset", "concat", "nested", "own"])
 def test_shifted_twice(folder: Path, dataset: str) -> None:
     error = run(folder, dataset, shifts=True)
-    assert "error: loss_fn: the model computes its own loss and shifts the labels itself" in error and error.count("\n") == 1
+    assert (
+        "error: loss_fn: the model computes its own loss and shifts the labels itself" in error and error.count("\n") == 1
+    )
 
 
 @pytest.mark.parametrize(("dataset", "shifts"), [("text", False), ("raw", True), ("alike", False)])

@@ -115,7 +115,7 @@ def test_a_run(folder: Path) -> None:
     ]
     assert "forward: layer" in done.out and "entry 'x' of the batch is not finite" in " ".join(done.out.split())
     ended = run_here(folder, *words, "[4,8,12,16]", "--max_skips", "3", "--output_dir", "other")
-    assert ended.status == 1 and "at step 5, after 3 steps that were skipped (max_skips); forward: layer" in ended.err
+    assert ended.status == 1 and "at step 5, after 3 skipped steps (max_skips); forward: layer" in ended.err
     stopped = run_here(folder, *words, "[5]", "--nonfinite", "stop", "--output_dir", "third")
     assert stopped.status == 1 and "the loss is nan at step 2; forward: layer" in stopped.err
     assert run_here(folder, *words, "[5]", "--nonfinite", "drop").status == 2

@@ -27,7 +27,7 @@ def test_a_folder_that_holds_a_run(tmp_path: Path) -> None:
     make_output_dir(folder, overwrite=False)
     for name in ("metrics.jsonl", "model.safetensors"):
         (folder / name).write_text("old")
-    with pytest.raises(ConfigError, match=r"holds a run already \(metrics.jsonl, model.safetensors\); .* --overwrite"):
+    with pytest.raises(ConfigError, match=r"already holds a run \(metrics.jsonl, model.safetensors\); .* --overwrite"):
         make_output_dir(folder, overwrite=False)
     make_output_dir(folder, overwrite=True)
     assert [each.name for each in folder.iterdir()] == ["notes.txt"], "the rest of an old run stays beside no new one"
@@ -39,7 +39,7 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="cannot be written into"):
             make_output_dir(folder, overwrite=False)
     (tmp_path / "out" / "loss.png").mkdir(parents=True)
-    with pytest.raises(ConfigError, match=r"holds a run already \(loss.png\)"):
+    with pytest.raises(ConfigError, match=r"already holds a run \(loss.png\)"):
         make_output_dir(tmp_path / "out", overwrite=False)
     with pytest.raises(ConfigError, match="cannot be written into"):
         make_output_dir(tmp_path / "out", overwrite=True)

@@ -72,5 +72,5 @@ def test_a_page_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(lead, "make_page", refuse)
     *_, out = finetune(tmp_path)
-    assert "run.html is not written: no space" in out and "run.html" not in out.partition("written to")[2]
+    assert "run.html could not be written: no space" in out and "run.html" not in out.partition("written to")[2]
     assert page.make_page is not refuse

@@ -183,7 +183,7 @@ def test_a_run_ends_when_it_gets_no_better(trained: Path) -> None:
     words = "--early_stopping.patience", "2", "--early_stopping.min_delta", "100", "--step_scheduler.val_every_steps", "1"
     more = "--output_dir", "runs/early", "--step_scheduler.max_steps", "9"
     done = run_here(trained, "train", "-c", "cfg.yaml", *words, *more)
-    assert done.status == 0 and "ended after step 3 of 9: the validation loss gets no better" in done.out
+    assert done.status == 0 and "ended after step 3 of 9: the validation loss stopped improving" in done.out
     assert (trained / "runs" / "early" / "model.safetensors").exists()
     again = run_here(trained, "train", "-c", "cfg.yaml", *words, *more, "--checkpoint.restore_from", "LATEST")
     assert "ended after step 4 of 9" in again.out
