@@ -43,20 +43,20 @@ from autofunc.transform import pipeline
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run ends with."""
+    """The result of a run."""
 
     pipe: Pipeline
     params: TensorDict  # of this rank
-    state: TensorDict  # of this rank: what its layers keep from step to step
-    average: TensorDict | None  # of this rank's parameters that are trained; None where none is wanted
+    state: TensorDict  # of this rank: what its layers carry from step to step
+    average: TensorDict | None  # of this rank's trained parameters, if the run keeps one
     num_steps: int
     loss: float  # of the last step
-    validated: Validated | None  # the last time
+    validated: Validated | None  # of the last validation
     training_seconds: float  # without validation
     peak_memory_bytes: tuple[int, ...]  # by process
-    timeline: Timeline | None  # of the last step that was measured
-    stopped: bool = False  # told to end before its last step; then there is a checkpoint of it
-    ended_early: bool = False  # the validation loss got no better
+    timeline: Timeline | None  # of the last measured step
+    stopped: bool = False  # told to end early, after writing a checkpoint
+    ended_early: bool = False  # the validation loss stopped improving
 
 
 def train(
@@ -71,13 +71,13 @@ def train(
     """Train, and measure the validation loss at the end.
 
     Args:
-        recipe: what to do.
+        recipe: of the run.
         mesh: this process's mesh; None runs every pp rank in this process.
         device: where parameters and batches live.
-        reporter: told of every step.
-        metrics: where every step is written; None on all ranks but the first.
-        checkpoints: writes them; with it SIGTERM ends the run after its step, with a checkpoint.
-        source: the checkpoint to go on from.
+        reporter: told about every step.
+        metrics: receives every step's values; None on all ranks but the first.
+        checkpoints: writes them; if given, SIGTERM ends the run after the current step, with a checkpoint.
+        source: the checkpoint to resume from.
     """
     pipe = build_pipe(recipe, mesh)
     place, places = data_coordinate(mesh)
@@ -115,11 +115,11 @@ def train(
             if step == begun.step + 1:
                 clock.done("the first step")
                 clock.stop()
-            seconds = time.perf_counter() - began  # the wait for data included
+            seconds = time.perf_counter() - began  # including the wait for data
             training_seconds += seconds
             if metrics is not None and meter is not None:
                 speed = meter.of(*_units(batch.parts), seconds)
-                rate = f"  lr {taken.lr:.2e}" if recipe.lr_at is not None else ""  # one that changes
+                rate = f"  lr {taken.lr:.2e}" if recipe.lr_at is not None else ""  # only if it changes
                 reporter.step(step, loss, f"{speed.said()}{rate}", taken.bubble)
                 more = {} if taken.bubble is None else {"bubble_fraction": taken.bubble}
                 more |= {"skipped": True} if taken.is_skipped else {}
@@ -127,7 +127,7 @@ def train(
             position, is_last = batch.parts[-1].after, step == recipe.num_steps
             is_due = False
             if checkpoints is not None:
-                # alone, whatever has come since is heeded at once
+                # a single process need not agree with others: act on the latest request
                 said = taken.said if mesh is not None else _said(checkpoints, stop)
                 if not said.is_writing:
                     checkpoints.finish()
@@ -141,7 +141,7 @@ def train(
                 if measured.loss is not None:
                     patience = patience.after(measured.loss, recipe.early_stopping)
                 is_over = patience.is_over(recipe.early_stopping)
-                if not is_last and not is_over:  # the last is in what the run ends with
+                if not is_last and not is_over:  # the last validation is part of the result
                     reporter.validation(step, measured.said())
                 if metrics is not None:
                     metrics.write(step=step, **measured.named())
@@ -164,12 +164,12 @@ def train(
 
 
 def _said(checkpoints: Checkpoints | None, stop: Stop) -> Said:
-    """What this process tells the others of the run."""
+    """Return this process's flags for the other processes."""
     return Said(stop.is_asked, checkpoints is not None and checkpoints.is_busy)
 
 
 def build_pipe(recipe: Recipe, mesh: DeviceMesh | None) -> Pipeline:
-    """The pipeline of a recipe."""
+    """Build the pipeline of a recipe."""
     options = asdict(recipe.options)
     return pipeline(
         recipe.stages, recipe.schedule, loss=weighed(recipe.loss, recipe.microbatch_rows), mesh=mesh,
@@ -178,7 +178,7 @@ def build_pipe(recipe: Recipe, mesh: DeviceMesh | None) -> Pipeline:
 
 
 def _endless(loader: Iterable[Part]) -> Iterator[list[Part]]:
-    """The parts of one batch after the other, epoch after epoch."""
+    """Yield the parts of one batch after another, epoch after epoch."""
     parts: list[Part] = []
     here.enter("reading rows")
     while True:
@@ -191,6 +191,6 @@ def _endless(loader: Iterable[Part]) -> Iterator[list[Part]]:
 
 
 def _units(parts: Sequence[Part]) -> tuple[int, str]:
-    """How much a batch is over all places, and in what it is counted."""
+    """Return the size of a batch over all places, and its unit."""
     counted = [units_of(part.batch, part.num_rows) for part in parts]
     return sum(count for count, _ in counted), counted[0][1]

@@ -1,4 +1,4 @@
-"""From a checked configuration to everything a run needs, with every mistake found before a process is started."""
+"""From a checked configuration to everything a run needs; finds every mistake before processes start."""
 
 from __future__ import annotations
 
@@ -47,57 +47,57 @@ from autofunc.train.trial import Trial
 
 @dataclass(frozen=True)
 class Recipe:
-    """A run: what is trained, on what, how. Holds no weights and no process group."""
+    """A run: what to train, on what data, and how. Holds no weights and no process group."""
 
     model: Model
     stages: tuple[Stage, ...]
     axes: Axes  # sizes of the mesh
     sharding: Sharding
     transfers: Transfers
-    schedule: Schedule  # to train with; of a run that searches, to measure costs with
-    searches: bool  # whether a schedule is searched for when the run starts
-    search_budget: int | None  # bytes of residuals that it keeps within; None: as many activations as 1F1B
+    schedule: Schedule  # to train with; if the run searches for one, to measure costs with
+    searches: bool  # search for a schedule when the run starts
+    search_budget: int | None  # limit of residuals in bytes; None limits activations to those of 1F1B
     options: EngineOptions
     loss: Loss | None  # None: the model's own
     optimizer: Optimizer
-    ema: Ema | None  # the average of parameters that is kept
-    lr_at: LearningRate | None  # the learning rate by step; None: the optimizer's own
+    ema: Ema | None  # moving average of the parameters
+    lr_at: LearningRate | None  # learning rate by step; None: the optimizer's constant
     dataset: Any
     validation_datasets: Mapping[str, Any]  # by section
-    make_train_loader: Callable[..., Any]  # of (place=, places=): which part of each batch
+    make_train_loader: Callable[..., Any]  # called with place= and places=: which part of each batch
     validation_loaders: Mapping[str, Callable[..., Any]]  # likewise, by section
-    leading_validation: str | None  # the section whose loss is the run's validation loss
+    leading_validation: str | None  # the section that gives the run's validation loss
     metrics: Mapping[str, Loss]  # measured in validation, by name
     early_stopping: EarlyStopping | None
     num_steps: int
     val_every_steps: int | None
-    gc_every_steps: int | None  # None: Python decides when it looks for garbage
+    gc_every_steps: int | None  # None leaves garbage collection to Python
     max_norm: float | None  # of the gradients
-    nonfinite: Action  # what becomes of a step that is not finite
-    max_skips: int  # of such steps in a row
-    peak_tflops: float | None  # of a device, where the configuration says it
+    nonfinite: Action  # for steps that are not finite
+    max_skips: int  # of consecutive such steps
+    peak_tflops: float | None  # of a device, if configured
     seed: int
-    rows: int  # of a batch, over all data parallel ranks
+    rows: int  # per batch, over all data parallel ranks
     microbatch_rows: int
     validation_microbatch_rows: int
-    notes: tuple[str, ...]  # what the user should know about how the configuration was read
+    notes: tuple[str, ...]  # about how the configuration was read, for the user
 
     @property
     def init_seed(self) -> int | None:
-        """What initial weights are made from; None where the model has all of its own."""
+        """Seed of initial weights; None if the model brings all of its weights."""
         return self.seed if self.model.uses_seed else None
 
     def example(self) -> dict[str, Any]:
-        """A batch of the dataset's first rows, as many as a data parallel rank has: to measure on."""
+        """Return the dataset's first rows, as many as a data parallel rank gets per step, to measure on."""
         return first_rows(self.dataset, self.rows // self.axes.dp)
 
     @property
     def validates_average(self) -> bool:
-        """Whether what is validated is the moving average of the parameters."""
+        """Whether validation uses the moving average of the parameters."""
         return self.ema is not None and self.ema.validation
 
     def microbatch(self, key: tuple[int, int]) -> Microbatch:
-        """The first microbatch of `example`, in the step of this (seed, step)."""
+        """Return the first microbatch of `example`, for the step with this key (seed, step)."""
         name, count = self.model.key_name, self.schedule.num_microbatches
         return split_batch(self.example(), count, key=key, batch_dims=STACKED, key_name=name)[0]
 
@@ -114,14 +114,14 @@ def prepare(
     """Build a recipe and try it on fake tensors. Reads each dataset once.
 
     Args:
-        config: what is wanted.
-        num_processes: how many there are, or were asked for; None lets the configuration say.
-        notes: what the user should know already.
-        layer_costs: what stages are balanced by.
-        checked: whether the process that started this one has tried the recipe already.
+        config: the configuration.
+        num_processes: running or requested processes; None derives it from the configuration.
+        notes: already known, to be shown to the user.
+        layer_costs: balances stages.
+        checked: the process that started this one has tried the recipe.
 
     Raises:
-        AutofuncError: naming the key, what was given and what would work.
+        AutofuncError: naming the key, the value given and what would work.
     """
     told = list(notes)
     axes = axes_of(config, num_processes)
@@ -204,7 +204,7 @@ def prepare(
 
 
 def _check_export(config: FinetuneConfig, model: Model) -> None:
-    """A model that cannot be written is found before it is trained."""
+    """Refuse, before training, a model that cannot be exported."""
     assert config.export is not None
     if Path(config.export).is_absolute() or ".." in Path(config.export).parts:
         raise ConfigError(f"export: {quoted(config.export)} is not in output_dir; name a folder in it, such as model")
@@ -215,31 +215,31 @@ def _check_export(config: FinetuneConfig, model: Model) -> None:
 
 
 def _num_steps(steps: StepScheduler, of_an_epoch: int, notes: list[str]) -> int:
-    """How many steps are wanted: `max_steps`, unless `num_epochs` ends before."""
+    """Return the number of steps: `max_steps`, unless `num_epochs` ends earlier."""
     if steps.max_steps is None or steps.num_epochs is None:
         return steps.max_steps or of_an_epoch * (steps.num_epochs or 1)
     of_epochs = of_an_epoch * steps.num_epochs
     if of_epochs < steps.max_steps:
         notes.append(
-            f"step_scheduler: num_epochs={steps.num_epochs} ends after {of_epochs} steps, and max_steps={steps.max_steps} "
-            "is not reached"
+            f"step_scheduler: num_epochs={steps.num_epochs} ends after {of_epochs} steps, before max_steps="
+            f"{steps.max_steps}"
         )
     return min(of_epochs, steps.max_steps)
 
 
 def _engine_options(config: FinetuneConfig) -> tuple[EngineOptions, int | None]:
-    """How stages are differentiated, and the bytes that a search for a schedule keeps within."""
+    """Return the engine's options, and the byte limit of a schedule search."""
     wanted = config.distributed
     remat, budget = wanted.remat, wanted.memory_budget
     if remat == "auto" and budget is None:
         raise ConfigError(
-            "distributed: remat=auto needs memory_budget, the bytes that may be alive on a rank, such as 2GiB; "
-            "remat: layer and remat: stage need none"
+            "distributed: remat=auto needs memory_budget, the most bytes that may be live on a rank, such as 2GiB; "
+            "remat: layer and remat: stage do not"
         )
     if budget is not None and remat != "auto" and not is_auto(config):
         raise ConfigError(
-            f"distributed: memory_budget={budget} goes with remat: auto, which chooses what to compute again within it, or "
-            f"with schedule: auto, which searches within it; got remat={remat or 'none'} and schedule={wanted.schedule}"
+            f"distributed: memory_budget={budget} needs remat: auto, which chooses what to recompute within it, or "
+            f"schedule: auto, which searches within it; got remat={remat or 'none'} and schedule={wanted.schedule}"
         )
     search_budget = budget if remat != "auto" else None
     if search_budget is not None and wanted.engine != "graph":
@@ -260,7 +260,7 @@ def _engine_options(config: FinetuneConfig) -> tuple[EngineOptions, int | None]:
 
 
 def _check_recording(config: FinetuneConfig, axes: Axes) -> None:
-    """Refuse to record steps that cannot be recorded, on the device and the mesh that are asked for."""
+    """Refuse to record steps on a device or mesh that does not support it."""
     try:
         check_recording("cuda" if on_gpus(config.distributed.device) else "cpu", "the run is")
         check_axes(axes.dp_shard * axes.cp > 1 or config.distributed.offload_policy is not None, axes.tp > 1)

@@ -1,4 +1,4 @@
-"""What is kept of every step: in the run's file, and wherever else it is followed."""
+"""The values of every step: written to the run's file and sent to trackers."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from autofunc.train.trackers import Tracker
 
 
 class Records(AbstractContextManager["Records"]):
-    """Keeps what a run tells of its steps, until the run ends.
+    """Records the values of a run's steps.
 
     Args:
         folder: of the run.
-        after_step: of a run that goes on.
-        trackers: who else is told. One that fails is told no more, and ends no run.
-        every_steps: how often they are; they get every validation.
-        warn: told of one that has failed.
+        after_step: the step a resumed run starts after.
+        trackers: also receive values. A failing tracker is dropped and does not end the run.
+        every_steps: how often trackers receive a step; they receive every validation.
+        warn: called about a dropped tracker.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class Records(AbstractContextManager["Records"]):
         self._trackers, self._every_steps, self._warn = list(trackers), every_steps, warn
 
     def write(self, *, step: int, **values: Any) -> None:
-        """Keep some values of a step. None is none, and so is what is no number, which JSON cannot say."""
+        """Record values of a step. None and values that JSON cannot express, such as NaN, are left out."""
         values = {name: each if _is_known(each) else None for name, each in values.items()}
         self._file.write(step=step, **values)
         if "loss" in values and step % self._every_steps:
@@ -43,7 +43,7 @@ class Records(AbstractContextManager["Records"]):
 
     @property
     def error(self) -> OSError | None:
-        """Why the file lacks lines."""
+        """Why the file lacks lines, if it does."""
         return self._file.error
 
     def __exit__(
@@ -58,7 +58,7 @@ class Records(AbstractContextManager["Records"]):
                 what(tracker)
             except FAILURES as error:
                 self._trackers.remove(tracker)
-                self._warn(f"{tracker.name} is told no more: {in_brief(error)}. {METRICS} goes on")
+                self._warn(f"{tracker.name} failed and gets no more values: {in_brief(error)}. {METRICS} continues")
 
 
 def _is_known(value: Any) -> bool:

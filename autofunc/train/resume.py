@@ -1,4 +1,4 @@
-"""Where a run begins: anew, or from a checkpoint of it or of another."""
+"""The start of a run: fresh, or from a checkpoint."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ _BEST, _SINCE = "best_validation_loss", "validations_since_best"
 
 @dataclass(frozen=True)
 class Beginning:
-    """What a run begins with."""
+    """The state a run starts from."""
 
     trained: Trained
-    step: int  # the last one that was done
+    step: int  # last finished step
     position: Position  # in the data
     patience: Patience
-    notes: tuple[str, ...] = ()  # what the user should know of it
+    notes: tuple[str, ...] = ()  # for the user
 
 
 def anew(recipe: Recipe, pipe: Pipeline, device: torch.device) -> Beginning:
-    """The beginning of a run that goes on from nothing."""
+    """Return the start of a fresh run."""
     params = pipe.init(recipe.init_seed, device)
     average = begun(recipe.model, params) if recipe.ema is not None else None
     trained = Trained(params, pipe.init_state(device), recipe.optimizer.init(params), average)
@@ -47,10 +47,10 @@ def anew(recipe: Recipe, pipe: Pipeline, device: torch.device) -> Beginning:
 
 
 def restored(path: Path, recipe: Recipe, pipe: Pipeline, device: torch.device) -> Beginning:
-    """The beginning of a run that goes on from a checkpoint.
+    """Return the start of a run that resumes from a checkpoint.
 
     Raises:
-        CheckpointError: when it cannot be read, or does not fit.
+        CheckpointError: if it cannot be read or does not fit.
     """
     checkpoint = load(path, pipe, optimizer=recipe.optimizer, device=device, average=recipe.ema is not None)
     assert checkpoint.optimizer_state is not None, "an optimizer was given"
@@ -58,7 +58,7 @@ def restored(path: Path, recipe: Recipe, pipe: Pipeline, device: torch.device) -
     average, notes = checkpoint.average, []
     if recipe.ema is not None and average is None:
         average = begun(recipe.model, checkpoint.params)
-        notes = [f"ema: {shown(path)} has no average, so it begins with the parameters of step {step}"]
+        notes = [f"ema: {shown(path)} has no average; starting one from the parameters of step {step}"]
     trained = Trained(checkpoint.params, checkpoint.state, checkpoint.optimizer_state, average)
     best, since = checkpoint.extra.get(_BEST), checkpoint.extra.get(_SINCE)
     patience = Patience(float(best), int(since)) if best is not None and since is not None else Patience()
@@ -66,7 +66,7 @@ def restored(path: Path, recipe: Recipe, pipe: Pipeline, device: torch.device) -
 
 
 def extra_of(recipe: Recipe, step: int, position: Position, patience: Patience) -> dict[str, Any]:
-    """What a checkpoint keeps beside tensors, which `restored` reads."""
+    """Return a checkpoint's extra values, which `restored` reads."""
     known = {} if math.isinf(patience.best) else {_BEST: patience.best, _SINCE: patience.since}
     return _of_run(recipe, step, position) | known
 
@@ -82,10 +82,10 @@ def _of_run(recipe: Recipe, step: int, position: Position) -> dict[str, int]:
 
 
 def check_restorable(path: Path, recipe: Recipe) -> None:
-    """Refuse a checkpoint that the run cannot go on from, before processes start.
+    """Refuse a checkpoint that the run cannot resume from, before processes start.
 
     Raises:
-        ConfigError: saying what differs.
+        ConfigError: describing the difference.
     """
     try:
         step, _ = _place(path, check_fits(path, recipe.model), recipe)
@@ -93,29 +93,29 @@ def check_restorable(path: Path, recipe: Recipe) -> None:
         raise ConfigError(f"checkpoint.restore_from: {error}") from error
     if step > recipe.num_steps:
         raise ConfigError(
-            f"checkpoint.restore_from: {shown(path)} is of step {step}, and the run ends after {recipe.num_steps}: raise "
+            f"checkpoint.restore_from: {shown(path)} is from step {step}, but the run ends after {recipe.num_steps}: raise "
             "step_scheduler.max_steps or num_epochs"
         )
 
 
 def step_at(path: Path | None) -> int:
-    """The step of the checkpoint that a run goes on from; 0 for one that begins anew."""
+    """Return the step of the checkpoint to resume from; 0 for a fresh run."""
     return 0 if path is None else int(read_extra(path).get("step", 0))
 
 
 def _place(path: Path, extra: dict[str, Any], recipe: Recipe) -> tuple[int, Position]:
-    """(the step, where in the data) of a checkpoint."""
+    """Return (step, position in the data) of a checkpoint."""
     mine = _of_run(recipe, 0, START)
     numbers = {name: extra.get(name) for name in mine}
     if not all(isinstance(number, int) and number >= 0 for number in numbers.values()):
         raise CheckpointError(
-            f"{shown(path)} is no checkpoint of a run: its extra has no {' and '.join(mine)}; load it with af.load"
+            f"{shown(path)} is not a checkpoint of a run: its extra has no {' and '.join(mine)}; load it with af.load"
         )
     for name, key in (("seed", "seed"), ("dataset_rows", "the rows of dataset")):
         if numbers[name] != mine[name]:
             raise CheckpointError(
-                f"{shown(path)} is of a run with other data: {key} {numbers[name]} there, {mine[name]} here, so the order "
-                "of rows is another. To begin anew with its weights, give weights: its model.safetensors"
+                f"{shown(path)} is from a run with other data: {key} {numbers[name]} there, {mine[name]} here, so the "
+                "order of rows differs. To start over with its weights, set weights: its model.safetensors"
             )
     step, epoch, rows = extra["step"], extra["epoch"], extra["rows"]
     if epoch < 1 or rows > mine["dataset_rows"]:
@@ -124,29 +124,29 @@ def _place(path: Path, extra: dict[str, Any], recipe: Recipe) -> tuple[int, Posi
 
 
 def folder_of(config: CheckpointSection | None, output_dir: Path) -> Path:
-    """Where the checkpoints of a run are."""
+    """Return the folder of a run's checkpoints."""
     named = config.checkpoint_dir if config is not None else None
     return Path(named).expanduser() if named is not None else output_dir / CHECKPOINTS
 
 
 def wanted(config: CheckpointSection | None) -> str | None:
-    """LATEST, LOWEST_VAL or AUTO, where a run goes on in its own folder; None where it does not."""
+    """Return LATEST, LOWEST_VAL or AUTO for a run that resumes in its own folder; else None."""
     name = ((config.restore_from if config is not None else None) or "").upper()
     return name if name in (LATEST, LOWEST_VAL, AUTO) else None
 
 
 def source(config: CheckpointSection | None, output_dir: Path, *, writes: bool = True) -> Path | None:
-    """The checkpoint that a run goes on from; None for one that begins anew.
+    """Return the checkpoint to resume from; None for a fresh run.
 
-    A run that torch's launcher has started again after a failure goes on from its latest one, if it has any.
+    A run that torch's launcher restarted after a failure resumes from its latest checkpoint, if it has one.
 
     Args:
-        config: what is wanted.
+        config: section `checkpoint`.
         output_dir: of the run.
-        writes: whether newer ones are written; an evaluation writes none.
+        writes: the run writes newer checkpoints; an evaluation does not.
 
     Raises:
-        ConfigError: when there is none like that, or newer ones would be written again.
+        ConfigError: if there is no such checkpoint, or the run would overwrite newer ones.
     """
     if config is None:
         return None
@@ -164,20 +164,20 @@ def source(config: CheckpointSection | None, output_dir: Path, *, writes: bool =
         path = None
     else:
         raise ConfigError(
-            f"checkpoint.restore_from: LATEST of {quoted(str(folder))}: it has no checkpoint; AUTO begins anew then"
+            f"checkpoint.restore_from: LATEST of {quoted(str(folder))}: it has no checkpoint; AUTO would start a fresh run"
         )
     if path is not None and writes and config.enabled and goes_on_in(folder, path):
         after = [step for step in there if step > (step_of(path) or 0)]
         if after:
             raise ConfigError(
-                f"checkpoint.restore_from: {quoted(str(path))} is not the latest of its folder, and the run would write "
-                f"{name_of(after[0])} again; name another output_dir, and restore_from: {path}"
+                f"checkpoint.restore_from: {quoted(str(path))} is not the latest in its folder, and the run would "
+                f"overwrite {name_of(after[0])}; name another output_dir, and restore_from: {path}"
             )
     return path
 
 
 def goes_on_in(folder: Path, path: Path | None) -> bool:
-    """Whether a checkpoint is one of those in a folder, so that a run that begins with it adds to them."""
+    """Return whether a checkpoint lies in the folder that the run adds to."""
     return path is not None and path.parent.resolve() == folder.resolve() and step_of(path) is not None
 
 

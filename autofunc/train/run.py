@@ -1,4 +1,4 @@
-"""One process of a training run: sets up its device and mesh, trains, and writes the results on the first rank."""
+"""One process of a training run: set up device and mesh, train, and write results on the first rank."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ from autofunc.train.threads import threads
 
 
 def run(recipe: Recipe, config: FinetuneConfig, output_dir: Path, command: str = "", *, quiet: bool = False) -> None:
-    """Train in this process: alone, or as one of the ranks that torchrun or `train.launch` started.
+    """Train in this process: alone, or as one of the ranks started by torchrun or `train.launch`.
 
     Args:
-        recipe: what to do.
-        config: what it was made of.
-        output_dir: where results go.
-        command: what to type to go on with the run when it was told to end.
-        quiet: whether the console gets nothing but the last line.
+        recipe: of the run.
+        config: the recipe's configuration.
+        output_dir: for results.
+        command: resumes the run after it was told to end.
+        quiet: print only the last line.
 
     Raises:
-        MeshError: when the number of processes is not what the configuration needs.
+        MeshError: if the number of processes does not fit the configuration.
     """
 
     def work(mesh: DeviceMesh | None, device: torch.device, folder: Path) -> None:
         rank = 0 if mesh is None else dist.get_rank()
-        with nullcontext() if was_checked() else named_log(folder, rank, quiet=quiet):  # else it is kept already
+        with nullcontext() if was_checked() else named_log(folder, rank, quiet=quiet):  # `launch` set up the log
             if rank == 0:
                 lead(recipe, mesh, device, folder, config, command)
             elif mesh is not None:
@@ -57,23 +57,23 @@ def in_mesh(
     output_dir: Path,
     work: Callable[[DeviceMesh | None, torch.device, Path], None],
 ) -> None:
-    """Do this process's part of a run on its device, and with the others, if there are any.
+    """Do this process's part of a run on its device, in the run's mesh.
 
     Args:
         recipe: of the run.
-        config: what it was made of.
-        output_dir: where results go; work gets that of the first process.
-        work: what is done.
+        config: the recipe's configuration.
+        output_dir: for results; all processes use the first one's.
+        work: to do.
 
     Raises:
-        MeshError: when the number of processes is not what the configuration needs.
+        MeshError: if the number of processes does not fit the configuration.
     """
     device = take_device(config.distributed.device)
     mesh = _mesh(recipe, device, config.distributed.timeout_minutes)
     clock.done("joining the process group")
     with threads(config.distributed.threads_per_rank):
-        work(mesh, device, of_first(output_dir))  # under torchrun each process has found a folder by itself
-    if mesh is not None:  # not after an error: that must be recorded before the others see the connection close
+        work(mesh, device, of_first(output_dir))  # under torchrun each process chose a folder separately
+    if mesh is not None:  # skipped after an error, which must be recorded before peers see the connection close
         disconnect_all()
         dist.destroy_process_group()
 
@@ -90,8 +90,8 @@ def _mesh(recipe: Recipe, device: torch.device, timeout_minutes: float) -> Devic
         return None
     timeout = timedelta(minutes=timeout_minutes)
     store, rank, world = next(rendezvous("env://", timeout=timeout))
-    # torch's agent keeps its store when it starts workers again, and with it the addresses of those that are gone
+    # torch's agent keeps its store across restarts, with the addresses of the earlier workers
     store = dist.PrefixStore(f"start {restarts()}", store)
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"  # objects travel by gloo
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"  # gloo carries objects
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
     return axes.mesh(device.type)

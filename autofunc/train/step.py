@@ -1,4 +1,4 @@
-"""One step of a run: from the rows of a batch to new parameters."""
+"""One step of a run, from the rows of a batch to updated parameters."""
 
 from __future__ import annotations
 
@@ -27,29 +27,29 @@ from autofunc.train.weighing import gradients, together
 
 @dataclass(frozen=True)
 class Trained:
-    """What a run has made so far, of this rank."""
+    """The training state of this rank."""
 
     params: TensorDict
-    state: TensorDict  # what its layers keep from step to step
+    state: TensorDict  # what its layers carry from step to step
     optimizer_state: TensorDict
-    average: TensorDict | None = None  # of the parameters that are trained; None where none is wanted
+    average: TensorDict | None = None  # of the trained parameters, if the run keeps one
 
 
 def validated_params(recipe: Recipe, now: Trained) -> TensorDict:
-    """What is validated: the parameters, or their average where that is wanted."""
+    """Return what to validate: the parameters, or their average if configured."""
     return in_place(now.average, now.params) if recipe.validates_average and now.average is not None else now.params
 
 
 class Taken(NamedTuple):
-    """What a step gives."""
+    """The result of a step."""
 
     now: Trained
     loss: float
-    norm: float  # of the gradients, before they are clipped
-    lr: float | None  # None where the optimizer has none
-    bubble: float | None  # the fraction of time that ranks were idle; None where that was not measured
-    said: Said  # by any process, at this step
-    is_skipped: bool = False  # for it was not finite; then all is as before
+    norm: float  # of the gradients, before clipping
+    lr: float | None  # None if the optimizer has none
+    bubble: float | None  # idle fraction of the ranks' time; None if not measured
+    said: Said  # flags of all processes, at this step
+    is_skipped: bool = False  # because it was not finite; the state is unchanged
 
 
 def take_step(
@@ -67,20 +67,20 @@ def take_step(
     """Train on a batch; `before` is donated.
 
     Args:
-        recipe: what to do.
+        recipe: of the run.
         pipe: of the run.
-        before: what there is.
-        batch: what to train on.
-        step: its number, from 1 on.
-        device: where it is.
-        meter: measures the first part now and then.
-        nonfinite: what becomes of a loss or gradient that is no number.
-        meanwhile: what the host does while the device computes, before it waits for the loss.
-        says: what this process tells the others; asked while the device computes.
+        before: the training state.
+        batch: to train on.
+        step: its number, from 1.
+        device: of the batch.
+        meter: measures the first part of some steps.
+        nonfinite: decides about a loss or gradient that is not finite.
+        meanwhile: work for the host while the device computes, before it waits for the loss.
+        says: returns this process's flags; called while the device computes.
 
     Raises:
-        NotFiniteError: when that ends the run, saying where it begins.
-        PipelineRunError: when ranks have read different rows, or no row has a label.
+        NotFiniteError: if such a step ends the run; tells where the values first appear.
+        PipelineRunError: if ranks have read different rows, or no row has a label.
     """
     params, state, bubble = before.params, before.state, None
     ran, results = [], []
@@ -96,10 +96,10 @@ def take_step(
     is_same, said = agree(pipe.mesh, batch.parts, says(), device)
     if not is_same:
         raise PipelineRunError(
-            f"the ranks of a pipeline have read different rows for step {step}: the dataset gives another row each time it "
-            "is asked. Let it draw from the generators of Python, numpy or torch, which are seeded for each row"
+            f"the ranks of a pipeline have read different rows for step {step}: the dataset returns a different row each "
+            "time it is asked. Let it draw from the generators of Python, numpy or torch, which are seeded for each row"
         )
-    loss, weight = together(results)  # before the parameters change, which are needed to find out why it is NaN
+    loss, weight = together(results)  # before the parameters change: they are needed to find the cause of a NaN
     if not weight:
         raise PipelineRunError(f"no row of step {step} has a label to learn from (all are -100?)")
     grads = gradients(results)
@@ -110,7 +110,7 @@ def take_step(
     taken = partial(Taken, loss=loss, norm=norm_value, lr=rate, bubble=bubble, said=said)
     if math.isfinite(loss) and math.isfinite(norm_value):
         nonfinite.passed()
-    else:  # before the update, after which nobody could say where that began
+    else:  # before the update, which would hide where the values first appear
         what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {norm_value}"
         if nonfinite.met(pipe, ran, f"{what} at step {step}"):
             return taken(before, is_skipped=True)

@@ -1,6 +1,6 @@
-"""Whether a run's layers can be cut over tp ranks, and their experts spread: found on a mesh of no processes, in time.
+"""A check before processes start: a run's layers can be cut over tp ranks, and its experts spread. Uses a fake mesh.
 
-Private parts of torch used, tried with 2.13.0: the fake process group of its own tests, whose transfers move nothing.
+Private part of torch used, tried with 2.13.0: the fake process group of its tests, whose transfers move nothing.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from autofunc.train.trial import lengths_of
 
 
 def check_tensor_parallel(recipe: Recipe) -> AxisPlan | None:
-    """Infer what crosses between stages as the first rank would; on one tp and ep rank there is nothing to find.
+    """Infer the boundaries between stages as the first rank would; a no-op for one tp and one ep rank.
 
-    Only for a process that starts the others: what torch remembers of the mesh must not meet the real one.
+    Only for the launcher: torch caches properties of the mesh, which must not mix with those of the real one.
 
     Returns:
-        How ranks share a captured module; None for other models, and where there is one rank.
+        How ranks share a captured module; None for other models, and for a single rank.
 
     Raises:
         ConfigError: naming what does not divide, or the stage that cannot be cut or has no experts.
@@ -62,7 +62,7 @@ def _check_lengths(recipe: Recipe) -> None:
 
 @contextmanager
 def imagined(axes: Axes) -> Iterator[DeviceMesh]:
-    """A mesh of processes that do not exist, as its first rank sees it. Only for a process that has no others."""
+    """A mesh of processes that do not exist, as seen by its first rank. Only for a process without peers."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=axes.num_processes)

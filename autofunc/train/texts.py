@@ -1,4 +1,4 @@
-"""Texts that are generated: what is asked for, how prompts become tokens, and what is shown of what follows."""
+"""Generated texts: the request, prompts as tokens, and the output."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from autofunc.data import TextTokenizer
 
 BYTES = "bytes"
-"""The name of the tokenizer that takes the bytes of a text."""
+"""Name of the tokenizer that uses the bytes of a text."""
 
 
 @dataclass(frozen=True)
 class TextsWanted:
-    """What `autofunc generate` is asked for, see `af.generate`."""
+    """The request of `autofunc generate`, see `af.generate`."""
 
     prompts: tuple[str, ...]
     max_new_tokens: int
@@ -29,29 +29,29 @@ class TextsWanted:
     top_k: int | None = None
     top_p: float | None = None
     seed: int = 0
-    tokenizer: str | None = None  # a name or folder; None: that of the dataset, or of the model's folder
+    tokenizer: str | None = None  # a name or folder; None uses the one of the dataset or of the model's folder
     as_json: bool = False
 
     @property
     def sampling(self) -> dict[str, Any]:
-        """The arguments of `Sampling`."""
+        """Return the arguments of `Sampling`."""
         return {name: getattr(self, name) for name in ("temperature", "top_k", "top_p", "seed")}
 
 
 @dataclass(frozen=True)
 class MadeText:
-    """A prompt and what follows."""
+    """A prompt and its continuation."""
 
     prompt: str
-    text: str  # the prompt included
+    text: str  # including the prompt
     tokens: list[int]  # the new ones
 
 
 def read_prompts(prompts: Sequence[str], file: str | None) -> tuple[str, ...]:
-    """Those of the command line, and those of a file: one a line, empty lines left out.
+    """Return the prompts of the command line and of a file with one prompt per line, skipping empty lines.
 
     Raises:
-        ConfigError: when there are none, or the file cannot be read.
+        ConfigError: if there are none, or the file cannot be read.
     """
     found = list(prompts)
     if file is not None:
@@ -59,19 +59,19 @@ def read_prompts(prompts: Sequence[str], file: str | None) -> tuple[str, ...]:
             text = Path(file).expanduser().read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(
-                f"--prompt-file {shown(file)} cannot be read: {error}; expected a text, a prompt a line"
+                f"--prompt-file {shown(file)} cannot be read: {error}; expected text with one prompt per line"
             ) from error
         found += [line for line in text.splitlines() if line.strip()]
     if not found:
-        raise ConfigError('generate needs a prompt: --prompt "Once upon a time", or --prompt-file FILE with one a line')
+        raise ConfigError('generate needs a prompt: --prompt "Once upon a time", or --prompt-file FILE with one per line')
     return tuple(found)
 
 
 def named_tokenizer(name: str) -> TextTokenizer:
-    """The tokenizer of `--tokenizer`: bytes, or a name or folder that transformers knows.
+    """Return the tokenizer of `--tokenizer`: bytes, or a name or folder that transformers knows.
 
     Raises:
-        ConfigError: when it cannot be loaded.
+        ConfigError: if it cannot be loaded.
     """
     from autofunc.data import load_tokenizer
 
@@ -82,10 +82,10 @@ def named_tokenizer(name: str) -> TextTokenizer:
 
 
 def encoded(encode: Callable[[str], Sequence[int]], prompts: Sequence[str]) -> list[list[int]]:
-    """Token ids of each prompt.
+    """Return the token ids of each prompt.
 
     Args:
-        encode: of a tokenizer: `encode`, as runs learn texts, or `prompt`, with special tokens before.
+        encode: a tokenizer's `encode`, as used for training texts, or `prompt`, which adds special tokens in front.
         prompts: not empty.
 
     Raises:
@@ -94,14 +94,14 @@ def encoded(encode: Callable[[str], Sequence[int]], prompts: Sequence[str]) -> l
     rows = [list(encode(prompt)) for prompt in prompts]
     for prompt, row in zip(prompts, rows, strict=True):
         if not row:
-            raise ConfigError(f"--prompt {quoted(prompt)} has no tokens; give it a character at least")
+            raise ConfigError(f"--prompt {quoted(prompt)} has no tokens; give it at least one character")
     return rows
 
 
 def put_together(
     tokenizer: TextTokenizer, prompts: Sequence[str], rows: Sequence[Sequence[int]], made: Sequence[Sequence[int]]
 ) -> list[MadeText]:
-    """Texts of tokens."""
+    """Decode tokens into texts."""
     return [
         MadeText(prompt, tokenizer.decode([*row, *new]), list(new))
         for prompt, row, new in zip(prompts, rows, made, strict=True)
@@ -109,7 +109,7 @@ def put_together(
 
 
 def show(texts: Sequence[MadeText], *, as_json: bool) -> None:
-    """Write them to stdout, one after the other; on terminals what would act on one is escaped."""
+    """Print texts to stdout, one after another; on a terminal control characters are escaped."""
     if as_json:
         sys.stdout.write(json.dumps([asdict(each) for each in texts], ensure_ascii=False) + "\n")
         return

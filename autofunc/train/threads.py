@@ -1,4 +1,4 @@
-"""How many CPU threads torch computes with: a setting of the whole process, so it is put back."""
+"""The number of CPU threads of torch, a setting of the whole process, changed temporarily."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 @contextmanager
 def threads(number: int) -> Iterator[None]:
-    """Compute with this many threads in an operator, and with as many as before afterwards."""
+    """Use this many threads per operator, and restore the previous number afterwards."""
     before = torch.get_num_threads()
     torch.set_num_threads(number)
     try:

@@ -1,4 +1,4 @@
-"""The tokenizer of a run: that of its dataset, which the folder that the run exports holds too."""
+"""The tokenizer of a run: its dataset's, written into the exported folder too."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from autofunc.data import TextTokenizer
 from autofunc.train.labels import inside
 
 _FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
-"""What an earlier export may have left, with which transformers would make another tokenizer."""
+"""Files of an earlier export, which would change the tokenizer that transformers loads."""
 
 
 def tokenizer_in(dataset: Any) -> TextTokenizer | None:
-    """What made a dataset's tokens, as far as the dataset, or one inside of it, has it as its attribute `tokenizer`."""
+    """Return the attribute `tokenizer` of a dataset, or of one that it wraps; None if there is none."""
     for each in inside(dataset):
         found: Any = getattr(each, "tokenizer", None)
         if callable(getattr(found, "encode", None)) and callable(getattr(found, "decode", None)):
@@ -23,9 +23,9 @@ def tokenizer_in(dataset: Any) -> TextTokenizer | None:
 
 
 def keep_tokenizer(dataset: Any, folder: Path) -> None:
-    """Write a dataset's tokenizer into a folder with weights, where it is one that transformers loads again.
+    """Write a dataset's tokenizer into a folder with weights, if transformers can load it from there.
 
-    Bytes leave nothing, and nothing of an earlier export either. Where no tokenizer is known the folder stays as it is.
+    For byte tokens, delete the tokenizer of an earlier export. Without a known tokenizer, leave the folder unchanged.
     """
     found: Any = tokenizer_in(dataset)
     if found is None:

@@ -1,4 +1,4 @@
-"""Where a run is followed beside its own files: TensorBoard, Weights & Biases, MLflow. Only the first rank has any."""
+"""Experiment trackers: TensorBoard, Weights & Biases, MLflow. Only the first rank uses them."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from autofunc.config.tracking import Mlflow, Tensorboard, Wandb
 from autofunc.errors import FAILURES, ConfigError, PipelineRunError, in_brief
 from autofunc.train.output import TRACKERS
 
-_MOST_PARAMS, _MOST_LETTERS = 100, 500  # what every MLflow server takes at once, and of one value
+_MOST_PARAMS, _MOST_LETTERS = 100, 500  # limits of every MLflow server: parameters per request, characters per value
 
 
 class Tracker(Protocol):
-    """One of them, while a run goes."""
+    """A tracker during a run."""
 
     name: str
-    id: str | None  # by which a run that goes on finds it again; None where its place is enough
+    id: str | None  # by which a resumed run finds it; None if its folder is enough
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Take what is known of a step."""
+        """Log values of a step."""
         ...
 
     def close(self, failed: bool) -> None:
-        """Write what is left; the run has ended."""
+        """Flush; the run has ended."""
         ...
 
 
 class TensorboardTracker:
-    """Writes event files, by `torch.utils.tensorboard`."""
+    """Writes event files with `torch.utils.tensorboard`."""
 
     name, id = "tensorboard", None
 
@@ -60,7 +60,7 @@ class TensorboardTracker:
 
 
 class WandbTracker:
-    """Logs into a run of Weights & Biases."""
+    """Logs to a Weights & Biases run."""
 
     name = "wandb"
 
@@ -82,7 +82,7 @@ class WandbTracker:
 
 
 class MlflowTracker:
-    """Logs into a run of MLflow, without waiting for its server."""
+    """Logs to an MLflow run, without waiting for its server."""
 
     name = "mlflow"
 
@@ -123,7 +123,7 @@ def check_trackers(config: FinetuneConfig) -> None:
     """Refuse a section whose package is not installed.
 
     Raises:
-        ConfigError: saying how to install it.
+        ConfigError: with the command that installs it.
     """
     for name, _ in _wanted(config):
         if name not in sys.modules and find_spec(name) is None:
@@ -133,15 +133,15 @@ def check_trackers(config: FinetuneConfig) -> None:
 
 
 def open_trackers(config: FinetuneConfig, folder: Path, after_step: int) -> list[Tracker]:
-    """Those that a configuration wants, told the configuration.
+    """Open the configured trackers and log the configuration.
 
     Args:
         config: of the run.
-        folder: of the run. A file in it keeps what runs are called there.
-        after_step: of a run that goes on: it goes on there too.
+        folder: of the run; holds the file with the run's ids.
+        after_step: the step a resumed run starts after; trackers continue there.
 
     Raises:
-        PipelineRunError: when one cannot begin.
+        PipelineRunError: if a tracker cannot start.
     """
     file = folder / TRACKERS
     known = json.loads(file.read_text(encoding="utf-8")) if after_step and file.is_file() else {}
@@ -150,7 +150,7 @@ def open_trackers(config: FinetuneConfig, folder: Path, after_step: int) -> list
         try:
             opened.append(_KINDS[name](wanted, config.model_dump(mode="json"), folder, after_step, known.get(name)))
         except FAILURES as error:
-            raise PipelineRunError(f"{name}: it cannot begin: {in_brief(error)}") from error
+            raise PipelineRunError(f"{name} cannot start: {in_brief(error)}") from error
     ids = {each.name: each.id for each in opened if each.id is not None}
     if ids:
         file.write_text(json.dumps({**known, **ids}) + "\n", encoding="utf-8")
@@ -163,7 +163,7 @@ def _wanted(config: FinetuneConfig) -> Iterator[tuple[str, Any]]:
 
 
 def _flat(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """What a configuration says by dotted keys; what it leaves out is not told."""
+    """Yield a configuration's values by dotted key, skipping absent ones."""
     if isinstance(node, Mapping):
         for name, value in node.items():
             yield from _flat(value, f"{path}.{name}" if path else str(name))

@@ -1,4 +1,4 @@
-"""A run's model on its batches, without weights or data: wrong shapes, keys and lengths are found in time."""
+"""A trial of a run's model on its batches, without weights: finds wrong shapes, keys and lengths early."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from autofunc.train.labels import inside
 
 
 class Trial:
-    """Runs the stages on fake tensors, once for every signature that a microbatch can have.
+    """Runs the stages on fake tensors, once per signature of a microbatch.
 
     Args:
         stages: all of them.
         loss: of the run; None for the model's own.
-        setting: what surrounds the stages.
+        setting: of the stages.
     """
 
     def __init__(self, stages: Sequence[Stage], loss: Loss | None, setting: Setting = ALONE) -> None:
@@ -28,15 +28,15 @@ class Trial:
         self._tried: set[Hashable] = set()
 
     def run(self, where: str, dataset: Any, batches: Batches) -> None:
-        """Try the first microbatch of a dataset, and the last one, which may be short.
+        """Try a dataset's first microbatch, and its last, which may be short.
 
         Args:
             where: the dataset's section, for messages.
-            dataset: has rows by index.
-            batches: how its rows become batches.
+            dataset: map-style.
+            batches: sizes.
 
         Raises:
-            ConfigError: when the model cannot run on such a microbatch, or the rows make none.
+            ConfigError: if the model cannot run on such a microbatch, or the rows cannot be collated.
         """
         most = batches.microbatch
         rows, last = min(most, len(dataset)), len(dataset) % batches.rows
@@ -57,9 +57,7 @@ class Trial:
             self._try(split_batch(batch, 1, key=(0, 0), batch_dims=STACKED, key_name=name)[0])
         except AutofuncError as error:
             hint = (
-                f". These are the last {rows} rows of it, and dataloader.drop_last: true leaves a short batch out"
-                if rows < most
-                else ""
+                f". These are its last {rows} rows; dataloader.drop_last: true drops a short batch" if rows < most else ""
             )
             raise ConfigError(f"the model on a batch of {where}: {error}{hint}") from error
 

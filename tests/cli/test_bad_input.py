@@ -157,12 +157,15 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *wo
             "distributed.memory_budget: expected a number of bytes, such as 2000000, 512M",
         ),
         (["distributed.memory_budget=true"], "distributed.memory_budget: expected a number of bytes"),
-        (["distributed.memory_budget=1MB"], "memory_budget=1000000 goes with remat: auto, which chooses"),
+        (["distributed.memory_budget=1MB"], "memory_budget=1000000 needs remat: auto, which chooses"),
         (
             ["distributed.memory_budget=1MB", "distributed.remat=layer"],
-            "or with schedule: auto, which searches within it; got remat=layer and schedule=1f1b",
+            "or schedule: auto, which searches within it; got remat=layer and schedule=1f1b",
         ),
-        (["distributed.remat=auto"], "distributed: remat=auto needs memory_budget, the bytes that may be alive on a rank"),
+        (
+            ["distributed.remat=auto"],
+            "distributed: remat=auto needs memory_budget, the most bytes that may be live on a rank",
+        ),
         (["distributed.remat=layers"], "distributed.remat: input should be 'layer', 'stage' or 'auto'; got 'layers'"),
         (
             ["distributed.remat=auto", "distributed.memory_budget=3kB"],

@@ -96,7 +96,7 @@ def test_a_checkpoint_without_one(folder: Path) -> None:
     assert "none/checkpoints/step_2 has no moving average, so these are its" in run_here(folder, "evaluate", *at).err
     done = run_here(folder, *WORDS, "none/checkpoints/step_2", "--output_dir", "more", "--step_scheduler.max_steps", "4")
     assert done.status == 0, done.err
-    assert "ema: none/checkpoints/step_2 has no average, so it begins with the parameters of step 2" in " ".join(
+    assert "ema: none/checkpoints/step_2 has no average; starting one from the parameters of step 2" in " ".join(
         done.out.split()
     )
     first, last = (

@@ -121,7 +121,7 @@ def test_a_run_goes_on_from_any_checkpoint(folder: Path) -> None:
     older = "--checkpoint.restore_from", "before/checkpoints/step_4", "--output_dir"
     assert again(folder, *older, "other").status == 0
     assert metrics(folder / "other") == metrics(folder / "before")[5:]
-    assert "is not the latest of its folder, and the run would write step_8 again" in again(folder, *older, "before").err
+    assert "is not the latest in its folder, and the run would overwrite step_8" in again(folder, *older, "before").err
     assert again(folder, "--checkpoint.restore_from", "LOWEST_VAL", "--output_dir", "before").status == 0
 
 
@@ -168,7 +168,7 @@ WRONG = {
     ("--checkpoint.restore_from", "corpus"): ["corpus is no whole checkpoint: it has no autofunc.json"],
     ("--checkpoint.restore_from", "LATEST", "--seed", "1"): ["seed 42 there, 1 here"],
     ("--checkpoint.restore_from", "LATEST", "--dataset.seq_len", "8"): ["with other data: the rows of dataset"],
-    ("--checkpoint.restore_from", "LATEST", "--step_scheduler.max_steps", "9"): ["is of step 11", "ends after 9"],
+    ("--checkpoint.restore_from", "LATEST", "--step_scheduler.max_steps", "9"): ["is from step 11", "ends after 9"],
     ("--checkpoint.restore_from", "LATEST", "--model.n_layer", "3"): ["of another model", "it lacks parameters h.2."],
     ("--checkpoint.restore_from", "LATEST", "--model.n_positions", "32"): [
         "wpe.weight has shape (16, 16) there, and (32, 16)"

@@ -57,5 +57,5 @@ def test_operations_are_counted_once(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 
     monkeypatch.setattr(speed, "count_operations", refuse)
     done = run_here(tmp_path, "finetune", "llm", "-c", "run.yaml", "--overwrite")
-    assert done.status == 0 and "no mfu, for the operations of a step cannot be counted: the model" in done.out
+    assert done.status == 0 and "no mfu, because the operations of a step cannot be counted: the model" in done.out
     assert "mfu" not in lines_of(tmp_path)[0]

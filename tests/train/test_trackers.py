@@ -128,7 +128,7 @@ def test_one_that_fails_ends_no_run(tmp_path: Path, calls: dict[str, Calls], mon
     failing = Told(calls["wandb"], id="abc", fails_at=2)
     module(monkeypatch, "wandb", init=lambda **_: failing)
     *_, out = finetune(tmp_path, tensorboard={}, wandb={})
-    said = "wandb is told no more: ConnectionError: the server is gone. metrics.jsonl goes on"
+    said = "wandb failed and gets no more values: ConnectionError: the server is gone. metrics.jsonl continues"
     assert " ".join(out.split()).count(said) == 1
     assert [call[0] for call in calls["wandb"]] == ["log"] and calls["tensorboard"][-1][0] == "close"
     assert len(lines_of(tmp_path)) == 3
@@ -144,7 +144,7 @@ def test_what_cannot_begin(tmp_path: Path, calls: dict[str, Calls], monkeypatch:
 
     module(monkeypatch, "wandb", init=refuse)
     done = run_here(tmp_path, *words, "--wandb.project", "p")
-    assert done.status == 1 and "wandb: it cannot begin: ValueError: api_key not configured" in done.err
+    assert done.status == 1 and "wandb cannot start: ValueError: api_key not configured" in done.err
     for name in ("tensorboard", "wandb", "mlflow"):
         monkeypatch.delitem(sys.modules, name)
         monkeypatch.setattr("autofunc.train.trackers.find_spec", lambda _: None)

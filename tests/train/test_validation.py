@@ -101,7 +101,7 @@ def test_a_checkpoint_that_is_not_the_newest_is_measured(trained: Path) -> None:
         assert done.status == 0, done.err
         assert json.loads(done.out)["validation_loss"] == lines_of(trained)[-1]["validation_loss"]
         done = run_here(trained, "train", *older)
-        assert done.status == 2 and "the run would write step_9 again" in done.err
+        assert done.status == 2 and "the run would overwrite step_9" in done.err
     finally:
         (folder / "step_9").rmdir()
     done = run_here(trained, "evaluate", *older, "--validation_dataset.seq_len", "17")
