@@ -1,4 +1,4 @@
-"""From a batch to its microbatches."""
+"""Cut a batch into microbatches."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from autofunc.row_dims import BatchDims, row_dims
 Microbatch = dict[str, Any]
 
 COUNTS = "row counts"
-"""An entry that no model sees, fp32 of shape (rows,): how much each row counts in the loss, 0 if it only fills up."""
+"""An entry that models do not see, fp32 of shape (rows,): each row's weight in the loss, 0 for padding rows."""
 
 
 class Parts(NamedTuple):
-    """A batch of any number of rows."""
+    """A batch of any number of rows, cut."""
 
     whole: list[Microbatch]  # of equal size
-    rest: list[Microbatch]  # the one of the rows that are left, if any are
+    rest: list[Microbatch]  # at most one, with the remaining rows
     rows: int  # of the batch
-    share: float  # of a whole microbatch's rows that the rest has
+    share: float  # the rest's rows over those of a whole microbatch
 
 
 def split_batch(
@@ -37,21 +37,21 @@ def split_batch(
     first: int = 0,
     key_name: str = KEY,
 ) -> list[Microbatch]:
-    """Cut a batch into microbatches of equal size, in order. Tensors are views, nothing is copied.
+    """Cut a batch into microbatches of equal size, in order. Tensors become views; nothing is copied.
 
-    Tensors are cut along the dim that `row_dims` finds; all other leaves go to every microbatch.
+    Tensors are cut along the dim that `row_dims` finds; every microbatch gets all other leaves whole.
 
     Args:
         batch: mapping of pytrees of tensors.
-        num_microbatches: how many; must divide the batch size.
+        num_microbatches: must divide the batch size.
         key: randomness of this step: None, (seed, step), or a tensor from `af.random.make_key`. Each microbatch gets its
             own key, folded from this one and its number.
         batch_dims: see `row_dims`.
         first: number of the first microbatch among those of all data parallel ranks.
-        key_name: of the entry that is the key, in the batch and in each microbatch: the model's `key_name`.
+        key_name: entry of the key, in the batch and in each microbatch: the model's `key_name`.
 
     Raises:
-        BatchError: when there is nothing to cut, it is ambiguous how, or rows do not divide.
+        BatchError: if nothing has rows, the rows' dim is ambiguous, or the rows do not divide.
     """
     rows, dims = row_dims(batch, batch_dims, cuts=num_microbatches > 1, key_name=key_name)
     if rows % num_microbatches:
@@ -73,20 +73,20 @@ def split_any_rows(
     place: tuple[int, int] = (0, 1),
     key_name: str = KEY,
 ) -> Parts:
-    """Cut a batch of any number of rows: into microbatches of equal size, and into one more of the rows that are left.
+    """Cut a batch of any number of rows into microbatches of equal size, plus one with the remaining rows.
 
-    No microbatch repeats a row, so what is computed of each is what the model gives for rows that are in the batch.
+    No microbatch repeats a row, so each result is the model's result for rows of the batch.
 
     Args:
         batch: see `split_batch`.
-        num_microbatches: the most; their size is the smallest with which the rows make no more of them.
+        num_microbatches: maximum; the microbatch size is the smallest that needs no more.
         key: see `split_batch`.
         batch_dims: see `row_dims`.
-        place: which of the data parallel places this is, and how many there are.
+        place: (this data parallel place, number of places).
         key_name: see `split_batch`.
 
     Raises:
-        BatchError: when there is nothing to cut, or it is ambiguous how.
+        BatchError: if nothing has rows, or the rows' dim is ambiguous.
     """
     rows, dims = row_dims(batch, batch_dims, cuts=num_microbatches > 1, key_name=key_name)
     size = -(-rows // num_microbatches)
@@ -99,7 +99,7 @@ def split_any_rows(
 
 
 class _Stretch(NamedTuple):
-    """Rows that make microbatches of one size."""
+    """Rows to be cut into microbatches of one size."""
 
     start: int
     size: int
@@ -110,7 +110,7 @@ def _pieces(
     batch: Mapping[str, Any], dims: Mapping[str, list[int | None]], rows: int, stretch: _Stretch, numbers: range, key: Any,
     key_name: str,
 ) -> list[Microbatch]:  # fmt: skip
-    """The microbatches of a stretch; `numbers` are those that their keys are folded from."""
+    """Return the microbatches of a stretch; `numbers` are folded into their keys."""
     pieces: list[Microbatch] = [{} for _ in numbers]
     for name, value in batch.items():
         if name == key_name:
@@ -130,7 +130,7 @@ def _pieces(
 def _cut(leaf: Any, dim: int | None, rows: int, stretch: _Stretch) -> list[Any]:
     if dim is None:
         return [leaf] * stretch.number
-    each = leaf.shape[dim] // rows  # several for a row, where the caller says so
+    each = leaf.shape[dim] // rows  # more than one if the caller declared so
     if stretch.number * stretch.size < rows:
         leaf = leaf.narrow(dim, stretch.start * each, stretch.number * stretch.size * each)
     return list(torch.split(leaf, stretch.size * each, dim))
@@ -142,14 +142,14 @@ def _device(batch: Mapping[str, Any], key_name: str) -> torch.device:
 
 
 def shapes_of(microbatch: Microbatch) -> str:
-    """Its tensors as text: `batch.input_ids (2, 16), batch.labels (2, 16)`."""
+    """Describe a microbatch's tensors: `batch.input_ids (2, 16), batch.labels (2, 16)`."""
     names, leaves = tree.leaf_names(microbatch, "batch"), tree.leaves_and_spec(microbatch)[0]
     tensors = [(name, leaf) for name, leaf in zip(names, leaves, strict=True) if isinstance(leaf, Tensor)]
     return ", ".join(f"{name} {tuple(leaf.shape)}" for name, leaf in tensors)
 
 
 def signature(microbatch: Microbatch) -> Any:
-    """What a plan depends on: shapes, dtypes, strides and devices of tensors, and the values of everything else.
+    """Return the cache key of a plan: shapes, dtypes, strides and devices of tensors, and all other values.
 
     Raises:
         BatchError: for a leaf that cannot be compared by value, such as a numpy array.
@@ -168,7 +168,7 @@ def signature(microbatch: Microbatch) -> Any:
 
 
 def check_device(microbatch: Microbatch, device: torch.device) -> None:
-    """Refuse a batch that is not where the parameters are; numbers without dims may be anywhere.
+    """Refuse a batch on another device than the parameters; tensors without dims may be anywhere.
 
     Raises:
         BatchError: naming the entry.
@@ -177,7 +177,7 @@ def check_device(microbatch: Microbatch, device: torch.device) -> None:
         for leaf in tree.leaves_and_spec(value)[0]:
             if isinstance(leaf, Tensor) and leaf.dim() and leaf.device.type not in (device.type, "meta"):
                 raise BatchError(
-                    f"batch: {name!r} is on {leaf.device}, and the parameters are on {device}; move it with .to(device)"
+                    f"batch: {name!r} is on {leaf.device}, but the parameters are on {device}; move it with .to(device)"
                 )
 
 

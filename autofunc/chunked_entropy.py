@@ -1,7 +1,7 @@
-"""The cross-entropy of logits that are never whole: one operator makes those of some rows, uses them and lets them go.
+"""Cross-entropy without whole logits: one operator computes, uses and frees the logits of a chunk of rows at a time.
 
-It is an operator, and not written out, so that a captured stage keeps no logits between its pieces: the backward makes them
-once more, a chunk at a time, and the gradients of hidden states and weight come from the same pass.
+It is a single operator, so a captured stage keeps no logits between its pieces: the backward recomputes them chunk by
+chunk, and returns the gradients of hidden states and weight from the same pass.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ torch.library.define("autofunc::chunked_entropy_backward", f"(Tensor grad, {_ARG
 def chunked_entropy(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ignored: int, num_chunks: int
 ) -> Tensor:  # fmt: skip
-    """Sum of the cross-entropy of `linear(hidden, weight, bias)`, in nats: 0-dim, worked out in fp32 or better.
+    """Return the summed cross-entropy of `linear(hidden, weight, bias)`, in nats: 0-dim, computed in fp32 or wider.
 
     Args:
         hidden: (rows, features).
         weight: (classes, features).
         bias: (classes,).
         labels: int64, (rows,).
-        ignored: a label that does not count.
-        num_chunks: how many pieces rows are cut into, of which one has its logits at a time.
+        ignored: label of rows that do not count.
+        num_chunks: number of pieces to cut the rows into; one has its logits at a time.
     """
     made: Tensor = torch.ops.autofunc.chunked_entropy(hidden, weight, bias, labels, ignored, num_chunks)
     return made
@@ -42,7 +42,7 @@ def _exact(dtype: torch.dtype) -> torch.dtype:
 def _chunks(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, num_chunks: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:  # fmt: skip
-    """Rows, their logits and their labels."""
+    """Yield rows, their logits and their labels."""
     for rows, theirs in zip(hidden.chunk(num_chunks), labels.chunk(num_chunks), strict=True):
         logits = functional.linear(rows, weight, bias)
         yield rows, logits.to(_exact(logits.dtype)), theirs
@@ -63,7 +63,7 @@ def _gradients(
     grad: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ignored: int, num_chunks: int,
     wanted: list[bool],
 ) -> list[Tensor]:  # fmt: skip
-    """Of hidden states, weight and bias, as far as they are wanted. Over chunks they are summed in fp32 or better."""
+    """Return gradients of hidden states, weight and bias, as far as wanted, summed over chunks in fp32 or wider."""
     of_hidden, of_weight, of_bias = wanted
     parts: list[Tensor] = []
     dtype = _exact(weight.dtype)

@@ -1,4 +1,4 @@
-"""A loss, and what else is measured, in which rows count as much as the batch says."""
+"""Weigh rows in a loss and in metrics by the counts in the batch."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from autofunc.losses import Loss, evaluate
 
 
 def weighed(loss: Loss | None, rows: int) -> Loss:
-    """A loss whose microbatches weigh what their rows do, and nothing where none of them counts.
+    """Return the loss with each microbatch weighted by its rows' counts; a microbatch without counting rows adds nothing.
 
-    A mean weighs the share of a full microbatch's rows that count; a `(sum, weight)` has its own weight.
+    A mean gets as weight the counting share of a full microbatch's rows; a `(sum, weight)` keeps its own weight.
 
     Args:
         loss: of the run; None for the model's own.
-        rows: what the counts of a full microbatch add up to.
+        rows: sum of a full microbatch's counts.
     """
 
     def weigh(outputs: Any, microbatch: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -36,12 +36,12 @@ def weighed(loss: Loss | None, rows: int) -> Loss:
 
 
 def measured(loss: Loss | None, rows: int, metrics: Mapping[str, Loss]) -> Loss:
-    """A loss as `weighed` makes it, whose aux has the sum and the weight of each metric, for sums over microbatches.
+    """Return a `weighed` loss whose aux holds each metric's sum and weight, to add up over microbatches.
 
     Args:
-        loss: see `weighed`; its own aux is left out.
+        loss: see `weighed`; its own aux is dropped.
         rows: see `weighed`.
-        metrics: by name, `metric(outputs, microbatch)`: a mean, or `(sum, weight)`; scalars.
+        metrics: by name; `metric(outputs, microbatch)` returns a mean or `(sum, weight)`, as scalars.
     """
     weigh = weighed(loss, rows)
 
@@ -57,7 +57,7 @@ def measured(loss: Loss | None, rows: int, metrics: Mapping[str, Loss]) -> Loss:
 def _measured(name: str, value: Any, counts: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     given = value if isinstance(value, tuple) else (value, 1.0)
     if len(given) != 2 or any(isinstance(each, Tensor) and each.dim() for each in given):
-        raise BatchError(f"the metric {name!r} must be a scalar, which is a mean, or (sum, weight); got {_told(value)}")
+        raise BatchError(f"the metric {name!r} must return a scalar mean or (sum, weight); got {_told(value)}")
     total, weight = (torch.as_tensor(each, device=counts.device).detach().float() for each in given)
     return _shared(total, weight, counts, None if isinstance(value, tuple) else rows)
 
@@ -69,12 +69,12 @@ def _told(value: Any) -> str:
 
 
 def _apart(microbatch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Any]]:
-    """How much each row counts, and what functions of the user get."""
+    """Separate the rows' counts from the entries that user functions see."""
     return microbatch[COUNTS], {name: value for name, value in microbatch.items() if name != COUNTS}
 
 
 def _shared(total: Tensor, weight: Tensor, counts: Tensor, rows: int | None) -> tuple[Tensor, Tensor]:
-    """A sum and its weight: of a mean over so many rows the share that counts, of others all where any row does."""
+    """Scale a mean's sum and weight by its counting share of `rows`; keep others if any row counts, else zero them."""
     share = (counts != 0).any().float() if rows is None else counts.sum() / rows
-    # where, because nothing times infinity is no number
+    # where, because zero times infinity is NaN
     return torch.where(share > 0, total * share, 0.0), weight * share

@@ -1,8 +1,8 @@
-"""The loss contract, and losses.
+"""The loss contract, and common losses.
 
-A loss is `loss_fn(outputs, microbatch)` and returns a scalar mean (which weighs 1), or `(sum, weight)`, or
-`(sum, weight, aux)`. The loss of a step is the sum of sums over the sum of weights, over all microbatches; so a
-token-weighted mean is exact however the tokens are spread.
+A loss is a function `loss_fn(outputs, microbatch)` that returns a scalar mean (of weight 1), `(sum, weight)` or
+`(sum, weight, aux)`. The loss of a step is the total of sums over the total of weights of all microbatches, so a
+token-weighted mean is exact for any distribution of tokens over microbatches.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ Loss = Callable[[Any, Mapping[str, Any]], Any]
 
 REDUCTIONS = ("sum", "mean", "max", "cat")
 IGNORED = -100
-"""A label that does not count."""
+"""Label of tokens that do not count."""
 
 
 class LossTerms(NamedTuple):
-    """What one microbatch contributes: `sum` (0-dim, differentiable), `weight` (0-dim fp32), `aux` (a pytree)."""
+    """Terms of one microbatch: `sum` (0-dim, differentiable), `weight` (0-dim fp32), `aux` (a pytree)."""
 
     sum: Tensor
     weight: Tensor
@@ -35,17 +35,17 @@ class LossTerms(NamedTuple):
 
 
 def causal_lm(outputs: Any, microbatch: Mapping[str, Any], *, mask: str | None = None) -> tuple[Tensor, Tensor]:
-    """Sum of the cross-entropy in nats over all labels that are not -100, and their number; worked out in fp32 or better.
+    """Return the cross-entropy in nats summed over labels other than -100, and their number; computed in fp32 or wider.
 
     Args:
-        outputs: logits of shape (..., vocabulary), or a mapping or object with "logits". Those that tp ranks have cut along
-            the vocabulary are not put together.
+        outputs: logits of shape (..., vocabulary), or a mapping or object with "logits". Logits that tp ranks hold cut
+            along the vocabulary are not gathered.
         microbatch: `microbatch["labels"]`, int64 of shape (...), already aligned: `labels[..., t]` is the token that
             `logits[..., t, :]` predicts.
-        mask: an entry of the batch of the same shape, such as "loss_mask": labels where it is 0 do not count either.
+        mask: entry of the batch with the labels' shape, such as "loss_mask"; labels where it is 0 do not count either.
 
     Raises:
-        BatchError: for outputs without logits, and when there is no such entry, or it has another shape.
+        BatchError: for outputs without logits, and for a mask that is missing or has a different shape.
     """
     logits = logits_of(outputs, "causal_lm")
     logits, labels = logits.flatten(0, -2), _counted_labels(microbatch, mask).flatten()
@@ -58,21 +58,21 @@ def causal_lm(outputs: Any, microbatch: Mapping[str, Any], *, mask: str | None =
 
 
 def logits_of(outputs: Any, taker: str) -> Tensor:
-    """The logits among the outputs of a model.
+    """Return the logits among a model's outputs.
 
     Args:
         outputs: logits, or a mapping or object with "logits".
-        taker: the function that takes them, for messages.
+        taker: the calling function, for messages.
 
     Raises:
-        BatchError: when there are none.
+        BatchError: if there are none.
     """
     logits = _entry(outputs, "logits")
     logits = outputs if logits is None else logits
     if not isinstance(logits, Tensor):
         raise BatchError(
-            f"{taker} takes logits, and the model's output ({type(outputs).__name__}) has no 'logits'"
-            + ("; af.losses.chunked_causal_lm takes what it has" if _entry(outputs, "hidden") is not None else "")
+            f"{taker} takes logits, but the model's output ({type(outputs).__name__}) has no 'logits'"
+            + ("; af.losses.chunked_causal_lm takes what it returns" if _entry(outputs, "hidden") is not None else "")
         )
     return logits
 
@@ -80,34 +80,34 @@ def logits_of(outputs: Any, taker: str) -> Tensor:
 def chunked_causal_lm(
     outputs: Any, microbatch: Mapping[str, Any], *, num_chunks: int = 8, mask: str | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`causal_lm` without logits that are whole: those of one chunk of the tokens are made, used and let go of at a time.
+    """Compute `causal_lm` chunk by chunk, so that the logits of only one chunk of tokens exist at a time.
 
-    The backward makes them once more, and gives the gradients of hidden states and weight in one pass: with I and W apart,
-    both come with I. Sums are taken chunk by chunk, so the last bits differ from those of `causal_lm`.
+    The backward recomputes them and returns the gradients of hidden states and weight from one pass, so with `I` and `W`
+    separate, both come with `I`. Sums run chunk by chunk, so the last bits differ from those of `causal_lm`.
 
     Args:
-        outputs: what `lazy_logits` returned: a mapping with "hidden" (..., features), "weight" (vocabulary, features) and,
-            if there is one, "bias" (vocabulary,).
+        outputs: the result of `lazy_logits`: a mapping with "hidden" (..., features), "weight" (vocabulary, features) and,
+            optionally, "bias" (vocabulary,).
         microbatch: `microbatch["labels"]`, int64 of shape (...), aligned as for `causal_lm`.
-        num_chunks: into how many pieces the tokens of a microbatch are cut.
+        num_chunks: number of pieces to cut a microbatch's tokens into.
         mask: see `causal_lm`.
 
     Raises:
-        BatchError: for outputs that are something else, and as `causal_lm`.
-        ModelError: over tensor parallel ranks.
+        BatchError: for other outputs, and as `causal_lm`.
+        ModelError: with tensor parallel ranks.
     """
     hidden, weight = _entry(outputs, "hidden"), _entry(outputs, "weight")
     if hidden is None or weight is None:
         raise BatchError(
-            "chunked_causal_lm takes hidden states and the head's weight, and the model's output has no 'hidden' and "
+            "chunked_causal_lm takes hidden states and the head's weight, but the model's output has no 'hidden' and "
             "'weight'; let its last layer return af.losses.lazy_logits(x, params[\"weight\"], batch), or use causal_lm"
         )
     if num_chunks < 1:
         raise BatchError(f"chunked_causal_lm: num_chunks={num_chunks}; expected at least 1")
     if current_spread() is not None:
         raise ModelError(
-            "chunked_causal_lm over tensor parallel ranks: they have cut the weight along the vocabulary, and so the "
-            "logits too; use causal_lm, and a head that returns logits"
+            "chunked_causal_lm does not work over tensor parallel ranks, which cut the weight and the logits along the "
+            "vocabulary; use causal_lm, and a head that returns logits"
         )
     labels = _counted_labels(microbatch, mask).flatten()
     bias = _entry(outputs, "bias")
@@ -115,7 +115,7 @@ def chunked_causal_lm(
 
 
 def lazy_logits(hidden: Tensor, weight: Tensor, batch: Mapping[str, Any], bias: Tensor | None = None) -> Any:
-    """For a last layer: what `chunked_causal_lm` takes where the batch has labels, and the logits where it has none.
+    """Return, in a last layer, the input of `chunked_causal_lm` if the batch has labels, else the logits.
 
     Args:
         hidden: (..., features).
@@ -162,7 +162,7 @@ def reduce_aux(**how: str) -> Callable[[Loss], Loss]:
 
 
 def own_loss(outputs: Any) -> Any:
-    """The loss among a model's outputs: a scalar itself, its `loss`, or the scalar that a tuple begins with; else None."""
+    """Return the loss among a model's outputs: a scalar, the entry `loss`, or a tuple's leading scalar; else None."""
     if tuple(getattr(outputs, "shape", (1,))) == ():
         return outputs
     if begins_with_scalar(outputs):
@@ -171,17 +171,17 @@ def own_loss(outputs: Any) -> Any:
 
 
 def begins_with_scalar(outputs: Any) -> bool:
-    """Whether outputs are a plain tuple, or list, whose first member is a floating-point scalar, as a loss is."""
+    """Return whether outputs are a plain tuple or list whose first member is a floating-point scalar, as a loss is."""
     if type(outputs) not in (tuple, list) or not outputs or not isinstance(outputs[0], Tensor):
         return False
     return outputs[0].dim() == 0 and outputs[0].is_floating_point()
 
 
 def evaluate(loss: Loss | None, outputs: Any, microbatch: Mapping[str, Any]) -> LossTerms:
-    """Call a loss and bring what it returns into one form. Without a loss, the outputs' own `loss` is the mean.
+    """Call a loss and normalise its result. Without a loss, the outputs' own `loss` is the mean.
 
     Raises:
-        BatchError: when the loss is not a floating-point scalar, or there is none.
+        BatchError: if the loss is not a floating-point scalar, or the outputs have none.
     """
     if loss is None:
         value = own_loss(outputs)
@@ -207,9 +207,9 @@ def combine_aux(loss: Loss | None, collected: Sequence[Any], weights: Sequence[f
     """Combine the aux of all microbatches, in order, as the loss declares.
 
     Args:
-        loss: whose aux it is.
-        collected: of each microbatch.
-        weights: of each in a mean; by default all alike.
+        loss: declares the reductions.
+        collected: aux by microbatch.
+        weights: by microbatch, for means; equal by default.
     """
     how: Mapping[str, str] = getattr(loss, "aux_reductions", {})
     first = collected[0]

@@ -1,4 +1,4 @@
-"""The device mesh: which process holds which coordinate of each axis.
+"""The device mesh: each process's coordinate along each axis.
 
 Private parts of torch used, tried with 2.13.0: `ProcessGroup._get_backend` and `Options._timeout`, for timeouts of groups.
 """
@@ -19,9 +19,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from autofunc.errors import MeshError, one_of
 
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
-"""In the order in which ranks count: neighbours along tp are next to each other, on one machine if possible."""
+"""In rank order: ranks adjacent along tp have adjacent numbers, so they share a machine if possible."""
 DATA_AXES = ("dp_replicate", "dp_shard")
-"""Along which ranks see other rows. Those along cp see other tokens of the same rows."""
+"""Axes whose ranks see different rows. Ranks along cp see different tokens of the same rows."""
 
 
 def make_mesh(
@@ -29,19 +29,19 @@ def make_mesh(
 ) -> DeviceMesh:
     """Make the device mesh of all processes, with the axes "pp", "dp_replicate", "dp_shard", "cp" and "tp", in that order.
 
-    Starts the default process group when there is none yet: call it in processes started by `torchrun`. Ranks wait for each
-    other as long as in the default group, along every axis. With `cp=1` there is no axis "cp".
+    Starts the default process group if there is none: call it in processes started by `torchrun`. All axes use the default
+    group's timeout. With `cp=1` there is no axis "cp".
 
     Args:
-        pp: ranks along the pipeline.
-        dp_replicate: groups of data parallel ranks that each hold all parameters (of their stages).
-        dp_shard: data parallel ranks in a group, over which its parameters are sharded.
-        cp: ranks that share the tokens of each row.
+        pp: pipeline ranks.
+        dp_replicate: groups of data parallel ranks, each of which holds all parameters (of its stages).
+        dp_shard: data parallel ranks in a group, which share its parameters.
+        cp: ranks that share each row's tokens.
         tp: ranks that compute each layer together.
-        device_type: "cpu" or "cuda"; cuda by default where there is one.
+        device_type: "cpu" or "cuda"; by default cuda if available.
 
     Raises:
-        MeshError: when the number of processes is not the product of the axes, or there are no processes.
+        MeshError: if the number of processes is not the product of the axes, or torchrun's variables are missing.
     """
     sizes = (pp, dp_replicate, dp_shard, cp, tp)
     given = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True) if size != 1) or "pp=1"
@@ -73,19 +73,19 @@ def make_mesh(
 
 
 def folded(mesh: DeviceMesh | None) -> DeviceMesh | None:
-    """The mesh as parameters see it: ranks along cp share them, and sum their gradients, as those along dp_shard do.
+    """Return the mesh that parameters are sharded on: ranks along cp share them and sum gradients, as along dp_shard.
 
-    Its axis "dp_shard" is dp_shard and cp together, as `dp_shard_cp` in torchtitan; without cp it is the mesh itself. All
+    Its axis "dp_shard" combines dp_shard and cp, as `dp_shard_cp` in torchtitan; without cp it is the mesh itself. All
     processes call it.
 
     Raises:
-        MeshError: for a part of a mesh.
+        MeshError: for a submesh.
     """
     if mesh is None or axis_size(mesh, "cp") == 1:
         return mesh
     if mesh not in _folded:
         if mesh.mesh.numel() != dist.get_world_size():
-            raise MeshError("a mesh with an axis cp has to be of all processes, and not a part of one; see af.make_mesh")
+            raise MeshError("a mesh with an axis cp must include all processes; got a submesh, see af.make_mesh")
         names = [name for name in mesh.mesh_dim_names or () if name not in ("dp_shard", "cp")]
         ranks = mesh.mesh.movedim([(mesh.mesh_dim_names or ()).index(name) for name in names], list(range(len(names))))
         at = sum(name in ("pp", "dp_replicate") for name in names)
@@ -96,26 +96,26 @@ def folded(mesh: DeviceMesh | None) -> DeviceMesh | None:
     return _folded[mesh]
 
 
-_folded: WeakKeyDictionary[DeviceMesh, DeviceMesh] = WeakKeyDictionary()  # making groups is costly
+_folded: WeakKeyDictionary[DeviceMesh, DeviceMesh] = WeakKeyDictionary()  # creating groups is expensive
 
 
 def expert_mesh(mesh: DeviceMesh, size: int) -> DeviceMesh:
-    """The mesh as experts see it that are spread over data parallel ranks: its axis "dp_shard" is two, "edp" and "ep".
+    """Return the mesh that experts are spread on: its axis "dp_shard" is split into "edp" and "ep".
 
-    Ranks along "ep", which are next to each other, have other experts; those along "edp" share the parameters of the same
-    ones, as those along "dp_shard" share all others. Made once for each mesh; all processes call it.
+    Ranks along "ep", which are adjacent, hold different experts. Ranks along "edp" share the parameters of the same
+    experts, as ranks along "dp_shard" share all other parameters. Cached per mesh; all processes call it.
 
     Args:
         mesh: of all processes, with an axis "dp_shard" that `size` divides.
         size: ranks along "ep".
 
     Raises:
-        MeshError: for a part of a mesh.
+        MeshError: for a submesh.
     """
     made = _expert_meshes.setdefault(mesh, {})
     if size not in made:
         if mesh.mesh.numel() != dist.get_world_size():
-            raise MeshError("experts are spread over ranks of a mesh of all processes, and not of a part; see af.make_mesh")
+            raise MeshError("experts are spread over a mesh of all processes; got a submesh, see af.make_mesh")
         shard = axis_size(mesh, "dp_shard")
         sizes: dict[str, int] = {}
         for axis in mesh.mesh_dim_names or ():
@@ -128,36 +128,36 @@ def expert_mesh(mesh: DeviceMesh, size: int) -> DeviceMesh:
     return made[size]
 
 
-_expert_meshes: WeakKeyDictionary[DeviceMesh, dict[int, DeviceMesh]] = WeakKeyDictionary()  # making groups is costly
+_expert_meshes: WeakKeyDictionary[DeviceMesh, dict[int, DeviceMesh]] = WeakKeyDictionary()  # creating groups is expensive
 
 
 def _wait_as_by_default(mesh: DeviceMesh) -> None:
-    """Ranks wait for each other along every axis as long as in the default group."""
+    """Give every axis the timeout of the default group."""
     default = dist.group.WORLD
-    if default is not None and dist.get_backend() != "fake":  # torch's group that sends nowhere, and never waits
+    if default is not None and dist.get_backend() != "fake":  # the fake group never waits
         for axis in mesh.mesh_dim_names or ():
             _set_timeout(mesh.get_group(axis), timeout_of(default))
 
 
 def timeout_of(group: dist.ProcessGroup, device: torch.device | None = None) -> timedelta:
-    """How long the ranks of a group wait for each other; by the backend for a device where it has several."""
+    """Return a group's timeout; for a device if the group has several backends."""
     found: timedelta = group._get_backend(device or group._device_types[0]).options._timeout
     return found
 
 
 def _set_timeout(group: dist.ProcessGroup, timeout: timedelta) -> None:
-    """torch makes the groups of a mesh of several axes with a timeout of half an hour, whatever the default group's is."""
+    """Set a group's timeout: torch gives groups of a mesh with several axes half an hour, whatever the default's is."""
     for device in group._device_types:
         group._get_backend(device).set_timeout(timeout)
 
 
 def over_host(group: dist.ProcessGroup | None, device: torch.device) -> torch.device:
-    """Where values that hosts tell each other lie: on the host, or, where a group has no backend for it, on the device."""
+    """Return the device for values that hosts exchange: the host, or `device` if the group has no backend for it."""
     return torch.device("cpu") if "cpu:" in dist.get_backend_config(group) else device
 
 
 def check_axes(mesh: DeviceMesh) -> None:
-    """Refuse a mesh with axes whose meaning is not known, or without a pp axis.
+    """Refuse a mesh with unknown axes, or without a pp axis.
 
     Raises:
         MeshError: naming the axis.

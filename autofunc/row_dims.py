@@ -1,4 +1,4 @@
-"""How many rows a batch has, and in which dim of each of its tensors they are."""
+"""The number of rows in a batch, and the dim of each tensor that holds them."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ from autofunc.errors import BatchError
 from autofunc.random import KEY
 
 BatchDims = Mapping[str, int | None] | int | None
-"""Where the rows of a batch are: see `row_dims`."""
+"""Dims of the rows: see `row_dims`."""
 
 
 def row_dims(
     batch: Mapping[str, Any], batch_dims: BatchDims = None, *, cuts: bool = True, key_name: str = KEY
 ) -> tuple[int, dict[str, list[int | None]]]:
-    """How many rows a batch has, and in which dim.
+    """Return the number of rows in a batch, and the dim of each leaf that holds them.
 
-    The batch size is the size of dim 0 that most tensors share. Tensors whose dim 0 is the batch size are cut along it; all
-    other leaves go to every microbatch. `batch_dims` says otherwise for an entry: a dim to cut along, or None for all rows.
-    Refused is what may mean something else: a dim 0 of several times as many rows (two pictures a row?), and, unless
-    `batch_dims` names any entry, a tensor of which another dim has that size too, where an entry of another shape or dtype
-    has it there as well (a mask of tokens x tokens, positions of axes x rows x tokens).
+    The batch size is the size of dim 0 that most tensors share. Tensors with that size in dim 0 are cut along it; every
+    microbatch gets all other leaves whole. `batch_dims` overrides this per entry: a dim to cut along, or None for whole.
+    Ambiguous entries are refused: a dim 0 of several times as many rows (two pictures per row?), and, unless `batch_dims`
+    names any entry, a tensor with that size in a second dim, if an entry of different shape or dtype has it there as well
+    (a mask of tokens x tokens, positions of axes x rows x tokens).
 
     Args:
         batch: mapping of pytrees of tensors.
-        batch_dims: entry -> dim or None; one number is for all entries. What it names may have several times as many rows
-            as the batch.
-        cuts: whether it will be cut at all; one that will not is never ambiguous.
-        key_name: of the entry that is the key, which has no rows.
+        batch_dims: entry -> dim or None; a single number applies to all entries. Named entries may have several times as
+            many rows as the batch.
+        cuts: False for a batch that will not be cut, which is never ambiguous.
+        key_name: entry of the key, which has no rows.
 
     Returns:
-        The number of rows, and for each leaf of an entry the dim that is cut; None: it goes whole to every microbatch.
+        The number of rows, and for each leaf of an entry the dim to cut; None: every microbatch gets it whole.
 
     Raises:
-        BatchError: when nothing has rows, or it is ambiguous what has.
+        BatchError: if nothing has rows, or an entry is ambiguous.
     """
     given = dict.fromkeys(batch, batch_dims) if isinstance(batch_dims, int) else dict(batch_dims or {})
     unknown = sorted(set(given) - set(batch))
@@ -54,7 +54,7 @@ def row_dims(
 
 
 def rows_in_words(batch: Mapping[str, Any], batch_dims: BatchDims = None, *, key_name: str = KEY) -> str:
-    """How a batch is cut: `8 rows, in dim 0 of ids, labels, in dim 1 of positions; whole: mask`.
+    """Describe how a batch is cut: `8 rows, in dim 0 of ids, labels, in dim 1 of positions; whole: mask`.
 
     Args:
         batch: mapping of pytrees of tensors.
@@ -75,16 +75,16 @@ def rows_in_words(batch: Mapping[str, Any], batch_dims: BatchDims = None, *, key
 def refuse_ambiguous(
     batch: Mapping[str, Any], rows: int, batch_dims: BatchDims = None, *, key_name: str = KEY
 ) -> None:  # fmt: skip
-    """Refuse entries that `row_dims` calls ambiguous.
+    """Refuse entries that are ambiguous, see `row_dims`.
 
     Args:
         batch: mapping of pytrees of tensors.
-        rows: how many it has.
+        rows: in the batch.
         batch_dims: see `row_dims`.
         key_name: see `row_dims`.
 
     Raises:
-        BatchError: naming the entry, and what to say.
+        BatchError: naming the entry and the remedy.
     """
     leaves = _leaves(batch, key_name)
     _refuse_ambiguous(leaves, rows, leaves if isinstance(batch_dims, int) else batch_dims or {})
@@ -103,7 +103,7 @@ def _refuse_ambiguous(leaves: Mapping[str, list[Any]], rows: int, given: Mapping
 
 
 def _batch_size(leaves: Mapping[str, list[Any]], batch_dims: Mapping[str, int | None]) -> int:
-    """The size of the batch dim that most tensors share; where as many share another, that of entries not named."""
+    """Return the batch-dim size that most tensors share; on a tie, the size of entries without `batch_dims`."""
     names: dict[int, list[str]] = {}
     for name, each in leaves.items():
         dim = batch_dims.get(name, 0)
@@ -120,7 +120,7 @@ def _batch_size(leaves: Mapping[str, list[Any]], batch_dims: Mapping[str, int | 
     if others and len(others[0][1]) == len(sharing) and not all(name in batch_dims for name in others[0][1]):
         raise BatchError(
             f"cannot tell the batch size: {sharing[0]!r} has {rows} rows and {others[0][1][0]!r} has {others[0][0]}; "
-            f"say batch_dims={{{others[0][1][0]!r}: None}} for what every microbatch gets whole"
+            f"set batch_dims={{{others[0][1][0]!r}: None}} for entries that every microbatch gets whole"
         )
     if rows == 0:
         raise BatchError(f"the batch has no rows: {sharing[0]!r} is empty")
@@ -142,7 +142,7 @@ def _refuse_several_a_row(leaf: Any, name: str, rows: int) -> None:
     if isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] > rows > 1 and leaf.shape[0] % rows == 0:
         raise BatchError(
             f"batch[{name!r}] has {leaf.shape[0]} in dim 0, {leaf.shape[0] // rows} for each of {rows} rows or for all of "
-            f"them: say batch_dims={{{name!r}: 0}} to cut it with the rows, or {{{name!r}: None}} to give it whole"
+            f"them: set batch_dims={{{name!r}: 0}} to cut it with the rows, or {{{name!r}: None}} to pass it whole"
         )
 
 
@@ -157,6 +157,6 @@ def _refuse_square(leaf: Any, name: str, rows: int, others: list[Any]) -> None:
     if dims and elsewhere:
         listed = ", ".join(map(str, [0, *dims]))
         raise BatchError(
-            f"batch[{name!r}] of shape {tuple(leaf.shape)} may have the {rows} rows in dim {listed} or nowhere: say "
-            f"batch_dims={{{name!r}: 0}}, another dim, or None to give it whole to every microbatch"
+            f"batch[{name!r}] of shape {tuple(leaf.shape)} may have the {rows} rows in dim {listed} or nowhere: set "
+            f"batch_dims={{{name!r}: 0}}, another dim, or None to pass it whole to every microbatch"
         )

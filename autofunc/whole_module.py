@@ -1,4 +1,4 @@
-"""The whole-module law: captured, cut and differentiated by its operators, a module gives its own loss and gradients."""
+"""The whole-module law: a captured, cut module computes the loss and gradients of the original."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from autofunc.splitting import Stage, follow, split
 
 
 class NotComparable(ModelError):
-    """Two runs of a module give different values."""
+    """Two runs of a module give different values, so it cannot be compared."""
 
 
 class LossAndGrads(NamedTuple):
-    """Of one batch."""
+    """Results for one batch."""
 
     loss: Tensor
     grads: dict[str, Tensor | None]  # by path; None is a zero
-    state: Mapping[str, Tensor]  # by path, after it
+    state: Mapping[str, Tensor]  # by path, after the batch
 
 
 def from_module(
@@ -47,39 +47,39 @@ def from_module(
     verify: bool = False,
     branches: Branches = "example",
 ) -> CapturedModel:
-    """Any module as a model of named pure layers: captured as it is, never copied, patched or changed.
+    """Turn any module into a model of named pure layers. The module is captured as it is, never copied or changed.
 
-    Its layers are the items of its outermost lists of modules and the modules beside them; `af.split` takes the name of any
-    module that runs once. Parameters keep their names. A parameter that several layers use is tied. Dropout and other
-    random numbers become functions of the key; without a key there is no dropout, and parts that draw anything else are in
-    eval mode. A module on the meta device is captured without weights, and initialised layer by layer by its own
-    initialisers. It cannot be cut over tensor parallel ranks: the sizes of the whole are in its graph.
+    Layers are the items of its outermost module lists, and the modules beside these lists; `af.split` takes the name of any
+    module that runs once. Parameters keep their names. A parameter used by several layers is tied. Dropout and other random
+    numbers become functions of the key; without a key there is no dropout, and modules with other randomness run in eval
+    mode. A module on the meta device is captured without weights, and initialised layer by layer by its own initialisers.
+    It can be cut over tensor, context and expert parallel ranks, see `docs/parallelism.md`.
 
     Args:
-        module: what is captured, in the mode (train or eval) it is in; or what `af.AutoModel.from_pretrained` returned: its
-            parameters on the meta device are read from its files instead of initialised, each when it is asked for.
-        example_batch: a batch; only shapes and dtypes matter, but where forward decides by values. Other shapes are
-            captured when they are met.
-        inputs: which entries forward gets: names of entries in the order of its arguments, or argument -> entry. By default
-            the entries that forward names; all of them where it takes any (`**kwargs`).
+        module: to capture, in its current mode (train or eval); or the result of `af.AutoModel.from_pretrained`, whose
+            parameters on the meta device are read from its files when they are asked for.
+        example_batch: a batch; only shapes and dtypes matter, unless forward decides by values. Other shapes are captured
+            when they occur.
+        inputs: entries that forward gets: names of entries in the order of its arguments, or argument -> entry. By default
+            the entries that forward names; all of them if it takes any (`**kwargs`).
         trainable: patterns of the parameters that get gradients; by default those with `requires_grad`.
-        weights: a `.safetensors` file, or a folder with one or with shards: parameters and buffers have the values in it,
-            whatever they are in the module.
-        verify: run the batch through the module and through the captured stages, both without dropout, and compare the
-            loss and all gradients. Parts that draw other random numbers, such as stochastic depth, are in eval mode in
-            both. It takes real weights, and a few times their memory.
-        branches: what becomes of a forward that decides by values of tensors (`if`, `assert`, `.item()`). "example": it is
-            captured as it goes on the example batch, and a microbatch that decides otherwise stops the step with a
-            `BatchError`; on an accelerator the host waits for each of these decisions. "refuse": it is refused.
+        weights: a `.safetensors` file, or a folder with one or with shards: parameters and buffers take their values from
+            it instead of from the module.
+        verify: run the batch through the module and through the captured stages, both without dropout, and compare loss
+            and all gradients. Modules with other randomness, such as stochastic depth, run in eval mode in both. Needs real
+            weights, and a few times their memory.
+        branches: for a forward that decides by tensor values (`if`, `assert`, `.item()`). "example": capture the branch the
+            example batch takes; a microbatch that takes another stops the step with a `BatchError`, and on an accelerator
+            the host waits for each decision. "refuse": refuse the module.
 
     Returns:
-        A model for `af.split`. `model.init()` copies the weights that the module has, or that are stored; it makes those on
-        the meta device from a seed. `model.module` is the module.
+        A model for `af.split`. `model.init()` copies the module's or stored weights, and makes those on the meta device
+        from a seed. `model.module` is the module.
 
     Raises:
-        ModelError: for what cannot be captured, is written to, keeps state, or is used by no layer; for weights that do not
-            fit the module; for a loss or a gradient that is not the module's own, or cannot be compared with it because the
-            module draws random numbers in eval mode too.
+        ModelError: for a module that cannot be captured or writes to its inputs; for weights that do not fit it; for
+            parameters that no layer uses; for a loss or gradient that differs from the module's, or cannot be compared
+            because the module draws random numbers in eval mode too.
 
     Example:
         model = af.from_module(GPT2LMHeadModel(config), {"input_ids": ids})
@@ -89,21 +89,21 @@ def from_module(
     if verify:
         found = differences(model, example_batch)
         if found:
-            raise ModelError(f"{model.title}, captured, is not what it was: {'; '.join(found[:3])}")
+            raise ModelError(f"{model.title} changed when captured: {'; '.join(found[:3])}")
     return model
 
 
 def differences(model: CapturedModel, batch: Mapping[str, Any], loss: Loss | None = None) -> list[str]:
-    """What of the loss, gradients and new state of a captured module is not its own, in words; nothing, if all is well.
+    """Describe differences between a captured module's loss, gradients and new state and the original's; empty if none.
 
     Args:
-        model: whose module has real weights.
+        model: one whose module has real weights.
         batch: all of its rows are run.
-        loss: see `af.pipeline`; where there is none and the outputs have none, a weighted sum of all that is returned.
+        loss: see `af.pipeline`; if neither it nor the outputs give a loss, a weighted sum of all outputs is used.
 
     Raises:
-        ModelError: when the module has no weights, or its stages cannot be captured.
-        NotComparable: when it draws random numbers, in eval mode too.
+        ModelError: if the module has no weights, or its stages cannot be captured.
+        NotComparable: if it draws random numbers in eval mode too.
     """
     source = source_of(model)
     on_meta = [name for name, leaf in source.module.state_dict(keep_vars=True).items() if leaf.is_meta]
@@ -116,7 +116,7 @@ def differences(model: CapturedModel, batch: Mapping[str, Any], loss: Loss | Non
     evaluation = model.without_key(entries)
     if evaluation.drawn:
         raise NotComparable(
-            f"{evaluation.drawn}, in eval mode too, so no two runs of it can be compared; compare it with what it draws "
+            f"{evaluation.drawn}, in eval mode too, so two runs cannot be compared; compare it with its random numbers "
             "given in the batch"
         )
     params = {
@@ -138,21 +138,19 @@ def differences(model: CapturedModel, batch: Mapping[str, Any], loss: Loss | Non
     found = _of_stages(_stages(model), params, entries, loss)
     words = []
     if not close(found.loss.to(own.loss.dtype), own.loss):
-        words.append(f"the loss is {found.loss.item():.6g}, and of the module itself {own.loss.item():.6g}")
+        words.append(f"the loss is {found.loss.item():.6g}, the module's is {own.loss.item():.6g}")
     for path, expected in own.grads.items():
         given = found.grads[path]
         one, other = (torch.zeros_like(params[path]) if grad is None else grad for grad in (given, expected))
         if not close(one.to(other.dtype), other):
             off = float((one - other).abs().max() / other.abs().max().clamp_min(1e-30))
             words.append(f"the gradient of {path!r} is off by {off:.1e} of its largest element")
-    words += [
-        f"the new state {path!r} is another" for path, leaf in found.state.items() if not close(leaf, own.state[path])
-    ]
+    words += [f"the new state {path!r} differs" for path, leaf in found.state.items() if not close(leaf, own.state[path])]
     return words
 
 
 def _hold(module: nn.Module, buffers: Mapping[str, Tensor]) -> None:
-    """Put tensors in the places of a module's buffers; inside `restored`."""
+    """Put tensors in place of a module's buffers; within `restored`."""
     names = {id(leaf): name for name, leaf in module.named_buffers()}
     for part in module.modules():
         for name, leaf in part._buffers.items():
@@ -161,7 +159,7 @@ def _hold(module: nn.Module, buffers: Mapping[str, Tensor]) -> None:
 
 
 def scalar_of(loss: Loss | None) -> Loss:
-    """A loss, or where there is none the outputs' own, or else a sum of all that is returned, each element weighed."""
+    """Return the loss, else the outputs' own, else a weighted sum of all outputs."""
 
     def scalar(outputs: Any, microbatch: Mapping[str, Any]) -> Any:
         if loss is not None or own_loss(outputs) is not None:
@@ -197,14 +195,14 @@ def _of_module(
 def _stages(model: Model) -> list[Stage]:
     try:
         return split(model, 2)
-    except SplitError:  # it has one place only
+    except SplitError:  # it can be split in one place only
         return split(model, 1)
 
 
 def _of_stages(
     stages: Sequence[Stage], params: Mapping[str, Tensor], batch: Mapping[str, Any], loss: Loss | None
 ) -> LossAndGrads:
-    """One batch through the stages, forward and back."""
+    """Run one batch through the stages, forward and backward."""
     model = stages[0].model
     device = model.device
     contexts, _ = follow(
@@ -236,7 +234,7 @@ def _of_stages(
 
 
 def close(one: Tensor, other: Tensor) -> bool:
-    """Equal but for rounding: in relation to the largest value, a third of the square root of the dtype's precision."""
+    """Return whether two tensors match up to rounding: relative to the largest value, 0.3 times the root of the dtype's eps."""
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
     if not one.numel():

@@ -41,7 +41,7 @@ def test_the_batch_size_does_not_depend_on_the_order_of_entries() -> None:
     for batch in ({"scale": scale, "x": x, "y": y}, {"x": x, "y": y, "scale": scale}):
         pieces = split_batch(batch, 2)
         assert pieces[0]["x"].shape == (2, 6) and pieces[0]["scale"] is scale
-    with pytest.raises(BatchError, match=r"cannot tell the batch size: 'mask' has 6 rows and 'x' has 4; say batch_dims="):
+    with pytest.raises(BatchError, match=r"cannot tell the batch size: 'mask' has 6 rows and 'x' has 4; set batch_dims="):
         split_batch({"mask": torch.zeros(6, 6), "x": x}, 2)
     assert split_batch({"mask": torch.zeros(6, 6), "x": x}, 2, batch_dims={"mask": None})[0]["x"].shape == (2, 6)
     with pytest.raises(BatchError, match="the batch has no rows"):

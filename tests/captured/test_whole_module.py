@@ -56,7 +56,7 @@ def test_a_breach_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_breach_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(whole_module, "differences", lambda model, batch: ["the gradient of 'a' is off"])
-    with pytest.raises(ModelError, match="Forecaster, captured, is not what it was: the gradient of 'a' is off"):
+    with pytest.raises(ModelError, match="Forecaster changed when captured: the gradient of 'a' is off"):
         af.from_module(Forecaster(), BATCH, inputs=["x"], verify=True)
 
 

@@ -88,7 +88,7 @@ def test_the_same_weights_and_dropout_as_on_the_cpu() -> None:
 
 def test_a_batch_on_the_cpu_is_refused() -> None:
     pipe, full, batch, _ = pipe_of("gpt2", "1f1b")
-    with pytest.raises(af.errors.BatchError, match="'input_ids' is on cpu, and the parameters are on cuda:0"):
+    with pytest.raises(af.errors.BatchError, match="'input_ids' is on cpu, but the parameters are on cuda:0"):
         af.value_and_grad(pipe)(full, {name: leaf.cpu() for name, leaf in batch.items()})
 
 
