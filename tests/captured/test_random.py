@@ -345,7 +345,7 @@ def test_a_draw_takes_a_key() -> None:
         with pytest.raises(ModelError, match=wanted):
             run(model.init(), NOISY)
     af.value_and_grad(pipe)(model.init(), NOISY, key=(0, 1))
-    with pytest.raises(ModelError, match="in eval mode too, so no two runs of it can be compared"):
+    with pytest.raises(ModelError, match="in eval mode too, so two runs cannot be compared"):
         af.from_module(Always(), NOISY, verify=True)
     found = {verdict.code: verdict.status for verdict in af.check(Always(), NOISY, loss=loss).verdicts}
     assert found["P1"] == "pass" and found["P3"] == found["P6"] == "skip" and "fail" not in found.values()
