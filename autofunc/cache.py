@@ -1,8 +1,8 @@
-"""What all pipelines of a process share: results by what they were made from, in one bounded cache.
+"""A bounded cache that all pipelines of a process share, keyed by the inputs of each result.
 
-Captures, cuts, boundaries and made pieces take seconds, and depend on little: layers, shapes, dtypes, choices. A second
-pipeline on the same stages finds them here. Whatever is made here is never changed afterwards, but for what it adds to
-itself on demand.
+Captures, cuts, boundaries and compiled pieces take seconds, and depend on layers, shapes, dtypes and choices only. A second
+pipeline on the same stages finds them here. Cached results do not change afterwards, except that some extend themselves on
+demand.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ Result = TypeVar("Result")
 
 
 class Identity:
-    """An object as part of a key, compared by what it is and not by what it holds.
+    """An object as part of a key, compared by identity instead of by value.
 
-    It does not keep the object alive (but for the few kinds that cannot be referred to weakly), and equals nothing once the
-    object is gone: another object at the same address is never taken for it.
+    It holds the object weakly (except for the few kinds without weak references), and equals nothing once the object is
+    gone: a new object at the same address is never mistaken for it.
     """
 
     __slots__ = ("_hash", "refer")
@@ -47,11 +47,11 @@ class Identity:
 
 
 class Cache:
-    """Results by key; beyond `most` the one that was used longest ago is forgotten, and so is what can never be asked for.
+    """Results by key. Beyond `most`, the least recently used is dropped; so are results whose key can never occur again.
 
     Args:
         most: number of results.
-        heaviest: what they may weigh together.
+        heaviest: limit of their total weight.
     """
 
     def __init__(self, most: int, heaviest: float = inf) -> None:
@@ -59,24 +59,24 @@ class Cache:
         self._weights: dict[Hashable, int] = {}
         self._results: OrderedDict[Hashable, Any] = OrderedDict()
         self._watched: dict[Hashable, list[weakref.ref[Any]]] = {}
-        self._unreachable: list[Hashable] = []  # keys with an object that is gone; appended to by the garbage collector
-        self._lock = threading.RLock()  # what makes a result may ask for others
+        self._unreachable: list[Hashable] = []  # keys whose object is gone; appended to by the garbage collector
+        self._lock = threading.RLock()  # making a result may request others
 
     def __len__(self) -> int:
         return len(self._results)
 
     @property
     def weight(self) -> int:
-        """What all results weigh."""
+        """Total weight of all results."""
         return sum(self._weights.values())
 
     def get(self, key: Hashable, make: Callable[[], Result], weigh: Callable[[Result], int] = lambda _: 0) -> Result:
-        """The result for a key, made if it is not known. An error of `make` passes, and nothing is remembered.
+        """Return the result for a key, making it if absent. If `make` raises, nothing is stored.
 
         Args:
-            key: a hashable, in which objects without a value to compare by are `Identity`.
+            key: hashable; objects without comparison by value are wrapped in `Identity`.
             make: makes the result.
-            weigh: says what it weighs: of a graph, its nodes.
+            weigh: returns a result's weight: for a graph, its number of nodes.
         """
         with self._lock:
             self._forget_unreachable()
@@ -113,7 +113,7 @@ class Cache:
 
 
 def _objects(key: Hashable) -> Iterator[object]:
-    """Everything that a key refers to weakly."""
+    """Yield every object that a key refers to weakly."""
     if isinstance(key, Identity):
         value = key.refer()
         if isinstance(key.refer, weakref.ref) and value is not None:
@@ -124,5 +124,5 @@ def _objects(key: Hashable) -> Iterator[object]:
 
 
 shared = Cache(most=1024, heaviest=200_000)
-"""The cache of this process: a model of a hundred different stages fits several times. A node of a graph, with all that
-hangs on it, takes some 5 KB, so that captures of many shapes take a GB at most."""
+"""The cache of this process. A model of a hundred different stages fits several times. A node of a graph takes some 5 KB,
+everything attached included, so captures of many shapes take a GB at most."""

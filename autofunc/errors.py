@@ -1,7 +1,7 @@
-"""One family of errors, and the words they share.
+"""The family of errors, and helpers for their messages.
 
 Every error that a user can cause is an `AutofuncError`: it names what was given, what was expected, and the nearest
-thing that would work. A subclass also derives from the built-in a Python programmer would catch.
+thing that would work. Each subclass also derives from the built-in that a Python programmer would catch.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from autofunc.users_lines import in_notebook
 
 
 class AutofuncError(Exception):
-    """Base of every error raised on purpose by autofunc. Its message is printable, whatever names are in it."""
+    """Base of every error raised on purpose by autofunc. Its message is printable, whatever names it contains."""
 
     def __init__(self, *args: object) -> None:
         super().__init__(*(_lines(each) if isinstance(each, str) else each for each in args))
 
     def _render_traceback_(self) -> list[str]:
-        """What IPython, which asks for it by this name, shows in a notebook: the message, and the user's lines."""
+        """Return what IPython, which calls this method, shows in a notebook: the message, and the user's lines."""
         return in_notebook(self, full_message(self))
 
 
 class ConfigError(AutofuncError, ValueError):
-    """A configuration file or an override says something that cannot be done."""
+    """A configuration file or an override asks for something impossible."""
 
 
 class ModelError(AutofuncError, ValueError):
@@ -41,7 +41,7 @@ class ScheduleError(AutofuncError, ValueError):
 
 
 class BatchError(AutofuncError, ValueError):
-    """A batch that cannot be cut into microbatches, or a loss that is not what the contract asks for."""
+    """A batch that cannot be cut into microbatches, or a loss that violates its contract."""
 
 
 class MeshError(AutofuncError, ValueError):
@@ -49,11 +49,11 @@ class MeshError(AutofuncError, ValueError):
 
 
 class DataError(AutofuncError, ValueError):
-    """A dataset that is missing, empty or of another schema."""
+    """A dataset that is missing, empty or has a different schema."""
 
 
 class CheckpointError(AutofuncError, ValueError):
-    """A checkpoint that is missing, unfinished or damaged, or of something else than what it is read into."""
+    """A checkpoint that is missing, incomplete or damaged, or does not fit what it is read into."""
 
 
 class PipelineRunError(AutofuncError, RuntimeError):
@@ -61,11 +61,11 @@ class PipelineRunError(AutofuncError, RuntimeError):
 
     Args:
         message: what went wrong.
-        rank: the pp rank on which it did. None, here and below, where that is unknown or does not apply.
-        step: which step of the pipeline it was, from 1 on.
-        action: the action that failed, as text, such as "1F2".
+        rank: the failing pp rank. None, here and below, if unknown or not applicable.
+        step: number of the pipeline's step, from 1.
+        action: the failing action as text, such as "1F2".
         stage: of the action.
-        microbatch: of the action; one that gathers or releases parameters has none.
+        microbatch: of the action; actions that gather or release parameters have none.
     """
 
     def __init__(
@@ -83,28 +83,28 @@ class PipelineRunError(AutofuncError, RuntimeError):
 
 
 class NotFiniteError(PipelineRunError):
-    """A loss, value, gradient or parameter is NaN or infinite; the message says what made it first."""
+    """A loss, value, gradient or parameter is NaN or infinite; the message names its origin."""
 
 
 class PeerLostError(PipelineRunError):
-    """A rank waited for another that is gone or too late: a consequence, the cause is on the other rank."""
+    """A rank waited for a peer that is gone or too late. This is a consequence; the cause is on the peer."""
 
 
 class HangError(PipelineRunError):
-    """No rank makes progress; the message says what each does, and which is late."""
+    """No rank makes progress; the message tells what each rank does, and which is late."""
 
 
 def full_message(error: BaseException) -> str:
-    """What an error says, with its notes on lines of their own: `str(error)` leaves them out."""
+    """Return an error's message and its notes, each on a line; `str(error)` leaves notes out."""
     return "\n".join(_lines(str(each)) for each in [error, *getattr(error, "__notes__", ())])
 
 
 FAILURES = (Exception, SystemExit)
-"""What code of others may raise: anything but an interrupt. One that ends the process would end it without a word."""
+"""Exceptions that foreign code may raise: all but interrupts. Uncaught, SystemExit would end the process silently."""
 
 
 def in_brief(error: BaseException) -> str:
-    """An error of others' code by its type and message, of which a long one is cut."""
+    """Describe an error of foreign code by its type and message, shortened if long."""
     return f"{type(error).__name__}: {beginning(full_message(error))}"
 
 
@@ -113,13 +113,13 @@ def _lines(text: str) -> str:
 
 
 def some_of(names: Iterable[object], most: int = 3) -> str:
-    """The first of some names, for messages."""
+    """List the first few names, for messages."""
     listed = list(names)
     return ", ".join(map(shown, listed[:most])) + (f" and {len(listed) - most:,} more" if len(listed) > most else "")
 
 
 def one_of(given: object, known: Iterable[object]) -> str:
-    """A half sentence that suggests the nearest of `known` for `given`, and lists them all when they are few.
+    """Return half a sentence that suggests the nearest of `known` for `given`, and lists the known names.
 
     >>> one_of("1f1", ["gpipe", "1f1b"])
     'did you mean 1f1b? Known: gpipe, 1f1b'

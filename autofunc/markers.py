@@ -1,4 +1,4 @@
-"""Named places at which a captured function or module may be cut: `af.split_point` leaves a marker in the graph."""
+"""Named places to cut a captured function or module: `af.split_point` leaves a marker in the graph."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _marking: ContextVar[bool] = ContextVar("marking", default=False)
 
 @contextmanager
 def marking() -> Iterator[None]:
-    """While a forward is captured, its markers leave a trace."""
+    """Make markers leave a trace while a forward is captured."""
     token = _marking.set(True)
     try:
         yield
@@ -35,17 +35,17 @@ def marking() -> Iterator[None]:
 
 
 def split_point(x: Any, name: str) -> Any:
-    """Name a place at which a captured function or module may be cut; a stage may begin after it.
+    """Name a place to cut a captured function or module: a stage may begin after it.
 
     Args:
-        x: a value that is needed afterwards: a tensor, or a pytree with one.
-        name: what `split_points` call it; once in a model.
+        x: a value used afterwards: a tensor, or a pytree with one.
+        name: for `split_points`; unique in the model.
 
     Returns:
         `x` itself.
 
     Raises:
-        ModelError: when there is no tensor in `x`, or the arguments are the wrong way round.
+        ModelError: if `x` has no tensor, or the arguments are swapped.
 
     Example:
         def net(params, batch):
@@ -55,7 +55,7 @@ def split_point(x: Any, name: str) -> Any:
     """
     if isinstance(x, str):
         raise ModelError(
-            f"af.split_point(x, name) takes the value first, and got {x!r} and {type(name).__name__}; write "
+            f"af.split_point(x, name) takes the value first, but got {x!r} and {type(name).__name__}; write "
             f"af.split_point(x, {x!r})"
         )
     if not _marking.get():
@@ -63,6 +63,6 @@ def split_point(x: Any, name: str) -> Any:
     leaves, spec = tree.leaves_and_spec(x)
     position = next((index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)), None)
     if position is None:
-        raise ModelError(f"af.split_point(x, {name!r}): there is no tensor in x, which is {type(x).__name__}")
+        raise ModelError(f"af.split_point(x, {name!r}): x holds no tensor; it is {type(x).__name__}")
     leaves[position] = torch.ops.autofunc.split_point(leaves[position], name)
     return tree.from_leaves(leaves, spec)

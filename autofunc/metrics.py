@@ -1,4 +1,4 @@
-"""What is measured beside the loss: functions of outputs and a microbatch that give `(sum, weight)`."""
+"""Metrics: functions of outputs and a microbatch that return `(sum, weight)`."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from autofunc.losses import IGNORED, logits_of
 
 
 def accuracy(outputs: Any, microbatch: Mapping[str, Any], labels: str = "labels") -> tuple[Tensor, Tensor]:
-    """How many labels have the largest logit, and how many there are; those of -100 are left out.
+    """Return the number of labels with the largest logit, and the number of labels other than -100.
 
     Args:
-        outputs: logits (..., classes), or a mapping or object that has them as "logits".
-        microbatch: with the labels (...), integers that are aligned with the logits.
-        labels: their name in it.
+        outputs: logits (..., classes), or a mapping or object with "logits".
+        microbatch: has the labels (...), integers aligned with the logits.
+        labels: their entry.
 
     Raises:
-        BatchError: when there are no such labels, or their shape is another.
+        BatchError: if the labels are missing or do not have the logits' shape.
     """
     logits = logits_of(outputs, "accuracy")
     if labels not in microbatch:
@@ -28,7 +28,7 @@ def accuracy(outputs: Any, microbatch: Mapping[str, Any], labels: str = "labels"
     wanted = microbatch[labels]
     if wanted.shape != logits.shape[:-1]:
         raise BatchError(
-            f"accuracy: {labels!r} has shape {tuple(wanted.shape)}, and logits {tuple(logits.shape)}; expected "
+            f"accuracy: {labels!r} has shape {tuple(wanted.shape)}, but the logits {tuple(logits.shape)}; expected "
             f"{tuple(logits.shape[:-1])}"
         )
     counts = wanted != IGNORED

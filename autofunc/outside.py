@@ -1,4 +1,4 @@
-"""What functions read beside their arguments, and a capture makes permanent: found again at every step, at little cost."""
+"""Values that functions read besides their arguments, which a capture freezes: compared again at every step, cheaply."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from autofunc.fingerprint import Fingerprint, Place
 
 
 class Outside:
-    """The numbers, settings and functions that some functions name in closures, globals and attributes.
+    """Numbers, settings and functions that some functions reach through closures, globals and attributes.
 
     Args:
         roots: gives the functions.
@@ -21,16 +21,16 @@ class Outside:
         self._places: list[Place] = []
         self._key: Hashable = None
         self._is_known = False
-        self.changed: tuple[str, ...] = ()  # what was another object when the key was last made, by name
+        self.changed: tuple[str, ...] = ()  # names of values that were rebound when the key was last computed
 
     def key(self) -> Hashable:
-        """Equal while all of it is what it was. As long as nothing was assigned, it is only looked at."""
+        """Return a key that is equal while all values are unchanged. Cheap unless something was assigned."""
         if not (self._is_known and all(place.is_unchanged for place in self._places)):
             self.renew()
         return self._key
 
     def renew(self) -> None:
-        """Look at all of it anew; needed only where the functions are others."""
+        """Collect the values again; needed only if the functions themselves changed."""
         self.changed = tuple(dict.fromkeys(chain.from_iterable(map(_changed, self._places))))
         self._places = []
         keys = Fingerprint(places=self._places)
@@ -38,7 +38,7 @@ class Outside:
 
 
 def _changed(place: Place) -> list[str]:
-    """`coef of loss`: members that are others than before."""
+    """Describe changed members: `coef of loss`."""
     now = tuple(place.members())
     if len(now) != len(place.before) or place.names is None or len(place.names) > len(now):
         return [place.what] if not place.is_unchanged else []

@@ -1,8 +1,8 @@
 """Randomness as a pure function: seeded init, dropout and draws by a counter hash.
 
 Nothing here reads or advances a global generator. The bits of a random tensor are a hash of (key, index of the element),
-computed with integer tensor operations, so they are the same on CPU and GPU, in any layout, and can be made again
-instead of being stored.
+computed with integer tensor operations, so they are the same on CPU and GPU, in any layout, and can be recomputed instead
+of stored.
 
 - Initial weights depend on (seed, path) alone: `InitKey`.
 - Dropout depends on (seed, step, microbatch, layer name) alone: `fold_in`, `dropout`.
@@ -33,14 +33,14 @@ from autofunc.errors import BatchError
 from autofunc.tree import join
 
 KEY = "key"
-"""The entry of a batch and of a microbatch that is its randomness ..."""
+"""The entry of a batch and of a microbatch that holds its key ..."""
 KEY_BESIDE_ENTRY = "random key"
-"""... and where the model's forward has an argument `key`, which is an entry like others."""
+"""... and its name if the model's forward has an argument `key`, which then is an ordinary entry."""
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIER_1 = 0x21F0AAAD
 _MULTIPLIER_2 = 0x735A2D97
-_DIGITS = {torch.float16: 11, torch.bfloat16: 8, torch.float32: 24, torch.float64: 53}  # of a mantissa, in bits
+_DIGITS = {torch.float16: 11, torch.bfloat16: 8, torch.float32: 24, torch.float64: 53}  # bits of the mantissa
 _CHUNK = 1 << 22  # elements hashed at a time, so that the int64 temporaries of a large weight stay small
 
 
@@ -54,18 +54,18 @@ def _mix(x: Tensor, salt: Tensor | int) -> Tensor:
 
 
 def _words(*parts: object) -> tuple[int, int]:
-    """Two 32-bit words from any printable parts (a seed, a name): stable across processes and Python versions."""
+    """Hash printable parts (a seed, a name) to two 32-bit words, stable across processes and Python versions."""
     digest = hashlib.blake2b("\0".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
 
 
 def make_key(seed: int, step: int = 0, *, device: torch.device | str = "cpu") -> Tensor:
-    """A key for the randomness of one step: two 32-bit words in an int64 tensor of shape (2,)."""
+    """Return a key for the randomness of one step: two 32-bit words in an int64 tensor of shape (2,)."""
     return torch.tensor(_words("step", int(seed), int(step)), dtype=torch.int64, device=device)
 
 
 def as_key(key: Any, *, device: torch.device | str = "cpu") -> Tensor | None:
-    """Read a user's key: None, a pair (seed, step), or a tensor that `make_key` made.
+    """Read a user's key: None, a pair (seed, step), or a tensor from `make_key`.
 
     Raises:
         BatchError: for anything else.
@@ -76,7 +76,7 @@ def as_key(key: Any, *, device: torch.device | str = "cpu") -> Tensor | None:
         return key.to(device)
     if isinstance(key, (tuple, list)) and len(key) == 2 and all(isinstance(part, int) for part in key):
         return make_key(*key, device=device)
-    raise BatchError(f"key={key!r}: expected a pair of integers (seed, step), or what af.random.make_key returns")
+    raise BatchError(f"key={key!r}: expected a pair of integers (seed, step), or the result of af.random.make_key")
 
 
 def fold_in(key: Tensor, data: int | str | Tensor) -> Tensor:
@@ -98,12 +98,12 @@ def fold_in(key: Tensor, data: int | str | Tensor) -> Tensor:
 
 
 def bits(key: Tensor, numel: int, start: int = 0) -> Tensor:
-    """`numel` hashed 32-bit integers, int64 of shape (numel,), for the elements `start`, `start + 1`, ... of a tensor."""
+    """Return `numel` hashed 32-bit integers for elements `start`, `start + 1`, ... of a tensor: int64, shape (numel,)."""
     return _bits(key, numel, start)
 
 
 def _bits(keys: Tensor, numel: int, start: int = 0) -> Tensor:
-    """Those of several keys at once: from (..., 2) to (..., numel)."""
+    """Compute `bits` for several keys at once: (..., 2) to (..., numel)."""
     first, second = keys.unsqueeze(-2).unbind(-1)
     counter = torch.arange(start, start + numel, dtype=torch.int64, device=keys.device)
     if start + numel <= _MASK:
@@ -112,7 +112,7 @@ def _bits(keys: Tensor, numel: int, start: int = 0) -> Tensor:
 
 
 def _two_bits(key: Tensor, numel: int, start: int = 0) -> tuple[Tensor, Tensor]:
-    """Two independent numbers for each element: the bits of the key with 0 and with 1 folded in."""
+    """Return two independent numbers per element: the bits of the key with 0 and with 1 folded in."""
     first, second = _bits(fold_in(key, torch.arange(2, device=key.device)), numel, start).unbind()
     return first, second
 
@@ -120,16 +120,16 @@ def _two_bits(key: Tensor, numel: int, start: int = 0) -> tuple[Tensor, Tensor]:
 def uniform(
     key: Tensor, shape: Sequence[int], dtype: torch.dtype = torch.float32, *, low: float = 0.0, high: float = 1.0
 ) -> Tensor:
-    """Uniform values in [low, high), on the key's device; `high` itself only where rounding to `dtype` gives it.
+    """Return uniform values in [low, high), on the key's device; rounding to `dtype` may give `high` itself.
 
     Args:
-        key: int64, shape (2,); one key for each draw.
+        key: int64, shape (2,); use a new key for each draw.
         shape: of the result.
-        dtype: a floating-point one of at least 16 bits.
+        dtype: floating point, of at least 16 bits.
     """
     if dtype not in _DIGITS:
         raise ValueError(f"dtype={dtype}: expected one of {', '.join(map(str, _DIGITS))}")
-    digits = min(_DIGITS[dtype], 32)  # those that fit, so that nothing is rounded up to 1
+    digits = min(_DIGITS[dtype], 32)  # as many as fit, so that nothing rounds up to 1
     unit = (bits(key, math.prod(shape)) >> (32 - digits)).to(torch.float64) * 2.0**-digits
     return (unit * (high - low) + low).to(dtype).view(tuple(shape))
 
@@ -137,25 +137,25 @@ def uniform(
 def normal(
     key: Tensor, shape: Sequence[int], dtype: torch.dtype = torch.float32, *, mean: float = 0.0, std: float = 1.0
 ) -> Tensor:
-    """Normal values, computed in fp64 and rounded once. Arguments as of `uniform`."""
+    """Return normal values, computed in fp64 and rounded once. Arguments as in `uniform`."""
     return _normal(key, math.prod(shape), 0, mean, std).to(dtype).view(tuple(shape))
 
 
 def exponential(
     key: Tensor, shape: Sequence[int], dtype: torch.dtype = torch.float32, *, rate: float = 1.0
 ) -> Tensor:  # fmt: skip
-    """Exponentially distributed values with mean 1 / rate; never 0. Arguments as of `uniform`."""
+    """Return exponentially distributed values with mean 1 / rate; never 0. Arguments as in `uniform`."""
     values = torch.log(_unit(bits(key, math.prod(shape)))) / -rate
     return values.to(dtype).clamp_min(torch.finfo(dtype).tiny).view(tuple(shape))
 
 
 def bernoulli(key: Tensor, p: float | Tensor, shape: Sequence[int] | None = None) -> Tensor:
-    """True with probability `p`: a bool tensor.
+    """Return a bool tensor, True with probability `p`.
 
     Args:
-        key: int64, shape (2,); one key for each draw.
-        p: one probability in [0, 1], or one for each element.
-        shape: of the result; by default that of `p`.
+        key: int64, shape (2,); use a new key for each draw.
+        p: a probability in [0, 1], or a tensor with one per element.
+        shape: of the result; by default the shape of `p`.
     """
     shape = tuple(shape) if shape is not None else tuple(p.shape) if isinstance(p, Tensor) else ()
     unit = _unit(bits(key, math.prod(shape))).view(shape)
@@ -165,14 +165,14 @@ def bernoulli(key: Tensor, p: float | Tensor, shape: Sequence[int] | None = None
 def randint(
     key: Tensor, shape: Sequence[int], low: int | Tensor, high: int | Tensor, dtype: torch.dtype = torch.int64
 ) -> Tensor:
-    """Integers in [low, high), all equally likely but for one part in 2**31.
+    """Return integers in [low, high), uniform up to one part in 2**31.
 
     Args:
-        key: int64, shape (2,); one key for each draw.
+        key: int64, shape (2,); use a new key for each draw.
         shape: of the result.
-        low: the smallest; or a 0-dim int64 tensor.
-        high: what is above the largest; or a 0-dim int64 tensor.
-        dtype: any that holds them.
+        low: smallest value, an int or a 0-dim int64 tensor.
+        high: one above the largest value, an int or a 0-dim int64 tensor.
+        dtype: wide enough for the values.
     """
     first, second = _two_bits(key, math.prod(shape))
     wide = (first << 31) | (second >> 1)  # 63 bits
@@ -180,49 +180,49 @@ def randint(
 
 
 def multinomial(key: Tensor, weights: Tensor, num_samples: int = 1, *, replacement: bool = False) -> Tensor:
-    """Numbers of categories, drawn with probabilities in proportion to weights.
+    """Draw category numbers with probabilities proportional to weights.
 
     Args:
-        key: int64, shape (2,); one key for each draw.
-        weights: not negative, shape (..., categories); without replacement at least `num_samples` of them above 0.
-        num_samples: how many to draw for each row of weights.
-        replacement: whether one may come up again.
+        key: int64, shape (2,); use a new key for each draw.
+        weights: non-negative, shape (..., categories); without replacement at least `num_samples` must be positive.
+        num_samples: draws per row of weights.
+        replacement: whether a category may be drawn again.
 
     Returns:
-        int64, shape (..., num_samples), in the order in which they are drawn.
+        int64, shape (..., num_samples), in the order drawn.
     """
     wide = weights.detach().to(torch.float64)
     if replacement or num_samples == 1:
         below = wide.cumsum(-1).contiguous()
         draws = _unit(bits(key, math.prod(wide.shape[:-1]) * num_samples)).view(*wide.shape[:-1], num_samples)
         return torch.searchsorted(below, draws * below[..., -1:], right=True)
-    waiting = -torch.log(_unit(bits(key, wide.numel()))).view(wide.shape)  # the first to arrive come first
+    waiting = -torch.log(_unit(bits(key, wide.numel()))).view(wide.shape)  # exponential race: the first arrivals win
     return (wide / waiting).topk(num_samples).indices
 
 
 def permutation(key: Tensor, n: int, dtype: torch.dtype = torch.int64) -> Tensor:
-    """The numbers 0 ... n - 1 in random order, shape (n,)."""
+    """Return the numbers 0 ... n - 1 in random order, shape (n,)."""
     return torch.sort(bits(key, n), stable=True).indices.to(dtype)
 
 
 def dropout(
     x: Tensor, p: float, batch: Mapping[str, Any] | None = None, name: str = "", *, training: bool = True
 ) -> Tensor:
-    """Dropout whose mask is a function of (key, name) alone: the same in every layout, and recomputable.
+    """Apply dropout whose mask is a function of (key, name) alone: the same in every layout, and recomputable.
 
-    Without a key, or with `p == 0`, it returns `x` itself: no key means evaluation. `dropout(x, p)` finds both by itself:
-    inside the `apply` of an `af.Layer` the key is the microbatch's, and the name the layer's with the number of the call.
-    In the forward of an `nn.Module` it is torch's dropout, of which `af.from_module` makes a function of the key.
+    Without a key, or with `p == 0`, return `x` itself: no key means evaluation. `dropout(x, p)` finds both on its own: in
+    the `apply` of an `af.Layer` it uses the microbatch's key, and the layer's name with the number of the call. In the
+    forward of an `nn.Module` it is torch's dropout, which `af.from_module` turns into a function of the key.
 
     Args:
         x: any floating-point tensor.
         p: probability of setting an element to zero, in [0, 1).
         batch: the microbatch; its `"key"` is the microbatch's own key (int64, shape (2,)).
-        name: what makes this call differ from any other in the model, usually a path such as `"h.3.mlp"`.
-        training: False drops nothing, whatever the key: `self.training` in a module.
+        name: distinguishes this call from all others in the model, usually a path such as `"h.3.mlp"`.
+        training: False disables dropout regardless of the key: pass `self.training` in a module.
 
     Raises:
-        BatchError: without a batch, where a forward is run again while gradients are computed (`torch.utils.checkpoint`).
+        BatchError: without a batch, if a forward is rerun while gradients are computed (`torch.utils.checkpoint`).
     """
     if not training:
         return x
@@ -244,18 +244,18 @@ def dropout(
 
 @dataclass
 class _Place:
-    """Where `dropout` is called."""
+    """The layer in which `dropout` is called."""
 
     key: Tensor | None
     layer: str
     calls: int = 0
 
     def next_name(self) -> str:
-        """Of this call; the first has the same whenever the layer runs."""
+        """Return a name for this call; numbering restarts whenever the layer runs."""
         if not self.layer:
             raise BatchError(
-                "af.random.dropout(x, p) was called while gradients are computed, where no layer says what its key is "
-                "(torch.utils.checkpoint?); give it the batch and a name: af.random.dropout(x, p, batch, name)"
+                "af.random.dropout(x, p) was called while gradients are computed, when no layer provides its key "
+                "(torch.utils.checkpoint?); pass the batch and a name: af.random.dropout(x, p, batch, name)"
             )
         self.calls += 1
         return f"{self.layer}#{self.calls}"
@@ -266,7 +266,7 @@ _place: ContextVar[_Place | None] = ContextVar("_place", default=None)
 
 @contextmanager
 def drawing(key: Tensor | None, layer: str) -> Iterator[None]:
-    """While a layer runs: what `dropout` without a batch draws from. An empty name refuses it."""
+    """Provide, while a layer runs, the key that `dropout` without a batch uses. An empty name refuses such calls."""
     token = _place.set(_Place(key, layer))
     try:
         yield
@@ -276,10 +276,10 @@ def drawing(key: Tensor | None, layer: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class InitKey:
-    """What `Layer.init` receives: makes tensors whose values depend on (seed, path) alone.
+    """The argument of `Layer.init`: makes tensors whose values depend on (seed, path) alone.
 
-    A path is the layer's name joined with the name given to the call; the same path gives the same values wherever and
-    in whatever order it is asked for.
+    A path is the layer's name joined with the name given to the call; the same path gives the same values regardless of
+    where and in which order it is used.
 
     Example:
         def init(key):
@@ -292,27 +292,27 @@ class InitKey:
     dtype: torch.dtype = torch.float32
 
     def at(self, name: str) -> InitKey:
-        """The key of a sub-tree: `key.at("attn").normal("weight", ...)` equals `key.normal("attn.weight", ...)`."""
+        """Return the key of a sub-tree: `key.at("attn").normal("weight", ...)` is `key.normal("attn.weight", ...)`."""
         return replace(self, path=join(self.path, name))
 
     def zeros(self, name: str, shape: Sequence[int]) -> Tensor:
-        """A tensor of zeros (`name` is taken so that every initialiser is called alike)."""
+        """Return zeros (`name` only keeps the signatures of initialisers alike)."""
         return torch.zeros(tuple(shape), device=self.device, dtype=self.dtype)
 
     def ones(self, name: str, shape: Sequence[int]) -> Tensor:
-        """A tensor of ones (`name` is taken so that every initialiser is called alike)."""
+        """Return ones (`name` only keeps the signatures of initialisers alike)."""
         return torch.ones(tuple(shape), device=self.device, dtype=self.dtype)
 
     def normal(self, name: str, shape: Sequence[int], std: float = 1.0, mean: float = 0.0) -> Tensor:
-        """Normal values by Box-Muller, computed in fp64 and rounded once."""
+        """Return normal values by Box-Muller, computed in fp64 and rounded once."""
         return self._fill(name, shape, lambda key, count, start: _normal(key, count, start, mean, std))
 
     def uniform(self, name: str, shape: Sequence[int], low: float = 0.0, high: float = 1.0) -> Tensor:
-        """Uniform values in (low, high), computed in fp64 and rounded once."""
+        """Return uniform values in (low, high), computed in fp64 and rounded once."""
         return self._fill(name, shape, lambda key, count, start: low + (high - low) * _unit(bits(key, count, start)))
 
     def generator(self, name: str) -> torch.Generator:
-        """A CPU generator seeded from (seed, path), for initialisers that only know generators."""
+        """Return a CPU generator seeded from (seed, path), for initialisers that need one."""
         low, high = _words("init", self.seed, join(self.path, name))
         return torch.Generator().manual_seed(low | (high << 31))
 
@@ -328,11 +328,11 @@ class InitKey:
 
 
 def _unit(hashed: Tensor) -> Tensor:
-    """Map 32-bit integers to fp64 in (0, 1), ends excluded."""
+    """Map 32-bit integers to fp64 in the open interval (0, 1)."""
     return (hashed.to(torch.float64) + 0.5) * 2.0**-32
 
 
 def _normal(key: Tensor, count: int, start: int, mean: float, std: float) -> Tensor:
-    """Normal values by Box-Muller, in fp64."""
+    """Return normal values by Box-Muller, in fp64."""
     first, second = map(_unit, _two_bits(key, count, start))
     return mean + std * torch.sqrt(-2.0 * torch.log(first)) * torch.cos(2.0 * math.pi * second)

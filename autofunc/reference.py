@@ -25,23 +25,23 @@ def reference_value_and_grad(
     has_state: bool = False,
     batch_dims: BatchDims = None,
 ) -> Callable[..., tuple[Any, TensorDict]]:
-    """The loss and gradients of a model by a loop over microbatches.
+    """Return a function that computes loss and gradients by a loop over microbatches.
 
-    Each microbatch's loss sum has cotangent 1; gradients are added in microbatch order, in fp32 for parameters of lower
-    precision; a tied parameter is one leaf per holder, and its holders are summed in path order; everything is divided
-    by the total weight at the end.
+    Each microbatch's loss sum has cotangent 1. Gradients are added in microbatch order, in fp32 for parameters of lower
+    precision. A tied parameter is one leaf per holder, and its holders are summed in path order. At the end everything is
+    divided by the total weight.
 
     Args:
         model: the whole model.
         loss: see `autofunc.losses`; None uses the output's own loss.
-        num_microbatches: how many pieces the batch is cut into.
+        num_microbatches: number of pieces to cut the batch into.
         has_aux: also return the combined auxiliary outputs.
         has_state: also take and return the state of layers, see `af.value_and_grad`.
         batch_dims: see `af.pipeline`.
 
     Returns:
-        `f(params, batch, key=None, state=None) -> (loss, grads)`; in the place of `loss` `(loss, aux)` with `has_aux`,
-        `(loss, state)` with `has_state`, `(loss, aux, state)` with both.
+        `f(params, batch, key=None, state=None) -> (loss, grads)`; `loss` becomes `(loss, aux)` with `has_aux`,
+        `(loss, state)` with `has_state`, and `(loss, aux, state)` with both.
     """
 
     def value_and_grad(

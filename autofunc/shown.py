@@ -1,7 +1,7 @@
-"""Text from outside, as it may be shown: names, paths and values that act on no terminal, page or picture.
+"""Foreign text made safe to show: names, paths and values that cannot affect a terminal, page or picture.
 
-Whatever is no visible character is written as an escape: control codes, what turns the direction of writing, halves of
-characters that are none in UTF-8. Whatever is long is shortened in its middle.
+Invisible characters become escapes: control codes, changes of writing direction, lone surrogates. Long text is shortened in
+the middle.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 _MOST_CHARACTERS = 200
 _MOST_DIGITS = 40
-_MOST_LINES, _MOST_LETTERS = 8, 700  # of a text of others
+_MOST_LINES, _MOST_LETTERS = 8, 700  # of foreign text
 
 
 def printable(text: str, keep: str = "") -> str:
-    """All of a text; of what cannot be seen only the characters in `keep` stay.
+    """Escape invisible characters of a text, except those in `keep`.
 
     >>> printable("\\x1b[31m<b>\\n")
     '\\\\x1b[31m<b>\\\\n'
@@ -31,7 +31,7 @@ def printable(text: str, keep: str = "") -> str:
 
 
 def shown(name: object, most: int = _MOST_CHARACTERS) -> str:
-    """A name, a path, or what else is one line: printable, and of at most so many characters."""
+    """Return a name, path or other one-line text, printable and limited in length."""
     text = str(name)
     if len(text) > most:
         text = f"{text[: most // 2]}...{text[len(text) - most // 3 :]}"
@@ -39,17 +39,17 @@ def shown(name: object, most: int = _MOST_CHARACTERS) -> str:
 
 
 def quoted(value: object) -> str:
-    """What `repr` gives, but for what is long: printable, and a few lines at most."""
+    """Return `repr`, printable and shortened to a few lines."""
     return printable(_SHORT.repr(value))
 
 
 def reason(error: BaseException) -> str:
-    """What an error of another library says, in messages: its first lines."""
+    """Return the first lines of a foreign error's message."""
     return beginning(str(error))
 
 
 def beginning(text: str) -> str:
-    """A text of others, in messages: its first lines, and how many it has where they are too many, or too long."""
+    """Return the first lines of a foreign text, and its number of lines if some are left out."""
     text = text.strip()
     lines = text.splitlines()
     kept = "\n".join(lines[:_MOST_LINES])[:_MOST_LETTERS]
@@ -59,14 +59,14 @@ def beginning(text: str) -> str:
 
 
 def literal(text: str) -> Text:
-    """A text for rich, which would read markup and emoji in it."""
+    """Return a text that rich prints as it is, without interpreting markup and emoji."""
     from rich.text import Text
 
     return Text(printable(text, keep="\n"))
 
 
 def size_in_words(num_bytes: int) -> str:
-    """A size, as people read it.
+    """Return a size for people.
 
     >>> size_in_words(3 << 19)
     '1.5 MiB'
@@ -82,7 +82,7 @@ def _escape(character: str) -> str:
 
 
 class _Short(reprlib.Repr):
-    """Of containers the first few, of texts the two ends."""
+    """Shortens containers to their first few items, and texts to both ends."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ class _Short(reprlib.Repr):
         self.maxlevel, self.maxdict, self.maxlist, self.maxtuple, self.maxset = 3, 4, 4, 4, 4
 
     def repr_int(self, number: int, _level: int) -> str:
-        """All digits of a large number would take long, and Python refuses them."""
+        """Abbreviate large numbers: printing all digits would be slow, and Python refuses to."""
         bits = number.bit_length()
         return repr(number) if bits < 3 * _MOST_DIGITS else f"{'-' * (number < 0)}2**{bits - 1} or more"
 
@@ -99,7 +99,7 @@ _SHORT = _Short()
 
 
 def in_ranges(numbers: Sequence[int]) -> str:
-    """Ascending numbers, in brief.
+    """Abbreviate ascending numbers.
 
     >>> in_ranges([0, 1, 2, 3, 7])
     '0-3, 7'

@@ -1,8 +1,8 @@
-"""How activations are spread over the processes that compute a stage together, and rows over those that run it besides.
+"""How activations are spread over processes that compute a stage together, and rows over those that run it in parallel.
 
-On one process nothing is done. While a stage that several processes compute together, or run on other rows each, runs or is
-captured, the engine puts a `Spread`, a `DataSum` and an `ExpertExchange` in charge. A model says by `af.constrain` how its
-values lie, and the `Spread` moves them. The values themselves never change, only where they lie.
+On one process this is a no-op. While a stage runs or is captured on several, the engine installs a `Spread`, a `DataSum`
+and an `ExpertExchange`. A model declares by `af.constrain` how its values are placed, and the `Spread` moves them. Moving
+changes where values are, never what they are.
 """
 
 from __future__ import annotations
@@ -21,74 +21,74 @@ from autofunc.errors import ModelError
 T = TypeVar("T")
 
 SEQUENCE_DIM = 1
-"""The dim of (rows, tokens, features) that "sequence" means."""
+"""The dim of (rows, tokens, features) that "sequence" refers to."""
 
 
 class Spread(Protocol):
-    """Who moves values between the processes that compute a stage together."""
+    """Moves values between the processes that compute a stage together."""
 
     def constrain(self, x: Tensor, placement: str) -> Tensor:
         """See `constrain`."""
         ...
 
     def cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor | None:
-        """The summed cross-entropy of logits that are spread over the vocabulary; None when these are not."""
+        """Return the summed cross-entropy of logits cut along the vocabulary; None if they are not cut."""
         ...
 
 
 class DataSum(Protocol):
-    """Who sums values over the processes that run the same stage on other rows."""
+    """Sums values over the processes that run the same stage on other rows."""
 
     @property
     def size(self) -> int:
-        """How many these are."""
+        """Number of these processes."""
         ...
 
     @property
     def fingerprint(self) -> Hashable:
-        """Equal where these are the same."""
+        """Equal if the processes are the same."""
         ...
 
     def sum(self, x: Tensor) -> Tensor:
-        """The sum of everyone's value for the same microbatch; differentiable."""
+        """Sum all processes' values for the same microbatch; differentiable."""
         ...
 
 
 class ExpertExchange(Protocol):
-    """Who sends rows between the processes that share the experts of a layer, each of which has other rows.
+    """Sends rows between the processes that share a layer's experts, each of which has different rows.
 
-    With E experts, `size` processes and S rows on each: process r has the experts from `r * E / size` on.
+    With E experts, `size` processes and S rows on each, process r holds the E / size experts from `r * E / size`.
     """
 
     @property
     def size(self) -> int:
-        """How many processes these are."""
+        """Number of these processes."""
         ...
 
     @property
     def fingerprint(self) -> Hashable:
-        """Equal where these are the same."""
+        """Equal if the processes are the same."""
         ...
 
     def counts(self, own: Tensor) -> Tensor:
-        """Everyone's numbers of rows for each expert: int64 (E,) -> (size, E)."""
+        """Gather all processes' row counts per expert: int64 (E,) -> (size, E)."""
         ...
 
     def dispatch(self, rows: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-        """Send rows, (S, width), sorted by expert, to those who have the experts; differentiable.
+        """Send rows, (S, width), sorted by expert, to the processes that hold the experts; differentiable.
 
         Returns:
-            (size * S, width): what came for this process's experts, by expert, then by who sent it, then zeros; and how
-            many there are for each, int64 (E / size,).
+            (size * S, width): the received rows, sorted by expert, then by sender, followed by zeros; and the number of
+            rows per local expert, int64 (E / size,).
         """
         ...
 
     def combine(self, made: Tensor, counts: Tensor, rows: int) -> Tensor:
-        """The opposite: what was made of the rows that came, (size * S, any), to who sent them, (S, any), in order."""
+        """Reverse `dispatch`: return computed rows, (size * S, any), to their senders, (S, any), in the original order."""
         ...
 
     def sum(self, x: Tensor) -> Tensor:
-        """The sum of everyone's value for the same microbatch; differentiable."""
+        """Sum all processes' values for the same microbatch; differentiable."""
         ...
 
 
@@ -106,7 +106,7 @@ def _in_charge(of: ContextVar[T], who: T) -> Iterator[None]:
 
 
 def summing(data: DataSum | None) -> AbstractContextManager[None]:
-    """Put it in charge; None where all rows are this process's."""
+    """Install it for this context; None if all rows are this process's."""
     return _in_charge(_data, data)
 
 

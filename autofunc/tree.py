@@ -91,12 +91,12 @@ def to_tensordict(flat: Mapping[str, torch.Tensor]) -> TensorDict:
 
 
 def matches(path: str, patterns: Iterable[str]) -> bool:
-    """Whether a path matches one of the shell-style patterns; here `*` crosses dots (`lm_head*`, `*.bias`)."""
+    """Return whether a path matches a shell-style pattern; `*` crosses dots (`lm_head*`, `*.bias`)."""
     return any(fnmatchcase(path, pattern) for pattern in patterns)
 
 
 def leaves_and_spec(tree: Any) -> tuple[list[Any], TreeSpec]:
-    """Flatten a pytree (tuples, lists, dicts, dataclasses registered with torch) into its leaves and its shape."""
+    """Flatten a pytree (tuples, lists, dicts, dataclasses registered with torch) into its leaves and its structure."""
     return _pytree.tree_flatten(tree)
 
 
@@ -111,9 +111,9 @@ def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:
 
 
 def with_known_classes(tree: Any) -> Any:
-    """The tree itself; from here on dataclasses and other objects that hold tensors count as nodes, not as leaves.
+    """Return the tree; afterwards dataclasses and other objects in it that hold tensors count as nodes, not leaves.
 
-    The children of an object are its attributes, in the order in which they were set.
+    An object's children are its attributes, in the order they were set.
     """
     for part in _pytree.tree_leaves(tree):
         if isinstance(part, (type, torch.Tensor)):
@@ -128,7 +128,7 @@ def with_known_classes(tree: Any) -> Any:
 
 
 def _register_object(cls: type) -> None:
-    """Make a class of objects with attributes known to torch."""
+    """Register a class of objects with attributes as a pytree node."""
 
     def flatten(value: Any) -> tuple[list[Any], list[str]]:
         return list(vars(value).values()), list(vars(value))
@@ -147,10 +147,10 @@ def _register_object(cls: type) -> None:
 
 
 def leaf_names(tree: Any, root: str) -> list[str]:
-    """A readable name for every leaf of a pytree, in leaf order: `x` for a bare tensor, else `x.hidden`, `x.0`, ..."""
+    """Return a readable name for every leaf, in leaf order: `x` for a bare tensor, else `x.hidden`, `x.0`, ..."""
     try:
         return [join(root, *(_key_text(key) for key in path)) for path, _ in _pytree.tree_leaves_with_path(tree)]
-    except ValueError:  # of a class that was made known without names for its children
+    except ValueError:  # the class is registered without names for its children
         return [join(root, str(number)) for number in range(len(_pytree.tree_leaves(tree)))]
 
 

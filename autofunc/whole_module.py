@@ -234,7 +234,7 @@ def _of_stages(
 
 
 def close(one: Tensor, other: Tensor) -> bool:
-    """Return whether two tensors match up to rounding: 0.3 times the root of the dtype's eps, relative to the largest value."""
+    """Return whether two tensors match up to 0.3 times the root of the dtype's eps, relative to the largest value."""
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
     if not one.numel():
