@@ -1,4 +1,4 @@
-"""Whether stages, a schedule and a mesh go together."""
+"""Check that stages, a schedule and a mesh fit together."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from autofunc.splitting import Stage, check_whole
 
 
 def check_compatible(stages: Sequence[Stage], schedule: Schedule, mesh: DeviceMesh | None) -> None:
-    """Refuse what cannot be one pipeline.
+    """Refuse stages, a schedule and a mesh that cannot form a pipeline.
 
     Args:
         stages: of one model.
@@ -22,11 +22,11 @@ def check_compatible(stages: Sequence[Stage], schedule: Schedule, mesh: DeviceMe
         mesh: None for one process.
 
     Raises:
-        ScheduleError: when the schedule is invalid, does not fit the number of stages, or runs forwards in another order
-            than that of the microbatches where layers keep state.
-        SplitError: when the stages are not all of one model, in order.
-        ModelError: when layers keep state, and tensor parallel ranks run them.
-        MeshError: when the mesh has other axes than autofunc knows, or another number of pp ranks than the schedule.
+        ScheduleError: if the schedule is invalid, has a different number of stages, or reorders the forwards of a stage
+            while layers keep state.
+        SplitError: if the stages are not all stages of one model, in order.
+        ModelError: if layers keep state and tensor parallel ranks would cut them.
+        MeshError: if the mesh has an unknown axis, or another number of pp ranks than the schedule.
     """
     if len(stages) != schedule.num_stages:
         raise ScheduleError(
@@ -52,11 +52,11 @@ def _check_keeps_state(model: Model, schedule: Schedule, mesh: DeviceMesh | None
     path = next(iter(model.state_spec))
     if not schedule.forwards_in_order:
         raise ScheduleError(
-            f"schedule {schedule.name} does not run the forwards of a stage in the order of the microbatches, and "
-            f"{model.title} keeps state ({path}, ...) from one to the next; all named schedules run them in order"
+            f"schedule {schedule.name} does not run a stage's forwards in microbatch order, but "
+            f"{model.title} keeps state ({path}, ...) between them; all named schedules run forwards in order"
         )
     if axis_size(mesh, "tp") > 1:
         raise ModelError(
-            f"{model.title} keeps state ({path}, ...), and its layers would be cut over {axis_size(mesh, 'tp')} tp ranks; "
+            f"{model.title} keeps state ({path}, ...), but its layers would be cut over {axis_size(mesh, 'tp')} tp ranks; "
             "use tp=1, or layers without state"
         )

@@ -1,4 +1,4 @@
-"""What a captured forward decided on its example is checked on every batch: an operator that stops the step otherwise."""
+"""A check on every batch that a captured forward's decisions are those of its example: an operator that stops the step."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def _compare(found: Tensor, kind: str, value: int, line: str) -> None:
     now, then = read(found.detach()), bool(value) if kind == "bool" else value
     if now != then:
         raise BatchError(
-            f"a captured forward goes one way, and this microbatch would go another: {line} reads {now}, and on the "
-            f"example batch it was {then}. Give an example that goes as all batches do, or {_INSTEAD[kind]}"
+            f"a captured forward takes one branch, and this microbatch would take another: {line} reads {now}, and on "
+            f"the example batch it was {then}. Give an example that takes the branch of all batches, or {_INSTEAD[kind]}"
         )
 
 
@@ -39,21 +39,21 @@ _READ: dict[str, Any] = {"bool": bool, "int": int, "count": lambda found: int(fo
 
 
 def decided(found: Tensor, kind: str, value: int, line: str) -> None:
-    """Go on only where a tensor has the value that was seen on the example. On an accelerator the host waits for it.
+    """Stop the step unless a tensor has the value it had on the example. On an accelerator the host waits for it.
 
     Args:
-        found: of one element; of "count", of any shape.
-        kind: what is made of it: "bool", "int", or "count", how many elements are true. Any other is for a graph that is
+        found: of one element; for "count" of any shape.
+        kind: how it is read: "bool", "int", or "count", the number of true elements. Other kinds are for graphs that are
             not run.
-        value: of the example.
-        line: the user's, that reads it.
+        value: on the example.
+        line: the user's line that reads it.
 
     Raises:
-        BatchError: when it has another.
+        BatchError: if the value differs.
     """
     torch.ops.autofunc.decided(found.detach(), kind, value, line)
 
 
 def is_check(node: fx.Node) -> bool:
-    """Whether a node of a graph is such a check, which runs though nothing reads it."""
+    """Return whether a graph's node is such a check, which must run although nothing reads it."""
     return node.op == "call_function" and node.target is torch.ops.autofunc.decided.default

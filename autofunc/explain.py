@@ -11,12 +11,12 @@ from autofunc.splitting import Boundaries, Stage, parameter_count
 
 
 def explain(stages: Sequence[Stage], schedule: Schedule, boundaries: Boundaries | None = None, colour: bool = False) -> str:
-    """Stages with their ranks, layers and parameters, what crosses between them, where weights come from; the schedule.
+    """Describe stages with their ranks, layers and parameters, the values that cross, the origin of weights, the schedule.
 
     Args:
         stages: all stages.
         schedule: in compute form.
-        boundaries: what crosses, once a batch has been seen.
+        boundaries: values between stages, once a batch has been seen.
         colour: paint the picture with ANSI colours.
     """
     model = stages[0].model
@@ -48,7 +48,7 @@ def explain(stages: Sequence[Stage], schedule: Schedule, boundaries: Boundaries 
 
 
 def _origin(model: Model) -> str:
-    """Where `init` takes values from."""
+    """Describe where `init` takes values from."""
     own = {path: model.has_own_value(path) for path in map(model.canonical, model.spec)}
     seeded = [path for path, has_value in own.items() if not has_value]
     if len(seeded) == len(own):

@@ -1,4 +1,4 @@
-"""What a process holds of the trees of a pipeline: made, placed, gathered, and gradients clipped."""
+"""A process's part of a pipeline's trees: make, place and gather them, and clip gradients."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from autofunc.splitting import Stage
 
 
 class Held:
-    """The part of a pipeline that knows which parameters and which state its process holds; it holds none itself.
+    """Knows which parameters and state this process holds; stores none itself.
 
     Args:
         stages: all of them.
         schedule: which rank has which stage.
         mesh: see `af.pipeline`.
         sharding: see `af.pipeline`.
-        parameters: of another pipeline on the same stages; None makes them.
+        parameters: of another pipeline on the same stages, to share; None creates them.
     """
 
     def __init__(
@@ -56,29 +56,29 @@ class Held:
     def init(
         self, seed: int | None = None, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> TensorDict:  # fmt: skip
-        """The initial parameters of this process's ranks: the same values in every layout.
+        """Return the initial parameters of this process's ranks: the same values in every layout.
 
-        A captured module's own weights, and stored ones, are copied; others are made from the seed. `explain` says which.
+        A captured module's own weights and stored weights are copied; others are made from the seed. `explain` tells which.
 
         Args:
-            seed: of the weights; by default 0. A `UserWarning` says so when the model has all of its own, and the seed is
-                not used.
-            device: where they are made and live; by default the mesh's device; without a mesh that of a captured
+            seed: of the weights; 0 by default. A `UserWarning` reports a seed that has no effect because the model brings
+                all its weights.
+            device: of the parameters; by default the mesh's device; without a mesh that of a captured
                 module, or the CPU.
-            dtype: of the weights; by default fp32, or what a module's own weights have.
+            dtype: of the weights; by default fp32, or that of a module's own weights.
 
         Returns:
-            A tree by canonical path; DTensors where parameters are sharded.
+            A tree by canonical path; DTensors if parameters are sharded.
         """
         device = self._device({}) if device is None else device
         made_from = self._model.seed_of(seed, device)
-        with torch.inference_mode(False):  # and not as a decorator, whose frame a warning would name as the caller's
+        with torch.inference_mode(False):  # not a decorator: warnings would name its frame as the caller's
             made = self._parameters.make(lambda paths: self._model.init_paths(paths, made_from, device, dtype))
             return tree.to_tensordict(made)
 
     @torch.inference_mode(False)
     def blank(self, dtypes: Mapping[str, torch.dtype], device: torch.device | str | None = None) -> TensorDict:
-        """Parameters of this process's ranks without values, to read some into.
+        """Return uninitialised parameters of this process's ranks, to read values into.
 
         Args:
             dtypes: by canonical path, of all parameters.
@@ -93,40 +93,40 @@ class Held:
 
     @torch.inference_mode(False)
     def init_state(self, device: torch.device | str | None = None) -> TensorDict:
-        """The state that this process's layers begin with, see `Model.init_state`; empty where none keeps any.
+        """Return the initial state of this process's layers, see `Model.init_state`; empty if none keeps state.
 
-        `gather` gives the state of all layers, and `place_state` is its opposite.
+        `gather` collects the state of all layers, and `place_state` is its inverse.
 
         Args:
-            device: where it is made; by default as for `init`.
+            device: of the state; by default as for `init`.
         """
         device = self._device({}) if device is None else device
         return tree.to_tensordict(self._model.init_state_paths(self._state_spec, device))
 
     @torch.inference_mode(False)
     def empty_state(self, device: torch.device | str) -> TensorDict:
-        """Zeros in the place of this process's state: what caches begin with."""
+        """Return zeros with the shapes of this process's state, as caches start."""
         return tree.to_tensordict({path: torch.zeros_like(leaf, device=device) for path, leaf in self._state_spec.items()})
 
     def device_of(self, params: tree.Nested) -> torch.device:
-        """Where this process computes with these parameters of its ranks."""
+        """Return the device on which this process computes with these parameters."""
         return self._device(tree.flatten(params))
 
     @torch.inference_mode(False)
     def place_state(self, full_state: tree.Nested) -> TensorDict:
-        """A copy of this process's part of a full tree of state.
+        """Return a copy of this process's part of a full state tree.
 
         Raises:
-            ModelError: when a path is missing, or has another shape or dtype.
+            ModelError: if a path is missing, or has another shape or dtype.
         """
         return tree.to_tensordict({path: leaf.clone() for path, leaf in self._checked(full_state).items()})
 
     @torch.inference_mode(False)
     def place(self, full_params: tree.Nested) -> TensorDict:
-        """A copy of this process's part of a full tree of parameters (or of any tree with the same paths).
+        """Return a copy of this process's part of a full parameter tree (or of any tree with the same paths).
 
         Raises:
-            ModelError: when a path is missing.
+            ModelError: if a path is missing.
         """
         flat = tree.flatten(full_params)
         return tree.to_tensordict(
@@ -135,7 +135,7 @@ class Held:
 
     @torch.inference_mode(False)
     def gather(self, params: tree.Nested) -> TensorDict:
-        """A copy of the full tree, on every process, from each process's part of parameters or gradients.
+        """Return a copy of the full tree, on every process, from all processes' parts of parameters or gradients.
 
         Every process calls it.
         """
@@ -146,9 +146,9 @@ class Held:
 
     @torch.inference_mode(False)
     def collect(self, params: tree.Nested) -> TensorDict:
-        """A copy of the full tree for the first process alone, on its host; the others get an empty one.
+        """Return a copy of the full tree on the first process's host; other processes get an empty tree.
 
-        To write it: no device holds more of it than one tensor beside its own part. Every process calls it.
+        Use it to write the tree: besides its own part, no device holds more than one tensor. Every process calls it.
         """
         flat = tree.flatten(params)
 
@@ -165,7 +165,7 @@ class Held:
         return tree.to_tensordict(collect_tree(layouts, whole, self._ranks, self._group, self._device(flat)))
 
     def global_norm(self, grads: tree.Nested) -> Tensor:
-        """The 2-norm of all gradients of the model: 0-dim fp32, the same on every process; a tied one counts once.
+        """Return the 2-norm of all gradients of the model: 0-dim fp32, equal on every process; tied ones count once.
 
         Every process calls it.
         """
@@ -175,15 +175,15 @@ class Held:
 
     @torch.inference_mode(False)
     def clip(self, grads: tree.Nested, max_norm: float) -> tuple[TensorDict, Tensor]:
-        """Scale gradients so that their global norm is at most `max_norm`; returns them and the norm before.
+        """Scale gradients so that their global norm is at most `max_norm`; return them and the norm before.
 
-        Every process calls it. Nothing waits for the norm on the host.
+        Every process calls it. The host does not wait for the norm.
         """
         norm = self.global_norm(grads)
         return self.scaled(grads, norm, max_norm), norm
 
     def scaled(self, grads: tree.Nested, norm: Tensor, max_norm: float) -> TensorDict:
-        """Gradients of a known `global_norm`, scaled so that it is at most `max_norm`."""
+        """Scale gradients with a known `global_norm` so that it is at most `max_norm`."""
         return tree.to_tensordict(clip_by_norm(tree.flatten(grads), norm, max_norm))
 
     @property
@@ -192,17 +192,17 @@ class Held:
 
     @cached_property
     def _owned(self) -> set[str]:
-        """Paths of the parameters that no pp rank before this process's holds."""
+        """Paths of parameters that no earlier pp rank holds."""
         first = min(self.local_ranks)
         before = (stage for stage in self.stages if self.schedule.placement[stage.index] < first)
         return set(self._parameters.paths).difference(*(stage.paths for stage in before))
 
     def _checked(self, state: tree.Nested | None) -> dict[str, Tensor]:
-        """The state of this process's ranks, flat."""
+        """Return the state of this process's ranks, flat, after checking it."""
         spec = self._state_spec
         if state is None and spec:
             raise ModelError(
-                f"{self._model.title} keeps state ({some_of(spec)}): give state=pipe.init_state(), or what the last step "
+                f"{self._model.title} keeps state ({some_of(spec)}): pass state=pipe.init_state(), or what the last step "
                 "returned"
             )
         flat = {} if state is None else tree.flatten(state)
@@ -211,7 +211,7 @@ class Held:
 
     @cached_property
     def _state_spec(self) -> dict[str, Tensor]:
-        """Of this process's ranks."""
+        """Shapes and dtypes of this process's state."""
         own = {path for stage in self._local_stages for path in stage.states}
         return {path: leaf for path, leaf in self._model.state_spec.items() if path in own}
 
@@ -220,7 +220,7 @@ class Held:
         return self.mesh.get_group("pp") if self.mesh is not None else None
 
     def _device(self, leaves: Mapping[str, Any]) -> torch.device:
-        """The mesh's; without one that of the first tensor, or the model's."""
+        """Return the mesh's device; without a mesh that of the first tensor, or the model's."""
         if self.mesh is not None and self.mesh.device_type != "cpu":
             return torch.device(self.mesh.device_type, torch.accelerator.current_device_index())
         given = (leaf for leaf in tree.leaves_and_spec(leaves)[0] if isinstance(leaf, Tensor) and not leaf.is_meta)

@@ -1,4 +1,4 @@
-"""A bar on the terminal for what takes more than two seconds, shown by the first process alone."""
+"""Progress bars for work over two seconds, shown by the first process only."""
 
 from __future__ import annotations
 
@@ -13,38 +13,38 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from autofunc.shown import literal, shown
 
 CONSOLE = Console(stderr=True)
-"""What shows that something goes on: bars and lines of one console stand below each other."""
+"""The live display shared by all bars: bars and lines of one console stack."""
 
 _SECONDS_UNSEEN = 2.0
 _SECONDS_BETWEEN_LINES = 10.0
 
 
 def _is_shown() -> bool:
-    """Whether this process is the first of a run, or the only one: known before there is a process group."""
+    """Return whether this process is the first, or the only one; known before a process group exists."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def say(text: str) -> None:
-    """A line on the error output, of the first process."""
+    """Print a line to stderr, from the first process."""
     if _is_shown():
         CONSOLE.print(literal(text), soft_wrap=True)
 
 
 def note(text: str) -> None:
-    """A line on the error output about what is no error, of the first process."""
+    """Print a note to stderr, from the first process."""
     say(f"note: {text}")
 
 
 @contextmanager
 def counting(what: str, unit: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
-    """Show how far something is: a bar on a terminal, a line now and then in a log.
+    """Show progress: a bar on a terminal, occasional lines in a log.
 
-    Yields what is called with how much more is done.
+    Yields a function to call with the amount of finished work.
 
     Args:
-        what: is done, such as "tokenising data.jsonl".
-        unit: what is counted, such as "rows".
-        total: of them; None where that is not known.
+        what: is being done, such as "tokenising data.jsonl".
+        unit: of the count, such as "rows".
+        total: count at the end; None if unknown.
     """
     began = last_line = time.monotonic()
     done = 0

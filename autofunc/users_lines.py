@@ -1,4 +1,4 @@
-"""The lines of a traceback that are the user's, which are shown in the place of all of them unless `AUTOFUNC_DEBUG=1`."""
+"""The user's lines of a traceback, shown instead of the whole unless `AUTOFUNC_DEBUG` asks for it."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ HINT = f"(the whole traceback: {DEBUG}={WHOLE})"
 
 
 def words_of(environment: Mapping[str, str]) -> frozenset[str]:
-    """What AUTOFUNC_DEBUG says, word by word; whether they mean anything is for whoever reads them."""
+    """Return the words in AUTOFUNC_DEBUG, unchecked."""
     return frozenset(word.strip() for word in environment.get(DEBUG, "").split(",")) - {"", "0"}
 
 
 def wants_whole() -> bool:
-    """Whether whole tracebacks are asked for."""
+    """Return whether whole tracebacks are wanted."""
     return WHOLE in words_of(os.environ)
 
 
 def line_of_user(file: str, line: int | None, name: str, code: str) -> str:
-    """One of them, as it is shown."""
+    """Format a line."""
     return f"  {file}, line {line}, in {name}: {code.strip()}"
 
 
 def users_lines(error: BaseException) -> list[str]:
-    """Those that led to an error, and then those that led to the first of what it was raised from."""
+    """Return the lines that led to an error, then those that led to the first error in its chain."""
     first = error
     while first.__cause__ is not None:
         first = first.__cause__
@@ -42,7 +42,7 @@ def users_lines(error: BaseException) -> list[str]:
 
 
 def in_notebook(error: BaseException, message: str) -> list[str]:
-    """The lines that a notebook shows of an error made for people."""
+    """Return the lines that a notebook shows of an error meant for people."""
     if wants_whole():
         return "".join(traceback.format_exception(error)).splitlines()
     own = users_lines(error)

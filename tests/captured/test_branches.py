@@ -292,7 +292,7 @@ def test_a_check_says_where_it_decides() -> None:
 def test_a_check_says_which_part_goes_otherwise() -> None:
     report = af.check(Deciding(lambda self, h, ids: h if (ids == 7).any() else -h), batch() | _changed("ids", (0, 0), 7))
     (cuts,) = [each for each in report.verdicts if each.code == "P1"]
-    assert cuts.status == "fail" and "on a part of the batch: a captured forward goes one way" in cuts.message, report
+    assert cuts.status == "fail" and "on a part of the batch: a captured forward takes one branch" in cuts.message, report
 
 
 def test_one_line_on_several_ways() -> None:
