@@ -96,7 +96,7 @@ def _cause(failure: Any) -> str:
     if failure.exitcode < 0:
         return f"killed by {signal.Signals(-failure.exitcode).name}"
     known = " (128 + SIGKILL: often for want of memory)" if failure.exitcode == 128 + signal.SIGKILL else ""
-    return f"it exited with code {failure.exitcode}{known} and without an exception, as after os._exit"
+    return f"it ended with exit code {failure.exitcode}{known} and without an exception, as after os._exit"
 
 
 def brief(traceback: str) -> str:

@@ -109,7 +109,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *wo
         ),
         (
             ["--distributed.dp_size", "4", "--distributed.dp_replicate_size", "2", "--distributed.strategy", "ddp"],
-            "dp_replicate_size=2 with strategy ddp, where all 4 data parallel ranks hold all parameters",
+            "dp_replicate_size=2 with strategy ddp, under which all 4 data parallel ranks hold all parameters",
         ),
         (["--distributed.offload_policy", "cpu", "--distributed.strategy", "ddp"], "offload_policy needs strategy: fsdp2"),
         (["--distributed.mp_policy.param_dtype", "float16"], "float16 would need loss scaling, which is not supported"),
@@ -187,7 +187,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *wo
             ["distributed.compile=true", "distributed.engine=eager"],
             'distributed: compile=True compiles captured stages, so it needs engine="graph"',
         ),
-        (["distributed.schedule=aut"], "or auto, which searches for one"),
+        (["distributed.schedule=aut"], "or auto, which searches for a schedule"),
         (
             ["distributed.schedule=auto", "--distributed.split_points", "[h.0, h.1]"],
             "with schedule auto needs a multiple of 2 stages, such as 2 or 4, but split_points=['h.0', 'h.1'] gives 3",

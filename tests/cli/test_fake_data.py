@@ -32,7 +32,7 @@ GPT2 = "{_target_: stages.gpt2.build_gpt2_model, vocab_size: 16, n_positions: 12
     [
         (GPT2, "seq_len: 5, path: nowhere", "5 tokens (dataset seq_len), with ids below 16 (the model's vocab_size)"),
         (GPT2, "path_or_dataset: no/such_dataset", "12 tokens (the model's n_positions), with ids below 16"),
-        ("{_target_: net.py:Bare}", "max_length: 7", "7 tokens (dataset max_length), with ids below 2 (for the model does"),
+        ("{_target_: net.py:Bare}", "max_length: 7", "7 tokens (dataset max_length), with ids below 2 (the model does"),
         ("{_target_: net.py:Bare}", "x: 1", "1024 tokens (assumed; dataset.seq_len sets it), with ids below 2"),
         (
             "{_target_: net.py:Configured, vocab_size: 9, max_position_embeddings: 4096}", "x: 1",

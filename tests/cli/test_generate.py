@@ -59,7 +59,7 @@ def test_what_is_drawn(trained: Path) -> None:
 
 def test_weights_that_are_not_trained(trained: Path) -> None:
     done = run_here(trained, "generate", "-c", "cfg.yaml", *PROMPTS)
-    assert done.status == 0 and "weights that training begins with" in done.err and "note" not in done.out
+    assert done.status == 0 and "using the initial weights" in done.err and "note" not in done.out
 
 
 def test_refused(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,7 +82,7 @@ def test_refused(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (("--model", "nowhere/at/all", *PROMPTS), "; no model is cached"),
         ((*folder, *PROMPTS, "--step_scheduler.max_steps", "2"), "takes no keys of a configuration"),
         (("-c", "cfg.yaml", *ROWS_WITHOUT, *PROMPTS),
-         "has none as its attribute tokenizer: give --tokenizer"),
+         "has no attribute tokenizer: give --tokenizer"),
     ]  # fmt: skip
     for words, said in cases:
         done = run_here(trained, "generate", *words)

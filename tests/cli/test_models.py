@@ -298,7 +298,7 @@ def test_labels_are_not_shifted_twice(folder: Path) -> None:
         f"n_embd: 16, n_head: 2, vocab_size: 256, n_positions: 16, bos_token_id: 1, eos_token_id: 1}}\n{RUN}"
     )
     error = autofunc(folder, "plan", "-c", "hf.yaml", "--dataset.aligned_labels", "true", status=2)
-    assert "shifts labels by one" in error and "aligned_labels: false" in error
+    assert "shifts the labels itself" in error and "aligned_labels: false" in error
     assert "no loss_fn: the loss is the model's own" in autofunc(folder, "plan", "-c", "hf.yaml")
     causal = ["--loss_fn._target_", "autofunc.losses.causal_lm", "--dataset.aligned_labels", "true"]
     assert "split_points" in autofunc(folder, "plan", "-c", "hf.yaml", *causal)

@@ -48,7 +48,7 @@ def test_one_rank_has_nothing_to_search_for(folder: Path) -> None:
     words = ("distributed.schedule=auto", "distributed.pp_size=1", "distributed.memory_budget=1kB")
     looped = recipe_of(folder, *words)
     assert not looped.searches and looped.search_budget is None and looped.schedule.name == "interleaved_1f1b"
-    assert "pp_size is 1, so schedule auto has nothing to search for: it is interleaved_1f1b" in looped.notes
+    assert "pp_size is 1, so schedule auto has nothing to search for and uses interleaved_1f1b" in looped.notes
     assert "pp_size is 1, so memory_budget has no search to limit" in looped.notes
     check_budget(looped)
     plain = recipe_of(folder, *words[:2], "distributed.split_points=null")

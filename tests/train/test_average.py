@@ -93,7 +93,7 @@ def test_a_checkpoint_without_one(folder: Path) -> None:
     assert run_here(folder, *WORDS[:4], *begin).status == 0
     assert not (folder / "none" / "model_ema.safetensors").exists()
     at = "-c", "run.yaml", "--checkpoint.restore_from", "none/checkpoints/step_2"
-    assert "none/checkpoints/step_2 has no moving average, so these are its" in run_here(folder, "evaluate", *at).err
+    assert "none/checkpoints/step_2 has no moving average; using its" in run_here(folder, "evaluate", *at).err
     done = run_here(folder, *WORDS, "none/checkpoints/step_2", "--output_dir", "more", "--step_scheduler.max_steps", "4")
     assert done.status == 0, done.err
     assert "ema: none/checkpoints/step_2 has no average; starting one from the parameters of step 2" in " ".join(

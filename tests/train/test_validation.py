@@ -78,7 +78,7 @@ def test_weights_of_a_run(trained: Path) -> None:
 
 
 WRONG = {
-    ("--metrics.m._target_", "own.py:words"): ["the metric 'm' must be a scalar", "a tensor of shape (2, 3)"],
+    ("--metrics.m._target_", "own.py:words"): ["the metric 'm' must return a scalar mean", "a tensor of shape (2, 3)"],
     ("--metrics.m._target_", "own.py:none"): ["metrics.m", "has no 'none'", "right"],
     ("--metrics.m._target_", "autofunc.metrics.accuracy", "--metrics.m.label", "x"): [
         "metrics.m.label",

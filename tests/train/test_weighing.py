@@ -131,5 +131,5 @@ def test_validation_rows_without_labels_lose_nothing(tmp_path: Path) -> None:
 def test_what_is_left_out_is_said(tmp_path: Path) -> None:
     losses, validation, _, out = finetune(tmp_path, dataloader={"shuffle": False, "drop_last": True})
     assert len(losses) == len(validation) == 1
-    assert "note: dataset: drop_last leaves out 7 of its 15 rows" in out
-    assert "note: validation_dataset: drop_last leaves out 3 of its 11 rows" in out
+    assert "note: dataset: drop_last drops 7 of its 15 rows" in out
+    assert "note: validation_dataset: drop_last drops 3 of its 11 rows" in out
