@@ -108,6 +108,15 @@ class Parameters:
             context=context,
         )
 
+    def exchanges_in(self, stage: Stage) -> bool:
+        """Whether the processes that compute a stage exchange values in the middle of it: the same on all of them."""
+        if self.mesh is None:
+            return False
+        with_experts = self.experts is not None and any(
+            self.model.canonical(holder) in self.experts.paths for holder in stage.holders
+        )
+        return with_experts or self.setting.context is not None or axis_size(self.mesh, "tp") > 1
+
     @property
     def unshard(self) -> str:
         """How often a stage's parameters are gathered, see `schedule.lower`."""
