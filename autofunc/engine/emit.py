@@ -16,14 +16,14 @@ from torch import Tensor, fx
 
 from autofunc.engine.layouts import Watch, laid_out
 from autofunc.engine.partition import Piece, in_order
-from autofunc.graph.exchanges import beginning_of
+from autofunc.graph.exchanges import beginning_of, is_wait
 from autofunc.graph.last_use import last_uses
 
 Node = fx.Node
 Runnable = Callable[[list[Any]], Sequence[Tensor]]
 """Takes the piece's inputs (and then the accumulators it adds to), empties the list, returns the outputs."""
-InTurns = Callable[[list[Any]], Generator[None, None, Sequence[Tensor]]]
-"""The same as a generator, which stops where another piece is to go on."""
+InTurns = Callable[[list[Any]], Generator[bool | None, None, Sequence[Tensor]]]
+"""The same as a generator. It yields None where another piece is to go on, True before it waits and False after it."""
 
 
 def emit(
@@ -69,7 +69,7 @@ def emit_in_turns(
     emitter = _Emitter(piece, order, attributes, name, arrivals or {}, {}, stops)
     settled: list[InTurns] = []
 
-    def first(given: list[Any]) -> Generator[None, None, Sequence[Tensor]]:
+    def first(given: list[Any]) -> Generator[bool | None, None, Sequence[Tensor]]:
         watch = Watch(whole)
         made: Sequence[Tensor] = yield from emitter.function(watch, watched=True)(given)
         settled.append(emitter.function(watch))
@@ -120,7 +120,8 @@ class _Emitter:
             awaited = {self.arrivals[read] for read in node.all_input_nodes if read in self.arrivals} - arrived
             lines += [f"    ready({layer})" for layer in sorted(awaited)]
             arrived |= awaited
-            lines.append(f"    {self.names[node]} = {self._call(node)}")
+            call = f"    {self.names[node]} = {self._call(node)}"
+            lines += self._waiting(call) if is_wait(node) else [call]
             if self._begins(node) is not None and node not in dead:
                 under_way[node] = self._adds(node, sums)
             else:
@@ -156,8 +157,12 @@ class _Emitter:
         lines = []
         for node in read:
             if node in under_way:
-                lines += [f"    {self.names[node]} = {self.names[node]}()", *under_way.pop(node)]
+                lines += [*self._waiting(f"    {self.names[node]} = {self.names[node]}()"), *under_way.pop(node)]
         return lines
+
+    def _waiting(self, statement: str) -> list[str]:
+        """A statement that waits, and says so."""
+        return [statement] if self.stops is None else ["    yield True", statement, "    yield False"]
 
     def _call(self, node: Node) -> str:
         if node.op == "get_attr":

@@ -227,13 +227,13 @@ class GraphStage:
 
     def forward_in_turns(
         self, run: InTurns, bound: PieceParameters, state: Sequence[Tensor], inputs: list[Tensor], microbatch: Microbatch
-    ) -> Generator[None, None, tuple[Produced, KeptTensors]]:
+    ) -> Generator[bool | None, None, tuple[Produced, KeptTensors]]:
         """`forward`, by what `in_turns` made of it."""
         return self._kept(bound, (yield from run(_given_to_forward(bound, state, inputs, microbatch))))
 
     def backward_in_turns(
         self, run: InTurns, residuals: KeptTensors, cotangents: list[Tensor], sums: Accumulators
-    ) -> Generator[None, None, list[Tensor]]:
+    ) -> Generator[bool | None, None, list[Tensor]]:
         """`backward`, by what `in_turns` made of it."""
         (bound, values), adds = residuals, [number for number, _ in self.pieces.backward.adds]
         given = _given_to(adds, bound.backward, values, self._seeded(cotangents), sums.sums)

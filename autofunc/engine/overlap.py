@@ -14,6 +14,9 @@ from autofunc.engine.functions import Accumulators, Microbatch, Produced
 from autofunc.engine.graph import GraphStage, KeptTensors, PieceParameters
 from autofunc.engine.turns import turns_of
 
+Turning = Generator[bool | None, None, Any]
+"""See `emit.InTurns`."""
+
 
 class Overlapped:
     """A pair of stages, of which one runs forward and the other backward, each for a microbatch of its own.
@@ -31,14 +34,15 @@ class Overlapped:
 
     def __call__(
         self, forward: tuple[PieceParameters, Sequence[Tensor], list[Tensor], Microbatch],
-        backward: tuple[KeptTensors, list[Tensor], Accumulators], told: Callable[[int], None],
+        backward: tuple[KeptTensors, list[Tensor], Accumulators], told: Callable[[int, bool], None],
     ) -> tuple[tuple[Produced, KeptTensors], list[Tensor]]:  # fmt: skip
         """Run both.
 
         Args:
             forward: what `StageFunctions.forward` takes.
             backward: what `StageFunctions.backward` takes.
-            told: called at the beginning of each turn, with 0 for the forward and 1 for the backward.
+            told: called at the beginning of each turn, with 0 for the forward and 1 for the backward, and whether it waits:
+                each time that it begins or ends to wait is a turn by itself.
 
         Returns:
             What these give.
@@ -50,17 +54,19 @@ class Overlapped:
 
 
 def taking_turns(
-    both: tuple[Generator[None, None, Any], Generator[None, None, Any]], second_begins: bool, told: Callable[[int], None]
-) -> list[Any]:
+    both: tuple[Turning, Turning], second_begins: bool, told: Callable[[int, bool], None]
+) -> list[Any]:  # fmt: skip
     """What two generators return that are run in turns, each until it stops; when one has ended, the other to its end."""
     made: list[Any] = [None, None]
-    left, now = {0, 1}, int(second_begins)
+    left, now, waits = {0, 1}, int(second_begins), False
     while left:
-        told(now)
+        told(now, waits)
         try:
-            next(both[now])
+            said = next(both[now])
         except StopIteration as ended:
-            made[now] = ended.value
+            made[now], said = ended.value, None
             left.remove(now)
-        now = 1 - now if 1 - now in left else now
+        waits = bool(said)
+        if said is None and 1 - now in left:
+            now = 1 - now
     return made

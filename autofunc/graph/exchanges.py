@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import fx
 
 Node = fx.Node
@@ -36,11 +37,12 @@ def at_once(begin: Callable[..., Wait]) -> Callable[..., Any]:
 
 def is_exchange(node: Node) -> bool:
     """Whether ranks exchange values in a node. torch's functional collectives are known; waiting for one is no exchange."""
-    return node.target in _begun_by or (
-        node.op == "call_function"
-        and str(node.target).startswith("_c10d_functional.")
-        and not str(node.target).startswith("_c10d_functional.wait_tensor")
-    )
+    return node.target in _begun_by or (str(node.target).startswith("_c10d_functional.") and not is_wait(node))
+
+
+def is_wait(node: Node) -> bool:
+    """Whether a node waits for one of torch's functional collectives."""
+    return node.target is torch.ops._c10d_functional.wait_tensor.default
 
 
 def beginning_of(node: Node) -> Callable[..., Wait] | None:

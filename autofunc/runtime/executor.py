@@ -60,8 +60,8 @@ class Observer(Protocol):
 class TurnObserver:
     """Base of an `Observer` that is also told of the turns of two ops that run side by side."""
 
-    def turn(self, op: Op) -> None:
-        """It goes on with this one; `before` and `after` are called of both before the first turn and after the last."""
+    def turn(self, op: Op, waits: bool) -> None:
+        """It goes on with this one, or waits in it for other ranks. `before` comes ahead of all turns, `after` behind them."""
         raise NotImplementedError
 
 
@@ -211,10 +211,10 @@ class _Machine:
         self._wait_for_parameters(second.stage)
         residuals, cotangents = self._take_one(second.residuals), self._take(second.reads)
 
-        def told(turn: int) -> None:
+        def told(turn: int, waits: bool) -> None:
             self.at = op = (first, second)[turn]
             for observer in self._turns:
-                observer.turn(op)
+                observer.turn(op, waits)
 
         made, grads = self._step.pairs[first.stage, second.stage](
             (bound, state, given, self._microbatches[first.microbatch]),

@@ -124,5 +124,5 @@ def _of_all_ranks(clocks: dict[int, Clock], began: float, group: dist.ProcessGro
 
 def _since(origin: float, start: list[float], end: list[float], turns: Sequence[Turn]) -> Times:
     """In milliseconds."""
-    moved = (Turn(position, (began - origin) * 1e3, (ended - origin) * 1e3) for position, began, ended in turns)
+    moved = (turn._replace(start=(turn.start - origin) * 1e3, end=(turn.end - origin) * 1e3) for turn in turns)
     return (np.array(start) - origin) * 1e3, (np.array(end) - origin) * 1e3, tuple(moved)

@@ -28,7 +28,7 @@ class Clock(TurnObserver):
     def __init__(self, num_ops: int, device: torch.device) -> None:
         self._start: list[Any] = [None] * num_ops
         self._end: list[Any] = [None] * num_ops
-        self._turns: list[list[Any]] = []  # position, start and end of each turn of ops that run side by side
+        self._turns: list[list[Any]] = []  # of ops that run side by side, see `Turn`
         self._is_open = False  # whether the last turn goes on
         self._now: Callable[[], Any] = time.perf_counter
         if device.type != "cpu":
@@ -46,12 +46,12 @@ class Clock(TurnObserver):
         if self._is_open:
             self._turns[-1][2], self._is_open = self._end[op.position], False
 
-    def turn(self, op: Op) -> None:
+    def turn(self, op: Op, waits: bool) -> None:
         """See `TurnObserver.turn`."""
         now = self._now()
         if self._is_open:
             self._turns[-1][2] = now
-        self._turns.append([op.position, now, None])
+        self._turns.append([op.position, now, None, waits])
         self._is_open = True
 
     def times(self) -> tuple[list[float], list[float], list[Turn]]:
@@ -63,7 +63,7 @@ class Clock(TurnObserver):
         if self._now is not time.perf_counter:
             torch.accelerator.synchronize()
         start, end = ([self._seconds(moment) for moment in row] for row in (self._start, self._end))
-        turns = [Turn(position, self._seconds(began), self._seconds(ended)) for position, began, ended in self._turns]
+        turns = [Turn(at, self._seconds(began), self._seconds(ended), waits) for at, began, ended, waits in self._turns]
         for position, spent in _spent(turns).items():
             if position + 1 < len(start) and start[position + 1] < end[position]:  # the first of the two
                 end[position] = start[position + 1] = start[position] + spent
@@ -77,7 +77,7 @@ class Clock(TurnObserver):
 def _spent(turns: Iterable[Turn]) -> dict[int, float]:
     """By position, how long its turns took."""
     spent: dict[int, float] = {}
-    for position, start, end in turns:
+    for position, start, end, _ in turns:
         spent[position] = spent.get(position, 0.0) + end - start
     return spent
 

@@ -69,10 +69,11 @@ def blocks_of(timeline: Timeline) -> list[Block]:
 
 
 def _turns_of(timeline: Timeline, rank: int) -> dict[int, list[tuple[float, float]]]:
-    """By position of an action that ran in turns with another: when."""
+    """By position of an action that ran in turns with another: when it computed."""
     found: dict[int, list[tuple[float, float]]] = {}
-    for position, start, end in timeline.turns[rank] if timeline.turns is not None else ():
-        found.setdefault(position, []).append((start, end))
+    for position, start, end, waits in timeline.turns[rank] if timeline.turns is not None else ():
+        if not waits:
+            found.setdefault(position, []).append((start, end))
     return found
 
 

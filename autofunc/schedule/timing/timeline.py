@@ -21,6 +21,7 @@ class Turn(NamedTuple):
     position: int  # of the action in its row
     start: float
     end: float
+    waits: bool = False  # whether it only waited for what other processes that compute the stage had to send
 
 
 @dataclass(frozen=True, eq=False)
