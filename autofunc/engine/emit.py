@@ -122,12 +122,13 @@ class _Emitter:
             arrived |= awaited
             call = f"    {self.names[node]} = {self._call(node)}"
             lines += self._waiting(call) if is_wait(node) else [call]
-            if self._begins(node) is not None and node not in dead:
-                under_way[node] = self._adds(node, sums)
-            else:
+            if self._begins(node) is None:
                 lines += self._adds(node, sums)
-            if dead:
-                lines.append(f"    del {', '.join(self.names[each] for each in dead)}")
+            else:
+                gone = [each for each in dead if each is node]  # only added to a sum
+                under_way[node] = self._adds(node, sums) + self._lets_go(gone)
+                dead = [each for each in dead if each is not node]
+            lines += self._lets_go(dead)
         lines += ["    yield"] * (self.stops or []).count(len(self.nodes))
         for index, (_, node) in enumerate(self.piece.adds):
             if node in self.piece.inputs:  # a gradient that is given as it is
@@ -147,6 +148,9 @@ class _Emitter:
             for index, (_, gradient) in enumerate(self.piece.adds)
             if gradient is node
         ]
+
+    def _lets_go(self, nodes: Sequence[Node]) -> list[str]:
+        return [f"    del {', '.join(self.names[each] for each in nodes)}"] if nodes else []
 
     def _begins(self, node: Node) -> Callable[..., Any] | None:
         """What begins an exchange that is waited for later. The first call waits at once, to look at how values lie."""

@@ -42,10 +42,10 @@ def turns_of(first: Sequence[Node], second: Sequence[Node]) -> Turns:
 
     remaining = [iter(each) for each in exchanges]
     for place, side in enumerate(order):
-        end = next(remaining[side]) + 1
-        divide(side, end, shares[side] + 1)
-        stops[side].append(end)
-        shares[side], after[side] = 0, end
+        exchange = next(remaining[side])
+        divide(side, exchange, shares[side] + 1)  # which is begun in the last of these turns, however little the others do
+        stops[side].append(exchange + 1)
+        shares[side], after[side] = 0, exchange + 1
         if order[place + 1 : place + 2] == [side]:
             shares[1 - side] += 1
     for side in (0, 1):

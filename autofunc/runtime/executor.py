@@ -61,7 +61,7 @@ class TurnObserver:
     """Base of an `Observer` that is also told of the turns of two ops that run side by side."""
 
     def turn(self, op: Op, waits: bool) -> None:
-        """It goes on with this one, or waits in it for other ranks. `before` comes ahead of all turns, `after` behind them."""
+        """It goes on with this one, or waits in it for other ranks; after `before` of both, and before `after` of both."""
         raise NotImplementedError
 
 
