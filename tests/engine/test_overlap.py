@@ -67,9 +67,7 @@ def run(left: Any, right: Any) -> tuple[list[Any], Tensor]:
     """Both in turns, on fresh arguments; and the accumulator of the second."""
     total, sides = torch.ones(2), (left, right)
     stops, second_begins = turns_of(nodes_of(left), nodes_of(right))
-    functions = [
-        emit_in_turns(piece, order, {}, "piece", own) for (piece, order), own in zip(sides, stops, strict=True)
-    ]
+    functions = [emit_in_turns(piece, order, {}, "piece", own) for (piece, order), own in zip(sides, stops, strict=True)]
     for _ in range(2):  # the first call looks at how values lie, and waits at once
         EVENTS.clear()
         total.fill_(1)
