@@ -58,7 +58,7 @@ def pipeline(
         memory_budget: for "auto": bytes of values that may be alive on a rank, as `schedule.live_bytes` counts them.
         transfers: how values travel between pp ranks, and share a GPU with what it computes, see `af.Transfers`.
         overlap_f_b: run pairs that the schedule marks, `(0F4;3B0)OVERLAP_F_B` of "dualpipe_v", side by side where stages
-            exchange values with other processes (experts, tp, cp): one computes while the other waits. The bits are the
+            exchange values with other processes (experts, tp): one computes while the other waits. The bits are the
             same. False, the eager engine and `compile` run one after the other, and so do stages that exchange nothing.
         sharding: how parameters and work are shared over the dp and tp axes of the mesh, and in what precision.
         batch_dims: which dim of a batch entry holds the rows, or None for entries that every microbatch gets whole; one

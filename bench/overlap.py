@@ -18,7 +18,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +77,11 @@ def measure(rank: int, store: str, results: str, delays: list[float]) -> None:
     ids = torch.randint(0, 512, (2 * MICROBATCHES, TOKENS + 1), generator=torch.Generator().manual_seed(0))
     ids = ids.chunk(2)[data_coordinate(mesh)[0]]
     batch = {"input_ids": ids[:, :-1], "labels": ids[:, 1:]}
-    loss, sharding = partial(moe_causal_lm, router_aux_loss_coef=0.1), af.Sharding(expert_parallel=2)
+    sharding = af.Sharding(expert_parallel=2)
+
+    def loss(outputs: Any, microbatch: Any) -> Any:
+        return moe_causal_lm(outputs, microbatch, router_aux_loss_coef=0.1)
+
     pipes = {
         overlap: af.pipeline(stages, s, loss=loss, mesh=mesh, sharding=sharding, overlap_f_b=overlap)
         for overlap in (False, True)
