@@ -80,7 +80,7 @@ def measure(rank: int, store: str, results: str, delays: list[float]) -> None:
     sharding = af.Sharding(expert_parallel=2)
 
     def loss(outputs: Any, microbatch: Any) -> Any:
-        return moe_causal_lm(outputs, microbatch, router_aux_loss_coef=0.1)
+        return moe_causal_lm(outputs, microbatch)
 
     pipes = {
         overlap: af.pipeline(stages, s, loss=loss, mesh=mesh, sharding=sharding, overlap_f_b=overlap)
