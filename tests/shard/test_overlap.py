@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import autofunc as af
-from autofunc.errors import PipelineRunError
+from autofunc.errors import PipelineRunError, ScheduleError
 from autofunc.mesh import data_coordinate
 from autofunc.runtime.executor import TurnObserver
 from autofunc.runtime.ops import Op
@@ -225,6 +225,29 @@ def test_stages_that_exchange_nothing_run_one_after_the_other() -> None:
     plan = plan_of(pipe, pipe.init(), {"input_ids": ids, "labels": ids})
     assert not plan.pairs
     assert plan.schedule == af.schedule.lower(s), "the program is what it is without pairs"
+
+
+def of_a_pair_that_waits_for_itself(overlap: bool) -> list[str]:
+    """Its backward needs what the other rank makes of its forward, which is sent after both."""
+    s = af.schedule.from_text("0F0 (0F1;0B0)OVERLAP_F_B 0B1\n1F0 1F1 1B0 1B1")
+    model = build_llama_model(
+        hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2, vocab_size=16
+    )
+    stages, mesh = af.split(model, ["layers.1"]), mesh_of(pp=2, tp=2)
+    pipe = af.pipeline(stages, s, loss=af.losses.causal_lm, mesh=mesh, overlap_f_b=overlap)
+    ids = torch.zeros(2, 5, dtype=torch.int64)
+    try:
+        pipe.build({"input_ids": ids, "labels": ids})
+    except ScheduleError as error:
+        return [str(error), *error.__notes__]
+    return []
+
+
+def test_a_pair_that_waits_for_itself_is_refused(workers: WorkerPool) -> None:
+    for message, note, *_ in workers.run(of_a_pair_that_waits_for_itself, True):
+        assert "0F1" in message or "0B0" in message
+        assert "overlap_f_b=False runs one after the other" in note
+    assert workers.run(of_a_pair_that_waits_for_itself, False) == [[]] * 4
 
 
 def fails_in_a_pair() -> str:
