@@ -33,14 +33,14 @@ from autofunc.mesh import data_coordinate
 from autofunc.shard.expert_exchange import GroupPeers
 from stages.moe import build_moe_model, moe_causal_lm
 
-REPETITIONS = 5
+REPETITIONS = 7
 MICROBATCHES = 8
 DELAYS = (0.0, 5.0, 10.0, 20.0)
 SIZES = {
-    "vocab_size": 512, "hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 4,
+    "vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 4,
     "num_local_experts": 8, "num_experts_per_tok": 2,
 }  # fmt: skip
-TOKENS = 256
+TOKENS = 128
 METHODS = ("all_gather", "all_reduce", "all_to_all")
 
 
