@@ -35,6 +35,7 @@ def pipeline(
     batch_dims: BatchDims = None,
     sharding: Sharding | None = None,
     transfers: Transfers | None = None,
+    overlap_f_b: bool = True,
 ) -> Pipeline:
     """Compose stages by a schedule into one pipelined function.
 
@@ -56,6 +57,9 @@ def pipeline(
             stage again in either case.
         memory_budget: for "auto": bytes of values that may be alive on a rank, as `schedule.live_bytes` counts them.
         transfers: how values travel between pp ranks, and share a GPU with what it computes, see `af.Transfers`.
+        overlap_f_b: run pairs that the schedule marks, `(0F4;3B0)OVERLAP_F_B` of "dualpipe_v", side by side where stages
+            exchange values with other processes (experts, tp): one computes while the other waits. The bits are the
+            same. False, the eager engine and `compile` run one after the other, and so do stages that exchange nothing.
         sharding: how parameters and work are shared over the dp and tp axes of the mesh, and in what precision.
         batch_dims: which dim of a batch entry holds the rows, or None for entries that every microbatch gets whole; one
             number is for all entries. Without it, what may be meant otherwise is refused, see `autofunc.row_dims.row_dims`.
@@ -90,7 +94,7 @@ def pipeline(
         params = pipe.init(seed=0)
         loss, grads = af.value_and_grad(pipe)(params, batch)
     """
-    options = EngineOptions(engine, compile, remat, memory_budget)
+    options = EngineOptions(engine, compile, remat, memory_budget, overlap_f_b)
     return Pipeline(stages, schedule, loss, mesh, options, batch_dims, sharding or Sharding(), transfers or Transfers())
 
 

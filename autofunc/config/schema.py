@@ -128,6 +128,9 @@ class Distributed(Section):
     memory_budget: Bytes | None = Field(
         None, description="bytes of a rank that remat auto, or else schedule auto, keeps within"
     )
+    overlap_f_b: bool = Field(
+        True, description="run the pairs that dualpipe_v marks side by side, where stages exchange values (ep, tp)"
+    )
     device: Literal["cpu", "cuda"] | None = Field(
         None, description="what each process computes on; by default a GPU of its own, if this machine has any"
     )

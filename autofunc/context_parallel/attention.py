@@ -21,6 +21,7 @@ from autofunc.context_parallel.attention_blocks import Gradients, additive, bloc
 from autofunc.context_parallel.ranks import ContextRanks, ranks_of
 from autofunc.context_parallel.token_chunks import in_order, own_part
 from autofunc.errors import ModelError, one_of
+from autofunc.graph.exchanges import exchanges
 
 METHODS = ("allgather", "ring")
 
@@ -238,3 +239,5 @@ def _fake_gradients(
 torch.library.register_fake("autofunc::context_attention", _fake)
 torch.library.register_fake("autofunc::context_attention_backward", _fake_gradients)
 torch.library.register_autograd("autofunc::context_attention", _backward, setup_context=_keep)
+exchanges(torch.ops.autofunc.context_attention.default)
+exchanges(torch.ops.autofunc.context_attention_backward.default)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from autofunc.context_parallel.ranks import ranks_of
 from autofunc.context_parallel.token_chunks import in_order, own_part, spread_out
+from autofunc.graph.exchanges import exchanges
 
 _PART = "Tensor x, int dim, int[] parts, str ranks"
 for _name, _arguments in {
@@ -210,3 +211,5 @@ _differentiated_by("all_tokens_backward", "all_tokens")
 _differentiated_by("added_up", "added_up")
 _differentiated_by("on_first", "on_first")
 torch.library.register_autograd("autofunc::one_token", _of_one_token, setup_context=_remember)
+for _name in ("all_tokens", "all_tokens_backward", "added_up"):
+    exchanges(getattr(torch.ops.autofunc, _name).default)

@@ -6,6 +6,7 @@ from autofunc.engine.eager import EagerStage
 from autofunc.engine.functions import Microbatch, Produced, StageFunctions
 from autofunc.engine.graph import GraphStage
 from autofunc.engine.options import EngineOptions
+from autofunc.engine.overlap import Overlapped
 from autofunc.engine.residuals import Keep
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "GraphStage",
     "Keep",
     "Microbatch",
+    "Overlapped",
     "Produced",
     "StageFunctions",
     "capture",

@@ -7,7 +7,7 @@ it must: what is handed in is freed as soon as the piece is done with it, if nob
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Generator, Mapping, Sequence, Set
 from functools import partial
 from operator import getitem
 from typing import Any
@@ -16,11 +16,14 @@ from torch import Tensor, fx
 
 from autofunc.engine.layouts import Watch, laid_out
 from autofunc.engine.partition import Piece, in_order
+from autofunc.graph.exchanges import beginning_of, is_wait
 from autofunc.graph.last_use import last_uses
 
 Node = fx.Node
 Runnable = Callable[[list[Any]], Sequence[Tensor]]
 """Takes the piece's inputs (and then the accumulators it adds to), empties the list, returns the outputs."""
+InTurns = Callable[[list[Any]], Generator[bool | None, None, Sequence[Tensor]]]
+"""The same as a generator. It yields None where another piece is to go on, True before it waits and False after it."""
 
 
 def emit(
@@ -39,31 +42,54 @@ def emit(
             for a layer's, and calls it before each layer is first needed.
         donated: nodes that write to what they are given, and the operators that do, see `donation`.
     """
-    emitter = _Emitter(piece, order, attributes, name, arrivals or {}, donated or {})
+    emitter = _Emitter(piece, order, attributes, name, arrivals or {}, donated or {}, None)
     settled: list[Runnable] = []
 
     def run(given: list[Any]) -> Sequence[Tensor]:
         if settled:
             return settled[0](given)
         watch = Watch(whole)
-        made = emitter.function(watch, watched=True)(given)
+        made: Sequence[Tensor] = emitter.function(watch, watched=True)(given)
         settled.append(emitter.function(watch))
         return made
 
     return run
 
 
+def emit_in_turns(
+    piece: Piece, order: list[Node], attributes: Mapping[str, Any], name: str, stops: Sequence[int], *,
+    whole: Set[Node] = frozenset(), arrivals: Mapping[Node, int] | None = None,
+) -> InTurns:  # fmt: skip
+    """The same piece as a generator. It waits for an exchange between ranks only where it reads what came.
+
+    Args:
+        stops: before which of the nodes it stops, by number in `partition.in_order`.
+        piece, order, attributes, name, whole, arrivals: see `emit`.
+    """
+    emitter = _Emitter(piece, order, attributes, name, arrivals or {}, {}, stops)
+    settled: list[InTurns] = []
+
+    def first(given: list[Any]) -> Generator[bool | None, None, Sequence[Tensor]]:
+        watch = Watch(whole)
+        made: Sequence[Tensor] = yield from emitter.function(watch, watched=True)(given)
+        settled.append(emitter.function(watch))
+        return made
+
+    return lambda given: settled[0](given) if settled else first(given)
+
+
 class _Emitter:
     def __init__(
         self, piece: Piece, order: list[Node], attributes: Mapping[str, Any], name: str, arrivals: Mapping[Node, int],
-        donated: Mapping[Node, Any],
+        donated: Mapping[Node, Any], stops: Sequence[int] | None,
     ) -> None:  # fmt: skip
+        self.stops = stops  # None: it does not stop
         self.piece, self.attributes, self.name, self.arrivals, self.donated = piece, attributes, name, arrivals, donated
         self.values: dict[str, Any] = {}  # constants and functions that the code names
         self.nodes = in_order(piece, order)
         self.names = {node: f"v{index}" for index, node in enumerate([*self.piece.inputs, *self.nodes])}
 
-    def function(self, watch: Watch, *, watched: bool = False) -> Runnable:
+    def function(self, watch: Watch, *, watched: bool = False) -> Any:
         """Write the code and compile it.
 
         Args:
@@ -71,6 +97,7 @@ class _Emitter:
             watched: whether it finds that out in this call.
         """
         self.values, self.watch, self.watched = {}, watch, watched
+        under_way: dict[Node, list[str]] = {}  # what was begun, with what is done as soon as it is there
         sums = [f"acc{index}" for index in range(len(self.piece.adds))]
         taken = [*(self.names[node] for node in self.piece.inputs), *sums, *(["ready"] if self.arrivals else [])]
         arrived: set[int] = set()
@@ -87,21 +114,32 @@ class _Emitter:
         if unused:
             lines.append(f"    del {', '.join(unused)}")
         done = last_uses([(node, node.all_input_nodes) for node in self.nodes], kept)
-        for node, dead in zip(self.nodes, done, strict=True):
+        for number, (node, dead) in enumerate(zip(self.nodes, done, strict=True)):
+            lines += ["    yield"] * (self.stops or []).count(number)
+            lines += self._waits(node.all_input_nodes, under_way)
             awaited = {self.arrivals[read] for read in node.all_input_nodes if read in self.arrivals} - arrived
             lines += [f"    ready({layer})" for layer in sorted(awaited)]
             arrived |= awaited
-            lines.append(f"    {self.names[node]} = {self._call(node)}")
-            lines += self._adds(node, sums)
-            if dead:
-                lines.append(f"    del {', '.join(self.names[each] for each in dead)}")
+            call = f"    {self.names[node]} = {self._call(node)}"
+            lines += self._waiting(call) if is_wait(node) else [call]
+            if self._begins(node) is None:
+                lines += self._adds(node, sums)
+            else:
+                gone = [each for each in dead if each is node]  # only added to a sum
+                under_way[node] = self._adds(node, sums) + self._lets_go(gone)
+                dead = [each for each in dead if each is not node]
+            lines += self._lets_go(dead)
+        lines += ["    yield"] * (self.stops or []).count(len(self.nodes))
         for index, (_, node) in enumerate(self.piece.adds):
             if node in self.piece.inputs:  # a gradient that is given as it is
                 lines.append(f"    {sums[index]}.add_({self.names[node]})")
+        lines += self._waits(list(under_way), under_way)
         lines.append(f"    return [{', '.join(map(self._given_back, self.piece.outputs))}]")
+        if self.stops is not None:
+            lines.append("    yield")  # a generator, also where it does not stop
         scope = dict(self.values)
         exec(compile("\n".join(lines), f"<{self.name}>", "exec"), scope)
-        return scope[self.name]  # type: ignore[no-any-return]
+        return scope[self.name]
 
     def _adds(self, node: Node, sums: list[str]) -> list[str]:
         """Statements that add a gradient to its accumulator, right after it was made."""
@@ -111,6 +149,25 @@ class _Emitter:
             if gradient is node
         ]
 
+    def _lets_go(self, nodes: Sequence[Node]) -> list[str]:
+        return [f"    del {', '.join(self.names[each] for each in nodes)}"] if nodes else []
+
+    def _begins(self, node: Node) -> Callable[..., Any] | None:
+        """What begins an exchange that is waited for later. The first call waits at once, to look at how values lie."""
+        return beginning_of(node) if self.stops is not None and not self.watched else None
+
+    def _waits(self, read: Sequence[Node], under_way: dict[Node, list[str]]) -> list[str]:
+        """Statements that wait for those of the values read that are under way."""
+        lines = []
+        for node in read:
+            if node in under_way:
+                lines += [*self._waiting(f"    {self.names[node]} = {self.names[node]}()"), *under_way.pop(node)]
+        return lines
+
+    def _waiting(self, statement: str) -> list[str]:
+        """A statement that waits, and says so."""
+        return [statement] if self.stops is None else ["    yield True", statement, "    yield False"]
+
     def _call(self, node: Node) -> str:
         if node.op == "get_attr":
             return self._constant(self.attributes[str(node.target)])
@@ -119,7 +176,7 @@ class _Emitter:
         relaid: Set[Node] = frozenset() if self.watched else self.watch.relaid.get(node, frozenset())
         arguments = [self._text(argument, relaid) for argument in node.args]
         arguments += [f"{key}={self._text(value, relaid)}" for key, value in node.kwargs.items()]
-        target = self.donated.get(node, node.target)
+        target = self._begins(node) or self.donated.get(node, node.target)
         return f"{self._constant(self.watch.calling(node) if self.watched else target)}({', '.join(arguments)})"
 
     def _given_back(self, node: Node) -> str:

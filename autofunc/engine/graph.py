@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from autofunc.engine.capture import Joint
 from autofunc.engine.compile import compile_piece
 from autofunc.engine.donation import donated
-from autofunc.engine.emit import Runnable, emit
+from autofunc.engine.emit import InTurns, Runnable, emit, emit_in_turns
 from autofunc.engine.footprint import footprint
 from autofunc.engine.functions import Accumulators, Microbatch, Produced
 from autofunc.engine.partition import Piece, in_order, partition
@@ -57,10 +57,17 @@ class BackwardPiece(NamedTuple):
             cotangents: of the stage's outputs, or of its loss.
             totals: all accumulators of the stage.
         """
-        given = [*params, *values, *cotangents, *[totals[number] for number in self.adds]]
-        values.clear()
-        cotangents.clear()
-        return self.run(given)
+        return self.run(_given_to(self.adds, params, values, cotangents, totals))
+
+
+def _given_to(
+    adds: Sequence[int], params: list[Tensor], values: list[Tensor], cotangents: list[Tensor], totals: list[Tensor]
+) -> list[Tensor]:
+    """What the function of a backward takes, in its order."""
+    given = [*params, *values, *cotangents, *[totals[number] for number in adds]]
+    values.clear()
+    cotangents.clear()
+    return given
 
 
 class GraphStage:
@@ -170,9 +177,9 @@ class GraphStage:
         self, bound: PieceParameters, state: Sequence[Tensor], inputs: list[Tensor], microbatch: Microbatch
     ) -> tuple[Produced, KeptTensors]:
         """See `StageFunctions.forward`."""
-        given: list[Any] = [*bound.forward, *state, *inputs, *microbatch.tensors, *bound.ready]
-        inputs.clear()
-        made = self._forward(given)
+        return self._kept(bound, self._forward(_given_to_forward(bound, state, inputs, microbatch)))
+
+    def _kept(self, bound: PieceParameters, made: Sequence[Tensor]) -> tuple[Produced, KeptTensors]:
         outputs, kept = self._num_outputs, self._num_outputs + self._num_states
         return self._produced(made[:outputs], made[outputs:kept]), KeptTensors(bound, [*made[kept:]])
 
@@ -198,6 +205,40 @@ class GraphStage:
         bound, values = weight_residuals
         self._backward_weight(bound.backward_weight, values, [], sums.sums)
 
+    # --- side by side with another stage, see `overlap.py`
+
+    @property
+    def forward_nodes(self) -> list[Node]:
+        """What the forward computes, in order."""
+        return in_order(self.pieces.forward, self._order)
+
+    @property
+    def backward_nodes(self) -> list[Node]:
+        """What the full backward computes, in order."""
+        return in_order(self.pieces.backward, self._order)
+
+    def in_turns(self, piece: Piece, stops: Sequence[int], name: str) -> InTurns:
+        """A piece as a generator that stops before some of its nodes, by number."""
+        arrivals = self._arrivals if piece is self.pieces.forward else {}
+        return emit_in_turns(
+            piece, self._order, self._attributes, f"stage_{self._index}_{name}", stops, whole=self._handed_on,
+            arrivals=arrivals,
+        )  # fmt: skip
+
+    def forward_in_turns(
+        self, run: InTurns, bound: PieceParameters, state: Sequence[Tensor], inputs: list[Tensor], microbatch: Microbatch
+    ) -> Generator[bool | None, None, tuple[Produced, KeptTensors]]:
+        """`forward`, by what `in_turns` made of it."""
+        return self._kept(bound, (yield from run(_given_to_forward(bound, state, inputs, microbatch))))
+
+    def backward_in_turns(
+        self, run: InTurns, residuals: KeptTensors, cotangents: list[Tensor], sums: Accumulators
+    ) -> Generator[bool | None, None, list[Tensor]]:
+        """`backward`, by what `in_turns` made of it."""
+        (bound, values), adds = residuals, [number for number, _ in self.pieces.backward.adds]
+        given = _given_to(adds, bound.backward, values, self._seeded(cotangents), sums.sums)
+        return self._dense((yield from run(given)))
+
     def _seeded(self, cotangents: list[Tensor]) -> list[Tensor]:
         """What the backward begins with: 1 for the loss, in a stage that ends in it."""
         return [*self._seed] if self._with_loss else cotangents
@@ -218,6 +259,14 @@ class GraphStage:
             torch.zeros_like(_empty(like)) if node is None else next(remaining)
             for node, like in zip(self._input_grads, self._input_likes, strict=True)
         ]
+
+
+def _given_to_forward(
+    bound: PieceParameters, state: Sequence[Tensor], inputs: list[Tensor], microbatch: Microbatch
+) -> list[Any]:
+    given: list[Any] = [*bound.forward, *state, *inputs, *microbatch.tensors, *bound.ready]
+    inputs.clear()
+    return given
 
 
 def _after(layers: Sequence[int], call: Runnable) -> Runnable:

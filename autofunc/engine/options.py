@@ -22,6 +22,7 @@ class EngineOptions:
         compile: True runs pieces as compiled code, "graphs" records steps as CUDA graphs, "inductor+graphs" does both.
         remat: what the backward computes again: None, "layer", "stage" or "auto".
         memory_budget: bytes that may be alive on a rank, for "auto".
+        overlap_f_b: run pairs that the schedule marks side by side, where stages exchange values.
 
     Raises:
         AutofuncError: for an unknown choice, or choices that do not go together.
@@ -31,6 +32,7 @@ class EngineOptions:
     compile: bool | str = False
     remat: str | None = None
     memory_budget: int | None = None
+    overlap_f_b: bool = True
 
     def __post_init__(self) -> None:
         if self.engine not in ENGINES:
@@ -62,3 +64,8 @@ class EngineOptions:
     def records(self) -> bool:
         """Whether steps run as CUDA graphs."""
         return self.compile in COMPILES
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether pairs run side by side: captured stages that run operator by operator can stop where they wait."""
+        return self.overlap_f_b and self.engine == "graph" and not self.compile

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from autofunc.batch import COUNTS
-from autofunc.engine import Microbatch, Produced, StageFunctions
+from autofunc.engine import Microbatch, Overlapped, Produced, StageFunctions
 from autofunc.errors import AutofuncError, PipelineRunError, full_message
 from autofunc.runtime.accumulate import Accumulator
 from autofunc.runtime.ops import (
@@ -30,9 +30,9 @@ from autofunc.runtime.ops import (
     Release,
     Send,
 )
+from autofunc.runtime.place import add_place, marked, named, place_of
 from autofunc.runtime.program import Program
 from autofunc.runtime.transport import MemoryHub, Port, Ticket
-from autofunc.schedule import grid
 from autofunc.shard.reduce import Reduction
 from autofunc.shard.step_parameters import StepParameters
 from autofunc.splitting import Stage
@@ -57,6 +57,14 @@ class Observer(Protocol):
         ...
 
 
+class TurnObserver:
+    """Base of an `Observer` that is also told of the turns of two ops that run side by side."""
+
+    def turn(self, op: Op, waits: bool) -> None:
+        """It goes on with this one, or waits in it for other ranks; after `before` of both, and before `after` of both."""
+        raise NotImplementedError
+
+
 @dataclass
 class RankStep:
     """One rank's step: what goes in, and what comes out."""
@@ -75,6 +83,7 @@ class RankStep:
     apart: bool = False  # whether each microbatch has a state, its lane, of its own; else they hand on that of lane 0
     observers: Sequence[Observer] = ()
     lasting: bool = False  # whether its sums lie in memory that the next step uses
+    pairs: Mapping[tuple[int, int], Overlapped] = field(default_factory=dict)  # see `Plan.pairs`
     produced: dict[int, Produced] = field(default_factory=dict)  # by microbatch: what the last stage made
 
     def state(self, stage: int, microbatch: int) -> Sequence[Tensor]:
@@ -106,32 +115,32 @@ def run_rank(step: RankStep) -> Iterator[None]:
         Release: machine.release,
         Reduce: machine.reduce,
     }
-    op = None
+    ops = iter(step.program.ops)
     try:
-        for op in step.program.ops:
-            if isinstance(op, READERS):
-                for register in op.waits:
-                    ticket = registers[register]
-                    while not ticket.arrived():
-                        yield
-                    registers[register] = ticket.tensors
-                for number in op.settles:
-                    sends[number].settle()  # type: ignore[union-attr]
-                    sends[number] = None
-            for observer in observers:
-                observer.before(op, step, registers)
-            run[type(op)](op)
-            for observer in observers:
-                observer.after(op, step, registers, sends)
+        for op in ops:
+            together = (op, next(ops)) if step.pairs and isinstance(op, Forward) and op.beside else (op,)
+            for machine.at in together:
+                if isinstance(machine.at, READERS):
+                    yield from machine.arrive(machine.at)
+            for each in together:
+                for observer in observers:
+                    observer.before(each, step, registers)
+            if len(together) == 1:
+                run[type(op)](op)
+            else:
+                machine.side_by_side(*together)  # type: ignore[arg-type]
+            for each in together:
+                for observer in observers:
+                    observer.after(each, step, registers, sends)
         for left in sends:
             if left is not None:
                 left.settle()
     except AutofuncError as error:
-        add_place(error, step, op)
+        add_place(error, step, machine.at)
         raise
     except Exception as error:
-        place = _place(step, op)
-        message = f"{_named(place)}: {type(error).__name__}: {full_message(error)}{_marked(step, op)}"
+        place = place_of(step, machine.at)
+        message = f"{named(place)}: {type(error).__name__}: {full_message(error)}{marked(step, machine.at)}"
         raise PipelineRunError(message, **place) from error
 
 
@@ -142,12 +151,25 @@ class _Machine:
         program = step.program
         self.registers: list[Any] = [None] * program.num_registers
         self.sends: list[Ticket | None] = [None] * program.num_sends
+        self.at: Op | None = None  # the op that runs, or is waited for
         self._ports, self._slots = step.ports, step.slots
         self._functions, self._sums = step.functions, step.accumulators
         self._stages, self._parameters, self._reduction = step.stages, step.parameters, step.reduction
         self._bound: dict[int, Any] = {}  # by stage, while its parameters are there: what `StageFunctions.bind` made
+        self._turns = [observer for observer in step.observers if isinstance(observer, TurnObserver)]
         self._microbatches, self._produced, self._step = step.microbatches, step.produced, step
         self._last_stage = program.schedule.num_stages - 1
+
+    def arrive(self, op: Forward | Backward | BackwardInput) -> Iterator[None]:
+        """Wait for what an op reads."""
+        for register in op.waits:
+            ticket = self.registers[register]
+            while not ticket.arrived():
+                yield
+            self.registers[register] = ticket.tensors
+        for number in op.settles:
+            self.sends[number].settle()  # type: ignore[union-attr]
+            self.sends[number] = None
 
     # --- computations
 
@@ -160,10 +182,19 @@ class _Machine:
             produced = functions.evaluate(bound, state, given, microbatch)
             if self._step.apart:
                 self._step.keep(stage, op.microbatch, produced.state)
+            self._hand_on(op, produced)
         else:
-            produced, self.registers[op.keeps] = functions.forward(bound, state, given, microbatch)
-            self._step.keep(stage, op.microbatch, _kept(state, produced.state, microbatch))
-        if stage == self._last_stage:
+            self._made(op, state, *functions.forward(bound, state, given, microbatch))
+
+    def _made(self, op: Forward, before: Sequence[Tensor], produced: Produced, kept: Any) -> None:
+        assert op.keeps is not None, "a forward with a backward"
+        self.registers[op.keeps] = kept
+        after = _kept(before, produced.state, self._microbatches[op.microbatch])
+        self._step.keep(op.stage, op.microbatch, after)
+        self._hand_on(op, produced)
+
+    def _hand_on(self, op: Forward, produced: Produced) -> None:
+        if op.stage == self._last_stage:
             self._produced[op.microbatch] = produced
         else:
             self._put(op.writes, produced.outputs)
@@ -172,6 +203,26 @@ class _Machine:
         self._wait_for_parameters(op.stage)
         functions, residuals, given = self._functions[op.stage], self._take_one(op.residuals), self._take(op.reads)
         self._put(op.writes, functions.backward(residuals, given, self._sums[op.stage]))
+
+    def side_by_side(self, first: Forward, second: Backward) -> None:
+        """Both in turns. Neither reads what the other writes."""
+        bound, given = self._bind(first.stage), self._take(first.reads)
+        state = self._step.state(first.stage, first.microbatch)
+        self._wait_for_parameters(second.stage)
+        residuals, cotangents = self._take_one(second.residuals), self._take(second.reads)
+
+        def told(turn: int, waits: bool) -> None:
+            self.at = op = (first, second)[turn]
+            for observer in self._turns:
+                observer.turn(op, waits)
+
+        made, grads = self._step.pairs[first.stage, second.stage](
+            (bound, state, given, self._microbatches[first.microbatch]),
+            (residuals, cotangents, self._sums[second.stage]),
+            told,
+        )
+        self._made(first, state, *made)
+        self._put(second.writes, grads)
 
     def backward_input(self, op: BackwardInput) -> None:
         self._wait_for_parameters(op.stage)
@@ -260,42 +311,3 @@ def _kept(before: Sequence[Tensor], after: Sequence[Tensor], microbatch: Microba
         return after
     is_real = (counts != 0).any()
     return [torch.where(is_real, new, old) for old, new in zip(before, after, strict=True)]
-
-
-def _place(step: RankStep, op: Op | None) -> dict[str, Any]:
-    """Where a step is, as `PipelineRunError` takes it."""
-    rank = step.program.rank
-    if op is None:
-        return {"rank": rank, "step": step.number}
-    action = step.program.schedule[rank][op.position]
-    microbatch = None if action.kind.is_sharding else action.microbatch
-    return {
-        "rank": rank, "step": step.number, "action": str(action), "stage": action.stage, "microbatch": microbatch,
-    }  # fmt: skip
-
-
-def _named(place: Mapping[str, Any]) -> str:
-    text = f"rank {place['rank']}, step {place['step']}"
-    if "action" not in place:
-        return text
-    of = (
-        f"stage {place['stage']}"
-        if place["microbatch"] is None
-        else f"stage {place['stage']}, microbatch {place['microbatch']}"
-    )
-    return f"{text}, action {place['action']} ({of})"
-
-
-def _marked(step: RankStep, op: Op | None) -> str:
-    """The grid with the op's action marked, on lines of its own."""
-    return "" if op is None else "\n" + grid(step.program.schedule, (step.program.rank, op.position))
-
-
-def add_place(error: AutofuncError, step: RankStep, op: Op | None) -> None:
-    """Say in an error where it was raised; it stays what it is."""
-    place = _place(step, op)
-    if isinstance(error, PipelineRunError):
-        for name, value in place.items():
-            if getattr(error, name) is None:
-                setattr(error, name, value)
-    error.add_note(f"at {_named(place)}{_marked(step, op)}")

@@ -19,6 +19,9 @@ _WAITS = {
     _OWN / "shard" / "reduce.py": "gradients to be summed over data parallel ranks",
     _OWN / "shard" / "fsdp.py": "parameters to be gathered from data parallel ranks",
     _OWN / "shard" / "dtensors.py": "a tensor to be gathered from other ranks",
+    _OWN / "shard" / "expert_exchange.py": "rows of the ranks that share its experts",
+    _OWN / "shard" / "data_sum.py": "a sum over data parallel ranks",
+    _OWN / "shard" / "links.py": "a tensor of other tp or cp ranks",
 }
 """Where this library waits for other ranks, and what for."""
 _OPERATORS = ("c10d_functional", "c10d::")

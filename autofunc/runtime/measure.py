@@ -17,13 +17,13 @@ from autofunc.engine import Microbatch
 from autofunc.runtime.observe import Clock, LiveBytes
 from autofunc.runtime.plan import Plan
 from autofunc.runtime.program import Program
-from autofunc.runtime.step import Timer
-from autofunc.schedule import Timeline
+from autofunc.runtime.step import OneByOne, Timer
+from autofunc.schedule import Timeline, Turn
 
 Result = TypeVar("Result")
 
-Times = npt.NDArray[np.float64]
-"""Shape (2, number of ops)."""
+Times = tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], tuple[Turn, ...]]
+"""Starts and ends of a rank's ops, and the turns of those that ran side by side."""
 
 
 class Watch(Timer):
@@ -57,8 +57,8 @@ def observed_step(
     assert watch.plan is not None
     schedule, edges = watch.plan.schedule, watch.plan.boundaries.edges()
     rows = _of_all_ranks(watch.clocks, began, group)
-    start, end = (tuple(rows[rank][which] for rank in range(schedule.num_ranks)) for which in (0, 1))
-    return result, Timeline(schedule, start, end, label="measured", edges=edges)
+    start, end, turns = zip(*(rows[rank] for rank in range(schedule.num_ranks)), strict=True)
+    return result, Timeline(schedule, start, end, label="measured", edges=edges, turns=turns if any(turns) else None)
 
 
 def measured_timeline(
@@ -76,7 +76,7 @@ def measured_timeline(
     return sorted(timelines[1:], key=lambda timeline: timeline.makespan)[steps // 2]
 
 
-class Scales:
+class Scales(OneByOne):
     """Weighs what is alive on every local rank of a step, action by action."""
 
     def __init__(self, params: Sequence[Tensor]) -> None:
@@ -104,11 +104,11 @@ def of_all(local: Mapping[Key, Any], group: dist.ProcessGroup | None) -> dict[Ke
 
 
 def _of_all_ranks(clocks: dict[int, Clock], began: float, group: dist.ProcessGroup | None) -> dict[int, Times]:
-    """(starts, ends) of every rank's ops in milliseconds, on every process.
+    """Of every rank, in milliseconds, on every process.
 
     Processes of one machine share its clock; of several, each counts from when the barrier let it go.
     """
-    local = {rank: np.array(clock.times()) for rank, clock in clocks.items()}
+    local = {rank: clock.times() for rank, clock in clocks.items()}
     gathered: list[Any] = [(platform.node(), began, local)]
     if group is not None:
         gathered = [None] * group.size()
@@ -118,5 +118,11 @@ def _of_all_ranks(clocks: dict[int, Clock], began: float, group: dist.ProcessGro
     found = {}
     for _, begun, part in gathered:
         origin = earliest if one_machine else begun
-        found.update({rank: (rows - origin) * 1e3 for rank, rows in part.items()})
+        found.update({rank: _since(origin, *times) for rank, times in part.items()})
     return found
+
+
+def _since(origin: float, start: list[float], end: list[float], turns: Sequence[Turn]) -> Times:
+    """In milliseconds."""
+    moved = (turn._replace(start=(turn.start - origin) * 1e3, end=(turn.end - origin) * 1e3) for turn in turns)
+    return (np.array(start) - origin) * 1e3, (np.array(end) - origin) * 1e3, tuple(moved)

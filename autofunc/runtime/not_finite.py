@@ -15,8 +15,9 @@ from autofunc.engine import Microbatch
 from autofunc.engine.layerwise import all_finite, first_not_finite
 from autofunc.errors import NotFiniteError
 from autofunc.mesh import AXES, axis_group
-from autofunc.runtime.executor import RankStep, add_place
+from autofunc.runtime.executor import RankStep
 from autofunc.runtime.ops import Backward, BackwardInput, BackwardWeight, Forward, Op
+from autofunc.runtime.place import add_place
 from autofunc.runtime.plan import Plan
 from autofunc.runtime.program import Program
 from autofunc.runtime.transport import Ticket

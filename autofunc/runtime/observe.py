@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autofunc.runtime.executor import RankStep
+from autofunc.runtime.executor import RankStep, TurnObserver
 from autofunc.runtime.ops import Backward, BackwardInput, Forward, Op, Receive, Send
 from autofunc.runtime.program import Program
 from autofunc.runtime.transport import Ticket
+from autofunc.schedule import Turn
 
 
-class Clock:
+class Clock(TurnObserver):
     """When each op of a rank started and ended: waiting for its operands comes before.
 
     On an accelerator these are events of its stream, so the host runs ahead as in any step: waiting for the device at each
@@ -27,6 +28,8 @@ class Clock:
     def __init__(self, num_ops: int, device: torch.device) -> None:
         self._start: list[Any] = [None] * num_ops
         self._end: list[Any] = [None] * num_ops
+        self._turns: list[list[Any]] = []  # of ops that run side by side, see `Turn`
+        self._is_open = False  # whether the last turn goes on
         self._now: Callable[[], Any] = time.perf_counter
         if device.type != "cpu":
             self._now = partial(_event, device)
@@ -40,16 +43,43 @@ class Clock:
     def after(self, op: Op, step: RankStep, registers: list[Any], sends: list[Ticket | None]) -> None:
         """See `Observer.after`."""
         self._end[op.position] = self._now()
+        if self._is_open:
+            self._turns[-1][2], self._is_open = self._end[op.position], False
 
-    def times(self) -> tuple[list[float], list[float]]:
-        """Starts and ends by position, in seconds of the host's `time.perf_counter`. Waits for the device."""
-        if self._now is time.perf_counter:
-            return self._start, self._end
-        torch.accelerator.synchronize()
-        start, end = (
-            [self._began + self._begin.elapsed_time(event) / 1e3 for event in row] for row in (self._start, self._end)
-        )
-        return start, end
+    def turn(self, op: Op, waits: bool) -> None:
+        """See `TurnObserver.turn`."""
+        now = self._now()
+        if self._is_open:
+            self._turns[-1][2] = now
+        self._turns.append([op.position, now, None, waits])
+        self._is_open = True
+
+    def times(self) -> tuple[list[float], list[float], list[Turn]]:
+        """Starts and ends by position, and turns, in seconds of the host's `time.perf_counter`. Waits for the device.
+
+        Of two ops that run side by side the first has the time of its turns, and the second what is left: together they
+        take as long as they took.
+        """
+        if self._now is not time.perf_counter:
+            torch.accelerator.synchronize()
+        start, end = ([self._seconds(moment) for moment in row] for row in (self._start, self._end))
+        turns = [Turn(at, self._seconds(began), self._seconds(ended), waits) for at, began, ended, waits in self._turns]
+        for position, spent in _spent(turns).items():
+            if position + 1 < len(start) and start[position + 1] < end[position]:  # the first of the two
+                end[position] = start[position + 1] = start[position] + spent
+        return start, end, turns
+
+    def _seconds(self, moment: Any) -> float:
+        on_host = self._now is time.perf_counter
+        return float(moment if on_host else self._began + self._begin.elapsed_time(moment) / 1e3)
+
+
+def _spent(turns: Iterable[Turn]) -> dict[int, float]:
+    """By position, how long its turns took."""
+    spent: dict[int, float] = {}
+    for position, start, end, _ in turns:
+        spent[position] = spent.get(position, 0.0) + end - start
+    return spent
 
 
 def _event(device: torch.device) -> torch.Event:

@@ -20,6 +20,7 @@ class Forward(NamedTuple):
     keeps: int | None  # register of the residuals for B or I; None in a run without a backward
     waits: tuple[int, ...]  # those of `reads` in which a receive is in flight
     settles: tuple[int, ...]  # sends that what is waited for proves complete, by number
+    beside: bool = False  # whether it runs side by side with the B that comes next
 
 
 class Backward(NamedTuple):

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from autofunc import tree
-from autofunc.engine import EngineOptions, GraphStage, StageFunctions
+from autofunc.engine import EngineOptions, GraphStage, Overlapped, StageFunctions
 from autofunc.engine.recordable import check_recordable
 from autofunc.errors import ScheduleError
 from autofunc.losses import Loss, combine_aux
@@ -19,6 +20,7 @@ from autofunc.mesh import data_coordinate
 from autofunc.runtime.buffers import SlotPool
 from autofunc.runtime.build import captured, make_functions
 from autofunc.runtime.cuda_graphs import check_recording
+from autofunc.runtime.ops import Forward
 from autofunc.runtime.program import Channel, Layout, Program, build_program, channels_between, message_layouts
 from autofunc.runtime.recording import GraphMemory, Recordings
 from autofunc.runtime.ties import Tie, find_ties
@@ -77,6 +79,7 @@ class Plan:
     aux: tuple[Layout, ...]  # shape and dtype of each leaf of the combined aux
     aux_spec: tree.TreeSpec | None
     device: torch.device
+    pairs: Mapping[tuple[int, int], Overlapped] = field(default_factory=dict)  # by stage of F, and of B: run side by side
     recordings: Recordings | None = None  # of its steps, where they are to run as CUDA graphs
 
     @property
@@ -157,6 +160,7 @@ def build_plan(
         aux=aux,
         aux_spec=aux_spec,
         device=device,
+        pairs=_pairs(programs.values(), functions),
         recordings=_recordings(blueprint, mode, functions, contexts),
     )
 
@@ -194,17 +198,53 @@ def _followed(
 def _lowered(blueprint: Blueprint, mode: Mode, edges: Sequence[Edge], num_microbatches: int) -> Schedule:
     """The schedule with its transfers and sharding actions, validated."""
     schedule, parameters = blueprint.schedule, blueprint.parameters
+    together = _overlapping(blueprint) if mode is Mode.GRADS else frozenset()
     lowered = lower(
-        schedule if mode is Mode.GRADS else schedule.forward_form(num_microbatches),
+        schedule.without_overlap(together) if mode is Mode.GRADS else schedule.forward_form(num_microbatches),
         edges,
         unshard=parameters.unshard,
         unshard_ahead=parameters.sharding.prefetch,
         reduce_grads=parameters.has_reduce_actions,
         merge=blueprint.merge,
         sends_block=blueprint.sends_block,
+        keep_overlapped=True,
     )
-    validate(lowered, edges, blueprint.sends_block)
+    try:
+        validate(lowered, edges, blueprint.sends_block)
+    except ScheduleError as error:
+        if together:
+            error.add_note(
+                "pairs that run side by side begin together and send after both; overlap_f_b=False runs one after the other"
+            )
+        raise
     return lowered
+
+
+def _overlapping(blueprint: Blueprint) -> frozenset[tuple[int, int]]:
+    """Stages whose F and B have something to do for each other where a schedule marks them: by stage of F, and of B.
+
+    All ranks know it of all stages: they lower the whole schedule, and alike.
+    """
+    if not blueprint.options.overlaps:
+        return frozenset()
+    exchanging = {stage.index for stage in blueprint.stages if blueprint.parameters.exchanges_in(stage)}
+    every = range(len(blueprint.stages))
+    return frozenset((f, b) for f in every for b in every if f in exchanging or b in exchanging)
+
+
+def _pairs(
+    programs: Iterable[Program], functions: Mapping[int, StageFunctions]
+) -> dict[tuple[int, int], Overlapped]:  # fmt: skip
+    """The programs of pairs that local ranks run side by side."""
+    pairs: dict[tuple[int, int], Overlapped] = {}
+    for program in programs:
+        for op, following in pairwise(program.ops):
+            if isinstance(op, Forward) and op.beside and (op.stage, following.stage) not in pairs:
+                forward, backward = functions[op.stage], functions[following.stage]
+                assert isinstance(forward, GraphStage), "only pairs of captured stages are kept together"
+                assert isinstance(backward, GraphStage), "only pairs of captured stages are kept together"
+                pairs[op.stage, following.stage] = Overlapped(forward, backward)
+    return pairs
 
 
 def _ties(blueprint: Blueprint, schedule: Schedule, params: Mapping[str, Tensor]) -> tuple[Tie, ...]:

@@ -114,7 +114,8 @@ class Position:
         position = 0 if self.op is None else self.op.position + 1
         if program is None or self.is_inside or position >= len(ops):
             return []
-        wanted = getattr(ops[position], "waits", ())
+        beside = bool(getattr(ops[position], "beside", False))  # then it waits for what both read
+        wanted = {register for op in ops[position : position + 1 + beside] for register in getattr(op, "waits", ())}
         sources = [program.channels[op.channel].source for op in ops if isinstance(op, Receive) and op.register in wanted]
         return [source if self.ranks is None else self.ranks[source] for source in dict.fromkeys(sources)]
 

@@ -29,6 +29,7 @@ from autofunc.runtime.ops import (
 )
 from autofunc.schedule import Action, Dataflow, Edge, Kind, Schedule, StageBytes
 from autofunc.schedule.effects import Activation, EdgeToken, Effect, Token, carried_by
+from autofunc.schedule.ir import OVERLAPPED
 from autofunc.splitting import Boundaries
 
 Shape = tuple[int, ...]
@@ -161,7 +162,7 @@ class _Builder:
         return Release(position, stage) if kind is Kind.RESHARD else Reduce(position, stage)
 
     def _computation(self, position: int, action: Action, effect: Effect) -> Op:
-        stage, kind, microbatch, _ = action
+        stage, kind, microbatch, peer = action
         used, given = _sorted_out(effect.reads)
         kept, made = _sorted_out(effect.writes)
         residuals, reads = self.registers.read(used), self.registers.read(given)
@@ -170,7 +171,8 @@ class _Builder:
         self._in_flight.difference_update(waits)
         settles = tuple(self.sends[earlier] for earlier in self._settled.get(position, ()))
         if kind is Kind.F:
-            return Forward(position, stage, microbatch, reads, writes, keeps[0] if keeps else None, waits, settles)
+            kept_in, beside = keeps[0] if keeps else None, peer == OVERLAPPED
+            return Forward(position, stage, microbatch, reads, writes, kept_in, waits, settles, beside)
         if kind is Kind.B:
             return Backward(position, stage, microbatch, residuals[0], reads, writes, waits, settles)
         if kind is Kind.I:

@@ -53,6 +53,10 @@ Observe = Callable[[Plan, Program, Sequence[Microbatch]], Sequence[Observer]]
 plan, the rank's program and all microbatches of the step."""
 
 
+class OneByOne:
+    """Base of an `Observe` to whom each action counts by itself: pairs run one after the other. All processes have it."""
+
+
 class Timer:
     """Base of an `Observe` whose observers look at no value: they may be told of a step that is recorded."""
 
@@ -78,7 +82,8 @@ def run_step(
         observe: who looks on.
     """
     result = StepResult(states=[{} for _ in states])
-    given = _Given(params, [Microbatch.of(entries) for entries in microbatches], states, number)
+    entries = [Microbatch.of(entries) for entries in microbatches]
+    given = _Given(params, entries, states, number, isinstance(observe, OneByOne))
     recording = _recording(plan, given, transport, observe)
     observers = {
         rank: [*(observe(plan, program, given.microbatches) if observe is not None else ()), *here.marks(program)]
@@ -104,6 +109,7 @@ class _Given(NamedTuple):
     microbatches: Sequence[Microbatch]
     states: Sequence[Mapping[str, Tensor]]
     number: int
+    one_by_one: bool  # see `OneByOne`
 
 
 def _recording(plan: Plan, given: _Given, transport: Transport | None, observe: Observe | None) -> Recording | None:
@@ -170,6 +176,7 @@ def _rank_step(
         states=states_of(stages, given.states),
         apart=plan.mode is Mode.ADVANCE,
         observers=observers,
+        pairs={} if given.one_by_one else plan.pairs,
     )
 
 

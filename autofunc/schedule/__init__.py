@@ -46,7 +46,7 @@ from autofunc.schedule.timing.costs import Costs
 from autofunc.schedule.timing.fit import costs_of
 from autofunc.schedule.timing.idle import Idle, explain_idle
 from autofunc.schedule.timing.simulation import expected_makespan, simulate
-from autofunc.schedule.timing.timeline import Timeline
+from autofunc.schedule.timing.timeline import Timeline, Turn
 
 __all__ = [
     "SUFFIXES",
@@ -62,6 +62,7 @@ __all__ = [
     "Schedule",
     "StageBytes",
     "Timeline",
+    "Turn",
     "Unshard",
     "build",
     "build_row",

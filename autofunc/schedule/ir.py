@@ -7,7 +7,7 @@ millions of actions stays small.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import cached_property
@@ -240,12 +240,19 @@ class Schedule:
             rows.append(Row(_frozen(parts)))
         return Schedule(self.name, self.placement, self.num_microbatches, tuple(rows))
 
-    def without_overlap(self) -> Schedule:
-        """The same schedule with each overlapped pair as two actions of their own."""
+    def without_overlap(self, keep: Set[tuple[int, int]] = frozenset()) -> Schedule:
+        """The same schedule with each overlapped pair as two actions of their own.
+
+        Args:
+            keep: pairs that stay, of an F and a B, by their stages.
+        """
         if not any(bool((row.table[:, 3] == OVERLAPPED).any()) for row in self.rows):
             return self
         tables = [row.table.copy() for row in self.rows]
         for table in tables:
-            table[table[:, 3] == OVERLAPPED, 3] = -1
+            for place in np.flatnonzero(table[:, 3] == OVERLAPPED):
+                pair = table[place : place + 2]
+                stays = len(pair) == 2 and pair[1, 1] == Kind.B and (int(pair[0, 0]), int(pair[1, 0])) in keep
+                table[place, 3] = OVERLAPPED if stays else -1
         rows = tuple(Row(_frozen(table)) for table in tables)
         return Schedule(self.name, self.placement, self.num_microbatches, rows)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from autofunc.graph.exchanges import exchanges
 from autofunc.mesh import DATA_AXES, axis_group
 
 _groups: WeakValueDictionary[str, dist.ProcessGroup] = WeakValueDictionary()  # by name, which a captured graph can hold
@@ -43,9 +44,21 @@ class OverData:
 @torch.library.custom_op("autofunc::sum_over", mutates_args=())
 def _sum_over(x: Tensor, group: str) -> Tensor:
     """The sum of a tensor over the ranks of a group."""
+    return _begin(x, group)()
+
+
+def _begin(x: Tensor, group: str) -> Callable[[], Tensor]:
     total = x.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(total, group=_groups[group])
-    return total
+    work = dist.all_reduce(total, group=_groups[group], async_op=True)
+
+    def wait() -> Tensor:
+        work.wait()
+        return total
+
+    return wait
+
+
+exchanges(torch.ops.autofunc.sum_over.default, _begin)
 
 
 @_sum_over.register_fake

@@ -7,12 +7,14 @@ much it is.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from weakref import WeakValueDictionary
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, fx
 
+from autofunc.graph.exchanges import Wait, at_once, exchanges
 from autofunc.shard.links import Links, links
 
 SMALL = 1 << 20
@@ -28,20 +30,22 @@ _library.define("all_gather(Tensor x, int size, str group) -> Tensor")  # type: 
 _library.define("reduce_scatter(Tensor x, str how, int size, str group) -> Tensor")  # type: ignore[no-untyped-call]
 
 
-def _all_reduce(x: Tensor, how: str, group: str) -> Tensor:
+def _begin_all_reduce(x: Tensor, how: str, group: str) -> Wait:
     """Everyone's `x` added up, or the largest of each element."""
-    x = x.contiguous()
-    return _combined(_links[group].exchange([x] * _links[group].size), how)
+    wait = _links[group].begin([x.contiguous()] * _links[group].size)
+    return lambda: _combined(wait(), how)
 
 
-def _all_gather(x: Tensor, size: int, group: str) -> Tensor:
+def _begin_all_gather(x: Tensor, size: int, group: str) -> Wait:
     """Everyone's `x`, one after the other along dim 0."""
-    return torch.cat(_links[group].exchange([x.contiguous()] * size))
+    wait = _links[group].begin([x.contiguous()] * size)
+    return lambda: torch.cat(wait())
 
 
-def _reduce_scatter(x: Tensor, how: str, size: int, group: str) -> Tensor:
-    """This rank's part along dim 0, one of `size` equal ones, of what `_all_reduce` gives."""
-    return _combined(_links[group].exchange(x.contiguous().chunk(size)), how)
+def _begin_reduce_scatter(x: Tensor, how: str, size: int, group: str) -> Wait:
+    """This rank's part along dim 0, one of `size` equal ones, of what `all_reduce` gives."""
+    wait = _links[group].begin(x.contiguous().chunk(size))
+    return lambda: _combined(wait(), how)
 
 
 def _combined(parts: list[Tensor], how: str) -> Tensor:
@@ -51,9 +55,12 @@ def _combined(parts: list[Tensor], how: str) -> Tensor:
     return total
 
 
-_library.impl("all_reduce", _all_reduce, "CPU")  # type: ignore[no-untyped-call]
-_library.impl("all_gather", _all_gather, "CPU")  # type: ignore[no-untyped-call]
-_library.impl("reduce_scatter", _reduce_scatter, "CPU")  # type: ignore[no-untyped-call]
+_BEGUN_BY: dict[str, Callable[..., Wait]] = {
+    "all_reduce": _begin_all_reduce, "all_gather": _begin_all_gather, "reduce_scatter": _begin_reduce_scatter,
+}  # fmt: skip
+for _name, _begin in _BEGUN_BY.items():
+    _library.impl(_name, at_once(_begin), "CPU")  # type: ignore[no-untyped-call]
+    exchanges(getattr(torch.ops.autofunc, _name).default, _begin)
 torch.library.register_fake("autofunc::all_reduce", lambda x, how, group: x.new_empty(x.shape))
 torch.library.register_fake(
     "autofunc::all_gather", lambda x, size, group: x.new_empty((size * x.shape[0], *x.shape[1:]))

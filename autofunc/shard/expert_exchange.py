@@ -14,6 +14,7 @@ not wait, so each pair of ranks exchanges S rows, real or not: each rank sends `
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 from weakref import WeakValueDictionary
 
@@ -22,24 +23,25 @@ import torch.distributed as dist
 from torch import Tensor
 
 from autofunc.errors import BatchError
+from autofunc.graph.exchanges import Wait, at_once, exchanges
 from autofunc.shard.expert_rows import Arrived, arrived, own_experts, padded_places, sent
 
 
 class Peers(Protocol):
-    """The ranks that share the experts of a layer."""
+    """The ranks that share the experts of a layer. A method begins an exchange, and returns what waits for its result."""
 
     rank: int
     size: int
 
-    def all_gather(self, x: Tensor) -> Tensor:
+    def all_gather(self, x: Tensor) -> Callable[[], Tensor]:
         """Everyone's x, in rank order: (ranks, ...)."""
         ...
 
-    def all_reduce(self, x: Tensor) -> Tensor:
+    def all_reduce(self, x: Tensor) -> Callable[[], Tensor]:
         """The sum of everyone's x."""
         ...
 
-    def all_to_all(self, x: Tensor, given: list[int] | None, wanted: list[int] | None) -> Tensor:
+    def all_to_all(self, x: Tensor, given: list[int] | None, wanted: list[int] | None) -> Callable[[], Tensor]:
         """Rows for each rank, in order, and those from each, in order.
 
         Args:
@@ -65,23 +67,34 @@ class GroupPeers:
         self._group = group
         self.rank, self.size = group.rank(), group.size()
 
-    def all_gather(self, x: Tensor) -> Tensor:
+    def all_gather(self, x: Tensor) -> Callable[[], Tensor]:
         """See `Peers.all_gather`."""
         found = x.new_empty(self.size * x.shape[0], *x.shape[1:])
-        dist.all_gather_single(found, x.contiguous(), group=self._group)
-        return found.view(self.size, *x.shape)
+        x = x.contiguous()
+        work = dist.all_gather_single(found, x, group=self._group, async_op=True)
+        return _awaited(work, found.view(self.size, *x.shape), x)
 
-    def all_reduce(self, x: Tensor) -> Tensor:
+    def all_reduce(self, x: Tensor) -> Callable[[], Tensor]:
         """See `Peers.all_reduce`."""
         total = x.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total, group=self._group)
-        return total
+        return _awaited(dist.all_reduce(total, group=self._group, async_op=True), total)
 
-    def all_to_all(self, x: Tensor, given: list[int] | None, wanted: list[int] | None) -> Tensor:
+    def all_to_all(self, x: Tensor, given: list[int] | None, wanted: list[int] | None) -> Callable[[], Tensor]:
         """See `Peers.all_to_all`."""
         found = x.new_empty(x.shape[0] if wanted is None else sum(wanted), *x.shape[1:])
-        dist.all_to_all_single(found, x, wanted, given, group=self._group)
+        return _awaited(dist.all_to_all_single(found, x, wanted, given, group=self._group, async_op=True), found, x)
+
+
+def _awaited(work: dist.Work, found: Tensor, *held: Tensor) -> Callable[[], Tensor]:
+    """Waits for an exchange; until then what it reads is held."""
+    kept = list(held)
+
+    def wait() -> Tensor:
+        work.wait()
+        kept.clear()
         return found
+
+    return wait
 
 
 torch.library.define("autofunc::expert_counts", "(Tensor own, str peers, int size) -> Tensor")
@@ -90,38 +103,42 @@ torch.library.define("autofunc::dispatch", "(Tensor rows, Tensor counts, str pee
 torch.library.define("autofunc::combine", "(Tensor made, Tensor counts, str peers, int rows) -> Tensor")
 
 
-@torch.library.impl("autofunc::expert_counts", "CompositeExplicitAutograd")
-def _counts(own: Tensor, peers: str, size: int) -> Tensor:
+# --- how they are begun; an operator that is called waits at once
+
+
+def _begin_counts(own: Tensor, peers: str, size: int) -> Wait:
     return _peers[peers].all_gather(own)
 
 
-@torch.library.impl("autofunc::expert_sum", "CompositeExplicitAutograd")
-def _sum(x: Tensor, peers: str) -> Tensor:
+def _begin_sum(x: Tensor, peers: str) -> Wait:
     return _peers[peers].all_reduce(x)
 
 
-@torch.library.impl("autofunc::dispatch", "CompositeExplicitAutograd")
-def _dispatch(rows: Tensor, counts: Tensor, peers: str) -> Tensor:
+def _begin_dispatch(rows: Tensor, counts: Tensor, peers: str) -> Wait:
     group, number = _peers[peers], rows.shape[0]
     exact = _is_exact(rows)
     if exact:
         _check_counts(counts, number)
-        came = group.all_to_all(
+        coming = group.all_to_all(
             rows.contiguous(), sent(counts, group.rank).tolist(), own_experts(counts, group.rank).sum(1).tolist()
         )
     else:
         buffer = rows.new_zeros(group.size * number, rows.shape[1])
-        came = group.all_to_all(buffer.index_copy_(0, padded_places(counts, group.rank, number), rows), None, None)
+        coming = group.all_to_all(buffer.index_copy_(0, padded_places(counts, group.rank, number), rows), None, None)
     found = arrived(counts, group.rank, number, padded=not exact)
-    if exact:
-        made = rows.new_zeros(group.size * number, rows.shape[1])
-        torch.index_select(came, 0, found.source[: len(came)], out=made[: len(came)])
-        return made
-    return came.index_select(0, _inside(found)).masked_fill_(~found.is_real[:, None], 0)
+
+    def wait() -> Tensor:
+        came = coming()
+        if exact:
+            made = came.new_zeros(group.size * number, came.shape[1])
+            torch.index_select(came, 0, found.source[: len(came)], out=made[: len(came)])
+            return made
+        return came.index_select(0, _inside(found)).masked_fill_(~found.is_real[:, None], 0)
+
+    return wait
 
 
-@torch.library.impl("autofunc::combine", "CompositeExplicitAutograd")
-def _combine(made: Tensor, counts: Tensor, peers: str, rows: int) -> Tensor:
+def _begin_combine(made: Tensor, counts: Tensor, peers: str, rows: int) -> Wait:
     group = _peers[peers]
     if _is_exact(made):
         _check_counts(counts, rows)
@@ -133,7 +150,18 @@ def _combine(made: Tensor, counts: Tensor, peers: str, rows: int) -> Tensor:
     spare = group.size * rows  # one row more, for those that nobody sent
     buffer = made.new_zeros(spare + 1, made.shape[1])
     buffer.index_copy_(0, found.source.where(found.is_real, spare), made)
-    return group.all_to_all(buffer[:spare], None, None).index_select(0, padded_places(counts, group.rank, rows))
+    coming = group.all_to_all(buffer[:spare], None, None)
+    return lambda: coming().index_select(0, padded_places(counts, group.rank, rows))
+
+
+_BEGUN_BY: dict[str, Callable[..., Wait]] = {
+    "expert_counts": _begin_counts, "expert_sum": _begin_sum, "dispatch": _begin_dispatch, "combine": _begin_combine,
+}  # fmt: skip
+
+
+for _name, _begin in _BEGUN_BY.items():
+    torch.library.impl(f"autofunc::{_name}", "CompositeExplicitAutograd", at_once(_begin))
+    exchanges(getattr(torch.ops.autofunc, _name).default, _begin)
 
 
 def _is_exact(rows: Tensor) -> bool:

@@ -11,7 +11,8 @@ import platform
 import shutil
 import socket
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -46,27 +47,69 @@ class Links:
 
     def __init__(self, rank: int, peers: dict[int, socket.socket]) -> None:
         self._rank, self._peers = rank, peers
+        self._under_way: _Exchange | None = None
         self.size = len(peers) + 1
 
-    def exchange(self, parts: Sequence[Tensor]) -> list[Tensor]:
-        """Send one part to each rank; what came from each, in rank order. All ranks give parts of one shape and dtype.
+    def begin(self, parts: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
+        """Send one part to each rank; what is returned waits for what comes from each, in rank order.
+
+        All ranks give parts of one shape and dtype. One exchange is under way at a time: the next one waits for it first.
 
         Raises:
             PeerLostError: when another rank is gone or too late.
         """
-        own = self._rank
-        found = [part if rank == own else torch.empty_like(parts[own]) for rank, part in enumerate(parts)]
-        outgoing = {rank: _bytes(parts[rank]) for rank in self._peers}
-        incoming = {rank: _bytes(found[rank]) for rank in self._peers}
-        try:
-            for start in range(0, parts[own].numel() * parts[own].element_size(), _CHUNK):
-                for rank, peer in self._peers.items():
-                    peer.sendall(outgoing[rank][start : start + _CHUNK])
-                for rank, peer in self._peers.items():
-                    _fill(peer, incoming[rank][start : start + _CHUNK])
-        except OSError as error:
-            raise PeerLostError(f"another tp rank is gone or too late: {error}") from error
-        return found
+        if self._under_way is not None:
+            self._under_way.wait()
+        self._under_way = begun = _Exchange(self, self._rank, self._peers, parts)
+        return begun.wait
+
+    def exchange(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """The same at once."""
+        return self.begin(parts)()
+
+    def ended(self) -> None:
+        """Nothing is under way."""
+        self._under_way = None
+
+
+class _Exchange:
+    """The first chunk is sent when it begins, and the rest while those of others are read."""
+
+    def __init__(
+        self, links: Links, own: int, peers: Mapping[int, socket.socket], parts: Sequence[Tensor]
+    ) -> None:  # fmt: skip
+        self._links: Links | None = links
+        self._peers, self._bytes = peers, parts[own].numel() * parts[own].element_size()
+        self._found = [part if rank == own else torch.empty_like(parts[own]) for rank, part in enumerate(parts)]
+        self._outgoing = {rank: _bytes(parts[rank]) for rank in peers}
+        self._incoming = {rank: _bytes(self._found[rank]) for rank in peers}
+        with _lost_peers():
+            self._send(0)
+
+    def wait(self) -> list[Tensor]:
+        """What came from each rank."""
+        links, self._links = self._links, None
+        if links is not None:
+            links.ended()
+            with _lost_peers():
+                for start in range(0, self._bytes, _CHUNK):
+                    if start:
+                        self._send(start)
+                    for rank, peer in self._peers.items():
+                        _fill(peer, self._incoming[rank][start : start + _CHUNK])
+        return self._found
+
+    def _send(self, start: int) -> None:
+        for rank, peer in self._peers.items():
+            peer.sendall(self._outgoing[rank][start : start + _CHUNK])
+
+
+@contextmanager
+def _lost_peers() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise PeerLostError(f"another tp rank is gone or too late: {error}") from error
 
 
 def _fill(peer: socket.socket, wanted: memoryview) -> None:

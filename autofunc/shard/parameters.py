@@ -108,6 +108,18 @@ class Parameters:
             context=context,
         )
 
+    def exchanges_in(self, stage: Stage) -> bool:
+        """Whether processes exchange values in the middle of a stage, and can compute something else meanwhile.
+
+        The same on all of them. Attention over cp ranks waits inside of its operators.
+        """
+        if self.mesh is None:
+            return False
+        with_experts = self.experts is not None and any(
+            self.model.canonical(holder) in self.experts.paths for holder in stage.holders
+        )
+        return with_experts or axis_size(self.mesh, "tp") > 1
+
     @property
     def unshard(self) -> str:
         """How often a stage's parameters are gathered, see `schedule.lower`."""

@@ -248,7 +248,8 @@ def _engine_options(config: FinetuneConfig) -> tuple[EngineOptions, int | None]:
             f"engine: graph; got {wanted.engine}"
         )
     try:
-        options = EngineOptions(wanted.engine, wanted.compile, remat, budget if remat == "auto" else None)
+        kept_within = budget if remat == "auto" else None
+        options = EngineOptions(wanted.engine, wanted.compile, remat, kept_within, wanted.overlap_f_b)
     except AutofuncError as error:
         raise ConfigError(f"distributed: {error}") from error
     if options.compiles:

@@ -27,18 +27,20 @@ class ThreadPeers:
     def _of_all(self, own: Any) -> list[Any]:
         return self._meeting.of_all(self.rank, own)
 
-    def all_gather(self, x: Tensor) -> Tensor:
-        return torch.stack(self._of_all(x))
+    def all_gather(self, x: Tensor) -> Callable[[], Tensor]:
+        found = torch.stack(self._of_all(x))
+        return lambda: found
 
-    def all_reduce(self, x: Tensor) -> Tensor:
-        return sum(self._of_all(x), torch.zeros_like(x))
+    def all_reduce(self, x: Tensor) -> Callable[[], Tensor]:
+        total = sum(self._of_all(x), torch.zeros_like(x))
+        return lambda: total
 
-    def all_to_all(self, x: Tensor, given: list[int] | None, wanted: list[int] | None) -> Tensor:
+    def all_to_all(self, x: Tensor, given: list[int] | None, wanted: list[int] | None) -> Callable[[], Tensor]:
         self.sent_rows.append(len(x))
         parts = x.chunk(self.size) if given is None else x.split(given)
         came = [parts[self.rank].clone() for parts in self._of_all(parts)]
         assert wanted is None or wanted == [len(part) for part in came]
-        return torch.cat(came)
+        return lambda: torch.cat(came)
 
 
 def on_ranks(size: int, function: Callable[[int], T]) -> tuple[list[T], list[ThreadPeers]]:

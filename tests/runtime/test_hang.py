@@ -17,6 +17,7 @@ from autofunc.errors import AutofuncError, HangError
 from autofunc.runtime import agree, position, transport, watchdog
 from autofunc.runtime.hang import Frame, State, describe, frames_of, late
 from autofunc.runtime.position import here
+from autofunc.shard import data_sum, expert_exchange, links
 from tests.cases import make_case, pp_mesh
 from tests.pool import WorkerPool
 
@@ -24,6 +25,12 @@ TORCH = str(Path(torch.__file__).parent / "distributed" / "distributed_c10d.py")
 USER = Frame("/home/me/net.py", 12, "forward", "time.sleep(1000)")
 TRAIN = Frame("/home/me/train.py", 3, "<module>", "step(params, batch)")
 ALL_REDUCE = Frame(TORCH, 3000, "all_reduce", "work.wait()")
+
+
+@pytest.mark.parametrize("module", [expert_exchange, data_sum, links])
+def test_a_rank_in_an_exchange_of_a_stage_waits_for_others(module: Any) -> None:
+    states = {0: state(own(module)), 1: state(USER)}
+    assert late(states) == [1] and states[0].waits_for
 
 
 def own(module: Any) -> Frame:

@@ -18,7 +18,7 @@ WORDS = {Kind.F: "forward", Kind.B: "backward", Kind.I: "input gradient", Kind.W
 
 
 class Block(NamedTuple):
-    """One computation."""
+    """One computation; of an overlapped pair, one turn of it."""
 
     rank: int
     stage: int
@@ -48,7 +48,7 @@ def blocks_of(timeline: Timeline) -> list[Block]:
         last_maker[reader[later]] = maker[later]
     blocks = []
     for rank in range(schedule.num_ranks):
-        before = origin
+        before, turns = origin, _turns_of(timeline, rank)
         for flat in range(int(network.first[rank]), int(network.first[rank + 1])):
             stage, kind, microbatch, _ = network.table[flat].tolist()
             if kind > Kind.W:
@@ -62,8 +62,19 @@ def blocks_of(timeline: Timeline) -> list[Block]:
                     maker_rank, position = network.locate(int(last_maker[flat]))
                     cause = f"{schedule[maker_rank][position]} on rank {maker_rank}"
             before = float(end[flat])
-            blocks.append(Block(rank, stage, Kind(kind), microbatch, begun - origin, before - origin, waited, cause))
+            for start_of, end_of in turns.get(flat - int(network.first[rank]), [(begun, before)]):
+                blocks.append(Block(rank, stage, Kind(kind), microbatch, start_of - origin, end_of - origin, waited, cause))
+                waited, cause = 0.0, ""
     return blocks
+
+
+def _turns_of(timeline: Timeline, rank: int) -> dict[int, list[tuple[float, float]]]:
+    """By position of an action that ran in turns with another: when it computed."""
+    found: dict[int, list[tuple[float, float]]] = {}
+    for position, start, end, waits in timeline.turns[rank] if timeline.turns is not None else ():
+        if not waits:
+            found.setdefault(position, []).append((start, end))
+    return found
 
 
 def letters_of(schedule: Schedule) -> dict[int, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -14,9 +15,22 @@ from autofunc.schedule.ir import Kind, Schedule
 from autofunc.schedule.laws.walk import Times
 
 
+class Turn(NamedTuple):
+    """A part of an action that ran side by side with another: the two took turns."""
+
+    position: int  # of the action in its row
+    start: float
+    end: float
+    waits: bool = False  # whether it only waited for what other processes that compute the stage had to send
+
+
 @dataclass(frozen=True, eq=False)
 class Timeline:
-    """When each action of a schedule starts and ends: one array per rank, in the order of its row."""
+    """When each action of a schedule starts and ends: one array per rank, in the order of its row.
+
+    Of an overlapped pair that ran side by side the F has as much time as its turns took, and the B the rest: the ends of
+    both together are right, and `turns` tells the rest.
+    """
 
     schedule: Schedule
     start: tuple[Times, ...] = field(repr=False)
@@ -24,6 +38,7 @@ class Timeline:
     label: str = ""  # for pictures, where the schedule's name does not say enough: "measured"
     edges: tuple[Edge, ...] | None = field(default=None, repr=False)  # between stages; None: a chain
     arrived: tuple[Times, ...] | None = field(default=None, repr=False)  # when all that an action reads was there, if known
+    turns: tuple[tuple[Turn, ...], ...] | None = field(default=None, repr=False)  # by rank, of overlapped pairs; in order
 
     @cached_property
     def _computing(self) -> tuple[npt.NDArray[np.bool_], ...]:

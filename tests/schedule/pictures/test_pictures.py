@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,8 @@ import pytest
 
 from autofunc import schedule
 from autofunc.errors import ScheduleError
-from autofunc.schedule import Costs, Timeline
+from autofunc.schedule import Costs, Timeline, Turn
+from autofunc.schedule.pictures.blocks import blocks_of
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 SVG = "{http://www.w3.org/2000/svg}"
@@ -113,6 +115,19 @@ def test_a_measured_run_is_drawn_as_one() -> None:
     measured = Timeline(predicted.schedule, *late, label="measured")
     assert schedule.draw(measured) == schedule.draw(predicted), "only differences of time count"
     assert measured.makespan == predicted.makespan
+
+
+def test_a_pair_that_took_turns_is_drawn_by_turns() -> None:
+    """Where it waited for other processes it shows as idle."""
+    s = schedule.from_text("0F0 (0F1;0B0)OVERLAP_F_B 0B1")
+    plain = schedule.simulate(s, Costs(F=2, I=1, W=1))
+    turns = [(1, 2.0, 3.0, False), (2, 3.0, 4.0, False), (1, 4.0, 4.5, True), (1, 4.5, 5.0, False), (2, 5.0, 6.0, False)]
+    measured = replace(plain, turns=(tuple(Turn(*turn) for turn in turns),))
+    found = [(block.name, block.start, block.end) for block in blocks_of(measured)]
+    assert found == [
+        ("0F0", 0, 2), ("0F1", 2, 3), ("0F1", 4.5, 5), ("0B0", 3, 4), ("0B0", 5, 6), ("0B1", 6, 8),
+    ]  # fmt: skip
+    assert measured.makespan == plain.makespan and measured.busy == plain.busy
 
 
 def browse(page: Path, script: str) -> str:
