@@ -7,7 +7,7 @@ microbatches of an edge at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -77,9 +77,9 @@ def build_network(schedule: Schedule, edges: Sequence[Edge] | None) -> Network:
     flow = flow_of(schedule, edges)
     lengths = [len(row) for row in schedule]
     table = np.concatenate([row.table for row in schedule])
-    find = _Finder(schedule, table)
-    forward, split, weight = find(Kind.F), find(Kind.I), find(Kind.W)
-    backward: Indices = np.maximum(find(Kind.B), split)
+    forward, both, split, weight = computations(schedule)
+    backward: Indices = np.maximum(both, split)
+    find = _Transfers(schedule, table)
     local: list[Bundle] = []
     crossings: list[Crossing] = []
     if not flow.forward_only:
@@ -99,7 +99,41 @@ def build_network(schedule: Schedule, edges: Sequence[Edge] | None) -> Network:
     return Network(schedule, table, first, tuple(local), tuple(crossings))
 
 
-def _crossing(schedule: Schedule, bundle: Bundle, find: _Finder) -> Crossing:
+def computations(schedule: Schedule) -> Indices:
+    """Where each computation stands: int32 of shape (4, stages, microbatches), by kind F, B, I and W."""
+    found: Indices = np.full((4, schedule.num_stages, schedule.num_microbatches), -1, np.int32)
+    first = 0
+    for row in schedule:  # one by one, so that what is worked on stays in the cache
+        position = np.flatnonzero(row.table[:, 1] <= Kind.W)
+        stage, kind, microbatch, _ = row.table[position].T
+        found[kind, stage, microbatch] = first + position
+        first += len(row)
+    return found
+
+
+def by_action(pairs: Iterable[tuple[Indices, Indices]], num_actions: int, padding: int) -> list[Indices]:
+    """What belongs to each action, as few arrays as will do: each int32 of shape (num_actions,), filled up with `padding`.
+
+    Args:
+        pairs: actions, none of them twice in one pair, and a number for each; what has no action (-1) is left out.
+        num_actions: of the flat table.
+        padding: no number of those given.
+    """
+    slots: list[Indices] = [np.full(num_actions, padding, np.int32)]
+    for actions, numbers in pairs:
+        left = actions >= 0
+        level = 0
+        while left.any():
+            if level == len(slots):
+                slots.append(np.full(num_actions, padding, np.int32))
+            now = left & (slots[level][actions] == padding)
+            slots[level][actions[now]] = numbers[now]
+            left &= ~now
+            level += 1
+    return slots
+
+
+def _crossing(schedule: Schedule, bundle: Bundle, find: _Transfers) -> Crossing:
     source, target = bundle.ends
     if not schedule.is_lowered:
         return Crossing(bundle, source, target, bundle.maker, np.empty(0, np.int32))
@@ -109,13 +143,13 @@ def _crossing(schedule: Schedule, bundle: Bundle, find: _Finder) -> Crossing:
     return Crossing(bundle, source, target, send, receive)
 
 
-class _Finder:
-    """Where the action of a kind, stage and microbatch stands in the flat table."""
+class _Transfers:
+    """Where the send or receive of a microbatch along an edge stands in the flat table."""
 
     def __init__(self, schedule: Schedule, table: npt.NDArray[np.int32]) -> None:
-        self._shape = (schedule.num_stages, schedule.num_microbatches)
+        self._num_microbatches = schedule.num_microbatches
         self._table = table
-        self._transfers: dict[tuple[int, int, int], npt.NDArray[np.int64]] = {}
+        self._groups: dict[tuple[int, int, int], npt.NDArray[np.int64]] = {}
         if schedule.is_lowered:
             transfers = np.flatnonzero(is_transfer(table))
             keys = table[transfers][:, (1, 0, 3)]
@@ -124,16 +158,11 @@ class _Finder:
                 edges = np.flatnonzero(np.any(np.diff(keys[order], axis=0), axis=1)) + 1
                 for group in np.split(transfers[order], edges):
                     kind, stage, peer = (int(part) for part in table[group[0]][[1, 0, 3]])
-                    self._transfers[kind, stage, peer] = group
+                    self._groups[kind, stage, peer] = group
 
-    def __call__(self, kind: Kind, stage: int = -1, peer: int = -1) -> Indices:
-        """Positions: int32 of shape (stages, microbatches), or (microbatches,) for the transfers of one edge."""
-        if kind.is_compute:
-            flat = np.flatnonzero(self._table[:, 1] == kind)
-            positions: Indices = np.full(self._shape, -1, np.int32)
-            positions[self._table[flat, 0], self._table[flat, 2]] = flat
-            return positions
-        group = self._transfers.get((int(kind), stage, peer), np.empty(0, np.int64))
-        found: Indices = np.full(self._shape[1], -1, np.int32)
+    def __call__(self, kind: Kind, stage: int, peer: int) -> Indices:
+        """Positions: int32 of shape (microbatches,)."""
+        group = self._groups.get((int(kind), stage, peer), np.empty(0, np.int64))
+        found: Indices = np.full(self._num_microbatches, -1, np.int32)
         found[self._table[group, 2]] = group
         return found

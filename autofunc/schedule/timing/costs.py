@@ -46,9 +46,9 @@ class Costs:
 
     def durations(self, actions: Table, num_stages: int) -> Times:
         """The time each action of a table takes its rank."""
-        is_compute = actions[:, 1] <= Kind.W
-        kind, stage = np.where(is_compute, actions[:, 1], 0), actions[:, 0]
-        return np.where(is_compute, self.table(num_stages)[kind, stage], 0.0)
+        by_kind = np.zeros((len(Kind), num_stages))
+        by_kind[: Kind.W + 1] = self.table(num_stages)
+        return by_kind[actions[:, 1], actions[:, 0]]
 
     def transfer(self, sender: int, receiver: int) -> float:
         """How long a value occupies the edge between two stages."""
