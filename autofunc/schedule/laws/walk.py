@@ -6,12 +6,13 @@ step is that of some fifteen numpy calls, whatever the number of ranks.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from autofunc.schedule.laws.network import Network, by_action
+from autofunc.schedule.laws.network import Crossing, Indices, Network, by_action
 from autofunc.schedule.laws.order import check_local_order, check_order
 
 Times = npt.NDArray[np.float64]
@@ -27,8 +28,16 @@ class Pace:
     exposed: Times  # per crossing: how long a send keeps its rank from going on
 
 
-def walk(network: Network, pace: Pace) -> tuple[Times, Times, Times]:
-    """When each action of the flat table starts and ends, and when all it reads has arrived (-inf: it reads nothing).
+Rows = tuple[Times, ...]
+"""Times of actions, one array per rank."""
+
+_APART = 8
+"""Of arrays that all ranks work on at once, unused entries between two ranks or crossings. Without them, rows of 2**n actions
+would lie at addresses that share few lines of a cache."""
+
+
+def walk(network: Network, pace: Pace) -> tuple[Rows, Rows, Rows]:
+    """When each action starts and ends, and when all it reads has arrived (-inf: it reads nothing).
 
     Raises:
         ScheduleError: as `check_order`.
@@ -46,26 +55,41 @@ class _Walk:
 
     def __init__(self, network: Network, pace: Pace) -> None:
         self.network, self.pace = network, pace
-        crossings, count = network.crossings, len(network.table)
-        num_messages = len(crossings) * network.schedule.num_microbatches
-        nothing, nowhere = num_messages, num_messages + 1
-        numbers = np.arange(num_messages, dtype=np.int32).reshape(len(crossings), network.schedule.num_microbatches)
-        messages = list(zip(crossings, numbers, strict=True))
-        self.incoming = by_action(((each.bundle.reader, number) for each, number in messages), count, nothing)
-        self.outgoing = by_action(((each.send, number) for each, number in messages), count, nowhere)
-        self.arrival = np.full(num_messages + 2, np.inf)
+        crossings, placement = network.crossings, network.schedule.placement
+        lengths = np.diff(network.first)
+        self.first = network.first[:-1] + _APART * np.arange(
+            len(lengths)
+        )  # per rank, where its row begins in the arrays here
+        self.stop = self.first + lengths
+        count = int(self.stop[-1])
+        self.duration = np.zeros(count)
+        for row, first, stop in zip(network.by_rank(pace.duration), self.first, self.stop, strict=True):
+            self.duration[first:stop] = row
+        stride = network.schedule.num_microbatches + _APART
+        nothing, nowhere = len(crossings) * stride, len(crossings) * stride + 1
+        numbers = np.arange(nothing, dtype=np.int32).reshape(len(crossings), stride)
+
+        def messages(which: Callable[[Crossing], tuple[Indices, int]]) -> Iterator[tuple[Indices, Indices]]:
+            """By crossing, some actions here, and the messages that are theirs."""
+            for crossing, number in zip(crossings, numbers, strict=True):
+                actions, stage = which(crossing)
+                moved = np.where(actions < 0, actions, actions + np.int32(_APART * placement[stage]))
+                yield moved, number[: len(moved)]
+
+        self.incoming = by_action(messages(lambda each: (each.bundle.reader, each.target)), count, nothing)
+        self.outgoing = by_action(messages(lambda each: (each.send, each.source)), count, nowhere)
+        self.arrival = np.full(nowhere + 1, np.inf)
         self.arrival[nothing] = -np.inf
         self.receiving = None
         if network.schedule.is_lowered:
-            (self.receiving,) = by_action(((each.receive, number) for each, number in messages), count, nowhere)
+            (self.receiving,) = by_action(messages(lambda each: (each.receive, each.target)), count, nowhere)
             self.posted = self.arrival.copy()  # no sooner than that can a value arrive, given when its receive was posted
-        self.wires = _Wires(network, pace) if pace.transfer.any() else None
+        self.wires = _Wires(network, pace, stride) if pace.transfer.any() else None
 
-    def run(self) -> tuple[Times, Times, Times]:
+    def run(self) -> tuple[Rows, Rows, Rows]:
         """Step all ranks until their rows are done."""
-        network, pace = self.network, self.pace
-        start, end, arrived = (np.zeros(len(network.table)) for _ in range(3))
-        position, stop = network.first[:-1].copy(), network.first[1:]
+        start, end, arrived = (np.zeros(len(self.duration)) for _ in range(3))
+        position, stop = self.first, self.stop
         clock = np.zeros(len(position))
         while (left := position < stop).any():
             position, stop, clock = position[left], stop[left], clock[left]
@@ -73,14 +97,17 @@ class _Walk:
                 ready = self._ready(position)
                 goes = ready < np.inf
                 if not goes.any():
-                    check_order(network)  # says who waits for whom
+                    check_order(self.network)  # says who waits for whom
                     raise AssertionError("a walk that cannot go on, of a schedule that can")
                 start[position] = begin = np.maximum(clock, ready)
-                end[position] = finish = begin + pace.duration.take(position)
+                end[position] = finish = begin + self.duration.take(position)
                 arrived[position] = ready
                 np.copyto(clock, self._send(position, finish), where=goes)
                 position += goes
-        return start, end, arrived
+        return self._by_rank(start), self._by_rank(end), self._by_rank(arrived)
+
+    def _by_rank(self, times: Times) -> Rows:
+        return tuple(times[first:stop] for first, stop in zip(self.first, self.stop, strict=True))
 
     def _ready(self, position: npt.NDArray[np.int64]) -> Times:
         """When all that these actions read has arrived; never, as far as is known, is infinity."""
@@ -114,11 +141,11 @@ class _Walk:
 class _Wires:
     """One wire for each directed pair of ranks, on which one value travels at a time."""
 
-    def __init__(self, network: Network, pace: Pace) -> None:
+    def __init__(self, network: Network, pace: Pace, stride: int) -> None:
         placement = network.schedule.placement
         ends = [(placement[crossing.source], placement[crossing.target]) for crossing in network.crossings]
         number = {pair: index for index, pair in enumerate(dict.fromkeys(ends))}
-        self._num_microbatches = network.schedule.num_microbatches
+        self._stride = stride  # from the messages of one crossing to those of the next
         # crossings between the same two ranks share their wire; one more for actions that send nothing
         self._wire = np.array([*(number[pair] for pair in ends), len(number)])
         self._free = np.zeros(len(number) + 1)
@@ -127,7 +154,7 @@ class _Wires:
 
     def crossing(self, message: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
         """The crossings of messages; one more for nothing."""
-        return np.minimum(message // self._num_microbatches, len(self.transfer) - 1)
+        return np.minimum(message // self._stride, len(self.transfer) - 1)
 
     def send(self, message: npt.NDArray[np.int32], finish: Times) -> tuple[Times, Times]:
         """When messages leave the wire that are ready at `finish` (infinity: never), and when their ranks can go on."""

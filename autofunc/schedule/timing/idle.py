@@ -40,7 +40,7 @@ def explain_idle(timeline: Timeline) -> tuple[Idle, ...]:
     computing = network.table[:, 1] <= Kind.W
     duration = np.where(computing, np.concatenate(timeline.end) - np.concatenate(timeline.start), 0.0)
     free = np.zeros(len(network.crossings))
-    start, end, _ = map(network.by_rank, walk(network, Pace(duration, free, 0.0, free)))
+    start, end, _ = walk(network, Pace(duration, free, 0.0, free))
     without_transfers = min(Timeline(schedule, start, end).makespan, timeline.makespan)
     busiest = min(max(timeline.busy), without_transfers)
     return tuple(

@@ -75,5 +75,5 @@ def _network_and_pace(schedule: Schedule, costs: Costs, edges: Sequence[Edge] | 
 
 
 def _timeline(network: Network, pace: Pace, edges: Sequence[Edge] | None) -> Timeline:
-    start, end, arrived = map(network.by_rank, walk(network, pace))
+    start, end, arrived = walk(network, pace)
     return Timeline(network.schedule, start, end, edges=None if edges is None else tuple(edges), arrived=arrived)
