@@ -26,14 +26,16 @@ class Pace:
     transfer: Times  # per crossing: how long a value occupies the wire between two ranks
     latency: float  # from then until it can be read
     exposed: Times  # per crossing: how long a send keeps its rank from going on
+    post: Times | None = None  # per crossing: how long its rank is busy with a value before that leaves
+    before: Times | None = None  # per action of the flat table: what its rank does once all that it reads has arrived
 
 
 Rows = tuple[Times, ...]
 """Times of actions, one array per rank."""
 
 _APART = 8
-"""Of arrays that all ranks work on at once, unused entries between two ranks or crossings. Without them, rows of 2**n actions
-would lie at addresses that share few lines of a cache."""
+"""Unused entries between the rows of two ranks, and between two crossings, in arrays that all ranks work on at once: rows
+of 2**n actions would lie at addresses that share few lines of a cache."""
 
 
 def walk(network: Network, pace: Pace) -> tuple[Rows, Rows, Rows]:
@@ -62,9 +64,8 @@ class _Walk:
         )  # per rank, where its row begins in the arrays here
         self.stop = self.first + lengths
         count = int(self.stop[-1])
-        self.duration = np.zeros(count)
-        for row, first, stop in zip(network.by_rank(pace.duration), self.first, self.stop, strict=True):
-            self.duration[first:stop] = row
+        self.duration = self._apart(pace.duration)
+        self.before = None if pace.before is None else self._apart(pace.before)
         stride = network.schedule.num_microbatches + _APART
         nothing, nowhere = len(crossings) * stride, len(crossings) * stride + 1
         numbers = np.arange(nothing, dtype=np.int32).reshape(len(crossings), stride)
@@ -84,7 +85,7 @@ class _Walk:
         if network.schedule.is_lowered:
             (self.receiving,) = by_action(messages(lambda each: (each.receive, each.target)), count, nowhere)
             self.posted = self.arrival.copy()  # no sooner than that can a value arrive, given when its receive was posted
-        self.wires = _Wires(network, pace, stride) if pace.transfer.any() else None
+        self.wires = _Wires(network, pace, stride) if pace.transfer.any() or pace.post is not None else None
 
     def run(self) -> tuple[Rows, Rows, Rows]:
         """Step all ranks until their rows are done."""
@@ -99,12 +100,22 @@ class _Walk:
                 if not goes.any():
                     check_order(self.network)  # says who waits for whom
                     raise AssertionError("a walk that cannot go on, of a schedule that can")
-                start[position] = begin = np.maximum(clock, ready)
+                begin = np.maximum(clock, ready)
+                if self.before is not None:
+                    begin += self.before.take(position)
+                start[position] = begin
                 end[position] = finish = begin + self.duration.take(position)
                 arrived[position] = ready
                 np.copyto(clock, self._send(position, finish), where=goes)
                 position += goes
         return self._by_rank(start), self._by_rank(end), self._by_rank(arrived)
+
+    def _apart(self, values: Times) -> Times:
+        """Values of the flat table, laid out as here."""
+        laid = np.zeros(int(self.stop[-1]))
+        for row, first, stop in zip(self.network.by_rank(values), self.first, self.stop, strict=True):
+            laid[first:stop] = row
+        return laid
 
     def _by_rank(self, times: Times) -> Rows:
         return tuple(times[first:stop] for first, stop in zip(self.first, self.stop, strict=True))
@@ -151,14 +162,17 @@ class _Wires:
         self._free = np.zeros(len(number) + 1)
         self.transfer = np.append(pace.transfer, 0.0)
         self._exposed = np.append(pace.exposed, 0.0)
+        self._post = None if pace.post is None else np.append(pace.post, 0.0)
 
     def crossing(self, message: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
         """The crossings of messages; one more for nothing."""
         return np.minimum(message // self._stride, len(self.transfer) - 1)
 
     def send(self, message: npt.NDArray[np.int32], finish: Times) -> tuple[Times, Times]:
-        """When messages leave the wire that are ready at `finish` (infinity: never), and when their ranks can go on."""
+        """When messages leave the wire that are made at `finish` (infinity: never), and when their ranks can go on."""
         crossing = self.crossing(message)
+        if self._post is not None:
+            finish = finish + self._post.take(crossing)
         wire = self._wire.take(crossing)
         free = self._free.take(wire)
         leaves = np.maximum(finish, free) + self.transfer.take(crossing)
