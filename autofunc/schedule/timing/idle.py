@@ -16,7 +16,7 @@ class Idle(NamedTuple):
     """A rank's idle time inside the makespan, in the timeline's unit; the three parts add up to all of it."""
 
     dependency: float  # what the order of actions costs: left even if transfers were free and ranks had equal work
-    communication: float  # what transfers add to the makespan
+    communication: float  # what transfers add to the makespan, and what ranks do between computations
     imbalance: float  # what this rank has less to do than the busiest one
 
     @property
