@@ -59,9 +59,8 @@ class _Walk:
         self.network, self.pace = network, pace
         crossings, placement = network.crossings, network.schedule.placement
         lengths = np.diff(network.first)
-        self.first = network.first[:-1] + _APART * np.arange(
-            len(lengths)
-        )  # per rank, where its row begins in the arrays here
+        # per rank, where its row begins and ends in the arrays here
+        self.first = network.first[:-1] + _APART * np.arange(len(lengths))
         self.stop = self.first + lengths
         count = int(self.stop[-1])
         self.duration = self._apart(pace.duration)
