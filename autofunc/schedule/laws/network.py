@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -49,10 +50,19 @@ class Network:
     """All values of a schedule: those that stay on a rank, and those that cross to another."""
 
     schedule: Schedule
-    table: npt.NDArray[np.int32]  # the rows of all ranks, one after the other
     first: npt.NDArray[np.int64]  # per rank, where its row begins in `table`; one more for the end
     local: tuple[Bundle, ...]  # values that stay on a rank
     crossings: tuple[Crossing, ...]  # values that change ranks
+
+    @cached_property
+    def table(self) -> npt.NDArray[np.int32]:
+        """The rows of all ranks, one after the other: made when it is asked for, as it is large."""
+        return np.concatenate([row.table for row in self.schedule])
+
+    @property
+    def num_actions(self) -> int:
+        """Of all ranks together."""
+        return int(self.first[-1])
 
     def locate(self, flat: int) -> tuple[int, int]:
         """(rank, position in its row) of an action."""
@@ -69,17 +79,20 @@ class Network:
         return f"rank {rank}, position {position}, {self.schedule[rank][position]}"
 
 
-def build_network(schedule: Schedule, edges: Sequence[Edge] | None) -> Network:
+def build_network(schedule: Schedule, edges: Sequence[Edge] | None, found: Indices | None = None) -> Network:
     """Find the maker and the reader of every value along edges (None: a chain).
 
     What is missing or doubled is the validator's to refuse.
+
+    Args:
+        schedule: in any form.
+        edges: connections between stages.
+        found: `computations(schedule)`, where they are known.
     """
     flow = flow_of(schedule, edges)
-    lengths = [len(row) for row in schedule]
-    table = np.concatenate([row.table for row in schedule])
-    forward, both, split, weight = computations(schedule)
+    forward, both, split, weight = computations(schedule) if found is None else found
     backward: Indices = np.maximum(both, split)
-    find = _Transfers(schedule, table)
+    find = _Transfers(schedule)
     local: list[Bundle] = []
     crossings: list[Crossing] = []
     if not flow.forward_only:
@@ -95,8 +108,8 @@ def build_network(schedule: Schedule, edges: Sequence[Edge] | None) -> Network:
             local += values
         else:
             crossings += [_crossing(schedule, bundle, find) for bundle in values]
-    first = np.concatenate(([0], np.cumsum(lengths)))
-    return Network(schedule, table, first, tuple(local), tuple(crossings))
+    first = np.concatenate(([0], np.cumsum([len(row) for row in schedule])))
+    return Network(schedule, first, tuple(local), tuple(crossings))
 
 
 def computations(schedule: Schedule) -> Indices:
@@ -104,9 +117,12 @@ def computations(schedule: Schedule) -> Indices:
     found: Indices = np.full((4, schedule.num_stages, schedule.num_microbatches), -1, np.int32)
     first = 0
     for row in schedule:  # one by one, so that what is worked on stays in the cache
-        position = np.flatnonzero(row.table[:, 1] <= Kind.W)
-        stage, kind, microbatch, _ = row.table[position].T
-        found[kind, stage, microbatch] = first + position
+        stage, kind, microbatch, _ = row.table.T
+        if kind.max(initial=Kind.F) <= Kind.W:
+            found[kind, stage, microbatch] = np.arange(first, first + len(row), dtype=np.int32)
+        else:
+            position = np.flatnonzero(kind <= Kind.W)
+            found[kind[position], stage[position], microbatch[position]] = first + position
         first += len(row)
     return found
 
@@ -146,11 +162,11 @@ def _crossing(schedule: Schedule, bundle: Bundle, find: _Transfers) -> Crossing:
 class _Transfers:
     """Where the send or receive of a microbatch along an edge stands in the flat table."""
 
-    def __init__(self, schedule: Schedule, table: npt.NDArray[np.int32]) -> None:
+    def __init__(self, schedule: Schedule) -> None:
         self._num_microbatches = schedule.num_microbatches
-        self._table = table
         self._groups: dict[tuple[int, int, int], npt.NDArray[np.int64]] = {}
         if schedule.is_lowered:
+            self._table = table = np.concatenate([row.table for row in schedule])
             transfers = np.flatnonzero(is_transfer(table))
             keys = table[transfers][:, (1, 0, 3)]
             order = np.lexsort(keys.T)
@@ -162,7 +178,7 @@ class _Transfers:
 
     def __call__(self, kind: Kind, stage: int, peer: int) -> Indices:
         """Positions: int32 of shape (microbatches,)."""
-        group = self._groups.get((int(kind), stage, peer), np.empty(0, np.int64))
         found: Indices = np.full(self._num_microbatches, -1, np.int32)
+        group = self._groups.get((int(kind), stage, peer), np.empty(0, np.int64))
         found[self._table[group, 2]] = group
         return found

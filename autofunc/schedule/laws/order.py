@@ -47,7 +47,7 @@ def check_order(network: Network, sends_block: bool = False) -> None:
     sends_block = sends_block and network.schedule.is_lowered
     pairs = [(crossing.bundle.reader, crossing.send) for crossing in network.crossings]
     pairs += [(crossing.send, crossing.receive) for crossing in network.crossings if sends_block]
-    count = len(network.table)
+    count = network.num_actions
     waits_for = by_action(pairs, count, padding=count)
     ran = np.zeros(count + 2, bool)  # by action; what waits for nothing finds True, what waits for no action (-1) False
     ran[count] = True

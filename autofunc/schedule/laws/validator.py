@@ -11,7 +11,7 @@ from autofunc.errors import ScheduleError
 from autofunc.schedule.effects import Edge
 from autofunc.schedule.ir import OVERLAPPED, Action, Kind, Schedule, is_transfer
 from autofunc.schedule.laws.error_grid import error_at, grid
-from autofunc.schedule.laws.network import Crossing, Network, build_network, computations
+from autofunc.schedule.laws.network import Crossing, Indices, Network, build_network, computations
 from autofunc.schedule.laws.order import check_order
 from autofunc.schedule.laws.residency import check_residency
 from autofunc.schedule.limits import check_sizes
@@ -44,8 +44,9 @@ def validate(schedule: Schedule, edges: Sequence[Edge] | None = None, sends_bloc
     for rank, row in enumerate(schedule):
         _check_ranges(schedule, rank, row.table)
         _check_overlapped(schedule, rank, row.table)
-    _check_complete(schedule)
-    network = build_network(schedule, edges)
+    found = computations(schedule)
+    _check_complete(schedule, found)
+    network = build_network(schedule, edges, found)
     if schedule.is_lowered:
         _check_transfers(network)
     check_residency(schedule)
@@ -81,9 +82,9 @@ def _check_overlapped(schedule: Schedule, rank: int, table: npt.NDArray[np.int32
         raise error_at(schedule, rank, int(position), "it is to overlap with its own backward, which needs its result")
 
 
-def _check_complete(schedule: Schedule) -> None:
+def _check_complete(schedule: Schedule, positions: Indices) -> None:
     """Each (stage, microbatch) has F once, and B once or I and W once."""
-    there = computations(schedule) >= 0
+    there = positions >= 0
     if np.count_nonzero(there) < sum(int(np.count_nonzero(row.table[:, 1] <= Kind.W)) for row in schedule):
         raise _doubled(schedule)
     f, b, i, w = there

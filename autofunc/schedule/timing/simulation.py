@@ -68,10 +68,10 @@ def _network_and_pace(schedule: Schedule, costs: Costs, edges: Sequence[Edge] | 
     costs.check(schedule.num_stages)
     network = build_network(schedule, edges)
     transfer = np.array([costs.transfer(crossing.source, crossing.target) for crossing in network.crossings])
+    duration = np.concatenate([costs.durations(row.table, schedule.num_stages) for row in schedule])
     pace = Pace(
-        costs.durations(network.table, schedule.num_stages), transfer, costs.latency, (1 - costs.overlap) * transfer,
-        _post(network, costs), _before(network, costs),
-    )  # fmt: skip
+        duration, transfer, costs.latency, (1 - costs.overlap) * transfer, _post(network, costs), _before(network, costs)
+    )
     if not pace.duration.any():
         raise ScheduleError(f"schedule {shown(schedule.name)}: all that it runs costs nothing, so nothing takes any time")
     return network, pace
@@ -86,7 +86,7 @@ def _before(network: Network, costs: Costs) -> Times | None:
     """Per action, what its rank does before it; in compute form, posting receives is part of that."""
     before = np.where(network.table[:, 1] <= Kind.W, costs.between, 0.0) if costs.between else None
     if costs.receive and not network.schedule.is_lowered:
-        before = np.zeros(len(network.table)) if before is None else before
+        before = np.zeros(network.num_actions) if before is None else before
         for crossing in network.crossings:
             reader = crossing.bundle.reader
             before[reader[reader >= 0]] += costs.receive
