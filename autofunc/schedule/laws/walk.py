@@ -26,7 +26,6 @@ class Pace:
     transfer: Times  # per crossing: how long a value occupies the wire between two ranks
     latency: float  # from then until it can be read
     exposed: Times  # per crossing: how long a send keeps its rank from going on
-    post: Times | None = None  # per crossing: how long its rank is busy with a value before that leaves
     before: Times | None = None  # per action of the flat table: what its rank does once all that it reads has arrived
 
 
@@ -84,7 +83,7 @@ class _Walk:
         if network.schedule.is_lowered:
             (self.receiving,) = by_action(messages(lambda each: (each.receive, each.target)), count, nowhere)
             self.posted = self.arrival.copy()  # no sooner than that can a value arrive, given when its receive was posted
-        self.wires = _Wires(network, pace, stride) if pace.transfer.any() or pace.post is not None else None
+        self.wires = _Wires(network, pace, stride) if pace.transfer.any() or pace.exposed.any() else None
 
     def run(self) -> tuple[Rows, Rows, Rows]:
         """Step all ranks until their rows are done."""
@@ -105,7 +104,7 @@ class _Walk:
                 start[position] = begin
                 end[position] = finish = begin + self.duration.take(position)
                 arrived[position] = ready
-                np.copyto(clock, self._send(position, finish), where=goes)
+                np.copyto(clock, self._send(position, begin, finish), where=goes)
                 position += goes
         return self._by_rank(start), self._by_rank(end), self._by_rank(arrived)
 
@@ -131,20 +130,25 @@ class _Walk:
         assert ready is not None
         return ready
 
-    def _send(self, position: npt.NDArray[np.int64], finish: Times) -> Times:
-        """Start the transfers of what these actions made or send; returns when their ranks can go on."""
+    def _send(self, position: npt.NDArray[np.int64], begin: Times, finish: Times) -> Times:
+        """Start the transfers of what these actions made or send; returns when their ranks can go on.
+
+        What is made leaves at the end of its action. A post starts its transfer as it begins, and may outlast it.
+        """
         latency = self.pace.latency
+        leaves = finish if self.receiving is None else begin
         for slot in self.outgoing:
             message = slot.take(position)
             if self.wires is None:
-                self.arrival[message] = finish + latency
-            else:
-                leaves, finish = self.wires.send(message, finish)
                 self.arrival[message] = leaves + latency
+            else:
+                left, held = self.wires.send(message, leaves)
+                self.arrival[message] = left + latency
+                leaves, finish = leaves + held, finish + held
         if self.receiving is not None:
             message = self.receiving.take(position)
             transfer = 0.0 if self.wires is None else self.wires.transfer.take(self.wires.crossing(message))
-            self.posted[message] = finish + transfer + latency
+            self.posted[message] = begin + transfer + latency
         return finish
 
 
@@ -161,20 +165,17 @@ class _Wires:
         self._free = np.zeros(len(number) + 1)
         self.transfer = np.append(pace.transfer, 0.0)
         self._exposed = np.append(pace.exposed, 0.0)
-        self._post = None if pace.post is None else np.append(pace.post, 0.0)
 
     def crossing(self, message: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
         """The crossings of messages; one more for nothing."""
         return np.minimum(message // self._stride, len(self.transfer) - 1)
 
-    def send(self, message: npt.NDArray[np.int32], finish: Times) -> tuple[Times, Times]:
-        """When messages leave the wire that are made at `finish` (infinity: never), and when their ranks can go on."""
+    def send(self, message: npt.NDArray[np.int32], begin: Times) -> tuple[Times, Times]:
+        """When messages have left that start at `begin` (infinity: never), and how long they keep their ranks."""
         crossing = self.crossing(message)
-        if self._post is not None:
-            finish = finish + self._post.take(crossing)
         wire = self._wire.take(crossing)
         free = self._free.take(wire)
-        leaves = np.maximum(finish, free) + self.transfer.take(crossing)
+        leaves = np.maximum(begin, free) + self.transfer.take(crossing)
         self._free[wire] = np.where(leaves < np.inf, leaves, free)
         self._free[-1] = 0.0
-        return leaves, finish + self._exposed.take(crossing)
+        return leaves, self._exposed.take(crossing)

@@ -71,8 +71,8 @@ class Problem:
     def _transfer(self, source: int, target: int) -> tuple[float, float]:
         if not self._crosses(source, target):
             return 0.0, 0.0
-        on_the_wire, post = self.costs.transfer(source, target), self.costs.send
-        return post + on_the_wire + self.costs.latency, post + on_the_wire * (1 - self.costs.overlap)
+        on_the_wire = self.costs.transfer(source, target)
+        return on_the_wire + self.costs.latency, self.costs.send + on_the_wire * (1 - self.costs.overlap)
 
     def _crosses(self, one: int, other: int) -> bool:
         """Whether two stages are on different ranks; none is on no other."""

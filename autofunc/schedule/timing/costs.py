@@ -27,7 +27,7 @@ class Costs:
             (sending stage, receiving stage), where what is not listed is free.
         latency: from the end of a transfer until its value can be read.
         overlap: the part of `comm` that runs beside computation; for the rest the sending rank stands still.
-        send: how long a rank is busy with posting one send; the value leaves it after that.
+        send: how long a rank is busy with posting one send; the transfer runs meanwhile.
         receive: how long a rank is busy with posting one receive.
         between: what else a rank does before each computation: it takes over what has arrived, and runs Python.
         spread: how much computations of one kind and stage differ, as a fraction of their time (one standard deviation).

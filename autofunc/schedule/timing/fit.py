@@ -19,8 +19,8 @@ def costs_of(timeline: Timeline) -> Costs:
 
     `spread` is how much microbatches differ, the median over stages and kinds. `send` and `receive` are the mean times from
     the end of the action before a post to its own. `between` is the mean time that passes before a computation whose rank
-    waits for nothing. `comm` is the median time from the end of a send (in compute form, of the action that makes the
-    value) until a rank that waits for it has it. A stage whose backward is never split into I and W has all of it as W.
+    waits for nothing. `comm` is the median time from the start of a send (in compute form, the end of what makes the value)
+    until a rank that waits for it has it. A stage whose backward is never split into I and W has all of it as W.
 
     Args:
         timeline: of a whole step, with forwards and backwards of every stage.
@@ -77,14 +77,15 @@ def _post_time(network: Network, start: Times, end: Times, kinds: tuple[Kind, Ki
 def _transfer_time(network: Network, start: Times, end: Times) -> tuple[float, float]:
     """How long a transfer takes, and how long a rank takes between actions where it waits for no transfer."""
     before = _before(network, end)
+    posted = start if network.schedule.is_lowered else end  # by action: when what it sends may leave
     delays, sent = [], np.full(len(start), -np.inf)  # when the last value that an action reads was sent
     for crossing in network.crossings:
         send, reader = crossing.send, crossing.bundle.reader
         there = (send >= 0) & (reader >= 0)
         send, reader = send[there], reader[there]
-        sent[reader] = np.maximum(sent[reader], end[send])
-        waited = np.isfinite(before[reader]) & (before[reader] < end[send])  # the reader was idle when it was sent
-        delays.append((start[reader] - end[send])[waited])
+        sent[reader] = np.maximum(sent[reader], posted[send])
+        waited = np.isfinite(before[reader]) & (before[reader] < posted[send])  # the reader was idle when it was sent
+        delays.append((start[reader] - posted[send])[waited])
     found = np.concatenate(delays) if delays else np.empty(0)
     delay = max(float(np.median(found)), 0.0) if len(found) else 0.0
     at_once = (network.table[:, 1] <= Kind.W) & np.isfinite(before) & (sent + delay <= before)

@@ -25,7 +25,8 @@ def simulate(schedule: Schedule, costs: Costs | None = None, edges: Sequence[Edg
     after it; lowered, its value arrives no sooner than that long after its receive was posted. Transfers overlap
     computation, but for the part of `comm` that `overlap` leaves to the sending rank.
     Before a computation its rank is busy for `between`. Posting keeps it for `send` and `receive`: lowered, where its row
-    says so; in compute form, a value is posted right after it is made, and its receive once it has arrived.
+    says so; in compute form, a value is posted right after it is made, and its receive once it has arrived. A transfer runs
+    while its send is posted.
     Gathering and reducing (UNSHARD, REDUCE_GRAD) take no time here.
 
     Args:
@@ -69,17 +70,11 @@ def _network_and_pace(schedule: Schedule, costs: Costs, edges: Sequence[Edge] | 
     network = build_network(schedule, edges)
     transfer = np.array([costs.transfer(crossing.source, crossing.target) for crossing in network.crossings])
     duration = np.concatenate([costs.durations(row.table, schedule.num_stages) for row in schedule])
-    pace = Pace(
-        duration, transfer, costs.latency, (1 - costs.overlap) * transfer, _post(network, costs), _before(network, costs)
-    )
+    post = 0.0 if schedule.is_lowered else costs.send  # lowered, posts are actions themselves
+    pace = Pace(duration, transfer, costs.latency, (1 - costs.overlap) * transfer + post, _before(network, costs))
     if not pace.duration.any():
         raise ScheduleError(f"schedule {shown(schedule.name)}: all that it runs costs nothing, so nothing takes any time")
     return network, pace
-
-
-def _post(network: Network, costs: Costs) -> Times | None:
-    """Per crossing, what posting its sends takes: lowered, they are actions themselves."""
-    return np.full(len(network.crossings), costs.send) if costs.send and not network.schedule.is_lowered else None
 
 
 def _before(network: Network, costs: Costs) -> Times | None:
