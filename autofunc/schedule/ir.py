@@ -125,13 +125,13 @@ class Row(Sequence[Action]):
 def as_table(actions: Iterable[Action]) -> Table:
     """Pack actions into a read-only table."""
     rows = [(action.stage, int(action.kind), action.microbatch, action.peer) for action in actions]
-    return _frozen(np.array(rows, dtype=np.int32).reshape(-1, 4))
+    return frozen(np.array(rows, dtype=np.int32).reshape(-1, 4))
 
 
 def compute_table(stage: npt.ArrayLike, kind: npt.ArrayLike, microbatch: npt.ArrayLike) -> Table:
     """Pack columns of compute actions into a read-only table; scalars are broadcast."""
     columns = np.broadcast_arrays(stage, kind, microbatch, -1)
-    return _frozen(np.stack(columns, axis=-1).astype(np.int32).reshape(-1, 4))
+    return frozen(np.stack(columns, axis=-1).astype(np.int32).reshape(-1, 4))
 
 
 def is_transfer(table: Table) -> npt.NDArray[np.bool_]:
@@ -139,9 +139,15 @@ def is_transfer(table: Table) -> npt.NDArray[np.bool_]:
     return (table[:, 1] > Kind.W) & (table[:, 1] < Kind.UNSHARD)
 
 
-def _frozen(table: Table) -> Table:
+def frozen(table: Table) -> Table:
+    """The same table, read-only from now on."""
     table.flags.writeable = False
     return table
+
+
+def _stages_of_pair(rows: Table) -> tuple[int, int] | None:
+    """The stages of an F and the B after it; None if there is no B."""
+    return (int(rows[0, 0]), int(rows[1, 0])) if len(rows) == 2 and rows[1, 1] == Kind.B else None
 
 
 @dataclass(frozen=True)
@@ -217,7 +223,7 @@ class Schedule:
 
     def compute_form(self) -> Schedule:
         """The same schedule without its sends, receives and sharding actions."""
-        rows = tuple(Row(_frozen(row.table[row.table[:, 1] <= Kind.W])) for row in self.rows)
+        rows = tuple(Row(frozen(row.table[row.table[:, 1] <= Kind.W])) for row in self.rows)
         return Schedule(self.name, self.placement, self.num_microbatches, rows)
 
     def forward_form(self, num_microbatches: int | None = None) -> Schedule:
@@ -228,7 +234,7 @@ class Schedule:
         """
         count = self.num_microbatches if num_microbatches is None else num_microbatches
         tables = (row.table[(row.table[:, 1] == Kind.F) & (row.table[:, 2] < count)] for row in self.rows)
-        return Schedule(self.name, self.placement, count, tuple(Row(_frozen(table)) for table in tables)).without_overlap()
+        return Schedule(self.name, self.placement, count, tuple(Row(frozen(table)) for table in tables)).without_overlap()
 
     def split_form(self) -> Schedule:
         """The same schedule with every B as an I and a W, one after the other."""
@@ -237,7 +243,7 @@ class Schedule:
             parts = np.repeat(row.table, np.where(row.table[:, 1] == Kind.B, 2, 1), axis=0)
             both = np.flatnonzero(parts[:, 1] == Kind.B)
             parts[both[0::2], 1], parts[both[1::2], 1] = Kind.I, Kind.W
-            rows.append(Row(_frozen(parts)))
+            rows.append(Row(frozen(parts)))
         return Schedule(self.name, self.placement, self.num_microbatches, tuple(rows))
 
     def without_overlap(self, keep: Set[tuple[int, int]] = frozenset()) -> Schedule:
@@ -250,9 +256,9 @@ class Schedule:
             return self
         tables = [row.table.copy() for row in self.rows]
         for table in tables:
-            for place in np.flatnonzero(table[:, 3] == OVERLAPPED):
-                pair = table[place : place + 2]
-                stays = len(pair) == 2 and pair[1, 1] == Kind.B and (int(pair[0, 0]), int(pair[1, 0])) in keep
-                table[place, 3] = OVERLAPPED if stays else -1
-        rows = tuple(Row(_frozen(table)) for table in tables)
+            places = np.flatnonzero(table[:, 3] == OVERLAPPED)
+            kept = [place for place in places if _stages_of_pair(table[place : place + 2]) in keep] if keep else []
+            table[places, 3] = -1
+            table[kept, 3] = OVERLAPPED
+        rows = tuple(Row(frozen(table)) for table in tables)
         return Schedule(self.name, self.placement, self.num_microbatches, rows)

@@ -7,8 +7,9 @@ microbatches of an edge at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -49,10 +50,19 @@ class Network:
     """All values of a schedule: those that stay on a rank, and those that cross to another."""
 
     schedule: Schedule
-    table: npt.NDArray[np.int32]  # the rows of all ranks, one after the other
     first: npt.NDArray[np.int64]  # per rank, where its row begins in `table`; one more for the end
     local: tuple[Bundle, ...]  # values that stay on a rank
     crossings: tuple[Crossing, ...]  # values that change ranks
+
+    @cached_property
+    def table(self) -> npt.NDArray[np.int32]:
+        """The rows of all ranks, one after the other: made when it is asked for, as it is large."""
+        return np.concatenate([row.table for row in self.schedule])
+
+    @property
+    def num_actions(self) -> int:
+        """Of all ranks together."""
+        return int(self.first[-1])
 
     def locate(self, flat: int) -> tuple[int, int]:
         """(rank, position in its row) of an action."""
@@ -69,17 +79,20 @@ class Network:
         return f"rank {rank}, position {position}, {self.schedule[rank][position]}"
 
 
-def build_network(schedule: Schedule, edges: Sequence[Edge] | None) -> Network:
+def build_network(schedule: Schedule, edges: Sequence[Edge] | None, found: Indices | None = None) -> Network:
     """Find the maker and the reader of every value along edges (None: a chain).
 
     What is missing or doubled is the validator's to refuse.
+
+    Args:
+        schedule: in any form.
+        edges: connections between stages.
+        found: `computations(schedule)`, where they are known.
     """
     flow = flow_of(schedule, edges)
-    lengths = [len(row) for row in schedule]
-    table = np.concatenate([row.table for row in schedule])
-    find = _Finder(schedule, table)
-    forward, split, weight = find(Kind.F), find(Kind.I), find(Kind.W)
-    backward: Indices = np.maximum(find(Kind.B), split)
+    forward, both, split, weight = computations(schedule) if found is None else found
+    backward: Indices = np.maximum(both, split)
+    find = _Transfers(schedule)
     local: list[Bundle] = []
     crossings: list[Crossing] = []
     if not flow.forward_only:
@@ -95,11 +108,48 @@ def build_network(schedule: Schedule, edges: Sequence[Edge] | None) -> Network:
             local += values
         else:
             crossings += [_crossing(schedule, bundle, find) for bundle in values]
-    first = np.concatenate(([0], np.cumsum(lengths)))
-    return Network(schedule, table, first, tuple(local), tuple(crossings))
+    first = np.concatenate(([0], np.cumsum([len(row) for row in schedule])))
+    return Network(schedule, first, tuple(local), tuple(crossings))
 
 
-def _crossing(schedule: Schedule, bundle: Bundle, find: _Finder) -> Crossing:
+def computations(schedule: Schedule) -> Indices:
+    """Where each computation stands: int32 of shape (4, stages, microbatches), by kind F, B, I and W."""
+    found: Indices = np.full((4, schedule.num_stages, schedule.num_microbatches), -1, np.int32)
+    first = 0
+    for row in schedule:  # one by one, so that what is worked on stays in the cache
+        stage, kind, microbatch, _ = row.table.T
+        if kind.max(initial=Kind.F) <= Kind.W:
+            found[kind, stage, microbatch] = np.arange(first, first + len(row), dtype=np.int32)
+        else:
+            position = np.flatnonzero(kind <= Kind.W)
+            found[kind[position], stage[position], microbatch[position]] = first + position
+        first += len(row)
+    return found
+
+
+def by_action(pairs: Iterable[tuple[Indices, Indices]], num_actions: int, padding: int) -> list[Indices]:
+    """What belongs to each action, as few arrays as will do: each int32 of shape (num_actions,), filled up with `padding`.
+
+    Args:
+        pairs: actions, none of them twice in one pair, and a number for each; what has no action (-1) is left out.
+        num_actions: of the flat table.
+        padding: no number of those given.
+    """
+    slots: list[Indices] = [np.full(num_actions, padding, np.int32)]
+    for actions, numbers in pairs:
+        left = actions >= 0
+        level = 0
+        while left.any():
+            if level == len(slots):
+                slots.append(np.full(num_actions, padding, np.int32))
+            now = left & (slots[level][actions] == padding)
+            slots[level][actions[now]] = numbers[now]
+            left &= ~now
+            level += 1
+    return slots
+
+
+def _crossing(schedule: Schedule, bundle: Bundle, find: _Transfers) -> Crossing:
     source, target = bundle.ends
     if not schedule.is_lowered:
         return Crossing(bundle, source, target, bundle.maker, np.empty(0, np.int32))
@@ -109,14 +159,14 @@ def _crossing(schedule: Schedule, bundle: Bundle, find: _Finder) -> Crossing:
     return Crossing(bundle, source, target, send, receive)
 
 
-class _Finder:
-    """Where the action of a kind, stage and microbatch stands in the flat table."""
+class _Transfers:
+    """Where the send or receive of a microbatch along an edge stands in the flat table."""
 
-    def __init__(self, schedule: Schedule, table: npt.NDArray[np.int32]) -> None:
-        self._shape = (schedule.num_stages, schedule.num_microbatches)
-        self._table = table
-        self._transfers: dict[tuple[int, int, int], npt.NDArray[np.int64]] = {}
+    def __init__(self, schedule: Schedule) -> None:
+        self._num_microbatches = schedule.num_microbatches
+        self._groups: dict[tuple[int, int, int], npt.NDArray[np.int64]] = {}
         if schedule.is_lowered:
+            self._table = table = np.concatenate([row.table for row in schedule])
             transfers = np.flatnonzero(is_transfer(table))
             keys = table[transfers][:, (1, 0, 3)]
             order = np.lexsort(keys.T)
@@ -124,16 +174,11 @@ class _Finder:
                 edges = np.flatnonzero(np.any(np.diff(keys[order], axis=0), axis=1)) + 1
                 for group in np.split(transfers[order], edges):
                     kind, stage, peer = (int(part) for part in table[group[0]][[1, 0, 3]])
-                    self._transfers[kind, stage, peer] = group
+                    self._groups[kind, stage, peer] = group
 
-    def __call__(self, kind: Kind, stage: int = -1, peer: int = -1) -> Indices:
-        """Positions: int32 of shape (stages, microbatches), or (microbatches,) for the transfers of one edge."""
-        if kind.is_compute:
-            flat = np.flatnonzero(self._table[:, 1] == kind)
-            positions: Indices = np.full(self._shape, -1, np.int32)
-            positions[self._table[flat, 0], self._table[flat, 2]] = flat
-            return positions
-        group = self._transfers.get((int(kind), stage, peer), np.empty(0, np.int64))
-        found: Indices = np.full(self._shape[1], -1, np.int32)
+    def __call__(self, kind: Kind, stage: int, peer: int) -> Indices:
+        """Positions: int32 of shape (microbatches,)."""
+        found: Indices = np.full(self._num_microbatches, -1, np.int32)
+        group = self._groups.get((int(kind), stage, peer), np.empty(0, np.int64))
         found[self._table[group, 2]] = group
         return found

@@ -11,9 +11,9 @@ from autofunc.errors import ScheduleError
 from autofunc.schedule.effects import Edge
 from autofunc.schedule.ir import OVERLAPPED, Action, Kind, Schedule, is_transfer
 from autofunc.schedule.laws.error_grid import error_at, grid
-from autofunc.schedule.laws.network import Crossing, Network, build_network
+from autofunc.schedule.laws.network import Crossing, Indices, Network, build_network, computations
+from autofunc.schedule.laws.order import check_order
 from autofunc.schedule.laws.residency import check_residency
-from autofunc.schedule.laws.walk import at_no_time, walk
 from autofunc.schedule.limits import check_sizes
 from autofunc.shown import quoted
 
@@ -44,12 +44,13 @@ def validate(schedule: Schedule, edges: Sequence[Edge] | None = None, sends_bloc
     for rank, row in enumerate(schedule):
         _check_ranges(schedule, rank, row.table)
         _check_overlapped(schedule, rank, row.table)
-    _check_complete(schedule)
-    network = build_network(schedule, edges)
+    found = computations(schedule)
+    _check_complete(schedule, found)
+    network = build_network(schedule, edges, found)
     if schedule.is_lowered:
         _check_transfers(network)
     check_residency(schedule)
-    walk(network, at_no_time(network), sends_block)
+    check_order(network, sends_block)
 
 
 def _check_ranges(schedule: Schedule, rank: int, table: npt.NDArray[np.int32]) -> None:
@@ -81,29 +82,18 @@ def _check_overlapped(schedule: Schedule, rank: int, table: npt.NDArray[np.int32
         raise error_at(schedule, rank, int(position), "it is to overlap with its own backward, which needs its result")
 
 
-def _check_complete(schedule: Schedule) -> None:
+def _check_complete(schedule: Schedule, positions: Indices) -> None:
     """Each (stage, microbatch) has F once, and B once or I and W once."""
-    shape = (schedule.num_stages, schedule.num_microbatches)
-    has = {kind: np.zeros(shape, bool) for kind in (Kind.F, Kind.B, Kind.I, Kind.W)}
-    for rank, row in enumerate(schedule):
-        for kind, seen in has.items():
-            positions = np.flatnonzero(row.table[:, 1] == kind)
-            key = row.table[positions, 0].astype(np.int64) * shape[1] + row.table[positions, 2]
-            seen.reshape(-1)[key] = True
-            if len(np.unique(key)) != len(key):
-                _, where = np.unique(key, return_index=True)
-                again = int(np.setdiff1d(np.arange(len(key)), where)[0])
-                before = int(positions[np.flatnonzero(key == key[again])[0]])
-                raise error_at(
-                    schedule, rank, int(positions[again]), f"it ran before, at position {before}; each runs exactly once"
-                )
-    f, b, i, w = has.values()
+    there = positions >= 0
+    if np.count_nonzero(there) < sum(int(np.count_nonzero(row.table[:, 1] <= Kind.W)) for row in schedule):
+        raise _doubled(schedule)
+    f, b, i, w = there
     complete = f & ~(b | i | w) if schedule.is_forward_only else f & (b ^ (i & w)) & (b ^ i) & (b ^ w)
     # those of which something is there come first: they say more than what is missing altogether
     partial = np.concatenate((np.argwhere(~complete & (f | b | i | w)), np.argwhere(~complete)))
     for stage, microbatch in partial[:1].tolist():
         rank = schedule.placement[stage]
-        found = [Action(stage, kind, microbatch) for kind, seen in has.items() if seen[stage, microbatch]]
+        found = [Action(stage, kind, microbatch) for kind in list(Kind)[:4] if there[kind, stage, microbatch]]
         places = (schedule[rank].table[:, (0, 2)] == (stage, microbatch)).all(axis=1)
         position = int(np.argmax(places & (schedule[rank].table[:, 1] <= Kind.W)))
         named = f", position {position}, {schedule[rank][position]}" if found else ""
@@ -111,6 +101,20 @@ def _check_complete(schedule: Schedule) -> None:
             f"rank {rank}{named}: stage {stage}, microbatch {microbatch} has {', '.join(map(str, found)) or 'nothing'}; "
             f"expected F once, and B once or I and W once\n{grid(schedule, (rank, position) if found else None)}"
         )
+
+
+def _doubled(schedule: Schedule) -> ScheduleError:
+    """The error for the first computation that ran before."""
+    for rank, row in enumerate(schedule):
+        positions = np.flatnonzero(row.table[:, 1] <= Kind.W)
+        stage, kind, microbatch, _ = row.table[positions].T.astype(np.int64)
+        key = (kind * schedule.num_stages + stage) * schedule.num_microbatches + microbatch
+        _, where = np.unique(key, return_index=True)
+        for again in np.setdiff1d(np.arange(len(key)), where)[:1].tolist():
+            before = int(positions[np.flatnonzero(key == key[again])[0]])
+            reason = f"it ran before, at position {before}; each runs exactly once"
+            return error_at(schedule, rank, int(positions[again]), reason)
+    raise AssertionError("no computation is there twice")
 
 
 def _check_transfers(network: Network) -> None:

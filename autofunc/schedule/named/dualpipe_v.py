@@ -8,41 +8,28 @@ one's communication beside the other's computation; where nothing overlaps, its 
 from __future__ import annotations
 
 from autofunc.schedule.ir import Table
-from autofunc.schedule.named.script import Script
+from autofunc.schedule.named.script import WAITING, passes_of, scripted
 
 
 def row(rank: int, num_ranks: int, num_microbatches: int) -> Table:
     """The actions of one rank, which holds the stages `rank` and `2 * num_ranks - 1 - rank`."""
-    script = Script(rank, num_ranks)
-    down, up = script.down, script.up
+    f_down, b_down, i_down, _ = passes_of(rank)
+    f_up, b_up, i_up, _ = passes_of(2 * num_ranks - 1 - rank)
+    *_, w = passes_of(WAITING)
     above, below = rank + 1, num_ranks - 1 - rank  # this rank and those nearer to the first stage; those nearer to the turn
-
-    for _ in range(2 * below):
-        script.forward(down)
-    for _ in range(above):
-        script.forward(down)
-        script.forward(up)
-    for _ in range(below):
-        script.backward_input(up)
-        script.backward_weight()
-        script.forward(up)
-    for step in range(num_microbatches - 2 * num_ranks + above):
-        # at the turn the first pair waits for its own forward: not overlapped, the bubble is smaller
-        script.forward(down, overlapped=step > 0 or rank < num_ranks - 1)
-        script.backward(up)
-        script.forward(up, overlapped=True)
-        script.backward(down)
-    for _ in range(below):
-        script.backward(up)
-        script.forward(up, overlapped=True)
-        script.backward(down)
-    for step in range(2 * above):  # the second half leaves its weight gradients for the bubbles at the end
-        stage = down if step % 2 else up
-        run = script.backward if step < above else script.backward_input
-        run(stage)
-    for _ in range(below):
-        script.backward_weight()
-        script.backward_input(down)
-    for _ in range(above):
-        script.backward_weight()
-    return script.table(num_microbatches)
+    # at the turn the first pair waits for its own forward: not overlapped, the bubble is smaller
+    first = f_down.overlapped() if below else f_down
+    phases = (
+        ((f_down,), 2 * below),
+        ((f_down, f_up), above),
+        ((i_up, w, f_up), below),
+        ((first, b_up, f_up.overlapped(), b_down), 1),
+        ((f_down.overlapped(), b_up, f_up.overlapped(), b_down), num_microbatches - 2 * num_ranks + above - 1),
+        ((b_up, f_up.overlapped(), b_down), below),
+        ((b_up, b_down), above // 2),
+        ((b_up, i_down), above % 2),
+        ((i_up, i_down), above // 2),  # the second half leaves its weight gradients for the bubbles at the end
+        ((w, i_down), below),
+        ((w,), above),
+    )
+    return scripted(phases, num_microbatches)

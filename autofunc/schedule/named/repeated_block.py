@@ -10,7 +10,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from autofunc.schedule.ir import Action, Kind, Table, as_table
+import numpy as np
+
+from autofunc.schedule.ir import Kind, Table, compute_table
 
 INTERVAL = 6
 
@@ -26,26 +28,22 @@ class BuildingBlock(NamedTuple):
 
 def repeated(rank: int, num_ranks: int, num_microbatches: int, block: BuildingBlock) -> Table:
     """The row of one rank of a V: its block repeated, with each W in the first free unit after its I."""
+    assert len({begin % INTERVAL for begin in block}) == len(block), "passes of a rank must differ modulo the interval"
     down, up = rank, 2 * num_ranks - 1 - rank
-    passes = (
-        (block.forward_down, down, Kind.F),
-        (block.forward_up, up, Kind.F),
-        (block.backward_up, up, Kind.I),
-        (block.backward_down, down, Kind.I),
-    )
-    when = {
-        begin + INTERVAL * microbatch: Action(stage, kind, microbatch)
-        for begin, stage, kind in passes
-        for microbatch in range(num_microbatches)
-    }
-    assert len(when) == 4 * num_microbatches, "passes of a rank must differ modulo the interval"
-    actions: list[Action] = []
-    waiting: list[Action] = []
-    for time in range(max(when) + 1):
-        if time in when:
-            actions.append(when[time])
-            if when[time].kind is Kind.I:
-                waiting.append(when[time]._replace(kind=Kind.W))
-        elif waiting:
-            actions.append(waiting.pop(0))
-    return as_table(actions + waiting)
+    number = np.arange(num_microbatches)
+    begins = np.array(block)[:, None] + INTERVAL * number  # of each pass, by microbatch
+    backwards = begins[2:].reshape(-1)
+    earlier = np.argsort(backwards, kind="stable")  # W run in the order of I
+    whole = int(begins.max()) + 2 * num_microbatches + 1  # units, with room for every W after the last pass
+    is_free = np.ones(whole, bool)
+    is_free[begins.reshape(-1)] = False
+    free = np.flatnonzero(is_free)
+    first_free = np.cumsum(is_free)[backwards[earlier]]  # of the free units, the first one after each I
+    turn = np.arange(2 * num_microbatches)
+    weights = free[np.maximum.accumulate(first_free - turn) + turn]  # a W also waits for those before it
+    stage = np.repeat((down, up, up, down), num_microbatches)
+    kind = np.repeat((Kind.F, Kind.F, Kind.I, Kind.I), num_microbatches)
+    order = np.argsort(np.concatenate((begins.reshape(-1), weights)), kind="stable")
+    stages = np.concatenate((stage, np.repeat((up, down), num_microbatches)[earlier]))[order]
+    kinds = np.concatenate((kind, np.full(2 * num_microbatches, Kind.W)))[order]
+    return compute_table(stages, kinds, np.concatenate((np.tile(number, 4), np.tile(number, 2)[earlier]))[order])

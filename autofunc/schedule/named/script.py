@@ -1,56 +1,64 @@
-"""Write a row as a script: each line says what to run next, and microbatches count themselves.
+"""Write a row as a script: phases of passes, each repeated; microbatches count themselves.
 
 Constructions with two stages per rank are published as such scripts ("three times F0 F1, then ..."); here they look the
-same. `down` is a rank's stage on the way down the V, `up` the one on the way up.
+same, and a row costs a few numpy calls, whatever the number of its actions.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from collections.abc import Sequence
+from typing import NamedTuple
 
-from autofunc.schedule.ir import OVERLAPPED, Action, Kind, Table, as_table
+import numpy as np
+
+from autofunc.schedule.ir import OVERLAPPED, Kind, Table, frozen
 
 
-class Script:
-    """Actions of one rank of a V, in the order in which they are asked for."""
+class Pass(NamedTuple):
+    """The next action of a kind at a stage: its microbatch follows from the passes before it.
 
-    def __init__(self, rank: int, num_ranks: int) -> None:
-        self.down, self.up = rank, 2 * num_ranks - 1 - rank
-        self.actions: list[Action] = []
-        self._next: dict[tuple[int, Kind], int] = {}
-        self._weights: deque[Action] = deque()
+    F counts by itself; B and I count together, as a stage's backwards; a W finishes the I of its stage that has waited
+    longest, or, at stage `WAITING`, that of the whole rank.
+    """
 
-    def forward(self, stage: int, *, overlapped: bool = False) -> None:
-        """The next forward of a stage; `overlapped` with the backward that follows."""
-        self.actions.append(Action(stage, Kind.F, self._count(stage, Kind.F), OVERLAPPED if overlapped else -1))
+    stage: int
+    kind: Kind
+    peer: int = -1  # `OVERLAPPED`: an F beside the backward that follows
 
-    def backward(self, stage: int) -> None:
-        """The next full backward of a stage."""
-        self.actions.append(Action(stage, Kind.B, self._count(stage, Kind.I)))
+    def overlapped(self) -> Pass:
+        """The same beside the backward that follows."""
+        return self._replace(peer=OVERLAPPED)
 
-    def backward_input(self, stage: int) -> None:
-        """The next input gradient of a stage; its weight gradient waits."""
-        microbatch = self._count(stage, Kind.I)
-        self.actions.append(Action(stage, Kind.I, microbatch))
-        self._weights.append(Action(stage, Kind.W, microbatch))
 
-    def backward_weight(self, stage: int | None = None) -> None:
-        """The weight gradient that has waited longest, of a stage or of both; nothing when none waits."""
-        for action in self._weights:
-            if stage in (None, action.stage):
-                self._weights.remove(action)
-                self.actions.append(action)
-                return
+WAITING = -1
+"""In place of the stage of a W: wherever the I is that has waited longest. Then every W of a script is such a one."""
 
-    def count(self, stage: int) -> int:
-        """How many forwards of a stage have been asked for."""
-        return self._next.get((stage, Kind.F), 0)
+Phase = tuple[Sequence[Pass], int]
+"""Passes, and how many times they run one after the other."""
 
-    def table(self, num_microbatches: int) -> Table:
-        """The actions of the microbatches there are; constructions for more leave the others out."""
-        return as_table(action for action in self.actions if action.microbatch < num_microbatches)
 
-    def _count(self, stage: int, kind: Kind) -> int:
-        microbatch = self._next.get((stage, kind), 0)
-        self._next[stage, kind] = microbatch + 1
-        return microbatch
+def passes_of(stage: int) -> tuple[Pass, Pass, Pass, Pass]:
+    """F, B, I and W of a stage."""
+    return Pass(stage, Kind.F), Pass(stage, Kind.B), Pass(stage, Kind.I), Pass(stage, Kind.W)
+
+
+def scripted(phases: Sequence[Phase], num_microbatches: int) -> Table:
+    """The row of a script: int32 of shape (actions, 4).
+
+    Args:
+        phases: one after the other.
+        num_microbatches: those there are; constructions for more leave the others out.
+    """
+    passes = np.concatenate([np.tile(np.array(each, np.int32).reshape(-1, 3), (times, 1)) for each, times in phases])
+    stage, kind, peer = np.ascontiguousarray(passes.T)
+    inputs, weights = np.flatnonzero(kind == Kind.I), np.flatnonzero(kind == Kind.W)
+    if WAITING in stage[weights[:1]]:
+        stage[weights] = stage[inputs]
+    microbatch = np.empty_like(stage)
+    for each in np.unique(stage):
+        here = stage == each
+        for counted in (here & (kind == Kind.F), here & ((kind == Kind.B) | (kind == Kind.I))):
+            microbatch[counted] = np.arange(np.count_nonzero(counted))
+        microbatch[weights[here[weights]]] = microbatch[inputs[here[inputs]]]
+    table = np.stack((stage, kind, microbatch, peer), axis=-1)
+    return frozen(table[microbatch < num_microbatches])

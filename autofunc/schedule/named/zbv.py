@@ -9,39 +9,24 @@ construction fills the pipeline with 2p - 1 microbatches; with fewer, what is no
 from __future__ import annotations
 
 from autofunc.schedule.ir import Table
-from autofunc.schedule.named.script import Script
+from autofunc.schedule.named.script import passes_of, scripted
 
 
 def row(rank: int, num_ranks: int, num_microbatches: int) -> Table:
     """The actions of one rank, which holds the stages `rank` and `2 * num_ranks - 1 - rank`."""
-    script = Script(rank, num_ranks)
-    down, up = script.down, script.up
+    f_down, _, i_down, w_down = passes_of(rank)
+    f_up, _, i_up, w_up = passes_of(2 * num_ranks - 1 - rank)
     count = max(num_microbatches, 2 * num_ranks - 1)
     above, below = rank, num_ranks - rank  # ranks nearer to the first stage; this one and those nearer to the turn
-
-    for _ in range(2 * below - 1):
-        script.forward(down)
-    for _ in range(above):
-        script.forward(up)
-        script.forward(down)
-    for _ in range(below):
-        script.forward(up)
-        script.backward_input(up)
-        script.backward_weight()
-    for _ in range(count - num_ranks):
-        if script.count(down) < count:
-            script.forward(down)
-        script.backward_input(down)
-        script.backward_weight()
-        script.forward(up)
-        script.backward_input(up)
-        script.backward_weight()
-    for _ in range(above):
-        script.backward_input(down)
-        script.backward_input(up)
-    for _ in range(below):
-        script.backward_input(down)
-        script.backward_weight(down)
-    for stage in [up] * above + [down] * above:
-        script.backward_weight(stage)
-    return script.table(num_microbatches)
+    phases = (
+        ((f_down,), 2 * below - 1),
+        ((f_up, f_down), above),
+        ((f_up, i_up, w_up), below),
+        ((f_down, i_down, w_down, f_up, i_up, w_up), count - (2 * below - 1) - above),
+        ((i_down, w_down, f_up, i_up, w_up), below - 1),  # all forwards on the way down have run
+        ((i_down, i_up), above),
+        ((i_down, w_down), below),
+        ((w_up,), above),
+        ((w_down,), above),
+    )
+    return scripted(phases, num_microbatches)

@@ -53,8 +53,12 @@ class Problem:
 
     @cached_property
     def durations(self) -> tuple[list[float], list[float], list[float]]:
-        """Times of F, I and W by stage."""
+        """Times of F, I and W by stage, with what their rank does right before; a W may be one with its I."""
         table = self.costs.table(self.num_stages)
+        table[[Kind.F, Kind.I]] += self.costs.between
+        for stage in range(self.num_stages):
+            table[Kind.F, stage] += self._crosses(stage - 1, stage) * self.costs.receive
+            table[Kind.I, stage] += self._crosses(stage, stage + 1) * self.costs.receive
         return table[Kind.F].tolist(), table[Kind.I].tolist(), table[Kind.W].tolist()
 
     @cached_property
@@ -65,10 +69,15 @@ class Problem:
         return forward, [(0.0, 0.0)] + [self._transfer(stage, stage - 1) for stage in range(1, last + 1)]
 
     def _transfer(self, source: int, target: int) -> tuple[float, float]:
-        if self.placement[source] == self.placement[target]:
+        if not self._crosses(source, target):
             return 0.0, 0.0
         on_the_wire = self.costs.transfer(source, target)
-        return on_the_wire + self.costs.latency, on_the_wire * (1 - self.costs.overlap)
+        return on_the_wire + self.costs.latency, self.costs.send + on_the_wire * (1 - self.costs.overlap)
+
+    def _crosses(self, one: int, other: int) -> bool:
+        """Whether two stages are on different ranks; none is on no other."""
+        there = min(one, other) >= 0 and max(one, other) < self.num_stages
+        return there and self.placement[one] != self.placement[other]
 
     @cached_property
     def work(self) -> tuple[float, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -27,6 +27,9 @@ class Costs:
             (sending stage, receiving stage), where what is not listed is free.
         latency: from the end of a transfer until its value can be read.
         overlap: the part of `comm` that runs beside computation; for the rest the sending rank stands still.
+        send: how long a rank is busy with posting one send; the transfer runs meanwhile.
+        receive: how long a rank is busy with posting one receive.
+        between: what else a rank does before each computation: it takes over what has arrived, and runs Python.
         spread: how much computations of one kind and stage differ, as a fraction of their time (one standard deviation).
             Only `expected_makespan` looks at it.
     """
@@ -37,6 +40,9 @@ class Costs:
     comm: float | Mapping[tuple[int, int], float] = 0.0
     latency: float = 0.0
     overlap: float = 1.0
+    send: float = 0.0
+    receive: float = 0.0
+    between: float = 0.0
     spread: float = 0.0
 
     def table(self, num_stages: int) -> Times:
@@ -46,9 +52,11 @@ class Costs:
 
     def durations(self, actions: Table, num_stages: int) -> Times:
         """The time each action of a table takes its rank."""
-        is_compute = actions[:, 1] <= Kind.W
-        kind, stage = np.where(is_compute, actions[:, 1], 0), actions[:, 0]
-        return np.where(is_compute, self.table(num_stages)[kind, stage], 0.0)
+        by_kind = np.zeros((len(Kind), num_stages))
+        by_kind[: Kind.W + 1] = self.table(num_stages)
+        by_kind[[Kind.SEND_F, Kind.SEND_B]] = self.send
+        by_kind[[Kind.RECV_F, Kind.RECV_B]] = self.receive
+        return by_kind[actions[:, 1], actions[:, 0]]
 
     def transfer(self, sender: int, receiver: int) -> float:
         """How long a value occupies the edge between two stages."""
@@ -57,7 +65,7 @@ class Costs:
     def scaled(self, factor: float) -> Costs:
         """The same costs with every computation `factor` times as long: a rank's costs times 1/v are a stage's."""
         f, i, w = (np.multiply(cost, factor).tolist() for cost in (self.F, self.I, self.W))
-        return Costs(f, i, w, self.comm, self.latency, self.overlap, self.spread)
+        return replace(self, F=f, I=i, W=w)
 
     def check(self, num_stages: int) -> None:
         """Refuse costs that do not fit a number of stages.
@@ -65,7 +73,7 @@ class Costs:
         Raises:
             ScheduleError: for a wrong number of values, a negative one, or stages whose every action is free.
         """
-        for name in ("F", "I", "W", "comm", "latency"):
+        for name in ("F", "I", "W", "comm", "latency", "send", "receive", "between"):
             given = getattr(self, name)
             value = np.asarray(list(given.values()) if isinstance(given, Mapping) else given, dtype=np.float64)
             per_stage = name in ("F", "I", "W")

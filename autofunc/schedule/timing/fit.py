@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 
 from autofunc.errors import ScheduleError
 from autofunc.schedule.ir import Kind
 from autofunc.schedule.laws.network import Network, build_network
+from autofunc.schedule.laws.walk import Times
 from autofunc.schedule.timing.costs import Costs
 from autofunc.schedule.timing.timeline import Timeline
 
@@ -17,9 +17,10 @@ from autofunc.schedule.timing.timeline import Timeline
 def costs_of(timeline: Timeline) -> Costs:
     """Costs of every stage, in the timeline's unit: means over microbatches, because a step is as long as their sum.
 
-    `spread` is how much microbatches differ, the median over stages and kinds. `comm` is the median time from the end of an
-    action to the start of one on another rank that waited for it. A stage whose backward is never split into I and W has
-    all of it as W.
+    `spread` is how much microbatches differ, the median over stages and kinds. `send` and `receive` are the mean times from
+    the end of the action before a post to its own. `between` is the mean time that passes before a computation whose rank
+    waits for nothing. `comm` is the median time from the start of a send (in compute form, the end of what makes the value)
+    until a rank that waits for it has it. A stage whose backward is never split into I and W has all of it as W.
 
     Args:
         timeline: of a whole step, with forwards and backwards of every stage.
@@ -48,21 +49,45 @@ def costs_of(timeline: Timeline) -> Costs:
         times["I"].append(first if split and first is not None else 0.0)
         times["W"].append(second if split and second is not None else both or 0.0)
     spread = float(np.median(spreads)) if spreads else 0.0
-    return Costs(times["F"], times["I"], times["W"], comm=_transfer_time(network, start, end), spread=spread)
+    send, receive = (_post_time(network, start, end, kinds) for kinds in (_SENDS, _RECEIVES))
+    comm, between = _transfer_time(network, start, end)
+    return Costs(
+        times["F"], times["I"], times["W"], comm=comm, send=send, receive=receive, between=between, spread=spread
+    )  # fmt: skip
 
 
-def _transfer_time(network: Network, start: npt.NDArray[np.float64], end: npt.NDArray[np.float64]) -> float:
-    """How long after it was made a value was read by a rank that had nothing else to do."""
-    computing = np.flatnonzero(network.table[:, 1] <= Kind.W)
-    rank = np.searchsorted(network.first, computing, side="right")
-    same_rank = np.append(False, rank[1:] == rank[:-1])
-    before = np.full(len(start), -np.inf)
-    before[computing[same_rank]] = end[computing[:-1][same_rank[1:]]]
-    delays = []
+_SENDS, _RECEIVES = (Kind.SEND_F, Kind.SEND_B), (Kind.RECV_F, Kind.RECV_B)
+
+
+def _before(network: Network, end: Times) -> Times:
+    """When the action before each one of the same rank ended; -inf where there is none."""
+    before = np.append(-np.inf, end[:-1])
+    before[network.first[:-1][np.diff(network.first) > 0]] = -np.inf
+    return before
+
+
+def _post_time(network: Network, start: Times, end: Times, kinds: tuple[Kind, Kind]) -> float:
+    """How long a rank is busy with a post: nothing is waited for, so all the time since the action before is its own."""
+    posts = np.flatnonzero(np.isin(network.table[:, 1], kinds))
+    before = _before(network, end)[posts]
+    times = end[posts] - np.where(np.isfinite(before), before, start[posts])
+    return max(float(np.mean(times)), 0.0) if len(times) else 0.0
+
+
+def _transfer_time(network: Network, start: Times, end: Times) -> tuple[float, float]:
+    """How long a transfer takes, and how long a rank takes between actions where it waits for no transfer."""
+    before = _before(network, end)
+    posted = start if network.schedule.is_lowered else end  # by action: when what it sends may leave
+    delays, sent = [], np.full(len(start), -np.inf)  # when the last value that an action reads was sent
     for crossing in network.crossings:
-        maker, reader = crossing.bundle.maker, crossing.bundle.reader
-        waited = before[reader] < end[maker]  # the reader was idle when the value was made
-        delays.append((start[reader] - end[maker])[waited])
+        send, reader = crossing.send, crossing.bundle.reader
+        there = (send >= 0) & (reader >= 0)
+        send, reader = send[there], reader[there]
+        sent[reader] = np.maximum(sent[reader], posted[send])
+        waited = np.isfinite(before[reader]) & (before[reader] < posted[send])  # the reader was idle when it was sent
+        delays.append((start[reader] - posted[send])[waited])
     found = np.concatenate(delays) if delays else np.empty(0)
-    found = found[np.isfinite(found)]
-    return max(float(np.median(found)), 0.0) if len(found) else 0.0
+    delay = max(float(np.median(found)), 0.0) if len(found) else 0.0
+    at_once = (network.table[:, 1] <= Kind.W) & np.isfinite(before) & (sent + delay <= before)
+    between = max(float(np.mean((start - before)[at_once])), 0.0) if at_once.any() else 0.0
+    return max(delay - between, 0.0), between

@@ -16,7 +16,7 @@ class Idle(NamedTuple):
     """A rank's idle time inside the makespan, in the timeline's unit; the three parts add up to all of it."""
 
     dependency: float  # what the order of actions costs: left even if transfers were free and ranks had equal work
-    communication: float  # what transfers add to the makespan
+    communication: float  # what transfers add to the makespan, and what ranks do between computations
     imbalance: float  # what this rank has less to do than the busiest one
 
     @property
@@ -40,7 +40,7 @@ def explain_idle(timeline: Timeline) -> tuple[Idle, ...]:
     computing = network.table[:, 1] <= Kind.W
     duration = np.where(computing, np.concatenate(timeline.end) - np.concatenate(timeline.start), 0.0)
     free = np.zeros(len(network.crossings))
-    start, end, _ = map(network.by_rank, walk(network, Pace(duration, free, 0.0, free)))
+    start, end, _ = walk(network, Pace(duration, free, 0.0, free))
     without_transfers = min(Timeline(schedule, start, end).makespan, timeline.makespan)
     busiest = min(max(timeline.busy), without_transfers)
     return tuple(

@@ -9,9 +9,9 @@ import numpy as np
 
 from autofunc.errors import ScheduleError
 from autofunc.schedule.effects import Edge
-from autofunc.schedule.ir import Schedule
+from autofunc.schedule.ir import Kind, Schedule
 from autofunc.schedule.laws.network import Network, build_network
-from autofunc.schedule.laws.walk import Pace, walk
+from autofunc.schedule.laws.walk import Pace, Times, walk
 from autofunc.schedule.timing.costs import Costs
 from autofunc.schedule.timing.timeline import Timeline
 from autofunc.shown import shown
@@ -24,6 +24,9 @@ def simulate(schedule: Schedule, costs: Costs | None = None, edges: Sequence[Edg
     value is made (lowered: sent) and the wire between the two ranks is free, and takes `comm` on the wire and `latency`
     after it; lowered, its value arrives no sooner than that long after its receive was posted. Transfers overlap
     computation, but for the part of `comm` that `overlap` leaves to the sending rank.
+    Before a computation its rank is busy for `between`. Posting keeps it for `send` and `receive`: lowered, where its row
+    says so; in compute form, a value is posted right after it is made, and its receive once it has arrived. A transfer runs
+    while its send is posted.
     Gathering and reducing (UNSHARD, REDUCE_GRAD) take no time here.
 
     Args:
@@ -66,14 +69,25 @@ def _network_and_pace(schedule: Schedule, costs: Costs, edges: Sequence[Edge] | 
     costs.check(schedule.num_stages)
     network = build_network(schedule, edges)
     transfer = np.array([costs.transfer(crossing.source, crossing.target) for crossing in network.crossings])
-    pace = Pace(
-        costs.durations(network.table, schedule.num_stages), transfer, costs.latency, (1 - costs.overlap) * transfer
-    )
+    duration = np.concatenate([costs.durations(row.table, schedule.num_stages) for row in schedule])
+    post = 0.0 if schedule.is_lowered else costs.send  # lowered, posts are actions themselves
+    pace = Pace(duration, transfer, costs.latency, (1 - costs.overlap) * transfer + post, _before(network, costs))
     if not pace.duration.any():
         raise ScheduleError(f"schedule {shown(schedule.name)}: all that it runs costs nothing, so nothing takes any time")
     return network, pace
 
 
+def _before(network: Network, costs: Costs) -> Times | None:
+    """Per action, what its rank does before it; in compute form, posting receives is part of that."""
+    before = np.where(network.table[:, 1] <= Kind.W, costs.between, 0.0) if costs.between else None
+    if costs.receive and not network.schedule.is_lowered:
+        before = np.zeros(network.num_actions) if before is None else before
+        for crossing in network.crossings:
+            reader = crossing.bundle.reader
+            before[reader[reader >= 0]] += costs.receive
+    return before
+
+
 def _timeline(network: Network, pace: Pace, edges: Sequence[Edge] | None) -> Timeline:
-    start, end, arrived = map(network.by_rank, walk(network, pace))
+    start, end, arrived = walk(network, pace)
     return Timeline(network.schedule, start, end, edges=None if edges is None else tuple(edges), arrived=arrived)

@@ -23,7 +23,10 @@ PAPER = Costs(F=18.522, I=18.086, W=9.337, comm=0.601)
 def test_never_worse_than_named(p: int, m: int, v: int, span: bool, seed: int) -> None:
     rng = random.Random(seed)
     f, i, w = ([rng.uniform(0.5, 2) for _ in range(p * v)] for _ in range(3))
-    costs = Costs(f, i, w, comm=rng.uniform(0, 0.3), latency=rng.choice((0, 0.1)), overlap=rng.choice((1, 0.5)))
+    costs = Costs(
+        f, i, w, comm=rng.uniform(0, 0.3), latency=rng.choice((0, 0.1)), overlap=rng.choice((1, 0.5)),
+        send=rng.choice((0, 0.2)), receive=rng.choice((0, 0.1)), between=rng.choice((0, 0.05)),
+    )  # fmt: skip
     limit = rng.randint(p * v, 2 * p * v)
     given: dict[str, Any] = {
         "num_ranks": p, "num_microbatches": m, "memory_limit": limit, "objective": "span" if span else "makespan",
@@ -47,7 +50,13 @@ def test_the_bound_holds_for_named_schedules_without_a_limit() -> None:
     rng = random.Random(0)
     for _ in range(50):
         p, m = rng.randint(1, 6), rng.randint(1, 12)
-        costs = Costs(*([rng.uniform(0, 2) + 0.01 for _ in range(p)] for _ in range(3)), comm=rng.uniform(0, 1))
+        costs = Costs(
+            *([rng.uniform(0, 2) + 0.01 for _ in range(p)] for _ in range(3)),
+            comm=rng.uniform(0, 1),
+            send=0.1,
+            receive=0.2,
+            between=0.1,
+        )
         bound = schedule.lower_bound(costs, num_ranks=p, num_microbatches=m)
         for candidate in named_candidates(p, m, 1):
             assert schedule.simulate(candidate, costs).makespan >= bound - 1e-9

@@ -28,6 +28,15 @@ def test_transfers_are_read_off_those_who_waited() -> None:
     assert schedule.costs_of(schedule.simulate(s, Costs(comm=0.25))).comm == pytest.approx(0.25)
 
 
+@given(st.sampled_from(schedule.names()), st.integers(2, 4), st.integers(4, 8))
+def test_what_ranks_do_between_computations_is_read_off(name: str, p: int, m: int) -> None:
+    s = schedule.lower(schedule.build(name, num_ranks=p, num_microbatches=m + p), merge=False)
+    given = Costs(2, 3, 1, comm=0.25, send=0.125, receive=0.0625, between=0.03125)
+    found = schedule.costs_of(schedule.simulate(s, given))
+    assert (found.send, found.receive, found.between) == pytest.approx((given.send, given.receive, given.between))
+    assert found.comm == pytest.approx(0.25)
+
+
 def test_a_backward_that_is_never_split_counts_as_w() -> None:
     found = schedule.costs_of(schedule.simulate(schedule.build("1f1b", num_ranks=2, num_microbatches=3), Costs(1, 2, 3)))
     assert (found.F, found.I, found.W) == ([1, 1], [0, 0], [5, 5])

@@ -104,3 +104,22 @@ def test_communication_delays_readers() -> None:
 def test_span_bubble() -> None:
     timeline = schedule.simulate(schedule.build("1f1b", num_ranks=2, num_microbatches=2))
     assert timeline.bubble_fraction == pytest.approx(1 / 3) and timeline.span_bubble_fraction == pytest.approx(1 / 3)
+
+
+def test_what_ranks_do_between_computations_takes_time() -> None:
+    """Every number is a sum of powers of two, so that sums are exact."""
+    given = Costs(1, 1, 1, comm=2**-3, send=2**-4, receive=2**-5, between=2**-6)
+    alone = schedule.build("1f1b", num_ranks=1, num_microbatches=5)
+    assert schedule.simulate(alone, given).makespan == 5 * 3 + 9 * given.between, "one before each, but for the first"
+    s = schedule.build("1f1b", num_ranks=2, num_microbatches=1)  # 0F0 1F0 1B0 0B0, one after the other
+    there_and_back = 6 + 2 * 2**-3 + 3 * given.between
+    assert schedule.simulate(schedule.lower(s), given).makespan == there_and_back, "posts are over when ranks still wait"
+    assert schedule.simulate(s, given).makespan == there_and_back + 2 * given.receive
+
+
+def test_posts_keep_a_rank_from_computing() -> None:
+    s = schedule.build("gpipe", num_ranks=2, num_microbatches=8)
+    plain, busy = (schedule.simulate(schedule.lower(s), Costs(send=send, receive=send)) for send in (0.0, 0.25))
+    assert busy.makespan > plain.makespan and busy.busy == plain.busy, "computations alone count as busy"
+    first = busy.start[0][[action.kind is schedule.Kind.F for action in busy.schedule[0]]]
+    assert (first[1:4] - first[:3] == 1.25).all(), "a forward and the post of what it made"
