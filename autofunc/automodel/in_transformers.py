@@ -183,8 +183,8 @@ class WholeModel:
                 self._folder, config=self._config, dtype=self._dtype, output_loading_info=True, local_files_only=True
             )
         except Exception as error:
-            said = in_brief(error)
-            raise ModelError(f"{shown(self._folder)}: transformers cannot load it: {said}") from error
+            message = in_brief(error)
+            raise ModelError(f"{shown(self._folder)}: transformers cannot load it: {message}") from error
         for what, names in info.items():
             if names:
                 listed = some_of(sorted(map(str, names)), 5)

@@ -126,8 +126,8 @@ def _names(kind: str, has: Iterable[str], wants: Iterable[str]) -> list[str]:
     """Describe the names that only one side has."""
     has, wants = list(has), list(wants)
     missing, more = [name for name in wants if name not in set(has)], [name for name in has if name not in set(wants)]
-    said = [f"it lacks {kind} {some_of(missing)}"] if missing else []
-    return said + ([f"it has {kind} {some_of(more)}, which the model does not have"] if more else [])
+    found = [f"it lacks {kind} {some_of(missing)}"] if missing else []
+    return found + ([f"it has {kind} {some_of(more)}, which the model does not have"] if more else [])
 
 
 def _same_shape(one: torch.Size, other: torch.Size) -> bool:

@@ -89,8 +89,8 @@ def _answers(
             if not (after.startswith(before) and whole.startswith(after)):
                 raise DataError(
                     f"{where}: the chat template of {quoted(tokenizer.name)} renders message {number + 1} differently "
-                    "within the conversation than at its end, so its tokens cannot be told; give a chat_template that "
-                    "marks answers with {% generation %}, or rows with one answer"
+                    "within the conversation than at its end, so its tokens cannot be identified; give a chat_template "
+                    "that marks answers with {% generation %}, or rows with one answer"
                 )
             found.append((len(before), len(after)))
     return found

@@ -69,8 +69,8 @@ class HellaSwag(Dataset[dict[str, Tensor]]):
             key = {"made by": f"HellaSwag {_VERSION}", **tables.key()}
             self._examples = examples_of("hellaswag", str(tables), key, self.tokenizer, make)
         except DataError as error:
-            said = str(error)
-            raise DataError(said if said.startswith("HellaSwag") else f"HellaSwag: {said}") from error
+            message = str(error)
+            raise DataError(message if message.startswith("HellaSwag") else f"HellaSwag: {message}") from error
         if not len(self._examples):
             raise DataError(f"HellaSwag: split {quoted(split)} of {shown(path_or_dataset)} is empty")
         longest = int(self._examples.lengths.max()) - 1

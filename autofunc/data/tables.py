@@ -93,9 +93,9 @@ class Tables:
             try:
                 return datasets.load_dataset(name, self._subset, split=self._split)
             except Exception as error:  # datasets raises a different one for each cause
-                said = in_brief(error)
+                message = in_brief(error)
                 of = f"{quoted(name)}, split {quoted(self._split)}"
-                raise DataError(f"{of}, cannot be loaded{network}: {said}") from error
+                raise DataError(f"{of}, cannot be loaded{network}: {message}") from error
 
 
 def text_of(where: str, what: str, value: object) -> str:

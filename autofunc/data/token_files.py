@@ -57,8 +57,8 @@ class TokenFiles(Dataset[dict[str, Tensor]]):
             self._files = [read_token_file(path, raw_dtype) for path in self._paths]
         except DataError as error:
             raise DataError(f"TokenFiles: {error}") from error
-        said = [file.vocab_size for file in self._files]
-        self.vocab_size = vocab_size or (None if None in said else max(size or 0 for size in said))
+        sizes = [file.vocab_size for file in self._files]
+        self.vocab_size = vocab_size or (None if None in sizes else max(size or 0 for size in sizes))
         self._starts = [_starts(file, seq_len, bos_token if align_to_bos else None) for file in self._files]
         self._ends = np.cumsum([len(starts) for starts in self._starts])
         self._length = min(int(self._ends[-1]), num_samples_limit or int(self._ends[-1]))

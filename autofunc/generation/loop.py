@@ -125,8 +125,8 @@ def _shared(pipe: Pipeline, tokens: Tensor | None, rows: int, device: torch.devi
     return share_over_pp(pipe.mesh, pipe.schedule.placement[-1], given)
 
 
-def _warn(said: str) -> None:
-    warnings.warn(said, stacklevel=3)
+def _warn(text: str) -> None:
+    warnings.warn(text, stacklevel=3)
 
 
 def _check_mesh(pipe: Pipeline) -> None:

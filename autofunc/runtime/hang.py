@@ -110,7 +110,7 @@ def describe(states: Mapping[int, State | None], positions: Sequence[str] = ()) 
     """
     alike: dict[str, list[int]] = {}
     for rank, state in sorted(states.items()):
-        alike.setdefault(_said(state, positions[rank] if rank < len(positions) else ""), []).append(rank)
+        alike.setdefault(_line(state, positions[rank] if rank < len(positions) else ""), []).append(rank)
     lines = [f"  rank{'s' if len(ranks) > 1 else ''} {in_ranges(ranks)}: {text}" for text, ranks in alike.items()]
     if len(lines) > _MOST_RANKS:
         lines = [*lines[:_MOST_RANKS], f"  and {len(lines) - _MOST_RANKS} more"]
@@ -143,7 +143,7 @@ def _verdict(states: Mapping[int, State | None]) -> list[str]:
     return lines
 
 
-def _said(state: State | None, position: str) -> str:
+def _line(state: State | None, position: str) -> str:
     if state is None:
         at = f"; last seen at: {position}" if position else ""
         return f"does not answer: its process is stopped or gone, or holds Python's GIL{at}"

@@ -74,7 +74,7 @@ class FiniteCheck:
         if not bad:
             return
         if isinstance(op, BackwardWeight):  # its inputs are no longer known
-            raise NotFiniteError(f"weight gradient: that of {bad[0]!r} is not finite")
+            raise NotFiniteError(f"weight gradient: the gradient of {bad[0]!r} is not finite")
         raise self._error("backward", op, step, self._cotangents, f"the gradient of {bad[0]!r} is not finite")
 
     def _error(

@@ -158,9 +158,9 @@ def make_file(file: Path, number: int) -> None:
 
 def read_file(file: Path) -> list[str]:
     """Return the position of each process, or its last one if it has ended: such as "step 7, in 1F3"."""
-    records, said = file.read_bytes(), []
+    records, positions = file.read_bytes(), []
     for begin in range(0, len(records), RECORD_BYTES):
         record = records[begin : begin + RECORD_BYTES]
         parts = (record[:_PHASE_BYTES], record[_PHASE_BYTES:])
-        said.append(", ".join(text for part in parts if (text := part.decode(errors="replace").strip())))
-    return said
+        positions.append(", ".join(text for part in parts if (text := part.decode(errors="replace").strip())))
+    return positions
