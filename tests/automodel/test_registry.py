@@ -92,7 +92,7 @@ def test_another_class_of_that_name(here: Path) -> None:
     write(here / "a.py", BODY.format(name="MyForCausalLM"))
     write(here / "b.py", BODY.format(name="MyForCausalLM") + "class NewForCausalLM(nn.Module): pass\n")
     af.register_modeling_path("a.py")
-    with pytest.raises(ModelError, match="'MyForCausalLM' is already taken, by autofunc_user_a_"):
+    with pytest.raises(ModelError, match="'MyForCausalLM' is already taken by autofunc_user_a_"):
         af.register_modeling_path("b.py")
     assert known_architectures() == ["MyForCausalLM"]  # all or none
     assert af.register_modeling_path("b.py", exist_ok=True) == ["MyForCausalLM", "NewForCausalLM"]
