@@ -76,7 +76,7 @@ class ConvertedTensors(StoredTensors):
         return {**found, **{name: values[old] for name, old in plain.items()}}
 
     def _sort(self) -> None:
-        """Separate renamed from converted tensors as transformers does (`core_model_loading`, tested with 5.23)."""
+        """Separate renamed from converted tensors as transformers does (`core_model_loading`, tried with 5.23)."""
         from transformers import conversion_mapping, core_model_loading
 
         rules = conversion_mapping.get_model_conversion_mapping(self._module)

@@ -1,6 +1,6 @@
 """Operator schemas: arguments by name, which of them share memory with the results, and which are written to.
 
-The only file that uses `torch._ops` and the schemas behind it, which have no public names; tested with torch 2.13.0.
+The only file that uses `torch._ops` and the schemas behind it, which have no public names; tried with torch 2.13.0.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.fx.experimental.proxy_tensor import make_fx  # has no public name; tested with torch 2.13.0
+from torch.fx.experimental.proxy_tensor import make_fx  # has no public name; tried with torch 2.13.0
 
 from autofunc.graph.lazy_code import lazy_code
 

@@ -87,11 +87,7 @@ class Model(OverProcesses, GivenBack):
 
     @cached_property
     def spec(self) -> dict[str, torch.Tensor]:
-        """Every parameter as layers see it, including aliases: path -> meta tensor, sorted by path. Allocates nothing.
-
-        Raises:
-            ModelError: for ties and patterns that match no parameter, and trainable complex parameters.
-        """
+        """Every parameter as layers see it, including aliases: path -> meta tensor, sorted by path. Allocates nothing."""
         flat = self._init_layers(self.layers, 0, torch.device("meta"), torch.float32)
         for alias, canonical in self.ties.items():
             if canonical not in flat:
@@ -109,11 +105,7 @@ class Model(OverProcesses, GivenBack):
 
     @cached_property
     def state_spec(self) -> dict[str, torch.Tensor]:
-        """All state that layers keep between microbatches: path -> meta tensor, sorted by path.
-
-        Raises:
-            ModelError: if a path is both a parameter and state.
-        """
+        """All state that layers keep between microbatches: path -> meta tensor, sorted by path."""
         spec = self.init_state_paths(None, "meta")
         both = [path for path in spec if path in self.spec]
         if both:
@@ -308,9 +300,6 @@ class Model(OverProcesses, GivenBack):
 
         Returns:
             The last layer's output, any pytree.
-
-        Raises:
-            ModelError: for missing parameters or state, and a batch that the model cannot run on.
         """
         flat = tree.flatten(params)
         by_layer = self.layer_trees({path: self.lookup(flat, path) for path in self.spec})

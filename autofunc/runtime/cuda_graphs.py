@@ -1,6 +1,6 @@
 """CUDA graphs and the memory they share: the only file that captures kernels.
 
-Private parts of torch used, tested with 2.13.0: `torch._C._cuda_clearCublasWorkspaces`, as torch's own users of CUDA graphs
+Private parts of torch used, tried with 2.13.0: `torch._C._cuda_clearCublasWorkspaces`, as torch's own users of CUDA graphs
 do (`torch/_inductor/cudagraph_trees.py`).
 """
 

@@ -1,6 +1,6 @@
 """The end of a step: tied sums are exchanged, the loss reaches every rank, gradients are divided by the total weight.
 
-Private parts of torch used, tested with 2.13.0: `torch._foreach_div_`, one kernel for many tensors.
+Private parts of torch used, tried with 2.13.0: `torch._foreach_div_`, one kernel for many tensors.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Memory at fixed addresses, refilled for each step.
 
-Private parts of torch used, tested with 2.13.0: `torch._foreach_copy_`, one kernel for many tensors.
+Private parts of torch used, tried with 2.13.0: `torch._foreach_copy_`, one kernel for many tensors.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 `torch.distributed.new_group(use_local_synchronization=True)` would be the public way. It names a group after the number
 of groups its process already knows, which differs between ranks with different partners: then the two ends wait for each
 other forever. So the backends are created here directly, over the store of the pp group, under names that both ends know.
-Private parts of torch used, tested with 2.13.0: `Options._timeout`, `FakeProcessGroup`.
+Private parts of torch used, tried with 2.13.0: `Options._timeout`, `FakeProcessGroup`.
 """
 
 from __future__ import annotations
