@@ -15,7 +15,7 @@ _ALIGNMENT = 128
 
 
 class Fixed:
-    """Copies of tensors in their own memory, with the same shapes, dtypes, strides and alignment.
+    """Tensors with the shapes, dtypes, strides and alignment of given ones, in their own memory; `fill` sets their values.
 
     Strides may be any: of a batch whose rows are in its second dim, or of one row expanded to many. Alignment matters
     because torch picks kernels by it, and different kernels give different bits.
