@@ -164,7 +164,7 @@ class Kind:
     ranks: tuple[int, ...] = (0, 1)
 
 
-_LATE = r"rank {rank} is the one that is late[^\n]*\n(.*\n)*.*net\.py, line \d+, in "
+_LATE = r"rank {rank} is late[^\n]*\n(.*\n)*.*net\.py, line \d+, in "
 KINDS = {
     "nan_forward": Kind(r"step {step}\b(.*\n)*.*forward: layer '[ab]'(.*\n)*.*microbatch {microbatch}\b"),
     "nan_input_gradient": Kind(r"step {step}\b(.*\n)*.*gradient(.*\n)*.*microbatch {microbatch}\b", ranks=(1,)),

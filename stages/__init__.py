@@ -1,1 +1,1 @@
-"""Models as pure stage functions: each file a config, an init, pure functions and a builder."""
+"""Models as pure stage functions: each file has a config, an init, pure functions and a builder."""

@@ -6,8 +6,8 @@ Hugging Face transformers, `models/t5/modeling_t5.py` (`T5ForConditionalGenerati
 are equal.
 
 **What crosses.** Encoder blocks pass on a tensor. Decoder blocks pass on {"hidden", "encoder_hidden"}: the encoder's output
-travels through all of them, the last one drops it. Position biases do not travel: their table, of buckets times heads, is
-tied to that of the first block of its stack, and every block works out its own bias, which is far larger.
+goes through all of them, and the last one drops it. Position biases are not sent: the small table, buckets times heads, is
+tied to that of the first block of its stack, and every block computes its own bias, which is far larger.
 
 Shapes: B rows, S tokens of the encoder, T of the decoder, Q of queries and K of keys (S or T), D = d_model, N heads,
 H = d_kv, F = d_ff, V vocabulary.
@@ -38,7 +38,7 @@ Params = Mapping[str, Any]
 
 SIZES = ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads")
 FEED_FORWARD = {"relu": ("wi",), "gated-gelu": ("wi_0", "wi_1")}
-"""`feed_forward_proj` -> the maps into the MLP: T5 v1.0 and v1.1."""
+"""`feed_forward_proj` -> the input projections of the MLP: T5 v1.0 and v1.1."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class EncoderDecoderConfig:
         if self.relative_attention_num_buckets < 4 or self.relative_attention_num_buckets % 2:
             raise ModelError(
                 f"encoder_decoder: relative_attention_num_buckets={self.relative_attention_num_buckets}, "
-                "expected an even number from 4"
+                "expected an even number of at least 4"
             )
         if self.relative_attention_max_distance <= self.relative_attention_num_buckets // 2:
             raise ModelError(
@@ -103,11 +103,11 @@ def build_encoder_decoder_model(
     feed_forward_proj: str = "relu",
     tie_word_embeddings: bool = True,
 ) -> af.Model:
-    """T5 as layers `shared`, `encoder.block.0` ..., `encoder.final_layer_norm`, `decoder.embed_tokens`, `decoder.block.0`
-    ..., `decoder.final_layer_norm`, `lm_head`.
+    """Build T5 with layers `shared`, `encoder.block.0` ..., `encoder.final_layer_norm`, `decoder.embed_tokens`,
+    `decoder.block.0` ..., `decoder.final_layer_norm`, `lm_head`.
 
     The batch has "input_ids", int64 (B, S); "decoder_input_ids", int64 (B, T), which begin with the start token; and
-    perhaps "attention_mask" (B, S), zero where the encoder's input is padding. The output is logits (B, T, V).
+    optionally "attention_mask" (B, S), zero where the encoder's input is padding. The output is logits (B, T, V).
 
     Args:
         vocab_size: V.
@@ -117,17 +117,17 @@ def build_encoder_decoder_model(
         num_layers: number of encoder blocks.
         num_decoder_layers: number of decoder blocks; `num_layers` by default.
         num_heads: N.
-        relative_attention_num_buckets: how many distances are told apart; in the encoder half of them in each direction.
-        relative_attention_max_distance: from where on all distances are one.
+        relative_attention_num_buckets: number of distance buckets; the encoder uses half of them per direction.
+        relative_attention_max_distance: beyond it all distances share a bucket.
         dropout_rate: of embeddings, attention weights, inside the MLP, each branch, and the end of both stacks.
         layer_norm_epsilon: added to the mean square.
         initializer_factor: scales the initial weights.
         feed_forward_proj: "relu" (T5 v1.0) or "gated-gelu" (v1.1).
-        tie_word_embeddings: whether the head uses the shared embedding, on features scaled by D**-0.5 (v1.0), or has a
-            weight of its own (v1.1).
+        tie_word_embeddings: whether the head uses the shared embedding, on features scaled by D**-0.5 (v1.0), or has its
+            own weight (v1.1).
 
     Raises:
-        ModelError: for sizes that do not fit together, or an unknown MLP.
+        ModelError: for inconsistent sizes, or an unknown MLP.
     """
     config = EncoderDecoderConfig(**locals())
     layers = {"shared": _shared(config)}
@@ -148,12 +148,12 @@ def build_encoder_decoder_model(
 def attention(
     params: Params, x_BQD: Tensor, y_BKD: Tensor, biases: Iterable[Tensor], batch: Params, config: Any, name: str
 ) -> Tensor:
-    """From x to y, with scores that are not scaled. Written out, because no fused kernel differentiates a bias.
+    """Attend from x to y with unscaled scores; returns (B, Q, D). Written out: no fused kernel differentiates a bias.
 
     Args:
         params: the weights of `q`, `k`, `v` and `o`.
-        x_BQD: where the queries are.
-        y_BKD: where the keys and values are.
+        x_BQD: source of the queries.
+        y_BKD: source of the keys and values.
         biases: added to the scores; each (B or 1, N or 1, Q or 1, K).
         batch: for dropout.
         config: of the model.
@@ -172,7 +172,7 @@ def attention(
 
 
 def padding_bias(batch: Params, dtype: torch.dtype) -> list[Tensor]:
-    """What hides padding where batch["attention_mask"] is zero, (B, 1, 1, S); nothing without a mask."""
+    """Return a bias (B, 1, 1, S) that hides padding, where batch["attention_mask"] is zero; no bias without a mask."""
     mask = batch.get("attention_mask")
     if mask is None:
         return []
@@ -183,7 +183,7 @@ def padding_bias(batch: Params, dtype: torch.dtype) -> list[Tensor]:
 
 
 def mlp(params: Params, x_BTD: Tensor, batch: Params, config: EncoderDecoderConfig, name: str) -> Tensor:
-    """`wo(relu(wi(x)))`, or `wo(gelu(wi_0(x)) * wi_1(x))` with the tanh approximation."""
+    """Compute `wo(relu(wi(x)))`, or `wo(gelu(wi_0(x)) * wi_1(x))` with the tanh approximation."""
     first, *rest = (functional.linear(x_BTD, params[part]["weight"]) for part in FEED_FORWARD[config.feed_forward_proj])
     h_BTF = functional.gelu(first, approximate="tanh") * rest[0] if rest else functional.relu(first)
     h_BTF = af.random.dropout(h_BTF, config.dropout_rate, batch, f"{name}.hidden")
@@ -191,7 +191,7 @@ def mlp(params: Params, x_BTD: Tensor, batch: Params, config: EncoderDecoderConf
 
 
 def _block(config: EncoderDecoderConfig, stack: str, index: int) -> af.Layer:
-    """Self-attention, in the decoder attention to the encoder's output, and the MLP, each normalised and added."""
+    """Build a block: self-attention, cross-attention in the decoder, and the MLP, each pre-normed and residual."""
     decoder = stack == "decoder"
     parts = ("SelfAttention", "EncDecAttention", "DenseReluDense") if decoder else ("SelfAttention", "DenseReluDense")
 
@@ -236,7 +236,7 @@ def _weight(key: af.random.InitKey, name: str, size: tuple[int, int], std: float
 
 
 def _attention_init(key: af.random.InitKey, config: EncoderDecoderConfig, positions: bool) -> dict[str, Any]:
-    """Queries begin smaller, because scores are not scaled."""
+    """Initialise attention; queries start smaller because scores are not scaled."""
     width, heads, factor = config.d_model, config.num_heads * config.d_kv, config.initializer_factor
     made = {part: _weight(key, part, (heads, width), factor * width**-0.5) for part in "kv"}
     made["q"] = _weight(key, "q", (heads, width), factor * (width * config.d_kv) ** -0.5)
@@ -287,33 +287,33 @@ def _head(config: EncoderDecoderConfig) -> af.Layer:
 
 
 def _ties_in_state(config: EncoderDecoderConfig) -> dict[str, str]:
-    """Those that a state dict has too."""
+    """Return the ties that a state dict also contains."""
     aliases = ["decoder.embed_tokens.weight", *(["lm_head.weight"] if config.tie_word_embeddings else [])]
     return dict.fromkeys(aliases, "shared.weight")
 
 
 def _ties_of_positions(config: EncoderDecoderConfig) -> dict[str, str]:
-    """The table of positions in the first block of each stack, as every later block sees it."""
+    """Return the ties of every later block's position table to that of the first block in its stack."""
     table = "{}.block.{}.layer.0.SelfAttention.relative_attention_bias.weight"
     counts = {"encoder": config.num_layers, "decoder": config.decoder_layers}
     return {table.format(stack, n): table.format(stack, 0) for stack, count in counts.items() for n in range(1, count)}
 
 
 # --- from and to Hugging Face -----------------------------------------------------------------------------------------
-# Paths are theirs; they have the shared embedding under the name of each stack too.
+# Paths are theirs; they also store the shared embedding under each stack's name.
 
 
 def config_from_hf(config: Any) -> EncoderDecoderConfig:
-    """The arguments of `build_encoder_decoder_model` (its fields, `vars(...)`) for a T5 of transformers.
+    """Return the config of a transformers T5; its fields, `vars(...)`, are arguments of `build_encoder_decoder_model`.
 
-    Transformers 5 calls every T5 tied, and keeps what the file said as `scale_decoder_outputs`: a head whose features are
-    not scaled gets a weight of its own, as in T5 v1.1.
+    Transformers 5 marks every T5 as tied, and keeps the file's own value as `scale_decoder_outputs`: a head whose features
+    are not scaled gets its own weight, as in T5 v1.1.
 
     Args:
-        config: what `AutoConfig` returns, or the mapping in a `config.json`.
+        config: an `AutoConfig` result, or the mapping in a `config.json`.
 
     Raises:
-        ModelError: for another model, or a setting that this one does not follow.
+        ModelError: for a different model, or an unsupported setting.
     """
     settings = {"dropout_rate": 0.1, **read_settings("encoder_decoder", config)}
     require("encoder_decoder", settings, is_encoder_decoder=True)
@@ -328,12 +328,12 @@ def config_from_hf(config: Any) -> EncoderDecoderConfig:
 
 
 def from_hf(state_dict: Mapping[str, Tensor], config: EncoderDecoderConfig) -> TensorDict:
-    """Parameters of this model from a `T5ForConditionalGeneration` state dict. Makes copies.
+    """Return this model's parameters, copied from a `T5ForConditionalGeneration` state dict.
 
     Raises:
-        ModelError: when a weight is missing, left over or of another shape.
+        ModelError: if a weight is missing, unexpected or of the wrong shape.
     """
-    unused = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"  # in old files; nobody reads it
+    unused = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"  # in old files, and unused
     given = {name: leaf for name, leaf in state_dict.items() if name != unused}
     for alias, canonical in {"encoder.embed_tokens.weight": "shared.weight", **_ties_in_state(config)}.items():
         drop_tied("encoder_decoder", given, alias, canonical)
@@ -341,7 +341,7 @@ def from_hf(state_dict: Mapping[str, Tensor], config: EncoderDecoderConfig) -> T
 
 
 def to_hf(params: Params, config: EncoderDecoderConfig) -> dict[str, Tensor]:
-    """The state dict of the `T5ForConditionalGeneration` with these parameters; a shared weight has every name."""
+    """Return the `T5ForConditionalGeneration` state dict of these parameters; a shared weight appears under every name."""
     flat = flatten(params)
     flat.update({alias: flat[canonical] for alias, canonical in _ties_in_state(config).items()})
     return {**flat, "encoder.embed_tokens.weight": flat["shared.weight"]}

@@ -90,7 +90,7 @@ def build_gpt2_model(
     initializer_range: float = 0.02,
     chunked_loss: bool = False,
 ) -> af.Model:
-    """GPT-2 as layers `wte`, `wpe`, `h.0` ... `h.{n_layer-1}`, `ln_f`, `head`, with `head.weight` tied to `wte.weight`.
+    """Build GPT-2 with layers `wte`, `wpe`, `h.0` ... `h.{n_layer-1}`, `ln_f`, `head`; the head is tied to `wte.weight`.
 
     The batch has "input_ids", int64 (B, T) with T <= n_positions; the output is logits (B, T, V).
 
@@ -103,15 +103,14 @@ def build_gpt2_model(
         n_inner: hidden features of the MLP; four times D by default.
         embd_pdrop: dropout after the embeddings.
         attn_pdrop: dropout of the attention weights.
-        resid_pdrop: dropout of each branch before it is added.
+        resid_pdrop: dropout of each residual branch.
         layer_norm_epsilon: added to the variance.
-        initializer_range: standard deviation of the initial weights; those that write into the residual stream are
-            divided by sqrt(2 * n_layer).
-        chunked_loss: for `autofunc.losses.chunked_causal_lm`: of a batch with labels the output is what it takes instead of
-            logits.
+        initializer_range: standard deviation of the initial weights; divided by sqrt(2 * n_layer) for those that write into
+            the residual stream.
+        chunked_loss: for a batch with labels, return the input of `autofunc.losses.chunked_causal_lm` instead of logits.
 
     Raises:
-        ModelError: for sizes that do not fit together; when it runs, for a sequence longer than `n_positions`.
+        ModelError: for inconsistent sizes; at run time, for a sequence longer than `n_positions`.
     """
     config = GPT2Config(**{name: value for name, value in locals().items() if name != "chunked_loss"})
     spread = af.TensorParallel(TENSOR_PARALLEL, divisible={"n_head": n_head, "vocab_size": vocab_size})
@@ -124,7 +123,7 @@ def build_gpt2_model(
 
 
 def _layers(config: GPT2Config, form: CacheForm | None = None, *, chunked_loss: bool = False) -> dict[str, af.Layer]:
-    """By name; with the form of a cache those that keep keys and values, and give logits of the last token."""
+    """Return the layers by name; given a cache's form they keep keys and values, and return logits of the last token."""
     layers = {"wte": _token_embedding(config), "wpe": _position_embedding(config, form)}
     for index in range(config.n_layer):
         layers[f"h.{index}"] = _block(config, f"h.{index}", form)
@@ -141,14 +140,14 @@ def _layers(config: GPT2Config, form: CacheForm | None = None, *, chunked_loss: 
 
 
 def layer_norm(params: Params, x_BTD: Tensor, config: GPT2Config) -> Tensor:
-    """Normalise the last dim."""
+    """Normalise the last dim, with weight and bias."""
     return functional.layer_norm(x_BTD, (config.n_embd,), params["weight"], params["bias"], config.layer_norm_epsilon)
 
 
 def attention(
     params: Params, x_BTD: Tensor, batch: Params, config: GPT2Config, name: str, cache: KeyCache | None = None
 ) -> Tensor:
-    """Causal multi-head attention. q, k and v are separate weights, so that each can be sharded by heads."""
+    """Causal multi-head attention, (B, T, D) -> (B, T, D). q, k and v are separate weights, for sharding by heads."""
     q_BNTH, k_BNTH, v_BNTH = (
         rearrange(_linear(params[part], x_BTD), "b t (n h) -> b n t h", n=config.n_head) for part in ("q", "k", "v")
     )
@@ -165,7 +164,7 @@ def attention(
 
 
 def _attention_with_dropout(q: Tensor, k: Tensor, v: Tensor, batch: Params, config: GPT2Config, name: str) -> Tensor:
-    """The same attention written out, because the fused kernel draws its dropout from the global generator."""
+    """The same attention written out, because the fused kernel draws dropout from the global generator."""
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
     tokens = q.shape[-2]
     causal = torch.ones(tokens, tokens, dtype=torch.bool, device=q.device).tril()
@@ -174,7 +173,7 @@ def _attention_with_dropout(q: Tensor, k: Tensor, v: Tensor, batch: Params, conf
 
 
 def mlp(params: Params, x_BTD: Tensor, batch: Params, config: GPT2Config, name: str) -> Tensor:
-    """Two linear maps with a GELU (tanh approximation) between them."""
+    """Two linear maps with a GELU (tanh approximation) in between, (B, T, D) -> (B, T, D)."""
     h_BTF = functional.gelu(_linear(params["fc"], x_BTD), approximate="tanh")
     y_BTD = af.constrain(_linear(params["proj"], h_BTF), "sequence")
     return af.random.dropout(y_BTD, config.resid_pdrop, batch, name)
@@ -251,32 +250,32 @@ def _position_embedding(config: GPT2Config, form: CacheForm | None) -> af.Layer:
 
 
 # --- from and to Hugging Face -----------------------------------------------------------------------------------------
-# It keeps linear weights as (in, out), q, k and v in one tensor, and everything but the head under "transformer.".
+# It stores linear weights as (in, out), q, k and v fused in one tensor, and all but the head under "transformer.".
 
 _HF_NAMES = {"attn.proj": "attn.c_proj", "mlp.fc": "mlp.c_fc", "mlp.proj": "mlp.c_proj"}
 
 
 def config_from_hf(config: Any) -> GPT2Config:
-    """The arguments of `build_gpt2_model` (its fields, `vars(...)`) for a GPT-2 of transformers.
+    """Return the config of a transformers GPT-2; its fields, `vars(...)`, are arguments of `build_gpt2_model`.
 
     Args:
-        config: what `AutoConfig` returns, or the mapping in a `config.json`.
+        config: an `AutoConfig` result, or the mapping in a `config.json`.
 
     Raises:
-        ModelError: for another model, or a setting that this one does not follow.
+        ModelError: for a different model, or an unsupported setting.
     """
     settings = read_settings("gpt2", config)
     require("gpt2", settings, activation_function="gelu_new", tie_word_embeddings=True, add_cross_attention=False)
     require("gpt2", settings, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False)
-    rates = {"embd_pdrop": 0.1, "attn_pdrop": 0.1, "resid_pdrop": 0.1}  # theirs drop unless told otherwise
+    rates = {"embd_pdrop": 0.1, "attn_pdrop": 0.1, "resid_pdrop": 0.1}  # transformers' defaults
     return fill("gpt2", GPT2Config, {**rates, **settings}, SIZES)
 
 
 def from_hf(state_dict: Mapping[str, Tensor], config: GPT2Config) -> TensorDict:
-    """Parameters of this model from a `GPT2LMHeadModel` state dict. Makes copies.
+    """Return this model's parameters, copied from a `GPT2LMHeadModel` state dict.
 
     Raises:
-        ModelError: when a weight is missing, left over or of another shape.
+        ModelError: if a weight is missing, unexpected or of the wrong shape.
     """
 
     def read(path: str, leaf: Tensor) -> Tensor:
@@ -292,7 +291,7 @@ def from_hf(state_dict: Mapping[str, Tensor], config: GPT2Config) -> TensorDict:
 
 
 def to_hf(params: Params, config: GPT2Config) -> dict[str, Tensor]:
-    """The state dict of the `GPT2LMHeadModel` with these parameters; the head is there under both names."""
+    """Return the `GPT2LMHeadModel` state dict of these parameters; the head appears under both names."""
     flat = flatten(params)
     state: dict[str, Tensor] = {}
     for path, leaf in flat.items():
@@ -310,7 +309,7 @@ def to_hf(params: Params, config: GPT2Config) -> dict[str, Tensor]:
 
 
 def _hf_name(path: str) -> tuple[str, str | None]:
-    """Their name for a path of ours, and which third of it ours is when it is q, k or v."""
+    """Return (their name for our path, which third of their tensor: "q", "k", "v", or None for the whole)."""
     for part in "qkv":
         if f".attn.{part}." in path:
             return path.replace(f".attn.{part}.", ".attn.c_attn."), part

@@ -1,7 +1,7 @@
-"""What is known about Hugging Face's configurations and state dicts by every model of this folder.
+"""Shared helpers for Hugging Face configurations and state dicts.
 
-Each model has the same three functions: `config_from_hf(config)`, whose result's fields are the arguments of its builder,
-`from_hf(state_dict, config)` and `to_hf(params, config)`. Nothing here imports transformers.
+Each model in this folder has the same three functions: `config_from_hf(config)`, whose result's fields are the arguments of
+its builder, `from_hf(state_dict, config)` and `to_hf(params, config)`. Nothing here imports transformers.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ MODEL_TYPES = {
     "qwen3": "llama",
     "t5": "encoder_decoder",
 }
-"""`model_type` of a configuration -> the module of this folder that builds it."""
+"""`model_type` of a configuration -> the module in this folder that builds it."""
 
 Config = TypeVar("Config")
 
 
 def read_settings(module: str, config: Any) -> dict[str, Any]:
-    """The entries of a configuration that `module` can build.
+    """Return the entries of a configuration that `module` can build.
 
     Args:
-        module: which of `MODEL_TYPES`' modules asks, such as "llama"; it begins all messages.
-        config: what transformers' `AutoConfig` returns, or the mapping in a `config.json`.
+        module: the calling module among `MODEL_TYPES`' values, such as "llama"; it begins all messages.
+        config: an `AutoConfig` result, or the mapping in a `config.json`.
 
     Raises:
-        ModelError: for something else, or a `model_type` that is unknown or another module's.
+        ModelError: for anything else, or a `model_type` that is unknown or belongs to another module.
     """
     if not isinstance(config, Mapping) and not hasattr(config, "to_dict"):
         raise ModelError(
-            f"{module}: a {type(config).__name__} is no configuration; expected one of transformers, or its dict"
+            f"{module}: a {type(config).__name__} is not a configuration; expected one of transformers, or its dict"
         )
     settings = dict(config) if isinstance(config, Mapping) else dict(config.to_dict())
     model_type = settings.get("model_type")
@@ -55,7 +55,7 @@ def read_settings(module: str, config: Any) -> dict[str, Any]:
 
 
 def require(module: str, settings: Mapping[str, Any], **expected: Any) -> None:
-    """Refuse settings that a model does not follow; those that are absent have the expected value.
+    """Refuse unsupported settings; absent ones count as expected.
 
     Raises:
         ModelError: naming the first.
@@ -66,10 +66,10 @@ def require(module: str, settings: Mapping[str, Any], **expected: Any) -> None:
 
 
 def fill(module: str, made: type[Config], settings: Mapping[str, Any], sizes: tuple[str, ...]) -> Config:
-    """A model's own configuration from the settings that have the names of its fields.
+    """Build a model's own configuration from the settings named like its fields.
 
     Raises:
-        ModelError: when one of `sizes` is missing, because no default fits every model.
+        ModelError: if one of `sizes` is missing, because no default fits every model.
     """
     for name in sizes:
         if settings.get(name) is None:
@@ -85,17 +85,17 @@ def read_weights(
     their_name: Callable[[str], str] = lambda path: path,
     read: Callable[[str, Tensor], Tensor] = lambda path, leaf: leaf,
 ) -> TensorDict:
-    """Parameters from a state dict. Makes copies.
+    """Return parameters copied from a state dict.
 
     Args:
-        module: for messages.
+        module: for error messages.
         given: their name -> tensor.
         spec: our path -> a tensor of its shape.
-        their_name: from our path to theirs.
-        read: `read(path, leaf)` is our parameter in their tensor.
+        their_name: returns their name for our path.
+        read: `read(path, leaf)` returns our parameter from their tensor.
 
     Raises:
-        ModelError: when a weight is missing, left over or of another shape.
+        ModelError: if a weight is missing, unexpected or of the wrong shape.
     """
     flat: dict[str, Tensor] = {}
     for path, expected in spec.items():
@@ -114,10 +114,10 @@ def read_weights(
 
 
 def drop_tied(module: str, given: dict[str, Tensor], alias: str, canonical: str) -> None:
-    """Take a second name of a tied weight out of `given`, where it may be absent.
+    """Remove the alias of a tied weight from `given`, if present.
 
     Raises:
-        ModelError: when it holds other values.
+        ModelError: if its values differ.
     """
     leaf = given.pop(alias, None)
     if leaf is not None and not torch.equal(leaf, given.get(canonical, leaf)):

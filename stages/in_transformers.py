@@ -1,6 +1,6 @@
-"""What each model is called in transformers: the values of its config.json, for `autofunc export`.
+"""Each model's form in transformers: the values of its config.json, for `autofunc export`.
 
-Each function is the inverse of its module's `config_from_hf`. Token ids are left out where a model knows none.
+Each function is the inverse of its module's `config_from_hf`. Token ids are None unless the architecture fixes them.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from autofunc.errors import ModelError
 
 
 def gpt2_values(config: Any) -> dict[str, Any]:
-    """Of a `stages.gpt2.GPT2Config`."""
+    """Return the values for a `stages.gpt2.GPT2Config`."""
     fixed = {"activation_function": "gelu_new", "bos_token_id": None, "eos_token_id": None}
     return {**_named("gpt2", "GPT2LMHeadModel"), **asdict(config), **fixed}
 
 
 def llama_values(config: Any) -> dict[str, Any]:
-    """Of a `stages.llama.LlamaConfig`: a Llama, Mistral or Qwen3, by what it has that the others have not.
+    """Return the values for a `stages.llama.LlamaConfig`: a Llama, Mistral or Qwen3, depending on its features.
 
     Raises:
-        ModelError: for a mixture of these.
+        ModelError: for a combination of features that none of them has.
     """
     if config.use_qk_norm:
         window = config.sliding_window
@@ -31,25 +31,25 @@ def llama_values(config: Any) -> dict[str, Any]:
     if config.sliding_window is None:
         return {**_named("llama", "LlamaForCausalLM"), **_llama_sizes(config)}
     if config.attention_bias:
-        raise ModelError("llama: no model of transformers has attention_bias and sliding_window, but with use_qk_norm")
+        raise ModelError("llama: no transformers model has attention_bias and sliding_window without use_qk_norm")
     return {**_named("mistral", "MistralForCausalLM"), **_llama_sizes(config), "sliding_window": config.sliding_window}
 
 
 def moe_values(config: Any) -> dict[str, Any]:
-    """Of a `stages.moe.MoEConfig`.
+    """Return the values for a `stages.moe.MoEConfig`.
 
     Raises:
-        ModelError: for what a Mixtral has not.
+        ModelError: for features that a Mixtral does not have.
     """
     for name in ("use_qk_norm", "attention_bias"):
         if getattr(config, name):
-            raise ModelError(f"moe: a Mixtral of transformers has no {name}, so this model has no form there")
+            raise ModelError(f"moe: the Mixtral of transformers has no {name}, so this model has no form there")
     experts = {name: getattr(config, name) for name in ("num_local_experts", "num_experts_per_tok", "sliding_window")}
     return {**_named("mixtral", "MixtralForCausalLM"), **_llama_sizes(config), **experts}
 
 
 def t5_values(config: Any) -> dict[str, Any]:
-    """Of a `stages.encoder_decoder.EncoderDecoderConfig`; padding and the end of a text have the ids that every T5 has."""
+    """Return the values for a `stages.encoder_decoder.EncoderDecoderConfig`; padding and end-of-text ids are every T5's."""
     fixed = {
         "num_decoder_layers": config.decoder_layers, "scale_decoder_outputs": config.tie_word_embeddings,
         "decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1,

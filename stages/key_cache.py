@@ -1,6 +1,6 @@
-"""Keys and values that a block keeps from one step of generating to the next; see `autofunc.model.cache_form`.
+"""The KV cache of a block, kept between generation steps; see `autofunc.model.cache_form`.
 
-Shapes: B rows, T tokens of a step, S columns of the cache, K key and value heads, H features of a head.
+Shapes: B rows, T tokens of a step, S columns of the cache, K key and value heads, H features per head.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ Params = Mapping[str, Any]
 
 
 class KeyCache:
-    """The keys and values of one block, while it runs.
+    """The keys and values of one block during a step.
 
     Args:
         state: "keys" and "values", each (B, K, S, H).
-        batch: "start" says in which column the first token is, "position_ids" (B, T) which tokens of their texts these are,
-            "attention_mask" (B, S) which columns are no padding.
-        window: how many tokens a token sees, itself included; None: all before it.
+        batch: "start" is the column of the first token, "position_ids" (B, T) are the tokens' positions in their texts,
+            "attention_mask" (B, S) is zero in padding columns.
+        window: number of tokens a token sees, including itself; None means all before it.
     """
 
     def __init__(self, state: Params, batch: Params, window: int | None = None) -> None:
@@ -32,7 +32,7 @@ class KeyCache:
         self._batch, self._window = batch, window
 
     def extended(self, k_BKTH: Tensor, v_BKTH: Tensor) -> tuple[Tensor, Tensor]:
-        """All keys and values, with those of this step in their columns: each (B, K, S, H)."""
+        """Write this step's keys and values into their columns, and return all of them: each (B, K, S, H)."""
         columns_T = self._columns(k_BKTH.shape[2])
         for name, new in (("keys", k_BKTH), ("values", v_BKTH)):
             kept = self.state[name]
@@ -41,7 +41,7 @@ class KeyCache:
         return keys_BKSH.to(k_BKTH.dtype), values_BKSH.to(v_BKTH.dtype)
 
     def seen(self, tokens: int) -> Tensor:
-        """Which columns the tokens of this step see: bool, (B, 1, T, S)."""
+        """Return which columns this step's tokens see: bool, (B, 1, T, S)."""
         real_BS: Tensor = self._batch["attention_mask"] != 0
         distance_TS = self._columns(tokens)[:, None] - torch.arange(real_BS.shape[1], device=real_BS.device)
         seen_TS = distance_TS >= 0
@@ -51,7 +51,7 @@ class KeyCache:
 
     @property
     def places_B1T(self) -> Tensor:
-        """Of the tokens of this step in their texts."""
+        """Positions of this step's tokens in their texts: (B, 1, T)."""
         places: Tensor = self._batch["position_ids"]
         return places.unsqueeze(1)
 
@@ -64,7 +64,7 @@ def caching_layer(
     init: Callable[[af.random.InitKey], Any], apply: Callable[..., Tensor], form: CacheForm, heads: int, features: int,
     window: int | None = None,
 ) -> af.Layer:  # fmt: skip
-    """A block whose keys and values are its state.
+    """Build a block whose keys and values are its state.
 
     Args:
         init: of the block.

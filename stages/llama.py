@@ -43,12 +43,12 @@ TENSOR_PARALLEL = {
     "*.mlp.up_proj.weight": "shard(0)",
     "*.mlp.down_proj.weight": "shard(1)",
 }
-"""Source: Shoeybi et al., "Megatron-LM", arXiv 1909.08053, section 3. A head of its own is cut like the embedding."""
+"""Source: Shoeybi et al., "Megatron-LM", arXiv 1909.08053, section 3. An untied head is sharded like the embedding."""
 
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """Sizes; the names are those of Hugging Face's configurations, and `use_qk_norm` is what Qwen3 always does."""
+    """Sizes; the names are those of Hugging Face's configurations. `use_qk_norm` is always on in Qwen3."""
 
     vocab_size: int = 32000
     hidden_size: int = 4096
@@ -116,7 +116,7 @@ def build_llama_model(
     tie_word_embeddings: bool = False,
     chunked_loss: bool = False,
 ) -> af.Model:
-    """Llama as layers `embed_tokens`, `layers.0` ..., `norm`, `lm_head`.
+    """Build Llama with layers `embed_tokens`, `layers.0` ..., `norm`, `lm_head`.
 
     The batch has "input_ids", int64 (B, T); the output is logits (B, T, V).
 
@@ -130,18 +130,17 @@ def build_llama_model(
         head_dim: H; D / N by default.
         rope_theta: base of the wavelengths of the rotary positions.
         rope_scaling: `{"rope_type": "llama3", ...}` or `{"rope_type": "linear", "factor": 2.0}`, for longer contexts.
-        sliding_window: how many tokens a token sees, itself included; all before it by default. A window shorter than the
+        sliding_window: number of tokens a token sees, including itself; all before it by default. A window shorter than the
             sequence needs a mask, with which torch 2.13 cannot spread attention over tp ranks on CPU.
-        attention_bias: whether the four maps of attention have biases.
+        attention_bias: whether the four projections of attention have biases.
         use_qk_norm: whether the queries and keys of each head are normalised, as in Qwen3.
         rms_norm_eps: added to the mean square.
         initializer_range: standard deviation of the initial weights.
-        tie_word_embeddings: whether the head uses the weight of the embedding.
-        chunked_loss: for `autofunc.losses.chunked_causal_lm`: of a batch with labels the output is what it takes instead of
-            logits.
+        tie_word_embeddings: whether the head shares the embedding's weight.
+        chunked_loss: for a batch with labels, return the input of `autofunc.losses.chunked_causal_lm` instead of logits.
 
     Raises:
-        ModelError: for sizes that do not fit together, or an unknown scaling of the positions.
+        ModelError: for inconsistent sizes, or an unknown scaling of the positions.
     """
     config = LlamaConfig(**{name: value for name, value in locals().items() if name != "chunked_loss"})
     divisible = {
@@ -160,7 +159,7 @@ def build_llama_model(
 
 
 def _layers(config: LlamaConfig, form: CacheForm | None = None, *, chunked_loss: bool = False) -> dict[str, af.Layer]:
-    """By name; with the form of a cache those that keep keys and values, and give logits of the last token."""
+    """Return the layers by name; given a cache's form they keep keys and values, and return logits of the last token."""
     layers = {"embed_tokens": embedding(config)}
     for index in range(config.num_hidden_layers):
         layers[f"layers.{index}"] = _block(config, form)
@@ -173,7 +172,7 @@ def _layers(config: LlamaConfig, form: CacheForm | None = None, *, chunked_loss:
 
 
 def ties(config: LlamaConfig) -> dict[str, str]:
-    """The embedding as the head's weight, when they are one."""
+    """Return the tie of the head to the embedding, if configured."""
     return {"lm_head.weight": "embed_tokens.weight"} if config.tie_word_embeddings else {}
 
 
@@ -186,12 +185,12 @@ def rms_norm(params: Params, x: Tensor, eps: float) -> Tensor:
 
 
 def norm_init(key: af.random.InitKey, name: str, width: int) -> dict[str, Tensor]:
-    """The weight of `rms_norm`."""
+    """Return the weight of `rms_norm`, (width,)."""
     return {"weight": key.at(name).ones("weight", (width,))}
 
 
 def attention(params: Params, x_BTD: Tensor, config: LlamaConfig, cache: KeyCache | None = None) -> Tensor:
-    """Causal attention; each key and value head serves N / K query heads."""
+    """Causal attention, (B, T, D) -> (B, T, D); each key and value head serves N / K query heads."""
     q_BTNH, k_BTKH, v_BTKH = (
         rearrange(_linear(params[f"{part}_proj"], x_BTD), "b t (n h) -> b t n h", n=heads)
         for part, heads in (("q", config.num_attention_heads), ("k", config.kv_heads), ("v", config.kv_heads))
@@ -204,7 +203,7 @@ def attention(params: Params, x_BTD: Tensor, config: LlamaConfig, cache: KeyCach
     places = torch.arange(tokens, device=x_BTD.device) if cache is None else cache.places_B1T
     cos_TH, sin_TH = rotary(places, config.features_per_head, config.rope_theta, config.rope_scaling)
     q_BNTH, k_BKTH = rotate(q_BNTH, cos_TH, sin_TH), rotate(k_BKTH, cos_TH, sin_TH)
-    seen = None  # without a mask, attention may use its fastest kernels
+    seen = None  # without a mask, attention can use its fastest kernels
     if cache is not None:
         k_BKTH, v_BKTH = cache.extended(k_BKTH, v_BKTH)
         seen = cache.seen(tokens)
@@ -219,7 +218,7 @@ def attention(params: Params, x_BTD: Tensor, config: LlamaConfig, cache: KeyCach
 
 
 def attention_init(key: af.random.InitKey, name: str, config: LlamaConfig) -> dict[str, dict[str, Tensor]]:
-    """The parameters of `attention`."""
+    """Return the parameters of `attention`."""
     key, width, per_head = key.at(name), config.hidden_size, config.features_per_head
     heads, kv = per_head * config.num_attention_heads, per_head * config.kv_heads
     sizes = {"q_proj": (heads, width), "k_proj": (kv, width), "v_proj": (kv, width), "o_proj": (width, heads)}
@@ -231,12 +230,12 @@ def attention_init(key: af.random.InitKey, name: str, config: LlamaConfig) -> di
 
 
 def weight_init(key: af.random.InitKey, name: str, size: tuple[int, ...], config: LlamaConfig) -> dict[str, Tensor]:
-    """A linear map's weight, (out, in)."""
+    """Return a linear map's weight, (out, in)."""
     return {"weight": key.at(name).normal("weight", size, std=config.initializer_range)}
 
 
 def mlp(params: Params, x_BTD: Tensor) -> Tensor:
-    """`down(silu(gate(x)) * up(x))`."""
+    """Compute `down(silu(gate(x)) * up(x))`, (B, T, D) -> (B, T, D)."""
     gate_BTF, up_BTF = (functional.linear(x_BTD, params[part]["weight"]) for part in ("gate_proj", "up_proj"))
     return af.constrain(functional.linear(functional.silu(gate_BTF) * up_BTF, params["down_proj"]["weight"]), "sequence")
 
@@ -269,7 +268,7 @@ def _block(config: LlamaConfig, form: CacheForm | None = None) -> af.Layer:
 
 
 def embedding(config: LlamaConfig) -> af.Layer:
-    """From batch["input_ids"] (B, T) to (B, T, D)."""
+    """Build the layer from batch["input_ids"] (B, T) to (B, T, D)."""
     return af.Layer(
         init=lambda key: weight_init(key, "", (config.vocab_size, config.hidden_size), config),
         apply=lambda params, x, batch: af.constrain(functional.embedding(batch["input_ids"], params["weight"]), "sequence"),
@@ -277,7 +276,7 @@ def embedding(config: LlamaConfig) -> af.Layer:
 
 
 def head(config: LlamaConfig, *, chunked_loss: bool = False) -> af.Layer:
-    """From (B, T, D) to logits (B, T, V), or what a chunked loss takes; without parameters of its own when tied."""
+    """Build the layer from (B, T, D) to logits (B, T, V), or to a chunked loss's input; if tied it has no parameters."""
 
     def apply(params: Params, x_BTD: Tensor, batch: Params) -> Any:
         x_BTD = af.constrain(x_BTD, "replicate")
@@ -287,7 +286,7 @@ def head(config: LlamaConfig, *, chunked_loss: bool = False) -> af.Layer:
 
 
 # --- from and to Hugging Face -----------------------------------------------------------------------------------------
-# Paths are theirs without "model."; a tied head is in their state dict too.
+# Paths are theirs without "model."; their state dict also contains a tied head.
 
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -297,13 +296,13 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 
 
 def config_from_hf(config: Any) -> LlamaConfig:
-    """The arguments of `build_llama_model` (its fields, `vars(...)`) for a Llama, Mistral or Qwen3 of transformers.
+    """Return the config of a transformers Llama, Mistral or Qwen3; its fields are arguments of `build_llama_model`.
 
     Args:
-        config: what `AutoConfig` returns, or the mapping in a `config.json`.
+        config: an `AutoConfig` result, or the mapping in a `config.json`.
 
     Raises:
-        ModelError: for another model, or a setting that this one does not follow.
+        ModelError: for a different model, or an unsupported setting.
     """
     settings = read_settings("llama", config)
     settings = {**_DEFAULTS[settings["model_type"]], **settings}
@@ -315,7 +314,7 @@ def config_from_hf(config: Any) -> LlamaConfig:
 
 
 def _window_of_all_layers(settings: Params) -> int | None:
-    """Qwen3 may give a window to its last layers only."""
+    """Return the sliding window shared by all layers, or None; Qwen3 may have one in its last layers only."""
     window = settings.get("sliding_window") if settings.get("use_sliding_window") else None
     full = min(settings.get("max_window_layers", 28), settings["num_hidden_layers"])
     default = ["full_attention"] * full + ["sliding_attention"] * (settings["num_hidden_layers"] - full)
@@ -326,10 +325,10 @@ def _window_of_all_layers(settings: Params) -> int | None:
 
 
 def from_hf(state_dict: Mapping[str, Tensor], config: LlamaConfig) -> TensorDict:
-    """Parameters of this model from the state dict of a `...ForCausalLM`. Makes copies.
+    """Return this model's parameters, copied from the state dict of a `...ForCausalLM`.
 
     Raises:
-        ModelError: when a weight is missing, left over or of another shape.
+        ModelError: if a weight is missing, unexpected or of the wrong shape.
     """
     given = {name.removeprefix("model."): leaf for name, leaf in state_dict.items()}
     given = {name: leaf for name, leaf in given.items() if not name.endswith(".rotary_emb.inv_freq")}  # in old files
@@ -339,7 +338,7 @@ def from_hf(state_dict: Mapping[str, Tensor], config: LlamaConfig) -> TensorDict
 
 
 def to_hf(params: Params, config: LlamaConfig) -> dict[str, Tensor]:
-    """The state dict of the `...ForCausalLM` with these parameters; a tied head is there under both names."""
+    """Return the `...ForCausalLM` state dict of these parameters; a tied head appears under both names."""
     flat = flatten(params)
     flat.update({alias: flat[canonical] for alias, canonical in ties(config).items()})
     return {path if path == "lm_head.weight" else f"model.{path}": leaf.contiguous() for path, leaf in flat.items()}

@@ -1,4 +1,4 @@
-"""A residual MLP: the smallest model with everything a pipeline meets.
+"""A residual MLP: the smallest model with everything a pipeline has to handle.
 
 Shapes: B rows, D features, H hidden features, C outputs.
 """
@@ -34,7 +34,7 @@ class MLPConfig:
 
 
 def linear_init(key: af.random.InitKey, name: str, rows: int, columns: int) -> dict[str, Tensor]:
-    """A linear map from `columns` to `rows` features, uniform in +-1/sqrt(columns) as `torch.nn.Linear`."""
+    """Return a linear map from `columns` to `rows` features, uniform within 1/sqrt(columns) like `torch.nn.Linear`."""
     bound = 1.0 / math.sqrt(columns)
     key = key.at(name)
     return {
@@ -44,7 +44,7 @@ def linear_init(key: af.random.InitKey, name: str, rows: int, columns: int) -> d
 
 
 def linear(params: Mapping[str, Tensor], x: Tensor) -> Tensor:
-    """`x @ weight.T + bias`."""
+    """Compute `x @ weight.T + bias`."""
     return functional.linear(x, params["weight"], params["bias"])
 
 
@@ -55,7 +55,7 @@ def build_mlp_model(
     num_blocks: int = 4,
     dropout: float = 0.0,
 ) -> af.Model:
-    """Layers `embed`, `blocks.0` ..., `head`. The batch has "x" (B, D); the output is (B, C).
+    """Build an MLP with layers `embed`, `blocks.0` ..., `head`. The batch has "x" (B, D); the output is (B, C).
 
     Args:
         in_features: D.
@@ -63,6 +63,9 @@ def build_mlp_model(
         out_features: C.
         num_blocks: number of residual blocks.
         dropout: probability of dropping an element of a block's branch.
+
+    Raises:
+        ModelError: for sizes and probabilities out of range.
     """
     config = MLPConfig(in_features, hidden_features, out_features, num_blocks, dropout)
     layers = {

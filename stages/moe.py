@@ -1,4 +1,4 @@
-"""Mixtral: Llama's blocks with routed experts in place of the MLP, and the loss that balances them.
+"""Mixtral: Llama's blocks with routed experts instead of the MLP, and the loss that balances them.
 
 Source: Jiang et al., "Mixtral of Experts", arXiv 2401.04088, section 2; the balance loss from Fedus et al., "Switch
 Transformers", arXiv 2101.03961, section 2.2, equations 4-6, for k experts a token. Names and numerics as in Hugging Face
@@ -6,8 +6,8 @@ transformers, `models/mixtral/modeling_mixtral.py` (`MixtralForCausalLM`), whose
 
 Shapes: as in `stages.llama`, and E = num_local_experts, k = num_experts_per_tok, F = intermediate_size of one expert.
 
-**What it costs.** Every token goes through its k experts only, see `af.routed_experts`, and none is dropped. No shape
-depends on the data, so a stage can be captured. Over expert parallel ranks each has its part of the experts of a block.
+**Cost.** Every token goes through its k experts only, see `af.routed_experts`, and none is dropped. No shape depends on
+data, so a stage can be captured. Each expert parallel rank holds its share of a block's experts.
 """
 
 from __future__ import annotations
@@ -78,10 +78,10 @@ def build_moe_model(
     num_local_experts: int = 8,
     num_experts_per_tok: int = 2,
 ) -> af.Model:
-    """Mixtral as layers `embed_tokens`, `layers.0` ..., `norm`, `lm_head`.
+    """Build Mixtral with layers `embed_tokens`, `layers.0` ..., `norm`, `lm_head`.
 
-    The batch has "input_ids", int64 (B, T). Between layers goes {"hidden": (B, T, D), "balance_loss": fp32, 0-dim}; the
-    output is {"logits": (B, T, V), "balance_loss": fp32, 0-dim}, see `balance_loss`.
+    The batch has "input_ids", int64 (B, T). Layers pass on {"hidden": (B, T, D), "balance_loss": fp32, 0-dim}; the output
+    is {"logits": (B, T, V), "balance_loss": fp32, 0-dim}, see `balance_loss`.
 
     Args:
         vocab_size: V.
@@ -89,21 +89,21 @@ def build_moe_model(
         intermediate_size: F, hidden features of an expert.
         num_hidden_layers: number of blocks.
         num_attention_heads: N.
-        num_key_value_heads: K; must divide N; N when None.
+        num_key_value_heads: K; must divide N; None means N.
         head_dim: H; D / N by default.
         rope_theta: base of the wavelengths of the rotary positions.
         rope_scaling: as in `build_llama_model`.
-        sliding_window: how many tokens a token sees, itself included; all before it by default.
-        attention_bias: whether the four maps of attention have biases.
+        sliding_window: number of tokens a token sees, including itself; all before it by default.
+        attention_bias: whether the four projections of attention have biases.
         use_qk_norm: whether the queries and keys of each head are normalised.
         rms_norm_eps: added to the mean square.
         initializer_range: standard deviation of the initial weights.
-        tie_word_embeddings: whether the head uses the weight of the embedding.
+        tie_word_embeddings: whether the head shares the embedding's weight.
         num_local_experts: E.
         num_experts_per_tok: k.
 
     Raises:
-        ModelError: for sizes that do not fit together, or an unknown scaling of the positions.
+        ModelError: for inconsistent sizes, or an unknown scaling of the positions.
     """
     config = MoEConfig(**locals())
     embed, project = embedding(config), head(config)
@@ -130,7 +130,7 @@ def build_moe_model(
 
 
 def route(params: Params, x_ND: Tensor, config: MoEConfig) -> tuple[Tensor, Tensor, Tensor]:
-    """The experts of each token, how much each of them counts, and the balance loss of this layer.
+    """Choose the experts of each token.
 
     Args:
         params: of the router.
@@ -138,7 +138,7 @@ def route(params: Params, x_ND: Tensor, config: MoEConfig) -> tuple[Tensor, Tens
         config: sizes.
 
     Returns:
-        int64 (tokens, k); fp32 (tokens, k), summing to 1; and fp32, 0-dim.
+        (experts, int64 (tokens, k); their weights, fp32 (tokens, k), summing to 1; this layer's balance loss, fp32, 0-dim).
     """
     probability_NE = functional.linear(x_ND, params["weight"]).float().softmax(dim=-1)
     best_NK = probability_NE.topk(config.num_experts_per_tok, dim=-1).indices
@@ -147,15 +147,15 @@ def route(params: Params, x_ND: Tensor, config: MoEConfig) -> tuple[Tensor, Tens
 
 
 def balance_loss(probability_NE: Tensor, best_NK: Tensor) -> Tensor:
-    """`E * sum over experts of (share of tokens that chose it) * (its mean probability)`: k when all count alike.
+    """Return `E * sum over experts of (share of tokens that chose it) * (its mean probability)`; k at balance. fp32, 0-dim.
 
-    Both factors are means over all tokens of the microbatch, those of the other expert parallel ranks included, which
-    compute a block together: so that a number of these ranks gives the loss of one process with all of their rows.
+    Both factors are means over all tokens of the microbatch, including those of the other expert parallel ranks, which
+    compute a block together: so any number of ranks gives the loss of one process with all their rows.
 
-    The model's is the mean over its layers, to which each block adds its own part. Transformers
-    (`load_balancing_loss_func`) takes both factors over the tokens of all layers at once, which no layer can add to alone:
-    there the excess of an expert in one layer makes up for the lack of the one with its number in another, here every layer
-    is to be balanced. With one layer they are equal, and so is the value at balance, so the same coefficient fits.
+    The model's loss is the mean over its layers; each block adds its own share. Transformers (`load_balancing_loss_func`)
+    takes both factors over the tokens of all layers at once, which no layer can compute alone: there an overused expert in
+    one layer compensates for an underused one with the same number in another, while here every layer has to be balanced.
+    With one layer both are equal, and the value at balance is always the same, so the same coefficient fits.
 
     Args:
         probability_NE: fp32 (tokens, E).
@@ -169,7 +169,7 @@ def balance_loss(probability_NE: Tensor, best_NK: Tensor) -> Tensor:
 
 
 def experts(params: Params, x_ND: Tensor, best_NK: Tensor, weight_NK: Tensor, count: int) -> Tensor:
-    """The weighted sum of the chosen experts of each token, `down(silu(gate(x)) * up(x))` each: (tokens, D).
+    """Return the weighted sum of each token's chosen experts, `down(silu(gate(x)) * up(x))` each: (tokens, D).
 
     Args:
         params: of all experts, or of this expert parallel rank's.
@@ -190,13 +190,13 @@ def experts(params: Params, x_ND: Tensor, best_NK: Tensor, weight_NK: Tensor, co
 def moe_causal_lm(
     outputs: Params, microbatch: Params, router_aux_loss_coef: float = 0.001
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """`af.losses.causal_lm`, plus a coefficient times the balance loss.
+    """Return `af.losses.causal_lm` plus a coefficient times the balance loss.
 
-    Of one microbatch the mean is cross-entropy + coefficient * balance loss; over several, the balance losses are weighted
-    by their numbers of labels like the cross-entropies.
+    The mean of one microbatch is cross-entropy + coefficient * balance loss; over several, balance losses are weighted by
+    the number of labels like the cross-entropies.
 
     Args:
-        outputs: what this model returns.
+        outputs: of this model.
         microbatch: has "labels", see `af.losses.causal_lm`.
         router_aux_loss_coef: the coefficient.
 
@@ -239,20 +239,20 @@ def _block(config: MoEConfig) -> af.Layer:
 
 
 # --- from and to Hugging Face -----------------------------------------------------------------------------------------
-# A module has the gate and up projections of all experts in one tensor; the files on the hub have each expert's alone.
+# A module fuses the gate and up projections of all experts in one tensor; the files on the hub store each separately.
 
 _GATE, _UP, _BOTH = ".experts.gate_proj", ".experts.up_proj", ".experts.gate_up_proj"
 _IN_FILES = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 
 
 def config_from_hf(config: Any) -> MoEConfig:
-    """The arguments of `build_moe_model` (its fields, `vars(...)`) for a Mixtral of transformers.
+    """Return the config of a transformers Mixtral; its fields, `vars(...)`, are arguments of `build_moe_model`.
 
     Args:
-        config: what `AutoConfig` returns, or the mapping in a `config.json`.
+        config: an `AutoConfig` result, or the mapping in a `config.json`.
 
     Raises:
-        ModelError: for another model, or a setting that this one does not follow.
+        ModelError: for a different model, or an unsupported setting.
     """
     defaults = {"num_key_value_heads": 8, "rms_norm_eps": 1e-5}
     settings = {**defaults, **read_settings("moe", config)}
@@ -262,10 +262,10 @@ def config_from_hf(config: Any) -> MoEConfig:
 
 
 def from_hf(state_dict: Mapping[str, Tensor], config: MoEConfig) -> TensorDict:
-    """Parameters of this model from the state dict of a `MixtralForCausalLM`, or its files' weights. Makes copies.
+    """Return this model's parameters, copied from a `MixtralForCausalLM` state dict or its files' weights.
 
     Raises:
-        ModelError: when a weight is missing, left over or of another shape.
+        ModelError: if a weight is missing, unexpected or of the wrong shape.
     """
 
     def read(path: str, leaf: Tensor) -> Tensor:
@@ -280,7 +280,7 @@ def from_hf(state_dict: Mapping[str, Tensor], config: MoEConfig) -> TensorDict:
 
 
 def to_hf(params: Params, config: MoEConfig) -> dict[str, Tensor]:
-    """The state dict of the `MixtralForCausalLM` with these parameters; a tied head is there under both names."""
+    """Return the `MixtralForCausalLM` state dict of these parameters; a tied head appears under both names."""
     flat = flatten(params)
     flat.update({alias: flat[canonical] for alias, canonical in ties(config).items()})
     state: dict[str, Tensor] = {}
@@ -297,7 +297,7 @@ def _hf_name(path: str) -> str:
 
 
 def _stack(given: dict[str, Tensor], config: MoEConfig) -> dict[str, Tensor]:
-    """The weights of a module from those in files; a module's stay as they are."""
+    """Convert weights from files to a module's form; a module's own are returned unchanged."""
     found = {name.replace(".block_sparse_moe.", ".mlp."): leaf for name, leaf in given.items()}
     for index in range(config.num_hidden_layers):
         stem = f"layers.{index}.mlp.experts."

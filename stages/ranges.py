@@ -1,4 +1,4 @@
-"""Ranges of the numbers in a model's configuration, looked at before anything is built by them."""
+"""Range checks of a model's configuration, done before anything is built from it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MOST, MOST_LAYERS = 1 << 24, 1 << 16
 
 
 def check_sizes(module: str, config: Any, names: Iterable[str], most: int = MOST) -> None:
-    """Refuse sizes below 1 or above `most`; None stands for another size.
+    """Refuse sizes below 1 or above `most`; None means derived from another size.
 
     Raises:
         ModelError: naming the first.
@@ -26,7 +26,7 @@ def check_sizes(module: str, config: Any, names: Iterable[str], most: int = MOST
 
 
 def check_probabilities(module: str, config: Any, names: Iterable[str]) -> None:
-    """Refuse what is no probability of dropping something: 1 would drop all.
+    """Refuse dropout probabilities outside [0, 1): 1 would drop everything.
 
     Raises:
         ModelError: naming the first.
@@ -37,7 +37,7 @@ def check_probabilities(module: str, config: Any, names: Iterable[str]) -> None:
 
 
 def check_scales(module: str, config: Any, names: Iterable[str]) -> None:
-    """Refuse what is no standard deviation, variance or the like: negative, infinite or not a number.
+    """Refuse standard deviations, variances and the like that are negative, infinite or NaN.
 
     Raises:
         ModelError: naming the first.
@@ -45,4 +45,4 @@ def check_scales(module: str, config: Any, names: Iterable[str]) -> None:
     for name in names:
         scale = getattr(config, name)
         if not (math.isfinite(scale) and scale >= 0):
-            raise ModelError(f"{module}: {name}={scale}, expected a finite number from 0")
+            raise ModelError(f"{module}: {name}={scale}, expected a finite number of at least 0")

@@ -1,4 +1,4 @@
-"""Relative positions: a bias on the score of every pair of tokens, by how far apart they are.
+"""Relative positions: a bias on the score of every pair of tokens, depending on their distance.
 
 Source: Raffel et al., "Exploring the Limits of Transfer Learning with a Unified Text-to-Text Transformer", arXiv
 1910.10683, section 2.1; numerics as in Hugging Face transformers, `models/t5/modeling_t5.py` (`compute_bias`).
@@ -17,13 +17,13 @@ from torch.nn import functional
 
 
 def position_bias(table: Tensor, tokens: int, longest: int, causal: bool) -> Tensor:
-    """The bias of every pair of positions, (1, N, T, T); with `causal` it hides whatever comes later.
+    """Return the bias of every pair of positions, (1, N, T, T); with `causal` it hides later tokens.
 
     Args:
         table: (buckets, N).
         tokens: T.
-        longest: from where on all distances are one.
-        causal: for a decoder.
+        longest: distances of at least this share a bucket.
+        causal: True in a decoder.
     """
     position = torch.arange(tokens, device=table.device)
     ahead_TT = position - position[:, None]
@@ -33,18 +33,18 @@ def position_bias(table: Tensor, tokens: int, longest: int, causal: bool) -> Ten
 
 
 def bucket(ahead: Tensor, buckets: int, longest: int, both_ways: bool) -> Tensor:
-    """The bucket of each distance: one each for short ones, then wider and wider up to the longest.
+    """Return the bucket of each distance, int64: one per short distance, then logarithmically wider up to the longest.
 
     Args:
         ahead: int64; position of the key minus that of the query.
-        buckets: how many there are.
-        longest: from where on all distances are one.
-        both_ways: half of the buckets are for keys ahead; otherwise keys ahead count as distance 0.
+        buckets: number of buckets.
+        longest: distances of at least this share a bucket.
+        both_ways: True uses half of the buckets for keys ahead; otherwise keys ahead count as distance 0.
     """
     count = buckets // 2 if both_ways else buckets
     distance = ahead.abs() if both_ways else (-ahead).clamp(min=0)
     exact = count // 2
-    # the logarithm of a clamped distance, because that of 0 is infinite, which no integer is
+    # clamp the distance first: log(0) is infinite and does not convert to an integer
     growth = torch.log(distance.clamp(min=exact).float() / exact) / math.log(longest / exact)
     far = (exact + (growth * (count - exact)).long()).clamp(max=count - 1)
     near_or_far = torch.where(distance < exact, distance, far)

@@ -1,9 +1,9 @@
-"""Rotary positions, and how they are stretched for longer contexts.
+"""Rotary positions, and their scaling for longer contexts.
 
 Source: Su et al., "RoFormer", arXiv 2104.09864, section 3.2.2; scalings and numerics as in Hugging Face transformers,
 `modeling_rope_utils.py`, halves paired as there.
 
-Shapes: B rows, N heads, T tokens, H features of a head.
+Shapes: B rows, N heads, T tokens, H features per head.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ SCALINGS = {
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
-"""`rope_type` -> the numbers that it needs."""
+"""`rope_type` -> the numbers it requires."""
 
 
 def rotary(places: Tensor, features: int, theta: float, scaling: Scaling | None) -> tuple[Tensor, Tensor]:
-    """Cosines and sines for every position, fp32, shape (..., T, H).
+    """Return cosines and sines for every position, fp32, shape (..., T, H).
 
     Args:
         places: of the tokens, shape (..., T).
@@ -44,14 +44,14 @@ def rotary(places: Tensor, features: int, theta: float, scaling: Scaling | None)
 
 
 def rotate(x_BNTH: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> Tensor:
-    """Turn each pair of features by its position's angle."""
+    """Rotate each pair of features by its position's angle, (B, N, T, H) -> (B, N, T, H)."""
     half = x_BNTH.shape[-1] // 2
     turned = torch.cat((-x_BNTH[..., half:], x_BNTH[..., :half]), dim=-1)
     return x_BNTH * cos_TH.to(x_BNTH.dtype) + turned * sin_TH.to(x_BNTH.dtype)
 
 
 def check_scaling(module: str, scaling: Scaling | None) -> None:
-    """Refuse a scaling that is unknown or incomplete; None is one that changes nothing.
+    """Refuse a scaling that is unknown or incomplete; None means no scaling.
 
     Raises:
         ModelError: naming the known ones.
@@ -69,15 +69,15 @@ def check_scaling(module: str, scaling: Scaling | None) -> None:
 
 
 def rope_from_hf(module: str, settings: Mapping[str, Any], theta: float) -> tuple[float, Scaling | None]:
-    """`rope_theta` and `rope_scaling` of a configuration, which since transformers 5 are one entry, `rope_parameters`.
+    """Return `rope_theta` and `rope_scaling` of a configuration; transformers 5 has one entry, `rope_parameters`.
 
     Args:
-        module: for messages.
+        module: for error messages.
         settings: the configuration.
-        theta: what `rope_theta` is where the configuration does not say.
+        theta: default of `rope_theta`.
 
     Raises:
-        ModelError: for positions that differ by layer or turn a part of the features only.
+        ModelError: for positions that differ by layer or rotate only part of the features.
     """
     given = dict(settings.get("rope_parameters") or settings.get("rope_scaling") or {})
     if any(isinstance(value, Mapping) for value in given.values()):
@@ -94,7 +94,7 @@ def _kind(scaling: Scaling) -> str:
 
 
 def _stretched(frequency: Tensor, scaling: Scaling) -> Tensor:
-    """Llama 3 leaves short wavelengths, divides long ones by a factor, and goes smoothly from one to the other between."""
+    """Scale frequencies. Llama 3 keeps short wavelengths, divides long ones' frequencies, and interpolates in between."""
     kind = _kind(scaling)
     if kind == "default":
         return frequency

@@ -90,9 +90,9 @@ def test_learning_rate_of_one_update() -> None:
 
 def test_options_that_do_not_fit() -> None:
     params, grads = trees(3)
-    with pytest.raises(ModelError, match=r"AdamW, learning_rate=1.* cannot be made"):
+    with pytest.raises(ModelError, match=r"AdamW, learning_rate=1.* cannot be built"):
         af.optimizer(torch.optim.AdamW, learning_rate=1).init(params)
-    with pytest.raises(ModelError, match=r"a gradient for 'b.0.bias', which is no parameter"):
+    with pytest.raises(ModelError, match=r"a gradient for 'b.0.bias', which is not a parameter"):
         af.optimizer(torch.optim.SGD, lr=1.0).update(grads[0], {}, {"a": {"weight": torch.zeros(3)}})
 
 
@@ -221,7 +221,7 @@ def test_learning_rate_of_one_update_alone(kind: Any) -> None:
 def test_a_learning_rate_for_two_that_differ_is_refused() -> None:
     params, grads = trees(8)
     optimizer = af.optimizer(Inner, other=0.5)
-    with pytest.raises(ModelError, match=r"update\(lr=0.2\) on Inner, in which InGroup has lr=0.5 of its own"):
+    with pytest.raises(ModelError, match=r"update\(lr=0.2\) on Inner, whose inner InGroup has its own lr=0.5"):
         optimizer.update(grads[0], optimizer.init(params), params, lr=0.2)
     before = params.clone()
     params, _ = af.optimizer(Inner).update(grads[0], {}, params, lr=0.0)
@@ -247,13 +247,13 @@ class Changing(Outside):
 @pytest.mark.parametrize("what", ["iterator", "function", "known"])
 def test_what_cannot_be_carried_is_refused(what: str) -> None:
     params, grads = trees(9)
-    with pytest.raises(ModelError, match=f"Changing changes {what} in a step, which cannot be handed from one update"):
+    with pytest.raises(ModelError, match=f"Changing changes {what} in a step, which cannot be carried from one update"):
         af.optimizer(Changing, what=what).update(grads[0], {}, params)
     af.optimizer(Changing, what="nothing").update(grads[0], {}, params)
 
 
 def test_an_optimizer_that_needs_the_loss_is_refused() -> None:
-    with pytest.raises(ModelError, match=r"LBFGS, .* runs the loss again in each step"):
+    with pytest.raises(ModelError, match=r"LBFGS, .* recomputes the loss in each step"):
         af.optimizer(torch.optim.LBFGS, lr=0.1).init(trees(3)[0])
 
 

@@ -145,20 +145,23 @@ REFUSALS: list[tuple[Any, str]] = [
     (lambda: adamw_with(pattern="*", beta=2), "no option 'beta'; did you mean betas"),
     (lambda: adamw_with(pattern="*", lr_mult=-1), "lr_mult is -1; expected a number"),
     (lambda: adamw_with(pattern="*", lr_mult=1, lr=1), "has both lr_mult and lr"),
-    (lambda: af.optimizer(torch.optim.Rprop, decay="matrices"), "decay='matrices' needs a weight_decay of Rprop"),
-    (lambda: af.optimizer(torch.optim.Rprop, param_groups=[{"pattern": "*", "wd_mult": 2}]), "wd_mult needs a weight_d"),
+    (lambda: af.optimizer(torch.optim.Rprop, decay="matrices"), "decay='matrices' needs the weight_decay of Rprop"),
+    (lambda: af.optimizer(torch.optim.Rprop, param_groups=[{"pattern": "*", "wd_mult": 2}]), "wd_mult needs the weight_d"),
     (lambda: af.optimizer(ADAMW, decay="matrixes"), "did you mean matrices"),
     (lambda: af.optimizer(ADAMW, params="wte.*"), r"expected a list of patterns, such as \['wte.\*'\]"),
-    (lambda: af.optimizer(torch.optim.Muon), "Muon takes matrices alone, .* 1 are none: h.0.bias. Give those to another"),
+    (
+        lambda: af.optimizer(torch.optim.Muon),
+        "Muon takes only matrices, .* 1 of its parameters: h.0.bias. Give those to another",
+    ),
     (lambda: af.optimizer(ADAMW, params=["wte.*"]), "no optimizer takes 'h.0.bias'; known: wte"),
-    (lambda: af.optimizers(*[af.optimizer(torch.optim.SGD)] * 2), "leaves none for optimizer.SGD"),
+    (lambda: af.optimizers(*[af.optimizer(torch.optim.SGD)] * 2), "none are left for optimizer.SGD"),
     (
         lambda: af.optimizers(af.optimizer(torch.optim.SGD, params=["*"]), af.optimizer(torch.optim.Muon)),
         "no parameter is left for optimizer.Muon",
     ),
-    (lambda: af.optimizers(), "optimizers.. of none"),
-    (lambda: af.optimizer(torch.optim.SparseAdam), "takes sparse gradients alone, .* use torch.optim.Adam"),
-    (lambda: af.optimizer(torch.optim.LBFGS), "runs the loss again in each step"),
+    (lambda: af.optimizers(), "optimizers.. needs at least one"),
+    (lambda: af.optimizer(torch.optim.SparseAdam), "takes only sparse gradients, .* use torch.optim.Adam"),
+    (lambda: af.optimizer(torch.optim.LBFGS), "recomputes the loss in each step"),
 ]
 
 
@@ -181,7 +184,7 @@ def test_muon_leaves_frozen_vectors_alone() -> None:
     after, _ = opt.update(to_tensordict({"h.0.weight": torch.eye(2)}), state, params.clone())
     assert not torch.equal(after["h", "0", "weight"], params["h", "0", "weight"])
     assert torch.equal(after["h", "0", "bias"], params["h", "0", "bias"])
-    with pytest.raises(ModelError, match="Muon takes matrices alone"):
+    with pytest.raises(ModelError, match="Muon takes only matrices"):
         opt.update(to_tensordict({"h.0.bias": torch.ones(2)}), state, params)
 
 

@@ -141,7 +141,7 @@ def test_a_number_that_changes_all_the_time_belongs_in_the_batch() -> None:
 
     pipe = pipeline(chain(lambda: 1.0), annealed)
     params, batch = pipe.init(), {"x": torch.ones(4, 4)}
-    with pytest.warns(UserWarning, match=r"'coefficient' of annealed changed between steps.* put numbers that change into"):
+    with pytest.warns(UserWarning, match=r"'coefficient' of annealed changed between steps.* put changing numbers into"):
         for number in range(6):
             coefficient = 1 / (1 + number)
             assert torch.allclose(pipe(params, batch), torch.tensor(4 * coefficient))

@@ -1,4 +1,4 @@
-"""Low-rank adapters: models whose weights are frozen, with small factors beside them."""
+"""Low-rank adapters: models with frozen weights and small trainable factors beside them."""
 
 from autofunc.adapters.low_rank import lora, merge_lora
 from autofunc.adapters.model import AdaptedModel

@@ -1,4 +1,4 @@
-"""What an adapter is, as plain data, and under what names its factors are held."""
+"""Adapters as plain data, and the names of their factors."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from autofunc.random import InitKey
 from autofunc.tree import join
 
 A, B = "lora_A", "lora_B"
-"""What PEFT calls the factors: the change of a weight (out, in) is scale * B @ A, with A (rank, in) and B (out, rank)."""
+"""PEFT's names of the factors: a weight (out, in) changes by scale * B @ A, with A (rank, in) and B (out, rank)."""
 
 HELD = {A: f"@{A}", B: f"@{B}"}
-"""Where a layer holds them in its own nested dicts: under a name that no parameter of its own has."""
+"""The keys of the factors in a layer's nested dicts; no parameter of the layer has such a name."""
 
 
 @dataclass(frozen=True)
 class Rank:
-    """How large a change is, and how strong.
+    """Size and strength of an adapter.
 
     Args:
         rank: columns of B, rows of A.
         alpha: the change is multiplied by alpha / rank.
-        dropout: probability with which an element of what the change is multiplied by is zero.
-        use_rslora: divide by the root of the rank instead (Kalajdzievski, arXiv 2312.03732).
+        dropout: probability of zeroing an element of the adapter's input.
+        use_rslora: divide by the square root of the rank instead (Kalajdzievski, arXiv 2312.03732).
 
     Raises:
-        ModelError: for what is none of that.
+        ModelError: for values out of range.
     """
 
     rank: int = 8
@@ -48,7 +48,7 @@ class Rank:
 
     @property
     def scale(self) -> float:
-        """What the product of the factors is multiplied by."""
+        """The multiplier of the product of the factors."""
         return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
 
 
@@ -57,9 +57,9 @@ class Adapter:
     """The adapter of one weight.
 
     Args:
-        size: how large it is.
+        size: its rank and strength.
         shape: of the weight.
-        is_in_out: whether the weight is stored as (in, out), as transformers' Conv1D does; else as (out, in).
+        is_in_out: True if the weight is stored as (in, out), as in transformers' Conv1D; else as (out, in).
     """
 
     size: Rank
@@ -68,12 +68,12 @@ class Adapter:
 
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
-        """Of the factors."""
+        """Shapes of the factors, by name."""
         out, features = self.shape[::-1] if self.is_in_out else self.shape
         return {A: (self.size.rank, features), B: (out, self.size.rank)}
 
     def initial(self, name: str, key: InitKey) -> Tensor:
-        """A factor: A as PEFT has it, uniform up to 1 / sqrt(in) (Kaiming's with a = sqrt(5)), and B zero."""
+        """Return an initial factor as in PEFT: A uniform within 1 / sqrt(in) (Kaiming's with a = sqrt(5)), B zero."""
         shape = self.shapes[name]
         if name == B:
             return key.zeros("", shape)
@@ -81,16 +81,16 @@ class Adapter:
         return key.uniform("", shape, -bound, bound)
 
     def factors(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        """Two matrices whose product has the shape of the weight, as it is stored."""
+        """Return (left, right), whose product has the shape of the weight as stored."""
         return (a.t(), b.t()) if self.is_in_out else (b, a)
 
     def change(self, a: Tensor, b: Tensor) -> Tensor:
-        """The change of the weight, made in fp32 or better."""
+        """Return the change of the weight, of its stored shape, computed in fp32 or better."""
         left, right = (part if part.dtype.itemsize >= 4 else part.float() for part in self.factors(a, b))
         return (left @ right) * self.size.scale
 
     def placements(self, cut_dim: int | None) -> dict[str, str]:
-        """How the factors lie over tp ranks where the weight is cut along a dim: what multiplies a part is a part."""
+        """Return the factors' tp placements if the weight is cut along a dim; a factor that multiplies a part is cut."""
         if cut_dim is None:
             return {A: "replicate", B: "replicate"}
         of_out = (cut_dim == 0) != self.is_in_out
@@ -102,13 +102,13 @@ def _is_number(given: object) -> bool:
 
 
 def factor_path(weight: str, name: str) -> str:
-    """`q_proj.lora_A.weight` of `q_proj.weight`."""
+    """Return the path of a factor: `q_proj.lora_A.weight` for `q_proj.weight`."""
     part, _, leaf = weight.rpartition(".")
     return join(part, name, leaf)
 
 
 def part_of(weight: str) -> str:
-    """What a weight is named by: `h.0.q` of `h.0.q.weight`, and itself where it has another name."""
+    """Return the part a weight belongs to: `h.0.q` for `h.0.q.weight`; other names are returned unchanged."""
     return weight.removesuffix(".weight")
 
 
@@ -121,4 +121,4 @@ class Held:
 
 
 Plan = Mapping[str, Adapter]
-"""By the path of a weight: its adapter."""
+"""Adapters by the path of their weight."""

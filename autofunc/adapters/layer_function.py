@@ -1,4 +1,4 @@
-"""A layer's function with adapters: the layer as it is, with changed products."""
+"""A layer's function with adapters: the unmodified layer, with changed products."""
 
 from __future__ import annotations
 
@@ -16,17 +16,20 @@ from autofunc.adapters.products import Change, ChangedProducts, Drop
 from autofunc.errors import ModelError
 
 KeyOf = Callable[[Any], Tensor | None]
-"""The key of a microbatch, from what `Specialised.share` gave."""
+"""Returns the key of a microbatch from the result of `Specialised.share`."""
 
 
 def with_adapters(layer: str, function: Callable[..., Any], held: Sequence[Held], key_of: KeyOf) -> Callable[..., Any]:
-    """A `LayerFunction` or a `StatefulFunction` whose parameters have the factors beside its own.
+    """Return a `LayerFunction` or a `StatefulFunction` that takes the factors along with the layer's parameters.
 
     Args:
         layer: its name.
-        function: the layer's own.
+        function: of the plain layer.
         held: its adapters.
-        key_of: where dropout draws from.
+        key_of: returns the key that dropout draws from.
+
+    Returns:
+        A function of the same signature. It raises a ModelError if the layer does not multiply by an adapted weight.
     """
 
     def apply(params: Mapping[str, Any], x: Any, entries: Any, *state: Any) -> Any:
@@ -48,10 +51,10 @@ def with_adapters(layer: str, function: Callable[..., Any], held: Sequence[Held]
 
 @contextmanager
 def _nothing_run_again(layer: str) -> Iterator[None]:
-    """Refuse `torch.utils.checkpoint`: what it runs again while gradients are computed has no adapters."""
+    """Refuse `torch.utils.checkpoint`: its recomputation during backward would run without adapters."""
     words = (
-        f"layer {layer!r} has adapters and calls torch.utils.checkpoint, which would run it again without them; take the "
-        "call out, and say remat='layer' to af.pipeline"
+        f"layer {layer!r} has adapters and calls torch.utils.checkpoint, which would recompute it without them; remove "
+        "the call, and pass remat='layer' to af.pipeline"
     )
     try:
         with disable_saved_tensors_hooks(words):
@@ -63,7 +66,7 @@ def _nothing_run_again(layer: str) -> Iterator[None]:
 
 
 def _dropping(held: Held, key: Tensor | None, name: str) -> Drop | None:
-    """Dropout that draws anew at each product; None without a key, which is evaluation."""
+    """Return dropout that draws afresh for each product; None without a key, as in evaluation."""
     if key is None or not held.adapter.size.dropout:
         return None
     calls = iter(range(1 << 30))

@@ -27,32 +27,32 @@ def lora(
     use_rslora: bool = False,
     example_batch: Mapping[str, Any] | None = None,
 ) -> AdaptedModel:
-    """A model whose weights are frozen, and change by products of two small factors, which are trained (LoRA).
+    """Return a model with frozen weights whose changes are products of two small trainable factors (LoRA).
 
-    Where the model multiplies by a weight W (out, in) it adds `alpha / rank * (x A^T) B^T`. W + B A is never made, and W
-    costs no gradient. An operator that does something else with W gets W with its change added, and a warning says so.
-    Factors have the names that PEFT gives them, `q_proj.lora_A.weight` and `q_proj.lora_B.weight`. A is random, from
-    (seed, path), and B zero, so that the model starts as it was.
+    Wherever the model multiplies by a weight W (out, in), `alpha / rank * (x A^T) B^T` is added. W + B A is never
+    materialised, and W costs no gradient. An operator that uses W in any other way gets W plus its change, with a warning.
+    Factors have PEFT's names, `q_proj.lora_A.weight` and `q_proj.lora_B.weight`. A is random, from (seed, path), and B is
+    zero, so the model's initial outputs do not change. Source: Hu et al., arXiv 2106.09685.
 
     Args:
-        model: any; it stays as it is. What it trains does not matter.
-        targets: names or shell-style patterns of parts or weights, of which the end is enough: `["q_proj", "*.mlp.*"]`; or
-            "all-linear", whatever is multiplied by, but for the output layer.
+        model: any; not modified. Its own trainable patterns are ignored.
+        targets: names or shell-style patterns of parts or weights, matched at the end of a path: `["q_proj", "*.mlp.*"]`;
+            or "all-linear", every weight the model multiplies by, except the output layer's.
         rank: columns of B.
         alpha: see above.
-        dropout: of the x that the factors multiply, from the key of the microbatch; without a key there is none.
-        exclude: names or patterns of those that get none.
-        modules_to_save: names or patterns of parts that are trained whole, such as a new head.
-        use_rslora: divide alpha by the root of the rank.
-        example_batch: of a model of named layers, to see how it reads its weights: for "all-linear", and for weights that
-            are stored as (in, out). A captured model has its own.
+        dropout: of the factors' input x, from the key of the microbatch; without a key there is none.
+        exclude: names or patterns of weights without an adapter.
+        modules_to_save: names or patterns of parts to train in full, such as a new head.
+        use_rslora: divide alpha by the square root of the rank.
+        example_batch: for a model of named layers, to see how it reads its weights; needed for "all-linear", and for
+            weights stored as (in, out). A captured model has its own.
 
     Returns:
-        A model for `af.split`; `merge_lora` gives the plain one back, and `save_adapter` writes what PEFT loads.
+        A model for `af.split`; `merge_lora` returns the plain one, and `save_adapter` writes files that PEFT loads.
 
     Raises:
-        ModelError: for patterns that name nothing that an adapter fits, and sizes that are none. When it runs, for a weight
-            that the layer does not multiply by.
+        ModelError: for patterns that match no weight an adapter fits, and invalid sizes. At run time, for a weight that the
+            layer does not multiply by.
 
     Example:
         model = af.lora(af.from_module(module, batch), ["q_proj", "v_proj"], rank=8)
@@ -60,7 +60,7 @@ def lora(
     """
     if isinstance(model, AdaptedModel):
         raise ModelError(
-            f"{model.title} has adapters already; merge them first (af.merge_lora), or name all targets at once"
+            f"{model.title} already has adapters; merge them first (af.merge_lora), or name all targets at once"
         )
     size = Rank(rank, alpha, dropout, use_rslora)
     plan = plan_of(model, targets, exclude, size, example_batch)
@@ -68,21 +68,21 @@ def lora(
     both = [path for path in plan if model.canonical(path) in saved]
     if both:
         raise ModelError(
-            f"lora: {part_of(both[0])!r} is in targets and in modules_to_save, which trains it whole; leave one out"
+            f"lora: {part_of(both[0])!r} is in targets and in modules_to_save, which trains it in full; remove it from one"
         )
     return AdaptedModel(model, plan, saved)
 
 
 def merge_lora(model: Model, params: tree.Nested) -> tuple[Model, TensorDict]:
-    """The model without adapters, and its parameters with their changes added: W + alpha / rank * B A.
+    """Return the model without adapters, and its parameters with the changes added: W + alpha / rank * B A.
 
     Args:
-        model: what `lora` gave.
+        model: returned by `lora`.
         params: its full tree; on several processes `pipe.gather(params)`.
 
     Raises:
-        ModelError: for a model without adapters, for parameters that are missing, and for an adapter of a weight that is
-            tied to one without.
+        ModelError: for a model without adapters, missing parameters, and an adapter of a weight that is tied to one
+            without an adapter.
 
     Example:
         plain, params = af.merge_lora(model, params)
@@ -92,19 +92,19 @@ def merge_lora(model: Model, params: tree.Nested) -> tuple[Model, TensorDict]:
 
 
 def _parameters_of(model: Model, patterns: Sequence[str]) -> list[str]:
-    """Canonical paths of the parameters in parts with these names."""
+    """Return the canonical paths of the parameters in parts that match these patterns."""
     paths = list(dict.fromkeys(model.canonical(path) for path in model.spec))
     found: dict[str, None] = {}
     for pattern in patterns:
         own = [path for path in paths if any(tree.matches(part, [pattern, f"*.{pattern}"]) for part in _parts(path))]
         if not own:
             known = {part: None for path in paths for part in _parts(path)}
-            raise ModelError(f"lora: modules_to_save {pattern!r} names no part; {one_of(pattern, known)}")
+            raise ModelError(f"lora: modules_to_save {pattern!r} matches no part; {one_of(pattern, known)}")
         found.update(dict.fromkeys(own))
     return list(found)
 
 
 def _parts(path: str) -> list[str]:
-    """The parts that a parameter is in, and itself: `h`, `h.0`, `h.0.attn`, ..."""
+    """Return the parts that contain a parameter, and the parameter itself: `h`, `h.0`, `h.0.attn`, ..."""
     names = tree.split_path(path)
     return [tree.join(*names[: number + 1]) for number in range(len(names))]

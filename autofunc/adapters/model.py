@@ -1,4 +1,4 @@
-"""A model with adapters: its base is frozen, and low-rank factors beside some of its weights are trained."""
+"""A model with adapters: a frozen base, with trainable low-rank factors beside some of its weights."""
 
 from __future__ import annotations
 
@@ -26,11 +26,14 @@ class AdaptedModel(Model):
     """A model whose layers run with adapters; made by `af.lora`.
 
     Args:
-        base: the model; it stays as it is.
-        plan: by the path of a weight of `base`, its adapter.
-        saved: canonical paths of parameters of `base` that are trained whole.
-        stored: initial values of the factors, and of `saved`; None: A is made from the seed, B is zero, and the others are
-            the base's.
+        base: the plain model; not modified.
+        plan: adapters by the path of their weight in `base`.
+        saved: canonical paths of the parameters of `base` to train in full.
+        stored: initial values of the factors and of `saved`; with None, A comes from the seed, B is zero, and `saved`
+            starts from the base's values.
+
+    Raises:
+        ModelError: if the base already has a parameter with the path of a factor.
     """
 
     def __init__(self, base: Model, plan: Plan, saved: Sequence[str] = (), stored: Stored | None = None) -> None:
@@ -44,7 +47,7 @@ class AdaptedModel(Model):
                 path = _factor_of(holder, home, name)
                 if path in base.spec:
                     raise ModelError(
-                        f"{base.title} has a parameter {path!r} already, which an adapter of {home!r} would be"
+                        f"{base.title} already has a parameter {path!r}, the path that an adapter of {home!r} needs"
                     )
                 self._of_factor[path] = name, holder
                 if holder != home:
@@ -59,14 +62,14 @@ class AdaptedModel(Model):
         self.uncut = base.uncut or base.uncut_with_adapters
 
     def _check_names(self, layers: Iterable[str]) -> None:
-        """The base has checked them."""
+        """Do nothing: the base has checked them."""
 
     def cut_before(self, names: Sequence[str]) -> AdaptedModel:
         """See `Model.cut_before`."""
         base = self.base.cut_before(names)
         return self if base is self.base else AdaptedModel(base, self.plan, self.saved, self.stored)
 
-    # --- what `Model` says of itself, of the base and of factors
+    # --- the properties of `Model`, for the base and the factors
 
     @property
     def key_name(self) -> str:  # type: ignore[override]
@@ -85,7 +88,7 @@ class AdaptedModel(Model):
 
     @cached_property
     def spec(self) -> dict[str, Tensor]:
-        """See `Model.spec`: that of the base, and the factors."""
+        """See `Model.spec`: the base's parameters and the factors."""
         made = dict(self.base.spec)
         for path, (name, holder) in self._of_factor.items():
             shape, like = self.plan[self.adapted[holder]].shapes[name], made[holder]
@@ -124,7 +127,7 @@ class AdaptedModel(Model):
     def init_paths(
         self, paths: Iterable[str], seed: int, device: torch.device | str, dtype: torch.dtype | None = None
     ) -> dict[str, Tensor]:
-        """See `Model.init_paths`: the base's own, and the factors from (seed, path)."""
+        """See `Model.init_paths`: the base's values, and the factors from `stored` or (seed, path)."""
         wanted = sorted({self.canonical(path) for path in paths}, key=tree.split_path)
         is_real = torch.device(device).type != "meta"
         stored = [path for path in wanted if is_real and self.stored is not None and path in self.stored.shapes]
@@ -144,10 +147,10 @@ class AdaptedModel(Model):
         return self.base.init_state_paths(paths, device)
 
     def merged(self, params: tree.Nested) -> dict[str, Tensor]:
-        """The base's parameters with the changes added to them, by canonical path.
+        """Return the base's parameters with the changes added, by canonical path.
 
         Raises:
-            ModelError: when a weight is missing, or is tied to one that its change is not of.
+            ModelError: if a weight is missing, or is tied to one that its adapter does not change.
         """
         flat = tree.flatten(params)
         made = {self.base.canonical(path): self.lookup(flat, path) for path in self.base.spec}
@@ -160,8 +163,8 @@ class AdaptedModel(Model):
             ]
             if others:
                 raise ModelError(
-                    f"{home!r} is tied to {others[0]!r}, which its adapter does not change, so they cannot be one weight "
-                    "with the change added; save the adapter as it is (af.save_adapter)"
+                    f"{home!r} is tied to {others[0]!r}, which its adapter does not change, so merging would untie them; "
+                    "save the adapter separately (af.save_adapter)"
                 )
             a, b = (flat[factor_path(home, name)].detach() for name in (A, B))
             weight = made[canonical]
@@ -169,10 +172,10 @@ class AdaptedModel(Model):
         return made
 
     def to_module(self, params: tree.Nested, state: tree.Nested | None = None) -> nn.Module:
-        """See `Model.to_module`: the module as it was captured, with the changes added to its weights."""
+        """See `Model.to_module`: the captured module, with the changes added to its weights."""
         return self.base.to_module(self.merged(params), state)
 
-    # --- what runs
+    # --- execution
 
     def specialise(
         self,
@@ -203,7 +206,7 @@ class AdaptedModel(Model):
 
     @cached_property
     def _held(self) -> dict[str, tuple[Held, ...]]:
-        """By layer, of those that have some."""
+        """Adapters by layer, for the layers that have any."""
         found: dict[str, list[Held]] = {}
         for holder, home in self.adapted.items():
             found.setdefault(self.base.layer_of(holder) or "", []).append(
@@ -212,7 +215,7 @@ class AdaptedModel(Model):
         return {name: tuple(held) for name, held in found.items()}
 
     def spread_by(self, table: TensorParallel) -> TensorParallel:
-        """See `Model.spread_by`: each factor lies as its weight does."""
+        """See `Model.spread_by`: each factor's placement follows its weight's."""
         first: dict[str, str] = {}
         for home in self.adapted.values():
             cut_dim = sharded_dim(table.placement(self.base.canonical(home)))
@@ -222,17 +225,17 @@ class AdaptedModel(Model):
 
 
 def _factor_of(holder: str, home: str, name: str) -> str:
-    """The path of a factor by the path of a holder of its weight."""
+    """Return the path of a factor, given the path of a holder of its weight."""
     path = factor_path(home, name)
     return path if holder == home else f"{path}@{holder}"
 
 
 def require_adapted(model: Model, what: str) -> AdaptedModel:
-    """The model itself, where it has adapters.
+    """Return the model itself if it has adapters.
 
     Raises:
-        ModelError: where it has none.
+        ModelError: if it has none.
     """
     if not isinstance(model, AdaptedModel):
-        raise ModelError(f"{what} takes a model that af.lora gave; {model.title} has no adapters")
+        raise ModelError(f"{what} takes a model returned by af.lora; {model.title} has no adapters")
     return model

@@ -1,4 +1,4 @@
-"""What parameters are called where an adapter is used: as transformers calls them, or as they are here."""
+"""The names of parameters in adapter files: transformers' names, or the model's own."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from autofunc.model import Model
 
 
 def names_in_transformers(base: Model, paths: Sequence[str]) -> Mapping[str, str]:
-    """The names of some parameters in the model of transformers that a model of named layers says it is.
+    """Return parameters' names in the transformers model that corresponds to a model of named layers.
 
-    Those that are joined or turned there have none: a parameter is found by being the same tensor.
+    Parameters are matched by tensor identity, so those that transformers fuses or transposes have no name.
 
     Args:
         base: the model without adapters.
-        paths: of parameters as layers see them.
+        paths: holders of parameters.
     """
     if base.in_transformers is None:
         return {}
@@ -27,7 +27,7 @@ def names_in_transformers(base: Model, paths: Sequence[str]) -> Mapping[str, str
     found = {}
     for path in paths:
         same = names.get(id(given[base.canonical(path)]), [])
-        # of tied ones, each has a name of its own
+        # tied parameters share a tensor, but each has its own name
         own = [name for name in same if name == path or name.endswith(f".{path}")]
         if own:
             found[path] = own[0]
@@ -37,6 +37,6 @@ def names_in_transformers(base: Model, paths: Sequence[str]) -> Mapping[str, str
 
 
 def names_outside(base: Model, paths: Sequence[str]) -> Mapping[str, str]:
-    """The names by which PEFT finds these parameters: transformers' where all of them have one, else their own."""
+    """Return the names by which PEFT finds these parameters: transformers' if all of them have one, else their own."""
     found = names_in_transformers(base, paths)
     return found if len(found) == len(paths) else {path: path for path in paths}

@@ -1,4 +1,4 @@
-"""Adapters as PEFT keeps them: a folder with adapter_config.json and adapter_model.safetensors. Written here."""
+"""Writing adapters in PEFT's format: a folder with adapter_config.json and adapter_model.safetensors."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from autofunc.model import Model
 
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 ADAPTER_FILES = (CONFIG, WEIGHTS)
-"""What an adapter's folder holds."""
+"""The files of an adapter's folder."""
 
 
 def save_adapter(model: Model, params: tree.Nested, folder: str | Path, base: str | None = None) -> Path:
-    """Write the factors, and the parts that are trained whole, as PEFT does: `peft.PeftModel.from_pretrained` loads them.
+    """Write the factors and the fully trained parts in PEFT's format: `peft.PeftModel.from_pretrained` loads them.
 
-    Names are those of the captured module, or of the model of transformers that the base says it is. Where that joins or
-    turns a weight that has an adapter, names are the base's own, which only `load_adapter` knows; `merge_lora` helps there.
+    Names are those of the captured module, or of the transformers model that the base corresponds to. If that model fuses
+    or transposes an adapted weight, names are the base's own, which only `load_adapter` reads; use `merge_lora` then.
 
     Args:
-        model: what `lora` gave.
-        params: its full tree, or what of it is trained; on several processes `pipe.gather(params)`.
-        folder: made when it is not there.
-        base: what adapter_config.json says the adapter is of; by default what the base's config says that it was read from.
+        model: returned by `lora`.
+        params: its full tree, or its trainable part; on several processes `pipe.gather(params)`.
+        folder: created if missing.
+        base: the base model's name in adapter_config.json; by default the name or path in the base's config.
 
     Returns:
         The folder.
 
     Raises:
-        ModelError: for a model without adapters, and for parameters that are missing.
+        ModelError: for a model without adapters, and for missing parameters.
 
     Example:
         af.save_adapter(model, params, "runs/mine/adapter")
@@ -56,12 +56,12 @@ def save_adapter(model: Model, params: tree.Nested, folder: str | Path, base: st
 
 
 def _outside(model: AdaptedModel) -> Mapping[str, str]:
-    """What PEFT calls the weights that have adapters, and what is trained whole."""
+    """Return PEFT's names of the adapted weights and the fully trained parameters, by path."""
     return names_outside(model.base, [*model.plan, *model.saved])
 
 
 def _names(model: AdaptedModel) -> dict[str, str]:
-    """By path, what PEFT stores, and under what name but for the prefix."""
+    """Return the names of the tensors that PEFT stores, without the prefix, by path."""
     outside = _outside(model)
     factors = {factor_path(path, name): factor_path(outside[path], name) for path in model.plan for name in (A, B)}
     return {**factors, **{path: outside[path] for path in model.saved}}
@@ -90,7 +90,7 @@ def _config(model: AdaptedModel, base: str | None) -> dict[str, Any]:
 
 
 def _architecture(model: AdaptedModel) -> str:
-    """The class in transformers, where it is known; else what the model is called."""
+    """Return the class in transformers if known, else the model's title."""
     if model.base.in_transformers is None:
         return model.title
     leaves = {path: leaf for path, leaf in model.base.spec.items() if model.base.canonical(path) == path}

@@ -1,4 +1,4 @@
-"""Products with a weight and the low-rank change to it: y = x W^T + scale (x A^T) B^T, while a layer runs as it is."""
+"""Products with a weight and its low-rank change, y = x W^T + scale (x A^T) B^T, inside an unmodified layer."""
 
 from __future__ import annotations
 
@@ -17,34 +17,34 @@ from autofunc.adapters.reads import How, Reads, name_of, operands
 from autofunc.errors import ModelError
 
 Drop = Callable[[Tensor], Tensor]
-"""Dropout of what is multiplied by a change."""
+"""Dropout of a change's input."""
 
 
 @dataclass(frozen=True)
 class Change:
-    """A weight V is to count as V + scale * left @ right, without being made."""
+    """A weight V stands for V + scale * left @ right, which is never materialised."""
 
     left: Tensor
     right: Tensor
     scale: float
-    weight: str  # its path, for messages
+    weight: str  # its path, for error messages
     drop: Drop | None = None
 
     @property
     def turned(self) -> Change:
-        """The change to V^T."""
+        """The change of V^T."""
         return replace(self, left=self.right.t(), right=self.left.t())
 
     def added_to(self, weight: Tensor) -> Tensor:
-        """V + scale * left @ right, as large as V."""
+        """Return V + scale * left @ right, of V's shape."""
         return weight + (self.left @ self.right) * self.scale
 
 
 class ChangedProducts(Reads):
-    """While it is in effect, products with some weights are those with the weights and their changes.
+    """While active, products with some weights include the weights' changes.
 
-    The change is never as large as the weight, and neither is a gradient of it: x is multiplied by one factor after the
-    other. Only an operator that does something else with a weight gets it with the change added, which costs both.
+    Neither the change nor its gradient is ever materialised at the weight's size: x is multiplied by one factor after the
+    other. Only an operator that uses a weight in any other way gets it with the change added, which costs both.
     """
 
     def __init__(self, layer: str) -> None:
@@ -53,20 +53,20 @@ class ChangedProducts(Reads):
         self._waiting: set[str] = set()  # weights that nothing has multiplied by
 
     def change(self, weight: Tensor, change: Change) -> None:
-        """From now on this weight counts as changed."""
+        """Register the change of a weight."""
         self._waiting.add(change.weight)
         self.know(weight, change)
 
     def check_read(self) -> None:
-        """Refuse changes that came to nothing.
+        """Refuse changes without effect.
 
         Raises:
             ModelError: naming a weight that the layer did not multiply by.
         """
         if self._waiting:
             raise ModelError(
-                f"layer {self._layer!r} does not multiply by {min(self._waiting)!r} where torch's operators are seen, so "
-                "an adapter of it would have no effect; leave it out of the targets"
+                f"layer {self._layer!r} does not multiply by {min(self._waiting)!r} in any torch operator, so an adapter "
+                "of it would have no effect; leave it out of the targets"
             )
 
     def read(self, func: Callable[..., Any], how: How, args: Sequence[Any], kwargs: Mapping[str, Any], known: Any) -> Any:
@@ -89,35 +89,35 @@ class ChangedProducts(Reads):
             return func(*_with_changes(args, self._known), **_with_changes(kwargs, self._known))
         given = operands(args, kwargs)
         place = next(number for number, operand in enumerate(given) if id(operand) in known)
-        # the scale comes last, as in PEFT: in another place it would round otherwise
+        # the scale comes last, as in PEFT: elsewhere it would round differently
         return result + _MADE[how](change, given, place) * (change.scale * kwargs.get("alpha", 1))
 
     def _check(self, func: Callable[..., Any], how: How, changes: Sequence[Change]) -> None:
         change = changes[0]
         if how is How.LOOKED_UP:
             raise ModelError(
-                f"layer {self._layer!r} looks up rows of {change.weight!r}, and adapters are of weights that it multiplies "
-                "by; leave it out of the targets, and name it in modules_to_save to train it whole"
+                f"layer {self._layer!r} looks up rows of {change.weight!r}, and adapters fit only weights it multiplies "
+                "by; leave it out of the targets, and name it in modules_to_save to train it in full"
             )
         if self._needs_grad and not torch.is_grad_enabled():
             raise ModelError(
-                f"layer {self._layer!r} reads {change.weight!r} under no_grad, or inside of an autograd.Function, where "
+                f"layer {self._layer!r} reads {change.weight!r} under no_grad, or inside an autograd.Function, where "
                 "its adapter would get no gradient; leave it out of the targets"
             )
         if how is not How.OTHER:
             return
-        what = f"layer {self._layer!r} gives {change.weight!r} to {name_of(func)}, which is no product of two"
+        what = f"layer {self._layer!r} passes {change.weight!r} to {name_of(func)}, which is not a matrix product"
         if any(each.drop is not None for each in changes):
-            raise ModelError(f"{what}, so there is no input to drop from; say dropout=0, or leave it out of the targets")
+            raise ModelError(f"{what}, so there is no input to drop from; set dropout=0, or leave it out of the targets")
         warnings.warn(
-            f"{what}: the weight with its change is made for each microbatch, and its gradient takes as much memory as if "
-            "it were trained",
+            f"{what}: the weight with its change is materialised for each microbatch, and its gradient takes as much "
+            "memory as if the weight were trained",
             stacklevel=2,
         )
 
 
 def _with_changes(arguments: Any, known: Mapping[int, tuple[Tensor, Change]]) -> Any:
-    """Arguments with their changes added."""
+    """Return arguments in which known weights have their changes added."""
 
     def added(leaf: Any) -> Any:
         return known[id(leaf)][1].added_to(leaf) if id(leaf) in known else leaf
@@ -145,7 +145,7 @@ def _before(change: Change, given: Sequence[Any], place: int) -> Tensor:
 
 
 def _einsum(change: Change, given: Sequence[Any], place: int) -> Tensor:
-    """The weight's letters `od` become `or` and `rd`; x meets first the factor with the letter that is summed."""
+    """Split the weight's letters `od` into `or` and `rd`; x meets the factor with the summed letter first."""
     terms, result = given[0].replace(" ", "").split("->")
     letters = terms.split(",")
     of_weight, of_x, x = letters[place - 1], letters[2 - place], _dropped(change, given[3 - place])

@@ -1,4 +1,4 @@
-"""Which operators read a weight, and how: what multiplies by it, what turns or converts it, and what else there is."""
+"""How operators read a weight: products with it, transposes, conversions, lookups and anything else."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _OPERANDS = ("input", "self", "mat1", "weight", "mat2", "other", "vec")
 
 
 class How(Enum):
-    """What an operator does with a weight V of two dims."""
+    """How an operator uses a weight V of two dims."""
 
     TURNED = "V.t()"
     CONVERTED = "V in another dtype"
@@ -36,35 +36,35 @@ class How(Enum):
 
 
 class Reads(TorchFunctionMode):
-    """While it is in effect, `read` is asked in the place of every operator that is given a known tensor.
+    """While active, calls `read` instead of every operator that takes a known tensor.
 
-    A mode, not a subclass of tensors: the weights stay what they are, fake or distributed.
+    A mode, not a tensor subclass: the weights keep their own classes, fake or distributed.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self._known: dict[int, tuple[Tensor, Any]] = {}  # by id, with the tensor, so that no other takes its id
+        self._known: dict[int, tuple[Tensor, Any]] = {}  # by id; holding the tensor keeps its id from being reused
 
     def know(self, tensor: Tensor, what: Any) -> Tensor:
-        """From now on, operators on this tensor are seen; `what` is handed to `read`."""
+        """Watch operators on this tensor from now on, and pass `what` to `read`; return the tensor."""
         self._known[id(tensor)] = tensor, what
         return tensor
 
     def read(self, func: Callable[..., Any], how: How, args: Sequence[Any], kwargs: Mapping[str, Any], known: Any) -> Any:
-        """What the operator gives.
+        """Return the operator's result.
 
         Args:
             func: the operator.
-            how: what it does with the known tensor; `How.OTHER` where it is given several.
+            how: it uses the known tensor; `How.OTHER` if it takes several.
             args, kwargs: its arguments.
-            known: for each known tensor, by its id, what it was said to be.
+            known: the `what` of each known tensor, by its id.
         """
         raise NotImplementedError
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Called by torch, with the mode itself switched off."""
+        """Called by torch with this mode disabled."""
         kwargs = kwargs or {}
         leaves = [leaf for leaf in tree.leaves_and_spec((list(args), dict(kwargs)))[0] if id(leaf) in self._known]
         if not leaves:
@@ -75,7 +75,7 @@ class Reads(TorchFunctionMode):
 
 
 def name_of(func: Callable[..., Any]) -> str:
-    """`linear` of `functional.linear` and of `aten.linear.default`; `T` of what reads the attribute."""
+    """Return `linear` for `functional.linear` and `aten.linear.default`; `T` for the getter of that attribute."""
     name = getattr(func, "__name__", "")
     if name == "__get__":
         return str(getattr(getattr(func, "__self__", None), "__name__", ""))
@@ -83,14 +83,14 @@ def name_of(func: Callable[..., Any]) -> str:
 
 
 def operands(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
-    """What a product is of, in the order of its arguments, however they were given."""
+    """Return a product's operands in the order of its arguments, whether positional or by keyword."""
     given = [*args, *(kwargs[name] for name in _OPERANDS if name in kwargs)]
     in_list = len(given) > 1 and isinstance(given[0], str) and isinstance(given[1], (list, tuple))
     return [given[0], *given[1]] if in_list else given
 
 
 def how_read(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], weight: Tensor) -> How:
-    """What an operator does with one of its arguments, a tensor of two dims."""
+    """Return how an operator uses one of its arguments, a tensor of two dims."""
     name, given = name_of(func), operands(args, kwargs)
     place = next((number for number, operand in enumerate(given) if operand is weight), None)
     if name in _TURNED:
@@ -113,14 +113,14 @@ def how_read(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str,
 
 
 def _swaps(name: str, dims: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Whether the two dims of a matrix change places."""
+    """Return whether the call swaps the two dims of a matrix."""
     given = [*dims, *kwargs.values()]
     first, second = given[0] if len(given) == 1 else given
     return (first % 2, second % 2) == (1, 0) if name == "permute" else first % 2 != second % 2
 
 
 def _einsum(given: Sequence[Any], place: int) -> How:
-    """An einsum of two tensors, the one at this place with two letters; anything else is no product."""
+    """Classify an einsum: a product if it takes two tensors and the one at `place` has two distinct letters."""
     if len(given) != 3 or not isinstance(given[0], str) or "->" not in given[0]:
         return How.OTHER
     terms, result = given[0].replace(" ", "").split("->")

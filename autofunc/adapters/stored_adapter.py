@@ -1,4 +1,4 @@
-"""Adapters that PEFT or `save_adapter` wrote, read."""
+"""Reading adapters that PEFT or `save_adapter` wrote."""
 
 from __future__ import annotations
 
@@ -22,30 +22,31 @@ from autofunc.model.stored import check_fit
 from autofunc.shown import quoted, shown
 
 _READ = {"peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "bias", "init_lora_weights"}
-_WITHOUT_EFFECT = {  # on what stored factors do; which weights have some, and of what rank, they say themselves
+_WITHOUT_EFFECT = {  # on stored factors, whose names and shapes already give the weights and ranks
     "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "eva_config", "exclude_modules", "fan_in_fan_out",
     "inference_mode", "layers_pattern", "layers_to_transform", "megatron_core", "modules_to_save", "peft_version",
     "qalora_group_size", "rank_pattern", "revision", "target_modules", "task_type",
 }  # fmt: skip
-_KEEPS_BASE = (None, True, False, "gaussian", "eva", "orthogonal")  # ways of making factors that leave the base as it is
+# initialisations of the factors that leave the base unchanged
+_KEEPS_BASE = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
 def load_adapter(model: Model, folder: str | Path) -> AdaptedModel:
-    """A model with an adapter that PEFT, or `save_adapter`, wrote: what is stored are its initial values.
+    """Return a model with an adapter written by PEFT or `save_adapter`; the stored factors are its initial values.
 
     Args:
-        model: the base; it stays as it is.
+        model: the base; not modified.
         folder: with adapter_config.json and adapter_model.safetensors.
 
     Raises:
-        ModelError: for what is no adapter, is of another kind than plain LoRA, or does not fit the model.
+        ModelError: if the folder holds no adapter, one that isn't plain LoRA, or one that does not fit the model.
 
     Example:
         model = af.load_adapter(af.from_module(module, batch), "runs/mine/adapter")
         params = model.init()
     """
     if isinstance(model, AdaptedModel):
-        raise ModelError(f"{model.title} has adapters already; load them into the model without: model.base")
+        raise ModelError(f"{model.title} already has adapters; load these into its base: model.base")
     folder = Path(folder).expanduser()
     size = _size(folder / CONFIG)
     stored = StoredTensors(folder / WEIGHTS)
@@ -71,17 +72,17 @@ def load_adapter(model: Model, folder: str | Path) -> AdaptedModel:
 
 
 class _Match(NamedTuple):
-    """Stored tensors as parameters of a model."""
+    """Stored tensors matched to parameters of a model."""
 
     names: dict[str, str]  # path -> stored name
     homes: list[str]  # weights that have factors
-    saved: list[str]  # parameters that are stored whole
-    left: list[str]  # stored names that fit nothing
-    expected: list[str]  # stored names that would
+    saved: list[str]  # parameters stored in full
+    left: list[str]  # stored names that match nothing
+    expected: list[str]  # stored names that would match
 
 
 class _Values:
-    """`Stored` values of factors and of parameters that are trained whole, by path."""
+    """`Stored` values of factors and of fully trained parameters, by path."""
 
     def __init__(self, stored: StoredTensors, names: Mapping[str, str]) -> None:
         self._stored, self._names = stored, names
@@ -108,7 +109,7 @@ def _matched(stored: StoredTensors, homes: Iterable[str], whole: Sequence[str], 
 
 
 def _size(path: Path) -> Rank:
-    """Rank, strength and dropout from a configuration."""
+    """Read rank, alpha and dropout from adapter_config.json."""
     given: Any = read_json(path, ModelError)
     if not isinstance(given, dict) or given.get("peft_type") != "LORA":
         kind = given.get("peft_type") if isinstance(given, dict) else type(given).__name__
@@ -120,7 +121,7 @@ def _size(path: Path) -> Rank:
         other.append("init_lora_weights")
     if other:
         raise ModelError(
-            f"{shown(path)}: {quoted(other[0])} is {quoted(str(given[other[0]]))}; adapters here are plain LoRA, without it"
+            f"{shown(path)}: {quoted(other[0])} is {quoted(str(given[other[0]]))}; only plain LoRA is supported, without it"
         )
     try:
         return Rank(

@@ -1,4 +1,4 @@
-"""Which weights get an adapter: those whose parts are named, or all that a model multiplies by."""
+"""The choice of weights that get an adapter: those of named parts, or all that a model multiplies by."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from autofunc.fake import fake_like, fake_mode, naming_errors
 from autofunc.model import Model
 
 ALL_LINEAR: Literal["all-linear"] = "all-linear"
-"""PEFT's word for every weight that is multiplied by, but for the output layer's."""
+"""PEFT's word for every weight the model multiplies by, except the output layer's."""
 
 _MULTIPLIED = {How.LINEAR, How.TIMES, How.BEFORE, How.EINSUM, How.EINSUM_OVER_ROWS}
 _OVER_ROWS = {How.TIMES, How.EINSUM_OVER_ROWS}
@@ -26,13 +26,13 @@ _OF_TURNED = {
 }  # fmt: skip
 
 Seen = Mapping[str, set[How]]
-"""By the home of a weight: how it is read."""
+"""How each weight is read, by its home."""
 
 
 def home_of(base: Model, holder: str) -> str:
-    """The name that one part's weight has, whichever layer uses it: the part's adapter is one wherever the part runs.
+    """Return the home of a weight: one name per part, whichever layer runs it, because a part has one adapter.
 
-    Weights that are tied between parts, as an embedding and a head, are of two parts.
+    Weights tied between parts, such as an embedding and a head, have a home for each part.
     """
     canonical = base.canonical(holder)
     if holder == canonical or not isinstance(base, CapturedModel):
@@ -44,7 +44,7 @@ def home_of(base: Model, holder: str) -> str:
 
 
 def homes_of(base: Model) -> dict[str, Tensor]:
-    """The weights that may have an adapter, by the names of their homes."""
+    """Return the weights an adapter fits (floating point, two dims), by their homes."""
     found = {home_of(base, path): leaf for path, leaf in base.spec.items()}
     return {path: leaf for path, leaf in found.items() if leaf.dim() == 2 and leaf.is_floating_point()}
 
@@ -52,17 +52,17 @@ def homes_of(base: Model) -> dict[str, Tensor]:
 def plan_of(
     base: Model, targets: Sequence[str] | str, exclude: Sequence[str], size: Rank, example: Mapping[str, Any] | None
 ) -> Plan:
-    """The adapters that are wanted.
+    """Return the adapters of the targeted weights.
 
     Args:
         base: the model.
-        targets: names of parts or weights, or patterns, of which the end is enough; or `ALL_LINEAR`.
-        exclude: those that get none.
-        size: of each.
-        example: a batch that the model can be followed on; a captured model has one.
+        targets: names or patterns of parts or weights, matched at the end of a path; or `ALL_LINEAR`.
+        exclude: names or patterns of weights without an adapter.
+        size: of each adapter.
+        example: a batch to trace the model on; a captured model has one.
 
     Raises:
-        ModelError: for patterns that name nothing that an adapter fits.
+        ModelError: for patterns that match no weight an adapter fits.
     """
     found = {home_of(base, path): leaf for path, leaf in base.spec.items()}
     weights, reads = homes_of(base), reads_of(base, example)
@@ -79,7 +79,7 @@ def plan_of(
 
 
 def matching(path: str, patterns: Sequence[str]) -> bool:
-    """Whether a pattern, or what ends with it after a dot, is the name of a weight or of the part it is in."""
+    """Return whether a pattern matches the path of a weight or of its part, whole or at the end after a dot."""
     names = {path, part_of(path)}
     return any(tree.matches(name, [pattern, f"*.{pattern}"]) for name in names for pattern in patterns)
 
@@ -91,30 +91,30 @@ def _named(what: str, patterns: Sequence[str], weights: Mapping[str, Tensor], al
         other = next((path for path in all_ if matching(path, [pattern])), None)
         if other is not None:
             raise ModelError(
-                f"lora: {what} {pattern!r} names {other!r} of shape {tuple(all_[other].shape)}; an adapter fits weights of "
-                f"two dims, such as {some_of(map(part_of, weights), 3)}"
+                f"lora: {what} {pattern!r} matches {other!r} of shape {tuple(all_[other].shape)}; an adapter fits weights "
+                f"of two dims, such as {some_of(map(part_of, weights), 3)}"
             )
-        raise ModelError(f"lora: {what} {pattern!r} names no weight; {one_of(pattern, _endings(weights))}")
+        raise ModelError(f"lora: {what} {pattern!r} matches no weight; {one_of(pattern, _endings(weights))}")
     return [path for path in weights if matching(path, patterns)]
 
 
 def _endings(weights: Iterable[str]) -> list[str]:
-    """What weights are named by, without what all blocks repeat: `q_proj`."""
+    """Return the last names of the weights' parts, without repeats: `q_proj`."""
     return list(dict.fromkeys(part_of(path).rpartition(".")[2] for path in weights))
 
 
 def _all_linear(base: Model, weights: Mapping[str, Tensor], reads: Seen | None) -> list[str]:
-    """Those that are multiplied by and nothing else, in layers that another comes after."""
+    """Return the weights that are only multiplied by, except the output layer's."""
     if reads is None:
         raise ModelError(
-            f"lora: targets={ALL_LINEAR!r} has to follow {base.title} on a batch to see by what it multiplies: give "
-            "example_batch=..., or name the targets"
+            f"lora: targets={ALL_LINEAR!r} has to trace {base.title} on a batch to see which weights it multiplies by: "
+            "give example_batch=..., or name the targets"
         )
     return [path for path in weights if reads.get(path) and reads[path] <= _MULTIPLIED and not _is_output(base, path)]
 
 
 def _is_output(base: Model, path: str) -> bool:
-    """Whether a weight is that of the model's last layer, if this has no other: a head."""
+    """Return whether a weight is the only matrix of the model's last layer: a head."""
     last = next(reversed(base.layers))
     own = {home_of(base, each) for each in base.spec if base.layer_of(each) == last and base.spec[each].dim() == 2}
     return own == {path}
@@ -124,8 +124,8 @@ def _refuse_lookups(wanted: Sequence[str], reads: Seen | None) -> None:
     looked_up = [path for path in wanted if How.LOOKED_UP in (reads or {}).get(path, set())]
     if looked_up:
         raise ModelError(
-            f"lora: {part_of(looked_up[0])!r} is looked up, and adapters fit weights that something is multiplied by. "
-            "Leave it out (exclude), and name it in modules_to_save to train it whole"
+            f"lora: {part_of(looked_up[0])!r} is a lookup table, and adapters fit only weights the model multiplies by. "
+            "Leave it out (exclude), and name it in modules_to_save to train it in full"
         )
 
 
@@ -135,7 +135,7 @@ def _adapter(path: str, weight: Tensor, size: Rank, reads: Seen | None) -> Adapt
 
 
 def is_in_out(path: str, reads: Seen | None) -> bool:
-    """Whether a weight is stored as (in, out): wherever it is read, something is multiplied by it as it is."""
+    """Return whether a weight is stored as (in, out): every read multiplies by it untransposed."""
     seen = (reads or {}).get(path, set())
     return bool(seen) and seen <= _OVER_ROWS
 
@@ -144,14 +144,14 @@ def is_in_out(path: str, reads: Seen | None) -> bool:
 
 
 class _Noted(Reads):
-    """Notes how weights are read."""
+    """Records how weights are read."""
 
     def __init__(self) -> None:
         super().__init__()
         self.found: dict[str, set[How]] = {}
 
     def read(self, func: Callable[..., Any], how: How, args: Sequence[Any], kwargs: Mapping[str, Any], known: Any) -> Any:
-        """See `Reads.read`; what is known of a tensor is its weight's path, and whether it is turned."""
+        """See `Reads.read`; each known tensor carries (its weight's path, whether it is transposed)."""
         result = func(*args, **kwargs)
         path, is_turned = next(iter(known.values()))
         if how in (How.TURNED, How.CONVERTED):
@@ -165,7 +165,7 @@ class _Noted(Reads):
 
 
 def reads_of(base: Model, example: Mapping[str, Any] | None) -> Seen | None:
-    """How each weight is read, by its home; None without a batch to follow the model on."""
+    """Return how each weight is read, by its home; None without a batch to trace the model on."""
     batch = base.example if isinstance(base, CapturedModel) else example
     if batch is None:
         return None

@@ -1,4 +1,4 @@
-"""Models by the names of their architectures: registered ones and those of transformers, with and without weights."""
+"""Models by architecture name: registered ones and those of transformers, with and without weights."""
 
 from autofunc.automodel.auto_model import AutoModel
 from autofunc.automodel.modeling_path import register_modeling_path

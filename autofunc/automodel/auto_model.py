@@ -1,4 +1,4 @@
-"""`af.AutoModel`: a model by the name of its architecture, registered or known to transformers."""
+"""`af.AutoModel`: a model by its architecture's name, registered or known to transformers."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from autofunc.shown import shown
 
 
 class AutoModel:
-    """Modules by the name of their architecture. Registered classes come first, then those of transformers.
+    """Modules by architecture name. Registered classes come first, then those of transformers.
 
-    The first of `architectures` in the config says which; where that names nothing known, `model_type`: `my_custom` finds
-    `MyCustomForCausalLM`. A registered class is called with its config: of its `config_class`, else of the dataclass that
-    its first argument is annotated with, else a namespace with the keys of the config.json.
+    The first of `architectures` in the config decides; if nothing known has that name, `model_type`: `my_custom` finds
+    `MyCustomForCausalLM`. A registered class is called with its config: an instance of its `config_class`, else of the
+    dataclass that annotates its first argument, else a namespace with the keys of the config.json.
 
     Example:
         af.register_modeling_path("my_models.custom_llm")
@@ -39,25 +39,25 @@ class AutoModel:
     """
 
     def __init__(self) -> NoReturn:
-        raise ModelError("AutoModel is not built itself; call AutoModel.from_config(...) or AutoModel.from_pretrained(...)")
+        raise ModelError("AutoModel has no instances; call AutoModel.from_config(...) or AutoModel.from_pretrained(...)")
 
     @staticmethod
     def from_config(
         config: Any, *, trust_remote_code: bool = False, revision: str | None = None, **overrides: Any
     ) -> nn.Module:  # fmt: skip
-        """A module without pretrained weights. Its parameters take no memory: a pipeline initialises those of its stages.
+        """Build a module without pretrained weights. Its parameters take no memory: a pipeline initialises its stages'.
 
         Args:
-            config: a mapping, a config object, a config.json or the folder of one, or the name of a model on the hub.
-            trust_remote_code: whether code that lies beside the config.json may be run.
+            config: a mapping, a config object, a config.json or its folder, or the name of a model on the hub.
+            trust_remote_code: whether code next to the config.json may be run.
             revision: of a model on the hub.
-            overrides: keys of the config with other values (`num_hidden_layers=2`, `dtype="bfloat16"`).
+            overrides: config keys with new values (`num_hidden_layers=2`, `dtype="bfloat16"`).
 
         Returns:
             A module for `af.from_module`, in train mode, with its parameters on the meta device.
 
         Raises:
-            ModelError: when there is no such config or class, or the class refuses its config.
+            ModelError: if there is no such config or class, or the class refuses its config.
         """
         description = describe(config, overrides, lambda name: folder_of(name, CONFIGS, revision))
         return build(description, description.dtype, trust_remote_code=trust_remote_code)
@@ -72,28 +72,28 @@ class AutoModel:
         revision: str | None = None,
         **overrides: Any,
     ) -> Pretrained:
-        """A module and where its weights are; each is read when a pipeline asks for it, so a process reads its part only.
+        """Build a module whose weights are read when a pipeline asks for them, so a process reads only its own part.
 
         Args:
             pretrained_model_name_or_path: a folder with config.json and safetensors files, or the name of a model on
-                the hub, which is taken from the local cache (and downloaded before, unless HF_HUB_OFFLINE is set).
+                the hub, taken from the local cache (and downloaded first, unless HF_HUB_OFFLINE is set).
             trainable: patterns of the parameters that get gradients, such as ["lm_head*"]; by default all.
-            dtype: of floating-point parameters; by default the config's, else that of the files.
+            dtype: of floating-point parameters; by default the config's, else the files'.
             trust_remote_code: see `from_config`.
             revision: a branch, tag or commit of a model on the hub.
             overrides: see `from_config`.
 
         Returns:
-            What `af.from_module` takes; its module is in train mode.
+            An argument for `af.from_module`; its module is in train mode.
 
         Raises:
-            ModelError: see `from_config`; for weights that are missing, have no place, or have another shape, and for
-                adapters of PEFT.
+            ModelError: see `from_config`; for weights that are missing, unexpected or of the wrong shape, and for PEFT
+                adapters.
         """
         folder = Path(pretrained_model_name_or_path).expanduser()
         if not is_folder(folder):
             if unfit(folder) is None:
-                raise ModelError(f"{shown(folder)} is a file; name the folder that has it and a config.json")
+                raise ModelError(f"{shown(folder)} is a file; name the folder with it and a config.json")
             folder = folder_of(str(pretrained_model_name_or_path), WEIGHTS, revision)
         refuse_adapter(folder)
         overrides = overrides if dtype is None else {**overrides, "dtype": dtype}
@@ -131,7 +131,7 @@ def _weights(
     folder = description.folder
     assert folder is not None
     if stored is None and not is_model(module):
-        stored = StoredTensors(folder)  # says what is missing
+        stored = StoredTensors(folder)  # raises, naming the missing files
     because = "it has no safetensors files"
     if stored is not None:
         try:
@@ -153,7 +153,7 @@ def _by_name(stored: StoredTensors, module: nn.Module) -> SafetensorsWeights:
 
 
 def _check_patterns(module: nn.Module, trainable: Sequence[str]) -> None:
-    """Find mistakes before anything is captured; see `Model.trainable`."""
+    """Refuse patterns that match nothing before anything is captured; see `Model.trainable`."""
     names = {id(leaf): name for name, leaf in module.named_parameters()}
     for pattern in trainable:
         if any(tree.matches(name, [pattern]) for name in names.values()):
@@ -168,7 +168,7 @@ def _check_patterns(module: nn.Module, trainable: Sequence[str]) -> None:
 
 
 def _read_generation_config(module: nn.Module, folder: Path) -> None:
-    """How the model is meant to generate travels with it."""
+    """Attach the folder's generation_config.json, if any, to the module."""
     file = folder / "generation_config.json"
     if hasattr(module, "generation_config") and unfit(file) != NOT_THERE:
         from transformers import GenerationConfig
@@ -176,5 +176,5 @@ def _read_generation_config(module: nn.Module, folder: Path) -> None:
         check_file(file, ModelError)
         try:
             module.generation_config = GenerationConfig.from_pretrained(folder)
-        except Exception as error:  # whatever is in it
+        except Exception as error:  # the file may hold anything
             raise ModelError(f"{shown(folder)}: generation_config.json: {in_brief(error)}") from error

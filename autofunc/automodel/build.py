@@ -20,7 +20,7 @@ from autofunc.errors import FAILURES, AutofuncError, ModelError, in_brief
 
 
 def find_registered(description: Description) -> type[nn.Module] | None:
-    """The registered class for a model: by `architectures`, or by `model_type` where that names nothing that is known."""
+    """Return the registered class: by `architectures`, or by `model_type` if that names no known class; None if absent."""
     named = description.architecture
     if named is not None:
         found = ARCHITECTURES.find(named)
@@ -30,14 +30,14 @@ def find_registered(description: Description) -> type[nn.Module] | None:
 
 
 class Most(NamedTuple):
-    """How large a module may be. A config that asks for more is wrong, and would keep its class building for hours."""
+    """Size limits of a module. A config that exceeds them is wrong, and would keep its class building for hours."""
 
-    tensors: float = 1_000_000  # that are parameters
-    elements: float = math.inf  # of all of them
+    tensors: float = 1_000_000  # parameters
+    elements: float = math.inf  # of all parameters
 
     @classmethod
     def of_stored(cls, shapes: Collection[tuple[int, ...]]) -> Most:
-        """For a module whose weights have these shapes; it may cut them, and have some that are made anew."""
+        """Return limits for a module whose stored weights have these shapes; it may split them and add new ones."""
         return cls(10 * len(shapes) + 1000, 10 * sum(map(math.prod, shapes)) + 10**7)
 
 
@@ -48,16 +48,16 @@ def build(
     trust_remote_code: bool,
     most: Most | None = None,
 ) -> nn.Module:
-    """The module that a description says.
+    """Build the module of a description, with parameters that take no memory.
 
     Args:
         description: of the model.
-        dtype: of floating-point parameters; None: torch's default.
+        dtype: of floating-point parameters; None takes torch's default.
         trust_remote_code: see `in_transformers.class_and_config`.
-        most: how large the module may be.
+        most: size limits of the module.
 
     Raises:
-        ModelError: when there is no class for it, the class cannot be called with its config, or makes too many parameters.
+        ModelError: if there is no class for it, or the class refuses its config or builds too many parameters.
     """
     cls: Any = find_registered(description)
     if cls is not None:
@@ -71,7 +71,7 @@ def build(
 
 
 def without_values(module: nn.Module) -> nn.Module:
-    """The module, with its remaining real parameters on the meta device too; ties stay ties."""
+    """Move a module's remaining real parameters to the meta device, in place, and return it; ties stay ties."""
     empty: dict[int, nn.Parameter] = {}
     for part in module.modules():
         for name, leaf in part._parameters.items():
@@ -82,7 +82,7 @@ def without_values(module: nn.Module) -> nn.Module:
 
 
 def _build(make: Callable[[], nn.Module], dtype: torch.dtype | None, what: str) -> nn.Module:
-    """The one place that says how a module is built without values."""
+    """Build a module without values."""
     try:
         with empty_weights(), _default_dtype(dtype):
             module = make()
@@ -98,7 +98,7 @@ def _build(make: Callable[[], nn.Module], dtype: torch.dtype | None, what: str) 
 
 @contextmanager
 def _at_most(most: Most, what: str) -> Iterator[None]:
-    """Stop the building of a module as soon as it is larger than it may be."""
+    """Abort building a module as soon as it exceeds its size limits."""
     tensors = elements = 0
 
     def count(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
@@ -106,8 +106,8 @@ def _at_most(most: Most, what: str) -> Iterator[None]:
         tensors, elements = tensors + 1, elements + (0 if parameter is None else parameter.numel())
         if tensors > most.tensors or elements > most.elements:
             raise ModelError(
-                f"{what} has {tensors:,} parameters or more, of {elements:,} elements, with this config; are its numbers, "
-                "of layers say, those of its weights?"
+                f"{what} has {tensors:,} parameters or more, of {elements:,} elements, with this config; do its numbers, "
+                "such as the number of layers, match its weights?"
             )
 
     hook = register_module_parameter_registration_hook(count)
@@ -118,7 +118,7 @@ def _at_most(most: Most, what: str) -> Iterator[None]:
 
 
 def _keep_in_fp32(module: nn.Module, dtype: torch.dtype | None) -> None:
-    """Some of transformers' models name parameters that no half precision may have."""
+    """Keep the parameters in fp32 that a transformers model excludes from half precision."""
     plan = getattr(module, "_get_dtype_plan", None)
     for pattern, kept in plan(dtype).items() if callable(plan) and dtype is not None else ():
         for name, leaf in module.named_parameters():

@@ -1,6 +1,6 @@
-"""Tensors that transformers stores in another form than a module has: converted by its rules when they are asked for.
+"""Tensors whose stored form differs from a transformers module's: converted by its rules when they are read.
 
-A Mixtral's experts, say, are stored one by one and are one tensor in memory.
+For example, a Mixtral's experts are stored separately and are one tensor in memory.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ class _Group:
     """Stored tensors that are converted together."""
 
     rule: Any  # a converter of transformers
-    sources: list[tuple[str, str]] = field(default_factory=list)  # stored name, the pattern of the rule that it matches
+    sources: list[tuple[str, str]] = field(default_factory=list)  # (stored name, the rule's pattern that it matches)
 
 
 class ConvertedTensors(StoredTensors):
-    """What is stored, by the names and with the shapes that a module of transformers has for it.
+    """Stored tensors under the names and with the shapes that a transformers module has.
 
     Args:
-        stored: as it lies in the files.
+        stored: the tensors as stored in the files.
         module: of the model; it may be on the meta device.
 
     Raises:
-        ConvertedForm: when transformers' rules cannot be applied one tensor at a time.
+        ConvertedForm: if transformers' rules cannot be applied to one tensor at a time.
     """
 
     def __init__(self, stored: StoredTensors, module: nn.Module) -> None:
         self.path, self.by_transformers = stored.path, False
         self._stored, self._module = stored, module
-        self._names: dict[str, str] = {}  # what is only renamed
-        self._groups: dict[str, _Group] = {}  # by the first name that a group is converted to
+        self._names: dict[str, str] = {}  # tensors that are only renamed: new name -> stored name
+        self._groups: dict[str, _Group] = {}  # by the first name in a group's result
         self._group_of: dict[str, str] = {}
         try:
             self._sort()
@@ -53,7 +53,7 @@ class ConvertedTensors(StoredTensors):
                 for name, made in self._converted(first, like).items():
                     self._group_of[name] = first
                     self.shapes[name] = tuple(made.shape)
-                    # of several the one that is least like the others: it decides whether they can be read
+                    # a dtype that cannot be converted decides whether the group can be read
                     dtypes = [stored.dtypes[source] for source, _ in group.sources]
                     self.dtypes[name] = next((dtype for dtype in dtypes if dtype not in CONVERTED), dtypes[0])
         except Exception as error:
@@ -63,7 +63,7 @@ class ConvertedTensors(StoredTensors):
             ) from error
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """See `StoredTensors.read`; what is converted together is read together."""
+        """See `StoredTensors.read`; tensors that are converted together are read together."""
         wanted = dict.fromkeys(names)
         groups = dict.fromkeys(self._group_of[name] for name in wanted if name in self._group_of)
         found: dict[str, Tensor] = {}
@@ -76,7 +76,7 @@ class ConvertedTensors(StoredTensors):
         return {**found, **{name: values[old] for name, old in plain.items()}}
 
     def _sort(self) -> None:
-        """Tell what is renamed from what is converted, as transformers does (`core_model_loading`, tried with 5.23)."""
+        """Separate renamed from converted tensors as transformers does (`core_model_loading`, tried with 5.23)."""
         from transformers import conversion_mapping, core_model_loading
 
         rules = conversion_mapping.get_model_conversion_mapping(self._module)
@@ -85,7 +85,7 @@ class ConvertedTensors(StoredTensors):
         by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
         own = self._module.state_dict()
         prefix: Any = self._module.base_model_prefix
-        for name in sorted(self._stored.shapes, key=core_model_loading.dot_natural_key):  # experts by their numbers
+        for name in sorted(self._stored.shapes, key=core_model_loading.dot_natural_key):  # orders experts by number
             target, pattern = core_model_loading.rename_source_key(name, renamings, converters, prefix, own)
             if target not in own:
                 target, pattern = name, None
@@ -96,7 +96,7 @@ class ConvertedTensors(StoredTensors):
 
     def _converted(self, first: str, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         group = self._groups[first]
-        rule = copy.deepcopy(group.rule)  # it collects tensors
+        rule = copy.deepcopy(group.rule)  # a rule accumulates tensors
         for name, pattern in group.sources:
             rule.add_tensor(first, name, pattern, values[name])
         made = rule.convert(first, model=self._module, config=self._module.config)

@@ -1,4 +1,4 @@
-"""What a config.json says of a model, and the config object that a registered class takes."""
+"""Descriptions of models read from config.json, and the config object that a registered class takes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CONFIG = "config.json"
 _ABOUT = frozenset(
     ("architectures", "model_type", "dtype", "torch_dtype", "transformers_version", "auto_map", "_name_or_path")
 )
-"""Keys that say what a model is, rather than how large."""
+"""Keys that identify a model rather than size it."""
 
 
 def _is_names(value: object) -> bool:
@@ -33,7 +33,7 @@ def _is_names(value: object) -> bool:
 
 
 def _is_map(value: object) -> bool:
-    """Tokenizers have two classes, of which one may be missing."""
+    """Return whether a value maps names to classes; a tokenizer has two classes, one of which may be missing."""
     if not isinstance(value, Mapping):
         return False
     return all(
@@ -49,37 +49,41 @@ _KINDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
         'names of classes, such as {"AutoModelForCausalLM": "modeling.MyCustomForCausalLM"}',
     ),
 }
-"""What keys that say what a model is have to be."""
+"""(check, expected form in words) for keys that identify a model."""
 
 _FLOATS = {str(each).removeprefix("torch."): each for each in (torch.float64, torch.float32, torch.float16, torch.bfloat16)}
 
 
 @dataclass(frozen=True)
 class Description:
-    """What is known of a model before it is built."""
+    """What is known about a model before it is built.
+
+    Raises:
+        ModelError: if a key that identifies the model has the wrong type.
+    """
 
     values: Mapping[str, Any]  # as in config.json, overrides included
     before: Mapping[str, Any]  # without the overrides
     overrides: Mapping[str, Any]
-    given: Any  # the config object, when one was given
-    folder: Path | None  # where its config.json is
-    what: str  # for messages
+    given: Any  # the config object, if one was given
+    folder: Path | None  # of its config.json
+    what: str  # its name in error messages
 
     @property
     def architecture(self) -> str | None:
-        """The first of `architectures`."""
+        """The first of `architectures`; None if absent."""
         named = self.values.get("architectures")
         named = [named] if isinstance(named, str) else named or []
         return named[0] if named else None
 
     @property
     def model_type(self) -> str | None:
-        """Its `model_type`, when there is one."""
+        """Its `model_type`; None if absent."""
         return self.values.get("model_type") or None
 
     @property
     def auto_map(self) -> Mapping[str, str]:
-        """The classes of its own code, by what of transformers they stand for."""
+        """The classes of its own code, by the transformers auto class that each implements."""
         return {name: place for name, place in (self.values.get("auto_map") or {}).items() if isinstance(place, str)}
 
     def __post_init__(self) -> None:
@@ -90,10 +94,10 @@ class Description:
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """Of floating-point parameters.
+        """The dtype of floating-point parameters; None if absent.
 
         Raises:
-            ModelError: when it is none that is known.
+            ModelError: if it is not a known floating-point dtype.
         """
         named = self.values.get("dtype") or self.values.get("torch_dtype")
         if named is None or isinstance(named, torch.dtype):
@@ -108,12 +112,12 @@ def describe(config: Any, overrides: Mapping[str, Any], find_folder: Callable[[s
     """Read a description.
 
     Args:
-        config: a mapping, a config object, a config.json or the folder of one, or the name of a model.
-        overrides: keys with other values.
-        find_folder: from a name to a folder.
+        config: a mapping, a config object, a config.json or its folder, or the name of a model.
+        overrides: keys with new values.
+        find_folder: returns the folder of a model's name.
 
     Raises:
-        ModelError: when there is no config.json, or it is not JSON.
+        ModelError: if config.json is missing or invalid.
     """
     folder, given, what = None, None, "config"
     if isinstance(config, (str, Path)):
@@ -129,7 +133,7 @@ def describe(config: Any, overrides: Mapping[str, Any], find_folder: Callable[[s
 
 
 def values_of(config: Any) -> dict[str, Any]:
-    """A config as a mapping: a mapping, a dataclass, or an object with `to_dict` or attributes.
+    """Return a config (a mapping, a dataclass, or an object with `to_dict` or attributes) as a dict.
 
     Raises:
         ModelError: for anything else.
@@ -149,13 +153,13 @@ def values_of(config: Any) -> dict[str, Any]:
 
 
 def config_for(cls: type[nn.Module], description: Description) -> Any:
-    """What a registered class is called with.
+    """Return the config that a registered class is called with.
 
-    Its `config_class` says which type; else the annotation of its first argument, when that is a dataclass, a class with
-    `from_dict`, or a dict; else it is a namespace with the keys of the config.json.
+    Its type is the class's `config_class`; else the annotation of the first argument, if that is a dataclass, a class with
+    `from_dict`, or a dict; else a namespace with the keys of the config.json.
 
     Raises:
-        ModelError: for keys that the type does not have, or lacks.
+        ModelError: for keys that the type does not have, and required keys that are missing.
     """
     wanted = getattr(cls, "config_class", None) or _annotated(cls)
     given, overrides, values = description.given, description.overrides, description.values
@@ -181,7 +185,7 @@ def config_for(cls: type[nn.Module], description: Description) -> Any:
 
 
 def changed(config: Any, overrides: Mapping[str, Any], what: str) -> Any:
-    """A copy of a config object with other values.
+    """Return a copy of a config object with new values.
 
     Raises:
         ModelError: for keys that it does not have.
@@ -196,10 +200,10 @@ def changed(config: Any, overrides: Mapping[str, Any], what: str) -> Any:
 
 
 def from_dict(config_class: Any, description: Description) -> Any:
-    """A config by its class's own `from_dict`.
+    """Build a config with its class's `from_dict`.
 
     Raises:
-        ModelError: when it does not take the values, or for overrides of what it does not have.
+        ModelError: if the class refuses the values, or for overrides of keys that it does not have.
     """
     overrides = description.overrides
     try:
@@ -207,7 +211,7 @@ def from_dict(config_class: Any, description: Description) -> Any:
     except Exception as error:
         raise ModelError(f"{description.what}: {config_class.__name__}: {in_brief(error)}") from error
     plain = made
-    with suppress(Exception):  # without the overrides it may lack what it needs
+    with suppress(Exception):  # without the overrides required keys may be missing
         plain = config_class.from_dict(dict(description.before))
     for key in overrides:
         _attribute(plain, key, description.what)
@@ -215,7 +219,7 @@ def from_dict(config_class: Any, description: Description) -> Any:
 
 
 def _attribute(config: Any, key: str, what: str) -> str:
-    """Under which name a config holds a key; transformers' hold some behind an underscore."""
+    """Return the attribute that holds a key of a config; transformers prefixes some with an underscore."""
     name = next((each for each in (key, "_" + key) if hasattr(config, each)), key if key in _ABOUT else None)
     if name is None:
         raise ModelError(f"{what}: {type(config).__name__} has no {quoted(key)}; {one_of(key, sorted(values_of(config)))}")
@@ -231,11 +235,11 @@ def _check_keys(cls: type, keys: Any, known: Any, description: Description) -> N
 
 
 def _annotated(cls: type[nn.Module]) -> Any:
-    """The type that the first argument of `__init__` is annotated with, when it is one of configs."""
+    """Return the type that annotates the first argument of `__init__`, if it is a config type."""
     arguments = [name for name in inspect.signature(cls.__init__).parameters if name != "self"]
     try:
         found = typing.get_type_hints(cls.__init__).get(arguments[0]) if arguments else None
-    except NameError:  # an annotation that only a type checker can follow
+    except NameError:  # an annotation that only a type checker can resolve
         return None
     origin = typing.get_origin(found) or found
     if origin in (dict, Mapping):

@@ -1,4 +1,4 @@
-"""Folders of models that are named as on the Hugging Face hub."""
+"""Folders of models by their names on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ WEIGHTS = (*CONFIGS, "*.safetensors")
 
 
 def folder_of(name: str, patterns: tuple[str, ...], revision: str | None = None) -> Path:
-    """Where the files of a model are: in the local cache, after a download when that is allowed (HF_HUB_OFFLINE).
+    """Return the folder of a model in the local cache, downloading it first unless HF_HUB_OFFLINE is set.
 
     Args:
         name: `organisation/model`, as on the hub.
-        patterns: of the files that are needed.
+        patterns: of the files needed.
         revision: a branch, tag or commit.
 
     Raises:
-        ModelError: when it is neither a folder nor a model that can be had.
+        ModelError: if it is neither in the cache nor can be downloaded.
     """
     from huggingface_hub import snapshot_download
 
     with cache_without_network() as network:
         try:
             return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
-        except Exception as error:  # offline, no such name, no access: each is an error of its own
+        except Exception as error:  # offline, no such name, no access: each raises a different error
             first = in_brief(error).partition("\n")[0]
             why = network or f" ({first})"
             raise ModelError(

@@ -1,4 +1,4 @@
-"""The models of `transformers`: their classes, configs, and weights that only they know how to read."""
+"""The models of `transformers`: their classes, configs, and weights that only transformers can read."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from autofunc.shown import quoted, shown
 
 
 def find_class(name: str) -> Any:
-    """The model class of transformers with this name, or None."""
+    """Return the transformers model class with this name, or None."""
     import transformers  # takes seconds to import
 
     found = getattr(transformers, name, None)
@@ -28,35 +28,35 @@ def find_class(name: str) -> Any:
 
 
 def is_model(module: nn.Module) -> bool:
-    """Whether a module is of a class of transformers, or derived from one."""
-    transformers = sys.modules.get("transformers")  # such a module has imported it
+    """Return whether a module is an instance of a transformers model class."""
+    transformers = sys.modules.get("transformers")  # such a module implies that it is imported
     return transformers is not None and isinstance(module, transformers.PreTrainedModel)
 
 
 def set_dtype(config: Any, dtype: torch.dtype | None) -> None:
-    """Say in a config of transformers, and in those inside it, what dtype the model is built in."""
+    """Set the dtype that a model is built in, in its transformers config and the configs inside it."""
     for part in (config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", ()))):
         if part is not None and dtype is not None:
             part.dtype = dtype
 
 
 def class_and_config(description: Description, *, trust_remote_code: bool) -> tuple[Any, Any]:
-    """The class that transformers has for a model, and its config.
+    """Return transformers' class for a model, and its config.
 
-    It is the one that `architectures` names; without that, the one for causal language models of its `model_type`.
+    `architectures` names the class; without it, the causal language model of its `model_type` is taken.
 
     Args:
         description: of the model.
-        trust_remote_code: whether code that lies beside the config.json may be run.
+        trust_remote_code: whether code next to the config.json may be run.
 
     Raises:
-        ModelError: when there is none.
+        ModelError: if there is no such class, the weights are quantized, or the model needs code that is not trusted.
     """
     import transformers
 
     values, what = description.values, description.what
     if values.get("quantization_config"):
-        raise ModelError(f"{what} is quantized (quantization_config), which cannot be trained; take unquantized weights")
+        raise ModelError(f"{what} is quantized (quantization_config), which cannot be trained; use unquantized weights")
     named = values.get("transformers_weights")
     if named not in (None, SINGLE, INDEX):
         raise ModelError(f"{what}: transformers_weights is {quoted(named)}; expected {SINGLE} or {INDEX}, or nothing")
@@ -83,13 +83,13 @@ def class_and_config(description: Description, *, trust_remote_code: bool) -> tu
 
 
 def unknown(description: Description) -> ModelError:
-    """The error for a model that nobody can build."""
+    """Return the error for a model without a class."""
     import transformers
 
     named, model_type = description.architecture, description.model_type
     if named is None and model_type is None:
         return ModelError(
-            f"{description.what} says neither architectures nor model_type, so its class is not known; add "
+            f"{description.what} has neither architectures nor model_type, so its class is unknown; add "
             '"architectures": ["MyCustomForCausalLM"]'
         )
     registered = known_architectures()
@@ -119,7 +119,7 @@ def _config_class(description: Description) -> Any:
 
 
 def _remote(description: Description) -> tuple[Any, Any]:
-    """A class and a config whose code lies beside the config.json."""
+    """Return a class and a config whose code is next to the config.json."""
     import transformers
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
@@ -127,8 +127,8 @@ def _remote(description: Description) -> tuple[Any, Any]:
     elsewhere = sorted(place for place in places.values() if "--" in place or "/" in place)
     if elsewhere:
         raise ModelError(
-            f"{description.what}: auto_map names {quoted(elsewhere[0])}, code that is not beside the config.json; put it "
-            "there, or import it in a _target_ of your own"
+            f"{description.what}: auto_map names {quoted(elsewhere[0])}, code that is not next to the config.json; put it "
+            "there, or import it in your own _target_"
         )
     named = [place for place in places.values() if place.rpartition(".")[2] == description.architecture]
     place = named[0] if named else places.get("AutoModelForCausalLM") or places.get("AutoModel")
@@ -139,14 +139,14 @@ def _remote(description: Description) -> tuple[Any, Any]:
 
 
 class WholeModel:
-    """Weights that transformers converts while it loads: it loads the whole model, once in this process.
+    """Weights that transformers converts on loading: it loads the whole model, once per process.
 
     Args:
-        cls: its class.
+        cls: the model's class.
         folder: with its files.
         module: the same model without values.
         dtype: of floating-point parameters.
-        because: why.
+        because: the reason, for the warning.
 
     Raises:
         ModelError: for files that should not be loaded, see `check_saved`.
@@ -170,7 +170,7 @@ class WholeModel:
         """See `Weights.read`.
 
         Raises:
-            ModelError: when transformers cannot load it, or finds weights missing or left over.
+            ModelError: if transformers cannot load it, or reports missing or unexpected weights.
         """
         wanted = list(names)
         if wanted and self._values is None:
@@ -183,8 +183,8 @@ class WholeModel:
                 self._folder, config=self._config, dtype=self._dtype, output_loading_info=True, local_files_only=True
             )
         except Exception as error:
-            said = in_brief(error)
-            raise ModelError(f"{shown(self._folder)}: transformers cannot load it: {said}") from error
+            message = in_brief(error)
+            raise ModelError(f"{shown(self._folder)}: transformers cannot load it: {message}") from error
         for what, names in info.items():
             if names:
                 listed = some_of(sorted(map(str, names)), 5)

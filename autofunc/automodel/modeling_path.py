@@ -1,4 +1,4 @@
-"""`af.register_modeling_path`: import a module, a package or a file, and register the models that it defines."""
+"""`af.register_modeling_path`: import a module, a package or a file, and register the models it defines."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from autofunc.source_file import load_file
 
 
 def register_modeling_path(path: str | Path, *, exist_ok: bool = False) -> list[str]:
-    """Import some code and register the classes of models in it, for `af.AutoModel` to find by name.
+    """Import code and register its model classes, for `af.AutoModel` to find by name.
 
-    Registered are the classes derived from `nn.Module` that a module defines itself and that are named like models
-    (`MyCustomForCausalLM`, `MyCustomForSequenceClassification`, `MyCustomModel`), the class, or list of classes, that it
-    calls `ModelClass`, and those decorated with `af.register_architecture`.
+    This registers subclasses of `nn.Module` that a module defines itself and names like models (`MyCustomForCausalLM`,
+    `MyCustomForSequenceClassification`, `MyCustomModel`), the class or list of classes it calls `ModelClass`, and those
+    decorated with `af.register_architecture`.
 
     Args:
-        path: a dotted module (`my_models.custom_llm`), also looked for in the working directory; a package, with all
-            modules in it; or `path/to/file.py`.
-        exist_ok: whether a class may take the place of another of that name.
+        path: a dotted module (`my_models.custom_llm`), also looked up in the working directory; a package, with all its
+            modules; or `path/to/file.py`.
+        exist_ok: whether a class may replace another of the same name.
 
     Returns:
         The names of the architectures.
 
     Raises:
-        ModelError: when it cannot be imported, has no models, or has one whose name another class has.
+        ModelError: if it cannot be imported, has no models, or reuses the name of another class.
 
     Example:
         af.register_modeling_path("my_models.custom_llm")
@@ -43,7 +43,7 @@ def register_modeling_path(path: str | Path, *, exist_ok: bool = False) -> list[
     """
     given = str(path)
     modules = [_file(given)] if given.endswith(".py") else _import_all(given)
-    found = ARCHITECTURES.registered_in(module.__name__ for module in modules)  # those that are decorated
+    found = ARCHITECTURES.registered_in(module.__name__ for module in modules)  # decorated classes
     decorated = set(found.values())
     for cls in (cls for module in modules for cls in _models_in(module, given) if cls not in decorated):
         other = found.setdefault(cls.__name__, cls)
@@ -56,9 +56,9 @@ def register_modeling_path(path: str | Path, *, exist_ok: bool = False) -> list[
         raise ModelError(
             f"{given} has no model: expected a class derived from nn.Module that is named like MyCustomForCausalLM, a "
             "ModelClass attribute, or a class decorated with @af.register_architecture. "
-            + (f"Its modules are {', '.join(classes[:8])}" if classes else "It defines no nn.Module at all")
+            + (f"It defines {', '.join(classes[:8])}" if classes else "It defines no nn.Module at all")
         )
-    for name, cls in found.items():  # all or none
+    for name, cls in found.items():  # check all of them before registering any
         ARCHITECTURES.check(name, cls, exist_ok=exist_ok)
     for name, cls in found.items():
         ARCHITECTURES.register(name, cls, exist_ok=exist_ok)
@@ -90,7 +90,7 @@ def _models_in(module: ModuleType, given: str) -> list[type[nn.Module]]:
 
 
 def _import_all(name: str) -> list[ModuleType]:
-    """A module, and all modules below it when it is a package."""
+    """Import a module, and if it is a package all modules below it."""
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))
     top = _import(name)
@@ -117,7 +117,7 @@ def _import(name: str) -> ModuleType:
 
 
 def _neighbours(name: str) -> list[str]:
-    """Modules where one was looked for: beside it in its package, or in the working directory."""
+    """Return the modules where one was expected: in its package, or in the working directory."""
     parent, _, _ = name.rpartition(".")
     package = sys.modules.get(parent)
     places = list(getattr(package, "__path__", [])) if package is not None else [str(Path.cwd())]

@@ -1,4 +1,4 @@
-"""Which class builds which architecture: a table from names to classes, filled by registration alone."""
+"""The registry of architectures: a table from names to classes, filled only by registration."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 from autofunc.errors import ModelError, in_brief
 
 GROUP = "autofunc.architectures"
-"""Entry points with which an installed package registers its models: `MyCustomForCausalLM = "my_package.models:Class"`."""
+"""Entry points by which an installed package registers its models: `MyCustomForCausalLM = "my_package.models:Class"`."""
 
 _HEAD = re.compile(r"(For[A-Z]\w*|LMHeadModel|Model)$")
 
@@ -20,12 +20,12 @@ ModelClass = TypeVar("ModelClass", bound=type[nn.Module])
 
 
 def follows_convention(name: str) -> bool:
-    """Whether a class is named like a model: `MyCustomForCausalLM`, `MyCustomLMHeadModel`, `MyCustomModel`."""
+    """Return whether a class is named like a model: `MyCustomForCausalLM`, `MyCustomLMHeadModel`, `MyCustomModel`."""
     return bool(_HEAD.search(name)) and not name.startswith("_") and not name.lower().endswith("pretrainedmodel")
 
 
 def model_type_of(name: str) -> str:
-    """The `model_type` that goes with the name of an architecture: `my_custom` for `MyCustomForCausalLM`."""
+    """Return the `model_type` that matches an architecture's name: `my_custom` for `MyCustomForCausalLM`."""
     stem = _HEAD.sub("", name) or name
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", stem).lower()
 
@@ -34,7 +34,7 @@ class Registry:
     """Architectures by name.
 
     Args:
-        group: of the entry points that are read, once, when a name is first looked for; None: no entry points.
+        group: of entry points, read once at the first lookup of a name; None reads none.
     """
 
     def __init__(self, group: str | None = None) -> None:
@@ -43,15 +43,15 @@ class Registry:
         self._installed: dict[str, metadata.EntryPoint] | None = None
 
     def register(self, name: str, cls: type[nn.Module], *, exist_ok: bool = False) -> None:
-        """Let a class build an architecture.
+        """Register the class that builds an architecture.
 
         Args:
-            name: what `architectures` in a config.json says.
+            name: as in `architectures` of a config.json.
             cls: the class.
-            exist_ok: whether it may take the place of another class.
+            exist_ok: whether it may replace another class.
 
         Raises:
-            ModelError: for what is no class of modules, and when another class has the name.
+            ModelError: if it is not a subclass of `nn.Module`, or another class has the name.
         """
         self.check(name, cls, exist_ok=exist_ok)
         self._classes[name] = cls
@@ -63,28 +63,28 @@ class Registry:
         known = self._classes.get(name)
         if known is not None and _origin(known) != _origin(cls) and not exist_ok:
             raise ModelError(
-                f"architecture {name!r} is registered already, by {'.'.join(_origin(known))}, so {'.'.join(_origin(cls))} "
-                "cannot have it: rename the class, or replace the other one with exist_ok=True"
+                f"architecture {name!r} is already taken by {'.'.join(_origin(known))}, so {'.'.join(_origin(cls))} "
+                "cannot be registered: rename the class, or replace the other one with exist_ok=True"
             )
 
     def names(self) -> list[str]:
-        """All names, sorted."""
+        """Return all names, sorted."""
         return sorted({*self._classes, *self._entry_points()})
 
     def name_of(self, cls: type[nn.Module]) -> str | None:
-        """The name under which a class is registered."""
+        """Return the name under which a class is registered, or None."""
         return next((name for name, known in self._classes.items() if known is cls), None)
 
     def registered_in(self, modules: Iterable[str]) -> dict[str, type[nn.Module]]:
-        """The classes that are defined in these modules, by name."""
+        """Return the registered classes that these modules define, by name."""
         inside = set(modules)
         return {name: cls for name, cls in sorted(self._classes.items()) if cls.__module__ in inside}
 
     def find(self, name: str) -> type[nn.Module] | None:
-        """The class for an architecture.
+        """Return the class of an architecture, or None.
 
         Raises:
-            ModelError: when it is an entry point that cannot be loaded.
+            ModelError: if its entry point cannot be loaded.
         """
         if name not in self._classes and name in self._entry_points():
             point = self._entry_points()[name]
@@ -98,10 +98,10 @@ class Registry:
         return self._classes.get(name)
 
     def find_by_type(self, model_type: str) -> type[nn.Module] | None:
-        """The class for a `model_type`: by its `config_class.model_type`, or by its name; of several the causal one.
+        """Return the class for a `model_type`, by name or `config_class.model_type`; of several the causal one.
 
         Raises:
-            ModelError: when several fit.
+            ModelError: if several still fit.
         """
         wanted = _letters(model_type)
         fitting = [name for name in self.names() if _letters(model_type_of(name)) == wanted]
@@ -123,17 +123,17 @@ class Registry:
             for point in metadata.entry_points(group=self._group) if self._group else ():
                 other = found.setdefault(point.name, point)
                 if other.value != point.value:
-                    raise ModelError(f"{_described(other)} and {_described(point)} have one name; uninstall one of them")
+                    raise ModelError(f"{_described(other)} and {_described(point)} share a name; uninstall one of them")
             self._installed = found
         return self._installed
 
 
 ARCHITECTURES = Registry(GROUP)
-"""What `af.AutoModel` looks in before it asks transformers."""
+"""The registry that `af.AutoModel` searches before it asks transformers."""
 
 
 def known_architectures() -> list[str]:
-    """Names of all registered architectures, those of installed packages included; transformers' own are not listed."""
+    """Return the names of all registered architectures, including installed packages', excluding transformers' own."""
     return ARCHITECTURES.names()
 
 
@@ -144,14 +144,14 @@ def register_architecture(
     name: str | None = None, *, exist_ok: bool = False
 ) -> Callable[[ModelClass], ModelClass]: ...  # fmt: skip
 def register_architecture(name: object = None, *, exist_ok: bool = False) -> object:
-    """Register a class of models, whatever it is called; used with or without a name.
+    """Register a model class whatever its name; a decorator, used with or without arguments.
 
     Args:
-        name: what `architectures` in a config.json says; by default the name of the class.
-        exist_ok: whether it may take the place of another class.
+        name: as in `architectures` of a config.json; by default the name of the class.
+        exist_ok: whether it may replace another class.
 
     Raises:
-        ModelError: when another class has the name.
+        ModelError: if another class has the name.
 
     Example:
         @af.register_architecture("MyArch")
@@ -169,7 +169,7 @@ def register_architecture(name: object = None, *, exist_ok: bool = False) -> obj
 
 
 def _origin(cls: type) -> tuple[str, str]:
-    """What a class is called where it is defined: the same when its module is loaded again."""
+    """Return the (module, name) that define a class; equal after its module is reloaded."""
     return cls.__module__, cls.__qualname__
 
 

@@ -1,4 +1,4 @@
-"""Weights as `torch.save` writes them, looked at before transformers loads them: nothing in them is executed."""
+"""Checks of `torch.save` weights before transformers loads them; nothing in the files is executed."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from autofunc.model.stored import misfit
 from autofunc.shown import quoted, shown
 
 SAVED, SAVED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
-"""What they are called in a folder."""
+"""Their file names in a folder."""
 
 
 def check_saved(folder: Path, wanted: Mapping[str, torch.dtype]) -> None:
-    """Refuse files that transformers should not be given; a folder may have none.
+    """Refuse files that transformers should not load; a folder may have none.
 
     Args:
         folder: of the model.
         wanted: the dtypes of its parameters and buffers, by name.
 
     Raises:
-        ModelError: for an index that leads elsewhere, for files that hold anything but tensors, and for tensors of a kind
-            that the model does not have.
+        ModelError: for an index that leads out of the folder, files that hold anything but tensors, and tensors of a dtype
+            that does not convert to the model's.
     """
     if unfit(folder / SAVED) != NOT_THERE:
         files = [folder / SAVED]
@@ -42,12 +42,12 @@ def check_saved(folder: Path, wanted: Mapping[str, torch.dtype]) -> None:
 
 
 def dtypes_of(module: nn.Module) -> dict[str, torch.dtype]:
-    """The dtypes of its parameters and buffers, by name."""
+    """Return the dtypes of a module's parameters and buffers, by name."""
     return {name: leaf.dtype for name, leaf in (*module.named_parameters(), *module.named_buffers())}
 
 
 def check_kinds(path: Path, stored: Mapping[str, torch.dtype | str], wanted: Mapping[str, torch.dtype]) -> None:
-    """Refuse dtypes that are not converted: under a name of the model its own, else any that it has.
+    """Refuse stored dtypes that cannot be converted to the dtype of that name in the model, or to any for unknown names.
 
     Raises:
         ModelError: naming the tensor.
@@ -60,7 +60,7 @@ def check_kinds(path: Path, stored: Mapping[str, torch.dtype | str], wanted: Map
 
 
 def _tensors(file: Path) -> dict[str, Tensor]:
-    """The tensors of a file, without their values."""
+    """Return the tensors of a file on the meta device, by name."""
     words = unfit(file)
     if words is not None:
         raise ModelError(f"{shown(file)} {words}")
@@ -68,13 +68,13 @@ def _tensors(file: Path) -> dict[str, Tensor]:
         if zipfile.is_zipfile(file):
             _check_plain(file)
         found: Any = torch.load(file, map_location="meta", weights_only=True)
-    except Exception as error:  # of torch, of pickle, of zip files
+    except Exception as error:  # torch, pickle and zipfile each raise their own
         raise ModelError(
-            f"{shown(file)} cannot be loaded without executing what is in it, or is broken "
+            f"{shown(file)} cannot be loaded without executing code in it, or is broken "
             f"({in_brief(error).partition(_NEXT)[0]}); save its state_dict as safetensors"
         ) from error
     if not isinstance(found, Mapping):
-        raise ModelError(f"{shown(file)} holds a {type(found).__name__}; expected a state dict, of names and tensors")
+        raise ModelError(f"{shown(file)} holds a {type(found).__name__}; expected a state dict of tensors by name")
     for name, value in found.items():
         if not (isinstance(name, str) and isinstance(value, Tensor)):
             raise ModelError(f"{shown(file)}: {quoted(name)} is a {type(value).__name__}; expected a tensor")
@@ -85,8 +85,8 @@ _NEXT = "\n"
 
 
 def _check_plain(file: Path) -> None:
-    """Torch compresses nothing, so what is compressed is not its own, and may be of any size."""
+    """Refuse compressed entries: torch writes none, and they could expand to any size."""
     with zipfile.ZipFile(file) as archive:
         packed = [each.filename for each in archive.infolist() if each.compress_type != zipfile.ZIP_STORED]
     if packed:
-        raise ModelError(f"{quoted(packed[0])} in it is compressed")
+        raise ModelError(f"its entry {quoted(packed[0])} is compressed")

@@ -1,4 +1,4 @@
-"""Write trained parameters as a folder that `from_pretrained` loads, here and in transformers."""
+"""Writing trained parameters as a folder that `from_pretrained` loads, here and in transformers."""
 
 from __future__ import annotations
 
@@ -29,26 +29,26 @@ def write_pretrained(
     *,
     max_shard_size: int | str = "5GB",
 ) -> Path:
-    """Write a folder with config.json and the weights, each bit as it is in `params`.
+    """Write a folder with config.json and the weights, bit for bit as in `params`.
 
-    A model of transformers is written by its own `save_pretrained`: tied parameters once, its generation config, and
-    weights in the form in which its checkpoints store them. Any other module needs a `config` attribute; its folder is for
-    `af.AutoModel.from_pretrained`, once its class is registered. The module stays as it is. A model of pure layers is
-    written as it says that it is in transformers (`Model.in_transformers`), as those of `stages/` do. Of a model with
-    adapters the base is written, with their changes added to its weights.
+    A transformers model is written by its own `save_pretrained`: tied parameters once, its generation config, and weights
+    in the form its checkpoints store. Any other module needs a `config` attribute; `af.AutoModel.from_pretrained` loads its
+    folder once its class is registered. The module is not modified. A model of pure layers is written in the form that its
+    `Model.in_transformers` defines, as those of `stages/` do. For a model with adapters the base is written, with the
+    adapters' changes added to its weights.
 
     Args:
-        model: what the parameters are of; its module may be on the meta device.
-        params: a full tree of parameters, on any device, nested or flat (canonical path -> tensor), buffers that are state
-            among them or not; or a file that training wrote (model.safetensors).
-        folder: made when it is not there; weights of an earlier export in it are replaced.
-        max_shard_size: of one file, in bytes or as "5GB"; larger weights are written as several files.
+        model: that the parameters belong to; its module may be on the meta device.
+        params: a full tree of parameters, on any device, nested or flat (canonical path -> tensor), with or without buffers
+            that are state; or a file that training wrote (model.safetensors).
+        folder: created if missing; weights of an earlier export in it are replaced.
+        max_shard_size: of one file, in bytes or as "5GB"; larger weights are split into several files.
 
     Returns:
         The folder.
 
     Raises:
-        ModelError: for parameters that are missing, unknown or of another shape, and for a config that is none.
+        ModelError: for parameters that are missing, unknown or of the wrong shape, and for a missing or invalid config.
     """
     folder = Path(folder).expanduser()
     if isinstance(model, AdaptedModel):
@@ -73,7 +73,7 @@ def check_writable(model: Model | Pretrained | nn.Module) -> None:
     """Refuse a model that `write_pretrained` could not write, whatever its parameters.
 
     Raises:
-        ModelError: for a model of functions that does not say what it is in transformers, and a module without a config.
+        ModelError: for a model of functions without `in_transformers`, and a module without a valid config.
     """
     model = model.base if isinstance(model, AdaptedModel) else model
     if isinstance(model, Model) and not isinstance(model, CapturedModel):
@@ -87,8 +87,8 @@ def check_writable(model: Model | Pretrained | nn.Module) -> None:
 def _check_says_what_it_is(model: Model) -> None:
     if model.in_transformers is None:
         raise ModelError(
-            f"{model!r} was made of functions and does not say what it is in transformers; give it "
-            "af.Model(..., in_transformers=...), or keep model.state_dict(params)"
+            f"{model!r} is made of functions and has no form in transformers; give it "
+            "af.Model(..., in_transformers=...), or save model.state_dict(params)"
         )
 
 
@@ -100,7 +100,7 @@ def _flat(params: tree.Nested | str | Path) -> dict[str, Tensor]:
 
 
 def _in_transformers(model: Model, params: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The config and the weights of a model of pure layers, each weight once."""
+    """Return the config and the weights of a model of pure layers, each weight once."""
     _check_says_what_it_is(model)
     assert model.in_transformers is not None
     known = model.state_dict(params)
@@ -111,11 +111,11 @@ def _in_transformers(model: Model, params: dict[str, Tensor]) -> tuple[dict[str,
 
 
 def _by_name(module: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The config and the weights of a module that does not write itself: each parameter once, by its canonical name."""
+    """Return the config and the weights of a module without `save_pretrained`: each parameter once, by canonical name."""
     config = _config_values(module)
     state = module.state_dict(keep_vars=True)
     first = {id(leaf): name for name, leaf in module.named_parameters()}
-    # a parameter may share memory with another without being it: a file holds each by itself
+    # different parameters may share memory; a file holds each separately
     leaves = {
         name: leaf.detach().clone() for name, leaf in state.items()
         if isinstance(leaf, Tensor) and first.get(id(leaf), name) == name
@@ -147,7 +147,7 @@ def _config_values(module: nn.Module) -> dict[str, Any]:
     config = getattr(module, "config", None)
     if config is None:
         raise ModelError(
-            f"{cls.__name__} has no config attribute, without which it could not be built again; set self.config (a "
+            f"{cls.__name__} has no config attribute, which is needed to rebuild it; set self.config (a "
             "dataclass, a dict, or an object with attributes) in __init__"
         )
     values = values_of(config)

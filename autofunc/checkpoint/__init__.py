@@ -1,4 +1,4 @@
-"""Checkpoints: what a run is at a step, in a folder that any layout reads."""
+"""Checkpoints: a run's state at a step, in a folder that any layout can read."""
 
 from autofunc.checkpoint.folder import read_extra
 from autofunc.checkpoint.read import Checkpoint, check_fits, load

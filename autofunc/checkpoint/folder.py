@@ -1,7 +1,7 @@
-"""The folder of a checkpoint: tensors as `torch.distributed.checkpoint` writes them, and a manifest beside them.
+"""The folder of a checkpoint: tensors as `torch.distributed.checkpoint` writes them, and a manifest next to them.
 
-A checkpoint is written into a folder beside its own, whose name ends in `.partial`, and renamed when all of it is on the
-disk. So a folder without that ending is whole, whenever a process was killed.
+A checkpoint is written to a sibling folder whose name ends in `.partial`, and renamed once everything is on disk. So a
+folder without that suffix is complete, no matter when a process was killed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from autofunc.foreign_file import check_file, is_folder, read_plain
 from autofunc.shown import reason, shown
 
 PARAMS, STATE, OPTIMIZER, AVERAGE = "params", "state", "optimizer", "average"
-"""What the names of tensors begin with."""
+"""Prefixes of the tensors' names."""
 
 _MANIFEST, _METADATA = "autofunc.json", ".metadata"
 _FORMAT = 1
@@ -31,23 +31,23 @@ _HARMLESS = {
     ("torch.distributed.checkpoint.filesystem", "_StoragePrefix"), ("pathlib", "PosixPath"), ("pathlib", "PurePosixPath"),
     ("pathlib._local", "PosixPath"),  # Python 3.13's
 }  # fmt: skip
-"""What the description of tensors is made of, beside the classes of `torch.distributed.checkpoint.metadata` and dtypes."""
+"""Classes that a description of tensors may contain, besides `torch.distributed.checkpoint.metadata`'s and dtypes."""
 
 
 def partial_of(path: Path) -> Path:
-    """Where a checkpoint is written before it is published."""
+    """Return the folder a checkpoint is written to before it is published."""
     return path.with_name(f"{path.name}.partial")
 
 
 def prepare(path: Path) -> Path:
-    """Make the folder that a checkpoint is written into; what an interrupted run has left there goes.
+    """Create the folder a checkpoint is written to, deleting what an interrupted run left there.
 
     Raises:
-        CheckpointError: when there is a checkpoint already, or the folder cannot be made.
+        CheckpointError: if the checkpoint already exists, or the folder cannot be created.
     """
     partial = partial_of(path)
     if path.exists():
-        raise CheckpointError(f"{shown(path)} is there already, and no checkpoint is overwritten; name another folder")
+        raise CheckpointError(f"{shown(path)} already exists, and checkpoints are not overwritten; name another folder")
     try:
         if partial.exists():
             shutil.rmtree(partial)
@@ -58,10 +58,10 @@ def prepare(path: Path) -> Path:
 
 
 def publish(path: Path, extra: Mapping[str, Any]) -> None:
-    """Write the manifest of a checkpoint whose tensors are on the disk, and give its folder its name.
+    """Write the manifest of a checkpoint whose tensors are on disk, and rename its folder to its final name.
 
     Raises:
-        OSError: when the disk does not take it.
+        OSError: if writing fails.
     """
     partial = partial_of(path)
     with (partial / _MANIFEST).open("w", encoding="utf-8") as file:
@@ -74,10 +74,10 @@ def publish(path: Path, extra: Mapping[str, Any]) -> None:
 
 
 def remove(path: Path) -> None:
-    """Delete a checkpoint, or what there is of it: never half of it under its own name.
+    """Delete a checkpoint or its partial folder; no incomplete one is ever visible under its final name.
 
     Raises:
-        OSError: when it cannot be deleted.
+        OSError: if it cannot be deleted.
     """
     partial = partial_of(path)
     if path.exists():
@@ -87,7 +87,7 @@ def remove(path: Path) -> None:
 
 
 def _sync(folder: Path) -> None:
-    """Have names in a folder on the disk, too."""
+    """Flush a folder's entries to disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -96,33 +96,33 @@ def _sync(folder: Path) -> None:
 
 
 def read_extra(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What `save` was given as `extra`.
+    """Return the `extra` that `save` was given.
 
     Raises:
-        CheckpointError: when there is no whole checkpoint of this kind.
+        CheckpointError: if there is no complete checkpoint of this format.
     """
     folder = Path(path)
     if not is_folder(folder):
-        raise CheckpointError(f"{shown(path)} is no folder; expected one that af.save or a run has written")
+        raise CheckpointError(f"{shown(path)} is not a folder; expected one written by af.save or a run")
     if not (folder / _MANIFEST).exists():
-        why = "its run was interrupted while it wrote" if folder.suffix == ".partial" else f"it has no {_MANIFEST}"
-        raise CheckpointError(f"{shown(path)} is no whole checkpoint: {why}")
+        why = "its run was interrupted while writing it" if folder.suffix == ".partial" else f"it has no {_MANIFEST}"
+        raise CheckpointError(f"{shown(path)} is not a complete checkpoint: {why}")
     text = read_plain(folder / _MANIFEST, CheckpointError)
     try:
         manifest = json.loads(text)
         written, extra = manifest["format"], dict(manifest["extra"])
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{shown(folder / _MANIFEST)} is no manifest of a checkpoint: {reason(error)}") from error
+        raise CheckpointError(f"{shown(folder / _MANIFEST)} is not a checkpoint's manifest: {reason(error)}") from error
     if written != _FORMAT:
-        raise CheckpointError(f"{shown(path)} is of format {shown(written)}; this version reads format {_FORMAT}")
+        raise CheckpointError(f"{shown(path)} has format {shown(written)}; this version reads format {_FORMAT}")
     return extra
 
 
 def read_metadata(path: Path) -> Metadata:
-    """What tensors a checkpoint has. Nothing in the file is executed.
+    """Read the description of a checkpoint's tensors. Nothing in the file is executed.
 
     Raises:
-        CheckpointError: when it cannot be read, or holds anything but a description of tensors.
+        CheckpointError: if it cannot be read, or holds anything but a description of tensors.
     """
     file = path / _METADATA
     check_file(file, CheckpointError)
@@ -132,7 +132,7 @@ def read_metadata(path: Path) -> Metadata:
     except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, ValueError, TypeError) as error:
         raise CheckpointError(f"{shown(file)} cannot be read: {reason(error)}") from error
     if not isinstance(found, Metadata):
-        raise CheckpointError(f"{shown(file)} holds a {type(found).__name__}; expected the description of a checkpoint")
+        raise CheckpointError(f"{shown(file)} holds a {type(found).__name__}; expected a description of a checkpoint")
     for part in (found.storage_data or {}).values():
         if Path(part.relative_path).name != part.relative_path:
             raise CheckpointError(f"{shown(file)} names {shown(part.relative_path)}, which is not in that folder")
@@ -140,11 +140,15 @@ def read_metadata(path: Path) -> Metadata:
 
 
 class _Reader(pickle.Unpickler):
-    """Makes descriptions of tensors, and nothing else: torch keeps them as a pickle, which may call any function."""
+    """Unpickles descriptions of tensors and refuses anything else: torch stores them as a pickle, which could run code."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """Of the names in such a file."""
+        """Resolve a name in the pickle.
+
+        Raises:
+            pickle.UnpicklingError: if a description of tensors has no use for it.
+        """
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if not is_dtype and module != Metadata.__module__ and (module, name) not in _HARMLESS:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is no part of a description")
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which does not belong in a description of tensors")
         return super().find_class(module, name)

@@ -1,4 +1,4 @@
-"""Read a checkpoint into the layout of a pipeline."""
+"""Reading a checkpoint into the layout of a pipeline."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ from autofunc.shard.fused import fill
 from autofunc.shown import shown
 
 Saved = Mapping[str, TensorStorageMetadata]
-"""What a checkpoint has, by name."""
+"""The tensors of a checkpoint, by name."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What `af.load` returns: this process's part of everything."""
+    """The result of `af.load`: this process's part of everything."""
 
     params: TensorDict
-    state: TensorDict  # of layers that keep some; empty where none does
-    optimizer_state: TensorDict | None  # None when no optimizer was given
-    extra: dict[str, Any]  # what `af.save` was given as such
-    average: TensorDict | None = None  # None when it was not asked for, or there is none
+    state: TensorDict  # of layers that keep some; empty if none does
+    optimizer_state: TensorDict | None  # None if no optimizer was given
+    extra: dict[str, Any]  # the `extra` given to `af.save`
+    average: TensorDict | None = None  # None if not requested or absent
 
 
 @torch.inference_mode(False)
@@ -52,17 +52,17 @@ def load(
     device: torch.device | str | None = None,
     average: bool = False,
 ) -> Checkpoint:
-    """Read a checkpoint of `af.save`, written in any layout, into that of a pipeline. Each process reads its part alone.
+    """Read a checkpoint of `af.save`, written in any layout, into a pipeline's layout. Each process reads only its part.
 
     Args:
         path: the folder.
-        pipe: whose parameters are wanted.
-        optimizer: the one whose state was saved; without it the state is not read.
-        device: where the tensors are to be; by default as for `pipe.init`.
-        average: whether that of the parameters is read too, if the checkpoint has one.
+        pipe: whose parameters to read.
+        optimizer: whose state was saved; without it the state is not read.
+        device: of the tensors; by default as for `pipe.init`.
+        average: whether to also read the average of the parameters, if the checkpoint has one.
 
     Raises:
-        CheckpointError: when there is none, or one of another model or optimizer; says what differs.
+        CheckpointError: if there is no checkpoint, or it belongs to a different model or optimizer; names the differences.
     """
     extra, saved = read_extra(path), _saved(Path(path))
     _check_model(path, saved, pipe.stages[0].model)
@@ -82,7 +82,7 @@ def _dtypes(saved: Saved, prefix: str) -> dict[str, torch.dtype]:
 
 
 def _blank_average(pipe: Pipeline, saved: Saved, device: torch.device | str | None) -> TensorDict | None:
-    """Tensors to read an average into: laid out as the parameters that it is of."""
+    """Return tensors to read an average into, laid out like its parameters; None if the checkpoint has none."""
     has = _dtypes(saved, AVERAGE)
     if not has:
         return None
@@ -91,10 +91,10 @@ def _blank_average(pipe: Pipeline, saved: Saved, device: torch.device | str | No
 
 
 def check_fits(path: str | os.PathLike[str], model: Model) -> dict[str, Any]:
-    """Refuse a checkpoint that is not of this model, reading no tensor; returns its `extra`.
+    """Refuse a checkpoint of a different model, without reading tensors; return its `extra`.
 
     Raises:
-        CheckpointError: saying what differs.
+        CheckpointError: naming the differences.
     """
     extra, saved = read_extra(path), _saved(Path(path))
     _check_model(path, saved, model)
@@ -119,26 +119,26 @@ def _check_model(path: str | os.PathLike[str], saved: Saved, model: Model) -> No
         ]
     if differences:
         listed = "; ".join(differences[:4]) + (f"; and {len(differences) - 4} more" if len(differences) > 4 else "")
-        raise CheckpointError(f"{shown(path)} is a checkpoint of another model than {model.title}: {listed}")
+        raise CheckpointError(f"{shown(path)} is a checkpoint of a different model than {model.title}: {listed}")
 
 
 def _names(kind: str, has: Iterable[str], wants: Iterable[str]) -> list[str]:
-    """Names that are on one side only."""
+    """Describe the names that only one side has."""
     has, wants = list(has), list(wants)
     missing, more = [name for name in wants if name not in set(has)], [name for name in has if name not in set(wants)]
-    said = [f"it lacks {kind} {some_of(missing)}"] if missing else []
-    return said + ([f"it has {kind} {some_of(more)}, which the model has not"] if more else [])
+    found = [f"it lacks {kind} {some_of(missing)}"] if missing else []
+    return found + ([f"it has {kind} {some_of(more)}, which the model does not have"] if more else [])
 
 
 def _same_shape(one: torch.Size, other: torch.Size) -> bool:
-    """Whether two shapes are the same. A parameter without dims has one where it is sharded."""
+    """Return whether two shapes are the same. A zero-dim parameter has one dim if it is sharded."""
     return one == other or (one.numel() == other.numel() == 1 and max(len(one), len(other)) == 1)
 
 
 def _slots(
     path: str | os.PathLike[str], optimizer: Optimizer, params: TensorDict, pipe: Pipeline, saved: Saved
 ) -> tuple[TensorDict, dict[str, Tensor]]:
-    """Tensors to read an optimizer's state into: what an update makes. Nobody else knows how an optimizer lays it out."""
+    """Return (params, tensors to read an optimizer's state into), from an update: only the optimizer knows its layout."""
     model = pipe.stages[0].model
     zeros = {name: torch.zeros_like(leaf) for name, leaf in tree.flatten(params).items() if model.is_trainable(name)}
     fresh = optimizer.init(params)
@@ -152,9 +152,9 @@ def _slots(
     more = sorted(name for name in has - set(slots) if path_of_slot(name, zeros))
     if missing or more:
         differs = f"it lacks {some_of(missing)}" if missing else f"it keeps {some_of(more)}, which this one does not"
-        raise CheckpointError(f"{shown(path)} is a checkpoint of another optimizer than {optimizer!r}: {differs}")
+        raise CheckpointError(f"{shown(path)} is a checkpoint of a different optimizer than {optimizer!r}: {differs}")
     slots = {name: leaf for name, leaf in slots.items() if name in has}
-    # what an optimizer keeps beside its parameters comes and goes: all of it belongs to every process
+    # entries an optimizer keeps outside its slots come and go; every process holds all of them
     slots |= {name: _empty(saved[f"{OPTIMIZER}.{name}"]) for name in outside - set(slots)}
     return params, slots
 
@@ -165,7 +165,7 @@ def _empty(entry: TensorStorageMetadata) -> Tensor:
 
 def _read(path: str | os.PathLike[str], wanted: Mapping[str, Tensor], saved: Saved) -> None:
     """Read tensors in place."""
-    # a parameter without dims is laid out with one where it is sharded: read whole, for it is one number
+    # a zero-dim parameter has one dim if it is sharded; it is a single number, so read it whole
     cuts = {name: cut for name, (_, cut) in with_cuts(wanted).items() if cut is not None}
     others = {name: _empty(saved[name]) for name, leaf in wanted.items() if leaf.shape != saved[name].size or name in cuts}
     hush()

@@ -1,4 +1,4 @@
-"""Write a checkpoint: every process its part, all of it or nothing."""
+"""Writing a checkpoint: every process writes its part, and the result is all or nothing."""
 
 from __future__ import annotations
 
@@ -33,21 +33,21 @@ def save(
     average: tree.Nested | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a checkpoint, which `af.load` reads into a pipeline of any layout: other ranks, splits, schedules, shards.
+    """Write a checkpoint that `af.load` reads into a pipeline of any layout: other ranks, splits, schedules, shards.
 
-    All processes of the default process group call it, where there is one, and a folder that all of them see is needed.
-    The checkpoint has its name only when it is whole.
+    All processes of the default process group call it, if there is one, and the folder must be visible to all of them.
+    The checkpoint gets its name only once it is complete.
 
     Args:
-        path: the folder to make; there must be none yet.
+        path: the folder to create; it must not exist yet.
         params: this process's parameters.
         state: of layers that keep some, such as batch normalisation.
-        optimizer_state: what `optimizer.init` or `update` returned.
-        average: of the parameters, such as `af.ema` gives, or of some of them.
-        extra: what else is to be kept, such as the step: anything that JSON takes.
+        optimizer_state: returned by `optimizer.init` or `update`.
+        average: of all or some of the parameters, such as `af.ema` returns.
+        extra: further values to store, such as the step: anything JSON can hold.
 
     Raises:
-        CheckpointError: on every process, when one of them cannot write its part.
+        CheckpointError: on every process, if one of them cannot write its part.
 
     Example:
         af.save("checkpoints/step_100", params=params, optimizer_state=state, extra={"step": 100})
@@ -60,7 +60,7 @@ def save(
 
 
 class Saving:
-    """A checkpoint that is being written; `begin_save` makes it."""
+    """A checkpoint being written; returned by `begin_save`."""
 
     def __init__(self, path: Path, extra: Mapping[str, Any], written: Future[Any] | None, error: str | None) -> None:
         self.path = path
@@ -68,14 +68,14 @@ class Saving:
 
     @property
     def is_written(self) -> bool:
-        """Whether this process's part is, so that `finish` would not wait for it."""
+        """True once this process's part is written, so that `finish` does not wait for it."""
         return self._written is None or self._written.done()
 
     def finish(self) -> None:
         """Wait until all parts are written, and publish the checkpoint. All processes call it.
 
         Raises:
-            CheckpointError: on every process, when one of them could not write; then there is no checkpoint.
+            CheckpointError: on every process, if one of them could not write; then there is no checkpoint.
         """
         error = self._error
         if error is None and self._written is not None:
@@ -102,20 +102,20 @@ def begin_save(
     extra: Mapping[str, Any] | None = None,
     background: dist.ProcessGroup | bool = False,
 ) -> Saving:
-    """Begin to write a checkpoint; `finish` of what this returns ends it. Arguments as of `save`, all processes call it.
+    """Begin to write a checkpoint; call `finish` on the result to complete it. All processes call it, as `save`.
 
     Args:
         path: see `save`.
-        params: see `save`; as all trees, they may be changed as soon as this returns.
+        params: see `save`; all trees may be modified as soon as this returns.
         state: see `save`.
         optimizer_state: see `save`.
         average: see `save`.
         extra: see `save`.
-        background: True copies the tensors to the host and writes them while the caller goes on; a group of all processes
-            on gloo, where there are several, which nothing else may use meanwhile.
+        background: True copies the tensors to the host and writes them while the caller continues; with several processes
+            pass a gloo group of all of them, which nothing else may use in the meantime.
 
     Raises:
-        CheckpointError: on every process, when the folder cannot be made.
+        CheckpointError: on every process, if the folder cannot be created.
     """
     folder = Path(path)
     error, partial = None, Path()
@@ -136,7 +136,7 @@ def begin_save(
     if background:
         group = background if isinstance(background, dist.ProcessGroup) else None
         written = dcp.async_save(tensors, checkpoint_id=partial, process_group=group, no_dist=alone)
-        assert isinstance(written, Future), "which the thread that writes gives"
+        assert isinstance(written, Future), "async_save returns the writer thread's future"
         return Saving(folder, extra or {}, written, None)
     try:
         with torch.no_grad():
@@ -149,10 +149,10 @@ def begin_save(
 def flat_trees(
     params: tree.Nested, state: tree.Nested | None, optimizer_state: tree.Nested | None, average: tree.Nested | None
 ) -> dict[str, Tensor]:
-    """The tensors of a checkpoint by their names in it: `params.h.0.weight`, `optimizer.exp_avg.h.0.weight`.
+    """Return a checkpoint's tensors by their names in it: `params.h.0.weight`, `optimizer.exp_avg.h.0.weight`.
 
     Raises:
-        AutofuncError: for a leaf that is no tensor.
+        AutofuncError: for a leaf that is not a tensor.
     """
     found: dict[str, Tensor] = {}
     for prefix, given in ((PARAMS, params), (STATE, state), (OPTIMIZER, optimizer_state), (AVERAGE, average)):
@@ -164,7 +164,7 @@ def flat_trees(
 
 
 def with_cuts(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Cut | None]]:
-    """The tensors of a checkpoint, and of fused weights, and their slots, how they are cut; of others None."""
+    """Return each tensor of a checkpoint with its cut, for fused weights and their slots, or None."""
     found: dict[str, tuple[Tensor, Cut | None]] = {}
     params = {name.partition(".")[2] for name in tensors if name.startswith(f"{PARAMS}.")}
     for name, leaf in tensors.items():
@@ -175,12 +175,12 @@ def with_cuts(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Cut | No
 
 
 def hush() -> None:
-    """Leave out torch's word that a process alone is alone, also where it was told so, and in its threads."""
+    """Silence torch's warning about a missing process group, raised even with `no_dist=True`, also in its threads."""
     warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
 
 
 def message_of(error: BaseException | None) -> str | None:
-    """What went wrong first: torch gives a table of all ranks' errors, each with its traceback."""
+    """Return the first rank's error in brief: torch raises a table of all ranks' errors with tracebacks."""
     if isinstance(error, CheckpointException):
         rank, (first, _) = min(error.failures.items())
         return in_brief(first) + (f" (rank {rank})" if dist.is_initialized() else "")
@@ -188,12 +188,12 @@ def message_of(error: BaseException | None) -> str | None:
 
 
 def is_first() -> bool:
-    """Whether this is the first process, or the only one."""
+    """Return whether this is the first process, or the only one."""
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def of_first(value: Any) -> Any:
-    """What the first process has."""
+    """Return the first process's value, on every process."""
     if not dist.is_initialized():
         return value
     values = [value]
@@ -202,7 +202,7 @@ def of_first(value: Any) -> Any:
 
 
 def _of_all(value: Any) -> list[Any]:
-    """What each process has."""
+    """Return every process's value, in rank order."""
     if not dist.is_initialized():
         return [value]
     values = [None] * dist.get_world_size()

@@ -1,7 +1,7 @@
-"""Arrays that took long to make, kept in files: made by one process, and read by all others and by later runs.
+"""A disk cache of arrays that are slow to build: one process builds them; the others and later runs read them.
 
-A folder in the user's cache for each key; the key says all that the arrays depend on. `AUTOFUNC_CACHE` names another
-folder, or is `off`.
+Each key has its own folder in the user's cache; the key holds everything the arrays depend on. `AUTOFUNC_CACHE` names
+another folder, or is `off`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from autofunc.progress_bar import say
 from autofunc.shown import shown
 
 FOLDER, OFF = "AUTOFUNC_CACHE", "off"
-"""Environment variable: the folder of the cache; and its value where nothing is kept."""
+"""The environment variable with the cache's folder, and the value that turns the cache off."""
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -34,7 +34,7 @@ _MANIFEST = "manifest.json"
 
 
 def cache_folder() -> Path | None:
-    """Where arrays are kept; None where they are not."""
+    """Return the folder that holds the arrays; None if the cache is off."""
     named = os.environ.get(FOLDER)
     if named:
         return None if named == OFF else Path(named).expanduser()
@@ -42,15 +42,18 @@ def cache_folder() -> Path | None:
 
 
 def cached(what: str, key: Mapping[str, Any], make: Callable[[], Arrays]) -> Arrays:
-    """The arrays of a key: read if they are there, else made and written, by one process at a time.
+    """Return a key's arrays: read if present, else built and written, by one process at a time.
 
     Args:
-        what: they are, for messages and names of folders: letters and digits.
-        key: all that they depend on, as JSON takes it.
-        make: makes them.
+        what: a name for the arrays, for messages and folder names: letters and digits.
+        key: everything the arrays depend on, as JSON values.
+        make: builds them.
+
+    Returns:
+        Arrays by name, memory-mapped read-only; if the cache is off, what `make` returned.
 
     Raises:
-        DataError: where the cache cannot be written.
+        DataError: if the cache cannot be written.
     """
     root = cache_folder()
     if root is None:
@@ -66,14 +69,14 @@ def cached(what: str, key: Mapping[str, Any], make: Callable[[], Arrays]) -> Arr
             try:
                 return _read(folder, text)
             except _DamagedError as error:
-                say(f"note: the cache {shown(folder)} {error}; it is made again")
+                say(f"note: the cache {shown(folder)} {error}; rebuilding it")
         made = make()
         with _unwritable(root):
             _write(folder, text, made)
         try:
             return _read(folder, text)
         except _DamagedError as error:
-            raise DataError(f"the cache {shown(folder)} {error}, right after it was written: look at the disk") from error
+            raise DataError(f"the cache {shown(folder)} {error}, right after it was written: check the disk") from error
     finally:
         lock.release()
 
@@ -84,23 +87,23 @@ def _unwritable(root: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise DataError(
-            f"the cache {shown(root)} cannot be written: {error.strerror or error}; set {FOLDER} to a folder that "
-            f"can, or to {OFF}"
+            f"the cache {shown(root)} cannot be written: {error.strerror or error}; set {FOLDER} to a writable folder, "
+            f"or to {OFF}"
         ) from error
 
 
 def content_of(files: Iterable[Path]) -> list[str]:
-    """What files hold, as a text for each: part of a key."""
+    """Return a digest of each file's content, with its suffix: part of a key."""
     found = []
     for file in files:
         with file.open("rb") as opened:
             digest = hashlib.file_digest(opened, lambda: hashlib.blake2b(digest_size=16))
-        found.append(f"{digest.hexdigest()}{file.suffix}")  # which says how it is read
+        found.append(f"{digest.hexdigest()}{file.suffix}")  # the suffix decides how the file is read
     return found
 
 
 class _DamagedError(Exception):
-    """The rest of a sentence: what is wrong with a folder."""
+    """What is wrong with a cache folder, as the predicate of a sentence."""
 
 
 def _write(folder: Path, key: str, arrays: Arrays) -> None:
@@ -121,7 +124,7 @@ def _read(folder: Path, key: str) -> Arrays:
         manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
         sums = manifest["files"]
         if manifest["key"] != key:
-            raise _DamagedError("is of something else")
+            raise _DamagedError("belongs to a different key")
         for name, expected in sums.items():
             if _sum_of(folder / f"{name}.npy") != expected:
                 raise _DamagedError(f"is damaged: {name}.npy has changed")

@@ -1,4 +1,4 @@
-"""Conversations: learn what the assistant says."""
+"""Conversations: train on what the assistant says."""
 
 from __future__ import annotations
 
@@ -16,30 +16,31 @@ from autofunc.data.tokenizer import HuggingFaceTokenizer
 from autofunc.errors import DataError
 from autofunc.shown import quoted
 
-_VERSION = 1  # of how examples are made, for the cache
+_VERSION = 1  # of the tokenisation; part of the cache key
 
 
 class ChatDataset(InstructionRows):
-    """Rows of conversations: a column `messages`, each {role, content}, and perhaps a column `tools`.
+    """Rows of conversations: a column `messages` of {role, content} each, and an optional column `tools`.
 
-    Answers of the assistant are learnt, with what the template ends them with; labels are -100 elsewhere.
+    A row is {"input_ids", "labels"}, int64 of shape (seq_length,). The loss covers the assistant's answers and the
+    template's end-of-message tokens; labels are -100 elsewhere.
 
     Args:
         path_or_dataset_id: a file (.jsonl, .json, .csv, .parquet), several, a folder of such files, or a hub name.
         tokenizer: a name or folder for `transformers`, with a chat template.
-        split: of a folder, or of a dataset of the hub.
-        name: the subset of a dataset of the hub.
-        answer_only_loss_mask: False learns all tokens.
-        seq_length: tokens of a row; None takes the longest conversation, rounded up to a multiple of 8.
+        split: of a folder or a hub dataset.
+        name: the subset of a hub dataset.
+        answer_only_loss_mask: False trains on all tokens.
+        seq_length: tokens per row; None takes the longest conversation, rounded up to a multiple of 8.
         padding: `do_not_pad` gives rows of different lengths, for `dataloader.pad_seq_len_divisible` or `pad_seq_len_to`.
-        truncation: whether longer conversations lose their end; rows in which nothing is left to learn are left
-            out, and counted.
-        chat_template: Jinja, or a file of it, in the place of the tokenizer's own.
-        limit_dataset_samples: take the first rows only.
+        truncation: True cuts the end off longer conversations; rows left with nothing to train on are dropped and
+            counted.
+        chat_template: Jinja, or a file with it; replaces the tokenizer's own.
+        limit_dataset_samples: take only the first rows.
         aligned_labels: False gives `labels[t] = input_ids[t]`, for models that shift labels themselves.
 
     Raises:
-        DataError: when rows cannot be read, rendered or learnt from.
+        DataError: if rows cannot be read or rendered, or none has anything to train on.
     """
 
     def __init__(
@@ -81,20 +82,24 @@ class ChatDataset(InstructionRows):
 
 
 def template_of(given: str | None) -> str | None:
-    """A chat template, or the content of the file that is named."""
+    """Return a chat template: the text given, or the content of the file it names.
+
+    Raises:
+        DataError: if the text is neither.
+    """
     if given is None or "{" in given:
         return given
     try:
         return Path(given).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"chat_template: {quoted(given)} is neither a template nor a file of one: {error}") from error
+        raise DataError(f"chat_template: {quoted(given)} is neither a template nor a readable file: {error}") from error
 
 
 def _parsed(where: str, value: Any) -> Any:
-    """A list, which in a CSV file is a text."""
+    """Return a list; a CSV file holds it as JSON text."""
     if not isinstance(value, str):
         return value
     try:
         return json.loads(value)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: {quoted(value)} is no JSON; expected a list of messages") from error
+        raise DataError(f"{where}: {quoted(value)} is not valid JSON; expected a list of messages") from error

@@ -5,11 +5,11 @@ from __future__ import annotations
 from autofunc.errors import DataError
 
 MOST_TOKENS = 1 << 24
-"""Of a row."""
+"""The most tokens a row may have."""
 
 
 def check_length(dataset: str, seq_len: int | None) -> None:
-    """Refuse rows that are empty, or longer than any model takes; None means that the number was not given.
+    """Refuse rows that are empty, or longer than any model takes; None means not given.
 
     Raises:
         DataError: naming the argument.
@@ -20,7 +20,7 @@ def check_length(dataset: str, seq_len: int | None) -> None:
 
 
 def check_at_least_one(dataset: str, **numbers: int | None) -> None:
-    """Refuse numbers below 1; None means that the number was not given.
+    """Refuse numbers below 1; None means not given.
 
     Raises:
         DataError: naming the argument.

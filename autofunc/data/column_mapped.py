@@ -1,4 +1,4 @@
-"""Instructions from a table: columns with a context, a question and its answer, which is learnt."""
+"""Instructions from a table: columns with a context, a question and its answer; the loss covers the answer."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ from autofunc.errors import DataError, one_of
 from autofunc.shown import quoted
 
 _PARTS = ("context", "question", "answer")
-_VERSION = 1  # of how examples are made, for the cache
+_VERSION = 1  # of the tokenisation; part of the cache key
 
 
 class ColumnMappedTextInstructionDataset(InstructionRows):
     """Rows of a table of instructions.
 
-    With a chat template the context is the system's message, the question the user's and the answer the assistant's.
-    Without one they are joined by spaces, and the tokenizer's token for the end of a text follows, which is learnt too.
+    A row is {"input_ids", "labels"}, int64 of shape (seq_length,); labels are -100 outside the loss. With a chat template
+    the context is the system message, the question the user's and the answer the assistant's. Without one they are joined
+    by spaces, followed by the tokenizer's end-of-text token, which the loss covers too.
 
     Args:
         path_or_dataset_id: a file (.jsonl, .json, .csv, .parquet), several, a folder of such files, or a hub name.
-        column_mapping: what the columns are called: `answer`, and `question` or `context`, or both.
+        column_mapping: names of the columns for `answer`, and `question` or `context` or both.
         tokenizer: a name or folder for `transformers`; None takes bytes.
-        split: of a folder, or of a dataset of the hub.
-        name: the subset of a dataset of the hub.
-        answer_only_loss_mask: False learns all tokens.
-        seq_length: tokens of a row; None takes the longest example, rounded up to a multiple of 8.
+        split: of a folder or a hub dataset.
+        name: the subset of a hub dataset.
+        answer_only_loss_mask: False trains on all tokens.
+        seq_length: tokens per row; None takes the longest example, rounded up to a multiple of 8.
         padding: `do_not_pad` gives rows of different lengths, for `dataloader.pad_seq_len_divisible` or `pad_seq_len_to`.
-        truncation: whether longer examples lose their end; rows in which nothing is left to learn are left
-            out, and counted.
-        limit_dataset_samples: take the first rows only.
-        use_hf_chat_template: whether the tokenizer's chat template is used; None: where it has one.
+        truncation: True cuts the end off longer examples; rows left with nothing to train on are dropped and counted.
+        limit_dataset_samples: take only the first rows.
+        use_hf_chat_template: whether to use the tokenizer's chat template; None uses it if there is one.
         aligned_labels: False gives `labels[t] = input_ids[t]`, for models that shift labels themselves.
 
     Raises:
-        DataError: when columns are missing, or rows cannot be read, rendered or learnt from.
+        DataError: if columns are missing, rows cannot be read or rendered, or none has anything to train on.
     """
 
     def __init__(
@@ -116,6 +116,6 @@ def _joined(parts: Mapping[str, str], tokenizer: ByteTokenizer | HuggingFaceToke
     if end is None:
         return Example(spans.ids, learnt)
     ids = list(spans.ids)
-    if ids and ids[-1] == end and not learnt[-1]:  # the tokenizer's own
+    if ids and ids[-1] == end and not learnt[-1]:  # added by the tokenizer itself
         return Example(ids, [*learnt[:-1], True])
     return Example([*ids, end], [*learnt, True])

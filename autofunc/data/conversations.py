@@ -1,4 +1,4 @@
-"""Conversations as tokens, by a tokenizer's chat template; what is learnt are the answers."""
+"""Conversations as tokens, by a tokenizer's chat template; the loss covers the answers."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _MARKS_ANSWERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 def messages_of(where: str, given: object) -> list[Message]:
-    """The messages of a row.
+    """Return the messages of a row, each with its content as one string.
 
     Raises:
-        DataError: for what are none.
+        DataError: if the value is not a list of messages.
     """
     if not isinstance(given, list) or not given:
         raise DataError(f"{where}: messages are {quoted(given)}; expected a list of {{role: ..., content: ...}}")
@@ -31,7 +31,7 @@ def messages_of(where: str, given: object) -> list[Message]:
 def _message(where: str, given: object) -> Message:
     if not isinstance(given, Mapping):
         raise DataError(f"{where}: a message is {quoted(given)}; expected {{role: ..., content: ...}}")
-    message = {str(name): value for name, value in given.items() if value is not None}  # tables fill up with None
+    message = {str(name): value for name, value in given.items() if value is not None}  # tables fill absent keys with None
     if message.get("role") not in _ROLES:
         raise DataError(
             f"{where}: the role of a message is {quoted(given.get('role'))}; {one_of(given.get('role'), _ROLES)}"
@@ -42,27 +42,27 @@ def _message(where: str, given: object) -> Message:
             part["text"] for part in content if isinstance(part, Mapping) and isinstance(part.get("text"), str)
         )
     if not isinstance(content, str):
-        raise DataError(f"{where}: the content of a message is {quoted(content)}; expected a text")
+        raise DataError(f"{where}: the content of a message is {quoted(content)}; expected a string")
     return {**message, "content": content}
 
 
 def conversation(
     where: str, messages: Sequence[Message], tokenizer: HuggingFaceTokenizer, tools: Any, answers_only: bool
 ) -> Example:  # fmt: skip
-    """A conversation as the chat template renders it, with the tokens that it has as a whole.
+    """Render a conversation with the chat template and tokenise it as a whole.
 
-    An answer is what follows where the template asks for one, up to the end of its message. A template that marks answers
-    itself is believed.
+    An answer runs from the template's generation prompt to the end of its message. If the template marks answers itself,
+    its marks decide.
 
     Args:
-        where: it is, for messages.
+        where: the conversation's place in its file, for error messages.
         messages: of the conversation.
         tokenizer: has a chat template.
-        tools: that the template may describe.
-        answers_only: whether the answers are learnt, or all of it.
+        tools: for the template to describe.
+        answers_only: True trains on the answers only, False on everything.
 
     Raises:
-        DataError: where the template cannot render it, or not so that answers can be told from the rest.
+        DataError: if the template cannot render the conversation, or answers cannot be told from the rest.
     """
     try:
         if answers_only and _MARKS_ANSWERS.search(tokenizer.chat_template or ""):
@@ -80,7 +80,7 @@ def conversation(
 def _answers(
     where: str, whole: str, messages: Sequence[Message], tokenizer: HuggingFaceTokenizer, tools: Any
 ) -> list[tuple[int, int]]:  # fmt: skip
-    """Where the answers are in the text of a conversation."""
+    """Return the (begin, end) of each answer in the text of a conversation."""
     found = []
     for number, message in enumerate(messages):
         if message["role"] == "assistant":
@@ -88,9 +88,9 @@ def _answers(
             after = tokenizer.render(messages[: number + 1], tools)
             if not (after.startswith(before) and whole.startswith(after)):
                 raise DataError(
-                    f"{where}: the chat template of {quoted(tokenizer.name)} renders message {number + 1} otherwise within "
-                    "the conversation than at its end, so its tokens cannot be told; give a chat_template that marks "
-                    "answers with {% generation %}, or rows with one answer"
+                    f"{where}: the chat template of {quoted(tokenizer.name)} renders message {number + 1} differently "
+                    "within the conversation than at its end, so its tokens cannot be identified; give a chat_template "
+                    "that marks answers with {% generation %}, or rows with one answer"
                 )
             found.append((len(before), len(after)))
     return found

@@ -1,4 +1,4 @@
-"""Documents: text files, or rows of tables with a column of text; and their tokens, one document after the other."""
+"""Documents: text files, or table rows with a text column; and their tokens, one document after the other."""
 
 from __future__ import annotations
 
@@ -18,19 +18,20 @@ from autofunc.foreign_file import NOT_THERE, check_file, compression, is_folder,
 from autofunc.progress_bar import counting
 from autofunc.shown import shown
 
-_VERSION = 1  # of how tokens are made, for the cache
+_VERSION = 1  # of the tokenisation; part of the cache key
 
 
 class Documents:
-    """Texts in an order: of files by path, of rows as they stand.
+    """Texts in order: files by path, rows as stored.
 
     Args:
-        path: a file, several, or a folder. Of .jsonl, .json, .csv and .parquet each row is a document, of others the file.
+        path: a file, several, or a folder. In .jsonl, .json, .csv and .parquet files each row is a document; any other
+            file is one document.
         text_column: of the rows.
         suffixes: which files of a folder, such as [".txt"]; None takes all.
 
     Raises:
-        DataError: for what is no such file, and for a folder without any.
+        DataError: if a file is missing or unsuitable, or a folder has none.
     """
 
     def __init__(self, path: str | Sequence[str], text_column: str = "text", suffixes: Sequence[str] | None = None) -> None:
@@ -55,11 +56,11 @@ class Documents:
         return shown(self.files[0]) if len(self.files) == 1 else f"{len(self.files):,} files"
 
     def key(self) -> dict[str, Any]:
-        """What the texts are, for a cache."""
+        """Return what identifies the texts, for a cache key."""
         return {"content": content_of(self.files), "column": self._column}
 
     def texts(self) -> Iterator[str]:
-        """All of them.
+        """Yield all documents.
 
         Raises:
             DataError: naming the file and the row that has no text.
@@ -72,7 +73,7 @@ class Documents:
                 yield read_plain(file, DataError)
 
     def tokens(self, tokenizer: Tokenizer) -> Iterator[np.ndarray]:
-        """The tokens of each, with the tokenizer's token for the end of a text, if it has one."""
+        """Yield each document's tokens, uint32 of shape (tokens,), plus the tokenizer's end-of-text token if it has one."""
         end = [] if tokenizer.end_of_text is None else [tokenizer.end_of_text]
         with counting(f"tokenising {self}", "documents") as advance:
             for text in self.texts():
@@ -83,13 +84,13 @@ class Documents:
 class DocumentTokens(NamedTuple):
     """Tokens of documents, one after the other."""
 
-    tokens: np.ndarray
-    starts: np.ndarray  # of each document, and the end of the last
-    key: dict[str, Any]  # what they depend on; empty where that cannot be known
+    tokens: np.ndarray  # uint32 of shape (tokens,)
+    starts: np.ndarray  # of each document, and the end of the last; int64
+    key: dict[str, Any]  # everything the tokens depend on; empty if that cannot be known
 
 
 def tokens_of(documents: Documents, tokenizer: Tokenizer) -> DocumentTokens:
-    """Tokens of all documents, from the cache where they are there."""
+    """Tokenise all documents, or read their tokens from the cache."""
 
     def make() -> dict[str, np.ndarray]:
         found = list(documents.tokens(tokenizer))

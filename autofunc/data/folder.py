@@ -1,4 +1,4 @@
-"""The files of a folder from outside: ordinary ones, and none that lies elsewhere."""
+"""The files of an untrusted folder: ordinary files only, none outside the folder."""
 
 from __future__ import annotations
 
@@ -14,41 +14,41 @@ _NOT_ENTERED = {"site-packages", "dist-packages", "__pycache__"}
 
 
 def files_in(path: Path, suffixes: Sequence[str] | None = None) -> Iterator[Path]:
-    """The files of a folder with one of the suffixes, or all.
+    """Yield the files of a folder that have one of the suffixes; None takes all.
 
-    Installed packages, caches and hidden folders are not entered.
+    Skips installed packages, caches and hidden folders.
 
     Raises:
-        DataError: naming what is no file, or a link that leads nowhere or out of the folder.
+        DataError: naming anything that isn't a file, or a link that dangles or leads out of the folder.
     """
     for folder, folders, names in os.walk(path):
         folders[:] = [name for name in folders if name not in _NOT_ENTERED and not name.startswith(".")]
         for name in names:
             if suffixes is None or name.endswith(tuple(suffixes)):
                 file = Path(folder, name)
-                if file.is_symlink() or unfit(file) is not None:  # no link to a folder is followed: all else lies in it
+                if file.is_symlink() or unfit(file) is not None:  # os.walk follows no links, so other files lie inside
                     check_inside(file, path)
                 yield file
 
 
 def check_inside(file: Path, folder: Path) -> None:
-    """Refuse what is no file of a folder.
+    """Refuse anything that isn't a file inside a folder.
 
     Raises:
         DataError: naming it.
     """
     words = unfit(file)
     if words is None and not file.resolve().is_relative_to(folder.resolve()):
-        words = f"leads outside of {shown(folder)}, to {shown(file.resolve())}; name the folder that has it"
+        words = f"leads outside of {shown(folder)}, to {shown(file.resolve())}; name the folder that contains it"
     if words is not None:
         raise DataError(f"{shown(file)} {words}")
 
 
 def tables_in(path: Path, split: str) -> list[Path]:
-    """The files of a split, found by their names or by the card of the dataset (README.md).
+    """Return the files of a split, found by their names or through the dataset card (README.md).
 
     Raises:
-        DataError: when there are none, or one lies elsewhere.
+        DataError: if there are none, or one lies outside the folder.
     """
     import datasets  # takes seconds to import
 

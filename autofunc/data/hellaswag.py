@@ -1,4 +1,4 @@
-"""HellaSwag: learn to continue a context with its right ending.
+"""HellaSwag: train on continuing a context with its right ending.
 
 Source: Zellers et al., "HellaSwag: Can a Machine Really Finish Your Sentence?", ACL 2019; hub name `rowan/hellaswag`.
 """
@@ -23,27 +23,27 @@ from autofunc.errors import DataError
 from autofunc.shown import quoted, shown
 
 _COLUMNS = ("ctx", "endings", "label")
-_VERSION = 1  # of how examples are made, for the cache
+_VERSION = 1  # of the tokenisation; part of the cache key
 
 
 class HellaSwag(Dataset[dict[str, Tensor]]):
-    """Rows of context and right ending; only the ending is learnt.
+    """Rows of context and right ending; the loss covers only the ending.
 
-    A row is {"input_ids", "labels"}, int64 of shape (seq_len,). `labels[t]` is the token after `input_ids[t]` where that is
+    A row is {"input_ids", "labels"}, int64 of shape (seq_len,). `labels[t]` is the token after `input_ids[t]` if that is
     part of the ending, and -100 elsewhere; rows are padded on the right with token 0.
 
     Args:
         path_or_dataset: a hub name such as "rowan/hellaswag"; a file (.jsonl, .json, .csv, .parquet) with the columns ctx,
             endings and label; or a folder of such files, named after their splits.
         tokenizer: a name or folder for `transformers`; None takes bytes.
-        split: of the dataset; a single file has "train" only.
-        num_samples_limit: take the first examples only.
-        seq_len: tokens in a row; None takes the longest example, rounded up to a multiple of 8. Longer examples lose the
+        split: of the dataset; a single file has only "train".
+        num_samples_limit: take only the first examples.
+        seq_len: tokens per row; None takes the longest example, rounded up to a multiple of 8. Longer examples lose the
             beginning of their context.
         aligned_labels: False gives `labels[t] = input_ids[t]` of the ending, for models that shift labels themselves.
 
     Raises:
-        DataError: when the dataset cannot be loaded, is empty or has other columns.
+        DataError: if the dataset cannot be loaded, is empty or lacks one of these columns.
     """
 
     def __init__(
@@ -69,8 +69,8 @@ class HellaSwag(Dataset[dict[str, Tensor]]):
             key = {"made by": f"HellaSwag {_VERSION}", **tables.key()}
             self._examples = examples_of("hellaswag", str(tables), key, self.tokenizer, make)
         except DataError as error:
-            said = str(error)
-            raise DataError(said if said.startswith("HellaSwag") else f"HellaSwag: {said}") from error
+            message = str(error)
+            raise DataError(message if message.startswith("HellaSwag") else f"HellaSwag: {message}") from error
         if not len(self._examples):
             raise DataError(f"HellaSwag: split {quoted(split)} of {shown(path_or_dataset)} is empty")
         longest = int(self._examples.lengths.max()) - 1
@@ -93,7 +93,7 @@ class HellaSwag(Dataset[dict[str, Tensor]]):
         return row_of(tokens[cut:], learnt[cut:], self.seq_len, self.aligned_labels)
 
     def _encode(self, where: str, example: Mapping[str, Any]) -> Example:
-        """Tokens of context and ending together, of which the ending is learnt."""
+        """Tokenise context and ending together; the loss covers the ending."""
         endings = _endings(where, example["endings"])
         given, count = example["label"], len(endings)
         label = given if type(given) is int else int(given) if isinstance(given, str) and _NUMBER.fullmatch(given) else -1
@@ -108,7 +108,7 @@ _NUMBER = re.compile("[0-9]{1,9}")
 
 
 def _endings(where: str, given: object) -> list[str]:
-    """The endings of an example; in a CSV file they are a text that holds a list."""
+    """Return the endings of an example; a CSV file holds the list as text."""
     endings = given
     if isinstance(endings, str):
         for read in (json.loads, ast.literal_eval):  # neither executes anything
@@ -117,7 +117,7 @@ def _endings(where: str, given: object) -> list[str]:
                 break
     if not isinstance(endings, list) or not endings or not all(isinstance(each, str) for each in endings):
         raise DataError(
-            f"HellaSwag: {where}: endings {quoted(given)}; expected a list of texts, in a CSV file as JSON: "
+            f"HellaSwag: {where}: endings {quoted(given)}; expected a list of strings, in a CSV file as JSON: "
             '["one", "another"]'
         )
     return endings

@@ -1,4 +1,4 @@
-"""Rows of examples of which a part is learnt: as long as is wanted, and none without anything to learn."""
+"""Rows of examples with a loss mask: cut or padded to a length; rows without anything to train on are dropped."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ _PADDINGS = ("max_length", "do_not_pad")
 
 
 class InstructionRows(Dataset[dict[str, Tensor]]):
-    """Rows of {"input_ids", "labels"}; labels are -100 where nothing is learnt.
+    """Rows of {"input_ids", "labels"}, int64 of shape (tokens,); labels are -100 outside the loss.
 
     Args:
         examples: all of them.
-        tokenizer: that made them.
-        of: what they are made of, for messages.
-        seq_length: see `autofunc.data.ChatDataset`, and so on.
+        tokenizer: that produced their tokens.
+        of: their source, for error messages.
+        seq_length: see `autofunc.data.ChatDataset`.
         padding: see there.
         truncation: see there.
         aligned_labels: see there.
 
     Raises:
-        DataError: when no row has anything to learn, or one is too long and may not be cut.
+        DataError: if no row has anything to train on, or one is too long and may not be cut.
     """
 
     def __init__(
@@ -68,16 +68,16 @@ class InstructionRows(Dataset[dict[str, Tensor]]):
         without = len(examples) - len(self._kept)
         if not len(self._kept):
             raise DataError(
-                f"{name}: no row of {of} has anything to learn within seq_length={self.seq_len}; the longest has "
+                f"{name}: no row of {of} has anything to train on within seq_length={self.seq_len}; the longest has "
                 f"{longest:,} tokens"
             )
         if long:
             self.notes.append(
-                f"{long:,} of {len(examples):,} rows are longer than {self.seq_len} tokens and lose their end"
+                f"{long:,} of {len(examples):,} rows are longer than {self.seq_len} tokens; their end is cut off"
             )
         if without:
             self.notes.append(
-                f"{without:,} of {len(examples):,} rows are left out: nothing to learn within {self.seq_len} tokens"
+                f"{without:,} of {len(examples):,} rows are dropped: nothing to train on within {self.seq_len} tokens"
             )
 
     def __repr__(self) -> str:

@@ -1,4 +1,4 @@
-"""Examples as tokens, of which some are learnt: made once, kept in the cache, and read from there."""
+"""Examples as tokens with a loss mask: tokenised once, then read from the cache."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from autofunc.losses import IGNORED
 from autofunc.progress_bar import counting
 
 ROUND_UP_TO = 8
-"""What the length of rows is a multiple of, where it is the longest one's."""
+"""Rows as long as the longest example are rounded up to a multiple of this many tokens."""
 
 
 class Example(NamedTuple):
-    """The tokens of an example, and which of them are learnt."""
+    """The tokens of an example, and which of them the loss covers."""
 
     tokens: Sequence[int]
     learnt: Sequence[bool]
 
 
 class Examples:
-    """Examples one after the other.
+    """Examples, concatenated.
 
     Args:
-        tokens: of all of them.
-        learnt: which of these.
+        tokens: of all examples, shape (tokens,).
+        learnt: which of them the loss covers, bool of the same shape.
         starts: of each example, and the end of the last.
     """
 
@@ -42,18 +42,18 @@ class Examples:
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens of each."""
+        """Number of tokens of each example, int64 of shape (examples,)."""
         return np.diff(self.starts)
 
     def count_learnt(self, begin: int, end: int) -> np.ndarray:
-        """How many tokens of each example are learnt, from one place in it to before another."""
+        """Count the tokens of each example that the loss covers, among its tokens `begin` to `end - 1`."""
         before = np.concatenate([[0], np.cumsum(self._learnt)])
         first = np.minimum(self.starts[:-1] + begin, self.starts[1:])
         counts: np.ndarray = before[np.minimum(self.starts[:-1] + end, self.starts[1:])] - before[first]
         return counts
 
     def at(self, index: int) -> tuple[Tensor, Tensor]:
-        """(tokens, which of them are learnt) of an example."""
+        """Return (tokens, which of them the loss covers) of an example: int64 and bool, shape (tokens,)."""
         part = slice(int(self.starts[index]), int(self.starts[index + 1]))
         return torch.from_numpy(self._tokens[part].astype(np.int64)), torch.from_numpy(self._learnt[part].astype(bool))
 
@@ -61,14 +61,14 @@ class Examples:
 def examples_of(
     what: str, of: str, key: dict[str, Any], tokenizer: Tokenizer, make: Callable[[], Iterable[Example]]
 ) -> Examples:  # fmt: skip
-    """Examples from the cache, or made and put there.
+    """Read examples from the cache, or build and store them.
 
     Args:
-        what: makes them, for names of folders.
-        of: what they are made of, for the progress.
-        key: all that they depend on beside the tokenizer.
-        tokenizer: that makes them; one whose content cannot be known is asked each time.
-        make: makes them.
+        what: the kind of dataset, for folder names.
+        of: the source of the examples, for the progress bar.
+        key: everything they depend on besides the tokenizer.
+        tokenizer: that tokenises them; without an `identity` the cache is bypassed.
+        make: builds them.
     """
 
     def arrays() -> dict[str, np.ndarray]:
@@ -89,7 +89,7 @@ def examples_of(
 
 
 def learnt_in(spans: Spans, parts: Iterable[tuple[int, int]]) -> list[bool]:
-    """Which tokens are learnt: those that stand for a character of one of the parts of a text, given as (begin, end)."""
+    """Return which tokens the loss covers: those with a character inside one of the (begin, end) parts of a text."""
     wanted = list(parts)
     return [
         any(begin < end_of_part and end > begin_of_part for begin_of_part, end_of_part in wanted) and begin < end
@@ -98,13 +98,13 @@ def learnt_in(spans: Spans, parts: Iterable[tuple[int, int]]) -> list[bool]:
 
 
 def row_of(tokens: Tensor, learnt: Tensor, length: int, aligned: bool) -> dict[str, Tensor]:
-    """A row of `input_ids` and `labels`, filled up with token 0 and -100; what does not fit is cut from its end.
+    """Return a row of `input_ids` and `labels`, int64 of shape (length,), padded with 0 and -100 or cut at the end.
 
     Args:
         tokens: of the example.
-        learnt: which of them.
+        learnt: which of them the loss covers.
         length: of the row.
-        aligned: whether `labels[t]` is the token after `input_ids[t]`, and not that token itself.
+        aligned: True makes `labels[t]` the token after `input_ids[t]`, False that token itself.
     """
     ahead = 1 if aligned else 0
     taken = min(len(tokens) - ahead, length)

@@ -1,8 +1,8 @@
-"""Batches from a dataset, as parts: what one call of a pipeline takes.
+"""Batches from a dataset, in parts: a part is the input of one pipeline call.
 
-Every microbatch has real rows only, or none. A short last batch is therefore two parts: its whole microbatches, and then
-one microbatch of the rows that are left. Each part is filled up with microbatches that repeat a row and do not count. So a
-loss that is a mean over a microbatch is never one over rows that are not in the dataset.
+Every microbatch holds only real rows, or none. A short last batch therefore becomes two parts: its whole microbatches,
+then one microbatch of the remaining rows. Each part is padded with microbatches that repeat a row and do not count. So a
+loss that averages over a microbatch never includes rows that are not in the dataset.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ STACKED = 0
 
 
 class Position(NamedTuple):
-    """A place in the data of a run: all that a loader needs to go on from it, on any number of places."""
+    """A position in a run's data: all a loader needs to resume there, on any number of places."""
 
     epoch: int = 1
-    rows: int = 0  # that have been read in it
+    rows: int = 0  # already read in this epoch
 
     @property
     def begins_epoch(self) -> bool:
-        """Whether nothing of the epoch has been read."""
+        """True if nothing of the epoch has been read."""
         return self.rows == 0
 
 
@@ -42,19 +42,19 @@ class Part(NamedTuple):
     """A batch, or one of the two parts of a short one."""
 
     batch: dict[str, Tensor]  # with the entry COUNTS
-    num_rows: int  # of the dataset in it, over all places
+    num_rows: int  # real rows in it, over all places
     ends_batch: bool
-    after: Position  # when its batch has been used
+    after: Position  # once its batch has been consumed
 
 
 class _Picks(NamedTuple):
-    """The rows of one place in a part."""
+    """The rows that one place reads for a part."""
 
     indices: list[int]
     everywhere: list[int]  # those of all places
-    num_real: int  # of its indices; the others fill up
-    microbatch: int  # rows of each microbatch
-    num_rows: int  # real ones over all places
+    num_real: int  # of its indices; the rest are padding
+    microbatch: int  # rows per microbatch
+    num_rows: int  # real rows over all places
     ends_batch: bool
     epoch: int
     after: Position
@@ -73,50 +73,51 @@ def make_loader(
     places: int = 1,
     start: Position = START,
 ) -> DataLoader[Any]:
-    """A loader of `Part`s, in an order that depends on the seed alone.
+    """Build a loader of `Part`s, in an order that depends on the seed alone.
 
-    Each place reads its part of every batch only: the first place the first rows. What rows draw from random generators
-    depends on (seed, epoch, index), so that all ranks of a place have the same rows.
+    Each place reads only its share of every batch: the first place the first rows. What rows draw from random generators
+    depends on (seed, epoch, index), so all ranks of a place see the same rows.
 
     Args:
-        dataset: gives a mapping for an index, see `rows.as_row`; all of equal shapes.
-        rows: rows in a batch of all places; `places * microbatch` must divide them.
-        microbatch: rows in a microbatch.
-        seed: of the order, and of what rows draw; each epoch has its own.
+        dataset: returns a mapping for an index, see `rows.as_row`; all rows have equal shapes.
+        rows: rows per batch over all places, a multiple of `places * microbatch`.
+        microbatch: rows per microbatch.
+        seed: of the order and of the rows' random draws; each epoch has its own order.
         shuffle: False keeps the dataset's order.
-        drop_last: leave a short last batch out.
-        num_workers: processes that load; 0 loads in this one.
-        place: which of the places this is.
-        places: how many read parts of each batch.
-        start: where the first pass over the loader begins; a run that goes on gives the last part's `after`.
+        drop_last: drop a short last batch.
+        num_workers: loader processes; 0 loads in this one.
+        place: index of this place.
+        places: number of places that share each batch.
+        start: where the first pass over the loader begins; a resumed run passes the last part's `after`.
 
     Raises:
-        DataError: when there is not one whole batch and short ones are dropped; from the loader, for rows that are none.
+        DataError: if the dataset has fewer rows than a batch and short batches are dropped; while iterating, for
+            items that aren't rows.
     """
     length = len(dataset)  # type: ignore[arg-type]
     if not num_batches(length, rows, drop_last):
         raise DataError(f"the dataset has {length} rows, fewer than one batch of {rows}, and drop_last leaves none")
     sampler: Any = _Sampler(_Order(length, seed if shuffle else None), rows, microbatch, drop_last, place, places, start)
-    hand_on: Any = _as_it_is  # a part is whole already, where a loader expects rows
+    hand_on: Any = _as_it_is  # the dataset returns whole parts, so there is nothing to collate
     return DataLoader(_Parts(Rows(dataset, seed)), batch_sampler=sampler, collate_fn=hand_on, num_workers=num_workers)
 
 
 def num_batches(length: int, rows: int, drop_last: bool) -> int:
-    """Batches in an epoch of `length` rows."""
+    """Return the number of batches in an epoch of `length` rows."""
     return length // rows if drop_last else -(-length // rows)
 
 
 def first_rows(dataset: Dataset[Any], rows: int, start: int = 0, length: int = 0) -> dict[str, Tensor]:
-    """A batch of `rows` rows from the start on, the last one repeated where the dataset ends: to look at and to try.
+    """Return a batch of `rows` rows from index `start` on, repeating the dataset's last row if needed: a sample batch.
 
     Args:
         dataset: has rows by index.
-        rows: of the batch.
-        start: index of the first one.
-        length: that they are filled up to at least, where the dataset's rows are filled up.
+        rows: number of rows in the batch.
+        start: index of the first row.
+        length: least length in tokens, if the dataset pads its rows.
 
     Raises:
-        DataError: for rows that are none.
+        DataError: for items that aren't rows.
     """
     last = len(dataset) - 1  # type: ignore[arg-type]
     found = Rows(dataset).read([min(index, last) for index in range(start, start + rows)], epoch=1)
@@ -126,13 +127,13 @@ def first_rows(dataset: Dataset[Any], rows: int, start: int = 0, length: int = 0
 
 
 class _Order(NamedTuple):
-    """In what order the rows of each epoch are read; known without the epochs before it."""
+    """The order in which each epoch reads its rows; independent of earlier epochs."""
 
     length: int
-    seed: int | None  # None keeps the dataset's
+    seed: int | None  # None keeps the dataset's order
 
     def of(self, epoch: int) -> Sequence[int]:
-        """The indices of an epoch, from 1 on."""
+        """Return the row indices of an epoch; epochs count from 1."""
         if self.seed is None:
             return range(self.length)
         generator = torch.Generator().manual_seed((self.seed + epoch - 1) % 2**63)
@@ -141,7 +142,7 @@ class _Order(NamedTuple):
 
 
 class _Sampler(Sampler[_Picks]):
-    """The picks of one place, part by part."""
+    """Yields the picks of one place, part by part."""
 
     def __init__(
         self, order: _Order, rows: int, microbatch: int, drop_last: bool, place: int, places: int, start: Position
@@ -178,7 +179,7 @@ class _Sampler(Sampler[_Picks]):
 
 
 class _Parts(Dataset[Any]):
-    """Parts by their picks."""
+    """Builds a part from its picks."""
 
     def __init__(self, rows: Rows) -> None:
         self._rows = rows
@@ -189,7 +190,7 @@ class _Parts(Dataset[Any]):
         has_label = labelled(batch)
         counts = has_label.clone()
         counts[picks.num_real :] = False
-        # a mean over no label is no number, so microbatches without any get rows that have some, and do not count
+        # a mean over zero labels is NaN, so microbatches without labels get labelled rows that do not count
         bare = [at for at in range(0, len(rows), picks.microbatch) if not has_label[at : at + picks.microbatch].any()]
         stand_in = self._rows.first_labelled() if bare else {}
         if bare and isinstance(self._rows.dataset, Padded):
@@ -202,13 +203,13 @@ class _Parts(Dataset[Any]):
 
 
 def _of_one_length(rows: Rows, picks: _Picks) -> list[dict[str, Tensor]]:
-    """Rows, filled up where the dataset says so: on all places to the same length, which their rows together need."""
+    """Read rows; if the dataset pads them, pad all places to the same length: the longest that any of them needs."""
     padding = rows.dataset.padding if isinstance(rows.dataset, Padded) else None
     if padding is None:
         return rows.read(picks.indices, picks.epoch)
     found = rows.read([*picks.indices, *picks.everywhere], picks.epoch)
     longest = max(map(length_of, found))
-    if not all(labelled(stack([row])).item() for row in found):  # one that has labels may have to stand in
+    if not all(labelled(stack([row])).item() for row in found):  # a labelled row may have to stand in
         longest = max(longest, length_of(rows.first_labelled()))
     return filled_up(found[: len(picks.indices)], padding.fitting(longest))
 

@@ -1,4 +1,4 @@
-"""Token ids that mean nothing: rows to plan with, where the data is not."""
+"""Placeholder token ids: rows for planning on a machine that lacks the data."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from autofunc.data.checks import check_at_least_one, check_length
 
 
 class MadeUpTokens(Dataset[dict[str, Tensor]]):
-    """Rows of `input_ids`, and of `labels` that are the same.
+    """Rows of {"input_ids", "labels"}, int64 of shape (seq_len,), both equal.
 
     Args:
         vocab_size: ids are below it.
-        seq_len: tokens of a row.
-        num_rows: how many there are.
+        seq_len: tokens per row.
+        num_rows: number of rows.
 
     Raises:
         DataError: for numbers below 1.

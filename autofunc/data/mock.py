@@ -1,4 +1,4 @@
-"""Random tokens: rows to try a run with, of any size, that need no file."""
+"""Random tokens: rows of any size to try a run with, without any files."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from autofunc.data.checks import check_at_least_one, check_length
 
 
 class MockDataset(Dataset[dict[str, Tensor]]):
-    """Rows of {"input_ids", "labels"}, int64 of shape (seq_len,), of ids that are drawn evenly.
+    """Rows of {"input_ids", "labels"}, int64 of shape (seq_len,), with ids drawn uniformly.
 
-    What a row draws depends on (seed, its index), whoever asks for it and whenever.
+    A row depends only on (seed, its index).
 
     Args:
         vocab_size: ids are below it.
-        seq_len: tokens of a row.
-        num_samples: rows.
-        seed: of what they draw.
-        min_seq_len: the least tokens of a row, which then has any number up to seq_len; None gives all of them seq_len.
+        seq_len: tokens per row.
+        num_samples: number of rows.
+        seed: of the draws.
+        min_seq_len: draw each row's length uniformly from min_seq_len to seq_len; None makes all rows seq_len long.
         aligned_labels: False gives `labels[t] = input_ids[t]`, for models that shift labels themselves.
 
     Raises:

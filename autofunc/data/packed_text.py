@@ -1,4 +1,4 @@
-"""Documents packed into rows of one length, for language modelling: none sees another."""
+"""Documents packed into rows of one length, for language modelling; documents do not see each other."""
 
 from __future__ import annotations
 
@@ -22,22 +22,23 @@ from autofunc.shown import shown
 class PackedText(Dataset[dict[str, Tensor]]):
     """Rows of {"input_ids", "labels", "position_ids"}, int64 of shape (seq_len,), with several documents each.
 
-    Positions begin at 0 with every document, which is how a model knows them apart: those of `transformers` then let no
-    document see another, and a run refuses a model that does. The last token of a document has no label. Documents longer
-    than a row are cut into several. What is left of a row is filled up with token 0 and no labels.
+    Positions restart at 0 with every document, which tells a model where documents begin: models of `transformers` then
+    keep documents from seeing each other, and a run refuses a model that doesn't. The last token of a document has no
+    label. Documents longer than a row are split. The rest of a row is padded with token 0 and no labels.
 
     Args:
-        path: a file, several, or a folder. Of .jsonl, .json, .csv and .parquet each row is a document, of others the file.
-        seq_len: tokens in a row.
-        tokenizer: a name or folder for `transformers`; its token for the end of a text ends each document. None: bytes.
+        path: a file, several, or a folder. In .jsonl, .json, .csv and .parquet files each row is a document; any other
+            file is one document.
+        seq_len: tokens per row.
+        tokenizer: a name or folder for `transformers`; its end-of-text token ends each document. None takes bytes.
         text_column: of files with rows.
         suffixes: which files of a folder, such as [".txt"]; None takes all.
-        num_samples_limit: take the first rows only.
-        aligned_labels: False gives `labels[t] = input_ids[t]`, for models that shift labels themselves; the first token
-            of a document has none then.
+        num_samples_limit: take only the first rows.
+        aligned_labels: False gives `labels[t] = input_ids[t]`, for models that shift labels themselves; then the first
+            token of a document has no label.
 
     Raises:
-        DataError: when there is no such file, or none with two tokens.
+        DataError: if a file is missing, or no document has two tokens.
     """
 
     is_packed = True
@@ -97,7 +98,7 @@ class PackedText(Dataset[dict[str, Tensor]]):
             else:
                 labels[at + 1 : end] = tokens[1:]
             at = end
-        position_ids[at:] = np.arange(self.seq_len - at)  # as if it were one more
+        position_ids[at:] = np.arange(self.seq_len - at)  # the padding counts as one more document
         return {
             "input_ids": torch.from_numpy(input_ids), "labels": torch.from_numpy(labels),
             "position_ids": torch.from_numpy(position_ids),

@@ -1,4 +1,4 @@
-"""Rows of different lengths in one batch: filled up to one of a few lengths, so that there are few shapes."""
+"""Padding of rows of different lengths to one of a few lengths, so that batches have few shapes."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from autofunc.errors import DataError
 from autofunc.losses import IGNORED
 
 IDS = "input_ids"
-"""The entry whose length is that of a row."""
+"""The entry that defines a row's length."""
 
 
 class Padding(NamedTuple):
-    """To which lengths rows are filled up."""
+    """The lengths, in tokens, that rows are padded to."""
 
     multiple_of: int | None = None
-    lengths: tuple[int, ...] = ()  # in order; in the place of multiples
+    lengths: tuple[int, ...] = ()  # ascending; used if multiple_of is None
 
     def fitting(self, length: int) -> int:
-        """The shortest of them that a row fits into.
+        """Return the shortest of them that fits a row of `length` tokens.
 
         Raises:
-            DataError: for a row that is longer than all of them.
+            DataError: if the row is longer than all of them.
         """
         if self.multiple_of is not None:
             return max(-(-length // self.multiple_of), 1) * self.multiple_of
@@ -41,11 +41,11 @@ class Padding(NamedTuple):
 
 
 class Padded(Dataset[Any]):
-    """A dataset whose rows are filled up when they become a batch.
+    """A dataset whose rows are padded when they become a batch.
 
     Args:
-        dataset: whose rows have `input_ids`, of any length; entries that are as long are filled up with them.
-        padding: to which lengths.
+        dataset: its rows have `input_ids` of any length; entries of the same length are padded too.
+        padding: the allowed lengths.
     """
 
     def __init__(self, dataset: Any, padding: Padding) -> None:
@@ -59,22 +59,22 @@ class Padded(Dataset[Any]):
 
 
 def length_of(row: Mapping[str, Tensor]) -> int:
-    """Tokens of a row.
+    """Return the number of tokens in a row.
 
     Raises:
-        DataError: when it has none.
+        DataError: if it has no `input_ids` of shape (tokens,).
     """
     ids = row.get(IDS)
     if ids is None or ids.dim() != 1:
         found = f"{tuple(ids.shape)}" if ids is not None else f"none, but {', '.join(row)}"
-        raise DataError(f"rows are filled up by the length of {IDS}, which must be of shape (tokens,); got {found}")
+        raise DataError(f"rows are padded to the length of {IDS}, which must have shape (tokens,); got {found}")
     return len(ids)
 
 
 def filled_up(rows: Sequence[Mapping[str, Tensor]], length: int) -> list[dict[str, Tensor]]:
-    """Rows with all entries of tokens of one length: labels and targets with -100 behind them, others with zeros.
+    """Pad all per-token entries of the rows to one length: labels and targets with -100, others with zeros.
 
-    A model that looks ahead needs an `attention_mask` in its rows, which is then zero there.
+    A model that looks ahead needs an `attention_mask` in its rows; its padding is zero.
     """
     return [{name: _filled_up(name, leaf, length_of(row), length) for name, leaf in row.items()} for row in rows]
 
@@ -82,7 +82,7 @@ def filled_up(rows: Sequence[Mapping[str, Tensor]], length: int) -> list[dict[st
 def _filled_up(name: str, leaf: Tensor, own: int, length: int) -> Tensor:
     if not leaf.dim() or len(leaf) != own or own == length:
         return leaf
-    if leaf.dim() == 2 and leaf.shape[1] == own:  # of pairs of tokens
+    if leaf.dim() == 2 and leaf.shape[1] == own:  # an entry per pair of tokens
         return torch.nn.functional.pad(leaf, (0, length - own, 0, length - own))
     learnt = "label" in name.lower() or "target" in name.lower()
     rest = leaf.new_full((length - own, *leaf.shape[1:]), IGNORED if learnt else 0)

@@ -1,4 +1,4 @@
-"""What a dataset gives for an index, as tensors by name."""
+"""Rows of a dataset, as tensors by name."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _EXPECTED = (
 
 
 class Rows:
-    """A dataset's rows, each the same however often, wherever and in whatever order it is asked for in an epoch.
+    """A dataset's rows: within an epoch each is the same no matter how often, where and in what order it is read.
 
     Whatever a row draws from the generators of Python, numpy and torch depends on (seed, epoch, index); the generators are
-    afterwards as they were. Columns of text are left out.
+    restored afterwards. Text columns are dropped.
 
     Args:
         dataset: has rows by index.
-        seed: of what rows draw.
+        seed: of the rows' random draws.
     """
 
     def __init__(self, dataset: Any, seed: int = 0) -> None:
@@ -40,10 +40,10 @@ class Rows:
         return len(self.dataset)
 
     def read(self, indices: Sequence[int], epoch: int) -> list[dict[str, Tensor]]:
-        """Rows in this order.
+        """Read the rows of `indices`, in that order.
 
         Raises:
-            DataError: naming the row that cannot be read, or is no mapping of tensors.
+            DataError: naming a row that cannot be read, or isn't a mapping of tensors.
         """
         known: dict[int, dict[str, Tensor]] = {}
         with _generators_kept():
@@ -54,10 +54,10 @@ class Rows:
         return [known[index] for index in indices]
 
     def first_labelled(self) -> dict[str, Tensor]:
-        """The first row that has a label.
+        """Return the first row that has a label.
 
         Raises:
-            DataError: when none has.
+            DataError: if none has.
         """
         if self._labelled is None:
             every = (self.read([index], 0)[0] for index in range(len(self)))
@@ -74,10 +74,10 @@ class Rows:
 
 
 def as_row(item: Any, index: int) -> dict[str, Tensor]:
-    """What a dataset gave for an index, without columns of text.
+    """Return a dataset's item as tensors by name, without text columns.
 
     Raises:
-        DataError: naming the row, what it is and what a row is.
+        DataError: naming the row, what it is and what was expected.
     """
     if not isinstance(item, Mapping):
         raise DataError(f"row {index} of the dataset is {_kind(item)}; {_EXPECTED}")
@@ -88,7 +88,7 @@ def as_row(item: Any, index: int) -> dict[str, Tensor]:
 
 
 def text_columns(dataset: Any) -> list[str]:
-    """Names of the entries of the first row that are text, and so left out."""
+    """Return the names of the first row's text entries, which are dropped."""
     with _generators_kept():
         _seed_generators(0, 0, 0)
         item = Rows(dataset)._item(0)
@@ -96,9 +96,9 @@ def text_columns(dataset: Any) -> list[str]:
 
 
 def labelled(batch: Mapping[str, Tensor]) -> Tensor:
-    """Which rows of a batch are learnt from, bool of shape (rows,).
+    """Return which rows of a batch have labels, bool of shape (rows,).
 
-    Those with no entry of whole numbers that is -100 throughout; where there is one, those with another label or target.
+    A row has none if one of its integer entries is -100 throughout, unless another label or target entry is not.
     """
     rows = len(next(iter(batch.values())))
     ignored, other = torch.zeros(rows, dtype=torch.bool), torch.zeros(rows, dtype=torch.bool)
@@ -112,10 +112,10 @@ def labelled(batch: Mapping[str, Tensor]) -> Tensor:
 
 
 def stack(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """A batch of these rows.
+    """Stack rows into a batch, along a new first dim.
 
     Raises:
-        DataError: when their names or shapes differ.
+        DataError: if their names or shapes differ.
     """
     batch = {}
     for name in rows[0]:
@@ -144,7 +144,7 @@ def _as_tensor(value: Any, name: str, index: int) -> Tensor:
 
 
 def _is_text(value: Any) -> bool:
-    """Whether a value is text, or a list of texts."""
+    """Return whether a value is text, or a list of texts."""
     if isinstance(value, np.ndarray):
         return value.dtype.kind in "US" or (value.dtype == object and bool(value.size) and _is_text(value.flat[0]))
     return isinstance(value, (str, bytes)) or (isinstance(value, (list, tuple)) and bool(value) and _is_text(value[0]))
@@ -163,7 +163,7 @@ def _seed_generators(seed: int, epoch: int, index: int) -> None:
 
 @contextmanager
 def _generators_kept() -> Iterator[None]:
-    """Put the generators of Python, numpy and torch (of the CPU) back."""
+    """Restore the generators of Python, numpy and torch (CPU) on exit."""
     ours, numpys, torchs = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
         yield

@@ -1,4 +1,4 @@
-"""Rows of a table in a file (.jsonl, .json, .csv, .parquet), each with where it is: nothing is unpacked or executed."""
+"""Rows of a table file (.jsonl, .json, .csv, .parquet), each with its location; nothing is unpacked or executed."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from autofunc.shown import quoted, reason, shown
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 
 MOST_BYTES = 2**34
-"""Of a table: its rows are kept in memory."""
+"""The largest table file: its rows are kept in memory."""
 
 MOST_ROWS = 50_000_000
-"""That a parquet file may claim: a few bytes can stand for any number of equal rows."""
+"""The most rows a parquet file may claim: a few bytes can encode any number of equal rows."""
 
 Located = tuple[str, dict[str, Any]]
-"""A row, and where it is in its file."""
+"""(location in its file, row)."""
 
 
 def read_table(path: Path, columns: Sequence[str]) -> Iterator[Located]:
-    """The rows of a file, in order, each with its line or its number from 1 on.
+    """Yield the rows of a file in order, each with its line or its number, counted from 1.
 
     Args:
         path: of the file.
         columns: that each row must have.
 
     Raises:
-        DataError: naming the file and the line, for what is no such file, and for a row that is none or lacks a column.
+        DataError: naming the file and the line, if it isn't readable as a table or a row is invalid or lacks a column.
     """
     check_plain(path)
     readers = {".jsonl": _lines, ".json": _document, ".csv": _sheet, ".parquet": _parquet}
@@ -41,10 +41,10 @@ def read_table(path: Path, columns: Sequence[str]) -> Iterator[Located]:
 
 
 def check_columns(where: str, found: Collection[str], columns: Sequence[str]) -> None:
-    """Refuse what lacks a column.
+    """Refuse a row or table that lacks a column.
 
     Raises:
-        DataError: naming it, and where.
+        DataError: naming the column and the location.
     """
     missing = [column for column in columns if column not in found]
     if missing:
@@ -54,7 +54,7 @@ def check_columns(where: str, found: Collection[str], columns: Sequence[str]) ->
 
 
 def check_plain(path: Path) -> None:
-    """Refuse what is no ordinary file of one of these kinds, is compressed or too large.
+    """Refuse anything but an ordinary file of one of these kinds, and compressed or oversized files.
 
     Raises:
         DataError: naming the file.
@@ -76,7 +76,7 @@ def _lines(path: Path, columns: Sequence[str]) -> Iterator[Located]:
 
 
 def _document(path: Path, columns: Sequence[str]) -> Iterator[Located]:
-    """A list of objects; or an object on each line, as such files often are."""
+    """Read a list of objects; or an object on each line, as many .json files have."""
     with path.open("rb") as file:
         begin = file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")
     if begin.startswith(b"{"):
@@ -107,7 +107,7 @@ def _sheet(path: Path, columns: Sequence[str]) -> Iterator[Located]:
                 if fields:
                     yield where, dict(zip(header, fields, strict=True))
         except csv.Error as error:
-            raise DataError(f"line {reader.line_num} of {shown(path)} is no CSV: {reason(error)}") from error
+            raise DataError(f"line {reader.line_num} of {shown(path)} is not valid CSV: {reason(error)}") from error
 
 
 def _parquet(path: Path, columns: Sequence[str]) -> Iterator[Located]:
@@ -117,7 +117,7 @@ def _parquet(path: Path, columns: Sequence[str]) -> Iterator[Located]:
         with parquet.ParquetFile(path) as file:
             rows = file.metadata.num_rows
             if rows > MOST_ROWS:
-                raise DataError(f"{shown(path)} has {rows:,} rows; such a file may have {MOST_ROWS:,}")
+                raise DataError(f"{shown(path)} has {rows:,} rows; expected at most {MOST_ROWS:,}")
             check_columns(shown(path), file.schema_arrow.names, columns)
             number = 0
             for batch in file.iter_batches(batch_size=1024):
@@ -125,7 +125,7 @@ def _parquet(path: Path, columns: Sequence[str]) -> Iterator[Located]:
                     number += 1
                     yield f"row {number} of {shown(path)}", row
     except (ArrowException, OSError) as error:
-        raise DataError(f"{shown(path)} is no parquet file: {reason(error)}") from error
+        raise DataError(f"{shown(path)} is not a parquet file: {reason(error)}") from error
 
 
 def _row(value: Any, where: str) -> dict[str, Any]:

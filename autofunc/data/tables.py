@@ -1,4 +1,4 @@
-"""Rows with named columns: of files, of a folder of files, or of a dataset of the hub."""
+"""Rows with named columns: of files, of a folder of files, or of a hub dataset."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ class Tables:
     """The rows of a split.
 
     Args:
-        of: a file (.jsonl, .json, .csv, .parquet), several, a folder of such files that are named after their splits, or a
-            hub name.
-        split: of a folder or of the hub; a file has one only.
-        subset: of a dataset of the hub that has several.
-        limit: take the first rows only.
+        of: a file (.jsonl, .json, .csv, .parquet), several, a folder of such files named after their splits, or a hub
+            name.
+        split: of a folder or a hub dataset; a file has only "train".
+        subset: of a hub dataset that has several.
+        limit: take only the first rows.
 
     Raises:
-        DataError: for what is not there.
+        DataError: if a file, folder, split or hub dataset cannot be found.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Tables:
             elif split == "train":
                 self.files.append(path)
             else:
-                raise DataError(f"{shown(path)} is a file, which has the split 'train' only; got {quoted(split)}")
+                raise DataError(f"{shown(path)} is a file, which has only the split 'train'; got {quoted(split)}")
         if not self.files and self._table is None:
             raise DataError(f"{quoted(of)} names no file")
 
@@ -56,10 +56,10 @@ class Tables:
         return shown(self._of) if isinstance(self._of, str) else f"{len(self.files)} files"
 
     def key(self) -> dict[str, Any]:
-        """What the rows are, for a cache.
+        """Return what identifies the rows, for a cache key.
 
         Raises:
-            DataError: for what is no file of tables.
+            DataError: if one of the files isn't a table.
         """
         for file in self.files:
             check_plain(file)
@@ -67,13 +67,13 @@ class Tables:
         return {"content": content, "limit": self._limit}
 
     def rows(self, columns: Sequence[str]) -> Iterator[Located]:
-        """The rows in order, each with where it is.
+        """Yield the rows in order, each with its location.
 
         Args:
-            columns: that each must have.
+            columns: that each row must have.
 
         Raises:
-            DataError: naming the row that cannot be read, or lacks a column.
+            DataError: naming a row that cannot be read or lacks a column.
         """
         return itertools.islice(self._all(columns), self._limit)
 
@@ -93,20 +93,20 @@ class Tables:
             try:
                 return datasets.load_dataset(name, self._subset, split=self._split)
             except Exception as error:  # datasets raises a different one for each cause
-                said = in_brief(error)
+                message = in_brief(error)
                 of = f"{quoted(name)}, split {quoted(self._split)}"
-                raise DataError(f"{of}, cannot be loaded{network}: {said}") from error
+                raise DataError(f"{of}, cannot be loaded{network}: {message}") from error
 
 
 def text_of(where: str, what: str, value: object) -> str:
-    """A text of a row.
+    """Return a value of a row that has to be a string.
 
     Raises:
-        DataError: for what is none, and for half a character, which JSON can say.
+        DataError: if it is not, or has half a surrogate pair, which JSON can encode.
     """
     try:
         if isinstance(value, str) and value.encode(errors="surrogateescape") is not None:
             return value
     except UnicodeEncodeError:
         pass
-    raise DataError(f"{where}: {what} is {quoted(value)}; expected a text")
+    raise DataError(f"{where}: {what} is {quoted(value)}; expected a string")

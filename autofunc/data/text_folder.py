@@ -20,11 +20,11 @@ from autofunc.foreign_file import NOT_THERE, check_file, compression, is_folder,
 from autofunc.progress_bar import counting
 from autofunc.shown import shown
 
-_VERSION = 1  # of how tokens are made, for the cache
+_VERSION = 1  # of the tokenisation; part of the cache key
 _VALIDATION_EVERY = 20  # every 20th file is for validation
 
 MOST_BYTES = 2**33
-"""Of all files together: their tokens are kept in memory."""
+"""The most bytes of all files together: their tokens are kept in memory."""
 
 
 class TextFolder(Dataset[dict[str, Tensor]]):
@@ -34,19 +34,19 @@ class TextFolder(Dataset[dict[str, Tensor]]):
     Files are sorted by path. Every 20th file is for validation (of fewer than 20 files, the last twentieth of the text).
 
     Args:
-        path: a folder, or one file; None takes the source of Python's standard library: real text on every machine.
+        path: a folder or one file; None takes the source of Python's standard library: real text on every machine.
         split: "train" or "validation".
-        seq_len: tokens in a row.
+        seq_len: tokens per row.
         tokenizer: a name or folder for `transformers`; None takes bytes.
-        suffixes: which files, such as [".txt", ".md"]; None takes all (of the standard library: [".py"]). Files with zero
-            bytes in them, and compressed ones, are no text and are left out; a compressed one is refused where suffixes
-            say that it is text.
-        num_samples_limit: take this many rows only, evenly spread.
+        suffixes: which files, such as [".txt", ".md"]; None takes all (of the standard library, [".py"]). Files with zero
+            bytes and compressed files are not text and are skipped; a compressed file is refused if `suffixes` selects
+            it.
+        num_samples_limit: take only this many rows, evenly spaced.
         aligned_labels: False gives `labels[t] = input_ids[t]`, for models that shift labels themselves.
 
     Raises:
-        DataError: when the folder is missing, has too little text, or has what is no file of its own: a FIFO, a link that
-            leads out of it or nowhere.
+        DataError: if the folder is missing, has too little text, or contains something that isn't an ordinary file of its
+            own: a FIFO, or a link that dangles or leads out of it.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class TextFolder(Dataset[dict[str, Tensor]]):
             raise DataError(f"TextFolder: split={split!r}: {one_of(split, ['train', 'validation'])}")
         for name, given in (("path", path), ("suffixes", suffixes)):
             if given is not None and not given:
-                raise DataError(f"TextFolder: {name}={given!r} names nothing; leave it out, or name some")
+                raise DataError(f"TextFolder: {name}={given!r} is empty; leave it out, or name some")
         check_at_least_one("TextFolder", seq_len=seq_len, num_samples_limit=num_samples_limit)
         self.seq_len, self.aligned_labels = seq_len, aligned_labels
         self.path = Path(path).expanduser() if path is not None else Path(sysconfig.get_paths()["stdlib"])
@@ -110,7 +110,7 @@ class TextFolder(Dataset[dict[str, Tensor]]):
         return {"input_ids": row[:-1], "labels": row[1:] if self.aligned_labels else row[:-1]}
 
     def _read(self, files: list[Path], suffixes: Sequence[str] | None) -> tuple[np.ndarray, int]:
-        """(Tokens of all files, how many of them have text): from the cache, where they took long to make."""
+        """Return (tokens of all files, number of files with text); real tokenizers go through the cache."""
         of_folder, chosen = is_folder(self.path), suffixes is not None
 
         def make() -> dict[str, np.ndarray]:
@@ -141,7 +141,7 @@ class TextFolder(Dataset[dict[str, Tensor]]):
             if packed is not None and (chosen or not of_folder):
                 raise DataError(f"TextFolder: {shown(file)} is compressed ({packed}); unpack it first")
             if b"\0" in content and not of_folder:
-                raise DataError(f"TextFolder: {shown(file)} has zero bytes in it, so it is no text")
+                raise DataError(f"TextFolder: {shown(file)} has zero bytes in it, so it is not text")
             if b"\0" in content or packed is not None:
                 continue
             if self.tokenizer.name == "bytes":
@@ -151,7 +151,7 @@ class TextFolder(Dataset[dict[str, Tensor]]):
 
 
 def _files(path: Path, suffixes: Sequence[str] | None) -> list[Path]:
-    """The files of a folder with one of the suffixes, sorted by path; or the one file."""
+    """Return the files of a folder that have one of the suffixes, sorted by path; or the one file."""
     if is_folder(path):
         return sorted(files_in(path, suffixes))
     if unfit(path) == NOT_THERE:

@@ -1,8 +1,8 @@
-"""Token files (.bin): a header of 1,024 bytes, then tokens of 2 or 4 bytes, little-endian, to be mapped into memory.
+"""Token files (.bin): a header of 1,024 bytes, then tokens of 2 or 4 bytes, little-endian, for memory mapping.
 
-The header is 256 numbers of 32 bits: 278895051; the version, 1; how many tokens there are; the bytes of one; and the size
-of the vocabulary, or 0. This is what NeMo AutoModel's NanogptDataset reads. Files that begin with 20240520, as
-modded-nanogpt writes them, are read too: their tokens have 2 bytes.
+The header is 256 int32 numbers: 278895051; the version, 1; the number of tokens; the bytes per token; and the vocabulary
+size, or 0. NeMo AutoModel's NanogptDataset reads this format. Files that begin with 20240520, as modded-nanogpt writes
+them, are read too: their tokens have 2 bytes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from autofunc.foreign_file import check_file
 from autofunc.shown import shown
 
 MOST_TOKENS = 2**31 - 1
-"""That a header can count."""
+"""The most tokens a header can count."""
 
 _MAGIC, _OLDER_MAGIC, _VERSION = 278895051, 20240520, 1
 _HEADER = np.dtype("<i4")
@@ -30,22 +30,22 @@ _MOST_BYTES = HEADER_BYTES + 4 * MOST_TOKENS
 
 
 class TokenFile(NamedTuple):
-    """What is in a file."""
+    """The content of a token file."""
 
-    tokens: np.ndarray  # mapped into memory
-    vocab_size: int | None  # where the file says
+    tokens: np.ndarray  # memory-mapped, uint16 or uint32 of shape (tokens,)
+    vocab_size: int | None  # None if the file does not record it
 
 
 def write_token_file(path: Path, chunks: Iterable[np.ndarray], vocab_size: int) -> int:
-    """Write a file; it is there when all of it is. Returns the number of tokens.
+    """Write a token file atomically and return its number of tokens.
 
     Args:
         path: of the file.
-        chunks: tokens, one array after the other.
-        vocab_size: they are below it; up to 65,536 a token takes 2 bytes, else 4.
+        chunks: tokens, as integer arrays of shape (tokens,), one after the other.
+        vocab_size: token ids are below it; up to 65,536 a token takes 2 bytes, else 4.
 
     Raises:
-        DataError: for a token that is not below, for too many, and where the file cannot be written.
+        DataError: for a token id out of range, for too many tokens, or if the file cannot be written.
     """
     kind = _KINDS[2 if vocab_size <= 1 << 16 else 4]
     part = path.with_name(f"{path.name}.partial")
@@ -59,7 +59,7 @@ def write_token_file(path: Path, chunks: Iterable[np.ndarray], vocab_size: int) 
                     raise DataError(f"token {chunk.max()} is not below vocab_size={vocab_size}")
                 count += len(chunk)
                 if count > MOST_TOKENS:
-                    raise DataError(f"one file takes {MOST_TOKENS:,} tokens; write several, each of a part of the text")
+                    raise DataError(f"a file holds at most {MOST_TOKENS:,} tokens; write several, each with a part")
                 file.write(chunk.astype(kind).tobytes())
             header = np.zeros(_HEADER_NUMBERS, _HEADER)
             header[:5] = _MAGIC, _VERSION, count, kind.itemsize, vocab_size
@@ -76,14 +76,14 @@ def write_token_file(path: Path, chunks: Iterable[np.ndarray], vocab_size: int) 
 
 
 def read_token_file(path: Path, raw: str | None = None) -> TokenFile:
-    """Map a file into memory.
+    """Map a token file into memory.
 
     Args:
         path: of the file.
-        raw: `uint16` or `uint32` for a file without a header, which is tokens alone.
+        raw: `uint16` or `uint32` for a file without a header, which holds only tokens.
 
     Raises:
-        DataError: naming a file that is none, of another kind, or damaged.
+        DataError: naming a file that is missing, has a different format or is damaged.
     """
     check_file(path, DataError, _MOST_BYTES)
     size = path.stat().st_size
@@ -97,8 +97,8 @@ def read_token_file(path: Path, raw: str | None = None) -> TokenFile:
     magic, version, count, itemsize, vocab_size = np.fromfile(path, _HEADER, 5).tolist()
     if magic not in (_MAGIC, _OLDER_MAGIC):
         raise DataError(
-            f"{shown(path)} is no token file: it begins with {magic}, expected {_MAGIC}; of a file that is tokens "
-            "alone say which: raw_dtype: uint16"
+            f"{shown(path)} is not a token file: it begins with {magic}, expected {_MAGIC}; for a file without a header "
+            "give the dtype of its tokens: raw_dtype: uint16"
         )
     if magic == _OLDER_MAGIC:
         itemsize, vocab_size = 2, 0

@@ -1,4 +1,4 @@
-"""Rows of token files, which are mapped into memory: any number of tokens, and no time to start."""
+"""Rows of memory-mapped token files: any number of tokens, and no start-up time."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from autofunc.shown import quoted, shown
 
 
 class TokenFiles(Dataset[dict[str, Tensor]]):
-    """Rows of {"input_ids", "labels"}, int64 of shape (seq_len,): one after the other in each file, files by name.
+    """Rows of {"input_ids", "labels"}, int64 of shape (seq_len,): consecutive in each file, files by name.
 
-    What is left at the end of a file, less than a row and the token after it, is left out. The order in which rows are read
-    is that of the loader: a function of (seed, epoch).
+    The end of a file is dropped if it is shorter than a row and the token after it. The loader decides the order in which
+    rows are read, as a function of (seed, epoch).
 
     Args:
         file_pattern: a file, several, or a pattern such as "tokens/train_*.bin"; see `autofunc.data.write_token_file`.
-        seq_len: tokens in a row.
-        bos_token: that begins a document.
-        align_to_bos: have each row begin with `bos_token`; what is between a row's end and the next one is left out.
-        vocab_size: token ids are below it; by default what the files say.
+        seq_len: tokens per row.
+        bos_token: the id that begins a document.
+        align_to_bos: begin each row with `bos_token`; tokens between a row's end and the next `bos_token` are dropped.
+        vocab_size: token ids are below it; by default taken from the files.
         raw_dtype: of files without a header, such as nanoGPT's train.bin: `uint16` or `uint32`.
-        num_samples_limit: take the first rows only.
+        num_samples_limit: take only the first rows.
         aligned_labels: False gives `labels[t] = input_ids[t]`, for models that shift labels themselves.
 
     Raises:
-        DataError: naming a file that is not there, none, or damaged, and when they have not one row.
+        DataError: naming a file that is missing, damaged or not a token file; or if the files hold no row.
     """
 
     def __init__(
@@ -57,8 +57,8 @@ class TokenFiles(Dataset[dict[str, Tensor]]):
             self._files = [read_token_file(path, raw_dtype) for path in self._paths]
         except DataError as error:
             raise DataError(f"TokenFiles: {error}") from error
-        said = [file.vocab_size for file in self._files]
-        self.vocab_size = vocab_size or (None if None in said else max(size or 0 for size in said))
+        sizes = [file.vocab_size for file in self._files]
+        self.vocab_size = vocab_size or (None if None in sizes else max(size or 0 for size in sizes))
         self._starts = [_starts(file, seq_len, bos_token if align_to_bos else None) for file in self._files]
         self._ends = np.cumsum([len(starts) for starts in self._starts])
         self._length = min(int(self._ends[-1]), num_samples_limit or int(self._ends[-1]))
@@ -101,12 +101,12 @@ def _paths(pattern: str | list[str]) -> list[Path]:
     fixed = next(parent for parent in path.parents if not any(each in str(parent) for each in "*?["))
     found = sorted(fixed.glob(str(path.relative_to(fixed))))
     if not found:
-        raise DataError(f"no file is called {quoted(pattern)}")
+        raise DataError(f"no file matches {quoted(pattern)}")
     return found
 
 
 def _starts(file: TokenFile, seq_len: int, bos: int | None) -> range | np.ndarray:
-    """Where the rows of a file begin."""
+    """Return where the rows of a file begin."""
     last = len(file.tokens) - seq_len - 1
     if bos is None:
         return range(0, last + 1, seq_len)

@@ -1,4 +1,4 @@
-"""From text to token ids: a Hugging Face tokenizer, or plain bytes when none is named."""
+"""From text to token ids: a Hugging Face tokenizer, or plain bytes if none is named."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from autofunc.shown import quoted
 
 
 class Spans(NamedTuple):
-    """Tokens of a text, and which of its characters each stands for: from begin to before end; none of special ones."""
+    """Tokens of a text and the characters each covers, `begin` to `end - 1`; special tokens cover none."""
 
     ids: Sequence[int]
     begins: Sequence[int]
@@ -23,7 +23,7 @@ class Spans(NamedTuple):
 
 
 class Tokenizer(Protocol):
-    """What datasets need of a tokenizer."""
+    """What datasets need from a tokenizer."""
 
     name: str
     vocab_size: int
@@ -31,27 +31,27 @@ class Tokenizer(Protocol):
 
     @property
     def identity(self) -> str | None:
-        """Equal for tokenizers that give equal ids; None where that cannot be known."""
+        """A text that is equal for tokenizers that produce equal ids; None if that cannot be known."""
         ...
 
     def encode(self, text: str) -> Sequence[int]:
-        """Token ids of a text, without special tokens."""
+        """Return the token ids of a text, without special tokens."""
         ...
 
     def spans(self, text: str, special: bool) -> Spans:
-        """Tokens of a text and where they are in it; with the special tokens around it, or without."""
+        """Return the tokens of a text and where they are in it, with or without the special tokens around it."""
         ...
 
 
 class TextTokenizer(Tokenizer, Protocol):
-    """What generating needs of one."""
+    """What generation needs from a tokenizer."""
 
     def prompt(self, text: str) -> Sequence[int]:
-        """Token ids of a text to go on with, after the special tokens that the tokenizer itself begins one with."""
+        """Return the token ids of a text to continue, after the special tokens the tokenizer begins texts with."""
         ...
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """The text of some token ids, without special tokens."""
+        """Return the text of token ids, without special tokens."""
         ...
 
 
@@ -64,7 +64,7 @@ class ByteTokenizer:
     end_of_text: int | None = None
 
     def encode(self, text: str) -> Sequence[int]:
-        """The UTF-8 bytes of the text; lone surrogates, as from `surrogateescape`, give their bytes back."""
+        """Return the UTF-8 bytes of a text; lone surrogates, as from `surrogateescape`, become their original bytes."""
         return text.encode("utf-8", errors="surrogateescape")
 
     def prompt(self, text: str) -> Sequence[int]:
@@ -78,19 +78,19 @@ class ByteTokenizer:
         return Spans(list(self.encode(text)), at, [index + 1 for index in at])
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """The text of these bytes; what is none is shown as U+FFFD."""
+        """Return the text of these bytes; invalid ones become U+FFFD."""
         return b"".join(bytes((each,)) if each < 256 else b"\xff" for each in tokens).decode("utf-8", errors="replace")
 
 
 class HuggingFaceTokenizer:
-    """One of `transformers`.
+    """A tokenizer of `transformers`.
 
     Args:
-        name: of the hub, or of a folder.
-        chat_template: in the place of its own.
+        name: a hub name or a folder.
+        chat_template: replaces the tokenizer's own.
 
     Raises:
-        DataError: when it cannot be loaded.
+        DataError: if it cannot be loaded.
     """
 
     def __init__(self, name: str, chat_template: str | None = None) -> None:
@@ -100,7 +100,7 @@ class HuggingFaceTokenizer:
         try:
             with nullcontext("") if Path(name).exists() else cache_without_network() as network:
                 self._tokenizer: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        except Exception as error:  # whatever is in its files
+        except Exception as error:  # its files may hold anything
             first = in_brief(error).partition("\n")[0].rstrip(".")
             raise DataError(
                 f"tokenizer {quoted(name)} cannot be loaded{network}: {first}. "
@@ -115,7 +115,7 @@ class HuggingFaceTokenizer:
 
     @property
     def identity(self) -> str | None:
-        """See `Tokenizer`: its whole content, where it is kept by the library `tokenizers`."""
+        """See `Tokenizer.identity`: a digest of its whole content; None unless the library `tokenizers` backs it."""
         if not self._tokenizer.is_fast:
             return None
         versions = [version(library) for library in ("tokenizers", "transformers")]
@@ -124,7 +124,7 @@ class HuggingFaceTokenizer:
 
     @property
     def chat_template(self) -> str | None:
-        """How it renders conversations, as Jinja; None where it does not."""
+        """The Jinja template that renders conversations; None if it has none."""
         template = self._tokenizer.chat_template
         return template.get("default") if isinstance(template, dict) else template
 
@@ -134,7 +134,7 @@ class HuggingFaceTokenizer:
         return ids
 
     def prompt(self, text: str) -> Sequence[int]:
-        """See `TextTokenizer.prompt`. A token that ends texts is left out at the end: nothing follows it."""
+        """See `TextTokenizer.prompt`. Drops a final end-of-text token: nothing could follow it."""
         ids: list[int] = self._tokenizer(text, verbose=False)["input_ids"]
         return ids[:-1] if ids and ids[-1] == self._tokenizer.eos_token_id else ids
 
@@ -142,24 +142,24 @@ class HuggingFaceTokenizer:
         """See `Tokenizer.spans`.
 
         Raises:
-            DataError: where it does not say for which characters a token stands.
+            DataError: if it does not report which characters a token covers.
         """
         if not self._tokenizer.is_fast:
             raise DataError(
-                f"tokenizer {quoted(self.name)} ({type(self._tokenizer).__name__}) does not say where its tokens are in a "
-                "text; expected one with a tokenizer.json"
+                f"tokenizer {quoted(self.name)} ({type(self._tokenizer).__name__}) does not report where its tokens are in "
+                "a text; expected one with a tokenizer.json"
             )
         made = self._tokenizer(text, add_special_tokens=special, return_offsets_mapping=True, verbose=False)
         offsets = made["offset_mapping"]
         return Spans(made["input_ids"], [begin for begin, _ in offsets], [end for _, end in offsets])
 
     def render(self, messages: Sequence[Any], tools: Any = None, *, asks: bool = False) -> str:
-        """A conversation as text, by the chat template.
+        """Render a conversation as text with the chat template.
 
         Args:
             messages: each with `role` and `content`.
-            tools: that the template may describe.
-            asks: whether the beginning of an answer follows.
+            tools: for the template to describe.
+            asks: whether to append the beginning of an answer (the generation prompt).
         """
         text: str = self._tokenizer.apply_chat_template(
             list(messages), tools=tools, tokenize=False, add_generation_prompt=asks
@@ -167,7 +167,7 @@ class HuggingFaceTokenizer:
         return text
 
     def marked(self, messages: Sequence[Any], tools: Any = None) -> tuple[list[int], list[bool]]:
-        """A conversation as tokens, and which of them the chat template marks as answers (`{% generation %}`)."""
+        """Return a conversation's tokens, and which of them the chat template marks as answers (`{% generation %}`)."""
         made = self._tokenizer.apply_chat_template(
             list(messages), tools=tools, return_dict=True, return_assistant_tokens_mask=True
         )
@@ -179,14 +179,14 @@ class HuggingFaceTokenizer:
         return text
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write its files, from which transformers makes it again; with the chat template that it was given."""
+        """Write the files that transformers loads it from, including the chat template it was given."""
         self._tokenizer.save_pretrained(str(folder))
 
 
 def load_tokenizer(name: str | None) -> ByteTokenizer | HuggingFaceTokenizer:
-    """The tokenizer of a name or folder that `transformers` knows; bytes when `name` is None.
+    """Load the tokenizer of a hub name or folder with `transformers`; None gives bytes.
 
     Raises:
-        DataError: when it cannot be loaded.
+        DataError: if it cannot be loaded.
     """
     return ByteTokenizer() if name is None else HuggingFaceTokenizer(name)

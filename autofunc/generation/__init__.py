@@ -1,4 +1,4 @@
-"""Text, token by token: greedy or drawn, with a cache of keys and values that every stage gets and gives back."""
+"""Text generation, token by token: greedy or sampled, with a KV cache that every stage receives and returns."""
 
 from autofunc.generation.loop import OWN, check_request, generate
 from autofunc.generation.sampling import Sampling

@@ -1,4 +1,4 @@
-"""Generating with a cache: the pipeline of a model that keeps keys and values, and its steps."""
+"""Generation with a KV cache: the pipeline of a model that keeps keys and values, and its steps."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from autofunc.splitting import split
 
 Made = TypeVar("Made")
 
-_PROMPT_COLUMNS, _COLUMNS = 32, 64  # multiples of which prompts and caches have, so that captures are used again
-_MOST_FORMS = 8  # that are remembered for a pipeline, and for a model; the oldest is forgotten
+_PROMPT_COLUMNS, _COLUMNS = 32, 64  # prompts and caches are padded to multiples of these, so that captures are reused
+_MOST_FORMS = 8  # remembered per pipeline and per model; the oldest is forgotten first
 _BATCH_DIMS = {"input_ids": 0, "position_ids": 0, "attention_mask": 0, "start": None}
 
 _pipelines: WeakKeyDictionary[Pipeline, dict[CacheForm, Pipeline | str]] = WeakKeyDictionary()
@@ -32,13 +32,13 @@ _models: WeakKeyDictionary[Model, dict[CacheForm, Model]] = WeakKeyDictionary()
 
 
 class CachedSteps:
-    """Steps of one generation, of which each computes new tokens only.
+    """Steps of one generation; each computes only the new tokens.
 
     Args:
         pipe: of the model that keeps keys and values.
         params: this process's parameters.
-        padded: the prompts; as many rows as all caches have.
-        num_caches: microbatches of a step, each with a cache of its own.
+        padded: the prompts; as many rows as all caches together.
+        num_caches: microbatches per step, each with its own cache.
     """
 
     def __init__(self, pipe: Pipeline, params: tree.Nested, padded: LeftPadded, num_caches: int) -> None:
@@ -47,10 +47,10 @@ class CachedSteps:
         self._states: list[TensorDict] = [pipe.empty_state(padded.device) for _ in range(num_caches)]
 
     def logits(self, tokens: Tensor | None) -> Tensor | None:
-        """Of the next token of each row, (rows, vocabulary), on processes that hold the last stage.
+        """Return the logits of each row's next token, (rows, vocabulary); None on processes without the last stage.
 
         Args:
-            tokens: those that the last step led to, int64 of shape (rows,); None in the first step.
+            tokens: chosen after the last step, int64 of shape (rows,); None in the first step.
         """
         ids = self._padded.input_ids if tokens is None else tokens.unsqueeze(-1)
         start, self._column = self._column, self._column + ids.shape[1]
@@ -67,16 +67,16 @@ class CachedSteps:
 def cached_steps(
     pipe: Pipeline, params: tree.Nested, rows: Sequence[Sequence[int]], max_new_tokens: int, device: torch.device
 ) -> CachedSteps | str:
-    """The steps of a generation with a cache, or why there is none.
+    """Return the steps of a generation with a cache, or the reason why the model has none.
 
     Args:
         pipe: of the model.
         params: this process's parameters.
-        rows: token ids of each prompt; of some more rows, which fill up, the last is one of the steps.
+        rows: token ids of each prompt; copies of the last one pad them to a multiple of the number of caches.
         max_new_tokens: the most tokens that follow a prompt.
         device: where this process computes.
     """
-    # where ranks work at the same time, each has some rows in every step
+    # with several ranks each step has a microbatch for every rank, so that all of them work at the same time
     num_caches = 1 if pipe.mesh is None else min(pipe.schedule.num_ranks, len(rows))
     filled = [*rows, *[rows[-1]] * (-len(rows) % num_caches)]
     width = rounded_up(max(map(len, rows)), _PROMPT_COLUMNS)
@@ -88,13 +88,13 @@ def cached_steps(
 
 
 def _dtype(pipe: Pipeline, params: tree.Nested) -> torch.dtype:
-    """In which keys and values are computed."""
+    """Return the dtype of keys and values."""
     floating = (leaf.dtype for leaf in tree.flatten(params).values() if leaf.is_floating_point())
     return pipe.sharding.precision.parameter_dtype(next(floating, torch.get_default_dtype()))
 
 
 def _pipeline(pipe: Pipeline, form: CacheForm) -> Pipeline | str:
-    """The pipeline with a cache, made once for each form; or why there is none."""
+    """Return the pipeline with a cache, built once per form; or the reason why there is none."""
     return _remembered(_pipelines.setdefault(pipe, {}), form, lambda: _new_pipeline(pipe, form))
 
 
@@ -109,7 +109,7 @@ def _remembered(known: dict[CacheForm, Made], form: CacheForm, make: Callable[[]
 def _new_pipeline(pipe: Pipeline, form: CacheForm) -> Pipeline | str:
     model = pipe.stages[0].model
     if model.state_spec:
-        return f"{model.title} keeps state of its own"
+        return f"{model.title} keeps its own state"
     found = _with_cache(model)
     if isinstance(found, str):
         return found
@@ -118,13 +118,13 @@ def _new_pipeline(pipe: Pipeline, form: CacheForm) -> Pipeline | str:
         known = _remembered(_models.setdefault(model, {}), form, lambda: make(form))
         stages = split(known, [f"{prefix}{stage.layers[0]}" for stage in pipe.stages[1:]])
     except ModelError as error:
-        return f"{model.title} cannot be captured with one ({in_brief(error)})"
+        return f"{model.title} cannot be captured with a cache ({in_brief(error)})"
     options = EngineOptions(pipe.options.engine, pipe.options.compile)
     return Pipeline(stages, pipe.schedule, None, pipe.mesh, options, _BATCH_DIMS, pipe.sharding, pipe.transfers)
 
 
 def _with_cache(model: Model) -> tuple[Callable[[CacheForm], Model], str] | str:
-    """What makes a model with a cache, and what the names of its layers begin with; or why there is none."""
+    """Return (builder of the model with a cache, prefix of its layer names), or the reason why there is none."""
     if isinstance(model, AdaptedModel):
         found = _with_cache(model.base)
         if isinstance(found, str):
@@ -134,7 +134,7 @@ def _with_cache(model: Model) -> tuple[Callable[[CacheForm], Model], str] | str:
     if model.with_cache is not None:
         return model.with_cache, ""
     if not isinstance(model, CapturedModel) or not model.is_module:
-        return f"{model.title} has none"
+        return f"{model.title} has no cache"
     reason = why_no_cache(model.module)
     return reason or ((lambda form: _around(model, form)), f"{INSIDE}.")
 

@@ -1,4 +1,4 @@
-"""A decoder of transformers that keeps keys and values: they are buffers that its forward writes, so they become state."""
+"""A transformers decoder with a KV cache: keys and values are buffers that its forward writes, so they become state."""
 
 from __future__ import annotations
 
@@ -17,32 +17,32 @@ _TAKES = ("input_ids", "attention_mask", "past_key_values")
 
 
 def why_no_cache(module: nn.Module) -> str | None:
-    """Why a module cannot be run with a cache of fixed size; None where it can."""
+    """Return why a module cannot run with a fixed-size cache; None if it can."""
     name = type(module).__name__
     if not is_model(module):
-        return f"{name} is no model of transformers"
+        return f"{name} is not a transformers model"
     model: Any = module
     lacking = [each for each in _TAKES if each not in inspect.signature(module.forward).parameters]
     if lacking:
-        return f"{name}.forward takes no {lacking[0]}"
+        return f"{name}.forward does not take {lacking[0]}"
     if not model.can_generate():
-        return f"{name} is not made for generating"
+        return f"{name} does not support generation"
     if not model._can_compile_fullgraph:
-        return f"transformers has no cache of fixed size for {name}"
+        return f"transformers has no fixed-size cache for {name}"
     try:
         _shapes(model)
     except (AttributeError, TypeError, ValueError) as error:
-        return f"the shapes of the keys of {name} are not known ({in_brief(error)})"
+        return f"the key shapes of {name} are unknown ({in_brief(error)})"
     return None
 
 
 class WithCache(nn.Module):
-    """A module for causal language models around which keys and values are kept.
+    """A causal language model together with buffers for its keys and values.
 
     Args:
-        module: of transformers, for which `why_no_cache` says nothing; it stays as it is.
+        module: of transformers, for which `why_no_cache` returns None; not modified.
         form: of the cache.
-        device: where the module is.
+        device: of the module.
     """
 
     def __init__(self, module: nn.Module, form: CacheForm, device: torch.device) -> None:
@@ -52,7 +52,7 @@ class WithCache(nn.Module):
         self._takes = {name for name in ("position_ids", "logits_to_keep") if name in parameters}
         shapes = _shapes(module)
         self._layers = len(shapes)
-        # of these only shapes matter; on the CPU they need no memory
+        # only the shapes of these buffers matter; on the CPU they need no memory
         where = torch.device("meta") if device.type == "cpu" else device
         for number, (heads, features) in enumerate(shapes):
             for name in ("keys", "values"):
@@ -62,7 +62,7 @@ class WithCache(nn.Module):
                 )
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, start: Tensor) -> Tensor:
-        """Logits of the last token, (rows, 1, vocabulary); see `model.cache_form` for the arguments."""
+        """Return the logits of the last token, (rows, 1, vocabulary); see `model.cache_form` for the arguments."""
         from transformers import Cache
 
         layers = [
@@ -79,7 +79,7 @@ class WithCache(nn.Module):
 
 
 def _shapes(module: Any) -> list[tuple[int, int]]:
-    """(heads, features of a head) of the keys of each layer."""
+    """Return (heads, features per head) of each layer's keys."""
     from transformers.configuration_utils import get_head_shapes
 
     config = module.config.get_text_config(decoder=True)
@@ -90,7 +90,7 @@ def _shapes(module: Any) -> list[tuple[int, int]]:
 
 
 def _layer(keys: Tensor, values: Tensor, start: Tensor) -> Any:
-    """A layer of transformers' cache on buffers; all layers are as long, and what a window hides a mask hides."""
+    """Build a layer of transformers' cache on buffers. All layers have one length; masks implement sliding windows."""
     from transformers.cache_utils import StaticLayer
 
     class Kept(StaticLayer):  # type: ignore[misc]
@@ -103,7 +103,7 @@ def _layer(keys: Tensor, values: Tensor, start: Tensor) -> Any:
 
         def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
             columns = torch.arange(key_states.shape[2], device=keys.device) + start
-            # a whole is written, and not a part: what was read of it before stays as it is
+            # write the whole buffer, not a slice: values read before stay valid
             after = [
                 kept.index_copy(2, columns, new.to(kept.dtype))
                 for kept, new in ((keys, key_states), (values, value_states))

@@ -1,4 +1,4 @@
-"""`af.generate`: what follows some prompts, by a pipeline of any layout."""
+"""`af.generate`: continue prompts with a pipeline of any layout."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from autofunc.model import Model
 from autofunc.pipe import Pipeline
 
 OWN = "own"
-"""Of `eos`: the model's own."""
+"""Value of `eos`: the model's own end-of-text tokens."""
 _LIMITS = ("n_positions", "max_position_embeddings", "max_seq_len")
 
 
@@ -39,32 +39,32 @@ def generate(
     tell: Callable[[str], None] | None = None,
     on_step: Callable[[int], None] | None = None,
 ) -> list[list[int]]:
-    """Generate what follows each prompt: the likeliest token each time, or drawn ones where a choice for that is given.
+    """Continue each prompt: greedily, or by sampling if a temperature, top_k or top_p is given.
 
-    Keys and values are kept where that is possible: for decoders of transformers, and for models that bring their own
-    cache (`stages.gpt2`, `stages.llama`). Other models compute their whole texts again for each token, and a warning says
-    so. Parameters are used as they are. Under a mesh every process calls it with the same prompts, and gets all of it.
+    Decoders of transformers and models that bring their own cache (`stages.gpt2`, `stages.llama`) keep keys and values.
+    Other models recompute the whole text for each token; a warning reports it. Parameters are not modified. Under a mesh
+    every process passes the same prompts and receives all results.
 
     Args:
         pipe: of the model, with any schedule and loss, on any number of pp ranks.
         params: this process's parameters, as for `pipe(params, batch)`.
-        prompts: token ids of each, of any lengths.
-        max_new_tokens: where a text ends at the latest.
-        eos: the token, or tokens, after which a text ends; by default those of the model's config, () for none.
-        temperature: draw tokens, with logits divided by this; 0 takes the likeliest.
-        top_k: draw from so many of the likeliest tokens.
-        top_p: draw from the likeliest tokens that together have this probability.
-        seed: what is drawn is a function of (seed, step, row).
+        prompts: token ids of each prompt, of any lengths; or an integer tensor of shape (rows, tokens).
+        max_new_tokens: most new tokens per prompt.
+        eos: the token or tokens that end a text; by default those of the model's config, () for none.
+        temperature: sample from logits divided by this; 0 takes the likeliest token.
+        top_k: sample from this many of the likeliest tokens.
+        top_p: sample from the likeliest tokens whose probabilities add up to this.
+        seed: samples are a function of (seed, step, row).
         state: of layers that keep some, see `pipe.forward`.
-        tell: gets what a warning would say.
-        on_step: called after each step with how many there were.
+        tell: receives the text of warnings instead.
+        on_step: called after each step with the number of steps so far.
 
     Returns:
-        The new tokens of each prompt, the one that ends a text included.
+        The new tokens of each prompt, including the one that ends a text.
 
     Raises:
-        AutofuncError: for what cannot be prompts, texts that are longer than the model's positions, and a mesh that cuts
-            parameters.
+        AutofuncError: for invalid prompts, texts longer than the model's positions, and a mesh that shards parameters
+            or tokens.
 
     Example:
         tokens = af.generate(pipe, params, [[1, 5, 3], [2]], max_new_tokens=20, temperature=0.8, top_p=0.95)
@@ -77,7 +77,7 @@ def generate(
     device = pipe.device_of(params)
     steps: Any = cached_steps(pipe, params, rows, max_new_tokens, device)
     if isinstance(steps, str):
-        (tell or _warn)(f"generating without a cache: {steps}. Every token takes a forward of the whole text")
+        (tell or _warn)(f"generating without a cache: {steps}. Every token takes a forward pass over the whole text")
         steps = WholeSteps(pipe, params, rows, max_new_tokens, state, device)
     made: list[list[int]] = [[] for _ in rows]
     tokens: Tensor | None = None
@@ -87,8 +87,8 @@ def generate(
         chosen = tokens.tolist()
         if chosen[0] < 0:
             raise ModelError(
-                f"{model.title} gives logits that are no numbers, or that depend on later tokens: it is no causal model, "
-                "and nothing follows from a prompt alone"
+                f"{model.title} returns logits that are NaN or depend on later tokens: it is not a causal model, so it "
+                "cannot continue a prompt"
             )
         for text, token in zip(made, chosen, strict=False):
             if not text or text[-1] not in ends:
@@ -101,7 +101,7 @@ def generate(
 
 
 def check_request(model: Model, prompts: Prompts, max_new_tokens: int) -> list[list[int]]:
-    """Token ids of prompts, once they fit a model.
+    """Check that prompts fit a model and return their token ids.
 
     Raises:
         AutofuncError: see `generate`.
@@ -112,12 +112,12 @@ def check_request(model: Model, prompts: Prompts, max_new_tokens: int) -> list[l
 
 
 def _chosen(logits: Tensor, sampling: Sampling, step: int) -> Tensor:
-    """The tokens; -1 where logits are no numbers."""
+    """Return the next tokens, int64 of shape (rows,); all -1 if any logit is NaN."""
     return torch.where(logits.isnan().any(), -1, next_tokens(logits.nan_to_num(), sampling, step))
 
 
 def _shared(pipe: Pipeline, tokens: Tensor | None, rows: int, device: torch.device) -> Tensor:
-    """The tokens that the last stage's process has chosen, on every process."""
+    """Return the tokens chosen by the last stage's process, on every process."""
     if pipe.mesh is None:
         assert tokens is not None, "this process runs all stages"
         return tokens
@@ -125,23 +125,23 @@ def _shared(pipe: Pipeline, tokens: Tensor | None, rows: int, device: torch.devi
     return share_over_pp(pipe.mesh, pipe.schedule.placement[-1], given)
 
 
-def _warn(said: str) -> None:
-    warnings.warn(said, stacklevel=3)
+def _warn(text: str) -> None:
+    warnings.warn(text, stacklevel=3)
 
 
 def _check_mesh(pipe: Pipeline) -> None:
-    """Refuse parameters of which a process holds parts."""
+    """Refuse a mesh that shards parameters or tokens."""
     for axis in ("dp_shard", "tp", "cp"):
         if axis_size(pipe.mesh, axis) > 1:
             raise MeshError(
-                f"generate runs on the pp axis of a mesh, and this one has {axis}={axis_size(pipe.mesh, axis)}, which cuts "
-                "parameters or tokens: gather them, full = pipe.gather(params), and use a pipeline without a mesh, or with "
-                "one of pp only"
+                f"generate runs on the pp axis of a mesh, and this one has {axis}={axis_size(pipe.mesh, axis)}, which "
+                "shards parameters or tokens: gather them, full = pipe.gather(params), and use a pipeline without a mesh, "
+                "or with one of pp only"
             )
 
 
 def _config(model: Any) -> Any:
-    """What describes a language model: of one with several parts that of its text."""
+    """Return the config of a language model; for a multimodal model, that of its text part."""
     config = model.config
     text_config = getattr(config, "get_text_config", None)
     return text_config(decoder=True) if callable(text_config) else config
@@ -161,7 +161,7 @@ def _check_length(model: Any, longest: int, max_new_tokens: int) -> None:
 
 
 def _own_ends(model: Any) -> Sequence[int]:
-    """The tokens after which a text of this model ends, as transformers knows them."""
+    """Return the tokens that end a text of this model, from its transformers config."""
     module = getattr(getattr(model, "base", model), "module", None)
     for config in (getattr(module, "generation_config", None), model.config):
         ends = getattr(config, "eos_token_id", None)

@@ -15,14 +15,14 @@ Prompts = Sequence[Sequence[int]] | Tensor
 
 
 def as_lists(prompts: Prompts, vocab_size: int | None) -> list[list[int]]:
-    """Token ids of each prompt.
+    """Return the token ids of each prompt.
 
     Args:
         prompts: sequences of token ids, or an integer tensor of shape (rows, tokens).
-        vocab_size: how many there are, where that is known.
+        vocab_size: number of token ids; None if unknown.
 
     Raises:
-        BatchError: for what is no prompt, or has no tokens.
+        BatchError: for invalid or empty prompts, and token ids out of range.
     """
     rows = prompts.tolist() if isinstance(prompts, Tensor) else [_ids_of(prompt) for prompt in prompts]
     if not rows or not all(isinstance(row, list) for row in rows):
@@ -31,14 +31,14 @@ def as_lists(prompts: Prompts, vocab_size: int | None) -> list[list[int]]:
         )
     for number, row in enumerate(rows):
         if not row:
-            raise BatchError(f"prompt {number} has no tokens; give it one at least, such as that for the begin of a text")
+            raise BatchError(f"prompt {number} has no tokens; give it at least one, such as the begin-of-text token")
         wrong = [token for token in row if not isinstance(token, int) or isinstance(token, bool) or token < 0]
         if wrong:
-            raise BatchError(f"prompt {number} has {_brief(wrong[0])} among its tokens; expected integers from 0 on")
+            raise BatchError(f"prompt {number} has {_brief(wrong[0])} among its tokens; expected integers of at least 0")
         if vocab_size is not None and max(row) >= vocab_size:
             raise BatchError(
-                f"prompt {number} has the token {max(row)}, and the model knows those below vocab_size={vocab_size}; its "
-                "tokenizer is another one"
+                f"prompt {number} has the token {max(row)}, and the model knows those below vocab_size={vocab_size}; it "
+                "was tokenised for a different model"
             )
     return rows
 
@@ -56,13 +56,13 @@ def _brief(value: Any) -> str:
 
 @dataclass(frozen=True)
 class LeftPadded:
-    """Prompts that end in the same column, and the columns of what follows.
+    """Prompts padded on the left to end in the same column, with room for the tokens that follow.
 
     Args:
         rows: token ids of each row.
-        width: columns of the prompts.
-        length: of all columns.
-        device: where tensors are made.
+        width: number of columns of the prompts.
+        length: number of all columns.
+        device: of the tensors.
     """
 
     rows: Sequence[Sequence[int]]
@@ -81,14 +81,14 @@ class LeftPadded:
         return torch.tensor([[self.width - len(row)] for row in self.rows], device=self.device)
 
     def mask(self) -> Tensor:
-        """What is no padding: 1, else 0; int64, shape (rows, length)."""
+        """Return 0 for padding and 1 elsewhere: int64, shape (rows, length)."""
         return (torch.arange(self.length, device=self.device) >= self.first).long()
 
     def positions(self, start: int, stop: int) -> Tensor:
-        """Of the tokens in these columns in their texts: int64, shape (rows, stop - start); 0 for padding."""
+        """Return the positions of these columns' tokens in their texts: int64, (rows, stop - start); 0 for padding."""
         return (torch.arange(start, stop, device=self.device) - self.first).clamp_min(0)
 
 
 def rounded_up(number: int, to: int) -> int:
-    """The next multiple of `to`."""
+    """Round up to a multiple of `to`."""
     return -(-number // to) * to

@@ -1,6 +1,6 @@
-"""The next token of each row: the likeliest, or one drawn from those that are likely.
+"""The next token of each row: the likeliest, or a sample of the likely ones.
 
-What is drawn is a function of (seed, step, row): the same in any layout, and for any other rows of the batch.
+A sample is a function of (seed, step, row): the same in any layout, and whatever the batch's other rows are.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from autofunc.random import make_key, multinomial
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen. With nothing given the likeliest is taken each time.
+    """The choice of tokens; greedy by default.
 
     Args:
-        temperature: divides the logits; 1 where another choice but none is given here, 0 takes the likeliest.
-        top_k: draw from so many of the likeliest tokens.
-        top_p: draw from the likeliest tokens that together have this probability, at least one.
-        seed: of the draws.
+        temperature: divides the logits; 0 is greedy, and None means 1 if top_k or top_p is given.
+        top_k: sample from this many of the likeliest tokens.
+        top_p: sample from the likeliest tokens whose probabilities add up to this, at least one token.
+        seed: of the samples.
 
     Raises:
         AutofuncError: for numbers out of range.
@@ -44,17 +44,17 @@ class Sampling:
 
     @property
     def is_greedy(self) -> bool:
-        """Whether the likeliest token is taken."""
+        """True if the likeliest token is always taken."""
         return self.temperature == 0 or (self.temperature is None and self.top_k is None and self.top_p is None)
 
 
 def next_tokens(logits: Tensor, sampling: Sampling, step: int) -> Tensor:
-    """The next token of each row, int64 of shape (rows,).
+    """Return the next token of each row, int64 of shape (rows,).
 
     Args:
         logits: of the next token, shape (rows, vocabulary).
         sampling: how to choose.
-        step: how many tokens were generated before.
+        step: number of tokens generated so far.
     """
     if sampling.is_greedy:
         return logits.argmax(-1)
@@ -63,7 +63,7 @@ def next_tokens(logits: Tensor, sampling: Sampling, step: int) -> Tensor:
 
 
 def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
-    """What tokens are drawn with: fp32, of the shape of the logits; not all add up to 1."""
+    """Return the weights tokens are sampled with: fp32, shape of the logits; with top_p they do not add up to 1."""
     wide = logits.float() / (1.0 if sampling.temperature is None else sampling.temperature)
     if sampling.top_k is not None and sampling.top_k < wide.shape[-1]:
         least = wide.topk(sampling.top_k).values[..., -1:]

@@ -1,4 +1,4 @@
-"""Generating without a cache: every step computes whole texts again, which any causal module can."""
+"""Generation without a cache: every step recomputes whole texts, which works with any causal module."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from autofunc.whole_module import close
 
 _IDS, _MASK, _POSITIONS = "input_ids", "attention_mask", "position_ids"
 _BESIDE = (_MASK, _POSITIONS, "labels", "token_type_ids")
-_FILLERS = (0, 1)  # tokens in the columns that are not known yet
+_FILLERS = (0, 1)  # tokens that fill the columns still unknown
 
 
 class WholeSteps:
-    """Steps of one generation, of which each computes all tokens. What is not known yet is to the right, as filler.
+    """Steps of one generation; each recomputes all tokens. Columns still unknown hold fillers on the right.
 
     Args:
         pipe: of the model.
@@ -33,7 +33,7 @@ class WholeSteps:
         device: where this process computes.
 
     Raises:
-        ModelError: for a module of which it is not known which entry of a batch has token ids.
+        ModelError: if it is unclear which entry of a batch holds the token ids.
     """
 
     def __init__(
@@ -48,7 +48,11 @@ class WholeSteps:
         self._lengths, self.num_rows = torch.tensor([len(row) for row in rows], device=device), len(rows)
 
     def logits(self, tokens: Tensor | None) -> Tensor | None:
-        """See `CachedSteps.logits`. Where the model looks at tokens to the right all are NaN."""
+        """See `CachedSteps.logits`. All are NaN if the model looks at tokens to the right.
+
+        Raises:
+            ModelError: if the model does not return logits of shape (rows, tokens, vocabulary).
+        """
         if tokens is None:
             first, second = (self._computed(filler) for filler in _FILLERS)
             if first is None or second is None:
@@ -81,7 +85,7 @@ class WholeSteps:
 
 
 def _entries(model: Model) -> tuple[str, Sequence[str]]:
-    """The entry of a batch that has the token ids, and which of the others are given."""
+    """Return (the batch entry that holds token ids, the other entries to pass)."""
     base = getattr(model, "base", model)
     if not isinstance(base, CapturedModel):
         return _IDS, ()
@@ -95,7 +99,7 @@ def _entries(model: Model) -> tuple[str, Sequence[str]]:
     ]
     if len(found) != 1:
         raise ModelError(
-            f"{model.title} takes {', '.join(example)}, and which of these are token ids is not known; "
+            f"{model.title} takes {', '.join(example)}, and it is unclear which of these are token ids; "
             f"{one_of(_IDS, example)}"
         )
     return found[0], [name for name in (_MASK, _POSITIONS) if name in example]

@@ -1,1 +1,1 @@
-"""What the engine and captured models both do with graphs of operators."""
+"""Tools for graphs of operators that the engine and captured models share."""

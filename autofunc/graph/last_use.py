@@ -1,4 +1,4 @@
-"""When the values of a program are used last, so that each can be let go of."""
+"""The last use of each value in a program, after which it can be freed."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ Value = TypeVar("Value")
 
 
 def last_uses(steps: Sequence[tuple[Value, Iterable[Value]]], kept: Container[Value] = ()) -> list[list[Value]]:
-    """For each step, the values that no later step reads; what a step makes and nobody reads is among its own.
+    """Return, for each step, the values that no later step reads; a value never read dies in the step that produces it.
 
     Args:
-        steps: what each makes, and what it reads, in the order in which they run.
-        kept: values that are needed after the last step.
+        steps: (value it produces, values it reads) of each, in execution order.
+        kept: values needed after the last step.
     """
     last: dict[Value, int] = {}
     for position, (made, read) in enumerate(steps):

@@ -1,7 +1,7 @@
-"""Graph modules whose Python code is written when they are called for the first time, not whenever their graph changes.
+"""Graph modules that generate their Python code on the first call, not whenever their graph changes.
 
-`torch.export` changes the graph of a model some twenty times and calls it never. To write and compile its code each time
-took a quarter of a capture. Torch has a class that does the same, `torch.fx._lazy_graph_module`; export does not use it.
+`torch.export` changes a model's graph about twenty times and never calls it. Generating and compiling the code each time
+took a quarter of a capture. Torch's own class for this, `torch.fx._lazy_graph_module`, is not used by export.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _inside = 0
 
 @contextmanager
 def lazy_code() -> Iterator[None]:
-    """Graphs that change in here, in any thread, are written as code when their module is called."""
+    """Defer code generation, in all threads: graphs that change inside generate code when their module is called."""
     global _inside
     with _guard:
         _inside += 1
@@ -35,7 +35,7 @@ def lazy_code() -> Iterator[None]:
 
 
 def _later(module: fx.GraphModule) -> None:
-    made: Any = type(module)  # every graph module has a class of its own
+    made: Any = type(module)  # every graph module has its own class
     made.forward = _forward
 
 

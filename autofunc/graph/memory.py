@@ -1,4 +1,4 @@
-"""Which nodes of a graph share memory, and which write to it."""
+"""Memory of a graph's nodes: which of them share it, and which write to it."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ Node = fx.Node
 
 _aten = torch.ops.aten
 
-# Normalisations that update their running statistics when an argument says that they take those of the batch. Their
-# schemas do not say so.
+# Normalisations that update their running statistics if this argument selects the batch's own. Their schemas do not
+# declare it.
 _UPDATES_STATISTICS = {
     _aten.batch_norm.default: "training",
     _aten._batch_norm_impl_index.default: "training",
@@ -27,10 +27,10 @@ _UPDATES_STATISTICS = {
 
 
 def aliased(node: Node) -> Node | None:
-    """The argument in whose memory a node's result may lie; None where it has memory of its own.
+    """Return the argument whose memory a node's result may share; None if it has its own.
 
-    What is taken out of several views lies in the memory of those together, so that `base_of` leads on from there. What is
-    written in place lies where it was.
+    An item of a list of views shares the list's memory, so that `base_of` continues from there. The result of an in-place
+    write shares the memory written to.
     """
     if node.op != "call_function":
         return None
@@ -46,16 +46,16 @@ def aliased(node: Node) -> Node | None:
 
 
 def _lies_in(node: Node) -> Node | None:
-    """Of an operator whose schema says nothing: `einsum`, or a dropout that drops nothing, may return a view."""
+    """Return the argument sharing memory if the schema is silent: `einsum` or a no-op dropout may return a view."""
     own = storages(node)
     return next((read for read in node.all_input_nodes if own & storages(read)), None)
 
 
 def storages(node: Node) -> set[Any]:
-    """The memory that a node's fake values lie in, to be compared: what shares some has shared it when it was traced."""
+    """Return identities of the storages of a node's fake values, for comparison: nodes sharing one shared it in tracing."""
     value = node.meta.get("val")
     known: tuple[Any, set[Any]] | None = node.meta.get("storages")
-    if known is None or known[0] is not value:  # it is asked for again and again, and is not free
+    if known is None or known[0] is not value:  # called often, and not free
         parts = value if isinstance(value, (list, tuple)) else [value]
         tensors = [part for part in parts if isinstance(part, Tensor) and part.layout is torch.strided]
         node.meta["storages"] = known = (value, {part.untyped_storage()._cdata for part in tensors})
@@ -63,14 +63,14 @@ def storages(node: Node) -> set[Any]:
 
 
 def base_of(node: Node) -> Node:
-    """Whose memory a node's value lies in: itself, or what it is a view of, followed to the first."""
+    """Return the node whose memory a node's value lies in: itself, or the first in its chain of views."""
     while (lender := aliased(node)) is not None:
         node = lender
     return node
 
 
 def is_view(node: Node) -> bool:
-    """Whether a node only looks at memory that is there, and writes nothing: making it again costs nothing."""
+    """Return whether a node is only a view and writes nothing, so that recomputing it is free."""
     if node.op != "call_function":
         return False
     if node.target is getitem:
@@ -80,9 +80,9 @@ def is_view(node: Node) -> bool:
 
 
 def written(node: Node) -> list[Node]:
-    """The arguments whose values an operator writes to: in place, as `out=`, and those in lists."""
+    """Return the arguments whose values an operator writes to: in place, through `out=`, or in lists."""
     schema = schema_of(node)
-    if schema is None or node.target is _aten.detach_.default:  # that changes its autograd graph only
+    if schema is None or node.target is _aten.detach_.default:  # that changes only its autograd graph
         return []
     if node.target in _UPDATES_STATISTICS:
         given = arguments(node)
@@ -92,28 +92,28 @@ def written(node: Node) -> list[Node]:
 
 
 def is_number(node: Node) -> bool:
-    """Whether a node's value is a number that is known only when it runs, and no tensor."""
+    """Return whether a node's value is a number known only at run time, rather than a tensor."""
     return isinstance(node.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool))
 
 
 def is_copied_first(constant: Node) -> bool:
-    """Whether a constant is made anew whenever it is used (`torch.tensor(1.0)`): then only its copy is written to."""
+    """Return whether every use of a constant copies it first (`torch.tensor(1.0)`), so that writes go to the copy."""
     return all(user.target is _aten.lift_fresh_copy.default for user in constant.users)
 
 
 def is_all_of_its_memory(node: Node) -> bool:
-    """Whether a node's value fills the memory that it lies in."""
+    """Return whether a node's value fills its whole storage."""
     value = node.meta["val"]
     return bool(value.storage_offset() == 0 and value.untyped_storage().nbytes() == value.numel() * value.element_size())
 
 
 def storage_bytes(node: Node) -> int | None:
-    """Bytes of the memory that a node's value lies in; None where its size depends on data."""
+    """Return the bytes of the storage of a node's value; None if its size depends on data."""
     size = base_of(node).meta["val"].untyped_storage().nbytes()
     return None if isinstance(size, torch.SymInt) else int(size)
 
 
 def _nodes(value: Any) -> list[Node]:
-    """The nodes in an argument."""
+    """Return the nodes in an argument."""
     parts = value if isinstance(value, (list, tuple)) else [value]
     return [part for part in parts if isinstance(part, Node)]

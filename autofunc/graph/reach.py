@@ -1,4 +1,4 @@
-"""What leads to what in a graph: ancestors, descendants, and what a part of it needs from outside."""
+"""Reachability in a graph: ancestors, descendants, and the inputs that a region needs from outside."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ Node = fx.Node
 
 
 def reachable(roots: Iterable[Node], step: Callable[[Node], Iterable[Node]]) -> set[Node]:
-    """The roots, and all that steps lead to from there.
+    """Return the roots and every node reachable from them.
 
     Args:
-        roots: where it begins.
-        step: from a node to the next ones.
+        roots: where the search begins.
+        step: returns a node's successors.
     """
     found: set[Node] = set()
     left = list(roots)
@@ -30,21 +30,21 @@ def reachable(roots: Iterable[Node], step: Callable[[Node], Iterable[Node]]) -> 
 
 
 def ancestors(nodes: Iterable[Node], given: Iterable[Node] = ()) -> set[Node]:
-    """These and all that they read, directly or not, but for what is given and what only that reads."""
+    """Return nodes and all they read, directly or not, without `given` and whatever only those read."""
     stop = set(given)
     roots = (node for node in nodes if node not in stop)
     return reachable(roots, lambda node: [read for read in node.all_input_nodes if read not in stop])
 
 
 def ancestors_within(nodes: Iterable[Node], region: Set[Node]) -> set[Node]:
-    """What leads to these inside a region, themselves included; an operator with several results belongs to it whole."""
+    """Return the ancestors of nodes inside a region, themselves included, with all results of multi-output operators."""
     roots = (node for node in nodes if node in region)
     found = reachable(roots, lambda node: [read for read in node.all_input_nodes if read in region])
     return found | {node for node in region if node.target is getitem and node.args[0] in found}
 
 
 def descendants(graph: fx.Graph, sources: Iterable[Node]) -> set[Node]:
-    """All nodes that read one of these, directly or not; they themselves and the graph's output are left out."""
+    """Return all nodes that read one of the sources, directly or not, without the sources and the graph's output."""
     starts = set(sources)
     found = set(starts)
     for node in graph.nodes:
@@ -54,13 +54,13 @@ def descendants(graph: fx.Graph, sources: Iterable[Node]) -> set[Node]:
 
 
 def frontier(targets: Iterable[Node], inside: Set[Node]) -> list[Node]:
-    """What a region needs from outside to compute its targets, in the order of the graph.
+    """Return the nodes a region needs from outside to compute its targets, in graph order.
 
-    A view of a placeholder is made again inside, so that a parameter need not be kept. Other views are kept as they are:
-    they hold the memory of what they are views of and cost nothing more. Constants are at hand everywhere.
+    A view of a placeholder is recomputed inside, so that a parameter need not be kept. Other views are kept: they hold
+    their base's memory and cost nothing more. Constants are available everywhere.
 
     Args:
-        targets: what is computed; what of it lies outside the region is needed itself.
+        targets: nodes to compute; a target outside the region is itself needed.
         inside: the region.
     """
 
@@ -68,4 +68,4 @@ def frontier(targets: Iterable[Node], inside: Set[Node]) -> list[Node]:
         return node in inside or (is_view(node) and base_of(node).op == "placeholder")
 
     seen = reachable(targets, lambda node: node.all_input_nodes if is_inside(node) else ())
-    return sorted(node for node in seen if not is_inside(node) and node.op != "get_attr")  # nodes compare by their place
+    return sorted(node for node in seen if not is_inside(node) and node.op != "get_attr")  # nodes compare by position

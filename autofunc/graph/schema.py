@@ -1,4 +1,4 @@
-"""What an operator's schema says: its arguments by name, and in which of them its results lie or which it writes to.
+"""Operator schemas: arguments by name, which of them share memory with the results, and which are written to.
 
 The only file that uses `torch._ops` and the schemas behind it, which have no public names; tried with torch 2.13.0.
 """
@@ -18,8 +18,8 @@ Node = fx.Node
 
 _aten = torch.ops.aten
 
-# Their schemas do not say so. Autograd must not treat the first as a view; the second returns what the collective before
-# it made.
+# Their schemas do not declare it. Autograd must not treat the first as a view; the second returns the result of the
+# collective before it.
 _SHARES_BESIDE = {_aten._unsafe_view.default: "self", torch.ops._c10d_functional.wait_tensor.default: "tensor"}
 
 
@@ -28,37 +28,37 @@ class Schema:
     """An operator's schema, with the names of its arguments."""
 
     names: tuple[str, ...]  # in order
-    defaults: Mapping[str, Any]  # of arguments that need not be given
-    written: frozenset[str]  # arguments that it writes to
-    shared: frozenset[str]  # arguments in whose memory its results may lie
-    is_mutable: bool  # whether it may write to an argument, or change what it is
-    only_shares: bool  # whether all that it makes lies in memory of an argument, which it leaves as it is
+    defaults: Mapping[str, Any]  # of optional arguments
+    written: frozenset[str]  # arguments it writes to
+    shared: frozenset[str]  # arguments whose memory its results may share
+    is_mutable: bool  # may write to an argument, or change its metadata
+    only_shares: bool  # all its results share an argument's memory, and it writes nothing
 
 
 def is_operator(node: Node) -> bool:
-    """Whether a node calls one of torch's operators, or one of a `torch.library`; not a plain function of Python."""
+    """Return whether a node calls an operator of torch or of a `torch.library`, rather than a plain Python function."""
     return isinstance(node.target, OpOverload)
 
 
 def schema_of(node: Node) -> Schema | None:
-    """The schema of a node's operator; None when it calls none."""
+    """Return the schema of a node's operator; None if it calls none."""
     return _read(node.target) if isinstance(node.target, OpOverload) else None
 
 
 def arguments(node: Node) -> dict[str, Any]:
-    """An operator's arguments by name, in the order of its schema; those that are not given have their defaults.
+    """Return an operator's arguments by name, in schema order, with defaults for those not given.
 
     Args:
         node: calls an operator.
     """
     schema = schema_of(node)
-    assert schema is not None, f"{node.target} is no operator"
+    assert schema is not None, f"{node.target} is not an operator"
     given = dict(zip(schema.names, node.args, strict=False)) | node.kwargs
     return {name: given.get(name, schema.defaults.get(name)) for name in schema.names}
 
 
 def takes_tensor(node: Node, argument: Node) -> bool:
-    """Whether a node's operator takes a tensor wherever it is given this argument."""
+    """Return whether a node's operator declares a tensor wherever it receives this argument."""
     if not isinstance(node.target, OpOverload):
         return False
     types = {each.name: str(each.type) for each in node.target._schema.arguments}
@@ -73,7 +73,7 @@ def _reads(value: Any, node: Node) -> bool:
 
 
 def without_out(node: Node) -> Any:
-    """The operator that returns what a node's writes to its `out=`; None where there is none."""
+    """Return the functional form of a node's `out=` operator; None if there is none."""
     if not isinstance(node.target, OpOverload):
         return None
     packet = node.target.overloadpacket
@@ -87,28 +87,28 @@ def without_out(node: Node) -> Any:
 
 
 def is_mutable(node: Node) -> bool:
-    """Whether a node's operator may write to one of its arguments, `out=` included."""
+    """Return whether a node's operator may write to one of its arguments, including `out=`."""
     schema = schema_of(node)
     return schema is not None and schema.is_mutable
 
 
 def is_pointwise(node: Node) -> bool:
-    """Whether a node's operator makes each element of its result from the elements at the same place."""
+    """Return whether a node's operator computes each element of its result from the elements at the same position."""
     return isinstance(node.target, OpOverload) and torch.Tag.pointwise in node.target.tags
 
 
 def is_random(node: Node) -> bool:
-    """Whether what an operator makes depends on a generator of random numbers, with the arguments that it is given.
+    """Return whether an operator's result depends on a random generator, given its arguments.
 
-    Attention, recurrent layers and dropout depend on none when they are asked to drop nothing: by a probability of 0, which
-    may be their default, or because they do not train.
+    Attention, recurrent layers and dropout depend on none if they drop nothing: because of a probability of 0, which may be
+    the default, or because they are not in training mode.
     """
     if not isinstance(node.target, OpOverload) or torch.Tag.nondeterministic_seeded not in node.target.tags:
         return False
     given = arguments(node)
     if given.get("train") is False or given.get("training") is False:
         return False
-    # a probability may be a tensor, which nobody knows yet
+    # a probability may be a tensor, whose value is still unknown
     return all(given[name] != 0 for name in ("dropout_p", "dropout", "p") if name in given)
 
 
@@ -123,7 +123,7 @@ def _read(operator: OpOverload) -> Schema:
         mark = argument.alias_info
         if mark is None:
             continue
-        # of an argument whose parts are returned as a list (split, unbind), only "*" says that they are of it
+        # if an argument's parts are returned as a list (split, unbind), only "*" marks them as its views
         if mark.before_set & marks or (shares and "*" in mark.after_set):
             shared.add(argument.name)
         if mark.is_write:

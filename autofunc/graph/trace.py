@@ -1,4 +1,4 @@
-"""Record what a function dispatches as a graph of operators."""
+"""Tracing: recording the operators that a function dispatches as a graph."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ def trace(
     function: Callable[..., Any], *given: Any, decompositions: Mapping[Any, Callable[..., Any]] | None = None,
     above_autograd: bool = False,
 ) -> fx.GraphModule:  # fmt: skip
-    """The operators that a function runs on these tensors, autograd's included, in one graph.
+    """Return a graph of the operators that a function runs on these tensors, including autograd's.
 
     Args:
-        function: with as many arguments as are given; not a method, of which `self` would be counted.
-        given: tensors, or lists of tensors; their shapes are those of the graph.
-        decompositions: operators that are recorded as others.
-        above_autograd: record operators as the function calls them, before autograd and what it makes of them.
+        function: takes as many arguments as are given; not a method, since `self` would be counted.
+        given: tensors, or lists of tensors; their shapes become the graph's.
+        decompositions: operator -> function to trace instead.
+        above_autograd: record operators as the function calls them, before autograd decomposes them.
     """
-    with lazy_code(), torch.autograd.set_detect_anomaly(False):  # it looks at values, and there are none
+    with lazy_code(), torch.autograd.set_detect_anomaly(False):  # anomaly mode reads values, and fake tensors have none
         made = make_fx(
             function, decomposition_table=decompositions, tracing_mode="real", pre_dispatch=above_autograd
         )  # fmt: skip

@@ -1,9 +1,9 @@
-"""What a model that keeps keys and values is given: the contract between those who build one and `af.generate`.
+"""The contract between `af.generate` and a model with a KV cache.
 
-`model.with_cache(form)` is a model with the same parameters and the same layers, some of which keep state. Its batch has
-`input_ids` (rows, tokens), `position_ids` of the same shape, `start`, the column of the first of these tokens as a tensor
-without dims, and `attention_mask` (rows, length), which is 0 in columns of padding. It returns logits, of the last token
-at least.
+`model.with_cache(form)` returns a model with the same parameters and the same layers, some of which keep state. Its batch
+has `input_ids` (rows, tokens), `position_ids` of the same shape, `start`, the column of the first of these tokens as a
+zero-dim tensor, and `attention_mask` (rows, length), which is 0 in padding columns. It returns logits of at least the last
+token.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ import torch
 
 @dataclass(frozen=True)
 class CacheForm:
-    """How large a cache is."""
+    """The size and dtype of a cache."""
 
     rows: int
-    length: int  # columns, one for each token of the longest text
+    length: int  # number of columns, one per token of the longest text
     dtype: torch.dtype
 
 
 WithCache = Callable[[CacheForm], Any]
-"""From the form of a cache to an `af.Model` that has one."""
+"""Returns an `af.Model` with a cache of the given form."""

@@ -37,24 +37,24 @@ class Model(OverProcesses, GivenBack):
     Args:
         layers: name -> `Layer`, in the order in which they run. Names are split at dots.
         ties: alias path -> canonical path.
-        config: anything that describes the model; kept as it is.
+        config: anything that describes the model; stored unchanged.
         trainable: shell-style patterns of the canonical paths that get gradients; `*` crosses dots.
-        tensor_parallel: how its parameters are cut over a tp axis; without one they cannot be.
-        experts: patterns of the canonical paths of parameters of routed experts, see `expert_paths`.
+        tensor_parallel: how to shard its parameters over a tp axis; None means it cannot be sharded.
+        experts: patterns of the canonical paths of routed experts' parameters, see `expert_paths`.
         in_transformers: `in_transformers(params) -> (values of its config.json, state dict)`, for `autofunc export`.
 
     Raises:
-        ModelError: for names that collide. Ties and patterns that name no parameter are found when `spec` is first read.
+        ModelError: for colliding names. Ties and patterns that match no parameter raise when `spec` is first read.
     """
 
     key_name = KEY
-    """The entry of a batch and of a microbatch that is its randomness."""
+    """The entry of a batch or microbatch that holds its random key."""
 
     device = torch.device("cpu")
-    """Where `init` makes parameters and state unless told otherwise: where a captured module is, else the CPU."""
+    """The default device of `init`: a captured module's own, else the CPU."""
 
-    frozen: Sequence[Any] = ()  # what `specialise` reads beside its arguments, for fingerprints
-    with_cache: WithCache | None = None  # the model with a cache of keys and values, where it can have one
+    frozen: Sequence[Any] = ()  # what `specialise` reads besides its arguments, for fingerprints
+    with_cache: WithCache | None = None  # builds the model with a KV cache, if it can have one
 
     def __init__(
         self,
@@ -74,7 +74,7 @@ class Model(OverProcesses, GivenBack):
         self.ties, self.config, self.trainable = dict(ties or {}), config, tuple(trainable)
         self.tensor_parallel, self.experts = tensor_parallel, tuple(experts)
         self.in_transformers = in_transformers
-        self.stored: Stored | None = None  # initial values, instead of what layers make
+        self.stored: Stored | None = None  # initial values that replace the layers' own
         for alias, canonical in self.ties.items():
             if canonical in self.ties:
                 raise ModelError(f"tie {alias!r}: {canonical!r} is itself tied; name {self.ties[canonical]!r} instead")
@@ -87,13 +87,13 @@ class Model(OverProcesses, GivenBack):
 
     @cached_property
     def spec(self) -> dict[str, torch.Tensor]:
-        """Every parameter as a layer sees it, aliases included: path -> meta tensor, sorted by path. Allocates nothing."""
+        """Every parameter as layers see it, including aliases: path -> meta tensor, sorted by path. Allocates nothing."""
         flat = self._init_layers(self.layers, 0, torch.device("meta"), torch.float32)
         for alias, canonical in self.ties.items():
             if canonical not in flat:
                 raise ModelError(f"tie {alias!r} -> {canonical!r}: no such parameter; {one_of(canonical, flat)}")
             if self.layer_of(alias) is None:
-                raise ModelError(f"tie {alias!r}: the path begins with no layer's name; {one_of(alias, self.layers)}")
+                raise ModelError(f"tie {alias!r}: no layer's name begins this path; {one_of(alias, self.layers)}")
             own = flat.get(alias)
             if own is not None and own.shape != flat[canonical].shape:
                 raise ModelError(
@@ -105,11 +105,11 @@ class Model(OverProcesses, GivenBack):
 
     @cached_property
     def state_spec(self) -> dict[str, torch.Tensor]:
-        """All state that layers keep from one microbatch to the next: path -> meta tensor, sorted by path."""
+        """All state that layers keep between microbatches: path -> meta tensor, sorted by path."""
         spec = self.init_state_paths(None, "meta")
         both = [path for path in spec if path in self.spec]
         if both:
-            raise ModelError(f"{both[0]!r} is a parameter and state; give one of them another name")
+            raise ModelError(f"{both[0]!r} is both a parameter and state; rename one of them")
         return spec
 
     def _check_trainable(self, leaves: Mapping[str, torch.Tensor]) -> None:
@@ -117,42 +117,42 @@ class Model(OverProcesses, GivenBack):
         lost = [path for path in known if leaves[path].is_complex() and tree.matches(self.canonical(path), self.trainable)]
         if lost:
             raise ModelError(
-                f"parameter {lost[0]!r} is {leaves[lost[0]].dtype}, and gradients are of real parameters only; keep its "
+                f"parameter {lost[0]!r} is {leaves[lost[0]].dtype}, and only real parameters get gradients; store its "
                 "real and imaginary parts (torch.view_as_real), or leave it out of trainable"
             )
         matching("trainable", self.trainable if known else (), known)
 
     def check_stored(self) -> None:
-        """Refuse stored values that are not those of this model.
+        """Refuse stored values that do not fit this model.
 
         Raises:
-            ModelError: naming what is missing, or has another shape or kind of dtype.
+            ModelError: naming a value that is missing, or has the wrong shape or an incompatible dtype.
         """
         if self.stored is not None:
             check_fit(self.stored, {self.canonical(path): leaf for path, leaf in self.spec.items()})
 
     def canonical(self, path: str) -> str:
-        """The path under which trees hold this parameter."""
+        """Return the path under which trees hold this parameter."""
         return self.ties.get(path, path)
 
     def is_trainable(self, path: str) -> bool:
-        """Whether the parameter (by any of its names) gets a gradient: floating point and named in `trainable`."""
+        """Return whether a parameter, by any of its names, gets a gradient: floating point and matched by `trainable`."""
         return self.spec[path].is_floating_point() and tree.matches(self.canonical(path), self.trainable)
 
     def layer_of(self, path: str) -> str | None:
-        """The name of the layer a parameter path belongs to."""
+        """Return the name of the layer that a parameter's path belongs to, or None."""
         return next((name for name in self.layers if path.startswith(name + ".")), None)
 
     def inner_path(self, path: str) -> str:
-        """Where the layer that a parameter path belongs to finds it in its own nested dicts."""
+        """Return a parameter's path inside its layer's nested dicts."""
         return path[len(self.layer_of(path) or "") + 1 :]
 
     notes: tuple[str, ...] = ()
-    """What was left out or changed when it was made of something else, in words for its user."""
+    """What the conversion to this model dropped or changed, in words for its user."""
 
     @property
     def expert_paths(self) -> frozenset[str]:
-        """Canonical paths of the parameters with an entry for each routed expert in dim 0, which only these read."""
+        """Canonical paths of parameters whose dim 0 runs over routed experts, each entry read by its expert alone."""
         return matching("experts", self.experts, [path for path in self.spec if path not in self.ties])
 
     def specialise(
@@ -163,23 +163,23 @@ class Model(OverProcesses, GivenBack):
         training: bool = True,
         over: Any = None,
     ) -> Specialised:
-        """The model as plain functions, for microbatches of one signature and parameters of known dtypes.
+        """Return the model as plain functions, for microbatches of one signature and parameters of known dtypes.
 
         Args:
-            microbatch: one with real tensors, as layers see it; of these only shapes, dtypes and devices matter. None: the
-                one that the model was made with, where there is one.
-            dtypes: of parameters as they are computed with, by canonical path; None: the model's own.
-            training: whether new state is wanted, or the model only evaluated with the state it has.
-            over: what `over_ranks` gave; None: one process computes it, or values know how they lie.
+            microbatch: with real tensors, as layers see it; only their shapes, dtypes and devices matter. None takes the
+                example that the model was captured with, if any.
+            dtypes: that parameters are computed in, by canonical path; None takes the model's own.
+            training: True updates state, False evaluates with the given state.
+            over: returned by `over_ranks`; None if one process computes the model, or values carry their own placements.
 
         Raises:
-            ModelError: when it cannot run on such a microbatch, or with such dtypes.
+            ModelError: if it cannot run on such a microbatch, or with such dtypes.
         """
         return self._specialised[training]
 
     @cached_property
     def _specialised(self) -> dict[bool, Specialised]:
-        """By training: layers of pure functions are the same for every batch."""
+        """By training mode: layers of pure functions do not depend on the batch."""
         return {training: self._in_mode(training) for training in (True, False)}
 
     def _in_mode(self, training: bool) -> Specialised:
@@ -195,42 +195,41 @@ class Model(OverProcesses, GivenBack):
         )  # fmt: skip
 
     def cut_before(self, names: Sequence[str]) -> Model:
-        """This model with layers that begin at these places.
+        """Return this model with layers that begin at these places.
 
         Args:
-            names: of the cut points that `specialise` gives.
+            names: of cut points, from `specialise`.
         """
         return self
 
     def has_own_value(self, path: str) -> bool:
-        """Whether a parameter, by its canonical path, has an initial value of its own, which no seed changes."""
+        """Return whether a parameter, by its canonical path, has its own initial value, independent of the seed."""
         return self.stored is not None
 
     @property
     def uses_seed(self) -> bool:
-        """Whether `init` makes any parameter from the seed."""
+        """True if `init` draws any parameter from the seed."""
         return not self.spec or not all(self.has_own_value(self.canonical(path)) for path in self.spec)
 
     def seed_of(self, seed: int | None, device: torch.device | str) -> int:
-        """What `init` makes values from; warns where a seed is given and no value is made from it."""
+        """Return the seed that `init` uses, 0 by default; warn if a given seed has no effect."""
         if seed is not None and torch.device(device).type != "meta" and not self.uses_seed:
             warnings.warn(
-                f"{self.title} has weights of its own, and init returns copies of them: seed={seed} changes none. Leave it "
-                "out; weights are made from a seed where a module is on the meta device",
+                f"{self.title} has its own weights, and init returns copies of them: seed={seed} has no effect. Leave it "
+                "out; to draw weights from a seed, capture the module on the meta device",
                 stacklevel=3,
             )
         return 0 if seed is None else seed
 
     def init(self, seed: int | None = None, device: Device = None, dtype: torch.dtype | None = None) -> TensorDict:
-        """Make all parameters, by canonical path. Each depends on (seed, path) alone, whatever the layout, device or order.
+        """Return all parameters, by canonical path. Each depends on (seed, path) alone, whatever the layout or device.
 
-        Parameters that have values of their own, because a captured module or function has real ones or because they are
-        stored in files, keep those.
+        Parameters with their own values, from a captured module or function or from files, keep those.
 
         Args:
-            seed: by default 0. A `UserWarning` says so when all parameters have values of their own, and it is not used.
-            device: where they are made; by default `Model.device`.
-            dtype: of floating-point ones; by default fp32, or what a captured module's own weights have.
+            seed: by default 0. A `UserWarning` is raised if all parameters have their own values, so it has no effect.
+            device: of the parameters; by default `Model.device`.
+            dtype: of floating-point parameters; by default fp32, or the dtype of a captured module's own weights.
         """
         device = self.device if device is None else device
         return tree.to_tensordict(self.init_paths(self.spec, self.seed_of(seed, device), device, dtype))
@@ -238,7 +237,7 @@ class Model(OverProcesses, GivenBack):
     def init_paths(
         self, paths: Iterable[str], seed: int, device: torch.device | str, dtype: torch.dtype | None = None
     ) -> dict[str, torch.Tensor]:
-        """Make the parameters with these paths (aliases give their canonical one), running only their layers' inits."""
+        """Return the parameters with these paths (or their canonical ones), running only their layers' inits."""
         wanted = {self.canonical(path) for path in paths}
         if self.stored is not None and torch.device(device).type != "meta":
             read = self.stored.read(sorted(wanted, key=tree.split_path))
@@ -249,15 +248,15 @@ class Model(OverProcesses, GivenBack):
         return {path: leaf for path, leaf in flat.items() if path in wanted}
 
     def init_state(self, device: Device = None) -> TensorDict:
-        """The state that layers begin with, by path: a captured module's buffers, or what `init_state` of layers makes.
+        """Return the layers' initial state, by path: a captured module's buffers, or the results of `init_state`.
 
         Args:
-            device: where it is made; by default as for `init`.
+            device: of the state; by default as for `init`.
         """
         return tree.to_tensordict(self.init_state_paths(None, self.device if device is None else device))
 
     def init_state_paths(self, paths: Iterable[str] | None, device: torch.device | str) -> dict[str, torch.Tensor]:
-        """The state with these paths, or all of it, sorted by path."""
+        """Return the initial state with these paths, or all of it, sorted by path."""
         layers = {name: layer for name, layer in self.layers.items() if layer.init_state is not None}
         flat: dict[str, torch.Tensor] = {}
         with torch.device(device), torch.no_grad():
@@ -274,30 +273,33 @@ class Model(OverProcesses, GivenBack):
         """Group a flat tree of all state by layer.
 
         Raises:
-            ModelError: when some is missing, or has another shape or dtype.
+            ModelError: if any is missing, or has the wrong shape or dtype.
         """
         check_state(self.state_spec, flat)
         return self.state_by_layer({path: flat[path] for path in self.state_spec})
 
     def state_by_layer(self, flat: Mapping[str, torch.Tensor]) -> Mapping[str, State]:
-        """Group state by layer, under the paths that it has there."""
+        """Group state by layer, under its paths inside the layer."""
         groups: dict[str, dict[str, torch.Tensor]] = {}
         for path, leaf in flat.items():
             groups.setdefault(self.layer_of(path) or "", {})[self.inner_path(path)] = leaf
         return groups
 
     def flat_state(self, states: Mapping[str, State], paths: Iterable[str] | None = None) -> dict[str, torch.Tensor]:
-        """The opposite of `state_by_layer`; by default of all state."""
+        """Return state as a flat tree, the inverse of `state_by_layer`; by default all of it."""
         paths = self.state_spec if paths is None else paths
         return {path: states[self.layer_of(path) or ""][self.inner_path(path)] for path in paths}
 
     def __call__(self, params: tree.Nested, batch: Mapping[str, Any], state: tree.Nested | None = None) -> Any:
-        """Run all layers on one process, to evaluate them.
+        """Evaluate all layers on one process.
 
         Args:
             params: a tree with every canonical path.
-            batch: a mapping; its entry `key_name`, a key, turns dropout on.
-            state: of a model that has some.
+            batch: a mapping; a key in its entry `key_name` enables dropout.
+            state: of a model that has state.
+
+        Returns:
+            The last layer's output, any pytree.
         """
         flat = tree.flatten(params)
         by_layer = self.layer_trees({path: self.lookup(flat, path) for path in self.spec})
@@ -307,17 +309,17 @@ class Model(OverProcesses, GivenBack):
         return specialised.run(list(self.layers), by_layer, None, batch, states)[0]
 
     def with_needed_key(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """A batch that this model can run on: with some key, if it has none and the forward cannot do without.
+        """Return a batch this model can run on: with some key if it has none and the forward requires one.
 
-        For working out shapes and costs, whatever the values.
+        For computing shapes and costs, where values do not matter.
         """
         return dict(batch)
 
     def lookup(self, flat: Mapping[str, torch.Tensor], path: str) -> torch.Tensor:
-        """A parameter by any of its names, from a flat tree of canonical ones.
+        """Return a parameter by any of its names, from a flat tree by canonical path.
 
         Raises:
-            ModelError: when it is missing.
+            ModelError: if it is missing.
         """
         canonical = self.canonical(path)
         if canonical not in flat:

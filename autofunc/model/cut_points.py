@@ -1,4 +1,4 @@
-"""Where a model can be cut."""
+"""The places where a model can be cut."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class CutPoints:
-    """Names at which a stage may begin; several may be names of one place.
+    """Names at which a stage may begin; several names may denote one place.
 
     Args:
-        start: name -> its position among all places, in the order in which they run.
-        refused: names of parts of the model at which none may begin -> why.
+        start: name -> its position among all places, in execution order.
+        refused: names of parts of the model at which no stage may begin -> the reason.
     """
 
     start: Mapping[str, int]

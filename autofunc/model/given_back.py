@@ -1,4 +1,4 @@
-"""Trees of a model given back to torch: as a state dict, or as a module."""
+"""A model's trees as a torch state dict or module."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from autofunc.errors import ModelError, one_of, some_of
 from autofunc.model.state import check_state
 
 InTransformers = Callable[[tree.Nested], tuple[Mapping[str, Any], Mapping[str, Tensor]]]
-"""From a full tree of parameters to the values of a config.json, and the weights as transformers has them."""
+"""Maps a full tree of parameters to (values of a config.json, state dict of the transformers model)."""
 
 
 class GivenBack:
-    """The part of a model that gives its trees back; it is the inverse of what took a module in."""
+    """The part of a model that returns its trees to torch: the inverse of capturing a module."""
 
     @cached_property
     def spec(self) -> dict[str, Tensor]:
@@ -35,21 +35,21 @@ class GivenBack:
 
     @property
     def title(self) -> str:
-        """What it is called in messages."""
+        """The model's name in messages."""
         return "the model"
 
     def state_dict(self, params: tree.Nested, state: tree.Nested | None = None) -> dict[str, Tensor]:
-        """Parameters and state as a flat state dict, of copies.
+        """Return copies of parameters and state as a flat state dict.
 
-        Of a captured module it is the module's own: under its names, tied parameters under each of theirs, with the buffers
-        that it stores, so that `module.load_state_dict` takes it. Of a model of pure layers it is by path, ties included.
+        For a captured module it is the module's own: its names, tied parameters under each of theirs, and its persistent
+        buffers, so that `module.load_state_dict` takes it. For a model of pure layers it is by path, including ties.
 
         Args:
             params: the full tree; on several processes `pipe.gather(params)`.
-            state: of a model whose layers keep some, the full tree.
+            state: the full tree, if layers keep state.
 
         Raises:
-            ModelError: for what is missing, unknown or of another shape.
+            ModelError: for leaves that are missing, unknown or of the wrong shape.
 
         Example:
             module.load_state_dict(model.state_dict(params))
@@ -69,16 +69,17 @@ class GivenBack:
         }
 
     def to_module(self, params: tree.Nested, state: tree.Nested | None = None) -> nn.Module:
-        """A module with these parameters, and with this state as its buffers: a copy of the one that was captured.
+        """Return a copy of the captured module with these parameters, and with this state as its buffers.
 
-        Everything but the values is as in that one, which stays as it is. Tied parameters are tied.
+        The copy differs only in its values; the captured module is not modified. Tied parameters stay tied.
 
         Args:
             params: the full tree; on several processes `pipe.gather(params)`.
-            state: of a model whose layers keep some, the full tree.
+            state: the full tree, if layers keep state.
 
         Raises:
-            ModelError: for what is missing, unknown or of another shape; for a model that was not captured from a module.
+            ModelError: for leaves that are missing, unknown or of the wrong shape; for a model that was not captured from a
+                module.
 
         Example:
             model = af.from_module(module, batch)
@@ -86,20 +87,20 @@ class GivenBack:
             trained.generate(ids)
         """
         raise ModelError(
-            f"{self.title} was made of functions, so there is no module to give back; model(params, batch) runs it, and "
-            "model.state_dict(params) has its parameters by path"
+            f"{self.title} is made of functions, so there is no module to return; model(params, batch) runs it, and "
+            "model.state_dict(params) returns its parameters by path"
         )
 
     def with_state(self, params: tree.Nested, state: tree.Nested | None) -> dict[str, Tensor]:
-        """Both trees as one, by path.
+        """Merge both trees into one flat tree, by path.
 
         Raises:
-            ModelError: when layers keep state, and some is missing or of another form.
+            ModelError: if layers keep state, and some is missing or has the wrong shape or dtype.
         """
         if state is None and self.state_spec:
             raise ModelError(
-                f"{self.title} keeps state ({some_of(self.state_spec)}): give state=model.init_state(), or what the last "
-                "step returned"
+                f"{self.title} keeps state ({some_of(self.state_spec)}): pass state=model.init_state(), or the state that "
+                "the last step returned"
             )
         flat = {} if state is None else tree.flatten(state)
         check_state(self.state_spec, flat)

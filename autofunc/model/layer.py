@@ -15,7 +15,7 @@ Apply = Callable[..., Any]
 
 
 def drawing_as(name: str, apply: Apply) -> Apply:
-    """A layer's `apply`, inside of which `af.random.dropout(x, p)` needs no batch."""
+    """Return a layer's `apply` in which `af.random.dropout(x, p)` needs no batch."""
 
     def function(params: Nested, x: Any, batch: Mapping[str, Any], *rest: Any) -> Any:
         with drawing(batch.get(KEY), name):
@@ -25,12 +25,12 @@ def drawing_as(name: str, apply: Apply) -> Apply:
 
 
 def no_parameters(key: InitKey) -> Nested:
-    """The init of a layer without parameters."""
+    """Return no parameters: the init of a layer without any."""
     return {}
 
 
 def _not_given(*given: Any) -> Any:
-    """In the place of an `apply` that was forgotten; `Layer` refuses it."""
+    """Placeholder for a missing `apply`; `Layer` refuses it."""
     raise NotImplementedError
 
 
@@ -40,15 +40,15 @@ class Layer:
 
     Args:
         init: `init(key) -> params`, a nested mapping of tensors; `key` is an `af.random.InitKey`.
-        apply: `apply(params, x, batch) -> x`, pure. `params` are nested dicts of tensors as `init` made them (with tied
-            parameters filled in), `x` is what the layer before returned (any pytree; None for the first layer), `batch` is
-            the microbatch, a mapping. A layer with state is `apply(params, x, batch, state, training) -> (x, state)`.
-        init_state: `init_state(key) -> state`, a nested mapping of tensors: what the layer hands from one microbatch to the
-            next, such as running statistics. No gradient goes through what it returns. `training` says whether that is
-            kept: True for `af.value_and_grad`, False where the model is only evaluated.
+        apply: `apply(params, x, batch) -> x`, pure. `params` are nested dicts of tensors as returned by `init` (with tied
+            parameters filled in), `x` is the previous layer's output (any pytree; None for the first layer), `batch` is the
+            microbatch, a mapping. A layer with state is `apply(params, x, batch, state, training) -> (x, state)`.
+        init_state: `init_state(key) -> state`, a nested mapping of tensors that the layer carries from one microbatch to
+            the next, such as running statistics. No gradient flows through the state it returns. With `training` that
+            state is kept: True in `af.value_and_grad`, False in evaluation.
 
     Raises:
-        ModelError: without an `apply`, or for what cannot be called.
+        ModelError: without an `apply`, or for arguments that are not callable.
 
     Example:
         linear = af.Layer(

@@ -1,4 +1,4 @@
-"""What a model says of how several processes compute it together."""
+"""How several processes compute a model together, as far as the model decides it."""
 
 from __future__ import annotations
 
@@ -8,31 +8,31 @@ from autofunc.model.placement_rules import TensorParallel
 
 
 class OverProcesses:
-    """A part of `Model`."""
+    """The part of `Model` about several processes."""
 
     uncut: str | None = None
-    """Why its parameters cannot be cut over tensor parallel ranks by any table; None: by one that fits they can."""
+    """Why no table can shard its parameters over tensor parallel ranks; None if a suitable table can."""
 
     uncut_with_adapters: str | None = None
-    """Why they cannot once it has adapters."""
+    """Why its parameters cannot be sharded once it has adapters; None if they can."""
 
     def spread_by(self, table: TensorParallel) -> TensorParallel:
-        """A table of this model's parameters with what the model adds to it."""
+        """Return a table of this model's parameters, extended by the model's own entries."""
         return table
 
     def over_ranks(self, axis: str, size: int, table: Any, *, sequence: bool) -> Any:
-        """How the ranks of an axis compute this model together by functions of its own, for `Model.specialise`.
+        """Return how an axis's ranks compute this model with its own functions for several ranks, for `Model.specialise`.
 
-        None: its functions do not know, and run on values that know how they lie.
+        None if it has no such functions, and runs on values that carry their own placements.
 
         Args:
             axis: its name.
-            size: how many ranks.
-            table: how parameters are cut, in the user's words; None lets the model say.
+            size: number of its ranks.
+            table: the user's table of placements; None lets the model decide.
             sequence: whether the stream between blocks is cut along the tokens.
 
         Raises:
-            MeshError: where something does not divide.
+            MeshError: if a size is not divisible.
             ModelError: for a table that does not fit.
         """
         return None

@@ -1,4 +1,4 @@
-"""Patterns of parameters' paths, each of which has to match something."""
+"""Patterns of parameter paths, each of which has to match something."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from autofunc.errors import ModelError, one_of
 
 
 def matching(what: str, patterns: Sequence[str], known: Sequence[str]) -> frozenset[str]:
-    """The paths that patterns match; `*` crosses dots.
+    """Return the paths that patterns match; `*` crosses dots.
 
     Args:
-        what: the patterns are of, for messages.
+        what: the patterns' name in error messages.
         patterns: shell-style.
         known: all paths.
 
     Raises:
-        ModelError: for a pattern that matches none, naming the nearest path.
+        ModelError: for a pattern without a match, naming the nearest path.
     """
     unused = [pattern for pattern in patterns if not any(tree.matches(path, [pattern]) for path in known)]
     if unused:

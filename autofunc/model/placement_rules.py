@@ -1,4 +1,4 @@
-"""Placement tables: how a model's parameters are cut over the tp axis, as plain data beside the model."""
+"""Placement tables: how a model's parameters are sharded over the tp axis, as plain data beside the model."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from autofunc.spread import sharded_dim
 
 @dataclass(frozen=True)
 class TensorParallel:
-    """How a model is cut over the tp axis. The model's functions stay as they are.
+    """How a model is sharded over the tp axis. The model's functions do not change.
 
     Args:
-        params: shell-style pattern of parameter paths (`*` crosses dots) -> "shard(d)" or "replicate". The first pattern
-            that matches counts; parameters that none matches are whole on every rank.
-        divisible: what else must divide by the number of tp ranks, by name, such as `{"n_head": 12}`.
+        params: shell-style pattern of parameter paths (`*` crosses dots) -> "shard(d)" or "replicate". The first matching
+            pattern applies; parameters without one are whole on every rank.
+        divisible: further numbers, by name, that the number of tp ranks must divide, such as `{"n_head": 12}`.
 
     Raises:
         ModelError: for an unknown placement.
@@ -36,12 +36,12 @@ class TensorParallel:
                 raise ModelError(f"tensor parallel table, {pattern!r}: {error}") from error
 
     def placement(self, path: str) -> str:
-        """How a parameter lies, by its canonical path."""
+        """Return a parameter's placement, by its canonical path."""
         return next((each for pattern, each in self.params.items() if tree.matches(path, [pattern])), "replicate")
 
 
 def cut_dims(table: TensorParallel, spec: Mapping[str, torch.Tensor], size: int) -> dict[str, int]:
-    """The dim along which each parameter is cut; those that are whole are left out.
+    """Return the dim along which each parameter is cut; whole parameters are omitted.
 
     Args:
         table: of the model.
@@ -50,7 +50,7 @@ def cut_dims(table: TensorParallel, spec: Mapping[str, torch.Tensor], size: int)
 
     Raises:
         ModelError: for a pattern that matches no parameter, or a dim that a parameter does not have.
-        MeshError: when something does not divide by the number of ranks.
+        MeshError: if the number of ranks does not divide something it has to.
     """
     for pattern in table.params:
         if not any(tree.matches(path, [pattern]) for path in spec):
@@ -65,10 +65,10 @@ def cut_dims(table: TensorParallel, spec: Mapping[str, torch.Tensor], size: int)
         if dim is None:
             continue
         if dim >= leaf.dim():
-            raise ModelError(f"tensor parallel table: {placement} for {path!r}, which has the shape {tuple(leaf.shape)}")
+            raise ModelError(f"tensor parallel table: {placement} for {path!r}, which has shape {tuple(leaf.shape)}")
         if leaf.shape[dim] % size:
             raise MeshError(
-                f"tp={size} does not divide dim {dim} of parameter {path!r}, which has the shape {tuple(leaf.shape)}; "
+                f"tp={size} does not divide dim {dim} of parameter {path!r}, which has shape {tuple(leaf.shape)}; "
                 + _fitting(leaf.shape[dim])
             )
         dims[path] = dim

@@ -1,4 +1,4 @@
-"""A model for microbatches of one signature, and parameters of known dtypes: nothing is left to find out."""
+"""A model specialised to microbatches of one signature and parameters of known dtypes."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from autofunc.model.cut_points import CutPoints
 from autofunc.model.state import State, StatefulFunction
 
 LayerFunction = Callable[[Mapping[str, Any], Any, Any], Any]
-"""`function(params, x, entries) -> x`: `params` are the layer's nested dicts, `entries` what `Specialised.share` gave."""
+"""`function(params, x, entries) -> x`: `params` are the layer's nested dicts, `entries` come from `Specialised.share`."""
 
 
 @dataclass(frozen=True)
 class Specialised:
-    """What `Model.specialise` gives; plain data and pure functions.
+    """The result of `Model.specialise`: plain data and pure functions.
 
     Args:
-        functions: by the layer's name, of those without state.
-        share: `share(layers, microbatch) -> entries`: the microbatch as some layers that run one after the other see it,
-            with what they compute from it together.
-        programs: `programs(layers)` is what computes `share` for them, and then each of them: what fingerprints are made
-            from.
+        functions: of layers without state, by name.
+        share: `share(layers, microbatch) -> entries`: the microbatch as consecutive layers see it, with the values they
+            compute from it once for all.
+        programs: `programs(layers)` returns what computes `share` for them, followed by each layer's program: the input of
+            fingerprints.
         cut_points: where a stage may begin.
-        stateful: by the layer's name, of those with state.
+        stateful: functions of layers with state, by name.
     """
 
     functions: Mapping[str, LayerFunction]
@@ -42,12 +42,12 @@ class Specialised:
         Args:
             name: of the layer.
             params: its parameters as nested dicts.
-            x: what the layer before returned; None for the first.
-            entries: what `share` gave.
-            states: by layer: the state of those that have one.
+            x: the previous layer's output; None for the first.
+            entries: from `share`.
+            states: of layers that have state, by layer.
 
         Returns:
-            x, and the states with this layer's as it is now.
+            (x, states with this layer's new state).
         """
         if name not in self.stateful:
             return self.functions[name](params, x, entries), states
@@ -62,17 +62,17 @@ class Specialised:
         microbatch: Mapping[str, Any],
         states: Mapping[str, State] | None = None,
     ) -> tuple[Any, Mapping[str, State]]:
-        """Run some layers in order.
+        """Run consecutive layers in order.
 
         Args:
-            layers: names of layers that follow each other.
-            bound: by layer: its parameters as nested dicts.
-            x: what the layer before returned; None for the first.
+            layers: their names.
+            bound: parameters as nested dicts, by layer.
+            x: the previous layer's output; None for the first.
             microbatch: of the signature this was specialised for; "key" is a tensor or None.
-            states: by layer: the state of those that have one.
+            states: of layers that have state, by layer.
 
         Returns:
-            x, and the states as they are now.
+            (x, the new states).
         """
         entries, after = self.share(layers, microbatch), states or {}
         for name in layers:
@@ -80,11 +80,11 @@ class Specialised:
         return x, after
 
     def fingerprints(self, layers: Sequence[str], labels: Iterable[str]) -> tuple[Any, ...]:
-        """A hashable for what `layers` share, and one for each of them: equal where the computation is.
+        """Return a hashable for what `layers` share, then one for each of them; equal if the computations are.
 
         Args:
-            layers: names of layers that follow each other.
-            labels: what stands for the name of each: a number, or the name itself where it matters.
+            layers: names of consecutive layers.
+            labels: that stand for their names: numbers, or the names themselves where they matter.
         """
         shared, *programs = self.programs(layers)
         named = zip(layers, labels, programs, strict=True)

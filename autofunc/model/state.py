@@ -1,4 +1,4 @@
-"""What a layer hands from one microbatch to the next: state goes in, and comes out anew."""
+"""The state a layer carries from one microbatch to the next: it goes in, and new state comes out."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from autofunc.errors import ModelError, one_of
 from autofunc.model.layer import Layer, drawing_as
 
 State = Mapping[str, Tensor]
-"""A layer's state by the paths that it has in the layer."""
+"""A layer's state, by path inside the layer."""
 
 StatefulFunction = Callable[[Mapping[str, Any], Any, Any, State], tuple[Any, State]]
 """`function(params, x, entries, state) -> (x, state)`: a `LayerFunction` of a layer with state."""
 
 
 def stateful(name: str, layer: Layer, *, training: bool) -> StatefulFunction:
-    """A hand-written layer's function for training or evaluation; what it returns as its state is checked.
+    """Return a hand-written layer's function for training or evaluation; it checks the state that the layer returns.
 
     Raises:
-        ModelError: from the function, when it returns no pair, or a state of another form.
+        ModelError: from the function, if the layer does not return a pair, or changes the form of its state.
     """
 
     apply = drawing_as(name, layer.apply)
@@ -42,10 +42,10 @@ def stateful(name: str, layer: Layer, *, training: bool) -> StatefulFunction:
 
 
 def alike(name: str, before: State, after: Mapping[str, Any]) -> State:
-    """A layer's new state, without gradients, once it has the form of the old one.
+    """Check that a layer's new state has the form of the old one, and return it detached.
 
     Raises:
-        ModelError: naming what is missing, or not as it was.
+        ModelError: naming state that is missing, unknown, or of a different shape or dtype.
     """
     for path in (*before, *after):
         if path not in after or path not in before:
@@ -62,19 +62,19 @@ def alike(name: str, before: State, after: Mapping[str, Any]) -> State:
 
 
 def check_state(spec: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-    """Refuse a flat tree that is not a state of this form.
+    """Refuse a flat tree that does not hold all of this state.
 
     Args:
-        spec: path -> a tensor of the wanted shape and dtype.
-        state: path -> tensor; it may have more.
+        spec: path -> a tensor of the expected shape and dtype.
+        state: path -> tensor; it may hold more.
 
     Raises:
-        ModelError: naming what is missing, or not as it should be.
+        ModelError: naming state that is missing, or has the wrong shape or dtype.
     """
     for path, like in spec.items():
         leaf = state.get(path)
         if not isinstance(leaf, torch.Tensor):
-            raise ModelError(f"state has no {path!r}; {one_of(path, state)}; init_state() makes all of it")
+            raise ModelError(f"state has no {path!r}; {one_of(path, state)}; init_state() returns all of it")
         if (leaf.shape, leaf.dtype) != (like.shape, like.dtype):
             raise ModelError(
                 f"state {path!r} is {tuple(leaf.shape)} {leaf.dtype}; expected {tuple(like.shape)} {like.dtype}"

@@ -1,4 +1,4 @@
-"""Initial values that come from files: what they are to a model, and whether they fit."""
+"""Initial values stored in files: their interface, and checks that they fit a model."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from autofunc.errors import ModelError, one_of
 from autofunc.shown import quoted
 
 CONVERTED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-"""Dtypes that a parameter of another of them may be stored in."""
+"""Dtypes that convert to each other: a parameter of one may be stored in any."""
 
 
 def misfit(stored: torch.dtype | str, wanted: torch.dtype) -> str | None:
-    """Why a tensor of one dtype is not read as one of another, as the rest of a sentence; None where it may be.
+    """Return why a stored dtype is not read as another, as the predicate of a sentence; None if it is.
 
-    Floating-point numbers are converted to other ones. Whole numbers, truth values, complex numbers and those of eight
-    bits mean something else, or have scales beside them.
+    Floating-point dtypes convert to each other. Integers, booleans, complex and 8-bit numbers mean something different, or
+    come with scales.
     """
     if stored == wanted or (stored in CONVERTED and wanted in CONVERTED):
         return None
@@ -36,23 +36,23 @@ class Stored(Protocol):
 
     @property
     def dtypes(self) -> Mapping[str, torch.dtype | str]:
-        """The dtype of each; of what torch has no dtype for, its name."""
+        """The dtype of each, by canonical path; its name if torch has no such dtype."""
         ...
 
     def read(self, names: Iterable[str]) -> Mapping[str, torch.Tensor]:
-        """Some of them, by canonical path; they may be views of files."""
+        """Read some of them, by canonical path; they may be views of files."""
         ...
 
 
 def check_fit(stored: Stored, spec: Mapping[str, torch.Tensor]) -> None:
-    """Refuse stored values that are not those of a model.
+    """Refuse stored values that do not fit a model.
 
     Args:
         stored: the values.
-        spec: by canonical path, a tensor with the shape and the dtype that the model has.
+        spec: canonical path -> a tensor with the model's shape and dtype.
 
     Raises:
-        ModelError: naming what is missing, or has another shape or kind of dtype.
+        ModelError: naming a value that is missing, or has the wrong shape or an incompatible dtype.
     """
     for path, leaf in spec.items():
         if stored.shapes.get(path) != tuple(leaf.shape):

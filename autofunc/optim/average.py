@@ -13,19 +13,19 @@ from autofunc.shard.dtensors import like, local
 @torch.inference_mode(False)
 @torch.no_grad()
 def ema(average: tree.Nested, params: tree.Nested, decay: float) -> TensorDict:
-    """The exponential moving average after another step: `decay * average + (1 - decay) * params`, a new tree.
+    """Return the exponential moving average after another step: `decay * average + (1 - decay) * params`, a new tree.
 
-    Both trees are of this process, sharded or not, and stay as they are. What is no floating-point number is taken from
+    Both trees are this process's, sharded or not, and are not modified. Leaves that are not floating point are taken from
     `params`.
 
     Args:
-        average: the average before: at first `params.clone()`, since `update` writes into `params`. It keeps its dtypes, so
-            of bf16 parameters begin with `params.float()`.
+        average: the average so far; at first `params.clone()`, since `update` writes into `params`. It keeps its dtypes, so
+            for bf16 parameters start from `params.float()`.
         params: of the same paths.
         decay: from 0, which forgets the average, to 1, which keeps it.
 
     Raises:
-        ModelError: for another decay, or paths that differ.
+        ModelError: for a decay out of range, or paths that differ.
 
     Example:
         average = params.clone()

@@ -1,7 +1,6 @@
-"""Named shapes of the learning rate: a warm-up, then a decay. Plain arithmetic on the step.
+"""Named learning rate shapes: a warm-up, then a decay. Plain arithmetic on the step.
 
-Source of the shapes and of their options' names: NVIDIA's Megatron-LM, `megatron/core/optimizer_param_scheduler.py`, as in
-NeMo AutoModel.
+Shapes and option names follow NVIDIA's Megatron-LM, `megatron/core/optimizer_param_scheduler.py`, as in NeMo AutoModel.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ _FALLS: Mapping[str, _Fraction] = {
     "exponential": lambda share: 2.0 * 0.5**share - 1.0,
     "minus_sqrt": lambda share: 1.0 - math.sqrt(share),
 }
-"""What is left between `max_lr` and `min_lr` after a share of the decay."""
+"""The remaining fraction of `max_lr - min_lr` after a share of the decay."""
 
 STYLES = ("cosine", "linear", "constant", "inverse-square-root", "WSD")
 MOST_WARMUP_STEPS = 1000
@@ -28,22 +27,21 @@ MOST_WARMUP_STEPS = 1000
 
 @dataclass(frozen=True)
 class Decay:
-    """A learning rate by the number of updates that were made before.
+    """A learning rate as a function of the number of updates so far.
 
     Args:
         style: one of `STYLES`. WSD (warm-up, stable, decay) stays at `max_lr` until the last `wsd_decay_steps`.
         lr: of the optimizer.
-        lr_decay_steps: updates, the warm-up included, after which it stays at `min_lr`; "constant" needs none.
-        lr_warmup_steps: updates until it is at `max_lr`, in a straight line; by default a tenth of `lr_decay_steps`, and at
-            most 1,000.
-        init_lr: of the first update, where there is a warm-up; by default a tenth of `lr`.
-        min_lr: of the last; by default a hundredth of `lr`.
+        lr_decay_steps: updates, including the warm-up, after which it stays at `min_lr`; "constant" needs none.
+        lr_warmup_steps: updates of linear warm-up to `max_lr`; by default a tenth of `lr_decay_steps`, at most 1,000.
+        init_lr: of the first update if there is a warm-up; by default a tenth of `lr`.
+        min_lr: of the last update; by default a hundredth of `lr`.
         max_lr: by default `lr`.
-        wsd_decay_steps: of WSD: how many updates at the end it falls for; by default a tenth of `lr_decay_steps`.
-        lr_wsd_decay_style: of WSD: how it falls: exponential, linear, cosine or minus_sqrt.
+        wsd_decay_steps: length of WSD's final decay in updates; by default a tenth of `lr_decay_steps`.
+        lr_wsd_decay_style: shape of WSD's decay: exponential, linear, cosine or minus_sqrt.
 
     Raises:
-        ModelError: for a style that is unknown, and for numbers that do not fit together.
+        ModelError: for unknown styles and inconsistent numbers.
     """
 
     style: str
@@ -62,7 +60,7 @@ class Decay:
         if self.lr_wsd_decay_style not in _FALLS:
             raise ModelError(f"lr_wsd_decay_style {self.lr_wsd_decay_style!r}: {one_of(self.lr_wsd_decay_style, _FALLS)}")
         if self.lr_decay_steps is None and self.style != "constant":
-            raise ModelError(f"lr_decay_style {self.style!r} needs lr_decay_steps: after how many steps it is at min_lr")
+            raise ModelError(f"lr_decay_style {self.style!r} needs lr_decay_steps: the steps until it reaches min_lr")
         low, high, first = self._lowest, self._highest, self._first
         if not 0.0 <= low <= high:
             raise ModelError(f"min_lr={low:g} and max_lr={high:g}: expected 0 <= min_lr <= max_lr")
@@ -70,17 +68,17 @@ class Decay:
             raise ModelError(f"init_lr={first:g} and max_lr={high:g}: expected 0 <= init_lr <= max_lr")
         if self.style != "constant" and self._warmup >= self._end:
             raise ModelError(
-                f"lr_warmup_steps={self._warmup} leave nothing of lr_decay_steps={self._end}, which include them: give "
-                f"fewer, at most {self._end - 1}"
+                f"lr_warmup_steps={self._warmup} leaves nothing of lr_decay_steps={self._end}, which includes the warm-up: "
+                f"give at most {self._end - 1}"
             )
         if self.style == "WSD" and not 0 < self._fall <= self._end - self._warmup:
             raise ModelError(
-                f"wsd_decay_steps={self._fall} do not fit between lr_warmup_steps={self._warmup} and "
+                f"wsd_decay_steps={self._fall} does not fit between lr_warmup_steps={self._warmup} and "
                 f"lr_decay_steps={self._end}: give at least 1 and at most {self._end - self._warmup}"
             )
 
     def __call__(self, updates: int) -> float:
-        """The learning rate of the next update, after so many."""
+        """Return the learning rate of the next update, after `updates` updates."""
         if self._warmup and updates <= self._warmup:
             return self._first + (self._highest - self._first) * updates / self._warmup
         if self.style == "constant":

@@ -1,4 +1,4 @@
-"""Parameter groups: options of an optimizer that some parameters have otherwise, by patterns of their paths."""
+"""Parameter groups: optimizer options overridden for some parameters, by patterns of their paths."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from autofunc.errors import ModelError, one_of
 
 ALL, MATRICES = "all", "matrices"
 DECAYS = (ALL, MATRICES)
-"""Which parameters weight decay is of: all, or those with two dims or more, and so no biases and norms."""
+"""The parameters with weight decay: all, or those with two or more dims, which excludes biases and norms."""
 
 _OWN_KEYS = ("pattern", "lr_mult", "wd_mult")
 
@@ -25,12 +25,12 @@ class Groups:
     """The options of each parameter.
 
     Args:
-        overrides: each a "pattern" of paths, and what those have otherwise: options of the optimizer, or "lr_mult" and
-            "wd_mult", factors of its learning rate and weight decay. A parameter has those of the first that it matches.
-        decay: one of `DECAYS`; a group with a weight decay of its own has that.
+        overrides: mappings with a "pattern" of paths, and the options those parameters override, or "lr_mult" and
+            "wd_mult", factors of learning rate and weight decay. The first pattern a path matches applies.
+        decay: one of `DECAYS`; a group with its own weight decay keeps it.
 
     Raises:
-        ModelError: for a group without a pattern, a factor that is none, and a decay that is unknown.
+        ModelError: for a group without a pattern, an invalid factor, and an unknown decay.
     """
 
     overrides: tuple[Mapping[str, Any], ...] = ()
@@ -53,14 +53,14 @@ class Groups:
     def of(
         self, leaves: Mapping[str, Tensor], factory: Callable[..., Any], options: Mapping[str, Any]
     ) -> tuple[list[dict[str, Any]], list[float]]:
-        """The groups of some parameters, for an optimizer, and the factor of the learning rate of each.
+        """Return (parameter groups for an optimizer, learning rate factor of each group).
 
-        There are as many for any parameters, so that what an optimizer keeps of a group finds it again.
+        The number of groups does not depend on the parameters, so that an optimizer's state of a group finds it again.
 
         Args:
-            leaves: by path.
+            leaves: parameters by path.
             factory: of the optimizer.
-            options: of those that are in no group.
+            options: of parameters in no group.
 
         Raises:
             ModelError: for a factor of an option that the optimizer does not have.
@@ -87,7 +87,7 @@ class Groups:
         return made, factors
 
     def key_of(self, path: str, leaf: Tensor) -> tuple[int | None, bool]:
-        """Equal for parameters with the same options."""
+        """Return the key of a parameter's group, (number of the override or None, whether weight decay applies)."""
         matching = (number for number, group in enumerate(self.overrides) if tree.matches(path, [group["pattern"]]))
         return next(matching, None), self.decay == ALL or leaf.dim() >= 2
 
@@ -96,7 +96,7 @@ class Groups:
         return [(number, decays) for number in numbers for decays in ((True,) if self.decay == ALL else (True, False))]
 
     def option_names(self) -> set[str]:
-        """Names of the options that groups have otherwise."""
+        """Return the names of the options that groups override."""
         return {name for group in self.overrides for name in group if name not in _OWN_KEYS}
 
 
@@ -109,11 +109,11 @@ def check_patterns(patterns: Sequence[str], paths: Iterable[str], what: str) -> 
     known = list(paths)
     unused = [pattern for pattern in patterns if not any(tree.matches(path, [pattern]) for path in known)]
     if unused:
-        raise ModelError(f"{what} {unused[0]!r} matches none of the parameters that it takes; {one_of(unused[0], known)}")
+        raise ModelError(f"{what} {unused[0]!r} matches none of its parameters; {one_of(unused[0], known)}")
 
 
 def option_of(name: str, factory: Callable[..., Any], options: Mapping[str, Any]) -> Any:
-    """An option of an optimizer: given, or its default; None where it has none of that name."""
+    """Return an optimizer's option, given or default; None if it has no such option."""
     if name in options:
         return options[name]
     try:
@@ -127,7 +127,7 @@ def _known(name: str, asked_by: str, factory: Callable[..., Any], options: Mappi
     value = option_of(name, factory, options)
     if value is None or (name == "lr" and not value):
         raise ModelError(
-            f"{asked_by} needs a {name} of {getattr(factory, '__name__', factory)} to go by, which "
+            f"{asked_by} needs the {name} of {getattr(factory, '__name__', factory)}, which "
             + ("is 0" if value is not None else "has none")
             + f"; give {name}=..."
         )

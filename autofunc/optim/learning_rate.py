@@ -1,4 +1,4 @@
-"""The learning rate as a function of the step, worked out by torch's own schedulers on an optimizer of nothing."""
+"""The learning rate as a function of the step, computed by torch's own schedulers on a dummy optimizer."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from autofunc.optim.decay import Decay
 
 SchedulerFactory = Callable[..., LRScheduler]
 
-_LOOKED_AHEAD = 10_000  # steps that are worked out before a run starts: torch takes about 10 us for each
+_LOOKED_AHEAD = 10_000  # steps computed before a run starts: torch takes about 10 us for each
 
 
 class LearningRate:
-    """A learning rate by step; made by `af.lr_schedule`.
+    """A learning rate by step; returned by `af.lr_schedule`.
 
-    Equal arguments give equal values, whatever was asked before: it has no state but values it has worked out.
+    A value depends only on the step, never on earlier calls; the only state is a cache of computed values.
     """
 
     def __init__(self, make: Callable[[Optimizer], LRScheduler], lr: float, name: str) -> None:
@@ -36,9 +36,9 @@ class LearningRate:
         except AutofuncError:
             raise
         except FAILURES as error:
-            raise ModelError(f"{name} cannot be made: {in_brief(error)}") from error
+            raise ModelError(f"{name} cannot be built: {in_brief(error)}") from error
         _check_needs_step_alone(self._scheduler, name)
-        self._optimizer.step()  # schedulers warn where none came before their own
+        self._optimizer.step()  # schedulers warn unless the optimizer steps first
         self._values = array("d")
         self._append()
 
@@ -46,13 +46,13 @@ class LearningRate:
         return self._name
 
     def __call__(self, step: int) -> float:
-        """The learning rate of a step.
+        """Return the learning rate of a step.
 
         Args:
             step: counted from 1.
 
         Raises:
-            ModelError: for a step before the first, or after the last that the scheduler knows.
+            ModelError: for a step before the first, or after the scheduler's last.
         """
         if step < 1:
             raise ModelError(f"{self._name}: there is no step {step}; steps are counted from 1")
@@ -67,7 +67,7 @@ class LearningRate:
         return self._values[step - 1]
 
     def check(self, num_steps: int) -> None:
-        """Refuse what cannot go on for a number of steps, as far as that can be known without a wait.
+        """Refuse a schedule that ends within `num_steps`, as far as a quick look ahead can tell.
 
         Raises:
             ModelError: naming the step.
@@ -75,7 +75,7 @@ class LearningRate:
         last = getattr(self._scheduler, "total_steps", None)
         if isinstance(last, int) and last < num_steps:
             raise ModelError(
-                f"{self._name} ends after total_steps={last}, and there are {num_steps} steps; give it as many"
+                f"{self._name} ends after total_steps={last}, and the run has {num_steps} steps; give it as many"
             )
         self(min(num_steps, _LOOKED_AHEAD))
 
@@ -83,30 +83,30 @@ class LearningRate:
         lr = float(self._optimizer.param_groups[0]["lr"])
         step = len(self._values) + 1
         if not math.isfinite(lr) or lr < 0:
-            raise ModelError(f"{self._name} gives {lr} for step {step}; expected a number of at least 0")
+            raise ModelError(f"{self._name} returns {lr} for step {step}; expected a number of at least 0")
         others = _all_but_lr(self._optimizer)
         changed = [key for key, value in self._others.items() if others[key] != value]
         if changed:
             raise ModelError(
-                f"{self._name} changes {changed[0]} too, and only the learning rate is a function of the step here"
+                f"{self._name} also changes {changed[0]}, but only the learning rate may depend on the step here"
                 + ("; give cycle_momentum=False" if changed[0] == "momentum" else "")
             )
         self._values.append(lr)
 
 
 def lr_schedule(kind: str | SchedulerFactory, lr: float, **options: Any) -> LearningRate:
-    """The learning rate as a pure function of the step: `lr_at(step)`, with steps counted from 1.
+    """Return the learning rate as a pure function of the step: `lr_at(step)`, with steps counted from 1.
 
-    Nothing has to be stored to go on with it later: the number of the step says it all.
+    A resumed run needs no stored state for it: the step number is enough.
 
     Args:
-        kind: "cosine", "linear", "constant", "inverse-square-root" or "WSD", each after a warm-up; or a scheduler of torch,
-            or a function that makes one of an optimizer.
-        lr: that the scheduler starts from: what the optimizer has.
+        kind: "cosine", "linear", "constant", "inverse-square-root" or "WSD", each after a warm-up; or a torch scheduler
+            class, or a function that builds a scheduler for an optimizer.
+        lr: the optimizer's learning rate, which the scheduler starts from.
         options: of the scheduler; for a name those of `autofunc.optim.decay.Decay`.
 
     Raises:
-        ModelError: for options that do not fit, and for a scheduler that is no function of the step, such as
+        ModelError: for invalid options, and for a scheduler that is not a function of the step, such as
             `ReduceLROnPlateau`.
 
     Example:
@@ -122,7 +122,7 @@ def lr_schedule(kind: str | SchedulerFactory, lr: float, **options: Any) -> Lear
     try:
         decay = Decay(kind, lr, **options)
     except TypeError as error:
-        raise ModelError(f"{name} cannot be made: {error}") from error
+        raise ModelError(f"{name} cannot be built: {error}") from error
     return LearningRate(lambda optimizer: LambdaLR(optimizer, decay), 1.0, name)  # the factor is the learning rate itself
 
 
@@ -139,8 +139,8 @@ def _check_needs_step_alone(scheduler: Any, name: str) -> None:
     needed = [each for each in needed if each.name != "self" and each.default is each.empty]
     if needed:
         raise ModelError(
-            f"{name} needs {needed[0].name} in each step, so it is no function of the step; use one that is, such as "
-            "torch.optim.lr_scheduler.CosineAnnealingLR, or give update(lr=...) what you work out yourself"
+            f"{name} needs {needed[0].name} in each step, so it is not a function of the step; use one that is, such as "
+            "torch.optim.lr_scheduler.CosineAnnealingLR, or compute the rate yourself and pass it as update(lr=...)"
         )
 
 

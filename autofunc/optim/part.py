@@ -1,4 +1,4 @@
-"""One optimizer of torch, made anew for each update of the parameters that it takes."""
+"""One torch optimizer, rebuilt for each update of its parameters."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from autofunc.shard.dtensors import cut_as, gathered, local
 Flat = Mapping[str, Tensor]
 
 _NOT_OF_SHARDS = (torch.optim.Muon, torch.optim.Adafactor, torch.optim.Rprop)
-"""Of the optimizers of torch 2.13 those that fail on DTensors. The others give the same numbers as on whole tensors."""
+"""The optimizers of torch 2.13 that fail on DTensors. The others compute the same numbers as on whole tensors."""
 
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """An optimizer, its options, and which parameters it takes.
+    """An optimizer, its options, and the parameters it takes.
 
     Args:
         factory: called as `factory(groups_of_parameters, **options)`.
         options: its options.
-        groups: options that some parameters have otherwise.
-        params: patterns of the paths that it takes; None: all that no other takes.
-        whole: whether it needs whole tensors where they are sharded; None: as torch's own are known to.
+        groups: overrides of the options for some parameters.
+        params: patterns of the paths it takes; None takes all that no other part takes.
+        whole: whether it needs sharded tensors whole; None decides by the known needs of torch's own optimizers.
     """
 
     factory: Callable[..., torch.optim.Optimizer]
@@ -55,20 +55,20 @@ class Part:
 
     @property
     def name(self) -> str:
-        """Of the optimizer."""
+        """The optimizer's name."""
         return str(getattr(self.factory, "__name__", self.factory))
 
     @property
     def lr(self) -> float | None:
-        """The learning rate of parameters in no group; None where it has none."""
+        """The learning rate of parameters in no group; None if the optimizer has none."""
         value = option_of("lr", self.factory, self.options)
         return None if value is None else float(value)
 
     def make(self, leaves: Flat) -> tuple[torch.optim.Optimizer, list[float]]:
-        """The optimizer of some parameters, and the factor of the learning rate of each of its groups.
+        """Build the optimizer of some parameters; return it with the learning rate factor of each of its groups.
 
         Raises:
-            ModelError: when the options do not fit it, or when it is none that takes gradients.
+            ModelError: for invalid options, and for an optimizer that needs a closure or sparse gradients.
         """
         try:
             given, factors = self._given(leaves)
@@ -76,7 +76,7 @@ class Part:
         except (TypeError, ValueError) as error:
             if isinstance(error, ModelError):
                 raise
-            raise ModelError(f"{self!r} cannot be made: {error}") from error
+            raise ModelError(f"{self!r} cannot be built: {error}") from error
         unknown = self.groups.option_names() - made.defaults.keys()
         if unknown:
             name = min(unknown)
@@ -84,11 +84,11 @@ class Part:
         closure = inspect.signature(made.step).parameters.get("closure")
         if closure is not None and closure.default is closure.empty:
             raise ModelError(
-                f"{self!r} runs the loss again in each step (step(closure)), and gradients are given here; use one whose "
-                "step takes none, such as torch.optim.AdamW"
+                f"{self!r} recomputes the loss in each step (step(closure)), but here gradients are passed in; use one "
+                "whose step needs no closure, such as torch.optim.AdamW"
             )
         if isinstance(made, torch.optim.SparseAdam):
-            raise ModelError(f"{self!r} takes sparse gradients alone, and all are dense here; use torch.optim.Adam")
+            raise ModelError(f"{self!r} takes only sparse gradients, and all are dense here; use torch.optim.Adam")
         return made, factors
 
     def _given(self, leaves: Flat) -> tuple[list[Any], list[float]]:
@@ -100,7 +100,7 @@ class Part:
         return groups, factors
 
     def check_patterns(self, paths: Iterable[str]) -> None:
-        """Refuse a pattern that matches none of the parameters that it takes.
+        """Refuse a pattern that matches none of its parameters.
 
         Raises:
             ModelError: naming the nearest path.
@@ -110,11 +110,11 @@ class Part:
         check_patterns([group["pattern"] for group in self.groups.overrides], known, "param_groups pattern")
 
     def fits(self, leaf: Tensor) -> bool:
-        """Whether it takes a parameter of this shape."""
+        """Return whether it takes a parameter of this shape."""
         return self.factory is not torch.optim.Muon or leaf.dim() == 2
 
     def check_shapes(self, leaves: Flat) -> None:
-        """Refuse parameters that it does not take.
+        """Refuse parameters whose shape it does not take.
 
         Raises:
             ModelError: naming them.
@@ -122,28 +122,27 @@ class Part:
         others = [path for path, leaf in leaves.items() if not self.fits(leaf)]
         if others:
             raise ModelError(
-                f"{self.name} takes matrices alone, and of its parameters {len(others)} are none: {some_of(others)}. Give "
-                "those to another of several optimizers, such as torch.optim.AdamW, by params: [...], patterns of their "
-                "paths"
+                f"{self.name} takes only matrices, so it cannot train {len(others)} of its parameters: {some_of(others)}. "
+                "Give those to another optimizer, such as torch.optim.AdamW, with params: [...], patterns of their paths"
             )
 
     def update(
         self, weights: Flat, gradients: Flat, slots: Flat, lr: float | None, number: int
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """One step, which changes the weights in place where the optimizer does.
+        """Take one step; weights change in place if the optimizer does so.
 
         Args:
-            weights: those that it takes and that have a gradient.
+            weights: its parameters that have a gradient, by path.
             gradients: of the same paths.
-            slots: of all.
-            lr: of this step; None: its own.
-            number: among several.
+            slots: of all optimizers.
+            lr: of this step; None takes its own.
+            number: of this part among several.
 
         Returns:
-            The new weights, and its slots.
+            (new weights, its slots).
 
         Raises:
-            ModelError: when it takes no such parameters, or changes what is no data.
+            ModelError: if it does not take such parameters, or its step changes anything that isn't data.
         """
         self.check_shapes(weights)
         if self.is_torchs and not weights:
@@ -155,7 +154,7 @@ class Part:
     def _update_whole(
         self, weights: Flat, gradients: Flat, slots: Flat, lr: float | None, number: int
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """One step on whole tensors: of torch's own one parameter after the other, so that no more is whole at once."""
+        """Take one step on whole tensors; torch's own optimizers step one parameter at a time, to gather only one."""
         kept: dict[str, Tensor] = {}
         for paths in [[path] for path in weights] if self.is_torchs else [list(weights)]:
             mine = {path: weights[path] for path in paths}
@@ -180,7 +179,7 @@ class Part:
         before = set_lr(optimizer, lr, factors) if lr is not None else []
         optimizer.step()
         for group, own, now in before:
-            if group["lr"] == now:  # which was of this step alone
+            if group["lr"] == now:  # unless the step changed it, restore the rate from before this update
                 group["lr"] = own
         return {path: leaf.detach() for path, leaf in leaves.items()}, slots_of(optimizer, leaves) | outside.kept()
 
@@ -190,20 +189,20 @@ class Part:
 
     @property
     def is_torchs(self) -> bool:
-        """Whether it comes with torch, and so keeps nothing outside of its parameters' slots."""
+        """True if it comes with torch, and so keeps nothing outside its parameters' slots."""
         return is_torchs(self.factory)
 
     def takes(self, path: str) -> bool:
-        """Whether it names a path."""
+        """Return whether one of its patterns matches a path."""
         return self.params is not None and tree.matches(path, self.params)
 
 
 def _concerns(key: str, weights: Flat) -> bool:
-    """Whether a slot is of one of these weights, or of no single one."""
+    """Return whether a slot belongs to one of these weights, or to no weight at all."""
     return key.startswith(OUTSIDE) or path_of_slot(key, weights) is not None
 
 
 def _cut_like_its_weight(key: str, slot: Tensor, weights: Flat) -> Tensor:
-    """A whole slot as it is kept: in parts where it has the shape of its weight, else in each process."""
+    """Return a whole slot in its stored form: sharded if it has its weight's shape, else whole in each process."""
     path = path_of_slot(key, weights)
     return slot if path is None or slot.shape != weights[path].shape else cut_as(weights[path], slot)

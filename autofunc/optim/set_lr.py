@@ -1,4 +1,4 @@
-"""The learning rate of one update, instead of those that an optimizer was made with."""
+"""Overriding an optimizer's learning rates for one update."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ Group = dict[str, Any]
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float, factors: Sequence[float]) -> list[tuple[Group, Any, float]]:
-    """Set the learning rate of all groups; returns these, what they had, and what they have now.
+    """Set the learning rate of all groups; return (group, rate before, rate now) for each.
 
     Args:
-        optimizer: made anew.
-        lr: of those groups that have none of their own.
-        factors: of the learning rate, by group; groups beyond these have none of their own.
+        optimizer: freshly built.
+        lr: the base rate; a group's rate is this times its factor.
+        factors: by group; 1 for groups beyond these.
 
     Raises:
-        ModelError: when an optimizer inside has a learning rate of its own.
+        ModelError: if an optimizer inside has its own learning rate.
     """
     all_factors = [*factors, *[1.0] * len(optimizer.param_groups)]
     own = [
@@ -35,8 +35,8 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float, factors: Sequence[float]
             now = next((now for _, before, now in own if before == group.get("lr")), None)
             if now is None:
                 raise ModelError(
-                    f"update(lr={lr}) on {type(optimizer).__name__}, in which {type(inner).__name__} has "
-                    f"lr={group.get('lr')} of its own: one number cannot be both; leave lr out"
+                    f"update(lr={lr}) on {type(optimizer).__name__}, whose inner {type(inner).__name__} has its own "
+                    f"lr={group.get('lr')}: one number cannot set both; leave lr out"
                 )
             own.append((group, group["lr"], now))
     for group, _, now in own:

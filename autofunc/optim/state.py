@@ -1,4 +1,4 @@
-"""What an optimizer that is made anew for each update keeps, as a flat dict of tensors and back."""
+"""The state of an optimizer that is rebuilt for each update, as a flat dict of tensors and back."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from autofunc import tree
 from autofunc.carried import Carrier, is_plain
 from autofunc.errors import ModelError
 
-OUTSIDE = "(outside"  # how keys begin of what an optimizer keeps in its groups and attributes
-NOT_DATA = "which cannot be handed from one update to the next: keep tensors, numbers, text, and lists and dicts of them"
+OUTSIDE = "(outside"  # prefix of the keys for state in an optimizer's groups and attributes
+NOT_DATA = "which cannot be carried from one update to the next: keep tensors, numbers, text, and lists and dicts of them"
 
 
 def load_slots(optimizer: torch.optim.Optimizer, leaves: Mapping[str, Tensor], slots: Mapping[str, Tensor]) -> None:
-    """Give an optimizer that was made anew the slots of its parameters."""
+    """Load the slots of its parameters into a freshly built optimizer."""
     parts: dict[tuple[str, str], dict[str, Tensor]] = {}
     for key, value in slots.items():
         path = path_of_slot(key, leaves)
@@ -34,7 +34,7 @@ def load_slots(optimizer: torch.optim.Optimizer, leaves: Mapping[str, Tensor], s
 
 
 def path_of_slot(key: str, leaves: Mapping[str, Tensor]) -> str | None:
-    """Which of some parameters a slot is of; None for those of others, and what is of none."""
+    """Return the path in `leaves` that a slot belongs to; None if it belongs to another parameter or to none."""
     token, _, path = key.partition(".")
     while path and path not in leaves:
         path = path.rpartition(".")[0]
@@ -42,7 +42,11 @@ def path_of_slot(key: str, leaves: Mapping[str, Tensor]) -> str | None:
 
 
 def slots_of(optimizer: torch.optim.Optimizer, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What an optimizer keeps of each parameter: `exp_avg.h.0.weight`; of a number `count (int).h.0.weight`."""
+    """Return an optimizer's slots of each parameter: `exp_avg.h.0.weight`; a number becomes `count (int).h.0.weight`.
+
+    Raises:
+        ModelError: if a slot holds anything that isn't data.
+    """
     found: dict[str, Tensor] = {}
     for path, leaf in leaves.items():
         for slot, value in optimizer.state[leaf].items() if leaf in optimizer.state else ():
@@ -61,10 +65,10 @@ def slots_of(optimizer: torch.optim.Optimizer, leaves: Mapping[str, Tensor]) -> 
 
 
 class Outside:
-    """What an optimizer that was made anew keeps in its groups, on itself and in optimizers inside it.
+    """The state a freshly built optimizer keeps in its groups, its attributes and inner optimizers.
 
-    Tensors are part of the state, and of plain values those that are no longer what they were when it was made. The
-    optimizers of torch keep nothing there. Of several optimizers each has a number.
+    It consists of tensors, and of plain values that differ from those of a fresh optimizer. torch's own optimizers keep
+    none. Each of several optimizers has a number.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, leaves: Mapping[str, Tensor], number: int = 0) -> None:
@@ -83,16 +87,16 @@ class Outside:
         return ({}, {}) if self._is_torchs else self._carrier.apart(self._root, self._optimizer)
 
     def load(self, slots: Mapping[str, Tensor]) -> None:
-        """Give it what `kept` returned after the step before, of all slots."""
+        """Restore what `kept` returned after the previous step; `slots` may hold other entries."""
         self._loaded = {key: value for key, value in slots.items() if key.startswith(f"{self._root} ")}
         if self._loaded:
             self._carrier.together(self._root, self._loaded, self._optimizer)
 
     def kept(self) -> dict[str, Tensor]:
-        """All of it after a step.
+        """Return all of it after a step.
 
         Raises:
-            ModelError: when something changed that is no data; it would be lost.
+            ModelError: if the step changed anything that isn't data, which would be lost.
         """
         after, fixed = self._apart()
         for key, part in fixed.items():
@@ -108,16 +112,16 @@ class Outside:
         return not is_plain(key) or key in self._loaded or fresh is None or not torch.equal(fresh, value)
 
     def _is_of_others(self, key: str) -> bool:
-        """Whether it belongs to a parameter without a gradient in this step."""
+        """Return whether a key belongs to a parameter without a gradient in this step."""
         return any(part[0] == "@" and part[1:].partition(" (")[0] not in self._leaves for part in key.split("."))
 
 
 def is_torchs(kind: Any) -> bool:
-    """Whether it is an optimizer that comes with torch."""
+    """Return whether an optimizer class comes with torch."""
     return str(getattr(kind, "__module__", "")).startswith("torch.optim")
 
 
 @cache
 def _of_every_optimizer() -> frozenset[str]:
-    """Attributes that every optimizer has, and that are no state."""
+    """Return the attributes that every optimizer has and that are not state."""
     return frozenset(vars(torch.optim.SGD([torch.zeros(1)], lr=0.0))).difference(("state", "param_groups"))

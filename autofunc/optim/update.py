@@ -19,15 +19,15 @@ from autofunc.optim.state import OUTSIDE
 
 
 class Optimizer:
-    """An optimizer, or several for different parameters, as two functions; made by `af.optimizer` and `af.optimizers`."""
+    """One or several optimizers as an (init, update) pair; returned by `af.optimizer` and `af.optimizers`."""
 
     def __init__(self, parts: Sequence[Part]) -> None:
         self.parts = tuple(parts)
         rest = [part for part in self.parts if part.params is None]
         if len(rest) > 1:
             raise ModelError(
-                f"{rest[0]!r} takes all parameters that the others leave, which leaves none for {rest[1]!r}; give all of "
-                "several optimizers but one params=[...], patterns of the paths that it takes"
+                f"{rest[0]!r} takes all parameters that the others leave, so none are left for {rest[1]!r}; give all but "
+                "one of several optimizers params=[...], patterns of the paths it takes"
             )
 
     def __repr__(self) -> str:
@@ -35,21 +35,21 @@ class Optimizer:
 
     @property
     def lr(self) -> float | None:
-        """The learning rate it was made with: of the first of several; None where it has none."""
+        """The optimizer's own learning rate, of the first if there are several; None if it has none."""
         return self.parts[0].lr
 
     def init(self, params: tree.Nested) -> TensorDict:
-        """The state before the first update: empty, since torch's optimizers fill theirs at the first update.
+        """Return the state before the first update: empty, since torch's optimizers fill theirs in the first update.
 
         Raises:
-            ModelError: when the options do not fit the optimizer; in a run of one process also for a pattern that matches
-                no parameter. Of several each may hold a part of the model only, and `check` is told of all of it.
+            ModelError: for invalid options; on one process also for a pattern that matches no parameter. On several
+                processes each may hold only a part of the model; use `check` with all of it.
         """
         flat = tree.flatten(params)
         taken: dict[Part, dict[str, Tensor]] = {part: {} for part in self.parts}
         for path, leaf in flat.items():
             part = self._part_of(path)
-            if part is not None and part.fits(leaf):  # others may be frozen, and get no gradient
+            if part is not None and part.fits(leaf):  # one that doesn't fit may be frozen, and get no gradient
                 taken[part][path] = leaf
         for part, leaves in taken.items():
             if not _several_processes():
@@ -59,14 +59,14 @@ class Optimizer:
         return TensorDict({}, batch_size=[])
 
     def separate(self) -> dict[Part, Optimizer]:
-        """Each of several as an optimizer of any parameters, all with its own options."""
+        """Return each part as its own optimizer of any parameters, with its options but without groups."""
         return {part: Optimizer([replace(part, params=None, groups=Groups())]) for part in self.parts}
 
     def check(self, params: tree.Nested) -> None:
-        """Refuse patterns that match none of a model's parameters, and parameters that its optimizer does not take.
+        """Refuse patterns that match none of a model's parameters, and parameters whose optimizer does not take them.
 
         Args:
-            params: all that are trained, of all ranks, such as `model.init(device="meta")`.
+            params: all trained parameters, of all ranks, such as `model.init(device="meta")`.
 
         Raises:
             ModelError: naming the nearest path.
@@ -86,29 +86,30 @@ class Optimizer:
     def update(
         self, grads: tree.Nested, state: TensorDict, params: tree.Nested, lr: float | None = None
     ) -> tuple[TensorDict, TensorDict]:
-        """One step.
+        """Take one step.
 
         `grads`, `state` and `params` are donated: the results reuse their memory, so do not use them again.
 
         Args:
             grads: a tree over the trainable paths of `params`.
-            state: what `init` or the last `update` returned: one tree per slot of the optimizer, such as
-                `state["exp_avg", "h", "0", "attn", "weight"]`, and what optimizers of others keep in their groups, on
-                themselves or in optimizers inside them.
+            state: returned by `init` or the last `update`: one tree per slot of the optimizer, such as
+                `state["exp_avg", "h", "0", "attn", "weight"]`, and the state that third-party optimizers keep in their
+                groups, attributes or inner optimizers.
             params: a tree; paths without a gradient are returned unchanged.
-            lr: learning rate of this step, instead of the one given at first. Groups and optimizers with another learning
-                rate keep its ratio to that.
+            lr: learning rate of this step, instead of the optimizer's own. Groups and optimizers with a different rate keep
+                its ratio.
 
         Returns:
             The new (params, state).
 
         Raises:
-            ModelError: when the optimizer changes something that is no data, or does not take such gradients.
+            ModelError: for a gradient without a parameter, parameters that no optimizer takes, and an optimizer whose step
+                changes anything that isn't data.
         """
         weights, gradients, slots = tree.flatten(params), tree.flatten(grads), tree.flatten(state)
         unknown = [path for path in gradients if path not in weights]
         if unknown:
-            raise ModelError(f"a gradient for {unknown[0]!r}, which is no parameter; {one_of(unknown[0], weights)}")
+            raise ModelError(f"a gradient for {unknown[0]!r}, which is not a parameter; {one_of(unknown[0], weights)}")
         updated: dict[str, Tensor] = {}
         slots_after = {key: value for key, value in slots.items() if not key.startswith(OUTSIDE)}
         for number, (part, paths) in enumerate(self.assigned(gradients)):
@@ -119,10 +120,10 @@ class Optimizer:
         return _rebuilt(params, weights, weights | updated), _rebuilt(state, slots, slots_after)
 
     def assigned(self, paths: Iterable[str]) -> list[tuple[Part, list[str]]]:
-        """Each part, and which of some parameters it takes: those that its patterns are the first to match.
+        """Return each part with the paths it takes: those its patterns are the first to match.
 
         Raises:
-            ModelError: for a parameter that none takes.
+            ModelError: for a parameter that no part takes.
         """
         found: dict[Part, list[str]] = {part: [] for part in self.parts}
         for path in paths:
@@ -130,8 +131,8 @@ class Optimizer:
             if part is None:
                 patterns = [pattern for part in self.parts for pattern in part.params or ()]
                 raise ModelError(
-                    f"no optimizer takes {path!r}; {one_of(path, patterns)}. One without params takes all that is left; a "
-                    "parameter that is not to be trained is left out of trainable"
+                    f"no optimizer takes {path!r}; {one_of(path, patterns)}. An optimizer without params takes all that is "
+                    "left; to freeze a parameter, leave it out of trainable"
                 )
             found[part].append(path)
         return list(found.items())
@@ -141,13 +142,13 @@ class Optimizer:
         return next((part for part in self.parts if part.takes(path)), rest)
 
     def _lr_of(self, part: Part, lr: float | None) -> float | None:
-        """The learning rate of one of several in a step, by that of the first."""
+        """Return the learning rate of a part in a step, given that of the first."""
         if lr is None or part is self.parts[0] or part.lr == self.lr:
             return lr
         if part.lr is None or not self.lr:
             raise ModelError(
-                f"update(lr={lr}) is of {self.parts[0]!r}, and that of {part!r} cannot be told from it; give both a "
-                "learning rate, the first not 0"
+                f"update(lr={lr}) is the rate of {self.parts[0]!r}, and the rate of {part!r} cannot be derived from it; "
+                "give both a learning rate, the first not 0"
             )
         return lr * (part.lr / self.lr)
 
@@ -157,7 +158,7 @@ def _several_processes() -> bool:
 
 
 def _rebuilt(given: tree.Nested, before: dict[str, Tensor], after: dict[str, Tensor]) -> TensorDict:
-    """The donated tree itself when all its tensors were changed in place, as optimizers do; else a new one."""
+    """Return the donated tree itself if all its tensors were changed in place, as optimizers do; else a new one."""
     in_place = before.keys() == after.keys() and all(_place(before[path]) == _place(leaf) for path, leaf in after.items())
     if in_place and isinstance(given, TensorDict):
         return given
@@ -165,7 +166,7 @@ def _rebuilt(given: tree.Nested, before: dict[str, Tensor], after: dict[str, Ten
 
 
 def _place(leaf: Tensor) -> int:
-    """Where a tensor's memory lies; a DTensor has none but that of its local tensor."""
+    """Return the address of a tensor's memory; for a DTensor, of its local tensor's."""
     return (leaf.to_local() if hasattr(leaf, "to_local") else leaf).data_ptr()
 
 
@@ -182,13 +183,13 @@ def optimizer(
 
     Args:
         factory: called as `factory(list_of_parameters, **options)`, such as `torch.optim.AdamW`.
-        params: of one of several (`af.optimizers`): patterns of the paths that it takes, such as ["h.*.weight"]; `*`
-            crosses dots. By default all that the others leave.
-        param_groups: what some parameters have otherwise: mappings with a "pattern" of paths, and options or "lr_mult" and
-            "wd_mult", factors of the learning rate and weight decay. The first pattern that a path matches counts.
-        decay: "matrices": weight decay is of parameters with two dims or more alone, and so of no bias and no norm.
-        whole: whether it is given whole tensors where parameters are sharded, one process like the other; by default of
-            torch's own those that need it: Muon, Adafactor and Rprop.
+        params: for `af.optimizers`: patterns of the paths it takes, such as ["h.*.weight"]; `*` crosses dots. By default
+            all that the others leave.
+        param_groups: overrides for some parameters: mappings with a "pattern" of paths, and options or "lr_mult" and
+            "wd_mult", factors of the learning rate and weight decay. The first pattern a path matches applies.
+        decay: "matrices" applies weight decay only to parameters with two or more dims, so not to biases and norms.
+        whole: whether sharded parameters are gathered for it, so that every process steps on whole tensors; by default only
+            for torch's optimizers that need it: Muon, Adafactor and Rprop.
         options: its options, such as `lr=3e-4`.
 
     Returns:
@@ -196,9 +197,12 @@ def optimizer(
 
         - `init(params)`: the state before the first update
         - `update(grads, state, params, lr=None)`: the new (params, state); `lr` is the learning rate of this update, for
-          schedules. The memory of what is given is used again.
+          schedules. The results reuse the arguments' memory.
 
-        All that the optimizer keeps is in the state, also what a class of your own has in its groups or attributes.
+        The state holds everything the optimizer keeps, including what your own class keeps in its groups or attributes.
+
+    Raises:
+        ModelError: for `params` that is a string, and for invalid groups or an unknown decay.
 
     Example:
         opt = af.optimizer(torch.optim.AdamW, lr=3e-4)
@@ -214,15 +218,15 @@ def optimizer(
 
 
 def optimizers(*each: Optimizer) -> Optimizer:
-    """Several optimizers as one, each for the parameters that its `params` name.
+    """Combine several optimizers into one, each for the parameters that its `params` match.
 
-    A parameter goes to the first whose patterns it matches, else to the one without any.
+    A parameter goes to the first optimizer with a matching pattern, else to the one without patterns.
 
     Args:
-        each: made by `af.optimizer`.
+        each: returned by `af.optimizer`.
 
     Raises:
-        ModelError: when two have no `params`.
+        ModelError: if there are none, or two have no `params`.
 
     Example:
         opt = af.optimizers(
@@ -231,5 +235,5 @@ def optimizers(*each: Optimizer) -> Optimizer:
         )
     """
     if not each:
-        raise ModelError("optimizers() of none; give it one or more that af.optimizer made")
+        raise ModelError("optimizers() needs at least one optimizer returned by af.optimizer")
     return Optimizer([part for one in each for part in one.parts])

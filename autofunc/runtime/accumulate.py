@@ -13,11 +13,11 @@ from autofunc.runtime.program import Layout
 class Accumulator:
     """Sums the gradients of one stage's trainable holders over the microbatches of a step.
 
-    It holds memory from its first use on.
+    It allocates memory at its first use.
 
     Args:
-        layouts: shape and dtype of each holder's sum: fp32 at least.
-        device: where they are made.
+        layouts: shape and dtype of each holder's sum: at least fp32.
+        device: of the sums.
     """
 
     def __init__(self, layouts: Sequence[Layout], device: torch.device) -> None:
@@ -26,26 +26,26 @@ class Accumulator:
 
     @property
     def sums(self) -> list[Tensor]:
-        """One sum per holder, to be added to in place; zeros at first."""
+        """One sum per holder, for in-place addition; initially zeros."""
         if not self._sums:
             self._sums = [torch.zeros(shape, dtype=dtype, device=self._device) for shape, dtype in self._layouts]
         return self._sums
 
     def take(self) -> list[Tensor]:
-        """The sums, which are no longer held here."""
+        """Return the sums and give up ownership of them."""
         sums, self._sums = self.sums, []
         return sums
 
     @property
     def held(self) -> list[Tensor]:
-        """What is in memory now."""
+        """The sums currently in memory; empty before the first use."""
         return self._sums
 
     def add(self, grads: Sequence[Tensor | None]) -> None:
         """Add one microbatch's gradients.
 
         Args:
-            grads: one of each holder, of its shape and any floating-point dtype; None is a zero.
+            grads: one per holder, of its shape and any floating-point dtype; None counts as zero.
         """
         for total, grad in zip(self.sums, grads, strict=True):
             if grad is not None:
@@ -53,11 +53,11 @@ class Accumulator:
 
 
 class HeldAccumulator(Accumulator):
-    """An accumulator whose sums lie in memory that is given, and that others use after it.
+    """An accumulator whose sums live in given memory, which others use after it.
 
     Args:
         memory: one tensor per holder.
-        zeroed: whether it holds their sums; else it is filled with zeros at the first use.
+        zeroed: True if the memory already holds valid sums; else it is zeroed at the first use.
     """
 
     def __init__(self, memory: Sequence[Tensor], *, zeroed: bool = False) -> None:

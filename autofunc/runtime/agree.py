@@ -1,6 +1,7 @@
-"""Before a new kind of step the ranks of a pipeline tell each other what they are about to do; nothing is sent in a step.
+"""Agreement of a pipeline's ranks before a new kind of step; nothing is exchanged during steps.
 
-What they say lies in the store that the processes were started with, so that a rank which comes alone can name the others.
+Each rank writes its intent to the store that the processes were started with, so that a rank that arrives alone can name
+the missing ones.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from autofunc.errors import BatchError, ModelError, PeerLostError
 from autofunc.mesh import timeout_of
 from autofunc.surroundings import named_settings
 
-# pipelines on one mesh are built one after the other on every rank, so the same number means the same plan
+# every rank builds the pipelines of a mesh in the same order, so the same number means the same plan
 _numbers: WeakKeyDictionary[dist.ProcessGroup, Iterator[int]] = WeakKeyDictionary()
 
 
@@ -31,10 +32,10 @@ class Intent:
 
     mode: str
     num_microbatches: int
-    entries: Mapping[str, str]  # of a microbatch: name of a leaf -> what it is
+    entries: Mapping[str, str]  # of a microbatch: name of a leaf -> its dtype and shape, or its value
     dtypes: Mapping[str, str]  # of its parameters, by path
     settings: Mapping[str, str]  # of torch, by name
-    held: Sequence[int]  # how many nodes the graphs of each of its plans have, the oldest first
+    held: Sequence[int]  # number of graph nodes in each of its plans, oldest first
 
 
 def agree(
@@ -44,26 +45,26 @@ def agree(
     dtypes: Mapping[str, torch.dtype],
     held: Sequence[int],
 ) -> tuple[dict[str, torch.dtype], list[int]]:
-    """What ranks that are about to do the same know together; all ranks of the group call it.
+    """Check that all ranks are about to do the same, and share what they know; all ranks of the group call it.
 
     Args:
         group: of the pp axis.
         mode: what the step is for.
-        microbatches: an example of a step's.
+        microbatches: of an example step.
         dtypes: of this rank's parameters, by path.
-        held: how many nodes the graphs of each of this rank's plans have, the oldest first.
+        held: number of graph nodes in each of this rank's plans, oldest first.
 
     Returns:
-        Dtypes of the parameters of all ranks. And of each plan the most nodes that a rank has: all forget the same plans,
-        for a rank that makes one anew waits here for the others.
+        (dtypes of all ranks' parameters, the most nodes on any rank for each plan). So all ranks forget the same plans: a
+        rank that rebuilds one waits here for the others.
 
     Raises:
-        BatchError: when ranks have microbatches of different numbers, shapes, dtypes or values that are no tensors, want
-            different things, or have other settings of torch.
-        ModelError: when a parameter has different dtypes on two ranks.
-        PeerLostError: when a rank does not come within the timeout of the group.
+        BatchError: if ranks differ in the number of microbatches, in shapes, dtypes or non-tensor values, in the kind of
+            step, or in torch's settings.
+        ModelError: if a parameter has different dtypes on two ranks.
+        PeerLostError: if a rank does not arrive within the group's timeout.
     """
-    if dist.get_backend(group) == "fake":  # torch's group that sends nowhere: this rank is alone
+    if dist.get_backend(group) == "fake":  # torch's group without communication: this rank is alone
         return dict(dtypes), list(held)
     number = next(_numbers.setdefault(group, itertools.count()))
     store, rank, size = group.get_group_store(), group.rank(), group.size()
@@ -75,12 +76,12 @@ def agree(
     store.set(keys[rank], json.dumps(asdict(own)))
     try:
         store.wait(keys, timeout_of(group))
-    except RuntimeError as error:  # a `DistStoreError`, but for stores in files
+    except RuntimeError as error:  # a `DistStoreError`, except for file stores
         missing = [str(each) for each, key in enumerate(keys) if not store.check([key])]
         raise PeerLostError(
             f"pp rank {rank} prepares a step ({mode}; {_text(own.entries)}), and rank {', '.join(missing)} does not: it "
             "has run such a step before, or is gone. All ranks must call the pipeline in the same order, with microbatches "
-            "of the same shapes, and parameters must change their dtype on all ranks or on none"
+            "of the same shapes, and change parameters' dtypes on all ranks or none"
         ) from error
     intents = [Intent(**json.loads(store.get(key))) for key in keys]
     _check(intents)
@@ -109,7 +110,7 @@ def _check(intents: list[Intent]) -> None:
         for name, setting in first.settings.items():
             if intent.settings[name] != setting:
                 raise BatchError(
-                    f"{name} is {setting} on pp rank 0, and {intent.settings[name]} on rank {rank}; set it on all alike"
+                    f"{name} is {setting} on pp rank 0, and {intent.settings[name]} on rank {rank}; set it alike on all"
                 )
         for path, dtype in intent.dtypes.items():
             owner, expected = known.setdefault(path, (rank, dtype))

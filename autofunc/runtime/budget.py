@@ -1,4 +1,4 @@
-"""What stages keep under a memory budget: the choice that makes the shortest step among those that fit."""
+"""What stages keep under a memory budget: the choice with the shortest step among those that fit."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from autofunc.splitting import Boundaries, StageContext
 
 
 def _choices(splits: bool) -> Iterator[Keep]:
-    """What can be kept, from all to least."""
+    """Yield the possible choices, from keeping everything to keeping the least."""
     early = (0.0, 0.25, 0.5, 0.75, 1.0) if splits else (0.0,)
     for recompute in (None, "cheap", "layer", "stage"):
         for part in early:
@@ -26,7 +26,7 @@ def fitting_keeps(
     schedule: Schedule,
     boundaries: Boundaries,
 ) -> dict[int, Keep]:
-    """By stage: for each rank, the choice that makes the shortest step among those that fit, the same for all its stages.
+    """Return, by stage, the choice with the shortest simulated step among those that fit; one choice per rank.
 
     Args:
         joints: captured stages of this process.
@@ -36,7 +36,7 @@ def fitting_keeps(
         boundaries: of all stages.
 
     Raises:
-        AutofuncError: when nothing fits.
+        AutofuncError: if no choice fits.
     """
     found: dict[int, Keep] = {}
     edges = boundaries.edges()
@@ -58,7 +58,7 @@ def fitting_keeps(
         if not fitting:
             raise AutofuncError(
                 f"memory_budget={budget:,} bytes: rank {rank} with schedule {schedule.name} keeps at least {least:,.0f} "
-                "bytes alive, whatever it computes again; allow that, or use more stages, smaller microbatches or a "
+                "bytes alive, whatever it recomputes; allow that, or use more stages, smaller microbatches or a "
                 "schedule with fewer activations"
             )
         found.update(dict.fromkeys(mine, min(fitting)[2]))
@@ -66,7 +66,7 @@ def fitting_keeps(
 
 
 def _with_others(boundaries: Boundaries, known: Mapping[int, StageBytes]) -> Sequence[StageBytes]:
-    """Stages of other ranks matter here for what they hand on only."""
+    """Return the bytes of all stages; those of other ranks matter only for the values they send."""
     memory = []
     for index, boundary in enumerate(boundaries.stages):
         sizes = tuple(value.num_bytes for value in boundary.values)

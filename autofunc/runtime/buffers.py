@@ -1,4 +1,4 @@
-"""The memory of receive slots: made once, and used by every step of a pipeline, whatever the shapes of its batch."""
+"""The memory of receive slots: allocated once and used by every step of a pipeline, whatever its batch's shapes."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch import Tensor
 
 from autofunc.runtime.program import Layout
 
-_MOST_VIEWS = 64  # lists of slots that are remembered; they are cheap to make again
+_MOST_VIEWS = 64  # remembered lists of slots; rebuilding one is cheap
 
 
 class SlotPool:
     """Memory for the slots of one rank.
 
-    Steps of a pipeline run one after the other, so the slots of all its plans lie in the same memory: as many buffers as
-    the plan with most slots has, the largest of each plan in the first. A buffer that is too small is made anew, and no
-    plan keeps the old one: the pool alone holds memory.
+    Steps of a pipeline run one after the other, so the slots of all its plans share memory: as many buffers as the largest
+    number of slots in a plan, with each plan's largest slot in the first buffer. A buffer that is too small is replaced,
+    and no plan keeps the old one: only the pool owns memory.
     """
 
     def __init__(self) -> None:
@@ -27,11 +27,11 @@ class SlotPool:
 
     @property
     def num_bytes(self) -> int:
-        """How much memory it holds."""
+        """Bytes of memory it holds."""
         return sum(buffer.nbytes for buffer in self._buffers)
 
     def tensors(self, layouts: Sequence[Layout], device: torch.device) -> list[Tensor]:
-        """A tensor for each layout, no two in the same memory, for the time of one step."""
+        """Return a tensor per layout, in disjoint memory, valid during one step."""
         if self._buffers and self._buffers[0].device != device:
             self.clear()
         key = tuple(layouts)
@@ -43,7 +43,7 @@ class SlotPool:
         return self._views[key]
 
     def clear(self) -> None:
-        """Let go of all memory."""
+        """Free all memory."""
         self._buffers, self._views = [], OrderedDict()
 
     def _made(self, layouts: Sequence[Layout], device: torch.device) -> list[Tensor]:
@@ -51,8 +51,8 @@ class SlotPool:
         largest_first = sorted(range(len(sizes)), key=lambda number: -sizes[number])
         for place, number in enumerate(largest_first):
             if place == len(self._buffers) or self._buffers[place].nbytes < sizes[number]:
-                self._views.clear()  # some lie in the buffer that goes
-                self._buffers[place : place + 1] = []  # before the larger one is made
+                self._views.clear()  # some are views of the buffer being replaced
+                self._buffers[place : place + 1] = []  # before allocating the larger one
                 self._buffers.insert(place, torch.empty(sizes[number], dtype=torch.uint8, device=device))
         made = {
             number: self._buffers[place][: sizes[number]].view(layouts[number][1]).view(layouts[number][0])

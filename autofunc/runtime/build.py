@@ -1,4 +1,4 @@
-"""From stages to their functions. What equal stages need is made once in a process, whichever pipeline they are part of."""
+"""From stages to their functions. Equal stages are captured and compiled once per process, for all its pipelines."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from autofunc.splitting import Boundaries, StageContext
 
 
 def captured(context: StageContext) -> Joint:
-    """A stage's graph.
+    """Return a stage's graph, captured once per process.
 
     Raises:
-        ModelError: when it cannot be captured.
+        ModelError: if it cannot be captured.
     """
     return cache.shared.get(("joint", context.fingerprint), lambda: capture(context), lambda joint: joint.num_nodes)
 
@@ -29,17 +29,17 @@ def make_functions(
     schedule: Schedule,
     boundaries: Boundaries,
 ) -> dict[int, StageFunctions]:
-    """The functions of some stages.
+    """Return the functions of stages, by stage.
 
     Args:
         contexts: by stage.
-        options: how they are differentiated.
+        options: how stages are differentiated and compiled.
         schedule: lowered.
         boundaries: of all stages.
 
     Raises:
-        ModelError: when a stage cannot be captured or compiled.
-        AutofuncError: when nothing fits into the memory budget.
+        ModelError: if a stage cannot be captured or compiled.
+        AutofuncError: if nothing fits into the memory budget.
     """
     if options.engine == "eager":
         return {

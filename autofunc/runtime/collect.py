@@ -1,4 +1,4 @@
-"""Bringing a tree to one process, to be written: on its host, where the others hold no more than one tensor of it."""
+"""Collecting a tree on the host of one process for writing; the others hold no more than one of its tensors at a time."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ def collect_tree(
     group: dist.ProcessGroup,
     device: torch.device,
 ) -> dict[str, Tensor]:
-    """The union of all ranks' flat trees, on the host of the first of them; the others get nothing.
+    """Return the union of all ranks' flat trees on the first rank, on its host; the other ranks return an empty dict.
 
-    One tensor travels at a time, of each rank in turn: so none waits for its first until another has sent all of its own.
-    A path on several ranks comes from the first of them.
+    Tensors are sent one at a time, alternating between ranks, so that no rank waits until another has sent all of its own.
+    A path held by several ranks comes from the first of them.
 
     Args:
-        layouts: of the tensors of this rank's part, in the order in which `whole` gives them.
-        whole: makes a tensor of this rank's part, which is let go of before the next is asked for.
+        layouts: of this rank's tensors, in the order of the calls of `whole`.
+        whole: returns one of this rank's tensors whole; it is freed before the next call.
         ranks: global ranks of the group, in order.
         group: their process group.
-        device: of this process, over which tensors travel where the group has no backend for the host.
+        device: of this process; tensors are sent from it if the group has no backend for the host.
     """
     described: list[Any] = [None] * len(ranks)
     dist.all_gather_object(described, dict(layouts), group=group)

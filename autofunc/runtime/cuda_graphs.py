@@ -1,7 +1,7 @@
-"""CUDA graphs, and the memory that they share: the only file that captures kernels.
+"""CUDA graphs and the memory they share: the only file that captures kernels.
 
-Private parts of torch used, tried with 2.13.0: `torch._C._cuda_clearCublasWorkspaces`, as its own users of CUDA graphs do
-(`torch/_inductor/cudagraph_trees.py`).
+Private parts of torch used, tried with 2.13.0: `torch._C._cuda_clearCublasWorkspaces`, as torch's own users of CUDA graphs
+do (`torch/_inductor/cudagraph_trees.py`).
 """
 
 from __future__ import annotations
@@ -21,30 +21,30 @@ from autofunc.runtime.tape import Graph
 
 
 class Graphs(Protocol):
-    """Makes graphs that take their memory from one pool, which lasts as long as this or one of them."""
+    """Creates graphs that share one memory pool, which lives as long as this object or any of them."""
 
     def __init__(self, device: torch.device) -> None: ...
 
     @staticmethod
     def is_available() -> bool:
-        """Whether this machine has such a device."""
+        """Return whether this machine has such a device."""
         ...
 
     def make_room(self) -> None:
-        """Before anything is made that is to stay: wait for the device, and give back what is kept for later."""
+        """Wait for the device and free cached memory, before lasting allocations are made."""
         ...
 
     def capturing(self) -> AbstractContextManager[None]:
-        """Around the run in which graphs are captured."""
+        """Return the context in which to run the step that captures graphs."""
         ...
 
     def new(self) -> Graph:
-        """An empty graph."""
+        """Return an empty graph."""
         ...
 
 
 class CudaGraphs:
-    """Makes CUDA graphs.
+    """Creates CUDA graphs.
 
     Args:
         device: that they run on.
@@ -53,7 +53,7 @@ class CudaGraphs:
     def __init__(self, device: torch.device) -> None:
         self._device, self._pool = device, torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._first = _CudaGraph(self._pool)  # a pool whose graphs are all gone cannot be used again
+        self._first = _CudaGraph(self._pool)  # a pool whose graphs are all gone cannot be reused
         self._anchor = torch.zeros(1, device=device)
         self.make_room()
         with self.capturing():
@@ -67,16 +67,16 @@ class CudaGraphs:
         return torch.cuda.is_available()
 
     def make_room(self) -> None:
-        """See `Graphs.make_room`: the pool cannot use what the allocator keeps."""
+        """See `Graphs.make_room`: the pool cannot use the allocator's cached blocks."""
         torch.cuda.synchronize(self._device)
-        gc.collect()  # nothing is to be destroyed while kernels are captured
+        gc.collect()  # no tensor may be destroyed while kernels are captured
         torch.cuda.empty_cache()
 
     @contextmanager
     def capturing(self) -> Iterator[None]:
         """See `Graphs.capturing`."""
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
-            # workspaces of products that graphs write to come from the pool, and go back to it
+            # cuBLAS workspaces that graphs write to come from the pool, and return to it
             torch._C._cuda_clearCublasWorkspaces()
             try:
                 yield
@@ -94,25 +94,25 @@ class _CudaGraph:
         self.replay = self._graph.replay
 
     def begin(self) -> None:
-        # other threads may go on: one may read the next batch
+        # other threads continue: one may be reading the next batch
         self._graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
 
     def end(self) -> None:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "The CUDA Graph is empty")  # an action may have nothing to do
+            warnings.filterwarnings("ignore", "The CUDA Graph is empty")  # an action may launch no kernel
             self._graph.capture_end()
 
 
 KINDS: dict[str, type[Graphs]] = {"cuda": CudaGraphs}
-"""By type of the device that can record steps."""
+"""The classes that record steps, by device type."""
 
 
 def check_recording(device_type: str, where: str) -> None:
-    """Refuse to record steps on a device that cannot.
+    """Refuse to record steps on a device without graphs.
 
     Args:
         device_type: such as "cpu".
-        where: what is there, for the message.
+        where: subject and verb for the message, such as "the mesh is".
 
     Raises:
         AutofuncError: naming what works.
@@ -122,7 +122,7 @@ def check_recording(device_type: str, where: str) -> None:
 
 
 def require_graphs(mesh: DeviceMesh | None) -> None:
-    """Refuse to record steps where no device can: on the mesh's devices, or without a mesh on this machine.
+    """Refuse to record steps if the mesh's devices cannot, or without a mesh if this machine has no suitable device.
 
     Raises:
         AutofuncError: naming what works.

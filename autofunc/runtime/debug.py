@@ -1,4 +1,4 @@
-"""What the environment asks of every step: `AUTOFUNC_TRACE=1` shows each action, `AUTOFUNC_DEBUG=nan` checks its values."""
+"""Debugging through the environment: `AUTOFUNC_TRACE=1` prints each action, `AUTOFUNC_DEBUG=nan` checks its values."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from autofunc.runtime.step import Observe
 from autofunc.users_lines import DEBUG, WHOLE, words_of
 
 WORDS = (WHOLE, "nan")
-"""Of AUTOFUNC_DEBUG, separated by commas: whole tracebacks; checks of all values."""
+"""Words of AUTOFUNC_DEBUG, separated by commas: full tracebacks; checks of all values."""
 
 
 def debug_words(environment: Mapping[str, str]) -> frozenset[str]:
-    """What AUTOFUNC_DEBUG asks for.
+    """Return the words in AUTOFUNC_DEBUG.
 
     Raises:
-        AutofuncError: for a word that has no meaning.
+        AutofuncError: for an unknown word.
     """
     words = words_of(environment)
     for word in words.difference(WORDS):
@@ -31,7 +31,11 @@ def debug_words(environment: Mapping[str, str]) -> frozenset[str]:
 
 
 def observe_as(environment: Mapping[str, str]) -> Observe | None:
-    """The observers of every step; None for none."""
+    """Return the function that creates the observers of every step; None if the environment asks for none.
+
+    Raises:
+        AutofuncError: for an unknown word in AUTOFUNC_DEBUG.
+    """
     trace, check = environment.get("AUTOFUNC_TRACE") == "1", "nan" in debug_words(environment)
     if not (trace or check):
         return None

@@ -26,8 +26,8 @@ def exchange_ties(
         rank: this pp rank.
         sums: path of each local holder -> its sum; changed in place.
         ties: all ties of the model.
-        transport: how sums reach the other ranks that hold the parameter.
-        device: where the sums are.
+        transport: to the other ranks that hold the parameter.
+        device: of the sums.
     """
     posted: list[tuple[Tie, list[Ticket], dict[str, Ticket]]] = []
     for tie in ties:
@@ -61,10 +61,10 @@ def exchange_ties(
 
 
 def total_loss(sums: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
-    """[sum of sums, sum of weights], added up in microbatch order: fp32, shape (2,).
+    """Return [sum of sums, sum of weights], accumulated in fp32 in microbatch order, shape (2,).
 
     Args:
-        sums: of the loss of each microbatch, 0-dim.
+        sums: of each microbatch's loss, 0-dim.
         weights: of each microbatch, 0-dim.
     """
     total, weight = sums[0].float(), weights[0].float()
@@ -77,7 +77,7 @@ def share(
     rank: int, root: int, make: Callable[[], list[Tensor]], like: Sequence[Layout],
     device: torch.device, transport: Transport, into: list[Tensor],
 ) -> Iterator[None]:  # fmt: skip
-    """Give tensors that the root makes to all pp ranks; `like` describes them to the others. Appends them to `into`."""
+    """Broadcast the tensors that the root makes to all pp ranks, and append them to `into`; `like` gives their layouts."""
     tensors = make() if rank == root else empty(like, device)
     ticket = transport.broadcast(root, tensors)
     while not ticket.arrived():
@@ -86,36 +86,36 @@ def share(
 
 
 def empty(layouts: Sequence[Layout], device: torch.device) -> list[Tensor]:
-    """Memory for what will be received. It holds ones, so that a group that moves nothing ("fake") lets a step end."""
+    """Return memory to receive into. It holds ones, so that a step completes on a group that moves nothing ("fake")."""
     return [torch.ones(shape, dtype=dtype, device=device) for shape, dtype in layouts]
 
 
 def may_weigh_nothing(loss: Loss | None) -> bool:
-    """Whether a step in which no microbatch weighs anything is one like others, with a loss of 0."""
+    """Return whether a step whose total weight is 0 is valid, with a loss of 0."""
     return bool(getattr(loss, "may_weigh_nothing", False))
 
 
 def mean(total: Tensor, weight: Tensor, loss: Loss | None) -> Tensor:
-    """The loss of a step from its sum and weight: NaN where nothing weighs anything, but should."""
+    """Return a step's loss from its sum and weight, 0-dim; NaN if the weight is 0 and the loss does not allow that."""
     return total / divisor(weight) if may_weigh_nothing(loss) else total / weight
 
 
 def divisor(weight: Tensor) -> Tensor:
-    """By what sums of gradients are divided: the total weight of the loss. Where that is 0 so are they, and stay it."""
+    """Return the divisor of gradient sums: the loss's total weight, or 1 if that is 0, where the sums are 0 anyway."""
     return torch.where(weight == 0, 1.0, weight)
 
 
 def divide(
     sums: dict[str, Tensor], weight: Tensor, dtypes: Mapping[str, torch.dtype], *, lasting: bool = False
 ) -> dict[str, Tensor]:
-    """Gradients of the mean loss: each sum divided by the total weight, in the parameter's dtype.
+    """Return gradients of the mean loss: each sum divided by the total weight, in the parameter's dtype.
 
     Args:
-        sums: by path, of all microbatches and data parallel ranks. They become the gradients, in the same memory where the
-            dtype stays, and are taken out, so that there is never a second set.
+        sums: by path, over all microbatches and data parallel ranks. They become the gradients, in the same memory if the
+            dtype is the same, and the dict is emptied, so that there is never a second set.
         weight: total weight of the loss, 0-dim fp32.
-        dtypes: by path, of the parameters.
-        lasting: the memory of the sums is the next step's: gradients get their own.
+        dtypes: of the parameters, by path.
+        lasting: True if the next step uses the sums' memory, so that gradients need their own.
     """
     totals, paths = list(sums.values()), list(sums)
     sums.clear()
@@ -125,5 +125,5 @@ def divide(
         grads = [torch.empty_like(total, dtype=dtypes[path]) for path, total in zip(paths, totals, strict=True)]
         copy_all(totals, grads)
         return dict(zip(paths, grads, strict=True))
-    totals.reverse()  # each is let go of as soon as it has become a gradient
+    totals.reverse()  # frees each sum as soon as its gradient exists
     return {path: totals.pop().to(dtypes[path]) for path in paths}

@@ -1,4 +1,4 @@
-"""Memory that stays where it is, and is filled anew for each step.
+"""Memory at fixed addresses, refilled for each step.
 
 Private parts of torch used, tried with 2.13.0: `torch._foreach_copy_`, one kernel for many tensors.
 """
@@ -11,15 +11,14 @@ import torch
 from torch import Tensor
 
 _ALIGNMENT = 128
-"""Bytes. No kernel asks for more."""
+"""Bytes. No kernel requires more."""
 
 
 class Fixed:
-    """Tensors like some others, in memory of their own.
+    """Tensors with the shapes, dtypes, strides and alignment of given ones, in their own memory; `fill` sets their values.
 
-    They have the strides of the others, whatever these are: the rows of a batch that has them in its second dim, or one
-    row that stands for many. They begin at such addresses, too: kernels are chosen by how memory is aligned, and others
-    give other bits.
+    Strides may be any: of a batch whose rows are in its second dim, or of one row expanded to many. Alignment matters
+    because torch picks kernels by it, and different kernels give different bits.
 
     Args:
         like: strided tensors.
@@ -37,20 +36,20 @@ class Fixed:
 
 
 def copy_all(given: Sequence[Tensor], into: Sequence[Tensor]) -> None:
-    """Copy the values of some tensors into others, whose dtypes may be others too."""
+    """Copy the values of tensors into others, whose dtypes may differ."""
     if given:
         torch._foreach_copy_([*into], [*given])
 
 
 def _aligned_as(span: Tensor) -> Tensor:
-    """Memory as long as a span, which begins as far from a multiple of `_ALIGNMENT`."""
+    """Return new memory of a span's length, with the same address modulo `_ALIGNMENT`."""
     made = span.new_empty(span.numel() + _ALIGNMENT // span.element_size())
     start = (span.data_ptr() - made.data_ptr()) % _ALIGNMENT // span.element_size()
     return made[start : start + span.numel()]
 
 
 def _span(tensor: Tensor) -> Tensor:
-    """All memory from a tensor's first element to its last, with a dim."""
+    """Return all memory from a tensor's first element to its last, as a tensor of one dim."""
     tensor = tensor.detach()
     if tensor.is_contiguous():
         return tensor.view(-1)

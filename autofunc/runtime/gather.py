@@ -1,4 +1,4 @@
-"""Collecting a tree from all pp ranks: off the step path, so shapes travel as objects."""
+"""Gathering a tree from all pp ranks: off the step path, so shapes are sent as objects."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def gather_tree(flat: Mapping[str, Tensor], ranks: Sequence[int], group: dist.ProcessGroup) -> dict[str, Tensor]:
-    """The union of all ranks' flat trees, on every rank. A path on several ranks comes from the first of them.
+    """Return the union of all ranks' flat trees, on every rank. A path held by several ranks comes from the first of them.
 
     Args:
         flat: this rank's part.
@@ -23,7 +23,7 @@ def gather_tree(flat: Mapping[str, Tensor], ranks: Sequence[int], group: dist.Pr
     dist.all_gather_object(described, mine, group=group)
     full: dict[str, Tensor] = {}
     for root, paths in zip(ranks, described, strict=True):
-        for path, (shape, dtype, device) in paths.items():  # of the device its owner has it on: this rank may have none
+        for path, (shape, dtype, device) in paths.items():  # on its owner's device type: this rank may not hold it
             if path not in full:
                 is_mine = root == dist.get_rank()
                 leaf = flat[path].detach().clone() if is_mine else torch.empty(shape, dtype=dtype, device=device)

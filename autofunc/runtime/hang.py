@@ -1,4 +1,4 @@
-"""What is said of processes that make no progress: who waits for whom, and what the one does that is late."""
+"""Reports on processes that make no progress: who waits for whom, and what the late one does."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _WAITS = {
     _OWN / "shard" / "data_sum.py": "a sum over data parallel ranks",
     _OWN / "shard" / "links.py": "a tensor of other tp or cp ranks",
 }
-"""Where this library waits for other ranks, and what for."""
+"""The files in which this library waits for other ranks, and what for."""
 _OPERATORS = ("c10d_functional", "c10d::")
-"""What operators that wait for other ranks are called."""
+"""Parts of the names of operators that wait for other ranks."""
 _DEBUGGERS = ("pdb.py", "bdb.py", "pydevd.py")
-_MOST_RANKS = 16  # that are told of in lines of their own
-_MOST_FRAMES = 12  # of a stack
+_MOST_RANKS = 16  # lines about ranks
+_MOST_FRAMES = 12  # printed of a stack
 
 
 @dataclass(frozen=True)
@@ -47,56 +47,56 @@ class Frame:
 
 @dataclass(frozen=True)
 class State:
-    """What a process says of itself."""
+    """A process's report about itself."""
 
     phase: str  # such as "step 7"
-    action: str  # such as "in 1F3"; empty outside of a step
-    awaited: tuple[int, ...]  # ranks that the next action needs something from
-    silent_seconds: float  # how long it has been there
-    limit_seconds: float  # how long it may
+    action: str  # such as "in 1F3"; empty outside a step
+    awaited: tuple[int, ...]  # ranks that the next action needs values from
+    silent_seconds: float  # without progress
+    limit_seconds: float  # allowed without progress
     stack: tuple[Frame, ...]  # of its main thread, outermost call first
 
     @property
     def place(self) -> str:
-        """Where it is."""
+        """Its phase and action, as text."""
         return ", ".join(part for part in (self.phase, self.action) if part)
 
     @property
     def is_looked_into(self) -> bool:
-        """Whether a person has stopped it, in a debugger."""
+        """True if it is stopped in a debugger."""
         return any(Path(frame.file).name in _DEBUGGERS for frame in self.stack)
 
     @property
     def collective(self) -> Frame | None:
-        """The call of `torch.distributed` that it is in."""
+        """The `torch.distributed` call it is in, or None."""
         own = [number for number, frame in enumerate(self.stack) if not is_of_torch(frame.file)]
         inside = self.stack[own[-1] + 1 :] if own else self.stack
         return next((frame for frame in inside if _is_distributed(frame)), None)
 
     @property
     def waits_for(self) -> str:
-        """What of others this library waits for; empty where it does not wait."""
+        """What this library waits for from other ranks; empty if it does not wait."""
         last = next((frame for frame in reversed(self.stack) if not is_of_torch(frame.file)), None)
         return _WAITS.get(Path(last.file), "") if last is not None else ""
 
     @property
     def waits(self) -> bool:
-        """Whether it waits for other ranks."""
+        """True if it waits for other ranks."""
         return self.collective is not None or bool(self.waits_for)
 
     @property
     def users_line(self) -> str:
-        """The innermost line that is neither torch's nor another library's; else the innermost line of all."""
+        """The innermost line outside installed libraries; else the innermost line of all."""
         users = [frame for frame in self.stack if not is_installed(frame.file)]
         return str((users or self.stack)[-1]) if self.stack else "an unknown line"
 
 
 def frames_of(innermost: FrameType | None) -> tuple[Frame, ...]:
-    """The calls of a thread, outermost first."""
+    """Return the calls of a thread, outermost first."""
     frames: list[Frame] = []
     while innermost is not None:
         code, line, operator = innermost.f_code, innermost.f_lineno, ""
-        if not frames and code.co_filename.endswith("_ops.py"):  # a frame says which operator it calls, its code does not
+        if not frames and code.co_filename.endswith("_ops.py"):  # the frame's `self` names the operator, its code does not
             operator = str(innermost.f_locals.get("self", ""))
         text = linecache.getline(code.co_filename, line).strip()
         frames.append(Frame(code.co_filename, line, operator or code.co_name, text))
@@ -105,15 +105,15 @@ def frames_of(innermost: FrameType | None) -> tuple[Frame, ...]:
 
 
 def describe(states: Mapping[int, State | None], positions: Sequence[str] = ()) -> str:
-    """What all ranks do, and which of them the others wait for.
+    """Describe what all ranks do, and which of them the others wait for.
 
     Args:
         states: by rank; None for one that does not answer.
-        positions: of all ranks, as they were last written down, where that is known.
+        positions: of all ranks as last recorded, if known.
     """
     alike: dict[str, list[int]] = {}
     for rank, state in sorted(states.items()):
-        alike.setdefault(_said(state, positions[rank] if rank < len(positions) else ""), []).append(rank)
+        alike.setdefault(_line(state, positions[rank] if rank < len(positions) else ""), []).append(rank)
     lines = [f"  rank{'s' if len(ranks) > 1 else ''} {in_ranges(ranks)}: {text}" for text, ranks in alike.items()]
     if len(lines) > _MOST_RANKS:
         lines = [*lines[:_MOST_RANKS], f"  and {len(lines) - _MOST_RANKS} more"]
@@ -121,7 +121,7 @@ def describe(states: Mapping[int, State | None], positions: Sequence[str] = ()) 
 
 
 def late(states: Mapping[int, State | None]) -> list[int]:
-    """The ranks that do not wait for others; where all do, those in a collective that the others are not in."""
+    """Return the ranks that do not wait for others; if all do, those in a collective that the others have not entered."""
     busy = [rank for rank, state in states.items() if state is None or not state.waits]
     if busy:
         return busy
@@ -140,16 +140,16 @@ def _verdict(states: Mapping[int, State | None]) -> list[str]:
         state = states[rank]
         if state is None:
             continue
-        how = "waits for others that do not call the same" if waiting else "is the one that is late"
+        how = "waits for others that do not make the same call" if waiting else "is late"
         lines.append(f"rank {rank} {how}; its Python stack, outermost call first:")
         lines += [f"  {frame}" for frame in _shown(state.stack)]
     return lines
 
 
-def _said(state: State | None, position: str) -> str:
+def _line(state: State | None, position: str) -> str:
     if state is None:
         at = f"; last seen at: {position}" if position else ""
-        return f"does not answer: its process is stopped or gone, or holds Python's lock{at}"
+        return f"does not answer: its process is stopped or gone, or holds Python's GIL{at}"
     since = f"for {state.silent_seconds:.0f} s"
     if state.awaited and state.waits_for:
         return f"{state.place}, waits for rank {', '.join(map(str, state.awaited))} {since}"
@@ -161,7 +161,7 @@ def _said(state: State | None, position: str) -> str:
 
 
 def _shown(stack: Sequence[Frame]) -> list[Frame]:
-    """From the first of the user's lines to the last, and what that calls; all of it where there is none."""
+    """Return the frames from the user's first to last, plus the call after it; all of them if none is the user's."""
     users = [number for number, frame in enumerate(stack) if not is_installed(frame.file)]
     return list(stack[users[0] : users[-1] + 2] if users else stack)[-_MOST_FRAMES:]
 

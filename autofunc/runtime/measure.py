@@ -1,4 +1,4 @@
-"""Turn the clocks of profiled steps into a timeline of all ranks."""
+"""Timelines of all ranks from the clocks of profiled steps."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Times = tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], tuple[Turn, ...]
 
 
 class Watch(Timer):
-    """Puts a clock on every local rank of a step, and remembers the clocks and the plan."""
+    """Attaches a clock to every local rank of a step, and remembers the clocks and the plan."""
 
     def __init__(self) -> None:
         self.clocks: dict[int, Clock] = {}
@@ -43,15 +43,15 @@ class Watch(Timer):
 def observed_step(
     run: Callable[[Watch], Result], group: dist.ProcessGroup | None, device: torch.device
 ) -> tuple[Result, Timeline]:
-    """Run one step, and tell when every action ran, in milliseconds. All processes of the group call it.
+    """Run one step; return its result and the timeline of all actions, in milliseconds. All processes of the group call it.
 
     Args:
         run: runs one step under a watch.
-        group: all pp ranks; None when they are in this process.
+        group: of all pp ranks; None if they are in this process.
         device: that the step computes on.
     """
     if group is not None:
-        dist.all_reduce(torch.zeros(1, device=device), group=group)  # all ranks begin together
+        dist.all_reduce(torch.zeros(1, device=device), group=group)  # a barrier: all ranks begin together
     began, watch = time.perf_counter(), Watch()
     result = run(watch)
     assert watch.plan is not None
@@ -64,20 +64,20 @@ def observed_step(
 def measured_timeline(
     run: Callable[[Watch], Any], group: dist.ProcessGroup | None, device: torch.device, steps: int
 ) -> Timeline:  # fmt: skip
-    """Run a step that is not measured and then some that are; the timeline of the one of median length, in milliseconds.
+    """Run one warm-up step and then measured ones; return the timeline of the step of median length, in milliseconds.
 
     Args:
-        run: see `observed_step`, as are the others.
-        group: of the ranks.
-        device: of the step.
-        steps: how many to measure.
+        run: see `observed_step`.
+        group: see `observed_step`.
+        device: see `observed_step`.
+        steps: number of measured steps.
     """
     timelines = [observed_step(run, group, device)[1] for _ in range(steps + 1)]
     return sorted(timelines[1:], key=lambda timeline: timeline.makespan)[steps // 2]
 
 
 class Scales(OneByOne):
-    """Weighs what is alive on every local rank of a step, action by action."""
+    """Measures live bytes on every local rank during a step, action by action."""
 
     def __init__(self, params: Sequence[Tensor]) -> None:
         self._params = params
@@ -95,7 +95,7 @@ Key = TypeVar("Key", bound=Hashable)
 
 
 def of_all(local: Mapping[Key, Any], group: dist.ProcessGroup | None) -> dict[Key, Any]:
-    """What every process knows of its own, on every process."""
+    """Merge every process's own entries, on every process."""
     parts: list[Any] = [local]
     if group is not None:
         parts = [None] * group.size()
@@ -104,9 +104,9 @@ def of_all(local: Mapping[Key, Any], group: dist.ProcessGroup | None) -> dict[Ke
 
 
 def _of_all_ranks(clocks: dict[int, Clock], began: float, group: dist.ProcessGroup | None) -> dict[int, Times]:
-    """Of every rank, in milliseconds, on every process.
+    """Return starts, ends and turns of every rank's ops in milliseconds, on every process.
 
-    Processes of one machine share its clock; of several, each counts from when the barrier let it go.
+    Processes of one machine share its clock; on several machines each counts from its exit from the barrier.
     """
     local = {rank: clock.times() for rank, clock in clocks.items()}
     gathered: list[Any] = [(platform.node(), began, local)]

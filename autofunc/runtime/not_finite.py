@@ -1,4 +1,4 @@
-"""Where a step first makes something that is not finite: rank, action, layer, and forward, input's or weight's gradient."""
+"""Finding where a step first becomes non-finite: rank, action, layer, and forward, input gradient or weight gradient."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ _Given = tuple[list[Tensor], list[Tensor]]  # inputs, and the state before
 
 
 class FiniteCheck:
-    """Ends a step at the first action of this rank whose results are not finite.
+    """Ends a step at this rank's first action with non-finite results.
 
-    Every action waits for the device, and what stages receive is kept until their backward: for steps that are looked into.
+    For debugging only: every action waits for the device, and stages keep their inputs until their backward.
 
     Args:
         contexts: by local stage.
@@ -74,25 +74,25 @@ class FiniteCheck:
         bad = [path for path, total in zip(paths, sums, strict=True) if not all_finite([total])] if sums else []
         if not bad:
             return
-        if isinstance(op, BackwardWeight):  # what its inputs were is no longer known
-            raise NotFiniteError(f"weight gradient: that of {bad[0]!r} is not finite")
+        if isinstance(op, BackwardWeight):  # its inputs are no longer known
+            raise NotFiniteError(f"weight gradient: the gradient of {bad[0]!r} is not finite")
         raise self._error("backward", op, step, self._cotangents, f"the gradient of {bad[0]!r} is not finite")
 
     def _error(
         self, which: str, op: Forward | Backward | BackwardInput, step: RankStep, cotangents: list[Tensor] | None,
-        otherwise: str = "what the stage makes is not finite",
+        otherwise: str = "the stage's results are not finite",
     ) -> NotFiniteError:  # fmt: skip
         context, microbatch = self._contexts[op.stage], step.microbatches[op.microbatch]
         inputs, state = self._given[op.stage, op.microbatch]
         found = None
-        if context.setting.partitioning is WHOLE:  # other ranks do not run this layer again
+        if context.setting.partitioning is WHOLE:  # otherwise rerunning this layer would need the other ranks
             leaves = [leaf.detach() for leaf in step.parameters.leaves(step.stages[op.stage])]
             found = first_not_finite(context, leaves, state, inputs, microbatch, cotangents)
         return NotFiniteError(f"{which}: {found or otherwise}{_of_batch(microbatch)}")
 
 
 class FiniteNotes:
-    """Notes what a `FiniteCheck` finds first on each rank, and lets the step go on: others wait for what it makes."""
+    """Records the first finding of a `FiniteCheck` on each rank and lets the step continue, as other ranks wait for it."""
 
     def __init__(self) -> None:
         self.found: dict[int, NotFiniteError] = {}  # by local rank
@@ -120,14 +120,14 @@ class FiniteNotes:
 
 
 def raise_first(found: Iterable[NotFiniteError], mesh: DeviceMesh | None) -> None:
-    """Raise the first of what all processes have found. They all call it, and all raise the same, or nothing.
+    """Raise the first finding of all processes. They all call it, and all raise the same error or none.
 
     Args:
         found: by this process.
         mesh: of the pipeline.
 
     Raises:
-        NotFiniteError: when there is one.
+        NotFiniteError: if there is a finding.
     """
     first = min(found, key=_order, default=None)
     for axis in AXES:
@@ -141,7 +141,7 @@ def raise_first(found: Iterable[NotFiniteError], mesh: DeviceMesh | None) -> Non
 
 
 def _order(error: NotFiniteError) -> tuple[int, ...]:
-    """Parameters, then forwards, then backwards; of a microbatch as it goes through the stages."""
+    """Return a sort key: parameters, forwards, backwards; then by microbatch, then in the order it passes the stages."""
     if error.action is None or error.stage is None:
         return (0,)
     is_forward = "F" in error.action
@@ -154,14 +154,14 @@ def finite_check(plan: Plan, program: Program, microbatches: Sequence[Microbatch
 
 
 def unfit_parameters(params: Mapping[str, Tensor]) -> list[NotFiniteError]:
-    """Of the first parameter that is not finite, if there is one: then the step before is to blame."""
+    """Return the error of the first non-finite parameter, if any: then the step before is to blame."""
     for path, leaf in params.items():
         if not all_finite([leaf]):
             count = int((~torch.isfinite(leaf)).sum())
             return [
                 NotFiniteError(
-                    f"parameter {path!r} is not finite before the step ({count} of {leaf.numel()} elements); the last "
-                    "update made it so: try a lower learning rate, or clip gradients"
+                    f"parameter {path!r} is not finite before the step ({count} of {leaf.numel()} elements), "
+                    "because of the last update: try a lower learning rate, or clip gradients"
                 )
             ]
     return []

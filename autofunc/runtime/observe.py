@@ -1,4 +1,4 @@
-"""What can be seen of a running rank: when every op ran, how many bytes were alive, and each action as it runs."""
+"""Observers of a running rank: when each op ran, how many bytes were alive, and a trace of each action."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from autofunc.schedule import Turn
 
 
 class Clock(TurnObserver):
-    """When each op of a rank started and ended: waiting for its operands comes before.
+    """Records when each op of a rank started and ended, excluding the wait for its operands.
 
-    On an accelerator these are events of its stream, so the host runs ahead as in any step: waiting for the device at each
-    op would make times of the host, and with NCCL a deadlock.
+    On an accelerator it records events on the stream, so the host runs ahead as in any step: waiting for the device at each
+    op would measure the host, and deadlock with NCCL.
     """
 
     def __init__(self, num_ops: int, device: torch.device) -> None:
@@ -83,18 +83,18 @@ def _spent(turns: Iterable[Turn]) -> dict[int, float]:
 
 
 def _event(device: torch.device) -> torch.Event:
-    """The place that the device's stream has reached."""
+    """Record an event at the current point of the device's stream."""
     event = torch.Event(device, enable_timing=True)
     event.record()
     return event
 
 
 class LiveBytes:
-    """Bytes of the distinct storages that are alive after each op, without parameters, the batch and constants.
+    """Records the bytes of all distinct storages alive after each op, without parameters, the batch and constants.
 
     Args:
         num_ops: of the rank's program.
-        excluded: tensors that do not count.
+        excluded: tensors not to count.
     """
 
     def __init__(self, num_ops: int, excluded: Iterable[Tensor]) -> None:
@@ -110,13 +110,13 @@ class LiveBytes:
         held += [total.held for total in step.accumulators.values()]
         storages = (tensor.untyped_storage() for tensor in _tensors(held))
         sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
-        slots = {slot.untyped_storage().data_ptr(): slot.nbytes for slot in step.slots}  # of this plan, in shared memory
+        slots = {slot.untyped_storage().data_ptr(): slot.nbytes for slot in step.slots}  # views of larger shared buffers
         sizes.update({place: size for place, size in slots.items() if place in sizes})
         self.alive[op.position] = sum(size for place, size in sizes.items() if place not in self._excluded)
 
 
 def _tensors(held: Any) -> Iterator[Tensor]:
-    """All tensors in lists, tuples and tickets."""
+    """Yield all tensors in lists, tuples and tickets."""
     if isinstance(held, Tensor):
         yield held
     elif isinstance(held, (list, tuple)):
@@ -127,7 +127,7 @@ def _tensors(held: Any) -> Iterator[Tensor]:
 
 
 class Trace:
-    """Prints every action with the shapes of what it makes."""
+    """Prints every action with the shapes of its results."""
 
     def __init__(self, program: Program) -> None:
         self._row = program.schedule[program.rank]

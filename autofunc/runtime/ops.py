@@ -1,4 +1,4 @@
-"""The ops of a rank's program: one kind for each kind of action, with what it needs and nothing else.
+"""The ops of a rank's program: one class per kind of action, with exactly the operands it needs.
 
 Operands are numbers: of registers, slots, channels and sends. A register holds either a list of tensors, which crosses
 between stages, or residuals, which only the engine that made them understands. Every op that reads a register frees it.
@@ -10,26 +10,26 @@ from typing import NamedTuple
 
 
 class Forward(NamedTuple):
-    """F: run a stage on a microbatch."""
+    """`F`: run a stage on a microbatch."""
 
     position: int  # in the lowered row
     stage: int
     microbatch: int
-    reads: tuple[int, ...]  # registers of what it is given, in the order of the edges that end at the stage
-    writes: tuple[int, ...]  # registers of what it makes, one for each edge that begins there; each gets a list of its own
+    reads: tuple[int, ...]  # registers of its inputs, in the order of the edges that end at the stage
+    writes: tuple[int, ...]  # registers of its outputs, one per edge that begins at the stage, each with its own list
     keeps: int | None  # register of the residuals for B or I; None in a run without a backward
-    waits: tuple[int, ...]  # those of `reads` in which a receive is in flight
-    settles: tuple[int, ...]  # sends that what is waited for proves complete, by number
-    beside: bool = False  # whether it runs side by side with the B that comes next
+    waits: tuple[int, ...]  # those of `reads` with a receive in flight
+    settles: tuple[int, ...]  # numbers of the sends that these receives prove complete
+    beside: bool = False  # runs side by side with the B that comes next
 
 
 class Backward(NamedTuple):
-    """B: the full backward of a stage for a microbatch."""
+    """`B`: the full backward of a stage for a microbatch."""
 
     position: int
     stage: int
     microbatch: int
-    residuals: int  # register of what F kept
+    residuals: int  # register of F's residuals
     reads: tuple[int, ...]  # registers of the cotangents of its outputs
     writes: tuple[int, ...]  # registers of the cotangents of its inputs
     waits: tuple[int, ...]
@@ -37,12 +37,12 @@ class Backward(NamedTuple):
 
 
 class BackwardInput(NamedTuple):
-    """I: the part of the backward that others wait for."""
+    """`I`: the input gradient, the part of the backward that other stages wait for."""
 
     position: int
     stage: int
     microbatch: int
-    residuals: int  # register of what F kept
+    residuals: int  # register of F's residuals
     reads: tuple[int, ...]  # registers of the cotangents of its outputs
     writes: tuple[int, ...]  # registers of the cotangents of its inputs
     keeps: int  # register of the residuals for W
@@ -51,52 +51,52 @@ class BackwardInput(NamedTuple):
 
 
 class BackwardWeight(NamedTuple):
-    """W: the rest of the backward."""
+    """`W`: the weight gradient, the rest of the backward."""
 
     position: int
     stage: int
     microbatch: int
-    residuals: int  # register of what I kept
+    residuals: int  # register of the residuals that `I` kept
 
 
 class Send(NamedTuple):
-    """SEND_F or SEND_B: post the sending of a value."""
+    """`SEND_F` or `SEND_B`: post the send of a value."""
 
     position: int
     stage: int
     microbatch: int
-    register: int  # of the value, freed: the send holds it from now on
+    register: int  # of the value; freed, since the send holds it from now on
     channel: int  # number among the rank's channels
     number: int  # of this send
 
 
 class Receive(NamedTuple):
-    """RECV_F or RECV_B: post the receiving of a value."""
+    """`RECV_F` or `RECV_B`: post the receive of a value."""
 
     position: int
     stage: int
     microbatch: int
-    register: int  # in which the value will be; whoever reads it waits for it
+    register: int  # for the value; its reader waits for it
     channel: int  # number among the rank's channels
-    slots: tuple[int, ...]  # what each tensor of the message is written into
+    slots: tuple[int, ...]  # that each tensor of the message is written into
 
 
 class Gather(NamedTuple):
-    """UNSHARD: start to gather a stage's sharded parameters."""
+    """`UNSHARD`: start gathering a stage's sharded parameters."""
 
     position: int
     stage: int
 
 
 class Release(NamedTuple):
-    """RESHARD: let go of a stage's gathered parameters."""
+    """`RESHARD`: free a stage's gathered parameters."""
 
     position: int
     stage: int
 
 
 class Reduce(NamedTuple):
-    """REDUCE_GRAD: start to sum a stage's gradients over the data parallel ranks."""
+    """`REDUCE_GRAD`: start summing a stage's gradients over the data parallel ranks."""
 
     position: int
     stage: int
@@ -105,4 +105,4 @@ class Reduce(NamedTuple):
 Op = Forward | Backward | BackwardInput | BackwardWeight | Send | Receive | Gather | Release | Reduce
 
 READERS = (Forward, Backward, BackwardInput)
-"""The ops that read what was received, and so may have to wait for it."""
+"""The ops that read received values, and so may have to wait for them."""

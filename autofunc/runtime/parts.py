@@ -1,4 +1,4 @@
-"""A batch whose rows make no equal microbatches, run as two parts: checked before, and put together after."""
+"""A batch whose rows do not divide into equal microbatches, run in two parts: checks before, joining after."""
 
 from __future__ import annotations
 
@@ -19,33 +19,34 @@ from autofunc.runtime.step import StepResult
 
 
 def check_same_parts(mesh: DeviceMesh | None, parts: Parts, device: torch.device) -> None:
-    """Refuse batches that other data parallel ranks cut into other numbers of microbatches; all processes call it.
+    """Refuse batches that data parallel ranks cut into different numbers of microbatches; all processes call it.
 
-    Ranks would gather and sum another number of times, and wait for each other, or take what is of another step. Those of
-    one pipeline have the same rows: see `agree`.
+    Ranks would gather and reduce different numbers of times, and then wait for each other or mix up steps. Ranks of one
+    pipeline have the same rows: see `agree`.
 
     Args:
-        mesh: of the pipeline; None: there are no others.
+        mesh: of the pipeline; None means a single process.
         parts: of this rank's batch.
-        device: on which numbers are exchanged.
+        device: for the exchange of numbers.
 
     Raises:
-        BatchError: on all ranks, where they differ.
+        BatchError: on all ranks, if they differ.
     """
     if data_coordinate(mesh)[1] > 1 and not same_over(mesh, DATA_AXES, 2 * len(parts.whole) + len(parts.rest), device):
         raise BatchError(
-            f"the data parallel ranks cut their rows into other numbers of microbatches: the {parts.rows} rows here make "
-            f"{len(parts.whole)} of equal size{' and one of the rest' * len(parts.rest)}; give all ranks as many rows"
+            f"the data parallel ranks cut their rows into different numbers of microbatches: the {parts.rows} rows here "
+            f"make {len(parts.whole)} of equal size{' and one of the rest' * len(parts.rest)}; give all ranks equally many "
+            "rows"
         )
 
 
 def counted(parts: Parts, device: torch.device) -> list[Microbatch]:
-    """The rest, with what its rows count in a loss of which a whole microbatch weighs 1."""
+    """Return the rest's microbatches with the weight of their rows, where a whole microbatch weighs 1."""
     return [{**each, COUNTS: torch.full((1,), parts.share, device=device)} for each in parts.rest]
 
 
 def joined(parts: Sequence[StepResult], loss: Loss | None, weights: Sequence[float]) -> StepResult:
-    """What a batch gives, from what its parts give, without gradients.
+    """Join the results of a batch's parts, without gradients; the first part's result is modified and returned.
 
     Args:
         parts: in order.
@@ -66,7 +67,7 @@ def joined(parts: Sequence[StepResult], loss: Loss | None, weights: Sequence[flo
 
 
 def _rows_of_both(first: Any, other: Any) -> Any:
-    """Outputs of which every tensor is one of several microbatches, in dim 0; the same where a rank has none."""
+    """Concatenate outputs in dim 0, leaf by leaf; leaves that are not tensors come from the first."""
     leaves, spec = tree.leaves_and_spec(first)
     others = tree.leaves_and_spec(other)[0]
     together = [

@@ -1,4 +1,4 @@
-"""The plans of a pipeline, one for each batch signature it has seen, with the connections that they need."""
+"""The plans of a pipeline, one per batch signature seen, with the connections they need."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from autofunc.runtime.transport import DistributedTransport
 from autofunc.surroundings import surroundings
 from autofunc.timing import clock
 
-_MANY_CHANGES = 3  # of what functions read from outside, after which it is said where numbers that change belong
+_MANY_CHANGES = 3  # of values read from outside, after which a warning explains where changing numbers belong
 _MOST_PLANS = 64  # batch signatures a pipeline remembers; beyond that the oldest is forgotten
-_MOST_NODES = 100_000  # of the graphs of all of them: half a GB
+_MOST_NODES = 100_000  # in the graphs of all plans: half a GB
 
 
 class Plans:
-    """Built as they are needed.
+    """Plans, built on demand.
 
     Args:
         blueprint: of the pipeline.
-        group: of the pp axis; None when all pp ranks are in this process.
+        group: of the pp axis; None if all pp ranks are in this process.
         ranks: global ranks along it, by pp rank.
-        transfers: how values travel.
+        transfers: options of the transfers.
     """
 
     def __init__(
@@ -51,13 +51,19 @@ class Plans:
         return len(self._built)
 
     def __iter__(self) -> Iterator[Plan]:
-        """The oldest first."""
+        """Iterate over the plans, oldest first."""
         return (plan for plan, _ in self._built.values())
 
     def of(
         self, mode: Mode, params: Mapping[str, Tensor], device: torch.device, microbatches: Sequence[Microbatch]
     ) -> tuple[Plan, DistributedTransport | None]:
-        """The plan of a step, and what takes values to other processes. All pp ranks call it alike."""
+        """Return the plan of a step and the transport to other processes (None without any). All pp ranks call it alike.
+
+        Raises:
+            BatchError: if ranks' batches differ, or the batch is not on the device.
+            ModelError: if parameters are missing, or a stage cannot be captured.
+            PeerLostError: if another rank does not prepare the same step.
+        """
         parameters = self._blueprint.parameters
         described = tuple(
             (path, leaf.shape, leaf.dtype, leaf.stride(), parameters.lies_right(leaf))
@@ -70,13 +76,13 @@ class Plans:
             parameters.check(params)
             check_device(microbatches[0], device)
             made = self._make(mode, params, device, microbatches)
-            self._outside.renew()  # what is captured now may read more, and fill a list
+            self._outside.renew()  # the new capture may read more from outside, and fill a list
             key = (around, self._outside.key())
             self._built[key] = made
         return self._built[key]
 
     def close(self) -> None:
-        """Let go of all plans, their memory, and connections that nobody else uses. All pp ranks call it."""
+        """Free all plans, their memory, and connections without other users. All pp ranks call it."""
         for _, transport in self._built.values():
             if transport is not None:
                 transport.close()
@@ -107,7 +113,7 @@ class Plans:
         """Make room for another plan.
 
         Args:
-            held: how many nodes the graphs of each plan have, the oldest first; the same on all ranks.
+            held: number of graph nodes in each plan, oldest first; the same on all ranks.
         """
         for number in range(len(held)):
             if number > len(held) - _MOST_PLANS and sum(held[number:]) <= _MOST_NODES:
@@ -115,7 +121,7 @@ class Plans:
             self._built.pop(next(iter(self._built)))
 
     def _frozen(self) -> list[Any]:
-        """What captures of this pipeline read beside their arguments; the eager engine calls functions at every step."""
+        """Return what captures of this pipeline read besides their arguments; the eager engine has no captures."""
         blueprint = self._blueprint
         if blueprint.options.engine != "graph":
             return [*blueprint.stages[0].model.frozen]
@@ -123,11 +129,11 @@ class Plans:
         return [*model.frozen, *(layer.apply for layer in model.layers.values()), blueprint.loss]
 
     def _warn_of_changes(self, around: Any) -> None:
-        """Say what makes plans anew, again and again, for batches that are known."""
+        """Warn of changing outside values that keep rebuilding plans for known batches."""
         known, changed = sum(each == around for each, _ in self._built), self._outside.changed
         if known == _MANY_CHANGES and changed:
             warnings.warn(
-                f"{some_of(changed)} changed between steps, and each time the pipeline is captured anew ({known} times so "
-                "far): put numbers that change into the batch, as tensors without dims",
+                f"{some_of(changed)} changed between steps, and each change recaptures the pipeline ({known} times so "
+                "far): put changing numbers into the batch, as zero-dim tensors",
                 stacklevel=2,
             )

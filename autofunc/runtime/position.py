@@ -1,7 +1,7 @@
-"""Where this process is: what it does, and at which action, so that others can say so when it is late or gone.
+"""The position of this process: its phase and action, so that others can report it when it is late or gone.
 
-Nothing is noted until somebody wants to know. Then it is two assignments for each action, and, where a launcher reads
-along, a few bytes written into a file that lies in memory.
+Nothing is recorded unless a watchdog or launcher is active. Then it costs two assignments per action and, with a launcher,
+a few bytes written to a memory-mapped file.
 """
 
 from __future__ import annotations
@@ -21,30 +21,30 @@ if TYPE_CHECKING:
 
 _PHASE_BYTES = 80
 RECORD_BYTES = _PHASE_BYTES + PLACE_BYTES
-"""Of a process in the file that a launcher reads."""
+"""Bytes per process in the file that a launcher reads."""
 
 
 class Position:
-    """What a process does. Its main thread writes, others read."""
+    """What a process is doing. Its main thread writes, others read."""
 
     def __init__(self) -> None:
         self.is_on = False
-        self.changes = 0  # counts up with everything that happens
+        self.changes = 0  # counts every event
         self.phase = "starting"
-        self.is_settled = False  # whether a step of this kind has run before, so that it is known how long one takes
+        self.is_settled = False  # a step of this kind has run before, so its duration is known
         self.slowest_step_seconds = 0.0
-        self.program: Program | None = None  # of the step that runs
+        self.program: Program | None = None  # of the running step
         self.ranks: Sequence[int] | None = None  # global, by pp rank
         self.op: Op | None = None  # the last one
-        self.is_inside = False  # whether it runs; else it is done
+        self.is_inside = False  # True while it runs, False once it is done
         self._began = 0.0
         self._record: memoryview | None = None
 
     def publish(self, file: Path, number: int) -> None:
-        """Write from now on into the part of a file that belongs to a process.
+        """Write from now on to this process's record in a file.
 
         Args:
-            file: of `make_file`.
+            file: created by `make_file`.
             number: of the process.
         """
         with file.open("r+b") as opened:
@@ -53,7 +53,7 @@ class Position:
         self.enter(self.phase)
 
     def enter(self, phase: str) -> None:
-        """Say what comes now, until something else does."""
+        """Set the current phase."""
         self.phase, self.op, self.program = phase, None, None
         self.changes += 1
         if self._record is not None:
@@ -61,7 +61,7 @@ class Position:
 
     @contextmanager
     def building(self) -> Iterator[None]:
-        """A plan is made: nobody knows for how long, and the first step with it may compile."""
+        """Mark the building of a plan: its duration is unknown, and the first step with it may compile."""
         before, self.is_settled = self.phase, False
         self.enter(f"{before}: building a plan for such a batch")
         yield
@@ -69,7 +69,7 @@ class Position:
 
     @contextmanager
     def unhurried(self, phase: str) -> Iterator[None]:
-        """Something that takes as long as it takes, such as writing to a disk."""
+        """Mark work of unknown duration, such as writing to disk."""
         before, was_settled = self.phase, self.is_settled
         self.is_settled = False
         self.enter(phase)
@@ -78,25 +78,25 @@ class Position:
         self.enter(before)
 
     def begin(self, number: int, ranks: Sequence[int] | None) -> None:
-        """A step begins.
+        """Mark the beginning of a step.
 
         Args:
             number: of the step.
-            ranks: the global rank of each pp rank; None when all are in this process.
+            ranks: the global rank of each pp rank; None if all are in this process.
         """
         if self.is_on:
             self.enter(f"step {number}")
             self.ranks, self._began = ranks, time.monotonic()
 
     def marks(self, program: Program) -> Sequence[_Marks]:
-        """Who notes the actions of a rank of the step that begins: nobody, when nobody wants to know."""
+        """Return the observers that record the actions of a rank in the step that begins; none if recording is off."""
         if not self.is_on:
             return ()
         self.program = program
         return (_Marks(self, self._record, program),)
 
     def end(self, number: int) -> None:
-        """A step is done."""
+        """Mark the end of a step."""
         if self.is_on:
             if self.is_settled:
                 self.slowest_step_seconds = max(self.slowest_step_seconds, time.monotonic() - self._began)
@@ -105,11 +105,11 @@ class Position:
 
     @property
     def action(self) -> str:
-        """The action it runs, or the one that it comes to next; nothing outside of a step."""
+        """The running or next action; empty outside a step."""
         return "" if self.program is None else self.program.places[_place(self.op, self.is_inside)]
 
     def awaited(self) -> list[int]:
-        """The ranks from which the next action needs what is not known to be there: global ranks."""
+        """Return the global ranks whose values the next action may still be waiting for."""
         program, ops = self.program, self.program.ops if self.program is not None else ()
         position = 0 if self.op is None else self.op.position + 1
         if program is None or self.is_inside or position >= len(ops):
@@ -121,11 +121,11 @@ class Position:
 
 
 here = Position()
-"""Of this process."""
+"""The position of this process."""
 
 
 class _Marks:
-    """An observer (see `executor.Observer`) that notes where a rank is."""
+    """An observer (see `executor.Observer`) that records a rank's position."""
 
     def __init__(self, position: Position, record: memoryview | None, program: Program) -> None:
         self._position, self._record, self._places = position, record, program.encoded_places
@@ -148,20 +148,20 @@ class _Marks:
 
 
 def _place(op: Op | None, is_inside: bool) -> int:
-    """Into `Program.places`."""
+    """Return the index of a position in `Program.places`."""
     return 0 if op is None else 2 * op.position + (1 if is_inside else 2)
 
 
 def make_file(file: Path, number: int) -> None:
-    """Make the file that a number of processes write their positions into."""
+    """Create the file that `number` processes write their positions to."""
     file.write_bytes(b" " * (RECORD_BYTES * number))
 
 
 def read_file(file: Path) -> list[str]:
-    """Where each process is, or was when it ended: such as "step 7, in 1F3"."""
-    records, said = file.read_bytes(), []
+    """Return the position of each process, or its last one if it has ended: such as "step 7, in 1F3"."""
+    records, positions = file.read_bytes(), []
     for begin in range(0, len(records), RECORD_BYTES):
         record = records[begin : begin + RECORD_BYTES]
         parts = (record[:_PHASE_BYTES], record[_PHASE_BYTES:])
-        said.append(", ".join(text for part in parts if (text := part.decode(errors="replace").strip())))
-    return said
+        positions.append(", ".join(text for part in parts if (text := part.decode(errors="replace").strip())))
+    return positions

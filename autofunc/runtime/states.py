@@ -1,4 +1,4 @@
-"""What layers keep from one microbatch to the next, at the ends of a step."""
+"""The state that layers keep between microbatches, at the start and end of a step."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from autofunc.mesh import DATA_AXES, data_coordinate, sum_over
 from autofunc.splitting import Stage
 
 States = Mapping[tuple[int, int], Sequence[Tensor]]
-"""By stage and lane, see `executor.RankStep.states`."""
+"""State by (stage, lane), see `executor.RankStep.states`."""
 
 
 def states_of(stages: Sequence[Stage], lanes: Sequence[Mapping[str, Tensor]]) -> dict[tuple[int, int], Sequence[Tensor]]:
-    """From a flat tree for each lane."""
+    """Return state by stage and lane, from a flat tree per lane."""
     return {
         (stage.index, lane): [flat[path] for path in stage.states] for lane, flat in enumerate(lanes) for stage in stages
     }
 
 
 def flat_lanes(stages: Sequence[Stage], states: States, num_lanes: int) -> list[dict[str, Tensor]]:
-    """The new state of some stages: a flat tree for each lane."""
+    """Return the new state of stages as a flat tree per lane."""
     return [
         {path: leaf for stage in stages for path, leaf in zip(stage.states, states[stage.index, lane], strict=True)}
         for lane in range(num_lanes)
@@ -31,7 +31,7 @@ def flat_lanes(stages: Sequence[Stage], states: States, num_lanes: int) -> list[
 
 
 def flat_states(stages: Sequence[Stage], states: States, mesh: DeviceMesh | None) -> dict[str, Tensor]:
-    """The new state of some stages as a flat tree, the same on all data parallel ranks: that of the first of them."""
+    """Return the new state of stages as a flat tree; all data parallel ranks get that of the first of them."""
     (flat,) = flat_lanes(stages, states, 1)
     place, size = data_coordinate(mesh)
     if size == 1 or not flat:
@@ -42,7 +42,7 @@ def flat_states(stages: Sequence[Stage], states: States, mesh: DeviceMesh | None
     for dtype, paths in groups.items():
         travels = torch.uint8 if dtype is torch.bool else dtype
         together = torch.cat([flat[path].to(travels).reshape(-1) for path in paths])
-        # a sum with zeros is exact, and every backend has it for every dtype
+        # a sum with zeros is exact, and every backend supports it for every dtype
         shared = sum_over(mesh, DATA_AXES, together if place == 0 else torch.zeros_like(together))
         parts = torch.split(shared, [flat[path].numel() for path in paths])
         flat.update({path: part.view(flat[path].shape).to(dtype) for path, part in zip(paths, parts, strict=True)})

@@ -1,4 +1,4 @@
-"""Tied parameters: who holds each, and which sums of its holders travel.
+"""Tied parameters: who holds each, and which sums of its holders are exchanged.
 
 Holders are summed once per step, in path order (see `finish.exchange_ties`), so that every layout gives the same bits.
 """
@@ -15,34 +15,34 @@ from autofunc.splitting import Stage
 
 @dataclass(frozen=True)
 class Tie:
-    """A tied parameter: who holds it, and what its holders' sums look like."""
+    """A tied parameter: its holders, and the layout of their sums."""
 
     path: str  # canonical
     holders: tuple[tuple[str, int], ...]  # (path, pp rank) in path order
     layout: Layout
 
     def ranks(self) -> list[int]:
-        """The pp ranks that hold it, in order."""
+        """Return the pp ranks that hold it, in order."""
         return sorted({rank for _, rank in self.holders})
 
     def transfers(self) -> list[tuple[str, Channel]]:
-        """(path of the holder, channel) of each sum that travels: to all other ranks, in the same order on both ends."""
+        """Return (path of the holder, channel) of each sum sent: to all other ranks, in the same order on both ends."""
         return [
             (path, Channel(owner, target)) for path, owner in self.holders for target in self.ranks() if target != owner
         ]
 
     def channels(self) -> set[Channel]:
-        """What sums travel along."""
+        """Return the channels that sums are sent along."""
         return {channel for _, channel in self.transfers()}
 
 
 def find_ties(stages: Sequence[Stage], schedule: Schedule, layouts: Mapping[str, Layout]) -> list[Tie]:
-    """All trainable parameters with more than one holder, in path order.
+    """Return all trainable parameters with more than one holder, in path order.
 
     Args:
         stages: all stages.
         schedule: for its placement.
-        layouts: by path, shape and dtype of each parameter's sum of gradients, as this process sends it.
+        layouts: shape and dtype of each parameter's gradient sum as this process sends it, by path.
     """
     model = stages[0].model
     holders: dict[str, list[tuple[str, int]]] = {}

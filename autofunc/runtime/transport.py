@@ -1,7 +1,7 @@
-"""How values travel between pp ranks: in the memory of one process, or by `torch.distributed`.
+"""Transfers between pp ranks: in the memory of one process, or by `torch.distributed`.
 
-A transport opens a `Port` for each of a rank's channels. Ports post sends and receives, which give tickets: of a receive
-`arrived` says whether it is done (the distributed one blocks until it is), of a send `settle` waits until its memory may be
+A transport opens a `Port` for each of a rank's channels. Ports post sends and receives, which return tickets. `arrived`
+tells whether a receive is complete (the distributed one blocks until it is); `settle` waits until a send's memory may be
 reused. A ticket holds the tensors until then.
 """
 
@@ -23,18 +23,18 @@ _SOURCE, _TARGET = 0, 1  # ranks within a pair's group
 
 
 class Ticket(Protocol):
-    """A transfer that was posted."""
+    """A posted transfer."""
 
     @property
     def tensors(self) -> list[Tensor]:
-        """What is sent; or, once it has arrived, what was received."""
+        """The tensors sent; or, once they have arrived, received."""
         ...
 
     def arrived(self) -> bool:
-        """Whether a receive or broadcast is complete. In memory it tells at once; between processes it blocks until it is.
+        """Return whether a receive or broadcast is complete: in memory at once; between processes it blocks until it is.
 
         Raises:
-            PeerLostError: when the other end is gone, or does not come within the timeout of the process group.
+            PeerLostError: if the other end is gone, or does not arrive within the process group's timeout.
         """
         ...
 
@@ -42,53 +42,53 @@ class Ticket(Protocol):
         """Block until a send is complete, so that the memory of its tensors may be reused.
 
         Raises:
-            PeerLostError: as of `arrived`.
+            PeerLostError: see `arrived`.
         """
         ...
 
 
 class Port(Protocol):
-    """One rank's end of a channel. Messages arrive in the order in which they were sent."""
+    """One rank's end of a channel. Messages arrive in the order they were sent."""
 
     def send(self, tensors: list[Tensor]) -> Ticket:
-        """Post a send: returns at once. The ticket keeps the tensors, which must not change until it is settled.
+        """Post a send and return at once. The ticket keeps the tensors, which must not change until it is settled.
 
         Args:
             tensors: one message.
 
         Raises:
-            PeerLostError: when the other end is known to be gone.
+            PeerLostError: if the other end is known to be gone.
         """
         ...
 
     def receive(self, into: list[Tensor]) -> Ticket:
-        """Post a receive: returns at once.
+        """Post a receive and return at once.
 
         Args:
-            into: what the next message is written into: contiguous, of the shapes and dtypes of what is sent.
+            into: contiguous tensors that the next message is written into, of the sent shapes and dtypes.
 
         Raises:
-            PeerLostError: when the other end is known to be gone.
+            PeerLostError: if the other end is known to be gone.
         """
         ...
 
 
 class Transport(Protocol):
-    """What the executor needs of a transport."""
+    """The interface between the executor and a transport."""
 
     def open(self, channel: Channel) -> Port:
-        """This rank's end of a channel of which it is the source or the target."""
+        """Return this rank's end of a channel of which it is the source or the target."""
         ...
 
     def broadcast(self, root: int, tensors: list[Tensor]) -> Ticket:
-        """Give the root's tensors to all pp ranks. Every rank calls it, and returns at once.
+        """Broadcast the root's tensors to all pp ranks. Every rank calls it, and it returns at once.
 
         Args:
             root: the pp rank that has them.
-            tensors: what it gives; on other ranks, tensors of the same shapes and dtypes, which are written to.
+            tensors: the tensors to broadcast; on other ranks, tensors of the same shapes and dtypes to write to.
 
         Raises:
-            PeerLostError: when another rank is known to be gone.
+            PeerLostError: if another rank is known to be gone.
         """
         ...
 
@@ -106,11 +106,11 @@ class _MemoryTicket:
         return self.done
 
     def settle(self) -> None:
-        """A send was copied when its receive was posted, which the schedule has proved by now."""
+        """Do nothing: a send is copied when its receive is posted, and the schedule guarantees that this has happened."""
 
 
 class _Mailbox:
-    """Both ends of a channel in one process. Messages are copied, as they are between processes."""
+    """Both ends of a channel in one process. Messages are copied, as between processes."""
 
     def __init__(self, hub: MemoryHub) -> None:
         self._hub = hub
@@ -132,7 +132,7 @@ class _Mailbox:
         return ticket
 
     def _meet(self) -> None:
-        """Deliver what has been both sent and posted."""
+        """Deliver messages whose send and receive are both posted."""
         while self._sent and self._posted:
             source, target = self._sent.popleft(), self._posted.popleft()
             for copy, tensor in zip(target.tensors, source.tensors, strict=True):
@@ -142,15 +142,15 @@ class _Mailbox:
 
 
 class MemoryHub:
-    """What the ranks of one process share during one step."""
+    """The mailboxes that the ranks of one process share during one step."""
 
     def __init__(self, num_ranks: int) -> None:
         self.num_ranks = num_ranks
-        self.delivered = 0  # counts deliveries, so that the scheduler of coroutines can tell waiting from a deadlock
+        self.delivered = 0  # counts deliveries, so that the coroutine scheduler can tell waiting from deadlock
         self._boxes: dict[object, _Mailbox] = {}
 
     def box(self, of: object) -> _Mailbox:
-        """The mailbox of a channel, both ends of which are in it."""
+        """Return the mailbox of a channel, which holds both ends."""
         if of not in self._boxes:
             self._boxes[of] = _Mailbox(self)
         return self._boxes[of]
@@ -181,7 +181,7 @@ class MemoryTransport:
 
 
 def _lost(error: RuntimeError) -> PeerLostError:
-    """Says of a failing transfer that it is a consequence: the cause is at the other end."""
+    """Return the error of a failed transfer, which marks it as a consequence: the cause is at the other end."""
     return PeerLostError(f"the other end of a transfer is gone or too late: {error}")
 
 
@@ -192,7 +192,7 @@ class _Transfer:
         self.tensors, self.works = tensors, works
 
     def arrived(self) -> bool:
-        """Blocks until it is: a rank of its own process waits in program order."""
+        """Block until it is: a rank with its own process waits in program order."""
         try:
             for work in self.works:
                 work.wait()
@@ -216,7 +216,7 @@ class _GroupPort:
     def send(self, tensors: list[Tensor]) -> _Transfer:
         """See `Port.send`."""
         try:
-            if len(tensors) == 1 and tensors[0].is_contiguous():  # the usual case, without the lists
+            if len(tensors) == 1 and tensors[0].is_contiguous():  # the common case, without building lists
                 return _Transfer(tensors, [self._send(tensors, _TARGET, 0)])
             tensors = [tensor.contiguous() for tensor in tensors]
             return _Transfer(tensors, [self._send([tensor], _TARGET, 0) for tensor in tensors])
@@ -232,7 +232,7 @@ class _GroupPort:
 
 
 class _CoalescingPort(_GroupPort):
-    """One end of a pair's communicator of NCCL: the tensors of a message are one call, and one kernel."""
+    """One end of a pair's NCCL communicator: a message's tensors go in one call and one kernel."""
 
     __slots__ = ("_group",)
 
@@ -255,16 +255,19 @@ class _CoalescingPort(_GroupPort):
 
 
 class DistributedTransport:
-    """Point-to-point transfers of `torch.distributed` (gloo or nccl), one communicator for each directed pair of ranks.
+    """Point-to-point transfers of `torch.distributed` (gloo or nccl), one communicator per directed pair of ranks.
 
-    Making it waits for the other end of each.
+    Construction waits for the other end of each.
 
     Args:
         pp_group: the process group of this process's pp axis.
         ranks: global ranks along it, by pp rank.
-        device: where tensors live.
+        device: of the tensors.
         channels: all channels of the pipeline; only this rank's own are connected.
         options: of the transfers.
+
+    Raises:
+        PeerLostError: if the other end of a pair does not connect.
     """
 
     def __init__(
@@ -289,7 +292,7 @@ class DistributedTransport:
         return self._ports[channel]
 
     def close(self) -> None:
-        """Shut down the connections that nobody else has. All pp ranks call it, with nothing under way."""
+        """Shut down the connections without other users. All pp ranks call it, with no transfer in flight."""
         self._ports = {}
         disconnect(self._pp_group, self)
 

@@ -1,8 +1,8 @@
-"""Ends a run that makes no progress, and says who waits for whom.
+"""A watchdog that ends a run without progress, and reports who waits for whom.
 
-Every process has a thread that looks at its `position`. One that has not moved for too long raises an alarm in the store
-that the processes were started with. Each then writes down what it does, and the one that asked puts it together. It ends
-its process, and whoever started the others ends them: a thread that waits in a collective cannot be interrupted.
+Every process has a thread that watches its `position`. If that has not changed for too long, the thread raises an alarm in
+the store that the processes were started with. Each process then writes its state there, and the one that asked assembles
+the report. It ends its process, and the launcher ends the others: a thread inside a collective cannot be interrupted.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from autofunc.errors import AutofuncError, HangError
 from autofunc.runtime.hang import Frame, State, describe, frames_of
 from autofunc.runtime.position import here
 
-_LEAST_SECONDS = 60.0  # of the limit that is scaled from the slowest step: for disks and networks that pause
+_LEAST_SECONDS = 60.0  # lower bound of the limit scaled from the slowest step: disks and networks pause
 _TIMES_SLOWEST = 20.0
 _LOOK_SECONDS = 0.5
-_ANSWER_SECONDS = 10.0  # how long a process may take to say what it does
+_ANSWER_SECONDS = 10.0  # how long a process may take to answer
 _ALARM, _VERDICT = "alarm", "verdict"
-_numbers = itertools.count()  # of the watchdogs of this process: all processes have as many
+_numbers = itertools.count()  # of this process's watchdogs; the same on all processes
 
 Positions = Callable[[], Sequence[str]]
-"""Says where all ranks were when they last wrote it down."""
+"""Returns the last recorded position of every rank."""
 
 
 @contextmanager
@@ -44,20 +44,20 @@ def watchdog(
     positions: Positions = lambda: (),
     on_alarm: Callable[[], None] = lambda: None,
 ) -> Iterator[None]:
-    """End the process when its steps make no progress inside of this, and say which rank is late and what it does.
+    """End the process if its steps make no progress in this context, and report which rank is late and what it does.
 
-    Every process of a run has one, after its process group was made.
+    Every process of a run uses one, after creating its process group.
 
     Args:
         step_timeout_seconds: how long a rank may stay at one action. By default 20 times the slowest step so far, at least
-            60; a number also holds for the first step, but not for building and compiling a pipeline.
-        first_step_timeout_seconds: how long while nothing is known: in a first step, and where a pipeline is built.
-        on_hang: told before the process ends; by default it is written to stderr.
-        positions: of all ranks as they were last written down, for those that do not answer.
-        on_alarm: called by every process, in a thread of its own, when one of several makes no progress.
+            60; a given number also applies to the first step, but not to building and compiling a pipeline.
+        first_step_timeout_seconds: the limit while durations are unknown: in a first step, and while building a pipeline.
+        on_hang: called with the error before the process ends; by default it goes to stderr.
+        positions: returns the last recorded position of every rank, for ranks that do not answer.
+        on_alarm: called by every process, in the watchdog's thread, when one of several makes no progress.
 
     Raises:
-        AutofuncError: for a timeout that is not positive, and inside of another watchdog.
+        AutofuncError: for a timeout that is not positive, and inside another watchdog.
 
     Example:
         with af.watchdog(step_timeout_seconds=120):
@@ -68,9 +68,9 @@ def watchdog(
         if given is not None and not given > 0:
             raise AutofuncError(f"a timeout of {given} seconds; expected a number above 0")
     if here.is_on:
-        raise AutofuncError("a watchdog inside of another: one for each process is enough")
+        raise AutofuncError("a watchdog inside another: one per process is enough")
     watch = _Watch(step_timeout_seconds, first_step_timeout_seconds, on_hang or _tell, positions, on_alarm)
-    # of an earlier run in this process nothing is known to hold
+    # durations of an earlier run in this process may not apply
     here.is_on, here.is_settled, here.slowest_step_seconds = True, False, 0.0
     watch.start()
     try:
@@ -86,7 +86,7 @@ def _tell(error: HangError) -> None:
 
 
 class _Watch(threading.Thread):
-    """Looks at this process, and answers others."""
+    """Watches this process, and answers other processes' alarms."""
 
     def __init__(
         self, given: float | None, first: float, on_hang: Callable[[HangError], None], positions: Positions,
@@ -101,14 +101,14 @@ class _Watch(threading.Thread):
         self._store: Any = None
         if dist.is_initialized() and dist.get_world_size() > 1:
             self._rank, self._size = dist.get_rank(), dist.get_world_size()
-            # of its own: the main thread may be waiting in the store, and holds it for as long
+            # a separate connection: a main thread waiting in the store keeps its connection busy
             store = dist.group.WORLD.get_group_store().clone()  # type: ignore[union-attr]
             self._store = dist.PrefixStore(f"autofunc/watchdog/{next(_numbers)}", store)
         self._answered = self._alarms()
         self._changes, self._since = here.changes, time.monotonic()
 
     def run(self) -> None:
-        """Look every half second, of many processes less often: all ask one store."""
+        """Look every half second, less often with many processes: all of them query one store."""
         pause = _LOOK_SECONDS * max(1.0, self._size / 256)
         while not self.ended.wait(pause):
             if here.changes != self._changes:
@@ -117,13 +117,13 @@ class _Watch(threading.Thread):
                 if self._answer() or self._silent() <= self._limit():
                     continue
                 text = self._ask()
-            except dist.DistError as error:  # who kept the store is gone, and whoever started this process ends it too
-                text = f"{describe({self._rank: self._state()})}\nand nothing is known of other ranks: {error}"
+            except dist.DistError as error:  # the store's host is gone, and the launcher will end this process too
+                text = f"{describe({self._rank: self._state()})}\nand nothing is known about other ranks: {error}"
             if text is not None:
                 self._end(text)
-            self._since = time.monotonic()  # others have longer: look again after as long
+            self._since = time.monotonic()  # other ranks have longer limits: wait one more period
 
-    # --- of this process
+    # --- this process
 
     def _limit(self) -> float:
         if not here.is_settled:
@@ -139,23 +139,23 @@ class _Watch(threading.Thread):
         stack = frames_of(sys._current_frames().get(self._thread))
         return State(here.phase, here.action, tuple(here.awaited()), self._silent(), self._limit(), stack)
 
-    # --- of all
+    # --- all processes
 
     def _alarms(self) -> int:
         return 0 if self._store is None else int(self._store.add(_ALARM, 0))
 
     def _answer(self) -> bool:
-        """Write down what this process does, if somebody has asked since it did."""
+        """Write this process's state to the store if there were new alarms; return whether there were."""
         asked = self._alarms()
         if asked > self._answered:
-            self._on_alarm()  # before it answers: who asked ends the run when all have
+            self._on_alarm()  # before answering: the asking process ends the run once all have answered
         for alarm in range(self._answered + 1, asked + 1):
             self._store.set(_key(alarm, self._rank), json.dumps(asdict(self._state())))
         answered, self._answered = self._answered, asked
         return asked > answered
 
     def _ask(self) -> str | None:
-        """What all do; None where one is within its own limit or in a debugger, or another process has said it."""
+        """Return the report; None if a rank is within its own limit or in a debugger, or another process has reported."""
         if self._state().is_looked_into:
             return None
         if self._store is None:
@@ -174,7 +174,7 @@ class _Watch(threading.Thread):
 
     def _of(self, key: str, until: float) -> State | None:
         while not self._store.check([key]):
-            self._answer()  # this one, and others that ask at the same time
+            self._answer()  # this alarm, and those of others that ask at the same time
             if time.monotonic() > until:
                 return None
             time.sleep(_LOOK_SECONDS / 5)
@@ -193,7 +193,7 @@ class _Watch(threading.Thread):
 
 
 def leave() -> None:
-    """End the process: its main thread waits, and would not come back."""
+    """End the process at once: its main thread is stuck and could not return."""
     os._exit(1)
 
 

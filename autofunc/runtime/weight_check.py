@@ -1,4 +1,4 @@
-"""Whether the losses of steps weighed anything, asked once the device knows, so that the host never waits for it."""
+"""Checks that the losses of steps had a weight above 0, done once the device is ready, so that the host never waits."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ class _Asked(NamedTuple):
 
     step: int
     weight: Tensor
-    is_there: torch.Event | None  # None: it is on the host
+    is_there: torch.Event | None  # set on arrival; None if the weight is already on the host
 
 
 class WeightCheck:
-    """Refuses steps in which nothing weighed anything: on CPU at once, on an accelerator in a later step.
+    """Refuses steps whose total weight is 0: on CPU at once, on an accelerator in a later step.
 
-    Their loss is NaN, and their gradients are zero, so nothing is lost by then.
+    Their loss is NaN and their gradients are zero, so the delay does no harm.
     """
 
     def __init__(self) -> None:
@@ -33,7 +33,7 @@ class WeightCheck:
 
         Args:
             step: its number.
-            weight: of its loss, over all microbatches and ranks, 0-dim.
+            weight: total weight of its loss, over all microbatches and ranks, 0-dim.
         """
         if weight.device.type == "cpu":
             self._asked.append(_Asked(step, weight, None))
@@ -44,15 +44,14 @@ class WeightCheck:
         self._asked.append(_Asked(step, copy, event))
 
     def raise_if_nothing_weighed(self) -> None:
-        """Look at the steps whose weight is known by now.
+        """Check the steps whose weight has arrived.
 
         Raises:
-            BatchError: for one whose weight is 0.
+            BatchError: for a step whose weight is 0.
         """
         while self._asked and (self._asked[0].is_there is None or self._asked[0].is_there.query()):
             asked = self._asked.popleft()
             if not asked.weight:
                 raise BatchError(
-                    f"step {asked.step}: the total weight of the loss is 0: no microbatch has a label to learn from "
-                    "(all are -100?)"
+                    f"step {asked.step}: the total weight of the loss is 0: no microbatch has a label (all are -100?)"
                 )

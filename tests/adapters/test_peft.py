@@ -111,7 +111,7 @@ def test_what_is_no_plain_lora_or_fits_not_is_refused(tmp_path: Path) -> None:
     first = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
     wrong: list[tuple[dict[str, Any], dict[str, Tensor], str]] = [
         ({"peft_type": "IA3"}, leaves, "peft_type is 'IA3'; expected LORA"),
-        ({"use_dora": True}, leaves, "'use_dora' is 'True'; adapters here are plain LoRA"),
+        ({"use_dora": True}, leaves, "'use_dora' is 'True'; only plain LoRA"),
         ({"alpha_pattern": {"q_proj": 4}}, leaves, "'alpha_pattern' is"),
         ({"bias": "all"}, leaves, "'bias' is 'all'"),
         ({"init_lora_weights": "pissa"}, leaves, "'init_lora_weights' is 'pissa'"),

@@ -93,7 +93,7 @@ def test_the_order_of_operations_is_that_of_peft() -> None:
 
 def test_what_is_no_product_gets_the_changed_weight_and_says_so() -> None:
     for name, function in OTHERS.items():
-        with pytest.warns(UserWarning, match="layer 'layer' gives 'w' to .* as much memory as if it were trained"):
+        with pytest.warns(UserWarning, match="layer 'layer' passes 'w' to .* as much memory as if the weight were trained"):
             found = changed(function)
         torch.testing.assert_close(found, function(W + SCALE * B @ A), msg=lambda text, n=name: f"{n}: {text}")
 
@@ -118,9 +118,9 @@ def under_no_grad(x: Tensor, weight: Tensor) -> Tensor:
 APPLIES: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], str]] = {
     "never multiplied by": (lambda x, w: x, "does not multiply by 'w'"),
     "looked up": (lambda x, w: functional.embedding(torch.tensor([1]), w), "looks up rows of 'w'.*modules_to_save"),
-    "in a function of its own": (Hidden.apply, "reads 'w' under no_grad, or inside of an autograd.Function"),
+    "in a function of its own": (Hidden.apply, "reads 'w' under no_grad, or inside an autograd.Function"),
     "under no_grad": (under_no_grad, "reads 'w' under no_grad"),
-    "no input to drop from": (lambda x, w: x @ torch.cat([w, w]).t(), "gives 'w' to cat.*say dropout=0"),
+    "no input to drop from": (lambda x, w: x @ torch.cat([w, w]).t(), "passes 'w' to cat.*set dropout=0"),
 }
 
 

@@ -49,18 +49,18 @@ def test_what_fits_no_adapter_is_refused_with_what_would() -> None:
     llama, layers = bases()["llama"][0], bases()["layers"][0]
     adapted = af.lora(llama, ["q_proj"])
     wrong: list[tuple[Callable[[], Any], str]] = [
-        (lambda: af.lora(llama, ["q_prj"]), "'q_prj' names no weight; did you mean q_proj"),
-        (lambda: af.lora(llama, ["input_layernorm"]), r"names 'model.layers.0.input_layernorm.weight' of shape \(16,\)"),
-        (lambda: af.lora(llama, ["embed_tokens"]), "'model.embed_tokens' is looked up.*modules_to_save"),
+        (lambda: af.lora(llama, ["q_prj"]), "'q_prj' matches no weight; did you mean q_proj"),
+        (lambda: af.lora(llama, ["input_layernorm"]), r"matches 'model.layers.0.input_layernorm.weight' of shape \(16,\)"),
+        (lambda: af.lora(llama, ["embed_tokens"]), "'model.embed_tokens' is a lookup table.*modules_to_save"),
         (lambda: af.lora(layers, "all-linear"), "give example_batch=..., or name the targets"),
         (lambda: af.lora(llama, ["q_proj"], exclude=["q_proj"]), "leaves no weight to adapt"),
         (lambda: af.lora(llama, ["q_proj"], rank=0), "rank=0; expected a whole number of at least 1"),
         (lambda: af.lora(llama, ["q_proj"], alpha=0), "alpha=0; expected a number above 0"),
         (lambda: af.lora(llama, ["q_proj"], dropout=1), r"dropout=1; expected a probability in \[0, 1\)"),
-        (lambda: af.lora(adapted, ["v_proj"]), "has adapters already; merge them first"),
+        (lambda: af.lora(adapted, ["v_proj"]), "already has adapters; merge them first"),
         (lambda: af.lora(llama, ["lm_head"], modules_to_save=["lm_head"]), "is in targets and in modules_to_save"),
-        (lambda: af.lora(llama, ["q_proj"], modules_to_save=["lmhead"]), "'lmhead' names no part; did you mean lm_head"),
-        (lambda: af.merge_lora(llama, llama.init()), "takes a model that af.lora gave"),
+        (lambda: af.lora(llama, ["q_proj"], modules_to_save=["lmhead"]), "'lmhead' matches no part; did you mean lm_head"),
+        (lambda: af.merge_lora(llama, llama.init()), "takes a model returned by af.lora"),
         (lambda: af.save_adapter(adapted, {}, "nowhere"), "params have no .*lora_A.weight"),
     ]
     for call, words in wrong:

@@ -92,7 +92,7 @@ def test_another_class_of_that_name(here: Path) -> None:
     write(here / "a.py", BODY.format(name="MyForCausalLM"))
     write(here / "b.py", BODY.format(name="MyForCausalLM") + "class NewForCausalLM(nn.Module): pass\n")
     af.register_modeling_path("a.py")
-    with pytest.raises(ModelError, match="'MyForCausalLM' is registered already, by autofunc_user_a_"):
+    with pytest.raises(ModelError, match="'MyForCausalLM' is already taken by autofunc_user_a_"):
         af.register_modeling_path("b.py")
     assert known_architectures() == ["MyForCausalLM"]  # all or none
     assert af.register_modeling_path("b.py", exist_ok=True) == ["MyForCausalLM", "NewForCausalLM"]
@@ -107,7 +107,7 @@ def test_another_class_of_that_name(here: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("from torch import nn\nclass Block(nn.Module): pass\n", "named like MyCustomForCausalLM.*Its modules are Block"),
+        ("from torch import nn\nclass Block(nn.Module): pass\n", "named like MyCustomForCausalLM.*It defines Block"),
         ("x = 1\n", "defines no nn.Module at all"),
         ("ModelClass = 3\n", "ModelClass is 3; expected a class"),
         ("1 / 0\n", "importing one_module failed: ZeroDivisionError"),
@@ -160,7 +160,7 @@ def test_entry_points_are_loaded_when_asked_for(here: Path) -> None:
 def test_two_packages_with_one_name(here: Path) -> None:
     install(here, "plugin", "MyArch = one_module:A")
     install(here, "rival", "MyArch = one_module:B")
-    with pytest.raises(ModelError, match="have one name; uninstall one"):
+    with pytest.raises(ModelError, match="share a name; uninstall one"):
         known_architectures()
 
 

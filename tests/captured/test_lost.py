@@ -89,7 +89,7 @@ def test_complex_parameters() -> None:
             return self.last((self.first(x) * self.turn).real)  # type: ignore[no-any-return]
 
     module = Rotation()
-    with pytest.raises(ModelError, match=r"'turn' is torch.complex64, and gradients are of real parameters only"):
+    with pytest.raises(ModelError, match=r"'turn' is torch.complex64, and only real parameters get gradients"):
         af.from_module(module, BATCH).init()
     module.turn.requires_grad_(False)
     pipe = pipeline(af.from_module(module, BATCH), ["last"])

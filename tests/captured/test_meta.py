@@ -104,7 +104,7 @@ def test_a_seed_that_makes_no_weights_is_told() -> None:
     model = af.from_module(Scale(), x)
     own = model.init()
     for init in (model.init, piped(model).init):
-        with pytest.warns(UserWarning, match="Scale has weights of its own.*seed=3 changes none") as told:
+        with pytest.warns(UserWarning, match="Scale has its own weights.*seed=3 has no effect") as told:
             assert_same_tree(init(seed=3), own)
         assert told[0].filename == __file__
         assert_same_tree(init(), own)
@@ -112,7 +112,7 @@ def test_a_seed_that_makes_no_weights_is_told() -> None:
     assert "initial weights: Scale's own, whatever the seed" in piped(model).explain()
 
     function = af.from_function(lambda params, batch: batch["x"] @ params["w"], {"w": torch.ones(4, 1)}, x)
-    with pytest.warns(UserWarning, match="seed=0 changes none"):
+    with pytest.warns(UserWarning, match="seed=0 has no effect"):
         function.init(seed=0)
 
 

@@ -60,22 +60,22 @@ def _manifest(**changes: Any) -> Callable[[Path], None]:
 
 
 DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
-    "no manifest": (lambda path: (path / "autofunc.json").unlink(), "no whole checkpoint"),
-    "no folder": (shutil.rmtree, "is no folder"),
-    "a file": (lambda path: shutil.rmtree(path) or (path.write_bytes(b"x") and None), "is no folder"),
-    "an empty manifest": (_written("autofunc.json", b""), "no manifest"),
-    "a list": (_written("autofunc.json", b"[1]"), "no manifest"),
-    "a deep list": (_written("autofunc.json", b"[" * 100_000), "no manifest"),
+    "no manifest": (lambda path: (path / "autofunc.json").unlink(), "not a complete checkpoint"),
+    "no folder": (shutil.rmtree, "is not a folder"),
+    "a file": (lambda path: shutil.rmtree(path) or (path.write_bytes(b"x") and None), "is not a folder"),
+    "an empty manifest": (_written("autofunc.json", b""), "not a checkpoint's manifest"),
+    "a list": (_written("autofunc.json", b"[1]"), "not a checkpoint's manifest"),
+    "a deep list": (_written("autofunc.json", b"[" * 100_000), "not a checkpoint's manifest"),
     "no text": (_written("autofunc.json", b"\xff\xfe\x00"), "autofunc.json"),
     "another format": (_manifest(format=7), "format 7"),
-    "extra is no mapping": (_manifest(extra=3), "no manifest"),
+    "extra is no mapping": (_manifest(extra=3), "not a checkpoint's manifest"),
     "no metadata": (lambda path: (path / ".metadata").unlink(), ".metadata is not there"),
     "empty metadata": (_written(".metadata", b""), "cannot be read"),
     "half of the metadata": (
         lambda path: _written(".metadata", (path / ".metadata").read_bytes()[:500])(path), "cannot be read",
     ),
     "other metadata": (_metadata(lambda _: 3), "holds a int"),
-    "metadata that runs": (_metadata(lambda _: _Runs(Path("made"))), "mkdir, which is no part"),
+    "metadata that runs": (_metadata(lambda _: _Runs(Path("made"))), "mkdir, which does not belong"),
     "metadata that leads elsewhere": (_metadata(_elsewhere), "is not in that folder"),
     "metadata is a FIFO": (
         lambda path: (path / ".metadata").unlink() or os.mkfifo(path / ".metadata"), "but a FIFO",
@@ -119,7 +119,7 @@ def test_what_was_saved_is_loaded(written: Any) -> None:
 
 def test_what_cannot_be_saved(written: Any, tmp_path: Path) -> None:
     path, _, params = written
-    with pytest.raises(CheckpointError, match="is there already"):
+    with pytest.raises(CheckpointError, match="already exists"):
         af.save(path, params=params)
     with pytest.raises(CheckpointError, match="not JSON serializable"):
         af.save(tmp_path / "c", params=params, extra={"a": torch.zeros(1)})

@@ -141,7 +141,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *wo
         (["--model._target_", "model.py:value"], "is int, which cannot be called"),
         (["--loss_fn._target_", "model.py:los"], "has no 'los'"),
         (["--seed", "99999999999999999999999"], "seed: "),
-        (["--optimizer._target_", "torch.optim.LBFGS"], "LBFGS, lr=0.01) runs the loss again in each step"),
+        (["--optimizer._target_", "torch.optim.LBFGS"], "LBFGS, lr=0.01) recomputes the loss in each step"),
         (["--dataset.num_samples_limit", "0"], "dataset: TextFolder: num_samples_limit=0, expected at least 1"),
         (["--dataset.num_samples_limit", "4", "--dataloader.drop_last", "true"], "4 rows, fewer than one batch of 8"),
         (

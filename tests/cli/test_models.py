@@ -123,7 +123,7 @@ def autofunc(folder: Path, *words: str, status: int = 0) -> str:
     """Run a command in this process; what it printed, or its errors when they are what was asked for."""
     done = run_here(folder, *words)
     assert done.status == status, done.out + done.err
-    assert "changes none" not in done.err, "a run warns of the seed that its configuration always has"
+    assert "has no effect" not in done.err, "a run warns of the seed that its configuration always has"
     return done.out if status != 2 else done.err
 
 

@@ -68,7 +68,7 @@ def test_damaged_ones_are_made_again(cache: Path, capsys: pytest.CaptureFixture[
         (folder,) = (each for each in cache.iterdir() if each.is_dir())
         damage(folder, how)
         assert cached("x", {}, lambda: {"ids": np.arange(6)})["ids"].tolist() == [0, 1, 2, 3, 4, 5], how
-        assert "it is made again" in capsys.readouterr().err, how
+        assert "rebuilding it" in capsys.readouterr().err, how
         assert cached("x", {}, list).keys() == {"ids"}, "it is whole again"  # type: ignore[arg-type]
         assert not capsys.readouterr().err
         cached("x", {}, lambda: {"ids": np.arange(5)})

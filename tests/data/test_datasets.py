@@ -161,5 +161,5 @@ def test_hellaswag_from_csv(tmp_path: Path) -> None:
         assert bytes(row["labels"][row["labels"] != -100].tolist()) == b" sits down."
     for endings in ("sits down.", "[1, 2]", "[]"):
         table.write_text(f'ctx,endings,label\nHe,"{endings}",0\n')
-        with pytest.raises(DataError, match="expected a list of texts, in a CSV file as JSON"):
+        with pytest.raises(DataError, match="expected a list of strings, in a CSV file as JSON"):
             HellaSwag(str(table))

@@ -118,8 +118,8 @@ def test_nothing_is_without_labels_and_unsaid(tmp_path: Path) -> None:
         taught = [int((row["labels"] != -100).sum()) for row in (data[index] for index in range(len(data)))]
         assert taught == ([5, 1] if aligned else [5])[: len(data)] and len(data) == last
         assert data.notes == [
-            "3 of 4 rows are longer than 9 tokens and lose their end",
-            f"{4 - last} of 4 rows are left out: nothing to learn within 9 tokens",
+            "3 of 4 rows are longer than 9 tokens; their end is cut off",
+            f"{4 - last} of 4 rows are dropped: nothing to train on within 9 tokens",
         ]
     assert not ColumnMappedTextInstructionDataset(path, mapping).notes
 
@@ -132,7 +132,7 @@ def test_what_cannot_be_learnt_from(tmp_path: Path, tokenizers: dict[str, str]) 
         (columns, [path, {"question": "ask"}], {}, "column_mapping has question; expected answer, and question or context"),
         (columns, [path, {"qestion": "ask", "answer": "say"}], {}, "did you mean question"),
         (columns, [path, {"question": "asks", "answer": "say"}], {}, "line 1 of .* has no column 'asks'"),
-        (columns, [path, MAPPING], {"seq_length": 4}, "no row of .* has anything to learn within seq_length=4"),
+        (columns, [path, MAPPING], {"seq_length": 4}, "no row of .* has anything to train on within seq_length=4"),
         (columns, [path, MAPPING], {"seq_length": 4, "truncation": False}, "2 of 2 rows of .* have more than seq_length=4"),
         (columns, [path, MAPPING], {"padding": "longest"}, "padding='longest': "),
         (columns, [path, MAPPING, tokenizers["none"]], {"use_hf_chat_template": True}, "has no chat template"),
@@ -140,12 +140,12 @@ def test_what_cannot_be_learnt_from(tmp_path: Path, tokenizers: dict[str, str]) 
             columns,
             [path, MAPPING],
             {"split": "validation"},
-            "is a file, which has the split 'train' only; got 'validation'",
+            "is a file, which has only the split 'train'; got 'validation'",
         ),
         (columns, ["nowhere.jsonl", MAPPING], {}, "there is no file or folder 'nowhere.jsonl'"),
         (chat, [talk(*TALK), tokenizers["none"]], {}, "has no chat template; give one"),
-        (chat, [talk(*TALK), tokenizers["last"]], {}, "line 1 of .* renders message 2 otherwise"),
-        (chat, [talk(*TALK), turns], {"chat_template": "nowhere.jinja"}, "neither a template nor a file"),
+        (chat, [talk(*TALK), tokenizers["last"]], {}, "line 1 of .* renders message 2 differently"),
+        (chat, [talk(*TALK), turns], {"chat_template": "nowhere.jinja"}, "neither a template nor a readable file"),
         (
             chat,
             [talk(*TALK), turns],
@@ -153,7 +153,7 @@ def test_what_cannot_be_learnt_from(tmp_path: Path, tokenizers: dict[str, str]) 
             "line 1 of .*template of .* fails: Undefined",
         ),
         (chat, [write(tmp_path, "r.jsonl", [{"messages": [{"role": "bot"}]}]), turns], {}, "role of a message is 'bot'"),
-        (chat, [write(tmp_path, "m.jsonl", [{"messages": "hello"}]), turns], {}, "line 1 of .*'hello' is no JSON"),
+        (chat, [write(tmp_path, "m.jsonl", [{"messages": "hello"}]), turns], {}, "line 1 of .*'hello' is not valid JSON"),
         (chat, [path, turns], {}, "has no column 'messages'"),
     ]
     for cls, given, options, expected in cases:

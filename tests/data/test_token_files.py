@@ -64,7 +64,7 @@ DAMAGE: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "cut": (lambda content: content[:-1], "is damaged: .* 20 tokens of 2 bytes, and 39 bytes follow it; expected 40"),
     "longer": (lambda content: content + b"x", "is damaged"),
     "header": (lambda content: content[:100], "has 100 bytes; a token file begins with a header"),
-    "text": (lambda content: b"{" * 2000, "is no token file: it begins with .*raw_dtype"),
+    "text": (lambda content: b"{" * 2000, "is not a token file: it begins with .*raw_dtype"),
     "version": (lambda content: content[:4] + b"\2" + content[5:], "says version 2"),
     "size": (lambda content: content[:12] + b"\3" + content[13:], "20 tokens of 3 bytes"),
     "none": (lambda content: content[:8] + b"\0" + content[9:], "0 tokens"),
@@ -86,7 +86,7 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
         ("whole.bin", {"seq_len": 20}, "has no row of seq_len=20 and a token after it"),
         ("whole.bin", {"align_to_bos": True}, "align_to_bos needs bos_token"),
         ("whole.bin", {"align_to_bos": True, "bos_token": 99}, "no row .* that begins with bos_token=99"),
-        ("no*.bin?", {}, "no file is called"),
+        ("no*.bin?", {}, "no file matches"),
         ("nowhere.bin", {}, r"nowhere\.bin is not there"),
     ):
         with pytest.raises(DataError, match=f"TokenFiles: .*{message}"):

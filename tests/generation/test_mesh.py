@@ -43,4 +43,4 @@ def test_every_process_gets_the_tokens_of_one(workers: WorkerPool) -> None:
 
 
 def test_parameters_that_are_cut(workers: WorkerPool) -> None:
-    assert all("dp_shard=2, which cuts parameters" in said for said in workers.run(refused))
+    assert all("dp_shard=2, which shards parameters" in said for said in workers.run(refused))

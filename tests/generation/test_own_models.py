@@ -98,7 +98,7 @@ class Own(nn.Module):
 
 
 def test_a_module_without_a_cache() -> None:
-    """Every token takes a forward of the whole text, and that is said."""
+    """Every token takes a forward pass over the whole text, and a warning reports it."""
     torch.manual_seed(0)
     module = Own()
     expected = one_by_one(lambda ids: module(ids)["logits"])
@@ -106,7 +106,7 @@ def test_a_module_without_a_cache() -> None:
     for num_ranks in (1, 2):
         pipe = pipe_of(model, num_ranks)
         with pytest.warns(
-            UserWarning, match="without a cache: Own is no model of transformers. Every token takes a forward"
+            UserWarning, match="without a cache: Own is not a transformers model. Every token takes a forward pass"
         ):
             assert af.generate(pipe, pipe.init(), ROWS, max_new_tokens=NEW) == expected
     told: list[str] = []
@@ -116,5 +116,5 @@ def test_a_module_without_a_cache() -> None:
 def test_a_module_that_looks_ahead() -> None:
     model = af.from_module(Own(looks_ahead=True), {"tokens": torch.zeros(2, 6, dtype=torch.long)})
     pipe = pipe_of(model, 2)
-    with pytest.raises(ModelError, match=r"Own gives logits .* depend on later tokens"):
+    with pytest.raises(ModelError, match=r"Own returns logits .* depend on later tokens"):
         af.generate(pipe, pipe.init(), ROWS, max_new_tokens=2, tell=lambda _: None)

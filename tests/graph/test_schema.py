@@ -38,7 +38,7 @@ def test_what_is_an_operator() -> None:
     assert is_operator(call(aten.relu.default, "x"))
     assert not is_operator(call(torch.relu, "x"))
     assert not is_operator(call(aten.relu.default, "x").graph.output("x"))
-    with pytest.raises(AssertionError, match="is no operator"):
+    with pytest.raises(AssertionError, match="is not an operator"):
         arguments(call(torch.relu, "x"))
 
 

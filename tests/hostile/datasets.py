@@ -153,7 +153,7 @@ ROWS = [
     sheet("long", 'He,"[""a""]",0,5', "4 fields"),
     sheet("endings", "He,sits,0", "endings 'sits'"),
     sheet("label", 'He,"[""a""]",1', "label '1'"),
-    sheet("open_quote", 'He,"[""a""', "no CSV"),
+    sheet("open_quote", 'He,"[""a""', "not valid CSV"),
     sheet("wide_field", f'He,"{"a" * 200_000}",0', "field"),
     table("no_header.csv", 'He,"[""a""]",0\n', "line 1", "no column 'ctx'"),
     table("empty.csv", "", "line 1", "no column 'ctx'"),

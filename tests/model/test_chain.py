@@ -75,7 +75,7 @@ def test_ties_are_held_once() -> None:
         ({}, {}, "at least one layer"),
         ({"a": linear(3, 3), "b": linear(3, 3)}, {"b.weight": "a.wieght"}, "no such parameter; did you mean a.weight"),
         ({"a": linear(3, 3), "b": linear(3, 4)}, {"b.weight": "a.weight"}, r"shapes \(3, 4\) and \(3, 3\) differ"),
-        ({"a": linear(3, 3)}, {"c.weight": "a.weight"}, "begins with no layer's name"),
+        ({"a": linear(3, 3)}, {"c.weight": "a.weight"}, "no layer's name begins this path"),
         ({"a": linear(3, 3)}, {"b.w": "c.w", "c.w": "a.weight"}, "is itself tied"),
     ],
 )

@@ -105,6 +105,6 @@ def test_a_schedule_with_forwards_in_another_order() -> None:
 
 
 def test_a_name_for_a_parameter_and_state() -> None:
-    with pytest.raises(ModelError, match=r"'a.weight' is a parameter and state"):
+    with pytest.raises(ModelError, match=r"'a.weight' is both a parameter and state"):
         made = af.Model({"a": af.Layer(plain().init, centred, lambda key: {"weight": torch.zeros(1)})})
         assert made.state_spec

@@ -45,7 +45,7 @@ def test_who_waits_for_a_rank_is_not_late() -> None:
     said = describe({0: state(own(transport), action="before 0B0", awaited=(1,)), 1: state(USER)})
     assert "rank 0: step 7, before 0B0, waits for rank 1 for 61 s" in said
     assert f"rank 1: step 7, in 1F3 for 61 s; {USER}" in said
-    assert "rank 1 is the one that is late" in said and said.endswith(f"  {TRAIN}\n  {USER}")
+    assert "rank 1 is late" in said and said.endswith(f"  {TRAIN}\n  {USER}")
 
 
 def test_alone_in_a_collective() -> None:
@@ -74,7 +74,7 @@ def test_another_kind_of_step() -> None:
 
 def test_one_that_does_not_answer() -> None:
     said = describe({0: state(own(transport), awaited=(1,)), 1: None}, ["step 7", "step 7, in 1F3"])
-    assert "rank 1: does not answer: its process is stopped or gone, or holds Python's lock" in said
+    assert "rank 1: does not answer: its process is stopped or gone, or holds Python's GIL" in said
     assert "last seen at: step 7, in 1F3" in said and late({0: state(own(transport)), 1: None}) == [1]
 
 
@@ -121,7 +121,7 @@ def test_positions_are_written_where_others_can_read_them(tmp_path: Path, monkey
 def test_timeouts_are_checked() -> None:
     with pytest.raises(AutofuncError, match="a timeout of 0 seconds"), af.watchdog(step_timeout_seconds=0):
         raise AssertionError("it does not begin")
-    with af.watchdog(), pytest.raises(AutofuncError, match="inside of another"), af.watchdog():
+    with af.watchdog(), pytest.raises(AutofuncError, match="inside another"), af.watchdog():
         raise AssertionError("it does not begin")
 
 
@@ -162,8 +162,8 @@ def hang(where: str) -> list[str]:
 @pytest.mark.parametrize(
     ("where", "words"),
     [
-        ("sleep", "rank 1 is the one that is late"),
-        pytest.param("collective", "rank 1 waits for others that do not call the same", marks=pytest.mark.full),
+        ("sleep", "rank 1 is late"),
+        pytest.param("collective", "rank 1 waits for others that do not make the same call", marks=pytest.mark.full),
     ],
 )
 def test_one_process_says_it_for_all(workers: WorkerPool, where: str, words: str) -> None:

@@ -76,7 +76,7 @@ def message_of(pipe: Any, params: Any, batch: Any) -> str:
     [
         (0, "1F2", "forward: layer 'blocks.2' makes infinite values"),
         (1, "1I2", "backward: layer 'blocks.2': the gradient of its input"),
-        (2, "1W2", "weight gradient: that of 'blocks.2.scale'"),
+        (2, "1W2", "weight gradient: the gradient of 'blocks.2.scale'"),
     ],
     ids=["forward", "input", "weight"],
 )

@@ -278,7 +278,7 @@ def test_an_unknown_axis(workers: WorkerPool) -> None:
         ({"vocab_size": 17}, {}, "tp=2 does not divide vocab_size=17"),
         ({"n_inner": 9}, {}, "tp=2 does not divide dim 0 of parameter 'h.0.mlp.fc.bias'"),
         ({}, {"h.*.atn.q.weight": "shard(0)"}, "'h.*.atn.q.weight' matches no parameter; did you mean"),
-        ({}, {"*.ln_1.weight": "shard(1)"}, "shard(1) for 'h.0.ln_1.weight', which has the shape"),
+        ({}, {"*.ln_1.weight": "shard(1)"}, "shard(1) for 'h.0.ln_1.weight', which has shape"),
         ({}, {"*.ln_1.weight": "rows"}, "unknown placement 'rows'; expected 'replicate' or 'shard(0)'"),
     ],
 )

@@ -69,9 +69,9 @@ def test_errors(tmp_path: Path) -> None:
     plain = build_mlp_model()
     lacking = {"embed_tokens.weight": torch.ones(19, 16)}
     for model, params, message in (
-        (both, both.init(), "no model of transformers has attention_bias and sliding_window"),
-        (mixed, mixed.init(), "a Mixtral of transformers has no use_qk_norm"),
-        (plain, plain.init(), r"does not say what it is in transformers; give it af\.Model\(\.\.\., in_transformers"),
+        (both, both.init(), "no transformers model has attention_bias and sliding_window"),
+        (mixed, mixed.init(), "the Mixtral of transformers has no use_qk_norm"),
+        (plain, plain.init(), r"has no form in transformers; give it af\.Model\(\.\.\., in_transformers"),
         (build_llama_model(**SIZES), lacking, r"params have no 'layers\.0.*pipe\.gather"),
     ):
         with pytest.raises(ModelError, match=message):

@@ -145,7 +145,7 @@ def test_configurations_that_are_refused(name: str, changes: dict[str, Any], mes
 
 
 def test_what_is_no_configuration() -> None:
-    with pytest.raises(ModelError, match="llama: a str is no configuration; expected one of transformers, or its dict"):
+    with pytest.raises(ModelError, match="llama: a str is not a configuration; expected one of transformers, or its dict"):
         llama.config_from_hf("meta-llama/Llama-3.1-8B")
 
 

@@ -164,12 +164,12 @@ def test_auto_begins_anew_where_there_is_none(folder: Path) -> None:
 WRONG = {
     ("--checkpoint.restore_from", "LATEST", "--output_dir", "new"): ["LATEST of 'new/checkpoints': it has no checkpoint"],
     ("--checkpoint.restore_from", "LOWEST_VAL", "--output_dir", "new"): ["LOWEST_VAL of 'new/checkpoints'"],
-    ("--checkpoint.restore_from", "nowhere"): ["nowhere is no folder"],
-    ("--checkpoint.restore_from", "corpus"): ["corpus is no whole checkpoint: it has no autofunc.json"],
+    ("--checkpoint.restore_from", "nowhere"): ["nowhere is not a folder"],
+    ("--checkpoint.restore_from", "corpus"): ["corpus is not a complete checkpoint: it has no autofunc.json"],
     ("--checkpoint.restore_from", "LATEST", "--seed", "1"): ["seed 42 there, 1 here"],
     ("--checkpoint.restore_from", "LATEST", "--dataset.seq_len", "8"): ["with other data: the rows of dataset"],
     ("--checkpoint.restore_from", "LATEST", "--step_scheduler.max_steps", "9"): ["is from step 11", "ends after 9"],
-    ("--checkpoint.restore_from", "LATEST", "--model.n_layer", "3"): ["of another model", "it lacks parameters h.2."],
+    ("--checkpoint.restore_from", "LATEST", "--model.n_layer", "3"): ["of a different model", "it lacks parameters h.2."],
     ("--checkpoint.restore_from", "LATEST", "--model.n_positions", "32"): [
         "wpe.weight has shape (16, 16) there, and (32, 16)"
     ],
@@ -185,7 +185,7 @@ def test_what_cannot_be_gone_on_from(folder: Path) -> None:
         flat = " ".join(done.err.split())
         assert all(each in flat for each in expected), (words, done.err)
     done = again(folder, "--checkpoint.restore_from", "LATEST", "--optimizer._target_", "torch.optim.SGD")
-    assert done.status != 0 and "of another optimizer than" in done.err
+    assert done.status != 0 and "of a different optimizer than" in done.err
 
 
 def test_a_full_disk_ends_no_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

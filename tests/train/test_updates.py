@@ -97,16 +97,16 @@ def test_learning_rates(section: str, expected: list[float] | None, tmp_path: Pa
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (SGD + "lr_scheduler: {lr_warmup_steps: 20}", "lr_scheduler: lr_warmup_steps=20 leave nothing of lr_decay_st"),
+        (SGD + "lr_scheduler: {lr_warmup_steps: 20}", "lr_scheduler: lr_warmup_steps=20 leaves nothing of lr_decay_st"),
         (SGD + f"lr_scheduler: {{_target_: {T}.ReduceLROnPlateau}}", "needs metrics in each step, .* use one that is"),
-        (SGD + ONE_CYCLE, "ends after total_steps=9, and there are 20 steps"),
+        (SGD + ONE_CYCLE, "ends after total_steps=9, and the run has 20 steps"),
         (SGD + "lr_scheduler: {_target_: torch.optim.SGD}", "lr_scheduler: expected a scheduler .*; got torch.optim.SGD"),
         (SGD + f"lr_scheduler: {{_target_: {T}.LambdaLR, lr_lambda: math.sqr}}", "lr_lambda: .math.sqr.: .*sqrt"),
         ("optimizer: {_target_: torch.optim.AdamW, param_groups: [{pattern: 'wte.w'}]}", "did you mean wte.weight"),
         ("optimizer: {_target_: torch.optim.AdamW, param_groups: [{pattern: 'wte.*', bets: 1}]}", "did you mean betas"),
-        ("optimizer: {_target_: torch.optim.Muon}", "Muon takes matrices alone, .*bias.*torch.optim.AdamW, by params"),
-        ("optimizer: [{_target_: torch.optim.SGD}, {_target_: torch.optim.SGD}]", "optimizer: .* leaves none for"),
-        ("optimizer: {_target_: torch.optim.SparseAdam}", "optimizer: .* takes sparse gradients alone"),
+        ("optimizer: {_target_: torch.optim.Muon}", "Muon takes only matrices, .*bias.*torch.optim.AdamW, with params"),
+        ("optimizer: [{_target_: torch.optim.SGD}, {_target_: torch.optim.SGD}]", "optimizer: .* none are left for"),
+        ("optimizer: {_target_: torch.optim.SparseAdam}", "optimizer: .* takes only sparse gradients"),
     ],
 )  # fmt: skip
 def test_refused_before_the_start(text: str, message: str, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ WRONG: list[tuple[list[str] | str, ...]] = [
     ("peft.dim=4", "target_modules", "match_all_linear: true"),
     (["peft.target_modules=[q]", "peft.match_all_linear=true"], "match_all_linear replaces target_modules"),
     (["peft.target_modules=[q]", "trainable=['*']"], "trainable: ['*'] has no effect", "peft.modules_to_save"),
-    ("peft.target_modules=[attn.quer]", "peft: targets 'attn.quer' names no weight"),
+    ("peft.target_modules=[attn.quer]", "peft: targets 'attn.quer' matches no weight"),
     (["peft.target_modules=[q]", "peft.dim=0"], "peft.dim"),
     (["peft.target_modules=[q]", "peft.dropout=1"], "peft.dropout"),
     ("step_scheduler.local_batch_size=3", "global_batch_size=8", "local_batch_size=3"),
