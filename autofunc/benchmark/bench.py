@@ -17,7 +17,8 @@ from autofunc.benchmark.gradients import tolerance
 from autofunc.benchmark.grid import Grid
 from autofunc.benchmark.measure import Effort, Found, measure
 from autofunc.benchmark.plain_runner import PlainRunner
-from autofunc.benchmark.record import Measured, Record, Spread
+from autofunc.benchmark.record import Measured, Spread
+from autofunc.benchmark.results import Results
 from autofunc.benchmark.runner import Bystander, Runner
 from autofunc.benchmark.subject import Subject, cut_by_costs
 from autofunc.benchmark.teams import World, described
@@ -59,7 +60,7 @@ def bench(
     check: bool = True,
     peak: float | None = None,
     progress: bool = True,
-) -> Record:
+) -> Results:
     """Measure a step (loss and gradients, no optimizer) of pipelines, in turns, on this process or on all of a run.
 
     In one process all pp ranks take turns, so times are those of a device that does everything. Under `torchrun` each
@@ -92,17 +93,17 @@ def bench(
         progress: whether a bar is shown.
 
     Returns:
-        An `autofunc.benchmark.Record`: `print(record)` shows tables, `record.save(folder)` writes JSON, a picture and a page
-        of timelines, `record.left_out` says what was not measured and why.
+        `autofunc.benchmark.Results`: `print(results)` shows tables, `results.save(folder)` writes JSON, a picture and
+        a page of timelines, `results.left_out` says what was not measured and why.
 
     Raises:
         AutofuncError: for an unknown choice, and when nothing of it can be measured.
 
     Example:
         model = af.from_module(module, batch)
-        record = af.bench(model, batch, schedules=["1f1b", "zb_h1"], against=["torch"])
-        print(record)
-        record.save("bench")
+        results = af.bench(model, batch, schedules=["1f1b", "zb_h1"], against=["torch"])
+        print(results)
+        results.save("results")
     """
     if repetitions < 1 or steps < 1:
         raise AutofuncError(f"bench: repetitions={repetitions}, steps={steps}; expected numbers from 1 on")
@@ -133,7 +134,8 @@ def bench(
             return PlainRunner(subject, contender.microbatches)
         return AutofuncRunner(subject, contender, team)
 
-    computed = {subject.sharding.mp_policy.param_dtype or leaf.dtype for leaf in given.values() if leaf.is_floating_point()}
+    cast = subject.sharding.mp_policy.param_dtype
+    computed = {leaf.dtype if cast is None else cast for leaf in given.values() if leaf.is_floating_point()}
     effort = Effort(repetitions, steps, seconds, check, tolerance(computed, subject.device))
     work = counting("bench", "parts", len(contenders) + repetitions) if progress else nullcontext(lambda more: None)
     with work as bar, torch.inference_mode(False):
@@ -151,18 +153,17 @@ def _device_of(batch: Mapping[str, Any]) -> torch.device:
 def _record(
     subject: Subject, contenders: Mapping[str, Contender], left: Sequence[Any], found: Found, world: World, effort: Effort,
     peak: float | None,
-) -> Record:  # fmt: skip
+) -> Results:  # fmt: skip
     units, unit = subject.units()
     known = peak_tflops(world.device)
     peak = peak if peak is not None else None if known is None else known * 1e12
-    flops = {each.microbatches: None for each in contenders.values()}
-    if peak is not None:
-        flops = {number: subject.flops(number) for number in flops}
+    numbers = {each.microbatches for each in contenders.values()} if peak is not None else set()
+    flops = {number: subject.flops(number) for number in numbers}
     measured = []
     for name, looked in found.looked.items():
         contender = contenders[name]
         seconds = Spread.of(found.seconds[name]).median
-        operations = flops[contender.microbatches]
+        operations = flops.get(contender.microbatches)
         devices = 1 if world.size == 1 else contender.pp
         mfu = None if operations is None or peak is None else operations / (seconds * peak * devices)
         bubble, of_schedule = None, None
@@ -171,15 +172,24 @@ def _record(
             bubble = looked.timeline.bubble_fraction if devices > 1 else None
         measured.append(
             Measured(
-                name, contender, tuple(each * 1e3 for each in found.seconds[name]), looked.build_s, looked.gradient_error,
-                units / seconds, mfu, bubble, of_schedule, looked.peak_bytes,
-                looked.alive.measured if looked.alive is not None else None,
-                looked.alive.predicted if looked.alive is not None else None, looked.timeline,
-            )  # fmt: skip
+                name=name,
+                contender=contender,
+                step_ms=tuple(each * 1e3 for each in found.seconds[name]),
+                build_s=looked.build_s,
+                gradient_error=looked.gradient_error,
+                units_per_second=units / seconds,
+                mfu=mfu,
+                bubble=bubble,
+                schedule_bubble=of_schedule,
+                peak_bytes=looked.peak_bytes,
+                live_bytes=looked.alive.measured if looked.alive is not None else None,
+                predicted_bytes=looked.alive.predicted if looked.alive is not None else None,
+                timeline=looked.timeline,
+            )
         )
     setting = {
         "model": subject.model.title, "parameters": sum(leaf.numel() for leaf in subject.params.values()),
         "rows": subject.rows, unit: units, "processes": world.size, "steps_a_turn": effort.steps,
         "gradients_checked": effort.checks, **described(world.device),
     }  # fmt: skip
-    return Record(tuple(measured), tuple(left), setting, unit)
+    return Results(tuple(measured), tuple(left), setting, unit)

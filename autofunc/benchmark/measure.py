@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from autofunc.benchmark.contender import PLAIN, Contender, LeftOut
 from autofunc.benchmark.gradients import gradient_error
 from autofunc.benchmark.peak import allocated_bytes, peak_bytes
@@ -20,6 +22,9 @@ from autofunc.shown import beginning
 
 Make = Callable[[str, Contender], Runner]
 """Builds a contender on this process, by its name. All processes call it, in the same order."""
+
+Expected = Callable[[int], Mapping[str, Tensor]]
+"""The gradients of the plain loop by canonical path, for a number of microbatches."""
 
 
 @dataclass
@@ -64,7 +69,7 @@ class Effort:
 def measure(
     contenders: Mapping[str, Contender],
     make: Make,
-    expected: Callable[[int], Mapping[str, object]],
+    expected: Expected,
     world: World,
     effort: Effort,
     advance: Callable[[str], object],
@@ -151,15 +156,13 @@ def _built(name: str, contender: Contender, make: Make, world: World) -> tuple[R
     return runner, max(world.of_all(time.perf_counter() - began)), before
 
 
-def _checked(
-    runner: Runner, contender: Contender, expected: Callable[[int], Mapping[str, object]], world: World, effort: Effort
-) -> float:
+def _checked(runner: Runner, contender: Contender, expected: Expected, world: World, effort: Effort) -> float:
     """How far the gradients of its second step are from the plain loop's, on the process where they are farthest."""
     runner.step()
-    wanted: Mapping[str, object] = {}
+    wanted: Mapping[str, Tensor] = {}
     if runner.paths():
         wanted = {path: grad for path, grad in expected(contender.microbatches).items() if path in runner.paths()}
-    return max(world.of_all(gradient_error(runner.grads(), wanted)))  # type: ignore[arg-type]
+    return max(map(float, world.of_all(gradient_error(runner.grads(), wanted))))
 
 
 def _looked(

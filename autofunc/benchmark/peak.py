@@ -47,7 +47,7 @@ def allocated_bytes(device: torch.device) -> int:
 
 def _free_in_pools() -> int:
     """What the pools of graphs reserve beside what is allocated in them: graphs write there."""
-    snapshot: Any = torch.cuda.memory_snapshot()
+    snapshot: Any = torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]
     segments = [each for each in snapshot if tuple(each["segment_pool_id"]) != (0, 0)]
     return sum(each["total_size"] - each["allocated_size"] for each in segments)
 

@@ -1,13 +1,11 @@
-"""What a benchmark found, as plain data that is written as JSON and read again."""
+"""What a benchmark found, as plain data that can be written as JSON and read again."""
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 from autofunc.benchmark.contender import AUTOFUNC, TORCH, Contender, LeftOut
 from autofunc.benchmark.turns import paired_ratios
@@ -16,9 +14,6 @@ from autofunc.schedule import Timeline
 
 VERSION = 1
 """Of the form of the JSON."""
-
-DATA, PICTURE, PAGE = "bench.json", "bench.png", "bench.html"
-"""Files that `Record.save` writes."""
 
 
 class Spread(NamedTuple):
@@ -127,7 +122,7 @@ class Record:
         }  # fmt: skip
 
     @classmethod
-    def from_dict(cls, given: Mapping[str, Any]) -> Record:
+    def from_dict(cls, given: Mapping[str, Any]) -> Self:
         """The opposite of `to_dict`.
 
         Raises:
@@ -142,38 +137,9 @@ class Record:
             given["unit"],
         )
 
-    def table(self, colour: bool = False) -> str:
-        """For a terminal of 80 columns."""
-        from autofunc.benchmark.table import to_table
-
-        return to_table(self, colour)
-
-    def __str__(self) -> str:
-        return self.table()
-
-    def save(self, folder: str | Path) -> list[Path]:
-        """Write bench.json, bench.png and, where there are timelines, bench.html; returns what was written.
-
-        Raises:
-            OSError: when the folder cannot be written into.
-        """
-        from autofunc.benchmark.picture import to_png
-        from autofunc.schedule import draw
-
-        into = Path(folder)
-        into.mkdir(parents=True, exist_ok=True)
-        into.joinpath(DATA).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
-        into.joinpath(PICTURE).write_bytes(to_png(self))
-        written = [into / DATA, into / PICTURE]
-        timelines = [each.timeline for each in self.measured if each.timeline is not None]
-        if timelines:
-            draw(timelines, into / PAGE)
-            written.append(into / PAGE)
-        return written
-
 
 def _measured(entry: Mapping[str, Any]) -> Measured:
     of_contender = {name: entry[name] for name in Contender.__dataclass_fields__}
     own = {name: entry[name] for name in Measured.__dataclass_fields__ if name not in ("contender", "timeline")}
-    as_tuples = {name: tuple(value) if isinstance(value, list) else value for name, value in own.items()}
+    as_tuples: Any = {name: tuple(value) if isinstance(value, list) else value for name, value in own.items()}
     return Measured(contender=Contender(**of_contender), **as_tuples)

@@ -37,7 +37,7 @@ class TorchPipeline:
         group: of the pp ranks.
         compiled: run each module through `torch.compile`.
         canonical: canonical path by holder.
-        shared: canonical paths that several stages hold, each with the group of the processes that do; None: this one alone.
+        shared: canonical paths that several layers use, each with the group of the processes that do; None: this alone.
 
     Raises:
         Exception: whatever torch raises for what it does not take.
@@ -55,7 +55,7 @@ class TorchPipeline:
         self._total: Tensor | None = None
         self.stages = [
             PipelineStage(
-                torch.compile(module, dynamic=False) if compiled else module,
+                _called(module, compiled),
                 number, num_stages, device, input_args=ends[number].inputs, output_args=ends[number].outputs, group=group,
             )
             for number, module in modules.items()
@@ -140,6 +140,10 @@ class TorchPipeline:
         return found
 
 
+def _called(module: nn.Module, compiled: bool) -> Any:
+    return torch.compile(module, dynamic=False) if compiled else module
+
+
 def _sum_ties(leaves: Sequence[nn.Parameter], group: dist.ProcessGroup | None) -> None:
     """Give all holders of a parameter the sum of their gradients."""
     if not leaves:
@@ -147,6 +151,7 @@ def _sum_ties(leaves: Sequence[nn.Parameter], group: dist.ProcessGroup | None) -
     total = leaves[0].grad
     assert total is not None, "the holders of a tied parameter are trained"
     for leaf in leaves[1:]:
+        assert leaf.grad is not None, "the holders of a tied parameter are trained"
         total += leaf.grad
     if group is not None:
         dist.all_reduce(total, group=group)

@@ -107,8 +107,10 @@ def make_torch_runner(
     ends = {}
     for number in of_rank[team.rank]:
         stage, context = stages[number], contexts[number]
-        graph = None if make_module else graph_of(context)
-        modules[number] = make_module(stage, subject.params) if graph is None else StageModule(stage, subject.params, graph)
+        if make_module is None:
+            modules[number] = StageModule(stage, subject.params, graph_of(context))
+        else:
+            modules[number] = make_module(stage, subject.params)
         ends[number] = ends_of(context, boundaries.stages[number])
     own = {path for path, ranks in holders.items() if team.rank in ranks}
     model = stages[0].model

@@ -42,6 +42,7 @@ class Ends(NamedTuple):
 
 def ends_of(context: StageContext, returned: Boundary) -> Ends:
     """What torch must know of a stage: of the first nothing comes in, of the last come the loss and its weight."""
+    made: tuple[Tensor, ...]
     if context.with_loss:
         made = (torch.empty((), device="meta", requires_grad=True), torch.empty((), device="meta"))
     else:
@@ -110,7 +111,10 @@ def graph_of(context: StageContext) -> fx.GraphModule:
 
     with fake_mode() as mode, torch.enable_grad(), naming_errors(stage.title):
         given = [
-            *(leaf.requires_grad_(wanted) for leaf, wanted in zip(context.empty_parameters(), stage.trainable, strict=True)),
+            *(
+                leaf.requires_grad_(wanted)
+                for leaf, wanted in zip(context.empty_parameters(), stage.trainable, strict=True)
+            ),
             *(_empty(value.shape, value.dtype, value.needs_grad, context.device) for value in received),
             *(_with_a_dim(fake_like(mode, leaf)) for leaf in leaves if isinstance(leaf, Tensor)),
         ]

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import typer
 
@@ -69,20 +69,21 @@ def bench(options: BenchOptions, overrides: Sequence[str]) -> None:
     Raises:
         AutofuncError: for every mistake in options or configuration, before a process is started.
     """
-    parsed = _parsed(options)
+    pp, others = _pp(options), _parsed(options)
     with CONSOLE.status(literal(f"checking {shown(options.config)}")):
         config, notes = read_config(options.config, overrides)
-    most = max(parsed["pp"] or (max(config.distributed.pp_size, 2),))
+    most = max(pp or (max(config.distributed.pp_size, 2),))
     launches = not is_worker() and (options.nproc_per_node or most) > 1
     if launches:  # torch and numpy read it when they are imported, here and for the workers
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # no workers of the compiler beside what is timed
         os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # a library may ask for GPUs then, see docs/traps.md
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # where bytes are counted, the allocator warns of older ones
     with loading_torch():
         from autofunc.train.benching import BenchWanted, asked_bench, begin_bench, run_bench_rank
         from autofunc.train.worker import run_worker
     wanted = BenchWanted(
-        **parsed, repetitions=options.repetitions, steps=options.steps, seconds=options.seconds,
+        pp=pp, **others, repetitions=options.repetitions, steps=options.steps, seconds=options.seconds,
         checks=not options.no_check, output=options.output, as_json=options.as_json,
     )  # fmt: skip
     run = asked_bench(config, notes, wanted, options.config)
@@ -93,13 +94,16 @@ def bench(options: BenchOptions, overrides: Sequence[str]) -> None:
         begin_bench(run, options.nproc_per_node, server)
 
 
-def _parsed(options: BenchOptions) -> dict[str, tuple[object, ...] | None]:
-    """The lists among the options; None where one is not given."""
+def _pp(options: BenchOptions) -> tuple[int, ...] | None:
+    return _list("--pp", options.pp, lambda word: _number("--pp", word))
+
+
+def _parsed(options: BenchOptions) -> dict[str, Any]:
+    """The other lists among the options; None where one is not given."""
     return {
         "schedules": _list("--schedules", options.schedules, str),
         "engines": _list("--engines", options.engines, str),
         "compile": _list("--compile", options.compile, lambda word: _one("--compile", word, _COMPILE)),
-        "pp": _list("--pp", options.pp, lambda word: _number("--pp", word)),
         "microbatches": _list("--microbatches", options.microbatches, lambda word: _number("--microbatches", word)),
         "remat": _list("--remat", options.remat, lambda word: _one("--remat", word, _REMAT)),
         "against": _list("--against", options.against, str) or (),

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from autofunc.benchmark import Grid, Record, bench
+from autofunc.benchmark import Grid, Results, bench
 from autofunc.benchmark.subject import cut_by_costs
 from autofunc.config import FinetuneConfig
 from autofunc.data import STACKED
@@ -144,7 +144,10 @@ def for_benchmark(config: FinetuneConfig, notes: list[str]) -> FinetuneConfig:
         update={
             "distributed": said.model_copy(update=alone),
             "step_scheduler": steps.model_copy(update=rows),
-            "validation_dataset": None, "metrics": {}, "early_stopping": None, "export": None,
+            "validation_dataset": None,
+            "metrics": {},
+            "early_stopping": None,
+            "export": None,
         }
     )
 
@@ -213,7 +216,7 @@ def _run(recipe: Recipe, run: BenchAsked) -> None:
     with threads(config.distributed.threads_per_rank):
         model, grid = recipe.model, run.grid
         batch = {name: leaf.to(device) for name, leaf in recipe.example().items()}
-        record = bench(
+        results = bench(
             model, batch, loss=recipe.loss, schedules=grid.schedules, pp=grid.pp, microbatches=grid.microbatches,
             engines=grid.engines, compile=grid.compile, remat=grid.remat, against=grid.against,
             torch_schedules=grid.torch_schedules,
@@ -226,10 +229,10 @@ def _run(recipe: Recipe, run: BenchAsked) -> None:
         disconnect_all()
         dist.destroy_process_group()
     if is_first:
-        _report(record, run)
+        _report(results, run)
 
 
-def _report(record: Record, run: BenchAsked) -> None:
+def _report(results: Results, run: BenchAsked) -> None:
     """Show and write what was found.
 
     Raises:
@@ -237,17 +240,17 @@ def _report(record: Record, run: BenchAsked) -> None:
         MeshError: when the folder cannot be written into.
     """
     try:
-        written = record.save(run.output) if record.measured else []
+        written = results.save(run.output) if results.measured else []
     except OSError as error:
         raise MeshError(f"bench: {shown(run.output)} cannot be written into: {error.strerror or error}") from error
     console = line_console()
     if run.wanted.as_json:
-        sys.stdout.write(json.dumps(record.to_dict(), indent=2) + "\n")
+        sys.stdout.write(json.dumps(results.to_dict(), indent=2) + "\n")
     else:
-        sys.stdout.write(record.table(colour=console.is_terminal and not console.no_color) + "\n")
+        sys.stdout.write(results.table(colour=console.is_terminal and not console.no_color) + "\n")
         if written:
             console.print(literal(f"written: {', '.join(shown(each) for each in written)}"))
     sys.stdout.flush()
-    wrong = [each for each in record.left_out if each.wrong]
+    wrong = [each for each in results.left_out if each.wrong]
     if wrong:
         raise PipelineRunError("; ".join(f"{each.name}: {each.why}" for each in wrong))
