@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from itertools import product, zip_longest
 
 from autofunc.benchmark.contender import AUTOFUNC, PLAIN, TORCH, Contender, LeftOut, named
@@ -66,10 +67,17 @@ class Grid:
         for choice in self.compile:
             EngineOptions(compile=choice)
 
-    def contenders(self, processes: int) -> tuple[dict[str, Contender], list[LeftOut]]:
+    def contenders(self, processes: int, only: Sequence[str] = ("*",)) -> tuple[dict[str, Contender], list[LeftOut]]:
         """What can be measured with so many processes, by name, sides in turn; and what cannot.
 
         One process runs all ranks of a pipeline in turn; several are a rank each.
+
+        Args:
+            processes: how many there are.
+            only: patterns, of which a contender's name fits one.
+
+        Raises:
+            AutofuncError: for an unknown schedule, and when nothing is left.
         """
         ours, theirs, left = _Kept(), _Kept(), _Left()
         for pp, microbatches in product(self.pp, self.microbatches):
@@ -83,7 +91,12 @@ class Grid:
                     self._theirs(name, pp, microbatches, stages, theirs, left)
         plain = [Contender(PLAIN, "loop", 1, each, 1, "eager") for each in self.microbatches if PLAIN in self.against]
         mixed = [each for pair in zip_longest(ours.found, theirs.found) for each in pair if each is not None]
-        return named([*mixed, *plain]), left.found
+        found = named([*mixed, *plain])
+        chosen = {name: each for name, each in found.items() if any(fnmatchcase(name, pattern) for pattern in only)}
+        if not chosen:
+            why = [f"{each.name}: {each.why}" for each in left.found] or [f"none fits {' or '.join(map(shown, only))}"]
+            raise AutofuncError("bench: nothing to measure. " + "; ".join(why))
+        return chosen, left.found
 
     def _ours(self, name: str, pp: int, microbatches: int, kept: _Kept, left: _Left) -> None:
         try:

@@ -15,8 +15,9 @@ from autofunc.fake import fake_like, fake_mode, naming_errors
 from autofunc.graph.trace import trace
 from autofunc.splitting import Boundary, Stage, StageContext
 
-ENTRY = "entry_"
-"""Tensors of a microbatch are keyword arguments of every module: this and their number among the leaves."""
+ENTRY = "batch_"
+"""Tensors of a microbatch are keyword arguments of every module: this, and the name of the entry; of one that holds
+several tensors also their number in it."""
 
 MakeModule = Callable[[Stage, Mapping[str, Tensor]], nn.Module]
 """From a stage and its parameters by canonical path to a module that does what `StageModule` does, and has its `holders`:
@@ -25,8 +26,12 @@ one's own, in the place of a traced one. Its `nn.Parameter`s may share memory wi
 
 def entries_of(microbatch: Microbatch) -> dict[str, Tensor]:
     """The tensors of a microbatch as keyword arguments."""
-    leaves = tree.leaves_and_spec(dict(microbatch))[0]
-    return {f"{ENTRY}{number}": _with_a_dim(leaf) for number, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
+    found = {}
+    for name, value in microbatch.items():
+        for number, leaf in enumerate(tree.leaves_and_spec(value)[0]):
+            if isinstance(leaf, Tensor):
+                found[f"{ENTRY}{name}" if leaf is value else f"{ENTRY}{name}_{number}"] = _with_a_dim(leaf)
+    return found
 
 
 def _with_a_dim(leaf: Tensor) -> Tensor:

@@ -47,11 +47,17 @@ class BenchOptions(StartOptions):
     torch_schedules: Annotated[
         str | None, typer.Option("--torch-schedules", metavar="A,B", help="Torch's names, instead of counterparts.")
     ] = None
+    only: Annotated[
+        str | None, typer.Option("--only", metavar="A,B", help="Of all names those that fit: 'torch *,* compiled'.")
+    ] = None
     repetitions: Annotated[int, typer.Option("--repetitions", min=1, help="Rounds: each contender has a turn.")] = 9
     steps: Annotated[int, typer.Option("--steps", min=1, help="Steps of a turn, of which the median counts.")] = 1
     seconds: Annotated[float, typer.Option("--seconds", min=0, help="No round begins later, but the first three.")] = 120.0
     no_check: Annotated[
         bool, typer.Option("--no-check", help="Compare no gradients: that runs the whole model on each process.")
+    ] = False
+    no_dropout: Annotated[
+        bool, typer.Option("--no-dropout", help="As in evaluation: compiling what draws random numbers takes minutes.")
     ] = False
     output: Annotated[
         str | None, typer.Option("--output", "-o", metavar="FOLDER", help="For results; by default one in runs/.")
@@ -84,7 +90,8 @@ def bench(options: BenchOptions, overrides: Sequence[str]) -> None:
         from autofunc.train.worker import run_worker
     wanted = BenchWanted(
         pp=pp, **others, repetitions=options.repetitions, steps=options.steps, seconds=options.seconds,
-        checks=not options.no_check, output=options.output, as_json=options.as_json,
+        checks=not options.no_check, drops=not options.no_dropout,
+        output=options.output, as_json=options.as_json,
     )  # fmt: skip
     run = asked_bench(config, notes, wanted, options.config)
     if is_worker():
@@ -108,6 +115,7 @@ def _parsed(options: BenchOptions) -> dict[str, Any]:
         "remat": _list("--remat", options.remat, lambda word: _one("--remat", word, _REMAT)),
         "against": _list("--against", options.against, str) or (),
         "torch_schedules": _list("--torch-schedules", options.torch_schedules, str) or (),
+        "only": _list("--only", options.only, str) or ("*",),
     }
 
 

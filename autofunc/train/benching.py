@@ -15,11 +15,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from autofunc.batch import split_batch
 from autofunc.benchmark import Grid, Results, bench
 from autofunc.benchmark.subject import cut_by_costs
 from autofunc.config import FinetuneConfig
 from autofunc.data import STACKED
-from autofunc.errors import ConfigError, MeshError, PipelineRunError
+from autofunc.errors import BatchError, ConfigError, MeshError, PipelineRunError
 from autofunc.runtime.pair_groups import disconnect_all
 from autofunc.schedule import is_named
 from autofunc.shown import literal, shown
@@ -52,10 +53,12 @@ class BenchWanted:
     remat: tuple[str | None, ...] | None = None
     against: tuple[str, ...] = ()
     torch_schedules: tuple[str, ...] = ()
+    only: tuple[str, ...] = ("*",)
     repetitions: int = 9
     steps: int = 1
     seconds: float = 120.0
     checks: bool = True
+    drops: bool = True  # whether dropout is on
     output: str | None = None
     as_json: bool = False
 
@@ -177,10 +180,9 @@ def begin_bench(run: BenchAsked, nproc_per_node: int | None, server: ForkServer 
         AutofuncError: for every mistake in the configuration, before a process is started.
     """
     processes = processes_of(run, nproc_per_node)
-    contenders, left = run.grid.contenders(processes)
-    if not contenders:
-        raise ConfigError("bench: nothing to measure. " + "; ".join(f"{each.name}: {each.why}" for each in left))
+    contenders, _ = run.grid.contenders(processes, run.wanted.only)
     recipe = prepare(run.config, 1, notes=run.notes)
+    _check_rows(recipe, run.grid)
     make_output_dir(run.output, overwrite=False, goes_on=True)
     if not run.wanted.as_json:
         console = line_console()
@@ -192,6 +194,19 @@ def begin_bench(run: BenchAsked, nproc_per_node: int | None, server: ForkServer 
         return
     assert server is not None, "there are several processes"
     launch(server, processes, partial(_as_worker, run, clock.began))
+
+
+def _check_rows(recipe: Recipe, grid: Grid) -> None:
+    """Refuse numbers of microbatches that do not divide a step's rows.
+
+    Raises:
+        ConfigError: naming those that do.
+    """
+    for number in grid.microbatches:
+        try:
+            split_batch(recipe.example(), number, batch_dims=STACKED, key_name=recipe.model.key_name)
+        except BatchError as error:
+            raise ConfigError(f"bench, --microbatches {number}: {error}") from error
 
 
 def _as_worker(run: BenchAsked, began: float) -> None:
@@ -212,15 +227,15 @@ def _run(recipe: Recipe, run: BenchAsked) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         join(device, config.distributed.timeout_minutes)
     is_first = os.environ.get("RANK", "0") == "0"
-    key = (recipe.seed, 1)
+    key = (recipe.seed, 1) if wanted.drops else None
     with threads(config.distributed.threads_per_rank):
         model, grid = recipe.model, run.grid
         batch = {name: leaf.to(device) for name, leaf in recipe.example().items()}
         results = bench(
             model, batch, loss=recipe.loss, schedules=grid.schedules, pp=grid.pp, microbatches=grid.microbatches,
             engines=grid.engines, compile=grid.compile, remat=grid.remat, against=grid.against,
-            torch_schedules=grid.torch_schedules,
-            split_points=cut_by_costs(model, run.split_points, recipe.microbatch(key), recipe.loss),
+            torch_schedules=grid.torch_schedules, only=wanted.only,
+            split_points=cut_by_costs(model, run.split_points, recipe.microbatch((recipe.seed, 1)), recipe.loss),
             params=model.init(recipe.init_seed, device=device), key=key, batch_dims=STACKED,
             sharding=recipe.sharding, repetitions=wanted.repetitions, steps=wanted.steps, seconds=wanted.seconds,
             check=wanted.checks, peak=None if recipe.peak_tflops is None else recipe.peak_tflops * 1e12,

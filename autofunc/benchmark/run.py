@@ -49,6 +49,7 @@ def bench(
     against: Sequence[str] = (),
     torch_schedules: Sequence[str] = (),
     torch_module: MakeModule | None = None,
+    only: Sequence[str] = ("*",),
     split_points: Sequence[str] | Callable[[int], Sequence[Stage]] | None = None,
     params: tree.Nested | None = None,
     key: Any = None,
@@ -79,6 +80,7 @@ def bench(
             the plain microbatch loop in one process.
         torch_schedules: torch's names, such as "1F1B", in the place of counterparts.
         torch_module: makes the modules of torch's stages, in the place of graphs traced from ours.
+        only: patterns, of which a contender's name fits one: "torch *", "autofunc * compiled".
         split_points: names, used where they give as many stages as a schedule needs, which otherwise cost about the same;
             or a function of that number.
         params: of the whole model; by default `model.init(0)` where the batch is.
@@ -112,7 +114,7 @@ def bench(
         tuple(torch_schedules),
     )  # fmt: skip
     was_alone = not dist.is_initialized()
-    given = tree.flatten(params) if params is not None else tree.flatten(model.init(0, device=_device_of(batch)))
+    given = tree.flatten(params) if params is not None else _initial(model, batch)
     subject = Subject(model, loss, batch, given, key, batch_dims, sharding or Sharding(), lambda number: ())
     subject.cut = (
         split_points
@@ -120,9 +122,7 @@ def bench(
         else cut_by_costs(model, split_points, subject.microbatches(microbatches[0])[0], loss)
     )
     world = World(subject.device)
-    contenders, left = grid.contenders(world.size)
-    if not contenders:
-        raise AutofuncError("bench: nothing to measure. " + "; ".join(f"{each.name}: {each.why}" for each in left))
+    contenders, left = grid.contenders(world.size, only)
 
     def make(name: str, contender: Contender) -> Runner:
         team = world.team(contender.pp)
@@ -143,6 +143,11 @@ def bench(
     if was_alone and world.size == 1 and dist.is_initialized():
         dist.destroy_process_group()
     return _record(subject, contenders, [*left, *found.left_out], found, world, effort, peak)
+
+
+def _initial(model: Model, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The parameters of the whole model, where the batch is."""
+    return tree.flatten(model.init(0 if model.uses_seed else None, device=_device_of(batch)))
 
 
 def _device_of(batch: Mapping[str, Any]) -> torch.device:
