@@ -26,9 +26,9 @@ def peak_bytes(step: Callable[[], object], device: torch.device, before: int) ->
         device: that it runs on.
         before: see `allocated_bytes`; of a GPU, from before the contender was made.
     """
-    gc.collect()
     if device.type == "cpu":
         return _of_cpu(step)
+    gc.collect()
     torch.accelerator.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     step()
@@ -54,8 +54,12 @@ def _free_in_pools() -> int:
 
 def _of_cpu(step: Callable[[], object]) -> int:
     os.environ.setdefault("KINETO_LOG_LEVEL", _ERRORS)  # read when the profiler starts, which else says so each time
+    collects = gc.isenabled()
+    gc.disable()  # what was made before is not to go in between
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=False) as watched:
         step()
+    if collects:
+        gc.enable()
     profiler: Any = watched.profiler
     changes = [each for each in profiler.kineto_results.events() if each.name() == _MEMORY]
     alive = most = 0

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -132,6 +134,14 @@ def test_nothing_to_measure() -> None:
         af.bench(model, batch, loss=loss, schedules=["dualpipe_v"], microbatches=[1])
     with pytest.raises(af.AutofuncError, match="repetitions=0"):
         af.bench(model, batch, loss=loss, repetitions=0)
+
+
+def test_the_guide_runs_as_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "benchmarks.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "benchmarks.md", "exec"), {})
+    assert {path.name for path in (tmp_path / "results").iterdir()} == {"bench.json", "bench.png", "bench.html"}
 
 
 def test_peak_counts_temporaries() -> None:

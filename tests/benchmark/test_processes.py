@@ -25,7 +25,7 @@ def of_three_sizes() -> dict[str, Any]:
     """In a worker: pipelines of 1, 2 and 4 of four processes, tied weights and dropout."""
     model, _, loss, batch = make_case("gpt2", 4, 8)
     found = af.bench(
-        model, batch, loss=loss, schedules=["1f1b", "zbv"], pp=[1, 2, 4], microbatches=[8], against=["torch", "plain"],
+        model, batch, loss=loss, schedules=["1f1b"], pp=[1, 2, 4], microbatches=[8], against=["torch", "plain"],
         key=(0, 1), repetitions=2, steps=2, progress=False,
     )  # fmt: skip
     return found.to_dict()
@@ -33,12 +33,13 @@ def of_three_sizes() -> dict[str, Any]:
 
 @pytest.mark.full
 def test_pipelines_of_several_sizes_share_processes(workers: WorkerPool) -> None:
+    workers.seconds_for_one_call = 300.0
     first, *others = workers.run(of_three_sizes)
     assert all(each == first for each in others) and not first["left_out"]
     by_side = {
         side: [each for each in first["contenders"] if each["side"] == side] for side in (AUTOFUNC, TORCH, PLAIN)
     }  # fmt: skip
-    assert [len(each) for each in by_side.values()] == [6, 6, 1]
+    assert [len(each) for each in by_side.values()] == [3, 3, 1]
     for each in first["contenders"]:
         assert each["gradient_error"] <= (1e-5 if each["side"] == TORCH else 0.0), each
         assert len(each["step_ms"]) == 2 and len(each["peak_bytes"]) == each["pp"] and min(each["peak_bytes"]) > 0
