@@ -98,10 +98,15 @@ class Subject:
     def flops(self, microbatches: int) -> int | None:
         """Floating-point operations of the products of a step, backward included; None where they cannot be counted."""
         try:
-            costs = count_operations(self.model, self.microbatches(microbatches)[0], self.loss)
+            costs = count_operations(self.model, _on_host(self.microbatches(microbatches)[0]), self.loss)
         except ModelError:
             return None
         return 3 * microbatches * sum(each.flops for each in costs.values())
+
+
+def _on_host(microbatch: Microbatch) -> Microbatch:
+    """To count operations on, which is done on fake tensors of the CPU."""
+    return tree.map_leaves(lambda leaf: leaf.cpu() if isinstance(leaf, Tensor) else leaf, microbatch)  # type: ignore[no-any-return]
 
 
 def cut_by_costs(model: Model, points: Sequence[str] | None, microbatch: Microbatch, loss: Loss | None) -> Cut:
@@ -124,6 +129,6 @@ def cut_by_costs(model: Model, points: Sequence[str] | None, microbatch: Microba
         finer = model
         if number > len(model.layers):
             finer = model.cut_before(list(model.specialise().cut_points.start))
-        return split(finer, number, costs=layer_costs(finer, microbatch, loss))
+        return split(finer, number, costs=layer_costs(finer, _on_host(microbatch), loss))
 
     return cut
