@@ -20,7 +20,7 @@ from autofunc.benchmark import Grid, Results, bench
 from autofunc.benchmark.subject import cut_by_costs
 from autofunc.config import FinetuneConfig
 from autofunc.data import STACKED
-from autofunc.errors import BatchError, ConfigError, MeshError, PipelineRunError
+from autofunc.errors import BatchError, ConfigError, PipelineRunError
 from autofunc.runtime.pair_groups import disconnect_all
 from autofunc.schedule import is_named
 from autofunc.shown import literal, shown
@@ -252,12 +252,12 @@ def _report(results: Results, run: BenchAsked) -> None:
 
     Raises:
         PipelineRunError: when a contender's gradients were wrong.
-        MeshError: when the folder cannot be written into.
+        ConfigError: when the folder cannot be written into.
     """
     try:
         written = results.save(run.output) if results.measured else []
     except OSError as error:
-        raise MeshError(f"bench: {shown(run.output)} cannot be written into: {error.strerror or error}") from error
+        raise ConfigError(f"bench: {shown(run.output)} cannot be written into: {error.strerror or error}") from error
     console = line_console()
     if run.wanted.as_json:
         sys.stdout.write(json.dumps(results.to_dict(), indent=2) + "\n")
