@@ -80,7 +80,7 @@ def _memory(record: Record) -> Table:
 
 
 def _footnotes(record: Record) -> list[str]:
-    lines = [f"speed: over {record.baseline.name}, the median of pairs; most of a rank's bytes each"]
+    lines = [f"speed: over {record.baseline.name}, the median of pairs; bytes: of the rank that has most"]
     if any(each.schedule_bubble is not None for each in record.measured):
         lines.append("bubble: measured / of the schedule with this run's costs")
         if all(each.bubble is None for each in record.measured):

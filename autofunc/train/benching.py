@@ -188,7 +188,11 @@ def begin_bench(run: BenchAsked, nproc_per_node: int | None, server: ForkServer 
         console = line_console()
         for note in recipe.notes:
             console.print(literal(f"note: {note}"))
-        console.print(literal(f"{len(contenders)} contenders on {processes} process{'es' * (processes > 1)}"))
+        console.print(
+            literal(
+                f"{len(contenders)} contender{'s' * (len(contenders) > 1)} on {processes} process{'es' * (processes > 1)}"
+            )
+        )
     if processes == 1:
         _run(recipe, run)
         return

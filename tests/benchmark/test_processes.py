@@ -63,7 +63,7 @@ def test_the_command_in_one_process(tmp_path: Path) -> None:
     words = ("--nproc-per-node", "1", "--schedules", "1f1b", "--repetitions", "1", "--seconds", "60")
     done = run_here(folder, "bench", "-c", "cfg.yaml", *words, "--model.n_embd", "8")
     assert done.status == 0, done.err
-    assert "1 contenders on 1 process" in done.out and "autofunc 1f1b graph" in done.out and "\x1b" not in done.out
+    assert "1 contender on 1 process" in done.out and "autofunc 1f1b graph" in done.out and "\x1b" not in done.out
     said = json.loads((folder / "runs" / "bench_cfg" / "bench.json").read_text())
     assert said["contenders"][0]["microbatches"] == 4 and said["setting"]["tokens"] == 8 * 16
     assert all((folder / "runs" / "bench_cfg" / name).stat().st_size for name in ("bench.png", "bench.html"))
