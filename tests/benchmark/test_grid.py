@@ -63,7 +63,7 @@ def test_what_cannot_run_says_why(choices: dict[str, Any], processes: int, name:
         ({"pp": (0,)}, "from 1 on"),
         ({"engines": ("grph",)}, "did you mean graph"),
         ({"remat": ("auto",)}, "needs a memory budget"),
-        ({"against": ("jax",)}, "Known: torch, plain"),
+        ({"against": ("jax",)}, "known: torch, plain"),
         ({"torch_schedules": ("1f1b",)}, "did you mean 1F1B"),
     ],
 )
