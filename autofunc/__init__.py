@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from autofunc import errors, losses, random, schedule, tree
     from autofunc.adapters import load_adapter, lora, merge_lora, save_adapter
     from autofunc.automodel import AutoModel, register_architecture, register_modeling_path
+    from autofunc.benchmark import bench
     from autofunc.captured import empty_weights, from_function
     from autofunc.checkpoint import Checkpoint, load, save
     from autofunc.checks import check
@@ -51,6 +52,7 @@ _HOME = {
     "Stage": "autofunc.splitting",
     "TensorParallel": "autofunc.model",
     "Transfers": "autofunc.runtime.pair_groups",
+    "bench": "autofunc.benchmark",
     "check": "autofunc.checks",
     "constrain": "autofunc.spread",
     "data_coordinate": "autofunc.mesh",
@@ -96,6 +98,7 @@ __all__ = [
     "Stage",
     "TensorParallel",
     "Transfers",
+    "bench",
     "check",
     "constrain",
     "data_coordinate",

@@ -253,6 +253,10 @@ class Pipeline(Held):
         alive = of_all({rank: scale.alive for rank, scale in scales.ranks.items()}, self._group)
         return tuple(alive[rank] for rank in range(self.schedule.num_ranks))
 
+    def reserved_bytes(self) -> int:
+        """Bytes of this process's receive slots, which stay from step to step."""
+        return sum(pool.num_bytes for pool in self._blueprint.pools.values())
+
     def check_finite(
         self, params: tree.Nested, batch: Mapping[str, Any], key: Any = None, state: tree.Nested | None = None
     ) -> None:

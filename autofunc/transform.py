@@ -78,6 +78,7 @@ def pipeline(
         - `explain()`: stages, what crosses between them, and the schedule drawn, as text
         - `profile(params, batch)`, `costs(params, batch)`: when every action ran; what stages cost, for the simulator
         - `memory(params, batch)`, `measure_bytes(params, batch)`: bytes that stages keep, known ahead; and weighed in a run
+        - `reserved_bytes()`: of receive slots, which stay from step to step
         - `check_finite(params, batch)`: where a step's values stop being finite
         - `with_loss(loss)`: the same pipeline with another loss
         - `close()`: lets go of what was built, and of connections

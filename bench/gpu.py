@@ -35,10 +35,10 @@ from torch.distributed.pipelining import PipelineStage, ScheduleInterleaved1F1B
 from torch.utils.flop_counter import FlopCounterMode
 
 import autofunc as af
+from autofunc.engine.device_speed import peak_tflops
 
 MICROBATCHES = 8
 RANKS = 2
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16, by the vendor's data sheets
 Step = Callable[[], Any]
 
 
@@ -264,12 +264,12 @@ def measure(name: str, device: str, repetitions: int, seconds: float, wanted: re
         for title, step in steps.items():
             times[title].append(timed_ms(step))
 
-    peak = next((each for part, each in PEAK_FLOPS.items() if part in torch.cuda.get_device_name()), None)
+    tflops = peak_tflops(torch.device(device))
     lines = []
     for title, each in times.items():
         ms, first = statistics.median(each), found[title]
         ratio = statistics.median(one / other for one, other in zip(each, times["plain loop"], strict=True))
-        mfu = f"{100 * flops / (ms / 1e3) / peak:.1f} %" if peak else "-"
+        mfu = f"{100 * flops / (ms / 1e3) / (tflops * 1e12):.1f} %" if tflops else "-"
         gib, loss = f"{first.peak_bytes / 2**30:.2f}", f"{first.loss:.4f}"
         lines.append((title, f"{ms:.1f}", f"{ratio:.3f}", mfu, gib, f"{first.first_s:.1f}", loss))
     print(f"{len(times['plain loop'])} rounds\n")

@@ -16,6 +16,7 @@ ROOT = Path(__file__).parent.parent
 SOURCES = sorted((ROOT / "autofunc").rglob("*.py"))
 assert SOURCES
 DISTRIBUTED_FROM = {
+    "benchmark",
     "mesh.py",
     "checkpoint",
     "optim",
@@ -224,7 +225,7 @@ def test_help_leads_to_what_a_pipeline_can_do() -> None:
     assert methods >= set(re.findall(r"`(\w+)\(", "\n".join(line for line in text.splitlines() if line.startswith("- "))))
 
 
-@pytest.mark.parametrize("name", ["pipeline", "value_and_grad", "split", "from_module", "from_function", "lora"])
+@pytest.mark.parametrize("name", ["pipeline", "value_and_grad", "split", "from_module", "from_function", "lora", "bench"])
 def test_docstrings_are_whole(name: str) -> None:
     import autofunc as af
 

@@ -12,6 +12,7 @@ import typer
 from autofunc import __version__
 from autofunc.cli import config as config_commands
 from autofunc.cli import data, schedule
+from autofunc.cli.bench import BenchOptions
 from autofunc.cli.loading import loading_torch
 from autofunc.cli.options import TAKES_OVERRIDES, ConfigFile, EvaluateOptions, GenerateOptions, RunOptions, takes_groups
 from autofunc.errors import AutofuncError, ConfigError, PipelineRunError, full_message, one_of
@@ -198,6 +199,25 @@ def check(
         from autofunc.cli.check import check as run_check
     if not run_check(config, context.args, as_json):
         raise typer.Exit(1)
+
+
+@app.command("bench", context_settings=TAKES_OVERRIDES, epilog=_ANY_KEY)
+@takes_groups
+def bench(context: typer.Context, options: BenchOptions) -> None:
+    """Measure steps of pipelines in turns: all combinations of the lists that are given.
+
+    Runs the code that the file names in _target_. Gradients are compared with the plain loop's, then all contenders take
+    turns. Tables, and bench.json, bench.png and bench.html (timelines). Starts its own processes, unless torchrun has.
+
+    Example: autofunc bench -c examples/custom_model.yaml --against torch
+
+    Example: autofunc bench -c run.yaml --schedules 1f1b,zb_h1,zbv --compile off,on --microbatches 8,16
+
+    Example: autofunc bench -c run.yaml --nproc-per-node 1 --remat none,layer --against torch,plain -o results
+    """
+    from autofunc.cli.bench import bench as run
+
+    run(options, context.args)
 
 
 @app.command(

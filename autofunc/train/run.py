@@ -88,10 +88,20 @@ def _mesh(recipe: Recipe, device: torch.device, timeout_minutes: float) -> Devic
         )
     if world == 1:
         return None
+    join(device, timeout_minutes)
+    return axes.mesh(device.type)
+
+
+def join(device: torch.device, timeout_minutes: float) -> None:
+    """Join the other processes that the environment names in a process group.
+
+    Args:
+        device: that this one computes on.
+        timeout_minutes: how long they wait for each other.
+    """
     timeout = timedelta(minutes=timeout_minutes)
     store, rank, world = next(rendezvous("env://", timeout=timeout))
     # torch's agent keeps its store across restarts, with the addresses of the earlier workers
     store = dist.PrefixStore(f"start {restarts()}", store)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"  # gloo carries objects
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
-    return axes.mesh(device.type)

@@ -1,0 +1,42 @@
+"""How far a contender's gradients are from those of the plain microbatch loop."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+_LEAST_SHARE = 1e-3
+"""Of the largest norm of all: gradients below are held against that, since some are zero but for rounding, such as that of
+a bias before a softmax."""
+
+
+def gradient_error(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
+    """The largest norm of a difference, relative to the norm that is expected.
+
+    Args:
+        found: by path; what is missing counts as zero.
+        expected: by path, of the parameters that this process holds.
+    """
+    norms = {path: float(grad.float().norm()) for path, grad in expected.items()}
+    least = _LEAST_SHARE * max(norms.values(), default=0.0)
+    errors = [0.0]
+    for path, grad in expected.items():
+        other = found.get(path)
+        difference = grad.float() if other is None else other.float() - grad.float()
+        scale = max(norms[path], least)
+        errors.append(float(difference.norm()) / scale if scale else float(difference.norm()))
+    return max(errors)
+
+
+def tolerance(dtypes: set[torch.dtype], device: torch.device) -> float:
+    """How far gradients may be from the plain loop's.
+
+    Args:
+        dtypes: in which parameters are computed with.
+        device: other kernels than the loop's may be chosen on a GPU.
+    """
+    if any(dtype.itemsize < 4 for dtype in dtypes):
+        return 5e-2  # torch sums them in this precision too
+    return 1e-5 if device.type == "cpu" else 1e-4
