@@ -14,6 +14,7 @@ import yaml
 import autofunc as af
 from autofunc.config import load_config, parse_config
 from autofunc.config.sections import problems_of_known
+from autofunc.config.yaml_text import load_yaml
 from tests.docs.blocks import LANGUAGES, OTHER_PROGRAMS, ROOT, Block, blocks_of, run_page
 from tests.docs.command_line import parsed
 from tests.pool import WorkerPool
@@ -107,9 +108,9 @@ def on_top(base: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("block", blocks("yaml"))
 def test_configurations_are_valid(block: Block, tmp_path: Path) -> None:
-    given = yaml.safe_load(block.text)
+    given = load_yaml(block.text)
     whole = {"model", "dataset", "optimizer"} <= given.keys()
-    base = yaml.safe_load((ROOT / "examples" / "demo.yaml").read_text())
+    base = load_yaml((ROOT / "examples" / "demo.yaml").read_text())
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(given if whole else on_top(with_sections(base), given)))
     parse_config(load_config(tmp_path / "run.yaml"))
     assert problems_of_known(given) == []
