@@ -26,6 +26,7 @@ PAGES = {
 FILES = ("bench/RESULTS.md", "examples/*.py", "examples/*.yaml", "examples/*.ipynb")
 """What pages link to and readers download."""
 
+_COMMENT = re.compile(r"^<!-- .*?-->\n|^<!-- run\n.*?^-->\n", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"(\]\()([^)#:\s]+)([)#])")
 
 
@@ -43,8 +44,9 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Resolve links that lead out of docs/."""
+    """Resolve links that lead out of docs/, and leave out comments, which are for the tests of pages."""
     place = page.file.src_uri
+    markdown = _COMMENT.sub("", markdown)
     return markdown if place in PAGES.values() and place != "index.md" else _linked(markdown, f"docs/{place}", place)
 
 

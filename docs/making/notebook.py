@@ -62,7 +62,12 @@ def _text(prose: str) -> list[dict[str, Any]]:
 
 
 def _cell(kind: str, text: str) -> dict[str, Any]:
-    cell: dict[str, Any] = {"cell_type": kind, "id": "", "metadata": {}, "source": text.rstrip("\n").splitlines(keepends=True)}
+    cell: dict[str, Any] = {
+        "cell_type": kind,
+        "id": "",
+        "metadata": {},
+        "source": text.rstrip("\n").splitlines(keepends=True),
+    }
     return cell | ({"execution_count": None, "outputs": []} if kind == "code" else {})
 
 

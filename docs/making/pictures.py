@@ -63,10 +63,7 @@ def _box(x: float, y: float, width: float, height: float, text: str, fill: str) 
 
 def _arrow(x: float, y: float, length: float) -> str:
     end = x + length
-    return (
-        f'<path d="M{x:g} {y:g}H{end - 5:g}" stroke="#555" fill="none"/>'
-        f'<path d="M{end:g} {y:g}l-7 -4v8z" fill="#555"/>'
-    )
+    return f'<path d="M{x:g} {y:g}H{end - 5:g}" stroke="#555" fill="none"/><path d="M{end:g} {y:g}l-7 -4v8z" fill="#555"/>'
 
 
 def _text(x: float, y: float, text: str, kind: str = "") -> str:

@@ -7,8 +7,9 @@ Blocks of Python run from top to bottom in one namespace, in a folder of their o
     <!-- not run: why -->      is only parsed
     <!-- output -->            text: what the block above it prints
 
-and `<!-- run`, lines of code, `-->` is code that readers do not see. A block whose first line is `# name.py` or `# name.yaml`
-is a file of that name, which later blocks use.
+and `<!-- run`, lines of code, `-->` is code that readers do not see. A block whose first line is `# name.py` or
+`# name.yaml` is a file of that name, which later blocks use. Where blocks run on ranks, each rank first runs the code
+that the page has put into `on_each_rank`, as text.
 """
 
 from __future__ import annotations
@@ -116,7 +117,7 @@ def _run(
         for words in block.commands:
             out.write(_command(words, folder, mark == "full"))
     elif mark == "ranks":
-        workers(int(detail)).run(_on_a_rank, code, where, str(folder), _plain(space))
+        workers(int(detail)).run(_on_a_rank, space.get("on_each_rank", ""), code, where, str(folder))
     else:
         with contextlib.redirect_stdout(out):
             exec(compile(code, where, "exec"), space)
@@ -143,16 +144,11 @@ def _command(words: list[str], folder: Path, as_process: bool) -> str:
     return done.stdout
 
 
-def _plain(space: dict[str, Any]) -> dict[str, str]:
-    """Source of hidden code that ranks run first: what the page's namespace holds under `on_each_rank`."""
-    return {"setup": space.get("on_each_rank", "")}
-
-
-def _on_a_rank(code: str, where: str, folder: str, given: dict[str, str]) -> None:
-    """Run a block on this rank of a pool. What a page sets up for its ranks comes first."""
+def _on_a_rank(setup: str, code: str, where: str, folder: str) -> None:
+    """Run a block on this rank of a pool, after what its page sets up for each rank."""
     with _in_folder(Path(folder)):
         space: dict[str, Any] = {"__name__": "__main__"}
-        exec(given["setup"], space)
+        exec(setup, space)
         exec(compile(code, where, "exec"), space)
 
 

@@ -43,7 +43,7 @@ def test_the_tables_of_keys_are_current() -> None:
 
 def test_a_key_in_no_table_is_an_error() -> None:
     keys = making("keys")
-    with pytest.raises(ValueError, match="in no table.*'seed'"):
+    with pytest.raises(ValueError, match=r"in no table.*'seed'"):
         keys.current(keys.PAGE.read_text().replace("<!-- keys: seed ", "<!-- keys: "))
 
 
@@ -69,7 +69,9 @@ def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("PATH", os.pathsep.join(places))  # where `autofunc` and `torchrun` are
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
     notebook = nbformat.read(tmp_path / "tutorial.ipynb", as_version=4)
-    nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": tmp_path}}).execute()
+    nbclient.NotebookClient(
+        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": tmp_path}}
+    ).execute()
     printed = json.dumps(notebook)
     assert "rank 0 | 0 1 ....[0 ]2" in printed and "failed" in printed
     assert (tmp_path / "runs" / "long" / "metrics.jsonl").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -42,11 +43,15 @@ def test_blocks_run(page: Path, tmp_path: Path) -> None:
 
 
 FULL = [page for page in WITH_BLOCKS if any(block.mark.startswith(("full", "ranks")) for block in blocks_of(page))]
+AS_A_NOTEBOOK = "docs/tutorial"
+"""Where notebooks can be run, test_made.py runs this page as one, with all it does."""
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("page", FULL, ids=named)
 def test_all_blocks_run(page: Path, tmp_path: Path, pools: Callable[[int], WorkerPool]) -> None:
+    if named(page) == AS_A_NOTEBOOK and all(importlib.util.find_spec(name) for name in ("nbclient", "ipykernel")):
+        pytest.skip("runs as a notebook")
     run_page(page, tmp_path, full=True, workers=pools)
 
 
@@ -123,7 +128,11 @@ def test_configurations_are_valid(block: Block, tmp_path: Path) -> None:
 
 
 def test_every_public_name_is_in_the_reference() -> None:
-    shown = [name for page in sorted((ROOT / "docs/api").glob("*.md")) for name in re.findall(r"^::: (\S+)", page.read_text(), re.M)]
+    shown = [
+        name
+        for page in sorted((ROOT / "docs/api").glob("*.md"))
+        for name in re.findall(r"^::: (\S+)", page.read_text(), re.M)
+    ]
     assert len(shown) == len(set(shown))
     modules = {"errors", "losses", "random", "schedule", "tree"}
     public = {f"autofunc.{name}" for name in set(af.__all__) - modules}
