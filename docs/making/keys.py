@@ -1,7 +1,7 @@
 """The tables of docs/configuration.md: `python docs/making/keys.py` brings them up to date with the schema.
 
-A comment `<!-- keys: distributed seed -->` stands above each table and says which keys it has. Keys, types and defaults come
-from the schema. Meanings are written by hand and stay; a new key begins with its description in the schema. A default that
+A comment `<!-- keys: distributed seed -->` stands above each table and says which keys it has. Keys, types and defaults
+come from the schema. Meanings are written by hand and stay; a new key begins with its description there. A default that
 the schema leaves open (null) may be put into words by hand.
 """
 
