@@ -26,7 +26,7 @@ PAGES = {
 FILES = ("bench/RESULTS.md", "examples/*.py", "examples/*.yaml", "examples/*.ipynb")
 """What pages link to and readers download."""
 
-_COMMENT = re.compile(r"^<!-- .*?-->\n|^<!-- run\n.*?^-->\n", re.MULTILINE | re.DOTALL)
+_COMMENT = re.compile(r"^<!-- .*?-->\n", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"(\]\()([^)#:\s]+)([)#])")
 
 

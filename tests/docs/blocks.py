@@ -7,9 +7,9 @@ Blocks of Python run from top to bottom in one namespace, in a folder of their o
     <!-- not run: why -->      is only parsed
     <!-- output -->            text: what the block above it prints
 
-and `<!-- run`, lines of code, `-->` is code that readers do not see. A block whose first line is `# name.py` or
-`# name.yaml` is a file of that name, which later blocks use. Where blocks run on ranks, each rank first runs the code
-that the page has put into `on_each_rank`, as text.
+and `<!-- run` or `<!-- run full`, lines of code, `-->` is code that readers do not see. A block whose first line is
+`# name.py` or `# name.yaml` is a file of that name, which later blocks use. Where blocks run on ranks, each rank first
+runs the code that the page has put into `on_each_rank`, as text.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ OTHER_PROGRAMS = {"make", "torchrun", "torchfrtrace", "srun", "source", "python"
 SECONDS_FOR_A_COMMAND = 300.0
 
 _BLOCK = re.compile(
-    r"(?:^<!-- (?P<mark>(?!run\n)[^\n]*?) -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$"
-    r"|^<!-- run\n(?P<hidden>.*?)^-->$",
+    r"(?:^<!-- (?P<mark>[^\n]*?) -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$"
+    r"|^<!-- run(?P<tier> full)?\n(?P<hidden>.*?)^-->$",
     re.MULTILINE | re.DOTALL,
 )
 _FILE = re.compile(r"# ([\w./-]+\.(?:py|yaml))\n")
@@ -71,7 +71,7 @@ def blocks_of(page: Path) -> list[Block]:
         line = text.count("\n", 0, match.start()) + 1
         hidden = match["hidden"]
         if hidden is not None:
-            found.append(Block("python", hidden, "", line))
+            found.append(Block("python", hidden, (match["tier"] or "").strip(), line))
         else:
             found.append(Block(match["language"], match["text"], match["mark"] or "", line))
     return found
