@@ -3,8 +3,9 @@ PYTHON ?= $(shell for name in python3 python3.13 python3.12 python3.11; do \
 	$$name -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$name && break; done)
 BIN := .venv/bin
 READY := .venv/.ready
+DOCS_READY := .venv/.docs-ready
 
-.PHONY: help setup demo test test-full test-gpu lint bench clean
+.PHONY: help setup demo test test-full test-gpu lint docs bench clean
 
 help:
 	@echo "make setup   create .venv and install autofunc with its tested versions"
@@ -13,6 +14,7 @@ help:
 	@echo "make test-full  run the rest: other sizes, and combinations whose parts those cover"
 	@echo "make test-gpu   laws on one GPU, all ranks in one process (about two minutes)"
 	@echo "make lint    formatting, lints, types, import directions"
+	@echo "make docs    build the documentation site into build/site (seconds, once its packages are there)"
 	@echo "make bench   measure (about forty minutes)"
 
 setup: $(READY)
@@ -45,6 +47,14 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# Pages open from disk: build/site/index.html.
+docs: $(DOCS_READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+$(DOCS_READY): $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
+	@touch $@
 
 bench: $(READY)
 	$(BIN)/python bench/step_time.py

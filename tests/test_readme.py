@@ -113,7 +113,7 @@ def keys_of(section: type[BaseModel], prefix: str = "") -> list[str]:
 
 
 def test_links_lead_somewhere() -> None:
-    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
     links = [(page, target) for page in pages for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text())]
     assert len(links) > len(pages), "pages lead to each other"
     assert not [f"{page.name}: {target}" for page, target in links if not (page.parent / target).exists()]

@@ -248,6 +248,8 @@ def _check_options(words: list[str]) -> None:
 
 def main() -> None:
     """Entry point: errors made for people are printed without a traceback, but with their notes."""
+    if os.environ.get("MPLBACKEND", "").startswith("module://"):
+        os.environ["MPLBACKEND"] = "agg"  # a notebook's, which may not be installed here; commands draw into files
     try:
         _check_options(sys.argv[1:])
         app()

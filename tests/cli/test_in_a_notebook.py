@@ -1,0 +1,20 @@
+"""Commands that a cell of a notebook runs."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.cli.here import run_here
+
+
+@pytest.mark.parametrize(("given", "used"), [("module://matplotlib_inline.backend_inline", "agg"), ("pdf", "pdf")])
+def test_a_notebooks_backend_need_not_be_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str, used: str
+) -> None:
+    """Notebooks name theirs for all that they start, and matplotlib refuses to be imported without it."""
+    monkeypatch.setenv("MPLBACKEND", given)
+    assert run_here(tmp_path, "schedule", "list").status == 0
+    assert os.environ["MPLBACKEND"] == used
