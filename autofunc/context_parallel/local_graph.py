@@ -191,7 +191,9 @@ class LocalGraph:
             return self._obtain(argument.node, argument.layout)
         if isinstance(argument, Node):
             return self._obtain(argument, FULL)
-        return type(argument)(map(self._argument, argument)) if type(argument) in (list, tuple) else argument
+        if not isinstance(argument, (list, tuple)):  # lists of graphs are of a class of their own
+            return argument
+        return tuple(map(self._argument, argument)) if isinstance(argument, tuple) else list(map(self._argument, argument))
 
     def _obtain(self, node: Node, layout: Layout) -> Node:
         own = self._layout(node)
