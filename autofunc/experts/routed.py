@@ -169,4 +169,4 @@ def run_for_real(graph: fx.Graph) -> None:
     """Put the functions in the places of the operators that stood for them, once a graph is done."""
     for node in graph.nodes:
         if node.op == "call_function" and node.target in _REAL:
-            node.target = _REAL[node.target]  # type: ignore[index]
+            node.target = _REAL[node.target]

@@ -41,7 +41,7 @@ def routed(p: Mapping[str, Tensor], x: Tensor, batch: Any, mix: Any = lambda row
 
 def balanced(how: str, p: Mapping[str, Tensor], x: Tensor, batch: Any) -> Tensor:
     """The share of tokens that chose an expert times its mean probability, counted in the ways of libraries."""
-    flat, probability, chosen, _ = _route(p, x)
+    _, probability, chosen, _ = _route(p, x)
     mask = batch["mask"].flatten().to(x.dtype)
     pairs, none = chosen.flatten(), torch.zeros(EXPERTS, dtype=x.dtype)
     if how == "one_hot":
@@ -51,7 +51,7 @@ def balanced(how: str, p: Mapping[str, Tensor], x: Tensor, batch: Any) -> Tensor
     else:
         counts = none.scatter_add(0, pairs, mask.repeat_interleave(K))
         probability = probability * mask[:, None]
-    total = mask.sum() if how == "scatter_add" else len(mask)
+    total = mask.sum() if how == "scatter_add" else len(pairs) // K
     return x + (counts / total * (probability.sum(0) / total)).sum()
 
 

@@ -110,10 +110,16 @@ def check(
 
 
 Counts = tuple[AxisPlan, dict[str, int], dict[str, int]]
-MODELS = ("llama", "qwen3", "gemma3", "phi3", "gpt2", "bert", "t5", "mixtral")
+MODELS = ("llama", "qwen3", "gemma3", "phi3", "gpt2", "bert", "t5", "mixtral", "qwen3_moe", "olmoe")
 
 
-FIRST = [("llama", None, True), ("gpt2", None, False), ("t5", None, True), ("mixtral", "derived", False)]
+FIRST = [
+    ("llama", None, True),
+    ("gpt2", None, False),
+    ("t5", None, True),
+    ("mixtral", "derived", False),
+    ("olmoe", None, True),
+]
 
 
 @pytest.mark.parametrize(("name", "table", "sequence"), FIRST)
