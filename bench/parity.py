@@ -46,7 +46,7 @@ from autofunc.mesh import data_coordinate
 from autofunc.tree import flatten
 
 STEPS, MICROBATCHES, TOLERANCE = 5, 2, 1e-5
-SECONDS = 60  # that a rank waits for another
+SECONDS = 300  # that a rank waits for another
 MODELS = ("GPT-2", "Llama", "Qwen3", "Gemma 3", "Phi-3", "Mixtral", "Qwen3-MoE", "OLMoE", "T5", "BERT")
 ROUTED = ("Mixtral", "Qwen3-MoE", "OLMoE")
 BOTH_ENGINES = ("GPT-2", "Llama", "Mixtral")
@@ -253,6 +253,7 @@ def work(rank: int, size: int, store: str, chosen: list[Case], known: dict[Any, 
             made = over(case, eps)
         except Exception as found:
             error = f"rank {rank}: {type(found).__name__}: {found}"
+            print(case.title, error, flush=True)  # at once: others may wait for this one
         seconds, errors = time.perf_counter() - start, [""] * size
         dist.all_gather_object(errors, error)  # those of ranks that only waited for others come last
         if any(errors):
