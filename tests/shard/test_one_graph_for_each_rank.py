@@ -135,6 +135,15 @@ def test_models(name: str, table: str | None, sequence: bool) -> None:
     check(name, 2, table, sequence=sequence)
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("sequence", [False, True])
+def test_a_block_of_experts_exchanges_what_a_dense_one_does(sequence: bool) -> None:
+    two, one = (check("mixtral", 2, sequence=sequence, num_hidden_layers=blocks) for blocks in (2, 1))
+    each = {"all_gather": 2, "reduce_scatter": 2} if sequence else {"all_reduce": 2}
+    for after, before in zip(two[1:], one[1:], strict=True):
+        assert dict(Counter(after) - Counter(before)) == each
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_another_batch_than_the_example(name: str) -> None:
     """Its tokens do not divide, so that its stream is not cut, and gradients that had terms for the example are whole."""
