@@ -15,28 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from autofunc import experts
 from autofunc.captured.balance import MEAN
 from autofunc.errors import ModelError
-from autofunc.experts import from_experts, grouped_linear, grouped_matmul, mean_over_expert_ranks, to_experts
+from autofunc.experts import grouped_linear, grouped_matmul, mean_over_expert_ranks
 from autofunc.graph.lines import line_of
 
 _THEIRS = "transformers.integrations.moe"
 _REPLACED = ("eager", "grouped_mm", "batched_mm", "deepgemm", "sonicmoe", None)
 """Names in the table that mean the same; one that a user has added stays theirs."""
-
-_library = torch.library.Library("autofunc", "FRAGMENT")  # type: ignore[no-untyped-call]
-_library.define("to_experts(Tensor x, Tensor chosen, int num_experts) -> Tensor[]")  # type: ignore[no-untyped-call]
-_library.define(  # type: ignore[no-untyped-call]
-    "from_experts(Tensor made, Tensor weights, Tensor order, Tensor inverse, Tensor counts) -> Tensor"
-)
-_REAL = {
-    torch.ops.autofunc.to_experts.default: to_experts,
-    torch.ops.autofunc.from_experts.default: from_experts,
-    MEAN: mean_over_expert_ranks,
-}
-for _function in (to_experts, from_experts):
-    _library.impl(_function.__name__, _function, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-    torch.library.register_fake(f"autofunc::{_function.__name__}", _function)
 
 
 @contextmanager
@@ -132,6 +119,7 @@ def _other_user(value: fx.Node, user: fx.Node) -> fx.Node | None:
 
 def run_for_real(graph: fx.Graph) -> None:
     """Put the functions in the places of the operators that stood for them, once an export is done."""
+    experts.run_for_real(graph)
     for node in graph.nodes:
-        if node.target in _REAL:
-            node.target = _REAL[node.target]
+        if node.target is MEAN:
+            node.target = mean_over_expert_ranks

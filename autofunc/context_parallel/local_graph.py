@@ -16,10 +16,12 @@ from torch import fx
 from autofunc.context_parallel.axis import ContextAxis
 from autofunc.context_parallel.moves import added_up, all_tokens, on_first, own_tokens
 from autofunc.context_parallel.natural import of_operator
+from autofunc.context_parallel.routed_rows import RoutedRows
 from autofunc.context_parallel.rules import PRODUCTS, by_rule
 from autofunc.context_parallel.token_chunks import check_length
 from autofunc.context_parallel.traced import Traced
 from autofunc.errors import ModelError
+from autofunc.experts import run_for_real
 from autofunc.graph.schema import is_mutable, is_operator, is_pointwise
 from autofunc.spreading import FULL, TERMS, Cut, Outcome, Want
 from autofunc.spreading.layouts import Layout, local_shape
@@ -58,6 +60,7 @@ class LocalGraph:
         self._layouts: dict[Node, Any] = {node: layout for node, layout in received.items() if layout is not FULL}
         self._weighted = {*whole.params.values(), *whole.received}
         self._made: dict[tuple[Node, Any], Node] = {}
+        self._routed = RoutedRows()
         self._names = {node: name for name, node in whole.entries.items()}
         self._natural: dict[Node, Layout] = {node: entries.get(name, FULL) for name, node in whole.entries.items()}
         self._is_pure = not any(map(is_mutable, whole.module.graph.nodes))
@@ -72,6 +75,7 @@ class LocalGraph:
                 self._made[node, FULL] = self._copy(node)
             else:
                 self._visit(node)
+        run_for_real(self.graph)
         self.returned = [
             self._made[each, self._layout(each)] if isinstance(each, Node) else each for each in whole.returned
         ]  # fmt: skip
@@ -102,7 +106,8 @@ class LocalGraph:
     def _visit(self, node: Node) -> None:
         if node.target is getitem and isinstance(self._layouts.get(node.args[0]), tuple):  # type: ignore[arg-type]
             source: Any = node.args[0]
-            self._layouts[node] = self._layouts[source][node.args[1]]
+            self._layouts[node] = layout = self._layouts[source][node.args[1]]
+            self._routed.take_out(node, source, layout)
             new = self.graph.call_function(getitem, (self._made[source, self._layouts[source]], node.args[1]))
             self._keep(node, new)
             return
@@ -153,6 +158,8 @@ class LocalGraph:
         for layout in (*layouts, *(want.layout for want in outcome.wants)):
             if isinstance(layout, Cut) and not layout.fits(2 * self._axis.size):
                 raise self._refused(node)
+        if not self._routed.note(node, outcome):
+            raise self._refused(node)
 
     def _refused(self, node: Node) -> ModelError:
         line = self._whole.line_of(node)
@@ -184,7 +191,9 @@ class LocalGraph:
             return self._obtain(argument.node, argument.layout)
         if isinstance(argument, Node):
             return self._obtain(argument, FULL)
-        return type(argument)(map(self._argument, argument)) if type(argument) in (list, tuple) else argument
+        if not isinstance(argument, (list, tuple)):  # lists of graphs are of a class of their own
+            return argument
+        return tuple(map(self._argument, argument)) if isinstance(argument, tuple) else list(map(self._argument, argument))
 
     def _obtain(self, node: Node, layout: Layout) -> Node:
         own = self._layout(node)

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from autofunc.context_parallel.attention import context_attention
 from autofunc.context_parallel.axis import ContextAxis
-from autofunc.context_parallel.moves import all_tokens, one_token
+from autofunc.context_parallel.moves import all_tokens, on_first, one_token
 from autofunc.spreading import FULL, TERMS, Cut, Operation, Outcome, Want
 from autofunc.spreading.operation import Borders, Node, Undivided, shape_of
 from autofunc.spreading.rules import rule_of
@@ -153,6 +153,61 @@ def reduced(x: Tensor, name: str, dims: list[int], keepdim: bool, dim: int, size
     chunks = function(torch.stack(x.chunk(2, dim)), [each + 1 for each in dims], keepdim)
     made: Tensor = function(all_tokens(chunks, 0, (2 * size,), ranks), 0)
     return made
+
+
+# --- counts
+
+
+@rule(_aten.histc)
+def histogram(op: Operation, axis: ContextAxis) -> Outcome | None:
+    """How many elements lie between given borders: a term."""
+    x = op.given["self"]
+    cut = op.cut(x)
+    between = op.given["min"] < op.given["max"]  # else they are the least and the largest of all tokens
+    return op.becomes(TERMS, self=Want(x, cut)) if cut is not None and between else None
+
+
+@rule(_aten.scatter_add)
+def scattered(op: Operation, axis: ContextAxis) -> Outcome | None:
+    """What is added at places that tokens name: a term."""
+    into, index, source, dim = (op.given[name] for name in ("self", "index", "src", "dim"))
+    cut = op.cut(index) or op.cut(source)
+    if cut is None or cut.dim != dim % len(shape_of(index)) or op.layout(into) is not FULL:
+        return None
+    if shape_of(source) != shape_of(index):
+        return None
+    args = Want(into, FULL), dim, Want(index, cut), Want(source, cut), axis.ranks
+    return Outcome(TERMS, scattered_term, args)
+
+
+def scattered_term(into: Tensor, dim: int, index: Tensor, source: Tensor, ranks: str) -> Tensor:
+    """A term of what is added, on the first rank to what is there."""
+    return on_first(into, ranks).scatter_add(dim, index, source)
+
+
+@rule(_aten.one_hot)
+def one_hot(op: Operation, axis: ContextAxis) -> Outcome | None:
+    """A column for each of so many classes."""
+    x = op.given["self"]
+    cut = op.cut(x)
+    return None if cut is None or op.given["num_classes"] < 0 else op.becomes(cut, self=Want(x, cut))
+
+
+@rule(_aten.add, linear=True)
+def added_terms(op: Operation, axis: ContextAxis) -> Outcome | None:
+    """Terms of two sums, and a term and what all ranks have, which the first of them adds: sums of counts stay terms."""
+    x, y = op.given["self"], op.given["other"]
+    if not isinstance(x, Node) or not isinstance(y, Node) or {op.layout(x), op.layout(y)} != {TERMS, FULL}:
+        found = rule_of(op.node, linear=True)
+        return found(op) if found is not None else None
+    args = tuple(Want(each, op.layout(each)) for each in (x, y))
+    return Outcome(TERMS, sum_with_term, (*args, op.layout(x) is FULL, op.given["alpha"], axis.ranks))
+
+
+def sum_with_term(x: Tensor, y: Tensor, is_first_full: bool, alpha: float, ranks: str) -> Tensor:
+    """A term of the sum of a term and of what all ranks have."""
+    x, y = (on_first(x, ranks), y) if is_first_full else (x, on_first(y, ranks))
+    return torch.add(x, y, alpha=alpha)
 
 
 # --- losses

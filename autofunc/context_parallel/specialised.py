@@ -20,6 +20,7 @@ from autofunc.context_parallel.natural import of_entries, of_shared
 from autofunc.context_parallel.program import segment_of
 from autofunc.context_parallel.traced import Traced, traced
 from autofunc.errors import ModelError
+from autofunc.experts import recorded_as_operators
 from autofunc.fake import fake_like, fake_mode, naming_errors
 from autofunc.losses import Loss, LossTerms, evaluate
 from autofunc.model import Model, Specialised
@@ -132,7 +133,7 @@ def over_tokens(
             "tokens, would have of their own; use cp=1, or layers without state"
         )
     layers: dict[str, LocalLayer] = {}
-    with fake_mode() as mode, putting_together(beside):
+    with fake_mode() as mode, putting_together(beside), recorded_as_operators():
         batch = _faked(mode, microbatch)
         with naming_errors(model.title):
             entries = base.share(list(model.layers), batch)

@@ -19,7 +19,10 @@ from autofunc.installed import is_of_torch
 Node = fx.Node
 
 _aten = torch.ops.aten
-_TAKEN_APART = (_aten.einsum.default, _aten.broadcast_tensors.default, _aten.tensordot.default, _aten.inner.default)
+_TAKEN_APART = (
+    _aten.einsum.default, _aten.broadcast_tensors.default, _aten.tensordot.default, _aten.inner.default,
+    _aten.view_as.default, _aten.reshape_as.default, _aten.expand_as.default,
+)  # fmt: skip
 """Operators that are recorded as those they are made of, for which there are rules."""
 
 

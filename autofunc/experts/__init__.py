@@ -1,7 +1,15 @@
 """Routed experts: the tokens of each expert, products by groups of rows, and the way there and back."""
 
 from autofunc.experts.products import PRODUCTS, grouped_linear, grouped_matmul, grouped_rows, product_work
-from autofunc.experts.routed import Groups, from_experts, mean_over_expert_ranks, routed_experts, to_experts
+from autofunc.experts.routed import (
+    Groups,
+    from_experts,
+    mean_over_expert_ranks,
+    recorded_as_operators,
+    routed_experts,
+    run_for_real,
+    to_experts,
+)
 
 __all__ = [
     "PRODUCTS",
@@ -12,6 +20,8 @@ __all__ = [
     "grouped_rows",
     "mean_over_expert_ranks",
     "product_work",
+    "recorded_as_operators",
     "routed_experts",
+    "run_for_real",
     "to_experts",
 ]

@@ -12,11 +12,13 @@ on one process and on many, as long as it treats rows apart and works for any nu
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from autofunc.errors import ModelError
 from autofunc.experts.products import grouped_linear, grouped_matmul
@@ -99,6 +101,13 @@ def to_experts(x: Tensor, chosen: Tensor, num_experts: int) -> list[Tensor]:
         Rows sorted by expert; where those of each expert end, int32; and three that `from_experts` takes. With S pairs
         there are S rows on one process, and `ranks * S` over several, of which those that nobody sent are zeros at the end.
     """
+    if _recording.get():
+        found: list[Tensor] = torch.ops.autofunc.to_experts(x, chosen, num_experts)
+        return found
+    return _to_experts(x, chosen, num_experts)
+
+
+def _to_experts(x: Tensor, chosen: Tensor, num_experts: int) -> list[Tensor]:
     order = order_of(chosen, num_experts)
     rows, counts = copied_rows(x, order), order.counts
     own, exchange = counts, current_experts()
@@ -116,8 +125,48 @@ def from_experts(made: Tensor, weights: Tensor, order: Tensor, inverse: Tensor, 
         weights: (tokens, k).
         order, inverse, counts: what it gave besides.
     """
+    if _recording.get():
+        found: Tensor = torch.ops.autofunc.from_experts(made, weights, order, inverse, counts)
+        return found
+    return _from_experts(made, weights, order, inverse, counts)
+
+
+def _from_experts(made: Tensor, weights: Tensor, order: Tensor, inverse: Tensor, counts: Tensor) -> Tensor:
     exchange = current_experts()
     if exchange is not None:
         made = exchange.combine(made, counts, order.shape[0])
     by_pair = sorted_back(made, Order(order, inverse, counts))
     return (by_pair.view(*weights.shape, -1) * weights.unsqueeze(-1)).sum(1)
+
+
+# --- both as operators, which stand for them in graphs that are still to be rewritten; without gradients of their own
+
+_recording: ContextVar[bool] = ContextVar("recording", default=False)
+
+torch.library.define("autofunc::to_experts", "(Tensor x, Tensor chosen, int num_experts) -> Tensor[]")
+torch.library.define(
+    "autofunc::from_experts", "(Tensor made, Tensor weights, Tensor order, Tensor inverse, Tensor counts) -> Tensor"
+)
+torch.library.impl("autofunc::to_experts", "CompositeExplicitAutograd", _to_experts)
+torch.library.impl("autofunc::from_experts", "CompositeExplicitAutograd", _from_experts)
+torch.library.register_fake("autofunc::to_experts", _to_experts)
+torch.library.register_fake("autofunc::from_experts", _from_experts)
+
+_REAL = {torch.ops.autofunc.to_experts.default: to_experts, torch.ops.autofunc.from_experts.default: from_experts}
+
+
+@contextmanager
+def recorded_as_operators() -> Iterator[None]:
+    """Inside, what sends rows to experts and back is one operator each, to whoever records a graph."""
+    token = _recording.set(True)
+    try:
+        yield
+    finally:
+        _recording.reset(token)
+
+
+def run_for_real(graph: fx.Graph) -> None:
+    """Put the functions in the places of the operators that stood for them, once a graph is done."""
+    for node in graph.nodes:
+        if node.op == "call_function" and node.target in _REAL:
+            node.target = _REAL[node.target]

@@ -102,10 +102,10 @@ class StageContext:
             around: what each layer runs in, by its position in the stage.
         """
         x = self.received.assemble(inputs, self.setting.partitioning) if self.received is not None else None
-        with around(0):
-            entries = self.specialised.share(self.stage.layers, self.setting.precision.batch(microbatch))
         states = self.stage.bind_state(state)
         with summing(self.setting.data), exchanging(self.setting.experts):
+            with around(0):  # a balance loss counts tokens of all expert ranks, of their masks alone too
+                entries = self.specialised.share(self.stage.layers, self.setting.precision.batch(microbatch))
             for number, name in enumerate(self.stage.layers):
                 if ready is not None:
                     ready(number)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from autofunc.experts import to_experts
 from autofunc.graph.schema import is_operator
 from autofunc.spreading.layouts import FULL, TERMS, Cut
 from autofunc.spreading.propagate import Propagation, is_differentiable
@@ -69,6 +70,8 @@ class Sharing:
             self._leads[node] = node not in self._whole.kept and all(self._takes_shared(user) for user in users)
             if self._is_full(node) and any(self._wants_shared(user, node) for user in users):
                 self.wanted.add(node)
+            if node.target is to_experts and not self.wanted.isdisjoint(node.users):
+                self.wanted.add(node.args[0])  # type: ignore[arg-type]  # tokens are fewer than their rows
             if node in self.wanted and _is_structural(node) and self._is_full(node.args[0]):  # type: ignore[arg-type]
                 source: Any = node.args[0]
                 if source in self._whole.weighted:

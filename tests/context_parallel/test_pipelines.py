@@ -39,6 +39,8 @@ def build(name: str) -> af.Model:
     sizes = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 20}
     if name == "captured bert":
         module: Any = transformers.BertForMaskedLM(transformers.BertConfig(**sizes, max_position_embeddings=TOKENS))
+    elif name == "captured olmoe":  # with its balance loss, which leaves padding out
+        module = spread_models.model_of("olmoe", **sizes)
     elif name == "captured llama":
         config = transformers.LlamaConfig(**sizes, num_key_value_heads=2, use_cache=False, bos_token_id=1, eos_token_id=2)
         module = transformers.LlamaForCausalLM(config)
@@ -57,7 +59,7 @@ def batch_of(name: str) -> dict[str, Tensor]:
     labels = ids[:, shift : TOKENS + shift].clone()
     labels[::2, -5:] = -100
     batch = {"input_ids": ids[:, :-1], "labels": labels}
-    if name == "captured bert":
+    if name in ("captured bert", "captured olmoe"):
         batch["attention_mask"] = (torch.arange(TOKENS) < torch.arange(9, 17)[:, None]).long()
     return batch
 
@@ -90,6 +92,7 @@ CASES = [
     ("llama", "zbv", {"pp": 2, "cp": 2}, {}, {"context_parallel": "ring"}),
     ("captured bert", "1f1b", {"pp": 2, "cp": 2}, {"engine": "eager"}, {}),
     ("captured gpt2", "1f1b", {"dp_replicate": 2, "cp": 2}, {}, {}),
+    ("captured olmoe", "1f1b", {"pp": 2, "cp": 2}, {}, {}),
 ]
 MORE = [
     ("llama", "1f1b", {"cp": 4}, {"remat": "layer"}, {"reshard_after_forward": True}),
@@ -101,6 +104,9 @@ MORE = [
     ("llama", "1f1b", {"pp": 2, "cp": 2}, {"compile": True}, {}),
     ("captured bert", "1f1b", {"cp": 4}, {}, {"context_parallel": "ring"}),
     ("captured gpt2", "1f1b", {"cp": 2, "tp": 2}, {}, {}),
+    ("captured olmoe", "zbv", {"pp": 2, "cp": 2}, {}, {"context_parallel": "ring"}),
+    ("captured olmoe", "1f1b", {"pp": 2, "cp": 2}, {"engine": "eager"}, {}),
+    ("captured olmoe", "1f1b", {"cp": 2, "tp": 2}, {}, {}),
     ("captured bert", "1f1b", {"cp": 2, "tp": 2}, {"engine": "eager"}, {"context_parallel": "ring"}),
 ]
 
@@ -136,8 +142,12 @@ def steps_of(name: str, axes: dict[str, int], method: str) -> tuple[list[float],
 
 @pytest.mark.full
 @pytest.mark.parametrize(
-    ("name", "method"), [("qwen3", "ring"), ("phi3", "allgather"), ("gemma3", "ring"), ("t5", "ring"), ("t5", "allgather")]
-)
+    ("name", "method"),
+    [
+        ("qwen3", "ring"), ("phi3", "allgather"), ("gemma3", "ring"), ("t5", "ring"), ("t5", "allgather"),
+        ("mixtral", "ring"), ("qwen3_moe", "allgather"),
+    ],
+)  # fmt: skip
 def test_others_of_transformers(workers: WorkerPool, name: str, method: str) -> None:
     """Grouped heads, fused weights, windows, a bias that is trained and two sequences."""
     losses, params = steps_of(name, {}, method)

@@ -11,6 +11,10 @@ from torch import Tensor, nn
 
 _SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 32}
 _GROUPED = {**_SIZES, "num_key_value_heads": 2, "use_cache": False}
+_ROUTED = {
+    **_GROUPED, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12, "output_router_logits": True,
+    "router_aux_loss_coef": 0.1, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
 
 
 def model_of(name: str, **changed: Any) -> nn.Module:
@@ -45,6 +49,8 @@ _MAKERS: dict[str, Callable[[Any, dict[str, Any]], nn.Module]] = {
     "gemma3": _gemma3,
     "phi3": lambda t, changed: t.Phi3ForCausalLM(t.Phi3Config(**{**_GROUPED, "pad_token_id": 0, **changed})),
     "mixtral": lambda t, changed: t.MixtralForCausalLM(t.MixtralConfig(**{**_GROUPED, "num_local_experts": 4, **changed})),
+    "qwen3_moe": lambda t, changed: t.Qwen3MoeForCausalLM(t.Qwen3MoeConfig(**{**_ROUTED, "head_dim": 4, **changed})),
+    "olmoe": lambda t, changed: t.OlmoeForCausalLM(t.OlmoeConfig(**{**_ROUTED, **changed})),
     "bert": lambda t, changed: t.BertForMaskedLM(t.BertConfig(**{**_SIZES, "max_position_embeddings": 16, **changed})),
     "gpt2": _gpt2,
     "t5": _t5,
@@ -55,4 +61,4 @@ def batch_of(name: str) -> dict[str, Tensor]:
     """Four rows of eight tokens."""
     ids = torch.randint(0, 32, (4, 8), generator=torch.Generator().manual_seed(1))
     padded = {"attention_mask": (torch.arange(8) < torch.tensor([[8], [6], [8], [5]])).long()}
-    return {"input_ids": ids, "labels": ids} | (padded if name in ("bert", "t5") else {})
+    return {"input_ids": ids, "labels": ids} | (padded if name in ("bert", "t5", "olmoe") else {})

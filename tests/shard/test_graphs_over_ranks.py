@@ -77,8 +77,8 @@ def test_a_pipeline_over_tp_ranks(workers: WorkerPool, name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "engine"),
     [
-        *((name, "graph") for name in ("qwen3", "gemma3", "phi3", "bert", "t5", "mixtral")),
-        *((name, "eager") for name in ("llama", "gpt2", "t5")),
+        *((name, "graph") for name in ("qwen3", "gemma3", "phi3", "bert", "t5", "mixtral", "qwen3_moe", "olmoe")),
+        *((name, "eager") for name in ("llama", "gpt2", "t5", "mixtral")),
     ],
 )
 def test_models_over_tp_ranks(workers: WorkerPool, name: str, engine: str) -> None:

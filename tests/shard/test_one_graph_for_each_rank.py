@@ -110,10 +110,16 @@ def check(
 
 
 Counts = tuple[AxisPlan, dict[str, int], dict[str, int]]
-MODELS = ("llama", "qwen3", "gemma3", "phi3", "gpt2", "bert", "t5", "mixtral")
+MODELS = ("llama", "qwen3", "gemma3", "phi3", "gpt2", "bert", "t5", "mixtral", "qwen3_moe", "olmoe")
 
 
-FIRST = [("llama", None, True), ("gpt2", None, False), ("t5", None, True), ("mixtral", "derived", False)]
+FIRST = [
+    ("llama", None, True),
+    ("gpt2", None, False),
+    ("t5", None, True),
+    ("mixtral", "derived", False),
+    ("olmoe", None, True),
+]
 
 
 @pytest.mark.parametrize(("name", "table", "sequence"), FIRST)
@@ -127,6 +133,15 @@ def test_first_models(name: str, table: str | None, sequence: bool) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_models(name: str, table: str | None, sequence: bool) -> None:
     check(name, 2, table, sequence=sequence)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("sequence", [False, True])
+def test_a_block_of_experts_exchanges_what_a_dense_one_does(sequence: bool) -> None:
+    two, one = (check("mixtral", 2, sequence=sequence, num_hidden_layers=blocks) for blocks in (2, 1))
+    each = {"all_gather": 2, "reduce_scatter": 2} if sequence else {"all_reduce": 2}
+    for after, before in zip(two[1:], one[1:], strict=True):
+        assert dict(Counter(after) - Counter(before)) == each
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])

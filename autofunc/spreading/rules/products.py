@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from autofunc.experts import from_experts
 from autofunc.spreading.layouts import FULL, TERMS, Cut, Layout
 from autofunc.spreading.movements import on_first
 from autofunc.spreading.operation import Node, Operation, Outcome, Want, shape_of
@@ -126,6 +127,15 @@ def grouped(op: Operation, out: int = 2) -> Outcome | None:
 
 NAMED["transformers.grouped_mm_fallback"] = NAMED["aten._grouped_mm"] = NAMED["autofunc.grouped_matmul"] = grouped
 NAMED["autofunc.grouped_linear"] = partial(grouped, out=1)
+
+
+@rule(from_experts, linear=True)
+def brought_terms(op: Operation) -> Outcome | None:
+    """Weighted sums of the rows of each token: of terms these are terms, of as many rows as there are tokens."""
+    made, weights, *route = op.node.args
+    if op.layout(made) is not TERMS or any(op.layout(each) is not FULL for each in (weights, *route)):
+        return None
+    return Outcome(TERMS, from_experts, (Want(made, TERMS), Want(weights, FULL), *route))  # type: ignore[arg-type]
 
 
 def _product(op: Operation, x: Any, y: Any) -> tuple[Layout | None, tuple[Want, Want]]:

@@ -1,0 +1,90 @@
+"""Routed experts on tokens that are cut: each rank sends its own tokens to experts, all of which it has.
+
+So rows that are sorted by expert are each rank's own, in an order of its own: they may go through products with experts and
+through whatever treats them apart, and back to their tokens. They are no part of the rows that the whole would have, so
+they cannot be put together, or meet tokens in between. How many rows an expert has is a term of how many it would have.
+"""
+
+from __future__ import annotations
+
+from torch import fx
+
+from autofunc.context_parallel.axis import ContextAxis
+from autofunc.context_parallel.rules import rule
+from autofunc.spreading import FULL, TERMS, Cut, Operation, Outcome, Want
+from autofunc.spreading.operation import shape_of
+
+Node = fx.Node
+
+_SENT, _BROUGHT = "autofunc.to_experts", "autofunc.from_experts"
+
+
+@rule(_SENT)
+def sent(op: Operation, axis: ContextAxis) -> Outcome | None:
+    """Tokens (tokens, width), and the experts of each, (tokens, k): a row for each of both, sorted by expert."""
+    x, chosen = op.given["x"], op.given["chosen"]
+    cut = op.cut(x)
+    if cut is None or cut.dim or op.layout(chosen) != cut:
+        return None
+    rows = Cut(0, tuple(part * shape_of(chosen)[1] for part in cut.parts))
+    return op.becomes((rows, TERMS, rows, rows, TERMS), x=Want(x, cut), chosen=Want(chosen, cut))
+
+
+@rule("autofunc.grouped_linear", "autofunc.grouped_matmul", linear=True)
+def product(op: Operation, axis: ContextAxis) -> Outcome | None:
+    """Rows with the matrix of the expert that has them; where its rows end is a term."""
+    x, weight, ends = (op.given[name] for name in ("x", "weight", "ends"))
+    cut = op.cut(x)
+    if cut is None or cut.dim or op.layout(weight) is not FULL or op.layout(ends) is not TERMS:
+        return None
+    return op.becomes(cut, x=Want(x, cut), weight=Want(weight, FULL), ends=Want(ends, TERMS))
+
+
+@rule("autofunc.grouped_rows", linear=True)
+def entries(op: Operation, axis: ContextAxis) -> Outcome | None:
+    """What the expert of each row has for it, such as a bias."""
+    table, ends, like = (op.given[name] for name in ("table", "ends", "like"))
+    cut = op.cut(like)
+    if cut is None or cut.dim or op.layout(table) is not FULL or op.layout(ends) is not TERMS:
+        return None
+    return op.becomes(cut, table=Want(table, FULL), ends=Want(ends, TERMS), like=Want(like, cut))
+
+
+@rule(_BROUGHT, linear=True)
+def brought(op: Operation, axis: ContextAxis) -> Outcome | None:
+    """Weighted sums of the rows of each token."""
+    made, weights, counts = (op.given[name] for name in ("made", "weights", "counts"))
+    rows, cut = op.cut(made), op.cut(weights)
+    if rows is None or cut is None or rows.dim or cut.dim:
+        return None
+    order, inverse = (Want(op.given[name], rows) for name in ("order", "inverse"))
+    return op.becomes(
+        cut, made=Want(made, rows), weights=Want(weights, cut), order=order, inverse=inverse, counts=Want(counts, TERMS)
+    )
+
+
+class RoutedRows:
+    """Which values of a graph are rows sorted by expert."""
+
+    def __init__(self) -> None:
+        self._found: set[Node] = set()
+
+    def note(self, node: Node, outcome: Outcome) -> bool:
+        """Follow an operator; False where it would take rows otherwise than as each rank has them, or beside tokens."""
+        name = str(getattr(node.target, "overloadpacket", ""))
+        if name == _SENT:
+            self._found.add(node)
+        if name in (_SENT, _BROUGHT):
+            return True
+        rows = [want for want in outcome.wants if want.node in self._found]
+        others = [want for want in outcome.wants if isinstance(want.layout, Cut) and want.node not in self._found]
+        if rows and not isinstance(outcome.layout, Cut | tuple):
+            return False
+        if rows:
+            self._found.add(node)
+        return not rows or (not others and all(want.layout is not FULL for want in rows))
+
+    def take_out(self, node: Node, source: Node, layout: object) -> None:
+        """One of the values that an operator makes."""
+        if source in self._found and isinstance(layout, Cut):
+            self._found.add(node)
