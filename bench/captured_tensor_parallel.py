@@ -1,8 +1,8 @@
 """Tensor parallelism of an unmodified Llama: captured and cut, against torch's `parallelize_module` on the same module.
 
 Two gloo processes, one thread each, tp=2, all in one stage: the graph engine, and compiled pieces, against the module as
-`transformers`' own plan has it cut (q, k, v, gate, up by columns, o and down by rows, the head by columns and gathered), in
-eager mode; `--compile` adds it under `torch.compile`. Loss and gradients of all are compared first. Steps alternate (A B A
+`transformers`' own plan has it cut (q, k, v, gate, up by columns, o and down by rows, the head by columns and gathered),
+in eager mode; `--compile` adds it under `torch.compile`. Loss and gradients of all are compared first. Steps alternate (A B A
 B ...); what counts are medians of ratios of neighbours. CPU: of the first process, which is less disturbed by other programs.
 
 Floors: the matrix products alone that one rank computes in a step, forward and backward; all exchanges of a step alone, by
@@ -120,7 +120,7 @@ def floors(size: Size, group: dist.ProcessGroup) -> dict[str, Step]:
     def exchange() -> None:
         for value in values * size.microbatches:
             own, other = connected.exchange([value, value])
-            own + other  # noqa: B018
+            torch.add(own, other)
 
     return {
         "products": multiply,
@@ -132,7 +132,9 @@ def floors(size: Size, group: dist.ProcessGroup) -> dict[str, Step]:
 
 def steps_of(size: Size, mesh: DeviceMesh, compiled: bool) -> dict[str, Step]:
     """All that is measured, after losses and gradients were compared."""
-    ids = torch.randint(0, VOCABULARY, (size.rows * size.microbatches, size.tokens), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(
+        0, VOCABULARY, (size.rows * size.microbatches, size.tokens), generator=torch.Generator().manual_seed(0)
+    )
     batch = {"input_ids": ids, "labels": ids}
     s = af.schedule.build("1f1b", num_ranks=1, num_microbatches=size.microbatches)
     module = parallelized(size, mesh)

@@ -1,4 +1,4 @@
-"""What a tp rank holds of a captured model's parameters is what the table says: its part of what is cut, all of the rest."""
+"""What a tp rank holds of a captured model's parameters: its part of what the table cuts, all of the rest."""
 
 from __future__ import annotations
 
