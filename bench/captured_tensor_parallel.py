@@ -2,11 +2,12 @@
 
 Two gloo processes, one thread each, tp=2, all in one stage: the graph engine, and compiled pieces, against the module as
 `transformers`' own plan has it cut (q, k, v, gate, up by columns, o and down by rows, the head by columns and gathered),
-in eager mode; `--compile` adds it under `torch.compile`. Loss and gradients of all are compared first. Steps alternate (A B A
-B ...); what counts are medians of ratios of neighbours. CPU: of the first process, which is less disturbed by other programs.
+in eager mode; `--compile` adds it under `torch.compile`. Loss and gradients of all are compared first. Steps alternate
+(A B A B ...); what counts are medians of ratios of neighbours. CPU: time of the first process on its core, which other
+programs disturb less.
 
-Floors: the matrix products alone that one rank computes in a step, forward and backward; all exchanges of a step alone, by
-gloo's all-reduce and over sockets; and products and exchanges over sockets together, with nothing between them.
+Floors: the matrix products alone that one rank computes in a step, forward and backward; all exchanges of a step alone,
+by gloo's all-reduce and over sockets; and products and exchanges over sockets together, with nothing between them.
 
 Run: python bench/captured_tensor_parallel.py [--compile]
 """
