@@ -66,6 +66,7 @@ bench: $(READY)
 	$(BIN)/python bench/against_torch.py --setting large --repetitions 5
 	$(BIN)/python bench/prediction.py
 	$(BIN)/python bench/tensor_parallel.py
+	$(BIN)/python bench/captured_tensor_parallel.py
 	$(BIN)/python bench/context_parallel.py
 	$(BIN)/python bench/matmul_kernels.py
 	$(BIN)/python bench/schedule_scale.py

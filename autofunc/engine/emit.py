@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
+from autofunc.engine.direct import DIRECT
 from autofunc.engine.layouts import Watch, laid_out
 from autofunc.engine.partition import Piece, in_order
 from autofunc.graph.exchanges import beginning_of, is_wait
@@ -176,7 +177,7 @@ class _Emitter:
         relaid: Set[Node] = frozenset() if self.watched else self.watch.relaid.get(node, frozenset())
         arguments = [self._text(argument, relaid) for argument in node.args]
         arguments += [f"{key}={self._text(value, relaid)}" for key, value in node.kwargs.items()]
-        target = self._begins(node) or self.donated.get(node, node.target)
+        target = self._begins(node) or self.donated.get(node) or DIRECT.get(node.target, node.target)
         return f"{self._constant(self.watch.calling(node) if self.watched else target)}({', '.join(arguments)})"
 
     def _given_back(self, node: Node) -> str:

@@ -1,4 +1,5 @@
-"""Drop operators that do nothing: detaches, views that change nothing or exist already, transposes that undo each other.
+"""Drop operators that do nothing: detaches, first powers, views that change nothing or exist already, transposes that undo
+each other.
 
 Autograd leaves many of them in a captured graph. In a small layer each costs about as much as an operator that computes.
 """
@@ -50,6 +51,8 @@ def _same_as(node: Node) -> Node | None:
         return source
     if node.target is _WAIT and source.target is _WAIT:
         return source
+    if node.target is _aten.pow.Tensor_Scalar and node.args[1] == 1 and _layout(node) == _layout(source):
+        return source  # of the gradient of a square: it would be kept beside the value itself
     if node.target in (*_RESHAPES, _aten.expand.default):
         if _layout(node) == _layout(source):
             return source

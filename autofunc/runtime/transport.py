@@ -298,6 +298,8 @@ class DistributedTransport:
 
     def broadcast(self, root: int, tensors: list[Tensor]) -> _Transfer:
         """See `Transport.broadcast`."""
+        if len(self._ranks) == 1:  # torch would wake a thread for it
+            return _Transfer(tensors, [])
         try:
             works = [dist.broadcast(t, self._ranks[root], group=self._pp_group, async_op=True) for t in tensors]
         except RuntimeError as error:

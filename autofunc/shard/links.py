@@ -35,10 +35,11 @@ def links(group: dist.ProcessGroup) -> Links | None:
     """Connections between all ranks of a group, made once; all of them call it.
 
     Returns:
-        None where ranks are on several machines, cannot have sockets, or the group is not one of gloo.
+        None where ranks are on several machines, cannot have sockets, or what the group sends of CPUs does not go by gloo.
     """
     if group not in _made:
-        _made[group] = _connect(group) if dist.get_backend(group) == "gloo" else None
+        # a group that torch makes by itself is one of "cpu:gloo", of which `get_backend` knows no name
+        _made[group] = _connect(group) if "cpu:gloo" in dist.get_backend_config(group) else None
     return _made[group]
 
 

@@ -1,4 +1,4 @@
-"""Sockets between ranks that are threads: exchanges that are begun before others are waited for."""
+"""Sockets between the ranks of one machine: exchanges that overlap, and any kind of process group."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from autofunc.errors import PeerLostError
-from autofunc.shard.links import Links
+from autofunc.shard.links import Links, links
+from tests.pool import WorkerPool
 from tests.thread_ranks import Meeting
 
 Ends = tuple[socket.socket, socket.socket]
@@ -32,12 +34,12 @@ def two(ends: Ends) -> list[Links]:
 
 @pytest.mark.parametrize("numbers", [3, 50_000])  # one chunk, and several
 def test_two_exchanges_at_once_keep_their_order(ends: Ends, numbers: int) -> None:
-    links = two(ends)
+    both = two(ends)
 
     def work(rank: int) -> list[list[Tensor]]:
-        first = links[rank].begin([torch.full((numbers,), 1.0 + rank)] * 2)
-        second = links[rank].begin([torch.full((numbers,), 11.0 + rank)] * 2)
-        return [second(), first(), first(), links[rank].exchange([torch.full((2,), 21.0 + rank)] * 2)]
+        first = both[rank].begin([torch.full((numbers,), 1.0 + rank)] * 2)
+        second = both[rank].begin([torch.full((numbers,), 11.0 + rank)] * 2)
+        return [second(), first(), first(), both[rank].exchange([torch.full((2,), 21.0 + rank)] * 2)]
 
     for found in Meeting(2).run(work):
         assert [[part[-1].item() for part in parts] for parts in found] == [[11, 12], [1, 2], [1, 2], [21, 22]]
@@ -49,3 +51,22 @@ def test_a_rank_that_is_gone(ends: Ends) -> None:
     ends[1].close()
     with pytest.raises(PeerLostError, match="another tp rank is gone or too late"):
         wait()
+
+
+def summed(backend: str) -> list[float] | None:
+    """Everyone's rank and one, added up."""
+    group = dist.new_group(backend=backend)
+    found = links(group)
+    if found is None:
+        return None
+    parts = found.exchange([torch.full((3,), dist.get_rank() + 1.0)] * dist.get_world_size())
+    total: list[float] = torch.stack(parts).sum(0).tolist()
+    dist.destroy_process_group(group)
+    return total
+
+
+@pytest.mark.parametrize("backend", ["gloo", "cpu:gloo"])  # torchrun and `make_mesh` alone give the latter
+def test_ranks_of_one_machine(workers: WorkerPool, backend: str) -> None:
+    found = workers.run(summed, backend)
+    size = len(found)
+    assert found == [[size * (size + 1) / 2] * 3] * size
