@@ -154,11 +154,12 @@ def sharding_of(config: FinetuneConfig, axes: Axes, notes: list[str]) -> Shardin
 
 
 def setting_alone(axes: Axes, sharding: Sharding) -> Setting:
-    """What surrounds the stages of a run as far as one process can tell: how tokens are cut, among ranks that do not exist.
+    """What surrounds the stages of a run as far as one process can tell: their precision, and how tokens are cut, among
+    ranks that do not exist.
 
     Without a tp axis, whose ranks cut layers: see `tensor_parallel_check.py`.
     """
-    return Setting(context=imagined_axis(axes.cp, sharding.context_parallel))
+    return Setting(precision=sharding.precision, context=imagined_axis(axes.cp, sharding.context_parallel))
 
 
 def _table(plan: Mapping[str, str] | str | None) -> TensorParallel | Mapping[str, str] | str | None:
