@@ -1,7 +1,7 @@
 """How long does `autofunc plan` take for models of billions of parameters, and how much memory?
 
-Each configuration of `bench/plans/` is planned in a process of its own, without weights, data or other processes. What it prints
-is shown, then seconds (wall, and of the processor) and the most memory that the process had.
+Each configuration of `bench/plans/` is planned in a process of its own, without weights, data or other processes. What it
+prints is shown, then seconds (wall, and of the processor) and the most memory that the process had.
 
 Run: python bench/plan_large.py [a.yaml ...]
 """
@@ -24,7 +24,9 @@ PLANS = Path(__file__).parent / "plans"
 def planned(path: Path) -> tuple[str, float, float, int]:
     """What `autofunc plan` prints; seconds, seconds of the processor; the most bytes it had in memory."""
     began = time.perf_counter()
-    process = subprocess.Popen([sys.executable, "-m", "autofunc", "plan", "-c", str(path)], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "autofunc", "plan", "-c", str(path)], stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout is not None
     printed = process.stdout.read()
     _, status, used = os.wait4(process.pid, 0)

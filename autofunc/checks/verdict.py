@@ -55,7 +55,8 @@ class Verdict:
         message: one sentence.
         where: the class that is to be changed or looked at.
         data: more of it, as JSON has it. P1: "split_points", a list of {"names", "layer", "values", "bytes"}, in the order
-            in which they run; P2: "ties", a list of lists of names; P7: "axis", the "sizes" that work, and that "asked" for.
+            in which they run; P2: "ties", a list of lists of names; P7: "axis", the
+            "sizes" that work, and the one "asked" for.
     """
 
     code: str

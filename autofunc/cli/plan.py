@@ -85,9 +85,12 @@ def _show(made: RunPlan, console: Console) -> None:
         peak = "not known" if rank.activation_bytes is None else size_in_words(rank.activation_bytes)
         in_all = size_in_words(total) + (" +" if rank.activation_bytes is None else "")
         memory.add_row(
-            str(rank.rank), size_in_words(rank.parameter_bytes),
+            str(rank.rank),
+            size_in_words(rank.parameter_bytes),
             size_in_words(rank.gathered_bytes) if rank.gathered_bytes else "-",
-            size_in_words(rank.optimizer_bytes), peak, in_all,
+            size_in_words(rank.optimizer_bytes),
+            peak,
+            in_all,
         )
     console.print()
     console.print(memory, highlight=False)

@@ -168,8 +168,8 @@ def _table(plan: Mapping[str, str] | str | None) -> TensorParallel | Mapping[str
         return plan
     if not {".", ":", "/"} & set(plan):
         raise ConfigError(
-            f"distributed.tp_plan: {quoted(plan)}; {one_of(plan, SOURCES)}. Or a mapping of patterns, or where to import one "
-            "from, such as 'tables.py:my_table'"
+            f"distributed.tp_plan: {quoted(plan)}; {one_of(plan, SOURCES)}. Or a mapping of patterns, or where to import "
+            "one from, such as 'tables.py:my_table'"
         )
     found: Any = import_object(plan, "distributed.tp_plan")
     if callable(found) and not isinstance(found, TensorParallel):

@@ -168,8 +168,8 @@ def _stages(
     flops: Mapping[str, int],
     times: Mapping[str, tuple[float, float]],
 ) -> Iterator[StagePlan]:
-    """All stages, from each layer's operations and its milliseconds forward and backward, which cp and tp ranks are taken to
-    share evenly.
+    """All stages, from each layer's operations and its milliseconds forward and backward, which cp and tp ranks are taken
+    to share evenly.
     """
     shared_by = recipe.axes.cp * recipe.axes.tp
     for stage in recipe.stages:

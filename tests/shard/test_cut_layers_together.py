@@ -1,5 +1,6 @@
-"""Captured modules over tp, cp and ep ranks, beside pp, with all else that a pipeline does: init, place, gather, clip, costs, memory,
-checkpoints that another layout goes on from.
+"""Captured modules over tp, cp and ep ranks, beside pp, with all else that a pipeline does.
+
+Init, place, gather, clip, costs, memory, and checkpoints that another layout goes on from.
 """
 
 from __future__ import annotations
@@ -77,7 +78,9 @@ def gone_on(name: str, axes: dict[str, int] | None, folder: Path) -> Found:
 def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float) -> None:
     assert found.keys() == expected.keys()
     for path, leaf in expected.items():
-        torch.testing.assert_close(found[path], leaf, rtol=tolerance, atol=tolerance, msg=lambda text, path=path: path + text)
+        torch.testing.assert_close(
+            found[path], leaf, rtol=tolerance, atol=tolerance, msg=lambda text, path=path: path + text
+        )
 
 
 @pytest.mark.full
@@ -93,7 +96,10 @@ def test_all_of_it(workers: WorkerPool, case: str, tmp_path: Path) -> None:
         assert (found["loss"], found["norm"]) == pytest.approx((alone["loss"], alone["norm"]), rel=1e-5)
         assert len(found["costs"]) == 2 and min(found["costs"]) > 0
         assert found["kept"] == ranks[0]["kept"] and found["kept"][0] > 0
-    others = [gone_on(name, None, tmp_path / "written"), *workers.run(gone_on, name, {"pp": 2, "dp_replicate": 2}, tmp_path / "written")]
+    others = [
+        gone_on(name, None, tmp_path / "written"),
+        *workers.run(gone_on, name, {"pp": 2, "dp_replicate": 2}, tmp_path / "written"),
+    ]
     for found in others:
         same(found["after"], ranks[0]["after"], 0)
         same(found["slots"], ranks[0]["slots"], 0)

@@ -88,5 +88,7 @@ def test_by_hand(tmp_path: Path) -> None:
     first, last = planned("ep beside pp", tmp_path).ranks
     expert, attention, router = 3 * 24 * 16, 2 * 16 * 16 + 2 * 8 * 16, 4 * 16
     of_block = 4 * expert + attention + router + 2 * norm
-    assert first.parameter_bytes == 4 * (of_block + table) // 2 and last.parameter_bytes == 4 * (of_block + table + norm) // 2
+    assert (
+        first.parameter_bytes == 4 * (of_block + table) // 2 and last.parameter_bytes == 4 * (of_block + table + norm) // 2
+    )
     assert first.gathered_bytes == 4 * (of_block + table - 2 * expert), "two of four experts are another rank's"
