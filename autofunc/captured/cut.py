@@ -179,6 +179,7 @@ class Cut:
             spec,
             tuple(path for path, _, _ in states),
             tuple(Ref(register[after]) for _, _, after in states),
+            tuple(str(node.meta.get("stack_trace", "")) for node in nodes),
         )
 
     def _for_any_strides(self, node: Node) -> tuple[Any, tuple[Any, ...]]:

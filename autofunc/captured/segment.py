@@ -77,11 +77,12 @@ class Segment(Fingerprinted):
     spec: Any = None  # the pytree that is returned; None: a tuple, or the value itself where there is one
     states: tuple[str, ...] = ()  # paths inside the layer
     new_states: tuple[Ref, ...] = ()  # of each, what it is afterwards
+    traces: tuple[str, ...] = ()  # of each instruction, of the user's code, for messages; equal segments may differ in them
 
     def fingerprint(self, keys: Fingerprint) -> Hashable:
         """By its fields, in which strings are what they are."""
         exact = keys.literally()
-        return tuple(exact.of(getattr(self, each.name)) for each in fields(self))
+        return tuple(exact.of(getattr(self, each.name)) for each in fields(self) if each.name != "traces")
 
     def __call__(
         self,

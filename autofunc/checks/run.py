@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from autofunc.checks.axes import AXES, check_axes
 from autofunc.checks.config import check_config
 from autofunc.checks.cuts import check_cuts
 from autofunc.checks.empty_build import check_empty_build
@@ -27,11 +28,12 @@ from autofunc.checks.ties import check_ties
 from autofunc.checks.verdict import Verdict
 from autofunc.checks.whole_module import check_whole_module
 from autofunc.checks.writes import check_writes
-from autofunc.errors import in_brief
+from autofunc.errors import AutofuncError, in_brief, one_of
 from autofunc.fake import user_line
 from autofunc.losses import Loss
 from autofunc.model import Model
 from autofunc.row_dims import BatchDims
+from autofunc.shard import Sharding
 
 UNFINISHED = "the check could not be finished: "
 _LONGEST = 600
@@ -47,6 +49,8 @@ def check(
     registry: bool = False,
     rows: int | None = None,
     batch_dims: BatchDims = None,
+    axes: Mapping[str, int] | None = None,
+    sharding: Sharding | None = None,
 ) -> Report:
     """Look for what stands in the way of sharding and pipelining a module.
 
@@ -61,8 +65,11 @@ def check(
         registry: whether it is to be found in a registry of models, which needs a `config`.
         rows: how many rows the batch has, where its tensors leave that open.
         batch_dims: in which dims they are, see `af.pipeline`.
+        axes: sizes of "tp", "cp" and "ep" that a run would have: what cannot be cut over them is then a failure.
+        sharding: the choices of that run.
 
     Raises:
+        AutofuncError: for axes that do not exist.
         ModelError: for what is no module, or has no weights.
         BatchError: when it cannot be told how many rows the batch has.
 
@@ -70,6 +77,9 @@ def check(
         report = af.check(model, {"input_ids": ids, "labels": ids})
         assert report.ok, report  # print(report) shows it as a table
     """
+    for axis in axes or {}:
+        if axis not in AXES:
+            raise AutofuncError(f"axes: {axis!r}; {one_of(axis, AXES)}")
     subject = Subject(module, batch, loss, inputs, rows, batch_dims)
     _ = subject.snapshot  # before anything runs
     checks: dict[str, Callable[[Subject], list[Verdict]]] = {
@@ -84,6 +94,7 @@ def check(
         "P4": check_entries,
         "P5": check_empty_build,
         "P6": check_whole_module,
+        "P7": partial(check_axes, asked=dict(axes or {}), sharding=sharding or Sharding()),
     }
     verdicts: list[Verdict] = []
     with seeded(0), warnings.catch_warnings(), torch.compiler.set_stance("force_eager"):

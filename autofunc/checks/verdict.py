@@ -22,8 +22,9 @@ TITLES: Mapping[str, str] = {
     "P4": "a batch that can be cut",
     "P5": "initialised without memory",
     "P6": "captured, it is itself",
+    "P7": "layers can be cut",
 }
-"""What each check looks for, by its code: C1 to C5 are about any sharded training, P1 to P5 about pipelines."""
+"""What each check looks for, by its code: C1 to C5 are about any sharded training, P1 to P7 about pipelines and meshes."""
 
 
 @dataclass(frozen=True)
@@ -50,11 +51,12 @@ class Verdict:
 
     Args:
         code: of the check, see `TITLES`.
-        status: "skip" when it says nothing about this module.
+        status: "skip" when it says nothing about this module, or is about something that was not asked for.
         message: one sentence.
         where: the class that is to be changed or looked at.
         data: more of it, as JSON has it. P1: "split_points", a list of {"names", "layer", "values", "bytes"}, in the order
-            in which they run; P2: "ties", a list of lists of names.
+            in which they run; P2: "ties", a list of lists of names; P7: "axis", the
+            "sizes" that work, and the one "asked" for.
     """
 
     code: str

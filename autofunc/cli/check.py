@@ -14,6 +14,7 @@ from autofunc.config import check_targets, not_ended, read_config
 from autofunc.data import STACKED, first_rows
 from autofunc.model import Model
 from autofunc.shown import literal, shown
+from autofunc.train.axes import axes_of, sharding_of
 from autofunc.train.datasets import read_dataset
 from autofunc.train.model import loss_to_check, make
 
@@ -39,8 +40,11 @@ def check(config_path: str, overrides: Sequence[str], as_json: bool) -> bool:
         made = make(config)
         module = made if isinstance(made, Model) else with_values(made, config.seed)
         batch = first_rows(dataset, min(max(config.step_scheduler.local_batch_size, 2), _MOST_ROWS))
-        loss = loss_to_check(config, module, batch)
-        report = run_checks(module, batch, loss=loss, inputs=config.inputs, batch_dims=STACKED)
+        loss, axes = loss_to_check(config, module, batch), axes_of(config, None)
+        report = run_checks(
+            module, batch, loss=loss, inputs=config.inputs, batch_dims=STACKED,
+            axes={"tp": axes.tp, "cp": axes.cp, "ep": axes.ep}, sharding=sharding_of(config, axes, notes),
+        )  # fmt: skip
     if as_json:
         sys.stdout.write(json.dumps({**report.to_dict(), "notes": notes}, indent=2) + "\n")
         return report.ok

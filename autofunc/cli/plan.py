@@ -14,6 +14,7 @@ from autofunc.data import STACKED
 from autofunc.row_dims import rows_in_words
 from autofunc.schedule import draw
 from autofunc.shown import in_ranges, literal, printable, shown, size_in_words
+from autofunc.train.axes import Axes
 from autofunc.train.connections import assumed
 from autofunc.train.fake_data import with_fake_data
 from autofunc.train.planning import RunPlan, plan_run
@@ -77,14 +78,19 @@ def _show(made: RunPlan, console: Console) -> None:
         )  # fmt: skip
     console.print(table, highlight=False)
     memory = Table("rank", box=None, pad_edge=False, header_style="bold")
-    for title in ("parameters", "optimizer", "activations, gradients", "in all"):
+    for title in ("parameters", "gathered, cast", "optimizer", "activations, gradients", "in all"):
         memory.add_column(title, justify="right")
     for rank in made.ranks:
-        total = rank.parameter_bytes + rank.optimizer_bytes + (rank.activation_bytes or 0)
+        total = rank.parameter_bytes + rank.gathered_bytes + rank.optimizer_bytes + (rank.activation_bytes or 0)
         peak = "not known" if rank.activation_bytes is None else size_in_words(rank.activation_bytes)
         in_all = size_in_words(total) + (" +" if rank.activation_bytes is None else "")
         memory.add_row(
-            str(rank.rank), size_in_words(rank.parameter_bytes), size_in_words(rank.optimizer_bytes), peak, in_all
+            str(rank.rank),
+            size_in_words(rank.parameter_bytes),
+            size_in_words(rank.gathered_bytes) if rank.gathered_bytes else "-",
+            size_in_words(rank.optimizer_bytes),
+            peak,
+            in_all,
         )
     console.print()
     console.print(memory, highlight=False)
@@ -101,7 +107,7 @@ def _show(made: RunPlan, console: Console) -> None:
         f"step: {timeline.makespan:.3g} ms, bubble {timeline.bubble_fraction:.1%}; "
         f"longest stage {made.imbalance:.2f}x the mean",
         f"a batch: {rows_in_words(recipe.example(), STACKED, key_name=recipe.model.key_name)}",
-        f"times: {times}; transfers count as nothing",
+        f"times: {times}{_shared_evenly(recipe.axes)}; transfers count as nothing",
     ]
     if len(made.stages) > 1:
         lines.append(f"split_points: [{', '.join(printable(stage.first_layer) for stage in made.stages[1:])}]")
@@ -111,6 +117,11 @@ def _show(made: RunPlan, console: Console) -> None:
     for line in lines:
         console.print(literal(line))
     sys.stdout.write(draw(recipe.schedule, colour=console.is_terminal and not console.no_color) + "\n")
+
+
+def _shared_evenly(axes: Axes) -> str:
+    sizes = " and ".join(f"{size} {name}" for name, size in (("cp", axes.cp), ("tp", axes.tp)) if size > 1)
+    return f"; {sizes} ranks are taken to share them evenly" if sizes else ""
 
 
 def _connections(made: RunPlan) -> list[str]:

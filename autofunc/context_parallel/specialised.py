@@ -179,7 +179,9 @@ def _cut_layer(
         return base.functions[name](tree.nest(owned), tree.from_leaves(full, spec), with_tensors(entries, given))
 
     with naming_errors(what):
-        whole = traced(function, params, [leaf for leaf in leaves if isinstance(leaf, Tensor)], named_tensors(entries))
+        tensors, program = [leaf for leaf in leaves if isinstance(leaf, Tensor)], base.programs([name])[-1]
+        known = program if isinstance(program, Segment) else None
+        whole = traced(function, params, tensors, named_tensors(entries), known)
     local = _local(whole, [each for each in layouts if each is not None], natural, axis, what)
     found = [local.layouts.get(number) for number in range(len(local.returned))]
     return _layer(whole, local, local.returned, what, found), whole.made

@@ -12,7 +12,9 @@ from torch import Tensor, fx
 from torch.overrides import TorchFunctionMode
 
 from autofunc import tree
+from autofunc.captured.segment import Instruction, Segment
 from autofunc.fake import is_own, user_line
+from autofunc.graph.lines import line_in
 from autofunc.graph.trace import trace
 from autofunc.installed import is_of_torch
 
@@ -38,6 +40,7 @@ class Traced:
     spec: tree.TreeSpec
     made: Any  # what it returned, on fake tensors
     run: Callable[[], Any]  # once more, to find a line
+    segment: Segment | None = None  # what it runs, where that is a piece of a captured graph, which knows its lines
 
     def line_of(self, node: Node) -> str:
         """The user's line that calls a node's operator, as far as it can be found."""
@@ -47,10 +50,17 @@ class Traced:
             if each is node:
                 break
             before += each.op == "call_function" and _plain_name(each) == name
-        lines = _Lines()
-        with lines:
-            self.run()
-        found = lines.found.get(name, [])
+        if self.segment is not None:
+            steps = zip(self.segment.instructions, self.segment.traces, strict=True)
+            lines_of = [(_plain_name(step), line_in(trace)) for step, trace in steps]
+            found = [line for each, line in lines_of if each == name]
+            # what a function is made of, that the graph calls as one, is not in it by name
+            found = found or [line for each, line in lines_of if each.startswith("<function ")][:1]
+        else:
+            lines = _Lines()
+            with lines:
+                self.run()
+            found = lines.found.get(name, [])
         return found[min(before, len(found) - 1)] if found else ""
 
 
@@ -59,6 +69,7 @@ def traced(
     params: Mapping[str, Tensor],
     received: Sequence[Tensor],
     entries: Mapping[str, Tensor],
+    segment: Segment | None = None,
 ) -> Traced:
     """Trace a function on fake tensors.
 
@@ -67,6 +78,7 @@ def traced(
         params: whole.
         received: whole.
         entries: whole.
+        segment: what the function runs, if it is one.
     """
     made: list[Any] = []
 
@@ -84,7 +96,7 @@ def traced(
     return Traced(
         module, {path: next(placeholders) for path in params}, [next(placeholders) for _ in received],
         {name: next(placeholders) for name in entries}, returned, spec, function(params, received, entries),
-        lambda: function(params, received, entries),
+        lambda: function(params, received, entries), segment,
     )  # fmt: skip
 
 
@@ -104,5 +116,5 @@ class _Lines(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _plain_name(node: Node) -> str:
+def _plain_name(node: Node | Instruction) -> str:
     return str(node.target).removeprefix("aten.").partition(".")[0].removesuffix("_")

@@ -168,7 +168,8 @@ def _embeds(node: Node) -> bool:
 def left_whole(name: str, cut: Cut, size: int) -> str:
     """What is said of a parameter that is not cut because it does not divide."""
     number = next(part for part in cut.parts if part % size)
-    return f"{name} is whole on every rank: {size} does not divide {number}, in its dim {cut.dim}"
+    fitting = ", ".join(str(each) for each in range(1, min(number, 64) + 1) if number % each == 0)
+    return f"{name} is whole on every rank: {size} does not divide {number}, in its dim {cut.dim}; sizes that do: {fitting}"
 
 
 def undivided(size: int, number: int, weight: str, node: Node) -> MeshError:

@@ -85,7 +85,8 @@ def settled(whole: Whole, wanted: Mapping[str, int], size: int, axis: str, *, se
     if left and (unfed or not cuts):
         name, (number, node) = next(iter(left.items()))
         raise undivided(size, number, name, node)  # type: ignore[arg-type]
-    terms = frozenset(name for node, name in whole.params.items() if node in Sharing(found).shared)
+    shared = Sharing(found).shared
+    terms = frozenset(name for node, name in whole.params.items() if node in shared)
     notes = [
         f"{name} is whole on every rank: its {number} heads do not divide by {size}" for name, (number, _) in left.items()
     ]

@@ -16,6 +16,7 @@ from torch import nn
 from autofunc import tree
 from autofunc.errors import ModelError, one_of
 from autofunc.model import TensorParallel, cut_dims
+from autofunc.shown import quoted
 from autofunc.spreading.chains import derived_cuts, left_whole
 from autofunc.spreading.layouts import Cut
 from autofunc.spreading.operation import shape_of
@@ -25,6 +26,9 @@ from autofunc.spreading.sides import Product, products_of
 OUT = ("colwise", "colwise_rep", "colwise_gather_output", "packed_colwise", "local_colwise", "local_packed_colwise")
 INNER = ("rowwise", "rowwise_rep", "rowwise_split_input", "packed_rowwise", "local_rowwise", "local_packed_rowwise")
 ROWS = ("embedding_rowwise", "vocab_parallel", "vocab_parallel_rowwise")
+
+WORDS = (*OUT, *INNER, *ROWS)
+_PLACEMENT = re.compile(r"replicate|shard")
 
 GIVEN = "the given table"
 OWN, DERIVED, AUTO = "own", "derived", "auto"
@@ -89,7 +93,11 @@ def own_plan(module: nn.Module) -> dict[str, str]:
 
 def _given(whole: Whole, table: TensorParallel | Mapping[str, str], size: int) -> dict[str, int]:
     spec: Any = {name: node.meta["val"] for node, name in whole.params.items()}
-    words = {} if isinstance(table, TensorParallel) else {k: w for k, w in table.items() if w in (*OUT, *INNER, *ROWS)}
+    words = {} if isinstance(table, TensorParallel) else {k: w for k, w in table.items() if w in WORDS}
+    for pattern, word in {} if isinstance(table, TensorParallel) else table.items():
+        if word not in WORDS and not _PLACEMENT.match(str(word)):
+            known = ("replicate", "shard(0)", "shard(1)", *WORDS)
+            raise ModelError(f"tensor parallel table, {pattern!r}: unknown word {quoted(word)}; {one_of(word, known)}")
     if words and isinstance(table, Mapping):
         for pattern in words:
             if not any(_matches(name, pattern) for name in spec):

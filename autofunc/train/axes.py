@@ -11,10 +11,11 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from autofunc.config import FinetuneConfig, call, import_object
 from autofunc.context_parallel.axis import imagined_axis
-from autofunc.errors import AutofuncError, ConfigError
+from autofunc.errors import AutofuncError, ConfigError, one_of
 from autofunc.mesh import make_mesh
 from autofunc.model import TensorParallel
 from autofunc.shard import Sharding
+from autofunc.shown import quoted
 from autofunc.splitting import Setting
 from autofunc.spreading import SOURCES
 
@@ -154,16 +155,21 @@ def sharding_of(config: FinetuneConfig, axes: Axes, notes: list[str]) -> Shardin
 
 
 def setting_alone(axes: Axes, sharding: Sharding) -> Setting:
-    """Return the setting of a run's stages as far as one process can build it: tokens cut over ranks that do not run.
+    """Return the setting of a run's stages as far as one process can build it: precision, and tokens cut over imagined ranks.
 
     The tp axis is left out, because it cuts layers: see `tensor_parallel_check.py`.
     """
-    return Setting(context=imagined_axis(axes.cp, sharding.context_parallel))
+    return Setting(precision=sharding.precision, context=imagined_axis(axes.cp, sharding.context_parallel))
 
 
 def _table(plan: Mapping[str, str] | str | None) -> TensorParallel | Mapping[str, str] | str | None:
     if not isinstance(plan, str) or plan in SOURCES:
         return plan
+    if not {".", ":", "/"} & set(plan):
+        raise ConfigError(
+            f"distributed.tp_plan: {quoted(plan)}; {one_of(plan, SOURCES)}. Or a mapping of patterns, or where to import "
+            "one from, such as 'tables.py:my_table'"
+        )
     found: Any = import_object(plan, "distributed.tp_plan")
     if callable(found) and not isinstance(found, TensorParallel):
         found = call(found, "distributed.tp_plan", plan)

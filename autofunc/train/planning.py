@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -62,6 +62,7 @@ class RankPlan:
 
     rank: int
     parameter_bytes: int
+    gathered_bytes: int  # copies of parameters that a step computes with: of whole layers, in its precision
     optimizer_bytes: int
     activation_bytes: int | None  # most that is alive, sums of gradients included; None: known only where it runs
     connections: int  # to and from other pp ranks, each one way
@@ -139,7 +140,7 @@ def plan_run(
         on_progress("reading the model and the data")
         options: dict[str, Any] = {"layer_costs": measured} if measure else {}
         recipe = prepare(config if measure else _without_weights(config), num_processes, notes=notes, **options)
-        over = check_tensor_parallel(recipe)
+        over_ranks = check_tensor_parallel(recipe)
         microbatch = recipe.microbatch((recipe.seed, 1))
         if measure and not times:  # split points were given
             measured(recipe.model, microbatch, recipe.loss)
@@ -152,13 +153,13 @@ def plan_run(
             clock.done("timing a layer")
         on_progress("following values over the boundaries")
         setting = setting_alone(recipe.axes, recipe.sharding)
-        boundaries = infer_boundaries(recipe.stages, {}, microbatch, recipe.loss, setting=setting)
+        boundaries = over_ranks.boundaries or infer_boundaries(recipe.stages, {}, microbatch, recipe.loss, setting=setting)
         stages = tuple(_stages(recipe, boundaries, {name: each.flops for name, each in counted.items()}, times))
         on_progress("capturing the stages")
         uneven = imbalance(recipe.stages, {name: sum(pair) for name, pair in times.items()})
         timeline = simulate(recipe.schedule, _costs(stages))
         ranks = tuple(_ranks(recipe, count_connections(recipe, boundaries), on_gpus(config.distributed.device)))
-        return RunPlan(recipe, stages, ranks, timeline, measure, timed, why_not, uneven, over)
+        return RunPlan(recipe, stages, ranks, timeline, measure, timed, why_not, uneven, over_ranks.over)
 
 
 def _stages(
@@ -167,8 +168,10 @@ def _stages(
     flops: Mapping[str, int],
     times: Mapping[str, tuple[float, float]],
 ) -> Iterator[StagePlan]:
-    """All stages, from each layer's operations and its milliseconds forward and backward, which cp ranks share evenly."""
-    shared_by = recipe.axes.cp
+    """All stages, from each layer's operations and its milliseconds forward and backward, which cp and tp ranks are taken
+    to share evenly.
+    """
+    shared_by = recipe.axes.cp * recipe.axes.tp
     for stage in recipe.stages:
         yield StagePlan(
             stage.index,
@@ -242,10 +245,14 @@ def _ranks(recipe: Recipe, connections: Sequence[int], uses_nccl: bool) -> list[
             path: leaf.numel() * leaf.element_size() // (recipe.axes.tp if path in cut else 1)
             for path, leaf in held.items()
         }
+        gathered = [_gathered(recipe, mine, cut)]
+        if recipe.sharding.reshard_after_forward:  # the stage in use, and those that are gathered ahead
+            gathered = sorted(_gathered(recipe, [stage], cut) for stage in mine)[-1 - recipe.sharding.prefetch :]
         found.append(
             RankPlan(
                 rank,
                 sum(sizes.values()) // shards,
+                sum(gathered),
                 int(sum(slots[path] * sizes[path] for path in trained)) // shards,
                 None if peaks is None else int(peaks[rank]),
                 connections[rank],
@@ -253,6 +260,18 @@ def _ranks(recipe: Recipe, connections: Sequence[int], uses_nccl: bool) -> list[
             )
         )
     return found
+
+
+def _gathered(recipe: Recipe, stages: Sequence[Stage], cut: Collection[str]) -> int:
+    """Bytes of the copies of parameters that a step makes; none where it computes with what is kept."""
+    axes, experts = recipe.axes, recipe.model.expert_paths if recipe.axes.ep > 1 else frozenset()
+    total = 0
+    for path, leaf in _held(stages).items():
+        dtype = recipe.sharding.precision.parameter_dtype(leaf.dtype)
+        over = axes.tp if path in cut else axes.ep if path in experts else 1
+        if axes.dp_shard * axes.cp > 1 or dtype != leaf.dtype:
+            total += leaf.numel() // over * dtype.itemsize
+    return total
 
 
 def _held(stages: Sequence[Stage]) -> dict[str, torch.Tensor]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
@@ -15,20 +16,25 @@ from autofunc.data import first_rows
 from autofunc.errors import AutofuncError, ConfigError, MeshError
 from autofunc.shard.cut_over_tp import cut_over_tp
 from autofunc.shard.parameters import Parameters
-from autofunc.splitting import infer_boundaries
+from autofunc.splitting import Boundaries, infer_boundaries
 from autofunc.spreading import AxisPlan
 from autofunc.train.axes import Axes
 from autofunc.train.recipe import Recipe
 from autofunc.train.trial import lengths_of
 
 
-def check_tensor_parallel(recipe: Recipe) -> AxisPlan | None:
+@dataclass(frozen=True)
+class OverRanks:
+    """The findings of `check_tensor_parallel`."""
+
+    over: AxisPlan | None = None  # how tp ranks share a captured module; None for other models, and for a single rank
+    boundaries: Boundaries | None = None  # values between the first rank's stages; None if they are those of one process
+
+
+def check_tensor_parallel(recipe: Recipe) -> OverRanks:
     """Infer the boundaries between stages as the first rank would; a no-op for one tp and one ep rank.
 
     Only for the launcher: torch caches properties of the mesh, which must not mix with those of the real one.
-
-    Returns:
-        How ranks share a captured module; None for other models, and for a single rank.
 
     Raises:
         ConfigError: naming what does not divide, or the stage that cannot be cut or has no experts.
@@ -37,14 +43,14 @@ def check_tensor_parallel(recipe: Recipe) -> AxisPlan | None:
     try:
         cut = cut_over_tp(model, recipe.axes.tp, recipe.sharding)
         if recipe.axes.tp == recipe.axes.ep == 1:
-            return None
+            return OverRanks()
         if recipe.sharding.sequence_parallel:
             _check_lengths(recipe)
         with imagined(recipe.axes) as mesh:
             parameters = Parameters(recipe.stages, model, mesh, recipe.sharding)
             microbatch = recipe.microbatch((0, 0))
-            infer_boundaries(recipe.stages, {}, microbatch, recipe.loss, setting=parameters.setting)
-        return cut.over
+            found = infer_boundaries(recipe.stages, {}, microbatch, recipe.loss, setting=parameters.setting)
+        return OverRanks(cut.over, found)
     except AutofuncError as error:
         raise ConfigError(f"distributed, with {recipe.axes}: {error}") from error
 

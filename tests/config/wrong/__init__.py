@@ -7,12 +7,13 @@ what would work.
 
 from __future__ import annotations
 
-from tests.config.wrong import other_tools, targets, texts, together, values
+from tests.config.wrong import axes, other_tools, targets, texts, together, values
 
 BY_OVERRIDES: dict[str, list[tuple[dict[str, str] | list[str] | str, ...]]] = {
     "values": values.WRONG,
     "targets": targets.WRONG,
     "together": together.WRONG,
+    "axes": axes.WRONG,
     "other tools": other_tools.WRONG,
 }
 BY_TEXT = texts.WRONG
