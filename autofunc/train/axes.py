@@ -155,7 +155,7 @@ def sharding_of(config: FinetuneConfig, axes: Axes, notes: list[str]) -> Shardin
 
 
 def setting_alone(axes: Axes, sharding: Sharding) -> Setting:
-    """Return the setting of a run's stages as far as one process can build it: precision, and tokens cut over imagined ranks.
+    """Return the setting of a run's stages as one process can build it: precision, and tokens cut over imagined ranks.
 
     The tp axis is left out, because it cuts layers: see `tensor_parallel_check.py`.
     """
