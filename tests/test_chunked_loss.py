@@ -164,5 +164,8 @@ def test_a_mask_of_the_batch() -> None:
 
 def test_tensor_parallel_ranks_take_the_plain_loss() -> None:
     outputs = {"hidden": torch.randn(2, 3), "weight": torch.randn(5, 3)}
-    with spreading(Mock()), pytest.raises(ModelError, match=r"cut the weight along the vocabulary.*use causal_lm"):
+    with (
+        spreading(Mock()),
+        pytest.raises(ModelError, match=r"cut the weight and the logits along the vocabulary.*use causal_lm"),
+    ):
         chunked_causal_lm(outputs, {"labels": torch.tensor([1, 2])})

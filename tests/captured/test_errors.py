@@ -126,7 +126,7 @@ def test_a_marker_takes_the_value_first() -> None:
     x = torch.ones(2)
     assert af.split_point(x, "here") is x
     with pytest.raises(
-        ModelError, match=r"takes the value first, and got 'here' and Tensor; write af.split_point\(x, 'here'\)"
+        ModelError, match=r"takes the value first, but got 'here' and Tensor; write af.split_point\(x, 'here'\)"
     ):
         af.split_point("here", x)  # type: ignore[arg-type]
 

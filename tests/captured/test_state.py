@@ -250,7 +250,7 @@ def test_errors() -> None:
     ):
         af.value_and_grad(pipe)
     step, params, state = af.value_and_grad(pipe, has_state=True), pipe.init(), pipe.init_state()
-    with pytest.raises(ModelError, match=r"Net keeps state .*give state=pipe.init_state\(\)"):
+    with pytest.raises(ModelError, match=r"Net keeps state .*pass state=pipe.init_state\(\)"):
         step(params, batch)
     with pytest.raises(ModelError, match=r"Net keeps state"):
         pipe(params, batch)

@@ -111,7 +111,7 @@ def test_a_run(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(CONFIG)
     words = "train", "-c", "run.yaml"
     done = run_here(tmp_path, *words)
-    assert done.status == 0 and "rows of 3 to 16 (seed 0), filled up to 8, 12, 16" in " ".join(done.out.split()), done.err
+    assert done.status == 0 and "rows of 3 to 16 (seed 0), padded to 8, 12, 16" in " ".join(done.out.split()), done.err
     cases = {
         ("--dataset.seq_len", "17"): "a row has 17 tokens, and dataloader.pad_seq_len_to has at most 16",
         ("--dataloader.pad_seq_len_to", "[8, 32]"): "the model on a batch of dataset: gpt2: a sequence of 32 tokens",
