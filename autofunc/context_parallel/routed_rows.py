@@ -33,21 +33,22 @@ def sent(op: Operation, axis: ContextAxis) -> Outcome | None:
 @rule("autofunc.grouped_linear", "autofunc.grouped_matmul", linear=True)
 def product(op: Operation, axis: ContextAxis) -> Outcome | None:
     """Rows with the matrix of the expert that has them; where its rows end is a term."""
-    x, weight, ends = (op.given[name] for name in ("x", "weight", "ends"))
-    cut = op.cut(x)
-    if cut is None or cut.dim or op.layout(weight) is not FULL or op.layout(ends) is not TERMS:
-        return None
-    return op.becomes(cut, x=Want(x, cut), weight=Want(weight, FULL), ends=Want(ends, TERMS))
+    return _by_expert(op, "x", "weight")
 
 
 @rule("autofunc.grouped_rows", linear=True)
 def entries(op: Operation, axis: ContextAxis) -> Outcome | None:
     """What the expert of each row has for it, such as a bias."""
-    table, ends, like = (op.given[name] for name in ("table", "ends", "like"))
-    cut = op.cut(like)
+    return _by_expert(op, "like", "table")
+
+
+def _by_expert(op: Operation, rows: str, own: str) -> Outcome | None:
+    """Rows that are cut, with what their experts have for their own, which every rank has in full."""
+    x, table, ends = op.given[rows], op.given[own], op.given["ends"]
+    cut = op.cut(x)
     if cut is None or cut.dim or op.layout(table) is not FULL or op.layout(ends) is not TERMS:
         return None
-    return op.becomes(cut, table=Want(table, FULL), ends=Want(ends, TERMS), like=Want(like, cut))
+    return op.becomes(cut, **{rows: Want(x, cut), own: Want(table, FULL), "ends": Want(ends, TERMS)})
 
 
 @rule(_BROUGHT, linear=True)
