@@ -13,4 +13,5 @@ def describe_machine() -> str:
     from autofunc.benchmark.teams import processor
 
     capability = torch.backends.cpu.get_cpu_capability()
-    return f"{processor()} ({capability}), {os.cpu_count()} cores, torch {torch.__version__}, Python {platform.python_version()}"
+    versions = f"torch {torch.__version__}, Python {platform.python_version()}"
+    return f"{processor()} ({capability}), {os.cpu_count()} cores, {versions}"
