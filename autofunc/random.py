@@ -12,8 +12,8 @@ of stored.
     noise = af.random.normal(af.random.fold_in(batch["key"], "h.3.noise"), x.shape, x.dtype)
 
 The mixer is the 32-bit finaliser with multipliers 0x21f0aaad and 0x735a2d97 found by C. Wellons' hash-prospector
-(github.com/skeeto/hash-prospector, issue 19). Both multipliers are below 2**31, so that products of 32-bit values fit
-into int64 without overflow, which torch does not define.
+(github.com/skeeto/hash-prospector, issue 19). In int64, products of 32-bit values fit, since both multipliers are
+below 2**31; in int32, they keep their low 32 bits, which are the same.
 """
 
 from __future__ import annotations
@@ -38,19 +38,29 @@ KEY_BESIDE_ENTRY = "random key"
 """... and its name if the model's forward has an argument `key`, which then is an ordinary entry."""
 
 _MASK = 0xFFFFFFFF
+_SIGN = -(1 << 31)
 _MULTIPLIER_1 = 0x21F0AAAD
 _MULTIPLIER_2 = 0x735A2D97
 _DIGITS = {torch.float16: 11, torch.bfloat16: 8, torch.float32: 24, torch.float64: 53}  # bits of the mantissa
 _CHUNK = 1 << 22  # elements hashed at a time, so that the int64 temporaries of a large weight stay small
 
 
-def _mix(x: Tensor, salt: Tensor | int) -> Tensor:
-    """Hash int64 values in [0, 2**32) to the same range; `salt` enters between the two rounds."""
+def _mix(x: Tensor, salt: Tensor) -> Tensor:
+    """Hash int64 values in [0, 2**32) to the same range; `salt` enters between the two rounds. For keys."""
     x = x ^ (x >> 16)
     x = (x * _MULTIPLIER_1) & _MASK
     x = x ^ (x >> 15) ^ salt
     x = (x * _MULTIPLIER_2) & _MASK
     return x ^ (x >> 15)
+
+
+def _mix_narrow(x: Tensor, salt: Tensor) -> Tensor:
+    """Do the same to int32 values, which stand for their 32 bits: for elements, it takes half the time or less."""
+    x = x ^ (x >> 16 & 0xFFFF)  # a shift of signed numbers fills with the sign
+    x = x * _MULTIPLIER_1
+    x = x ^ (x >> 15 & 0x1FFFF) ^ salt
+    x = x * _MULTIPLIER_2
+    return x ^ (x >> 15 & 0x1FFFF)
 
 
 def _words(*parts: object) -> tuple[int, int]:
@@ -99,22 +109,35 @@ def fold_in(key: Tensor, data: int | str | Tensor) -> Tensor:
 
 def bits(key: Tensor, numel: int, start: int = 0) -> Tensor:
     """Return `numel` hashed 32-bit integers for elements `start`, `start + 1`, ... of a tensor: int64, shape (numel,)."""
-    return _bits(key, numel, start)
+    return _wide(_hashed(key, numel, start))
 
 
-def _bits(keys: Tensor, numel: int, start: int = 0) -> Tensor:
-    """Compute `bits` for several keys at once: (..., 2) to (..., numel)."""
-    first, second = keys.unsqueeze(-2).unbind(-1)
-    counter = torch.arange(start, start + numel, dtype=torch.int64, device=keys.device)
-    if start + numel <= _MASK:
-        return _mix(_mix(counter, first), second)
-    return _mix(_mix(counter & _MASK, first) ^ (counter >> 32), second)
+def _hashed(keys: Tensor, numel: int, start: int = 0) -> Tensor:
+    """Compute the bits of elements for one or several keys, (..., 2) to (..., numel), as int32."""
+    first, second = _narrow(keys).unsqueeze(-2).unbind(-1)
+    # Zero, but not to a compiler, which may take a product of 0, 1, ... for positive: int32 does not overflow in C++.
+    zero = _narrow(keys[..., :1] >> 32)
+    if start + numel <= 1 << 31:
+        counter = torch.arange(start, start + numel, dtype=torch.int32, device=keys.device) + zero
+        return _mix_narrow(_mix_narrow(counter, first), second)
+    wide = torch.arange(start, start + numel, dtype=torch.int64, device=keys.device)
+    return _mix_narrow(_mix_narrow(_narrow(wide) + zero, first) ^ _narrow(wide >> 32), second)
+
+
+def _narrow(x: Tensor) -> Tensor:
+    """Return the low 32 bits of int64 values."""
+    return x.to(torch.int32)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Return 32 unsigned bits as an int64 value in [0, 2**32)."""
+    return x.to(torch.int64) & _MASK
 
 
 def _two_bits(key: Tensor, numel: int, start: int = 0) -> tuple[Tensor, Tensor]:
     """Return two independent numbers per element: the bits of the key with 0 and with 1 folded in."""
-    first, second = _bits(fold_in(key, torch.arange(2, device=key.device)), numel, start).unbind()
-    return first, second
+    first, second = _hashed(fold_in(key, torch.arange(2, device=key.device)), numel, start).unbind()
+    return _wide(first), _wide(second)
 
 
 def uniform(
@@ -237,8 +260,8 @@ def dropout(
         return x
     if not 0.0 <= p < 1.0:
         raise ValueError(f"dropout {name!r}: p={p} is not a probability in [0, 1)")
-    threshold = round(p * 2.0**32)
-    keep = (bits(fold_in(key, name), x.numel()) >= threshold).view(x.shape)
+    hashed = _hashed(fold_in(key, name), x.numel())
+    keep = (hashed ^ _SIGN >= round(p * 2.0**32) + _SIGN).view(x.shape)  # as unsigned numbers compare
     return x * keep.to(x.dtype) * (1.0 / (1.0 - p))
 
 

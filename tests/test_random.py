@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from autofunc.random import (
     InitKey,
@@ -207,3 +208,24 @@ def test_draws_are_functions_of_the_key() -> None:
     for one, again, other in zip(all_draws(make_key(1)), all_draws(make_key(1)), all_draws(make_key(2)), strict=True):
         assert torch.equal(one, again) and not torch.equal(one, other)
     assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.full
+def test_compiled_code_makes_the_same_bits() -> None:
+    """A C++ compiler that takes int32 never to overflow, and the counter never to be negative, would drop a mask."""
+    numel = 1003  # no multiple of a vector: the rest runs without vectors
+    recorded = make_fx(lambda key: (bits(key, numel), dropout(torch.ones(numel), 0.3, {"key": key}, "a")))
+    compiled = torch.compile(recorded(make_key(9)), dynamic=False)
+    for seed in range(3):
+        key = make_key(seed)
+        drawn, dropped = compiled(key)
+        assert torch.equal(drawn, bits(key, numel))
+        assert torch.equal(dropped, dropout(torch.ones(numel), 0.3, {"key": key}, "a"))
+
+
+def test_bits_are_a_hash_of_both_words_and_the_index() -> None:
+    """`fold_in` hashes int64, `bits` int32; the two are one function."""
+    key = make_key(3)
+    start = (1 << 31) - 2
+    folded = torch.stack([fold_in(torch.stack((index, key[0])), 0)[0] for index in start + torch.arange(4)])
+    assert torch.equal(torch.stack([fold_in(torch.stack((each, key[1])), 0)[0] for each in folded]), bits(key, 4, start))

@@ -91,7 +91,7 @@ class GraphStage:
         self._donated: Mapping[Node, Any] = {}
         if context.keeps_state and not context.with_grads:
             joint, self._donated = donated(joint)
-        pieces = partition(joint, recomputed(joint, keep), early_gradients(joint, keep))
+        pieces = partition(joint, recomputed(joint, keep, compiled=compiled), early_gradients(joint, keep))
         self.joint, self.pieces = joint, pieces
         self.bytes, self.exact_bytes = footprint(joint, pieces, context)
         self._order, self._attributes = list(joint.graph.nodes), _attributes(joint)

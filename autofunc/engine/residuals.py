@@ -1,8 +1,11 @@
 """What to keep between the pieces of a stage, and what to compute again: two cuts, F -> I and I -> W.
 
 F -> I: everything is kept, or only what is dear to compute ("cheap" values are made again), or only what goes from layer to
-layer, or only what the stage received. Values that depend on the batch alone, such as dropout masks made from a key, are
-never kept. What is computed again is computed once, in B or I, so a microbatch has two forwards at most.
+layer, or only what the stage received. Values that depend on the batch alone, such as rotary
+tables, are made again: they cost no product. The exception is a mask of booleans that takes dozens of operators to make, as
+dropout's hash of a key does. Where operators run one by one and nothing asks for recomputation, it is kept, a byte an
+element; compiled code makes it again in the kernel that reads it. What is computed again is computed once, in B or I, so a
+microbatch has two forwards at most.
 
 I -> W: W of a matrix product needs its input and the gradient of its output, which together take as much as F kept. No
 choice of what to recompute makes that small without running products again; but a weight's gradient may be computed in I
@@ -63,8 +66,18 @@ _PRODUCTS = {
 }
 
 
-def recomputed(joint: Joint, keep: Keep) -> set[Node]:
-    """Nodes of the forward that the backward computes again."""
+_DEAR = 64.0
+"""Bytes read and written to make a byte of a mask that is worth keeping. A hash takes 200, a causal mask less than 10."""
+
+
+def recomputed(joint: Joint, keep: Keep, *, compiled: bool = False) -> set[Node]:
+    """Return the nodes of the forward that the backward computes again.
+
+    Args:
+        joint: the captured stage.
+        keep: the choice.
+        compiled: whether the pieces are compiled.
+    """
     behind = descendants(joint.graph, joint.cotangents)
     seeds = set(joint.cotangents)
     forward = [node for node in joint.graph.nodes if node.op == "call_function" and node not in behind | seeds]
@@ -76,7 +89,18 @@ def recomputed(joint: Joint, keep: Keep) -> set[Node]:
         return chosen | {node for node in forward if not _crosses(node, behind)}
     if keep.recompute == "cheap":
         return chosen | _cheap(joint, behind, chosen)
-    return chosen
+    return chosen if compiled else chosen - _dear_masks(chosen)
+
+
+def _dear_masks(chosen: set[Node]) -> set[Node]:
+    """Return the masks among values of the batch alone that take far longer to make than to keep."""
+    masks = [node for node in chosen if _is_mask(node) and not is_view(node)]
+    return {mask for mask in masks if cost_of(ancestors_within([mask], chosen)) >= _DEAR * (storage_bytes(mask) or 0)}
+
+
+def _is_mask(node: Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and value.dtype == torch.bool
 
 
 def _crosses(node: Node, behind: set[Node]) -> bool:

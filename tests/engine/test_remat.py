@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import autofunc as af
 from autofunc.engine import GraphStage, Keep, capture
+from autofunc.engine.partition import in_order
 from autofunc.engine.residuals import recomputed
 from autofunc.errors import AutofuncError
 from autofunc.schedule import StageBytes
@@ -125,13 +126,27 @@ def test_early_weight_gradients_free_memory() -> None:
     assert after_i[2] <= 0.6 * held(GraphStage(joint, context).bytes)[0]
 
 
-def test_dropout_masks_are_made_again() -> None:
-    """With dropout on, no more is kept than the values that dropout adds; no mask, which would be as large as they are."""
+def test_compiled_code_makes_dropout_masks_again() -> None:
+    """With dropout on, compiled pieces keep no more than the values that dropout adds: no mask."""
     joint, context = two_blocks(resid_pdrop=0.5)
     plain, plain_context = two_blocks()
-    assert held(GraphStage(joint, context).bytes) == held(GraphStage(plain, plain_context).bytes)
-    again = recomputed(joint, Keep())
+    assert held(GraphStage(joint, context, compiled=True).bytes) == held(GraphStage(plain, plain_context).bytes)
+    again = recomputed(joint, Keep(), compiled=True)
     assert any("arange" in str(node.target) for node in again), "the counter of the hash"
+
+
+def test_operators_that_run_one_by_one_keep_dropout_masks() -> None:
+    """A byte an element for each of the two masks of a block. Recomputing makes them again."""
+    joint, context = two_blocks(resid_pdrop=0.5)
+    plain, plain_context = two_blocks()
+    x = joint.returned.boundary.num_bytes
+    mask = x // joint.cotangents[0].meta["val"].element_size()
+    kept, without = held(GraphStage(joint, context).bytes), held(GraphStage(plain, plain_context).bytes)
+    assert kept[0] == without[0] + 2 * 2 * mask
+    backward = in_order(GraphStage(joint, context).pieces.backward, list(joint.graph.nodes))
+    assert not any("arange" in str(node.target) for node in backward), "no hash"
+    for keep in map(Keep, ("cheap", "layer", "stage")):
+        assert held(GraphStage(joint, context, keep).bytes)[0] == held(GraphStage(plain, plain_context, keep).bytes)[0]
 
 
 # --- "auto" -------------------------------------------------------------------------------------------------------
