@@ -4,8 +4,10 @@
 thread each; torch's stages are modules written for it. A step is the loss and the gradients from given parameters: torch
 drops its old gradients and steps, autofunc drops its old result and calls `value_and_grad`.
 
-Settings: small, where Python and launches cost most (8 blocks, d=64, T=32, 32 microbatches), and large, where matrix
-products do (12 blocks, d=768, T=128, 8 microbatches); one row a microbatch, vocabulary 64.
+Settings: small, where Python and launches cost most (8 blocks, d=64, T=32, 32 microbatches); large, where matrix products
+do (12 blocks, d=768, T=128, 8 microbatches); words, where the head does (6 blocks, d=768, T=256, 8 microbatches, 50,257
+words). One row a microbatch. Both sides have the same stages: equal numbers of blocks, and in words those that
+`split_points: auto` chooses.
 
 Run: python bench/against_torch.py --setting small --repetitions 9
 """
@@ -37,7 +39,6 @@ from autofunc.benchmark import Measured, Results
 from autofunc.benchmark.torch_names import TORCH_SCHEDULES
 
 RANKS = 2
-VOCAB = 64
 SPLIT_BACKWARD = ("zb_h1", "zb_h2", "interleaved_zb", "zbv", "v_half", "v_min", "dualpipe_v")  # I and W apart
 SPLIT_BACKWARD_OF_TORCH = tuple(name for name, each in TORCH_SCHEDULES.items() if each.splits_backward)
 
@@ -50,10 +51,21 @@ class Setting(NamedTuple):
     blocks: int
     heads: int
     microbatches: int
+    vocab: int
+    balanced: bool  # stages by counted work, not by numbers of blocks
     steps: int  # of a turn, of which the median counts: short steps feel every hiccup of the machine
 
 
-SETTINGS = {"small": Setting(64, 32, 8, 4, 32, 5), "large": Setting(768, 128, 12, 12, 8, 1)}
+SETTINGS = {
+    "small": Setting(64, 32, 8, 4, 32, vocab=64, balanced=False, steps=5),
+    "large": Setting(768, 128, 12, 12, 8, vocab=64, balanced=False, steps=1),
+    "words": Setting(768, 256, 6, 12, 8, vocab=50257, balanced=True, steps=1),
+}
+
+
+def stages_of(model: af.Model, setting: Setting, number: int) -> list[Any]:
+    """The model in a number of stages."""
+    return af.split(model, "auto", num_stages=number) if setting.balanced else cut(model, number)
 
 
 def measure(rank: int, store: str, folder: str, name: str, compiles: bool, only: Sequence[str], repetitions: int) -> None:
@@ -62,12 +74,12 @@ def measure(rank: int, store: str, folder: str, name: str, compiles: bool, only:
     os.environ["RANK"] = str(rank)  # the first shows how far it is
     dist.init_process_group("gloo", store=dist.FileStore(store, RANKS), rank=rank, world_size=RANKS)
     setting = SETTINGS[name]
-    model = untied_gpt2(VOCAB, setting.tokens, setting.features, setting.blocks, setting.heads)
+    model = untied_gpt2(setting.vocab, setting.tokens, setting.features, setting.blocks, setting.heads)
     results = af.bench(
-        model, random_batch(VOCAB, setting.microbatches, setting.tokens), loss=mean_loss_of, pp=[RANKS],
+        model, random_batch(setting.vocab, setting.microbatches, setting.tokens), loss=mean_loss_of, pp=[RANKS],
         schedules=af.schedule.names(), microbatches=[setting.microbatches], compile=[False, True] if compiles else [False],
         against=["torch"], torch_schedules=list(TORCH_SCHEDULES), torch_module=partial(TorchStage, config=model.config),
-        split_points=lambda number: cut(model, number), only=only, repetitions=repetitions, steps=setting.steps,
+        split_points=partial(stages_of, model, setting), only=only, repetitions=repetitions, steps=setting.steps,
     )  # fmt: skip
     if rank == 0:
         results.save(folder)
@@ -105,7 +117,7 @@ def report(console: Console, name: str, results: Results) -> None:
 def main() -> None:
     """Measure and print."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--setting", choices=[*SETTINGS, "both"], default="both")
+    options.add_argument("--setting", choices=[*SETTINGS, "all"], default="all")
     options.add_argument("--repetitions", type=int, default=9)
     options.add_argument("--no-compile", action="store_true", help="leave out compiled contenders")
     options.add_argument("--only", nargs="+", default=["*"], metavar="GLOB", help="such as 'torch *' 'autofunc 1f1b *'")
@@ -113,7 +125,7 @@ def main() -> None:
     given = options.parse_args()
     console = Console()
     console.print(describe_machine())
-    for name in SETTINGS if given.setting == "both" else [given.setting]:
+    for name in SETTINGS if given.setting == "all" else [given.setting]:
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch) / "results" if given.output is None else given.output / name
             arguments: tuple[Any, ...] = (f"{scratch}/store", str(folder), name, not given.no_compile, given.only)
