@@ -1,4 +1,4 @@
-"""What the layers of a stage see of a microbatch, as named tensors and back."""
+"""What the layers of a stage see of a microbatch, flattened to named tensors and rebuilt from them."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from autofunc.captured.model import Shared
 
 
 def named_tensors(entries: Any) -> dict[str, Tensor]:
-    """The tensors among what `Specialised.share` gave, by a name that is the same for every stage."""
+    """Return the tensors in the result of `Specialised.share`, under names that are the same for every stage."""
     plain = {"values": entries.values, "key": entries.key} if isinstance(entries, Shared) else dict(entries)
     leaves = zip(tree.leaf_names(plain, "entries"), tree.leaves_and_spec(plain)[0], strict=True)
     return {name: leaf for name, leaf in leaves if isinstance(leaf, Tensor)}
 
 
 def with_tensors(entries: Any, given: Mapping[str, Tensor]) -> Any:
-    """The same with other tensors, by name."""
+    """Return the entries with the tensors in `given` replaced by name."""
     plain = {"values": entries.values, "key": entries.key} if isinstance(entries, Shared) else dict(entries)
     leaves, spec = tree.leaves_and_spec(plain)
     names = tree.leaf_names(plain, "entries")
@@ -31,7 +31,7 @@ def with_tensors(entries: Any, given: Mapping[str, Tensor]) -> Any:
 
 @dataclass(frozen=True)
 class TokenEntries:
-    """What cp ranks see: the tensors of all, and pieces of them that are this rank's."""
+    """What the layers of a cp rank see: the tensors all ranks have, and this rank's pieces of some of them."""
 
     tensors: Mapping[str, Tensor]
     device: torch.device

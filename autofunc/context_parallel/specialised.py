@@ -1,4 +1,4 @@
-"""A model's layers, and its loss, on one rank's tokens."""
+"""A model's layers and loss on one rank's tokens."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from autofunc import tree
 from autofunc.captured.segment import Segment
 from autofunc.context_parallel.axis import ContextAxis
-from autofunc.context_parallel.beside import putting_together
+from autofunc.context_parallel.beside import handing_out_whole
 from autofunc.context_parallel.entries import TokenEntries, named_tensors, with_tensors
 from autofunc.context_parallel.local_graph import LocalGraph
 from autofunc.context_parallel.moves import added_up, all_tokens, own_tokens
@@ -28,7 +28,7 @@ from autofunc.spreading import TERMS, Cut
 from autofunc.spreading.layouts import Layout
 
 Piece = tuple[str, int, tuple[int, ...]]
-"""An entry of which a rank's tokens are wanted: its name, the dim along which they lie, lengths of sequences there."""
+"""An entry of which this rank's tokens are wanted: its name, the tokens' dim, and the lengths of the sequences along it."""
 
 
 @dataclass(frozen=True)
@@ -37,18 +37,18 @@ class LocalLayer:
 
     segment: Segment
     pieces: tuple[Piece, ...]
-    layouts: tuple[Layout | None, ...]  # of the leaves of what it returns; None of what is no tensor
+    layouts: tuple[Layout | None, ...]  # of the leaves it returns; None for leaves that are not tensors
 
 
 @dataclass(frozen=True)
 class OverTokens(Specialised):
-    """A `Specialised` of which each rank has its tokens.
+    """A `Specialised` on each rank's own tokens.
 
     Args:
         axis: the ranks.
         layers: by name.
-        output: what the last layer returns, whole, on fake tensors.
-        loss_layer: the loss, once `with_loss` has made it.
+        output: the last layer's whole output, on fake tensors.
+        loss_layer: the loss, set by `with_loss`.
     """
 
     axis: ContextAxis = field(kw_only=True)
@@ -57,7 +57,7 @@ class OverTokens(Specialised):
     loss_layer: LocalLayer | None = None
 
     def whole(self, x: Any) -> Any:
-        """All of what the last layer returned; every rank calls it."""
+        """Gather the last layer's whole output; every rank calls it."""
         leaves, spec = tree.leaves_and_spec(x)
         layouts = list(self.layers.values())[-1].layouts
         return tree.from_leaves([self._full(*each) for each in zip(leaves, layouts, strict=True)], spec)
@@ -68,15 +68,15 @@ class OverTokens(Specialised):
         return added_up(leaf, self.axis.ranks) if layout is TERMS else leaf
 
     def with_loss(self, loss: Loss | None, microbatch: Mapping[str, Any], output: Callable[[Any], Any]) -> OverTokens:
-        """The same with a loss of what the last layer returns.
+        """Add a loss of the last layer's output.
 
         Args:
             loss: see `losses.evaluate`.
             microbatch: an example.
-            output: what is made of the last layer's output before.
+            output: applied to the last layer's output before the loss.
 
         Raises:
-            ModelError: when it mixes tokens.
+            ModelError: for a loss that mixes tokens in a way no rule allows.
         """
         with fake_mode() as mode, naming_errors("the loss"):
             entries = _faked(mode, microbatch)
@@ -101,7 +101,7 @@ class OverTokens(Specialised):
         return replace(self, loss_layer=made)
 
     def loss_terms(self, x: Any, microbatch: Mapping[str, Any]) -> LossTerms:
-        """This rank's terms of the loss and its weight, and all of aux; every rank calls it."""
+        """Return this rank's terms of the loss and its weight, and aux in full; every rank calls it."""
         assert self.loss_layer is not None
         received = [leaf for leaf in tree.leaves_and_spec(x)[0] if isinstance(leaf, Tensor)]
         given = _with_pieces(named_tensors(microbatch), self.loss_layer.pieces, self.axis)
@@ -116,24 +116,24 @@ def over_tokens(
     """Cut the tokens of a model over cp ranks.
 
     Args:
-        base: the model for such microbatches, whole.
-        model: it is of.
-        leaves: like the parameters of every holder, as ranks compute with them; only shapes and dtypes count.
-        microbatch: as layers see it.
+        base: the whole model, specialised to such microbatches.
+        model: the model that `base` specialises.
+        leaves: parameters of every holder, with the shapes and dtypes that ranks compute with; values are not read.
+        microbatch: an example, as layers see it.
         axis: the ranks.
-        beside: name of another axis over which the model is cut already, and which is in charge.
+        beside: the name of another axis over which the model is already cut, and whose partitioning is active.
 
     Raises:
-        ModelError: for a model that keeps state, layers that mix tokens beside attention, and where no tokens are found.
-        BatchError: for a sequence that does not divide.
+        ModelError: for a model that keeps state, layers that mix tokens outside attention, and when no tokens are found.
+        BatchError: for a sequence that does not divide into equal chunks.
     """
     if model.state_spec:
         raise ModelError(
-            f"{model.title} keeps state ({next(iter(model.state_spec))}, ...), which cp={axis.size} ranks, each with its "
-            "tokens, would have of their own; use cp=1, or layers without state"
+            f"{model.title} keeps state ({next(iter(model.state_spec))}, ...), and each of cp={axis.size} ranks would "
+            "update its own copy from its own tokens; use cp=1, or layers without state"
         )
     layers: dict[str, LocalLayer] = {}
-    with fake_mode() as mode, putting_together(beside), recorded_as_operators():
+    with fake_mode() as mode, handing_out_whole(beside), recorded_as_operators():
         batch = _faked(mode, microbatch)
         with naming_errors(model.title):
             entries = base.share(list(model.layers), batch)
@@ -170,7 +170,7 @@ def _cut_layer(
     base: Specialised, name: str, params: Mapping[str, Tensor], x: Any, layouts: Sequence[Layout | None], entries: Any,
     natural: Mapping[str, Layout], axis: ContextAxis,
 ) -> tuple[LocalLayer, Any]:  # fmt: skip
-    """A layer, and what the whole one makes."""
+    """Cut one layer; return it, and the whole layer's output on fake tensors."""
     what, (leaves, spec) = f"layer {name!r}", tree.leaves_and_spec(x)
 
     def function(owned: Mapping[str, Tensor], received: Sequence[Tensor], given: Mapping[str, Tensor]) -> Any:
@@ -196,7 +196,7 @@ def _local(
 def _natural(
     base: Specialised, model: Model, batch: Mapping[str, Any], names: Sequence[str], axis: ContextAxis
 ) -> dict[str, Layout]:  # fmt: skip
-    """How what layers share would lie, were entries of the batch cut."""
+    """Return how the values that layers share would be cut, if entries of the batch were."""
 
     def share(params: Any, received: Any, given: Mapping[str, Tensor]) -> list[Tensor]:
         return list(named_tensors(base.share(list(model.layers), with_tensors(batch, given))).values())
@@ -236,7 +236,7 @@ def _function(layer: LocalLayer) -> Callable[..., Any]:
 
 
 def _named(spec: tree.TreeSpec) -> tree.TreeSpec | None:
-    """See `Segment.spec`: None where there is one tensor, or a tuple of them."""
+    """Return a spec as `Segment.spec` wants it: None for one tensor, or a tuple of tensors."""
     plain = [tree.leaves_and_spec(each)[1] for each in (0, tuple(range(spec.num_leaves)))]
     return None if spec in plain and spec.num_leaves else spec
 
