@@ -1,4 +1,4 @@
-"""Models captured from modules and functions."""
+"""Models captured from modules and from functions."""
 
 from autofunc.captured.captures import Branches
 from autofunc.captured.empty import empty_weights

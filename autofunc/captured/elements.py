@@ -1,4 +1,4 @@
-"""An element of all places is a number that is known: where it is an index, and beyond the end, it never counts."""
+"""An element of all places is a known number; used as an index beyond the end of a dim, it never counts."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _INDEXED = ("index", "index_put", "index_put_", "index_select", "embedding")
 
 
 def fold_elements(graph: fx.Graph) -> None:
-    """Change a graph in place: it reads no element as a number, and no element reaches beyond the end of a dim.
+    """Change a graph in place, so that it reads no element as a number and no element indexes beyond the end of a dim.
 
-    An expert of a mask that has one more column than there are experts is never chosen; what it computes is left out.
+    A mask may have one more column than there are experts: that expert is never chosen, and its results are discarded.
     """
     for begin in [node for node in graph.nodes if is_body(node) and node.args[2] is not None]:
         number: Any = begin.args[2]
@@ -40,7 +40,7 @@ def fold_elements(graph: fx.Graph) -> None:
 
 
 def _same(begin: Node) -> Iterator[Node]:
-    """What holds a run's element alone."""
+    """Yield the nodes that hold only a run's element."""
     found = [begin]
     for node in found:
         found += [user for user in node.users if _name(user) in _SAME and user.args[0] is node and user not in found]

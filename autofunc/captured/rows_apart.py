@@ -1,6 +1,6 @@
-"""Which operators treat rows apart: where the rows of a mask lie in their results, given where in arguments.
+"""Operators that treat rows separately: where a mask's rows lie in their results, given where they lie in the arguments.
 
-Only what is known to be so is let through. A row that does not count then changes no other.
+Only operators known to do so are let through. A row that does not count then affects no other.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ Node = fx.Node
 
 
 def rows_of_result(node: Node, known: Mapping[Node, Rows]) -> Rows:
-    """The rows in what an operator makes; for several results, in each.
+    """Return the rows in an operator's result; if it has several results, the rows in each.
 
     Args:
-        node: whose arguments have rows.
-        known: rows of every node that has any.
+        node: an operator with rows among its arguments.
+        known: the rows of every node that has any.
 
     Raises:
-        Together: when it does not treat them apart.
+        Together: if it does not treat rows separately.
     """
     if node.target is getitem:
         return known[node.args[0]]  # type: ignore[index]
@@ -53,7 +53,7 @@ def rows_of_result(node: Node, known: Mapping[Node, Rows]) -> Rows:
 
 
 def indexed(node: Node, known: Mapping[Node, Rows]) -> tuple[Rows, int | None]:
-    """Rows of `x[indices]`, and the dim in which those of its indices lie; None where these have none.
+    """Return the rows of `x[indices]`, and the dim in which its indices' rows lie; None if the indices have none.
 
     Args:
         node: `index` or `index_put`.
@@ -97,7 +97,7 @@ def _recast(node: Node, known: Mapping[Node, Rows]) -> Rows:
 
 
 def _along(node: Node, known: Mapping[Node, Rows]) -> Rows:
-    """Something along other dims, which all stay."""
+    """For an operator along other dims, which keeps all dims."""
     rows, (_, count) = kept(node, known), first_of(node)
     if set(dims_of(node, count)) & rows.keys():
         raise Together
@@ -114,7 +114,7 @@ def _without(rows: Rows, dims: Sequence[int]) -> Rows:
 
 
 def _viewed(node: Node, known: Mapping[Node, Rows]) -> Rows:
-    """In another shape: a dim of rows is found again by what lies before and in it."""
+    """For a reshape: a dim of rows is found again by its size and the sizes before it."""
     rows, before, after = kept(node, known), shape_of(first_of(node)[0]), shape_of(node)
     found: dict[int, Node] = {}
     for dim, mask in rows.items():
@@ -177,7 +177,7 @@ def _normalised(node: Node, known: Mapping[Node, Rows]) -> Rows:
 
 
 def _joined(node: Node, known: Mapping[Node, Rows]) -> Rows:
-    """Along another dim, which is a new one for `stack`."""
+    """For a join along another dim; `stack` makes that dim."""
     given = arguments(node)
     parts, is_new = list(given["tensors"]), name_of(node) == "stack"
     count = parts[0].meta["val"].dim() + is_new
@@ -195,7 +195,7 @@ def _joined(node: Node, known: Mapping[Node, Rows]) -> Rows:
 
 
 def _product(node: Node, known: Mapping[Node, Rows]) -> Rows:
-    """Of matrices, or batches of them: rows are not among what is summed over."""
+    """For a product of matrices, or batches of them: the summed dims have no rows."""
     names = {"addmm": ("mat1", "mat2"), "baddbmm": ("batch1", "batch2"), "matmul": ("self", "other")}
     given = arguments(node)
     one, other = (given[name] for name in names.get(name_of(node), ("self", "mat2")))
