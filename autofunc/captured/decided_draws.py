@@ -11,7 +11,7 @@ from torch import fx
 from autofunc.decisions import is_check
 from autofunc.errors import ModelError
 from autofunc.graph.reach import ancestors
-from autofunc.graph.schema import is_mutable, is_random
+from autofunc.graph.schema import is_mutable, is_random, name_of
 
 Node = fx.Node
 
@@ -44,7 +44,7 @@ def refuse_decided_draws(graph: fx.Graph, what: str) -> None:
 
 
 def _drops(node: Node) -> bool:
-    return str(node.target).removeprefix("aten.").partition(".")[0].rstrip("_") in _DROPOUTS
+    return name_of(node).rstrip("_") in _DROPOUTS
 
 
 def _is_settled(check: Node, drawn: Sequence[Node]) -> bool:

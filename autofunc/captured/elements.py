@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from autofunc.captured.all_places import is_body
-from autofunc.graph.schema import arguments
+from autofunc.graph.schema import arguments, name_of
 
 Node = fx.Node
 
@@ -33,7 +33,7 @@ def fold_elements(graph: fx.Graph) -> None:
                     if reader.target is _aten.select.int:
                         whole, dim, _ = reader.args
                         reader.update_arg(2, min(number, _size(whole, dim) - 1))
-                elif _name(reader) in _INDEXED:
+                elif name_of(reader) in _INDEXED:
                     _keep_inside(reader, element, number)
             if element.target is _aten.item.default:
                 graph.erase_node(element)
@@ -43,7 +43,7 @@ def _same(begin: Node) -> Iterator[Node]:
     """Yield the nodes that hold only a run's element."""
     found = [begin]
     for node in found:
-        found += [user for user in node.users if _name(user) in _SAME and user.args[0] is node and user not in found]
+        found += [user for user in node.users if name_of(user) in _SAME and user.args[0] is node and user not in found]
     yield from found
 
 
@@ -66,7 +66,3 @@ def _keep_inside(reader: Node, element: Node, number: Any) -> None:
 def _size(whole: Any, dim: Any) -> int:
     value: Tensor = whole.meta["val"]
     return int(value.shape[dim])
-
-
-def _name(node: Node) -> str:
-    return str(node.target).removeprefix("aten.").partition(".")[0]

@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from autofunc.captured.flow import Flow
 from autofunc.graph.memory import aliased, base_of, storages, written
-from autofunc.graph.schema import arguments, without_out
+from autofunc.graph.schema import arguments, name_of, without_out
 
 Node = fx.Node
 
@@ -88,7 +88,7 @@ def _functional(write: Node) -> Callable[..., Any] | None:
 
 def _put_back(view: Node, gradients: bool) -> Callable[..., Any] | None:
     """Return a function from (whole, part) to the operator and arguments that rebuild the whole; None if there is none."""
-    name = str(view.target).removeprefix("aten.").partition(".")[0]
+    name = name_of(view)
     if view.target in _SAME:  # values written through it get no gradient
         return None if gradients else lambda whole, part: (_aten.alias.default, (part,))
     if name == "select":
@@ -186,7 +186,7 @@ class _Rewriting:
 
         given = fx.node.map_arg(arguments(write), now)
         value = old.meta["val"]
-        packet = str(write.target).removeprefix("aten.").partition(".")[0]
+        packet = name_of(write)
         if packet == "zero_":
             return self._call(_aten.zeros_like.default, (old,), {}, write)
         if packet == "fill_":

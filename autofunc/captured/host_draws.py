@@ -28,13 +28,11 @@ class HostDraws:
     def undone(self) -> Iterator[None]:
         """Wrap a forward: record which generators it draws from, and restore their states."""
         before = _states()
-        python, numbers = random.getstate(), np.random.get_state()
-        try:
-            yield
-        finally:
-            self.names = [name for name, state in _states().items() if state != before[name]]
-            random.setstate(python)
-            np.random.set_state(numbers)
+        with restored_host_generators():
+            try:
+                yield
+            finally:
+                self.names = [name for name, state in _states().items() if state != before[name]]
 
 
 def refuse_host_draws(draws: HostDraws, first: Any, again: Callable[[], Any], what: str) -> None:
@@ -65,6 +63,17 @@ def refuse_host_draws(draws: HostDraws, first: Any, again: Callable[[], Any], wh
         )
 
 
+@contextmanager
+def restored_host_generators() -> Iterator[None]:
+    """Restore Python's and numpy's global generators afterwards."""
+    python, numbers = random.getstate(), np.random.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numbers)
+
+
 def _states() -> dict[str, Any]:
     return {"Python's random": random.getstate(), "numpy.random": pickle.dumps(np.random.get_state())}
 
@@ -72,15 +81,11 @@ def _states() -> dict[str, Any]:
 @contextmanager
 def _others() -> Iterator[None]:
     """Inside, the generators first give zeros, which are below every probability except 0, then other numbers."""
-    python, numbers = random.getstate(), np.random.get_state()
     words = np.concatenate([np.zeros(400), np.random.default_rng(1).integers(1, 2**32, 224)]).astype(np.uint32)
-    random.setstate((3, (*map(int, words), 0), None))  # a Mersenne twister's state is its next outputs
-    np.random.set_state(("MT19937", words, 0, 0, 0.0))
-    try:
+    with restored_host_generators():
+        random.setstate((3, (*map(int, words), 0), None))  # a Mersenne twister's state is its next outputs
+        np.random.set_state(("MT19937", words, 0, 0, 0.0))
         yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numbers)
 
 
 def _equal(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:

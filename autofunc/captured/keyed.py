@@ -22,7 +22,7 @@ from autofunc.errors import ModelError
 from autofunc.fingerprint import Name
 from autofunc.graph.lines import line_of
 from autofunc.graph.memory import aliased, written
-from autofunc.graph.schema import arguments, is_operator, is_random
+from autofunc.graph.schema import arguments, is_operator, is_random, name_of
 
 _aten = torch.ops.aten
 _ALPHA = 1.7580993408473766  # alpha dropout sets elements to -1 times this, the left limit of SELU
@@ -156,7 +156,7 @@ def _refuse_draws_inside(node: fx.Node, what: str) -> None:
 
 def kind_of(node: fx.Node) -> str:
     """Return the name of a node's operator, without "aten.", its overload, and an in-place operator's underscore."""
-    return str(node.target).removeprefix("aten.").partition(".")[0].removesuffix("_") if is_operator(node) else ""
+    return name_of(node).removesuffix("_") if is_operator(node) else ""
 
 
 def _label(place: str) -> str:

@@ -88,7 +88,7 @@ class SafetensorsWeights:
             near = one_of(extra[0], places)
             raise ModelError(f"{self._what}: the module has no place for {some_of(extra, 5)}; {near}")
         if wrong:
-            raise ModelError(f"{self._what}: {some_of(wrong, 5)}. Do the sizes in its config belong to these weights?")
+            raise ModelError(f"{self._what}: {some_of(wrong, 5)}. Are the sizes in its config those of these weights?")
         if unlike:
             raise ModelError(f"{self._what}: {some_of(unlike, 2)}; convert them, or leave them out")
 

@@ -6,13 +6,11 @@ to no time or memory, and no weights. The forward runs for real only if a decisi
 
 from __future__ import annotations
 
-import random
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -20,6 +18,7 @@ from autofunc import tree
 from autofunc.captured.control_flow import python_control_flow
 from autofunc.captured.conversions import Conversions, Decision, Kind, here
 from autofunc.captured.ctc import LENGTHS_AS_TENSORS
+from autofunc.captured.host_draws import restored_host_generators
 from autofunc.captured.instead import Instead
 from autofunc.captured.snapshot import Snapshot
 from autofunc.captured.source import Source
@@ -165,10 +164,5 @@ def _with_weights(source: Source) -> Iterator[None]:
 @contextmanager
 def _put_back() -> Iterator[None]:
     """Restore the global random generators afterwards."""
-    python, numbers = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=list(range(torch.accelerator.device_count()))):
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numbers)
+    with restored_host_generators(), torch.random.fork_rng(devices=list(range(torch.accelerator.device_count()))):
+        yield

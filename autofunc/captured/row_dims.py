@@ -16,7 +16,7 @@ Rows = Mapping[int, Node]
 """For a value: dim -> the node of the mask whose places index that dim."""
 
 
-class Together(Exception):
+class MixesRows(Exception):
     """An operator mixes rows, or is not known not to."""
 
 
@@ -28,11 +28,11 @@ def aligned(node: Node, known: Mapping[Node, Rows]) -> Rows:
     for read, shift in tensors:
         for dim, mask in known.get(read, {}).items():
             if sizes[dim + shift] != shape_of(read)[dim] or not same_mask(found.setdefault(dim + shift, mask), mask):
-                raise Together
+                raise MixesRows
     for read, shift in tensors:
         own = {dim + shift for dim in known.get(read, {})}
         if any(dim >= shift and shape_of(read)[dim - shift] != 1 for dim in found.keys() - own):
-            raise Together
+            raise MixesRows
     return found
 
 
@@ -62,11 +62,6 @@ def _is_written(node: Node) -> bool:
     return any(base_of(target) is base for each in node.graph.nodes for target in written(each))
 
 
-def name_of(node: Node) -> str:
-    """Return an operator's name, without its library and overload."""
-    return str(node.target).removeprefix("aten.").partition(".")[0]
-
-
 def shape_of(node: Node) -> tuple[int, ...]:
     """Return the shape of a value, or of the first of several."""
     value = node.meta["val"]
@@ -82,7 +77,7 @@ def rows_of_one(node: Node, known: Mapping[Node, Rows], name: str) -> Rows:
     """Return the rows of an argument; no other argument may have any."""
     read = arguments(node)[name]
     if any(known.get(other) for other in node.all_input_nodes if other is not read):
-        raise Together
+        raise MixesRows
     return known.get(read, {})
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from autofunc.captured.all_places import ROWS_OF_DATA, is_body, is_body_end, is_places
 from autofunc.captured.elements import fold_elements
-from autofunc.captured.row_dims import Rows, Together, aligned, same_mask
+from autofunc.captured.row_dims import Rows, MixesRows, aligned, same_mask
 from autofunc.captured.rows_apart import indexed, rows_of_result
 from autofunc.decisions import is_check
 from autofunc.errors import ModelError
@@ -84,7 +84,7 @@ class _LeavingOut:
             self._check_home(node)
             try:
                 self._visit(node)
-            except Together:
+            except MixesRows:
                 masks = (mask for read in node.all_input_nodes for mask in self._known.get(read, {}).values())
                 inside_of = (self._places(each) for each in inside)
                 raise ModelError(self._refusal(node, next(chain(masks, inside_of)), "sees which rows there are")) from None
@@ -95,15 +95,15 @@ class _LeavingOut:
         rows = {read for read in node.all_input_nodes if self._known.get(read)}
         if is_places(node):
             if rows:
-                raise Together
+                raise MixesRows
             self._known[node], self._counts[node] = {0: node}, self._counting(node)
         elif is_body(node):
             places: Any = node.args[0]
             if self._known.get(places, {}).keys() != {0}:
-                raise Together
+                raise MixesRows
         elif is_check(node):
             if rows or any(self._home[read] for read in node.all_input_nodes):
-                raise Together
+                raise MixesRows
         elif written(node):
             self._write(node)
         elif node.target in (*_ADDING, *_PUTTING) and rows:
@@ -131,10 +131,10 @@ class _LeavingOut:
             self._put(node, inside)
             return
         if inside or more or not (is_pointwise(node) or str(node.target) in _REPLACING):
-            raise Together
+            raise MixesRows
         rows = aligned(node, self._known)
         if rows.keys() != self._known.get(target, {}).keys():
-            raise Together
+            raise MixesRows
         self._known[node] = rows
 
     def _put(self, node: Node, inside: tuple[Node, ...]) -> None:
@@ -145,7 +145,7 @@ class _LeavingOut:
             inside: the loop runs that it is in, but the memory it writes to is not.
         """
         if self._known.get(arguments(node)["self"]):
-            raise Together
+            raise MixesRows
         conditions = [self._element(each, node) for each in inside]
         if node.target in _ADDING:
             self._add(node, conditions)
@@ -162,9 +162,9 @@ class _LeavingOut:
         dim = given["dim"] % max(count, 1)
         index = self._known.get(given["index"], {})
         if name == "src" and given["index"].meta["val"].shape != given["src"].meta["val"].shape:
-            raise Together
+            raise MixesRows
         if index.keys() - {dim if name == "src" else 0}:
-            raise Together
+            raise MixesRows
         mask = next(iter(index.values()), None)
         self._check_value(given[name], mask, dim, count)
         self._only(node, name, self._conditions(conditions, mask, dim, count, node))
@@ -183,9 +183,9 @@ class _LeavingOut:
         shape, own = value.meta["val"].shape, self._known.get(value, {})
         place = dim - count + len(shape)
         if own.keys() - {place} or any(mask is None or not same_mask(each, mask) for each in own.values()):
-            raise Together
+            raise MixesRows
         if mask is not None and not own and place >= 0 and shape[place] != 1:
-            raise Together
+            raise MixesRows
 
     def _conditions(self, inside: list[Node], mask: Node | None, dim: int, count: int, before: Node) -> list[Node]:
         """Return the conditions under which elements of a written value with `count` dims count."""

@@ -11,7 +11,7 @@ from autofunc.context_parallel.axis import ContextAxis
 from autofunc.context_parallel.rules import by_rule
 from autofunc.context_parallel.traced import Traced
 from autofunc.graph.memory import base_of, written
-from autofunc.graph.schema import is_mutable
+from autofunc.graph.schema import is_mutable, name_of
 from autofunc.spreading import FULL, Cut
 from autofunc.spreading.layouts import Layout
 from autofunc.spreading.operation import shape_of
@@ -79,5 +79,5 @@ def _depending(whole: Traced) -> set[Node]:
 
 def is_made_by_shape(node: Node) -> bool:
     """True if an operator uses no more than its operand's shape: `new_zeros`, `zeros_like` and so on."""
-    name = str(node.target).removeprefix("aten.").partition(".")[0]
+    name = name_of(node)
     return name.startswith("new_") or name.endswith("_like")

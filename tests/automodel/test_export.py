@@ -167,7 +167,7 @@ def test_errors(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"'embed.weight' is \(3,\), but in TinyForCausalLM \(20, 8\)"):
         write_pretrained(module, {**good, "embed.weight": torch.ones(3)}, tmp_path)
     empty = af.AutoModel.from_config({"model_type": "gpt2", "n_layer": 1, "n_embd": 8, "n_head": 1, "vocab_size": 9})
-    with pytest.raises(ModelError, match=r"params have no .*full tree, of all stages"):
+    with pytest.raises(ModelError, match=r"params have no .*full tree, with all stages"):
         write_pretrained(empty, {"transformer.wte.weight": torch.ones(9, 8)}, tmp_path)
     module.config = None  # type: ignore[assignment]
     with pytest.raises(ModelError, match="TinyForCausalLM has no config attribute"):

@@ -206,8 +206,8 @@ def test_forwards_that_were_replaced() -> None:
         with_hook(part)
     model = check_layouts(base, BATCH, LAYOUTS)
     assert model.notes == (
-        "the module itself, layers.0, layers.0.q and 2 more run forwards that were put in the place of their classes', as "
-        "accelerate's hooks are: what they do to tensors is captured, what else they do happens once",
+        "the module itself, layers.0, layers.0.q and 2 more run forwards that replace those of their classes, as accelerate's "
+        "hooks do: their tensor operations are captured, any other effect happens once",
     )
     assert af.check(base, BATCH).ok
 
@@ -223,7 +223,7 @@ def test_compiled_parts() -> None:
 
     model = check_layouts(base, BATCH, LAYOUTS, call=plainly)
     assert model.notes == (
-        "torch.compile around layers.0, layers.1, layers.2 is left out: say compile=True to af.pipeline",
+        "torch.compile around layers.0, layers.1, layers.2 is dropped: pass compile=True to af.pipeline instead",
     )
     assert {"layers.0", "layers.1", "layers.2"} <= set(model.layers)
     assert af.check(base, BATCH).ok

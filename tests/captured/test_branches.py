@@ -208,7 +208,7 @@ def distinct(self: Deciding, h: Tensor, ids: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("forward", "message"),
     [
-        (converting, r"makes a plain float of data \(.*float\(h.abs\(\).max\(\)\)\), .* use the tensor itself"),
+        (converting, r"makes a plain float from data \(.*float\(h.abs\(\).max\(\)\)\), .* use the tensor itself"),
         (layer_drop, r"decides by a random number \(.*torch.rand\(\[\]\) < 0.5.*layerdrop=0"),
         (uneven, r"the data decides how many rows a mask makes \(.*ids\[:, 0\] == 1.*ignore_index"),
         (distinct, r"the data decides how many rows a mask makes \(.*unique_consecutive"),

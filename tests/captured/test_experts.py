@@ -273,7 +273,7 @@ def scattered_rows(self: Experts, h: Tensor, kinds: Tensor) -> Tensor:
         (measured, "reads their number"), (enumerated, "unbind"), (numbered, "counts them in 'number'"),
         (added_in_a_loop, "reads what a loop over them makes"), (kept_from_a_loop, "reads what a loop over them makes"),
         (written_in_a_loop, "aten.add_.Tensor sees"), (left_early, "leaves a loop over them early"),
-        (read_beside_a_loop, "outside of a loop"), (first_of_rows, "aten.select.int sees"),
+        (read_beside_a_loop, "outside a loop"), (first_of_rows, "aten.select.int sees"),
         (of_two_masks, "index_put_.default sees"), (sorted_rows, "aten.sort"),
         (compared, "reads their number"), (summed_by_a_product, "aten.matmul.default sees"),
         (scattered_rows, "scatter_add.default sees"),

@@ -145,7 +145,7 @@ class InPlace(torch.autograd.Function):
 
 def test_one_that_writes_to_what_it_is_given() -> None:
     module = Stack(lambda x, layer: InPlace.apply(layer(x)))  # type: ignore[no-untyped-call]
-    with pytest.raises(ModelError, match="InPlace writes to what it is given"):
+    with pytest.raises(ModelError, match="InPlace writes to its inputs"):
         af.from_module(module, {"x": torch.randn(4, 6)})
 
 

@@ -184,7 +184,7 @@ def test_wrappers_are_left_out() -> None:
     module = chain()
     model = af.from_module(torch.compile(module, backend="eager"), BATCH, inputs=["x"])  # type: ignore[arg-type]
     assert set(model.spec) == {name for name, _ in module.named_parameters()}
-    assert model.notes == ("OptimizedModule around Sequential is left out: the pipeline does its work",)
+    assert model.notes == ("OptimizedModule around Sequential is dropped: the pipeline does its work",)
     assert af.from_module(nn.DataParallel(module), BATCH, inputs=["x"]).notes[0].startswith("DataParallel around")
 
 

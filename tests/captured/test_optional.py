@@ -106,7 +106,7 @@ class Checking(Gated):
 def test_checks_are_left_out() -> None:
     ids = torch.tensor([[1, 0, 0], [0, 1, 0], [0, 0, 1], [0, 1, 0]])
     model = check_layouts(Checking(), {"x": rows(6), "ids": ids}, LAYOUTS)
-    assert any(note.startswith("a check of the values of its inputs is not made (File ") for note in model.notes)
+    assert any(note.startswith("a check of its inputs' values is dropped (File ") for note in model.notes)
 
 
 class Converting(Gated):
@@ -122,5 +122,5 @@ class Converting(Gated):
 def test_conversions_inside_of_a_forward() -> None:
     """To the dtype that a part has, they are nothing."""
     check_layouts(Converting(torch.float32), {"x": rows(6)}, LAYOUTS)
-    with pytest.raises(ModelError, match=r"converts Linear inside of its forward \(.*self.middle.to.*convert the module"):
+    with pytest.raises(ModelError, match=r"converts Linear inside its forward \(.*self.middle.to.*convert the module"):
         af.from_module(Converting(torch.float64), {"x": rows(6)})

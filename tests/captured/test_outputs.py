@@ -145,7 +145,7 @@ def test_shapes_that_the_data_decides(name: str) -> None:
 
 def test_transforms_inside() -> None:
     module = Returning(lambda h, y: torch.autograd.grad(y.sum(), h, create_graph=True)[0])
-    with pytest.raises(ModelError, match=r"differentiates inside of its forward .*test_outputs.py"):
+    with pytest.raises(ModelError, match=r"differentiates inside its forward .*test_outputs.py"):
         af.from_module(module, {"x": torch.randn(4, 6)})
 
 

@@ -381,7 +381,7 @@ def test_generators_of_the_host(name: str) -> None:
     """What they give may not matter: with a small probability it is seldom seen to, and yet it does."""
     generator, drawn = HOST[name]
     before = (random.getstate(), np.random.get_state()[1].tolist())
-    with pytest.raises(ModelError, match=f"Dropping draws from {generator}, which a capture would do once"):
+    with pytest.raises(ModelError, match=f"Dropping draws from {generator}, and a capture would fix"):
         af.from_module(Dropping(0.001, drawn), NOISY)
     af.from_module(Dropping(0.001, drawn).eval(), NOISY)
     af.from_module(Dropping(0.0, drawn), NOISY)
@@ -445,8 +445,8 @@ def test_a_draw_into_a_buffer_is_state() -> None:
     [
         (Function(lambda x: torch.poisson(x.exp())), r"global random generator \(aten.poisson.*torch.rand"),
         (Function(lambda x: x * torch.randn(8, dtype=torch.complex64).real), "draws complex numbers .*draw two real ones"),
-        (Function(Rounding.apply), r"forward of an autograd.Function draws random numbers \(aten.rand_like.*draw before"),
-        (Function(lambda x: x + torch.rand(8, generator=torch.Generator().manual_seed(0))), "generator of random numbers"),
+        (Function(Rounding.apply), r"forward of an autograd.Function draws random numbers \(aten.rand_like.*draw them before"),
+        (Function(lambda x: x + torch.rand(8, generator=torch.Generator().manual_seed(0))), "random generator is not needed"),
     ],
 )
 def test_refused(part: nn.Module, message: str) -> None:

@@ -98,5 +98,5 @@ def test_a_function_of_the_users_own_stays() -> None:
 def test_experts_that_are_spread_already() -> None:
     module = built("Mixtral")
     module.model.layers[1].mlp.experts._is_expert_parallel = True
-    with pytest.raises(ModelError, match="MixtralExperts spreads its experts over processes by itself"):
+    with pytest.raises(ModelError, match="MixtralExperts spreads its experts over processes itself"):
         af.from_module(module, text())

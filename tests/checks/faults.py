@@ -406,7 +406,7 @@ FAULTS = {
     "alternates": Fault(Alternates, "C4", "fail", Alternating, "when layers are run again for them"),
     "no config": Fault(Sound, "C5", "fail", Sound, "no attribute 'config'", options={"registry": True}),
     "odd config": Fault(lambda: _with_config({"a": object()}), "C5", "fail", Sound, "written", options={"registry": True}),
-    "plain float": Fault(PlainFloat, "P1", "fail", PlainFloat, "makes a plain float of data"),
+    "plain float": Fault(PlainFloat, "P1", "fail", PlainFloat, "makes a plain float from data"),
     "skips": Fault(Skips, "P1", "fail", Skips, "draws from Python's random"),
     "one place": Fault(OnePlace, "P1", "fail", OnePlace, "no place at which a second stage could begin"),
     "shared memory": Fault(SharedMemory, "P2", "warn", SharedMemory, "are different parameters in the same memory"),
