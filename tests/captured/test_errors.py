@@ -177,7 +177,7 @@ def test_no_module() -> None:
         (["h.2", "h.1"], "'transformer.h.1' runs before 'transformer.h.2'"),
         (["h.2", "h.2.ln_1"], "a stage already begins at 'transformer.h.2'"),
         (["drop"], "'transformer.drop' is not run|needs no weights|names no layer"),
-        (["mlp"], "ambiguous: it is the end of transformer.h.0.mlp"),
+        (["mlp"], "ambiguous: transformer.h.0.mlp"),
         (["transformer.h"], "'transformer.h' is not run"),
         (9000, "at most, not 9000"),
     ],
