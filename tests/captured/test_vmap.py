@@ -1,4 +1,4 @@
-"""Functions that `torch.vmap` maps."""
+"""Functions mapped by `torch.vmap`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TOKENS = 3
 
 
 def same(ids: Tensor) -> Tensor:
-    """Which tokens are equal, asked of one pair at a time."""
+    """Compares tokens one pair at a time."""
     inner = torch.vmap(torch.vmap(torch.eq, (None, 0)), (0, None))
     return torch.vmap(lambda row: inner(row, row))(ids)
 
