@@ -81,16 +81,13 @@ class OverTokens(Specialised):
         with fake_mode() as mode, naming_errors("the loss"):
             entries = _faked(mode, microbatch)
             x = tree.map_leaves(lambda leaf: _fresh(leaf) if isinstance(leaf, Tensor) else leaf, output(self.output))
-            leaves, spec = tree.leaves_and_spec(x)
             layouts = list(self.layers.values())[-1].layouts
 
             def function(params: Any, received: Sequence[Tensor], given: Mapping[str, Tensor]) -> Any:
-                arriving = iter(received)
-                full = [next(arriving) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-                terms = evaluate(loss, tree.from_leaves(full, spec), with_tensors(entries, given))
+                terms = evaluate(loss, _refilled(x, received), with_tensors(entries, given))
                 return terms.sum, terms.weight, terms.aux
 
-            whole = traced(function, {}, [leaf for leaf in leaves if isinstance(leaf, Tensor)], named_tensors(entries))
+            whole = traced(function, {}, _tensors(x), named_tensors(entries))
             natural = of_entries(named_tensors(entries))
             local = _local(whole, [each for each in layouts if each is not None], natural, self.axis, "the loss")
             returned = [
@@ -103,7 +100,7 @@ class OverTokens(Specialised):
     def loss_terms(self, x: Any, microbatch: Mapping[str, Any]) -> LossTerms:
         """Return this rank's terms of the loss and its weight, and aux in full; every rank calls it."""
         assert self.loss_layer is not None
-        received = [leaf for leaf in tree.leaves_and_spec(x)[0] if isinstance(leaf, Tensor)]
+        received = _tensors(x)
         given = _with_pieces(named_tensors(microbatch), self.loss_layer.pieces, self.axis)
         (total, weight, aux), _ = self.loss_layer.segment({}, received, given, received[0].device, None)
         return LossTerms(total, weight, aux)
@@ -171,17 +168,15 @@ def _cut_layer(
     natural: Mapping[str, Layout], axis: ContextAxis,
 ) -> tuple[LocalLayer, Any]:  # fmt: skip
     """Cut one layer; return it, and the whole layer's output on fake tensors."""
-    what, (leaves, spec) = f"layer {name!r}", tree.leaves_and_spec(x)
+    what = f"layer {name!r}"
 
     def function(owned: Mapping[str, Tensor], received: Sequence[Tensor], given: Mapping[str, Tensor]) -> Any:
-        arriving = iter(received)
-        full = [next(arriving) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        return base.functions[name](tree.nest(owned), tree.from_leaves(full, spec), with_tensors(entries, given))
+        return base.functions[name](tree.nest(owned), _refilled(x, received), with_tensors(entries, given))
 
     with naming_errors(what):
-        tensors, program = [leaf for leaf in leaves if isinstance(leaf, Tensor)], base.programs([name])[-1]
+        program = base.programs([name])[-1]
         known = program if isinstance(program, Segment) else None
-        whole = traced(function, params, tensors, named_tensors(entries), known)
+        whole = traced(function, params, _tensors(x), named_tensors(entries), known)
     local = _local(whole, [each for each in layouts if each is not None], natural, axis, what)
     found = [local.layouts.get(number) for number in range(len(local.returned))]
     return _layer(whole, local, local.returned, what, found), whole.made
@@ -229,8 +224,7 @@ def _layer(whole: Traced, local: LocalGraph, returned: Sequence[Any], what: str,
 
 def _function(layer: LocalLayer) -> Callable[..., Any]:
     def function(params: Mapping[str, Any], x: Any, entries: TokenEntries) -> Any:
-        received = [leaf for leaf in tree.leaves_and_spec(x)[0] if isinstance(leaf, Tensor)]
-        return layer.segment(params, received, entries.tensors, entries.device, None)[0]
+        return layer.segment(params, _tensors(x), entries.tensors, entries.device, None)[0]
 
     return function
 
@@ -260,6 +254,16 @@ def _faked(mode: Any, microbatch: Mapping[str, Any]) -> dict[str, Any]:
 
 def _device(microbatch: Mapping[str, Any]) -> torch.device:
     return next((leaf.device for leaf in named_tensors(microbatch).values()), torch.device("cpu"))
+
+
+def _tensors(x: Any) -> list[Tensor]:
+    return [leaf for leaf in tree.leaves_and_spec(x)[0] if isinstance(leaf, Tensor)]
+
+
+def _refilled(x: Any, tensors: Sequence[Tensor]) -> Any:
+    """Replace the tensors of a tree, in leaf order."""
+    remaining = iter(tensors)
+    return tree.map_leaves(lambda leaf: next(remaining) if isinstance(leaf, Tensor) else leaf, x)
 
 
 def _fresh(leaf: Tensor) -> Tensor:

@@ -231,7 +231,7 @@ def test_branches_can_be_refused() -> None:
 
 def test_other_numbers_of_decisions_than_on_the_example() -> None:
     pipe, params = pipeline(Deciding(lambda self, h, ids: h if ids.sum(1).tolist()[0] > 2 else -h))
-    with pytest.raises(ModelError, match=r"with these shapes reads fewer values than on the example batch \(.*test_branches.py"):
+    with pytest.raises(ModelError, match=r"with these shapes reads fewer values than on the example batch \(.*test_branch"):
         step(pipe, params)
 
 

@@ -62,7 +62,7 @@ def test_a_loss_that_reads_a_parameter(engine: str) -> None:
         return outputs.square().mean() + module[0].weight.abs().sum()
 
     pipe = pipeline(af.from_module(module, BATCH, inputs=["x"]), ["2"], engine, regularised)
-    with pytest.raises(ModelError, match=r"the loss reads a tensor of shape \(4, 4\) that requires a gradient .*test_silent_losses.py"):
+    with pytest.raises(ModelError, match=r"the loss reads a tensor of shape \(4, 4\) that requires a gradient .*test_silent"):
         af.value_and_grad(pipe)(pipe.init(), BATCH)
 
 
