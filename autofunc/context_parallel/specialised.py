@@ -12,11 +12,11 @@ from torch import Tensor
 from autofunc import tree
 from autofunc.captured.segment import Segment
 from autofunc.context_parallel.axis import ContextAxis
-from autofunc.context_parallel.beside import handing_out_whole
+from autofunc.context_parallel.with_tensor_parallel import handing_out_whole
 from autofunc.context_parallel.entries import TokenEntries, named_tensors, with_tensors
 from autofunc.context_parallel.local_graph import LocalGraph
 from autofunc.context_parallel.moves import added_up, all_tokens, own_tokens
-from autofunc.context_parallel.natural import of_entries, of_shared
+from autofunc.context_parallel.token_dims import of_entries, of_shared
 from autofunc.context_parallel.program import segment_of
 from autofunc.context_parallel.traced import Traced, traced
 from autofunc.errors import ModelError
@@ -108,7 +108,7 @@ class OverTokens(Specialised):
 
 def over_tokens(
     base: Specialised, model: Model, leaves: Mapping[str, Tensor], microbatch: Mapping[str, Any], axis: ContextAxis,
-    beside: str | None = None,
+    other_axis: str | None = None,
 ) -> OverTokens:  # fmt: skip
     """Cut the tokens of a model over cp ranks.
 
@@ -118,7 +118,7 @@ def over_tokens(
         leaves: parameters of every holder, with the shapes and dtypes that ranks compute with; values are not read.
         microbatch: an example, as layers see it.
         axis: the ranks.
-        beside: the name of another axis over which the model is already cut, and whose partitioning is active.
+        other_axis: the name of an axis over which the model is already cut, and whose partitioning is active.
 
     Raises:
         ModelError: for a model that keeps state, layers that mix tokens outside attention, and when no tokens are found.
@@ -130,7 +130,7 @@ def over_tokens(
             "update its own copy from its own tokens; use cp=1, or layers without state"
         )
     layers: dict[str, LocalLayer] = {}
-    with fake_mode() as mode, handing_out_whole(beside), recorded_as_operators():
+    with fake_mode() as mode, handing_out_whole(other_axis), recorded_as_operators():
         batch = _faked(mode, microbatch)
         with naming_errors(model.title):
             entries = base.share(list(model.layers), batch)

@@ -206,8 +206,8 @@ def specialise(
         for path, leaf in model.spec.items()
     }
     with setting.partitioning.running(), summing(setting.data):
-        beside = getattr(over, "axis", None)
-        return over_tokens(specialised, model, leaves, seen, setting.context, beside), computed
+        other_axis = getattr(over, "axis", None)
+        return over_tokens(specialised, model, leaves, seen, setting.context, other_axis), computed
 
 
 def _boundary_key(boundary: Boundary | None) -> Hashable:
