@@ -7,7 +7,7 @@ from autofunc.captured.model import CapturedModel
 from autofunc.captured.module import capture_module, with_values
 from autofunc.captured.pretrained import Pretrained
 from autofunc.captured.stored_tensors import StoredTensors
-from autofunc.captured.within import INSIDE, capture_around
+from autofunc.captured.outer_module import INSIDE, capture_around
 
 __all__ = [
     "INSIDE",

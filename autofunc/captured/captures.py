@@ -23,8 +23,8 @@ from autofunc.captured.flow import Flow
 from autofunc.captured.functional import make_functional
 from autofunc.captured.gradients import refuse_parameter_hooks
 from autofunc.captured.kept_buffers import KeptBuffers, content_of
-from autofunc.captured.masks import use_is_causal
-from autofunc.captured.reads import Reads
+from autofunc.captured.causal_masks import use_is_causal
+from autofunc.captured.attribute_reads import Reads
 from autofunc.captured.rehearsal import decisions_of
 from autofunc.captured.rows_back import ALL_ROWS
 from autofunc.captured.source import Source, device_of

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from autofunc.captured.all_places import all_places, body, end_body
-from autofunc.captured.loops import is_left_out
+from autofunc.captured.loop_effects import is_left_out
 
 Refuse = Callable[[str], Exception]
 """From what a forward does with rows ("reads their number") to the error that refuses it."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from autofunc.captured.instead import Instead
+from autofunc.captured.replacing import Replacing
 
 
 def _cond(pred: Any, true_fn: Callable[..., Any], false_fn: Callable[..., Any], operands: Sequence[Any] = ()) -> Any:
@@ -37,5 +37,5 @@ PYTHON_CONTROL_FLOW: dict[Any, Callable[..., Any]] = {
 @contextmanager
 def python_control_flow() -> Iterator[None]:
     """Inside, both run as Python control flow, and nothing is compiled."""
-    with torch.compiler.set_stance("force_eager"), Instead(PYTHON_CONTROL_FLOW):
+    with torch.compiler.set_stance("force_eager"), Replacing(PYTHON_CONTROL_FLOW):
         yield

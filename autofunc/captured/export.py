@@ -35,15 +35,15 @@ from autofunc.captured.experts import routed, run_for_real
 from autofunc.captured.gradients import refuse_module_hooks, refuse_own_backward, replaced_functions
 from autofunc.captured.host_draws import HostDraws, refuse_host_draws
 from autofunc.captured.inlined import PREFIX, Inliner
-from autofunc.captured.instead import Instead
+from autofunc.captured.replacing import Replacing
 from autofunc.captured.keyed import replace_random
-from autofunc.captured.loops import Outline, outline
-from autofunc.captured.numbers import keep_tensors
+from autofunc.captured.loop_effects import Outline, outline
+from autofunc.captured.plain_numbers import keep_tensors
 from autofunc.captured.outputs import CACHE, FIRST_IS_LOSS, without_caches
-from autofunc.captured.own_backward import apply_for_real, recorded
+from autofunc.captured.autograd_functions import apply_for_real, recorded
 from autofunc.captured.recurrent import unfuse
 from autofunc.captured.rows_back import leave_out_rows
-from autofunc.captured.unchanged import LeftBehind, restored, written_back
+from autofunc.captured.side_effects import LeftBehind, restored, written_back
 from autofunc.captured.vmapped import unmap
 from autofunc.errors import ModelError, in_brief
 from autofunc.fake import fake_mode, naming_errors
@@ -127,7 +127,7 @@ class Call(nn.Module):
 
     def _called(self, args: tuple[Any, ...], kwargs: dict[str, Any], batch: Mapping[str, Any]) -> Any:
         try:
-            with self._reading(), Instead({**replaced_functions(self._what), **PYTHON_CONTROL_FLOW, **LENGTHS_AS_TENSORS}):
+            with self._reading(), Replacing({**replaced_functions(self._what), **PYTHON_CONTROL_FLOW, **LENGTHS_AS_TENSORS}):
                 return self.module(*args, **kwargs)
         except TypeError as error:
             refused = next((name for name in kwargs if f"unexpected keyword argument '{name}'" in str(error)), None)

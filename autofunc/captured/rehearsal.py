@@ -19,10 +19,10 @@ from autofunc.captured.control_flow import python_control_flow
 from autofunc.captured.conversions import Conversions, Decision, Kind, here
 from autofunc.captured.ctc import LENGTHS_AS_TENSORS
 from autofunc.captured.host_draws import restored_host_generators
-from autofunc.captured.instead import Instead
+from autofunc.captured.replacing import Replacing
 from autofunc.captured.snapshot import Snapshot
 from autofunc.captured.source import Source
-from autofunc.captured.unchanged import restored
+from autofunc.captured.side_effects import restored
 from autofunc.captured.without_dropout import WithoutDropout
 from autofunc.errors import ModelError, in_brief
 from autofunc.fake import fake_mode, is_fake, user_line
@@ -106,7 +106,7 @@ def _run(
         lambda leaf: leaf.detach().to(device, copy=True) if isinstance(leaf, Tensor) else leaf, dict(entries)
     )
     args, kwargs = source.arguments(given)
-    instead, still = Instead(LENGTHS_AS_TENSORS), WithoutDropout()
+    instead, still = Replacing(LENGTHS_AS_TENSORS), WithoutDropout()
     with prepared(source), torch.no_grad(), torch.device(device), still, noting, instead, python_control_flow():
         try:
             source.module(*args, **kwargs)

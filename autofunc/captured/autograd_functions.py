@@ -72,7 +72,7 @@ class _Recording(torch.autograd.Function):
     @classmethod
     def apply(cls, *args: Any, **kwargs: Any) -> Any:
         __class__  # type: ignore[name-defined]  # noqa: B018
-        from autofunc.captured.own_backward import record
+        from autofunc.captured.autograd_functions import record
 
         return record(cls, args, kwargs)
 

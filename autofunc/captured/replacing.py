@@ -8,7 +8,7 @@ from typing import Any
 from torch.overrides import TorchFunctionMode
 
 
-class Instead(TorchFunctionMode):
+class Replacing(TorchFunctionMode):
     """Inside, functions of torch are replaced. One mode does it all, since torch records each mode's frames per operator.
 
     Args:
