@@ -104,7 +104,7 @@ class SafetensorsWeights:
         missing = [name for name in names if name not in self and not any(each.search(name) for each in self._optional)]
         if missing:
             near = one_of(missing[0], self._tensors.shapes)
-            raise ModelError(f"{self._what}: the files have no {some_of(missing, 5)}; {near}")
+            raise ModelError(f"{self._what}: it has no {some_of(missing, 5)}; {near}")
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """See `Weights.read`.

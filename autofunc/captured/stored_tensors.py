@@ -122,7 +122,7 @@ def shards(index: Path, suffix: str = ".safetensors") -> dict[Path, set[str]]:
         files.setdefault(index.parent / file, set()).add(name)
     for path, inside in files.items():
         if unfit(path) == NOT_THERE:
-            raise ModelError(f"{shown(index)} names {shown(path.name)}, which is missing, for {quoted(min(inside))}")
+            raise ModelError(f"{shown(index)} names {shown(path.name)}, which is not there, for {quoted(min(inside))}")
     return files
 
 

@@ -185,7 +185,7 @@ def test_a_block_that_runs_several_times() -> None:
         loss, grads = af.value_and_grad(pipe)(pipe.init(), batch)
         torch.testing.assert_close(loss, expected_loss)
         close(grads, expected)
-    with pytest.raises(SplitError, match=r"'block' is run 6 times.*block@1 to block@6"):
+    with pytest.raises(SplitError, match=r"'block' runs 6 times.*block@1 to block@6"):
         af.split(model, ["block"])
-    with pytest.raises(SplitError, match=r"at most, not 12; they may begin at .*block@6.* Refused: .*is run 6 times"):
+    with pytest.raises(SplitError, match=r"at most, not 12; they may begin at .*block@6.* Refused: .*runs 6 times"):
         af.split(model, 12)

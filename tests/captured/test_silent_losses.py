@@ -132,7 +132,7 @@ def test_keywords_reach_forward(extra: dict[str, Any]) -> None:
 
 def test_keywords_that_forward_does_not_take() -> None:
     batch = BATCH | {"target": torch.rand(4, 1)}
-    with pytest.raises(ModelError, match=r"unexpected keyword argument 'target'; say which .*inputs=\['x'\]"):
+    with pytest.raises(ModelError, match=r"unexpected keyword argument 'target'; name the .*inputs=\['x'\]"):
         af.from_module(Wrapper(), batch)
     af.from_module(Wrapper(), batch, inputs=["x"])
 

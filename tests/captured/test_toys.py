@@ -167,7 +167,7 @@ def test_dataclass_frozen_twice(name: str) -> None:
         loss=squared, call=lambda module, mb: module(mb["ids"], scale=mb["scale"]),
     )  # fmt: skip
     assert not any(path.startswith("frozen") and model.is_trainable(path) for path in model.spec)
-    with pytest.raises(af.errors.SplitError, match="'twice' is run 2 times"):
+    with pytest.raises(af.errors.SplitError, match="'twice' runs 2 times"):
         af.split(model, ["twice"])
 
 

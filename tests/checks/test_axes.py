@@ -69,7 +69,7 @@ def test_what_is_not_asked_for_is_told_and_fails_nothing() -> None:
 
 @pytest.mark.parametrize(
     ("asked", "said"),
-    [({"tp": 2}, "nothing of Mixed can be cut"), ({"cp": 2}, "aten.conv1d"), ({"ep": 2}, "no routed experts")],
+    [({"tp": 2}, "nothing in Mixed can be cut"), ({"cp": 2}, "aten.conv1d"), ({"ep": 2}, "no routed experts")],
 )
 def test_what_is_asked_for_is(asked: dict[str, int], said: str) -> None:
     found = found_of("mixed", **asked)

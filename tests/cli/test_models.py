@@ -274,7 +274,7 @@ def test_plan(folder: Path) -> None:
         ("own.yaml", ["--trainable", "[lm_haed*]"], "trainable pattern 'lm_haed*' matches no parameter"),
         ("own.yaml", ["--weights", "nowhere"], "no weights at nowhere"),
         ("own.yaml", ["--distributed.split_points", "[block.1]"], "did you mean blocks.1"),
-        ("own.yaml", ["--distributed.tp_size", "3"], "tp=3: nothing of TinyForCausalLM can be cut"),
+        ("own.yaml", ["--distributed.tp_size", "3"], "tp=3: nothing in TinyForCausalLM can be cut"),
         (
             "own.yaml",
             ["--distributed.tp_size", "2", "--distributed.tp_plan", "own"],

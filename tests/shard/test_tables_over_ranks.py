@@ -91,7 +91,7 @@ def test_an_operator_without_a_rule_is_computed_whole() -> None:
             "does not divide 3.*1, 3",
         ),
         ("llama", 2, "derived", {"num_attention_heads": 3, "num_key_value_heads": 3, "hidden_size": 12}, "divide 3.*1, 3"),
-        ("gpt2", 3, None, {}, "tp=3.*nothing of GPT2LMHeadModel can be cut|does not divide 4"),
+        ("gpt2", 3, None, {}, "tp=3.*nothing in GPT2LMHeadModel can be cut|does not divide 4"),
         ("llama", 2, None, {"intermediate_size": 25}, "does not divide dim 0 of parameter.*gate_proj.*25"),
         ("llama", 2, {"*.fc.weight": "shard(0)"}, {}, "matches no parameter"),
         ("llama", 2, {"*.fc": "colwise"}, {}, "matches no parameter"),
