@@ -110,9 +110,7 @@ def _run(number: int, tensors: list[Tensor]) -> list[Tensor]:
     with torch.no_grad():
         results = call.results(tensors)
     if versions != [tensor._version for tensor in tensors]:
-        raise ModelError(
-            f"{call.function.__name__} writes to its inputs, so it cannot be captured; return a new tensor"
-        )
+        raise ModelError(f"{call.function.__name__} writes to its inputs, so it cannot be captured; return a new tensor")
     _results[number] = results
     given = {tensor.untyped_storage()._cdata for tensor in tensors}
     # an operator may not return memory it was given

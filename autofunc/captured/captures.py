@@ -15,7 +15,9 @@ from autofunc import cache, tree
 from autofunc.batch import signature
 from autofunc.cache import Identity
 from autofunc.captured.all_places import ROWS_OF_DATA, is_rows_of_data
+from autofunc.captured.attribute_reads import Reads
 from autofunc.captured.branches import Noticing, Replaying, chooses_rows, settle
+from autofunc.captured.causal_masks import use_is_causal
 from autofunc.captured.conversions import Decision
 from autofunc.captured.evaluation import drawing_parts, with_eval_mode
 from autofunc.captured.export import Exported, Reading, export
@@ -23,8 +25,6 @@ from autofunc.captured.flow import Flow
 from autofunc.captured.functional import make_functional
 from autofunc.captured.gradients import refuse_parameter_hooks
 from autofunc.captured.kept_buffers import KeptBuffers, content_of
-from autofunc.captured.causal_masks import use_is_causal
-from autofunc.captured.attribute_reads import Reads
 from autofunc.captured.rehearsal import decisions_of
 from autofunc.captured.rows_back import ALL_ROWS
 from autofunc.captured.source import Source, device_of

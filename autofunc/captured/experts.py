@@ -95,8 +95,8 @@ def expert_parameters(graph: fx.Graph, params: Mapping[fx.Node, str], what: str)
                 source = source.args[0]
             if source not in params:
                 raise ModelError(
-                f"{what} computes what it multiplies experts by ({given.name}; {line_of(node)}), so its experts cannot be "
-                "spread over ranks; make it a parameter"
+                    f"{what} computes what it multiplies experts by ({given.name}; {line_of(node)}), so its experts cannot "
+                    "be spread over ranks; make it a parameter"
                 )
             found[source] = params[source]
     for source, name in found.items():

@@ -23,6 +23,7 @@ from torch import Tensor, fx, nn
 from autofunc import tree
 from autofunc.captured.all_places import ROWS_OF_DATA
 from autofunc.captured.assertions import leave_out_assertions
+from autofunc.captured.autograd_functions import apply_for_real, recorded
 from autofunc.captured.balance import over_expert_ranks
 from autofunc.captured.compiled_parts import call_inside
 from autofunc.captured.control_flow import PYTHON_CONTROL_FLOW
@@ -35,13 +36,12 @@ from autofunc.captured.experts import routed, run_for_real
 from autofunc.captured.gradients import refuse_module_hooks, refuse_own_backward, replaced_functions
 from autofunc.captured.host_draws import HostDraws, refuse_host_draws
 from autofunc.captured.inlined import PREFIX, Inliner
-from autofunc.captured.replacing import Replacing
 from autofunc.captured.keyed import replace_random
 from autofunc.captured.loop_effects import Outline, outline
-from autofunc.captured.plain_numbers import keep_tensors
 from autofunc.captured.outputs import CACHE, FIRST_IS_LOSS, without_caches
-from autofunc.captured.autograd_functions import apply_for_real, recorded
+from autofunc.captured.plain_numbers import keep_tensors
 from autofunc.captured.recurrent import unfuse
+from autofunc.captured.replacing import Replacing
 from autofunc.captured.rows_back import leave_out_rows
 from autofunc.captured.side_effects import LeftBehind, restored, written_back
 from autofunc.captured.vmapped import unmap
@@ -127,7 +127,10 @@ class Call(nn.Module):
 
     def _called(self, args: tuple[Any, ...], kwargs: dict[str, Any], batch: Mapping[str, Any]) -> Any:
         try:
-            with self._reading(), Replacing({**replaced_functions(self._what), **PYTHON_CONTROL_FLOW, **LENGTHS_AS_TENSORS}):
+            with (
+                self._reading(),
+                Replacing({**replaced_functions(self._what), **PYTHON_CONTROL_FLOW, **LENGTHS_AS_TENSORS}),
+            ):
                 return self.module(*args, **kwargs)
         except TypeError as error:
             refused = next((name for name in kwargs if f"unexpected keyword argument '{name}'" in str(error)), None)

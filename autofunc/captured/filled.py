@@ -61,8 +61,8 @@ def full_values(source: ModuleSource, given: Mapping[str, Tensor]) -> dict[str, 
     unknown = [name for name in missing if not source.has_value(name)]
     if unknown:
         raise ModelError(
-                f"params have no {unknown[0]!r}, one of {len(unknown)} missing parameters of {source.what}; give the full "
-                f"tree, with all stages (pipe.gather); {one_of(unknown[0], given)}"
+            f"params have no {unknown[0]!r}, one of {len(unknown)} missing parameters of {source.what}; give the full "
+            f"tree, with all stages (pipe.gather); {one_of(unknown[0], given)}"
         )
     for name, leaf in given.items():
         if leaf.shape != own[name].shape:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, fx
 
 from autofunc import random
-from autofunc.captured.draws import draw, options_of
 from autofunc.captured.autograd_functions import operators_of
+from autofunc.captured.draws import draw, options_of
 from autofunc.captured.recurrent import RECURRENT, layer_by_layer, recurrent_arguments
 from autofunc.captured.segment import Runtime
 from autofunc.errors import ModelError

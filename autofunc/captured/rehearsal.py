@@ -20,9 +20,9 @@ from autofunc.captured.conversions import Conversions, Decision, Kind, here
 from autofunc.captured.ctc import LENGTHS_AS_TENSORS
 from autofunc.captured.host_draws import restored_host_generators
 from autofunc.captured.replacing import Replacing
+from autofunc.captured.side_effects import restored
 from autofunc.captured.snapshot import Snapshot
 from autofunc.captured.source import Source
-from autofunc.captured.side_effects import restored
 from autofunc.captured.without_dropout import WithoutDropout
 from autofunc.errors import ModelError, in_brief
 from autofunc.fake import fake_mode, is_fake, user_line

@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from autofunc.captured.all_places import ROWS_OF_DATA, is_body, is_body_end, is_places
 from autofunc.captured.elements import fold_elements
-from autofunc.captured.row_dims import Rows, MixesRows, aligned, same_mask
+from autofunc.captured.row_dims import MixesRows, Rows, aligned, same_mask
 from autofunc.captured.separate_rows import indexed, rows_of_result
 from autofunc.decisions import is_check
 from autofunc.errors import ModelError

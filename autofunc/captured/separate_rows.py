@@ -14,8 +14,8 @@ import torch
 from torch import fx
 
 from autofunc.captured.row_dims import (
-    Rows,
     MixesRows,
+    Rows,
     aligned,
     dims_of,
     first_of,

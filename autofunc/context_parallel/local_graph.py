@@ -15,10 +15,10 @@ from torch import fx
 
 from autofunc.context_parallel.axis import ContextAxis
 from autofunc.context_parallel.moves import added_up, all_tokens, on_first, own_tokens
-from autofunc.context_parallel.token_dims import of_operator
 from autofunc.context_parallel.routed_rows import RoutedRows
 from autofunc.context_parallel.rules import PRODUCTS, by_rule
 from autofunc.context_parallel.token_chunks import check_length
+from autofunc.context_parallel.token_dims import of_operator
 from autofunc.context_parallel.traced import Traced
 from autofunc.errors import ModelError
 from autofunc.experts import run_for_real

@@ -12,13 +12,13 @@ from torch import Tensor
 from autofunc import tree
 from autofunc.captured.segment import Segment
 from autofunc.context_parallel.axis import ContextAxis
-from autofunc.context_parallel.with_tensor_parallel import handing_out_whole
 from autofunc.context_parallel.entries import TokenEntries, named_tensors, with_tensors
 from autofunc.context_parallel.local_graph import LocalGraph
 from autofunc.context_parallel.moves import added_up, all_tokens, own_tokens
-from autofunc.context_parallel.token_dims import of_entries, of_shared
 from autofunc.context_parallel.program import segment_of
+from autofunc.context_parallel.token_dims import of_entries, of_shared
 from autofunc.context_parallel.traced import Traced, traced
+from autofunc.context_parallel.with_tensor_parallel import handing_out_whole
 from autofunc.errors import ModelError
 from autofunc.experts import recorded_as_operators
 from autofunc.fake import fake_like, fake_mode, naming_errors

@@ -72,7 +72,5 @@ def _named(names: Iterable[str], point: str) -> list[str]:
     hits = [(name, match.group(1)) for name, match in matches if match]
     if len({prefix for _, prefix in hits}) > 1:
         candidates = ", ".join(name for name, _ in hits[:8])
-        raise SplitError(
-            f"split point {quoted(point)} is ambiguous: {candidates} end in it; write one of them in full"
-        )
+        raise SplitError(f"split point {quoted(point)} is ambiguous: {candidates} end in it; write one of them in full")
     return [name for name, _ in hits]

@@ -206,8 +206,8 @@ def test_replaced_forwards() -> None:
         with_hook(part)
     model = check_layouts(base, BATCH, LAYOUTS)
     assert model.notes == (
-        "the module itself, layers.0, layers.0.q and 2 more run forwards that replace those of their classes, as accelerate's "
-        "hooks do: their tensor operations are captured, any other effect happens once",
+        "the module itself, layers.0, layers.0.q and 2 more run forwards that replace those of their classes, as "
+        "accelerate's hooks do: their tensor operations are captured, any other effect happens once",
     )
     assert af.check(base, BATCH).ok
 

@@ -445,8 +445,14 @@ def test_a_draw_into_a_buffer_is_state() -> None:
     [
         (Function(lambda x: torch.poisson(x.exp())), r"global random generator \(aten.poisson.*torch.rand"),
         (Function(lambda x: x * torch.randn(8, dtype=torch.complex64).real), "draws complex numbers .*draw two real ones"),
-        (Function(Rounding.apply), r"forward of an autograd.Function draws random numbers \(aten.rand_like.*draw them before"),
-        (Function(lambda x: x + torch.rand(8, generator=torch.Generator().manual_seed(0))), "random generator is not needed"),
+        (
+            Function(Rounding.apply),
+            r"forward of an autograd.Function draws random numbers \(aten.rand_like.*draw them before",
+        ),
+        (
+            Function(lambda x: x + torch.rand(8, generator=torch.Generator().manual_seed(0))),
+            "random generator is not needed",
+        ),
     ],
 )
 def test_refused_draws(part: nn.Module, message: str) -> None:

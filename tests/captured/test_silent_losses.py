@@ -62,7 +62,9 @@ def test_a_loss_that_reads_a_parameter(engine: str) -> None:
         return outputs.square().mean() + module[0].weight.abs().sum()
 
     pipe = pipeline(af.from_module(module, BATCH, inputs=["x"]), ["2"], engine, regularised)
-    with pytest.raises(ModelError, match=r"the loss reads a tensor of shape \(4, 4\) that requires a gradient .*test_silent"):
+    with pytest.raises(
+        ModelError, match=r"the loss reads a tensor of shape \(4, 4\) that requires a gradient .*test_silent"
+    ):
         af.value_and_grad(pipe)(pipe.init(), BATCH)
 
 
@@ -74,7 +76,9 @@ def test_a_layer_that_reads_a_parameter_outside_the_model(engine: str) -> None:
         "b": af.Layer(apply=lambda p, x, batch: x * scale),
     }
     pipe = pipeline(af.Model(layers), ["b"], engine)
-    with pytest.raises(ModelError, match=r"stage 1 \(layers b .. b\) reads a tensor of shape \(4,\) that requires a gradient"):
+    with pytest.raises(
+        ModelError, match=r"stage 1 \(layers b .. b\) reads a tensor of shape \(4,\) that requires a gradient"
+    ):
         af.value_and_grad(pipe)(pipe.init(), BATCH)
 
 
