@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx
 
-from autofunc.engine.emit import emit, emit_in_turns
-from autofunc.engine.overlap import taking_turns
+from autofunc.engine.emit import emit, emit_interleaved
+from autofunc.engine.overlap import run_interleaved
 from autofunc.engine.partition import Piece
 from autofunc.engine.turns import turns_of
 from autofunc.graph.exchanges import at_once, exchanges
@@ -67,13 +67,13 @@ def run(left: Any, right: Any) -> tuple[list[Any], Tensor]:
     """Both in turns, on fresh arguments; and the accumulator of the second."""
     total, sides = torch.ones(2), (left, right)
     stops, second_begins = turns_of(nodes_of(left), nodes_of(right))
-    functions = [emit_in_turns(piece, order, {}, "piece", own) for (piece, order), own in zip(sides, stops, strict=True)]
+    functions = [emit_interleaved(piece, order, {}, "piece", own) for (piece, order), own in zip(sides, stops, strict=True)]
     for _ in range(2):  # the first call looks at how values lie, and waits at once
         EVENTS.clear()
         total.fill_(1)
         given_to = [[torch.arange(2.0)], [torch.arange(2.0), *([total] if right[0].adds else [])]]
         both = [function(each) for function, each in zip(functions, given_to, strict=True)]
-        found = taking_turns((both[0], both[1]), second_begins, lambda side, waits: None)
+        found = run_interleaved((both[0], both[1]), second_begins, lambda side, waits: None)
     return found, total
 
 
@@ -143,5 +143,5 @@ def test_what_fails_is_told_as_the_turn_it_was_in() -> None:
         yield None
 
     with pytest.raises(ValueError, match="lost"):
-        taking_turns((fails(), goes_on()), False, lambda side, waits: told.append((side, waits)))
+        run_interleaved((fails(), goes_on()), False, lambda side, waits: told.append((side, waits)))
     assert told == [(0, False), (1, False), (0, False), (0, True)]
