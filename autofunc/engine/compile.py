@@ -8,7 +8,7 @@ and 348 us for a backward of two small blocks (GPT-2, d=64, T=32); a call throug
 Equal pieces, in one process or several, are compiled once: a lock per piece lets the first compile and the others
 load the result from inductor's cache (`TORCHINDUCTOR_CACHE_DIR`, which outlives the run).
 
-Private parts of torch used, tested with 2.13.0: `torch._inductor.compile_fx.compile_fx_inner`, `torch._inductor.config`,
+Private parts of torch used, tried with 2.13.0: `torch._inductor.compile_fx.compile_fx_inner`, `torch._inductor.config`,
 `torch._inductor.decomposition.select_decomp_table`, `torch._inductor.cpp_builder.get_cpp_compiler`,
 `torch._inductor.runtime.cache_dir_utils.cache_dir`, `torch._inductor.lowering`, `torch._guards`.
 """

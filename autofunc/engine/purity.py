@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import fx
-from torch.utils._python_dispatch import TorchDispatchMode  # has no public name; tested with torch 2.13.0
+from torch.utils._python_dispatch import TorchDispatchMode  # has no public name; tried with torch 2.13.0
 
 from autofunc.errors import ModelError
 from autofunc.fake import user_line

@@ -23,7 +23,7 @@ from autofunc.schedule import Timeline, Turn
 Result = TypeVar("Result")
 
 Times = tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], tuple[Turn, ...]]
-"""Starts and ends of a rank's ops, and the turns of those that ran side by side."""
+"""Starts and ends of a rank's ops, and the turns of interleaved ones."""
 
 
 class Watch(Timer):
