@@ -183,8 +183,8 @@ def test_a_budget_that_nothing_fits() -> None:
     ("options", "message"),
     [
         ({"remat": "layers"}, "unknown remat 'layers': did you mean layer"),
-        ({"remat": "auto"}, '"auto" goes with the bytes'),
-        ({"memory_budget": 10}, '"auto" goes with the bytes'),
+        ({"remat": "auto"}, '"auto" needs the bytes'),
+        ({"memory_budget": 10}, '"auto" needs the bytes'),
         ({"remat": "auto", "memory_budget": -1}, "expected a number of bytes"),
         ({"remat": "auto", "memory_budget": 1, "engine": "eager"}, 'needs engine="graph"'),
         ({"compile": True, "engine": "eager"}, 'needs engine="graph"'),

@@ -341,13 +341,13 @@ def test_a_decision_by_data(replayed: list[ReplayedGraphs]) -> None:
     model = af.from_module(Deciding(), batch)
     s = af.schedule.build("1f1b", num_ranks=2, num_microbatches=2)
     pipe = af.pipeline(af.split(model, 2), s, compile="graphs")
-    with pytest.raises(ModelError, match=r"stage 0 .* cannot be recorded: it decides by the data .*x.isnan\(\).any\(\)"):
+    with pytest.raises(ModelError, match=r"stage 0 .* cannot be recorded: it branches on the data .*x.isnan\(\).any\(\)"):
         af.value_and_grad(pipe)(model.init(), batch)
 
 
 def test_a_number_that_is_not_on_the_device(replayed: list[ReplayedGraphs]) -> None:
     meta = torch.device("meta")
-    with pytest.raises(AutofuncError, match=r"'scale' is on meta, and a recorded step reads its values on cpu alone"):
+    with pytest.raises(AutofuncError, match=r"'scale' is on meta, but a recorded step reads its values on cpu only"):
         cuda_graphs_check(meta)
 
 

@@ -246,7 +246,7 @@ def of_a_pair_that_waits_for_itself(overlap: bool) -> list[str]:
 def test_a_pair_that_waits_for_itself_is_refused(workers: WorkerPool) -> None:
     for message, note, *_ in workers.run(of_a_pair_that_waits_for_itself, True):
         assert "0F1" in message or "0B0" in message
-        assert "overlap_f_b=False runs one after the other" in note
+        assert "overlap_f_b=False runs them one after the other" in note
     assert workers.run(of_a_pair_that_waits_for_itself, False) == [[]] * 4
 
 

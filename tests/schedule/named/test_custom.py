@@ -44,8 +44,8 @@ def test_stages_per_rank_are_given_to_those_that_ask() -> None:
         ("0F0 0F1 0B0", r"function mine: rank 0, position 1, 0F1: stage 0, microbatch 1 has 0F1; expected F once"),
         (["0F0 0F1 0B0"], r"function mine: rank 0, position 1, 0F1"),
         (None, "function mine returned NoneType; expected a Schedule"),
-        ([3], "3 is no rank's list of actions"),
-        ([[3]], "3 is no action; expected an Action or its text"),
+        ([3], "3 is not a list of actions"),
+        ([[3]], "3 is not an action; expected an Action or its text"),
     ],
 )
 def test_what_is_refused(made: Any, message: str) -> None:

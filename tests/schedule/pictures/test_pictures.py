@@ -100,7 +100,7 @@ def test_actions_of_very_different_length(tmp_path: Path) -> None:
     assert not re.search(r"[iw]1(?![0-5])", tight.replace("i1 ", "").replace("w1 ", "")), "no part of a number"
     with pytest.raises(ScheduleError, match="nothing to draw"):
         schedule.draw([], tmp_path / "x.svg")
-    with pytest.raises(ScheduleError, match="all that it runs costs nothing"):
+    with pytest.raises(ScheduleError, match="every action it runs is free"):
         schedule.simulate(s.forward_form(), Costs(F=0))
 
 

@@ -67,8 +67,8 @@ def test_what_does_not_overlap_holds_the_sender_up() -> None:
     [
         (Costs(overlap=2), "Costs.overlap=2: expected a fraction"),
         (Costs(comm={(0, 7): 1}), r"names the edge \(0, 7\); there are stages 0 to 1"),
-        (Costs(latency=-1), "cannot be negative"),
-        (Costs(F=float("inf")), "without bound"),
+        (Costs(latency=-1), "finite and not negative"),
+        (Costs(F=float("inf")), "finite and not negative"),
     ],
 )
 def test_links_that_do_not_fit(costs: Costs, message: str) -> None:
@@ -80,7 +80,7 @@ def test_links_that_do_not_fit(costs: Costs, message: str) -> None:
     ("costs", "message"),
     [
         (schedule.Costs(F=(1,)), r"Costs.F has shape \(1,\); expected a number, or one for each of 2 stages"),
-        (schedule.Costs(W=-1), "a time cannot be negative"),
+        (schedule.Costs(W=-1), "a time must be finite and not negative"),
         (schedule.Costs(F=0, I=0, W=0), "nothing takes any time"),
         (schedule.Costs(comm=(1, 2)), "Costs.comm has shape"),
     ],
