@@ -84,25 +84,25 @@ def test_one_computes_while_the_other_waits() -> None:
     ]  # fmt: skip
 
 
-def test_work_is_shared_out_among_the_exchanges_of_the_other() -> None:
+def test_work_is_divided_among_the_exchanges_of_the_other() -> None:
     run(piece_of("f", "xxx"), piece_of("b", "wwwwww"))
     assert EVENTS == [
         "begin f0", "b0", "b1", "wait f0", "begin f1", "b2", "b3", "wait f1", "begin f2", "b4", "b5", "wait f2",
     ]  # fmt: skip
 
 
-def test_the_second_begins_where_it_alone_exchanges() -> None:
+def test_the_second_begins_if_it_alone_exchanges() -> None:
     run(piece_of("f", "ww"), piece_of("b", "wxw"))
     assert EVENTS == ["b0", "begin b1", "f0", "f1", "wait b1", "b2"]
 
 
-def test_a_gradient_that_is_exchanged_is_added_once_it_is_there() -> None:
+def test_an_exchanged_gradient_is_added_on_arrival() -> None:
     _, total = run(piece_of("f", "wxw"), piece_of("b", "wx", adds=True))
     assert torch.equal(total, 1 - (torch.arange(2.0) * 2 + 1))
 
 
 @given(st.text("wx", min_size=1, max_size=8), st.text("wx", min_size=1, max_size=8))
-def test_each_gives_what_it_gives_alone(f: str, b: str) -> None:
+def test_interleaving_does_not_change_results(f: str, b: str) -> None:
     """And in the same order."""
     left, right = piece_of("f", f), piece_of("b", b)
     made, _ = run(left, right)
@@ -116,7 +116,7 @@ def test_each_gives_what_it_gives_alone(f: str, b: str) -> None:
 
 @settings(max_examples=25)
 @given(*[st.lists(st.sampled_from("wx"), max_size=6)] * 2, *[st.lists(st.integers(0, 3), min_size=10, max_size=10)] * 2)
-def test_the_order_of_exchanges_depends_on_their_numbers_alone(
+def test_the_order_of_exchanges_depends_only_on_their_numbers(
     f: list[str], b: list[str], more_f: list[int], more_b: list[int]
 ) -> None:
     """Ranks whose graphs compute otherwise in between begin them in one order."""
@@ -131,7 +131,7 @@ def test_the_order_of_exchanges_depends_on_their_numbers_alone(
     assert begun("".join(f), "".join(b)) == begun(stretched(f, more_f), stretched(b, more_b))
 
 
-def test_what_fails_is_told_as_the_turn_it_was_in() -> None:
+def test_a_failure_is_reported_for_the_running_turn() -> None:
     told: list[tuple[int, bool]] = []
 
     def fails() -> Any:

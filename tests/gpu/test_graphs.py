@@ -52,7 +52,7 @@ def test_low_precision() -> None:
     check_steps(pipe, plain, low, batch, moves=(3,))
 
 
-def test_batches_of_several_shapes_in_turns() -> None:
+def test_batches_of_alternating_shapes() -> None:
     """They share one pool of memory."""
     pipe, plain, params, small = pair_of("gpt2", "1f1b")
     large = on_device(make_case("gpt2", 2, 16)[3])

@@ -67,7 +67,7 @@ def test_measured_bytes_equal_the_simulators_on_gloo(workers: WorkerPool, name: 
     workers.run(measure_on_gloo, name, num_ranks)
 
 
-def test_the_eager_engine_says_that_it_cannot_tell() -> None:
+def test_the_eager_engine_cannot_predict_memory() -> None:
     s = af.schedule.build("1f1b", num_ranks=2, num_microbatches=2)
     model, stages, loss, batch = make_case("mlp", 2, 4)
     pipe = af.pipeline(stages, s, loss=loss, engine="eager")
@@ -109,7 +109,7 @@ FEW = ["1f1b", "zb_h1", "zbv"]
 @pytest.mark.parametrize(
     "name", [*FEW, *(pytest.param(name, marks=pytest.mark.full) for name in SCHEDULES if name not in FEW)]
 )
-def test_there_are_as_many_slots_as_received_values_are_in_use_at_once(name: str) -> None:
+def test_slots_are_as_many_as_received_values_in_use(name: str) -> None:
     """What captured stages say they keep; of all schedules on tokens."""
     for num_ranks, num_microbatches in ((2, 8), (4, 8)):
         pipe, params, batch = pipe_of("gpt2", name, num_ranks, num_microbatches)

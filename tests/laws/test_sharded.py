@@ -209,13 +209,13 @@ WAYS: dict[str, tuple[str, str, tuple[int, ...], dict[str, Any], dict[str, Any],
         for engine in ("graph", "eager")
     ],
 )
-def test_other_ways(workers: WorkerPool, way: str, engine: str) -> None:
+def test_other_policies(workers: WorkerPool, way: str, engine: str) -> None:
     name, schedule, sizes, how, options, _ = WAYS[way]
     check(workers, name, schedule, sizes, {"engine": engine, **how}, **options)
 
 
 @pytest.mark.parametrize("engine", ["eager", pytest.param("graph", marks=pytest.mark.full)])
-def test_all_of_it_on_eight_processes(eight_workers: WorkerPool, engine: str) -> None:
+def test_everything_on_eight_processes(eight_workers: WorkerPool, engine: str) -> None:
     options = {"sequence_parallel": True, "reshard_after_forward": True}
     check(eight_workers, "gpt2 with dropout", "zbv", (2, 1, 2, 2), {"engine": engine}, **options)
 

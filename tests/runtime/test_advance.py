@@ -48,7 +48,7 @@ def by_hand(x: Tensor) -> list[Tensor]:
 
 @pytest.mark.parametrize("engine", ["graph", "eager"])
 @pytest.mark.parametrize("num_ranks", [1, 3])
-def test_states_apart(num_ranks: int, engine: str) -> None:
+def test_each_microbatch_has_its_own_state(num_ranks: int, engine: str) -> None:
     model = model_of_notes()
     schedule = af.schedule.build("gpipe", num_ranks=num_ranks, num_microbatches=8)
     pipe = af.pipeline(af.split(model, num_ranks), schedule, engine=engine, batch_dims={"x": 0, "column": None})

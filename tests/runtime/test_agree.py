@@ -54,7 +54,7 @@ def disagree(what: str) -> str:
         ("a tied weight", "ModelError: parameter 'wte.weight' is float32 on pp rank 0, and float64 on rank 3"),
     ],
 )  # fmt: skip
-def test_every_rank_says_what_differs(workers: WorkerPool, what: str, message: str) -> None:
+def test_every_rank_names_the_difference(workers: WorkerPool, what: str, message: str) -> None:
     for said in workers.run(disagree, what):
         assert message in said
 
@@ -78,7 +78,7 @@ def alone() -> str:
     return "nothing"
 
 
-def test_a_rank_that_comes_alone_names_the_others(workers: WorkerPool) -> None:
+def test_a_rank_that_arrives_alone_names_the_others(workers: WorkerPool) -> None:
     *others, last = workers.run(alone)
     assert "PeerLostError: pp rank 3 prepares a step (loss and gradients; batch.x: float32 of shape (2, 6)" in last
     assert "and rank 0, 1, 2 does not: it has run such a step before, or is gone" in last
@@ -106,7 +106,7 @@ def forgetting() -> list[int]:
     return held
 
 
-def test_all_forget_the_same_plans(workers: WorkerPool) -> None:
+def test_all_ranks_forget_the_same_plans(workers: WorkerPool) -> None:
     """Else a rank that makes one anew would wait for the others, which have theirs."""
     assert workers.run(forgetting) == [[1, 1, 1, 1, 1]] * 4
 
@@ -128,7 +128,7 @@ def of_any_rows() -> Any:
     return place, found, said, pipe(params, {name: leaf[:5] for name, leaf in batch.items()})
 
 
-def test_places_with_any_number_of_rows(workers: WorkerPool) -> None:
+def test_data_parallel_ranks_with_any_number_of_rows(workers: WorkerPool) -> None:
     model, _, loss, batch = make_case("mlp", 2, 14)
     params = model.init(seed=3)
 

@@ -96,7 +96,7 @@ def test_a_rank_sends_another_one_message_between_two_computations(name: str) ->
                 assert len(sent) == len(set(sent)), action
 
 
-def test_values_of_one_edge_are_one_message_of_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_values_of_one_edge_are_one_nccl_message(monkeypatch: pytest.MonkeyPatch) -> None:
     """A model that hands two values on: what rank 0 posts to rank 1, and gets back, for one microbatch."""
     layers = {
         "a": af.Layer(
@@ -132,6 +132,6 @@ def test_a_message_of_several_tensors_is_one_call() -> None:
     ]  # fmt: skip
 
 
-def test_options_that_do_not_exist() -> None:
+def test_invalid_options_are_refused() -> None:
     with pytest.raises(AutofuncError, match="max_ctas=0, expected 1 or more"):
         af.Transfers(max_ctas=0)

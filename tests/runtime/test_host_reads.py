@@ -62,11 +62,11 @@ def on_gloo() -> dict[str, int]:
         return dict(reads_of_a_step("gpt2", "graph", mesh_of(pp=2, dp_shard=2), patch))
 
 
-def test_nothing_is_read_with_others(workers: WorkerPool) -> None:
+def test_nothing_is_read_over_processes(workers: WorkerPool) -> None:
     assert workers.run(on_gloo) == [{}] * 4
 
 
-def test_what_is_counted() -> None:
+def test_reads_are_counted() -> None:
     reads = Reads()
     with reads:
         torch.ones(1).item()
@@ -83,7 +83,7 @@ class LateEvent:
         return self.is_done
 
 
-def test_a_weight_is_looked_at_when_it_is_there() -> None:
+def test_a_weight_is_checked_on_arrival() -> None:
     """As on an accelerator: nobody waits, and the error says which step it was."""
     check, event = weight_check.WeightCheck(), LateEvent()
     check._asked.append(weight_check._Asked(3, torch.zeros(()), event))  # type: ignore[arg-type]
@@ -95,7 +95,7 @@ def test_a_weight_is_looked_at_when_it_is_there() -> None:
     check.raise_if_nothing_weighed()
 
 
-def test_gradients_of_a_step_that_weighs_nothing_are_zero() -> None:
+def test_gradients_of_a_step_without_weight_are_zero() -> None:
     """Where the error comes late, nothing is lost by then."""
     model, stages, _, batch = make_case("mlp", 2, rows=4)
     s = af.schedule.build("1f1b", num_ranks=2, num_microbatches=4)

@@ -104,12 +104,12 @@ def of_all_processes(mark: int, place: int) -> tuple[str, Any]:
 
 
 @pytest.mark.parametrize(("mark", "place", "action"), [(0, 1, "1F2"), (1, 0, "1I2")])
-def test_all_processes_name_the_first_place_of_all(workers: WorkerPool, mark: int, place: int, action: str) -> None:
+def test_all_processes_name_the_first_place(workers: WorkerPool, mark: int, place: int, action: str) -> None:
     found = workers.run(of_all_processes, mark, place)
     assert len(set(found)) == 1 and f"rank 1, step 1, action {action}" in found[0][0]
 
 
-def test_of_layers_that_are_functions() -> None:
+def test_in_layers_that_are_functions() -> None:
     def apply(p: Any, x: Any, batch: Any) -> Tensor:
         x = batch["x"] if x is None else x
         return (x @ p["w"]).log() if p["w"].shape[1] == 3 else x @ p["w"]
@@ -149,7 +149,7 @@ def test_parameters_and_entries_that_were_not_finite() -> None:
     assert "action 0F3" in message and "entry 'x' of the batch is not finite" in message
 
 
-def test_in_all_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_step_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AUTOFUNC_DEBUG", "nan")
     pipe, params, batch = pipe_of("graph")
     af.value_and_grad(pipe)(params, batch)

@@ -72,7 +72,7 @@ def test_a_register_holds_one_value_at_a_time(name: str, forward_only: bool) -> 
             assert not full and not in_flight
 
 
-def test_slots_of_all_plans_lie_in_the_memory_of_the_largest() -> None:
+def test_slots_of_all_plans_share_the_memory_of_the_largest() -> None:
     pool, cpu = SlotPool(), torch.device("cpu")
     large, small, other = ((8, 3), torch.float64), ((5,), torch.bfloat16), ((2, 2), torch.int64)
     first = pool.tensors([small, large, other], cpu)

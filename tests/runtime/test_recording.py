@@ -128,7 +128,7 @@ def test_recomputed(replayed: list[ReplayedGraphs], remat: str) -> None:
 
 
 @pytest.mark.parametrize("cut", [False, True], ids=["whole", "cut"])
-def test_batches_of_several_shapes_in_turns(replayed: list[ReplayedGraphs], cut: bool) -> None:
+def test_batches_of_alternating_shapes(replayed: list[ReplayedGraphs], cut: bool) -> None:
     """They share slots, sums and parameters; a slot that grows moves, and what read it is recorded anew."""
     pipe, plain, model, small = pipes("mlp", "1f1b", cut=cut)
     _, _, _, large = make_case("mlp", 2, 16)
@@ -189,7 +189,7 @@ class Normalised(nn.Module):
 
 
 @pytest.mark.parametrize("cut", [False, True], ids=["whole", "cut"])
-def test_state_goes_on_from_step_to_step(replayed: list[ReplayedGraphs], cut: bool) -> None:
+def test_state_carries_over_between_steps(replayed: list[ReplayedGraphs], cut: bool) -> None:
     torch.manual_seed(0)
     batch = {"x": torch.randn(8, 4)}
     model = af.from_module(Normalised(), batch)
@@ -236,7 +236,7 @@ def test_aux_and_rows_in_the_second_dim(replayed: list[ReplayedGraphs]) -> None:
 
 @pytest.mark.parametrize("cut", [False, True], ids=["whole", "cut"])
 @pytest.mark.parametrize("name", ["1f1b", "zb_h1"])
-def test_who_looks_on(replayed: list[ReplayedGraphs], name: str, cut: bool) -> None:
+def test_observers(replayed: list[ReplayedGraphs], name: str, cut: bool) -> None:
     """Times are those of graphs, one for each action; who looks at values has a step that runs op by op."""
     pipe, plain, model, batch = pipes("mlp", name, cut=cut)
     params = model.init(seed=7)
@@ -256,7 +256,7 @@ def test_who_looks_on(replayed: list[ReplayedGraphs], name: str, cut: bool) -> N
         assert_same_tree(expected, grads)
 
 
-def test_where_a_rank_is(replayed: list[ReplayedGraphs], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_position_of_a_rank(replayed: list[ReplayedGraphs], monkeypatch: pytest.MonkeyPatch) -> None:
     """A tape tells where it is at every transfer, for reports of hangs."""
     from autofunc.runtime.position import here
 
@@ -277,7 +277,7 @@ def test_where_a_rank_is(replayed: list[ReplayedGraphs], monkeypatch: pytest.Mon
     assert places == ["after all"] and here.changes > before + 20
 
 
-def test_close_lets_go(replayed: list[ReplayedGraphs]) -> None:
+def test_close_frees_memory(replayed: list[ReplayedGraphs]) -> None:
     pipe, plain, model, batch = pipes("mlp", "1f1b")
     params, step = model.init(seed=7), af.value_and_grad(pipe)
     for _ in range(2):
@@ -316,7 +316,7 @@ def test_parameters_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
         af.value_and_grad(pipe)(model.init(), batch)
 
 
-def test_choices() -> None:
+def test_conflicting_options_are_refused() -> None:
     with pytest.raises(AutofuncError, match=r"unknown compile 'graph'.*did you mean graphs"):
         af.pipeline([], None, compile="graph")  # type: ignore[arg-type]
     with pytest.raises(AutofuncError, match=r"compile='graphs' records captured stages, so it needs engine=\"graph\""):
@@ -336,7 +336,7 @@ class Deciding(nn.Module):
         return x.square().mean()
 
 
-def test_a_decision_by_data(replayed: list[ReplayedGraphs]) -> None:
+def test_a_branch_on_data_is_refused(replayed: list[ReplayedGraphs]) -> None:
     batch = {"x": torch.randn(4, 4)}
     model = af.from_module(Deciding(), batch)
     s = af.schedule.build("1f1b", num_ranks=2, num_microbatches=2)
@@ -345,7 +345,7 @@ def test_a_decision_by_data(replayed: list[ReplayedGraphs]) -> None:
         af.value_and_grad(pipe)(model.init(), batch)
 
 
-def test_a_number_that_is_not_on_the_device(replayed: list[ReplayedGraphs]) -> None:
+def test_an_entry_on_another_device_is_refused(replayed: list[ReplayedGraphs]) -> None:
     meta = torch.device("meta")
     with pytest.raises(AutofuncError, match=r"'scale' is on meta, but a recorded step reads its values on cpu only"):
         cuda_graphs_check(meta)
@@ -357,7 +357,7 @@ def cuda_graphs_check(device: torch.device) -> None:
     check_tensors([("x", torch.ones(1)), ("scale", torch.ones((), device=device))], torch.device("cpu"))
 
 
-def test_what_fails_while_it_is_recorded(replayed: list[ReplayedGraphs], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_while_recording(replayed: list[ReplayedGraphs], monkeypatch: pytest.MonkeyPatch) -> None:
     pipe, _, model, batch = pipes("mlp", "1f1b")
     params, step = model.init(seed=7), af.value_and_grad(pipe)
     step(params, batch)
@@ -376,7 +376,7 @@ def test_what_fails_while_it_is_recorded(replayed: list[ReplayedGraphs], monkeyp
     [torch.arange(6.0).view(2, 3), torch.arange(12.0).view(3, 4)[:, 1:3], torch.ones(1, 3).expand(4, 3), torch.ones(0, 2)],
     ids=["whole", "columns", "expanded", "empty"],
 )
-def test_memory_that_stays(like: Tensor) -> None:
+def test_fixed_memory(like: Tensor) -> None:
     fixed = Fixed([like])
     (tensor,) = fixed.tensors
     assert tensor.stride() == like.stride()

@@ -134,7 +134,7 @@ def test_no_searched_schedule_deadlocks() -> None:
 
 
 @pytest.mark.parametrize("rules", OTHERS.values(), ids=OTHERS)
-def test_what_is_not_relied_on(rules: Rules) -> None:
+def test_rendezvous_is_not_relied_on(rules: Rules) -> None:
     """Why ranks are connected before the first step, apart for both directions, and nothing waits at a post."""
     bites = 0
     for name in ("v_half", "zbv", "gpipe"):
@@ -169,7 +169,7 @@ def test_real_programs_agree(name: str) -> None:
 
 
 @pytest.mark.parametrize("count", [50, pytest.param(500, marks=pytest.mark.full)])
-def test_orders_that_differ_are_refused(count: int) -> None:
+def test_different_orders_are_refused(count: int) -> None:
     """Two receives of a rank from another in each other's place: the second would take the first's message."""
     draw, refused = random.Random(0), 0
     known = [

@@ -143,7 +143,7 @@ def test_receives_posted_early_or_late(name: str) -> None:
 
 @pytest.mark.parametrize("unshard", ["once", "each_use"])
 @pytest.mark.parametrize("name", GENERATORS)
-def test_parameters_are_there_when_a_stage_computes(name: str, unshard: str) -> None:
+def test_parameters_are_gathered_when_a_stage_computes(name: str, unshard: str) -> None:
     for variant, s in enumerate(schedules(name, [(1, 3), (2, 4), (3, 7), (4, 8)])):
         world = world_of(s, variant, unshard=unshard, unshard_ahead=variant, reduce_grads=True)
         run(world, world.programs())
@@ -199,14 +199,14 @@ COTANGENT_KEPT = {"weight_cotangents": (0,)}
     ],
     ids=["until I", "until W", "one kind too early", "a cotangent"],
 )
-def test_a_slot_that_is_given_away_too_early(keeps: dict[str, tuple[int, ...]], said: dict[str, tuple[int, ...]]) -> None:
+def test_a_slot_freed_too_early(keeps: dict[str, tuple[int, ...]], said: dict[str, tuple[int, ...]]) -> None:
     world = example(**keeps)
     run(world, world.programs())
     with pytest.raises(PipelineRunError, match="is used after it was given away"):
         run(world, of_other(world, keeps=example(**said).keeps))
 
 
-def test_a_slot_that_is_given_away_too_late() -> None:
+def test_a_slot_freed_too_late() -> None:
     world = example()
     with pytest.raises(AssertionError, match="slots, and how many are in use at once"):
         run(world, of_other(world, keeps=example(**KEPT_FOR_WEIGHTS).keeps))
@@ -233,7 +233,7 @@ def test_an_action_before_another(rank: int, what: str, before: str, message: st
         run(world, world.programs())
 
 
-def test_two_ops_in_each_others_place() -> None:
+def test_two_ops_swapped() -> None:
     world = example()
     programs = world.programs()
     row = list(map(str, world.schedule[0]))
@@ -244,7 +244,7 @@ def test_two_ops_in_each_others_place() -> None:
 
 
 @pytest.mark.parametrize("how", ["never", "too early", "twice"])
-def test_sends_that_are_settled_at_the_wrong_time(how: str) -> None:
+def test_sends_settled_at_the_wrong_time(how: str) -> None:
     world = example()
     settled = [dict(each) for each in world.settled]
     position, sends = next(iter(settled[0].items()))

@@ -41,7 +41,7 @@ def collected(sizes: dict[str, int]) -> tuple[bool, int, int]:
 
 
 @pytest.mark.parametrize("sizes", [{"pp": 4}, {"pp": 2, "dp_shard": 2}, {"dp_replicate": 2, "tp": 2}], ids=str)
-def test_only_the_first_process_gets_them(workers: WorkerPool, sizes: dict[str, int]) -> None:
+def test_only_the_first_process_gets_the_tree(workers: WorkerPool, sizes: dict[str, int]) -> None:
     for is_first, count, most in workers.run(collected, sizes):
         assert (count > 0) == is_first
         assert is_first or most == 1
@@ -68,5 +68,5 @@ def odd_tensors() -> None:
         assert full[f"{each}.none"].shape == (0, 4) and full[f"{each}.flag"].item() == (each % 2 == 0)
 
 
-def test_any_tensor_travels(workers: WorkerPool) -> None:
+def test_any_tensor_can_be_collected(workers: WorkerPool) -> None:
     workers.run(odd_tensors)

@@ -145,7 +145,7 @@ def test_a_block_of_experts_exchanges_what_a_dense_one_does(sequence: bool) -> N
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_another_batch_than_the_example(name: str) -> None:
+def test_a_batch_that_differs_from_the_example(name: str) -> None:
     """Its tokens do not divide, so that its stream is not cut, and gradients that had terms for the example are whole."""
     plan, forward, _ = check(name, 2, sequence=True, tokens=7)
     assert plan.sequence and plan.terms and "reduce_scatter" not in forward

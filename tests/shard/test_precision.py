@@ -69,7 +69,7 @@ def test_ranks_add_up_in_fp32(workers: WorkerPool, sizes: dict[str, int]) -> Non
 
 @pytest.mark.parametrize("engine", ["graph", "eager"])
 @pytest.mark.parametrize("model_name", ["mlp", "gpt2"])
-def test_it_is_the_model_in_bf16(model_name: str, engine: str) -> None:
+def test_bf16_equals_the_model_in_bf16(model_name: str, engine: str) -> None:
     """The policy gives what parameters in bf16 would, before their gradients are rounded."""
     s = af.schedule.build("zb_h1", num_ranks=2, num_microbatches=4)
     model, stages, loss, batch = make_case(model_name, 2, 8)

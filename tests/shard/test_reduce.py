@@ -35,7 +35,7 @@ def sums_left() -> list[int]:
     return left
 
 
-def test_a_layers_sums_go_before_the_next_is_copied(workers: WorkerPool) -> None:
+def test_a_layers_sums_are_freed_before_the_next_is_copied(workers: WorkerPool) -> None:
     for left in workers.run(sums_left):
         assert len(left) > 1 and not any(left)
 
@@ -53,7 +53,7 @@ class Work:
         self.waits += 1
 
 
-def test_what_was_given_goes_as_soon_as_it_is_summed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_are_freed_as_soon_as_they_are_summed(monkeypatch: pytest.MonkeyPatch) -> None:
     """NCCL's works say so; nobody waits for them before the end of the step."""
     works: list[Work] = []
     given: list[Any] = []

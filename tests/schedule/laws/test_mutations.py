@@ -83,13 +83,13 @@ def mutate(s: Schedule, rng: random.Random) -> tuple[Schedule, str]:
     return Schedule(s.name, s.placement, s.num_microbatches, broken), what
 
 
-def test_the_plain_reading_accepts_what_is_valid() -> None:
+def test_the_plain_validator_accepts_valid_schedules() -> None:
     for name in schedule.names():
         s = schedule.build(name, num_ranks=3, num_microbatches=6)
         assert keeps_the_laws(s) and keeps_the_laws(schedule.lower(s))
 
 
-def test_every_mutation_is_judged_right() -> None:
+def test_every_mutation_is_judged_correctly() -> None:
     rng = random.Random(0)
     verdicts: Counter[tuple[str, bool]] = Counter()
     for _ in range(MUTATIONS):

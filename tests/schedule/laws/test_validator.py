@@ -12,7 +12,7 @@ GOOD = "0F0 0F1 0B0 0B1 \n 1F0 1B0 1F1 1B1"
 LOWERED = schedule.to_text(schedule.lower(schedule.from_text(GOOD)))
 
 
-def test_accepts_the_good_one() -> None:
+def test_accepts_a_valid_schedule() -> None:
     schedule.validate(schedule.from_text(GOOD))
     schedule.validate(schedule.from_text(LOWERED))
 
@@ -31,7 +31,7 @@ def test_accepts_the_good_one() -> None:
         ("0W0 0F0 0I0\n1F0 1I0 1W0\n", r"needs the residuals that 0I0 keeps"),
     ],
 )
-def test_refuses(table: str, message: str) -> None:
+def test_refuses_broken_computation(table: str, message: str) -> None:
     with pytest.raises(ScheduleError, match=message) as caught:
         schedule.validate(schedule.from_text(table))
     assert "rank 0 | " in str(caught.value), "the grid is shown"
@@ -62,7 +62,7 @@ def test_refuses_broken_communication(old: str, new: str, message: str) -> None:
         schedule.validate(schedule.from_text(LOWERED.replace(old, new)))
 
 
-def test_refuses_a_transfer_of_nothing() -> None:
+def test_refuses_a_transfer_of_no_value() -> None:
     with pytest.raises(ScheduleError, match=r"0SEND_F0>2: no value of microbatch 0 goes between stages 0 and 2"):
         schedule.validate(schedule.from_text("0F0 0SEND_F0 0SEND_F0>2\n1RECV_F0 1F0 1SEND_F0\n2RECV_F0 2F0"))
 
@@ -126,7 +126,7 @@ def test_forward_only_edges_send_nothing_back() -> None:
         ([Edge(0, 1), Edge(0, 1)], r"edge \(0, 1\) is given twice"),
     ],
 )
-def test_edges_that_do_not_fit(edges: list[Edge], message: str) -> None:
+def test_invalid_edges_are_refused(edges: list[Edge], message: str) -> None:
     for use in (schedule.validate, schedule.lower, lambda s, e: schedule.simulate(s, edges=e)):
         with pytest.raises(ScheduleError, match=message):
             use(schedule.from_text("0F0 0B0\n1F0 1B0"), edges)
