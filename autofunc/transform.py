@@ -49,9 +49,8 @@ def pipeline(
             and weight gradient; "eager" runs autograd on it, and accepts layers of functions that cannot be
             captured. Modules were already captured by `af.from_module`: what that refuses, no engine accepts.
         compile: True runs the captured pieces as compiled code: results match to 1e-5, not bit for bit. "graphs" records
-            steps on a GPU as CUDA graphs, with the same bits: the host spends no time launching kernels, and the memory of
-                a
-            step's peak stays reserved. "inductor+graphs" records compiled pieces.
+            steps on a GPU as CUDA graphs, with the same bits: the host spends no time launching kernels, and the memory
+            of a step's peak stays reserved. "inductor+graphs" records compiled pieces.
         remat: what the backward recomputes instead of keeping it: None; "layer", all but what goes from layer to layer;
             "stage", all but what the stage received; "auto", the choice with the shortest step within `memory_budget`,
             which may also move part of W's work into `I`. A microbatch has two forwards at most. The eager engine reruns

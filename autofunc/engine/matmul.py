@@ -39,7 +39,8 @@ def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) ->
 _library.impl("linear", _linear, "CPU")  # type: ignore[no-untyped-call]
 torch.library.register_fake("autofunc::linear", lambda x, weight, bias: x.new_empty(x.shape[0], weight.shape[0]))
 
-# Inductor calls a third-party operator that writes to an argument only if it returns nothing; `addmm.dtype_out` does.
+# Inductor calls a third-party operator that writes to an argument only if it returns nothing; `addmm.dtype_out` returns
+# the argument.
 _library.define("add_product_(Tensor(a!) total, Tensor left, Tensor right) -> ()")  # type: ignore[no-untyped-call]
 
 

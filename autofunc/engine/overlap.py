@@ -56,7 +56,7 @@ class Overlapped:
 def run_interleaved(
     both: tuple[Steps, Steps], second_begins: bool, on_turn: Callable[[int, bool], None]
 ) -> list[Any]:  # fmt: skip
-    """Run two generators alternately, each until it stops or the other has ended; return their results."""
+    """Run two generators alternately, each until it stops, or to its end once the other has ended; return their results."""
     made: list[Any] = [None, None]
     left, now, waits = {0, 1}, int(second_begins), False
     while left:

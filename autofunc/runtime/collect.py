@@ -11,8 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from autofunc.mesh import over_host
-
-Layout = tuple[tuple[int, ...], torch.dtype]
+from autofunc.runtime.program import Layout
 
 
 def collect_tree(

@@ -1,8 +1,8 @@
 """Summing gradients over data parallel ranks, and over tp ranks if each has a term of the sum.
 
-Sums over microbatches are reduced in their own dtype, at least fp32, not through the gathered parameters, where
-they would be rounded first. All gradients of a layer travel together: one reduce-scatter over dp_shard, then
-one all-reduce of the rest over dp_replicate. It starts as soon as a stage's last gradient is complete.
+Sums over microbatches are reduced as they are, at least fp32, not through the gathered parameters, where they would be
+rounded first. All gradients of a layer travel together: one reduce-scatter over dp_shard, started as soon as the stage's
+last gradient is complete, then one all-reduce of the rest over dp_replicate.
 """
 
 from __future__ import annotations

@@ -99,6 +99,6 @@ def test_an_operator_without_a_rule_runs_on_whole_values() -> None:
         ("gpt2", 2, "own", {}, "has no tensor parallel plan of its own"),
     ],
 )
-def test_invalid_sizes_and_tables_are_refused(name: str, size: int, table: Any, changed: dict[str, Any], message: str) -> None:
+def test_invalid_tables_are_refused(name: str, size: int, table: Any, changed: dict[str, Any], message: str) -> None:
     with pytest.raises((MeshError, ModelError), match=message):
         plan_of(name, size, table, **changed)

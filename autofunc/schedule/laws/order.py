@@ -1,9 +1,9 @@
 """Can every rank run its row to the end? If not, who waits for whom.
 
 Each rank runs its row in order. An action runs once every value it reads is on its rank: in compute form once it is made,
-in lowered form once it is sent and its RECV is posted. Posting never blocks, so this is execution with zero
-buffering. With `sends_block`, a SEND holds up its rank until its RECV is posted. All
-ranks take one step at a time, together: a step costs five numpy calls, whatever the number of ranks.
+in lowered form once it is sent and its RECV is posted. Posting never blocks, so this is execution with zero buffering. With
+`sends_block`, a SEND holds up its rank until its RECV is posted. All ranks take one step at a time, together: a step costs
+five numpy calls, whatever the number of ranks.
 """
 
 from __future__ import annotations

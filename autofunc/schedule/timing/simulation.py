@@ -55,6 +55,9 @@ def expected_makespan(
         edges: connections between stages; a chain by default.
         samples: how many steps are drawn.
         seed: of the draws.
+
+    Raises:
+        ScheduleError: as `simulate` does.
     """
     network, pace = _network_and_pace(schedule, costs, edges)
     draws = np.random.default_rng(seed)
