@@ -1,4 +1,4 @@
-"""Compiled pieces: close to the oracle for every schedule, compiled once, and honest about what cannot be compiled."""
+"""Compiled pieces: close to the oracle for every schedule, compiled once, with clear errors if they cannot be."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Products are dear on a CPU and cheap on a GPU, beside the memory that they read."""
+"""Products are expensive on a CPU and cheap on a GPU, relative to reading memory."""
 
 from __future__ import annotations
 

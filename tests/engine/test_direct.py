@@ -1,4 +1,4 @@
-"""Functions of torch that stand for operators dispatch exactly these."""
+"""Shortcuts to operators dispatch exactly those operators."""
 
 from __future__ import annotations
 

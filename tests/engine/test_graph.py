@@ -1,4 +1,4 @@
-"""The graph engine: what it captures and what it refuses, what it keeps and when it lets go."""
+"""The graph engine: what it captures and refuses, what it keeps, and when it frees it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Two pieces in turns: which goes on when, and that each gives what it gives alone."""
+"""Two interleaved pieces: which runs when, and that each computes what it computes alone."""
 
 from __future__ import annotations
 

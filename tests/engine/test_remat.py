@@ -1,4 +1,4 @@
-"""What the backward computes again: the same bits, two forwards, and the memory that was promised."""
+"""Recomputation in the backward: the same bits, two forwards, and the memory predicted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What does nothing is dropped from a captured graph, and nothing else."""
+"""Operators that do nothing are dropped from a captured graph, and no others."""
 
 from __future__ import annotations
 

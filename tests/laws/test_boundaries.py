@@ -1,4 +1,4 @@
-"""What crosses between stages may be any pytree: integers and values without a gradient go forward only."""
+"""Values between stages may be any pytree: integers and values without a gradient go forward only."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The law of memory: what is alive in a run is what the schedule says, byte for byte, and no slot is wasted."""
+"""The law of memory: bytes alive in a run are those the schedule predicts, and no slot is wasted."""
 
 from __future__ import annotations
 

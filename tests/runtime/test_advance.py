@@ -1,4 +1,4 @@
-"""`pipe.advance`: every microbatch has a state of its own, which is given away and comes back."""
+"""`pipe.advance`: every microbatch has its own state, which is donated and returned."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ranks that are about to do different things say so, instead of waiting for each other."""
+"""Ranks that are about to do different things report it, instead of waiting for each other."""
 
 from __future__ import annotations
 

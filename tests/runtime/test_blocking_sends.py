@@ -1,4 +1,4 @@
-"""Schedules that are lowered for sends that block end under that rule, and differ from others only where they have to."""
+"""Schedules lowered for blocking sends end under that rule, and differ from others only where they must."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an error in the middle of a step says, carries and stays."""
+"""Errors in the middle of a step: their message, place and type."""
 
 from __future__ import annotations
 

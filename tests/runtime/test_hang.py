@@ -1,4 +1,4 @@
-"""A run without progress says who waits for whom; ranks are told apart that wait, compute, or do not answer."""
+"""A run without progress reports who waits for whom: ranks that wait, compute, or do not answer."""
 
 from __future__ import annotations
 

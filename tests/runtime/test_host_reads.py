@@ -1,4 +1,4 @@
-"""A step never makes the host wait for the device: nothing in it reads a number of a tensor."""
+"""A step never makes the host wait for the device: it reads no values of tensors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where values stop being finite: action, layer, and forward, input's or weight's gradient."""
+"""Where values stop being finite: action, layer, and forward, input gradient or weight gradient."""
 
 from __future__ import annotations
 

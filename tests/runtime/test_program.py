@@ -1,4 +1,4 @@
-"""Programs: an op for each action, registers that hold one value at a time, slots that live while a plan needs them."""
+"""Programs: an op per action, registers that hold one value at a time, slots as long as a plan needs them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Steps on tape are the same steps, bit for bit, with graphs that run on the CPU; on a GPU: `tests/gpu/test_graphs.py`."""
+"""Recorded steps equal normal ones bit for bit, with graphs that run on the CPU; on a GPU: `tests/gpu/test_graphs.py`."""
 
 from __future__ import annotations
 

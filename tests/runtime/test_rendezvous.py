@@ -1,4 +1,4 @@
-"""No step deadlocks under the rules that the runtime relies on; rules that it does not rely on would bite."""
+"""No step deadlocks under the rules the runtime relies on; stricter rules would deadlock some."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Trees that go to the first process, to be written: the same bits, and nothing but one tensor on the others."""
+"""Trees collected on the first process for writing: the same bits, and at most one tensor on the others."""
 
 from __future__ import annotations
 

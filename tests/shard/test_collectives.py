@@ -1,4 +1,4 @@
-"""How often ranks talk: counted in the captured program, and in a run."""
+"""Number of collectives: counted in the captured program, and in a run."""
 
 from __future__ import annotations
 

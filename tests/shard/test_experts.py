@@ -1,4 +1,4 @@
-"""Experts spread over data parallel ranks: losses, gradients and weights are those of one process with all their rows."""
+"""Experts spread over data parallel ranks: losses, gradients and weights equal those of one process with all rows."""
 
 from __future__ import annotations
 

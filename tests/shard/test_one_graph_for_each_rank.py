@@ -1,4 +1,4 @@
-"""The law of graphs over ranks, in one process: threads are the ranks, and what they make is what the whole graph makes."""
+"""The law of per-rank graphs, in one process: with threads as ranks, they compute what the whole graph computes."""
 
 from __future__ import annotations
 

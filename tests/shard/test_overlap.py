@@ -1,4 +1,4 @@
-"""Overlapped pairs run side by side where ranks exchange values: the bits are those of one after the other."""
+"""Overlapped pairs are interleaved if ranks exchange values; the bits do not change."""
 
 from __future__ import annotations
 

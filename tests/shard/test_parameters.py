@@ -1,4 +1,4 @@
-"""How a process holds its parameters: trees stay arguments, whatever lies behind them."""
+"""How a process holds its parameters: trees stay arguments, whatever their storage."""
 
 from __future__ import annotations
 

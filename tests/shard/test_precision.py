@@ -1,4 +1,4 @@
-"""Mixed precision: compute in bf16, add up in fp32."""
+"""Mixed precision: compute in bf16, accumulate in fp32."""
 
 from __future__ import annotations
 

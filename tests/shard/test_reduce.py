@@ -1,4 +1,4 @@
-"""Gradients on their way to other ranks are in memory no longer than they are needed."""
+"""Gradients in transit stay in memory no longer than needed."""
 
 from __future__ import annotations
 

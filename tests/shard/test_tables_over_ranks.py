@@ -1,4 +1,4 @@
-"""Which parameters are cut, and what is said of sizes and tables that do not fit."""
+"""Which parameters are cut, and errors for sizes and tables that do not fit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What travels, what is tied and what is hidden; tests/stages/test_huggingface.py compares the rest with transformers."""
+"""Values that cross, ties and masks; tests/stages/test_huggingface.py compares the rest with transformers."""
 
 from __future__ import annotations
 

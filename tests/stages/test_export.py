@@ -1,4 +1,4 @@
-"""`write_pretrained` of a model of pure layers: transformers loads what it wrote."""
+"""`write_pretrained` of a model of pure layers: transformers loads the result."""
 
 from __future__ import annotations
 

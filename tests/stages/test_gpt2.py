@@ -1,4 +1,4 @@
-"""GPT-2 against transformers' own."""
+"""GPT-2 against that of transformers."""
 
 from __future__ import annotations
 

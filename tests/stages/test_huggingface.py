@@ -1,4 +1,4 @@
-"""Every model against transformers' own, and in a pipeline."""
+"""Every model against that of transformers, and in a pipeline."""
 
 from __future__ import annotations
 

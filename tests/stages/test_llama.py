@@ -1,4 +1,4 @@
-"""What Llama's settings do; tests/stages/test_huggingface.py compares all of it with transformers."""
+"""The effects of Llama's settings; tests/stages/test_huggingface.py compares the rest with transformers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Routing and the loss that balances it; tests/stages/test_huggingface.py compares logits and weights with transformers."""
+"""Routing and its balance loss; tests/stages/test_huggingface.py compares logits and weights with transformers."""
 
 from __future__ import annotations
 

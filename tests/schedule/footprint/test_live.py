@@ -1,4 +1,4 @@
-"""Bytes alive."""
+"""Live bytes of schedules."""
 
 from __future__ import annotations
 

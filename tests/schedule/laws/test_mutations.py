@@ -1,4 +1,4 @@
-"""Break valid schedules at random: the validator must say what a plain reading of the laws says, every time."""
+"""Random mutations of valid schedules: the validator must always agree with a plain reading of the laws."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the validator refuses, and what its messages say."""
+"""Schedules that the validator refuses, and its messages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows of a V against the same constructions run step by step, as they are published."""
+"""Rows of V-shaped schedules against step-by-step versions of the published constructions."""
 
 from __future__ import annotations
 

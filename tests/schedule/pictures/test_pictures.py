@@ -1,4 +1,4 @@
-"""Pictures in files: SVG, traces, and the page, which is opened in a real browser where there is one."""
+"""Picture files: SVG, PNG, traces, and the page, opened in a real browser if there is one."""
 
 from __future__ import annotations
 

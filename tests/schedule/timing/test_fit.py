@@ -1,4 +1,4 @@
-"""Costs read off a timeline, and schedules with every backward split."""
+"""Costs fitted to a timeline, and schedules with every backward split."""
 
 from __future__ import annotations
 
