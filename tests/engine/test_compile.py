@@ -20,7 +20,7 @@ from tests.pool import WorkerPool
 
 
 def assert_close(expected: Any, found: Any) -> None:
-    """Every gradient is within 1e-5 of the largest: one that is zero by symmetry has no digits of its own."""
+    """Check every gradient to 1e-5 of the largest: one that is zero by symmetry has no digits of its own."""
     left, right = flatten(expected), flatten(found)
     assert list(left) == list(right)
     largest = max(leaf.abs().max() for leaf in left.values())
@@ -113,7 +113,7 @@ def test_equal_stages_are_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_products_add_into_the_accumulator(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both rewrites, made to happen on small sizes, leave the numbers as they are."""
+    """Both rewrites, forced on small sizes, do not change the numbers."""
     monkeypatch.setenv("CI", "1")  # inductor is stricter there
     monkeypatch.setattr(matmul, "LARGE", 1)
     monkeypatch.setattr(matmul, "MEDIUM", 1)
@@ -201,7 +201,7 @@ def test_constants_are_not_part_of_the_code() -> None:
 
 
 def bf16_step(device: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Operators of the compiled backward of a linear layer with bf16 weights, on a device that need not be there."""
+    """Return operators of the compiled backward of a linear layer with bf16 weights, on a device that need not exist."""
     from torch._inductor.decomposition import select_decomp_table
 
     from autofunc.fake import fake_mode
@@ -222,14 +222,14 @@ def bf16_step(device: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_products_add_low_precision_gradients_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On fake tensors of one; on the CPU it stays a product and an addition."""
+    """On a GPU's fake tensors; on the CPU it stays a product and an addition."""
     on_gpu, on_cpu = (bf16_step(device, monkeypatch) for device in ("cuda:1", "cpu"))
     assert on_gpu.count("autofunc.add_product_.default") == 2 and "aten.mm.default" not in on_gpu
     assert on_cpu.count("aten.mm.default") == 2 and "autofunc.add_product_.default" not in on_cpu
 
 
 def test_products_that_add_low_precision_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the CPU's stand-in for the kernel: inductor calls it, and the sums are nearer to those of fp32."""
+    """With the CPU's stand-in for the kernel: inductor calls it, and sums are closer to fp32."""
     monkeypatch.setattr(cache, "shared", cache.Cache(1024))
     monkeypatch.setattr(matmul, "MEDIUM", 1)
     s = af.schedule.build("zb_h1", num_ranks=2, num_microbatches=4)

@@ -30,7 +30,7 @@ Apply = Callable[[Any, Any, Any], Any]
 
 
 class Product(torch.autograd.Function):
-    """x @ w with a gradient of its own."""
+    """x @ w with a custom gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
@@ -201,7 +201,7 @@ def writes_a_tensor_from_outside(p: Any, x: Tensor, b: Any) -> Tensor:
 
 
 def test_caches_of_libraries_grow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those that pip put into any folder, by what it leaves beside them."""
+    """Installed libraries in any folder, recognised by pip's metadata beside them."""
     (tmp_path / "keeps_a_cache.py").write_text(
         "CACHE = {}\n\ndef double(x):\n    CACHE[len(CACHE)] = 1\n    return 2 * x\n"
     )
@@ -285,7 +285,7 @@ def made(
 
 
 def middle_stage() -> tuple[GraphStage, StageContext, dict[str, Tensor], dict[str, Any]]:
-    """The middle one of three stages of the small GPT-2."""
+    """Return the middle of three stages of the small GPT-2."""
     model, stages, loss, batch = make_case("gpt2", 3, 4)
     params = flatten(model.init())
     return made(follow(stages, params, batch, loss)[0][1], params, batch)
@@ -376,7 +376,7 @@ def test_aux_is_returned() -> None:
 
 @pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled")
 def test_anomaly_detection_does_not_stop_a_capture() -> None:
-    """It looks at the values of gradients, which a capture has none of."""
+    """Anomaly detection reads the values of gradients, which a capture does not have."""
     layer = af.Layer(init=lambda key: {"weight": key.normal("weight", (3, 3))}, apply=lambda p, x, b: b["x"] @ p["weight"])
     pipe = af.pipeline(
         af.split(af.Model({"a": layer})), af.schedule.build("gpipe", num_ranks=1, num_microbatches=2),

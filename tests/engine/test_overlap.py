@@ -24,7 +24,7 @@ torch.library.define("autofunc_test::worked", "(Tensor x, str name) -> Tensor")
 
 
 def _begin(x: Tensor, name: str) -> Callable[[], Tensor]:
-    """An exchange: what it gives is there only once it is waited for."""
+    """Begin an exchange: its result exists only once waited for."""
     EVENTS.append(f"begin {name}")
     found = torch.full_like(x, torch.nan)
 
@@ -64,7 +64,7 @@ def nodes_of(piece: tuple[Piece, list[fx.Node]]) -> list[fx.Node]:
 
 
 def run(left: Any, right: Any) -> tuple[list[Any], Tensor]:
-    """Both in turns, on fresh arguments; and the accumulator of the second."""
+    """Run both interleaved, on fresh arguments; return the accumulator of the second too."""
     total, sides = torch.ones(2), (left, right)
     stops, second_begins = turns_of(nodes_of(left), nodes_of(right))
     functions = [emit_interleaved(piece, order, {}, "piece", own) for (piece, order), own in zip(sides, stops, strict=True)]
@@ -103,7 +103,7 @@ def test_an_exchanged_gradient_is_added_on_arrival() -> None:
 
 @given(st.text("wx", min_size=1, max_size=8), st.text("wx", min_size=1, max_size=8))
 def test_interleaving_does_not_change_results(f: str, b: str) -> None:
-    """And in the same order."""
+    """Operators keep their order too."""
     left, right = piece_of("f", f), piece_of("b", b)
     made, _ = run(left, right)
     events = list(EVENTS)
@@ -119,7 +119,7 @@ def test_interleaving_does_not_change_results(f: str, b: str) -> None:
 def test_the_order_of_exchanges_depends_only_on_their_numbers(
     f: list[str], b: list[str], more_f: list[int], more_b: list[int]
 ) -> None:
-    """Ranks whose graphs compute otherwise in between begin them in one order."""
+    """Ranks whose graphs differ otherwise begin exchanges in the same order."""
 
     def begun(f: str, b: str) -> list[str]:
         run(piece_of("f", f), piece_of("b", b))

@@ -102,7 +102,7 @@ def two_blocks(**options: Any) -> tuple[Any, StageContext]:
 
 
 def held(bytes_: StageBytes) -> tuple[int, int]:
-    """Bytes of all that F keeps, and of all that I keeps."""
+    """Return the bytes that F keeps, and that I keeps."""
     x = bytes_.outputs[0]
     weight = len(bytes_.weight_inputs) + len(bytes_.weight_cotangents) + len(bytes_.weight_input_grads)
     return bytes_.residuals + x * len(bytes_.kept_inputs), bytes_.weight_residuals + x * weight

@@ -25,7 +25,7 @@ def pipe_of(model_name: str, name: str, num_ranks: int, num_microbatches: int, m
 
 
 def check_bytes(pipe: Any, params: Any, batch: Any, key: Any) -> None:
-    """Measured equals simulated on every rank, after every action."""
+    """Check that measured bytes equal simulated ones on every rank, after every action."""
     memory = pipe.memory(params, batch, key)
     measured = pipe.measure_bytes(params, batch, key)
     simulated = af.schedule.live_bytes(pipe.schedule, memory)
@@ -79,7 +79,7 @@ def test_the_eager_engine_cannot_predict_memory() -> None:
 
 
 def overlap(schedule: Schedule, rank: int, keeps: dict[int, StageBytes]) -> int:
-    """Most received values that are in use at once, counted action by action. Every boundary has one value of one shape."""
+    """Count, action by action, the most received values in use at once. Every boundary has one value of one shape."""
     row = list(schedule[rank])
     last: dict[tuple[bool, int, int], int] = {}  # (flows forward, stage, microbatch) -> where it is read last
     for position, action in enumerate(row):
@@ -120,7 +120,7 @@ def test_slots_are_as_many_as_received_values_in_use(name: str) -> None:
 
 
 def one_per_layout(program: Program) -> int:
-    """The number of slots, when all received values have one layout."""
+    """Return the number of slots if all received values have one layout."""
     assert len(set(program.slots)) <= 1
     return len(program.slots)
 

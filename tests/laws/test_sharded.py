@@ -49,7 +49,7 @@ def build(name: str) -> af.Model:
 
 
 def batch_of(step: int) -> dict[str, Tensor]:
-    """Rows whose counted tokens differ."""
+    """Return rows with different numbers of labels."""
     generator = torch.Generator().manual_seed(step)
     ids = torch.randint(0, 18, (ROWS, 7), generator=generator)
     labels = ids[:, 1:].clone()
@@ -60,7 +60,7 @@ def batch_of(step: int) -> dict[str, Tensor]:
 
 @cache
 def on_one_process(name: str, steps: int) -> tuple[list[float], list[float], dict[str, Tensor]]:
-    """Losses, norms and the last parameters."""
+    """Return losses, norms and the last parameters."""
     model = build(name)
     params = model.init(seed=3)
     optimizer = af.optimizer(torch.optim.AdamW, lr=LR)

@@ -24,7 +24,7 @@ def forms_of(built: Schedule) -> list[Schedule]:
 
 
 def check(forms: list[Schedule], ahead: int) -> bool:
-    """The laws, of forms of a schedule. Returns whether one of them would wait for ever if it were lowered as usual."""
+    """Check the laws of a schedule's forms; return whether any would wait forever if lowered as usual."""
     last, bites = forms[0].num_ranks - 1, False
     for form in forms:
         usual = schedule.lower(form, receive_ahead=ahead)
@@ -42,7 +42,7 @@ def check(forms: list[Schedule], ahead: int) -> bool:
 
 
 def is_refused(lowered: Schedule) -> bool:
-    """Whether `validate` says that it does not end where sends block."""
+    """Return whether `validate` refuses it because it does not end if sends block."""
     try:
         schedule.validate(lowered, sends_block=True)
     except ScheduleError as error:
@@ -60,7 +60,7 @@ def test_named_schedules_end(name: str) -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("name", schedule.names())
 def test_named_schedules_of_all_sizes_end(name: str) -> None:
-    """Each size in one form with one look-ahead, in turns."""
+    """Each size in one form with one look-ahead, cycling through them."""
     for number, built in enumerate(schedules(name, SIZES)):
         check([forms_of(built)[number % 3]], number // 3 % 3)
 

@@ -29,7 +29,7 @@ class Odd(Exception):
 
 
 class OwnError(AutofuncError):
-    """One of the family that cannot be made from a message alone."""
+    """An `AutofuncError` that cannot be made from a message alone."""
 
     def __init__(self, row: int, column: int) -> None:
         super().__init__(f"bad cell {row}, {column}")
@@ -37,7 +37,7 @@ class OwnError(AutofuncError):
 
 
 def failing(error: Exception) -> tuple[Any, Any, Any]:
-    """A pipeline whose stage 1 raises in the forward of microbatch 2."""
+    """Return a pipeline whose stage 1 raises in the forward of microbatch 2."""
     calls = []
 
     def apply(params: Any, x: Any, batch: Any) -> Any:

@@ -126,7 +126,7 @@ def test_timeouts_are_checked() -> None:
 
 
 def hang(where: str) -> list[str]:
-    """What a rank's watchdog says when rank 1 sleeps in a layer, or alone calls a collective."""
+    """Return a rank's watchdog report if rank 1 sleeps in a layer, or alone calls a collective."""
     mesh, said, alarms = pp_mesh(2), [], []
     watchdog.leave = lambda: None  # this process lives on
     rank = mesh.get_local_rank("pp")
@@ -174,7 +174,7 @@ def test_one_process_reports_for_all(workers: WorkerPool, where: str, words: str
 
 
 def test_a_second_run_in_a_process_has_time_for_its_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However quick the steps of the run before were."""
+    """However fast the steps of the previous run were."""
     monkeypatch.setattr(here, "is_settled", True)
     monkeypatch.setattr(here, "slowest_step_seconds", 0.1)
     with af.watchdog():

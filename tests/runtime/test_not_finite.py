@@ -19,7 +19,7 @@ ENGINES = ["eager", "graph"]
 
 
 class BadGradient(torch.autograd.Function):
-    """x * w, with one gradient divided by a mark that may be zero."""
+    """x * w, with one gradient divided by a mark, which may be zero."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, of_x: Tensor, of_w: Tensor) -> Tensor:
@@ -55,7 +55,7 @@ class Net(nn.Module):
 
 
 def pipe_of(engine: str, name: str = "zb_h1", mesh: Any = None) -> tuple[Any, Any, dict[str, Tensor]]:
-    """Two stages of two blocks, four microbatches; the third block divides by what `marks` says."""
+    """Build two stages of two blocks, four microbatches; the third block divides by `marks`."""
     batch = {"x": torch.randn(8, 4), "marks": torch.ones(8, 3), "labels": torch.arange(8) % 4}
     model = af.from_module(Net(), batch)
     s = af.schedule.build(name, num_ranks=2, num_microbatches=4)
@@ -90,7 +90,7 @@ def test_the_first_place(mark: int, action: str, words: str, engine: str) -> Non
 
 
 def of_all_processes(mark: int, place: int) -> tuple[str, Any]:
-    """What a process says when microbatch 2 of some rows is bad in stage 1; and when a parameter of stage 0 is."""
+    """Return a process's errors if microbatch 2 of some rows is bad in stage 1, and if a parameter of stage 0 is."""
     mesh = mesh_of(pp=2, dp_replicate=2)
     pipe, params, batch = pipe_of("graph", mesh=mesh)
     if data_coordinate(mesh)[0] == place:

@@ -26,14 +26,14 @@ def layouts_of(s: Schedule) -> dict[tuple[int, int], tuple[Layout, ...]]:
 
 
 def freed(op: Op) -> list[int]:
-    """The registers that an op reads."""
+    """Return the registers that an op reads."""
     residuals = [op.residuals] if isinstance(op, (Backward, BackwardInput, BackwardWeight)) else []
     values = list(op.reads) if isinstance(op, (Forward, Backward, BackwardInput)) else []
     return [*residuals, *values, *([op.register] if isinstance(op, Send) else [])]
 
 
 def filled(op: Op) -> list[int]:
-    """The registers that an op writes."""
+    """Return the registers that an op writes."""
     kept = [op.keeps] if isinstance(op, (Forward, BackwardInput)) and op.keeps is not None else []
     values = list(op.writes) if isinstance(op, (Forward, Backward, BackwardInput)) else []
     return [*kept, *values, *([op.register] if isinstance(op, Receive) else [])]

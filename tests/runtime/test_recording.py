@@ -23,7 +23,7 @@ BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
 
 @pytest.fixture
 def replayed(monkeypatch: pytest.MonkeyPatch) -> list[ReplayedGraphs]:
-    """Graphs on the CPU; those that are made."""
+    """Record graphs on the CPU; return the ones made."""
     made: list[ReplayedGraphs] = []
 
     class Noted(ReplayedGraphs):
@@ -38,7 +38,7 @@ def replayed(monkeypatch: pytest.MonkeyPatch) -> list[ReplayedGraphs]:
 def pipes(
     model_name: str, name: str, rows: int = 8, *, cut: bool = False, **options: Any
 ) -> tuple[Any, Any, Any, dict[str, Tensor]]:
-    """(recorded pipeline, the same as it is, model, batch)."""
+    """Return (recorded pipeline, the same unrecorded, model, batch)."""
     s = af.schedule.build(name, num_ranks=2, num_microbatches=4)
     model, stages, loss, batch = make_case(model_name, s.num_stages, rows)
     pair = [af.pipeline(stages, s, loss=loss, compile=each, **options) for each in ("graphs", False)]
@@ -48,7 +48,7 @@ def pipes(
 
 
 def check_steps(pipe: Any, plain: Any, params: Any, batch: dict[str, Tensor], moves: tuple[int, ...]) -> None:
-    """Six steps with updates in place; parameters move before some of them; each step has other rows and another key."""
+    """Check six steps with in-place updates; parameters move before some; each step has different rows and another key."""
     opt = af.optimizer(torch.optim.AdamW, lr=1e-2)
     state, kept = opt.init(params), []
     for step in range(6):
@@ -77,7 +77,7 @@ def cut_at_transfers(pipe: af.Pipeline) -> None:
 
 
 def moved(params: Any) -> Any:
-    """The same values elsewhere."""
+    """Copy the values to other memory."""
     return to_tensordict({path: leaf.clone() for path, leaf in flatten(params).items()})
 
 
@@ -94,7 +94,7 @@ def moved(params: Any) -> Any:
     ],
 )
 def test_steps_have_the_same_bits(replayed: list[ReplayedGraphs], model_name: str, name: str, cut: bool) -> None:
-    """With parameters that an optimizer updates in place, then with others elsewhere; with keys, and other values."""
+    """With parameters updated in place, then moved elsewhere; with keys, and changing values."""
     pipe, plain, model, batch = pipes(model_name, name, cut=cut)
     check_steps(pipe, plain, model.init(seed=7), batch, moves=(3, 5))
     assert len(replayed) == (2 if cut else 1), "a pool of memory for each tape: they are played in turns"
@@ -129,7 +129,7 @@ def test_recomputed(replayed: list[ReplayedGraphs], remat: str) -> None:
 
 @pytest.mark.parametrize("cut", [False, True], ids=["whole", "cut"])
 def test_batches_of_alternating_shapes(replayed: list[ReplayedGraphs], cut: bool) -> None:
-    """They share slots, sums and parameters; a slot that grows moves, and what read it is recorded anew."""
+    """They share slots, sums and parameters; a slot that grows moves, and its readers are recorded again."""
     pipe, plain, model, small = pipes("mlp", "1f1b", cut=cut)
     _, _, _, large = make_case("mlp", 2, 16)
     params = model.init(seed=7)
@@ -142,7 +142,7 @@ def test_batches_of_alternating_shapes(replayed: list[ReplayedGraphs], cut: bool
 
 @pytest.mark.parametrize("cut", [False, True], ids=["whole", "cut"])
 def test_without_gradients(replayed: list[ReplayedGraphs], cut: bool) -> None:
-    """The loss, also of rows that are left over; outputs; and steps with gradients in between."""
+    """The loss, also of leftover rows; outputs; and steps with gradients in between."""
     pipe, plain, model, batch = pipes("mlp", "1f1b", rows=10, cut=cut)
     params, training = model.init(seed=7), {name: leaf[:8] for name, leaf in batch.items()}
     for step in range(3):
@@ -164,7 +164,7 @@ def test_without_gradients(replayed: list[ReplayedGraphs], cut: bool) -> None:
     ],
 )
 def test_low_precision(replayed: list[ReplayedGraphs], model_name: str, sharding: Any) -> None:
-    """Of parameters, or of what they are cast to in each step."""
+    """In parameters, or in what they are cast to in each step."""
     pipe, plain, model, batch = pipes(model_name, "zb_h1", cut=True, sharding=sharding)
     params = model.init(seed=7, dtype=torch.bfloat16 if sharding is None else torch.float32)
     opt = af.optimizer(torch.optim.SGD, lr=0.1)
@@ -237,7 +237,7 @@ def test_aux_and_rows_in_the_second_dim(replayed: list[ReplayedGraphs]) -> None:
 @pytest.mark.parametrize("cut", [False, True], ids=["whole", "cut"])
 @pytest.mark.parametrize("name", ["1f1b", "zb_h1"])
 def test_observers(replayed: list[ReplayedGraphs], name: str, cut: bool) -> None:
-    """Times are those of graphs, one for each action; who looks at values has a step that runs op by op."""
+    """Times are those of graphs, one per action; steps with observers of values run op by op."""
     pipe, plain, model, batch = pipes("mlp", name, cut=cut)
     params = model.init(seed=7)
     timeline = pipe.profile(params, batch, (3, 5), steps=2)
@@ -257,7 +257,7 @@ def test_observers(replayed: list[ReplayedGraphs], name: str, cut: bool) -> None
 
 
 def test_the_position_of_a_rank(replayed: list[ReplayedGraphs], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A tape tells where it is at every transfer, for reports of hangs."""
+    """A tape reports its position at every transfer, for reports of hangs."""
     from autofunc.runtime.position import here
 
     pipe, _, model, batch = pipes("mlp", "1f1b", cut=True)
@@ -389,7 +389,7 @@ def test_fixed_memory(like: Tensor) -> None:
 
 
 def test_generating_is_not_recorded(replayed: list[ReplayedGraphs]) -> None:
-    """Caches are given away, and written to where they lie."""
+    """Caches are donated, and written in place."""
     pipe, _, model, batch = pipes("mlp", "1f1b")
     for _ in range(3):
         pipe.advance(model.init(), batch, [{}] * 4)

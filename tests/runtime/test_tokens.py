@@ -36,7 +36,7 @@ FORMS: dict[str, Callable[[Schedule], tuple[Schedule, bool]]] = {  # (schedule, 
 
 
 def schedules(name: str, sizes: Sequence[Size]) -> Iterator[Schedule]:
-    """A named schedule of all those sizes that it can have."""
+    """Yield a named schedule in all sizes it supports."""
     generator = GENERATORS[name]
     for p, m in sizes:
         if generator.fits(p, m, generator.default_stages_per_rank):
@@ -86,7 +86,7 @@ def world_of(s: Schedule, variant: int, merge: bool = True, **options: Any) -> W
 
 
 def run_all(name: str, form: str, sizes: Sequence[Size]) -> int:
-    """Run a named schedule of all those sizes; returns how many there are."""
+    """Run a named schedule in all those sizes; return how many there are."""
     found = list(schedules(name, sizes))
     for s in found:
         variant = s.num_ranks + 3 * s.num_microbatches
@@ -110,7 +110,7 @@ def count_allowed(name: str, sizes: Sequence[Size]) -> int:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", GENERATORS)
 def test_every_schedule(name: str, form: str) -> None:
-    """Of `SMALL`, and in the form that is run by default also of `LARGE`."""
+    """In `SMALL` sizes, and in the form that runs by default also in `LARGE`."""
     sizes = [*SMALL, *LARGE] if form == "as built" else SMALL
     assert run_all(name, form, sizes) == count_allowed(name, sizes)
 
@@ -150,7 +150,7 @@ def test_parameters_are_gathered_when_a_stage_computes(name: str, unshard: str) 
 
 
 def test_every_way_of_keeping() -> None:
-    """Each stage with each way to keep values, on both sides of a rank's border."""
+    """Each stage with each way of keeping values, on both sides of a rank's boundary."""
     for name in ("1f1b", "zb_h1", "zbv", "interleaved_zb"):
         s = schedule.build(name, num_ranks=3, num_microbatches=6)
         for variant in range(12):
@@ -162,7 +162,7 @@ def test_every_way_of_keeping() -> None:
 
 
 def example(**keeps: tuple[int, ...]) -> World:
-    """ZB-H1 on three ranks, one value at each border, every stage keeping the same."""
+    """Return ZB-H1 on three ranks, one value per boundary, every stage keeping the same."""
     s = schedule.lower(schedule.build("zb_h1", num_ranks=3, num_microbatches=6))
     stages = boundaries_of([[(1, True)], [(1, True)]])
     memory = {index: StageBytes((4,) if index < 2 else (), (4,) if index < 2 else (), 100, 10, 1000) for index in range(3)}
@@ -170,12 +170,12 @@ def example(**keeps: tuple[int, ...]) -> World:
 
 
 def of_other(world: World, **changes: Any) -> list[Program]:
-    """Programs of a world that is not the one they will run in."""
+    """Return programs of a different world than the one they will run in."""
     return replace(world, **changes).programs()
 
 
 def moved(world: World, rank: int, what: str, before: str) -> World:
-    """An action of a row right before another."""
+    """Move an action of a row right before another."""
     row = list(world.schedule[rank])
     action = row.pop(next(place for place, action in enumerate(row) if str(action) == what))
     row.insert(next(place for place, action in enumerate(row) if str(action) == before), action)

@@ -17,7 +17,7 @@ from tests.shard.test_parameters import pipe_on
 
 
 def collected(sizes: dict[str, int]) -> tuple[bool, int, int]:
-    """Whether this is the first process, what it got, and how many whole tensors were alive at most while it was asked."""
+    """Return whether this is the first process, its tree, and the most whole tensors alive at once."""
     pipe, model, _ = pipe_on(mesh_of(**sizes))
     params = pipe.init(seed=5)
     made: list[Any] = []
@@ -48,7 +48,7 @@ def test_only_the_first_process_gets_the_tree(workers: WorkerPool, sizes: dict[s
 
 
 def odd_tensors() -> None:
-    """Of kinds that a backend may not know, empty ones, and ones that do not lie in order."""
+    """Make tensors of dtypes that a backend may lack, empty ones, and non-contiguous ones."""
     rank = dist.get_rank()
     mine = {
         f"{rank}.half": torch.full((2, 3), rank, dtype=torch.bfloat16).t(),

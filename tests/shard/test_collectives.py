@@ -216,7 +216,7 @@ def test_parameters_in_memory_are_a_shard_and_the_gathered_ones(workers: WorkerP
 
 
 def order_of_waits(engine: str, compile: bool) -> list[int]:
-    """Groups that are still on their way when each layer of the first forward begins."""
+    """Return the groups still in transit when each layer of the first forward begins."""
     mesh = mesh_of(dp_shard=4)
     s = af.schedule.build("1f1b", num_ranks=1, num_microbatches=2)
     pending: list[int] = []

@@ -36,7 +36,7 @@ def small(blocks: int = 2) -> af.Model:
 
 
 def batches(places: int) -> list[dict[str, Tensor]]:
-    """Of all ranks together, a step each."""
+    """Make batches for all ranks together, one per step."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, 17, (STEPS, places * MICROBATCHES * ROWS, 6), generator=generator)
     labels = ids[..., 1:].clone()

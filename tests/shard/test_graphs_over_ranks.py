@@ -166,7 +166,7 @@ def whole_of(pipe: af.Pipeline, params: Any, state: Any) -> dict[str, torch.Tens
 
 @pytest.mark.parametrize("axes", [{"pp": 2, "tp": 2}, pytest.param({"dp_shard": 2, "tp": 2}, marks=pytest.mark.full)])
 def test_checkpoints_have_fused_weights_in_order(workers: WorkerPool, tmp_path: Path, axes: dict[str, int]) -> None:
-    """What tp ranks write one process reads, and the other way round."""
+    """One process reads what tp ranks wrote, and the reverse."""
     name = "phi3"
     full = workers.run(saved, name, axes, tmp_path / "there")[0]
     for found in (loaded(name, None, tmp_path / "there"), workers.run(loaded, name, axes, tmp_path / "there")[0]):
@@ -180,7 +180,7 @@ def test_checkpoints_have_fused_weights_in_order(workers: WorkerPool, tmp_path: 
 
 
 def shifted(outputs: Any, microbatch: Any) -> torch.Tensor:
-    """A loss as people write it, which knows nothing of ranks."""
+    """A loss as users write it, unaware of ranks."""
     logits, labels = outputs.logits[:, :-1], microbatch["labels"][:, 1:]
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
@@ -210,7 +210,7 @@ def step_with(loss: Any, axes: dict[str, int] | None, engine: str) -> tuple[floa
     ],
 )
 def test_losses_of_logits(workers: WorkerPool, loss: Any, engine: str) -> None:
-    """Those that are cut along the vocabulary are not put together for `causal_lm`."""
+    """Logits cut along the vocabulary are not gathered for `causal_lm`."""
     value, grads, _ = step_with(loss, None, "graph")
     for found, others, exchanged in workers.run(step_with, loss, {"tp": 4}, engine):
         assert found == pytest.approx(value, rel=1e-5)

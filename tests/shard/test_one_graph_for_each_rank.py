@@ -48,7 +48,7 @@ class ThreadAxis:
 
 
 def on_threads(size: int, work: Callable[[ThreadAxis], Any]) -> tuple[list[Any], ThreadAxis]:
-    """What each of some threads makes."""
+    """Run a function on each thread; return the results."""
     meeting = Meeting(size)
     axes = [ThreadAxis(meeting, rank) for rank in range(size)]
     return meeting.run(lambda rank: work(axes[rank])), axes[0]

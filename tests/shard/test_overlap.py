@@ -228,7 +228,7 @@ def test_stages_that_exchange_nothing_are_not_interleaved() -> None:
 
 
 def of_a_pair_that_waits_for_itself(overlap: bool) -> list[str]:
-    """Its backward needs what the other rank makes of its forward, which is sent after both."""
+    """A pair whose backward needs what the other rank makes of its forward, which is sent after both."""
     s = af.schedule.from_text("0F0 (0F1;0B0)OVERLAP_F_B 0B1\n1F0 1F1 1B0 1B1")
     model = build_llama_model(
         hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2, vocab_size=16

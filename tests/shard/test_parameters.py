@@ -226,7 +226,7 @@ def test_aux_is_combined_over_data_parallel_ranks(workers: WorkerPool) -> None:
 
 
 def unused_parameter() -> None:
-    """A parameter without a cotangent on some ranks: nobody waits for it."""
+    """A parameter without a cotangent on some ranks: no rank waits for it."""
 
     def apply(p: Any, x: Any, batch: Any) -> Any:
         return batch["x"] @ p["w"]  # never p["idle"]
@@ -345,7 +345,7 @@ def test_parameters_without_dims(workers: WorkerPool, sizes: dict[str, int]) -> 
 
 
 def refused_twice() -> list[str]:
-    """What a batch is told whose tokens tp does not divide, twice; and the loss of one that fits, on another mesh."""
+    """Return the errors for a batch whose tokens tp does not divide, twice; and the loss of a valid one, on another mesh."""
     said = []
     for sizes, tokens in (((2, 1, 1, 2), 5), ((2, 1, 1, 2), 5), ((1, 1, 2, 2), 6)):
         mesh = mesh_of(sizes[0], dp_shard=sizes[2], tp=sizes[3])

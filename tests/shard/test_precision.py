@@ -45,7 +45,7 @@ def gradient(x: Tensor, mesh: Any, engine: str) -> Tensor:
 
 
 def rows(count: int) -> Tensor:
-    """A one, and then what bf16 would not add to it."""
+    """Return a one, then values too small for bf16 to add to it."""
     return torch.tensor([1.0] + [SMALL] * (count - 1))[:, None].expand(count, 2).contiguous()
 
 

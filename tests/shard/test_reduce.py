@@ -16,7 +16,7 @@ from tests.pool import WorkerPool
 
 
 def sums_left() -> list[int]:
-    """How many sums of earlier layers are in memory as each layer's are given away."""
+    """Count the sums of earlier layers in memory when each layer's are handed over."""
     post, seen, left = reduce.Reduction.post, [], []
 
     def noting(self: reduce.Reduction, sums: dict[str, Tensor]) -> None:
@@ -41,7 +41,7 @@ def test_a_layers_sums_are_freed_before_the_next_is_copied(workers: WorkerPool) 
 
 
 class Work:
-    """A reduction that ends when it is told."""
+    """A reduction that ends on command."""
 
     def __init__(self) -> None:
         self.is_done, self.waits = False, 0
@@ -54,7 +54,7 @@ class Work:
 
 
 def test_gradients_are_freed_as_soon_as_they_are_summed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """NCCL's works say so; nobody waits for them before the end of the step."""
+    """NCCL's works report it; nothing waits for them before the end of the step."""
     works: list[Work] = []
     given: list[Any] = []
 

@@ -16,7 +16,7 @@ MUTATIONS = 2000
 
 
 def keeps_the_laws(s: Schedule) -> bool:
-    """The laws read literally, one action at a time; slow, and written without the validator's arrays."""
+    """Check the laws literally, one action at a time; slow, and independent of the validator's arrays."""
     flow = schedule.Dataflow(schedule.chain(s.num_stages), s.is_forward_only)
     ran = Counter((a.stage, a.kind, a.microbatch) for row in s for a in row if a.kind.is_compute)
     if any(count > 1 for count in ran.values()):

@@ -29,7 +29,7 @@ def test_valid_in_every_form(name: str, num_ranks: int, num_microbatches: int) -
 
 
 def split(s: schedule.Schedule) -> list[list[schedule.Action]]:
-    """The actions, with I and W for B."""
+    """Yield the actions, with I and W for B."""
     return [
         [
             action._replace(kind=part)
@@ -41,7 +41,7 @@ def split(s: schedule.Schedule) -> list[list[schedule.Action]]:
 
 
 def build(name: str, num_ranks: int, num_microbatches: int) -> schedule.Schedule:
-    """The schedule, with as many microbatches as it needs at least."""
+    """Build the schedule, with at least as many microbatches as it needs."""
     if name == "dualpipe_v":
         num_microbatches += 2 * num_ranks
     return schedule.build(name, num_ranks=num_ranks, num_microbatches=num_microbatches)

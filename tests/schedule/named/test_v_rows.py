@@ -13,7 +13,7 @@ from autofunc.schedule.ir import OVERLAPPED
 
 
 class StepByStep:
-    """One rank: passes are asked for one at a time, and an I leaves a W behind."""
+    """One rank: passes are requested one at a time, and each I leaves a W to do."""
 
     def __init__(self, rank: int, num_ranks: int) -> None:
         self.stages = rank, 2 * num_ranks - 1 - rank

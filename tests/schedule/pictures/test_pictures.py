@@ -118,7 +118,7 @@ def test_a_measured_run_is_drawn_as_one() -> None:
 
 
 def test_an_interleaved_pair_is_drawn_turn_by_turn() -> None:
-    """Where it waited for other processes it shows as idle."""
+    """It shows as idle while it waits for other processes."""
     s = schedule.from_text("0F0 (0F1;0B0)OVERLAP_F_B 0B1")
     plain = schedule.simulate(s, Costs(F=2, I=1, W=1))
     turns = [(1, 2.0, 3.0, False), (2, 3.0, 4.0, False), (1, 4.0, 4.5, True), (1, 4.5, 5.0, False), (2, 5.0, 6.0, False)]
@@ -189,7 +189,7 @@ def test_the_page_in_a_browser(tmp_path: Path) -> None:
 
 
 def test_large_schedules_draw_in_time(tmp_path: Path) -> None:
-    """Not timed: it must only not do anything per pair of actions."""
+    """Not timed: it only must not take quadratic time."""
     s = schedule.build("interleaved_1f1b", num_ranks=32, num_microbatches=128)
     page = schedule.draw(schedule.simulate(s), tmp_path / "large.html")
     found = re.search(r"const data = (\{.*?\});\n", page)
