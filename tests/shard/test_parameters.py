@@ -345,7 +345,7 @@ def test_parameters_without_dims(workers: WorkerPool, sizes: dict[str, int]) -> 
 
 
 def refused_twice() -> list[str]:
-    """Return the errors for a batch whose tokens tp does not divide, twice; and the loss of a valid one, on another mesh."""
+    """Return the errors for a batch whose tokens tp does not divide, twice; and the loss of a valid one on another mesh."""
     said = []
     for sizes, tokens in (((2, 1, 1, 2), 5), ((2, 1, 1, 2), 5), ((1, 1, 2, 2), 6)):
         mesh = mesh_of(sizes[0], dp_shard=sizes[2], tp=sizes[3])
