@@ -65,7 +65,7 @@ _PRODUCTS = {
 }
 
 
-_DEAR = 64.0
+_EXPENSIVE = 64.0
 """Bytes read and written per byte of a mask from which it is worth keeping. A hash takes 200, a causal mask less than 10."""
 
 
@@ -88,13 +88,13 @@ def recomputed(joint: Joint, keep: Keep, *, compiled: bool = False) -> set[Node]
         return chosen | {node for node in forward if not _crosses(node, behind)}
     if keep.recompute == "cheap":
         return chosen | _cheap(joint, behind, chosen)
-    return chosen if compiled else chosen - _dear_masks(chosen)
+    return chosen if compiled else chosen - _expensive_masks(chosen)
 
 
-def _dear_masks(chosen: set[Node]) -> set[Node]:
+def _expensive_masks(chosen: set[Node]) -> set[Node]:
     """Return the masks among values of the batch alone that take far longer to make than to keep."""
     masks = [node for node in chosen if _is_mask(node) and not is_view(node)]
-    return {mask for mask in masks if cost_of(ancestors_within([mask], chosen)) >= _DEAR * (storage_bytes(mask) or 0)}
+    return {mask for mask in masks if cost_of(ancestors_within([mask], chosen)) >= _EXPENSIVE * (storage_bytes(mask) or 0)}
 
 
 def _is_mask(node: Node) -> bool:
