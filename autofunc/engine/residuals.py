@@ -1,10 +1,10 @@
 """What to keep between the pieces of a stage, and what to recompute: two cuts, F -> I and I -> W.
 
-F -> I: keep everything, or only what is expensive ("cheap" values are recomputed), or only what goes from layer to layer, or
-only what the stage received. Values that depend on the batch alone, such as rotary tables, are recomputed: they cost no
-product. The exception is a boolean mask that takes dozens of operators to make, such as dropout's hash of a key: if operators
-run one by one and recomputation is not asked for, it is kept, one byte per element; compiled code recomputes it in the kernel
-that reads it. Recomputation happens once, in B or `I`, so a microbatch has two forwards at most.
+F -> I: keep everything, or only what is expensive ("cheap" values are recomputed), or only what goes from layer to layer,
+or only what the stage received. Values that depend on the batch alone, such as rotary tables, are recomputed: they cost no
+product. The exception is a boolean mask that takes dozens of operators to make, such as dropout's hash of a key: if
+operators run one by one and recomputation is not asked for, it is kept, one byte per element; compiled code recomputes it
+in the kernel that reads it. Recomputation happens once, in B or `I`, so a microbatch has two forwards at most.
 
 I -> W: the W of a matrix product needs its input and its output's gradient, which together take as much as F kept. No
 choice of recomputation makes that small without running products again; but a weight gradient may be computed in `I`
@@ -66,7 +66,7 @@ _PRODUCTS = {
 
 
 _EXPENSIVE = 64.0
-"""Bytes read and written per byte of a mask from which it is worth keeping. A hash takes 200, a causal mask less than 10."""
+"""Bytes read and written per byte of a mask from which keeping it pays. A hash takes 200, a causal mask less than 10."""
 
 
 def recomputed(joint: Joint, keep: Keep, *, compiled: bool = False) -> set[Node]:
