@@ -11,7 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from autofunc.mesh import over_host
-from autofunc.runtime.program import Layout
+
+Layout = tuple[tuple[int, ...], torch.dtype]
 
 
 def collect_tree(
