@@ -173,7 +173,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *wo
         ),
         (
             ["distributed.remat=auto", "distributed.memory_budget=1MB", "distributed.engine=eager"],
-            'distributed: remat="auto" weighs captured stages, so it needs engine="graph"',
+            'distributed: remat="auto" measures captured stages, so it needs engine="graph"',
         ),
         (
             ["distributed.compile=1"],

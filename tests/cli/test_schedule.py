@@ -95,7 +95,7 @@ def test_compare_leaves_out_what_does_not_exist_for_these_numbers() -> None:
         (["search", "-o", "found.xml"], "unknown suffix '.xml'"),
         (["search", "-o", "nowhere/found.csv"], "there is no such folder"),
         (["show", "1f1b", "-o", "nowhere/found.csv"], "cannot write nowhere/found.csv: No such file or directory"),
-        (["simulate", "zbv.cvs"], "unknown schedule 'zbv.cvs'.*or a file .csv, .txt or .json"),
+        (["simulate", "zbv.cvs"], "unknown schedule 'zbv.cvs'.*or a .csv, .txt or .json file"),
     ],
 )
 def test_mistakes(words: list[str], message: str) -> None:

@@ -143,7 +143,7 @@ WHOLE = [
     other("sparse.json", sparse, "sparse.json", "bytes"),
     other("x" * 300 + ".csv", lambda path: None, "there is no file"),
     other("\udcff\x1b[31m.csv", lambda path: path.write_text("0X0"), r"\udcff\x1b[31m.csv", "line 1, column 1"),
-    other("mine.yaml", lambda path: path.write_text("0F0"), "unknown schedule", "a file .csv, .txt or .json"),
+    other("mine.yaml", lambda path: path.write_text("0F0"), "unknown schedule", "a .csv, .txt or .json file"),
 ]
 
 DOCUMENTS = [
