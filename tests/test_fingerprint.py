@@ -89,7 +89,7 @@ method = Method(2.0)
         (scaled(Name("a")), scaled("a"), False),
     ],
 )
-def test_equal_where_the_computation_is(one: Any, other: Any, equal: bool) -> None:
+def test_equal_if_the_computation_is(one: Any, other: Any, equal: bool) -> None:
     assert (key(one) == key(other)) == equal
     if equal:
         assert hash(key(one)) == hash(key(other))
@@ -137,7 +137,7 @@ def test_attributes_count(monkeypatch: pytest.MonkeyPatch) -> None:
     assert key(scaled(dropout.eval())) != before[1]
 
 
-def test_what_is_filled_counts() -> None:
+def test_contents_count() -> None:
     seen: list[int] = []
     function = scaled(seen)
     before = key(function)
@@ -145,7 +145,7 @@ def test_what_is_filled_counts() -> None:
     assert key(function) != before
 
 
-def test_loops_end() -> None:
+def test_cycles_end() -> None:
     loop: list[Any] = [1]
     loop.append(loop)
     other: list[Any] = [1]

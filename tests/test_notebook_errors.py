@@ -59,7 +59,7 @@ def test_an_error_that_was_never_raised() -> None:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("IPython") is None, reason="IPython is not installed")
-def test_ipython_asks_for_it(capsys: pytest.CaptureFixture[str]) -> None:
+def test_ipython_calls_it(capsys: pytest.CaptureFixture[str]) -> None:
     shell: Any = importlib.import_module("IPython.core.interactiveshell").InteractiveShell.instance()
     shell.run_cell("import autofunc as af, torch\n" + CELL)
     said = capsys.readouterr()

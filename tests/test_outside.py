@@ -79,7 +79,7 @@ CHANGES: dict[str, Callable[[Block, float], Any]] = {
 
 @pytest.mark.parametrize("engine", ["graph", "eager"])
 @pytest.mark.parametrize("what", CHANGES)
-def test_what_forward_reads_counts_at_every_step(what: str, engine: str) -> None:
+def test_values_forward_reads_count_at_every_step(what: str, engine: str) -> None:
     torch.manual_seed(0)
     block, batch = Block(), {"x": torch.randn(4, 4)}
     net = nn.Sequential(nn.Linear(4, 4), block)
@@ -109,7 +109,7 @@ class Holder:
 
 @pytest.mark.parametrize("where", ["loss", "layers"])
 @pytest.mark.parametrize("what", ["closure", "global", "class", "object", "namespace", "nested"])
-def test_what_functions_name_counts_at_every_step(what: str, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_values_functions_name_count_at_every_step(what: str, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     number, holder, space, table = 1.0, Holder(), types.SimpleNamespace(value=1.0), TABLE["c"]
     factors: dict[str, Callable[[], float]] = {
         "closure": lambda: number, "global": lambda: COEFFICIENT, "class": lambda: Settings.coefficient,
@@ -155,7 +155,7 @@ def test_a_number_that_changes_all_the_time_belongs_in_the_batch() -> None:
     assert len(given._plans) == 1
 
 
-def test_looking_at_what_is_unchanged_is_cheap() -> None:
+def test_checking_unchanged_values_is_cheap() -> None:
     numbers = [float(number) for number in range(100)]
     functions = [lambda number=number: number * COEFFICIENT * len(numbers) for number in numbers]
     outside = Outside(lambda: functions)

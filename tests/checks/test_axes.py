@@ -59,7 +59,7 @@ def test_a_llama() -> None:
     assert found["ep"].message == "ep: no: it has no routed experts whose parameters are known"
 
 
-def test_what_is_not_asked_for_is_told_and_fails_nothing() -> None:
+def test_unrequested_axes_are_reported_but_do_not_fail() -> None:
     report = af.check(Mixed(), TOKENS)
     assert [each.status for each in report.of("P7")] == ["skip"] * 3
     tp, cp, _ = report.of("P7")
@@ -71,7 +71,7 @@ def test_what_is_not_asked_for_is_told_and_fails_nothing() -> None:
     ("asked", "said"),
     [({"tp": 2}, "nothing of Mixed can be cut"), ({"cp": 2}, "aten.conv1d"), ({"ep": 2}, "no routed experts")],
 )
-def test_what_is_asked_for_is(asked: dict[str, int], said: str) -> None:
+def test_requested_axes_fail(asked: dict[str, int], said: str) -> None:
     found = found_of("mixed", **asked)
     (axis,) = asked
     assert found[axis].status == "fail" and said in found[axis].message
@@ -97,6 +97,6 @@ def test_a_model_of_functions() -> None:
     assert found_of("moe")["ep"].data["sizes"] == [2, 4]
 
 
-def test_an_axis_that_there_is_not() -> None:
+def test_unknown_axis() -> None:
     with pytest.raises(af.AutofuncError, match="did you mean tp"):
         af.check(Mixed(), TOKENS, axes={"tpp": 2})

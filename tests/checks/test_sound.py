@@ -144,7 +144,7 @@ def test_split_points() -> None:
 
 
 @pytest.mark.parametrize("name", ["gpt2", "t5"])
-def test_of_transformers(name: str) -> None:
+def test_transformers_models(name: str) -> None:
     build, batch = ZOO[name]
     report = check(build(), batch())
     assert statuses(report)["P3"] == "pass" and statuses(report)["C4"] == "pass"
@@ -157,7 +157,7 @@ def test_of_transformers(name: str) -> None:
     assert ("shifts" in report.of("C3")[0].message) == (name == "gpt2")
 
 
-def test_class_tokens_and_norms_of_ones_own() -> None:
+def test_class_tokens_and_custom_norms() -> None:
     """What reads its own parameters is no cause for a warning; nor are attributes that a capture puts back."""
     build, batch = ZOO["vit"]
     assert not [each for each in check(build(), batch()).verdicts if each.status == "warn"]
@@ -165,7 +165,7 @@ def test_class_tokens_and_norms_of_ones_own() -> None:
 
 @pytest.mark.full
 @pytest.mark.parametrize("name", [name for name in ZOO if name not in ("gpt2", "t5")])
-def test_more_of_transformers(name: str) -> None:
+def test_more_transformers_models(name: str) -> None:
     build, batch = ZOO[name]
     check(build(), batch())
 

@@ -36,7 +36,7 @@ def run_here(folder: Path, *words: str) -> Done:
         patch.setattr(sys, "path", [*sys.path])
         patch.setattr(ARCHITECTURES, "_classes", {})
         patch.setattr(ARCHITECTURES, "_installed", None)
-        patch.setattr(train, "_fork_server", lambda *_: contextlib.nullcontext())  # there are no workers here
+        patch.setattr(train, "start_fork_server", lambda *_: contextlib.nullcontext())  # there are no workers here
         environment = {"NO_COLOR": "1", "COLUMNS": "80"}
         set_by_commands = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1", "OMP_WAIT_POLICY": "PASSIVE"}
         for name, value in (environment | set_by_commands).items():

@@ -40,7 +40,7 @@ GPT2 = "{_target_: stages.gpt2.build_gpt2_model, vocab_size: 16, n_positions: 12
         ),
     ],
 )  # fmt: skip
-def test_what_is_assumed(model: str, dataset: str, said: str, tmp_path: Path) -> None:
+def test_assumptions_are_printed(model: str, dataset: str, said: str, tmp_path: Path) -> None:
     (tmp_path / "net.py").write_text(NET)
     (tmp_path / "run.yaml").write_text(f"""
         model: {model}

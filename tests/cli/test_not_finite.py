@@ -69,7 +69,7 @@ def test_in_one_process(tmp_path: Path) -> None:
     assert_told(done.err, "mid.1")
 
 
-def test_a_gradient_of_a_loss_that_is_finite(tmp_path: Path) -> None:
+def test_nonfinite_gradient_of_a_finite_loss(tmp_path: Path) -> None:
     """It is found before the update, after which every value is NaN."""
     done = run_here(
         folder_of(tmp_path, GRADIENT), "finetune", "llm", "-c", "run.yaml", "--distributed.pp_size", "1",
@@ -86,7 +86,7 @@ def test_on_two_processes(tmp_path: Path) -> None:
 
 
 @pytest.mark.full
-def test_two_processes_skip_alike(tmp_path: Path) -> None:
+def test_two_processes_skip_together(tmp_path: Path) -> None:
     """The first rank tells what the second has found, and both go on."""
     done = start(folder_of(tmp_path), "finetune", "llm", "-c", "run.yaml", "--nonfinite", "skip")
     assert done.returncode == 0, done.stderr

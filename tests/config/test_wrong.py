@@ -85,7 +85,7 @@ def test_one_clear_error(folder: Path, monkeypatch: pytest.MonkeyPatch, kind: st
     assert not bad, bad
 
 
-def test_one_clear_error_of_a_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_clear_error_for_a_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cases = ((repr(text[-60:]), text if isinstance(text, bytes) else text.encode(), [], said) for text, *said in BY_TEXT)
     bad = shortcomings_of_all(folder, monkeypatch, cases)
     assert not (folder / "executed").exists()

@@ -38,7 +38,7 @@ def numbered(count: int, asked: list[Any]) -> Iterator[list[Part]]:
 
 
 @pytest.mark.parametrize("ahead", [False, True])
-def test_one_batch_early_and_no_more(ahead: bool) -> None:
+def test_at_most_one_batch_is_read_ahead(ahead: bool) -> None:
     asked: list[Any] = []
     batches, phases = Batches(numbered(3, asked), CPU, reads_ahead=ahead), []
     with pytest.raises(DataError, match="torn"):
@@ -93,7 +93,7 @@ def trained(ahead: bool, monkeypatch: pytest.MonkeyPatch) -> tuple[TrainResult, 
     return result, kept.extras, order
 
 
-def test_a_run_is_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reading_ahead_does_not_change_a_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     late, late_extras, late_order = trained(False, monkeypatch)
     early, early_extras, early_order = trained(True, monkeypatch)
     assert late_order == (["row"] * 4 + ["loss"]) * 8

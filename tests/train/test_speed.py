@@ -24,7 +24,7 @@ def lines_of(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "out" / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_every_step_tells_its_speed(tmp_path: Path) -> None:
+def test_every_step_reports_its_speed(tmp_path: Path) -> None:
     *_, out = finetune(tmp_path, peak_tflops=1e-6)
     first, last, _ = lines_of(tmp_path)
     for line, rows in ((first, 8), (last, 7)):

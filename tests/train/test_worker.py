@@ -37,7 +37,7 @@ run_worker(work)
 """
 
 
-def test_what_is_left_open_is_written(tmp_path: Path) -> None:
+def test_open_files_are_flushed(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, "-c", WORKER], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
