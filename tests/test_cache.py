@@ -1,4 +1,4 @@
-"""What pipelines of a process share: found again, bounded, and gone with what it was made for."""
+"""Results that pipelines of a process share: found again, bounded, and dropped with the objects they were made for."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def counted_captures(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def test_a_second_pipeline_captures_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not under another schedule, not with stages that were split anew, not to measure costs or evaluate a batch again."""
+    """Not under another schedule, not with newly split stages, not to measure costs or evaluate a batch again."""
     captured = counted_captures(monkeypatch)
     for name, number in (("1f1b", 4), ("zb_h1", 4), ("gpipe", 4)):
         model, stages, loss, batch = make_case("gpt2", 2, 8)
@@ -146,7 +146,7 @@ def test_the_total_weight_is_bounded() -> None:
 
 
 def live_bytes() -> int:
-    """Of the distinct storages of all tensors."""
+    """Return the bytes of the distinct storages of all tensors."""
     while gc.collect():
         pass
     held = (thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor))
@@ -165,7 +165,7 @@ def graph_nodes() -> int:
 def test_memory_does_not_grow_with_steps_and_shapes(
     most_nodes: int, shapes: int, steps: int, apart: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of receive slots, plans and captures: after a third of the shapes it is what it is in the end."""
+    """Receive slots, plans and captures: their memory stops growing after a third of the shapes."""
     monkeypatch.setattr(cache, "shared", Cache(most=1024, heaviest=most_nodes))
     monkeypatch.setattr("autofunc.runtime.plans._MOST_NODES", most_nodes)
     net = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16))

@@ -1,4 +1,4 @@
-"""What is told of an error of others: its type, and the beginning of what it says."""
+"""Foreign errors in brief: the type, and the beginning of the message."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a notebook shows of an error: one message with the user's lines, through the hook that IPython asks for."""
+"""Errors in a notebook: one message with the user's lines, through the hook that IPython calls."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pipe(pipe.init(seed=0), {"x": torch.ones(2, 2)})
 
 
 def raised() -> AutofuncError:
-    """By a model with a mistake, in a cell."""
+    """Raised by a model with a mistake, in a cell."""
     try:
         exec(compile(CELL, "<ipython-input-3-abc>", "exec"), {"af": af, "torch": torch})
     except AutofuncError as error:

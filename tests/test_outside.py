@@ -1,4 +1,4 @@
-"""Numbers from outside that change between steps: a step never goes on with what was captured at first."""
+"""Outside values that change between steps: a step never uses the values that were captured first."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TABLE = {"c": [1.0]}
 
 
 class Settings:
-    """Of the user, named by a function."""
+    """A user's class, named by a function."""
 
     coefficient = 1.0
 
@@ -101,7 +101,7 @@ def test_values_forward_reads_count_at_every_step(what: str, engine: str) -> Non
 
 
 class Holder:
-    """An object of the user."""
+    """An object of the user's."""
 
     def __init__(self) -> None:
         self.value = 1.0
@@ -179,7 +179,7 @@ class Scaled(nn.Module):
 
 @pytest.mark.parametrize("engine", ["graph", "eager"])
 def test_buffers_and_tensors_that_are_written_to(engine: str) -> None:
-    """Outside of forward, which captures what they are."""
+    """Changes outside of forward, whose values are captured."""
     module, batch = Scaled(), {"x": torch.randn(4, 4)}
     pipe = pipeline(af.from_module(module, batch), None, engine)
     params, step = pipe.init(), af.value_and_grad(pipe)

@@ -1,4 +1,4 @@
-"""What takes long is shown, by the first process alone."""
+"""Long work shows progress, in the first process only."""
 
 from __future__ import annotations
 

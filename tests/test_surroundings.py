@@ -1,4 +1,4 @@
-"""A step under other settings of torch than the first: as plain torch does it, never as it was captured."""
+"""A step under different torch settings than the first behaves as plain torch does, not as it was captured."""
 
 from __future__ import annotations
 

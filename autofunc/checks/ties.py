@@ -1,4 +1,4 @@
-"""P2: parameters that several layers share; a pipeline keeps a copy on each stage that uses one, and sums their gradients."""
+"""P2: parameters that several layers share; a pipeline keeps a copy on each stage using them, and sums their gradients."""
 
 from __future__ import annotations
 

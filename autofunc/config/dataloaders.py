@@ -23,7 +23,7 @@ class Dataloader(Section):
     )
 
     @model_validator(mode="after")
-    def _pads_in_one_way(self) -> Dataloader:
+    def _check_padding(self) -> Dataloader:
         if self.pad_seq_len_divisible is not None and self.pad_seq_len_to is not None:
             raise ValueError("pad_seq_len_divisible and pad_seq_len_to both set the padded length; give one of them")
         return self

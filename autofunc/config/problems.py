@@ -52,10 +52,10 @@ def in_words(error: ValidationError, section: type[BaseModel]) -> list[str]:
     return [*told, *(f"{path}: {_joined(expected)}; got {given}" for (path, given), expected in found.items())]
 
 
-def unknown_key(location: list[str], given: Any, otherwise: str) -> list[str]:
-    """Describe an unknown key, one line per key of a section: its equivalent if another tool has it, else `otherwise`."""
+def unknown_key(location: list[str], given: Any, hint: str) -> list[str]:
+    """Describe an unknown key, one line per key of a section: its equivalent if another tool has it, else `hint`."""
     lines = explained(location, given)
-    return lines or [f"unknown key {quoted('.'.join(location))}: {otherwise}"]
+    return lines or [f"unknown key {quoted('.'.join(location))}: {hint}"]
 
 
 def check_type(value: Any, annotation: Any, where: str) -> list[str]:

@@ -280,7 +280,7 @@ class FinetuneConfig(Section):
         return leading(self.validations, self.checkpoint.best_metric_key if self.checkpoint is not None else None)
 
     @model_validator(mode="after")
-    def _measures_what_is_asked_for(self) -> FinetuneConfig:
+    def _check_validation(self) -> FinetuneConfig:
         for name in ("metrics", "early_stopping"):
             if getattr(self, name) and not self.validations:
                 raise ValueError(f"{name} is measured on validation_dataset, and there is none")
@@ -298,7 +298,7 @@ class FinetuneConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _writes_what_is_asked_for(self) -> FinetuneConfig:
+    def _check_checkpoints(self) -> FinetuneConfig:
         if self.step_scheduler.ckpt_every_steps is not None and self.checkpoint is None:
             raise ValueError(
                 "step_scheduler.ckpt_every_steps needs a section checkpoint, which may be empty: checkpoint: {}"

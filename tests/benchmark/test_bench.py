@@ -23,7 +23,7 @@ from tests.cases import make_case
 
 @pytest.fixture(scope="module")
 def of_gpt2() -> Results:
-    """Tied weights, dropout, and labels that do not count."""
+    """Tied weights, dropout, and ignored labels."""
     model, _, loss, batch = make_case("gpt2", 2, 8)
     return af.bench(
         model, batch, loss=loss, schedules=["gpipe", "zb_h1"], microbatches=[4], engines=["graph", "eager"],
@@ -85,7 +85,7 @@ def test_wrong_gradients_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class TwoWays(nn.Module):
-    """Hands on numbers, ints and a value without gradient, which the last layer uses."""
+    """Passes on numbers, ints and a value without gradient, which the last layer uses."""
 
     def __init__(self) -> None:
         super().__init__()

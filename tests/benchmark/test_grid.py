@@ -1,4 +1,4 @@
-"""From choices to contenders: all that can run, each once, and a reason for everything else. Integers alone."""
+"""From choices to contenders: everything that can run, once each, and a reason for the rest. Integers only."""
 
 from __future__ import annotations
 

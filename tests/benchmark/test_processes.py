@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent.parent
 
 
 def of_three_sizes() -> dict[str, Any]:
-    """In a worker: pipelines of 1, 2 and 4 of four processes, tied weights and dropout."""
+    """Run in a worker: pipelines of 1, 2 and 4 of four processes, with tied weights and dropout."""
     model, _, loss, batch = make_case("gpt2", 4, 8)
     found = af.bench(
         model, batch, loss=loss, schedules=["1f1b"], pp=[1, 2, 4], microbatches=[8], against=["torch", "plain"],

@@ -1,4 +1,4 @@
-"""What is made of measurements: ratios, answers, JSON, tables of 80 columns, a picture."""
+"""Reports of measurements: ratios, answers, JSON, tables of 80 columns, a picture."""
 
 from __future__ import annotations
 

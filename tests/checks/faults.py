@@ -1,4 +1,4 @@
-"""Modules that each break one rule, and what is to be found in them."""
+"""Modules that each break one rule, and the finding expected of each."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def rows(*shape: int, seed: int = 0) -> Tensor:
 
 
 class Sound(nn.Module):
-    """Breaks none: two blocks and a loss."""
+    """Breaks no rule: two blocks and a loss."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class Sound(nn.Module):
         self.build()
 
     def build(self) -> None:
-        """What a fault adds."""
+        """The step that a fault changes."""
 
     def hidden(self, x: Tensor) -> Tensor:
         for block in self.blocks:
@@ -104,7 +104,7 @@ class ThroughData(Sound):
 
 
 class Aliased(Sound):
-    """Keeps what is registered in a list, too."""
+    """Also keeps registered modules in a list."""
 
     def build(self) -> None:
         self.kept = [self.blocks[1].bias, self.blocks[0]]
@@ -116,7 +116,7 @@ class Aliased(Sound):
 
 
 class Undone(Sound):
-    """Writes, and takes it back before it ends."""
+    """Writes to a parameter, and undoes it before it ends."""
 
     def hidden(self, x: Tensor) -> Tensor:
         weight = self.blocks[0].weight
@@ -128,7 +128,7 @@ class Undone(Sound):
 
 
 class MaxNorm(Sound):
-    """An operator that writes without saying so."""
+    """Uses an operator that writes without declaring it."""
 
     def build(self) -> None:
         self.table = nn.Embedding(5, 6, max_norm=0.1)
@@ -201,7 +201,7 @@ class Stores(Sound):
 
 
 class GrowsInside(Sound):
-    """A list grows in an object in an attribute."""
+    """A list grows inside an object that is an attribute."""
 
     def build(self) -> None:
         self.cache = SimpleNamespace(seen=[])
@@ -254,14 +254,14 @@ class FromStash(torch.autograd.Function):
 
 
 class Stashes(Sound):
-    """Its backward takes what the last forward left outside of the module."""
+    """Its backward uses what the last forward left outside the module."""
 
     def hidden(self, x: Tensor) -> Tensor:
         return FromStash.apply(super().hidden(x))  # type: ignore[no-any-return, no-untyped-call]
 
 
 class Alternating(nn.Module):
-    """What it computes depends on how many layers ran before it."""
+    """Its result depends on how many layers ran before it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -284,7 +284,7 @@ class PlainFloat(Sound):
 
 
 class Skips(Sound):
-    """Skips layers at random, by Python's generator."""
+    """Skips layers at random, with Python's generator."""
 
     def hidden(self, x: Tensor) -> Tensor:
         for block in self.blocks:
@@ -337,7 +337,7 @@ class Positions(Sound):
 
 
 class Scaled(nn.Module):
-    """Without an initialiser of its own."""
+    """A module without an initialiser."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -354,7 +354,7 @@ class NoInitialiser(Sound):
 
 @dataclass(frozen=True)
 class Fault:
-    """A module, and the finding that must be among those of a check."""
+    """A module, and the finding that a check must report."""
 
     build: Callable[[], nn.Module]
     code: str
@@ -420,4 +420,4 @@ FAULTS = {
     "no tensor": Fault(Sound, "P4", "fail", None, "expected a tensor", {"x": rows(6), "ids": rows(1).numpy()}),
     "no initialiser": Fault(NoInitialiser, "P5", "warn", Scaled, "Scaled has no reset_parameters"),
 }  # fmt: skip
-"""By name."""
+"""Faults by name."""

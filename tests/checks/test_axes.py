@@ -17,7 +17,7 @@ from tests.shard.spread_models import batch_of, model_of
 
 
 class Mixed(nn.Module):
-    """Features that nothing divides, and a convolution over tokens."""
+    """A prime number of features, and a convolution over tokens."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ TOKENS = {"input_ids": torch.zeros(4, 8, dtype=torch.long)}
 
 @cache
 def subject_of(name: str) -> Subject:
-    """Captured once."""
+    """Return a subject that is captured once."""
     if name == "moe":
         sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
         model = build_moe_model(16, num_key_value_heads=2, num_local_experts=4, **sizes)

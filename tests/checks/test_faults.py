@@ -1,4 +1,4 @@
-"""Every fault is found, by the right check, at the right class; the module stays as it was."""
+"""Every fault is found by the right check, at the right class, and the module is unchanged."""
 
 from __future__ import annotations
 

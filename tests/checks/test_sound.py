@@ -1,4 +1,4 @@
-"""Modules with which nothing is wrong have no finding that says so."""
+"""Sound modules pass without findings."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.checks.faults import Sound, Tokens, rows
 
 
 def statuses(report: checks.Report) -> dict[str, str]:
-    """The worst finding of each check."""
+    """Return the worst finding of each check."""
     order = ["skip", "pass", "warn", "fail"]
     return {each.code: max((other.status for other in report.of(each.code)), key=order.index) for each in report.verdicts}
 
@@ -158,7 +158,7 @@ def test_transformers_models(name: str) -> None:
 
 
 def test_class_tokens_and_custom_norms() -> None:
-    """What reads its own parameters is no cause for a warning; nor are attributes that a capture puts back."""
+    """Modules that read their own parameters cause no warning; nor do attributes that a capture restores."""
     build, batch = ZOO["vit"]
     assert not [each for each in check(build(), batch()).verdicts if each.status == "warn"]
 

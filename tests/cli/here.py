@@ -1,4 +1,4 @@
-"""The command line in this process: what a user types, without the seconds that a new process takes to start."""
+"""Run the command line in this process: what a user types, without the seconds that a new process takes to start."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from autofunc.cli import main, train
 
 
 class Done(NamedTuple):
-    """What a command left."""
+    """The outcome of a command."""
 
     status: int
     out: str
@@ -23,7 +23,7 @@ class Done(NamedTuple):
 
 
 def run_here(folder: Path, *words: str) -> Done:
-    """Run `autofunc` in a folder. Nothing of it stays in the process: modules of the folder, paths, registered classes."""
+    """Run `autofunc` in a folder. Nothing stays in the process: modules of the folder, paths, registered classes."""
     out, err, status = io.StringIO(), io.StringIO(), 0
     known = set(sys.modules)
     with (

@@ -123,7 +123,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *wo
         ),
         (
             ["--model.n_layers", "3"],
-            "unknown key 'model.n_layers': stages.gpt2.build_gpt2_model does not take this argument",
+            "unknown key 'model.n_layers': stages.gpt2.build_gpt2_model has no such argument; did",
         ),
         (["--optimizer.rate", "3"], "unknown key 'optimizer.rate': torch.optim.AdamW has no such argument"),
         (["--optimizer.lr", "-1"], "optimizer: "),

@@ -1,4 +1,4 @@
-"""A plan without the data: nothing of a dataset is read, and what was assumed is said."""
+"""A plan without data: no dataset is read, and the assumptions are printed."""
 
 from __future__ import annotations
 

@@ -108,7 +108,7 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def computed(line: dict[str, Any]) -> dict[str, Any]:
-    """What does not depend on how fast a machine is."""
+    """Drop values that depend on the machine's speed."""
     return {name: value for name, value in line.items() if name not in MEASURED}
 
 
@@ -187,7 +187,7 @@ def test_every_layout_gives_the_same(
 
 
 def assert_the_same(folder: Path, output: Path) -> None:
-    """Losses and weights are those of the run on two processes, bit for bit."""
+    """Losses and weights equal those of the run on two processes, bit for bit."""
     assert losses(output) == losses(folder / "runs" / "cfg"), "bit for bit"
     assert metrics(output)[-1]["validation_loss"] == metrics(folder / "runs" / "cfg")[-1]["validation_loss"]
     expected, found = (load_file(each / "model.safetensors") for each in (folder / "runs" / "cfg", output))

@@ -63,7 +63,7 @@ def test_untrained_weights(trained: Path) -> None:
 
 
 def test_refused(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before anything is started, in one line."""
+    """Mistakes are refused before anything starts, in one line."""
     monkeypatch.setattr(hub, "_cached", list)
     shutil.copytree(trained / "runs" / "cfg" / "model", trained / "unlike", dirs_exist_ok=True)
     (trained / "rows.py").write_text("import torch\ndef rows(path, seq_len):\n    x = torch.arange(17)\n"

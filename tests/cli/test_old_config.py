@@ -1,4 +1,4 @@
-"""A configuration that was written for NeMo AutoModel, unchanged, with the hub's dataset in the local cache."""
+"""A configuration written for NeMo AutoModel, unchanged, with the hub's dataset in the local cache."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ optimizer:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A working directory with the configuration, and a cache that looks as after a download."""
+    """A working directory with the configuration, and a cache as after a download."""
     path = tmp_path_factory.mktemp("old")
     rows = [{"ctx": f"Cat {n}", "endings": ["sat.", "ran.", "is.", "was."], "label": str(n % 4)} for n in range(130)]
     (path / "hellaswag").mkdir()

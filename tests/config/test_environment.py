@@ -1,4 +1,4 @@
-"""`${oc.env:NAME}`, and values that are taken although they look odd."""
+"""`${oc.env:NAME}`, and odd-looking values that are accepted."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_arguments_of_a_target(file: Path) -> None:
-    """Text where the signature says text, else a number."""
+    """Text if the signature asks for text, else a number."""
     name = f"{__name__}.takes"
     keys = "number: '${oc.env:N}', text: '${oc.env:N}', either: '${oc.env:ZEROS}', rate: '${oc.env:RATE}'"
     rest = "anything: '${oc.env:NO}', bare: ['${oc.env:N}', x], more: {n: '${oc.env:N}', w: '${oc.env:WORD}'}"

@@ -1,4 +1,4 @@
-"""What processes tell each other once a step is known to all of them alike, after one exchange."""
+"""After one exchange per step, all processes know the same."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def part(number: float) -> Part:
 
 
 def agreed(sizes: dict[str, int], odd: int | None, asked: int | None, writing: int | None) -> tuple[bool, Flags, int]:
-    """What a process knows, and in how many exchanges, when one of them has read other rows, and two say something."""
+    """Return what a process knows, after how many exchanges, if one has read other rows and two have set flags."""
     mesh, rank, exchanges = mesh_of(**sizes), dist.get_rank(), []
     all_reduce = dist.all_reduce
 

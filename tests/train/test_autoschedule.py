@@ -1,4 +1,4 @@
-"""`schedule: auto`: what is measured with, what limits the search, and that all ranks get the same."""
+"""`schedule: auto`: the schedule to measure with, the limits of the search, and the same result on all ranks."""
 
 from __future__ import annotations
 

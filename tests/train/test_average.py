@@ -1,4 +1,4 @@
-"""A run that keeps a moving average of its parameters: what it is, where it goes, and that it goes on."""
+"""Runs that keep a moving average of their parameters: its values, its files, and how it resumes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ WORDS = "finetune", "llm", "-c", "run.yaml", "--checkpoint.restore_from"
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eight steps, of which each second moves the average on."""
+    """Eight steps; every second one moves the average."""
     folder = tmp_path_factory.mktemp("average")
     finetune(folder, **SECTIONS)
     return folder

@@ -1,4 +1,4 @@
-"""Of several failed processes the cause is named, not those that it took with it."""
+"""Among several failed processes the cause is named, not its consequences."""
 
 from __future__ import annotations
 
@@ -67,14 +67,14 @@ ABORT = failure(9, -signal.SIGABRT, timestamp=90)
     ],
 )
 def test_nccl_aborts_are_not_the_cause(cause: Any, words: str) -> None:
-    """Its watchdog aborts those that wait for the one that failed, and they may be seen first."""
+    """NCCL's watchdog aborts those that wait for the failed process, and they may be seen first."""
     found = report({0: ABORT, 1: cause, 2: failure(2, -signal.SIGTERM)}, {2}, ["before 0B0", "in 1F3", ""])
     assert found.startswith("rank 1 (in 1F3) failed: ") and words in found
     assert "rank 0 was ended, or failed after it" in found and "SIGABRT" not in found
 
 
 def test_positions_of_all_ranks_after_an_nccl_timeout(tmp_path: Path) -> None:
-    """No rank is the cause for certain, so each is told of, with what NCCL's watchdog has said."""
+    """No rank is certain to be the cause, so each is reported, with the message of NCCL's watchdog."""
     work = "WorkNCCL(SeqNum=7, OpType=SEND, NumelIn=4, NumelOut=4, Timeout(ms)=600000) ran for 600081 milliseconds"
     (tmp_path / "logs").mkdir()
     for rank in (0, 2):
@@ -123,13 +123,13 @@ def test_a_hang_covers_all_ranks() -> None:
 
 
 def test_a_rank_that_raised_and_was_then_ended() -> None:
-    """It wrote its error down, hung while it left, and its victim was seen first."""
+    """It recorded its error, hung while it exited, and its victim was seen first."""
     found = report({0: failure(1, 1, LOST), 1: failure(2, -signal.SIGKILL, VALUE_ERROR, timestamp=130)}, {2})
     assert found.startswith("rank 1 failed: ") and VALUE_ERROR in found
 
 
 def test_brief() -> None:
-    """The user's lines and the last message, of any chain; what is no traceback is shown as it is."""
+    """The user's lines and the last message, of any chain; other text is shown unchanged."""
 
     def raise_in_chain() -> None:
         try:

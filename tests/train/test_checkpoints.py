@@ -1,4 +1,4 @@
-"""Runs that are ended and go on: the same bits, the right folder, and one line for what cannot be."""
+"""Runs that end and resume: the same bits, the right folder, and one line for each mistake."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ SMALL = (
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with three epochs in it, a checkpoint after each fourth step and at the end of each epoch."""
+    """A run of three epochs, with a checkpoint after every fourth step and at the end of each epoch."""
     folder = tmp_path_factory.mktemp("runs")
     (folder / "corpus").mkdir()
     (folder / "corpus" / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 12)
@@ -67,7 +67,7 @@ def metrics(run: Path) -> list[dict[str, float]]:
 
 
 def assert_same_run(one: Path, other: Path) -> None:
-    """Losses, norms and weights bit for bit; one may have been validated more often."""
+    """Compare losses, norms and weights bit for bit; one run may have been validated more often."""
     found = {(line["step"], *sorted(line)): line for line in metrics(other)}
     for line in metrics(one):
         assert found[(line["step"], *sorted(line))] == line
@@ -113,7 +113,7 @@ def test_all_processes_end_after_the_same_step(
 
 
 def test_a_run_resumes_from_any_checkpoint(folder: Path) -> None:
-    """Longer than it was meant to be, from the latest in its folder; and from an older one in a folder of its own."""
+    """Resume for longer than planned, from the latest checkpoint in its folder; and from an older one in a new folder."""
     first = folder / "runs" / "cfg"
     shutil.copytree(first, folder / "before", symlinks=True)
     assert again(folder, "--step_scheduler.max_steps", "13", "--checkpoint.restore_from", "LATEST").status == 0

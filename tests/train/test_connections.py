@@ -1,4 +1,4 @@
-"""The connections that `autofunc plan` counts are those that a pipeline makes."""
+"""`autofunc plan` counts the connections that a pipeline makes."""
 
 from __future__ import annotations
 

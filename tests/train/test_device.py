@@ -1,4 +1,4 @@
-"""Every process has a GPU of its own, or all compute on the CPU; too few GPUs are found before anything starts."""
+"""Every process has its own GPU, or all compute on the CPU; missing GPUs are found before anything starts."""
 
 from __future__ import annotations
 

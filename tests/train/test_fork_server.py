@@ -1,4 +1,4 @@
-"""Workers that are forked: what they find, how their ends are told, and that none is left."""
+"""Forked workers: their environment, how their ends are reported, and that none is left."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def server() -> Iterator[ForkServer]:
 
 
 def ended(server: ForkServer, hows: list[str]) -> dict[int, int]:
-    """Exit code by rank of those that end by themselves."""
+    """Return the exit codes by rank of workers that end on their own."""
     pids = server.fork(partial(end, hows), [{"RANK": str(rank)} for rank in range(len(hows))], Path("nowhere"))
     found: dict[int, int] = {}
     until = time.monotonic() + 30
@@ -137,7 +137,7 @@ def test_a_dead_launcher_leaves_nothing(tmp_path: Path, how: str) -> None:
 
 
 def test_a_fork_does_none_of_the_launchers_work(tmp_path: Path) -> None:
-    """Its workers end as Python does: what they have not yet written is."""
+    """Workers end as Python does: open files are flushed."""
     (tmp_path / "left").mkdir()
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     launcher = subprocess.run(

@@ -1,4 +1,4 @@
-"""When garbage is collected in a run."""
+"""When a run collects garbage."""
 
 from __future__ import annotations
 

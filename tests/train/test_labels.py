@@ -1,4 +1,4 @@
-"""Labels that are shifted twice: found before training, whatever wraps the dataset and whoever wrote the model."""
+"""Labels shifted twice: found before training, whatever wraps the dataset and whoever wrote the model."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_without_weights(folder: Path) -> None:
 
 
 def test_without_known_initialisers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Labels that are shifted before they meet any weight are seen in what the batch alone makes."""
+    """Labels that are shifted before they meet any weight are detected from the batch alone."""
     monkeypatch.setattr("autofunc.checks.existing_model._MOST_BYTES", 0)
     ids = torch.arange(12).view(2, 6)
     batch = {"input_ids": ids, "labels": ids}

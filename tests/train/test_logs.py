@@ -1,4 +1,4 @@
-"""What processes write goes to a log of each; the console has the first one's, and of a quiet run the last line."""
+"""Each process has a log; the console shows the first one's, or only the last line in a quiet run."""
 
 from __future__ import annotations
 

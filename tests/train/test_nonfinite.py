@@ -1,4 +1,4 @@
-"""A step that is not finite ends the run, or is skipped as if it had never been, or is taken."""
+"""A step that is not finite ends the run, is skipped without a trace, or is taken."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def steps(batches: list[int], bad: float | None, messages: list[str], **keys: Any) -> list[Taken]:
-    """Steps on batches by number, of which the first microbatch of number 1 has `bad` in its labels."""
+    """Take steps on numbered batches; the first microbatch of number 1 has `bad` in its labels."""
     recipe = prepare(parse_config({**CONFIG, **keys}))
     pipe, device = build_pipe(recipe, None), torch.device("cpu")
     now, found = fresh(recipe, pipe, device).trained, []
@@ -83,7 +83,7 @@ def steps(batches: list[int], bad: float | None, messages: list[str], **keys: An
 @pytest.mark.parametrize("bad", [math.nan, math.inf, 1e30], ids=["NaN", "infinite", "a gradient that overflows"])
 @pytest.mark.parametrize("keys", [{}, {"distributed": {"pp_size": 1, "engine": "eager"}}], ids=["graph", "eager"])
 def test_a_skipped_step_leaves_no_trace(folder: Path, bad: float, keys: dict[str, Any]) -> None:
-    """Parameters, optimizer and the running statistics, bit for bit."""
+    """Parameters, optimizer and running statistics are unchanged, bit for bit."""
     messages: list[str] = []
     with_it = steps([0, 1, 2, 1, 3], bad, messages, nonfinite="skip", **keys)
     without = steps([0, 2, 3], None, [], **keys)

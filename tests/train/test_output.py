@@ -1,4 +1,4 @@
-"""Output folders: no run replaces another unasked, and nothing that happens to them loses weights."""
+"""Output folders: no run replaces another unasked, and losing a folder does not lose weights."""
 
 from __future__ import annotations
 

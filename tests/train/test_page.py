@@ -1,4 +1,4 @@
-"""What a run leaves to look at: curves of what it has, and a page that needs nothing else."""
+"""What a run leaves to look at: curves of its metrics, and a self-contained page."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_panels_match_the_metrics(tmp_path: Path) -> None:
 
 
 def test_the_page_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With names that would be markup, and as if ranks had been processes of their own."""
+    """With names that look like markup, and as if ranks had been separate processes."""
     s = schedule.build("1f1b", num_ranks=2, num_microbatches=4)
     timeline = replace(schedule.simulate(s, schedule.Costs(1, 1, 2)), label="measured")
     train = lead.train

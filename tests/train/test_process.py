@@ -1,4 +1,4 @@
-"""What a run does to its process and the ones it starts: settings are put back, and nothing is tried or read twice."""
+"""A run restores the settings of its process, and tries and reads nothing twice."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def counted_recipe(monkeypatch: pytest.MonkeyPatch, checked: bool, *words: str) -> tuple[Recipe, int, int]:
-    """A recipe; how often stages were tried, and how often the optimizer was."""
+    """Return a recipe, and how often stages and the optimizer were tried."""
     tries: list[Any] = []
     optimizers: list[Any] = []
     infer, attempt = trial.infer_boundaries, recipe.try_optimizer

@@ -1,4 +1,4 @@
-"""What a run says of its data and of its speed."""
+"""What a run prints about its data and its speed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a step is told to have used: operations a second of those that the device is capable of, and memory."""
+"""The speed and memory of a step: FLOP/s against the device's peak, and bytes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.cli.here import run_here
 from tests.train.test_weighing import finetune
 
 OPERATIONS_OF_A_ROW = 3 * 2 * (4 * 8 + 8 * 4)
-"""Of the model of `test_weighing`: two products, and three times as many in a step."""
+"""FLOPs of `test_weighing`'s model: two products, three times as many in a step."""
 
 
 def lines_of(folder: Path) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""TensorBoard, Weights & Biases and MLflow are told what the run's own file is told; one that fails ends no run."""
+"""TensorBoard, Weights & Biases and MLflow receive the values of the run's file; a failing one does not end the run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Calls = list[tuple[Any, ...]]
 
 
 class Told:
-    """Notes every call of its methods, by name."""
+    """Records every call of its methods, by name."""
 
     def __init__(self, calls: Calls, fails_at: int | None = None, **known: Any) -> None:
         self.__dict__.update(known, calls=calls, fails_at=fails_at)
@@ -42,7 +42,7 @@ def module(monkeypatch: pytest.MonkeyPatch, name: str, **members: Any) -> None:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, Calls]:
-    """What each of the three is told. None of them is there."""
+    """Fakes of the three packages, and their recorded calls."""
     found: dict[str, Calls] = {"tensorboard": [], "wandb": [], "mlflow": []}
 
     def begin(which: str, name: str, made: Any) -> Any:

@@ -1,4 +1,4 @@
-"""`optimizer` and `lr_scheduler`: what a run updates its parameters with."""
+"""`optimizer` and `lr_scheduler`: how a run updates its parameters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Metrics, the end of a run whose validation loss gets no better, and evaluation alone."""
+"""Metrics, early stopping, and evaluation alone."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_a_run_measures_validation(trained: Path) -> None:
 
 @pytest.mark.parametrize("engine", ["eager", "graph"])
 def test_an_evaluation_equals_the_runs_validation(trained: Path, engine: str) -> None:
-    """Also in another layout, with a mean where rows are left over."""
+    """Also in another layout, with a mean if rows are left over."""
     words = "--checkpoint.restore_from", "LATEST", "--json", *ACCURACY, "--metrics.mean._target_", "own.py:right"
     more = "--distributed.engine", engine, "--step_scheduler.local_batch_size", "1"
     done = run_here(trained, "evaluate", "-c", "cfg.yaml", *words, *more)
@@ -92,7 +92,7 @@ WRONG = {
 
 
 def test_an_older_checkpoint_is_measured(trained: Path) -> None:
-    """Nothing is written, and nothing is read but what is measured on."""
+    """Nothing is written, and only the measured data is read."""
     folder = trained / "runs" / "cfg" / "checkpoints"
     (folder / "step_9").mkdir()  # a newer one
     older = ["-c", "cfg.yaml", "--output_dir", "runs/cfg", "--checkpoint.restore_from", str(folder / "step_3")]
@@ -118,7 +118,7 @@ validation_dataloader: {batch_size: 3}
 
 
 def test_datasets_by_name(trained: Path) -> None:
-    """Each is measured as it is alone, whatever the rows of a microbatch; the run looks at the one that is said."""
+    """Each dataset is measured as if alone, with any number of rows per microbatch; the chosen one leads."""
     (trained / "named.yaml").write_text((trained / "cfg.yaml").read_text() + NAMED)
     done = run_here(trained, "train", "-c", "named.yaml", *ACCURACY, "--checkpoint.best_metric_key", "a")
     assert done.status == 0, done.err
@@ -179,7 +179,7 @@ def test_invalid_metrics(trained: Path) -> None:
 
 
 def test_early_stopping(trained: Path) -> None:
-    """It says so, writes its weights, and a run that goes on from its checkpoint has no more patience than it had."""
+    """The run reports it and writes its weights; resumed from its checkpoint, it has no more patience than before."""
     words = "--early_stopping.patience", "2", "--early_stopping.min_delta", "100", "--step_scheduler.val_every_steps", "1"
     more = "--output_dir", "runs/early", "--step_scheduler.max_steps", "9"
     done = run_here(trained, "train", "-c", "cfg.yaml", *words, *more)

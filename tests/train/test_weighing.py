@@ -1,4 +1,4 @@
-"""What a run's loss is a mean of: the rows of the dataset, each as much as the others, whatever fills up the last batch."""
+"""A run's loss is a mean over the dataset's rows, each weighted equally, whatever pads the last batch."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def finetune(folder: Path, **sections: Any) -> tuple[list[float], list[float], d
 
 
 def plain(loss: str = "cross_entropy", **data: Any) -> tuple[list[float], float, dict[str, torch.Tensor]]:
-    """The same without microbatches: each step on all rows of its batch that have a label."""
+    """The same without microbatches: each step uses all labelled rows of its batch."""
     scope: dict[str, Any] = {}
     exec(PARTS, scope)
     model: nn.Module = scope["build"]()

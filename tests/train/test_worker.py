@@ -1,4 +1,4 @@
-"""A worker's process ends as Python's own do, without taking Python apart."""
+"""A worker ends as a Python process does, except for the interpreter's teardown."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sections that name what to call: targets that are none, their arguments, and what they do when they are called."""
+"""Sections with targets: wrong targets, wrong arguments, and calls that fail."""
 
 from __future__ import annotations
 

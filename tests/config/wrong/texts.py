@@ -1,4 +1,4 @@
-"""Files that are no configuration, or have values that none has."""
+"""Files that are not configurations, or contain invalid values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Keys of the schema with values of another type, or out of range."""
+"""Keys of the schema with values of the wrong type, or out of range."""
 
 from __future__ import annotations
 
