@@ -179,7 +179,7 @@ class Scaled(nn.Module):
 
 @pytest.mark.parametrize("engine", ["graph", "eager"])
 def test_buffers_and_tensors_that_are_written_to(engine: str) -> None:
-    """Changes outside of forward, whose values are captured."""
+    """They are written to outside of forward, which captures their values."""
     module, batch = Scaled(), {"x": torch.randn(4, 4)}
     pipe = pipeline(af.from_module(module, batch), None, engine)
     params, step = pipe.init(), af.value_and_grad(pipe)

@@ -32,11 +32,10 @@ def check_independence(subject: Subject) -> list[Verdict]:
         return [_coupled(subject, f"{', '.join(differs[:4])} of a row depends on the other rows of its batch")]
     if loss_kind(both) == "coupled":
         if "rows" not in rest.values():
-            return [_coupled(subject, "the loss of the batch does not combine the losses of its microbatches")]
+            return [_coupled(subject, "the loss of the batch is not a combination of its microbatches' losses")]
         text = (
-            "the loss depends on which rows share a microbatch, though the other outputs do not: a loss that compares "
-            "rows with each other changes, an auxiliary loss (load balancing) is taken per "
-            "microbatch"
+            "the loss depends on which rows share a microbatch, though the other outputs do not: a loss that compares rows "
+            "with each other changes, an auxiliary loss (load balancing) is taken per microbatch"
         )
         return [Verdict("P3", "warn", text, subject.where)]
     whole = [name for name, how in rest.items() if how == "other"]

@@ -125,7 +125,7 @@ def _checkpoints_differ(subject: Subject) -> Finding:
     with _replaced(parts, lambda part: partial(_noting_writes, part, part.forward, writing)):
         expected = subject.gradients(subject.run(subject.batch), subject.batch)
     subject.restore()
-    again = [part for part in parts if part not in writing]  # torch's checkpoint would rerun them on modified inputs
+    again = [part for part in parts if part not in writing]  # the others would be rerun on inputs they have changed
     with _replaced(again, lambda part: partial(checkpoint, part.forward, use_reentrant=False)):
         found = subject.gradients(subject.run(subject.batch), subject.batch)
     return _differing([expected], [found], "gradients change if layers are rerun for them (checkpointing)")

@@ -103,7 +103,7 @@ class CostOptions:
     """The costs of actions."""
 
     forward: Annotated[
-        str, typer.Option("-F", help="Time of a rank's forward per microbatch, or of each stage's: 1,2,1.5")
+        str, typer.Option("-F", help="Time of a rank's forward per microbatch; or a list by stage: 1,2,1.5")
     ] = "1"
     input: Annotated[str, typer.Option("-I", help="Time of its input backward, in the same form.")] = "1"
     weight: Annotated[str, typer.Option("-W", help="Time of its weight backward, in the same form.")] = "1"

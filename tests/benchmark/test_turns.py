@@ -12,7 +12,7 @@ from autofunc.benchmark.turns import paired_ratios, slowest, take_turns
 
 
 class Clock:
-    """A step that takes the given time."""
+    """A clock that its work advances."""
 
     def __init__(self) -> None:
         self.time, self.log = 0.0, ""

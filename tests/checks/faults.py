@@ -27,7 +27,7 @@ class Sound(nn.Module):
         self.build()
 
     def build(self) -> None:
-        """The step that a fault changes."""
+        """Faults override this."""
 
     def hidden(self, x: Tensor) -> Tensor:
         for block in self.blocks:
