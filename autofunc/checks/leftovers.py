@@ -91,7 +91,7 @@ def _noted(subject: Subject, module: str, changes: list[Change], *, undone: bool
     if undone:
         text = f"forward sets a plain value inside {names}, which is put back after the capture"
         return Verdict("C4", "pass", text, subject.where_of(module))
-        text = f"forward sets a plain value inside {names}, in a pipeline maybe on one rank only; set it before"
+    text = f"forward sets a plain value inside {names}, in a pipeline maybe on one rank only; set it before"
     return Verdict("C4", "warn", text, subject.where_of(module))
 
 

@@ -42,7 +42,7 @@ class BenchOptions(StartOptions):
     ] = None
     remat: Annotated[str | None, typer.Option("--remat", metavar="A,B", help="none, layer, stage.")] = None
     against: Annotated[
-        str | None, typer.Option("--against", metavar="A,B", help="torch: torch.distributed.pipelining; plain: the loop.")
+        str | None, typer.Option("--against", metavar="A,B", help="torch: its own pipelines; plain: the microbatch loop.")
     ] = None
     torch_schedules: Annotated[
         str | None, typer.Option("--torch-schedules", metavar="A,B", help="Torch's names, instead of counterparts.")

@@ -158,7 +158,7 @@ def plan(
         typer.Option("--nproc-per-node", "--nproc_per_node", min=1, help="Processes; by default as the file asks."),
     ] = None,
     measure: Annotated[
-        bool, typer.Option("--measure", help="Time every layer here, with weights, and balance stages by that.")
+        bool, typer.Option("--measure", help="Time every layer here, with weights, and balance stages by the times.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="JSON instead of tables.")] = False,
     picture: Annotated[
@@ -173,7 +173,7 @@ def plan(
     """Show what a run would do, without weights or processes.
 
     Shows stages, parameters, operations, transfers, memory, step time and bubble.
-    Runs the code that the file names in _target_, to build the model and read the data.
+    Runs the code that the file names in _target_, for the model and the data.
     """
     with loading_torch():
         from autofunc.cli.plan import plan as show_plan
@@ -192,8 +192,8 @@ def check(
 ) -> None:
     """Find what prevents sharding and pipelining a model (takes seconds).
 
-    Runs the code that the file names in _target_, and twelve checks on a few rows of the dataset. Exits with status 1 if
-    one fails.
+    Runs the code that the file names in _target_.
+    Runs twelve checks on a few rows of the dataset; the status is 1 if one fails.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # forwards are small: spinning threads would steal cores
     with loading_torch():
@@ -205,11 +205,12 @@ def check(
 @app.command("bench", context_settings=TAKES_OVERRIDES, epilog=_ANY_KEY)
 @takes_groups
 def bench(context: typer.Context, options: BenchOptions) -> None:
-    """Time a training step of pipelines, taking turns: every combination of the given lists.
+    """Time a training step of pipelines in turns: all combinations of the lists.
 
-    Runs the code that the file names in _target_. Checks gradients against the plain microbatch loop, then times the
-    contenders in turn. Prints tables, and writes bench.json, bench.png and bench.html (timelines). Starts its own
-    processes, unless run under torchrun.
+    Runs the code that the file names in _target_.
+    Checks gradients against the plain microbatch loop, then times all in turns.
+    Prints tables; writes bench.json, bench.png and bench.html (timelines).
+    Starts its own processes, unless run under torchrun.
 
     Example: autofunc bench -c examples/custom_model.yaml --against torch
 

@@ -56,7 +56,7 @@ def test_a_llama() -> None:
     assert found["tp"].data["sizes"] == [2, 4], "it has four heads"
     assert found["tp"].message == "tp: yes, at 2, 4, by LlamaForCausalLM's own plan"
     assert found["cp"].message.startswith("cp: yes, at 2")
-    assert found["ep"].message == "ep: no: it has no routed experts whose parameters are known"
+    assert found["ep"].message == "ep: no: the model has no routed experts whose parameters are known"
 
 
 def test_unrequested_axes_are_reported_but_do_not_fail() -> None:
@@ -90,7 +90,7 @@ def test_experts() -> None:
     assert found["ep"].data["sizes"] == [2, 4]
     assert found["cp"].data["sizes"] == [2]
     assert "does not divide the 4 experts" in found_of("mixtral", ep=3)["ep"].message
-    assert "beside tp" in found_of("mixtral", ep=2, tp=2)["ep"].message
+    assert "along with tp" in found_of("mixtral", ep=2, tp=2)["ep"].message
 
 
 def test_a_model_of_functions() -> None:
