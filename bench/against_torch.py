@@ -4,9 +4,9 @@
 thread each; torch's stages are modules written for it. A step is the loss and the gradients from given parameters: torch
 drops its old gradients and steps, autofunc drops its old result and calls `value_and_grad`.
 
-Settings: small, dominated by Python and launches (8 blocks, d=64, T=32, 32 microbatches); large, dominated by matrix products
-(12 blocks, d=768, T=128, 8 microbatches); words, dominated by the head (6 blocks, d=768, T=256, 8 microbatches, 50,257
-words). A microbatch has one row. Both sides have the same stages: equal numbers of blocks, and in words those that
+Settings: small, dominated by Python and launches (8 blocks, d=64, T=32, 32 microbatches); large, by matrix products (12
+blocks, d=768, T=128, 8 microbatches); words, by the head (6 blocks, d=768, T=256, 8 microbatches, 50,257 words). A
+microbatch has one row. Both sides have the same stages: equal numbers of blocks, and in words those that
 `split_points: auto` chooses.
 
 Run: python bench/against_torch.py --setting small --repetitions 9
