@@ -112,7 +112,7 @@ def test_round_trips(tmp_path_factory: pytest.TempPathFactory, name: str, p: int
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "is no JSON"),
+        ("{", "is not JSON"),
         ("[]", 'is not a schedule: expected "format": "autofunc.schedule"'),
         ('{"format": "autofunc.schedule", "version": 9}', "has version 9; this release reads version 1"),
         ('{"format": "autofunc.schedule", "version": 1, "name": "x"}', "lacks num_microbatches, placement, rows"),
