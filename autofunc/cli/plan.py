@@ -11,6 +11,7 @@ from rich.table import Table
 
 from autofunc.config import read_config
 from autofunc.data import STACKED
+from autofunc.progress_bar import CONSOLE
 from autofunc.row_dims import rows_in_words
 from autofunc.schedule import draw
 from autofunc.shown import in_ranges, literal, printable, shown, size_in_words
@@ -38,8 +39,7 @@ def plan(
     Raises:
         AutofuncError: for every mistake in the configuration.
     """
-    console = Console(stderr=True)
-    with console.status(literal(f"planning {shown(config_path)}")) as status:
+    with CONSOLE.status(literal(f"planning {shown(config_path)}")) as status:
         config, notes = read_config(config_path, overrides)
         config = with_fake_data(config, notes) if fake_data else config
         made = plan_run(
