@@ -102,7 +102,7 @@ def _show(made: RunPlan, console: Console) -> None:
         times = f"operations, at the rate of a matrix product: a step may take several times as long, for {made.why_not}"
     lines = [
         "",
-        f"schedule {shown(recipe.schedule.name)}: {recipe.axes}, {recipe.axes.num_processes} processes, "
+        f"schedule {shown(recipe.schedule.name)}: {recipe.axes}, {_processes(recipe.axes.num_processes)}, "
         f"{recipe.schedule.num_microbatches} microbatches",
         f"step: {timeline.makespan:.3g} ms, bubble {timeline.bubble_fraction:.1%}; "
         f"longest stage {made.imbalance:.2f}x the mean",
@@ -117,6 +117,10 @@ def _show(made: RunPlan, console: Console) -> None:
     for line in lines:
         console.print(literal(line))
     sys.stdout.write(draw(recipe.schedule, colour=console.is_terminal and not console.no_color) + "\n")
+
+
+def _processes(number: int) -> str:
+    return f"{number} process{'es' * (number > 1)}"
 
 
 def _shared_evenly(axes: Axes) -> str:
