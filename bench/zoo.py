@@ -233,9 +233,9 @@ def table(results: Mapping[str, Result]) -> str:
     count = sum(result.verdict in RIGHT for result in results.values())
     lines = [
         "# Models of transformers", "",
-        f"{count} of {len(results)} architectures of transformers {transformers.__version__} work unchanged. Each model is tiny, "
-        "has random weights, and runs in two stages (1F1B) and three (ZB-H1) on two microbatches. Loss and gradients match "
-        "the oracle's bit for bit, and those of the module's own backward up to 1e-6 of the largest element.", "",
+        f"{count} of {len(results)} architectures of transformers {transformers.__version__} work unchanged. Each model is "
+        "tiny, has random weights, and runs in two stages (1F1B) and three (ZB-H1) on two microbatches. Loss and gradients "
+        "match the oracle's bit for bit, and those of the module's own backward up to 1e-6 of the largest element.", "",
         "If rounding in fp32 exceeds that, the difference in fp64 must be below 1e-7; the table then shows both. 'Other "
         "bits' marks a pipeline that is as close to the module, but not equal to the oracle bit for bit: values are "
         "contiguous behind a cut, so a kernel may sum in another order.", "",
