@@ -150,9 +150,9 @@ def search(
         str | None, typer.Option("--output", "-o", metavar="FILE", help="Write the schedule: .csv or .json.")
     ] = None,
 ) -> None:
-    """Search a schedule for given costs, unequal stages and a memory limit; never worse than the best named one.
+    """Search for a schedule for given costs, unequal stages and a memory limit; never worse than the best named one.
 
-    Example: autofunc schedule search -p 4 -m 16 -F 1,2,1,1 -I 1,2,1,1 -W 1,1,1,1 --memory-limit 6 -o found.csv
+    Example: autofunc schedule search -p 4 -m 16 -F 1,2,1,2 -I 1,2,1,2 -W 1,1,1,1 --memory-limit 6 -o found.csv
     """
     if output is not None:
         af.schedule.check_suffix(output)
