@@ -1,13 +1,13 @@
-"""Products of rows that lie in groups, one for each expert, each group with a matrix of its own.
+"""Products of rows in groups: each expert's rows with that expert's matrix.
 
-Rows are sorted by expert, and `ends` says where each group ends, so no shape depends on how many rows an expert gets. What
-lies behind the last end belongs to no expert: it counts nowhere and comes out as zeros. Each gradient is one operator, so
-that the gradient of a weight can wait for W.
+Rows are sorted by expert, and `ends` holds the end of each group, so no shape depends on the number of rows an expert gets.
+Rows past the last end belong to no expert: they count nowhere and come out as zeros. Each gradient is one operator, so that
+a weight's gradient can wait for `W`.
 
 Shapes: R rows, E experts, `ends` int32 (E,).
 
 On the CPU the host reads `ends` and multiplies group by group. On a GPU, bf16 matrices whose sizes are multiples of 8 go
-to `torch.nn.functional.grouped_mm`, for which the host waits for nothing; others take the way of the CPU, and it waits.
+to `torch.nn.functional.grouped_mm`, which never makes the host wait; others are multiplied as on the CPU, and it waits.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ torch.library.define("autofunc::grouped_sum", "(Tensor x, Tensor ends) -> Tensor
 
 
 def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`functional.linear` of each group with its expert's weight and bias: (R, out).
+    """Apply `functional.linear` to each group, with its expert's weight and bias: (R, out).
 
     Args:
         x: (R, in), sorted by expert.
         weight: (E, out, in).
-        ends: where the rows of each expert end.
+        ends: int32 (E,), the end of each expert's rows.
         bias: (E, out).
     """
     made: Tensor = torch.ops.autofunc.grouped_linear(x, weight, ends)
@@ -42,22 +42,22 @@ def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor, bias: Tensor | None 
 
 
 def grouped_matmul(x: Tensor, weight: Tensor, ends: Tensor, bias: Tensor | None = None) -> Tensor:
-    """As `grouped_linear`, for weights that lie the other way: (E, in, out)."""
+    """Like `grouped_linear`, for transposed weights: (E, in, out)."""
     made: Tensor = torch.ops.autofunc.grouped_matmul(x, weight, ends)
     return made if bias is None else made + grouped_rows(bias, ends, x)
 
 
 def grouped_rows(table: Tensor, ends: Tensor, like: Tensor) -> Tensor:
-    """The entry of each row's expert in a table (E, width): (R, width), for as many rows as another tensor has.
+    """Look up each row's expert in a table, (E, width) -> (R, width), for as many rows as `like` has.
 
-    A graph that was captured with the rows of one process can so run with those that come from several.
+    R is read from `like`, so that a graph captured with one process's rows can run with the rows of several.
     """
     made: Tensor = torch.ops.autofunc.grouped_rows(table, ends, like.detach())
     return made
 
 
 def _groups(ends: Tensor) -> Iterator[tuple[int, slice]]:
-    """Each expert that has rows, and these."""
+    """Yield each expert that has rows, and its rows."""
     start = 0
     for expert, end in enumerate(ends.tolist()):
         if end > start:
@@ -73,7 +73,7 @@ def _has_kernel(*operands: Tensor) -> bool:
 
 
 def _inside(made: Tensor, ends: Tensor) -> Tensor:
-    """Zeros in the rows of no expert, which the kernel leaves as they are."""
+    """Zero the rows that belong to no expert, which the kernel leaves untouched."""
     place = torch.arange(made.shape[0], device=made.device)
     return made.masked_fill_((place >= ends[-1])[:, None], 0)
 
@@ -118,7 +118,7 @@ def _rows(table: Tensor, ends: Tensor, like: Tensor) -> Tensor:
 @torch.library.impl("autofunc::grouped_sum", "CompositeExplicitAutograd")
 def _sum(x: Tensor, ends: Tensor) -> Tensor:
     place = torch.arange(x.shape[0], device=x.device, dtype=ends.dtype)
-    owner = torch.searchsorted(ends, place, right=True)  # of rows of nobody one beyond the last
+    owner = torch.searchsorted(ends, place, right=True)  # one past the last expert for rows that have none
     return x.new_zeros(len(ends) + 1, x.shape[1]).index_add_(0, owner, x)[:-1].clone()
 
 
@@ -139,11 +139,11 @@ torch.library.register_fake("autofunc::grouped_sum", lambda x, ends: x.new_empty
 _ops = torch.ops.autofunc
 
 PRODUCTS = (_ops.grouped_linear.default, _ops.grouped_matmul.default, _ops.grouped_outer.default)
-"""Operators in which every row meets one matrix, or adds to one."""
+"""Operators that multiply each row by one matrix, or add its product to one."""
 
 
 def product_work(rows: torch.Size, other: torch.Size) -> int:
-    """Multiplications of one of `PRODUCTS`, by the shapes of its first two arguments."""
+    """Count the multiplications of one of `PRODUCTS`, given the shapes of its first two arguments."""
     width = other[1] if len(other) == 2 else other[1] * other[2] // rows[1]
     return rows[0] * rows[1] * width
 

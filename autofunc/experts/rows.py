@@ -1,6 +1,6 @@
-"""The rows of tokens, sorted by the experts that were chosen for them, and back.
+"""Rows of tokens sorted by their chosen experts, and restored to token order.
 
-Each is the other's transpose, so both gradients are gathers like themselves, without additions that collide.
+Each is the transpose of the other, so both gradients are gathers too, without colliding additions.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ torch.library.define("autofunc::permuted_rows", "(Tensor x, Tensor order, Tensor
 
 
 class Order(NamedTuple):
-    """In which order pairs of a token and one of its experts are sorted by expert; S = tokens * k pairs."""
+    """The order of (token, choice) pairs sorted by expert; S = tokens * k pairs."""
 
-    order: Tensor  # int64 (S,): which pair comes at a place; pair `n * k + j` is token n's choice j
+    order: Tensor  # int64 (S,): the pair at each place; pair `n * k + j` is token n's choice j
     inverse: Tensor  # int64 (S,): the place of each pair
-    counts: Tensor  # int64 (experts,): how many pairs each expert has
+    counts: Tensor  # int64 (experts,): the number of pairs per expert
 
 
 def order_of(chosen: Tensor, num_experts: int) -> Order:
-    """How pairs are sorted; those of one expert stay in the order of tokens.
+    """Sort pairs by expert; pairs of the same expert keep the order of their tokens.
 
     Args:
-        chosen: int64 (tokens, k), numbers of experts.
-        num_experts: how many there are, on all processes together.
+        chosen: int64 (tokens, k), the chosen experts.
+        num_experts: the model's experts, on all processes together.
     """
     pairs = chosen.reshape(-1)
     order = pairs.argsort(stable=True)
@@ -37,13 +37,13 @@ def order_of(chosen: Tensor, num_experts: int) -> Order:
 
 
 def copied_rows(x: Tensor, order: Order) -> Tensor:
-    """The token of each pair, sorted by expert: (tokens, width) -> (S, width)."""
+    """Copy each pair's token, sorted by expert: (tokens, width) -> (S, width)."""
     made: Tensor = torch.ops.autofunc.copied_rows(x, order.order, order.inverse)
     return made
 
 
 def sorted_back(x: Tensor, order: Order) -> Tensor:
-    """Rows that are sorted by expert, in the order of pairs: (S, width)."""
+    """Restore rows sorted by expert to the order of pairs: (S, width)."""
     made: Tensor = torch.ops.autofunc.permuted_rows(x, order.inverse, order.order)
     return made
 

@@ -1,10 +1,10 @@
-"""Where rows go that are sent to the ranks of their experts, and where they are found: as tensors, for no host to wait.
+"""Where rows go on their way to the ranks that hold their experts, and where they arrive; tensors, so no host waits.
 
-Shapes: `ranks` processes with S rows each, E experts, of which rank r has E / ranks from `r * E / ranks` on. `counts`,
-int64 (ranks, E), is how many rows each rank has for each expert. A rank's rows are sorted by expert, and so by who has it.
+Shapes: `ranks` processes with S rows each, and E experts, of which rank r holds E / ranks, from `r * E / ranks` on.
+`counts`, int64 (ranks, E), is the number of rows each rank has for each expert. A rank's rows are sorted by expert, and so
+by the rank that holds it.
 
-A buffer between two all-to-alls has one part for each rank: of S rows, whatever is in them ("padded"), or of as many as
-there are ("exact").
+A buffer of an all-to-all has one part for each rank: of S rows, real or not ("padded"), or of the real ones ("exact").
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from torch import Tensor
 
 
 def own_experts(counts: Tensor, rank: int) -> Tensor:
-    """How many rows each rank has for each of this rank's experts: (ranks, E / ranks)."""
+    """Return the number of rows each rank has for each of this rank's experts: (ranks, E / ranks)."""
     return counts.chunk(counts.shape[0], dim=1)[rank]
 
 
 def sent(counts: Tensor, rank: int) -> Tensor:
-    """How many rows this rank has for each rank: (ranks,)."""
+    """Return the number of rows this rank has for each rank: (ranks,)."""
     return counts[rank].view(counts.shape[0], -1).sum(1)
 
 
 def padded_places(counts: Tensor, rank: int, rows: int) -> Tensor:
-    """The place of each of this rank's S rows in a padded buffer, which has a part for each rank that they go to: (S,)."""
+    """Return the place of each of this rank's S rows in a padded buffer with a part for each destination: (S,)."""
     totals = sent(counts, rank)
     ends = totals.cumsum(0)
     place = torch.arange(rows, device=counts.device)
@@ -35,20 +35,20 @@ def padded_places(counts: Tensor, rank: int, rows: int) -> Tensor:
 
 
 class Arrived(NamedTuple):
-    """The rows that came for a rank's experts, sorted by expert and then by who sent them: `ranks * S` with unreal ones."""
+    """The rows for a rank's experts, sorted by expert and then by sender: `ranks * S`, those that nobody sent included."""
 
-    source: Tensor  # (ranks * S,): where each lies in the buffer, which has a part for each rank that they came from
-    is_real: Tensor  # bool, (ranks * S,): whether anybody sent it; those that nobody did come last
+    source: Tensor  # (ranks * S,): the place of each in the buffer, which has a part for each sender
+    is_real: Tensor  # bool, (ranks * S,): whether anybody sent it; the others come last
 
 
 def arrived(counts: Tensor, rank: int, rows: int, *, padded: bool) -> Arrived:
-    """Where the rows that came for this rank's experts lie in a buffer.
+    """Find the rows for this rank's experts in a receive buffer.
 
     Args:
         counts: of all ranks.
         rank: this one.
         rows: S.
-        padded: whether each rank's part of the buffer has S rows, or as many as it sent.
+        padded: whether each sender's part of the buffer has S rows, or as many as it sent.
     """
     from_each = own_experts(counts, rank)  # (ranks, own experts)
     ranks = counts.shape[0]
