@@ -106,7 +106,8 @@ def expert_mesh(mesh: DeviceMesh, size: int) -> DeviceMesh:
     experts, as ranks along "dp_shard" share all other parameters. Cached per mesh; all processes call it.
 
     Args:
-        mesh: of all processes, with an axis "dp_shard" that `size` divides.
+        mesh: of all processes, with an axis "dp_shard" that `size` divides and no axis "cp": see `folded`. So "ep" borrows
+            from cp first, then from dp_shard, as in torchtitan.
         size: ranks along "ep".
 
     Raises:
@@ -123,7 +124,7 @@ def expert_mesh(mesh: DeviceMesh, size: int) -> DeviceMesh:
                 sizes |= {"edp": shard // size, "ep": size}
             elif axis_size(mesh, axis) > 1:
                 sizes[axis] = axis_size(mesh, axis)
-        made[size] = DeviceMesh(mesh.device_type, mesh.mesh.view(*sizes.values()), mesh_dim_names=tuple(sizes))
+        made[size] = DeviceMesh(mesh.device_type, mesh.mesh.reshape(*sizes.values()), mesh_dim_names=tuple(sizes))
         _wait_as_by_default(made[size])
     return made[size]
 

@@ -55,7 +55,7 @@ class DataSum(Protocol):
 
 
 class ExpertExchange(Protocol):
-    """Sends rows between the processes that share a layer's experts, each of which has different rows.
+    """Sends rows between the processes that share a layer's experts, each of which has different tokens.
 
     With E experts, `size` processes and S rows on each, process r holds the E / size experts from `r * E / size`.
     """
@@ -87,8 +87,12 @@ class ExpertExchange(Protocol):
         """Reverse `dispatch`: return computed rows, (size * S, any), to their senders, (S, any), in the original order."""
         ...
 
-    def sum(self, x: Tensor) -> Tensor:
-        """Sum all processes' values for the same microbatch; differentiable."""
+    def mean(self, x: Tensor) -> Tensor:
+        """Average a statistic of a microbatch's tokens over the processes that see different rows; differentiable.
+
+        The mean over all tokens that the processes route: `x` itself if they share all rows, each with its tokens, because
+        then `x` is already that of whole rows.
+        """
         ...
 
 

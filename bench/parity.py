@@ -68,6 +68,12 @@ class Mesh:
         """The number of processes."""
         return math.prod(self.axes.values())
 
+    @property
+    def rows(self) -> tuple[int, int]:
+        """(Data parallel ranks, groups of them): one process has a group's microbatch in each of its own."""
+        groups = self.axes.get("dp_replicate", 1)
+        return groups * self.axes.get("dp_shard", 1), groups
+
 
 MESHES = (
     Mesh("tp2", {"tp": 2}),
@@ -77,8 +83,18 @@ MESHES = (
     Mesh("pp2 x tp2", {"pp": 2, "tp": 2}),
     Mesh("pp2 x cp2 ring", {"pp": 2, "cp": 2}, {"context_parallel": "ring"}),
 )
-SPREAD = Mesh("ep2", {"dp_shard": 2}, {"expert_parallel": 2})
+_EP2 = {"expert_parallel": 2}
+SPREAD = (
+    Mesh("ep2", {"dp_shard": 2}, _EP2),
+    Mesh("cp2 ep2", {"cp": 2}, _EP2),
+    Mesh("ep2 x tp2", {"dp_shard": 2, "tp": 2}, _EP2),
+)
 EIGHT = (Mesh("pp2 x dp2 x tp2", {"pp": 2, "dp_shard": 2, "tp": 2}), Mesh("pp2 x cp2 x tp2", {"pp": 2, "cp": 2, "tp": 2}))
+SPREAD_EIGHT = (
+    Mesh("pp2 x cp2 x tp2 ep2", {"pp": 2, "cp": 2, "tp": 2}, _EP2),
+    Mesh("replicate2 x cp2 x tp2 ep2", {"dp_replicate": 2, "cp": 2, "tp": 2}, _EP2),
+    Mesh("dp2 x cp2 x tp2 ep4", {"dp_shard": 2, "cp": 2, "tp": 2}, {"expert_parallel": 4}),
+)
 
 
 @dataclass(frozen=True)
@@ -122,7 +138,10 @@ class Verdict:
 def cases() -> Iterator[Case]:
     """Return all cases."""
     for model in MODELS:
-        meshes = (*MESHES, *([SPREAD] if model in ROUTED else []), *(EIGHT if model == "Llama" else []))
+        meshes = (
+            *MESHES, *(SPREAD if model in ROUTED else ()), *(EIGHT if model == "Llama" else ()),
+            *(SPREAD_EIGHT if model in ("Mixtral", "Qwen3-MoE") else ()),
+        )  # fmt: skip
         for engine in ("graph", "eager") if model in BOTH_ENGINES else ("graph",):
             yield from (Case(model, mesh, engine) for mesh in meshes)
 
@@ -141,16 +160,18 @@ def batch_of(entry: Entry, step: int) -> dict[str, Any]:
     return {name: (leaf - 3 + 7 * step) % (IMAGE - 3) + 3 if name in words else leaf for name, leaf in made.items()}
 
 
-def microbatches(batch: Mapping[str, Tensor], places: int) -> Iterator[dict[str, Tensor]]:
-    """Return the microbatches of one process: each has the rows of one microbatch of all data parallel ranks."""
-    for number in range(MICROBATCHES):
-        yield {
-            name: torch.cat([part.chunk(MICROBATCHES)[number] for part in leaf.chunk(places)])
-            for name, leaf in batch.items()
-        }
+def microbatches(batch: Mapping[str, Tensor], places: int, groups: int) -> Iterator[dict[str, Tensor]]:
+    """Return the microbatches of one process: each has the rows of one microbatch of a group of data parallel ranks."""
+    each = places // groups
+    for start in range(0, places, each):
+        for number in range(MICROBATCHES):
+            yield {
+                name: torch.cat([part.chunk(MICROBATCHES)[number] for part in leaf.chunk(places)[start : start + each]])
+                for name, leaf in batch.items()
+            }
 
 
-def plain(name: str, places: int, eps: float, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+def plain(name: str, rows: tuple[int, int], eps: float, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
     """Train in one process with plain torch."""
     entry = entry_of(name)
     module: Any = build(entry).to(dtype)
@@ -161,8 +182,8 @@ def plain(name: str, places: int, eps: float, dtype: torch.dtype = torch.float32
     for step in range(STEPS):
         optimizer.zero_grad()
         total = 0.0
-        for rows in microbatches(batch_of(entry, step), places):
-            loss = module(**rows).loss / MICROBATCHES
+        for given in microbatches(batch_of(entry, step), *rows):
+            loss = module(**given).loss / (MICROBATCHES * rows[1])
             loss.backward()
             total += loss.item()
         if not step:
@@ -176,9 +197,9 @@ def _parameters(module: torch.nn.Module) -> Iterator[tuple[str, Any]]:
     yield from module.named_parameters(remove_duplicate=False)
 
 
-def expected_of(name: str, places: int, eps: float) -> dict[str, Any]:
+def expected_of(name: str, rows: tuple[int, int], eps: float) -> dict[str, Any]:
     """Train in one process, and measure the distance to fp64."""
-    found, exact = plain(name, places, eps), plain(name, places, eps, torch.float64)
+    found, exact = plain(name, rows, eps), plain(name, rows, eps, torch.float64)
     off = [(leaf - exact["parameters"][path]).abs().max().item() for path, leaf in found["parameters"].items()]
     return {**found, "rounding": max(off)}
 
@@ -268,7 +289,7 @@ def work(rank: int, size: int, store: str, chosen: list[Case], known: dict[Any, 
             said = sorted(filter(None, errors), key=lambda text: "PeerLost" in text)
             verdict = Verdict(case, seconds, error=said[0])
         else:
-            verdict = compare(case, made, known[case.model, case.mesh.axes.get("dp_shard", 1)], seconds)
+            verdict = compare(case, made, known[case.model, case.mesh.rows], seconds)
         verdicts.append(verdict)
         if rank == 0:
             print(f"{case.title}: {verdict.said} ({seconds:.1f} s)", flush=True)
@@ -287,7 +308,7 @@ def main() -> None:
     chosen = [case for case in cases() if any(fnmatch(case.title, pattern) for pattern in patterns)]
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
-    wanted = dict.fromkeys((case.model, case.mesh.axes.get("dp_shard", 1)) for case in chosen)
+    wanted = dict.fromkeys((case.model, case.mesh.rows) for case in chosen)
     known = {key: expected_of(*key, arguments.eps) for key in wanted}
     verdicts: list[Verdict] = []
     for size in sorted({case.mesh.processes for case in chosen}):

@@ -17,16 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from autofunc.experts import MEAN
+
 _NAME = "load_balancing_loss_func"
 _DIVISIONS = (torch.Tensor.div, torch.Tensor.__truediv__)
 _MEANS = 2  # the divisions it does: the share of tokens that chose an expert, and the expert's mean probability
-
-_library = torch.library.Library("autofunc", "FRAGMENT")  # type: ignore[no-untyped-call]
-_library.define("mean_over_expert_ranks(Tensor x) -> Tensor")  # type: ignore[no-untyped-call]
-_library.impl("mean_over_expert_ranks", torch.clone, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-torch.library.register_fake("autofunc::mean_over_expert_ranks", torch.clone)
-MEAN = torch.ops.autofunc.mean_over_expert_ranks.default
-"""The mark."""
 
 
 class _Marking(TorchFunctionMode):

@@ -15,10 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from autofunc import experts
-from autofunc.captured.balance import MEAN
 from autofunc.errors import ModelError
-from autofunc.experts import grouped_linear, grouped_matmul, mean_over_expert_ranks
+from autofunc.experts import grouped_linear, grouped_matmul
 from autofunc.graph.lines import line_of
 
 _THEIRS = "transformers.integrations.moe"
@@ -115,11 +113,3 @@ def _other_user(value: fx.Node, user: fx.Node) -> fx.Node | None:
         return next(filter(None, (_other_user(user, each) for each in user.users)), None)
     place = _OF_EACH_EXPERT.get(user.target)  # type: ignore[call-overload]
     return None if place is not None and user.args[place] is value else user
-
-
-def run_for_real(graph: fx.Graph) -> None:
-    """Replace the operators that stood for functions by those functions, once an export is done."""
-    experts.run_for_real(graph)
-    for node in graph.nodes:
-        if node.target is MEAN:
-            node.target = mean_over_expert_ranks

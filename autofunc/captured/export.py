@@ -32,7 +32,7 @@ from autofunc.captured.ctc import LENGTHS_AS_TENSORS
 from autofunc.captured.decided_draws import refuse_decided_draws
 from autofunc.captured.dense import SPARSE, make_dense
 from autofunc.captured.draws import unvalidated
-from autofunc.captured.experts import routed, run_for_real
+from autofunc.captured.experts import routed
 from autofunc.captured.gradients import refuse_module_hooks, refuse_own_backward, replaced_functions
 from autofunc.captured.host_draws import HostDraws, refuse_host_draws
 from autofunc.captured.inlined import PREFIX, Inliner
@@ -46,6 +46,7 @@ from autofunc.captured.rows_back import leave_out_rows
 from autofunc.captured.side_effects import LeftBehind, restored, written_back
 from autofunc.captured.vmapped import unmap
 from autofunc.errors import ModelError, in_brief
+from autofunc.experts import run_for_real
 from autofunc.fake import fake_mode, naming_errors
 from autofunc.graph.lazy_code import lazy_code
 from autofunc.graph.lines import line_of

@@ -62,20 +62,12 @@ def _verdict(subject: Subject, axis: str, asked: Mapping[str, int], outcome: _Ou
 def _outcome(subject: Subject, model: Model, axis: str, asked: Mapping[str, int], sharding: Sharding) -> _Outcome:
     wanted = asked.get(axis, 1)
     try:
-        if wanted > 1:
-            _refuse_together(axis, asked)
-        return _CUTS[axis](subject, model, (wanted,) if wanted > 1 else (), sharding)
+        return _CUTS[axis](subject, model, (wanted,) if wanted > 1 else (), asked.get("tp", 1), sharding)
     except AutofuncError as error:
         return _Outcome(problem=str(error))
 
 
-def _refuse_together(axis: str, asked: Mapping[str, int]) -> None:
-    others = [each for each in ("tp", "cp") if asked.get(each, 1) > 1]
-    if axis == "ep" and others:
-        raise AutofuncError(f"experts cannot be spread along with {' and '.join(others)} yet; use ep=1, or {others[0]}=1")
-
-
-def _over_tp(subject: Subject, model: Model, asked: tuple[int, ...], sharding: Sharding) -> _Outcome:
+def _over_tp(subject: Subject, model: Model, asked: tuple[int, ...], tp: int, sharding: Sharding) -> _Outcome:
     found = _working(asked or _SIZES, lambda size: cut_over_tp(model, size, sharding))
     first = found[0][1]
     if first.over is None:
@@ -84,7 +76,7 @@ def _over_tp(subject: Subject, model: Model, asked: tuple[int, ...], sharding: S
     return _Outcome(tuple(size for size, _ in found), f", by {first.over.source}{notes}")
 
 
-def _over_cp(subject: Subject, model: Model, asked: tuple[int, ...], sharding: Sharding) -> _Outcome:
+def _over_cp(subject: Subject, model: Model, asked: tuple[int, ...], tp: int, sharding: Sharding) -> _Outcome:
     batch = {model.key_name: None, **model.with_needed_key(subject.batch)}
     has_loss = subject.first.error == "" and subject.terms(subject.first.outputs, subject.batch) is not None
 
@@ -96,11 +88,13 @@ def _over_cp(subject: Subject, model: Model, asked: tuple[int, ...], sharding: S
     return _Outcome(sizes, ", for sequences of a multiple of 2 * cp tokens")
 
 
-def _over_ep(subject: Subject, model: Model, asked: tuple[int, ...], sharding: Sharding) -> _Outcome:
+def _over_ep(subject: Subject, model: Model, asked: tuple[int, ...], tp: int, sharding: Sharding) -> _Outcome:
     paths = model.expert_paths
     if not asked and not paths:
         return _Outcome(problem="the model has no routed experts whose parameters are known")
-    found = _working(asked or range(2, _MOST_EXPERTS + 1), lambda size: check_experts(model, size, size))
+    tp = tp if asked else 1
+    cut = cut_over_tp(model, tp, sharding)
+    found = _working(asked or range(2, _MOST_EXPERTS + 1), lambda size: check_experts(model, size, size, tp=tp, cut=cut))
     sizes = tuple(size for size, _ in found)
     count = model.spec[min(paths)].shape[0]
     return _Outcome(sizes, f", sharing {count} experts per layer")

@@ -91,7 +91,9 @@ class Distributed(Section):
         "or one rank's after the other while it computes",
     )  # fmt: skip
     ep_size: Ranks = Field(
-        1, description="expert parallel ranks: how many of the ranks that shard parameters hold different experts"
+        1,
+        description="expert parallel ranks: how many of the ranks that shard parameters (along dp and cp) hold different "
+        "experts",
     )
     sequence_parallel: bool = Field(False, description="shard activations between blocks over the tp ranks too")
     tp_plan: dict[str, str] | Text | None = Field(

@@ -2,6 +2,7 @@
 
 from autofunc.experts.products import PRODUCTS, grouped_linear, grouped_matmul, grouped_rows, product_work
 from autofunc.experts.routed import (
+    MEAN,
     Groups,
     from_experts,
     mean_over_expert_ranks,
@@ -12,6 +13,7 @@ from autofunc.experts.routed import (
 )
 
 __all__ = [
+    "MEAN",
     "PRODUCTS",
     "Groups",
     "from_experts",

@@ -1,13 +1,13 @@
-"""Routed experts: every token goes through the few that were chosen for it, whichever process has these.
+"""Routed experts: every token goes through its few chosen experts, whichever processes hold them.
 
     rows = the token of each (token, choice) pair, sorted by expert     `to_experts`
-    made = what its expert makes of each row                            products of `products.py`, and what is between
+    made = the output of each row's expert                              the products of `products.py`, and all between them
     out  = weighted sums over the choices of each token                 `from_experts`
 
-With S = tokens * k pairs this is k / E of the work of all experts on all tokens. No shape depends on the data. Where
-experts are spread over processes (`spread.ExpertExchange`), `to_experts` sends rows to those that have the experts, and
-`from_experts` brings back what these made: both are here and nowhere else. So a function of rows between them is the same
-on one process and on many, as long as it treats rows apart and works for any number of them.
+With S = tokens * k pairs this is k / E of the work of all experts on all tokens. No shape depends on the data. If experts
+are spread over processes (`spread.ExpertExchange`), `to_experts` sends rows to the processes that hold their experts, and
+`from_experts` brings the outputs back; no other code exchanges rows. So a function of rows between them is the same on one
+process and on many, as long as it treats each row separately and works for any number of rows.
 """
 
 from __future__ import annotations
@@ -28,40 +28,40 @@ from autofunc.spread import current_experts
 
 @dataclass(frozen=True)
 class Groups:
-    """Rows sorted by expert: the products with what each expert has for its own. See `routed_experts`."""
+    """Rows sorted by expert, and products with their experts' matrices. See `routed_experts`."""
 
     ends: Tensor
 
     def linear(self, rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """`functional.linear` of each row with its expert's weight, of (experts, out, in), and bias, (experts, out)."""
+        """Apply `functional.linear` to each row, with its expert's weight, (experts, out, in), and bias, (experts, out)."""
         return grouped_linear(rows, weight, self.ends, bias)
 
     def matmul(self, rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """The same for weights of (experts, in, out)."""
+        """Like `linear`, for weights of (experts, in, out)."""
         return grouped_matmul(rows, weight, self.ends, bias)
 
 
 def routed_experts(
     x: Tensor, chosen: Tensor, weights: Tensor, num_experts: int, expert: Callable[[Tensor, Groups], Tensor]
 ) -> Tensor:
-    """The weighted sum of the chosen experts of each token.
+    """Return the weighted sum of each token's chosen experts.
 
-    Each expert computes its own tokens only. No token is dropped, however many choose one expert.
+    Each expert computes its own tokens only. No token is dropped, however many choose the same expert.
 
     Args:
         x: (tokens, width).
-        chosen: int64 (tokens, k), numbers of different experts.
-        weights: (tokens, k), how much each counts.
-        num_experts: of the model, on all ranks together.
-        expert: `expert(rows, groups) -> rows`: what experts make of rows, (rows, width), each sorted to its own;
-            `groups.linear(rows, weight)` multiplies each by its expert's matrix. It treats every row apart, and has to work
-            for any number of rows.
+        chosen: int64 (tokens, k), k different experts for each token.
+        weights: (tokens, k), their weights.
+        num_experts: the model's experts, on all ranks together.
+        expert: `expert(rows, groups) -> rows`: the experts' outputs for rows sorted by expert, (rows, width);
+            `groups.linear(rows, weight)` multiplies each row by its expert's matrix. It must treat each row separately, and
+            work for any number of rows.
 
     Returns:
-        (tokens, what the experts make), in the dtype of x.
+        (tokens, width of the experts' outputs), in the dtype of x.
 
     Raises:
-        ModelError: for shapes that do not fit.
+        ModelError: for shapes that do not fit each other.
 
     Example:
         def expert(rows, groups):
@@ -80,26 +80,30 @@ def routed_experts(
 
 
 def mean_over_expert_ranks(x: Tensor) -> Tensor:
-    """The mean of a statistic of tokens over the ranks that share the experts of a layer; differentiable.
+    """Average a statistic of tokens over the ranks that share a layer's experts; differentiable.
 
-    They compute the layer together, as one process with all of their tokens would: so a router's balance loss is of means
-    over all of them. `x` itself where a process has all experts.
+    They compute the layer together, as one process with all of their tokens would: so a router's balance loss takes means
+    over all of them. Returns `x` itself if this process has all experts, or if the ranks only share the tokens of the same
+    rows (context parallelism), of which `x` is already the mean.
     """
+    if _recording.get():
+        marked: Tensor = MEAN(x)
+        return marked
     exchange = current_experts()
-    return x if exchange is None else exchange.sum(x) / exchange.size
+    return x if exchange is None else exchange.mean(x)
 
 
 def to_experts(x: Tensor, chosen: Tensor, num_experts: int) -> list[Tensor]:
-    """Rows for the experts that this process has.
+    """Return the rows for this process's experts.
 
     Args:
         x: (tokens, width).
         chosen: int64 (tokens, k).
-        num_experts: on all ranks together.
+        num_experts: the model's experts, on all ranks together.
 
     Returns:
-        Rows sorted by expert; where those of each expert end, int32; and three that `from_experts` takes. With S pairs
-        there are S rows on one process, and `ranks * S` over several, of which those that nobody sent are zeros at the end.
+        Rows sorted by expert; the end of each expert's rows, int32; and three tensors for `from_experts`. With S pairs
+        there are S rows on one process, and `ranks * S` over several: those that nobody sent are zeros, and come last.
     """
     if _recording.get():
         found: list[Tensor] = torch.ops.autofunc.to_experts(x, chosen, num_experts)
@@ -118,12 +122,12 @@ def _to_experts(x: Tensor, chosen: Tensor, num_experts: int) -> list[Tensor]:
 
 
 def from_experts(made: Tensor, weights: Tensor, order: Tensor, inverse: Tensor, counts: Tensor) -> Tensor:
-    """The weighted sum over the choices of each token, in the wider dtype of both.
+    """Return the weighted sum over each token's choices, in the wider dtype of `made` and `weights`.
 
     Args:
-        made: of the rows that `to_experts` gave.
+        made: the experts' outputs for the rows of `to_experts`.
         weights: (tokens, k).
-        order, inverse, counts: what it gave besides.
+        order, inverse, counts: the last three results of `to_experts`.
     """
     if _recording.get():
         found: Tensor = torch.ops.autofunc.from_experts(made, weights, order, inverse, counts)
@@ -139,7 +143,7 @@ def _from_experts(made: Tensor, weights: Tensor, order: Tensor, inverse: Tensor,
     return (by_pair.view(*weights.shape, -1) * weights.unsqueeze(-1)).sum(1)
 
 
-# --- both as operators, which stand for them in graphs that are still to be rewritten; without gradients of their own
+# --- all three as operators that stand for them in graphs still to be rewritten; these have no gradients
 
 _recording: ContextVar[bool] = ContextVar("recording", default=False)
 
@@ -147,17 +151,27 @@ torch.library.define("autofunc::to_experts", "(Tensor x, Tensor chosen, int num_
 torch.library.define(
     "autofunc::from_experts", "(Tensor made, Tensor weights, Tensor order, Tensor inverse, Tensor counts) -> Tensor"
 )
+torch.library.define("autofunc::mean_over_expert_ranks", "(Tensor x) -> Tensor")
 torch.library.impl("autofunc::to_experts", "CompositeExplicitAutograd", _to_experts)
 torch.library.impl("autofunc::from_experts", "CompositeExplicitAutograd", _from_experts)
+torch.library.impl("autofunc::mean_over_expert_ranks", "CompositeExplicitAutograd", torch.clone)
 torch.library.register_fake("autofunc::to_experts", _to_experts)
 torch.library.register_fake("autofunc::from_experts", _from_experts)
+torch.library.register_fake("autofunc::mean_over_expert_ranks", torch.clone)
 
-_REAL = {torch.ops.autofunc.to_experts.default: to_experts, torch.ops.autofunc.from_experts.default: from_experts}
+MEAN = torch.ops.autofunc.mean_over_expert_ranks.default
+"""What stands for `mean_over_expert_ranks`."""
+
+_REAL = {
+    torch.ops.autofunc.to_experts.default: to_experts,
+    torch.ops.autofunc.from_experts.default: from_experts,
+    MEAN: mean_over_expert_ranks,
+}
 
 
 @contextmanager
 def recorded_as_operators() -> Iterator[None]:
-    """Inside, what sends rows to experts and back is one operator each, to whoever records a graph."""
+    """Record `to_experts`, `from_experts` and `mean_over_expert_ranks` as one operator each in graphs traced inside."""
     token = _recording.set(True)
     try:
         yield
@@ -166,7 +180,7 @@ def recorded_as_operators() -> Iterator[None]:
 
 
 def run_for_real(graph: fx.Graph) -> None:
-    """Put the functions in the places of the operators that stood for them, once a graph is done."""
+    """Replace these operators in a finished graph by the functions that they stand for."""
     for node in graph.nodes:
         if node.op == "call_function" and node.target in _REAL:
             node.target = _REAL[node.target]

@@ -1,15 +1,18 @@
-"""Rows sent to the ranks that have their experts, and back: operators that a captured stage can name.
+"""Operators that send rows to the ranks that hold their experts, and back; captured stages call them by name.
 
-`dispatch` and `combine` move rows and change none; each is the other's gradient. So a layer has two all-to-alls of rows in
-its forward and two in its backward, and in the forward an all-gather of E numbers before them.
+`dispatch` and `combine` move rows without changing them; each is the gradient of the other. So a layer has two all-to-alls
+of rows in its forward and two in its backward, and an all-gather of E counts before the first.
 
-No row is dropped, and no shape depends on the data: what comes for a rank's experts may be all rows of all ranks, so it is
-a tensor of `ranks * S` rows, S = tokens * k of a microbatch. Of these S are real on average; products leave the others out,
-and what is computed row by row between them, such as activations, runs on all. Between the two exchanges that is
-`ranks * S * width * itemsize` bytes for each value that is kept.
+No row is dropped, and no shape depends on the data: a rank's experts may get all rows of all ranks, so they are a tensor of
+`ranks * S` rows, S = tokens * k of a microbatch. S of them are real on average; products skip the others, and operators on
+single rows, such as activations, compute all. Each value kept between the two exchanges takes
+`ranks * S * width * itemsize` bytes.
 
-On the CPU the host reads the counts first, and exactly the rows that are there are sent. On an accelerator the host must
-not wait, so each pair of ranks exchanges S rows, real or not: each rank sends `ranks * S * width * itemsize` bytes.
+On the CPU the host reads the counts first, and only real rows are sent. On an accelerator the host must not wait, so each
+pair of ranks exchanges S rows, real or not: each rank sends `ranks * S * width * itemsize` bytes.
+
+Ranks along tp hold parts of the same experts and have the same rows: each runs these exchanges with the ranks of its own
+tp coordinate.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ from autofunc.shard.expert_rows import Arrived, arrived, own_experts, padded_pla
 
 
 class Peers(Protocol):
-    """The ranks that share the experts of a layer. A method begins an exchange, and returns what waits for its result."""
+    """The ranks that share a layer's experts. Each method begins an exchange and returns a function that waits for it."""
 
     rank: int
     size: int
@@ -42,12 +45,12 @@ class Peers(Protocol):
         ...
 
     def all_to_all(self, x: Tensor, given: list[int] | None, wanted: list[int] | None) -> Callable[[], Tensor]:
-        """Rows for each rank, in order, and those from each, in order.
+        """Send rows to each rank, in rank order, and receive those of each, in rank order.
 
         Args:
-            x: all that go, contiguous.
-            given: how many go to each; None: equally many.
-            wanted: how many come from each; None: equally many.
+            x: all rows to send, contiguous.
+            given: the number for each rank; None: equally many.
+            wanted: the number from each rank; None: equally many.
         """
         ...
 
@@ -56,7 +59,7 @@ _peers: WeakValueDictionary[str, Peers] = WeakValueDictionary()  # by name, whic
 
 
 def register(name: str, peers: Peers) -> None:
-    """Let operators find ranks by a name, as long as somebody holds them."""
+    """Let operators find ranks by name, for as long as the caller holds them."""
     _peers[name] = peers
 
 
@@ -86,7 +89,7 @@ class GroupPeers:
 
 
 def _awaited(work: dist.Work, found: Tensor, *held: Tensor) -> Callable[[], Tensor]:
-    """Waits for an exchange; until then what it reads is held."""
+    """Return a function that waits for an exchange; until then it holds the tensors that the exchange reads."""
     kept = list(held)
 
     def wait() -> Tensor:
@@ -103,7 +106,7 @@ torch.library.define("autofunc::dispatch", "(Tensor rows, Tensor counts, str pee
 torch.library.define("autofunc::combine", "(Tensor made, Tensor counts, str peers, int rows) -> Tensor")
 
 
-# --- how they are begun; an operator that is called waits at once
+# --- how exchanges begin; an operator called directly waits at once
 
 
 def _begin_counts(own: Tensor, peers: str, size: int) -> Wait:
@@ -147,7 +150,7 @@ def _begin_combine(made: Tensor, counts: Tensor, peers: str, rows: int) -> Wait:
         buffer = made.new_empty(sum(came), made.shape[1]).index_copy_(0, source, made[: sum(came)])
         return group.all_to_all(buffer, came, sent(counts, group.rank).tolist())
     found = arrived(counts, group.rank, rows, padded=True)
-    spare = group.size * rows  # one row more, for those that nobody sent
+    spare = group.size * rows  # one extra row takes those that nobody sent
     buffer = made.new_zeros(spare + 1, made.shape[1])
     buffer.index_copy_(0, found.source.where(found.is_real, spare), made)
     coming = group.all_to_all(buffer[:spare], None, None)
@@ -165,7 +168,7 @@ for _name, _begin in _BEGUN_BY.items():
 
 
 def _is_exact(rows: Tensor) -> bool:
-    """Whether the host may look at the counts."""
+    """Return whether the host may read the counts."""
     return rows.device.type == "cpu"
 
 
@@ -178,7 +181,7 @@ def _check_counts(counts: Tensor, rows: int) -> None:
     if any(number != rows for number in each):
         raise BatchError(
             f"ranks that share experts have {', '.join(map(str, each))} pairs of a token and an expert in a microbatch; "
-            "expected equally many: give all of them microbatches of one shape"
+            "expected equal numbers: give all of them microbatches of one shape"
         )
 
 
@@ -197,7 +200,7 @@ def _keep_sum(ctx: Any, inputs: tuple[Tensor, str], output: Tensor) -> None:
 
 
 def _sum_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-    """The loss is a sum over all ranks, and each of them has read what was summed."""
+    """Sum cotangents: the loss is a sum over all ranks, each of which read the sum."""
     return torch.ops.autofunc.expert_sum(grad, ctx.peers), None
 
 

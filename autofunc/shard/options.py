@@ -29,8 +29,8 @@ class Sharding:
         offload_policy: where sharded parameters are kept, see `torch.distributed.fsdp.CPUOffloadPolicy`.
         tensor_parallel: how parameters are cut over the tp axis: a table; by default ("auto") the model's own, or for a
             captured module without one, a table derived from its graph. "own" and "derived" insist on one of the two.
-        expert_parallel: number of ranks that routed experts are spread over: neighbouring `dp_shard` ranks of the mesh,
-            which still have different rows, and hold E / expert_parallel of E experts each.
+        expert_parallel: number of ranks that routed experts are spread over: neighbours along `dp_shard` and `cp`, which
+            still have different tokens, and hold E / expert_parallel of E experts each.
         sequence_parallel: keep the residual stream between blocks cut along the tokens over the tp axis: less memory, the
             same traffic.
         context_parallel: how attention gets keys and values of tokens cut over the cp axis: "allgather", all

@@ -81,23 +81,18 @@ class Parameters:
             else:
                 dims = {path: self._cut[home].dim for path, home in homes.items() if home in self._cut}
                 self.partitioning = OverTP(mesh["tp"], dims, sharding.sequence_parallel)
-        self.experts: SpreadExperts | None = None
-        if sharding.expert_parallel > 1:
-            self.experts = SpreadExperts(model, mesh, sharding.expert_parallel)
-            self.partitioning = self.experts.partitioning
         rows = self.rows_mesh
-        data = OverData(rows) if rows is not None and data_coordinate(rows)[1] > 1 else None
         context = context or context_axis(rows, sharding.context_parallel)
         if context is not None and isinstance(self.partitioning, OverTP):
             raise MeshError(
                 f"the mesh has cp={context.size} and tp={axis_size(mesh, 'tp')}, and the layers of {model.title} are "
                 "functions, which cannot be cut over both; use cp=1 or tp=1, or a captured module"
             )
-        if context is not None and self.experts is not None:
-            raise MeshError(
-                f"the mesh has cp={context.size}, and expert_parallel={self.experts.size}; ranks that share experts have "
-                "whole rows: use cp=1, or expert_parallel=1"
-            )
+        self.experts: SpreadExperts | None = None
+        if sharding.expert_parallel > 1:
+            self.experts = SpreadExperts(model, rows, sharding.expert_parallel, cut, self.partitioning)
+            self.partitioning = self.experts.partitioning
+        data = OverData(rows) if rows is not None and data_coordinate(rows)[1] > 1 else None
         exchange = self.experts.exchange if self.experts is not None else None
         self.setting = Setting(
             self.partitioning,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +30,7 @@ class Axes:
     dp_shard: int = 1
     cp: int = 1
     tp: int = 1
-    ep: int = 1  # splits dp_shard: the ranks over which experts are spread
+    ep: int = 1  # ranks over which experts are spread: splits dp_shard x cp
 
     @property
     def dp(self) -> int:
@@ -70,7 +71,7 @@ def axes_of(config: FinetuneConfig, num_processes: int | None) -> Axes:
                 f"distributed: {_sizes(wanted)} need {others} processes or a multiple, but there are {num_processes}"
             )
         dp = num_processes // others
-    dp = dp or (replicate or 1) * wanted.ep_size
+    dp = dp or (replicate or 1) * (wanted.ep_size // math.gcd(wanted.ep_size, wanted.cp_size))
     if num_processes is not None and dp * others != num_processes:
         raise ConfigError(
             f"distributed: {_sizes(wanted, dp)} need {dp * others} processes, but there are {num_processes}; start that "
@@ -94,11 +95,14 @@ def axes_of(config: FinetuneConfig, num_processes: int | None) -> Axes:
             )
         return Axes(wanted.pp_size, dp, 1, wanted.cp_size, wanted.tp_size)
     shard = dp // (replicate or 1)
-    if shard % wanted.ep_size:
-        divisors = ", ".join(str(size) for size in range(1, shard + 1) if shard % size == 0)
+    sharing = shard * wanted.cp_size
+    if sharing % wanted.ep_size:
+        divisors = ", ".join(str(size) for size in range(1, sharing + 1) if sharing % size == 0)
+        beside = f", cp_size={wanted.cp_size}" if wanted.cp_size > 1 else ""
         raise ConfigError(
-            f"distributed: ep_size={wanted.ep_size} does not divide the {shard} data parallel ranks that share parameters "
-            f"(dp_size={dp}, dp_replicate_size={replicate or 1}), over which experts are spread; one of {divisors} does"
+            f"distributed: ep_size={wanted.ep_size} does not divide the {sharing} ranks that share parameters "
+            f"(dp_size={dp}, dp_replicate_size={replicate or 1}{beside}), over which experts are spread; one of {divisors} "
+            "does"
         )
     return Axes(wanted.pp_size, replicate or 1, shard, wanted.cp_size, wanted.tp_size, wanted.ep_size)
 

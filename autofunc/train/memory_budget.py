@@ -70,9 +70,10 @@ def kept_over_tp(recipe: Recipe) -> tuple[StageBytes, ...]:
     stages, model = recipe.stages, recipe.model
     chosen = recipe.sharding
     sharding = Sharding(
-        mp_policy=chosen.mp_policy, tensor_parallel=chosen.tensor_parallel, sequence_parallel=chosen.sequence_parallel
-    )
-    with imagined(Axes(tp=recipe.axes.tp)) as mesh:
+        mp_policy=chosen.mp_policy, tensor_parallel=chosen.tensor_parallel, sequence_parallel=chosen.sequence_parallel,
+        expert_parallel=chosen.expert_parallel,
+    )  # fmt: skip
+    with imagined(Axes(dp_shard=recipe.axes.ep, tp=recipe.axes.tp)) as mesh:
         pipe = Pipeline(
             stages, recipe.schedule, weighed(recipe.loss, recipe.microbatch_rows), None,
             replace(recipe.options, compile=False), STACKED, sharding, recipe.transfers, True,

@@ -269,7 +269,7 @@ def _gathered(recipe: Recipe, stages: Sequence[Stage], cut: Collection[str]) -> 
     total = 0
     for path, leaf in _held(stages).items():
         dtype = recipe.sharding.precision.parameter_dtype(leaf.dtype)
-        over = axes.tp if path in cut else axes.ep if path in experts else 1
+        over = (axes.tp if path in cut else 1) * (axes.ep if path in experts else 1)
         if axes.dp_shard * axes.cp > 1 or dtype != leaf.dtype:
             total += leaf.numel() // over * dtype.itemsize
     return total

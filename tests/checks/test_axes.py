@@ -90,11 +90,14 @@ def test_experts() -> None:
     assert found["ep"].data["sizes"] == [2, 4]
     assert found["cp"].data["sizes"] == [2]
     assert "does not divide the 4 experts" in found_of("mixtral", ep=3)["ep"].message
-    assert "along with tp" in found_of("mixtral", ep=2, tp=2)["ep"].message
+    assert [each.status for each in found_of("mixtral", ep=2, tp=2, cp=2).values()] == ["pass"] * 3
 
 
 def test_a_model_of_functions() -> None:
     assert found_of("moe")["ep"].data["sizes"] == [2, 4]
+    cut = af.Sharding(tensor_parallel={"lm_head.weight": "shard(0)"})
+    found = found_of("moe", cut, ep=2, tp=2)["ep"]
+    assert found.status == "fail" and "functions, which cannot be cut over both" in found.message
 
 
 def test_unknown_axis() -> None:

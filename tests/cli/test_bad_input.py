@@ -76,7 +76,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *wo
         (["--distributed.dp_sise", "2"], "unknown key 'distributed.dp_sise': did you mean dp_size"),
         (["--distributed.ep_size", "2"], "has no routed experts whose parameters are known; use 1"),
         (["--distributed.ep_size", "2", "--distributed.strategy", "ddp"], "ep_size=2 with strategy ddp"),
-        (["--distributed.ep_size", "2", "--distributed.dp_size", "1"], "ep_size=2 does not divide the 1 data parallel"),
+        (["--distributed.ep_size", "2", "--distributed.dp_size", "1"], "ep_size=2 does not divide the 1 ranks that share"),
         (["--distributed.tp_size", "3"], "distributed, with pp_size=2, tp_size=3: tp=3 does not divide n_head=2; sizes"),
         (["--distributed.tp_size", "2", "--model.n_head", "1"], "tp=2 does not divide n_head=1"),
         (

@@ -1,4 +1,4 @@
-"""Experts spread over data parallel ranks: losses, gradients and weights equal those of one process with all rows."""
+"""Experts spread over data and context parallel ranks: numbers are those of one process with all their rows."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ import autofunc as af
 from autofunc.engine.partition import in_order
 from autofunc.errors import AutofuncError, MeshError, ModelError
 from autofunc.mesh import data_coordinate
+from autofunc.shard.cut_over_tp import CutOverTP
 from autofunc.shard.experts import check_experts
+from autofunc.spreading import AxisPlan, Cut
 from autofunc.tree import flatten
 from stages.moe import build_moe_model, moe_causal_lm
 from tests.cases import assert_same_tree, cut_evenly, make_case, mesh_of, plan_of
@@ -38,17 +40,18 @@ def small(blocks: int = 2) -> af.Model:
 def batches(places: int) -> list[dict[str, Tensor]]:
     """Make batches for all ranks together, one per step."""
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, 17, (STEPS, places * MICROBATCHES * ROWS, 6), generator=generator)
+    ids = torch.randint(0, 17, (STEPS, places * MICROBATCHES * ROWS, 9), generator=generator)
     labels = ids[..., 1:].clone()
     labels[:, ::3, -2:] = -100
     return [{"input_ids": each[:, :-1], "labels": label} for each, label in zip(ids, labels, strict=True)]
 
 
-def joined(batch: dict[str, Tensor], places: int, size: int) -> dict[str, Tensor]:
+def joined(batch: dict[str, Tensor], places: int, together: int) -> dict[str, Tensor]:
     """The rows in another order: a microbatch has those of a microbatch of all ranks that share experts."""
 
     def order(rows: Tensor) -> Tensor:
-        return rows.view(places // size, size, MICROBATCHES, ROWS, *rows.shape[1:]).transpose(1, 2).flatten(0, 3)
+        apart = rows.view(places // together, together, MICROBATCHES, ROWS, *rows.shape[1:])
+        return apart.transpose(1, 2).flatten(0, 3)
 
     return {name: order(rows) for name, rows in batch.items()}
 
@@ -70,7 +73,7 @@ def trained(sizes: Sizes, size: int, *how: str, **options: Any) -> Any:
     """Losses of all steps, the first gradients and their norm, and the weights afterwards."""
     pipe = pipe_on(sizes, size, *how, **options)
     params = pipe.init(seed=1)
-    opt = af.optimizer(torch.optim.AdamW, lr=0.01)
+    opt = af.optimizer(torch.optim.AdamW, lr=0.01, eps=1e-6)
     state, losses, first = opt.init(params), [], None
     assert_same_tree(small().init(seed=1), pipe.gather(params))
     for batch in batches(data_coordinate(pipe.mesh)[1]):
@@ -82,13 +85,14 @@ def trained(sizes: Sizes, size: int, *how: str, **options: Any) -> Any:
     return losses, first, pipe.gather(params)
 
 
-def expected(places: int, size: int) -> Any:
-    reference = af.reference_value_and_grad(small(), LOSS, places * MICROBATCHES // size)
+def expected(places: int, together: int) -> Any:
+    """What one process finds, whose microbatches have the rows of so many data parallel ranks."""
+    reference = af.reference_value_and_grad(small(), LOSS, places * MICROBATCHES // together)
     params = small().init(seed=1)
-    opt = af.optimizer(torch.optim.AdamW, lr=0.01)
+    opt = af.optimizer(torch.optim.AdamW, lr=0.01, eps=1e-6)
     state, losses, first = opt.init(params), [], None
     for batch in batches(places):
-        loss, grads = reference(params, joined(batch, places, size))
+        loss, grads = reference(params, joined(batch, places, together))
         norm = torch.stack([leaf.double().square().sum() for leaf in flatten(grads).values()]).sum().sqrt()
         first = first or (grads, norm.float())
         losses.append(loss)
@@ -102,6 +106,12 @@ def expected(places: int, size: int) -> Any:
         ({"dp_shard": 4}, 2, ()),
         ({"pp": 2, "dp_shard": 2}, 2, ("zb_h1",)),
         ({"dp_shard": 4}, 4, ("1f1b", "eager")),
+        ({"dp_shard": 2, "cp": 2}, 4, ()),
+        ({"pp": 2, "cp": 2}, 2, ("zb_h1",)),
+        pytest.param({"dp_shard": 2, "cp": 2}, 2, ("1f1b", "eager"), marks=pytest.mark.full),
+        pytest.param({"dp_replicate": 2, "cp": 2}, 2, (), marks=pytest.mark.full),
+        pytest.param({"cp": 4}, 2, (), marks=pytest.mark.full),
+        pytest.param({"pp": 2, "cp": 2}, 2, ("dualpipe_v",), marks=pytest.mark.full),
         pytest.param({"dp_replicate": 2, "dp_shard": 2}, 2, (), marks=pytest.mark.full),
         pytest.param({"pp": 2, "dp_shard": 2}, 2, ("zbv",), marks=pytest.mark.full),
         pytest.param({"pp": 2, "dp_shard": 2}, 2, ("1f1b", "eager"), marks=pytest.mark.full),
@@ -109,8 +119,8 @@ def expected(places: int, size: int) -> Any:
     ids=str,
 )
 def test_training_follows_one_process(workers: WorkerPool, sizes: Sizes, size: int, how: tuple[str, ...]) -> None:
-    places = sizes.get("dp_replicate", 1) * sizes["dp_shard"]
-    losses, (grads, norm), params = expected(places, size)
+    places = sizes.get("dp_replicate", 1) * sizes.get("dp_shard", 1)
+    losses, (grads, norm), params = expected(places, max(size // sizes.get("cp", 1), 1))
     for found_losses, (found_grads, found_norm), found in workers.run(trained, sizes, size, *how):
         torch.testing.assert_close(torch.stack(found_losses), torch.stack(losses), rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(found_norm, norm, rtol=1e-5, atol=1e-6)
@@ -119,67 +129,6 @@ def test_training_follows_one_process(workers: WorkerPool, sizes: Sizes, size: i
                 torch.testing.assert_close(
                     flatten(have)[path], leaf, rtol=1e-5, atol=1e-5, msg=lambda m, p=path: f"{p}: {m}"
                 )
-
-
-# --- captured modules
-
-
-def captured(name: str) -> tuple[af.Model, Any]:
-    from tests.captured.test_routed_experts import built, text
-
-    model = af.from_module(built(name), masked(name, text(ROWS)["input_ids"]))
-    names = list(model.layers)
-    return model, lambda number: af.split(model, [name for name in names if name.endswith("layers.1")][: number - 1])
-
-
-def masked(name: str, ids: Tensor) -> dict[str, Tensor]:
-    """A batch; of the module that has a balance loss with padding, which that leaves out: rows count differently."""
-    batch = {"input_ids": ids, "labels": ids}
-    return {**batch, "attention_mask": (ids.cumsum(-1) < 60).long()} if name == "Mixtral" else batch
-
-
-def captured_steps(sizes: Sizes | None, size: int, name: str, engine: str = "graph") -> Any:
-    """Losses of some steps of AdamW, and the weights afterwards; without sizes those of one process.
-
-    Its microbatches have the rows of both ranks: the loss of Mixtral has means over all of them.
-    """
-    model, split = captured(name)
-    places = 2
-    generator = torch.Generator().manual_seed(3)
-    ids = torch.randint(0, 23, (3, places * MICROBATCHES * ROWS, 6), generator=generator)
-    opt = af.optimizer(torch.optim.AdamW, lr=0.01)
-    if sizes is None:
-        value_and_grad = af.reference_value_and_grad(model, None, MICROBATCHES)
-        params = model.init()
-        ids = ids.view(3, places, MICROBATCHES, ROWS, 6).transpose(1, 2).reshape(ids.shape)
-    else:
-        s = af.schedule.build("1f1b", num_ranks=sizes.get("pp", 1), num_microbatches=MICROBATCHES)
-        mesh = mesh_of(**sizes)
-        pipe = af.pipeline(split(s.num_stages), s, mesh=mesh, engine=engine, sharding=af.Sharding(expert_parallel=size))
-        value_and_grad, params = af.value_and_grad(pipe), pipe.init()
-        ids = ids.chunk(places, 1)[data_coordinate(mesh)[0]]
-    state, losses = opt.init(params), []
-    for rows in ids:
-        loss, grads = value_and_grad(params, masked(name, rows))
-        losses.append(loss)
-        params, state = opt.update(grads, state, params)
-    return losses, params if sizes is None else pipe.gather(params)
-
-
-@pytest.mark.parametrize(
-    ("name", "engine"),
-    [
-        ("Mixtral", "graph"), ("DeepseekV3", "graph"),
-        *(pytest.param(name, "graph", marks=pytest.mark.full) for name in ("Qwen3Moe", "Olmoe", "GptOss")),
-        *(pytest.param(name, "eager", marks=pytest.mark.full) for name in ("Mixtral", "Qwen3Moe", "GptOss")),
-    ],
-)  # fmt: skip
-def test_captured_modules_follow_one_process(workers: WorkerPool, name: str, engine: str) -> None:
-    losses, params = captured_steps(None, 1, name)
-    for found_losses, found in workers.run(captured_steps, {"pp": 2, "dp_shard": 2}, 2, name, engine):
-        torch.testing.assert_close(torch.stack(found_losses), torch.stack(losses), rtol=1e-5, atol=1e-6)
-        for path, leaf in flatten(params).items():
-            torch.testing.assert_close(flatten(found)[path], leaf, rtol=1e-5, atol=1e-5, msg=lambda m, p=path: f"{p}: {m}")
 
 
 # --- what is sent, and what is held
@@ -213,13 +162,14 @@ def test_a_layer_has_two_exchanges_forward_and_two_backward(workers: WorkerPool)
     assert weights == {}, "W waits for nobody"
 
 
-def held() -> dict[str, tuple[int, ...]]:
-    params = pipe_on({"dp_shard": 4}, 2).init()
+def held(sizes: Sizes) -> dict[str, tuple[int, ...]]:
+    params = pipe_on(sizes, 2).init()
     return {path: tuple(leaf.to_local().shape) for path, leaf in flatten(params).items()}
 
 
-def test_a_rank_holds_its_part_of_its_experts(workers: WorkerPool) -> None:
-    for shapes in workers.run(held):
+@pytest.mark.parametrize("sizes", [{"dp_shard": 4}, {"dp_shard": 2, "cp": 2}], ids=str)
+def test_a_rank_holds_its_part_of_its_experts(workers: WorkerPool, sizes: Sizes) -> None:
+    for shapes in workers.run(held, sizes):
         assert shapes["layers.0.mlp.experts.gate_proj"] == (1, 12, 8), "of four experts two, shared by two ranks"
         assert shapes["layers.0.mlp.experts.down_proj"] == (1, 8, 12)
         assert shapes["layers.0.mlp.gate.weight"] == (1, 8), "as all others, by four"
@@ -245,14 +195,14 @@ def test_policies(workers: WorkerPool) -> None:
 
 
 def stored(folder: str) -> tuple[Any, Any]:
-    """Trained by ranks that share experts by twos, and what those that share them by fours read of it."""
+    """Trained by ranks that share experts by twos, and what those that share tokens too read of it."""
     pipe = pipe_on({"dp_shard": 4}, 2)
     params, opt = pipe.init(seed=1), af.optimizer(torch.optim.AdamW, lr=0.01)
     state = opt.init(params)
     _, grads = af.value_and_grad(pipe)(params, mine(batches(4)[0], pipe))
     params, state = opt.update(grads, state, params)
     af.save(f"{folder}/checkpoint", params=params, optimizer_state=state)
-    others = pipe_on({"pp": 2, "dp_shard": 2}, 2)
+    others = pipe_on({"pp": 2, "cp": 2}, 2)
     found = af.load(f"{folder}/checkpoint", others, optimizer=opt)
     assert_same_tree(pipe.gather(params), others.gather(found.params))
     return pipe.gather(params), pipe.gather(state["exp_avg"])
@@ -268,17 +218,26 @@ def test_checkpoints_know_no_layout(workers: WorkerPool, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("size", "dp_shard", "tp", "message"),
+    ("size", "dp_shard", "cp", "message"),
     [
         (3, 4, 1, r"expert_parallel=3 does not divide dp_shard=4, among .*; 1, 2 and 4 do"),
+        (4, 3, 2, r"expert_parallel=4 does not divide dp_shard=3 x cp=2, among .*; 1 and 2 do"),
         (6, 12, 1, r"expert_parallel=6 does not divide the 4 experts of 'layers.0.mlp.experts.down_proj'; 1, 2 and 4 do"),
-        (3, 3, 1, r"does not divide the 4 experts of .*; only 1 does"),
-        (2, 2, 2, r"expert_parallel=2 and tp=2: .*; use tp=1"),
+        (3, 1, 3, r"does not divide the 4 experts of .*; only 1 does"),
     ],
 )
-def test_invalid_sizes_are_refused(size: int, dp_shard: int, tp: int, message: str) -> None:
+def test_invalid_sizes_are_refused(size: int, dp_shard: int, cp: int, message: str) -> None:
     with pytest.raises(MeshError, match=message):
-        check_experts(small(), size, dp_shard, tp)
+        check_experts(small(), size, dp_shard, cp)
+
+
+def test_invalid_tables_are_refused() -> None:
+    with pytest.raises(MeshError, match=r"expert_parallel=2 and tp=2, and the layers of .* are functions, .*; use"):
+        check_experts(small(), 2, 2, tp=2)
+    path = "layers.0.mlp.experts.gate_proj"
+    over = AxisPlan("tp", 2, {path: Cut(0, (4,))}, frozenset(), False, "a table")
+    with pytest.raises(MeshError, match=rf"the tp table cuts '{path}' along dim 0, its experts, .*; cut another dim"):
+        check_experts(small(), 2, 2, tp=2, cut=CutOverTP(over.cuts, over))
 
 
 def test_models_without_experts() -> None:
@@ -288,17 +247,6 @@ def test_models_without_experts() -> None:
         check_experts(af.Model(make_case("gpt2", 1, 4)[0].layers, experts=["*.expert"]), 2, 2)
     with pytest.raises(AutofuncError, match="expert_parallel=0, expected 1 or more"):
         af.Sharding(expert_parallel=0)
-
-
-def beside_cp() -> str:
-    with pytest.raises(MeshError) as error:
-        pipe_on({"dp_shard": 2, "cp": 2}, 2)
-    return str(error.value)
-
-
-def test_ranks_that_share_tokens_have_all_experts(workers: WorkerPool) -> None:
-    for said in workers.run(beside_cp):
-        assert said.startswith("the mesh has cp=2, and expert_parallel=2; ")
 
 
 def test_without_a_mesh_memory_is_predicted() -> None:

@@ -32,6 +32,8 @@ CASES = {
     "tp beside pp": ("llama", "pp_size: 2, tp_size: 2"),
     "tp beside cp": ("llama", "cp_size: 2, tp_size: 2, mp_policy: {param_dtype: bfloat16}"),
     "ep beside pp": ("mixtral", "pp_size: 2, ep_size: 2, dp_size: 2"),
+    "ep beside tp": ("mixtral", "tp_size: 2, ep_size: 2, dp_size: 2"),
+    "ep beside cp": ("mixtral", "pp_size: 2, cp_size: 2, ep_size: 2"),
 }
 
 
@@ -92,3 +94,7 @@ def test_by_hand(tmp_path: Path) -> None:
         first.parameter_bytes == 4 * (of_block + table) // 2 and last.parameter_bytes == 4 * (of_block + table + norm) // 2
     )
     assert first.gathered_bytes == 4 * (of_block + table - 2 * expert), "two of four experts are another rank's"
+    (rank,) = planned("ep beside tp", tmp_path).ranks
+    of_tp_rank = (2 * table + 2 * (4 * expert + attention)) // 2 + 2 * router + 5 * norm
+    assert rank.parameter_bytes == 4 * of_tp_rank // 2
+    assert rank.gathered_bytes == 4 * (of_tp_rank - 2 * 2 * expert // 2), "of each block two experts, cut over tp"
