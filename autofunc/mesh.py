@@ -83,7 +83,8 @@ def folded(mesh: DeviceMesh | None) -> DeviceMesh | None:
     """
     if mesh is None or axis_size(mesh, "cp") == 1:
         return mesh
-    if mesh not in _folded:
+    made_of = _made_of(mesh)
+    if "folded" not in made_of:
         if mesh.mesh.numel() != dist.get_world_size():
             raise MeshError("a mesh with an axis cp must include all processes; got a submesh, see af.make_mesh")
         names = [name for name in mesh.mesh_dim_names or () if name not in ("dp_shard", "cp")]
@@ -92,11 +93,18 @@ def folded(mesh: DeviceMesh | None) -> DeviceMesh | None:
         ranks = ranks.flatten(len(names)).movedim(-1, at)
         made = DeviceMesh(mesh.device_type, ranks, mesh_dim_names=(*names[:at], "dp_shard", *names[at:]))
         _wait_as_by_default(made)
-        _folded[mesh] = made
-    return _folded[mesh]
+        made_of["folded"] = made
+    return made_of["folded"]
 
 
-_folded: WeakKeyDictionary[DeviceMesh, DeviceMesh] = WeakKeyDictionary()  # creating groups is expensive
+_made: WeakKeyDictionary[dist.ProcessGroup, WeakKeyDictionary[DeviceMesh, dict[str, DeviceMesh]]] = WeakKeyDictionary()
+
+
+def _made_of(mesh: DeviceMesh) -> dict[str, DeviceMesh]:
+    """Meshes made of this one: creating groups is expensive. Equal meshes of another world have other groups."""
+    world = dist.group.WORLD
+    assert world is not None, "a mesh needs one"
+    return _made.setdefault(world, WeakKeyDictionary()).setdefault(mesh, {})
 
 
 def expert_mesh(mesh: DeviceMesh, size: int) -> DeviceMesh:
@@ -113,8 +121,8 @@ def expert_mesh(mesh: DeviceMesh, size: int) -> DeviceMesh:
     Raises:
         MeshError: for a submesh.
     """
-    made = _expert_meshes.setdefault(mesh, {})
-    if size not in made:
+    made, name = _made_of(mesh), f"experts over {size}"
+    if name not in made:
         if mesh.mesh.numel() != dist.get_world_size():
             raise MeshError("experts are spread over a mesh of all processes; got a submesh, see af.make_mesh")
         shard = axis_size(mesh, "dp_shard")
@@ -124,12 +132,9 @@ def expert_mesh(mesh: DeviceMesh, size: int) -> DeviceMesh:
                 sizes |= {"edp": shard // size, "ep": size}
             elif axis_size(mesh, axis) > 1:
                 sizes[axis] = axis_size(mesh, axis)
-        made[size] = DeviceMesh(mesh.device_type, mesh.mesh.reshape(*sizes.values()), mesh_dim_names=tuple(sizes))
-        _wait_as_by_default(made[size])
-    return made[size]
-
-
-_expert_meshes: WeakKeyDictionary[DeviceMesh, dict[int, DeviceMesh]] = WeakKeyDictionary()  # creating groups is expensive
+        made[name] = DeviceMesh(mesh.device_type, mesh.mesh.reshape(*sizes.values()), mesh_dim_names=tuple(sizes))
+        _wait_as_by_default(made[name])
+    return made[name]
 
 
 def _wait_as_by_default(mesh: DeviceMesh) -> None:
