@@ -69,7 +69,7 @@ class SpreadExperts:
             return dict(full)
         tp = axis_size(self.mesh, "tp")
         axes = self.mesh["ep", "tp"] if tp > 1 else self.mesh["ep"]
-        leaves = {}
+        leaves: dict[str, Tensor] = {}
         for path, leaf in full.items():
             part, cut = leaf.chunk(self.size)[self.place], self._cuts.get(path)
             placements: list[Shard | Replicate] = [Shard(0)]

@@ -105,10 +105,10 @@ def full(*case: Any) -> Any:
         (_BESIDE_TP, "Mixtral", "graph"),
         *(full(_BESIDE_PP, name, "graph") for name in ("Mixtral", "Qwen3Moe", "Olmoe", "GptOss")),
         *(full(_BESIDE_PP, name, "eager") for name in ("Mixtral", "Qwen3Moe", "GptOss")),
-        *(full(_BESIDE_TP, name, "graph") for name in ("Qwen3Moe", "DeepseekV3", "GptOss")),
+        *(full(_BESIDE_TP, name, "graph") for name in ("Qwen3Moe", "DeepseekV3")),
         full(_BESIDE_TP, "Mixtral", "eager"),
         full({"pp": 2, "cp": 2}, "Mixtral", "graph"),
-        full({"cp": 2, "tp": 2}, "Qwen3Moe", "graph"),
+        full({"cp": 2, "tp": 2}, "Olmoe", "graph"),
     ],
     ids=str,
 )  # fmt: skip
@@ -117,8 +117,11 @@ def test_they_follow_one_process(workers: WorkerPool, sizes: Sizes, name: str, e
 
 
 @pytest.mark.full
-def test_beside_a_stream_that_is_cut_along_tokens(workers: WorkerPool) -> None:
-    follows_one_process(workers, _BESIDE_TP, 2, "Mixtral", sequence_parallel=True)
+@pytest.mark.parametrize(
+    ("name", "options"), [("Mixtral", {"sequence_parallel": True}), ("GptOss", {"tensor_parallel": "derived"})], ids=str
+)
+def test_other_choices_of_tp(workers: WorkerPool, name: str, options: dict[str, Any]) -> None:
+    follows_one_process(workers, _BESIDE_TP, 2, name, **options)
 
 
 @pytest.mark.full
