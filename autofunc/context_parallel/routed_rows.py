@@ -1,4 +1,4 @@
-"""Routed experts on cut tokens: each rank sends its own tokens to the experts, and has all of them.
+"""Routed experts on cut tokens: each rank sends its own tokens to experts, its own or those of several ranks.
 
 Rows sorted by expert are therefore local to a rank, in an order of its own. They may go through products with experts and
 through operators that treat rows separately, and back to their tokens. They are not a part of the rows that the whole would

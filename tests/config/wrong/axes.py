@@ -31,7 +31,12 @@ WRONG: list[tuple[dict[str, str] | list[str] | str, ...]] = [
     # experts
     (_over("ep_size: 2", "Attends"), "ep_size=2", "no routed experts", "af.routed_experts"),
     (_EXPERTS, "expert_parallel=3 does not divide the 4 experts"),
-    (_EXPERTS | {"distributed": "{ep_size: 3, cp_size: 3, dp_size: 1, device: cpu}"}, "=3 does not divide the 4 experts"),
+    (
+        _EXPERTS | {"distributed": "{ep_size: 2, tp_size: 2, tp_plan: {lm_head.weight: shard(0)}, device: cpu}"},
+        "expert_parallel=2 and tp=2",
+        "functions, which cannot be cut over both",
+        "expert_parallel=1 or tp=1",
+    ),
     (
         _EXPERTS | {"distributed": "{ep_size: 4, cp_size: 2, dp_size: 3, device: cpu}"},
         "ep_size=4 does not divide the 6 ranks that share parameters",
