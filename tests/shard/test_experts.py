@@ -111,7 +111,6 @@ def expected(places: int, together: int) -> Any:
         pytest.param({"dp_shard": 2, "cp": 2}, 2, ("1f1b", "eager"), marks=pytest.mark.full),
         pytest.param({"dp_replicate": 2, "cp": 2}, 2, (), marks=pytest.mark.full),
         pytest.param({"cp": 4}, 2, (), marks=pytest.mark.full),
-        pytest.param({"pp": 2, "cp": 2}, 2, ("dualpipe_v",), marks=pytest.mark.full),
         pytest.param({"dp_replicate": 2, "dp_shard": 2}, 2, (), marks=pytest.mark.full),
         pytest.param({"pp": 2, "dp_shard": 2}, 2, ("zbv",), marks=pytest.mark.full),
         pytest.param({"pp": 2, "dp_shard": 2}, 2, ("1f1b", "eager"), marks=pytest.mark.full),

@@ -29,19 +29,20 @@ Case = tuple[af.Pipeline, dict[str, Tensor]]
 
 
 def pipe_of(what: str, **options: Any) -> Case:
-    """`dualpipe_v` over two ranks: experts spread over two, or a model of functions or a captured one over tp=2."""
+    """`dualpipe_v` over two ranks: experts spread over two dp or cp ranks, or functions or a captured module over tp=2."""
     s = af.schedule.build("dualpipe_v", num_ranks=2, num_microbatches=6)
-    ids = torch.randint(0, 16, (24, 7), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(0, 16, (24, 9 if what == "experts over cp" else 7), generator=torch.Generator().manual_seed(0))
     sizes = {"num_hidden_layers": 4, "hidden_size": 16, "vocab_size": 32}
     loss: Any = af.losses.causal_lm
-    if what == "experts":
+    if what.startswith("experts"):
         model = build_moe_model(
             **sizes, intermediate_size=12, num_attention_heads=2, num_key_value_heads=1, num_local_experts=4,
             num_experts_per_tok=2, initializer_range=0.3,
         )  # fmt: skip
-        loss, mesh, sharding = partial(moe_causal_lm, router_aux_loss_coef=0.1), mesh_of(pp=2, dp_shard=2), af.Sharding()
-        sharding = af.Sharding(expert_parallel=2)
-        ids = ids.chunk(2)[data_coordinate(mesh)[0]]
+        loss, sharding = partial(moe_causal_lm, router_aux_loss_coef=0.1), af.Sharding(expert_parallel=2)
+        mesh = mesh_of(pp=2, cp=2) if what == "experts over cp" else mesh_of(pp=2, dp_shard=2)
+        place, places = data_coordinate(mesh)
+        ids = ids.chunk(places)[place]
     else:
         mesh, sharding = mesh_of(pp=2, tp=2), af.Sharding(sequence_parallel=what == "sequence")
         model = build_llama_model(**sizes, intermediate_size=24, num_attention_heads=4)
@@ -75,6 +76,7 @@ def both_ways(what: str, options: dict[str, Any]) -> None:
         ("functions", {}),
         ("captured", {}),
         pytest.param("experts", {"remat": "stage"}, marks=pytest.mark.full),
+        pytest.param("experts over cp", {}, marks=pytest.mark.full),
         pytest.param("sequence", {}, marks=pytest.mark.full),
     ],
     ids=str,
