@@ -129,6 +129,10 @@ def mixing(kind: str, number: int) -> af.Layer:
     return af.Layer(init=init, apply=apply)
 
 
+def squares(outputs: Tensor, microbatch: Any) -> tuple[Tensor, int]:
+    return outputs.square().sum(), outputs.shape[0]
+
+
 def of_ranks_that_exchange(kind: str, mark: int) -> str:
     """What a process says when one of two ranks that share experts or tokens has a bad token in microbatch 2."""
     mesh = mesh_of(pp=2, cp=2) if kind == "cp" else mesh_of(pp=2, dp_shard=2)
@@ -139,9 +143,7 @@ def of_ranks_that_exchange(kind: str, mark: int) -> str:
     )
     s = af.schedule.build("zb_h1", num_ranks=2, num_microbatches=4)
     sharding = af.Sharding(expert_parallel=2 if kind == "ep" else 1)
-    pipe = af.pipeline(
-        af.split(model, ["blocks.2"]), s, loss=lambda x, batch: (x.square().sum(), x.shape[0]), mesh=mesh, sharding=sharding
-    )
+    pipe = af.pipeline(af.split(model, ["blocks.2"]), s, loss=squares, mesh=mesh, sharding=sharding)
     params = pipe.init(0)
     pipe.check_finite(params, batch)
     if kind == "cp" or data_coordinate(mesh)[0] == 1:
