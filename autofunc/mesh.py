@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from datetime import timedelta
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 from autofunc.errors import MeshError, one_of
 
@@ -27,10 +26,11 @@ DATA_AXES = ("dp_replicate", "dp_shard")
 def make_mesh(
     pp: int = 1, dp_replicate: int = 1, dp_shard: int = 1, cp: int = 1, tp: int = 1, *, device_type: str | None = None
 ) -> DeviceMesh:
-    """Make the device mesh of all processes, with the axes "pp", "dp_replicate", "dp_shard", "cp" and "tp", in that order.
+    """Return the mesh of all processes, with the axes "pp", "dp_replicate", "dp_shard", "cp" and "tp", in that order.
 
-    Starts the default process group if there is none: call it in processes started by `torchrun`. All axes use the default
-    group's timeout. With `cp=1` there is no axis "cp".
+    Starts the default process group if there is none: call it in processes started by `torchrun`. All processes call it.
+    All axes use the default group's timeout. With `cp=1` there is no axis "cp". Equal calls return the same mesh until the
+    default group is destroyed, so a program may make one per pipeline: process groups cost threads and sockets.
 
     Args:
         pp: pipeline ranks.
@@ -41,7 +41,8 @@ def make_mesh(
         device_type: "cpu" or "cuda"; by default cuda if available.
 
     Raises:
-        MeshError: if the number of processes is not the product of the axes, or torchrun's variables are missing.
+        MeshError: if the number of processes is not the product of the axes, torchrun's variables are missing, or
+            `device_type` names a single device.
     """
     sizes = (pp, dp_replicate, dp_shard, cp, tp)
     given = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes, strict=True) if size != 1) or "pp=1"
@@ -60,6 +61,10 @@ def make_mesh(
         )
     if device_type is None:
         device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    if torch.device(device_type).index is not None:
+        raise MeshError(
+            f"device_type={device_type!r} names one device; expected a kind, {torch.device(device_type).type!r}"
+        )
     local, found = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
     if device_type == "cuda" and local > found:
         raise MeshError(
@@ -67,9 +72,39 @@ def make_mesh(
             'device_type="cpu"'
         )
     made = {axis: size for axis, size in zip(AXES, sizes, strict=True) if axis != "cp" or size > 1}
-    mesh = init_device_mesh(device_type, tuple(made.values()), mesh_dim_names=tuple(made))
-    _wait_as_by_default(mesh)
-    return mesh
+    if not dist.is_initialized():
+        dist.init_process_group()
+    return _mesh_over(torch.arange(needed, device="cpu").view(*made.values()), tuple(made), device_type)
+
+
+def _mesh_over(ranks: Tensor, axes: tuple[str, ...], device_type: str) -> DeviceMesh:
+    """Return the mesh of these ranks, creating its process groups the first time. All processes call it.
+
+    Creating groups is a collective: all ranks must do it, or none. So what is found here depends only on earlier calls,
+    which are the same on all ranks. Meshes are kept until there is another default group, and compared by content: torch's
+    do so too, hence a cache with weak references would find an equal mesh on those ranks that still hold the earlier one,
+    which depends on when each of them collects garbage.
+    """
+    default = dist.group.WORLD
+    if default not in _meshes:
+        _meshes.clear()
+        _meshes[default] = {}
+    known, key = _meshes[default], (device_type, axes, tuple(ranks.shape), tuple(ranks.flatten().tolist()))
+    if key not in known:
+        known[key] = DeviceMesh(device_type, ranks, mesh_dim_names=axes)
+    _wait_as_by_default(known[key])
+    return known[key]
+
+
+_meshes: dict[dist.ProcessGroup | None, dict[Hashable, DeviceMesh]] = {}  # of one default group
+
+
+def _wait_as_by_default(mesh: DeviceMesh) -> None:
+    """Give every axis the timeout of the default group."""
+    default = dist.group.WORLD
+    if default is not None and dist.get_backend() != "fake":  # the fake group never waits
+        for axis in mesh.mesh_dim_names or ():
+            _set_timeout(mesh.get_group(axis), timeout_of(default))
 
 
 def folded(mesh: DeviceMesh | None) -> DeviceMesh | None:
@@ -83,35 +118,20 @@ def folded(mesh: DeviceMesh | None) -> DeviceMesh | None:
     """
     if mesh is None or axis_size(mesh, "cp") == 1:
         return mesh
-    made_of = _made_of(mesh)
-    if "folded" not in made_of:
-        if mesh.mesh.numel() != dist.get_world_size():
-            raise MeshError("a mesh with an axis cp must include all processes; got a submesh, see af.make_mesh")
-        names = [name for name in mesh.mesh_dim_names or () if name not in ("dp_shard", "cp")]
-        ranks = mesh.mesh.movedim([(mesh.mesh_dim_names or ()).index(name) for name in names], list(range(len(names))))
-        at = sum(name in ("pp", "dp_replicate") for name in names)
-        ranks = ranks.flatten(len(names)).movedim(-1, at)
-        made = DeviceMesh(mesh.device_type, ranks, mesh_dim_names=(*names[:at], "dp_shard", *names[at:]))
-        _wait_as_by_default(made)
-        made_of["folded"] = made
-    return made_of["folded"]
-
-
-_made: WeakKeyDictionary[dist.ProcessGroup, WeakKeyDictionary[DeviceMesh, dict[str, DeviceMesh]]] = WeakKeyDictionary()
-
-
-def _made_of(mesh: DeviceMesh) -> dict[str, DeviceMesh]:
-    """Meshes made of this one: creating groups is expensive. Equal meshes of another world have other groups."""
-    world = dist.group.WORLD
-    assert world is not None, "a mesh needs one"
-    return _made.setdefault(world, WeakKeyDictionary()).setdefault(mesh, {})
+    if mesh.mesh.numel() != dist.get_world_size():
+        raise MeshError("a mesh with an axis cp must include all processes; got a submesh, see af.make_mesh")
+    names = [name for name in mesh.mesh_dim_names or () if name not in ("dp_shard", "cp")]
+    ranks = mesh.mesh.movedim([(mesh.mesh_dim_names or ()).index(name) for name in names], list(range(len(names))))
+    at = sum(name in ("pp", "dp_replicate") for name in names)
+    ranks = ranks.flatten(len(names)).movedim(-1, at)
+    return _mesh_over(ranks, (*names[:at], "dp_shard", *names[at:]), mesh.device_type)
 
 
 def expert_mesh(mesh: DeviceMesh, size: int) -> DeviceMesh:
     """Return the mesh that experts are spread on: its axis "dp_shard" is split into "edp" and "ep".
 
     Ranks along "ep", which are adjacent, hold different experts. Ranks along "edp" share the parameters of the same
-    experts, as ranks along "dp_shard" share all other parameters. Cached per mesh; all processes call it.
+    experts, as ranks along "dp_shard" share all other parameters. Equal meshes share one; all processes call it.
 
     Args:
         mesh: of all processes, with an axis "dp_shard" that `size` divides and no axis "cp": see `folded`. So "ep" borrows
@@ -121,28 +141,16 @@ def expert_mesh(mesh: DeviceMesh, size: int) -> DeviceMesh:
     Raises:
         MeshError: for a submesh.
     """
-    made, name = _made_of(mesh), f"experts over {size}"
-    if name not in made:
-        if mesh.mesh.numel() != dist.get_world_size():
-            raise MeshError("experts are spread over a mesh of all processes; got a submesh, see af.make_mesh")
-        shard = axis_size(mesh, "dp_shard")
-        sizes: dict[str, int] = {}
-        for axis in mesh.mesh_dim_names or ():
-            if axis == "dp_shard":
-                sizes |= {"edp": shard // size, "ep": size}
-            elif axis_size(mesh, axis) > 1:
-                sizes[axis] = axis_size(mesh, axis)
-        made[name] = DeviceMesh(mesh.device_type, mesh.mesh.reshape(*sizes.values()), mesh_dim_names=tuple(sizes))
-        _wait_as_by_default(made[name])
-    return made[name]
-
-
-def _wait_as_by_default(mesh: DeviceMesh) -> None:
-    """Give every axis the timeout of the default group."""
-    default = dist.group.WORLD
-    if default is not None and dist.get_backend() != "fake":  # the fake group never waits
-        for axis in mesh.mesh_dim_names or ():
-            _set_timeout(mesh.get_group(axis), timeout_of(default))
+    if mesh.mesh.numel() != dist.get_world_size():
+        raise MeshError("experts are spread over a mesh of all processes; got a submesh, see af.make_mesh")
+    shard = axis_size(mesh, "dp_shard")
+    sizes: dict[str, int] = {}
+    for axis in mesh.mesh_dim_names or ():
+        if axis == "dp_shard":
+            sizes |= {"edp": shard // size, "ep": size}
+        elif axis_size(mesh, axis) > 1:
+            sizes[axis] = axis_size(mesh, axis)
+    return _mesh_over(mesh.mesh.reshape(*sizes.values()), tuple(sizes), mesh.device_type)
 
 
 def timeout_of(group: dist.ProcessGroup, device: torch.device | None = None) -> timedelta:

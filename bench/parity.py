@@ -27,7 +27,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from fnmatch import fnmatch
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +37,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 from zoo_entry import BATCHES, IMAGE, Entry, build
 from zoo_others import ENCODERS, PAIRS
 from zoo_text import TEXT
@@ -204,16 +202,10 @@ def expected_of(name: str, rows: tuple[int, int], eps: float) -> dict[str, Any]:
     return {**found, "rounding": max(off)}
 
 
-@cache
-def mesh_of(*axes: tuple[str, int]) -> DeviceMesh:
-    """Return this process's mesh, shared by all cases on the same axes."""
-    return af.make_mesh(**dict(axes), device_type="cpu")
-
-
 def over(case: Case, eps: float) -> dict[str, Any]:
     """Train on this rank's part of the mesh."""
     entry, axes = entry_of(case.model), dict(case.mesh.axes)
-    mesh = mesh_of(*axes.items())
+    mesh = af.make_mesh(**axes, device_type="cpu")
     place, places = data_coordinate(mesh)
     model = af.from_module(build(entry), batch_of(entry, 0))
     s = af.schedule.build("1f1b", num_ranks=axes.get("pp", 1), num_microbatches=MICROBATCHES)

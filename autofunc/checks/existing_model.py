@@ -38,7 +38,7 @@ def subject_of(model: Model, batch: Mapping[str, Any], loss: Loss | None, inputs
     if isinstance(checked, nn.Module):
         on = next((leaf.device for leaf in checked.parameters()), torch.device("cpu"))
         batch = {name: leaf.to(on) if isinstance(leaf, Tensor) else leaf for name, leaf in batch.items()}
-    subject = Subject(checked, batch, loss, inputs, None)
+    subject = Subject(checked, batch, loss, inputs, None, captured=model if isinstance(model, CapturedModel) else None)
     _ = subject.snapshot  # before anything runs
     try:
         with seeded(0), warnings.catch_warnings():

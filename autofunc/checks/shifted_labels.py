@@ -31,16 +31,16 @@ def shift_problem(subject: Subject) -> str:
 def shift_warning(model: Model, batch: Mapping[str, Any], inputs: Inputs = None) -> str:
     """Return C3's warning about a model, which is left unchanged; empty if it does not shift labels.
 
-    Needs no weights if the model shifts labels before they meet any.
+    Needs no weights if the model shifts labels before they meet any; a captured model's example tells.
 
     Args:
-        model: captured, or made of layers.
+        model: captured from a batch like this one, or made of layers.
         batch: a small example, with at least two rows.
         inputs: see `af.from_module`.
     """
     if isinstance(model, CapturedModel):
         layers = list(model.layers)
-        batches = (batch, *_with_changed_labels(batch))
+        batches = (model.example, *_with_changed_labels(model.example))  # it is captured for these already
         made = [_tensors(model.specialise(each).share(layers, each).values) for each in batches]
         if _only_the_last_matters(made):
             return _warning(batch)

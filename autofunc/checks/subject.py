@@ -72,6 +72,7 @@ class Subject:
         inputs: see `af.from_module`.
         rows: the number of rows of the batch; by default the size of dim 0 that most of its tensors share.
         batch_dims: see `af.pipeline`.
+        captured: the model that was captured from the module, or from one that it is a copy of; None captures it on demand.
 
     Raises:
         ModelError: for other objects, or weights on the meta device.
@@ -86,11 +87,12 @@ class Subject:
         inputs: Sequence[str] | Mapping[str, str] | None,
         rows: int | None,
         batch_dims: BatchDims = None,
+        captured: CapturedModel | None = None,
     ) -> None:
         if not isinstance(checked, (nn.Module, Model)):
             raise ModelError(f"expected an nn.Module or an af.Model, got {type(checked).__name__}")
         self.batch, self.loss, self.inputs, self.batch_dims = dict(batch), loss, inputs, batch_dims
-        self.checked = checked
+        self.checked, self._known = checked, captured
         self.module = checked if isinstance(checked, nn.Module) else None
         self.name = type(checked).__name__
         if self.module is not None:
@@ -198,7 +200,7 @@ class Subject:
         model, _ = self.captured
         if self.module is None or not isinstance(model, CapturedModel):
             return WithoutDropout()
-        return still(self.module, model.without_key(self.batch).parts)
+        return still(self.module, model.without_key(self.batch if self._known is None else model.example).parts)
 
     @cached_property
     def still(self) -> list[Run]:
@@ -261,8 +263,8 @@ class Subject:
     @cached_property
     def captured(self) -> tuple[Model | None, str]:
         """The model captured from the module, or why it cannot be captured."""
-        if self.module is None:
-            return self.model, ""
+        if self.module is None or self._known is not None:
+            return self._known or self.model, ""
         try:
             return capture_module(self.module, self.batch, inputs=self.inputs), ""
         except AutofuncError as error:

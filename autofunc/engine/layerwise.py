@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from autofunc import tree
+from autofunc.context_parallel.ranks import ranks_of
 from autofunc.engine.functions import Microbatch
 from autofunc.splitting import StageContext
+from autofunc.spread import exchanging
 
 
 @dataclass
@@ -29,6 +31,20 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
     return all(bool(torch.isfinite(leaf).all()) for leaf in tensors if leaf.is_floating_point() or leaf.is_complex())
 
 
+def any_of(context: StageContext, own: bool) -> bool:
+    """Return whether the flag is set on any of the ranks that exchange values within a stage; all of them call it.
+
+    These are the ranks that share experts or tokens, but not tp ranks.
+    """
+    setting = context.setting
+    flag = torch.tensor(float(own), device=context.device)
+    if setting.experts is not None:
+        flag = setting.experts.sum(flag)
+    if setting.context is not None:
+        flag = torch.stack(ranks_of(setting.context.ranks).gather(flag)).sum()
+    return bool(flag)
+
+
 def first_not_finite(
     context: StageContext,
     leaves: Sequence[Tensor],
@@ -37,25 +53,26 @@ def first_not_finite(
     microbatch: Microbatch,
     cotangents: Sequence[Tensor] | None,
 ) -> str | None:
-    """Run a stage again, with autograd, until something is not finite.
+    """Rerun a stage by autograd until something is not finite on a rank. All ranks that exchange values within it call it.
 
     Args:
         context: of the stage, which must not be cut over tp ranks.
         leaves: its parameters, in the order of `Stage.holders`.
-        state: of its layers, before this microbatch.
-        inputs: values it received.
+        state: of its layers, from before this microbatch.
+        inputs: the values it received.
         microbatch: the microbatch.
-        cotangents: of its outputs; None to check the forward alone.
+        cotangents: of the values it hands on; None to examine the forward alone.
 
     Returns:
-        A sentence that names the layer and what is not finite; None if all is finite.
+        The layer and its non-finite values, in words; "" if these are on other ranks; None if all is finite.
     """
     runs: list[_LayerRun] = []
-    with torch.enable_grad():
+    with torch.enable_grad(), exchanging(context.setting.experts):
         for run in _forward(context, leaves, state, inputs, microbatch, runs):
-            if not all_finite(leaf.detach() for leaf in run.made):
-                return f"{run.title} makes {_kinds(run.made)}{_of_parameters(run)}"
-    return None if cotangents is None else _backward(runs, cotangents, context.with_loss)
+            is_bad = not all_finite(leaf.detach() for leaf in run.made)
+            if any_of(context, is_bad):
+                return f"{run.title} makes {_kinds(run.made)}{_of_parameters(run)}" if is_bad else ""
+    return None if cotangents is None else _backward(context, runs, cotangents)
 
 
 def _forward(
@@ -82,8 +99,8 @@ def _forward(
     yield runs[-1]
 
 
-def _backward(runs: Sequence[_LayerRun], cotangents: Sequence[Tensor], with_loss: bool) -> str | None:
-    seeds: list[Tensor | None] = [torch.ones_like(runs[-1].made[0])] if with_loss else list(cotangents)
+def _backward(context: StageContext, runs: Sequence[_LayerRun], cotangents: Sequence[Tensor]) -> str | None:
+    seeds: list[Tensor | None] = [torch.ones_like(runs[-1].made[0])] if context.with_loss else list(cotangents)
     for run in reversed(runs):
         pairs = [
             (made, seed) for made, seed in zip(run.made, seeds, strict=True) if seed is not None and made.requires_grad
@@ -99,8 +116,8 @@ def _backward(runs: Sequence[_LayerRun], cotangents: Sequence[Tensor], with_loss
         bad = [f"the gradient of {path!r}" for path, leaf in params.items() if not _finite(by_leaf[id(leaf)])]
         if not all(map(_finite, seeds)):
             bad.insert(0, "the gradient of its input")
-        if bad:
-            return f"{run.title}: {', '.join(bad[:3])}{' and others' if len(bad) > 3 else ''}"
+        if any_of(context, bool(bad)):
+            return f"{run.title}: {', '.join(bad[:3])}{' and others' if len(bad) > 3 else ''}" if bad else ""
     return None
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -23,7 +23,7 @@ from autofunc.mesh import timeout_of
 from autofunc.surroundings import named_settings
 
 # every rank builds the pipelines of a mesh in the same order, so the same number means the same plan
-_numbers: WeakKeyDictionary[dist.ProcessGroup, Iterator[int]] = WeakKeyDictionary()
+_numbers: WeakKeyDictionary[dist.ProcessGroup, int] = WeakKeyDictionary()  # of a group's next plan
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def agree(
     """
     if dist.get_backend(group) == "fake":  # torch's group without communication: this rank is alone
         return dict(dtypes), list(held)
-    number = next(_numbers.setdefault(group, itertools.count()))
+    number = _numbers.get(group, 0)
     store, rank, size = group.get_group_store(), group.rank(), group.size()
     keys = [f"autofunc/intent/{number}/{each}" for each in range(size)]
     own = Intent(
@@ -78,11 +78,13 @@ def agree(
         store.wait(keys, timeout_of(group))
     except RuntimeError as error:  # a `DistStoreError`, except for file stores
         missing = [str(each) for each, key in enumerate(keys) if not store.check([key])]
+        store.delete_key(keys[rank])  # the others have not counted this plan either: ranks that try again meet here
         raise PeerLostError(
             f"pp rank {rank} prepares a step ({mode}; {_text(own.entries)}), and rank {', '.join(missing)} does not: it "
             "has run such a step before, or is gone. All ranks must call the pipeline in the same order, with microbatches "
             "of the same shapes, and change parameters' dtypes on all ranks or none"
         ) from error
+    _numbers[group] = number + 1
     intents = [Intent(**json.loads(store.get(key))) for key in keys]
     _check(intents)
     known = {path: getattr(torch, name) for intent in intents for path, name in intent.dtypes.items()}

@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from autofunc import tree
 from autofunc.engine import Microbatch
-from autofunc.engine.layerwise import all_finite, first_not_finite
+from autofunc.engine.layerwise import all_finite, any_of, first_not_finite
 from autofunc.errors import NotFiniteError
 from autofunc.mesh import AXES, axis_group
 from autofunc.runtime.executor import RankStep
@@ -21,7 +21,8 @@ from autofunc.runtime.place import add_place
 from autofunc.runtime.plan import Plan
 from autofunc.runtime.program import Program
 from autofunc.runtime.transport import Ticket
-from autofunc.splitting import WHOLE, StageContext
+from autofunc.splitting import StageContext
+from autofunc.splitting.setting import Whole
 
 _Given = tuple[list[Tensor], list[Tensor]]  # inputs, and the state before
 
@@ -29,7 +30,8 @@ _Given = tuple[list[Tensor], list[Tensor]]  # inputs, and the state before
 class FiniteCheck:
     """Ends a step at this rank's first action with non-finite results.
 
-    For debugging only: every action waits for the device, and stages keep their inputs until their backward.
+    For debugging only: every action waits for the device, and stages keep their inputs until their backward. Ranks that
+    exchange values within a stage tell each other after every action, and look for the layer together.
 
     Args:
         contexts: by local stage.
@@ -39,9 +41,12 @@ class FiniteCheck:
         self._contexts = contexts
         self._given: dict[tuple[int, int], _Given] = {}
         self._cotangents: list[Tensor] = []
+        self._is_over = False  # this rank, or one that it exchanges values with, has found something
 
     def before(self, op: Op, step: RankStep, registers: list[Any]) -> None:
         """See `Observer.before`."""
+        if self._is_over:
+            return
         if isinstance(op, Forward):
             state = [leaf.clone() for leaf in step.state(op.stage, op.microbatch)]
             self._given[op.stage, op.microbatch] = (_copies(registers, op.reads), state)
@@ -54,41 +59,43 @@ class FiniteCheck:
         Raises:
             NotFiniteError: naming the layer.
         """
+        if self._is_over or not isinstance(op, (Forward, Backward, BackwardInput, BackwardWeight)):
+            return
+        bad = self._bad_results(op, step, registers)
+        if not any_of(self._contexts[op.stage], bad is not None):
+            return
+        self._is_over = True
+        if isinstance(op, BackwardWeight):  # its inputs are no longer known
+            found, which = None, "weight gradient"
+        else:
+            found, which = self._found(op, step), "forward" if isinstance(op, Forward) else "backward"
+        if found or (found is None and bad is not None):
+            raise NotFiniteError(f"{which}: {found or bad}{_of_batch(step.microbatches[op.microbatch])}")
+
+    def _bad_results(
+        self, op: Forward | Backward | BackwardInput | BackwardWeight, step: RankStep, registers: list[Any]
+    ) -> str | None:
+        """What is not finite of an action's results, in words; None if everything is."""
+        made = [] if isinstance(op, BackwardWeight) else [leaf for register in op.writes for leaf in registers[register]]
         if isinstance(op, Forward):
-            made = [leaf for register in op.writes for leaf in registers[register]]
             produced = step.produced.get(op.microbatch) if not op.writes else None
             if produced is not None:
                 made = [leaf for leaf in (produced.sum, *produced.outputs) if leaf is not None]
-            if not all_finite(made):
-                raise self._error("forward", op, step, None)
-        elif isinstance(op, (Backward, BackwardInput)):
-            if not all_finite(leaf for register in op.writes for leaf in registers[register]):
-                raise self._error("backward", op, step, self._cotangents)
-            self._check_sums(op, step)
-        elif isinstance(op, BackwardWeight):
-            self._check_sums(op, step)
-
-    def _check_sums(self, op: Backward | BackwardInput | BackwardWeight, step: RankStep) -> None:
-        sums = step.accumulators[op.stage].held
+        if not all_finite(made):
+            return "the stage's results are not finite"
+        sums = None if isinstance(op, Forward) else step.accumulators[op.stage].held
         paths = step.stages[op.stage].trainable_holders
         bad = [path for path, total in zip(paths, sums, strict=True) if not all_finite([total])] if sums else []
-        if not bad:
-            return
-        if isinstance(op, BackwardWeight):  # its inputs are no longer known
-            raise NotFiniteError(f"weight gradient: the gradient of {bad[0]!r} is not finite")
-        raise self._error("backward", op, step, self._cotangents, f"the gradient of {bad[0]!r} is not finite")
+        return f"the gradient of {bad[0]!r} is not finite" if bad else None
 
-    def _error(
-        self, which: str, op: Forward | Backward | BackwardInput, step: RankStep, cotangents: list[Tensor] | None,
-        otherwise: str = "the stage's results are not finite",
-    ) -> NotFiniteError:  # fmt: skip
-        context, microbatch = self._contexts[op.stage], step.microbatches[op.microbatch]
-        inputs, state = self._given[op.stage, op.microbatch]
-        found = None
-        if context.setting.partitioning is WHOLE:  # otherwise rerunning this layer would need the other ranks
-            leaves = [leaf.detach() for leaf in step.parameters.leaves(step.stages[op.stage])]
-            found = first_not_finite(context, leaves, state, inputs, microbatch, cotangents)
-        return NotFiniteError(f"{which}: {found or otherwise}{_of_batch(microbatch)}")
+    def _found(self, op: Forward | Backward | BackwardInput, step: RankStep) -> str | None:
+        """See `first_not_finite`."""
+        context, (inputs, state) = self._contexts[op.stage], self._given[op.stage, op.microbatch]
+        if not isinstance(context.setting.partitioning, Whole):
+            return None  # rerunning this layer would need the other tp ranks
+        leaves = [leaf.detach() for leaf in step.parameters.leaves(step.stages[op.stage])]
+        cotangents = None if isinstance(op, Forward) else self._cotangents
+        return first_not_finite(context, leaves, state, inputs, step.microbatches[op.microbatch], cotangents)
 
 
 class FiniteNotes:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -55,10 +55,14 @@ class Transfers:
 
 @dataclass
 class _Group:
-    """A communicator and its users."""
+    """A communicator and its users, until each of them disconnects.
+
+    Weak references would not do: whether a user that was dropped without disconnecting still counts would depend on each
+    rank's garbage collector, and then one end would shut down what the other one keeps.
+    """
 
     backend: Any  # a c10d backend with `send(tensors, rank, tag)` and `recv(tensors, rank, tag)`, which return a `Work`
-    users: WeakSet[Any] = field(default_factory=WeakSet)
+    users: set[object] = field(default_factory=set)
 
 
 @dataclass
@@ -74,7 +78,7 @@ _known: WeakKeyDictionary[dist.ProcessGroup, _Known] = WeakKeyDictionary()
 
 
 def connect(
-    pp_group: dist.ProcessGroup, pairs: Sequence[Pair], device: torch.device, options: Transfers, user: Any
+    pp_group: dist.ProcessGroup, pairs: Sequence[Pair], device: torch.device, options: Transfers, user: object
 ) -> dict[Pair, Any]:  # fmt: skip
     """Connect this rank's communicators among the pairs. All ranks of the pairs call it.
 
@@ -85,7 +89,7 @@ def connect(
         pairs: of the whole pipeline; only this rank's own are connected.
         device: of the tensors; decides between gloo and nccl.
         options: of the transfers.
-        user: the object that uses them; see `disconnect`.
+        user: stands for whoever uses them, and is held until `disconnect`.
 
     Returns:
         By pair: a c10d backend in which the sender is rank 0 and the receiver rank 1.
@@ -107,7 +111,7 @@ def connect(
     return found
 
 
-def disconnect(pp_group: dist.ProcessGroup, user: Any) -> None:
+def disconnect(pp_group: dist.ProcessGroup, user: object) -> None:
     """Shut down the communicators that only this user needs. All ranks call it, with no transfer in flight."""
     known = _known.get(pp_group, _Known())
     for key, group in list(known.groups.items()):

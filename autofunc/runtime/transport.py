@@ -280,8 +280,9 @@ class DistributedTransport:
     ) -> None:
         self._pp_group = pp_group
         self._ranks = ranks
+        self._user = object()  # of the connections, which outlive this one if it is dropped without being closed
         try:
-            groups = connect(pp_group, channels, device, options, self)
+            groups = connect(pp_group, channels, device, options, self._user)
         except RuntimeError as error:
             raise _lost(error) from error
         port = _CoalescingPort if device.type == "cuda" else _GroupPort
@@ -294,7 +295,7 @@ class DistributedTransport:
     def close(self) -> None:
         """Shut down the connections without other users. All pp ranks call it, with no transfer in flight."""
         self._ports = {}
-        disconnect(self._pp_group, self)
+        disconnect(self._pp_group, self._user)
 
     def broadcast(self, root: int, tensors: list[Tensor]) -> _Transfer:
         """See `Transport.broadcast`."""

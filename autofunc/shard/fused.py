@@ -50,9 +50,10 @@ def fused_cut(leaf: Tensor, path: str) -> Cut | None:
     if all(len(cut.parts) == 1 for cut in cuts):
         return None
     if len(cuts) > 1:
+        parts = ", ".join(str(cut.parts) for cut in cuts)
         raise AutofuncError(
-            f"models on this mesh cut {path!r} into different parts ({', '.join(str(cut.parts) for cut in cuts)}), so a "
-            "checkpoint cannot tell which applies; use a mesh for each"
+            f"models on equal meshes cut {path!r} into different parts ({parts}), so a checkpoint cannot tell which; run "
+            "each model in its own processes"
         )
     return next(iter(cuts))
 

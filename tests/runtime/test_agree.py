@@ -11,7 +11,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 import autofunc as af
-from autofunc.errors import AutofuncError
+from autofunc.errors import AutofuncError, PeerLostError
+from autofunc.runtime.agree import agree
 from tests.cases import make_case, mesh_of, pp_mesh
 from tests.pool import WorkerPool
 
@@ -83,6 +84,24 @@ def test_a_rank_that_arrives_alone_names_the_others(workers: WorkerPool) -> None
     assert "PeerLostError: pp rank 3 prepares a step (loss and gradients; batch.x: float32 of shape (2, 6)" in last
     assert "and rank 0, 1, 2 does not: it has run such a step before, or is gone" in last
     assert all(said.startswith("PeerLostError") for said in others)
+
+
+def second_try() -> dict[str, torch.dtype]:
+    """What all ranks know after the last one came alone once."""
+    group = dist.new_group(list(range(4)), timeout=timedelta(seconds=4))
+
+    def come(dtypes: dict[str, torch.dtype]) -> dict[str, torch.dtype]:
+        return agree(group, "loss", [{"x": torch.zeros(2)}], dtypes, [])[0]
+
+    if group.rank() == 3:
+        with pytest.raises(PeerLostError):
+            come({})
+    dist.barrier()
+    return come({f"of {group.rank()}": torch.float32})
+
+
+def test_ranks_meet_again_after_one_came_alone(workers: WorkerPool) -> None:
+    assert all(list(known) == [f"of {rank}" for rank in range(4)] for known in workers.run(second_try))
 
 
 def forgetting() -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 import autofunc as af
 from autofunc.errors import AutofuncError
+from autofunc.mesh import pp_ranks
 from autofunc.runtime import pair_groups
 from autofunc.runtime.ops import Receive, Send
 from autofunc.runtime.program import Channel, channels_between
@@ -58,6 +60,39 @@ def connected(close: bool) -> list[int]:
 
 def test_pipelines_share_connections_until_the_last_is_closed(workers: WorkerPool) -> None:
     assert workers.run(connected, True) == [[2, 2, 2, 0]] * 4
+
+
+def reconnected() -> list[int]:
+    """What the second of two ranks receives when the first alone has collected a transport that nobody closed."""
+    mesh = pp_mesh(4)
+
+    def transport() -> DistributedTransport:
+        return DistributedTransport(
+            mesh.get_group(), pp_ranks(mesh), torch.device("cpu"), [Channel(0, 1)], af.Transfers()
+        )  # fmt: skip
+
+    gc.disable()
+    try:
+        cycle: list[Any] = [transport()]
+        cycle.append(cycle)
+        del cycle
+        if mesh.get_local_rank() == 0:
+            gc.collect()
+        transport().close()
+        again = transport()  # the first rank must not connect anew, unless the second does
+        number = torch.tensor([7 - 7 * mesh.get_local_rank()])
+        if mesh.get_local_rank() < 2:
+            port = again.open(Channel(0, 1))
+            (port.receive if mesh.get_local_rank() else port.send)([number]).arrived()
+        again.close()
+        found: list[int] = number.tolist()
+        return found
+    finally:
+        gc.enable()
+
+
+def test_garbage_that_only_one_end_has_collected(workers: WorkerPool) -> None:
+    assert workers.run(reconnected)[1] == [7]
 
 
 class Backend:

@@ -109,6 +109,62 @@ def test_all_processes_name_the_first_place(workers: WorkerPool, mark: int, plac
     assert len(set(found)) == 1 and f"rank 1, step 1, action {action}" in found[0][0]
 
 
+def mixing(kind: str, number: int) -> af.Layer:
+    """A layer of routed experts, or of attention; what the last one makes of each token is divided by a mark."""
+
+    def init(key: Any) -> dict[str, Tensor]:
+        sizes = {"w": (4, 4), "gate": (4, 4), "experts": (4, 4, 4) if kind == "ep" else (4,)}
+        return {name: key.normal(name, size, std=0.5) for name, size in sizes.items()}
+
+    def apply(p: Any, x: Any, batch: Any) -> Tensor:
+        x = batch["x"] if x is None else x
+        marks = batch["marks"] if number == 3 else torch.ones_like(batch["marks"])
+        if kind == "cp":
+            q, k, v = (each.unsqueeze(1) for each in (x @ p["w"], x @ p["gate"], x))
+            return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).squeeze(1) * p["experts"] / marks
+        flat = BadGradient.apply(x @ p["w"] / marks[0, 0, 0], torch.ones(4), marks[0, 1, 0], marks[0, 2, 0]).flatten(0, 1)
+        weights, chosen = (flat @ p["gate"]).softmax(-1).topk(2)
+        return x + af.routed_experts(flat, chosen, weights, 4, lambda rows, of: of.linear(rows, p["experts"])).view_as(x)
+
+    return af.Layer(init=init, apply=apply)
+
+
+def squares(outputs: Tensor, microbatch: Any) -> tuple[Tensor, int]:
+    return outputs.square().sum(), outputs.shape[0]
+
+
+def of_ranks_that_exchange(kind: str, mark: int) -> str:
+    """What a process says when one of two ranks that share experts or tokens has a bad token in microbatch 2."""
+    mesh = mesh_of(pp=2, cp=2) if kind == "cp" else mesh_of(pp=2, dp_shard=2)
+    generator = torch.Generator().manual_seed(0)
+    batch = {"x": torch.randn(8, 12, 4, generator=generator), "marks": torch.ones(8, 12, 1)}
+    model = af.Model(
+        {f"blocks.{number}": mixing(kind, number) for number in range(4)}, experts=["*.experts"] if kind == "ep" else []
+    )
+    s = af.schedule.build("zb_h1", num_ranks=2, num_microbatches=4)
+    sharding = af.Sharding(expert_parallel=2 if kind == "ep" else 1)
+    pipe = af.pipeline(af.split(model, ["blocks.2"]), s, loss=squares, mesh=mesh, sharding=sharding)
+    params = pipe.init(0)
+    pipe.check_finite(params, batch)
+    if kind == "cp" or data_coordinate(mesh)[0] == 1:
+        batch["marks"][4:6, mark] = 0.0
+    return message_of(pipe, params, batch)
+
+
+@pytest.mark.parametrize(
+    ("kind", "mark", "words"),
+    [
+        ("ep", 0, "action 1F2 (stage 1, microbatch 2)\nforward: layer 'blocks.3' makes NaN"),
+        ("ep", 1, "action 1I2 (stage 1, microbatch 2)\nbackward: layer 'blocks.3': the gradient of its input"),
+        ("cp", 0, "action 1F2 (stage 1, microbatch 2)\nforward: layer 'blocks.3' makes infinite values"),  # on rank 0
+        ("cp", 4, "action 1F2 (stage 1, microbatch 2)\nforward: layer 'blocks.3' makes infinite values"),  # on rank 1
+    ],
+)
+def test_ranks_that_exchange_look_for_the_layer_together(workers: WorkerPool, kind: str, mark: int, words: str) -> None:
+    for said in workers.run(of_ranks_that_exchange, kind, mark):
+        assert all(line in said for line in words.split("\n")), said
+
+
 def test_in_layers_that_are_functions() -> None:
     def apply(p: Any, x: Any, batch: Any) -> Tensor:
         x = batch["x"] if x is None else x

@@ -10,6 +10,7 @@ import torch
 
 import autofunc as af
 from autofunc import tree
+from autofunc.captured.captures import Captures
 from autofunc.config import load_config, parse_config
 from autofunc.shard.dtensors import local
 from autofunc.train.loop import build_pipe
@@ -46,6 +47,29 @@ def config_of(case: str, folder: Path) -> Any:
 
 def planned(case: str, folder: Path) -> RunPlan:
     return plan_run(config_of(case, folder), None, (), measure=False, on_progress=lambda _: None)
+
+
+def test_a_module_is_captured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    captures, capture = [], Captures._capture
+
+    def counted(self: Captures, *arguments: Any) -> Any:
+        captures.append(arguments)
+        return capture(self, *arguments)
+
+    monkeypatch.setattr(Captures, "_capture", counted)
+    path, text = tmp_path / "plan.yaml", tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog" * 9)
+    path.write_text(
+        f"dataset: {{_target_: autofunc.data.TextFolder, path: {text}, seq_len: 16, num_samples_limit: 16}}"
+        + """
+model: {_target_: examples/custom_model.py:build_my_model, hidden_size: 32, num_layers: 2}
+step_scheduler: {global_batch_size: 8, local_batch_size: 2, max_steps: 1}
+distributed: {pp_size: 2, schedule: 1f1b, device: cpu}
+optimizer: {_target_: torch.optim.AdamW, lr: 1e-3}
+"""
+    )
+    plan_run(parse_config(load_config(path)), None, (), measure=False, on_progress=lambda _: None)
+    assert len(captures) == 1
 
 
 def size_of(leaves: Any) -> int:
