@@ -10,6 +10,7 @@ Source: Shoeybi et al., "Megatron-LM", arXiv 1909.08053, section 3, which does t
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import prod
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from autofunc.spreading.sides import Followed, Product, products_of
 
 Node = fx.Node
 _ROUNDS = 32
+_SMALL = 8  # how many times as large what a chain exchanges anyway is at least
 
 
 def derived_cuts(whole: Whole, size: int, axis: str) -> tuple[dict[str, int], list[str]]:
@@ -76,7 +78,7 @@ class _Chains:
                 left_whole |= found.undivided.keys()
                 cuts = {name: dim for name, dim in cuts.items() if name not in left_whole}
                 continue
-            more = self._more(followed, cuts, left_whole)
+            more = self._more(first, followed, cuts, left_whole)
             if more is None:
                 return
             if not more:
@@ -92,17 +94,16 @@ class _Chains:
         return {product.weight: product.out} | ({product.bias: 0} if product.bias is not None else {})
 
     def _cut(self, cuts: dict[str, int], borders: dict[str, set[int]]) -> dict[str, Cut]:
-        made = {}
-        for name, dim in cuts.items():
-            ends = sorted({shape_of(self._nodes[name])[dim], *borders.get(name, ())} - {0})
-            made[name] = Cut(dim, tuple(end - start for start, end in zip([0, *ends], ends, strict=False)))
-        return made
+        sizes = {name: shape_of(self._nodes[name])[dim] for name, dim in cuts.items()}
+        return {name: Cut(dim, (sizes[name],)).with_borders(borders.get(name, ())) for name, dim in cuts.items()}
 
     def _uneven(self, cuts: dict[str, int], borders: dict[str, set[int]]) -> str | None:
         found = self._cut(cuts, borders).items()
         return next((left_whole(name, cut, self.size) for name, cut in found if not cut.fits(self.size)), None)
 
-    def _more(self, followed: Followed, cuts: dict[str, int], left_whole: set[str]) -> dict[str, int] | None:
+    def _more(
+        self, first: Product, followed: Followed, cuts: dict[str, int], left_whole: set[str]
+    ) -> dict[str, int] | None:  # fmt: skip
         """What else has to be cut for a chain to hold; None where it does not end."""
         more: dict[str, int] = {}
         for node in followed.visited:
@@ -113,7 +114,7 @@ class _Chains:
             if node in found.made_full:
                 if product is None or product.weight in cuts | self.cuts or product.weight in left_whole:
                     return None
-                more[product.weight] = product.inner
+                more |= self._of(product) if product.bias in cuts else {product.weight: product.inner}
             for want in found.outcomes[node].wants if node in found.outcomes else ():
                 if isinstance(want.layout, Cut) and found.layout(want.node) is FULL:
                     makers = self._makers(want.node)
@@ -122,8 +123,8 @@ class _Chains:
                     for maker in makers:
                         if maker.weight not in left_whole:
                             more |= {name: dim for name, dim in self._of(maker).items() if name not in cuts}
-            if found.layout(node) is TERMS and product is None and not _embeds(node):
-                return None  # a sum over what is cut, such as a norm
+            if found.layout(node) is TERMS and product is None and not _embeds(node) and not _is_small(node, first.node):
+                return None  # a sum over what is cut, as large as what a chain ends in
         return more
 
     def _makers(self, node: Node) -> list[Product] | None:
@@ -159,6 +160,11 @@ class _Chains:
             given = users and all(_embeds(user) and self._is_given(user.args[1]) for user in users)
             if given and name not in self.cuts and shape_of(node)[0] in self._heads:
                 yield name, 0
+
+
+def _is_small(node: Node, beside: Node) -> bool:
+    """Whether a value is exchanged at no cost beside another: a number for each token, as of a norm over all heads."""
+    return prod(shape_of(node)) * _SMALL <= prod(shape_of(beside))
 
 
 def _embeds(node: Node) -> bool:

@@ -7,7 +7,7 @@ the whole gradient; or each uses it with a part of something else, so that each 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -55,6 +55,11 @@ class Cut:
     def fits(self, size: int) -> bool:
         """Whether every part can be cut into so many pieces."""
         return all(part % size == 0 for part in self.parts)
+
+    def with_borders(self, places: Iterable[int]) -> Cut:
+        """The same with parts that also begin at these places of the whole."""
+        ends = sorted({*self.borders, *places} - {0})
+        return Cut(self.dim, tuple(end - start for start, end in zip([0, *ends], ends, strict=False)))
 
     def at(self, dim: int) -> Cut:
         """The same along another dim."""

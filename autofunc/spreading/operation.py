@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, fx
 
@@ -31,17 +31,33 @@ class Outcome:
         target: what is called.
         args: with `Want` in the places of values; a node by itself is taken full.
         kwargs: likewise.
+        ranges: where each of its results begins and ends along the cut dim of its operand, if none has all of it.
     """
 
     layout: Layout | tuple[Layout, ...]
     target: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any] = field(default_factory=dict)
+    ranges: tuple[tuple[int, int], ...] = ()
 
     @property
     def wants(self) -> list[Want]:
         """All of its operands."""
         return list(_wants((self.args, tuple(self.kwargs.values()))))
+
+
+class Span(NamedTuple):
+    """What of a parameter's cut dim a value was made from."""
+
+    name: str  # of the parameter
+    start: int
+    size: int
+
+    def within(self, start: int, end: int, whole: int) -> Span:
+        """What a range of the value's cut dim, which has `whole` places, was made from."""
+        if any(place * self.size % whole for place in (start, end)):
+            return self
+        return Span(self.name, self.start + start * self.size // whole, (end - start) * self.size // whole)
 
 
 class Borders(Exception):

@@ -76,8 +76,7 @@ def settled(whole: Whole, wanted: Mapping[str, int], size: int, axis: str, *, se
         if not found.borders and not found.undivided:
             break
         for name, places in found.borders.items():
-            ends = sorted({*cuts[name].borders, *places} - {0})
-            cuts[name] = Cut(cuts[name].dim, tuple(end - start for start, end in zip([0, *ends], ends, strict=False)))
+            cuts[name] = cuts[name].with_borders(places)
         for name, why in found.undivided.items():
             left[name] = why
             cuts.pop(name, None)
@@ -100,7 +99,7 @@ def _gathering(found: Propagation) -> list[Node]:
     """Operators on what is cut as weights are, for which no rule says what to do with parts."""
 
     def is_cut(node: Node) -> bool:
-        return isinstance(found.layout(node), Cut) and bool(found.origins(node))
+        return isinstance(found.layout(node), Cut) and bool(found.spans(node))
 
     return [node for node in found.made_full if any(map(is_cut, node.all_input_nodes))]
 

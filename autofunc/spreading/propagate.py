@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from autofunc.spreading.layouts import FULL, TERMS, Cut, Layout
-from autofunc.spreading.operation import Borders, Operation, Outcome, Undivided, shape_of
+from autofunc.spreading.operation import Borders, Operation, Outcome, Span, Undivided, shape_of
 from autofunc.spreading.rules import rule_of
 
 Node = fx.Node
@@ -58,10 +58,10 @@ class Propagation:
         self.made_full: dict[Node, None] = {}  # operators whose operands are made full, because no rule says better
         self.borders: dict[str, set[int]] = {}  # of parameters, where parts would have to begin
         self.undivided: dict[str, tuple[int, Node]] = {}  # parameters that cannot be cut: what does not divide, and where
-        self._origins: dict[Node, frozenset[str]] = {}
+        self._spans: dict[Node, frozenset[Span]] = {}
         for node, name in whole.params.items():
             if name in cuts:
-                self.layouts[node], self._origins[node] = cuts[name], frozenset([name])
+                self.layouts[node], self._spans[node] = cuts[name], frozenset([Span(name, 0, cuts[name].whole)])
 
     def run(self, nodes: Iterable[Node] | None = None) -> Propagation:
         """Go through operators in order; by default all."""
@@ -74,16 +74,17 @@ class Propagation:
         """How a value lies; several where an operator makes several."""
         return self.layouts.get(node, FULL)
 
-    def origins(self, node: Node) -> frozenset[str]:
-        """Names of the parameters whose cuts a value has."""
-        return self._origins.get(node, frozenset())
+    def spans(self, node: Node) -> frozenset[Span]:
+        """What of which parameters the cut dim of a value was made from."""
+        return self._spans.get(node, frozenset())
 
     def visit(self, node: Node) -> None:
         """One operator, after those whose results it reads."""
         if node.target is getitem and isinstance(node.args[0], Node):
             several = self.layouts.get(node.args[0])
             if isinstance(several, tuple):
-                self.layouts[node], self._origins[node] = several[node.args[1]], self.origins(node.args[0])  # type: ignore[index]
+                self.layouts[node] = several[node.args[1]]  # type: ignore[index]
+                self._spans[node] = self._narrowed(node.args[0], node.args[1])  # type: ignore[arg-type]
             return
         if all(self.layout(each) is FULL for each in node.all_input_nodes):
             return
@@ -95,8 +96,18 @@ class Propagation:
                     self._add_up(each)
             return
         wanted = [want.node for want in found.wants if isinstance(want.layout, Cut) and self.layout(want.node) is not TERMS]
-        origins = frozenset[str]().union(*(self.origins(each) for each in wanted))
-        self.outcomes[node], self.layouts[node], self._origins[node] = found, found.layout, origins
+        self.outcomes[node], self.layouts[node] = found, found.layout
+        self._spans[node] = frozenset[Span]().union(*(self.spans(each) for each in wanted))
+        if not isinstance(found.layout, tuple):
+            self._spans[node] = self._narrowed(node, 0)
+
+    def _narrowed(self, node: Node, place: int) -> frozenset[Span]:
+        """The spans of one of an operator's results, which may have a range of its operand only."""
+        found, outcome = self.spans(node), self.outcomes[node]
+        if not outcome.ranges:
+            return found
+        whole = next(want.layout.whole for want in outcome.wants if isinstance(want.layout, Cut))
+        return frozenset(span.within(*outcome.ranges[place], whole) for span in found)
 
     def _outcome(self, node: Node) -> Outcome | None:
         terms = [each for each in node.all_input_nodes if self.layout(each) is TERMS]
@@ -119,22 +130,39 @@ class Propagation:
         except Borders as needed:
             self._need(needed)
         except Undivided as needed:
-            for name in self.origins(needed.node):
-                self.undivided.setdefault(name, (needed.number, node))
+            if not self._takes_apart(node, needed.node):
+                for span in self.spans(needed.node):
+                    self.undivided.setdefault(span.name, (needed.number, node))
         return None
+
+    def _takes_apart(self, node: Node, x: Node) -> bool:
+        """Whether the places into which a view takes a value apart are its parts, as queries, keys and values, because
+        what follows takes them one by one; notes where these begin. Heads stay together until products read them.
+        """
+        alone = Propagation(self.whole, {}, 1, self.axis)
+        alone.layouts[x], alone._spans[x] = Cut(self.layout(x).dim, (self.layout(x).whole,)), self.spans(x)
+        waiting = [node]
+        while waiting:
+            each = waiting.pop()
+            alone.visit(each)
+            if isinstance(alone.layout(each), (Cut, tuple)):
+                waiting += [user for user in each.users if user in self.whole.weighted and len(user.all_input_nodes) == 1]
+        own = {name: self.layouts[param].borders for param, name in self.whole.params.items() if name in alone.borders}
+        more = {name: places - {*own[name]} for name, places in alone.borders.items()}
+        for name, places in more.items():
+            self.borders.setdefault(name, set()).update(places)
+        return any(more.values())
 
     def _scatters_tokens(self, outcome: Outcome) -> bool:
         """Whether a rank would have some tokens of each row where those of all rows are one dim: what follows needs all."""
-        of_weights = any(self.origins(want.node) for want in outcome.wants)
+        of_weights = any(self.spans(want.node) for want in outcome.wants)
         return isinstance(outcome.layout, Cut) and len(outcome.layout.parts) > 1 and not of_weights
 
     def _need(self, needed: Borders) -> None:
-        layout, names = self.layout(needed.node), self.origins(needed.node)
+        layout = self.layout(needed.node)
         assert isinstance(layout, Cut)
-        params = {name: node for node, name in self.whole.params.items() if name in names}
-        for name, node in params.items():
-            own = self.layouts[node].whole
-            places = {own * place // layout.whole for place in needed.places if own * place % layout.whole == 0}
+        for name, start, size in self.spans(needed.node):
+            places = {start + size * place // layout.whole for place in needed.places if size * place % layout.whole == 0}
             self.borders.setdefault(name, set()).update(places)
 
     def _add_up(self, node: Node) -> Layout:

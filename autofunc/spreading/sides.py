@@ -7,7 +7,7 @@ from heapq import heapify, heappop, heappush
 
 from torch import fx
 
-from autofunc.graph.schema import is_operator
+from autofunc.graph.schema import arguments, is_operator
 from autofunc.spreading.layouts import FULL, TERMS, Cut
 from autofunc.spreading.operation import shape_of
 from autofunc.spreading.propagate import Propagation, Whole
@@ -68,7 +68,17 @@ def products_of(whole: Whole, positions: dict[Node, int], axis: str) -> dict[Nod
 
 def _first_products(whole: Whole, positions: dict[Node, int], weight: Node, dim: int) -> list[tuple[Node, str]]:
     """The products that a weight reaches through views and casts, and what it is to them when cut along a dim."""
-    cut = Cut(dim, (shape_of(weight)[dim],))
+    cut, name = Cut(dim, (shape_of(weight)[dim],)), whole.params[weight]
+    followed, found = _followed(whole, positions, weight, cut)
+    while not followed.borders.get(name, set()) <= {*cut.borders}:  # products with parts of it
+        cut = cut.with_borders(followed.borders[name])
+        followed, found = _followed(whole, positions, weight, cut)
+    return found
+
+
+def _followed(
+    whole: Whole, positions: dict[Node, int], weight: Node, cut: Cut
+) -> tuple[Propagation, list[tuple[Node, str]]]:  # fmt: skip
     followed = Propagation(whole, {whole.params[weight]: cut}, 1, axis="")
     found, waiting = list[tuple[Node, str]](), [user for user in weight.users if user in positions]
     while waiting:
@@ -80,9 +90,9 @@ def _first_products(whole: Whole, positions: dict[Node, int], weight: Node, dim:
                 found.append((node, "inner"))
             elif isinstance(layout, Cut) and layout.dim == len(shape_of(node)) - 1:
                 found.append((node, "out"))
-        elif isinstance(layout, Cut) and len(node.all_input_nodes) == 1:
+        elif isinstance(layout, (Cut, tuple)) and len(node.all_input_nodes) == 1:
             waiting += [user for user in node.users if user in positions]
-    return found
+    return followed, found
 
 
 _PRODUCTS = (
@@ -90,12 +100,19 @@ _PRODUCTS = (
     "_grouped_mm",
 )  # fmt: skip
 
+_BIASES = {"linear": "bias", "addmm": "self"}
+"""Products that add something -> the argument's name."""
+
 
 def _is_product(node: Node) -> bool:
     return is_operator(node) and str(node.target).split(".")[1] in _PRODUCTS
 
 
 def _bias_of(whole: Whole, product: Node, weight: Node) -> str | None:
-    """A parameter of one dim that a product adds, and nothing else reads."""
-    found = [each for each in product.all_input_nodes if each in whole.params and each is not weight]
-    return next((whole.params[each] for each in found if len(shape_of(each)) == 1 and len(each.users) == 1), None)
+    """A parameter of one dim that a product adds, or a part of one; nothing but this and its parts reads it."""
+    name = _BIASES.get(str(product.target).split(".")[1])
+    node = arguments(product)[name] if name is not None else None
+    while isinstance(node, Node) and node not in whole.params and len(node.all_input_nodes) == 1:
+        node = node.all_input_nodes[0]
+    is_bias = node in whole.params and node is not weight and len(shape_of(node)) == 1 and len(node.users) == 1
+    return whole.params[node] if is_bias else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import accumulate
 from math import prod
 from typing import Any
@@ -38,20 +39,21 @@ def viewed(before: Sequence[int], after: Sequence[int], cut: Cut, size: int, nod
     start, end, first, last = _group(before, after, cut.dim)
     inner = prod(before[cut.dim + 1 : end])
     parts = [part * inner for part in cut.parts] * prod(before[start : cut.dim])
-    blocked: int | None = None
+    blocked = 0  # into how many places each part is taken apart that ranks cannot have equally many of
     for dim in range(first, last):
         if after[dim] == 1:
             continue
         outer, rest = prod(after[first:dim]), prod(after[dim + 1 : last])
         found = _repeated(parts, outer)
-        if found is not None and sum(found) == after[dim] * rest and not any(part % (rest * size) for part in found):
-            return Cut(dim, tuple(part // rest for part in found))
-        if outer == 1 and len(parts) == 1 and after[dim] % size:
-            blocked = dim
-        elif blocked is not None and outer == after[blocked] and dim < last - 1 and after[dim] % size == 0:
+        if found is not None and sum(found) == after[dim] * rest:
+            if not any(part % (rest * size) for part in found):
+                return Cut(dim, tuple(part // rest for part in found))
+            if not blocked and len({*found}) == 1 and found[0] % rest == 0 and found[0] > rest:
+                blocked = found[0] // rest
+        elif blocked and outer == blocked and len(parts) == 1 and dim < last - 1 and after[dim] % size == 0:
             raise Borders(node, [cut.whole * number // outer for number in range(1, outer)])
-    if blocked is not None:
-        raise Undivided(node, after[blocked])
+    if blocked:
+        raise Undivided(node, blocked)
     return None
 
 
@@ -172,7 +174,8 @@ def slice_(op: Operation) -> Outcome | None:
         return op.becomes(cut, self=Want(x, cut))
     start, end, _ = slice(op.given["start"], op.given["end"]).indices(shape[dim])
     kept = parts_between(cut, start, end, x)
-    return op.becomes(Cut(dim, kept), self=Want(x, cut), start=start // op.size, end=end // op.size)
+    made = op.becomes(Cut(dim, kept), self=Want(x, cut), start=start // op.size, end=end // op.size)
+    return replace(made, ranges=((start, end),))
 
 
 def parts_between(cut: Cut, start: int, end: int, node: Node) -> tuple[int, ...]:
@@ -197,7 +200,8 @@ def narrow(op: Operation) -> Outcome | None:
     if dim != cut.dim:
         return op.becomes(cut, self=Want(x, cut))
     kept = parts_between(cut, start, start + length, x)
-    return op.becomes(Cut(dim, kept), self=Want(x, cut), start=start // op.size, length=length // op.size)
+    made = op.becomes(Cut(dim, kept), self=Want(x, cut), start=start // op.size, length=length // op.size)
+    return replace(made, ranges=((start, start + length),))
 
 
 @rule(_aten.select, _aten.unbind)
@@ -224,11 +228,10 @@ def split(op: Operation) -> Outcome | None:
         return None
     if dim != cut.dim:
         return op.becomes((cut,) * len(widths), self=Want(x, cut))
-    ends = list(accumulate(widths))
-    found = [parts_between(cut, end - width, end, x) for end, width in zip(ends, widths, strict=True)]
+    ranges = tuple((end - width, end) for end, width in zip(accumulate(widths), widths, strict=True))
+    layouts = tuple(Cut(dim, parts_between(cut, start, end, x)) for start, end in ranges)
     sizes = [width // op.size for width in widths]
-    layouts = tuple(Cut(dim, parts) for parts in found)
-    return Outcome(layouts, _aten.split_with_sizes.default, (Want(x, cut), sizes, dim))
+    return Outcome(layouts, _aten.split_with_sizes.default, (Want(x, cut), sizes, dim), ranges=ranges)
 
 
 @rule(_aten.cat, _aten.concat)
