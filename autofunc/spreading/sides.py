@@ -1,4 +1,4 @@
-"""Which dim of a weight is that of what a product makes, and which that of what it adds up."""
+"""Find which dim of a weight is a product's output dim, and which the input dim that it sums over."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Product:
 
 
 class Followed:
-    """What becomes of cuts of some parameters, followed no further than something is cut."""
+    """The effect of cutting some parameters, followed only as far as values are cut."""
 
     def __init__(self, whole: Whole, positions: dict[Node, int], cuts: dict[str, Cut], size: int, axis: str) -> None:
         self.found = Propagation(whole, cuts, size, axis)
@@ -50,7 +50,7 @@ class Followed:
 
 
 def products_of(whole: Whole, positions: dict[Node, int], axis: str) -> dict[Node, Product]:
-    """All products with weights, in order."""
+    """Return all products with weights, in order."""
     found: dict[Node, Product] = {}
     for node, name in whole.params.items():
         shape = shape_of(node)
@@ -67,10 +67,10 @@ def products_of(whole: Whole, positions: dict[Node, int], axis: str) -> dict[Nod
 
 
 def _first_products(whole: Whole, positions: dict[Node, int], weight: Node, dim: int) -> list[tuple[Node, str]]:
-    """The products that a weight reaches through views and casts, and what it is to them when cut along a dim."""
+    """Return the products that a weight reaches through views and casts, each with the side that a dim is of it."""
     cut, name = Cut(dim, (shape_of(weight)[dim],)), whole.params[weight]
     followed, found = _followed(whole, positions, weight, cut)
-    while not followed.borders.get(name, set()) <= {*cut.borders}:  # products with parts of it
+    while not followed.borders.get(name, set()) <= {*cut.borders}:  # products read parts of it
         cut = cut.with_borders(followed.borders[name])
         followed, found = _followed(whole, positions, weight, cut)
     return found
@@ -101,7 +101,7 @@ _PRODUCTS = (
 )  # fmt: skip
 
 _BIASES = {"linear": "bias", "addmm": "self"}
-"""Products that add something -> the argument's name."""
+"""Product -> the name of the argument it adds."""
 
 
 def _is_product(node: Node) -> bool:
@@ -109,10 +109,11 @@ def _is_product(node: Node) -> bool:
 
 
 def _bias_of(whole: Whole, product: Node, weight: Node) -> str | None:
-    """A parameter of one dim that a product adds, or a part of one; nothing but this and its parts reads it."""
+    """Return the parameter of one dim that a product adds, or adds a part of; None if others read it too."""
     name = _BIASES.get(str(product.target).split(".")[1])
     node = arguments(product)[name] if name is not None else None
     while isinstance(node, Node) and node not in whole.params and len(node.all_input_nodes) == 1:
         node = node.all_input_nodes[0]
-    is_bias = node in whole.params and node is not weight and len(shape_of(node)) == 1 and len(node.users) == 1
-    return whole.params[node] if is_bias else None
+    if not isinstance(node, Node) or node not in whole.params or node is weight:
+        return None
+    return whole.params[node] if len(shape_of(node)) == 1 and len(node.users) == 1 else None

@@ -91,6 +91,20 @@ class TorchAttention(nn.Module):
         return Made(functional.cross_entropy(logits.flatten(0, 1), labels.flatten()), logits)
 
 
+class Normed(nn.Module):
+    """Normalises what one product makes and the next one reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.up, self.norm = nn.Embedding(32, 16), nn.Linear(16, 24), nn.RMSNorm(24)
+        self.down, self.head = nn.Linear(24, 16), nn.Linear(16, 32)
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Made:
+        x = self.words(input_ids)
+        logits = self.head(x + self.down(functional.silu(self.norm(self.up(x)))))
+        return Made(functional.cross_entropy(logits.flatten(0, 1), labels.flatten()), logits)
+
+
 _MAKERS: dict[str, Callable[[Any, dict[str, Any]], nn.Module]] = {
     "llama": lambda t, changed: t.LlamaForCausalLM(t.LlamaConfig(**{**_GROUPED, **changed})),
     "qwen3": lambda t, changed: t.Qwen3ForCausalLM(t.Qwen3Config(**{**_GROUPED, "head_dim": 4, **changed})),
@@ -101,6 +115,7 @@ _MAKERS: dict[str, Callable[[Any, dict[str, Any]], nn.Module]] = {
     "olmoe": lambda t, changed: t.OlmoeForCausalLM(t.OlmoeConfig(**{**_ROUTED, **changed})),
     "bert": lambda t, changed: t.BertForMaskedLM(t.BertConfig(**{**_SIZES, "max_position_embeddings": 16, **changed})),
     "torch": lambda t, changed: TorchLayers(**changed),
+    "normed": lambda t, changed: Normed(),
     "torch_attention": lambda t, changed: TorchAttention(**changed),
     "gpt2": _gpt2,
     "t5": _t5,

@@ -122,6 +122,7 @@ FIRST = [
     ("olmoe", "derived", False),
     ("torch", None, True),
     ("torch_attention", None, False),
+    ("normed", None, True),
 ]
 
 
