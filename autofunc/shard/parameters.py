@@ -72,6 +72,11 @@ class Parameters:
         self.is_sharded = self.dp_shard > 1 or offloads
         tp, rows = axis_size(mesh, "tp"), self.rows_mesh
         context = context or context_axis(rows, sharding.context_parallel)
+        if context is not None and tp > 1 and sharding.sequence_parallel:
+            raise MeshError(
+                f"sequence_parallel on a mesh with cp={context.size} and tp={tp}: cp ranks have cut the tokens already; leave "
+                "sequence_parallel out, or use cp=1"
+            )
         cut = cut_over_tp(model, tp, sharding)
         over = cut.over if context is None or cut.over is not None else by_layer(cut, model, tp, sharding.sequence_parallel)
         self._cut = cut.params

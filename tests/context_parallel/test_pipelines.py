@@ -105,7 +105,7 @@ MORE = [
     ("llama", "1f1b", {"pp": 2, "cp": 2}, {"compile": True}, {}),
     ("captured bert", "1f1b", {"cp": 4}, {}, {"context_parallel": "ring"}),
     ("captured gpt2", "1f1b", {"cp": 2, "tp": 2}, {}, {}),
-    ("llama", "1f1b", {"cp": 2, "tp": 2}, {"engine": "eager"}, {"sequence_parallel": True}),
+    ("llama", "1f1b", {"cp": 2, "tp": 2}, {"engine": "eager"}, {}),
     ("gpt2", "1f1b", {"cp": 2, "tp": 2}, {"remat": "layer"}, {}),
     ("captured olmoe", "zbv", {"pp": 2, "cp": 2}, {}, {"context_parallel": "ring"}),
     ("captured olmoe", "1f1b", {"pp": 2, "cp": 2}, {"engine": "eager"}, {}),
@@ -166,7 +166,7 @@ def test_others_of_transformers(workers: WorkerPool, name: str, method: str) -> 
         ("captured llama", "1f1b", {}, {"context_parallel": "ring"}),
         pytest.param("captured llama", "zbv", {}, {}, marks=pytest.mark.full),
         pytest.param("captured llama", "1f1b", {"engine": "eager"}, {}, marks=pytest.mark.full),
-        pytest.param("gpt2", "zb_h1", {}, {"sequence_parallel": True}, marks=pytest.mark.full),
+        pytest.param("gpt2", "zb_h1", {}, {}, marks=pytest.mark.full),
     ],
 )
 def test_beside_tp_on_eight_processes(

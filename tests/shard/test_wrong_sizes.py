@@ -55,6 +55,7 @@ CASES: list[Case] = [
     ("tokens", {"tp": 4}, "llama", {}, {"sequence_parallel": True}, 6, ("6 tokens", "tp=4", "4 or 8")),
     ("tokens over cp", {"cp": 4}, "llama", {}, {}, 12, ("12 tokens", "cp=4", "8 equal chunks", "multiple of 8")),
     ("both", {"cp": 2, "tp": 2}, "llama", {}, {}, 6, ("6 tokens", "cp=2", "multiple of 4")),
+    ("both cut tokens", {"cp": 2, "tp": 2}, "llama", {}, {"sequence_parallel": True}, 8, ("cp=2 and tp=2", "cp=1")),
     ("both, kv heads", {"cp": 2, "tp": 2}, "llama", {"num_key_value_heads": 1}, {}, 8, ("num_key_value_heads=1", "do: 1")),
     (
         "no match", {"tp": 4}, "llama", {}, {"tensor_parallel": {"*.fc": "shard(0)"}}, 8,
