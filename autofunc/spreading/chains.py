@@ -128,7 +128,7 @@ class _Chains:
         return more
 
     def _makers(self, node: Node) -> list[Product]:
-        """Return the nearest products that a value is computed from, past nothing that has no gradient."""
+        """Return the nearest products that a value is computed from."""
         makers, waiting, seen = list[Product](), [node], set[Node]()
         while waiting:
             each = waiting.pop()
