@@ -44,7 +44,7 @@ def steps_of(
     chosen = af.Sharding(**({} if axes is None else sharding))
     pipe = af.pipeline(stages, s, loss=None, mesh=mesh, engine=engine, sharding=chosen, **(options or {}))
     params = pipe.init()
-    optimizer = af.optimizer(torch.optim.AdamW, lr=1e-3)
+    optimizer = af.optimizer(torch.optim.AdamW, lr=1e-3, eps=1e-6)  # biases of keys have gradients of rounding errors alone
     state, losses = optimizer.init(params), []
     for step in range(num):
         loss, grads = af.value_and_grad(pipe)(params, batch, key=(0, step))
@@ -107,8 +107,8 @@ def test_beside_other_axes(workers: WorkerPool, name: str) -> None:
 @pytest.mark.parametrize("name", ["torch", "olmoe"])
 def test_derived_tables(workers: WorkerPool, name: str) -> None:
     """Attention of torch's own layers, and of OLMoE, whose norms of queries and keys are over all heads."""
-    check(workers, name, {"tp": 2}, tensor_parallel="derived")
-    check(workers, name, {"tp": 2}, "eager", tensor_parallel="derived", sequence_parallel=True)
+    check(workers, name, {"pp": 2, "tp": 2}, tensor_parallel="derived")
+    check(workers, name, {"tp": 4}, "eager", tensor_parallel="derived", sequence_parallel=True)
 
 
 @pytest.mark.full
