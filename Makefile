@@ -1,4 +1,4 @@
-# Everything runs in .venv, which `make setup` creates with the first Python of 3.11 or newer; PYTHON=... names another.
+# Everything runs in .venv, which `make setup` creates with the first Python 3.11 or newer; PYTHON=... overrides it.
 PYTHON ?= $(shell for name in python3 python3.13 python3.12 python3.11; do \
 	$$name -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$name && break; done)
 BIN := .venv/bin
@@ -8,14 +8,15 @@ DOCS_READY := .venv/.docs-ready
 .PHONY: help setup demo test test-full test-gpu lint docs bench clean
 
 help:
-	@echo "make setup   create .venv and install autofunc with its tested versions"
-	@echo "make demo    train GPT-2 on two processes (about three minutes)"
-	@echo "make test    run the tests: every law, on the sizes that tell most (about fifteen minutes on two cores)"
-	@echo "make test-full  run the rest: other sizes, and combinations whose parts those cover"
-	@echo "make test-gpu   laws on one GPU, all ranks in one process (about two minutes)"
-	@echo "make lint    formatting, lints, types, import directions"
-	@echo "make docs    build the documentation site into build/site (seconds, once its packages are there)"
-	@echo "make bench   measure (about forty minutes)"
+	@echo "make setup      create .venv and install autofunc with its tested versions"
+	@echo "make demo       train GPT-2 on two processes (about three minutes)"
+	@echo "make test       test every law at its most telling sizes (fifteen minutes)"
+	@echo "make test-full  run the remaining tests: other sizes and combinations"
+	@echo "make test-gpu   test laws on one GPU, all ranks in one process (two minutes)"
+	@echo "make lint       check formatting, lints, types and import directions"
+	@echo "make docs       build the documentation site into build/site"
+	@echo "make bench      run the benchmarks (about forty minutes)"
+	@echo "make clean      delete .venv, runs and caches"
 
 setup: $(READY)
 
@@ -29,8 +30,8 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)
 	$(BIN)/autofunc finetune llm -c examples/demo.yaml
 
-# The tests of a file stay in one process, for they share what they make. What they import is compiled once, also where Python
-# is told to keep no bytecode: they start many processes.
+# The tests of a file stay in one process, because they share fixtures. Tests start many processes, so bytecode is cached even
+# if the environment disables it.
 PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test: $(READY)
@@ -48,7 +49,7 @@ lint: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# Pages open from disk: build/site/index.html.
+# The site can be opened from disk: build/site/index.html.
 docs: $(DOCS_READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 

@@ -1,7 +1,7 @@
-"""What an object keeps from one call to the next, as a flat dict of tensors, and back into an object made anew.
+"""The state an object keeps between calls, as a flat dict of tensors, and restored into a new object.
 
-Keys say what each value is: `k (int)`, `inner (list).0 (object).state (dict).@h~weight (dict).exp_avg`. Nothing is executed
-to read them. What is no data, such as a function or a dtype, stays with the object, and may not change.
+Keys tell what each value is: `k (int)`, `inner (list).0 (object).state (dict).@h~weight (dict).exp_avg`. Reading them runs
+no code. Anything that isn't data, such as a function or a dtype, stays with the object, and may not change.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ _FIXED = (
     FunctionType, BuiltinFunctionType, MethodType, ModuleType, type, torch.dtype, torch.device, torch.layout, Enum,
     logging.Logger,
 )  # fmt: skip
-_MARK = "()"  # of a container: how many members it has
+_MARK = "()"  # key of a container's number of members
 
 
 class Carrier:
-    """Takes apart and puts together; tensors in `names` are known by name and stay where they are.
+    """Takes objects apart and restores them. Tensors in `names` are referred to by name and stay where they are.
 
     Args:
-        names: of tensors that are no state, such as parameters.
-        skipped: attributes of an object that are no state.
+        names: tensors that are not state, such as parameters.
+        skipped: returns True for an object's attributes that are not state.
     """
 
     def __init__(
@@ -44,11 +44,11 @@ class Carrier:
         self._names = {id(leaf): name for name, leaf in self._named.items()}
 
     def apart(self, what: str, value: Any) -> tuple[Flat, dict[str, Any]]:
-        """A value's tensors and plain values by key, and by key what stands for the rest of it: equal while unchanged.
+        """Return a value's tensors and plain values by key, and stand-ins for the rest by key: equal while unchanged.
 
         Args:
-            what: how keys begin; without dots.
-            value: of any kind.
+            what: first part of the keys, without dots.
+            value: of any type.
         """
         flat: Flat = {}
         fixed: dict[str, Any] = {}
@@ -98,12 +98,12 @@ class Carrier:
                 )
 
     def together(self, what: str, flat: Mapping[str, Tensor], existing: Any) -> Any:
-        """The value of which `apart(what, value)` made these.
+        """Restore the value that `apart(what, value)` took apart.
 
         Args:
-            what: how keys begin.
-            flat: its keys, without those that are the same in `existing`.
-            existing: the value in an object made anew: what is no data is taken from it, and its containers are filled.
+            what: first part of the keys.
+            flat: the tensors by key; those missing are taken from `existing`.
+            existing: the value in a new object: its containers are filled in place, and values that aren't data kept.
         """
         return self._joined(tree.nest(flat), what, existing)
 
@@ -112,7 +112,7 @@ class Carrier:
             return node[name]
         token = next((each for each in node if each.startswith(f"{name} (")), None)
         if token is None:
-            return existing  # it is no data, or holds none
+            return existing  # not data, or a container without any
         kind, inner = token.removeprefix(f"{name} (").removesuffix(")"), node[token]
         if kind == "none":
             return None
@@ -170,14 +170,14 @@ def _number(key: str, value: Any) -> Tensor:
 
 
 def _stand_in(value: Any) -> Any:
-    """For what is no data: its bytes if it can be stored, so that a counter that went on is found; else its identity."""
+    """Stand in for a value that isn't data: its pickled bytes, which reveal a changed counter, else its identity."""
     if isinstance(value, _FIXED):
         return id(value)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return pickle.dumps(value)
-    except Exception:  # whatever a foreign object makes of being stored
+    except Exception:  # a foreign object may raise anything when pickled
         return id(value)
 
 
@@ -185,7 +185,7 @@ _ESCAPES = (("~", "~0"), (".", "~1"), (" (", "~2"), (")", "~3"))
 
 
 def _text(name: str) -> str:
-    """A name as part of a key; in quotes where it could be taken for something else."""
+    """Return a name as part of a key, in quotes if it could be mistaken for something else."""
     escaped = name
     for text, instead in _ESCAPES:
         escaped = escaped.replace(text, instead)
@@ -193,7 +193,7 @@ def _text(name: str) -> str:
 
 
 def _plain(token: str) -> str:
-    """The name of which `_text` made a token."""
+    """Return the name from a token of `_text`."""
     name = token.partition(" (")[0]
     if not name.startswith("'"):
         return name
@@ -203,5 +203,5 @@ def _plain(token: str) -> str:
 
 
 def is_plain(key: str) -> bool:
-    """Whether a key of `Carrier.apart` is of a plain value, such as a number, and not of a tensor."""
+    """Return whether a key of `Carrier.apart` belongs to a plain value, such as a number, and not to a tensor."""
     return key.endswith(")")

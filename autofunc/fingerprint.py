@@ -1,10 +1,10 @@
 """Keys of functions and what they close over: equal keys mean the same computation.
 
-Two functions are the same when their code, defaults, the values in their closures and of the globals that they name are,
-and of what they name in modules and classes of the user's. What cannot be compared by value is compared by identity, so
-that a function is never taken for another by mistake; at worst its work is done once more. Of an instance of a user's
-class, of an `nn.Module` or a namespace, the attributes count too. As with `jax.jit`, anything else that is compared by
-identity is taken to stay as it is: a tensor, an object of an installed library.
+Two functions are the same if their code, their defaults, the values in their closures, and the globals they name are the
+same, including what they name in the user's modules and classes. Values that cannot be compared by value are compared by
+identity, so one function is never mistaken for another; at worst its work is repeated. For instances of the user's classes,
+`nn.Module`s and namespaces, the attributes count too. As in `jax.jit`, anything else compared by identity is assumed not to
+change: a tensor, an object of an installed library.
 """
 
 from __future__ import annotations
@@ -25,66 +25,66 @@ from autofunc.cache import Identity
 from autofunc.installed import is_installed
 
 _PLAIN = (int, complex, bool, bytes, type(None), type(...), torch.dtype, torch.device)
-_OPEN = (nn.Module, SimpleNamespace, Namespace)  # not of the user, and yet their attributes count
+_OPEN = (nn.Module, SimpleNamespace, Namespace)  # not the user's classes, but their attributes count
 
 
 @dataclass(frozen=True)
 class Name:
-    """A text that names a place in the model: equal layers differ in it."""
+    """A text that names a place in the model; equal layers differ only in it."""
 
     text: str
 
 
 class Fingerprinted:
-    """Base of what makes a key of itself."""
+    """Base of classes that compute their own key."""
 
     def fingerprint(self, keys: Fingerprint) -> Hashable:
-        """The key, with the keys of parts made by `keys.of`."""
+        """Return the key, with the keys of parts from `keys.of`."""
         raise NotImplementedError
 
 
 class Place(NamedTuple):
-    """Something with members that a key was made from; it has changed when the members are others."""
+    """A container that a key was made from; it has changed if its members are different objects."""
 
     what: str
-    names: Sequence[Any] | None  # of its members, for messages; None: their numbers
+    names: Sequence[Any] | None  # of its members, for messages; None: they are numbered
     members: Callable[[], Iterable[Any]]
     before: tuple[Any, ...]
 
     @property
     def is_unchanged(self) -> bool:
-        """Whether the members are the same objects as before. This is fast, and asked at every step."""
+        """True if the members are the same objects as before. Fast, because every step asks."""
         now = tuple(self.members())
         return len(now) == len(self.before) and all(map(is_, now, self.before))
 
 
 class Fingerprint:
-    """Makes keys of values. A layer's own name counts as its label, so that equal layers have equal keys.
+    """Computes keys of values. A layer's own name is replaced by its label, so that equal layers have equal keys.
 
     Args:
-        name: of the layer.
-        label: what stands for it.
-        literal: only a `Name` is a name; strings are what they are.
-        places: is given what the keys were made from, as far as it can change.
+        name: the layer's name.
+        label: its replacement.
+        literal: only a `Name` counts as a name; strings stay as they are.
+        places: receives the containers that keys were made from and that may change.
     """
 
     def __init__(
         self, name: str = "", label: str = "", *, literal: bool = False, places: list[Place] | None = None
     ) -> None:  # fmt: skip
         self._name, self._label, self._literal, self._places = name, label, literal, places
-        self._seen: dict[int, tuple[int, object]] = {}  # by id: number, and the object, so that no other takes its id
+        self._seen: dict[int, tuple[int, object]] = {}  # id -> number, and the object, which keeps its id from being reused
 
     def literally(self) -> Fingerprint:
-        """The same, for values in which only a `Name` is a name."""
+        """Return a copy for values in which only a `Name` counts as a name."""
         return Fingerprint(self._name, self._label, literal=True, places=self._places)
 
     def note(self, what: str, names: Sequence[Any] | None, members: Callable[[], Iterable[Any]]) -> None:
-        """Say that a key was made from these members, which may be others later."""
+        """Record that a key was made from these members, which may change later."""
         if self._places is not None:
             self._places.append(Place(what, names, members, tuple(members())))
 
     def of(self, value: Any) -> Hashable:
-        """The key of a value."""
+        """Return the key of a value."""
         if isinstance(value, Name):
             return Name, self._labelled(value.text)
         if isinstance(value, str):
@@ -93,7 +93,7 @@ class Fingerprint:
             return float, value.hex()  # 0.0 == -0.0
         if isinstance(value, _PLAIN):
             return type(value), value
-        if id(value) in self._seen:  # once more, or inside itself
+        if id(value) in self._seen:  # repeated, or inside itself
             return "again", self._seen[id(value)][0]
         self._seen[id(value)] = len(self._seen), value
         return self._composite(value)
@@ -149,7 +149,7 @@ class Fingerprint:
 
 
 def _content(cell: Any) -> Any:
-    """What a cell of a closure holds; one that is not filled yet is itself."""
+    """Return the content of a closure's cell; an empty cell stands for itself."""
     try:
         return cell.cell_contents
     except ValueError:
@@ -157,10 +157,10 @@ def _content(cell: Any) -> Any:
 
 
 def globals_named_by(function: FunctionType) -> Mapping[str, Any]:
-    """What a function, and functions defined in it, name among globals, and in the user's modules and classes among these.
+    """Return the globals that a function and its inner functions name, and what they name in the user's modules and types.
 
     Returns:
-        Name -> value; `config.width` for what is named in a module or class.
+        Name -> value; names in a module or class look like `config.width`.
     """
     names, space = list(dict.fromkeys(_names_in(function.__code__))), function.__globals__
     found = {name: space[name] for name in names if name in space}
@@ -171,13 +171,13 @@ def globals_named_by(function: FunctionType) -> Mapping[str, Any]:
 
 
 def _space_of(function: FunctionType, name: str) -> tuple[Mapping[str, Any], str]:
-    """Where `globals_named_by` finds what it calls `name`, and its name there."""
+    """Return the namespace in which `globals_named_by` finds a name, and the name there."""
     owner, _, inner = name.rpartition(".")
     return (vars(function.__globals__[owner]), inner) if owner else (function.__globals__, name)
 
 
 def _is_own(value: type | ModuleType) -> bool:
-    """Whether a class or module is the user's."""
+    """Return whether a class or module is the user's."""
     module = value if isinstance(value, ModuleType) else sys.modules.get(value.__module__)
     if module is None or module.__name__ == "builtins":
         return False

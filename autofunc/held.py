@@ -158,7 +158,7 @@ class Held:
         if self._group is None or self._ranks is None or self.mesh is None:
             return tree.to_tensordict({path: whole(path).cpu() for path in flat})
         if self._ranks[0] != self.mesh.mesh.flatten()[0]:
-            for path in flat:  # the first process's part of the data, or of its tensors, goes on without this one
+            for path in flat:  # outside the first process's pp group: only take part in the gathers
                 whole(path)
             return tree.to_tensordict({})
         layouts = {path: (tuple(self._parameters.full_shape(path, leaf)), leaf.dtype) for path, leaf in flat.items()}

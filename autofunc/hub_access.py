@@ -1,4 +1,4 @@
-"""The Hugging Face hub without a network: what is not in the local cache is said at once, not after minutes of retries."""
+"""The Hugging Face hub without a network: fail at once if a file is not cached, not after minutes of retries."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _ANSWER_SECONDS = 3.0
 
 @contextmanager
 def cache_without_network() -> Iterator[str]:
-    """Inside, the libraries of the hub use their caches alone where the hub does not answer.
+    """Make the hub's libraries use only their caches during the block if the hub does not answer.
 
-    Returns:
-        What to say of the network in an error, in brackets; empty where nothing is known against it.
+    Yields:
+        A remark on the network for errors, in brackets; empty if nothing is known to be wrong.
     """
     from huggingface_hub import constants
 
@@ -29,7 +29,7 @@ def cache_without_network() -> Iterator[str]:
     if getproxies() or _answers(host, urlsplit(constants.ENDPOINT).port or 443):
         yield ""
         return
-    # the variable of the environment is read when they are imported
+    # the libraries read the environment variable only on import
     places: list[Any] = [place for place in (constants, sys.modules.get("datasets.config")) if place is not None]
     before = [place.HF_HUB_OFFLINE for place in places]
     for place in places:

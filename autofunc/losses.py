@@ -145,6 +145,9 @@ def _counted_labels(microbatch: Mapping[str, Any], mask: str | None) -> Tensor:
 def reduce_aux(**how: str) -> Callable[[Loss], Loss]:
     """Declare how a loss's auxiliary outputs are combined over microbatches; entries not named are summed.
 
+    Raises:
+        BatchError: for a reduction other than "sum", "mean", "max" and "cat".
+
     Example:
         @af.losses.reduce_aux(accuracy="mean", predictions="cat")
         def loss(outputs, microbatch): ...

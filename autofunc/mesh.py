@@ -171,29 +171,29 @@ def check_axes(mesh: DeviceMesh) -> None:
 
 
 def axis_size(mesh: DeviceMesh | None, axis: str) -> int:
-    """Number of ranks along an axis; 1 where there is no such axis."""
+    """Return the number of ranks along an axis; 1 if the mesh has no such axis."""
     names = mesh.mesh_dim_names or () if mesh is not None else ()
     return mesh.size(names.index(axis)) if mesh is not None and axis in names else 1
 
 
 def coordinate(mesh: DeviceMesh | None, axis: str) -> int:
-    """This process's place along an axis; 0 where there is no such axis."""
+    """Return this process's place along an axis; 0 if the mesh has no such axis."""
     return mesh.get_local_rank(axis) if mesh is not None and axis_size(mesh, axis) > 1 else 0
 
 
 def axis_group(mesh: DeviceMesh | None, axis: str) -> dist.ProcessGroup | None:
-    """The processes along an axis; None where this one is alone on it."""
+    """Return the processes along an axis; None if this one is alone on it."""
     return mesh.get_group(axis) if mesh is not None and axis_size(mesh, axis) > 1 else None
 
 
 def data_coordinate(mesh: DeviceMesh | None) -> tuple[int, int]:
-    """(this process's place, number of places) among those that see different rows."""
+    """Return (this process's place, number of places) among processes that see different rows."""
     size = axis_size(mesh, "dp_shard")
     return coordinate(mesh, "dp_replicate") * size + coordinate(mesh, "dp_shard"), axis_size(mesh, "dp_replicate") * size
 
 
 def sum_over(mesh: DeviceMesh | None, axes: Sequence[str], tensor: Tensor) -> Tensor:
-    """Sum a tensor in place over axes of the mesh; returns it. All their processes call it."""
+    """Sum a tensor in place over axes of the mesh, and return it. All their processes call it."""
     for axis in axes:
         group = axis_group(mesh, axis)
         if group is not None:
@@ -202,7 +202,7 @@ def sum_over(mesh: DeviceMesh | None, axes: Sequence[str], tensor: Tensor) -> Te
 
 
 def same_over(mesh: DeviceMesh | None, axes: Sequence[str], number: int, device: torch.device) -> bool:
-    """Whether all ranks along some axes have this number, one of 32 bits. All their processes call it."""
+    """Return whether all ranks along some axes have this number (32 bits). All their processes call it."""
     both = torch.tensor([number, -number], device=device)
     for axis in axes:
         group = axis_group(mesh, axis)
@@ -213,7 +213,7 @@ def same_over(mesh: DeviceMesh | None, axes: Sequence[str], number: int, device:
 
 
 def gather_over(mesh: DeviceMesh | None, axes: Sequence[str], tensor: Tensor) -> list[Tensor]:
-    """Tensors of one shape from all ranks of some axes, the last axis counting fastest. All their processes call it."""
+    """Gather tensors of one shape from all ranks of some axes, the last axis fastest. All their processes call it."""
     tensors = [tensor.contiguous()]
     for axis in reversed(axes):
         group = axis_group(mesh, axis)
@@ -228,12 +228,12 @@ def gather_over(mesh: DeviceMesh | None, axes: Sequence[str], tensor: Tensor) ->
 
 
 def share_over_pp(mesh: DeviceMesh, pp_rank: int, tensor: Tensor) -> Tensor:
-    """Give all ranks of the pp axis, in place, the tensor of one of them; returns it. All their processes call it."""
+    """Broadcast one pp rank's tensor to all ranks of the pp axis, in place, and return it. All their processes call it."""
     dist.broadcast(tensor, pp_ranks(mesh)[pp_rank], group=axis_group(mesh, "pp"))
     return tensor
 
 
 def pp_ranks(mesh: DeviceMesh) -> list[int]:
-    """Global ranks along this process's pp axis, by pp rank."""
+    """Return the global ranks along this process's pp axis, by pp rank."""
     ranks: list[int] = mesh["pp"].mesh.flatten().tolist()
     return ranks

@@ -47,7 +47,7 @@ from autofunc.splitting import Stage
 class Pipeline(Held):
     """A pipelined function of (params, batch); made by `af.pipeline`.
 
-    It holds no parameters and no state of training, only what was built for the batch signatures it has seen.
+    It holds no parameters and no training state, only what was built for the batch signatures it has seen.
 
     Example:
         pipe = af.pipeline(stages, af.schedule.build("1f1b", num_ranks=2, num_microbatches=8), loss=af.losses.causal_lm)
@@ -96,12 +96,16 @@ class Pipeline(Held):
 
     @torch.inference_mode(False)
     def build(self, batch: Mapping[str, Any], params: tree.Nested | None = None, key: Any = None) -> Pipeline:
-        """Build for batches with this signature ahead of the first call.
+        """Build for batches with this signature before the first call; return the pipeline.
 
         Args:
             batch: an example; only shapes and dtypes matter.
-            params: when they are not fp32 on the batch's device, this process's parameters, or tensors like them.
-            key: anything but None when steps will have a key.
+            params: this process's parameters, or tensors like them; by default fp32 on the batch's device.
+            key: anything but None if steps will have a key.
+
+        Raises:
+            BatchError: for a batch that cannot be split into the schedule's microbatches.
+            ModelError: if a stage cannot be captured or compiled.
         """
         microbatches = self._split(batch, key)
         flat = self._model.init_paths(self._parameters.paths, 0, "meta") if params is None else tree.flatten(params)
@@ -109,10 +113,10 @@ class Pipeline(Held):
         return self
 
     def close(self) -> None:
-        """Let go of what was built: graphs, memory, and connections between pp ranks that no other pipeline uses.
+        """Free what was built: graphs, memory, and connections between pp ranks that no other pipeline uses.
 
-        Every process calls it, and before `torch.distributed.destroy_process_group`. A pipeline that is called again is
-        built anew.
+        Every process calls it, before `torch.distributed.destroy_process_group`. A later call of the pipeline rebuilds
+        it.
         """
         for variant in ("_with_split_backward", "_by_rows"):
             if variant in self.__dict__:
@@ -120,7 +124,7 @@ class Pipeline(Held):
         self._plans.close()
 
     def explain(self) -> str:
-        """What this pipeline does, as text: stages, parameters, what crosses between them, and the schedule drawn."""
+        """Describe the pipeline as text: stages, parameters, values between stages, and the schedule drawn."""
         first = next(iter(self._plans), None)
         return explain(self.stages, self.schedule, None if first is None else first.boundaries)
 
@@ -133,10 +137,10 @@ class Pipeline(Held):
         state: tree.Nested | None = None,
         has_aux: bool = False,
     ) -> Any:
-        """The loss, forward only: 0-dim fp32, the same on every process; `(loss, aux)` with `has_aux`.
+        """Return the loss, forward only: 0-dim fp32, the same on every process; `(loss, aux)` with `has_aux`.
 
-        A batch may have any number of rows, the same on all data parallel ranks; microbatches weigh as much as their rows.
-        Layers with state, such as batch normalisation, are evaluated with the `state` given, which stays as it is.
+        A batch may have any number of rows, the same on all data parallel ranks; microbatches are weighted by their rows.
+        Layers with state, such as batch normalisation, are evaluated with the given `state`, which is not changed.
         """
         result = self.run(Mode.LOSS, params, batch, key, state)
         return (result.loss, given_aux(result)) if has_aux else result.loss
@@ -145,14 +149,17 @@ class Pipeline(Held):
         self, params: tree.Nested, batch: Mapping[str, Any], key: Any = None, *, state: tree.Nested | None = None,
         gather: str | None = None,
     ) -> Any:  # fmt: skip
-        """The outputs of the last stage for all rows in order: on processes that hold it, elsewhere None.
+        """Return the outputs of the last stage for all rows, in order; None on processes that do not hold it.
 
         Args:
             params: this process's parameters.
             batch: of any number of rows; labels are not needed.
             key: see `value_and_grad`.
-            state: of layers that keep some, as for `pipe(...)`.
-            gather: "all" gives the outputs to every process.
+            state: of layers that keep state, as for `pipe(...)`.
+            gather: "all" returns the outputs on every process.
+
+        Raises:
+            AutofuncError: for an unknown `gather`.
         """
         if gather not in (None, "all"):
             raise AutofuncError(f'gather={gather!r}: expected None or "all"')
@@ -162,12 +169,12 @@ class Pipeline(Held):
     def advance(
         self, params: tree.Nested, batch: Mapping[str, Any], states: Sequence[tree.Nested], key: Any = None
     ) -> tuple[Any, list[TensorDict]]:
-        """The outputs, as of `forward`, and the new state: of each microbatch by itself, such as a cache of its rows.
+        """Return outputs as `forward` does, and the new state of each microbatch, such as a cache of its rows.
 
         Args:
             params: this process's parameters.
-            batch: of as many microbatches as there are states, whose rows are equally many.
-            states: of this process's layers, for each microbatch; they are given away, and what is returned may lie in
+            batch: with rows for as many equal microbatches as there are states.
+            states: of this process's layers, per microbatch; they are donated, and the returned states may use
                 their memory.
             key: see `value_and_grad`.
         """
@@ -176,16 +183,16 @@ class Pipeline(Held):
         return result.outputs, [tree.to_tensordict(state) for state in result.states]
 
     def profile(self, params: tree.Nested, batch: Mapping[str, Any], key: Any = None, *, steps: int = 5) -> Timeline:
-        """Run some steps and tell when every action ran: the step of median length, in milliseconds.
+        """Run steps and return when every action ran: the timeline of the step of median length, in milliseconds.
 
-        Every process calls it, and every process gets the timeline of all ranks. Ranks of one machine are timed by its
-        clock, those of several from a barrier on. Ranks of one process take turns, so of those only lengths count.
+        Every process calls it, and every process gets the timeline of all ranks. Ranks of one machine share its clock,
+        clocks of several start at a barrier. Ranks of one process alternate, so only their durations are meaningful.
 
         Args:
             params: this process's parameters.
-            batch: a batch.
+            batch: the batch of every step.
             key: see `value_and_grad`.
-            steps: how many to measure, after one that is not.
+            steps: how many to measure, after a warm-up step.
 
         Example:
             timeline = pipe.profile(params, batch)
@@ -199,10 +206,10 @@ class Pipeline(Held):
         return measured_timeline(run_once, self._group, self._device(tree.flatten(params)), steps)
 
     def costs(self, params: tree.Nested, batch: Mapping[str, Any], key: Any = None, *, steps: int = 5) -> Costs:
-        """What the stages cost, in milliseconds: for `schedule.simulate` and `schedule.search`.
+        """Measure what the stages cost, in milliseconds, for `schedule.simulate` and `schedule.search`.
 
-        Measured in a run of this schedule with every backward split into I and W. The first stage, which needs no input
-        gradient, has almost nothing as I and its whole backward as W. Every process calls it. Arguments as of `profile`.
+        Runs this schedule with every backward split into `I` and W. The first stage, which needs no input
+        gradient, has almost no `I` and its whole backward as W. Every process calls it. Arguments as for `profile`.
         """
         found = costs_of(self._with_split_backward.profile(params, batch, key, steps=steps))
         # in one process nothing is transferred
@@ -210,11 +217,11 @@ class Pipeline(Held):
 
     @cached_property
     def _with_split_backward(self) -> Pipeline:
-        """This pipeline with I and W everywhere, built once."""
+        """This pipeline with every backward split into `I` and W, built once."""
         return self._variant(self.schedule.split_form(), self.loss, merge=False)
 
     def with_loss(self, loss: Loss | None) -> Pipeline:
-        """This pipeline with another loss, on the same parameters: for measuring something else on them."""
+        """Return this pipeline with another loss, for the same parameters, such as to evaluate another metric."""
         return self._variant(self.schedule, loss, self._blueprint.merge)
 
     def _variant(self, schedule: Schedule, loss: Loss | None, merge: bool) -> Pipeline:
@@ -225,25 +232,25 @@ class Pipeline(Held):
 
     @torch.inference_mode(False)
     def memory(self, params: tree.Nested, batch: Mapping[str, Any], key: Any = None) -> tuple[StageBytes, ...]:
-        """What each stage keeps for one microbatch, in bytes: known from its graph, nothing is run.
+        """Return what each stage keeps for one microbatch, in bytes, from its graph; nothing runs.
 
         For `schedule.live_bytes` and, as `schedule.Memory.of_stages(...)`, for `schedule.search`. Every process calls it.
 
         Raises:
-            AutofuncError: for the eager engine, which cannot tell, and where a size depends on data.
+            AutofuncError: for the eager engine, which cannot tell, or if a size depends on data.
         """
         flat = tree.flatten(params)
         functions = self._plans.of(Mode.GRADS, flat, self._device(flat), self._split(batch, key))[0].functions
         if not all(stage.exact_bytes for stage in functions.values()):
             raise AutofuncError(
-                "what this pipeline keeps is not known before it runs: "
+                "this pipeline's memory is not known before it runs: "
                 + ("a size depends on data" if self.options.engine == "graph" else 'use engine="graph"')
             )
         known = of_all({index: stage.bytes for index, stage in functions.items()}, self._group)
         return tuple(known[stage.index] for stage in self.stages)
 
     def measure_bytes(self, params: tree.Nested, batch: Mapping[str, Any], key: Any = None) -> tuple[list[int], ...]:
-        """Run a step and weigh what is alive after each action of the lowered schedule, by rank.
+        """Run a step and measure the bytes alive after each action of the lowered schedule, by rank.
 
         Distinct storages of residuals, boundary values, cotangents, receive slots and accumulators are counted; parameters,
         the batch and an operator's temporaries are not. Every process calls it.
@@ -254,20 +261,20 @@ class Pipeline(Held):
         return tuple(alive[rank] for rank in range(self.schedule.num_ranks))
 
     def reserved_bytes(self) -> int:
-        """Bytes of this process's receive slots, which stay from step to step."""
+        """Return the bytes of this process's receive slots, which are kept between steps."""
         return sum(pool.num_bytes for pool in self._blueprint.pools.values())
 
     def check_finite(
         self, params: tree.Nested, batch: Mapping[str, Any], key: Any = None, state: tree.Nested | None = None
     ) -> None:
-        """Run a step again that gave a loss or gradients that are not finite, and say where that begins.
+        """Rerun a step whose loss or gradients are not finite, and report where that begins.
 
-        Every process calls it, with the arguments of `value_and_grad`, and raises the same. With `AUTOFUNC_DEBUG=nan` in
-        the environment all steps are looked into, at the price of waiting for each action.
+        Every process calls it, with the arguments of `value_and_grad`, and raises the same error. With `AUTOFUNC_DEBUG=nan`
+        in the environment all steps are checked, at the price of waiting for each action.
 
         Raises:
-            NotFiniteError: with rank, step, stage and microbatch, the layer, and whether it is the forward, the gradient of
-                an input or that of a parameter: the first place of all processes. Where all is finite there is none.
+            NotFiniteError: with rank, step, stage, microbatch, layer, and whether it is the forward, an input gradient
+                or a parameter's gradient: the first place on any process. No error if all is finite.
         """
         raise_first(unfit_parameters({path: local(leaf) for path, leaf in tree.flatten(params).items()}), self.mesh)
         given, notes = self._state_beside(params) if state is None else state, FiniteNotes()
@@ -279,9 +286,9 @@ class Pipeline(Held):
         self, mode: Mode, params: tree.Nested, batch: Mapping[str, Any], key: Any, state: tree.Nested | None = None,
         observe: Observe | None = None, again: bool = False,
     ) -> StepResult:  # fmt: skip
-        """Run one step, or the last one again. `af.value_and_grad`, `pipe(...)` and `pipe.forward` are this with a mode.
+        """Run one step, or rerun the last. `af.value_and_grad`, `pipe(...)` and `pipe.forward` call this with a mode.
 
-        Without gradients any number of rows will do. Those that are left over are a step of their own, and weigh less.
+        Without gradients any number of rows is valid. Leftover rows run as a separate step, with less weight.
         """
         given = [self._checked(state)]
         if mode is Mode.GRADS:
@@ -306,7 +313,7 @@ class Pipeline(Held):
 
     @cached_property
     def _by_rows(self) -> Pipeline:
-        """With a loss in which rows count as much as the batch says, built once."""
+        """This pipeline with a loss that weights rows as the batch asks, built once."""
         return self.with_loss(weighed(self.loss, 1))
 
     def _step(
@@ -323,7 +330,7 @@ class Pipeline(Held):
         return result
 
     def _state_beside(self, params: tree.Nested) -> TensorDict:
-        """To measure steps with, where the parameters are: what they cost does not depend on it."""
+        """Make a state for measured steps, on the parameters' device; its values do not affect costs."""
         return self.init_state(self._device(tree.flatten(params)))
 
     def _split(self, batch: Mapping[str, Any], key: Any, into: int | None = None) -> list[Microbatch]:

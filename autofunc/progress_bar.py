@@ -51,11 +51,11 @@ def counting(what: str, unit: str, total: int | None = None) -> Iterator[Callabl
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
-        TextColumn("{task.fields[said]}"),
+        TextColumn("{task.fields[count]}"),
         TimeRemainingColumn(compact=True),
     )
     with Progress(*columns, console=CONSOLE, transient=True, disable=not _is_shown() or not CONSOLE.is_terminal) as bar:
-        task = bar.add_task(shown(what, 60), total=total, visible=False, said="")
+        task = bar.add_task(shown(what, 60), total=total, visible=False, count="")
 
         def advance(more: int) -> None:
             nonlocal done, last_line
@@ -63,10 +63,10 @@ def counting(what: str, unit: str, total: int | None = None) -> Iterator[Callabl
             now = time.monotonic()
             if now - began < _SECONDS_UNSEEN:
                 return
-            said = f"{done:,}{f' of {total:,}' if total is not None else ''} {unit}"
-            bar.update(task, completed=done, visible=True, said=said)
+            count = f"{done:,}{f' of {total:,}' if total is not None else ''} {unit}"
+            bar.update(task, completed=done, visible=True, count=count)
             if bar.disable and now - last_line > (_SECONDS_BETWEEN_LINES if last_line != began else _SECONDS_UNSEEN):
                 last_line = now
-                say(f"{what}: {said}")
+                say(f"{what}: {count}")
 
         yield advance

@@ -1,4 +1,4 @@
-"""Importing a file of the user's by its path."""
+"""Import a user's file by its path."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from autofunc.errors import FAILURES, AutofuncError, ConfigError, in_brief, one_
 
 
 def load_file(path: Path) -> ModuleType:
-    """Import a Python file once, whatever it is called by.
+    """Import a Python file once, however its path is written.
 
     Raises:
-        ConfigError: when it is missing or fails.
+        ConfigError: if it is missing or fails.
     """
     full = path.expanduser().resolve()
     if not full.is_file():

@@ -1,4 +1,4 @@
-"""How activations are spread over processes that compute a stage together, and rows over those that run it in parallel.
+"""Where activations lie on processes that compute a stage together, and rows on those that run it in parallel.
 
 On one process this is a no-op. While a stage runs or is captured on several, the engine installs a `Spread`, a `DataSum`
 and an `ExpertExchange`. A model declares by `af.constrain` how its values are placed, and the `Spread` moves them. Moving
@@ -97,31 +97,31 @@ _experts: ContextVar[ExpertExchange | None] = ContextVar("experts", default=None
 
 
 @contextmanager
-def _in_charge(of: ContextVar[T], who: T) -> Iterator[None]:
-    token = of.set(who)
+def _installed(variable: ContextVar[T], value: T) -> Iterator[None]:
+    token = variable.set(value)
     try:
         yield
     finally:
-        of.reset(token)
+        variable.reset(token)
 
 
 def summing(data: DataSum | None) -> AbstractContextManager[None]:
-    """Install it for this context; None if all rows are this process's."""
-    return _in_charge(_data, data)
+    """Install a `DataSum` for this context; None if this process has all rows."""
+    return _installed(_data, data)
 
 
 def current_data() -> DataSum | None:
-    """Who is in charge; None where all rows are this process's."""
+    """Return the installed `DataSum`; None if this process has all rows."""
     return _data.get()
 
 
 def exchanging(experts: ExpertExchange | None) -> AbstractContextManager[None]:
-    """Put it in charge; None where this process has all experts."""
-    return _in_charge(_experts, experts)
+    """Install an `ExpertExchange` for this context; None if this process has all experts."""
+    return _installed(_experts, experts)
 
 
 def current_experts() -> ExpertExchange | None:
-    """Who is in charge; None where this process has all experts."""
+    """Return the installed `ExpertExchange`; None if this process has all experts."""
     return _experts.get()
 
 
@@ -129,21 +129,21 @@ _spread: ContextVar[Spread | None] = ContextVar("spread", default=None)
 
 
 def spreading(spread: Spread) -> AbstractContextManager[None]:
-    """Put it in charge."""
-    return _in_charge(_spread, spread)
+    """Install a `Spread` for this context."""
+    return _installed(_spread, spread)
 
 
 def current_spread() -> Spread | None:
-    """Who is in charge; None on one process."""
+    """Return the installed `Spread`; None on one process."""
     return _spread.get()
 
 
 def constrain(x: Tensor, placement: str) -> Tensor:
-    """Say how an activation lies over the tp axis: `x` itself on one process, and the same values anywhere.
+    """Declare how an activation lies over the tp axis: a no-op on one process; under tp the active `Spread` moves it.
 
-    Without it, each operator decides by itself what its result looks like, and sums that several ranks have parts of may
-    be exchanged more than once. A block of a transformer needs four: where a branch begins, all of the stream is needed
-    (`"replicate"`); where it ends, the parts are summed into the stream (`"sequence"`).
+    Without it, each operator chooses the placement of its result, and sums whose parts are on several ranks may be
+    exchanged more than once. A transformer block needs four: a branch begins with the whole stream (`"replicate"`), and at
+    its end the parts are summed into the stream (`"sequence"`).
 
     Args:
         x: a tensor.
@@ -151,7 +151,7 @@ def constrain(x: Tensor, placement: str) -> Tensor:
             the tokens (dim 1) with sequence parallelism, all of it without.
 
     Raises:
-        ModelError: for another placement, or a dim that does not divide.
+        ModelError: for an unknown placement, or a dim that does not divide.
 
     Example:
         h = af.constrain(layer_norm(params["ln"], x), "replicate")
@@ -165,7 +165,7 @@ def constrain(x: Tensor, placement: str) -> Tensor:
 
 @lru_cache
 def sharded_dim(placement: str) -> int | None:
-    """The dim that a placement cuts: `"shard(1)"` is 1, `"replicate"` is None.
+    """Return the dim that a placement cuts: `"shard(1)"` is 1, `"replicate"` is None.
 
     Raises:
         ModelError: for anything else.

@@ -1,4 +1,4 @@
-"""What operators look at beside their arguments: what is captured under some settings of torch is not for others."""
+"""Torch settings that operators read besides their arguments: a capture under some settings is not valid for others."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ _KERNELS: Any = torch.backends.cuda
 
 
 class _Setting(NamedTuple):
-    """A setting of torch that decides which operators run, or in what precision, and that a capture makes permanent."""
+    """A torch setting that chooses operators or their precision, and that a capture freezes."""
 
     name: str
     read: Callable[[], Hashable]
-    is_of_run: bool = False  # whether all processes of a run must have the same
+    is_of_run: bool = False  # whether all processes of a run must agree on it
 
 
 def _autocast() -> Hashable:
-    """By device that has it, its dtype."""
+    """Return the autocast dtype of each device that has it enabled."""
     return tuple((kind, torch.get_autocast_dtype(kind)) for kind in _DEVICES if torch.is_autocast_enabled(kind))
 
 
@@ -39,14 +39,14 @@ _SETTINGS = (
     _Setting("oneDNN", lambda: _BACKENDS.mkldnn.enabled),
     _Setting("the fast path of attention modules", _BACKENDS.mha.get_fastpath_enabled),
 )
-"""All of them. Grad and inference mode are not among them: a pipeline decides these itself."""
+"""All such settings. Grad and inference mode are not among them: a pipeline sets these itself."""
 
 
 def surroundings() -> Hashable:
-    """What they are now. It is asked at every step, and takes some microseconds."""
+    """Return the current settings. Every step asks; it takes a few microseconds."""
     return tuple(setting.read() for setting in _SETTINGS)
 
 
 def named_settings() -> dict[str, str]:
-    """Those of them that all processes of a run must share, as text."""
+    """Return the settings that all processes of a run must agree on, as text."""
     return {setting.name: repr(setting.read()) for setting in _SETTINGS if setting.is_of_run}

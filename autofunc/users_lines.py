@@ -10,7 +10,7 @@ from autofunc.installed import is_installed
 
 DEBUG = "AUTOFUNC_DEBUG"
 WHOLE = "1"
-"""The word of it that asks for whole tracebacks."""
+"""The word in it that asks for whole tracebacks."""
 
 HEADING = "in your code, outermost line first"
 HINT = f"(the whole traceback: {DEBUG}={WHOLE})"

@@ -4,9 +4,9 @@
 thread each; torch's stages are modules written for it. A step is the loss and the gradients from given parameters: torch
 drops its old gradients and steps, autofunc drops its old result and calls `value_and_grad`.
 
-Settings: small, where Python and launches cost most (8 blocks, d=64, T=32, 32 microbatches); large, where matrix products
-do (12 blocks, d=768, T=128, 8 microbatches); words, where the head does (6 blocks, d=768, T=256, 8 microbatches, 50,257
-words). One row a microbatch. Both sides have the same stages: equal numbers of blocks, and in words those that
+Settings: small, dominated by Python and launches (8 blocks, d=64, T=32, 32 microbatches); large, by matrix products (12
+blocks, d=768, T=128, 8 microbatches); words, by the head (6 blocks, d=768, T=256, 8 microbatches, 50,257 words). A
+microbatch has one row. Both sides have the same stages: equal numbers of blocks, and in words those that
 `split_points: auto` chooses.
 
 Run: python bench/against_torch.py --setting small --repetitions 9
@@ -17,7 +17,7 @@ from __future__ import annotations
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"
-os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # no workers of the compiler beside what is timed
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # no compiler workers competing with timed steps
 os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"
 
 import argparse

@@ -1,7 +1,7 @@
-"""What do balanced stages gain where the head is large? GPT-2 with its 50,257 words on two processes.
+"""What do balanced stages gain if the head is large? GPT-2 with its 50,257 words on two processes.
 
 Equal numbers of layers against stages balanced by counted operations (`split_points: auto`) and by measured layers
-(`autofunc plan --measure`), a step of each in turn in the same two processes; the model is transformers' own, captured.
+(`autofunc plan --measure`), stepping in turns in the same two processes; the model is transformers' own, captured.
 Reported: the medians of the ratios.
 
 Run: python bench/auto_split.py [--layers 6 --width 768 --tokens 256 --rounds 5]
@@ -44,13 +44,13 @@ def build(options: argparse.Namespace) -> tuple[af.Model, dict[str, torch.Tensor
 
 
 def halves(model: af.Model) -> list[Stage]:
-    """Two stages of as many layers each."""
+    """Cut into two stages with equal numbers of layers."""
     names = list(model.layers)
     return af.split(model, [names[len(names) // 2]])
 
 
 def measure(rank: int, store: str, results: str, options: argparse.Namespace, starts: dict[str, str]) -> None:
-    """One of two processes; the first writes seconds, a row for each round."""
+    """Run one of two processes; the first writes seconds, a row per round."""
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)

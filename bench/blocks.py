@@ -43,7 +43,7 @@ def _llama_block(features: int, heads: int) -> af.Layer:
 def middle_stage(
     family: str, features: int, tokens: int, heads: int, device: str = "cpu", dtype: torch.dtype = torch.float32
 ) -> tuple[StageContext, dict[str, Tensor]]:
-    """The context of the stage, and all parameters. One row a microbatch."""
+    """Return the context of the stage, and all parameters. A microbatch has one row."""
     if family == "gpt2":
         model = build_gpt2_model(vocab_size=64, n_positions=tokens, n_embd=features, n_layer=4, n_head=heads)
         points = ["h.1", "h.3"]

@@ -1,9 +1,9 @@
 """Tensor parallelism of an unmodified Llama: captured and cut, against torch's `parallelize_module` on the same module.
 
 Two gloo processes, one thread each, tp=2, all in one stage: the graph engine, and compiled pieces, against the module as
-`transformers`' own plan has it cut (q, k, v, gate, up by columns, o and down by rows, the head by columns and gathered),
-in eager mode; `--compile` adds it under `torch.compile`. Loss and gradients of all are compared first. Steps alternate
-(A B A B ...); what counts are medians of ratios of neighbours. CPU: time of the first process on its core, which other
+`transformers`' own plan cuts it (q, k, v, gate, up by columns, o and down by rows, the head by columns and gathered), in
+eager mode; `--compile` adds it under `torch.compile`. Loss and gradients of all are compared first. Steps alternate
+(A B A B ...); reported are medians of the ratios of neighbours. CPU: time of the first process on its core, which other
 programs disturb less.
 
 Floors: the matrix products alone that one rank computes in a step, forward and backward; all exchanges of a step alone,
@@ -47,7 +47,7 @@ BLOCKS, VOCABULARY = 4, 256
 
 
 class Size(NamedTuple):
-    """What is measured; features of the blocks' middle are twice those outside."""
+    """Sizes of the model; the MLP is twice as wide as the blocks."""
 
     width: int
     tokens: int
@@ -61,7 +61,7 @@ Times = dict[str, list[tuple[float, float]]]  # (wall, CPU) in seconds
 
 
 def llama(size: Size) -> nn.Module:
-    """The same weights each time; 8 heads, of keys 4."""
+    """Build the model, with the same weights each time: 8 heads, 4 key heads."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -74,7 +74,7 @@ def llama(size: Size) -> nn.Module:
 
 
 def parallelized(size: Size, mesh: DeviceMesh) -> nn.Module:
-    """By the plan that transformers has for it."""
+    """Cut it by its plan in transformers."""
     module, plan = llama(size), dict[str, ParallelStyle]()
     for name, _ in module.named_modules():
         last = name.rpartition(".")[2]
@@ -87,7 +87,7 @@ def parallelized(size: Size, mesh: DeviceMesh) -> nn.Module:
 
 
 def plain_loop(module: Any, batch: dict[str, Tensor], microbatches: int) -> float:
-    """A step of a module as people write it: the mean loss, gradients in `.grad`."""
+    """Run a step of a module as people write it: the mean loss, gradients in `.grad`."""
     module.zero_grad(set_to_none=True)
     total = 0.0
     rows = (part.chunk(microbatches) for part in batch.values())
@@ -99,7 +99,7 @@ def plain_loop(module: Any, batch: dict[str, Tensor], microbatches: int) -> floa
 
 
 def floors(size: Size, group: dist.ProcessGroup) -> dict[str, Step]:
-    """What a step cannot do without, on one of two ranks."""
+    """The work that no step can avoid, on one of two ranks."""
     d, count = size.width, size.tokens * size.rows
     block = [(d, d // 2), (d, d // 4), (d, d // 4), (d // 2, d), (d, d), (d, d), (d, d)]
     products = [
@@ -136,7 +136,7 @@ def floors(size: Size, group: dist.ProcessGroup) -> dict[str, Step]:
 
 
 def steps_of(size: Size, mesh: DeviceMesh, compiled: bool) -> dict[str, Step]:
-    """All that is measured, after losses and gradients were compared."""
+    """Build all contenders, after comparing losses and gradients."""
     ids = torch.randint(
         0, VOCABULARY, (size.rows * size.microbatches, size.tokens), generator=torch.Generator().manual_seed(0)
     )
@@ -166,7 +166,7 @@ def _whole(leaf: Any) -> Tensor:
 
 
 def measure(rank: int, store: str, results: str, compiled: bool) -> None:
-    """One of two processes; the first writes the times."""
+    """Run one of two processes; the first writes the times."""
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)

@@ -1,8 +1,8 @@
 """How much smaller are a rank's activations when tokens are cut over two ranks, and what does a step cost?
 
 A Llama with four blocks, one row, all in one stage on gloo processes of one thread each: without a mesh, and with cp=2 by
-both methods. The peak is weighed in a run after each action (what is kept for the backward, and sums of gradients, which do
-not depend on tokens); beside it what the graph keeps. Times are medians of steps that alternate (A B C A B C ...).
+both methods. The peak is measured after each action of a step (residuals, and gradient sums, which do not depend on
+tokens); beside it the bytes that the graph keeps. Times are medians of steps that alternate (A B C A B C ...).
 
 Run: python bench/context_parallel.py [tokens ...]
 """
@@ -36,7 +36,7 @@ TOKENS = (2048,)
 
 
 def measure(rank: int, store: str, results: str, tokens: list[int]) -> None:
-    """One of two processes; the first writes what it found."""
+    """Run one of two processes; the first writes the results."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)
     mesh = af.make_mesh(cp=2, device_type="cpu")

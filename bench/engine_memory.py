@@ -1,11 +1,11 @@
 """What does a microbatch hold after F and after I, how often does it run forward, and what do the choices cost?
 
-Two blocks as a middle stage. Bytes are counted from real tensors: the distinct storages that what is handed to the next
-piece refers to, without parameters. Forwards are counted by the calls of each block's activation function.
+Two blocks as a middle stage. Bytes are counted from real tensors: the distinct storages of the values handed to the next
+piece, without parameters. Forwards are counted by the calls of each block's activation function.
 
-`keep` is what `remat` and a memory budget choose between: what the backward makes again ("cheap", "layer", "stage"), and
-the part of W's work that is done in I. Torch's figures are of `torch.distributed.pipelining` on the same function: what its
-autograd graph saved and, after I, what it still holds with the gradients kept for W.
+`keep` is what `remat` and a memory budget choose between: what the backward recomputes ("cheap", "layer", "stage"), and the
+part of W's work that is done in I. Torch's figures are of `torch.distributed.pipelining` on the same function: the values
+its autograd graph saved and, after I, the values it still holds plus the gradients kept for W.
 
 Run: make bench, or python bench/engine_memory.py
 """
@@ -53,13 +53,13 @@ class Counter(TorchDispatchMode):
         self.target, self.calls = target, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Pass the call on."""
+        """Forward the call."""
         self.calls += func is self.target
         return func(*args, **(kwargs or {}))
 
 
 def storage_bytes(tensors: Iterable[Tensor], without: Iterable[Tensor]) -> int:
-    """Bytes of distinct storages."""
+    """Return the bytes of distinct storages."""
     excluded = {tensor.untyped_storage().data_ptr() for tensor in without}
     sizes = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(size for place, size in sizes.items() if place not in excluded)
@@ -127,7 +127,7 @@ def torch_bytes(context: StageContext, leaves: list[Tensor]) -> tuple[int, int]:
 
 
 def main() -> None:
-    """Print one table a family of blocks."""
+    """Print a table per family of blocks."""
     torch.set_num_threads(1)
     console = Console()
     console.print(describe_machine())

@@ -1,10 +1,10 @@
 """What do a stage's four pieces cost, in each engine, and what does splitting the backward add?
 
-Two blocks as a middle stage, one thread, engines in turn (A B C A B C ...), medians. The ratio (I + W) / B is taken call by
+Two blocks as a middle stage, one thread, engines in turn (A B C A B C ...), medians. The ratio (I + W) / B is taken per
 call. Torch's own split is measured beside them: `stage_backward_input` and `stage_backward_weight` of
 `torch.distributed.pipelining`, on the same function and weights.
 
-With `--device cuda` the blocks are larger and of bf16, and a piece is timed until the device has done it.
+With `--device cuda` the blocks are larger and of bf16, and a piece is timed until the device has finished it.
 
 Run: make bench, or python bench/engine_pieces.py
 """
@@ -53,13 +53,13 @@ def timed(call: Callable[[], Any]) -> tuple[Any, float]:
 
 
 def _random(context: StageContext) -> Tensor:
-    """As large as what crosses into and out of the stage."""
+    """Return tensors as large as the stage's inputs and outputs."""
     value = infer(context).boundary.values[0]
     return torch.randn(value.shape, dtype=value.dtype, device=context.device)
 
 
 def pieces(engine: Any, context: StageContext, leaves: list[Tensor], sums: Accumulator) -> tuple[float, ...]:
-    """Microseconds of F, B, I, W, once each."""
+    """Time F, B, I and W once each, in microseconds."""
     x, cotangent = (_random(context) for _ in range(2))  # blocks keep the shape
     bound, microbatch = engine.bind(leaves), Microbatch.of(context.microbatch)
     with torch.no_grad():
@@ -72,7 +72,7 @@ def pieces(engine: Any, context: StageContext, leaves: list[Tensor], sums: Accum
 
 
 def torch_pieces(context: StageContext, leaves: list[Tensor]) -> tuple[float, ...]:
-    """The same of torch, which accumulates into `.grad`."""
+    """Time torch's pieces, which accumulate into `.grad`."""
     from torch.distributed.pipelining._backward import stage_backward, stage_backward_input, stage_backward_weight
 
     cotangent = _random(context)
@@ -91,7 +91,7 @@ def torch_pieces(context: StageContext, leaves: list[Tensor]) -> tuple[float, ..
 
 
 def main() -> None:
-    """Print one table a family of blocks."""
+    """Print a table per family of blocks."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=SIZES)
     device = parser.parse_args().device

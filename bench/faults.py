@@ -1,13 +1,13 @@
-"""Plant faults in training runs of several processes, and look at what is said of them and at what is left.
+"""Plant faults in training runs of several processes, and check the error messages and what is left behind.
 
     python bench/faults.py                      # every kind on both layouts, three times each
     python bench/faults.py --times 20           # takes an hour and a half on two idle cores
-    python bench/faults.py --times 20 --beside 6  # several at a time, where there are cores for them
+    python bench/faults.py --times 20 --beside 6  # several at a time, if there are cores for them
     python bench/faults.py --only hang_layer kill_worker --layouts pp2
 
-A run is right when its message names the place of the fault, its exit status is that of a failure, no process of it is left
-after ten seconds, and no file or socket in the folder for temporary files. Of one that hangs, the stacks of all its
-processes are shown.
+A run passes if its message names the place of the fault, its exit status is a failure, and after ten seconds none of its
+processes is left, and no file or socket in the folder of temporary files. If a run hangs, the stacks of all its processes
+are shown.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ class Kind:
     """A fault.
 
     Args:
-        said: what the message must hold, a pattern; {rank}, {step}, {microbatch} and {signal} are filled in.
+        said: a pattern the message must match; {rank}, {step}, {microbatch} and {signal} are filled in.
         ends: signals, one of which ends a process; drawn at random.
         whom: "worker" or "launcher" for those.
         ranks: which may have it, as pp ranks; both by default.
@@ -193,7 +193,7 @@ LAYOUTS = {"pp2": (2, 1), "pp2 x dp2": (4, 2)}
 
 @dataclass
 class Outcome:
-    """What came of a run."""
+    """The outcome of a run."""
 
     kind: str
     layout: str
@@ -249,7 +249,7 @@ def run_once(kind: str, layout: str, draw: random.Random) -> Outcome:
 
 
 def _stacks(run: subprocess.Popen[str], mark: str, folder: Path) -> str:
-    """End the processes of a run that hangs, and return what it has said, with the stacks of each: SIGABRT writes them."""
+    """End the processes of a hanging run, and return its output with the stacks of each, which SIGABRT writes."""
     by_name = sorted(_processes(mark), key=lambda process: process[1], reverse=True)
     for pid, _ in by_name:
         if pid != run.pid:
@@ -297,7 +297,7 @@ def _end(
 
 
 def _processes(mark: str) -> Iterator[tuple[int, str]]:
-    """The processes of a run, with their names."""
+    """Return the processes of a run, with their names."""
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():
             continue
@@ -311,7 +311,7 @@ def _processes(mark: str) -> Iterator[tuple[int, str]]:
 
 
 def _left(mark: str, until: float) -> list[int]:
-    """Processes of a run that are there when the time is up."""
+    """Return the processes of a run that are left when the time is up."""
     while True:
         left = [pid for pid, _ in _processes(mark)]
         if not left or time.monotonic() > until:

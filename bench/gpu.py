@@ -1,12 +1,12 @@
 """What does a pipelined step cost on one accelerator, beside the plain microbatch loop and torch's own pipeline?
 
-Two models of transformers, as they are, with bf16 parameters: GPT-2 (24 blocks, d=1024, T=1024) and a Llama (8 blocks,
-d=2048, T=2048). All stages of a pipeline take turns on the one device, so no time is gained by overlap: what is measured is
-what stages, schedule and runtime add or take away. Contenders take turns; medians. The plain loop and torch's pipeline add
-gradients up in bf16, autofunc in fp32.
+Two unmodified models of transformers with bf16 parameters: GPT-2 (24 blocks, d=1024, T=1024) and a Llama (8 blocks,
+d=2048, T=2048). All stages of a pipeline take turns on the one device, so overlap gains no time: measured is what
+stages, schedule and runtime add or save. Contenders take turns; medians. The plain loop and torch's pipeline accumulate
+gradients in bf16, autofunc in fp32.
 
-MFU counts 3 times the operations of the forward. Peak bytes are what a step needs beside parameters and batch: what the
-allocator held at most, slots and sums that stay, and of recorded steps all that the pool of their graphs reserves.
+MFU counts 3 times the operations of the forward. Peak bytes are a step's memory beyond parameters and batch: the
+allocator's peak, slots and sums that stay, and for recorded steps everything that the pool of their graphs reserves.
 
 It prints tables in Markdown. A model takes less than two minutes on an H100: rounds end when the time is up.
 
@@ -59,11 +59,11 @@ def llama() -> Any:
 
 
 MODELS: Mapping[str, tuple[Callable[[], Any], int, int]] = {"gpt2": (gpt2, 1024, 4), "llama": (llama, 2048, 2)}
-"""By name: how it is made, tokens of a row, rows of a microbatch."""
+"""By name: builder, tokens per row, rows per microbatch."""
 
 
 def plain_step(module: nn.Module, batch: Mapping[str, Tensor], *, compiled: bool) -> Step:
-    """Loss and gradients of each microbatch, added up in `.grad`."""
+    """Run each microbatch's loss and gradients, accumulated in `.grad`."""
     called = torch.compile(module) if compiled else module
     microbatches = [
         dict(zip(batch, rows, strict=True))
@@ -106,27 +106,27 @@ class Half(nn.Module):
         self.inner = inner
 
     def forward(self, x: Tensor) -> Tensor:
-        """Tokens (B, T) to hidden states (B, T, D), or these to logits (B, T, V)."""
+        """Map tokens (B, T) to hidden states (B, T, D), or these to logits (B, T, V)."""
         if self.head is None:
             return self.inner(input_ids=x).last_hidden_state  # type: ignore[no-any-return]
         return self.head(self.inner(inputs_embeds=x).last_hidden_state)  # type: ignore[no-any-return]
 
 
 class _Nothing(nn.Module):
-    """Positions that the first half has added."""
+    """Replaces the positions, which the first half has added."""
 
     def forward(self, positions: Tensor) -> Tensor:
-        """A zero."""
+        """Return a zero."""
         return torch.zeros((), device=positions.device)
 
 
 def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """As transformers computes it, of one of several microbatches."""
+    """Compute the loss as transformers does, for one of several microbatches."""
     return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten()) / MICROBATCHES
 
 
 def torch_pipeline_step(module: Any, batch: Mapping[str, Tensor], *, compiled: bool) -> Step:
-    """Torch's 1F1B over two stages of this process: it hands values on without sending them."""
+    """Torch's 1F1B over two stages of this process, which passes values on without sending them."""
     ids, config = batch["input_ids"], module.config
     rows = ids[: len(ids) // MICROBATCHES]
     empty = {"dtype": module.dtype, "device": ids.device, "requires_grad": True}
@@ -160,7 +160,7 @@ def piped_step(
 
 
 def timed_ms(step: Step) -> float:
-    """Until the device has done it."""
+    """Time a call until the device has finished it."""
     torch.accelerator.synchronize()
     began = time.perf_counter()
     step()
@@ -169,14 +169,14 @@ def timed_ms(step: Step) -> float:
 
 
 def pools_free_bytes() -> int:
-    """What the pools of graphs reserve beside what is allocated in them: graphs write there."""
+    """Return the bytes that pools of graphs reserve beyond their allocations: graphs write there."""
     snapshot: Any = torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]
     segments = [each for each in snapshot if tuple(each["segment_pool_id"]) != (0, 0)]
     return sum(each["total_size"] - each["allocated_size"] for each in segments)
 
 
 class Begun(NamedTuple):
-    """What the first steps of a contender show."""
+    """Measurements of a contender's first steps."""
 
     first_s: float
     peak_bytes: int
@@ -184,7 +184,7 @@ class Begun(NamedTuple):
 
 
 def begin(step: Step) -> Begun:
-    """Run steps until everything is compiled and recorded, and one more, of which the memory is measured."""
+    """Run steps until everything is compiled and recorded, then measure the memory of one more."""
     gc.collect()
     torch.accelerator.synchronize()
     before, free_before = torch.cuda.memory_allocated(), pools_free_bytes()
@@ -198,14 +198,14 @@ def begin(step: Step) -> Begun:
 
 
 def forward_flops(module: nn.Module, batch: Mapping[str, Tensor]) -> int:
-    """Operations of the matrix products of one forward of all rows."""
+    """Count the operations of the matrix products in one forward of all rows."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         module(**{name: leaf[:1] for name, leaf in batch.items()})
     return int(counter.get_total_flops()) * batch["input_ids"].shape[0]
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table."""
+    """Format a table."""
     return "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)) + "\n"
 
 
@@ -224,7 +224,7 @@ CHOICES: Mapping[str, tuple[str, dict[str, Any]]] = {
 
 
 def measure(name: str, device: str, repetitions: int, seconds: float, wanted: re.Pattern[str]) -> None:
-    """Print the tables of one model: of the plain loop, and of contenders whose titles are wanted."""
+    """Print one model's tables: the plain loop, and the contenders whose titles match."""
     began = time.perf_counter()
     make, tokens, rows = MODELS[name]
     torch.manual_seed(0)
@@ -292,7 +292,7 @@ def measure(name: str, device: str, repetitions: int, seconds: float, wanted: re
 
 
 def main() -> None:
-    """Print what was measured on."""
+    """Print the machine, then all tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", nargs="+", default=list(MODELS), choices=MODELS)
     parser.add_argument("--repetitions", type=int, default=7)

@@ -1,11 +1,11 @@
-"""Kill workers of training runs at random, also during a save, and see whether the runs end as undisturbed ones.
+"""Kill workers of training runs at random, also during a save, and check that the runs end like undisturbed ones.
 
     python bench/kills.py                  # 20 kills at random steps and 20 during a save, about ten minutes
     python bench/kills.py --kills 5 --layouts pp2
 
-A run is started with --max-restarts; workers are killed with SIGKILL, one after the other, each after the run has gone on.
-It is right when it ends with status 0, its losses and weights are those of the undisturbed run bit for bit, and every
-checkpoint that was there under its name after a kill could be read as a whole.
+A run is started with --max-restarts; workers are killed with SIGKILL, one after the other, each after the run has resumed.
+It passes if it ends with status 0, its losses and weights equal those of the undisturbed run bit for bit, and every
+checkpoint that was published before a kill could be read as a whole.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ distributed: {{pp_size: 2, dp_size: {dp}, split_points: [h.2], engine: eager, de
 optimizer: {{_target_: torch.optim.AdamW, lr: 1e-3}}
 """
 LAYOUTS = {"pp2": 1, "pp2 x dp2": 2}
-"""Data parallel ranks of each."""
+"""Data parallel ranks by layout."""
 
 
 def start(folder: Path, name: str, restarts: int) -> subprocess.Popen[str]:
@@ -54,7 +54,7 @@ def start(folder: Path, name: str, restarts: int) -> subprocess.Popen[str]:
 
 
 def workers_of(launcher: int) -> list[int]:
-    """The workers of a run: the children of its only child."""
+    """Return the workers of a run: the children of its only child."""
     found = []
     for child in _children(launcher):
         for pid in _children(child):
@@ -74,7 +74,7 @@ def _children(pid: int) -> list[int]:
 
 
 def losses(folder: Path, name: str) -> dict[int, float]:
-    """By step, of a run."""
+    """Return the losses of a run by step."""
     file = folder / name / "metrics.jsonl"
     found = {}
     for line in file.read_text().splitlines() if file.exists() else []:
@@ -87,7 +87,7 @@ def losses(folder: Path, name: str) -> dict[int, float]:
 
 
 def disturb(run: subprocess.Popen[str], folder: Path, name: str, kills: int, during_save: bool, draw: random.Random) -> int:
-    """Kill workers of a run, each time some steps after the kill before; returns how many."""
+    """Kill workers of a run, each some steps after the previous kill; return how many."""
     checkpoints, until = folder / name / "checkpoints", time.monotonic() + LONGEST_SECONDS
     done, number, killed, wanted = 0, 0, set[int](), 0
     while done < kills and run.poll() is None and time.monotonic() < until:
@@ -107,7 +107,7 @@ def disturb(run: subprocess.Popen[str], folder: Path, name: str, kills: int, dur
 
 
 def is_readable(path: Path) -> bool:
-    """Whether all tensors of a checkpoint can be read, unless it is one that is being written."""
+    """Return whether all tensors of a checkpoint can be read, unless it is still being written."""
     if path.suffix == ".partial":
         return True
     hush()
@@ -123,7 +123,7 @@ def is_readable(path: Path) -> bool:
 
 
 def main() -> None:
-    """Run what the command line asks for."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20, help="of each kind, over all layouts (default 20)")
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), metavar="LAYOUT")

@@ -1,10 +1,10 @@
-"""Adapters here and in PEFT: the same gradients, and folders that both read. Needs `peft`, which is no dependency.
+"""Compare adapters with PEFT's: gradients, and folders that both read. Needs `peft`, which is not a dependency.
 
     python bench/lora_against_peft.py
 
-In double precision, so that what is left is rounding, and in single precision: the largest difference of a gradient's
-element from PEFT's on the unsplit module, over that gradient's largest element and over the largest of all, of a pipeline
-of two stages (ZB-H1, two microbatches; PEFT takes the same ones, one after the other).
+A pipeline of two stages (ZB-H1, two microbatches) against PEFT on the unsplit module and the same microbatches, in double
+precision, where only rounding is left, and in single precision: the largest difference of a gradient's element, over that
+gradient's largest element and over the largest of all.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ peft: Any = importlib.import_module("peft")
 
 
 def modules() -> list[tuple[str, nn.Module, dict[str, Any]]]:
-    """Title, module, what PEFT is told."""
+    """Return titles, modules, and PEFT's options."""
     sizes = {"vocab_size": VOCABULARY, "num_hidden_layers": 4, "hidden_size": 32, "intermediate_size": 48}
     llama, grouped = (
         LlamaForCausalLM(LlamaConfig(num_attention_heads=4, num_key_value_heads=heads, **sizes)) for heads in (4, 2)
@@ -48,7 +48,7 @@ def modules() -> list[tuple[str, nn.Module, dict[str, Any]]]:
 
 
 def compare(module: nn.Module, told: dict[str, Any], batch: dict[str, torch.Tensor]) -> str:
-    """From PEFT to a pipeline, and back."""
+    """Convert from PEFT to a pipeline and back, and compare."""
     config = peft.LoraConfig(r=4, lora_alpha=10, task_type="CAUSAL_LM", **told)
     theirs = peft.get_peft_model(copy.deepcopy(module), config, autocast_adapter_dtype=False).eval()
     for leaf in theirs.parameters():

@@ -1,4 +1,4 @@
-"""What a number was measured on."""
+"""Describe the machine that a number was measured on."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import platform
 
 
 def describe_machine() -> str:
-    """Processor, cores, and versions of torch and Python, in one line."""
+    """Return processor, cores, and versions of torch and Python, in one line."""
     import torch  # after the caller has set OMP_NUM_THREADS
 
     from autofunc.benchmark.teams import processor

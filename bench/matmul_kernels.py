@@ -1,4 +1,4 @@
-"""From which size on is which kernel of a matrix product faster on this CPU? What `autofunc/engine/matmul.py` chooses by.
+"""At which sizes is which matrix product kernel faster on this CPU? The basis of `autofunc/engine/matmul.py`.
 
 fp32, one thread, medians, kernels in turn. F: `addmm` against oneDNN's linear; I: `mm` against the same; W: a product added
 to an accumulator against `addmm_` into it.

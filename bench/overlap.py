@@ -1,8 +1,8 @@
-"""How much of the exchange between ranks that share experts is hidden when a forward and a backward run side by side?
+"""How much of the exchange between ranks that share experts is hidden if a forward and a backward overlap?
 
 A small MoE model, `dualpipe_v`, pp=2 and two ranks that share experts: four gloo processes of one thread each. Every
-exchange between these takes so many milliseconds longer, in which nothing is computed for it, as on a slow network. Steps
-with and without overlap alternate (A B A B ...); what counts are medians. The timelines of both are drawn.
+exchange between these is delayed by the given milliseconds, as on a slow network. Steps with and without overlap alternate
+(A B A B ...); reported are medians. Both timelines are drawn.
 
 Run: python bench/overlap.py [milliseconds ...] [--draw FILE]
 """
@@ -45,7 +45,7 @@ METHODS = ("all_gather", "all_reduce", "all_to_all")
 
 
 class Slow:
-    """Makes exchanges take longer: from when one begins, its result is there so many seconds later at the earliest."""
+    """Delays exchanges: a result arrives no earlier than this many seconds after its exchange began."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -67,7 +67,7 @@ class Slow:
 
 
 def measure(rank: int, store: str, results: str, delays: list[float]) -> None:
-    """One of four processes; the first writes what it found."""
+    """Run one of four processes; the first writes the results."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(store, 4), rank=rank, world_size=4)
     slow, mesh = Slow(), af.make_mesh(pp=2, dp_shard=2, device_type="cpu")

@@ -1,13 +1,13 @@
-"""Do unmodified models of transformers, trained over meshes, follow the same module trained by plain torch in one process?
+"""Do unmodified models of transformers, trained over meshes, match the same module trained by plain torch in one process?
 
 Small configurations of the zoo (four blocks, fp32, random weights, no dropout), routers with their balance loss: five steps
-of AdamW, each on two microbatches of other rows. Compared are all losses, the gradients of the first step, and every
-parameter after the last, as `pipe.gather` gives it on every rank. One process is the module itself with `backward` and
-`torch.optim.AdamW`; nothing of autofunc runs there. Beside it the same module in fp64: what rounding alone does.
+of AdamW, each on two microbatches of new rows. All losses, the gradients of the first step, and every parameter after the
+last step, as `pipe.gather` returns it on every rank, are compared. The reference is the module itself in one process with
+`backward` and `torch.optim.AdamW`, without autofunc; and the same module in fp64 shows the effect of rounding alone.
 
-AdamW divides each gradient by its own size. Where that is rounding noise, so is the direction of the step, unless `eps` is
-larger than the noise: with torch's 1e-8 some elements whose gradients are as small differ by more than 1e-5, on a mesh as
-between fp32 and fp64 in one process.
+AdamW divides each gradient by its own magnitude. If a gradient is rounding noise, so is the direction of its step, unless
+`eps` is larger than the noise: with torch's 1e-8 some elements with gradients that small differ by more than 1e-5, on a
+mesh just as between fp32 and fp64 in one process.
 
 Run: python bench/parity.py [--only PATTERN ...] [--eps 1e-8]     e.g. --only 'Llama*' --only '*cp2*'
 """
@@ -65,7 +65,7 @@ class Mesh:
 
     @property
     def processes(self) -> int:
-        """How many it takes."""
+        """The number of processes."""
         return math.prod(self.axes.values())
 
 
@@ -83,7 +83,7 @@ EIGHT = (Mesh("pp2 x dp2 x tp2", {"pp": 2, "dp_shard": 2, "tp": 2}), Mesh("pp2 x
 
 @dataclass(frozen=True)
 class Case:
-    """A model on a mesh by an engine."""
+    """A model on a mesh, with an engine."""
 
     model: str
     mesh: Mesh
@@ -91,7 +91,7 @@ class Case:
 
     @property
     def title(self) -> str:
-        """In words, for `--only`."""
+        """The text that `--only` matches."""
         return f"{self.model} {self.mesh.title} {self.engine}"
 
 
@@ -112,7 +112,7 @@ class Verdict:
 
     @property
     def said(self) -> str:
-        """In words."""
+        """The verdict as text."""
         if self.error:
             return f"FAIL {self.error}"
         far = f"loss {self.loss:.1e}, gradients {self.gradient:.1e}, parameters {self.parameter:.1e}"
@@ -120,7 +120,7 @@ class Verdict:
 
 
 def cases() -> Iterator[Case]:
-    """All of them."""
+    """Return all cases."""
     for model in MODELS:
         meshes = (*MESHES, *([SPREAD] if model in ROUTED else []), *(EIGHT if model == "Llama" else []))
         for engine in ("graph", "eager") if model in BOTH_ENGINES else ("graph",):
@@ -128,21 +128,21 @@ def cases() -> Iterator[Case]:
 
 
 def entry_of(name: str) -> Entry:
-    """What the zoo has of this name, routers with their balance loss."""
+    """Build the zoo's model of this name, routers with their balance loss."""
     entry = {**TEXT, **ENCODERS, **PAIRS}[name]
     extra = {"output_router_logits": True, "router_aux_loss_coef": 0.1} if name in ROUTED else {}
     return entry._replace(options={**entry.options, **extra})
 
 
 def batch_of(entry: Entry, step: int) -> dict[str, Any]:
-    """Four rows; in each step others."""
+    """Return four rows, which differ in each step."""
     words = ("input_ids", "labels", "decoder_input_ids")
     made: dict[str, Any] = BATCHES[entry.batch]()
     return {name: (leaf - 3 + 7 * step) % (IMAGE - 3) + 3 if name in words else leaf for name, leaf in made.items()}
 
 
 def microbatches(batch: Mapping[str, Tensor], places: int) -> Iterator[dict[str, Tensor]]:
-    """Those of one process: each has the rows of a microbatch of all data parallel ranks."""
+    """Return the microbatches of one process: each has the rows of one microbatch of all data parallel ranks."""
     for number in range(MICROBATCHES):
         yield {
             name: torch.cat([part.chunk(MICROBATCHES)[number] for part in leaf.chunk(places)])
@@ -151,7 +151,7 @@ def microbatches(batch: Mapping[str, Tensor], places: int) -> Iterator[dict[str,
 
 
 def plain(name: str, places: int, eps: float, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-    """What one process finds, by plain torch."""
+    """Train in one process with plain torch."""
     entry = entry_of(name)
     module: Any = build(entry).to(dtype)
     if name in ROUTED:
@@ -177,7 +177,7 @@ def _parameters(module: torch.nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def expected_of(name: str, places: int, eps: float) -> dict[str, Any]:
-    """What one process finds, and how far that is from what it would without rounding."""
+    """Train in one process, and measure the distance to fp64."""
     found, exact = plain(name, places, eps), plain(name, places, eps, torch.float64)
     off = [(leaf - exact["parameters"][path]).abs().max().item() for path, leaf in found["parameters"].items()]
     return {**found, "rounding": max(off)}
@@ -185,12 +185,12 @@ def expected_of(name: str, places: int, eps: float) -> dict[str, Any]:
 
 @cache
 def mesh_of(*axes: tuple[str, int]) -> DeviceMesh:
-    """Of this process; one for all cases on such axes."""
+    """Return this process's mesh, shared by all cases on the same axes."""
     return af.make_mesh(**dict(axes), device_type="cpu")
 
 
 def over(case: Case, eps: float) -> dict[str, Any]:
-    """The same of what this rank is given."""
+    """Train on this rank's part of the mesh."""
     entry, axes = entry_of(case.model), dict(case.mesh.axes)
     mesh = mesh_of(*axes.items())
     place, places = data_coordinate(mesh)
@@ -214,7 +214,7 @@ def over(case: Case, eps: float) -> dict[str, Any]:
 
 
 def compare(case: Case, found: Mapping[str, Any], expected: Mapping[str, Any], seconds: float) -> Verdict:
-    """The largest differences on all ranks; every rank calls it."""
+    """Return the largest differences on all ranks; every rank calls it."""
     losses, others = torch.tensor(found["losses"]), torch.tensor(expected["losses"])
     wanted, made = expected["parameters"], found["parameters"]
     missing = {path for path in wanted if path not in made} - _held_elsewhere(wanted, made)
@@ -237,7 +237,7 @@ def compare(case: Case, found: Mapping[str, Any], expected: Mapping[str, Any], s
 
 
 def _held_elsewhere(wanted: Mapping[str, Tensor], made: Mapping[str, Tensor]) -> set[str]:
-    """Names of tied parameters, which are gathered under another one."""
+    """Return names of tied parameters, which are gathered under another name."""
     kept = {wanted[path].data_ptr() for path in made if path in wanted}
     return {path for path, leaf in wanted.items() if path not in made and leaf.data_ptr() in kept}
 
@@ -249,7 +249,7 @@ def _relative(leaf: Tensor, expected: Tensor | None) -> float:
 
 
 def work(rank: int, size: int, store: str, chosen: list[Case], known: dict[Any, Any], eps: float, results: str) -> None:
-    """One of some processes; the first writes what all found."""
+    """Run one of several processes; the first writes the results of all."""
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     limit = timedelta(seconds=SECONDS)
@@ -278,7 +278,7 @@ def work(rank: int, size: int, store: str, chosen: list[Case], known: dict[Any, 
 
 
 def main() -> None:
-    """Measure and print; exits with 1 where something does not fit."""
+    """Measure and print; exit with status 1 if a case fails."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", action="append", metavar="PATTERN", help="of titles, such as 'Llama pp2 x tp2 eager'")
     parser.add_argument("--eps", type=float, default=EPS, help="of AdamW (default: %(default)s; torch's is 1e-8)")
@@ -301,7 +301,7 @@ def main() -> None:
 
 
 def show(verdicts: list[Verdict]) -> None:
-    """The table.
+    """Format the table.
 
     Differences from one process: of losses, relative; of gradients, relative to the largest of a parameter; of parameters,
     absolute, with the gradient that the most different element has, and what rounding alone makes of parameters.

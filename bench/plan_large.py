@@ -1,7 +1,7 @@
 """How long does `autofunc plan` take for models of billions of parameters, and how much memory?
 
-Each configuration of `bench/plans/` is planned in a process of its own, without weights, data or other processes. What it
-prints is shown, then seconds (wall, and of the processor) and the most memory that the process had.
+Each configuration of `bench/plans/` is planned in a separate process, without weights, data or further processes. Shown are
+its output, then seconds (wall and CPU) and the process's peak memory.
 
 Run: python bench/plan_large.py [a.yaml ...]
 """
@@ -22,7 +22,7 @@ PLANS = Path(__file__).parent / "plans"
 
 
 def planned(path: Path) -> tuple[str, float, float, int]:
-    """What `autofunc plan` prints; seconds, seconds of the processor; the most bytes it had in memory."""
+    """Run `autofunc plan`; return its output, wall seconds, CPU seconds, and peak bytes of memory."""
     began = time.perf_counter()
     process = subprocess.Popen(
         [sys.executable, "-m", "autofunc", "plan", "-c", str(path)], stdout=subprocess.PIPE, text=True

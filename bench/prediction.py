@@ -1,9 +1,9 @@
 """How well is a step's time predicted from costs measured in a run of another schedule?
 
 GPT-2 on two gloo processes with one thread each. In every round each pipeline runs a profiled step, one after the other, so
-that all meet the same state of the machine; the first of each family also runs with every backward split, and its medians
-over rounds are the costs, which hold what a rank does between computations too. Each schedule is predicted from them, with
-as much chance as was measured (`schedule.expected_makespan`), and compared with the median of its own steps.
+that all see the same state of the machine; the first of each family also runs with every backward split, and its medians
+over rounds are the costs, which include what a rank does between computations. Each schedule's step is predicted from them
+under the measured timing noise (`schedule.expected_makespan`), and compared with the median of its own steps.
 
 Run: make bench, or python bench/prediction.py --repetitions 1
 """
@@ -44,7 +44,7 @@ Found = list[tuple[int, str, float, float]]
 
 
 def middle(costs: Sequence[af.schedule.Costs]) -> af.schedule.Costs:
-    """Medians of every figure."""
+    """Return the median of every figure."""
     f, i, w = (np.median([getattr(each, kind) for each in costs], axis=0).tolist() for kind in "FIW")
     single = ("comm", "send", "receive", "between", "spread")
     return af.schedule.Costs(
@@ -53,7 +53,7 @@ def middle(costs: Sequence[af.schedule.Costs]) -> af.schedule.Costs:
 
 
 def one_process(rank: int, store: str, results: str, repetitions: int, rounds: int, compiled: bool) -> None:
-    """Measure; the first process writes what was found."""
+    """Measure; the first process writes the results."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)
     mesh = af.make_mesh(pp=2, device_type="cpu")

@@ -1,12 +1,12 @@
-"""How much Python does a pipeline run for each stage and microbatch, beside the model's own work?
+"""How much Python does a pipeline run per stage and microbatch, besides the model's own work?
 
-One process plays rank 1 of 4 on a fake process group: sends and receives return at once, so what is left is Python. A
+One process plays rank 1 of 4 on a fake process group: sends and receives return at once, so only Python remains. A
 stage is one operator, `x * w` on four numbers, with 32 microbatches. autofunc and `torch.distributed.pipelining` take
 turns (A B A B ...) on the same schedule.
 
 Raw is the time of a step over its stage-microbatches: F, backward and their sends and receives. Net is raw without the
-time of one F and one whole backward, called in a loop by themselves: of torch the module and `torch.autograd.backward`, of
-autofunc the stage's `forward` and `backward`. What splitting the backward adds stays in, on both sides.
+time of one F and one whole backward, called alone in a loop: torch's module and `torch.autograd.backward`, autofunc's
+stage `forward` and `backward`. The cost of splitting the backward stays in, on both sides.
 
 Run: python bench/python_overhead.py
 """
@@ -77,12 +77,12 @@ def scale_model(num_stages: int) -> af.Model:
 
 
 def sum_of(outputs: Tensor, microbatch: Mapping[str, Any]) -> Tensor:
-    """The loss; no stage measured here runs it, because rank 1 does not have the last one."""
+    """The loss; no stage measured here runs it, because rank 1 does not have the last stage."""
     return outputs.sum()
 
 
 def torch_step(name: str, numbers: list[int], num_stages: int) -> Callable[[], Any]:
-    """A step of torch on this rank's stages."""
+    """Return a step of torch on this rank's stages."""
 
     def example() -> Tensor:
         return torch.zeros(1, WIDTH, requires_grad=True)
@@ -104,7 +104,7 @@ def torch_step(name: str, numbers: list[int], num_stages: int) -> Callable[[], A
 
 
 def autofunc_step(s: af.schedule.Schedule, mesh: Any) -> Callable[[], Any]:
-    """A step of autofunc on this rank's stages."""
+    """Return a step of autofunc on this rank's stages."""
     stages = af.split(scale_model(s.num_stages), s.num_stages)
     pipe = af.pipeline(stages, s, loss=sum_of, mesh=mesh)
     params, batch = pipe.init(), {"x": torch.zeros(MICROBATCHES, WIDTH)}
@@ -113,13 +113,13 @@ def autofunc_step(s: af.schedule.Schedule, mesh: Any) -> Callable[[], Any]:
 
 
 def torch_compute() -> Callable[[], Any]:
-    """F and backward of torch's stage alone."""
+    """Return F and backward of torch's stage alone."""
     module, x, cotangent = Scale(), torch.zeros(1, WIDTH, requires_grad=True), torch.zeros(1, WIDTH)
     return lambda: torch.autograd.backward((module(x),), (cotangent,))
 
 
 def autofunc_compute() -> Callable[[], Any]:
-    """F and backward of autofunc's stage alone: a middle one, as rank 1 has it."""
+    """Return F and backward of autofunc's stage alone: a middle stage, like rank 1's."""
     model = scale_model(RANKS)
     stages, params = af.split(model, RANKS), flatten(model.init())
     microbatch = {"x": torch.zeros(1, WIDTH)}
@@ -140,7 +140,7 @@ def autofunc_compute() -> Callable[[], Any]:
 
 
 def microseconds(call: Callable[[], Any], calls: int) -> float:
-    """Wall time of one call, over some."""
+    """Return the mean wall time of a call."""
     began = time.perf_counter()
     for _ in range(calls):
         call()

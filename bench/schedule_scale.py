@@ -1,4 +1,4 @@
-"""How long does it take to build, validate and simulate large schedules? One core, no torch; its time, not the clock's.
+"""How long does it take to build, validate and simulate large schedules? One core, no torch; CPU time, not wall time.
 
 Draws time against size to bench/schedule_scale.svg.
 
@@ -26,7 +26,7 @@ NAMES = ("1f1b", "zb_h1", "interleaved_1f1b", "zbv", "v_half", "v_min", "dualpip
 
 
 def measure(name: str, ranks: int, microbatches: int) -> tuple[int, float, float, float]:
-    """(number of actions, seconds of a core to build, to validate, to simulate)."""
+    """Return (number of actions, CPU seconds to build, to validate, to simulate)."""
     began = time.process_time()
     s = schedule.build(name, num_ranks=ranks, num_microbatches=microbatches)
     built = time.process_time()

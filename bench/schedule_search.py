@@ -1,4 +1,4 @@
-"""How much better is a searched schedule than the best named one, and how far from what is possible?
+"""How much better is a searched schedule than the best named one, and how far is it from the lower bound?
 
 Random instances: 2 to 8 ranks, up to 32 microbatches, stages of unequal costs, communication, and room for p to 2p
 activations. Every result is validated and measured by the simulator. Then the 1.5B model of the zero-bubble

@@ -1,6 +1,6 @@
-"""How long a pipeline takes to build, and a second one on the same stages, which finds what the first one made.
+"""How long does a pipeline take to build, and a second one on the same stages, which reuses the first one's results?
 
-GPT-2 (124 million parameters, 12 blocks) in 4 stages, 8 microbatches of a row of 128 tokens; in one process, no weights.
+GPT-2 (124 million parameters, 12 blocks) in 4 stages, 8 microbatches of one row of 128 tokens; one process, no weights.
 
 Run: make bench, or python bench/second_pipeline.py
 """
@@ -32,7 +32,7 @@ POINTS = ["h.3", "h.6", "h.9"]
 
 
 def build_ms(stages: list[Any], schedule: str, batch: dict[str, torch.Tensor], loss: Any) -> float:
-    """Wall time of making a pipeline and building it for the batch."""
+    """Return the wall time of creating a pipeline and building it for the batch."""
     s = af.schedule.build(schedule, num_ranks=4, num_microbatches=8)
     began = time.perf_counter()
     af.pipeline(stages, s, loss=loss).build(batch)
@@ -40,7 +40,7 @@ def build_ms(stages: list[Any], schedule: str, batch: dict[str, torch.Tensor], l
 
 
 def captured() -> af.Model:
-    """GPT-2 of transformers, captured without weights."""
+    """Return GPT-2 of transformers, captured without weights."""
     with af.empty_weights():
         module = GPT2LMHeadModel(GPT2Config())
     ids = torch.zeros(1, 128, dtype=torch.int64)

@@ -1,11 +1,11 @@
-"""How long the command line takes until it does something: wall and CPU seconds, medians.
+"""How long does the command line take to start? Wall and CPU seconds, medians.
 
     python bench/startup.py
-    python bench/startup.py --against ../other_checkout     # both in turn, and the ratio of each pair
+    python bench/startup.py --against ../other_checkout     # both in turns, and the ratio of each pair
 
-CPU seconds are of all processes together, and move less than wall seconds with what else the machine does. Bytecode is
-written first, as it is where autofunc is installed. `finetune` is of a tiny model on two ranks; its time to the first step
-is the one that `AUTOFUNC_TIMING=1` tells.
+CPU seconds are of all processes together, and depend less than wall seconds on the machine's load. Bytecode is written
+first, as in an installed package. `finetune` trains a tiny model on two ranks; its time to the first step is the one that
+`AUTOFUNC_TIMING=1` prints.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def run(words: Sequence[str], checkout: Path) -> Took:
 
 
 def described(runs: Sequence[Took]) -> list[str]:
-    """Medians, as cells of a table."""
+    """Return medians as cells of a table."""
     firsts = [each.first_step for each in runs if each.first_step is not None]
     return [
         f"{statistics.median(each.wall for each in runs):.2f}",
@@ -107,7 +107,7 @@ def described(runs: Sequence[Took]) -> list[str]:
 
 
 def main() -> None:
-    """Measure what the command line asks for."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--times", type=int, default=5, help="of each (default 5)")
     parser.add_argument("--against", type=Path, help="another checkout")

@@ -1,10 +1,10 @@
-"""What does a pipelined step cost beside the plain microbatch loop?
+"""What does a pipelined step cost compared with the plain microbatch loop?
 
 Two answers, each from pairs run one after the other (A B A B ...) and reported as the median of the ratios:
 
 - overhead: a tiny MLP, both ranks in one process, so that nothing but Python is measured;
-- speed: the demo's GPT-2 on two gloo processes with one thread each, against the loop on one thread, beside the bound
-  that the schedule sets.
+- speed: the demo's GPT-2 on two gloo processes with one thread each, against the loop on one thread, and against the
+  schedule's bound.
 
 Run: make bench
 """
@@ -37,19 +37,19 @@ PAIRS = 9
 
 
 def seconds(function: Callable[[], Any]) -> float:
-    """Wall time of one call."""
+    """Return the wall time of one call."""
     began = time.perf_counter()
     function()
     return time.perf_counter() - began
 
 
 def mean_square(outputs: torch.Tensor, microbatch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The loss of the MLP."""
+    """Return the loss of the MLP."""
     return (outputs - microbatch["y"]).square().mean()
 
 
 def overhead() -> tuple[float, float, float]:
-    """Median step times (loop, pipeline) in ms, and microseconds of Python per stage-microbatch that the pipeline adds."""
+    """Return median step times (loop, pipeline) in ms, and the pipeline's added Python per stage-microbatch in us."""
     microbatches, ranks = 32, 2
     model = build_mlp_model(8, 8, 8, 4)
     params, batch = model.init(), {"x": torch.randn(32, 8), "y": torch.randn(32, 8)}
@@ -63,7 +63,7 @@ def overhead() -> tuple[float, float, float]:
 
 
 def speed(rank: int, store: str, results: str) -> None:
-    """One of two processes; the first writes (loop, pipeline) pairs in seconds."""
+    """Run one of two processes; the first writes (loop, pipeline) pairs in seconds."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)
     model = build_gpt2_model(vocab_size=256, n_positions=128, n_embd=192, n_layer=4, n_head=6)

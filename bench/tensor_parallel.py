@@ -1,7 +1,7 @@
 """What does tensor parallelism cost per step: captured once, or decided operator by operator?
 
 A GPT-2 on two gloo processes, one thread each, tp=2, all in one stage: the graph engine (and compiled pieces) against eager
-DTensor. Steps alternate (A B C A B C ...), and what counts are medians of ratios. Beside them the same model on one
+DTensor. Steps alternate (A B C A B C ...); reported are medians of ratios, and the same model on one
 process.
 
 Run: python bench/tensor_parallel.py
@@ -50,7 +50,7 @@ class Block(nn.Module):
         self.fc, self.out = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The heads that this rank has."""
+        """Return this rank's heads."""
         h = self.ln_1(x)
         q, k, v = (part(h).unflatten(-1, (-1, self.head_width)).transpose(1, 2) for part in (self.q, self.k, self.v))
         y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -75,7 +75,7 @@ class Torch(nn.Module):
         parallelize_module(self, mesh, {"wte": RowwiseParallel(input_layouts=Replicate()), "head": head})
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Logits, cut along the vocabulary."""
+        """Return logits, cut along the vocabulary."""
         x = self.wte(ids) + self.wpe
         for block in self.blocks:
             x = block(x)
@@ -83,7 +83,7 @@ class Torch(nn.Module):
 
 
 def measure(rank: int, store: str, results: str) -> None:
-    """One of two processes; the first writes the times."""
+    """Run one of two processes; the first writes the times."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)
     mesh = af.make_mesh(tp=2, device_type="cpu")

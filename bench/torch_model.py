@@ -1,7 +1,7 @@
 """The same GPT-2 twice: as an `af.Model`, and as modules for `torch.distributed.pipelining` that read its parameters.
 
-Both sides run the same operators, with q, k and v as three weights, so that a comparison is one of engines and runtimes
-and not of models. The head has its own weight, because torch's pipelining has no tied ones.
+Both sides run the same operators, with q, k and v as three weights, so that engines and runtimes are compared, not
+models. The head has its own weight, because torch's pipelining has no tied weights.
 
 `bench/against_torch.py` gives `TorchStage` to `af.bench`, which compares every contender's gradients with the plain loop's.
 """
@@ -21,7 +21,7 @@ from stages.gpt2 import GPT2Config, build_gpt2_model
 
 
 def untied_gpt2(vocab: int, positions: int, features: int, blocks: int, heads: int) -> af.Model:
-    """The GPT-2 of `stages/gpt2.py`, with a weight of its own in the head."""
+    """Return the GPT-2 of `stages/gpt2.py`, with a separate weight in the head."""
     tied = build_gpt2_model(vocab_size=vocab, n_positions=positions, n_embd=features, n_layer=blocks, n_head=heads)
     layers = dict(tied.layers)
     layers["head"] = af.Layer(
@@ -31,7 +31,7 @@ def untied_gpt2(vocab: int, positions: int, features: int, blocks: int, heads: i
 
 
 def cut(model: af.Model, num_stages: int) -> list[Any]:
-    """The model's stages with equally many blocks each."""
+    """Split the model into stages with equal numbers of blocks."""
     each, rest = divmod(model.config.n_layer, num_stages)
     if rest:
         raise ValueError(f"{model.config.n_layer} blocks do not divide into {num_stages} stages")
@@ -39,7 +39,7 @@ def cut(model: af.Model, num_stages: int) -> list[Any]:
 
 
 def mean_loss_of(outputs: Tensor, microbatch: Mapping[str, Any]) -> Tensor:
-    """Mean cross-entropy of one microbatch: a scalar weighs 1, so the step's loss is the mean over microbatches."""
+    """Return the mean cross-entropy of a microbatch: a scalar has weight 1, so the step's loss is their mean."""
     return functional.cross_entropy(outputs.flatten(0, -2), microbatch["labels"].flatten())
 
 
@@ -68,7 +68,7 @@ class Block(nn.Module):
 
 
 class TorchStage(nn.Module):
-    """The layers of one stage, as `af.bench` takes it for `torch_module`.
+    """The layers of one stage, for `af.bench`'s `torch_module`.
 
     Args:
         stage: of `untied_gpt2`.
@@ -93,7 +93,7 @@ class TorchStage(nn.Module):
         self.blocks = nn.ModuleList(Block(leaves, config) for leaves in own)
 
     def forward(self, *received: Tensor, batch_input_ids: Tensor, batch_labels: Tensor) -> Any:
-        """Features (B, T, D), or of the first stage token ids (B, T), to features, or of the last to loss and weight."""
+        """Map features (B, T, D), or token ids (B, T) in the first stage, to features; the last returns loss and weight."""
         if self.is_first:
             x = functional.embedding(batch_input_ids, self.wte_weight) + self.wpe_weight[: batch_input_ids.shape[1]]
         else:
@@ -108,6 +108,6 @@ class TorchStage(nn.Module):
 
 
 def random_batch(vocab: int, rows: int, tokens: int) -> dict[str, Tensor]:
-    """Random tokens and the ones that follow them."""
+    """Return random tokens and the ones that follow them."""
     ids = torch.randint(0, vocab, (rows, tokens + 1), generator=torch.Generator().manual_seed(0))
     return {"input_ids": ids[:, :-1].contiguous(), "labels": ids[:, 1:].contiguous()}

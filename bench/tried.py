@@ -1,7 +1,7 @@
-"""One module tried: captured, split, run by two schedules, compared with its own microbatch loop, and checked.
+"""Try one module: capture it, split it, run it by two schedules, compare it with its own microbatch loop, and check it.
 
-The loop is autograd on the module itself, dropout off. Loss and gradients are to be equal to 1e-6 of each tensor's largest
-element, and those of the oracle bit for bit; the module is to be what it was.
+The loop is autograd on the module itself, dropout off. Loss and gradients must agree to 1e-6 of each tensor's largest
+element, and equal the oracle's bit for bit; the module must be unchanged.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from autofunc.losses import Loss, evaluate
 
 TOLERANCE = 1e-6
 OTHER_BITS = "right, but not the oracle's bits"
-"""Behind a cut values are contiguous, and some kernels add up in another order for other strides."""
+"""Behind a cut values are contiguous, and some kernels sum in a different order for different strides."""
 
 MICROBATCHES = 2
 LAYOUTS: tuple[tuple[Any, str], ...] = ((2, "1f1b"), (3, "zb_h1"))
@@ -35,7 +35,7 @@ LAYOUTS: tuple[tuple[Any, str], ...] = ((2, "1f1b"), (3, "zb_h1"))
 
 @dataclass(frozen=True)
 class Case:
-    """What is tried.
+    """A module to try.
 
     Args:
         module: with real weights, in the mode it is tried in.
@@ -52,7 +52,7 @@ class Case:
 
 @dataclass
 class Tried:
-    """What came of it."""
+    """The outcome of trying a module."""
 
     name: str
     parameters: int = 0
@@ -66,16 +66,16 @@ class Tried:
 
     @property
     def right(self) -> bool:
-        """Whether it was captured, and every run is the module's own to 1e-6."""
+        """True if it was captured, and every run agrees with the module to 1e-6."""
         return not self.refused and bool(self.runs) and not any(why and OTHER_BITS not in why for why in self.runs.values())
 
 
 def try_module(name: str, build: Callable[[], Case], *, checks: bool) -> Tried:
-    """Try one module; whatever goes wrong is in what is returned.
+    """Try one module; failures are part of the result.
 
     Args:
         name: of the row in the table.
-        build: makes the module anew, after the seed was set.
+        build: builds a fresh module, after the seed was set.
         checks: whether `af.check` looks at it too, which takes longer than all else.
     """
     torch.manual_seed(0)
@@ -105,7 +105,7 @@ def try_module(name: str, build: Callable[[], Case], *, checks: bool) -> Tried:
 
 
 class Own(NamedTuple):
-    """What the module's own loop gives."""
+    """Results of the module's own loop."""
 
     loss: Tensor
     grads: dict[str, Tensor]
@@ -113,7 +113,7 @@ class Own(NamedTuple):
 
 
 def _run(model: af.Model, case: Case, points: Any, schedule: str, own: Own) -> str:
-    """Why a run is not the module's own; nothing where it is."""
+    """Explain how a run differs from the module; empty if it agrees."""
     try:
         stages = af.split(model, points)
         s = af.schedule.build(schedule, num_ranks=len(stages), num_microbatches=MICROBATCHES)
@@ -140,7 +140,7 @@ def _run(model: af.Model, case: Case, points: Any, schedule: str, own: Own) -> s
 
 
 def _own_loop(case: Case) -> Own:
-    """Loss, gradients and buffers of a module by autograd, a microbatch after the other; the module stays as it was."""
+    """Return a module's loss, gradients and buffers by autograd, one microbatch after the other, leaving it unchanged."""
     before = {name: leaf.clone() for name, leaf in case.module.named_buffers()}
     named = {name: leaf for name, leaf in case.module.named_parameters() if leaf.requires_grad}
     sums = {name: torch.zeros_like(leaf) for name, leaf in named.items()}
@@ -162,7 +162,7 @@ def _own_loop(case: Case) -> Own:
 
 
 def _takes(case: Case) -> list[str]:
-    """The entries of the batch that are the module's; a loss has its own, called `target`."""
+    """Return the batch entries for the module; the loss reads its own entry, `target`."""
     return [name for name in case.batch if name != "target"]
 
 
@@ -181,7 +181,7 @@ def _words(error: Exception) -> str:
 
 
 def table(rows: Iterable[Tried]) -> str:
-    """What was tried, as Markdown: one line each, then what is not right, in words."""
+    """Format the outcomes as Markdown: one line each, then explanations of failures."""
     rows = list(rows)
     lines = ["| model | parameters | trained | layers | capture | runs | `af.check` |", "|---|--:|--:|--:|--:|---|---|"]
     for row in rows:
@@ -202,7 +202,7 @@ def table(rows: Iterable[Tried]) -> str:
 
 
 def try_all(builds: Mapping[str, Callable[[], Case]], names: Sequence[str], *, checks: bool) -> list[Tried]:
-    """Try some, or all where no names are given, and say how it went on the way."""
+    """Try the named modules, or all if no names are given, printing progress."""
     console, rows = Console(stderr=True), []
     for name in names or builds:
         began = time.perf_counter()

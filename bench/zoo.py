@@ -1,9 +1,9 @@
-"""Which architectures of transformers can be pipelined as they are? A hundred, each tiny, with random weights.
+"""Which architectures of transformers can be pipelined unmodified? A hundred, each tiny, with random weights.
 
-Each is captured, cut into two stages (1F1B) and three (ZB-H1), and run on two microbatches: loss and gradients must be the
-oracle's bit for bit, and those of the module's own backward up to 1e-6 of each gradient's largest element; so must be the
-statistics of batch normalisation afterwards. Each runs in a process of its own. Results are kept in runs/zoo.json, so that
-parts can be run one after the other.
+Each is captured, cut into two stages (1F1B) and three (ZB-H1), and run on two microbatches: loss and gradients must equal
+the oracle's bit for bit, and the module's own up to 1e-6 of each gradient's largest element, and so must the statistics of
+batch normalisation afterwards. Each runs in a separate process. Results are saved in runs/zoo.json, so that parts can be
+run one after the other.
 
 Run: python bench/zoo.py [--part 2/10] [--only llama,bloom] [--check] [--write docs/models.md]
 """
@@ -63,7 +63,7 @@ PACKAGES = r"[^ (]*site-packages/"
 
 @dataclass
 class Result:
-    """What came of one architecture."""
+    """The outcome for one architecture."""
 
     verdict: str  # "works", "refused", "other bits" than the oracle's, "WRONG", or "does not run": by itself, or at all
     why: str = ""
@@ -74,7 +74,7 @@ class Result:
 
 
 class Found(NamedTuple):
-    """What a step gave."""
+    """Results of a step."""
 
     loss: torch.Tensor
     grads: Mapping[str, torch.Tensor]
@@ -82,7 +82,7 @@ class Found(NamedTuple):
 
 
 def own_backward(module: torch.nn.Module, batch: Mapping[str, Any], entry: Entry, loss: Loss | None) -> Found:
-    """By autograd, a microbatch after the other. The module's buffers are put back."""
+    """Run a step by autograd, one microbatch after the other; the module's buffers are restored."""
     before = {name: leaf.clone() for name, leaf in module.named_buffers()}
     named = {name: leaf for name, leaf in module.named_parameters() if leaf.requires_grad}
     sums = {name: torch.zeros_like(leaf) for name, leaf in named.items()}
@@ -99,7 +99,7 @@ def own_backward(module: torch.nn.Module, batch: Mapping[str, Any], entry: Entry
 
 
 def difference(found: Found, own: Found) -> tuple[float, str]:
-    """How far loss, gradients and new state are from the module's own, and which of them is farthest."""
+    """Return the largest difference of loss, gradients and new state from the module's, and where it is."""
     worst, where = abs(float(found.loss - own.loss)) / abs(float(own.loss)), "the loss"
     for what, one, other in (("gradients of", found.grads, own.grads), ("state", found.state, own.state)):
         if one.keys() != other.keys():
@@ -112,7 +112,7 @@ def difference(found: Found, own: Found) -> tuple[float, str]:
 
 
 def same_bits(found: Found, expected: Found) -> bool:
-    """Whether a pipeline gave what the oracle gives."""
+    """Return whether a pipeline's results equal the oracle's."""
     pairs = ((found.grads, expected.grads), (found.state, expected.state))
     same = all(torch.equal(one[path], leaf) for one, other in pairs for path, leaf in other.items())
     return same and torch.equal(found.loss, expected.loss)
@@ -131,7 +131,7 @@ def run(entry: Entry) -> Result:
 
 
 def checked(entry: Entry) -> str:
-    """What `af.check` says of one architecture: OK, or what fails."""
+    """Run `af.check` on one architecture; return OK, or what fails."""
     _quiet()
     report = af.check(build(entry), BATCHES[entry.batch](), loss=_loss(entry), batch_dims=entry.batch_dims)
     failed = [f"{each.code}: {' '.join(each.message.split())}" for each in report.verdicts if each.status == "fail"]
@@ -180,7 +180,7 @@ def _piped(module: torch.nn.Module, batch: Mapping[str, Any], entry: Entry, loss
 def _compared(
     model: Any, batch: Mapping[str, Any], entry: Entry, loss: Loss | None, own: Found, points: int, name: str
 ) -> tuple[float, str, bool]:
-    """How far a pipeline is from the module's own, where, and whether it has the bits of the oracle."""
+    """Return the largest difference of a pipeline from the module, where, and whether it equals the oracle bit for bit."""
     params, stages = model.init(), af.split(model, points)
     s = af.schedule.build(name, num_ranks=points, num_microbatches=MICROBATCHES)
     pipe = af.pipeline(stages, s, loss=loss, batch_dims=entry.batch_dims)
@@ -207,7 +207,7 @@ def _first_sentence(error: Exception) -> str:
 
 
 def apart(tried: Callable[[Entry], Any], entry: Entry) -> tuple[Any, str]:
-    """What a function returns in a process of its own, or else how that ended."""
+    """Run a function in a separate process; return its result, or how the process ended."""
     here, there = multiprocessing.get_context("fork").Pipe(duplex=False)
     process = multiprocessing.get_context("fork").Process(target=_send, args=(there, tried, entry))
     process.start()
@@ -229,7 +229,7 @@ def _send(there: Connection, tried: Callable[[Entry], Any], entry: Entry) -> Non
 
 
 def table(results: Mapping[str, Result]) -> str:
-    """The results as a page of Markdown."""
+    """Format the results as a Markdown page."""
     count = sum(result.verdict in RIGHT for result in results.values())
     lines = [
         "# Models of transformers", "",
@@ -255,7 +255,7 @@ def table(results: Mapping[str, Result]) -> str:
 
 
 def _checks(results: Mapping[str, Result]) -> list[str]:
-    """Where `af.check` does not say OK exactly where the run is right."""
+    """List where the verdict of `af.check` disagrees with the run."""
     said = {name: result for name, result in results.items() if result.check}
     if not said:
         return []
@@ -271,7 +271,7 @@ def _checks(results: Mapping[str, Result]) -> list[str]:
 
 
 def chosen(part: str | None, only: str | None) -> list[str]:
-    """Names of architectures: a part of the zoo, such as the second of ten, or those named."""
+    """Return names of architectures: a part of the zoo, such as the second of ten, or the given ones."""
     names = list(ZOO)
     if only:
         wanted = [_plain(each) for each in only.split(",")]
@@ -288,7 +288,7 @@ def _plain(name: str) -> str:
 
 
 def main() -> None:
-    """Run, keep and print."""
+    """Run, save and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", help="of the zoo, such as 2/10")
     parser.add_argument("--only", help="names, with commas between")

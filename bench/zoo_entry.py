@@ -1,4 +1,4 @@
-"""What an architecture of the zoo is, as data, and the batches of four rows that they get."""
+"""Architectures of the zoo as plain data, and their batches of four rows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 VOCABULARY, ROWS, TOKENS, PICTURE = 96, 4, 12, 32
 IMAGE = 90
-"""The token that stands for a piece of a picture."""
+"""The token that stands for a patch of an image."""
 
 SIZES = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4, "vocab_size": VOCABULARY,
@@ -24,7 +24,7 @@ SIDES = {
     "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "vocab_size": VOCABULARY, "max_position_embeddings": 32, "dropout": 0.0,
     "attention_dropout": 0.0, "activation_dropout": 0.0, "encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0,
 }  # fmt: skip
-"""Of an encoder and a decoder, as BART names them."""
+"""Sizes of an encoder and a decoder, in BART's names."""
 
 
 class Entry(NamedTuple):
@@ -39,7 +39,7 @@ class Entry(NamedTuple):
 
 
 def build(entry: Entry) -> nn.Module:
-    """The module in train mode, or in eval mode, with weights from a seed, none of them zero or one throughout."""
+    """Build the module in train or eval mode, with seeded weights, none of them all zeros or ones."""
     import transformers
 
     torch.manual_seed(0)
@@ -97,7 +97,7 @@ def _maps() -> dict[str, Any]:
 
 
 def _speech() -> dict[str, Any]:
-    """Waves with padding, and a transcript each, with padding too."""
+    """Return padded waveforms, each with a padded transcript."""
     mask = torch.ones(ROWS, 400, dtype=torch.long)
     mask[1, 300:] = 0
     labels = torch.randint(1, 20, (ROWS, 5), generator=torch.Generator().manual_seed(0))
@@ -110,7 +110,7 @@ def _spectrum() -> dict[str, Any]:
 
 
 def _captions(pieces: int = 4) -> dict[str, Any]:
-    """A text with a picture in each row, which takes so many tokens."""
+    """Return a text with an image in each row, which takes this many tokens."""
     ids = _ids(0)
     ids[:, 2 : 2 + pieces] = IMAGE
     labels = ids.masked_fill(ids == IMAGE, -100)
@@ -124,13 +124,13 @@ def _typed_captions() -> dict[str, Any]:
 
 
 def _several() -> dict[str, Any]:
-    """Rows have a list of pictures, here of one."""
+    """Return rows with a list of images, here of one."""
     captions = _captions()
     return {**captions, "pixel_values": captions["pixel_values"][:, None]}
 
 
 def _patches() -> dict[str, Any]:
-    """Pictures as patches, all rows' one after the other, with the size of each."""
+    """Return images as patches, all rows' in sequence, with the size of each."""
     captions = _captions()
     pixels = torch.randn(ROWS * 16, 3 * 2 * 8 * 8, generator=torch.Generator().manual_seed(0))
     types = (captions["input_ids"] == IMAGE).int()
@@ -149,4 +149,4 @@ BATCHES: Mapping[str, Callable[[], dict[str, Any]]] = {
     "maps": _maps, "speech": _speech, "spectrum": _spectrum, "captions": _captions, "typed_captions": _typed_captions,
     "several": _several, "patches": _patches, "described": _described,
 }  # fmt: skip
-"""By name: how a batch is made."""
+"""Batch builders by name."""

@@ -1,6 +1,6 @@
-"""Do models of transformers with adapters of PEFT, unmodified, give their own loss and gradients when they are pipelined?
+"""Do models of transformers with adapters of PEFT, unmodified, give the same loss and gradients when pipelined?
 
-Tiny random Llama and T5 in train mode, without dropout in both runs; trained is what PEFT leaves trainable.
+Tiny random Llama and T5 in train mode, without dropout in both runs; the parameters that PEFT leaves trainable are trained.
 A table in Markdown goes to stdout.
 
 Run: python bench/zoo_peft.py [names ...] [--check]
@@ -25,7 +25,7 @@ from tried import LAYOUTS, Case, table, try_all
 INSTALL = "pip install peft accelerate, then run this again"
 ROWS, WORDS, TOKENS = 4, 128, 12
 POINTS = (["layers.1", "layers.3"], "zb_h1")
-"""Cuts by the ends of long names: `base_model.model.model.layers.1`."""
+"""Split points, by the ends of long names: `base_model.model.model.layers.1`."""
 
 Adapter = tuple[str, dict[str, Any]]
 """A config of PEFT, and its options."""
@@ -75,7 +75,7 @@ T5: dict[str, Adapter] = {
 
 
 def llama(transformers: Any) -> tuple[nn.Module, dict[str, Any]]:
-    """Four layers, with its batch."""
+    """Return a Llama of four layers, with its batch."""
     config = transformers.LlamaConfig(
         vocab_size=WORDS, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
         num_key_value_heads=4, max_position_embeddings=64,
@@ -86,7 +86,7 @@ def llama(transformers: Any) -> tuple[nn.Module, dict[str, Any]]:
 
 
 def t5(transformers: Any) -> tuple[nn.Module, dict[str, Any]]:
-    """Two layers on each side, with its batch."""
+    """Return a T5 with two layers on each side, with its batch."""
     config = transformers.T5Config(
         vocab_size=WORDS, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0
     )
@@ -96,7 +96,7 @@ def t5(transformers: Any) -> tuple[nn.Module, dict[str, Any]]:
 
 
 def perturbed(module: nn.Module) -> nn.Module:
-    """Adapters begin as the identity, where half of their gradients are zero: give them values."""
+    """Give adapters random values: they start as the identity, with half of their gradients zero."""
     with torch.no_grad():
         for leaf in module.parameters():
             if leaf.requires_grad:
@@ -107,7 +107,7 @@ def perturbed(module: nn.Module) -> nn.Module:
 def adapted(
     make: Callable[[], tuple[nn.Module, dict[str, Any]]], peft: Any, adapter: Adapter, task: str, layouts: Any
 ) -> Case:
-    """A model with an adapter."""
+    """Return a model with an adapter."""
     module, batch = make()
     name, options = adapter
     module = peft.get_peft_model(module, getattr(peft, name)(task_type=task, **options))
@@ -133,7 +133,7 @@ def compiled(make: Callable[[], tuple[nn.Module, dict[str, Any]]], peft: Any) ->
 
 
 def checkpointed(make: Callable[[], tuple[nn.Module, dict[str, Any]]], peft: Any) -> Case:
-    """LoRA, with the layers' activations made again for the backward."""
+    """LoRA, with the layers' activations recomputed in the backward."""
     case = adapted(make, peft, LLAMA["LoRA"], "CAUSAL_LM", [*LAYOUTS, POINTS])
     base: Any = case.module.get_submodule("base_model.model")
     base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -142,7 +142,7 @@ def checkpointed(make: Callable[[], tuple[nn.Module, dict[str, Any]]], peft: Any
 
 
 def cases() -> dict[str, Callable[[], Case]]:
-    """By name: makes it."""
+    """Return builders by name."""
     try:
         peft, hooks = importlib.import_module("peft"), importlib.import_module("accelerate.hooks")
     except ImportError as error:
@@ -161,7 +161,7 @@ def cases() -> dict[str, Callable[[], Case]]:
 
 
 def chosen(every: Mapping[str, Any], words: list[str]) -> list[str]:
-    """The names that hold one of the words; all without words."""
+    """Return the names that contain one of the words, or all if there are none."""
     return [name for name in every if not words or any(word in name for word in words)]
 
 

@@ -1,4 +1,4 @@
-"""The zoo: architectures that continue a text. Tiny configurations, without dropout."""
+"""The zoo: architectures that generate text. Tiny configurations, without dropout."""
 
 from __future__ import annotations
 
@@ -142,4 +142,4 @@ TEXT: Mapping[str, Entry] = {
     ),
     "Bamba": Entry("BambaForCausalLM", {**GROUPED, **_HEADS, "attn_layer_indices": [1, 3]}),
 }  # fmt: skip
-"""Name -> what it is."""
+"""Entries by name."""

@@ -1,4 +1,4 @@
-"""Do models of timm and torchvision, unmodified, give their own loss and gradients when they are pipelined?
+"""Do models of timm and torchvision, unmodified, give the same loss and gradients when pipelined?
 
 Random weights, small images, eval mode; `--train` for train mode, with stochastic depth off. A table in Markdown goes to
 stdout.
@@ -40,7 +40,7 @@ TORCHVISION: dict[str, tuple[int, dict[str, Any]]] = {
     "swin_v2_t": (64, {}),
     "vit_b_32": (64, {"image_size": 64}),
 }
-"""By function of `torchvision.models`: side of the image, and its options."""
+"""By function of `torchvision.models`: image size, and options."""
 
 TIMM: dict[str, tuple[int, dict[str, Any]]] = {
     "vgg11_bn": (32, {"mlp_ratio": 0.03}),
@@ -70,11 +70,11 @@ TIMM: dict[str, tuple[int, dict[str, Any]]] = {
     "resnetv2_50": (64, {}),
     "poolformer_s12": (64, {}),
 }
-"""By name in timm: side of the image, and options."""
+"""By name in timm: image size, and options."""
 
 
 def cross_entropy(outputs: Any, microbatch: Mapping[str, Any]) -> Tensor:
-    """The mean over rows, of the logits alone: some models return further ones in train mode."""
+    """Return the mean over rows, of the main logits only: some models return more in train mode."""
     logits = outputs if isinstance(outputs, Tensor) else outputs[0]
     return nn.functional.cross_entropy(logits, microbatch["target"])
 
@@ -82,7 +82,7 @@ def cross_entropy(outputs: Any, microbatch: Mapping[str, Any]) -> Tensor:
 def case(
     make: Callable[..., nn.Module], side: int, options: Mapping[str, Any], train: bool, double: bool, channels_last: bool
 ) -> Case:  # fmt: skip
-    """A model with its images."""
+    """Return a model with its images."""
     module = make(num_classes=CLASSES, **options).train(train)
     for part in module.modules():
         for name in {"StochasticDepth": ["p"], "DropPath": ["drop_prob"]}.get(type(part).__name__, []):
@@ -97,7 +97,7 @@ def case(
 
 
 def cases(train: bool, double: bool) -> dict[str, Callable[[], Case]]:
-    """By name: makes it."""
+    """Return builders by name."""
     try:
         vision, timm = importlib.import_module("torchvision.models"), importlib.import_module("timm")
     except ImportError as error:

@@ -118,7 +118,7 @@ def test_aux_is_combined_as_declared() -> None:
         (None, "no loss given, and the model's output .* has no 'loss'"),
     ],
 )
-def test_losses_that_are_none(loss: Any, message: str) -> None:
+def test_invalid_losses(loss: Any, message: str) -> None:
     with pytest.raises(BatchError, match=message):
         run(loss)
 

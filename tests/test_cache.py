@@ -1,4 +1,4 @@
-"""What pipelines of a process share: found again, bounded, and gone with what it was made for."""
+"""Results that pipelines of a process share: found again, bounded, and dropped with the objects they were made for."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_errors_are_not_remembered() -> None:
     assert results.get("key", lambda: 2) == 2
 
 
-def test_what_was_used_longest_ago_is_forgotten() -> None:
+def test_the_least_recently_used_is_forgotten() -> None:
     results = Cache(most=2)
     for key in ("a", "b"):
         results.get(key, lambda key=key: key)
@@ -46,7 +46,7 @@ def test_what_was_used_longest_ago_is_forgotten() -> None:
     assert results.get("b", lambda: "made again") == "made again"
 
 
-def test_results_go_with_what_they_were_made_for() -> None:
+def test_results_are_dropped_with_their_objects() -> None:
     results, thing = Cache(most=4), Thing()
     results.get(("deep", (Identity(thing), 1)), lambda: "of the thing")
     assert results.get(("deep", (Identity(thing), 1)), lambda: "again") == "of the thing"
@@ -58,7 +58,7 @@ def test_results_go_with_what_they_were_made_for() -> None:
     assert known != Identity(Thing()) and known == known
 
 
-def test_a_result_may_ask_for_others() -> None:
+def test_a_result_may_request_others() -> None:
     results = Cache(most=4)
     assert results.get("outer", lambda: results.get("inner", lambda: 1) + 1) == 2
     assert len(results) == 2
@@ -80,7 +80,7 @@ def counted_captures(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def test_a_second_pipeline_captures_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not under another schedule, not with stages that were split anew, not to measure costs or evaluate a batch again."""
+    """Not under another schedule, not with newly split stages, not to measure costs or evaluate a batch again."""
     captured = counted_captures(monkeypatch)
     for name, number in (("1f1b", 4), ("zb_h1", 4), ("gpipe", 4)):
         model, stages, loss, batch = make_case("gpt2", 2, 8)
@@ -100,7 +100,7 @@ def test_a_second_pipeline_captures_nothing(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize("changed", ["default dtype", "microbatch", "trainable", "loss"])
-def test_what_a_capture_depends_on_is_in_its_key(changed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_captures_inputs_are_in_its_key(changed: str, monkeypatch: pytest.MonkeyPatch) -> None:
     captured = counted_captures(monkeypatch)
     model, stages, loss, batch = make_case("mlp", 2, 8)
     s = af.schedule.build("1f1b", num_ranks=2, num_microbatches=2)
@@ -134,7 +134,7 @@ def test_a_module_does_not_outlive_its_model() -> None:
     assert alive() is None
 
 
-def test_what_all_results_weigh_is_bounded() -> None:
+def test_the_total_weight_is_bounded() -> None:
     results = Cache(most=10, heaviest=5)
     for key in ("a", "b", "c", "d"):
         results.get(key, lambda key=key: key * 2, len)
@@ -146,7 +146,7 @@ def test_what_all_results_weigh_is_bounded() -> None:
 
 
 def live_bytes() -> int:
-    """Of the distinct storages of all tensors."""
+    """Return the bytes of the distinct storages of all tensors."""
     while gc.collect():
         pass
     held = (thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor))
@@ -165,7 +165,7 @@ def graph_nodes() -> int:
 def test_memory_does_not_grow_with_steps_and_shapes(
     most_nodes: int, shapes: int, steps: int, apart: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of receive slots, plans and captures: after a third of the shapes it is what it is in the end."""
+    """Receive slots, plans and captures: their memory stops growing after a third of the shapes."""
     monkeypatch.setattr(cache, "shared", Cache(most=1024, heaviest=most_nodes))
     monkeypatch.setattr("autofunc.runtime.plans._MOST_NODES", most_nodes)
     net = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16))

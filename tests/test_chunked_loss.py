@@ -71,7 +71,7 @@ def test_a_forward_without_labels_gives_logits() -> None:
 
 
 def peak_bytes(function: Callable[[], Any]) -> int:
-    """Of what is allocated while it runs."""
+    """Return the most bytes allocated while it runs."""
     function()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         function()

@@ -36,7 +36,7 @@ def through_another(x: Any) -> Any:
 
 
 class Method:
-    """By identity, and by its attributes."""
+    """Compared by identity, and by its attributes."""
 
     def __init__(self, factor: float) -> None:
         self.factor = factor
@@ -47,7 +47,7 @@ class Method:
 
 @dataclass
 class Config:
-    """By value."""
+    """Compared by value."""
 
     width: int
     names: tuple[str, ...] = ("a",)
@@ -89,7 +89,7 @@ method = Method(2.0)
         (scaled(Name("a")), scaled("a"), False),
     ],
 )
-def test_equal_where_the_computation_is(one: Any, other: Any, equal: bool) -> None:
+def test_equal_if_the_computation_is(one: Any, other: Any, equal: bool) -> None:
     assert (key(one) == key(other)) == equal
     if equal:
         assert hash(key(one)) == hash(key(other))
@@ -108,7 +108,7 @@ def test_globals_count_also_those_of_functions_that_are_called(
 
 
 class Settings:
-    """Named by a function."""
+    """A module that a function names."""
 
     scale = 1.0
 
@@ -118,7 +118,7 @@ def by_class(x: Any) -> Any:
 
 
 def test_attributes_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of instances, of modules of torch, of classes and modules that a function names."""
+    """Attributes of instances, of torch's modules, of classes and modules that a function names."""
     mine, dropout = Method(2.0), torch.nn.Sequential(torch.nn.Dropout(0.1))
 
     def keys() -> list[Any]:
@@ -137,7 +137,7 @@ def test_attributes_count(monkeypatch: pytest.MonkeyPatch) -> None:
     assert key(scaled(dropout.eval())) != before[1]
 
 
-def test_what_is_filled_counts() -> None:
+def test_contents_count() -> None:
     seen: list[int] = []
     function = scaled(seen)
     before = key(function)
@@ -145,7 +145,7 @@ def test_what_is_filled_counts() -> None:
     assert key(function) != before
 
 
-def test_loops_end() -> None:
+def test_cycles_end() -> None:
     loop: list[Any] = [1]
     loop.append(loop)
     other: list[Any] = [1]

@@ -1,4 +1,4 @@
-"""What is told of an error of others: its type, and the beginning of what it says."""
+"""Foreign errors in brief: the type, and the beginning of the message."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_in_brief(message: str, told: str) -> None:
     assert in_brief(ValueError(message)) == f"ValueError: {told}"
 
 
-def test_notes_are_told() -> None:
+def test_notes_are_included() -> None:
     error = KeyError("name")
     error.add_note("in row 3")
     assert in_brief(error) == "KeyError: 'name'\nin row 3"

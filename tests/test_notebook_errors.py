@@ -1,4 +1,4 @@
-"""What a notebook shows of an error: one message with the user's lines, through the hook that IPython asks for."""
+"""Errors in a notebook: one message with the user's lines, through the hook that IPython calls."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pipe(pipe.init(seed=0), {"x": torch.ones(2, 2)})
 
 
 def raised() -> AutofuncError:
-    """By a model with a mistake, in a cell."""
+    """Raised by a model with a mistake, in a cell."""
     try:
         exec(compile(CELL, "<ipython-input-3-abc>", "exec"), {"af": af, "torch": torch})
     except AutofuncError as error:
@@ -59,7 +59,7 @@ def test_an_error_that_was_never_raised() -> None:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("IPython") is None, reason="IPython is not installed")
-def test_ipython_asks_for_it(capsys: pytest.CaptureFixture[str]) -> None:
+def test_ipython_calls_it(capsys: pytest.CaptureFixture[str]) -> None:
     shell: Any = importlib.import_module("IPython.core.interactiveshell").InteractiveShell.instance()
     shell.run_cell("import autofunc as af, torch\n" + CELL)
     said = capsys.readouterr()

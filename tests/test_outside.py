@@ -1,4 +1,4 @@
-"""Numbers from outside that change between steps: a step never goes on with what was captured at first."""
+"""Outside values that change between steps: a step never uses the values that were captured first."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TABLE = {"c": [1.0]}
 
 
 class Settings:
-    """Of the user, named by a function."""
+    """A user's class, named by a function."""
 
     coefficient = 1.0
 
@@ -79,7 +79,7 @@ CHANGES: dict[str, Callable[[Block, float], Any]] = {
 
 @pytest.mark.parametrize("engine", ["graph", "eager"])
 @pytest.mark.parametrize("what", CHANGES)
-def test_what_forward_reads_counts_at_every_step(what: str, engine: str) -> None:
+def test_values_forward_reads_count_at_every_step(what: str, engine: str) -> None:
     torch.manual_seed(0)
     block, batch = Block(), {"x": torch.randn(4, 4)}
     net = nn.Sequential(nn.Linear(4, 4), block)
@@ -101,7 +101,7 @@ def test_what_forward_reads_counts_at_every_step(what: str, engine: str) -> None
 
 
 class Holder:
-    """An object of the user."""
+    """An object of the user's."""
 
     def __init__(self) -> None:
         self.value = 1.0
@@ -109,7 +109,7 @@ class Holder:
 
 @pytest.mark.parametrize("where", ["loss", "layers"])
 @pytest.mark.parametrize("what", ["closure", "global", "class", "object", "namespace", "nested"])
-def test_what_functions_name_counts_at_every_step(what: str, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_values_functions_name_count_at_every_step(what: str, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     number, holder, space, table = 1.0, Holder(), types.SimpleNamespace(value=1.0), TABLE["c"]
     factors: dict[str, Callable[[], float]] = {
         "closure": lambda: number, "global": lambda: COEFFICIENT, "class": lambda: Settings.coefficient,
@@ -155,7 +155,7 @@ def test_a_number_that_changes_all_the_time_belongs_in_the_batch() -> None:
     assert len(given._plans) == 1
 
 
-def test_looking_at_what_is_unchanged_is_cheap() -> None:
+def test_checking_unchanged_values_is_cheap() -> None:
     numbers = [float(number) for number in range(100)]
     functions = [lambda number=number: number * COEFFICIENT * len(numbers) for number in numbers]
     outside = Outside(lambda: functions)
@@ -179,7 +179,7 @@ class Scaled(nn.Module):
 
 @pytest.mark.parametrize("engine", ["graph", "eager"])
 def test_buffers_and_tensors_that_are_written_to(engine: str) -> None:
-    """Outside of forward, which captures what they are."""
+    """They are written to outside of forward, which captures their values."""
     module, batch = Scaled(), {"x": torch.randn(4, 4)}
     pipe = pipeline(af.from_module(module, batch), None, engine)
     params, step = pipe.init(), af.value_and_grad(pipe)

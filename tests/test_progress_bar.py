@@ -1,4 +1,4 @@
-"""What takes long is shown, by the first process alone."""
+"""Long work shows progress, in the first process only."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_a_bar_or_lines_after_two_seconds(monkeypatch: pytest.MonkeyPatch, clock
         assert not shown(monkeypatch, clock, [9, 9, 9], terminal, rank="1"), "others are silent"
 
 
-def test_lines_are_those_of_the_first_process(
+def test_only_the_first_process_prints_lines(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:  # fmt: skip
     for rank in ("1", "0"):

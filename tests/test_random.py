@@ -50,7 +50,7 @@ def test_keys_give_unrelated_bits(other: torch.Tensor) -> None:
     assert abs(correlation(bits(make_key(1, 2), n), bits(other, n))) < 0.02
 
 
-def test_folding_many_at_once_is_folding_one_by_one() -> None:
+def test_folding_many_at_once_equals_one_by_one() -> None:
     key = make_key(5)
     assert torch.equal(fold_in(key, torch.arange(4)), torch.stack([fold_in(key, index) for index in range(4)]))
     assert len({tuple(fold_in(key, index).tolist()) for index in range(1000)}) == 1000

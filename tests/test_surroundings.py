@@ -1,4 +1,4 @@
-"""A step under other settings of torch than the first: as plain torch does it, never as it was captured."""
+"""A step under different torch settings than the first behaves as plain torch does, not as it was captured."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def default_fp64() -> Iterator[None]:
 
 @pytest.mark.parametrize("options", [{}, {"engine": "eager"}, {"engine": "eager", "remat": "stage"}, {"remat": "stage"}])
 @pytest.mark.parametrize("first", [True, False])
-def test_autocast_is_of_each_step(options: dict[str, Any], first: bool) -> None:
+def test_autocast_applies_per_step(options: dict[str, Any], first: bool) -> None:
     net, batch = example()
     pipe = pipeline(net, batch, **options)
     step, params = af.value_and_grad(pipe), pipe.init()
@@ -89,7 +89,7 @@ def test_autocast_is_of_each_step(options: dict[str, Any], first: bool) -> None:
 
 
 @pytest.mark.parametrize("setting", [default_fp64, lambda: torch.autocast("cpu", dtype=torch.float16), low])
-def test_settings_have_plans_of_their_own(setting: Callable[[], AbstractContextManager[Any]]) -> None:
+def test_settings_have_separate_plans(setting: Callable[[], AbstractContextManager[Any]]) -> None:
     net, batch = example()
     pipe = pipeline(net, batch)
     params = pipe.init()

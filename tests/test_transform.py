@@ -101,7 +101,7 @@ def test_place_and_gather_copy() -> None:
     assert full["wte", "weight"].any() and gathered["wte", "weight"].any()
 
 
-def test_parameters_that_change_shape_are_noticed() -> None:
+def test_parameters_that_change_shape_are_refused() -> None:
     model, pipe, batch = build()
     params = model.init()
     pipe(params, batch)
@@ -111,7 +111,7 @@ def test_parameters_that_change_shape_are_noticed() -> None:
 
 
 @pytest.mark.parametrize("key", [5, (1,), (1.0, 2), torch.tensor(5)])
-def test_keys_that_are_none(key: Any) -> None:
+def test_invalid_keys_are_refused(key: Any) -> None:
     _, pipe, batch = build()
     with pytest.raises(BatchError, match="expected a pair of integers"):
         pipe(pipe.init(), batch, key)
@@ -160,7 +160,7 @@ def test_build_ahead_and_explain() -> None:
     assert len(pipe._plans) == 1, "the first call found what was built ahead"
 
 
-def test_batches_of_other_shapes() -> None:
+def test_batches_of_different_shapes() -> None:
     model, pipe, batch = build()
     params = model.init()
     for tokens in (6, 4):
@@ -182,7 +182,7 @@ def test_forward_gives_rows_in_order() -> None:
         pipe.forward(params, batch, gather="some")
 
 
-def test_an_error_at_run_time_says_where() -> None:
+def test_an_error_at_run_time_names_the_place() -> None:
     calls = []
 
     def fails_later(params: Any, x: Any, batch: Any) -> Any:
@@ -240,7 +240,7 @@ def test_memory_of_a_step_is_freed() -> None:
 
 
 @pytest.mark.parametrize("engine", ["graph", "eager"])
-def test_profile_tells_when_every_action_ran(engine: str, tmp_path: Path) -> None:
+def test_profile_returns_when_every_action_ran(engine: str, tmp_path: Path) -> None:
     _, stages, loss, batch = make_case("gpt2", 4, 6)
     s = af.schedule.build("zbv", num_ranks=2, num_microbatches=3)
     pipe = af.pipeline(stages, s, loss=loss, engine=engine)

@@ -50,7 +50,7 @@ def test_flatten_takes_any_nested_mapping() -> None:
 
 
 @pytest.mark.parametrize("path", ["", "a..b", ".a", "a."])
-def test_what_is_no_path(path: str) -> None:
+def test_invalid_paths(path: str) -> None:
     with pytest.raises(ModelError, match="is not a path"):
         tree.split_path(path)
 

@@ -1,4 +1,4 @@
-"""Benchmarks of pipelines: contenders from a grid, measured in turn, and reported as a table, a picture and a page."""
+"""Benchmarks of pipelines: contenders from a grid, timed in turns, and reported as tables, a picture and a page."""
 
 from autofunc.benchmark.contender import Contender, LeftOut
 from autofunc.benchmark.grid import Grid

@@ -1,4 +1,4 @@
-"""A pipeline of autofunc as a contender."""
+"""An autofunc pipeline as a contender."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from autofunc.errors import AutofuncError
 from autofunc.schedule import Timeline, build, costs_of, lower, peak_bytes, simulate
 from autofunc.transform import pipeline, value_and_grad
 
-_PROFILED = 3  # steps, of which the one of median length is shown
+_PROFILED = 3  # steps; the one of median length is shown
 
 
 class AutofuncRunner:
-    """Implements `Runner`.
+    """An autofunc pipeline that implements `Runner`.
 
     Args:
-        subject: what is run.
-        contender: how.
-        team: of the pipeline.
+        subject: the benchmark's model, batch and loss.
+        contender: the schedule and the choices.
+        team: the pipeline's processes.
 
     Raises:
-        AutofuncError: for what cannot be built.
+        AutofuncError: if the pipeline cannot be built.
     """
 
     def __init__(self, subject: Subject, contender: Contender, team: Team) -> None:
@@ -45,7 +45,7 @@ class AutofuncRunner:
         keeps = bool(model.state_spec)
         self._run = value_and_grad(self._pipe, has_state=keeps)
         self._given = {"state": self._pipe.init_state(subject.device)} if keeps else {}
-        self._last: list[Any] = []  # the last result, alive until the next step, as in a training loop
+        self._last: list[Any] = []  # the last result, kept until the next step, as in a training loop
 
     def step(self) -> None:
         """See `Runner`."""
@@ -78,7 +78,7 @@ class AutofuncRunner:
         return replace(simulate(self._pipe.schedule, costs), label=label)
 
     def alive(self) -> Alive | None:
-        """See `Runner`. What autograd keeps cannot be seen, nor can what steps recorded as CUDA graphs do."""
+        """See `Runner`. None if autograd keeps residuals, or CUDA graphs record steps: neither can be measured."""
         if self._contender.engine == "eager" or self._pipe.options.records:
             return None
         given = (self._params, self._subject.batch, self._subject.key)

@@ -1,4 +1,4 @@
-"""What is measured, as plain data: a schedule of one side, with its sizes and choices."""
+"""A contender as plain data: a schedule of one side, with its sizes and choices."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 AUTOFUNC, TORCH, PLAIN = "autofunc", "torch", "plain"
-"""Sides: pipelines of this library; of `torch.distributed.pipelining`; the plain microbatch loop in one process."""
+"""Sides: autofunc's pipelines; those of `torch.distributed.pipelining`; the plain microbatch loop in one process."""
 
 
 @dataclass(frozen=True)
@@ -14,7 +14,7 @@ class Contender:
     """One entry of a benchmark."""
 
     side: str
-    schedule: str  # of torch by torch's name
+    schedule: str  # torch's own name if the side is torch
     pp: int
     microbatches: int
     stages: int  # of the whole model
@@ -24,7 +24,7 @@ class Contender:
 
     @property
     def how(self) -> str:
-        """In a word, how its stages run."""
+        """How its stages run, in a word or two."""
         plain = self.engine if self.side == AUTOFUNC else "eager"
         words = {False: plain, True: "compiled", "graphs": "CUDA graphs", "inductor+graphs": "compiled, CUDA graphs"}
         return words[self.compile]
@@ -32,15 +32,15 @@ class Contender:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """What was asked for and is not measured."""
+    """A contender that was asked for but is not measured."""
 
     name: str
     why: str  # one line
-    wrong: bool = False  # whether it ran, and its gradients are not those of the plain loop
+    wrong: bool = False  # True if it ran, but its gradients differ from the plain loop's
 
 
 def named(contenders: Sequence[Contender]) -> dict[str, Contender]:
-    """Contenders by name, in order. Sizes and remat are part of a name only where they tell contenders apart.
+    """Name contenders, keeping their order. Sizes and remat are part of a name only if they tell contenders apart.
 
     >>> list(named([Contender("autofunc", "1f1b", 2, 8, 2), Contender("torch", "1F1B", 2, 8, 2)]))
     ['autofunc 1f1b graph', 'torch 1F1B eager']

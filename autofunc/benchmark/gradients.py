@@ -1,4 +1,4 @@
-"""How far a contender's gradients are from those of the plain microbatch loop."""
+"""Compare a contender's gradients with those of the plain microbatch loop."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import torch
 from torch import Tensor
 
 _LEAST_SHARE = 1e-3
-"""Of the largest norm of all: gradients below are held against that, since some are zero but for rounding, such as that of
-a bias before a softmax."""
+"""As a share of the largest norm: smaller gradients are compared on that scale, because some are zero up to rounding, such
+as that of a bias before a softmax."""
 
 
 def gradient_error(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
-    """The largest norm of a difference, relative to the norm that is expected.
+    """Return the largest norm of a difference, relative to the expected norm.
 
     Args:
-        found: by path; what is missing counts as zero.
-        expected: by path, of the parameters that this process holds.
+        found: gradients by path; missing ones count as zero.
+        expected: gradients by path, of the parameters that this process holds.
     """
     norms = {path: float(grad.float().norm()) for path, grad in expected.items()}
     least = _LEAST_SHARE * max(norms.values(), default=0.0)
@@ -31,11 +31,11 @@ def gradient_error(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) 
 
 
 def tolerance(dtypes: set[torch.dtype], device: torch.device) -> float:
-    """How far gradients may be from the plain loop's.
+    """Return the largest `gradient_error` that counts as equal.
 
     Args:
-        dtypes: in which parameters are computed with.
-        device: other kernels than the loop's may be chosen on a GPU.
+        dtypes: the dtypes parameters are computed with.
+        device: a GPU may choose other kernels than for the loop.
     """
     if any(dtype.itemsize < 4 for dtype in dtypes):
         return 5e-2  # torch sums them in this precision too

@@ -1,4 +1,4 @@
-"""From choices to contenders: every combination that can run, and for each other one line that says why it cannot."""
+"""From choices to contenders: every combination that can run, and why the others cannot."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from autofunc.schedule import build, is_named, normalise
 from autofunc.shown import shown
 
 AGAINST = (TORCH, PLAIN)
-"""What autofunc can be measured against."""
+"""Sides that autofunc can be measured against."""
 
 
 @dataclass(frozen=True)
 class Grid:
-    """What is to be measured: all combinations of these choices.
+    """The choices to combine.
 
     Args:
-        schedules: names of `af.schedule.names()`, or what else `af.schedule.build` takes.
+        schedules: names from `af.schedule.names()`, or anything else `af.schedule.build` takes.
         pp: numbers of pipeline ranks.
         microbatches: numbers of microbatches that a step's rows are cut into.
         engines: see `af.pipeline`.
         compile: see `af.pipeline`.
-        remat: see `af.pipeline`; "auto", which needs a budget, is left out.
+        remat: see `af.pipeline`; "auto" is refused, since it needs a memory budget.
         against: "torch" adds torch's counterpart of each schedule, "plain" the plain microbatch loop.
-        torch_schedules: torch's names of the schedules to measure in the place of counterparts.
+        torch_schedules: torch's names of schedules to measure instead of the counterparts.
 
     Raises:
         AutofuncError: for an unknown choice.
@@ -51,7 +51,7 @@ class Grid:
                 raise AutofuncError(f"bench: {name} is empty; expected at least one")
         for name in ("pp", "microbatches"):
             if any(number < 1 for number in getattr(self, name)):
-                raise AutofuncError(f"bench: {name}={getattr(self, name)}; expected numbers from 1 on")
+                raise AutofuncError(f"bench: {name}={getattr(self, name)}; expected positive numbers")
         for other in self.against:
             if other not in AGAINST:
                 raise AutofuncError(f"bench: against {shown(other)}: {one_of(other, AGAINST)}")
@@ -68,16 +68,16 @@ class Grid:
             EngineOptions(compile=choice)
 
     def contenders(self, processes: int, only: Sequence[str] = ("*",)) -> tuple[dict[str, Contender], list[LeftOut]]:
-        """What can be measured with so many processes, by name, sides in turn; and what cannot.
+        """Return the contenders that this many processes can run, by name, sides alternating, and those left out.
 
-        One process runs all ranks of a pipeline in turn; several are a rank each.
+        One process runs all ranks of a pipeline in turn; several processes are one rank each.
 
         Args:
-            processes: how many there are.
-            only: patterns, of which a contender's name fits one.
+            processes: the number of processes.
+            only: patterns; a contender's name must match one.
 
         Raises:
-            AutofuncError: for an unknown schedule, and when nothing is left.
+            AutofuncError: for an unknown schedule, or if no contender is left.
         """
         ours, theirs, left = _Kept(), _Kept(), _Left()
         for pp, microbatches in product(self.pp, self.microbatches):
@@ -94,7 +94,7 @@ class Grid:
         found = named([*mixed, *plain])
         chosen = {name: each for name, each in found.items() if any(fnmatchcase(name, pattern) for pattern in only)}
         if not chosen:
-            why = [f"{each.name}: {each.why}" for each in left.found] or [f"none fits {' or '.join(map(shown, only))}"]
+            why = [f"{each.name}: {each.why}" for each in left.found] or [f"no name fits {' or '.join(map(shown, only))}"]
             raise AutofuncError("bench: nothing to measure. " + "; ".join(why))
         return chosen, left.found
 
@@ -103,7 +103,7 @@ class Grid:
             made = build(name, num_ranks=pp, num_microbatches=microbatches)
         except ScheduleError as error:
             if is_named(name):
-                normalise(name)  # one that is unknown ends the benchmark
+                normalise(name)  # an unknown name ends the benchmark
             left.add(f"{AUTOFUNC} {shown(name)}", str(error))
             return
         for engine, choice, remat in product(self.engines, self.compile, self.remat):
@@ -117,35 +117,35 @@ class Grid:
             kept.add(each)
 
     def _of_torch(self, pp: int, microbatches: int, processes: int, left: _Left) -> Iterator[tuple[str, int]]:
-        """Names of torch's schedules, and the numbers of stages they are measured with."""
+        """Yield torch's schedules, and the numbers of stages to measure them with."""
         wanted: list[tuple[str, int]] = []
         for name in self.torch_schedules:
             wanted.append((name, pp * (TORCH_SCHEDULES[name].per_rank or 2)))
         for name in self.schedules if not self.torch_schedules else ():
             if not is_named(name) or normalise(name) not in COUNTERPARTS:
-                left.add(f"{TORCH} {shown(name)}", "torch.distributed.pipelining has no such schedule")
+                left.add(f"{TORCH} {shown(name)}", "torch.distributed.pipelining does not have this schedule")
                 continue
             wanted.append((COUNTERPARTS[normalise(name)], _stages(name, pp, microbatches)))
         for name, stages in wanted:
             if processes > 1 or pp == 1 == TORCH_SCHEDULES[name].per_rank:
                 yield name, stages
             elif TORCH_SCHEDULES[name].in_v and stages != 2:
-                left.add(f"{TORCH} {name}", "it has two stages a rank, and one process is one rank of torch's")
+                left.add(f"{TORCH} {name}", "it has two stages per rank, and one process is one of torch's ranks")
             else:
                 yield ON_ONE_RANK.get(name, name), stages
 
     def _theirs(self, name: str, pp: int, microbatches: int, stages: int, kept: _Kept, left: _Left) -> None:
         if stages == 0:
-            return  # ours is left out for these sizes, which was said
+            return  # ours is left out for these sizes, and reported
         for choice in dict.fromkeys("graphs" if each == "graphs" else bool(each) for each in self.compile):
             if choice == "graphs":
                 left.add(f"{TORCH} {name}, CUDA graphs", "torch.distributed.pipelining records no steps")
             elif choice and TORCH_SCHEDULES[name].splits_backward:
-                left.add(f"{TORCH} {name} compiled", "torch refuses compiled modules where I and W are apart")
+                left.add(f"{TORCH} {name} compiled", "torch refuses compiled modules if I and W are separate")
             else:
                 kept.add(Contender(TORCH, name, pp, microbatches, stages, "eager", choice))
         if any(remat is not None for remat in self.remat):
-            left.add(f"{TORCH} with remat", "torch.distributed.pipelining has no choice of it")
+            left.add(f"{TORCH} with remat", "torch.distributed.pipelining has no such option")
 
 
 def _stages(name: str, pp: int, microbatches: int) -> int:
@@ -156,7 +156,7 @@ def _stages(name: str, pp: int, microbatches: int) -> int:
 
 
 class _Kept:
-    """Contenders, each once."""
+    """Distinct contenders, in order."""
 
     def __init__(self) -> None:
         self._found: dict[Contender, None] = {}
@@ -170,7 +170,7 @@ class _Kept:
 
 
 class _Left:
-    """What is left out, each once."""
+    """Distinct contenders that are left out, in order."""
 
     def __init__(self) -> None:
         self.found: list[LeftOut] = []

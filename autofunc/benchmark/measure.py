@@ -1,4 +1,4 @@
-"""Build, check and time contenders on the processes of a benchmark; every process calls it."""
+"""Build, check and time contenders; every process of a benchmark calls this."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from autofunc.schedule import Timeline
 from autofunc.shown import beginning
 
 Make = Callable[[str, Contender], Runner]
-"""Builds a contender on this process, by its name. All processes call it, in the same order."""
+"""Builds a named contender on this process. All processes call it, in the same order."""
 
 Expected = Callable[[int], Mapping[str, Tensor]]
-"""The gradients of the plain loop by canonical path, for a number of microbatches."""
+"""Returns the plain loop's gradients by canonical path, for a number of microbatches."""
 
 
 @dataclass
-class Looked:
-    """What is found of a contender before it is timed, the same on every process."""
+class Untimed:
+    """What is measured before a contender is timed, the same on every process."""
 
     build_s: float
     gradient_error: float | None
@@ -40,23 +40,23 @@ class Looked:
 
 @dataclass(frozen=True)
 class Found:
-    """What is found of all, the same on every process."""
+    """Measurements of all contenders, the same on every process."""
 
-    looked: Mapping[str, Looked]
+    untimed: Mapping[str, Untimed]
     seconds: Mapping[str, list[float]]  # of each turn
     left_out: tuple[LeftOut, ...]
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How much is done.
+    """How long and how thoroughly to measure.
 
     Args:
         repetitions: the most rounds in which each contender has its turn.
-        steps: of a turn.
-        seconds: after which no round begins, but for the first three.
-        checks: whether gradients are compared with the plain loop's.
-        tolerance: how far they may be from these.
+        steps: steps per turn.
+        seconds: time after which no round begins, except the first three.
+        checks: compare gradients with the plain loop's.
+        tolerance: the largest gradient error that counts as equal.
     """
 
     repetitions: int = 9
@@ -78,14 +78,14 @@ def measure(
 
     Args:
         contenders: by name.
-        make: builds one.
-        expected: gradients of the plain loop, for a number of microbatches.
+        make: builds a contender.
+        expected: returns the plain loop's gradients for a number of microbatches.
         world: all processes.
-        effort: how much is done.
-        advance: told of each part that begins, as many as there are contenders and repetitions.
+        effort: how long and how thoroughly to measure.
+        advance: called with a text as each part begins; there are as many parts as contenders and repetitions.
     """
     runners: dict[str, Runner] = {}
-    looked: dict[str, Looked] = {}
+    untimed: dict[str, Untimed] = {}
     left: list[LeftOut] = []
     for name, contender in contenders.items():
         advance(f"building {name}")
@@ -94,14 +94,14 @@ def measure(
             left.append(built)
             continue
         runner, build_s, before = built
-        error = _checked(runner, contender, expected, world, effort) if effort.checks else None
+        error = _error_of(runner, contender, expected, world, effort) if effort.checks else None
         if error is not None and error > effort.tolerance:
-            why = f"its gradients differ from the plain loop's by {error:.1e}, and {effort.tolerance:.0e} is the most"
+            why = f"its gradients differ from the plain loop's by {error:.1e}; at most {effort.tolerance:.0e} is allowed"
             left.append(LeftOut(name, why, wrong=True))
             runner.close()
             continue
         runners[name] = runner
-        looked[name] = _looked(runner, contender, build_s, error, before, world)
+        untimed[name] = _measure_untimed(runner, contender, build_s, error, before, world)
     began = time.perf_counter()
 
     def goes_on(done: int) -> bool:
@@ -119,12 +119,12 @@ def measure(
     for runner in runners.values():
         runner.drop()
         runner.close()
-    return Found(looked, seconds, tuple(left))
+    return Found(untimed, seconds, tuple(left))
 
 
 @contextmanager
 def _frozen() -> Iterator[None]:
-    """The collector walks what a step makes, not what all the contenders are."""
+    """Keep the garbage collector from walking the contenders themselves: it sees only what steps create."""
     gc.collect()
     gc.freeze()
     try:
@@ -134,7 +134,7 @@ def _frozen() -> Iterator[None]:
 
 
 def _built(name: str, contender: Contender, make: Make, world: World) -> tuple[Runner, float, int] | LeftOut:
-    """A contender after its first step, the seconds that took, and what was allocated before; or why there is none."""
+    """Return a contender after its first step, the seconds that took, and the bytes allocated before; or why it failed."""
     before = allocated_bytes(world.device)
     began, why, runner = time.perf_counter(), "", None
     try:
@@ -156,8 +156,8 @@ def _built(name: str, contender: Contender, make: Make, world: World) -> tuple[R
     return runner, max(world.of_all(time.perf_counter() - began)), before
 
 
-def _checked(runner: Runner, contender: Contender, expected: Expected, world: World, effort: Effort) -> float:
-    """How far the gradients of its second step are from the plain loop's, on the process where they are farthest."""
+def _error_of(runner: Runner, contender: Contender, expected: Expected, world: World, effort: Effort) -> float:
+    """Return the gradient error of a second step, on the process where it is largest."""
     runner.step()
     wanted: Mapping[str, Tensor] = {}
     if runner.paths():
@@ -165,10 +165,10 @@ def _checked(runner: Runner, contender: Contender, expected: Expected, world: Wo
     return max(map(float, world.of_all(gradient_error(runner.grads(), wanted))))
 
 
-def _looked(
+def _measure_untimed(
     runner: Runner, contender: Contender, build_s: float, error: float | None, before: int, world: World
-) -> Looked:  # fmt: skip
-    """Its bytes and its timeline; steps of it are warm afterwards."""
+) -> Untimed:  # fmt: skip
+    """Measure a contender's bytes and timeline; its steps are warm afterwards."""
     runner.drop()
     peak = peak_bytes(runner.step, world.device, before)
     if world.device.type == "cpu":
@@ -177,4 +177,4 @@ def _looked(
     alive, timeline = world.of_first(runner.alive()), world.of_first(runner.timeline())
     runner.drop()
     peaks = world.of_all(peak)[: contender.pp if contender.side != PLAIN else 1]
-    return Looked(build_s, error, tuple(peaks), alive, timeline)
+    return Untimed(build_s, error, tuple(peaks), alive, timeline)

@@ -1,4 +1,4 @@
-"""How much memory a step takes at its peak beside what was there before it, by what allocators say."""
+"""Peak memory of a step beyond what was allocated before, as reported by the allocators."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 _MEMORY = "[memory]"
-"""What the profiler calls an allocation, or, with bytes below zero, its end."""
+"""The profiler's name of an allocation; of its end, if the number of bytes is negative."""
 
 _ERRORS = "6"
 
 
 def peak_bytes(step: Callable[[], object], device: torch.device, before: int) -> int:
-    """The most bytes that are allocated while a step runs, temporaries of operators included.
+    """Return the most bytes allocated during a step, including temporaries of operators.
 
-    On a CPU those that the step allocates. On a GPU all above `before`, and what pools of recorded graphs reserve.
+    On a CPU this counts the step's own allocations; on a GPU everything above `before`, and the pools of recorded graphs.
 
     Args:
-        step: warm, and nothing that it made before is alive.
-        device: that it runs on.
-        before: see `allocated_bytes`; of a GPU, from before the contender was made.
+        step: must be warm, with no results of earlier steps alive.
+        device: the device it runs on.
+        before: from `allocated_bytes`; on a GPU, taken before the contender was built.
     """
     if device.type == "cpu":
         return _of_cpu(step)
@@ -37,7 +37,7 @@ def peak_bytes(step: Callable[[], object], device: torch.device, before: int) ->
 
 
 def allocated_bytes(device: torch.device) -> int:
-    """What is allocated on a GPU, and reserved for graphs; of a CPU 0, where steps alone are counted."""
+    """Return the bytes allocated on a GPU, or reserved for graphs; 0 on a CPU, where only the step itself counts."""
     if device.type == "cpu":
         return 0
     gc.collect()
@@ -46,16 +46,16 @@ def allocated_bytes(device: torch.device) -> int:
 
 
 def _free_in_pools() -> int:
-    """What the pools of graphs reserve beside what is allocated in them: graphs write there."""
+    """Return the bytes that pools of graphs reserve beyond their allocations: graphs write there."""
     snapshot: Any = torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]
     segments = [each for each in snapshot if tuple(each["segment_pool_id"]) != (0, 0)]
     return sum(each["total_size"] - each["allocated_size"] for each in segments)
 
 
 def _of_cpu(step: Callable[[], object]) -> int:
-    os.environ.setdefault("KINETO_LOG_LEVEL", _ERRORS)  # read when the profiler starts, which else says so each time
+    os.environ.setdefault("KINETO_LOG_LEVEL", _ERRORS)  # read when the profiler starts, which otherwise logs each time
     collects = gc.isenabled()
-    gc.disable()  # what was made before is not to go in between
+    gc.disable()  # keeps older objects from being freed during the step
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=False) as watched:
         step()
     if collects:

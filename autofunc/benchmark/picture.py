@@ -13,8 +13,8 @@ _MEBI = 1 << 20
 
 
 def to_png(record: Record) -> bytes:
-    """The bytes of a PNG."""
-    from matplotlib.figure import Figure  # and not pyplot, which chooses a backend for the whole process
+    """Return the record drawn as a PNG."""
+    from matplotlib.figure import Figure  # not pyplot, which sets a backend for the whole process
 
     ordered = sorted(record.measured, key=lambda each: each.ms.median)
     height = max(len(ordered) * _INCHES_A_BAR + _INCHES_BESIDE, 4.5)
@@ -29,7 +29,7 @@ def to_png(record: Record) -> bytes:
     )  # fmt: skip
     bars.set(yticks=range(len(ordered)), ylim=(len(ordered) - 0.5, -0.5), xlim=(0, None))
     bars.set_yticklabels([each.name for each in ordered], fontsize=8)
-    bars.set_xlabel("step, ms: median, least and most")
+    bars.set_xlabel("step, ms: median, min and max")
     bars.set_title(str(record.setting["model"]), loc="left", fontsize=10)
     bars.grid(axis="x", alpha=0.3)
     for number, each in enumerate(ordered):
@@ -40,8 +40,8 @@ def to_png(record: Record) -> bytes:
         )  # fmt: skip
         bars.text(0, number, f" {number + 1}", va="center", fontsize=7, color="white")
     points.margins(0.12)
-    points.set(xlabel="step, ms", ylabel="peak of a rank, MiB", xlim=(0, None), ylim=(0, None))
-    points.set_title("memory against time, by the numbers of the bars", loc="left", fontsize=10)
+    points.set(xlabel="step, ms", ylabel="peak per rank, MiB", xlim=(0, None), ylim=(0, None))
+    points.set_title("memory against time, numbered like the bars", loc="left", fontsize=10)
     points.grid(alpha=0.3)
     for axes in (bars, points):
         axes.spines[["top", "right"]].set_visible(False)

@@ -9,11 +9,11 @@ from autofunc.benchmark.subject import Subject
 
 
 class PlainRunner(Bystander):
-    """Implements `Runner`.
+    """The plain loop, implementing `Runner`.
 
     Args:
-        subject: what is run.
-        microbatches: of a step.
+        subject: the benchmark's model, batch and loss.
+        microbatches: microbatches per step.
     """
 
     def __init__(self, subject: Subject, microbatches: int) -> None:

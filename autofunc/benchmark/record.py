@@ -1,4 +1,4 @@
-"""What a benchmark found, as plain data that can be written as JSON and read again."""
+"""Results of a benchmark, as plain data that can be written as JSON and read again."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from autofunc.errors import AutofuncError, one_of
 from autofunc.schedule import Timeline
 
 VERSION = 1
-"""Of the form of the JSON."""
+"""Version of the JSON format."""
 
 
 class Spread(NamedTuple):
-    """Of some numbers."""
+    """Median, minimum and maximum of some numbers."""
 
     median: float
     least: float
@@ -25,42 +25,42 @@ class Spread(NamedTuple):
 
     @classmethod
     def of(cls, numbers: Sequence[float]) -> Spread:
-        """Of at least one."""
+        """Summarise at least one number."""
         return cls(statistics.median(numbers), min(numbers), max(numbers))
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What was found of one contender. None: not known here; see docs/benchmarks.md."""
+    """Measurements of one contender. None: not known here; see docs/benchmarks.md."""
 
     name: str
     contender: Contender
-    step_ms: tuple[float, ...]  # of each repetition; the slowest process counts
+    step_ms: tuple[float, ...]  # by repetition; the slowest process counts
     build_s: float  # until the end of its first step
-    gradient_error: float | None  # against the plain loop's, relative; None: not compared
+    gradient_error: float | None  # relative to the plain loop's; None: not compared
     units_per_second: float  # tokens, or rows, at the median
     mfu: float | None  # model FLOPs utilization, at the median
     bubble: float | None  # measured fraction
-    schedule_bubble: float | None  # of the schedule with this run's costs
-    peak_bytes: tuple[int, ...]  # by process: what a step needs beside parameters and batch, temporaries included
-    live_bytes: tuple[int, ...] | None  # by pp rank: most that is alive between actions, measured
-    predicted_bytes: tuple[int, ...] | None  # the same as the schedule and the graphs predict it
-    timeline: Timeline | None = field(default=None, repr=False, compare=False)  # is not part of the JSON
+    schedule_bubble: float | None  # of the schedule, with this run's costs
+    peak_bytes: tuple[int, ...]  # by process: a step's memory beyond parameters and batch, with temporaries
+    live_bytes: tuple[int, ...] | None  # by pp rank: most bytes alive between actions, measured
+    predicted_bytes: tuple[int, ...] | None  # the same, predicted from the schedule and the graphs
+    timeline: Timeline | None = field(default=None, repr=False, compare=False)  # not part of the JSON
 
     @property
     def ms(self) -> Spread:
-        """Of its steps."""
+        """Spread of its step times, in milliseconds."""
         return Spread.of(self.step_ms)
 
 
 @dataclass(frozen=True)
 class Record:
-    """What a benchmark found.
+    """Results of a benchmark.
 
     Args:
         measured: contenders in the order of their turns.
-        left_out: what was asked for and not measured, and why.
-        setting: what was run, and on what, as names and values of JSON.
+        left_out: contenders asked for but not measured, and why.
+        setting: the model and the machine, as JSON names and values.
         unit: "tokens" or "rows".
     """
 
@@ -70,10 +70,10 @@ class Record:
     unit: str
 
     def __getitem__(self, name: str) -> Measured:
-        """A contender by name.
+        """Return a contender's measurements by name.
 
         Raises:
-            AutofuncError: naming the nearest.
+            AutofuncError: naming the nearest one.
         """
         for each in self.measured:
             if each.name == name:
@@ -81,21 +81,21 @@ class Record:
         raise AutofuncError(f"no contender {name!r}: {one_of(name, [each.name for each in self.measured])}")
 
     def of(self, side: str) -> list[Measured]:
-        """The contenders of a side, the fastest by median first."""
+        """Return the contenders of a side, the fastest by median first."""
         return sorted((each for each in self.measured if each.contender.side == side), key=lambda each: each.ms.median)
 
     @property
     def baseline(self) -> Measured:
-        """What others are compared with: the fastest of torch; without torch the first contender."""
+        """The contender that others are compared with: torch's fastest, or without torch the first one."""
         theirs = self.of(TORCH)
         return theirs[0] if theirs else self.measured[0]
 
     def speedup(self, ours: Measured, theirs: Measured) -> Spread:
-        """How many times as long theirs takes: of the pairs of each repetition."""
+        """Return how many times as long `theirs` takes, over the pairs of each repetition."""
         return Spread.of(paired_ratios(ours.step_ms, theirs.step_ms))
 
     def answers(self) -> list[tuple[str, Measured, Measured, Spread]]:
-        """(question, fastest of autofunc, fastest of torch, how many times as long torch takes)."""
+        """Return (question, autofunc's fastest, torch's fastest, how many times as long torch takes)."""
         ours, theirs = self.of(AUTOFUNC), self.of(TORCH)
         asked = {"best against best": (ours, theirs)}
         if len({bool(each.contender.compile) for each in theirs}) > 1:
@@ -104,7 +104,7 @@ class Record:
         return [(what, a[0], b[0], self.speedup(a[0], b[0])) for what, (a, b) in asked.items() if a and b]
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it, timelines left out."""
+        """Return the results as JSON-compatible data, without timelines."""
         return {
             "version": VERSION,
             "setting": dict(self.setting),
@@ -123,13 +123,13 @@ class Record:
 
     @classmethod
     def from_dict(cls, given: Mapping[str, Any]) -> Self:
-        """The opposite of `to_dict`.
+        """Read what `to_dict` wrote.
 
         Raises:
-            AutofuncError: for another version.
+            AutofuncError: if it has a different version.
         """
         if given.get("version") != VERSION:
-            raise AutofuncError(f"a benchmark of version {given.get('version')!r}; this autofunc reads {VERSION}")
+            raise AutofuncError(f"this is a benchmark of version {given.get('version')!r}; expected {VERSION}")
         return cls(
             tuple(_measured(each) for each in given["contenders"]),
             tuple(LeftOut(**each) for each in given["left_out"]),

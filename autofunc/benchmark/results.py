@@ -1,4 +1,4 @@
-"""A record that shows itself: as a table, and as files to look at and to go on with."""
+"""A record that shows itself: as a table, and as files to look at and to read again."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DATA, PICTURE, PAGE = "bench.json", "bench.png", "bench.html"
 
 
 class Results(Record):
-    """What `af.bench` returns: `record[name]`, `record.of("torch")`, `record.answers()`, and how to show it.
+    """The results of `af.bench`: `record[name]`, `record.of("torch")`, `record.answers()`, and ways to show them.
 
     Example:
         results = af.bench(model, batch, against=["torch"])
@@ -25,17 +25,17 @@ class Results(Record):
     """
 
     def table(self, colour: bool = False) -> str:
-        """For a terminal of 80 columns."""
+        """Return tables for a terminal of 80 columns."""
         return to_table(self, colour)
 
     def __str__(self) -> str:
         return self.table()
 
     def save(self, folder: str | Path) -> list[Path]:
-        """Write bench.json, bench.png and, where there are timelines, bench.html; returns what was written.
+        """Write bench.json, bench.png and, if there are timelines, bench.html; return their paths.
 
         Raises:
-            OSError: when the folder cannot be written into.
+            OSError: if the folder cannot be written.
         """
         into = Path(folder)
         into.mkdir(parents=True, exist_ok=True)
@@ -50,10 +50,10 @@ class Results(Record):
 
     @classmethod
     def read(cls, path: str | Path) -> Results:
-        """What a bench.json says, without its timelines.
+        """Read a bench.json, which has no timelines.
 
         Raises:
-            OSError: when it cannot be read.
-            AutofuncError: for another version.
+            OSError: if it cannot be read.
+            AutofuncError: if it has a different version.
         """
         return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))

@@ -1,4 +1,4 @@
-"""`af.bench`: a model, a batch and a grid of choices to a record of what was measured."""
+"""`af.bench`: from a model, a batch and a grid of choices to a record of measurements."""
 
 from __future__ import annotations
 
@@ -62,44 +62,44 @@ def bench(
     peak: float | None = None,
     progress: bool = True,
 ) -> Results:
-    """Measure a step (loss and gradients, no optimizer) of pipelines, in turns, on this process or on all of a run.
+    """Time a training step (loss and gradients, no optimizer) of pipelines, in turns, on this process or on all of a run.
 
-    In one process all pp ranks take turns, so times are those of a device that does everything. Under `torchrun` each
-    process is a pp rank; with fewer ranks than processes the first ones work and the others wait. All processes call it
+    In one process all pp ranks take turns, so times are those of one device that does all the work. Under `torchrun` each
+    process is a pp rank; with fewer ranks than processes the first ones work and the others wait. All processes call this
     alike, each with the whole batch, and get the same record.
 
     Every contender's gradients are compared with the plain microbatch loop's before anything is timed. Then contenders take
-    turns, A B C, A B C, ..., every step from a barrier on, and the slowest process counts.
+    turns, A B C, A B C, ...; every step starts at a barrier, and the slowest process counts.
 
     Args:
         model: from `af.from_module`, or an `af.Model`.
         batch: the rows of a step.
         loss: see `af.pipeline`.
-        schedules, pp, microbatches, engines, compile, remat: what is combined, see `af.pipeline`.
+        schedules, pp, microbatches, engines, compile, remat: the choices to combine, see `af.pipeline`.
         against: "torch" adds torch's counterparts of the schedules, on the same stages, weights and microbatches; "plain"
             the plain microbatch loop in one process.
-        torch_schedules: torch's names, such as "1F1B", in the place of counterparts.
-        torch_module: makes the modules of torch's stages, in the place of graphs traced from ours.
-        only: patterns, of which a contender's name fits one: "torch *", "autofunc * compiled".
-        split_points: names, used where they give as many stages as a schedule needs, which otherwise cost about the same;
-            or a function of that number.
-        params: of the whole model; by default `model.init(0)` where the batch is.
-        key: see `af.value_and_grad`; with one all contenders have the same dropout.
+        torch_schedules: torch's names, such as "1F1B", to measure instead of the counterparts.
+        torch_module: builds the modules of torch's stages, instead of graphs traced from ours.
+        only: patterns; a contender's name must match one: "torch *", "autofunc * compiled".
+        split_points: names, used if they give as many stages as a schedule needs, otherwise stages are balanced by cost;
+            or a function from the number of stages to the stages.
+        params: parameters of the whole model; by default `model.init(0)` on the batch's device.
+        key: see `af.value_and_grad`; with a key all contenders have the same dropout.
         batch_dims: see `af.pipeline`.
-        sharding: precision of the pipelines of autofunc.
+        sharding: precision of autofunc's pipelines.
         repetitions: rounds in which each contender has a turn.
-        steps: of a turn, of which the median counts.
-        seconds: after which no round begins, but for the first three.
-        check: False leaves the comparison of gradients out, which runs the whole model on each process.
-        peak: floating-point operations a second of a device; by default those of known GPUs in 16 bits.
-        progress: whether a bar is shown.
+        steps: steps per turn, whose median counts.
+        seconds: time after which no round begins, except the first three.
+        check: False skips the comparison of gradients, which runs the whole model on each process.
+        peak: peak of a device in FLOP/s; by default known for some GPUs in 16 bits.
+        progress: show a progress bar.
 
     Returns:
         `autofunc.benchmark.Results`: `print(results)` shows tables, `results.save(folder)` writes JSON, a picture and
-        a page of timelines, `results.left_out` says what was not measured and why.
+        a page of timelines, `results.left_out` lists what was not measured and why.
 
     Raises:
-        AutofuncError: for an unknown choice, and when nothing of it can be measured.
+        AutofuncError: for an unknown choice, or if no contender can be measured.
 
     Example:
         model = af.from_module(module, batch)
@@ -108,7 +108,7 @@ def bench(
         results.save("results")
     """
     if repetitions < 1 or steps < 1:
-        raise AutofuncError(f"bench: repetitions={repetitions}, steps={steps}; expected numbers from 1 on")
+        raise AutofuncError(f"bench: repetitions={repetitions}, steps={steps}; expected positive numbers")
     grid = Grid(
         tuple(schedules), tuple(pp), tuple(microbatches), tuple(engines), tuple(compile), tuple(remat), tuple(against),
         tuple(torch_schedules),
@@ -146,7 +146,7 @@ def bench(
 
 
 def _initial(model: Model, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The parameters of the whole model, where the batch is."""
+    """Initialise the parameters of the whole model, on the batch's device."""
     return tree.flatten(model.init(0 if model.uses_seed else None, device=_device_of(batch)))
 
 
@@ -165,31 +165,31 @@ def _record(
     numbers = {each.microbatches for each in contenders.values()} if peak is not None else set()
     flops = {number: subject.flops(number) for number in numbers}
     measured = []
-    for name, looked in found.looked.items():
+    for name, untimed in found.untimed.items():
         contender = contenders[name]
         seconds = Spread.of(found.seconds[name]).median
         operations = flops.get(contender.microbatches)
         devices = 1 if world.size == 1 else contender.pp
         mfu = None if operations is None or peak is None else operations / (seconds * peak * devices)
         bubble, of_schedule = None, None
-        if looked.timeline is not None and looked.timeline.schedule.num_ranks > 1:
-            of_schedule = simulate(looked.timeline.schedule, costs_of(looked.timeline)).bubble_fraction
-            bubble = looked.timeline.bubble_fraction if devices > 1 else None
+        if untimed.timeline is not None and untimed.timeline.schedule.num_ranks > 1:
+            of_schedule = simulate(untimed.timeline.schedule, costs_of(untimed.timeline)).bubble_fraction
+            bubble = untimed.timeline.bubble_fraction if devices > 1 else None
         measured.append(
             Measured(
                 name=name,
                 contender=contender,
                 step_ms=tuple(each * 1e3 for each in found.seconds[name]),
-                build_s=looked.build_s,
-                gradient_error=looked.gradient_error,
+                build_s=untimed.build_s,
+                gradient_error=untimed.gradient_error,
                 units_per_second=units / seconds,
                 mfu=mfu,
                 bubble=bubble,
                 schedule_bubble=of_schedule,
-                peak_bytes=looked.peak_bytes,
-                live_bytes=looked.alive.measured if looked.alive is not None else None,
-                predicted_bytes=looked.alive.predicted if looked.alive is not None else None,
-                timeline=looked.timeline,
+                peak_bytes=untimed.peak_bytes,
+                live_bytes=untimed.alive.measured if untimed.alive is not None else None,
+                predicted_bytes=untimed.alive.predicted if untimed.alive is not None else None,
+                timeline=untimed.timeline,
             )
         )
     setting = {

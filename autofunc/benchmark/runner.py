@@ -1,4 +1,4 @@
-"""A contender that was built: what the measuring asks of it, whichever side it is of."""
+"""The interface of a contender that was built, whichever side it is on."""
 
 from __future__ import annotations
 
@@ -11,50 +11,50 @@ from autofunc.schedule import Timeline
 
 
 class Alive(NamedTuple):
-    """Most bytes that are alive between actions, by pp rank."""
+    """Most bytes alive between actions, by pp rank."""
 
     measured: tuple[int, ...]
     predicted: tuple[int, ...] | None  # None: a size depends on data
 
 
 class Runner(Protocol):
-    """A contender on one process. All processes of its team call its methods alike."""
+    """A contender on one process. All processes of its team make the same calls."""
 
     def step(self) -> None:
-        """Work out the loss and the gradients; those of the step before are let go of first."""
+        """Compute the loss and the gradients, after releasing those of the step before."""
         ...
 
     def drop(self) -> None:
-        """Let go of what the last step made."""
+        """Release the results of the last step."""
         ...
 
     def grads(self) -> Mapping[str, Tensor]:
-        """The gradients of the last step that this process has, by canonical path."""
+        """Return this process's gradients of the last step, by canonical path."""
         ...
 
     def paths(self) -> set[str]:
-        """Of the parameters that this process trains."""
+        """Return the canonical paths of the parameters that this process trains."""
         ...
 
     def buffer_bytes(self) -> int:
-        """What stays from step to step to receive into."""
+        """Return the bytes of receive buffers that are kept from step to step."""
         ...
 
     def timeline(self) -> Timeline | None:
-        """A measured step; in one process one that is simulated with measured costs. None: there is none."""
+        """Return a measured step; in one process, a simulation with measured costs. None if there is none."""
         ...
 
     def alive(self) -> Alive | None:
-        """What is alive between actions; None: only the allocator knows."""
+        """Return the bytes alive between actions; None if only the allocator knows."""
         ...
 
     def close(self) -> None:
-        """Let go of what was built."""
+        """Release what was built."""
         ...
 
 
 class Bystander:
-    """In the place of a contender in whose team this process is not."""
+    """Stands in for a contender on processes outside its team."""
 
     def step(self) -> None:
         """See `Runner`."""

@@ -1,4 +1,4 @@
-"""What is benchmarked: a model, its loss and a batch, cut as each contender needs it."""
+"""The subject of a benchmark: a model, its loss and a batch, cut as each contender needs it."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ Cut = Callable[[int], Sequence[Stage]]
 
 @dataclass
 class Subject:
-    """Of one benchmark, on one process.
+    """The subject of one benchmark, on one process.
 
     Args:
-        model: what is pipelined.
+        model: the model to pipeline.
         loss: see `af.pipeline`.
-        batch: the rows of a step, where the contenders compute.
-        params: of the whole model by canonical path, where they compute.
+        batch: the rows of a step, on the contenders' device.
+        params: of the whole model by canonical path, on the same device.
         key: see `af.value_and_grad`.
         batch_dims: see `af.pipeline`.
-        sharding: precision of the contenders of autofunc.
-        cut: cuts the model.
+        sharding: precision of autofunc's contenders.
+        cut: cuts the model into stages.
     """
 
     model: Model
@@ -50,25 +50,25 @@ class Subject:
     _stages: dict[int, Sequence[Stage]] = field(default_factory=dict)
 
     def stages(self, number: int) -> Sequence[Stage]:
-        """The model in so many stages."""
+        """Return the model in this many stages."""
         if number not in self._stages:
             self._stages[number] = self.cut(number)
         return self._stages[number]
 
     def microbatches(self, number: int) -> list[Microbatch]:
-        """The batch in pieces."""
+        """Return the batch in this many pieces."""
         return split_batch(
             self.batch, number, key=self.key, batch_dims=self.batch_dims, key_name=self.model.key_name
         )  # fmt: skip
 
     def expected(self, microbatches: int) -> dict[str, Tensor]:
-        """The gradients of the plain microbatch loop by canonical path."""
+        """Return the plain microbatch loop's gradients by canonical path."""
         if microbatches not in self._expected:
             self._expected[microbatches] = self.plain_step(microbatches)()
         return self._expected[microbatches]
 
     def plain_step(self, microbatches: int) -> Callable[[], dict[str, Tensor]]:
-        """A step of the plain microbatch loop, which gives its gradients."""
+        """Return a step of the plain microbatch loop, which returns its gradients."""
         keeps = bool(self.model.state_spec)
         loop = reference_value_and_grad(
             self.model, self.loss, microbatches, has_state=keeps, batch_dims=self.batch_dims
@@ -76,27 +76,23 @@ class Subject:
         given = {"state": self.model.init_state(self.device)} if keeps else {}
         return lambda: tree.flatten(loop(self.params, self.batch, self.key, **given)[1])
 
-    def forget(self) -> None:
-        """Let go of what was only there to be compared with."""
-        self._expected.clear()
-
     @property
     def device(self) -> torch.device:
-        """Where parameters are."""
+        """The device of the parameters."""
         return next(iter(self.params.values())).device
 
     @property
     def rows(self) -> int:
-        """Of a step."""
+        """Rows per step."""
         return row_dims(self.batch, self.batch_dims, cuts=False, key_name=self.model.key_name)[0]
 
     def units(self) -> tuple[int, str]:
-        """How much a step is, and in what it is counted: tokens, or rows where they have none."""
+        """Return the size of a step and its unit: tokens, or rows without `input_ids`."""
         ids = self.batch.get("input_ids")
         return (self.rows, "rows") if not isinstance(ids, Tensor) else (ids.numel(), "tokens")
 
     def flops(self, microbatches: int) -> int | None:
-        """Floating-point operations of the products of a step, backward included; None where they cannot be counted."""
+        """Return the FLOPs of a step's matrix products, backward included; None if they cannot be counted."""
         try:
             costs = count_operations(self.model, _on_host(self.microbatches(microbatches)[0]), self.loss)
         except ModelError:
@@ -105,17 +101,17 @@ class Subject:
 
 
 def _on_host(microbatch: Microbatch) -> Microbatch:
-    """To count operations on, which is done on fake tensors of the CPU."""
+    """Move a microbatch to the CPU, where operations are counted on fake tensors."""
     return tree.map_leaves(lambda leaf: leaf.cpu() if isinstance(leaf, Tensor) else leaf, microbatch)  # type: ignore[no-any-return]
 
 
 def cut_by_costs(model: Model, points: Sequence[str] | None, microbatch: Microbatch, loss: Loss | None) -> Cut:
-    """Cuts a model where it is told to, where that gives as many stages as are wanted; else in stages of like costs.
+    """Return a function that cuts at the given points if they give the wanted number of stages, else balances by cost.
 
     Args:
-        model: what is cut.
+        model: the model to cut.
         points: see `af.split`.
-        microbatch: which operations are counted on.
+        microbatch: an example to count operations on.
         loss: counted into the last stage.
     """
 

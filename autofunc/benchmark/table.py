@@ -14,10 +14,10 @@ WIDTH = 80
 
 
 def to_table(record: Record, colour: bool = False) -> str:
-    """Times, memory, answers, and what was left out, as text.
+    """Return times, memory, answers, and what was left out, as text.
 
     Args:
-        record: what was found.
+        record: the results.
         colour: paint with ANSI colours.
     """
     text = io.StringIO()
@@ -80,7 +80,7 @@ def _memory(record: Record) -> Table:
 
 
 def _footnotes(record: Record) -> list[str]:
-    lines = [f"speed: over {record.baseline.name}, the median of pairs; bytes: of the rank that has most"]
+    lines = [f"speed: over {record.baseline.name}, the median of pairs; bytes: of the rank with the most"]
     if any(each.schedule_bubble is not None for each in record.measured):
         lines.append("bubble: measured / of the schedule with this run's costs")
         if all(each.bubble is None for each in record.measured):

@@ -1,4 +1,4 @@
-"""Who takes part in which contender: of the processes that were started, the first `pp`; or one for all ranks."""
+"""The processes of each contender: the first `pp` of those started, or one process that runs all ranks."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ class Team(NamedTuple):
     """The processes of pipelines with one number of ranks, as one process sees them."""
 
     plays: bool  # whether this process is one of them
-    rank: int  # this one's pp rank; of one process that runs all of them 0
-    size: int  # processes
+    rank: int  # this process's pp rank; 0 in one process that runs all of them
+    size: int  # number of processes
     mesh: DeviceMesh | None  # None: all pp ranks are in one process
     group: dist.ProcessGroup | None  # of the processes; None: there is no process group at all
 
 
 class World:
-    """All processes of a benchmark. Every process makes one, and calls its methods as the others do.
+    """All processes of a benchmark. Every process creates one, and makes the same calls as the others.
 
     Args:
-        device: that this process computes on.
+        device: the device this process computes on.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -41,7 +41,7 @@ class World:
         self._groups: dict[tuple[int, ...], dist.ProcessGroup | None] = {}
 
     def team(self, pp: int) -> Team:
-        """The processes of pipelines with this many ranks. All processes call it, in the same order."""
+        """Return the processes of pipelines with this many ranks. All processes call it, in the same order."""
         if pp not in self._teams:
             self._teams[pp] = self._made(pp)
         return self._teams[pp]
@@ -59,7 +59,7 @@ class World:
         return Team(plays, self.rank, pp, mesh, mesh.get_group("pp") if plays else None)
 
     def group(self, ranks: Sequence[int]) -> dist.ProcessGroup | None:
-        """A process group of some processes; None on the others. All processes call it, in the same order."""
+        """Return a process group of these ranks; None on other processes. All processes call it, in the same order."""
         key = tuple(ranks)
         if key not in self._groups:
             made = dist.new_group(list(ranks))
@@ -67,7 +67,7 @@ class World:
         return self._groups[key]
 
     def meet(self) -> None:
-        """Wait until all processes are here, and their devices idle."""
+        """Wait until all processes are here, and their devices are idle."""
         self.settle()
         if self.size > 1:
             dist.all_reduce(torch.zeros(1))
@@ -78,7 +78,7 @@ class World:
             torch.accelerator.synchronize(self.device)
 
     def of_all(self, own: Any) -> list[Any]:
-        """What every process has, by process."""
+        """Gather a value from every process, in order of rank."""
         found: list[Any] = [own]
         if self.size > 1:
             found = [None] * self.size
@@ -86,12 +86,12 @@ class World:
         return found
 
     def of_first(self, own: Any) -> Any:
-        """What the first process has."""
+        """Return the first process's value on all processes."""
         return self.of_all(own)[0]
 
 
 def described(device: torch.device) -> dict[str, Any]:
-    """What a benchmark ran on, as values of JSON."""
+    """Describe what a benchmark runs on, as JSON values."""
     found: dict[str, Any] = {
         "torch": torch.__version__, "python": platform.python_version(), "processor": processor(),
         "cores": os.cpu_count(), "threads": torch.get_num_threads(), "device": str(device),
@@ -104,7 +104,7 @@ def described(device: torch.device) -> dict[str, Any]:
 
 
 def processor() -> str:
-    """The name of the CPU, as the system says it."""
+    """Return the CPU's name, as the system reports it."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as lines:  # noqa: PTH123
             names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

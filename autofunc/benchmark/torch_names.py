@@ -1,4 +1,4 @@
-"""Which of torch's schedules is the counterpart of which of ours, and what each of them takes. Imports no torch.
+"""Torch's counterparts of our schedules, and what each of them takes. Imports no torch.
 
 From `torch/distributed/pipelining/schedules.py`, torch 2.13.0.
 """
@@ -9,11 +9,11 @@ from typing import NamedTuple
 
 
 class TorchSchedule(NamedTuple):
-    """What one of torch's schedules takes."""
+    """Requirements of one of torch's schedules."""
 
     per_rank: int  # stages; 0: one or more
     in_v: bool  # rank r has stages r and 2p - 1 - r, instead of r, r + p, ...
-    splits_backward: bool  # into I and W, which torch refuses for modules of torch.compile
+    splits_backward: bool  # into I and W, which torch refuses for compiled modules
 
 
 TORCH_SCHEDULES = {
@@ -35,14 +35,14 @@ COUNTERPARTS = {
     "zbv": "ZBVZeroBubble",
     "dualpipe_v": "DualPipeV",
 }
-"""Torch's schedule by ours."""
+"""Torch's counterpart of each of our schedules."""
 
 ON_ONE_RANK = {"GPipe": "LoopedBFS", "1F1B": "Interleaved1F1B"}
-"""What takes several stages in one process, in the order of those that have one stage a rank."""
+"""Schedules that take several stages in one process, in the same order as these, which take one stage per rank."""
 
 
 def stages_of_rank(rank: int, ranks: int, stages: int, in_v: bool) -> list[int]:
-    """The stages that a rank has.
+    """Return the stages of a rank.
 
     >>> stages_of_rank(1, 2, 4, in_v=False), stages_of_rank(1, 2, 4, in_v=True)
     ([1, 3], [1, 2])

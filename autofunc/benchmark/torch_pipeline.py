@@ -1,7 +1,7 @@
-"""A contender of torch: `torch.distributed.pipelining` on stages of ours, as its documentation uses it.
+"""A torch contender: `torch.distributed.pipelining` on our stages, used as its documentation shows.
 
-Shapes are given ahead of time, no outputs are kept, and the loss is a mean over all microbatches. What users of it write
-themselves is written here: gradients of a parameter that two stages share are summed at the end of a step.
+Shapes are given ahead of time, no outputs are kept, and the loss is a mean over all microbatches. Gradients of a parameter
+that two stages share are summed at the end of a step, which torch leaves to its users.
 """
 
 from __future__ import annotations
@@ -20,27 +20,27 @@ from autofunc.benchmark.torch_stage import Ends
 from autofunc.schedule import Action, Kind
 
 Recorded = list[tuple[Action, float, float]]
-"""Actions of a rank with their start and end, in seconds."""
+"""A rank's actions with their start and end, in seconds."""
 
 
 class TorchPipeline:
-    """A schedule of torch on this process's stages.
+    """A torch schedule on this process's stages.
 
     Args:
-        name: of torch's schedule.
-        modules: this process's, by number of the stage, see `StageModule`.
-        ends: of these stages.
-        num_stages: of all processes.
-        microbatches: of a step.
+        name: torch's name of the schedule.
+        modules: this process's modules by stage number, see `StageModule`.
+        ends: boundaries of these stages.
+        num_stages: stages of all processes.
+        microbatches: microbatches per step.
         entries: keyword arguments of all modules for a whole step, see `torch_stage.stacked`.
-        device: that this process computes on.
-        group: of the pp ranks.
+        device: the device this process computes on.
+        group: the group of the pp ranks.
         compiled: run each module through `torch.compile`.
-        canonical: canonical path by holder.
-        shared: canonical paths that several layers use, each with the group of the processes that do; None: this alone.
+        canonical: holder -> canonical path.
+        shared: canonical paths that several layers use, each with the group of processes that do; None: only this process.
 
     Raises:
-        Exception: whatever torch raises for what it does not take.
+        Exception: whatever torch raises for stages it does not take.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class TorchPipeline:
     ) -> None:  # fmt: skip
         self._modules, self._entries, self._canonical, self._shared = modules, entries, canonical, shared
         self._is_last = num_stages - 1 in modules
-        self._target = torch.empty(microbatches)  # the loss is the last module's, but torch hands targets on
+        self._target = torch.empty(microbatches)  # unused: the last module computes the loss, but torch needs a target
         self._weights: list[Tensor] = []
         self._total: Tensor | None = None
         self.stages = [
@@ -67,7 +67,7 @@ class TorchPipeline:
         )  # fmt: skip
 
     def _loss(self, made: Sequence[Tensor], _: Tensor) -> Tensor:
-        """A microbatch's share of the mean; in the first step, which finds out what the batch weighs, its sum."""
+        """Return a microbatch's share of the mean; in the first step, which sums up the batch's weight, its sum."""
         if self._total is None:
             self._weights.append(made[1].detach())
             return made[0]
@@ -85,12 +85,12 @@ class TorchPipeline:
             _sum_ties([leaf for holder, leaf in self._leaves() if self._canonical[holder] == path], group)
 
     def drop(self) -> None:
-        """Let go of the gradients of the last step."""
+        """Release the gradients of the last step."""
         for module in self._modules.values():
             module.zero_grad(set_to_none=True)
 
     def grads(self) -> dict[str, Tensor]:
-        """Those of the last step by canonical path."""
+        """Return the gradients of the last step by canonical path."""
         return {self._canonical[path]: leaf.grad for path, leaf in self._leaves() if leaf.grad is not None}
 
     def _leaves(self) -> list[tuple[str, nn.Parameter]]:
@@ -98,7 +98,7 @@ class TorchPipeline:
         return [pair for module in made for pair in module.holders.items()]
 
     def buffer_bytes(self) -> int:
-        """Of what torch keeps from step to step to receive into: a buffer for each microbatch."""
+        """Return the bytes of torch's receive buffers, one per microbatch, which it keeps from step to step."""
         kept: dict[int, int] = {}
         for stage in self.stages:
             for infos in (*stage.args_recv_info.values(), *stage.grad_recv_info.values()):
@@ -109,7 +109,7 @@ class TorchPipeline:
         return sum(kept.values())
 
     def recorded_step(self) -> Recorded:
-        """A step, and when each of its actions ran by `time.perf_counter`. On a GPU the host waits for each of them."""
+        """Run a step, timing each action by `time.perf_counter`. On a GPU the host waits for each of them."""
         found: Recorded = []
         device = self.stages[0].device
 

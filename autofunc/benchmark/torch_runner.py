@@ -1,4 +1,4 @@
-"""A pipeline of torch as a contender: built from stages of ours, on the same memory of parameters."""
+"""A torch pipeline as a contender: built from our stages, sharing the memory of the parameters."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from autofunc.splitting.infer import follow
 
 
 class TorchRunner:
-    """Implements `Runner`.
+    """A torch pipeline that implements `Runner`.
 
     Args:
-        pipe: of this process.
-        contender: what it is of.
-        team: of the pipeline.
+        pipe: this process's part of the pipeline.
+        contender: the schedule and the choices.
+        team: the pipeline's processes.
         paths: canonical paths of the parameters that this process trains.
     """
 
@@ -78,21 +78,21 @@ class TorchRunner:
 def make_torch_runner(
     subject: Subject, contender: Contender, team: Team, world: World, make_module: MakeModule | None = None
 ) -> Runner:
-    """Build a contender; every process of the benchmark does, also those that are not of its team.
+    """Build a contender; every process of the benchmark calls this, including those outside its team.
 
     Args:
-        subject: what is run.
-        contender: how.
-        team: of the pipeline.
+        subject: the benchmark's model, batch and loss.
+        contender: the schedule and the choices.
+        team: the pipeline's processes.
         world: all processes.
-        make_module: makes modules in the place of traced ones.
+        make_module: builds modules instead of tracing them.
 
     Raises:
         ModelError: for what torch's pipeline does not take.
-        Exception: what torch raises.
+        Exception: whatever torch raises.
     """
     if subject.sharding.mp_policy.param_dtype is not None:
-        raise ModelError("torch's pipeline has no mixed precision of its own; compare without mp_policy.param_dtype")
+        raise ModelError("torch's pipeline has no mixed precision; compare without mp_policy.param_dtype")
     stages, microbatches = subject.stages(contender.stages), subject.microbatches(contender.microbatches)
     in_v = TORCH_SCHEDULES[contender.schedule].in_v
     of_rank = [stages_of_rank(rank, team.size, len(stages), in_v) for rank in range(team.size)]
@@ -123,7 +123,7 @@ def make_torch_runner(
 
 
 def _holders(stages: Sequence[Stage], of_rank: Sequence[Sequence[int]]) -> dict[str, list[int]]:
-    """By canonical path of what is trained: the rank of every layer that uses it."""
+    """Map each trained parameter's canonical path to the ranks of the layers that use it."""
     found: dict[str, list[int]] = {}
     for rank, numbers in enumerate(of_rank):
         for stage in (stages[number] for number in numbers):
@@ -133,12 +133,12 @@ def _holders(stages: Sequence[Stage], of_rank: Sequence[Sequence[int]]) -> dict[
 
 
 def timeline_of(rows: Sequence[Recorded], name: str, label: str) -> Timeline:
-    """A timeline in milliseconds of actions as they ran, of ranks whose clocks are one machine's.
+    """Return a timeline in milliseconds of actions as they ran, on ranks that share one machine's clock.
 
     Args:
-        rows: by rank.
-        name: of the schedule.
-        label: of the timeline.
+        rows: recorded actions by rank.
+        name: the schedule's name.
+        label: the timeline's label.
     """
     ordered = [sorted(row, key=lambda each: each[1]) for row in rows]
     schedule = from_actions([[action for action, _, _ in row] for row in ordered], name)
@@ -151,6 +151,6 @@ def timeline_of(rows: Sequence[Recorded], name: str, label: str) -> Timeline:
 
 
 def _alone() -> None:
-    """Start the process group that torch's pipeline asks for, of this process alone: nothing is sent by it."""
+    """Start the process group that torch's pipeline requires, with this process alone: it sends nothing."""
     if not dist.is_initialized():
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)

@@ -1,4 +1,4 @@
-"""A stage of ours as a module that torch's pipeline takes: the same operators on the same memory of parameters."""
+"""One of our stages as a module for torch's pipeline: the same operators on the same memory of parameters."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from autofunc.graph.trace import trace
 from autofunc.splitting import Boundary, Stage, StageContext
 
 ENTRY = "batch_"
-"""Tensors of a microbatch are keyword arguments of every module: this, and the name of the entry; of one that holds
-several tensors also their number in it."""
+"""Prefix of a microbatch's tensors as keyword arguments of every module, followed by the name of the entry, and by the
+tensor's number if the entry holds several."""
 
 MakeModule = Callable[[Stage, Mapping[str, Tensor]], nn.Module]
-"""From a stage and its parameters by canonical path to a module that does what `StageModule` does, and has its `holders`:
-one's own, in the place of a traced one. Its `nn.Parameter`s may share memory with what is given."""
+"""From a stage and its parameters by canonical path to a module that works like `StageModule` and has its `holders`: a
+user's own instead of a traced one. Its `nn.Parameter`s may share memory with the given parameters."""
 
 
 def entries_of(microbatch: Microbatch) -> dict[str, Tensor]:
-    """The tensors of a microbatch as keyword arguments."""
+    """Return the tensors of a microbatch as keyword arguments."""
     found = {}
     for name, value in microbatch.items():
         for number, leaf in enumerate(tree.leaves_and_spec(value)[0]):
@@ -39,14 +39,14 @@ def _with_a_dim(leaf: Tensor) -> Tensor:
 
 
 class Ends(NamedTuple):
-    """What a stage takes from the one before, and what it hands on: tensors without memory, as torch wants them shown."""
+    """A stage's inputs and outputs, as meta tensors, which torch takes as examples."""
 
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
 
 
 def ends_of(context: StageContext, returned: Boundary) -> Ends:
-    """What torch must know of a stage: of the first nothing comes in, of the last come the loss and its weight."""
+    """Return the inputs and outputs of a stage: the first has no inputs, the last returns the loss and its weight."""
     made: tuple[Tensor, ...]
     if context.with_loss:
         made = (torch.empty((), device="meta", requires_grad=True), torch.empty((), device="meta"))
@@ -63,13 +63,13 @@ def _like(boundary: Boundary) -> tuple[Tensor, ...]:
 
 
 class StageModule(nn.Module):
-    """A stage whose forward is one graph of the operators that its layers call, which autograd and `torch.compile` take.
+    """A stage whose forward is one graph of its layers' operators, which autograd and `torch.compile` take.
 
-    `forward(*received, **entries)` gives the values that it hands on; of the last stage the sum of the loss and its weight.
+    `forward(*received, **entries)` returns the stage's outputs; the last stage returns the sum of the loss and its weight.
 
     Args:
-        stage: which.
-        params: by canonical path; the module's parameters lie in their memory, one for each holder.
+        stage: the stage.
+        params: by canonical path; the module's parameters share their memory, one per holder.
         graph: from `graph_of`.
     """
 
@@ -90,17 +90,17 @@ class StageModule(nn.Module):
 
 
 def graph_of(context: StageContext) -> fx.GraphModule:
-    """The forward of a stage, with its loss if it ends in one, as a graph of (parameters, received, entries).
+    """Trace the forward of a stage, with the loss if it is the last, as a graph of (parameters, received, entries).
 
     Args:
         context: the stage.
 
     Raises:
-        ModelError: when it cannot be recorded, naming the stage; for one that keeps state.
+        ModelError: if the stage cannot be recorded, or keeps state; naming the stage.
     """
     stage = context.stage
     if stage.states:
-        raise ModelError(f"{stage.title} keeps state, which torch's pipeline does not hand from microbatch to microbatch")
+        raise ModelError(f"{stage.title} keeps state, which torch's pipeline cannot pass from microbatch to microbatch")
     leaves, spec = tree.leaves_and_spec(dict(context.microbatch))
     received = context.received.values if context.received is not None else ()
     counts = (len(stage.holders), len(received))
@@ -130,7 +130,7 @@ def graph_of(context: StageContext) -> fx.GraphModule:
 
 
 def _as(leaf: Any, rest: Iterator[Tensor]) -> Any:
-    """What stands for a leaf of the microbatch."""
+    """Return the stand-in for a leaf of the microbatch."""
     if not isinstance(leaf, Tensor):
         return leaf
     return next(rest) if leaf.dim() else next(rest).reshape(())
@@ -141,9 +141,9 @@ def _empty(shape: Sequence[int], dtype: torch.dtype, needs_grad: bool, device: t
 
 
 def stacked(microbatches: Sequence[Microbatch]) -> dict[str, Tensor]:
-    """All microbatches of a step as keyword arguments that torch cuts along dim 0, as it cuts batches.
+    """Concatenate the microbatches of a step as keyword arguments, which torch cuts along dim 0.
 
-    Numbers without dims, such as a key, get one.
+    0-dim tensors, such as a key, become 1-dim.
     """
     each = [entries_of(microbatch) for microbatch in microbatches]
     first: dict[str, Any] = each[0]

@@ -1,4 +1,4 @@
-"""The measuring core: steps take turns, so that all of them meet the same states of the machine."""
+"""Timing steps in turns, so that all of them see the same states of the machine."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ def take_turns(
     goes_on: Callable[[int], bool] = lambda done: True,
     now: Callable[[], float] = time.perf_counter,
 ) -> list[list[list[float]]]:
-    """Time steps A B C, A B C, ...; returns seconds by step, repetition and number in its turn.
+    """Time steps A B C, A B C, ...; return seconds by step, repetition and number in its turn.
 
     Args:
-        steps: what is timed.
+        steps: the steps to time.
         repetitions: the most rounds in which each has its turn.
-        steps_a_turn: how often each runs in its turn: short steps feel every hiccup of the machine.
-        before: runs before each step, untimed: where processes meet.
-        after: runs after each step, and is part of its time: waits for the device.
-        goes_on: asked with the number of rounds that are done whether there is another.
+        steps_a_turn: how often each runs per turn: a single short step feels every hiccup of the machine.
+        before: runs before each step, untimed, such as a barrier.
+        after: runs after each step, as part of its time: waits for the device.
+        goes_on: called with the number of finished rounds; False stops.
         now: the clock, in seconds.
     """
     found: list[list[list[float]]] = [[] for _ in steps]
@@ -47,10 +47,10 @@ def take_turns(
 
 
 def slowest(ranks: Sequence[Sequence[Sequence[float]]]) -> list[float]:
-    """Seconds of each turn: of each step the slowest process counts, of the steps of a turn the median.
+    """Return the seconds of each turn: the slowest process counts in each step, and the median over a turn's steps.
 
     Args:
-        ranks: by process, repetition and number in the turn: a contender's seconds.
+        ranks: a contender's seconds by process, repetition and number in the turn.
 
     >>> slowest([[[1.0, 5.0, 2.0]], [[3.0, 1.0, 2.0]]])
     [3.0]
@@ -60,5 +60,5 @@ def slowest(ranks: Sequence[Sequence[Sequence[float]]]) -> list[float]:
 
 
 def paired_ratios(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
-    """How many times as long theirs took, in each repetition."""
+    """Return how many times as long theirs took, by repetition."""
     return [b / a for a, b in zip(ours, theirs, strict=True)]

@@ -1,7 +1,7 @@
-"""Every place of a mask, in order, in the place of those where it is true: what comes of the others is left out later.
+"""Every place of a mask, in order, instead of only those where it is true; the rest is discarded later.
 
-How often a mask is true is another number in every batch, and shapes are fixed. Three operators, which only an export has,
-say where that happens; `rows_back.py` takes them out of the graph again.
+The number of true elements differs from batch to batch, but shapes are fixed. Three operators, which only an export has,
+mark where this happens; `rows_back.py` takes them out of the graph again.
 """
 
 from __future__ import annotations
@@ -9,16 +9,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
+_REASON = "the data decides how many rows"
 ROWS_OF_DATA = (
-    "{what}: the data decides how many rows {maker} makes ({line}), and shapes are fixed in a pipeline; keep all rows: "
+    f"{{what}}: {_REASON} {{maker}} makes ({{line}}), and shapes are fixed in a pipeline; keep all rows: "
     "ignore_index for labels, torch.where or a product with the mask, a fixed capacity for experts"
 )
-"""Why a forward is refused. Of captured forwards it is `what`, `maker` makes the rows, and `line` is the user's."""
+"""The reason for a refusal. `what` names the captured forward, `maker` makes the rows, and `line` is the user's."""
 
 
 def is_rows_of_data(error: Exception) -> bool:
-    """Whether that is why."""
-    return ROWS_OF_DATA[6:38] in str(error)
+    """True if an error was raised for this reason."""
+    return _REASON in str(error)
 
 
 torch.library.define("autofunc::all_places", "(Tensor mask, str line) -> Tensor[]")
@@ -35,7 +36,7 @@ def _element(places: Tensor, index: int, number: int | None) -> Tensor:
 
 
 def _end(element: Tensor) -> None:
-    """It says where in the graph."""
+    """A marker: only its position in the graph matters."""
 
 
 torch.library.register_fake("autofunc::all_places", _places)
@@ -45,45 +46,45 @@ fx.has_side_effect(torch.ops.autofunc.body_end.default)
 
 
 def all_places(mask: Tensor, line: str) -> list[Tensor]:
-    """All places of a mask, as `mask.nonzero(as_tuple=True)` gives those where it is true.
+    """Return all places of a mask, as `mask.nonzero(as_tuple=True)` returns those where it is true.
 
     Args:
-        mask: bool, with dims; fake.
-        line: the user's, that asks for them.
+        mask: bool, with at least one dim; fake.
+        line: the user's line that asks for them.
 
     Returns:
-        One tensor for each dim: int64, of as many elements as the mask.
+        One tensor per dim: int64, with as many elements as the mask.
     """
     return list(torch.ops.autofunc.all_places(mask, line))
 
 
 def body(places: Tensor, index: int, number: int | None) -> Tensor:
-    """An element of such places; what runs from here to `end_body` runs only where the mask is true there.
+    """Return one element of such places; what runs from here to `end_body` counts only where the mask is true there.
 
     Args:
         places: of a mask, along dim 0.
         index: which element.
-        number: what it is; None where it is several.
+        number: its value; None if it consists of several.
     """
     element: Tensor = torch.ops.autofunc.body(places, index, number)
     return element
 
 
 def end_body(element: Tensor) -> None:
-    """The end of what runs for an element."""
+    """Mark the end of what runs for an element."""
     torch.ops.autofunc.body_end(element)
 
 
 def is_places(node: fx.Node) -> bool:
-    """Whether a node makes all places of a mask."""
+    """True if a node makes all places of a mask."""
     return node.op == "call_function" and node.target is torch.ops.autofunc.all_places.default
 
 
 def is_body(node: fx.Node) -> bool:
-    """Whether a node begins what runs for one element."""
+    """True if a node begins what runs for one element."""
     return node.op == "call_function" and node.target is torch.ops.autofunc.body.default
 
 
 def is_body_end(node: fx.Node) -> bool:
-    """Whether a node ends it."""
+    """True if a node ends it."""
     return node.op == "call_function" and node.target is torch.ops.autofunc.body_end.default

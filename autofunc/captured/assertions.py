@@ -1,4 +1,4 @@
-"""What a captured forward only checks is left out: a graph of operators has no place to stop at."""
+"""Assertions are dropped from captured forwards: a graph of operators cannot stop."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _NUMBERS = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
 def leave_out_assertions(root: fx.GraphModule) -> list[str]:
-    """Erase assertions in a graph and those inside it, and the numbers that only they read; what to tell the user."""
+    """Erase assertions in a graph and its subgraphs, and the numbers only they read; return notes for the user."""
     notes: dict[str, None] = {}
     for part in root.modules():
         if not isinstance(part, fx.GraphModule):
@@ -21,7 +21,7 @@ def leave_out_assertions(root: fx.GraphModule) -> list[str]:
         for node in reversed(part.graph.nodes):
             name = str(node.target)
             if name.startswith(_CHECKS):
-                notes[f"a check of the values of its inputs is not made ({line_of(node)})"] = None
+                notes[f"a check of its inputs' values is dropped ({line_of(node)})"] = None
             elif not name.startswith(_OTHERS) and not (isinstance(node.meta.get("val"), _NUMBERS) and not node.users):
                 continue
             if node.op == "call_function":

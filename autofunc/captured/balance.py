@@ -1,8 +1,8 @@
-"""The balance loss of a router of transformers, over the tokens of all ranks that share its experts.
+"""The balance loss of a transformers router, over the tokens of all ranks that share its experts.
 
-Its modules compute it in their own loss (`load_balancing_loss_func`, one function in nearly all of them): sums over tokens,
-divided by the number of tokens. While a forward is exported, what is divided passes a mark, which is nothing on one process
-and the mean over these ranks on several; so the loss of each is that of one process with the tokens of all.
+Modules compute it in their own loss (`load_balancing_loss_func`, one function in nearly all of them): sums over tokens
+divided by the number of tokens. While a forward is exported, dividends and divisors pass through a mark, which is the
+identity on one process and the mean over these ranks on several; so a rank's loss is that of one process with all tokens.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 _NAME = "load_balancing_loss_func"
 _DIVISIONS = (torch.Tensor.div, torch.Tensor.__truediv__)
-_MEANS = 2  # that it takes: the share of tokens that chose an expert, and its mean probability
+_MEANS = 2  # the divisions it does: the share of tokens that chose an expert, and the expert's mean probability
 
 _library = torch.library.Library("autofunc", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define("mean_over_expert_ranks(Tensor x) -> Tensor")  # type: ignore[no-untyped-call]
@@ -30,7 +30,7 @@ MEAN = torch.ops.autofunc.mean_over_expert_ranks.default
 
 
 class _Marking(TorchFunctionMode):
-    """What is divided, and by what, passes a mark."""
+    """Passes the dividend and divisor of every division through the mark."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class _Marking(TorchFunctionMode):
 
 @contextmanager
 def over_expert_ranks(module: nn.Module) -> Iterator[None]:
-    """Inside, balance losses that a module of transformers computes are over the ranks that share its experts."""
+    """Inside, balance losses of transformers modules are taken over the ranks that share the experts."""
     found: list[tuple[ModuleType, Callable[..., Any]]] = []
     for name in {type(part).__module__ for part in module.modules()}:
         space = sys.modules.get(name)
@@ -66,7 +66,7 @@ def _marked(function: Callable[..., Any]) -> Callable[..., Any]:
     def marked(*args: Any, **kwargs: Any) -> Any:
         with _Marking() as marking:
             made = function(*args, **kwargs)
-        # of another form it stays what it is: the loss of each rank's own tokens
+        # a function written differently is left as it is: each rank's loss is that of its own tokens
         return made if marking.means == _MEANS else function(*args, **kwargs)
 
     return marked

@@ -1,8 +1,8 @@
-"""A forward that decides by data is captured as it goes on the example batch, with checks that stop a batch that differs.
+"""Capture of a forward that decides by data: it goes as on the example batch, with checks that stop a batch that differs.
 
-While it is exported, what it reads of a tensor is what was read on the example, and the check, `autofunc::decided`, is left
-in the graph. What constants alone decide needs none. A float of data is no decision, for it differs from batch to batch: it
-stays a tensor.
+While it is exported, each value it reads from a tensor is the one read on the example, and a check, `autofunc::decided`,
+is left in the graph. Values that depend on constants alone need no check. A float from data is not a decision, since it
+differs from batch to batch: it stays a tensor.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from autofunc.decisions import decided
 from autofunc.errors import ModelError
 from autofunc.graph.lines import first_lines
 
-DECIDES = "forward decides by data, as on the example batch; a batch that decides otherwise stops the step"
-"""What the user is told, with the lines."""
+DECIDES = "forward decides by data, as on the example batch; a batch that decides differently stops the step"
+"""A note for the user, followed by the lines."""
 
 
 class Noticing(TorchFunctionMode):
-    """Changes nothing; notes whether anything is read."""
+    """Changes nothing; notes whether any value is read."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,13 +43,13 @@ class Noticing(TorchFunctionMode):
 
 
 class Replaying(Conversions):
-    """Reads what was read on the example batch, and leaves checks in the graph.
+    """Returns the values that were read on the example batch, and leaves checks in the graph.
 
     Args:
-        what: is captured, for messages.
-        decisions: of the example, in order.
-        all_places: of masks are chosen, unless as many of each row of a batch were true.
-        shortened: loops over places leave out their first and last runs.
+        what: a name of the captured forward, for messages.
+        decisions: those of the example, in order.
+        all_places: choose all places of masks, except where every row of a batch had equally many true.
+        shortened: skip the first and last runs of loops over places.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class Replaying(Conversions):
         return value
 
     def places(self, mask: Tensor) -> tuple[Tensor, ...]:
-        """See `Conversions.places`. Where each row has as many, other numbers of rows have as many each."""
+        """See `Conversions.places`. Where all rows have equally many, so have other numbers of rows."""
         place, rows = here(), mask.shape[0]
         if self._rows is not None and place not in self._even:
             return tuple(self._rows.places(mask, place.line))
@@ -99,21 +99,21 @@ class Replaying(Conversions):
         self._visited.add(place)
         left = self._left.get(place)
         if not left or left[0].kind != kind:
-            raise self._differs(place, "more, or something else,")
+            raise self._differs(place, "more values, or values of another kind,")
         return left.pop(0).value
 
     def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
         super().__exit__(kind, error, traceback)  # type: ignore[no-untyped-call]
         left = next((place for place in self._visited if self._left.get(place)), None)
         if left is not None and error is None:
-            self._differs(left, "less")
+            self._differs(left, "fewer values")
         if self._failure is not None:  # forward may have caught it
             raise self._failure
 
     def _differs(self, place: Place, how: str) -> ModelError:
         return self._refused(
             f"{self._what} decides by data, and with these shapes reads {how} than on the example batch ({place.line}), so "
-            "nobody knows how it goes on; keep it a tensor: no .item(), no 'if' on a tensor"
+            "its path is unknown; keep the value a tensor: no .item(), no 'if' on a tensor"
         )
 
     def _uses_rows(self, how: str) -> ModelError:
@@ -126,12 +126,12 @@ class Replaying(Conversions):
 
 
 def chooses_rows(decisions: Sequence[Decision]) -> bool:
-    """Whether masks choose rows, and not as many of each row of a batch."""
+    """True if masks choose rows, and not equally many of each row of a batch."""
     return any(each.kind == "rows" and each.place not in even_places(decisions) for each in decisions)
 
 
 def even_places(decisions: Sequence[Decision]) -> set[Place]:
-    """Where masks are true equally often, and at least once, in each of several rows, whenever a line chooses rows."""
+    """Return the places whose masks are always true equally often, and at least once, in each of several rows."""
     found = {each.place for each in decisions if each.kind == "rows"}
     return found.difference(each.place for each in decisions if each.kind == "rows" and not _is_even(each))
 
@@ -142,10 +142,10 @@ def _is_even(decision: Decision) -> bool:
 
 
 def settle(flow: Flow, what: str) -> Flow:
-    """Take out the checks that nothing can fail: of what constants alone decide, or of what was checked before.
+    """Erase the checks that cannot fail: of what constants alone decide, or of what was checked before.
 
     Raises:
-        ModelError: for a plain float of data, or a mask of data that is true in some rows more often than in others.
+        ModelError: for a plain float made from data, or a mask of data that is true more often in some rows than in others.
     """
     exported = flow.exported
     fixed = {*exported.buffers, *exported.constants}.difference(exported.states)
@@ -159,7 +159,7 @@ def settle(flow: Flow, what: str) -> Flow:
             exported.graph.erase_node(check)
         elif kind == "float":
             raise ModelError(
-                f"{what} makes a plain float of data ({line}), which is another in every batch; use the tensor itself, or "
+                f"{what} makes a plain float from data ({line}), which differs in every batch; use the tensor itself, or "
                 "its .item() in operators and comparisons"
             )
         elif kind == "uneven":

@@ -1,4 +1,4 @@
-"""The forward of a module or function, captured once for each signature of a batch and dtype of the parameters."""
+"""The forward of a module or function, captured once per signature of a batch and dtype of the parameters."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from autofunc import cache, tree
 from autofunc.batch import signature
 from autofunc.cache import Identity
 from autofunc.captured.all_places import ROWS_OF_DATA, is_rows_of_data
+from autofunc.captured.attribute_reads import Reads
 from autofunc.captured.branches import Noticing, Replaying, chooses_rows, settle
+from autofunc.captured.causal_masks import use_is_causal
 from autofunc.captured.conversions import Decision
 from autofunc.captured.evaluation import drawing_parts, with_eval_mode
 from autofunc.captured.export import Exported, Reading, export
@@ -23,8 +25,6 @@ from autofunc.captured.flow import Flow
 from autofunc.captured.functional import make_functional
 from autofunc.captured.gradients import refuse_parameter_hooks
 from autofunc.captured.kept_buffers import KeptBuffers, content_of
-from autofunc.captured.masks import use_is_causal
-from autofunc.captured.reads import Reads
 from autofunc.captured.rehearsal import decisions_of
 from autofunc.captured.rows_back import ALL_ROWS
 from autofunc.captured.source import Source, device_of
@@ -37,20 +37,20 @@ from autofunc.surroundings import surroundings
 Node = fx.Node
 
 Branches = Literal["example", "refuse"]
-"""What becomes of a forward that decides by data: it goes as on the example, or is refused."""
+"""How to treat a forward that decides by data: follow the example, or refuse it."""
 
 
 class Captures:
-    """Captured forwards of a source. They are kept in the cache of the process, and hold nothing of the source."""
+    """Captured forwards of a source. They are kept in the process's cache, and keep nothing of the source alive."""
 
     def __init__(self, source: Source, branches: Branches = "example", *, in_eval_mode: bool = False) -> None:
         if branches not in get_args(Branches):
             raise ModelError(f"branches={branches!r}; {one_of(branches, get_args(Branches))}")
         self.source, self._branches = source, branches
-        self._decisions: list[Decision] | None = None  # of the example; None where it makes none
-        self._all_places = False  # of masks are taken, where the data decides how many are true
-        self._is_known = False  # whether the example was captured
-        # whatever becomes of them later
+        self._decisions: list[Decision] | None = None  # made on the example; None if it makes none
+        self._all_places = False  # whether all places of masks are taken, since data decides how many are true
+        self._is_known = False  # whether a first batch was captured
+        # copied, whatever becomes of them later
         self._modes = {part: part.training and not in_eval_mode for part in source.module.modules()}
         self._constants: WeakValueDictionary[Any, Tensor] = WeakValueDictionary()
         self.reads = Reads({id(part): name for name, part in source.module.named_modules()})
@@ -61,20 +61,23 @@ class Captures:
         self, batch: Mapping[str, Any], recast: torch.dtype | None, states: frozenset[str] = frozenset(),
         *, training: bool = True, evaluates: bool = False,
     ) -> tuple[Hashable, Flow]:  # fmt: skip
-        """The captured forward for a batch, and the signature it is for.
+        """Return the captured forward for a batch, and the signature it was captured for.
 
         Args:
             batch: a microbatch.
-            recast: dtype of the floating-point parameters; None: what they are in the module.
-            states: names of buffers that are known to be state.
-            training: False leaves them as they are: the parts that hold them are in eval mode.
-            evaluates: parts that draw random numbers, other than by dropout, are in eval mode, where that is enough for
-                nothing to be drawn.
+            recast: dtype of the floating-point parameters; None: their dtype in the module.
+            states: names of buffers known to be state.
+            training: False leaves states unchanged: the parts that hold them are captured in eval mode.
+            evaluates: capture parts that draw random numbers, other than by dropout, in eval mode, if nothing is drawn
+                then.
+
+        Raises:
+            ModelError: for a forward that cannot be captured.
         """
         refuse_parameter_hooks(self.source.module, self.source.what)
         entries = self.source.select(batch)
         spec, leaves = signature(entries)
-        shapes = (recast, spec, tuple(leaf[:3] for leaf in leaves))  # on any device
+        shapes = (recast, spec, tuple(leaf[:3] for leaf in leaves))  # regardless of the device
 
         def captured(still: frozenset[str], kept: frozenset[str]) -> tuple[Hashable, Flow]:
             def signed() -> tuple[Hashable, Hashable]:
@@ -84,7 +87,7 @@ class Captures:
             known = len(self.reads) + len(self.kept)
             signature_, key = signed()
             flow = cache.shared.get(key, lambda: self._capture(entries, recast, still, kept, training), _weight)
-            if len(self.reads) + len(self.kept) > known:  # on the way it was found to depend on more
+            if len(self.reads) + len(self.kept) > known:  # the capture found that forward depends on more
                 self._outside.renew()
                 signature_, key = signed()
                 cache.shared.get(key, lambda: flow, _weight)
@@ -104,7 +107,7 @@ class Captures:
         return as_it_is if drawing_parts(evaluated[1]) else evaluated
 
     def _constant(self, node: Node, exported: Exported) -> Tensor:
-        """The real value of a buffer or a constant; equal ones are one tensor, so that equal layers are found to be."""
+        """Return the real value of a buffer or constant; equal ones are one tensor, so that equal layers compare equal."""
         name = exported.buffers.get(node)
         if name is None:
             value = exported.constants[node].detach()
@@ -114,13 +117,13 @@ class Captures:
             value = self.source.buffer(name).detach()
             key = self.kept.key(name, value)
         if key not in self._constants:
-            self._constants[key] = value = value.resolve_conj().resolve_neg().clone()  # whatever becomes of the module's
+            self._constants[key] = value = value.resolve_conj().resolve_neg().clone()  # the module's own may change later
         return self._constants[key]
 
     def _flow(
         self, entries: Mapping[str, Any], device: torch.device, exported: Callable[[Callable[[], Reading]], Flow]
     ) -> Flow:  # fmt: skip
-        """The forward as it goes; where it decides by data, as it goes on the first batch that is captured."""
+        """Capture the forward; if it decides by data, as it goes on the first batch that is captured."""
         if self._decisions is None:
             noticing = Noticing()
             try:
@@ -136,11 +139,11 @@ class Captures:
     def _first_flow(
         self, entries: Mapping[str, Any], device: torch.device, exported: Callable[[Callable[[], Reading]], Flow]
     ) -> Flow:  # fmt: skip
-        """The forward of the first batch, by what is decided on it; with all places of masks if that is possible."""
+        """Capture the forward of the first batch by the decisions made on it, with all places of masks if possible."""
         unknown: ModelError | None = None
         try:
             decisions = decisions_of(self.source, entries, device, self._modes)
-        except ModelError as error:  # weights decide, and are on the meta device; with all places they may decide nothing
+        except ModelError as error:  # weights on the meta device decide; with all places they may decide nothing
             unknown, decisions = error, []
         flow: Flow | None = None
         if unknown is not None or chooses_rows(decisions):
@@ -187,7 +190,7 @@ class Captures:
 
         def exported_flow(reading: Callable[[], Reading]) -> Flow:
             @contextmanager
-            def noticed() -> Iterator[None]:  # while forward runs, and not while torch looks at the module
+            def noticed() -> Iterator[None]:  # while forward runs, not while torch inspects the module
                 with self.reads.noticing(), reading():
                     yield
 
@@ -201,13 +204,13 @@ class Captures:
             flow = Flow(exported, source.what)
             return Flow(exported, source.what) if make_functional(flow) else flow
 
-        # whatever the defaults are around here
+        # independent of the caller's defaults
         with torch.inference_mode(False), torch.device(device), torch.enable_grad(), marking():
             flow = self._flow(entries, device, exported_flow)
             exported = flow.exported
             fixed = {*exported.buffers, *exported.constants}.difference(exported.states)
             if use_is_causal(flow, lambda node: self._constant(node, exported).cpu() if node in fixed else None):
-                flow = Flow(exported, source.what)  # without what made the mask
+                flow = Flow(exported, source.what)  # without the operators that made the mask
             exported.constants = {node: self._constant(node, exported) for node in fixed if node in flow.alive}
         return flow
 

@@ -1,7 +1,7 @@
-"""While a forward is exported with all places of its masks: what may be asked of them, and what would count them.
+"""What a forward may ask of the rows its masks choose, while it is exported with all places of those masks.
 
-Their number, and the position of one among them, are other ones than those of the rows that count. A length may be a size
-of a view and nothing else; a plain `for` loop goes through all of them, and inside of it an element is a plain number.
+All places are more than the rows that count, and a row's position among them differs. So a length may only be a size in a
+view; a plain `for` loop goes through all places, and inside of it an element is a plain number.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ import torch
 from torch import Tensor
 
 from autofunc.captured.all_places import all_places, body, end_body
-from autofunc.captured.loops import is_left_out
+from autofunc.captured.loop_effects import is_left_out
 
 Refuse = Callable[[str], Exception]
-"""From what a forward does with rows to the error that refuses it."""
+"""From what a forward does with rows ("reads their number") to the error that refuses it."""
 
 
 class Length(int):
-    """How many rows there are: a size of a view of them, but not a number."""
+    """The number of rows: usable as a size in a view, but not as a number."""
 
     refuse: Refuse
 
     def _read(self, *_: Any) -> Any:
-        raise self.refuse("reads their number; a check for none is not needed, for then nothing is written back")
+        raise self.refuse("reads their number; a check for zero rows is not needed, since then nothing is written back")
 
 
 _OF_OBJECTS = {"__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__", "__str__", "__format__"}
@@ -47,19 +47,19 @@ class _Body:
 
 
 class ChosenRows:
-    """The rows that masks chose in one forward.
+    """The rows chosen by masks in one forward.
 
     Args:
         refuse: see `Refuse`.
-        shortened: loops leave out their first and last runs.
+        shortened: loops skip their first and last runs.
     """
 
     def __init__(self, refuse: Refuse, *, shortened: bool = False) -> None:
         self._refuse, self._shortened = refuse, shortened
         self._length = type("Length", (Length,), {"refuse": staticmethod(refuse)})
-        self._of: dict[int, tuple[Tensor, frozenset[int]]] = {}  # by id: what is made of rows, and of how many
-        self._fresh: list[Tensor] = []  # places that the function that runs has asked for
-        self._values: dict[int, tuple[Tensor, np.ndarray[Any, Any], _Body | None]] = {}  # by id: places that are known
+        self._of: dict[int, tuple[Tensor, frozenset[int]]] = {}  # by id: a value made from rows, and their numbers
+        self._fresh: list[Tensor] = []  # places that the running function asked for
+        self._values: dict[int, tuple[Tensor, np.ndarray[Any, Any], _Body | None]] = {}  # by id: places with known values
 
     def places(self, mask: Tensor, line: str) -> list[Tensor]:
         """All places of a mask; see `all_places`."""
@@ -71,16 +71,16 @@ class ChosenRows:
         return found
 
     def value(self, found: Tensor) -> Any:
-        """The number that an element of places is, inside of the loop over them; None for anything else.
+        """Return the number that an element of places is, inside the loop over them; None for anything else.
 
         Raises:
-            ModelError: outside of it.
+            ModelError: outside the loop.
         """
         known = self._values.get(id(found))
         if known is None or known[1].size != 1:
             return None
         if known[2] is None or not known[2].is_running:
-            raise self._refuse("reads a place outside of a loop over them")
+            raise self._refuse("reads a place outside a loop over them")
         return known[1].item()
 
     def called(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], run: Callable[[], Any]) -> Any:
@@ -88,8 +88,8 @@ class ChosenRows:
 
         Args:
             func: the function.
-            args: what it is called with.
-            kwargs: the same by name.
+            args: its positional arguments.
+            kwargs: its keyword arguments.
             run: calls it.
         """
         if func is torch.Tensor.__format__ and (known := self.value(args[0])) is not None:
@@ -123,7 +123,7 @@ class ChosenRows:
         self._of[id(made)] = (made, counts | self._of.get(id(made), (made, frozenset()))[1])
 
     def _sizes(self, func: Any, found: Any, counts: frozenset[int]) -> Any:
-        """Sizes, those of rows as a `Length`."""
+        """Return sizes, with those of rows as `Length`."""
         if func is torch.Tensor.__len__:
             if found in counts:
                 raise self._refuse("reads their number")
@@ -133,7 +133,7 @@ class ChosenRows:
         return torch.Size([self._length(size) if size in counts else size for size in found])
 
     def _follow(self, func: Any, args: Sequence[Any], result: Tensor) -> None:
-        """Know the values of what is a mere view of places."""
+        """Track the values of a mere view of places."""
         _, values, running = self._values[id(args[0])]
         if func is torch.Tensor.__getitem__ and all(
             part in (None, ...) or type(part) in (int, slice) for part in _flat([args[1]])
@@ -146,7 +146,7 @@ class ChosenRows:
         self._values[id(result)] = (result, np.asarray(made), running)
 
     def _loop(self, places: Tensor, frame: FrameType) -> Iterator[Tensor]:
-        """Go through all places; what runs for one of them begins and ends with a mark in the graph."""
+        """Go through all places; what runs for each is enclosed by marks in the graph."""
         _, values, _ = self._values[id(places)]
         before = _numbers(frame)
         finished = False
@@ -179,12 +179,12 @@ def _flat(values: Any) -> Iterator[Any]:
 
 
 def _numbers(frame: FrameType) -> dict[str, Any]:
-    """Plain values among the local variables of a function."""
+    """Return the plain values among a function's local variables."""
     return {name: value for name, value in frame.f_locals.items() if isinstance(value, (int, float, str, bool, type(None)))}
 
 
 def _looping() -> FrameType | None:
-    """The function whose plain `for` statement asks for a tensor's elements, if one does."""
+    """Return the frame whose plain `for` statement iterates over a tensor, if there is one."""
     frame: FrameType | None = sys._getframe()
     while frame is not None and frame.f_code is not torch.Tensor.__iter__.__code__:
         if not str(frame.f_globals.get("__name__")).startswith(__name__.partition(".")[0]):
@@ -213,4 +213,4 @@ _BACK = {
     torch.Tensor.index_add_, torch.Tensor.index_add, torch.index_add, torch.Tensor.index_put_, torch.Tensor.index_put,
     torch.index_put, torch.Tensor.scatter_add_, torch.Tensor.scatter_add, torch.scatter_add, torch.Tensor.__setitem__,
 }  # fmt: skip
-"""Write rows back: what they make has none."""
+"""These write rows back: their results are not rows."""

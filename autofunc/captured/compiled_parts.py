@@ -1,4 +1,4 @@
-"""`torch.compile` around parts of a module: a capture runs what is inside."""
+"""Parts of a module wrapped by `torch.compile`: a capture runs the module inside."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch import nn
 
 
 def is_compiled(part: nn.Module) -> bool:
-    """Whether a part is what `torch.compile` put around another."""
+    """True if a part is a wrapper made by `torch.compile`."""
     return type(part).__module__.startswith("torch.") and type(part).__name__ == "OptimizedModule"
 
 
 def call_inside(module: nn.Module) -> None:
-    """Let compiled parts call what they hold, so that its operators are known to be its own; inside `restored`."""
+    """Let compiled parts call the modules they hold, so that operators are attributed to those; inside `restored`."""
     for part in module.modules():
         if is_compiled(part):
             vars(part)["forward"] = _calling(part.get_submodule("_orig_mod"))

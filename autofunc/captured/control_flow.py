@@ -1,6 +1,6 @@
-"""`torch.cond` and `torch.while_loop` are Python's `if` and `while`: a decision by data, see `branches.py`.
+"""`torch.cond` and `torch.while_loop` become Python's `if` and `while`: decisions by data, see `branches.py`.
 
-torch hands both to its compiler first, which here runs them as they are.
+torch hands both to its compiler first, so that is set to run everything eagerly.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from autofunc.captured.instead import Instead
+from autofunc.captured.replacing import Replacing
 
 
 def _cond(pred: Any, true_fn: Callable[..., Any], false_fn: Callable[..., Any], operands: Sequence[Any] = ()) -> Any:
@@ -31,11 +31,11 @@ PYTHON_CONTROL_FLOW: dict[Any, Callable[..., Any]] = {
     torch.ops.higher_order.cond: _cond,
     torch.ops.higher_order.while_loop: _while_loop,
 }
-"""By operator of torch: what is called instead."""
+"""By torch operator: the function called instead."""
 
 
 @contextmanager
 def python_control_flow() -> Iterator[None]:
-    """Inside, they are what Python makes of them, and nothing is compiled."""
-    with torch.compiler.set_stance("force_eager"), Instead(PYTHON_CONTROL_FLOW):
+    """Inside, both run as Python control flow, and nothing is compiled."""
+    with torch.compiler.set_stance("force_eager"), Replacing(PYTHON_CONTROL_FLOW):
         yield

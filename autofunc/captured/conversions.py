@@ -1,4 +1,4 @@
-"""Where a forward makes plain numbers, or shapes, of values: `if`, `assert`, `.item()`, bounds of slices, `h[mask]`."""
+"""Where a forward turns values into plain numbers or shapes: `if`, `assert`, `.item()`, bounds of slices, `h[mask]`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Kind = Literal["bool", "int", "float", "rows"]
 
 @dataclass(frozen=True)
 class Place:
-    """Where something is read, in the user's code: equal for the same calls of the same lines."""
+    """Where a value is read in the user's code; equal for the same chain of calls at the same lines."""
 
     line: str  # file, number and text
     calls: tuple[tuple[str, int | None], ...]  # files and numbers of the lines that lead there from forward
@@ -28,34 +28,34 @@ class Place:
 
 @dataclass(frozen=True)
 class Decision:
-    """What was read from a tensor on the example batch."""
+    """A value that was read from a tensor on the example batch."""
 
     place: Place
-    kind: Kind  # what its one element was taken for; "rows": how many elements of each of its rows are true
-    value: Any  # of the element; or of the rows, a tuple
-    dims: int = 0  # of what was read
+    kind: Kind  # the type its one element was read as; "rows": the number of true elements in each of its rows
+    value: Any  # that of the element; for "rows", a tuple
+    dims: int = 0  # number of dims of the tensor read
 
 
 class Conversions(TorchFunctionMode):
-    """Inside, every reading of a tensor's values goes through `value` or `places`.
+    """Inside, every read of a tensor's values goes through `value` or `places`.
 
-    What torch reads within a function of its own does not.
+    Reads inside torch's own functions do not.
     """
 
     def value(self, kind: Kind, found: Tensor) -> Any:
-        """What is read.
+        """Return the value to use for one that is read.
 
         Args:
-            kind: what the one element is taken for.
-            found: what is read.
+            kind: the type the one element is read as.
+            found: the tensor read.
         """
         raise NotImplementedError
 
     def places(self, mask: Tensor) -> tuple[Tensor, ...]:
-        """Where a mask is true, as `mask.nonzero(as_tuple=True)` says it, of a known size.
+        """Return where a mask is true, like `mask.nonzero(as_tuple=True)`, with a known size.
 
         Args:
-            mask: bool, with a dim at least.
+            mask: bool, with at least one dim.
         """
         raise NotImplementedError
 
@@ -89,34 +89,34 @@ class Conversions(TorchFunctionMode):
         return func(*map(self._size, args), **{name: self._size(argument) for name, argument in kwargs.items()})
 
     def _unique(self, values: Tensor) -> Tensor:
-        """The first value of each run of equal ones: one, where all are equal, whatever they are."""
+        """Return the first value of each run of equal ones: a single one if all are equal, whatever their value."""
         if self.value("bool", (values == values[:1]).all()):
             return values[:1]
         begins = torch.cat([torch.ones_like(values[:1], dtype=torch.bool), values[1:] != values[:-1]])
         return values[self.places(begins)]
 
     def _repeat(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
-        """Elements that are repeated as often as a tensor says, of a known size."""
+        """Repeat elements as often as a tensor says, with a known size."""
         repeats = _repeats(args, kwargs)
         total = self.value("int", repeats.sum())
-        if repeats.numel() == 1 and len(args) + len(kwargs) > 1:  # each of them as often
+        if repeats.numel() == 1 and len(args) + len(kwargs) > 1:  # every element equally often
             dim = args[2] if len(args) > 2 else kwargs.get("dim")
             total *= args[0].numel() if dim is None else args[0].shape[dim]
         found: Tensor = func(*args, **(kwargs | {"output_size": total}))
         return found
 
     def _read(self, func: Any, found: Tensor) -> Any:
-        if func is torch.Tensor.tolist and found.dim():  # as fake tensors do, one by one
+        if func is torch.Tensor.tolist and found.dim():  # one element at a time, as fake tensors do
             return [self._read(func, part) for part in found.unbind()]
         wanted = _READING[func]
         kind = _kind_of(found) if wanted in (None, float) else "bool" if wanted is bool else "int"
         if wanted is None and kind == "float":
-            return found.detach().reshape(())  # what is done with the number can be done with it, and compared it decides
+            return found.detach().reshape(())  # a tensor can stand for the number; comparing it is the decision
         value = self.value(kind, found)
         return value if wanted is None else wanted(value)
 
     def _index(self, index: Any, *, masks: bool) -> Any:
-        """An index with places for masks, whose slices begin and end at plain numbers."""
+        """Replace masks in an index by places, and the bounds of slices by plain numbers."""
         found: list[Any] = []
         for part in _parts(index):
             if masks and _is_mask(part):
@@ -128,22 +128,22 @@ class Conversions(TorchFunctionMode):
         return tuple(found)
 
     def _size(self, argument: Any) -> Any:
-        """A size, or several, as plain numbers."""
+        """Return a size, or several, as plain numbers."""
         if isinstance(argument, (list, tuple)):
             return [self._size(part) for part in argument]
         return self._read(torch.Tensor.__index__, argument) if _is_number(argument) else argument
 
 
 def here() -> Place:
-    """What is running of the user's code, from forward on."""
+    """Return the place in the user's code that is running, and the calls from forward to it."""
     frames = traceback.extract_stack()
-    inner = list(dropwhile(is_own, reversed(frames)))  # without what reads for it
+    inner = list(dropwhile(is_own, reversed(frames)))  # without our own frames on top
     calls = takewhile(lambda frame: not is_own(frame), inner)
     return Place(user_line(frames), tuple((each.filename, each.lineno) for each in calls if not is_of_torch(each.filename)))
 
 
 def reads_values(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
-    """Whether a call makes numbers or shapes of values of tensors."""
+    """True if a call turns values of tensors into numbers or shapes."""
     if func in _READING:
         return _is_fixed(args[0]) and not _only_checked(func) and (func is torch.Tensor.tolist or args[0].numel() == 1)
     if func in _COMPARING or func in _NONZERO or func in _SELECTING or func in _UNIQUE:
@@ -161,7 +161,7 @@ def reads_values(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool
     return func in _SIZED and any(_is_number(part) for each in (*args, *kwargs.values()) for part in _parts(each))
 
 
-_READING: dict[Any, Any] = {  # and what is made of the value; None: what it is
+_READING: dict[Any, Any] = {  # and the type to convert to; None: the tensor's own
     torch.Tensor.__bool__: bool,
     torch.Tensor.is_nonzero: bool,
     torch.is_nonzero: bool,
@@ -185,7 +185,7 @@ _SIZED = {
     torch.narrow, torch.Tensor.new_zeros, torch.Tensor.new_ones, torch.Tensor.new_empty, torch.Tensor.new_full,
     torch.Tensor.unflatten, torch.unflatten, torch.Tensor.split, torch.split, torch.Tensor.topk, torch.topk,
 }  # fmt: skip
-"""Take sizes. A tensor of one integer stands for one."""
+"""These take sizes. A tensor with one integer may stand for one."""
 
 
 def _equal(one: Tensor, other: Tensor) -> Tensor | None:
@@ -214,7 +214,7 @@ def _repeats(args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
 
 
 def _only_checked(func: Any) -> bool:
-    """Whether a check of torch reads it, such as `torch._check_tensor_all`; they are left out of what is captured."""
+    """True if one of torch's checks reads it, such as `torch._check_tensor_all`; captures drop those."""
     if func is not torch.Tensor.item:
         return False
     reader = next(dropwhile(is_own, reversed(traceback.extract_stack())))
@@ -222,7 +222,7 @@ def _only_checked(func: Any) -> bool:
 
 
 def _is_fixed(tensor: Any) -> bool:
-    """Whether it is a real tensor whose size is known."""
+    """True for a real tensor whose sizes are known."""
     return (
         isinstance(tensor, Tensor)
         and not tensor.is_complex()
@@ -235,7 +235,7 @@ def _is_mask(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    """Whether it stands for a plain integer where one is expected."""
+    """True if it stands for a plain integer where one is expected."""
     return _is_fixed(value) and _kind_of(value) == "int" and value.dim() == 0
 
 
@@ -248,7 +248,7 @@ def _parts(value: Any) -> Sequence[Any]:
 
 
 def _takes_places(func: Any, args: Sequence[Any]) -> bool:
-    """Whether a mask among its indices decides a shape: not where a number is written, wherever the mask is true."""
+    """True if a mask among the indices decides a shape; not when one number is written wherever the mask is true."""
     return func is torch.Tensor.__getitem__ or (isinstance(args[2], Tensor) and args[2].dim() > 0)
 
 

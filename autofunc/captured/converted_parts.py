@@ -1,4 +1,4 @@
-"""`module.to(dtype)` inside of a forward: nothing where it is of that dtype already, and else a write to its parameters."""
+"""`module.to(dtype)` inside a forward: it does nothing if the module has that dtype, and otherwise is refused."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from autofunc.fake import user_line
 
 @contextmanager
 def without_conversions(what: str) -> Iterator[None]:
-    """Inside, conversions that change nothing do nothing: torch would exchange parameters by equal ones.
+    """Inside, conversions that change nothing leave parameters alone; torch would replace them by equal ones.
 
     Raises:
-        ModelError: for one that changes a parameter or a buffer, naming the user's line.
+        ModelError: for a conversion that changes a parameter or buffer, naming the user's line.
     """
     original = nn.Module._apply
 
@@ -30,9 +30,9 @@ def without_conversions(what: str) -> Iterator[None]:
             if (made.dtype, made.shape, _memory(made)) != (leaf.dtype, leaf.shape, _memory(leaf)):
                 line = user_line(traceback.extract_stack())
                 raise ModelError(
-                    f"{what} converts {type(part).__name__} inside of its forward ({line}): "
-                    f"its {str(leaf.dtype).removeprefix('torch.')} parameters would be written to; convert the module "
-                    "before, or the values that it computes with"
+                    f"{what} converts {type(part).__name__} inside its forward ({line}), which would overwrite its "
+                    f"{str(leaf.dtype).removeprefix('torch.')} parameters; convert the module beforehand, or convert the "
+                    "values it computes with"
                 )
         return part
 

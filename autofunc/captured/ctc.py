@@ -1,7 +1,7 @@
-"""CTC losses whose lengths are tensors: one operator, whose result has the same shape whatever the lengths are.
+"""CTC losses whose lengths are tensors, as one operator: its result's shape does not depend on the lengths.
 
-torch's own has what depends on the longest target among its results, and may take targets whose number depends on data:
-those that `masked_select` leaves of a table. Both stay inside of the operator.
+torch's own operator also returns a tensor whose shape depends on the longest target, and may take targets whose number
+depends on data: those that `masked_select` picks from a table. Both stay inside this operator.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ torch.library.define("autofunc::ctc_backward", f"(Tensor grad, {_ARGUMENTS}) -> 
 def _losses(
     log_probs: Tensor, targets: Tensor, mask: Tensor | None, inputs: Tensor, lengths: Tensor, blank: int, no_infinity: bool
 ) -> Tensor:
-    """The loss of each row: (rows,), of the dtype of `log_probs`, which are (steps, rows, classes)."""
+    """Return each row's loss: (rows,), in the dtype of `log_probs`, which are (steps, rows, classes)."""
     chosen = targets if mask is None else targets.masked_select(mask)
     losses: Tensor = torch.ops.aten._ctc_loss.Tensor(log_probs, chosen, inputs, lengths, blank, no_infinity)[0]
     return losses
@@ -36,7 +36,7 @@ def _gradient(
     grad: Tensor, log_probs: Tensor, targets: Tensor, mask: Tensor | None, inputs: Tensor, lengths: Tensor, blank: int,
     no_infinity: bool,
 ) -> Tensor:  # fmt: skip
-    """The gradient of `log_probs`. What forward made on the way is made again: its size is known to nobody else."""
+    """Return the gradient of `log_probs`. The forward's intermediates are recomputed: their size is not known outside."""
     chosen = targets if mask is None else targets.masked_select(mask)
     losses, reached = torch.ops.aten._ctc_loss.Tensor(log_probs, chosen, inputs, lengths, blank, no_infinity)
     found: Tensor = torch.ops.aten._ctc_loss_backward.Tensor(
@@ -61,10 +61,10 @@ torch.library.register_autograd("autofunc::ctc", _backward, setup_context=_keep)
 
 
 class Selected:
-    """What `table.masked_select(mask)` returns, made when it is asked for; a CTC loss does without.
+    """What `table.masked_select(mask)` returns, made only when needed; a CTC loss does not need it.
 
     Args:
-        table: integers, (rows, longest).
+        table: integers, (rows, longest target).
         mask: bool, of the same shape.
     """
 
@@ -73,10 +73,10 @@ class Selected:
         self._versions = (table._version, mask._version)
 
     def unchanged(self) -> Selected:
-        """Itself.
+        """Return itself.
 
         Raises:
-            ModelError: when what it is selected from was written to.
+            ModelError: if the table or mask was written to since.
         """
         if self._versions != (self.table._version, self.mask._version):
             raise ModelError("forward writes to a tensor after masked_select read it; write to a clone")
@@ -84,7 +84,7 @@ class Selected:
 
     @property
     def tensor(self) -> Tensor:
-        """The elements."""
+        """The selected elements."""
         self.unchanged()
         return self.table[self.mask]
 
@@ -134,7 +134,7 @@ def _ctc_loss(
     reduction: str = "mean",
     zero_infinity: bool = False,
 ) -> Tensor:
-    """As `torch.nn.functional.ctc_loss`."""
+    """Compute what `torch.nn.functional.ctc_loss` does."""
     if log_probs.dim() != 3 or not (isinstance(input_lengths, Tensor) and isinstance(target_lengths, Tensor)):
         return functional.ctc_loss(
             log_probs, _made(targets), input_lengths, target_lengths, blank, reduction, zero_infinity
@@ -155,4 +155,4 @@ LENGTHS_AS_TENSORS: dict[Any, Callable[..., Any]] = {
     Tensor.masked_select: _masked_select,
     functional.ctc_loss: _ctc_loss,
 }
-"""By function of torch: what is called instead, so that CTC losses take lengths that are tensors."""
+"""By torch function: the one called instead, so that CTC losses take lengths that are tensors."""

@@ -1,4 +1,4 @@
-"""A captured forward, cut into the segments of its layers."""
+"""A captured forward cut into segments, one per layer."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ Node = fx.Node
 
 
 class Cut:
-    """One captured forward with its layers.
+    """A captured forward and its layers.
 
     Args:
-        flow: of the forward.
+        flow: the captured forward.
         starts: for each layer after the first, the position of its first operator.
-        inner_paths: for each layer, name of a parameter in the module -> path inside the layer.
+        inner_paths: for each layer, a parameter's name in the module -> its path inside the layer.
     """
 
     def __init__(self, flow: Flow, starts: Sequence[int], inner_paths: Sequence[Mapping[str, str]]) -> None:
@@ -38,7 +38,7 @@ class Cut:
                 self._layer[node] = self._layer[node.args[0]]
             else:
                 self._layer[node] = sum(start <= position for start in starts)
-        for state, after in flow.exported.states.items():  # it belongs to the first layer that needs it
+        for state, after in flow.exported.states.items():  # a state belongs to the first layer that needs it
             needing = [node for node in (*state.users, after) if node in self._layer and node in flow.alive]
             if needing:
                 self._layer[state] = min(self._layer[node] for node in needing)
@@ -62,7 +62,7 @@ class Cut:
 
     @cached_property
     def crossing(self) -> list[list[Node]]:
-        """What each layer receives, in the order in which it was made; the first receives nothing."""
+        """The values each layer receives, in the order they are made; the first layer receives none."""
         flow, last = self._flow, self._num_layers
         latest: dict[Node, int] = {}
         made = [*(node for node in flow.exported.states if node in self._layer), *self._live]
@@ -78,16 +78,20 @@ class Cut:
 
     @cached_property
     def segments(self) -> list[Segment]:
-        """One per layer."""
+        """One segment per layer, in order.
+
+        Raises:
+            ModelError: for a state read and written in different layers, and an `as_strided` of memory behind a cut.
+        """
         return [self._segment(layer) for layer in range(self._num_layers)]
 
     def shared(self, layers: Iterable[int]) -> tuple[Segment, tuple[str, ...]]:
-        """What some layers need of the batch and constants alone: how it is made of the batch's tensors, and its names."""
+        """Return a segment that makes what `layers` need of the batch and constants alone, and the names of its results."""
         key = tuple(layers)
         if key not in self._shared:
             flow = self._flow
             wanted = [node for node in self._unweighted if any(node in self._shared_by(layer) for layer in key)]
-            # what the batch alone decides is checked once, by the stage that comes first
+            # decisions by the batch alone are checked once, by the first stage
             checks = [node for node in flow.checks if node not in flow.weighted and 0 in key]
             needed = flow.closure([*wanted, *checks, *(write for node in wanted for write in flow.writes_to(node))])
             nodes = [node for node in flow.nodes if node in needed]
@@ -105,7 +109,7 @@ class Cut:
 
     @cached_property
     def _arguments(self) -> list[list[Node]]:
-        """For each layer, all that its operators read."""
+        """For each layer, everything its operators read."""
         found: list[dict[Node, None]] = [{} for _ in range(self._num_layers)]
         for node in self._live:
             found[self._layer[node]].update(dict.fromkeys(node.all_input_nodes))
@@ -133,8 +137,8 @@ class Cut:
             after = exported.states[node]
             if self._layer[after] != layer:
                 raise ModelError(
-                    f"the state {exported.buffers[node]!r} is read in one layer and written in another "
-                    f"({line_of(after)}); cut after that"
+                    f"the state {exported.buffers[node]!r} is read in one layer and written in a later one "
+                    f"({line_of(after)}); cut after that line"
                 )
         return self._build(
             [(inner[exported.params[node]], node) for node in params],
@@ -183,19 +187,19 @@ class Cut:
         )
 
     def _for_any_strides(self, node: Node) -> tuple[Any, tuple[Any, ...]]:
-        """An operator, and its arguments, that does the same when what it reads lies otherwise than in the whole forward.
+        """Return an operator and arguments that do the same when its operand's strides differ from the whole forward's.
 
-        Behind a cut values are contiguous, and kernels may lie to fake tensors about the strides of what they make.
+        Behind a cut values are contiguous, and fake tensors may promise strides that kernels do not give.
         """
         source = node.args[0] if node.args else None
         if not isinstance(source, Node) or self._flow.writes_to(source):
-            return node.target, node.args  # a view through which is written stays one
+            return node.target, node.args  # a view that is written through must stay a view
         if node.target in (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default):
             return torch.ops.aten.reshape.default, node.args
         if node.target is torch.ops.aten.as_strided.default:
             if not is_all_of_its_memory(source):
                 raise ModelError(
-                    f"as_strided reads memory around a tensor ({line_of(node)}), which is not there behind a cut; use "
+                    f"as_strided reads memory outside its tensor ({line_of(node)}), which does not exist behind a cut; use "
                     "views and indexing"
                 )
             return as_strided_as_captured, (*arguments(node).values(), tuple(source.meta["val"].stride()))
@@ -207,12 +211,12 @@ class Cut:
 
 
 class _Returned:
-    """A node that is returned, until its register is known."""
+    """A node that is returned, before its register is known."""
 
     def __init__(self, node: Node) -> None:
         self.node = node
 
 
 def _is_several(node: Node) -> bool:
-    """Whether an operator returns a list of tensors, which are taken out one by one."""
+    """True if an operator returns a list of tensors, which are taken out one at a time."""
     return isinstance(node.meta.get("val"), (list, tuple))

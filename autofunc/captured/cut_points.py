@@ -1,4 +1,4 @@
-"""Where a captured forward can be cut, and what its layers are by default."""
+"""The places where a captured forward can be cut, and its default layers."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from autofunc.model import CutPoints
 Node = fx.Node
 
 ABSENT = ("needs no weights, so each stage computes it itself", "is not run")
-"""Why there is no layer, where for other batches there is one."""
+"""Why a name is not a layer, though for other batches it may be one."""
 
 FIRST = "input"
-"""Name of what comes before the first named place."""
+"""The name of what comes before the first named place."""
 
 
 def find_cut_points(flow: Flow, modules: Iterable[str]) -> CutPoints:
-    """All named modules and markers, told apart by whether a cut before them is legal.
+    """Find all named modules and markers, separated by whether a cut before them is legal.
 
     Args:
         flow: of the captured forward.
-        modules: names of all submodules. One that is not run itself, and holds one part only, begins where that does.
+        modules: names of all submodules. One that is not run itself, but holds a single part, begins where that part does.
     """
     modules, held = list(modules), dict[str, list[str]]()
     for name in modules:
@@ -36,14 +36,14 @@ def find_cut_points(flow: Flow, modules: Iterable[str]) -> CutPoints:
             seen.add(name)
             if node in flow.weighted and node in flow.alive:
                 runs.setdefault(name, {}).setdefault(key, position)
-    for name in sorted(modules, key=lambda name: -name.count(".")):  # parts first
+    for name in sorted(modules, key=lambda name: -name.count(".")):  # innermost first
         inside = held.get(name, [])
         if name not in seen and len(inside) == 1 and inside[0] in runs:
             runs[name] = runs[inside[0]]
     for name, calls in runs.items():
         if len(calls) == 1:
             starts[name] = next(iter(calls.values()))
-        else:  # `layers@2` is the second run of it
+        else:  # `layers@2` is its second run
             starts.update({f"{name}@{number}": position for number, position in enumerate(sorted(calls.values()), start=1)})
     for name, node in flow.exported.markers.items():
         later = (position for position in range(flow.position.get(node, len(flow.nodes)), len(flow.nodes)))
@@ -56,7 +56,7 @@ def find_cut_points(flow: Flow, modules: Iterable[str]) -> CutPoints:
             refused[name] = ABSENT[0] if name in seen else ABSENT[1]
         elif len(runs.get(name, {})) > 1:
             count = len(runs[name])
-            refused[name] = f"is run {count} times, so it is no one place; its runs are {name}@1 to {name}@{count}"
+            refused[name] = f"runs {count} times, so its name is ambiguous; its runs are {name}@1 to {name}@{count}"
     for name, start in starts.items():
         if any(first < start <= last for first, last in flow.uncuttable):
             refused[name] = "begins between two writes to the same memory"
@@ -65,10 +65,10 @@ def find_cut_points(flow: Flow, modules: Iterable[str]) -> CutPoints:
 
 
 def default_layers(module: nn.Module | None, places: CutPoints, markers: Iterable[str]) -> list[str]:
-    """The names at which layers begin when nothing else is asked for.
+    """Return the names at which layers begin by default.
 
-    Markers, if there are any. Otherwise the items of the outermost lists of modules, and the modules beside them that
-    hold no list: of a transformer the embeddings, each block, the last norm, the head.
+    Markers, if there are any. Otherwise the items of the outermost lists of modules, and the modules next to those lists
+    that hold no list: in a transformer the embeddings, each block, the last norm and the head.
     """
     named = [name for name in markers if name in places.start]
     found = named or ([*_outermost(module, "")] if module is not None else [])

@@ -1,4 +1,4 @@
-"""A forward that decides by a random number is refused, but where it goes the same way whatever is drawn."""
+"""Refusal of forwards that decide by a random number, unless every draw leads the same way."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import fx
 from autofunc.decisions import is_check
 from autofunc.errors import ModelError
 from autofunc.graph.reach import ancestors
-from autofunc.graph.schema import is_mutable, is_random
+from autofunc.graph.schema import is_mutable, is_random, name_of
 
 Node = fx.Node
 
@@ -23,10 +23,10 @@ _ABOVE = (_aten.gt.Scalar, _aten.ge.Scalar)
 
 
 def refuse_decided_draws(graph: fx.Graph, what: str) -> None:
-    """Refuse decisions on random numbers, but for those that fall alike whatever is drawn; these need no check.
+    """Refuse decisions on random numbers; those that turn out the same for every draw are erased, and need no check.
 
     Raises:
-        ModelError: naming the line.
+        ModelError: naming the user's line.
     """
     for check in [node for node in graph.nodes if is_check(node)]:
         drawn = [node for node in ancestors([check]) if is_random(node) and not _drops(node)]
@@ -34,8 +34,8 @@ def refuse_decided_draws(graph: fx.Graph, what: str) -> None:
             continue
         if not _is_settled(check, drawn):
             raise ModelError(
-                f"{what} decides by a random number ({check.args[3]}), and a captured forward goes one way; set the "
-                "probability to 0 (layerdrop=0), or put the module into eval mode"
+                f"{what} decides by a random number ({check.args[3]}), and a captured forward has one path; set the "
+                "probability to 0 (layerdrop=0), or put the module in eval mode"
             )
         before = ancestors([check])
         for node in reversed(list(graph.nodes)):
@@ -44,11 +44,11 @@ def refuse_decided_draws(graph: fx.Graph, what: str) -> None:
 
 
 def _drops(node: Node) -> bool:
-    return str(node.target).removeprefix("aten.").partition(".")[0].rstrip("_") in _DROPOUTS
+    return name_of(node).rstrip("_") in _DROPOUTS
 
 
 def _is_settled(check: Node, drawn: Sequence[Node]) -> bool:
-    """Whether it compares a number in [0, 1) with one that is not between."""
+    """True if it compares a number in [0, 1) with a bound outside that range."""
     found: Any = check.args[0]
     while found.target in (_aten.detach.default, _aten.alias.default):
         found = found.args[0]

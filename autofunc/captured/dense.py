@@ -1,4 +1,4 @@
-"""Gradients of embeddings are dense: sums of microbatches, and what ranks exchange, are plain tensors."""
+"""Embeddings get dense gradients: sums over microbatches, and exchanges between ranks, are of plain tensors."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from torch import fx
 
 from autofunc.graph.schema import arguments, is_operator
 
-SPARSE = "gradients of its embeddings are dense, whatever sparse=True says; an optimizer for sparse ones is of no use"
+SPARSE = "gradients of its embeddings are dense despite sparse=True; an optimizer for sparse gradients is of no use"
 
 
 def make_dense(graph: fx.Graph) -> bool:
-    """Ask every embedding for a dense gradient, in place; whether one would have had a sparse one."""
+    """Make every embedding's gradient dense, in place; return whether one would have been sparse."""
     found = False
     for node in graph.nodes:
         if is_operator(node) and "embedding" in str(node.target) and arguments(node).get("sparse"):

@@ -1,4 +1,4 @@
-"""Draws of a captured forward: what torch's random operators make, as functions of (key, name)."""
+"""Random operators of a captured forward, as functions of (key, name)."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ _Shape = Sequence[int]
 def draw(
     kind: str, shape: _Shape, dtype: torch.dtype, options: Sequence[Any], where: str, key: Tensor | None, name: str
 ) -> Tensor:
-    """What an operator draws, on the key's device; without gradients, as torch's are, but for gamma and Dirichlet.
+    """Return what an operator draws, on the key's device; without gradients, like torch's, except gamma and Dirichlet.
 
     Args:
-        kind: the operator's name, without "aten." and the underscore of one in place.
+        kind: the operator's name, without "aten." and an in-place operator's underscore.
         shape: of the result.
         dtype: of the result.
         options: of the distribution, see `options_of`.
-        where: who draws, for messages.
-        key: of the microbatch, or None.
-        name: of this draw in the model.
+        where: the user's call that draws, for messages.
+        key: the microbatch's, or None.
+        name: the draw's, unique in the model.
 
     Raises:
         ModelError: without a key.
@@ -40,14 +40,14 @@ def draw(
     if key is None:
         raise ModelError(
             f"{where}, which takes a key: af.value_and_grad(pipe)(params, batch, key=(seed, step)); without a key a module "
-            "is evaluated: what draws only `if self.training` draws nothing then"
+            "is evaluated, and what it draws only `if self.training` is not drawn"
         )
     return _KINDS[kind](random.fold_in(key, name), shape, dtype, *options)
 
 
 @contextmanager
 def unvalidated() -> Iterator[None]:
-    """Distributions that look at the values of their parameters cannot be exported; those that are told to still do."""
+    """Inside, distributions do not validate arguments by default, since checks of values cannot be exported."""
     before = Distribution._validate_args
     Distribution.set_default_validate_args(False)
     try:
@@ -57,7 +57,7 @@ def unvalidated() -> Iterator[None]:
 
 
 def options_of(kind: str, node: Node, what: str) -> tuple[Any, ...] | None:
-    """What a random operator's distribution depends on, beside shape and dtype; None for an operator that is not known.
+    """Return what a random operator's distribution depends on besides shape and dtype; None for an unknown operator.
 
     Raises:
         ModelError: for complex numbers.
@@ -75,7 +75,7 @@ def options_of(kind: str, node: Node, what: str) -> tuple[Any, ...] | None:
     return tuple(given[name] for name in _OPTIONS[kind] if name in given)
 
 
-# Options come by their names in the operators' schemas; what some overloads lack comes last, or has a default below.
+# Options by their names in the operators' schemas; those that some overloads lack come last, or default below.
 _OPTIONS: dict[str, tuple[str, ...]] = {
     "rand": (), "rand_like": (), "randn": (), "randn_like": (), "uniform": ("from", "to"), "normal": ("mean", "std"),
     "log_normal": ("mean", "std"), "cauchy": ("median", "sigma"), "exponential": ("lambd",), "geometric": ("p",),
@@ -120,7 +120,7 @@ def _randint(key: Tensor, shape: _Shape, dtype: torch.dtype, high: Any, low: Any
 
 
 def _random(key: Tensor, shape: _Shape, dtype: torch.dtype, high: int | None = None, low: int = 0) -> Tensor:
-    if high is None:  # all that the dtype holds exactly, from 0 on
+    if high is None:  # every integer the dtype holds exactly, from 0
         high = round(2 / torch.finfo(dtype).eps) + 1 if dtype.is_floating_point else _end_of(dtype)
     return random.randint(key, shape, low, high, dtype)
 
@@ -144,9 +144,9 @@ def _randperm(key: Tensor, shape: _Shape, dtype: torch.dtype) -> Tensor:
 
 
 def _standard_gamma(key: Tensor, shape: _Shape, dtype: torch.dtype, alpha: Tensor) -> Tensor:
-    """The first of several tries that is accepted; its gradient is that of `torch._standard_gamma`.
+    """Take the first accepted of several tries; its gradient is that of `torch._standard_gamma`.
 
-    Marsaglia and Tsang, "A simple method for generating gamma variables", 2000: of the tries at least 95 % are accepted.
+    Marsaglia and Tsang, "A simple method for generating gamma variables", 2000: at least 95 % of tries are accepted.
     """
     given = alpha.detach().to(torch.float64)
     d = torch.where(given < 1, given + 1, given) - 1 / 3

@@ -1,4 +1,4 @@
-"""An element of all places is a number that is known: where it is an index, and beyond the end, it never counts."""
+"""An element of all places is a known number; used as an index beyond the end of a dim, it never counts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from autofunc.captured.all_places import is_body
-from autofunc.graph.schema import arguments
+from autofunc.graph.schema import arguments, name_of
 
 Node = fx.Node
 
@@ -20,9 +20,9 @@ _INDEXED = ("index", "index_put", "index_put_", "index_select", "embedding")
 
 
 def fold_elements(graph: fx.Graph) -> None:
-    """Change a graph in place: it reads no element as a number, and no element reaches beyond the end of a dim.
+    """Change a graph in place, so that it reads no element as a number and no element indexes beyond the end of a dim.
 
-    An expert of a mask that has one more column than there are experts is never chosen; what it computes is left out.
+    A mask may have one more column than there are experts: that expert is never chosen, and its results are discarded.
     """
     for begin in [node for node in graph.nodes if is_body(node) and node.args[2] is not None]:
         number: Any = begin.args[2]
@@ -33,17 +33,17 @@ def fold_elements(graph: fx.Graph) -> None:
                     if reader.target is _aten.select.int:
                         whole, dim, _ = reader.args
                         reader.update_arg(2, min(number, _size(whole, dim) - 1))
-                elif _name(reader) in _INDEXED:
+                elif name_of(reader) in _INDEXED:
                     _keep_inside(reader, element, number)
             if element.target is _aten.item.default:
                 graph.erase_node(element)
 
 
 def _same(begin: Node) -> Iterator[Node]:
-    """What holds a run's element alone."""
+    """Yield the nodes that hold only a run's element."""
     found = [begin]
     for node in found:
-        found += [user for user in node.users if _name(user) in _SAME and user.args[0] is node and user not in found]
+        found += [user for user in node.users if name_of(user) in _SAME and user.args[0] is node and user not in found]
     yield from found
 
 
@@ -66,7 +66,3 @@ def _keep_inside(reader: Node, element: Node, number: Any) -> None:
 def _size(whole: Any, dim: Any) -> int:
     value: Tensor = whole.meta["val"]
     return int(value.shape[dim])
-
-
-def _name(node: Node) -> str:
-    return str(node.target).removeprefix("aten.").partition(".")[0]

@@ -1,4 +1,4 @@
-"""Build a module without memory for its weights."""
+"""Modules built without memory for their weights."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ class _EmptyOnMeta(TorchFunctionMode):
 
 @contextmanager
 def empty_weights(seed: int = 0) -> Iterator[None]:
-    """Inside, what `torch.empty` makes, as modules do for their weights, lies on the meta device.
+    """Inside, `torch.empty` without a device, which modules call for their weights, gives tensors on the meta device.
 
-    Other tensors are real: tables that are computed once and kept as buffers stay as they are. Under
-    `torch.device("meta")` those would be lost. Random ones depend on the seed alone, so that all processes get the same.
+    Other tensors are real: tables computed once and kept as buffers keep their values, which `torch.device("meta")` would
+    lose. Random ones depend on the seed alone, so all processes get the same.
 
     Args:
-        seed: of the global generator inside; it is put back afterwards.
+        seed: of the global generator inside; its state is restored afterwards.
 
     Example:
         with af.empty_weights():

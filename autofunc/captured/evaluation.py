@@ -1,6 +1,6 @@
-"""Evaluation of a module in train mode: the parts whose forward draws random numbers are put into eval mode.
+"""Evaluation of a module in train mode: parts whose forward draws random numbers are put in eval mode.
 
-Dropout is off without a key as it is. But only a part itself knows what it draws in training alone, as stochastic depth.
+Dropout is off without a key anyway. But only a part itself knows what it draws in training only, such as stochastic depth.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _WHERE = 4  # the position of `where` among the arguments of `draw`
 
 
 def drawing_parts(flow: Flow) -> frozenset[str]:
-    """Names of the innermost modules that draw what the forward returns depends on; "" is the outermost of all."""
+    """Return the names of the innermost modules whose draws affect what the forward returns; "" is the outermost."""
     stacks = (node.meta["modules"] for node in _draws(flow))
     return frozenset(stack[-1][1] if stack else "" for stack in stacks)
 
@@ -26,12 +26,12 @@ def drawing_parts(flow: Flow) -> frozenset[str]:
 class Evaluation:
     """How a forward runs without a key."""
 
-    parts: frozenset[str]  # in eval mode, by name, though the module trains
-    drawn: str  # what it draws even then, which takes a key; "" for nothing
+    parts: frozenset[str]  # names of parts in eval mode, though the module trains
+    drawn: str  # what it draws even then, which takes a key; "" if nothing
 
 
 def evaluation_of(flow: Flow) -> Evaluation:
-    """How a forward that was captured without a key runs."""
+    """Return how a forward that was captured without a key runs."""
     return Evaluation(flow.exported.evaluated, next((str(node.args[_WHERE]) for node in _draws(flow)), ""))
 
 
@@ -40,12 +40,12 @@ def _draws(flow: Flow) -> list[fx.Node]:
 
 
 def with_eval_mode(module: nn.Module, modes: Mapping[nn.Module, bool], parts: Iterable[str]) -> dict[nn.Module, bool]:
-    """Modes of all parts, with some in eval mode: of these alone, not of what is inside them.
+    """Return the modes of all parts, with some in eval mode: only these, not the parts inside them.
 
     Args:
-        module: the outermost.
-        modes: by part, whether it trains.
-        parts: names of those that are not to.
+        module: the outermost module.
+        modes: by part, whether it is in train mode.
+        parts: names of those to put in eval mode.
     """
     still = {module.get_submodule(name) for name in parts}
     return {part: trains and part not in still for part, trains in modes.items()}

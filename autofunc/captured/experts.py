@@ -1,8 +1,8 @@
-"""Experts of transformers are captured as routed: rows sorted by expert, instead of a loop over what data decides.
+"""Experts of transformers are captured as routed experts: rows sorted by expert instead of a loop that data decides.
 
-Its modules ask a public table for the function that runs their experts (`transformers.integrations.moe`). While a forward
-is exported it has ours, which does what theirs does with operators of `autofunc.experts`; the module is not touched. What
-sends rows to experts and back are two operators in the graph, and plain functions in the layers.
+Modules of transformers look up the function that runs their experts in a public table (`transformers.integrations.moe`).
+While a forward is exported, that table holds ours, which does the same with operators of `autofunc.experts`; the module is
+not touched. Sending rows to experts and back are two operators in the graph, and plain functions in the layers.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from autofunc.graph.lines import line_of
 
 _THEIRS = "transformers.integrations.moe"
 _REPLACED = ("eager", "grouped_mm", "batched_mm", "deepgemm", "sonicmoe", None)
-"""Names in the table that mean the same; one that a user has added stays theirs."""
+"""Names in the table for the same computation; a function that a user added stays theirs."""
 
 
 @contextmanager
@@ -42,16 +42,16 @@ def routed() -> Iterator[None]:
     finally:
         for name, function in before.items():
             del table[name]
-            if table.get(name, missing) is not function:  # it had been put there in the same way
+            if table.get(name, missing) is not function:  # it had been set explicitly
                 table[name] = function
 
 
 def _forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """What `grouped_mm_experts_forward` of transformers 5.23 computes, in its order, for all that its modules may be."""
+    """Compute what `grouped_mm_experts_forward` of transformers 5.23 does, in its order, for all its modules' variants."""
     if self._is_expert_parallel:
         raise ModelError(
-            f"{type(self).__name__} spreads its experts over processes by itself (expert parallel in transformers); "
-            "load it without one"
+            f"{type(self).__name__} spreads its experts over processes itself (expert parallelism in transformers); "
+            "load it without that"
         )
     product = grouped_matmul if self.is_transposed else grouped_linear
     rows, ends, *route = torch.ops.autofunc.to_experts(hidden_states, top_k_index, self.num_experts)
@@ -72,12 +72,12 @@ _OF_EACH_EXPERT = {
     torch.ops.autofunc.grouped_matmul.default: 1,
     torch.ops.autofunc.grouped_rows.default: 0,
 }
-"""Operators that take something with an entry for each expert, and the position of it."""
+"""Operators with an operand that has one entry per expert, and its position."""
 _CONVERTED = (torch.ops.aten.to.dtype, torch.ops.aten._to_copy.default)
 
 
 def expert_parameters(graph: fx.Graph, params: Mapping[fx.Node, str], what: str) -> frozenset[str]:
-    """Names of the parameters with an entry for each routed expert, which several processes may share.
+    """Return the names of the parameters with one entry per routed expert, which processes may share out.
 
     Args:
         graph: of a captured forward.
@@ -85,7 +85,7 @@ def expert_parameters(graph: fx.Graph, params: Mapping[fx.Node, str], what: str)
         what: the module, for messages.
 
     Raises:
-        ModelError: where experts are multiplied by something else, or such a parameter is read elsewhere.
+        ModelError: if experts multiply by something other than a parameter, or the parameter is also read elsewhere.
     """
     found: dict[fx.Node, str] = {}
     for node in graph.nodes:
@@ -95,22 +95,22 @@ def expert_parameters(graph: fx.Graph, params: Mapping[fx.Node, str], what: str)
                 source = source.args[0]
             if source not in params:
                 raise ModelError(
-                    f"{what} makes what it multiplies experts by ({given.name}; {line_of(node)}), so its experts cannot be "
-                    "spread over ranks; let it be a parameter"
+                    f"{what} computes what it multiplies experts by ({given.name}; {line_of(node)}), so its experts cannot "
+                    "be spread over ranks; make it a parameter"
                 )
             found[source] = params[source]
     for source, name in found.items():
         other = next(filter(None, (_other_user(source, user) for user in source.users)), None)
         if other is not None:
             raise ModelError(
-                f"{what} reads {name!r} of its experts elsewhere too ({other.target}; {line_of(other)}), so its experts "
+                f"{what} also reads {name!r} of its experts elsewhere ({other.target}; {line_of(other)}), so its experts "
                 "cannot be spread over ranks"
             )
     return frozenset(found.values())
 
 
 def _other_user(value: fx.Node, user: fx.Node) -> fx.Node | None:
-    """Who reads a value of each expert otherwise than to multiply rows with it, of this user and what comes of it."""
+    """Return the first operator, from this user on, that uses a per-expert value except to multiply rows with it."""
     if user.target in _CONVERTED:
         return next(filter(None, (_other_user(user, each) for each in user.users)), None)
     place = _OF_EACH_EXPERT.get(user.target)  # type: ignore[call-overload]
@@ -118,7 +118,7 @@ def _other_user(value: fx.Node, user: fx.Node) -> fx.Node | None:
 
 
 def run_for_real(graph: fx.Graph) -> None:
-    """Put the functions in the places of the operators that stood for them, once an export is done."""
+    """Replace the operators that stood for functions by those functions, once an export is done."""
     experts.run_for_real(graph)
     for node in graph.nodes:
         if node.target is MEAN:

@@ -1,4 +1,4 @@
-"""Capture a module's forward as a graph of operators. The only file that uses `torch.export` (tried with 2.13.0).
+"""The capture of a module's forward as a graph of operators. The only file that uses `torch.export` (tried with 2.13.0).
 
 Nothing runs on real data, and the module keeps its weights: they may be on the meta device.
 """
@@ -23,6 +23,7 @@ from torch import Tensor, fx, nn
 from autofunc import tree
 from autofunc.captured.all_places import ROWS_OF_DATA
 from autofunc.captured.assertions import leave_out_assertions
+from autofunc.captured.autograd_functions import apply_for_real, recorded
 from autofunc.captured.balance import over_expert_ranks
 from autofunc.captured.compiled_parts import call_inside
 from autofunc.captured.control_flow import PYTHON_CONTROL_FLOW
@@ -35,15 +36,14 @@ from autofunc.captured.experts import routed, run_for_real
 from autofunc.captured.gradients import refuse_module_hooks, refuse_own_backward, replaced_functions
 from autofunc.captured.host_draws import HostDraws, refuse_host_draws
 from autofunc.captured.inlined import PREFIX, Inliner
-from autofunc.captured.instead import Instead
 from autofunc.captured.keyed import replace_random
-from autofunc.captured.loops import Outline, outline
-from autofunc.captured.numbers import keep_tensors
+from autofunc.captured.loop_effects import Outline, outline
 from autofunc.captured.outputs import CACHE, FIRST_IS_LOSS, without_caches
-from autofunc.captured.own_backward import apply_for_real, recorded
+from autofunc.captured.plain_numbers import keep_tensors
 from autofunc.captured.recurrent import unfuse
+from autofunc.captured.replacing import Replacing
 from autofunc.captured.rows_back import leave_out_rows
-from autofunc.captured.unchanged import LeftBehind, restored, written_back
+from autofunc.captured.side_effects import LeftBehind, restored, written_back
 from autofunc.captured.vmapped import unmap
 from autofunc.errors import ModelError, in_brief
 from autofunc.fake import fake_mode, naming_errors
@@ -56,19 +56,19 @@ Node = fx.Node
 
 @dataclass(eq=False)
 class Exported:
-    """A forward as operators. Nodes say in `meta` which calls of modules they were made in, and under which modes."""
+    """A forward as operators. Each node's `meta` has the module calls it was made in, and the modes it ran under."""
 
     graph: fx.Graph
-    output: Any  # pytree spec of what it returns
+    output: Any  # pytree spec of its outputs
     params: dict[Node, str] = field(default_factory=dict)  # name in the module
     buffers: dict[Node, str] = field(default_factory=dict)
-    states: dict[Node, Node] = field(default_factory=dict)  # buffers that forward writes to -> what it leaves in them
-    constants: dict[Node, Tensor] = field(default_factory=dict)  # in the end with the values of the buffers that are used
+    states: dict[Node, Node] = field(default_factory=dict)  # buffer that forward writes to -> the value it leaves there
+    constants: dict[Node, Tensor] = field(default_factory=dict)  # at the end, also the values of the buffers in use
     inputs: dict[Node, int] = field(default_factory=dict)  # position among the tensors of the batch
-    markers: dict[str, Node] = field(default_factory=dict)  # by name: the first operator after `af.split_point`
-    evaluated: frozenset[str] = frozenset()  # parts that were put into eval mode, by name
-    notes: list[str] = field(default_factory=list)  # what was left out or changed, for the user
-    outline: Outline = ()  # of a forward that loops over all places of masks
+    markers: dict[str, Node] = field(default_factory=dict)  # by name: the first operator after an `af.split_point`
+    evaluated: frozenset[str] = frozenset()  # names of parts captured in eval mode
+    notes: list[str] = field(default_factory=list)  # for the user: what was dropped or changed
+    outline: Outline = ()  # only for a forward that loops over all places of masks
 
     @property
     def state_names(self) -> frozenset[str]:
@@ -77,27 +77,27 @@ class Exported:
 
     @property
     def returned(self) -> list[Any]:
-        """Nodes, or constants, of what it returns, in leaf order."""
+        """The nodes or constants it returns, in leaf order."""
         return list(self.graph.output_node().args[0])  # type: ignore[arg-type]
 
 
 Arguments = Callable[[Mapping[str, Any]], tuple[tuple[Any, ...], dict[str, Any]]]
-"""From the entries of a batch to what a module is called with."""
+"""From a batch's entries to the arguments of a module."""
 
 
 Reading = AbstractContextManager[Any]
-"""What is in charge, while forward runs, of the values that it reads."""
+"""A context that decides, while forward runs, about the values it reads."""
 
 
 @dataclass
 class Told:
-    """What a call has to say; an object of its own, because torch puts back the attributes of what it exports."""
+    """A call's notes for the user; a separate object, since torch resets the attributes of a module it exports."""
 
     notes: list[str] = field(default_factory=list)
 
 
 class Call(nn.Module):
-    """What is exported: one call of a module, on the entries of a batch that it takes."""
+    """The module that is exported: one call of a module, on the entries of a batch that it takes."""
 
     def __init__(self, module: nn.Module, arguments: Arguments, what: str, reading: Callable[[], Reading]) -> None:
         super().__init__()
@@ -127,7 +127,10 @@ class Call(nn.Module):
 
     def _called(self, args: tuple[Any, ...], kwargs: dict[str, Any], batch: Mapping[str, Any]) -> Any:
         try:
-            with self._reading(), Instead({**replaced_functions(self._what), **PYTHON_CONTROL_FLOW, **LENGTHS_AS_TENSORS}):
+            with (
+                self._reading(),
+                Replacing({**replaced_functions(self._what), **PYTHON_CONTROL_FLOW, **LENGTHS_AS_TENSORS}),
+            ):
                 return self.module(*args, **kwargs)
         except TypeError as error:
             refused = next((name for name in kwargs if f"unexpected keyword argument '{name}'" in str(error)), None)
@@ -135,7 +138,7 @@ class Call(nn.Module):
                 raise
             others = [name for name in batch if name != refused]
             raise ModelError(
-                f"{self._what} passes all entries of the batch on, and {error}; say which entries it gets: inputs={others}"
+                f"{self._what} passes on all entries of the batch, and {error}; name the entries it takes: inputs={others}"
             ) from error
 
 
@@ -151,16 +154,16 @@ def export(
     """Capture a forward for a batch of these shapes.
 
     Args:
-        module: whose.
-        arguments: what it is called with.
-        batch: an example, on the module's device, or on the CPU where that is meta.
-        what: the module, for messages.
-        dtype: what its floating-point parameters are taken to be; None: what they are.
+        module: the module to capture.
+        arguments: from the batch to the module's arguments.
+        batch: an example, on the module's device, or on the CPU if the module is on the meta device.
+        what: a name for messages.
+        dtype: the dtype its floating-point parameters are captured with; None: their own.
         modes: whether each part is captured in train mode.
-        reading: what becomes of the values that forward reads; made anew for each run of it.
+        reading: makes the context for the values that forward reads; called for each run.
 
     Raises:
-        ModelError: when it cannot be captured, naming the user's line.
+        ModelError: for a forward that cannot be captured, naming the user's line.
     """
     call = Call(module, arguments, what, reading)
 
@@ -192,8 +195,8 @@ def export(
             continue
         if kind not in ("PARAMETER", "BUFFER", "CONSTANT_TENSOR"):
             raise ModelError(
-                f"{what} holds a {kind.lower()} ({spec.target}), which cannot be split; keep it out of forward. A "
-                "generator of random numbers is not needed: what is drawn without one is a function of the key"
+                f"{what} holds a {kind.lower()} ({spec.target}), which cannot be split; keep it out of forward. A random "
+                "generator is not needed: draws without one are functions of the key"
             )
         new, name = flattening.placeholder(node), str(spec.target)
         if kind == "CONSTANT_TENSOR":
@@ -221,21 +224,21 @@ def export(
 
 
 def _refuse_state(call: Call, batch: Mapping[str, Any], first: str, what: str) -> None:
-    """Refuse a forward that runs otherwise where it has run before; what it stores for itself is its own affair."""
+    """Refuse a forward that runs differently after it has run once; what it stores but never reads is its own affair."""
     stored = call.left.words
     try:
         again = str(_traced(call, batch).graph)
-    except Exception as error:  # whatever the user's code makes of what it finds
+    except Exception as error:  # raised by user code that finds what the first run left
         again = in_brief(error)
     if again != first:
         raise ModelError(
             f"{what} keeps state from one forward to the next: {stored}. Microbatches overlap in a pipeline, and a "
-            "captured forward would do it only once; return it, or compute it in __init__"
+            "captured forward would store it only once; return it, or compute it in __init__"
         )
 
 
 def _refuse_shapes_of_data(graph: fx.Graph, what: str) -> None:
-    """Stages exchange tensors of fixed shapes."""
+    """Refuse shapes that depend on data: stages exchange tensors of fixed shapes."""
     for node in graph.nodes:
         value = node.meta.get("val")
         if isinstance(value, Tensor) and any(isinstance(size, torch.SymInt) for size in value.shape):
@@ -244,7 +247,7 @@ def _refuse_shapes_of_data(graph: fx.Graph, what: str) -> None:
 
 
 def _traced(call: Call, batch: Mapping[str, Any]) -> Any:
-    """The exported program. It makes many objects and lets go of few: a tenth of the time went into looking for those."""
+    """Export, with the garbage collector paused: it took a tenth of the time, and frees little."""
     collects = gc.isenabled()
     gc.disable()
     try:
@@ -257,7 +260,7 @@ def _traced(call: Call, batch: Mapping[str, Any]) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """When it fails, torch prints the graph so far and logs; the error says it better. Nothing in it is compiled."""
+    """Suppress what torch logs and prints about a failed export: our error says it better. Compile nothing."""
     log, printed = logging.getLogger("torch.fx.experimental.symbolic_shapes"), io.StringIO()
     disabled, log.disabled = log.disabled, True
     try:
@@ -265,23 +268,23 @@ def _quiet() -> Iterator[None]:
         with redirect_stderr(printed), warnings.catch_warnings(), stance, unvalidated():
             warnings.simplefilter("ignore")
             yield
-        sys.stderr.write(printed.getvalue())  # what forward itself had to say
+        sys.stderr.write(printed.getvalue())  # what forward itself printed
     finally:
         log.disabled = disabled
 
 
 def _prepare(module: nn.Module, dtype: torch.dtype | None, modes: Mapping[nn.Module, bool]) -> None:
-    """Make a module ready to be exported; inside `restored`."""
+    """Prepare a module for export; inside `restored`."""
     _stand_in(module, dtype)
     call_inside(module)
     for part, mode in modes.items():
         part.training = mode
-        if isinstance(part, nn.SyncBatchNorm):  # its own way to other processes is no graph; see `state.py`
+        if isinstance(part, nn.SyncBatchNorm):  # its collectives cannot be exported; see `state.py`
             vars(part)["forward"] = MethodType(nn.BatchNorm1d.forward, part)
 
 
 def _stand_in(module: nn.Module, dtype: torch.dtype | None) -> None:
-    """Put fake tensors in the places of what is on the meta device or of another dtype; inside `restored`."""
+    """Replace tensors on the meta device or of another dtype by fake ones; inside `restored`."""
     mode: Any = fake_mode()
     known: dict[Tensor, Tensor] = {}
     for part in module.modules():
@@ -301,7 +304,7 @@ def _stand_in(module: nn.Module, dtype: torch.dtype | None) -> None:
 
 
 def _take_out_markers(exported: Exported) -> None:
-    """Remove what `af.split_point` left, remembering where."""
+    """Remove the operators of `af.split_point`, and note where they were."""
     for node in list(exported.graph.nodes):
         if node.op == "call_function" and node.target is torch.ops.autofunc.split_point.default:
             name, after = str(node.args[1]), node.next

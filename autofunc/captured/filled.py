@@ -1,4 +1,4 @@
-"""A module with values: a copy of it that holds given tensors."""
+"""A copy of a module that holds given values."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from autofunc.errors import ModelError, in_brief, one_of
 
 
 def filled(source: ModuleSource, values: Mapping[str, Tensor]) -> Any:
-    """A copy of a module that holds these tensors; they are not copied.
+    """Copy a module, with these tensors as its parameters and buffers; they are not copied.
 
     Args:
-        source: of the module.
-        values: every parameter, by canonical path; and buffers that are others than the module's. The copy is where the
-            parameters are.
+        source: source of the module.
+        values: every parameter by canonical path, and the buffers that differ from the module's. The copy is on the
+            parameters' device.
 
     Raises:
         ModelError: for a module that cannot be copied.
@@ -43,15 +43,15 @@ def filled(source: ModuleSource, values: Mapping[str, Tensor]) -> Any:
 
 
 def full_values(source: ModuleSource, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """All parameters of a module by canonical path, and those of its buffers that are given, as `filled` takes them.
+    """Return all parameters of a module by canonical path, and the given buffers, as `filled` takes them.
 
     Args:
-        source: of the module.
-        given: parameters by canonical path, and buffers that are state. What no layer uses may be absent: it has the value
-            that it has in the module or its files.
+        source: source of the module.
+        given: parameters by canonical path, and buffers that are state. Parameters that no layer uses may be absent: they
+            keep the values they have in the module or its files.
 
     Raises:
-        ModelError: for what is missing, unknown or of another shape.
+        ModelError: for a value that is missing, unknown or of another shape.
     """
     own = {**dict(source.module.named_buffers()), **source.parameters}
     extra = [name for name in given if name not in own]
@@ -61,12 +61,12 @@ def full_values(source: ModuleSource, given: Mapping[str, Tensor]) -> dict[str, 
     unknown = [name for name in missing if not source.has_value(name)]
     if unknown:
         raise ModelError(
-            f"params have no {unknown[0]!r}, one of {len(unknown)} parameters of {source.what} that are missing; give the "
-            f"full tree, of all stages (pipe.gather); {one_of(unknown[0], given)}"
+            f"params have no {unknown[0]!r}, one of {len(unknown)} missing parameters of {source.what}; give the full "
+            f"tree, with all stages (pipe.gather); {one_of(unknown[0], given)}"
         )
     for name, leaf in given.items():
         if leaf.shape != own[name].shape:
-            raise ModelError(f"{name!r} is {tuple(leaf.shape)}, but in {source.what} {tuple(own[name].shape)}")
+            raise ModelError(f"{name!r} is {tuple(leaf.shape)}, but {tuple(own[name].shape)} in {source.what}")
     device = next((leaf.device for leaf in given.values()), torch.device("cpu"))
     every = {**given, **source.weights(missing, 0, device, None)}
     ordered = [*source.parameters, *(name for name in given if name not in source.parameters)]

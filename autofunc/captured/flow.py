@@ -1,4 +1,4 @@
-"""What depends on what in a captured graph: which values need weights, which memory is written to, what is used at all."""
+"""Dependencies in a captured graph: which values need weights, which memory is written to, and what is used at all."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class Flow:
     """The dependencies of a captured forward.
 
     A value is *weighted* when parameters or state are among its ancestors. Weighted values are computed once, by the layer
-    they belong to, and cross boundaries; all others depend on the batch and on constants alone, and any stage computes
-    them itself.
+    they belong to, and cross boundaries. All others depend on the batch and constants alone, and every stage that needs
+    them computes them itself.
 
     Raises:
-        ModelError: when a parameter or the batch is written to, or a number is made of what needs weights.
+        ModelError: for a write to a parameter or the batch, and for a plain number made from weighted values.
     """
 
     def __init__(self, exported: Exported, what: str) -> None:
@@ -33,12 +33,12 @@ class Flow:
         self.nodes = [node for node in exported.graph.nodes if node.op == "call_function"]
         self.position = {node: index for index, node in enumerate(self.nodes)}
         self._base = {node: base_of(node) for node in exported.graph.nodes}
-        self.writes: dict[Node, list[Node]] = {}  # base -> what writes to its memory, in order
+        self.writes: dict[Node, list[Node]] = {}  # base -> the nodes that write to its memory, in order
         self._needs: dict[Node, list[Node]] = {}
         for node in self.nodes:
             if "_foreach_" in str(node.target) and written(node):
                 raise ModelError(
-                    f"{what} writes to a list of tensors ({node.target}; {line_of(node)}); write to them one by one"
+                    f"{what} writes to a list of tensors ({node.target}; {line_of(node)}); write to one tensor at a time"
                 )
             for target in written(node):
                 self._check(self._base[target], node, what)
@@ -47,12 +47,12 @@ class Flow:
         number = next((node for node in self.nodes if node in self.weighted & self.alive and is_number(node)), None)
         if number is not None:
             raise ModelError(
-                f"{what} makes a plain number of values that depend on weights ({line_of(number)}); keep it a tensor: "
+                f"{what} makes a plain number from values that depend on weights ({line_of(number)}); keep it a tensor: "
                 "no .item()"
             )
 
     def needs(self, node: Node) -> list[Node]:
-        """What must run before a node: its arguments, and what has written to their memory before it."""
+        """Return what must run before a node: its arguments, and earlier writes to their memory."""
         if node not in self._needs:
             found: dict[Node, None] = dict.fromkeys(node.all_input_nodes)
             for argument in list(found):
@@ -63,21 +63,21 @@ class Flow:
         return self._needs[node]
 
     def writes_to(self, node: Node) -> list[Node]:
-        """All that writes to a node's memory, in order."""
+        """Return all writes to a node's memory, in order."""
         return self.writes.get(self._base[node], [])
 
     def closure(self, roots: Iterable[Node]) -> set[Node]:
-        """The nodes, and everything they need."""
+        """Return these nodes and everything they need."""
         return reachable(roots, self.needs)
 
     @cached_property
     def returned(self) -> list[Node]:
-        """Nodes of what the forward returns."""
+        """Nodes among the values that forward returns."""
         return [each for each in self.exported.returned if isinstance(each, Node)]
 
     @cached_property
     def checks(self) -> list[Node]:
-        """Nodes that stop the step where a batch decides otherwise than the example; nothing reads them."""
+        """Nodes that stop the step if a batch decides differently from the example; nothing reads them."""
         return [node for node in self.nodes if is_check(node)]
 
     @cached_property
@@ -93,7 +93,7 @@ class Flow:
 
     @cached_property
     def users(self) -> dict[Node, list[Node]]:
-        """By node: the live nodes that need it."""
+        """The live nodes that need each node."""
         found: dict[Node, list[Node]] = {}
         for node in self.nodes:
             if node in self.alive:
@@ -103,9 +103,9 @@ class Flow:
 
     @cached_property
     def uncuttable(self) -> list[tuple[int, int]]:
-        """(first, last) positions of memory that weighted values are written into: both on one side of any cut.
+        """(first, last) positions of memory that weighted values are written into; a cut may not separate them.
 
-        And of what reads state as it was, and makes what it is next.
+        Also of the operators that read a state and write its next value.
         """
         spans = []
         for base, writes in self.writes.items():
@@ -150,7 +150,7 @@ class Flow:
             )
         if base in exported.constants and not is_copied_first(base):
             raise ModelError(
-                f"{what} writes to a tensor that it keeps ({write.target}; {line_of(write)}); return it, or compute it anew"
+                f"{what} writes to a tensor that it keeps ({write.target}; {line_of(write)}); return it, or recompute it"
             )
         if base in exported.inputs:
             raise ModelError(

@@ -23,20 +23,20 @@ def from_function(
     trainable: Sequence[str] = ("*",),
     branches: Branches = "example",
 ) -> CapturedModel:
-    """A function with markers as a model: a layer begins at each `af.split_point(x, name)` that it passes.
+    """Capture a function as a model: a layer begins at each `af.split_point(x, name)` that it passes.
 
     Args:
-        function: `function(params, batch)`, pure: params as nested dicts, batch a mapping without the key.
-        params: a tree of parameters: the model's initial weights. Their paths are the model's.
-        example_batch: a batch; only shapes and dtypes matter, but where the function decides by values.
-        trainable: patterns of the parameters that get gradients.
-        branches: what becomes of decisions by values, see `af.from_module`.
+        function: `function(params, batch)`, pure: params are nested dicts, batch is a mapping without the key.
+        params: a tree of parameters, with the model's initial weights; the paths are the model's.
+        example_batch: a batch; only shapes and dtypes matter, unless the function decides by values.
+        trainable: glob patterns of the parameters that get gradients.
+        branches: how to treat decisions by values, see `af.from_module`.
 
     Returns:
         A model for `af.split`, whose `init()` copies `params`.
 
     Raises:
-        ModelError: for what cannot be captured.
+        ModelError: for a function that cannot be captured.
 
     Example:
         def net(params, batch):
@@ -52,7 +52,7 @@ def from_function(
 
 
 class _Module(nn.Module):
-    """A function with its parameters in a list."""
+    """A function as a module, with its parameters in a list."""
 
     def __init__(self, function: Callable[..., Any], leaves: Mapping[str, Tensor]) -> None:
         super().__init__()

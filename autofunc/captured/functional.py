@@ -1,7 +1,7 @@
-"""Writes in place made functional: where weights are among what is written, every place between them can then be cut.
+"""Functional forms of in-place writes to values that need weights, so that the graph can be cut between the writes.
 
-`x += block(x)` becomes `x1 = x + block(x)`, and what read `x` afterwards reads `x1`; a write to a part (`out[:, n] = x`)
-becomes a new whole with that part. Views that were made before a write and are read after it are made again.
+`x += block(x)` becomes `x1 = x + block(x)`, and later reads of `x` read `x1`; a write to a part (`out[:, n] = x`) becomes a
+new whole with that part. Views made before a write and read after it are recreated.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from autofunc.captured.flow import Flow
 from autofunc.graph.memory import aliased, base_of, storages, written
-from autofunc.graph.schema import arguments, without_out
+from autofunc.graph.schema import arguments, name_of, without_out
 
 Node = fx.Node
 
@@ -26,7 +26,7 @@ _RESHAPED = ("view", "_unsafe_view", "reshape", "flatten", "unflatten", "unsquee
 
 
 def make_functional(flow: Flow) -> bool:
-    """Rewrite what is written to values that need weights, in place; whether anything was."""
+    """Rewrite, in place, the writes to values that need weights; return whether there were any."""
     changed = False
     bases = [base for base in flow.writes if base.op == "call_function" and base in flow.weighted]
     for base, family in families(flow.exported.graph, bases).items():
@@ -37,27 +37,27 @@ def make_functional(flow: Flow) -> bool:
 
 
 def families(graph: fx.Graph, bases: Iterable[Node]) -> dict[Node, set[Node]]:
-    """By base: itself, and all that lies in its memory. Rewriting one leaves the others as they are."""
+    """Return, by base, the base and all nodes that lie in its memory. Rewriting one family leaves the others unchanged."""
     found = {base: {base} for base in bases}
     for node in graph.nodes if found else ():
         base = base_of(node)
-        # of what may share memory by its schema, that which really did
+        # nodes whose schema says they may share memory, and that did
         if base in found and node.op == "call_function" and storages(node) & storages(base):
             found[base].add(node)
     return found
 
 
 def rewrite(graph: fx.Graph, base: Node, family: set[Node], *, gradients: bool = True) -> Node | None:
-    """Rewrite all that is written to one memory.
+    """Rewrite all writes to one memory.
 
     Args:
         graph: changed in place.
-        base: what the memory was made by.
+        base: the node that made the memory.
         family: see `families`.
-        gradients: whether what is written has any; they do not pass a `detach`, nor a region without them.
+        gradients: whether written values have gradients, which a `detach` or a no_grad region would not pass on.
 
     Returns:
-        What the memory holds in the end; None where something has no functional form, and nothing is changed.
+        The node with the memory's final value; None, with nothing changed, if some write has no functional form.
     """
     if not all(_is_possible(node, gradients) for node in family if node is not base):
         return None
@@ -65,18 +65,18 @@ def rewrite(graph: fx.Graph, base: Node, family: set[Node], *, gradients: bool =
 
 
 def _is_possible(node: Node, gradients: bool) -> bool:
-    """Whether a node of the memory is a write with a functional form, or a view that a part can be put back through."""
+    """True for a write with a functional form, or a view through which a part can be put back."""
     if gradients and any(mode == ("grad", False) for mode in node.meta.get("modes", ())):
         return False
     if isinstance(node.meta.get("val"), (list, tuple)) or node.target is getitem:
-        return False  # autograd does not let anything be written to one view of several
+        return False  # autograd forbids writes to one view of several
     if written(node):
         return len(written(node)) == 1 and _functional(node) is not None
     return aliased(node) is None or _put_back(node, gradients) is not None
 
 
 def _functional(write: Node) -> Callable[..., Any] | None:
-    """The operator that computes what a write writes; `copy_`, `fill_` and `zero_` have forms of their own."""
+    """Return the operator that computes the written value; `copy_`, `fill_` and `zero_` are special-cased."""
     packet, _, overload = str(write.target).removeprefix("aten.").partition(".")
     if packet in ("copy_", "fill_", "zero_"):
         return getattr(_aten, packet[:-1], None)
@@ -87,9 +87,9 @@ def _functional(write: Node) -> Callable[..., Any] | None:
 
 
 def _put_back(view: Node, gradients: bool) -> Callable[..., Any] | None:
-    """From (whole, part) to the nodes' arguments of the operator that makes the whole anew; None where there is none."""
-    name = str(view.target).removeprefix("aten.").partition(".")[0]
-    if view.target in _SAME:  # what is written through it gets no gradient
+    """Return a function from (whole, part) to the operator and arguments that rebuild the whole; None if there is none."""
+    name = name_of(view)
+    if view.target in _SAME:  # values written through it get no gradient
         return None if gradients else lambda whole, part: (_aten.alias.default, (part,))
     if name == "select":
         return lambda whole, part: (_aten.select_scatter.default, (whole, part, *view.args[1:]))
@@ -109,11 +109,11 @@ def _put_back(view: Node, gradients: bool) -> Callable[..., Any] | None:
 
 
 class _Rewriting:
-    """One memory of a graph.
+    """The rewriting of one memory of a graph.
 
     Args:
         graph: changed in place.
-        base: what the memory was made by.
+        base: the node that made the memory.
         family: all nodes whose values lie in it.
         gradients: see `rewrite`.
     """
@@ -124,10 +124,10 @@ class _Rewriting:
         self._lender = {node: _lender(node) for node in family if node is not base}
         self._writes = [node for node in graph.nodes if node in family and written(node)]
         self._version = 0
-        self._values: dict[Node, tuple[int, Node]] = {base: (0, base)}  # member -> (version, what holds it then)
+        self._values: dict[Node, tuple[int, Node]] = {base: (0, base)}  # member -> (version, the node with its value then)
 
     def run(self) -> Node:
-        """Go through the graph in order; returns what holds the base's value in the end."""
+        """Go through the graph in order; return the node with the base's final value."""
         begun = False
         for node in list(self._graph.nodes):
             if node is self._base:
@@ -146,19 +146,19 @@ class _Rewriting:
         return self._values[self._base][1]
 
     def _read(self, node: Node) -> None:
-        """Let a node read the values of now."""
+        """Make a node read current values."""
         for read in node.all_input_nodes:
             if read in self._family:
                 node.replace_input_with(read, self._value(read, node))
 
     def _value(self, member: Node, reader: Node) -> Node:
-        """What holds a member's value now; made before the reader, if need be."""
+        """Return the node with a member's current value, made before the reader if need be."""
         version, held = self._values[member]
         if version == self._version:
             return held
         lender = self._lender[member]
         parent = self._value(lender, reader)
-        if member in self._writes:  # what it returns is what it wrote to
+        if member in self._writes:  # a write returns the tensor it wrote to
             made = parent
         else:
             args = tuple(parent if argument is lender else argument for argument in self._args[member])
@@ -176,17 +176,17 @@ class _Rewriting:
             member = lender
         self._version += 1
         self._values[self._base] = (self._version, part)
-        self._values[write] = (self._version - 1, part)  # of before: it is looked up through what it wrote to
+        self._values[write] = (self._version - 1, part)  # outdated on purpose: looked up through its target
 
     def _computed(self, write: Node, old: Node) -> Node:
-        """What a write writes, with the shape and dtype of what was there."""
+        """Return the value a write writes, with the shape and dtype of the old one."""
 
         def now(read: Node) -> Node:
             return self._value(read, write) if read in self._family else read
 
         given = fx.node.map_arg(arguments(write), now)
         value = old.meta["val"]
-        packet = str(write.target).removeprefix("aten.").partition(".")[0]
+        packet = name_of(write)
         if packet == "zero_":
             return self._call(_aten.zeros_like.default, (old,), {}, write)
         if packet == "fill_":
@@ -205,12 +205,12 @@ class _Rewriting:
             part = self._call(_aten.to.dtype, (part, value.dtype), {}, write)
         if part.meta["val"].shape != value.shape:
             part = self._call(_aten.expand.default, (part, list(value.shape)), {}, write)
-        if packet in ("copy_", "fill_"):  # what was written lies in memory of its own
+        if packet in ("copy_", "fill_"):  # the value written has separate memory
             part = self._call(_aten.clone.default, (part,), {}, write)
         return part
 
     def _whole(self, view: Node, lender: Node, part: Node, write: Node) -> Node:
-        """What a view was taken of, with a new part in its place."""
+        """Return the tensor a view was taken of, with a new part in its place."""
         whole = self._value(lender, write)
         put_back = _put_back(view, self._gradients)
         assert put_back is not None
@@ -230,7 +230,7 @@ class _Rewriting:
 
 def _lender(member: Node) -> Node:
     lender = written(member)[0] if written(member) else aliased(member)
-    assert lender is not None, f"{member} lies in no other's memory"
+    assert lender is not None, f"{member} shares no other node's memory"
     return lender
 
 

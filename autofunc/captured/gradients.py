@@ -1,4 +1,4 @@
-"""A captured forward is differentiated by its operators: gradients written by hand would be lost, so they are refused."""
+"""Refusal of gradients written by hand: a captured forward is differentiated by its operators and would lose them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _HOOKS = ("_backward_hooks", "_backward_pre_hooks")
 
 
 def replaced_functions(what: str) -> dict[Any, Callable[..., Any]]:
-    """By function of torch: what is called instead while a forward is captured.
+    """Return, by torch function, the one to call instead while a forward is captured.
 
     Args:
         what: the module, for messages.
@@ -30,9 +30,9 @@ def replaced_functions(what: str) -> dict[Any, Callable[..., Any]]:
 
     def grad(*_: Any, **__: Any) -> None:
         raise ModelError(
-            f"{what} differentiates inside of its forward (torch.autograd.grad; "
-            f"{user_line(traceback.extract_stack())}), which a captured forward cannot; write that gradient with "
-            "operators, or the model as af.Layer functions for engine='eager'"
+            f"{what} differentiates inside its forward (torch.autograd.grad; {user_line(traceback.extract_stack())}), "
+            "which a captured forward cannot do; write that gradient with operators, or the model as af.Layer functions "
+            "for engine='eager'"
         )
 
     return {Tensor.register_hook: register_hook, torch.autograd.grad: grad, _DATA: Tensor.detach}
@@ -53,7 +53,7 @@ def refuse_parameter_hooks(module: nn.Module, what: str) -> None:
 
 
 def refuse_module_hooks(module: nn.Module, what: str) -> None:
-    """Refuse hooks on the gradients of what modules take and return.
+    """Refuse hooks on the gradients of modules' inputs and outputs.
 
     Raises:
         ModelError: naming the part.
@@ -67,10 +67,10 @@ def refuse_module_hooks(module: nn.Module, what: str) -> None:
 
 
 def refuse_own_backward(outputs: Any, what: str) -> None:
-    """Refuse what was made by a `torch.autograd.Function`.
+    """Refuse outputs made by a `torch.autograd.Function` that was not recorded.
 
     Args:
-        outputs: what forward returned, with its autograd graph.
+        outputs: those of forward, with their autograd graph.
         what: the module, for messages.
 
     Raises:
@@ -83,11 +83,11 @@ def refuse_own_backward(outputs: Any, what: str) -> None:
         if node is None or node in seen:
             continue
         seen.add(node)
-        # those of operators in a torch.library stay with the operator
+        # functions of torch.library operators stay with the operator
         if isinstance(node, BackwardCFunction) and not type(node).__name__.startswith("GeneratedBackwardFor_"):
             name = type(node).__name__.removesuffix("Backward")
             raise ModelError(
-                f"{what} applies {name} in a way that cannot be followed, and a captured forward would lose its backward; "
+                f"{what} applies {name} in a way that cannot be traced, and a captured forward would lose its backward; "
                 f"call {name}.apply"
             )
         left += [following for following, _ in node.next_functions]

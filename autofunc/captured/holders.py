@@ -1,4 +1,4 @@
-"""Which layer holds which parameter, and under what name."""
+"""The layers that hold each parameter, and the names they hold it under."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from autofunc.errors import some_of
 def holders(
     layers: Sequence[str], params: Sequence[Sequence[str]], aliases: Mapping[str, Sequence[str]]
 ) -> dict[str, dict[str, str]]:
-    """By layer: canonical name of each parameter it uses -> the path under which it holds it.
+    """Return, by layer: canonical name of each parameter it uses -> the path under which it holds it.
 
-    The first layer to use a parameter holds it by its name; the others by another name that the module has for it, or one
-    made of both.
+    The first layer to use a parameter holds it by its canonical name. Other layers use an alias that the module has inside
+    the layer, or else a name made of both.
     """
     found: dict[str, dict[str, str]] = {}
     taken: set[str] = set()
@@ -31,7 +31,7 @@ def holders(
 
 
 def idle(parameters: Mapping[str, Tensor], params: Sequence[Sequence[str]], trainable: Sequence[str]) -> list[str]:
-    """What could be trained, and no layer uses: its gradients are zero."""
+    """Return the parameters that could be trained but no layer uses: their gradients are zero."""
     used = {name for names in params for name in names}
     return [
         name for name, leaf in parameters.items()
@@ -40,7 +40,7 @@ def idle(parameters: Mapping[str, Tensor], params: Sequence[Sequence[str]], trai
 
 
 def with_idle(params: Sequence[Sequence[str]], unread: Sequence[str], order: Iterable[str]) -> list[list[str]]:
-    """What each layer holds: what it uses, and what is idle and comes next in the module."""
+    """Return the parameters each layer holds: those it uses, and the idle ones that follow them in the module."""
     first = {name: layer for layer, names in reversed([*enumerate(params)]) for name in names}
     held, layer, waiting = [list(names) for names in params], 0, set(unread)
     for name in order:
@@ -51,5 +51,5 @@ def with_idle(params: Sequence[Sequence[str]], unread: Sequence[str], order: Ite
 
 
 def idle_note(unread: Sequence[str], entries: Iterable[str]) -> str:
-    """What is said of parameters that no layer uses."""
+    """Return the note for the user about parameters that no layer uses."""
     return f"no layer uses {some_of(unread, 5)} with these inputs ({', '.join(entries)}): the gradients are zero"

@@ -1,6 +1,6 @@
-"""Draws from Python's and numpy's generators: a capture would make them once and for all, so they may not matter.
+"""Draws from Python's and numpy's generators. A capture would fix them once and for all, so they may not affect the graph.
 
-They may be made and not matter: layers that are dropped with probability 0.
+They may be made without an effect, as for layers that are dropped with probability 0.
 """
 
 from __future__ import annotations
@@ -19,31 +19,29 @@ from autofunc.errors import ModelError
 
 
 class HostDraws:
-    """Which generators a forward draws from."""
+    """The generators that a forward draws from."""
 
     def __init__(self) -> None:
         self.names: list[str] = []
 
     @contextmanager
     def undone(self) -> Iterator[None]:
-        """Around a forward: sees what it draws, and puts the generators back."""
+        """Wrap a forward: record which generators it draws from, and restore their states."""
         before = _states()
-        python, numbers = random.getstate(), np.random.get_state()
-        try:
-            yield
-        finally:
-            self.names = [name for name, state in _states().items() if state != before[name]]
-            random.setstate(python)
-            np.random.set_state(numbers)
+        with restored_host_generators():
+            try:
+                yield
+            finally:
+                self.names = [name for name, state in _states().items() if state != before[name]]
 
 
 def refuse_host_draws(draws: HostDraws, first: Any, again: Callable[[], Any], what: str) -> None:
-    """Refuse a forward that is another one where its generators give other numbers.
+    """Refuse a forward that changes when its generators give other numbers.
 
     Args:
-        draws: what it drew from when it was exported.
+        draws: the draws made while it was exported.
         first: the exported program.
-        again: exports it once more.
+        again: exports it again.
         what: the module, for messages.
 
     Raises:
@@ -56,13 +54,24 @@ def refuse_host_draws(draws: HostDraws, first: Any, again: Callable[[], Any], wh
         with _others():
             second = again()
         same = str(first.graph) == str(second.graph) and _equal(first.constants, second.constants)
-    except Exception:  # whatever the user's code makes of other numbers
+    except Exception:  # raised by user code that meets other numbers
         same = False
     if not same:
         raise ModelError(
-            f"{what} draws from {names}, which a capture would do once and for all; draw by torch.rand, which becomes a "
-            "function of the key, pass what is drawn in the batch, or turn it off: layerdrop=0, mask_time_prob=0, eval mode"
+            f"{what} draws from {names}, and a capture would fix those draws for good; draw with torch.rand, which becomes "
+            "a function of the key, pass the draws in the batch, or turn them off: layerdrop=0, mask_time_prob=0, eval mode"
         )
+
+
+@contextmanager
+def restored_host_generators() -> Iterator[None]:
+    """Restore Python's and numpy's global generators afterwards."""
+    python, numbers = random.getstate(), np.random.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numbers)
 
 
 def _states() -> dict[str, Any]:
@@ -71,16 +80,12 @@ def _states() -> dict[str, Any]:
 
 @contextmanager
 def _others() -> Iterator[None]:
-    """Inside, generators give zeros first, which are below every probability but 0, and then other numbers."""
-    python, numbers = random.getstate(), np.random.get_state()
+    """Inside, the generators first give zeros, which are below every probability except 0, then other numbers."""
     words = np.concatenate([np.zeros(400), np.random.default_rng(1).integers(1, 2**32, 224)]).astype(np.uint32)
-    random.setstate((3, (*map(int, words), 0), None))  # the state of a Mersenne twister is what it gives next
-    np.random.set_state(("MT19937", words, 0, 0, 0.0))
-    try:
+    with restored_host_generators():
+        random.setstate((3, (*map(int, words), 0), None))  # a Mersenne twister's state is its next outputs
+        np.random.set_state(("MT19937", words, 0, 0, 0.0))
         yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numbers)
 
 
 def _equal(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:

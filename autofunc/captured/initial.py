@@ -1,8 +1,8 @@
-"""Weights and buffers of a module on the meta device, made by the module's own initialisers, a part at a time.
+"""Weights and buffers of a module on the meta device, made by the module's own initialisers, one part at a time.
 
-The module stays on the meta device. Parts of it are stood in for by shells: objects of the same class and settings with
-real tensors of their own, on which `reset_parameters`, and the `_init_weights(part)` of parts above (the way of
-transformers and nanoGPT), are called. The generator is seeded from (seed, path of the part), so values do not depend on the
+The module stays on the meta device. Shells stand in for its parts: objects of the same class and settings, but with real
+tensors. On these, `reset_parameters` and the `_init_weights(part)` of enclosing parts (as in transformers and nanoGPT) are
+called. The generator is seeded from (seed, path of the part), so values do not depend on the
 layout.
 """
 
@@ -20,10 +20,10 @@ from autofunc.random import InitKey
 
 
 def initial_weights(module: nn.Module, paths: Iterable[str], seed: int) -> dict[str, Tensor]:
-    """Values for parameters, by canonical path, on the CPU.
+    """Return initial values of parameters, by canonical path, on the CPU.
 
     Raises:
-        ModelError: when no initialiser fills one.
+        ModelError: if no initialiser fills one of them.
     """
     owners: dict[str, list[str]] = {}
     for path in paths:
@@ -47,10 +47,10 @@ def initial_weights(module: nn.Module, paths: Iterable[str], seed: int) -> dict[
 
 
 def initial_buffer(module: nn.Module, path: str) -> Tensor:
-    """The value of a buffer that is on the meta device.
+    """Return the value of a buffer that is on the meta device.
 
     Raises:
-        ModelError: when no initialiser makes it.
+        ModelError: if no initialiser makes it.
     """
     owner, _, name = path.rpartition(".")
     shells = _shells(module, owner)
@@ -68,11 +68,11 @@ def initial_buffer(module: nn.Module, path: str) -> Tensor:
     return value
 
 
-_UNLIKELY = -7  # what blank integers hold, for they cannot hold NaN
+_UNLIKELY = -7  # fills blank integers, which cannot hold NaN
 
 
 def _blank(leaf: Tensor) -> Tensor:
-    """A tensor that shows whether it was filled."""
+    """Return a tensor whose contents show whether it was filled."""
     filler = float("nan") if leaf.is_floating_point() else leaf.dtype != torch.bool and _UNLIKELY
     return torch.full(leaf.shape, filler, dtype=leaf.dtype, device="cpu")
 
@@ -84,7 +84,7 @@ def _was_filled(value: Tensor) -> bool:
 
 
 def _shells(module: nn.Module, name: str) -> list[nn.Module]:
-    """Objects like the module, the part with this name and all between, whose tensors can be set without touching them."""
+    """Return shells of the module, the part with this name and all between, whose tensors can be set independently."""
     shells = [_shell(module)]
     for key in name.split(".") if name else ():
         shell = _shell(shells[-1].get_submodule(key))
@@ -95,16 +95,16 @@ def _shells(module: nn.Module, name: str) -> list[nn.Module]:
 
 def _shell(part: nn.Module) -> nn.Module:
     shell = copy.copy(part)
-    # by its namespace: what is set on torch.compile's wrapper goes to what it wraps
+    # through its namespace: attributes set on torch.compile's wrapper go to the wrapped module
     vars(shell).update({space: dict(vars(part)[space]) for space in ("_parameters", "_buffers", "_modules")})
     return shell
 
 
 def _initialise(shells: Sequence[nn.Module], owner: str, seed: int) -> None:
-    """Run what initialises a part: its own `reset_parameters`, then `_init_weights` on it and on each part above.
+    """Initialise a part: call its own `reset_parameters`, then `_init_weights` on it and on each enclosing part.
 
-    Each is initialised by the nearest part at or above it that has an `_init_weights`, innermost first, as `apply` would.
-    Tensors of the other parts are on the meta device, where nothing happens.
+    Each part is initialised by the nearest `_init_weights` at or above it, innermost first, as `apply` would.
+    The other parts' tensors are on the meta device, where initialising has no effect.
     """
     with _seeded(seed, owner), torch.no_grad(), torch.device("cpu"):
         # torch's attention and transformers spell it with an underscore

@@ -1,4 +1,4 @@
-"""An exported graph with the bodies of its regions, such as those under no_grad, in their places."""
+"""An exported graph with its regions, such as those under no_grad, inlined."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from autofunc.graph.schema import is_operator
 Node = fx.Node
 
 PREFIX = "module."
-"""What the exported call puts before the names of a module's parts."""
+"""The prefix that the exported call puts before the names of a module's parts."""
 
 _aten = torch.ops.aten
 
@@ -26,16 +26,16 @@ _RESHAPED_IN_PLACE: dict[Any, Any] = {
     _aten.t_.default: _aten.t.default, _aten.transpose_.default: _aten.transpose.int,
     _aten.swapaxes_.default: _aten.swapaxes.default, _aten.swapdims_.default: _aten.swapdims.default,
 }  # fmt: skip
-"""They write nothing: a tensor has another shape afterwards, as a view of it would have."""
+"""These write no values: they change a tensor's shape, as a view would have it."""
 
 
 class Inliner:
-    """Copies a graph, with the bodies of its no-grad and autocast regions in their places."""
+    """Copies a graph, with its no-grad and autocast regions inlined."""
 
     def __init__(self, root: fx.GraphModule, module: nn.Module) -> None:
         self.root, self.names = root, RegisteredNames(module)
         self.graph = fx.Graph()
-        self.values: dict[Node, Any] = {}  # old node -> new one, or a tuple of them, or a constant
+        self.values: dict[Node, Any] = {}  # old node -> its new one, or a tuple of them, or a constant
 
     def placeholder(self, node: Node) -> Node:
         """Copy a placeholder."""
@@ -47,7 +47,7 @@ class Inliner:
     def run(
         self, graph: fx.Graph, modes: tuple[tuple[Any, ...], ...] = (), owner: fx.GraphModule | None = None
     ) -> list[Any]:
-        """Copy the operators of a graph; returns the new nodes of what it returns."""
+        """Copy the operators of a graph; return the new nodes, or constants, of what it returns."""
         owner = owner or self.root
         for node in graph.nodes:
             if node.op == "placeholder":
@@ -81,7 +81,7 @@ class Inliner:
                 "operators"
             )
         if not is_operator(node) and node.target is not operator.getitem:
-            raise ModelError(f"{name} cannot be split over stages ({line_of(node)}); write it without")
+            raise ModelError(f"{name} cannot be split over stages ({line_of(node)}); write forward without it")
         args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda read: self.values[read])
         reshaped = _RESHAPED_IN_PLACE.get(node.target)
         new = self.graph.call_function(reshaped or node.target, args, kwargs)  # type: ignore[arg-type]
@@ -92,7 +92,7 @@ class Inliner:
             modes=modes,
             stack_trace=node.meta.get("stack_trace", ""),
         )
-        if reshaped is not None:  # whoever reads the tensor from now on sees it so
+        if reshaped is not None:  # later readers of the tensor see the new shape
             self.values.update({old: new for old, value in self.values.items() if value is args[0]})
         self.values[node] = new
 

@@ -1,4 +1,4 @@
-"""Buffers that a captured forward reads and does not write: their values are permanent, and a key changes with them."""
+"""Buffers that a captured forward reads but does not write: their values are fixed, and a key changes with them."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from autofunc.cache import Identity
 from autofunc.fingerprint import Fingerprint, Fingerprinted
 
-_MOST_COMPARED = 1 << 20  # elements of a tensor that is compared by value
+_MOST_COMPARED = 1 << 20  # elements; larger tensors are not compared by value
 
 
 class KeptBuffers(Fingerprinted):
-    """Buffers of a module by name; a key of it changes when one of them gets another value.
+    """Some buffers of a module, by name; the fingerprint changes when one of them gets another value.
 
     Args:
-        module: whose.
+        module: the module that holds them.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -32,17 +32,17 @@ class KeptBuffers(Fingerprinted):
         return len(self._names)
 
     def add(self, name: str) -> None:
-        """Look at this one from now on."""
+        """Include this buffer from now on."""
         self._names[name] = None
 
     def fingerprint(self, keys: Fingerprint) -> Hashable:
-        """The values as they are now."""
+        """The current values."""
         for name in self._names:
             keys.note(f"the module ({type(self._module).__name__})", [name, name], partial(self._members, name))
         return tuple((name, content_of(self._live(name))) for name in self._names)
 
     def key(self, name: str, value: Tensor) -> Hashable:
-        """Of a buffer, whose real value is given: it may lie elsewhere, and be read anew each time."""
+        """Return the key of a buffer with a given real value, which may lie elsewhere and be read again each time."""
         return content_of(value if value.numel() <= _MOST_COMPARED else self._live(name))
 
     def _live(self, name: str) -> Tensor | None:
@@ -55,12 +55,12 @@ class KeptBuffers(Fingerprinted):
 
 
 def writes_of(value: Tensor | None) -> str:
-    """How often a tensor was written to: a text, of which equal ones are one object. Of some nobody counts."""
+    """Return how often a tensor was written to, as an interned string; "" for tensors without a count."""
     return "" if value is None or value.is_inference() else sys.intern(str(value._version))
 
 
 def content_of(value: Tensor | None) -> Hashable:
-    """A key of a tensor: of its values, or of what it is and how often it was written to where they are many or unknown."""
+    """Return a key of a tensor: of its values, or, for large or meta tensors, of its identity and number of writes."""
     if value is None:
         return None
     if value.is_meta or value.numel() > _MOST_COMPARED:

@@ -1,6 +1,6 @@
-"""Randomness of a captured module becomes a function of the key, the same in every layout.
+"""Randomness of a captured module as functions of the key, the same in every layout.
 
-Without a key dropout, and what is a kind of it, is off; a draw is an error.
+Without a key, dropout and its variants are off; a draw is an error.
 """
 
 from __future__ import annotations
@@ -14,32 +14,32 @@ import torch
 from torch import Tensor, fx
 
 from autofunc import random
+from autofunc.captured.autograd_functions import operators_of
 from autofunc.captured.draws import draw, options_of
-from autofunc.captured.own_backward import operators_of
 from autofunc.captured.recurrent import RECURRENT, layer_by_layer, recurrent_arguments
 from autofunc.captured.segment import Runtime
 from autofunc.errors import ModelError
 from autofunc.fingerprint import Name
 from autofunc.graph.lines import line_of
 from autofunc.graph.memory import aliased, written
-from autofunc.graph.schema import arguments, is_operator, is_random
+from autofunc.graph.schema import arguments, is_operator, is_random, name_of
 
 _aten = torch.ops.aten
-_ALPHA = 1.7580993408473766  # what alpha dropout sets elements to, times -1: the limit of SELU on the left
+_ALPHA = 1.7580993408473766  # alpha dropout sets elements to -1 times this, the left limit of SELU
 
 
 def dropout(x: Tensor, p: float, key: Tensor | None, name: str) -> Tensor:
-    """See `af.random.dropout`; torch lets everything be dropped, too."""
+    """See `af.random.dropout`; like torch's, it also takes p = 1."""
     return x * 0.0 if p == 1.0 and key is not None else random.dropout(x, p, {"key": key}, name)
 
 
 def feature_dropout(x: Tensor, p: float, key: Tensor | None, name: str) -> Tensor:
-    """Drops whole channels: one draw for each of the first two dims."""
+    """Drop whole channels: one draw for each index of the first two dims."""
     return x if key is None else torch.mul(x, dropout(_ones_of_features(x), p, key, name))
 
 
 def alpha_dropout(x: Tensor, p: float, key: Tensor | None, name: str) -> Tensor:
-    """Keeps mean and variance of what went through SELU."""
+    """Dropout that keeps the mean and variance of SELU's outputs."""
     return x if key is None else _alpha_dropped(x, torch.ones_like(x), p, key, name)
 
 
@@ -61,7 +61,7 @@ def _alpha_dropped(x: Tensor, ones: Tensor, p: float, key: Tensor, name: str) ->
 
 
 def rrelu(x: Tensor, lower: float, upper: float, key: Tensor | None, name: str) -> Tensor:
-    """A slope for each negative element; without a key the mean one."""
+    """Randomised leaky ReLU: one slope drawn per negative element; the mean slope without a key."""
     if key is None:
         return torch.nn.functional.leaky_relu(x, (lower + upper) / 2)
     slope = random.uniform(random.fold_in(key, name), x.shape, x.dtype, low=lower, high=upper)
@@ -72,7 +72,7 @@ def attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, p: float, is_causal: bool, scale: float | None,
     enable_gqa: bool, random_key: Tensor | None, name: str,
 ) -> Tensor:  # fmt: skip
-    """Attention with dropout of its weights; without a key it is `scaled_dot_product_attention` itself."""
+    """Attention with dropout on its weights; without a key, `scaled_dot_product_attention` itself."""
     if random_key is None:
         return torch.nn.functional.scaled_dot_product_attention(
             query, key, value, mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa
@@ -85,7 +85,7 @@ def attention(
 def attention_weights(
     query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None
 ) -> Tensor:  # fmt: skip
-    """What attention weighs values by."""
+    """Return the weights of attention, (..., queries, keys)."""
     scores = query @ key.transpose(-2, -1) * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)
     if is_causal:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
@@ -95,7 +95,7 @@ def attention_weights(
 
 
 def for_each_head(x: Tensor, query: Tensor) -> Tensor:
-    """Keys or values with as many heads as queries, each for a group of them."""
+    """Repeat keys or values so that each of the queries' heads has its own."""
     return x.repeat_interleave(query.shape[-3] // x.shape[-3], -3)
 
 
@@ -106,10 +106,10 @@ _DROPOUTS: dict[str, Callable[..., Tensor]] = {
 
 
 def replace_random(graph: fx.Graph, what: str) -> None:
-    """Change a graph in place.
+    """Replace random operators in a graph, in place, by functions of (key, name).
 
     Raises:
-        ModelError: for randomness that is not known here.
+        ModelError: for a random operator without such a function.
     """
     count: Counter[str] = Counter()
     for node in list(graph.nodes):
@@ -131,9 +131,9 @@ def replace_random(graph: fx.Graph, what: str) -> None:
             function, args = draw, (kind, list(value.shape), value.dtype, options, where)
         else:
             raise ModelError(
-                f"{what} draws from the global random generator ({node.target}; {line_of(node)}), which would differ from "
-                "layout to layout; draw what it needs by torch.rand, randn or exponential_, which become functions of the "
-                "key, or give it in the batch"
+                f"{what} draws from the global random generator ({node.target}; {line_of(node)}), which would depend on "
+                "the layout; draw with torch.rand, randn or exponential_, which become functions of the key, or pass the "
+                "draws in the batch"
             )
         place = node.meta["modules"][-1][0] if node.meta["modules"] else ""
         label = _label(place)
@@ -150,28 +150,28 @@ def _refuse_draws_inside(node: fx.Node, what: str) -> None:
     if drawn is not None:
         raise ModelError(
             f"{what}: the forward of an autograd.Function draws random numbers ({drawn.target}; {line_of(node)}); draw "
-            "before, and pass what is drawn to its apply"
+            "them before, and pass them to its apply"
         )
 
 
 def kind_of(node: fx.Node) -> str:
-    """The name of a node's operator, without "aten.", its overload, and the underscore of one in place."""
-    return str(node.target).removeprefix("aten.").partition(".")[0].removesuffix("_") if is_operator(node) else ""
+    """Return the name of a node's operator, without "aten.", its overload, and an in-place operator's underscore."""
+    return name_of(node).removesuffix("_") if is_operator(node) else ""
 
 
 def _label(place: str) -> str:
-    """The module's name, with the number of the call where there are several: `L__self__module.h.0.drop@1`."""
+    """Return the module's name, with the number of the call if there are several: `L__self__module.h.0.drop@1`."""
     return place.partition("module.")[2] or place
 
 
 def _replace(graph: fx.Graph, node: fx.Node, value: Any) -> None:
-    """Later users of what was drawn in place, or dropped, see the result, too."""
+    """Replace a node, so that later users of a tensor drawn or dropped in place see the result too."""
     targets = written(node)
     if targets and value is not targets[0]:
         target = targets[0]
         shared = aliased(target) is not None or any(aliased(user) is target for user in target.users if user is not node)
-        kept = target.op == "placeholder" and value.target is draw  # by the module, which would find it in the next forward
-        if shared or kept:  # whatever shares its memory sees it too
+        kept = target.op == "placeholder" and value.target is draw  # the module's tensor; the next forward would read it
+        if shared or kept:  # everything that shares the memory sees it too
             with graph.inserting_before(node):
                 copied = graph.call_function(_aten.copy_.default, (target, value))
             copied.meta.update(node.meta)

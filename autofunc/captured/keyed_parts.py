@@ -1,4 +1,4 @@
-"""Randomness over the ranks of an axis: each draws what is dropped of the whole, and takes its part."""
+"""Rules for randomness over the ranks of an axis: each rank draws for the whole, and takes its part."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from autofunc.spreading.rules.attention import heads_of
 
 @rule(dropout)
 def cut_dropout(op: Operation) -> Outcome | None:
-    """Dropout of what is cut."""
+    """Dropout of a cut value."""
     x, p, key, name = op.node.args
     cut = op.cut(x)
     if cut is None:
@@ -26,7 +26,7 @@ def cut_dropout(op: Operation) -> Outcome | None:
 def dropout_of_part(
     x: Tensor, p: float, key: Tensor | None, name: str, shape: list[int], dim: int, parts: tuple[int, ...], axis: str
 ) -> Tensor:
-    """Dropout of a part of what has this shape."""
+    """Apply dropout to a part of a value with this shape, as it would be applied to the whole."""
     if key is None or p == 0.0:
         return x
     return x * piece_of_shared(dropout(torch.ones(shape, dtype=x.dtype, device=x.device), p, key, name), axis, dim, parts)
@@ -34,7 +34,7 @@ def dropout_of_part(
 
 @rule(attention)
 def cut_attention(op: Operation) -> Outcome | None:
-    """Attention with dropout of its weights, by heads or by rows."""
+    """Attention with dropout on its weights, cut by heads or by rows."""
     q, k, v, mask, p, is_causal, scale, grouped, key, name = op.node.args
     found = heads_of(op, q, k, v, mask, grouped=bool(grouped))  # type: ignore[arg-type]
     if found is None:
@@ -50,7 +50,7 @@ def attention_of_part(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, p: float, is_causal: bool, scale: float | None,
     enable_gqa: bool, random_key: Tensor | None, name: str, shape: list[int], dim: int, parts: tuple[int, ...], axis: str,
 ) -> Tensor:  # fmt: skip
-    """Attention of a part of the heads, or rows, whose weights have this shape in all."""
+    """Compute attention for some of the heads or rows; `shape` is that of the weights of all."""
     if random_key is None:
         return attention(query, key, value, mask, p, is_causal, scale, enable_gqa, None, name)
     if enable_gqa:

@@ -1,4 +1,4 @@
-"""A model that was captured from a module or a function: its layers are pieces of one graph."""
+"""A model captured from a module or a function: its layers are pieces of one graph."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ from autofunc.spreading import AxisPlan
 
 @dataclass(frozen=True)
 class Shared:
-    """What the layers of a stage share for one microbatch."""
+    """The values that a stage's layers share for one microbatch."""
 
-    values: Mapping[str, Any]  # that depend on the batch and on constants alone, by name
+    values: Mapping[str, Any]  # by name; they depend on the batch and constants alone
     device: torch.device
-    key: Tensor | None  # of the microbatch's randomness
+    key: Tensor | None  # of the microbatch's randomness; None evaluates
 
 
 class CapturedModel(Model):
     """A `Model` whose layers are pieces of a captured forward; made by `af.from_module` and `af.from_function`.
 
-    The graph is captured again for every signature of a microbatch. What depends on the batch and on constants alone is
-    computed once per stage and microbatch (`Specialised.share`), not handed on.
+    The graph is captured for every signature of a microbatch. Values that depend on the batch and constants alone are
+    computed once per stage and microbatch (`Specialised.share`), instead of being sent.
     """
 
     def __init__(
@@ -88,17 +88,17 @@ class CapturedModel(Model):
 
     @property
     def example(self) -> Mapping[str, Any]:
-        """The batch that it was captured with first."""
+        """The batch it was first captured with."""
         return self._example
 
     @property
     def used(self) -> list[str]:
-        """Canonical paths of the parameters that a layer uses, and of those that could be trained and none uses."""
+        """Canonical paths of the parameters that some layer uses, and of trainable ones that none uses."""
         return list(dict.fromkeys(name for owned in self._holders.values() for name in owned))
 
     @property
     def key_name(self) -> str:  # type: ignore[override]
-        """See `Model.key_name`: another one where `key` is an entry that forward takes."""
+        """See `Model.key_name`: another name if forward takes an entry called `key`."""
         return self._source.key_name
 
     @property
@@ -108,16 +108,16 @@ class CapturedModel(Model):
 
     @property
     def module(self) -> nn.Module:
-        """What was captured."""
+        """The captured module."""
         return self._source.module
 
     @property
     def is_module(self) -> bool:
-        """Whether that is a module, and no function of parameters."""
+        """True for a model of a module, False for one of a function."""
         return isinstance(self._source, ModuleSource)
 
     def cut_before(self, names: Sequence[str]) -> CapturedModel:
-        """See `Model.cut_before`: layers begin at these places too."""
+        """See `Model.cut_before`: layers also begin at these places."""
         start = self._found.start
         known = {start[name]: name for name in self._names if name in start}
         wanted = {**{start[name]: name for name in names}, **known}
@@ -130,13 +130,13 @@ class CapturedModel(Model):
         )  # fmt: skip
 
     def selected(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """The entries of a batch that it takes."""
+        """Return the batch's entries that forward takes."""
         return self._source.select(batch)
 
-    # --- what `Model` works out from its layers
+    # --- what `Model` derives from its layers
 
     def _check_names(self, layers: Iterable[str]) -> None:
-        """Layers may be inside one another: parameters are found by what uses them, not by their names."""
+        """Allow layers inside one another: parameters are found by the layers that use them, not by their names."""
 
     @cached_property
     def spec(self) -> dict[str, Tensor]:
@@ -152,7 +152,7 @@ class CapturedModel(Model):
 
     @cached_property
     def expert_paths(self) -> frozenset[str]:
-        """See `Model.expert_paths`: what the captured forward multiplies the rows of experts by."""
+        """See `Model.expert_paths`: the parameters that the captured forward multiplies experts' rows by."""
         flow = self._captures.flow(self._example, None)[1]
         return expert_parameters(flow.exported.graph, flow.exported.params, self._source.what)
 
@@ -163,7 +163,7 @@ class CapturedModel(Model):
     def inner_path(self, path: str) -> str:
         """See `Model.inner_path`."""
         prefix = (self.layer_of(path) or "") + "."
-        # what is not its own must not be taken for what is
+        # a path outside the layer must not be mistaken for one inside it
         return path.removeprefix(prefix) if path.startswith(prefix) else "@" + path.replace(".", "/")
 
     @property
@@ -178,7 +178,7 @@ class CapturedModel(Model):
     def init_paths(
         self, paths: Iterable[str], seed: int, device: torch.device | str, dtype: torch.dtype | None = None
     ) -> dict[str, Tensor]:
-        """See `Model.init_paths`. Real weights are copied; those on the meta device are made from (seed, path)."""
+        """See `Model.init_paths`. Real weights are copied; meta ones are made from (seed, path)."""
         wanted = sorted({self.canonical(path) for path in paths}, key=tree.split_path)
         return self._source.weights(wanted, seed, torch.device(device), dtype)
 
@@ -190,13 +190,13 @@ class CapturedModel(Model):
         return {path: self._source.buffer(path).detach().to(device, copy=True) for path in wanted}
 
     def state_dict(self, params: tree.Nested, state: tree.Nested | None = None) -> dict[str, Tensor]:
-        """See `Model.state_dict`: a module's own, so that `module.load_state_dict` takes it."""
+        """See `Model.state_dict`: for a module its own, so that `module.load_state_dict` takes it."""
         if not self.is_module:
             return super().state_dict(params, state)
         return self.to_module(params, state).state_dict()
 
     def to_module(self, params: tree.Nested, state: tree.Nested | None = None) -> nn.Module:
-        """See `Model.to_module`: a copy of the module that was captured, which itself stays as it is."""
+        """See `Model.to_module`: a copy of the captured module, which itself stays unchanged."""
         if not isinstance(self._source, ModuleSource):
             return super().to_module(params, state)
         given = full_values(self._source, self.with_state(params, state))
@@ -211,7 +211,7 @@ class CapturedModel(Model):
         return {**batch, self.key_name: make_key(0)} if needed else dict(batch)
 
     def without_key(self, batch: Mapping[str, Any]) -> Evaluation:
-        """How the module is evaluated on a batch without a key."""
+        """Return how the module is evaluated on a batch without a key."""
         return evaluation_of(self._captures.flow(batch, None, self._known_states, evaluates=True)[1])
 
     def specialise(
@@ -222,11 +222,11 @@ class CapturedModel(Model):
         training: bool = True,
         over: AxisPlan | None = None,
     ) -> Specialised:
-        """See `Model.specialise`: captures the forward for such microbatches, and cuts it at the layers.
+        """See `Model.specialise`: capture the forward for such microbatches, and cut it at the layers.
 
         Raises:
-            ModelError: for what cannot be captured, a microbatch for which it has no such layers, or parameters that have
-                neither the module's dtypes nor one dtype.
+            ModelError: for a forward that cannot be captured, a microbatch that would need other layers, or parameters
+                with neither the module's dtypes nor a single one.
         """
         batch = self._example if microbatch is None else microbatch
         known, evaluates = self._known_states, microbatch is not None and microbatch.get(self.key_name) is None
@@ -238,7 +238,7 @@ class CapturedModel(Model):
         return cache.shared.get(key, lambda: self._specialised_for(self._over(flow, over), entries))
 
     def over_ranks(self, axis: str, size: int, table: Any, *, sequence: bool) -> AxisPlan:
-        """See `Model.over_ranks`: by the graph of the example."""
+        """See `Model.over_ranks`: planned on the example's graph."""
         flow = self._captures.flow(self._example, None, self._known_states)[1]
         return planned(flow, self._source.module, axis, size, table, sequence=sequence, what=self._source.what)
 
@@ -257,8 +257,8 @@ class CapturedModel(Model):
         others = {name for names in cut.states for name in names} - self._known_states
         if others:
             raise ModelError(
-                f"{self._source.what}: for this batch forward writes to its buffer {min(others)!r}, which it did not for "
-                "the example; give an example for which it does"
+                f"{self._source.what}: for this batch forward writes to its buffer {min(others)!r}, unlike for the "
+                "example; give an example for which it does"
             )
         number_of, key_name = {name: number for number, name in enumerate(self._names)}, self.key_name
 
@@ -280,7 +280,7 @@ class CapturedModel(Model):
         return Specialised(functions, share, programs, self._found, stateful)
 
     def _recast(self, dtypes: Mapping[str, torch.dtype]) -> torch.dtype | None:
-        """What a forward must be captured with, where the dtypes of parameters are not the module's."""
+        """Return the dtype to capture a forward with, or None for the module's own dtypes."""
         own = {path: leaf.dtype for path, leaf in self.spec.items() if leaf.is_floating_point()}
         given = {path: dtype for path, dtype in dtypes.items() if path in own}
         if all(dtype == own[path] for path, dtype in given.items()):
@@ -291,7 +291,7 @@ class CapturedModel(Model):
         return next(iter(given.values()))
 
     def _apply(self, number: int) -> Callable[..., Any]:
-        """A layer that is run by itself."""
+        """Return the function of a layer that is run alone."""
 
         def apply(params: Mapping[str, Any], x: Any, batch: Mapping[str, Any], *state: Any) -> Any:
             name, specialised = self._names[number], self.specialise(batch, training=all(state[1:]))
@@ -311,7 +311,7 @@ class CapturedModel(Model):
             refused = places.refused.get(name, "")
             if refused and refused not in ABSENT:
                 raise ModelError(f"{self._source.what}: for this batch no layer can begin at {name!r}, which {refused}")
-            # of what is not run for this batch, an empty layer is left
+            # a part that does not run for this batch leaves an empty layer
             starts.append(places.start.get(name, starts[-1] if starts else len(flow.nodes)))
         return Cut(flow, starts[::-1], inner_paths)
 
@@ -329,7 +329,7 @@ class CapturedModel(Model):
 
 
 def _function(segment: Segment) -> LayerFunction:
-    """A segment as the function of a layer."""
+    """Return a segment as a layer's function."""
 
     def function(params: Mapping[str, Any], x: Any, shared: Shared) -> Any:
         return segment(params, _received(segment, x), shared.values, shared.device, shared.key)[0]
@@ -338,7 +338,7 @@ def _function(segment: Segment) -> LayerFunction:
 
 
 def _stateful_function(segment: Segment) -> StatefulFunction:
-    """A segment as the function of a layer with state."""
+    """Return a segment as the function of a layer with state."""
 
     def function(params: Mapping[str, Any], x: Any, shared: Shared, state: State) -> tuple[Any, State]:
         return segment(params, _received(segment, x), shared.values, shared.device, shared.key, state)

@@ -28,7 +28,7 @@ def capture_module(
     weights: str | Path | None = None,
     branches: Branches = "example",
 ) -> CapturedModel:
-    """See `af.from_module`, which may compare the module with what is captured."""
+    """See `af.from_module`, which can also compare the module with its capture."""
     stored: Weights | None = None
     if isinstance(module, Pretrained):
         stored, trainable = module.weights, module.trainable if trainable is None else trainable
@@ -41,7 +41,7 @@ def capture_module(
         Captures(source, branches), example_batch, config=getattr(module, "config", None),
         trainable=("*",) if trainable is None else trainable,
         notes=[
-            *(f"{wrapper} around {source.what} is left out: the pipeline does its work" for wrapper in wrappers),
+            *(f"{wrapper} around {source.what} is dropped: the pipeline does its work" for wrapper in wrappers),
             *_notes_of_parts(module),
         ],
     )  # fmt: skip
@@ -55,7 +55,7 @@ def capture_module(
 
 
 def _unwrapped(module: nn.Module) -> tuple[nn.Module, list[str]]:
-    """What is inside `torch.compile`'s module, or one for data parallelism; and the classes around it."""
+    """Return the module inside wrappers for compilation or data parallelism, and the wrappers' class names."""
     inside = {"OptimizedModule": "_orig_mod", "DataParallel": "module", "DistributedDataParallel": "module"}
     found = []
     while type(module).__module__.startswith("torch.") and type(module).__name__ in inside:
@@ -65,16 +65,16 @@ def _unwrapped(module: nn.Module) -> tuple[nn.Module, list[str]]:
 
 
 def _notes_of_parts(module: nn.Module) -> list[str]:
-    """What is said of parts whose calls are not plain ones."""
+    """Return notes for the user about parts that are not called plainly."""
     compiled = [name for name, part in module.named_modules() if is_compiled(part)]
     replaced = [name for name, part in module.named_modules() if "forward" in vars(part) and name not in compiled]
     found = []
     if compiled:
-        found.append(f"torch.compile around {_listed(compiled)} is left out: say compile=True to af.pipeline")
+        found.append(f"torch.compile around {_listed(compiled)} is dropped: pass compile=True to af.pipeline instead")
     if replaced:
         found.append(
-            f"{_listed(replaced)} run forwards that were put in the place of their classes', as accelerate's hooks are: "
-            "what they do to tensors is captured, what else they do happens once"
+            f"{_listed(replaced)} run forwards that replace those of their classes, as accelerate's hooks do: their tensor "
+            "operations are captured, any other effect happens once"
         )
     return found
 
@@ -84,10 +84,10 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def source_of(model: CapturedModel | Pretrained | nn.Module) -> ModuleSource:
-    """The module of a model, and where its values come from.
+    """Return the source of a model's module and values.
 
     Raises:
-        ModelError: for a model that was captured from a function.
+        ModelError: for a model captured from a function.
     """
     if isinstance(model, Pretrained):
         return ModuleSource(model.module, stored=model.weights, keep_real=True)
@@ -99,7 +99,7 @@ def source_of(model: CapturedModel | Pretrained | nn.Module) -> ModuleSource:
 
 
 def with_values(model: Pretrained | nn.Module, seed: int = 0) -> nn.Module:
-    """The module itself when all its parameters are real; else a copy with them read, or initialised from the seed."""
+    """Return the module itself if all its parameters are real; else a copy, read from files or initialised by the seed."""
     module = model.module if isinstance(model, Pretrained) else model
     if not any(leaf.is_meta for leaf in module.parameters()):
         return module

@@ -1,8 +1,8 @@
-"""Names of the parts that ran, as they are registered.
+"""The registered names of the parts that ran.
 
-Where one part has two names, `torch.export` follows every access instead of looking parts up: one reached through a slice
-of a list is then called `layers.slice(None, 4, None).0`, and one through a wrapper's `__getattr__` has a part of its
-name left out.
+If a part has two names, `torch.export` records every access instead of looking names up: a part reached through a slice
+of a list is then called `layers.slice(None, 4, None).0`, and one reached through a wrapper's `__getattr__` lacks a
+component of its name.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ _PIECES = re.compile(r"slice\([^)]*\)|[^.]+")
 
 
 class RegisteredNames:
-    """From the paths of a capture to the names in a module.
+    """Maps the paths of a capture to names in the module.
 
     Args:
-        module: what was captured.
+        module: the captured module.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -31,7 +31,7 @@ class RegisteredNames:
             self._first.setdefault(id(part), name)
 
     def of(self, path: str) -> str | None:
-        """The name of the part at a path; None for what is not registered, such as a slice itself."""
+        """Return the name of the part at a path; None if it is not registered, like a slice itself."""
         if path not in self._known:
             self._known[path] = self._first.get(id(self._part(path)))
         return self._known[path]
@@ -48,7 +48,7 @@ class RegisteredNames:
 
 
 def _sliced(part: object, bounds: slice) -> object:
-    """As torch does: a slice of a list counts from 0, one of a sequence keeps its names."""
+    """Slice as torch does: a list's slice is renumbered, a sequence's keeps its names."""
     if isinstance(part, nn.Sequential):
         return nn.Sequential(OrderedDict(list(part.named_children())[bounds]))
     return nn.ModuleList(list(part._modules.values())[bounds]) if isinstance(part, nn.ModuleList) else None

@@ -1,4 +1,4 @@
-"""A module as what is captured: its arguments, its parameters, and where their values come from."""
+"""A module as a `Source`: its arguments, its parameters, and where their values come from."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from autofunc.captured.pretrained import Weights
 from autofunc.errors import ModelError, one_of
 from autofunc.random import KEY, KEY_BESIDE_ENTRY
 
-_TOTAL = "num_items_in_batch"  # of transformers: by what a sum over a whole batch is divided
+_TOTAL = "num_items_in_batch"  # of transformers: the count that divides a sum over a whole batch
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
@@ -24,10 +24,10 @@ class ModuleSource:
     """See `Source`.
 
     Args:
-        module: what is captured.
+        module: the module to capture.
         inputs: see `from_module`.
-        stored: values that are read from files.
-        keep_real: whether a parameter that has a value in the module keeps it.
+        stored: values to read from files.
+        keep_real: whether a parameter with a value in the module keeps it, whatever is stored.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class ModuleSource:
 
     @cached_property
     def _wanted(self) -> list[str]:
-        """The entries that `inputs` names."""
+        """The entries listed in `inputs`."""
         return list(self._inputs.values() if isinstance(self._inputs, Mapping) else self._inputs or ())
 
     @cached_property
@@ -81,7 +81,7 @@ class ModuleSource:
         """See `Source.select`.
 
         Raises:
-            ModelError: when forward lacks an argument.
+            ModelError: for a batch that lacks an argument of forward.
         """
         entries = {str(name): value for name, value in batch.items() if name not in (self.key_name, COUNTS)}
         if self._inputs is not None:
@@ -99,8 +99,8 @@ class ModuleSource:
         chosen = {name: value for name, value in entries.items() if name in named or takes_any}
         if _TOTAL in chosen:
             raise ModelError(
-                f"{self.what} would divide its loss by {_TOTAL!r}, and microbatches are averaged beside that; leave it out "
-                "of the batch, or give a loss that returns (sum, weight)"
+                f"{self.what} would divide its loss by {_TOTAL!r}, but microbatches are averaged anyway; leave it out "
+                "of the batch, or pass a loss that returns (sum, weight)"
             )
         required = [
             name for name, each in self._takes.items() if each.kind in _NAMED and each.default is inspect.Parameter.empty
@@ -109,13 +109,13 @@ class ModuleSource:
         if lacking or not chosen:
             needs = ", ".join(required) or ", ".join(sorted(named)) or "nothing"
             raise ModelError(
-                f"{self.what}.forward needs {needs}, but the batch has {', '.join(entries) or 'no entries'}; say which "
-                f"entries it gets: inputs={list(entries)[: max(len(required), 1)]}"
+                f"{self.what}.forward needs {needs}, but the batch has {', '.join(entries) or 'no entries'}; name the "
+                f"entries it takes: inputs={list(entries)[: max(len(required), 1)]}"
             )
         return chosen
 
     def arguments(self, batch: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """See `Source.arguments`. Caches of keys and values are for generating, so they are turned off."""
+        """See `Source.arguments`. Caches of keys and values are for generation, so they are turned off."""
         fixed = {"use_cache": False} if "use_cache" in self._takes and "use_cache" not in batch else {}
         if isinstance(self._inputs, Mapping):
             return (), {name: batch[entry] for name, entry in self._inputs.items()} | fixed
@@ -137,7 +137,7 @@ class ModuleSource:
             values |= read | (initial_weights(self.module, on_meta, seed) if on_meta else {})
         for path, value in values.items():
             leaf, own = value.detach(), self.parameters[path]
-            if leaf.shape != own.shape:  # the module was changed after its files were looked at
+            if leaf.shape != own.shape:  # the module changed after its files were read
                 raise ModelError(f"{path!r} is stored as {tuple(leaf.shape)}, but in {self.what} it is {tuple(own.shape)}")
             wanted = dtype if dtype is not None and leaf.is_floating_point() else own.dtype
             made[path] = leaf.to(device=device, dtype=wanted, copy=True)
@@ -152,7 +152,7 @@ class ModuleSource:
         return initial_buffer(self.module, name) if buffer.is_meta else buffer
 
     def keeps(self, path: str) -> bool:
-        """Whether a parameter has its value in the module, whatever is stored."""
+        """True for a parameter whose value is in the module, whatever is stored."""
         return self._keep_real and not self.parameters[path].is_meta
 
     def has_value(self, path: str) -> bool:

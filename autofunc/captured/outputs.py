@@ -1,4 +1,4 @@
-"""What a forward returns, as far as it is for training."""
+"""The outputs of a forward that matter for training."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from typing import Any
 
 from autofunc import tree
 
-CACHE = "its cache of keys and values is for generating, and is left out of what it returns"
+CACHE = "its cache of keys and values is for generation, and is dropped from its outputs"
 FIRST_IS_LOSS = "it returns a tuple that begins with a scalar: without a loss_fn, that is the loss"
 
 
 def without_caches(outputs: Any) -> tuple[Any, bool]:
-    """Outputs with None for the caches of `transformers` among them, and whether there was one."""
+    """Return outputs with None for transformers' caches, and whether there were any."""
     found = [leaf for leaf in tree.leaves_and_spec(outputs)[0] if _is_cache(leaf)]
     if not found:
         return outputs, False
@@ -19,5 +19,5 @@ def without_caches(outputs: Any) -> tuple[Any, bool]:
 
 
 def _is_cache(leaf: Any) -> bool:
-    """By name, so that `transformers` need not be imported."""
+    """True for a transformers cache, recognised by name so that `transformers` need not be imported."""
     return any((cls.__module__, cls.__name__) == ("transformers.cache_utils", "Cache") for cls in type(leaf).__mro__)

@@ -1,4 +1,4 @@
-"""A captured forward over the ranks of an axis: from how its parameters are cut to the graph that each rank runs."""
+"""A captured forward over the ranks of an axis: from the cuts of its parameters to the graph that each rank runs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from autofunc.captured import keyed_parts as keyed_parts  # enters its rules
+from autofunc.captured import keyed_parts as keyed_parts  # registers its rules
 from autofunc.captured.export import Exported
 from autofunc.captured.flow import Flow
 from autofunc.errors import MeshError
@@ -15,7 +15,7 @@ from autofunc.spreading import AxisPlan, Propagation, Rewriting, Whole, settled,
 
 
 def whole_of(flow: Flow) -> Whole:
-    """A captured forward as rules see it."""
+    """Return a captured forward as rules see it."""
     exported = flow.exported
     nodes = [node for node in flow.nodes if node in flow.alive]
     return Whole(nodes, flow.weighted, exported.params, {*flow.returned, *exported.states.values()}, set(exported.inputs))
@@ -24,21 +24,25 @@ def whole_of(flow: Flow) -> Whole:
 def planned(
     flow: Flow, module: nn.Module, axis: str, size: int, table: Any, *, sequence: bool, what: str
 ) -> AxisPlan:  # fmt: skip
-    """How the ranks of an axis compute a forward together, see `Model.over_ranks`."""
+    """Plan how the ranks of an axis compute a forward together, see `Model.over_ranks`.
+
+    Raises:
+        MeshError: if nothing can be cut.
+    """
     whole = whole_of(flow)
     wanted, source, notes = wanted_cuts(whole, module, size, axis, table, what)
     made = settled(whole, wanted, size, axis, sequence=sequence, source=source)
     if not made.cuts and size > 1:
-        why = f": {notes[0]}" if notes else "; give a table of your own, or use tp=1"
-        raise MeshError(f"tp={size}: nothing of {what} can be cut, by {source}{why}")
+        why = f": {notes[0]}" if notes else "; give your own table, or use tp=1"
+        raise MeshError(f"tp={size}: nothing in {what} can be cut by {source}{why}")
     return replace(made, notes=(*made.notes, *notes))
 
 
 def over_ranks(flow: Flow, over: AxisPlan, what: str) -> Flow:
-    """The forward as each rank of an axis runs it.
+    """Return the forward that each rank of an axis runs.
 
     Args:
-        flow: with the sizes of the whole.
+        flow: the forward with the sizes of the whole.
         over: how the ranks share it.
         what: the module, for messages.
     """

@@ -1,4 +1,4 @@
-"""A module without values, and its weights: found by its names in safetensors files."""
+"""A module without values, and its weights, found by name in safetensors files."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ class Weights(Protocol):
 
     @property
     def note(self) -> str | None:
-        """What is unusual about how they are read."""
+        """A note for the user if they are read in an unusual way, else None."""
         ...
 
     def __contains__(self, name: object) -> bool: ...
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Values on the CPU, by the module's names; they may be views of files."""
+        """Return values on the CPU, by the module's names; they may be views of files."""
         ...
 
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A module without values, and where its values are stored; `af.from_module` takes it like a module."""
+    """A module without values, and where its values are stored; `af.from_module` takes it in place of a module."""
 
     module: nn.Module
     weights: Weights
@@ -43,22 +43,22 @@ class Pretrained:
 
 
 class ConvertedForm(ModelError):
-    """The file stores weights in another form than the module has, so that names alone do not find them."""
+    """A file stores weights in another form than the module's, so that they cannot be found by name."""
 
 
 class SafetensorsWeights:
-    """Weights of a module in safetensors files, found by name.
+    """A module's weights in safetensors files, found by name.
 
-    A stored name may be any of a parameter's names, may have or lack the module's `base_model_prefix`, or may be one that
-    transformers knows for it. Persistent buffers are found too.
+    A stored name may be any of a parameter's names, with or without the module's `base_model_prefix`, or a name that
+    transformers maps to it. Persistent buffers are found too.
 
     Args:
         stored: the files, or their path (see `StoredTensors`).
-        module: whose names and shapes count; it may be on the meta device.
+        module: the module whose names and shapes they must have; it may be on the meta device.
 
     Raises:
-        ConvertedForm: when transformers would compute weights from what is stored.
-        ModelError: for a stored tensor that the module has no place for, or that has another shape.
+        ConvertedForm: if transformers would compute weights from the stored tensors.
+        ModelError: for a stored tensor that has no place in the module, or a shape or dtype that does not fit.
     """
 
     note: str | None = None
@@ -110,7 +110,7 @@ class SafetensorsWeights:
         """See `Weights.read`.
 
         Raises:
-            ModelError: when a tied parameter is stored under several names with different values.
+            ModelError: for a tied parameter that is stored under several names with different values.
         """
         copies = {name: self._stored[self._canonical[name]] for name in names}
         values = self._tensors.read(dict.fromkeys(each for several in copies.values() for each in several))
@@ -125,7 +125,7 @@ class SafetensorsWeights:
 
 
 def _own_names(stored: StoredTensors, module: nn.Module, leaves: Mapping[str, Tensor]) -> dict[str, str | None]:
-    """For each stored name the module's; None where it has none. What may be left over is left out."""
+    """Map each stored name to the module's, or to None if it has no place; names that may be left over are omitted."""
     ignored = _patterns(module, "_keys_to_ignore_on_load_unexpected")
     temporary = {name for name, _ in module.named_buffers(remove_duplicate=False)} - leaves.keys()
     renamed = _names_in_transformers(stored, module, leaves)
@@ -135,19 +135,19 @@ def _own_names(stored: StoredTensors, module: nn.Module, leaves: Mapping[str, Te
         given = renamed.get(name, name)
         tried = [given, given.removeprefix(prefix + "."), f"{prefix}.{given}"] if prefix else [given]
         own = next((each for each in tried if each in leaves), None)
-        # older versions stored buffers that are computed now
+        # older versions stored buffers that are now computed
         if own is not None or not (temporary.intersection(tried) or any(each.search(given) for each in ignored)):
             found[name] = own
     return found
 
 
 def _names_in_transformers(stored: StoredTensors, module: nn.Module, leaves: Mapping[str, Tensor]) -> dict[str, str]:
-    """The names that transformers gives what it stored, while it loads it into one of its own models."""
-    transformers = sys.modules.get("transformers")  # a module of its classes has imported it
+    """Return the names transformers gives to the tensors it stored, when it loads them into one of its models."""
+    transformers = sys.modules.get("transformers")  # imported already if the module is one of its classes
     if transformers is None or not isinstance(module, transformers.PreTrainedModel) or not stored.by_transformers:
         return {}
     try:
-        # internals of transformers (tried with 5.23); without them it has to load the model itself
+        # internals of transformers (tried with 5.23); if they are missing, it has to load the model itself
         from transformers import conversion_mapping, core_model_loading
 
         rules = conversion_mapping.get_model_conversion_mapping(module)
@@ -155,11 +155,11 @@ def _names_in_transformers(stored: StoredTensors, module: nn.Module, leaves: Map
         converters = [rule for rule in rules if isinstance(rule, core_model_loading.WeightConverter)]
         found = {name: core_model_loading.rename_source_key(name, renamings, converters) for name in stored.shapes}
     except Exception as error:
-        raise ConvertedForm(f"transformers does not say how it loads {type(module).__name__}: {error}") from error
+        raise ConvertedForm(f"cannot find out how transformers loads {type(module).__name__}: {error}") from error
     converted = [name for name, (own, rule) in found.items() if rule is not None and (own in leaves or name not in leaves)]
     if converted:
         raise ConvertedForm(
-            f"{stored.path} stores {type(module).__name__} in another form than it has in memory ({converted[0]!r} and "
+            f"{stored.path} stores {type(module).__name__} in another form than the module has ({converted[0]!r} and "
             f"{len(converted) - 1} more are converted while loading); load it with af.AutoModel.from_pretrained"
         )
     return {name: own for name, (own, _) in found.items() if own in leaves or name not in leaves}

@@ -1,7 +1,7 @@
-"""Recurrent layers: unfused, and with dropout between them layer by layer.
+"""Recurrent layers: without fused kernels, and layer by layer where there is dropout between layers.
 
-The fused LSTM of CPUs keeps a workspace, which no graph can hand on to its backward. A GRU runs other operators on fake
-tensors than on real ones, so that an engine that traces it would give other bits than one that runs it.
+On CPUs, the fused LSTM keeps a workspace that no graph can pass to its backward. A GRU runs other operators on fake tensors
+than on real ones, so an engine that traces it would give other bits than one that runs it.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from autofunc.graph.schema import arguments
 _aten = torch.ops.aten
 _LSTM = (_aten.lstm.input, _aten.lstm.data)
 RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
-"""Names of the operators."""
+"""Names of the recurrent operators."""
 
 
 def lstm(*args: Any) -> Any:
-    """`aten.lstm` without oneDNN."""
+    """Run `aten.lstm` without oneDNN."""
     with torch.backends.mkldnn.flags(enabled=False, deterministic=None, allow_tf32=None):
         return _aten.lstm(*args)
 
@@ -31,7 +31,7 @@ def gru(
     x: Tensor, hx: Tensor, params: Sequence[Tensor], has_biases: bool, num_layers: int, dropout: float, train: bool,
     bidirectional: bool, batch_first: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`aten.gru` without dropout; on CPUs by its equations."""
+    """Run `aten.gru` without dropout; on CPUs by its equations."""
     if x.device.type != "cpu":
         made: tuple[Tensor, Tensor] = _aten.gru(
             x, hx, params, has_biases, num_layers, 0.0, train, bidirectional, batch_first
@@ -52,7 +52,7 @@ def gru(
 
 
 def _gru_steps(x: Tensor, h: Tensor, params: Sequence[Tensor], *, backwards: bool) -> list[Tensor]:
-    """The state after each step, in the order of the sequence."""
+    """Return the state after each step, in the order of the sequence."""
     linear = torch.nn.functional.linear
     inputs, hidden, *biases = params
     input_bias, hidden_bias = biases or (None, None)
@@ -69,7 +69,7 @@ def _gru_steps(x: Tensor, h: Tensor, params: Sequence[Tensor], *, backwards: boo
 
 
 def unfuse(graph: fx.Graph) -> None:
-    """Change a graph in place."""
+    """Replace fused operators in a graph, in place."""
     for node in graph.nodes:
         if node.target in _LSTM:
             node.target = lstm
@@ -78,7 +78,7 @@ def unfuse(graph: fx.Graph) -> None:
 
 
 def recurrent_arguments(node: fx.Node) -> tuple[Any, ...]:
-    """What `layer_by_layer` takes, of a node that calls a recurrent operator."""
+    """Return the first arguments of `layer_by_layer` for a node that calls a recurrent operator."""
     given = arguments(node)
     packed = [given["data"], given["batch_sizes"]] if "data" in given else [given["input"]]
     names = ("hx", "params", "has_biases", "num_layers", "dropout", "bidirectional")
@@ -89,17 +89,17 @@ def layer_by_layer(
     kind: str, given: Sequence[Tensor], hx: Any, params: Sequence[Tensor], has_biases: bool, num_layers: int, p: float,
     bidirectional: bool, batch_first: bool, key: Tensor | None, name: str,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """A recurrent operator whose dropout between layers is a function of (key, name); without a key there is none.
+    """Run a recurrent operator with dropout between layers as a function of (key, name); without a key, no dropout.
 
     Args:
         kind: one of `RECURRENT`.
-        given: its input; or, of a packed sequence, data and the batch sizes.
-        hx: the first state of all layers; of an LSTM a list of two.
-        params: of all layers, in order.
-        has_biases, num_layers, bidirectional, batch_first: as the operator takes them; a packed sequence has no last one.
-        p: probability of setting to zero an element that one layer hands to the next.
-        key: of the microbatch, or None.
-        name: of this call in the model.
+        given: its input; for a packed sequence, the data and the batch sizes.
+        hx: the initial state of all layers; for an LSTM a list of two.
+        params: those of all layers, in order.
+        has_biases, num_layers, bidirectional, batch_first: as for the operator; batch_first is unused for packed sequences.
+        p: probability of zeroing an element between one layer and the next.
+        key: the microbatch's, or None.
+        name: the call's, unique in the model.
     """
     operator: Any = getattr(_aten, kind)
     if kind == "lstm" or (kind == "gru" and len(given) == 1):

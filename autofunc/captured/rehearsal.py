@@ -1,18 +1,16 @@
-"""What a forward decides on the example batch, found by running it: without its weights where it can decide without them.
+"""The decisions of a forward on the example batch, found by running it, without its weights if it can decide without them.
 
-Parameters are fake tensors at first, and what depends on them is fake too; all else has values. That takes next to no time
-or memory, and no weights. Only where a decision needs them does the forward run for real.
+At first parameters are fake tensors, and so is everything that depends on them; all other values are real. That takes next
+to no time or memory, and no weights. The forward runs for real only if a decision needs weights.
 """
 
 from __future__ import annotations
 
-import random
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -20,10 +18,11 @@ from autofunc import tree
 from autofunc.captured.control_flow import python_control_flow
 from autofunc.captured.conversions import Conversions, Decision, Kind, here
 from autofunc.captured.ctc import LENGTHS_AS_TENSORS
-from autofunc.captured.instead import Instead
+from autofunc.captured.host_draws import restored_host_generators
+from autofunc.captured.replacing import Replacing
+from autofunc.captured.side_effects import restored
 from autofunc.captured.snapshot import Snapshot
 from autofunc.captured.source import Source
-from autofunc.captured.unchanged import restored
 from autofunc.captured.without_dropout import WithoutDropout
 from autofunc.errors import ModelError, in_brief
 from autofunc.fake import fake_mode, is_fake, user_line
@@ -32,16 +31,16 @@ from autofunc.fake import fake_mode, is_fake, user_line
 def decisions_of(
     source: Source, entries: Mapping[str, Any], device: torch.device, modes: Mapping[nn.Module, bool]
 ) -> list[Decision]:
-    """What the forward reads of tensors, in order. The module, the batch and the random generators stay as they are.
+    """Return the values that forward reads from tensors, in order. Module, batch and random generators stay unchanged.
 
     Args:
-        source: what is captured.
-        entries: of the example batch, with values.
-        device: where the module is.
+        source: the module or function to capture.
+        entries: those of the example batch, with values.
+        device: the module's device.
         modes: whether each part is in train mode.
 
     Raises:
-        ModelError: where the example has no values, or a decision depends on weights that are on the meta device.
+        ModelError: if the example has no values, or a decision depends on weights on the meta device.
     """
     for name, entry in entries.items():
         if any(isinstance(leaf, Tensor) and (leaf.is_meta or is_fake(leaf)) for leaf in tree.leaves_and_spec(entry)[0]):
@@ -59,7 +58,7 @@ def decisions_of(
         if on_meta:
             raise ModelError(
                 f"{source.what} decides by values that depend on weights ({without.stopped}), and {on_meta[0]!r} is on the "
-                "meta device, so nobody knows how; build it with real weights, or decide on tensors: torch.where"
+                "meta device, so its path is unknown; build it with real weights, or decide on tensors: torch.where"
             )
         found = _run(source, entries, device, _with_weights)
     if found.stopped is not None:
@@ -68,7 +67,7 @@ def decisions_of(
 
 
 class _Noting(Conversions):
-    """Notes what is read, until something is read that has no value."""
+    """Notes values that are read, until one is read that has no value."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -107,11 +106,11 @@ def _run(
         lambda leaf: leaf.detach().to(device, copy=True) if isinstance(leaf, Tensor) else leaf, dict(entries)
     )
     args, kwargs = source.arguments(given)
-    instead, still = Instead(LENGTHS_AS_TENSORS), WithoutDropout()
+    instead, still = Replacing(LENGTHS_AS_TENSORS), WithoutDropout()
     with prepared(source), torch.no_grad(), torch.device(device), still, noting, instead, python_control_flow():
         try:
             source.module(*args, **kwargs)
-        except Exception as error:  # whatever the user's code raises; it may also have caught what ended the run
+        except Exception as error:  # raised by user code, which may also have caught what ended the run
             line = user_line(traceback.extract_tb(error.__traceback__))
             noting.stopped = noting.stopped or f"{in_brief(error)} ({line})"
     return noting
@@ -119,7 +118,7 @@ def _run(
 
 @contextmanager
 def _without_weights(source: Source) -> Iterator[None]:
-    """Fake tensors in the places of parameters; buffers that have no value get one, or are fake too."""
+    """Put fake tensors in place of parameters; buffers on the meta device get their value, or are fake too."""
     module, mode = source.module, fake_mode()
     parameters = {part: dict(part._parameters) for part in module.modules()}
     for part in module.modules():
@@ -148,7 +147,7 @@ def _without_weights(source: Source) -> Iterator[None]:
 def _buffer(source: Source, path: str, buffer: Tensor, mode: Any) -> Tensor:
     try:
         return source.buffer(path)
-    except ModelError:  # no initialiser makes it: what depends on it has no value
+    except ModelError:  # no initialiser makes it, so nothing that depends on it has a value
         with mode:
             return torch.empty(buffer.shape, dtype=buffer.dtype)
 
@@ -164,11 +163,6 @@ def _with_weights(source: Source) -> Iterator[None]:
 
 @contextmanager
 def _put_back() -> Iterator[None]:
-    """The global random generators, as they were."""
-    python, numbers = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=list(range(torch.accelerator.device_count()))):
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numbers)
+    """Restore the global random generators afterwards."""
+    with restored_host_generators(), torch.random.fork_rng(devices=list(range(torch.accelerator.device_count()))):
+        yield

@@ -1,4 +1,4 @@
-"""In which dims of a value the rows of masks lie."""
+"""The dims of a value along which the rows of masks lie."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ from autofunc.graph.schema import arguments, is_mutable, is_random
 Node = fx.Node
 
 Rows = Mapping[int, Node]
-"""Of a value: dim -> the node of the mask whose places are the elements of that dim."""
+"""For a value: dim -> the node of the mask whose places index that dim."""
 
 
-class Together(Exception):
-    """An operator reads rows together, or nobody knows that it does not."""
+class MixesRows(Exception):
+    """An operator mixes rows, or is not known not to."""
 
 
 def aligned(node: Node, known: Mapping[Node, Rows]) -> Rows:
-    """Of an operator on elements at equal places: dims are matched from the last."""
+    """Return the rows of a pointwise operator's result: dims are matched from the last."""
     sizes = shape_of(node)
     found: dict[int, Node] = {}
     tensors = [(read, len(sizes) - read.meta["val"].dim()) for read in tensors_of(node)]
     for read, shift in tensors:
         for dim, mask in known.get(read, {}).items():
             if sizes[dim + shift] != shape_of(read)[dim] or not same_mask(found.setdefault(dim + shift, mask), mask):
-                raise Together
+                raise MixesRows
     for read, shift in tensors:
         own = {dim + shift for dim in known.get(read, {})}
         if any(dim >= shift and shape_of(read)[dim - shift] != 1 for dim in found.keys() - own):
-            raise Together
+            raise MixesRows
     return found
 
 
 def same_mask(one: Node, other: Node) -> bool:
-    """Whether two masks, by their nodes, are the same values: made alike of the same values."""
+    """True if two masks, given by their nodes, have the same values: made in the same way from the same values."""
     return one is other or _same(one.args[0], other.args[0])
 
 
@@ -62,43 +62,38 @@ def _is_written(node: Node) -> bool:
     return any(base_of(target) is base for each in node.graph.nodes for target in written(each))
 
 
-def name_of(node: Node) -> str:
-    """An operator's name, without its library and overload."""
-    return str(node.target).removeprefix("aten.").partition(".")[0]
-
-
 def shape_of(node: Node) -> tuple[int, ...]:
-    """The shape of a value, or of the first of several."""
+    """Return the shape of a value, or of the first of several."""
     value = node.meta["val"]
     return tuple((value if isinstance(value, Tensor) else value[0]).shape)
 
 
 def tensors_of(node: Node) -> list[Node]:
-    """The tensors that a node reads."""
+    """Return the tensors that a node reads."""
     return [read for read in node.all_input_nodes if isinstance(read.meta.get("val"), Tensor)]
 
 
 def rows_of_one(node: Node, known: Mapping[Node, Rows], name: str) -> Rows:
-    """Rows of an argument that alone may have any."""
+    """Return the rows of an argument; no other argument may have any."""
     read = arguments(node)[name]
     if any(known.get(other) for other in node.all_input_nodes if other is not read):
-        raise Together
+        raise MixesRows
     return known.get(read, {})
 
 
 def first_of(node: Node) -> tuple[Node, int]:
-    """The first argument, and how many dims it has."""
+    """Return the first argument and its number of dims."""
     read: Any = node.args[0]
     return read, read.meta["val"].dim()
 
 
 def kept(node: Node, known: Mapping[Node, Rows]) -> Rows:
-    """Rows of the first argument, which alone may have any."""
+    """Return the rows of the first argument; no other argument may have any."""
     return rows_of_one(node, known, next(iter(arguments(node))))
 
 
 def dims_of(node: Node, count: int) -> list[int]:
-    """The dims that an operator is given."""
+    """Return the dims that an operator is given; all of them if it is given none."""
     given = arguments(node)
     value = given["dims"] if "dims" in given else given.get("dim")
     if value is None or value == []:

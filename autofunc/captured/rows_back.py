@@ -1,7 +1,8 @@
-"""Where rows that a mask chose are written back, those that it did not choose are left out: after that nobody sees them.
+"""Rows that a mask did not choose are discarded where rows are written back, so that nothing after that sees them.
 
-A forward that takes `h[mask]` through an expert and adds it to `out[mask]` gives the same with every row of `h`, if what
-does not count is zero where it is added, and stays what it was where it is put. Nothing else may see which rows there are.
+A forward that takes `h[mask]` through an expert and adds it to `out[mask]` gives the same with every row of `h`, if rows
+that do not count add zeros where rows are added, and change nothing where rows are put. Nothing else may see which rows
+there are.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from torch import Tensor, fx
 
 from autofunc.captured.all_places import ROWS_OF_DATA, is_body, is_body_end, is_places
 from autofunc.captured.elements import fold_elements
-from autofunc.captured.row_dims import Rows, Together, aligned, same_mask
-from autofunc.captured.rows_apart import indexed, rows_of_result
+from autofunc.captured.row_dims import MixesRows, Rows, aligned, same_mask
+from autofunc.captured.separate_rows import indexed, rows_of_result
 from autofunc.decisions import is_check
 from autofunc.errors import ModelError
 from autofunc.graph.lines import first_lines, line_of
@@ -26,8 +27,8 @@ Node = fx.Node
 
 _aten = torch.ops.aten
 
-ALL_ROWS = "experts compute all rows, and those that were not chosen are left out"
-"""What the user is told, with the lines."""
+ALL_ROWS = "experts compute all rows, and discard those that were not chosen"
+"""A note for the user, followed by the lines."""
 
 _SCATTERING = (_aten.scatter_add.default, _aten.scatter_add_.default)
 _ADDING = (_aten.index_add.default, _aten.index_add_.default, *_SCATTERING)
@@ -36,17 +37,17 @@ _PUTTING = (_aten.index_put.default, _aten.index_put_.default)
 
 
 def leave_out_rows(graph: fx.Graph, what: str) -> list[str]:
-    """Change a graph in place, so that it has plain operators for all places of masks.
+    """Change a graph in place, so that plain operators compute all places of masks.
 
     Args:
-        graph: of an export; may write in place.
-        what: is captured, for messages.
+        graph: an export; it may write in place.
+        what: a name for messages.
 
     Returns:
-        What to tell the user.
+        Notes for the user.
 
     Raises:
-        ModelError: where anything but a place that they are written back to sees which rows there are.
+        ModelError: if anything sees which rows there are, except operators that write them back.
     """
     sources = [node for node in graph.nodes if is_places(node)]
     if not sources:
@@ -59,13 +60,13 @@ def leave_out_rows(graph: fx.Graph, what: str) -> list[str]:
 
 
 class _LeavingOut:
-    """One graph."""
+    """The rewriting of one graph."""
 
     def __init__(self, graph: fx.Graph, what: str) -> None:
         self._graph, self._what = graph, what
         self._known: dict[Node, Rows] = {}
-        self._counts: dict[Node, Node] = {}  # all places -> which of them count
-        self._home: dict[Node, tuple[Node, ...]] = {}  # what runs for elements -> these, outermost first
+        self._counts: dict[Node, Node] = {}  # all places -> the bool vector of those that count
+        self._home: dict[Node, tuple[Node, ...]] = {}  # node -> the loop runs it is in, outermost first
         self._nodes = list(graph.nodes)
         values = (node.meta.get("val") for node in self._nodes)
         fake: Any = next(value for value in values if isinstance(value, Tensor))
@@ -83,10 +84,10 @@ class _LeavingOut:
             self._check_home(node)
             try:
                 self._visit(node)
-            except Together:
+            except MixesRows:
                 masks = (mask for read in node.all_input_nodes for mask in self._known.get(read, {}).values())
                 inside_of = (self._places(each) for each in inside)
-                raise ModelError(self._refusal(node, next(chain(masks, inside_of)), "sees which there are")) from None
+                raise ModelError(self._refusal(node, next(chain(masks, inside_of)), "sees which rows there are")) from None
         for node in reversed(self._nodes):
             self._replace(node)
 
@@ -94,15 +95,15 @@ class _LeavingOut:
         rows = {read for read in node.all_input_nodes if self._known.get(read)}
         if is_places(node):
             if rows:
-                raise Together
+                raise MixesRows
             self._known[node], self._counts[node] = {0: node}, self._counting(node)
         elif is_body(node):
             places: Any = node.args[0]
             if self._known.get(places, {}).keys() != {0}:
-                raise Together
+                raise MixesRows
         elif is_check(node):
             if rows or any(self._home[read] for read in node.all_input_nodes):
-                raise Together
+                raise MixesRows
         elif written(node):
             self._write(node)
         elif node.target in (*_ADDING, *_PUTTING) and rows:
@@ -111,7 +112,7 @@ class _LeavingOut:
             self._known[node] = rows_of_result(node, self._known)
 
     def _check_home(self, node: Node) -> None:
-        """What is made for an element is read for that element alone, but for what is written to others' memory."""
+        """Refuse reads of what another run of a loop makes; writes to memory outside the loop are allowed."""
         for read in node.all_input_nodes:
             made = base_of(read) if written(read) else read
             home = self._home[made]
@@ -119,7 +120,7 @@ class _LeavingOut:
                 raise ModelError(self._refusal(node, self._places(home[-1]), "reads what a loop over them makes"))
 
     def _write(self, node: Node) -> None:
-        """A write in place: of rows to rows, or back from rows."""
+        """Follow a write in place: of rows to rows, or back from rows."""
         (target, *more) = written(node)
         home = self._home[base_of(target)]
         inside = self._home[node][len(home) :]
@@ -130,21 +131,21 @@ class _LeavingOut:
             self._put(node, inside)
             return
         if inside or more or not (is_pointwise(node) or str(node.target) in _REPLACING):
-            raise Together
+            raise MixesRows
         rows = aligned(node, self._known)
         if rows.keys() != self._known.get(target, {}).keys():
-            raise Together
+            raise MixesRows
         self._known[node] = rows
 
     def _put(self, node: Node, inside: tuple[Node, ...]) -> None:
-        """Let only what counts be added, or put in the place of what is there.
+        """Make an operator add or put only rows that count.
 
         Args:
-            node: adds or puts.
-            inside: the runs of loops that it is in, and the memory that it writes to is not.
+            node: the operator.
+            inside: the loop runs that it is in, but the memory it writes to is not.
         """
         if self._known.get(arguments(node)["self"]):
-            raise Together
+            raise MixesRows
         conditions = [self._element(each, node) for each in inside]
         if node.target in _ADDING:
             self._add(node, conditions)
@@ -161,15 +162,15 @@ class _LeavingOut:
         dim = given["dim"] % max(count, 1)
         index = self._known.get(given["index"], {})
         if name == "src" and given["index"].meta["val"].shape != given["src"].meta["val"].shape:
-            raise Together
+            raise MixesRows
         if index.keys() - {dim if name == "src" else 0}:
-            raise Together
+            raise MixesRows
         mask = next(iter(index.values()), None)
         self._check_value(given[name], mask, dim, count)
         self._only(node, name, self._conditions(conditions, mask, dim, count, node))
 
     def _indexed(self, node: Node) -> tuple[Node | None, int, tuple[int, ...]]:
-        """The mask that an `index_put` writes rows of, in which dim of what it writes, and of which shape that is."""
+        """Return the mask whose rows an `index_put` writes, their dim in the written value, and that value's shape."""
         given = arguments(node)
         rows, dim = indexed(node, self._known)
         shape = self._value(_aten.index.Tensor, (given["self"], given["indices"])).shape
@@ -178,30 +179,30 @@ class _LeavingOut:
         return mask, dim or 0, tuple(shape)
 
     def _check_value(self, value: Node, mask: Node | None, dim: int, count: int) -> None:
-        """What is written has rows of the same mask, or is the same for each."""
+        """Refuse a written value unless it has rows of the same mask, or is the same for each row."""
         shape, own = value.meta["val"].shape, self._known.get(value, {})
         place = dim - count + len(shape)
         if own.keys() - {place} or any(mask is None or not same_mask(each, mask) for each in own.values()):
-            raise Together
+            raise MixesRows
         if mask is not None and not own and place >= 0 and shape[place] != 1:
-            raise Together
+            raise MixesRows
 
     def _conditions(self, inside: list[Node], mask: Node | None, dim: int, count: int, before: Node) -> list[Node]:
-        """What of a value of some dims counts."""
+        """Return the conditions under which elements of a written value with `count` dims count."""
         if mask is None:
             return inside
         shape = [-1 if each == dim else 1 for each in range(count)]
         return [*inside, self._made(_aten.reshape.default, (self._counts[mask], shape), before)]
 
     def _only(self, node: Node, name: str, conditions: list[Node]) -> None:
-        """Zeros in the place of what does not count; a product would make NaN of what is infinite."""
+        """Put zeros in place of what does not count; a product would turn infinities into NaN."""
         value = arguments(node)[name]
         for condition in conditions:
             value = self._made(_aten.where.ScalarOther, (condition, value, 0), node)
         _give(node, name, value)
 
     def _overwrite(self, node: Node, inside: list[Node]) -> None:
-        """What does not count is put beside the rest of the memory, which is as much longer for a while."""
+        """Put rows that do not count into one extra slice of the memory, which is dropped afterwards."""
         given = arguments(node)
         whole, indices = given["self"], list(given["indices"])
         mask, _, _ = self._indexed(node)
@@ -225,21 +226,21 @@ class _LeavingOut:
         self._graph.erase_node(node)
 
     def _counting(self, places: Node) -> Node:
-        """Which places of a mask count, as the mask is now."""
+        """Return which places of a mask count, as the mask is at this point."""
         flat = self._made(_aten.reshape.default, (places.args[0], [-1]), places)
         return self._made(_aten.clone.default, (flat,), places)
 
     def _element(self, body: Node, before: Node) -> Node:
-        """Whether an element counts: of no dims."""
+        """Return whether an element counts: a 0-dim bool."""
         return self._made(_aten.select.int, (self._counts[self._places(body)], 0, body.args[1]), before)
 
     def _places(self, body: Node) -> Node:
-        """The places that a loop goes over."""
+        """Return the places that a loop goes over."""
         (mask,) = self._known[body.args[0]].values()  # type: ignore[index]
         return mask
 
     def _replace(self, node: Node) -> None:
-        """Plain operators in the place of one that only an export has."""
+        """Replace an operator that only an export has by plain ones."""
         if is_body_end(node):
             self._graph.erase_node(node)
         elif is_body(node):
@@ -249,7 +250,7 @@ class _LeavingOut:
             self._number(node)
 
     def _number(self, places: Node) -> None:
-        """Places of a mask, counted along its dims."""
+        """Compute the places of a mask, one column per dim."""
         mask: Tensor = places.args[0].meta["val"]  # type: ignore[union-attr]
         for column in list(places.users):
             dim: Any = column.args[1]
@@ -270,7 +271,7 @@ class _LeavingOut:
         return made
 
     def _value(self, target: Any, args: tuple[Any, ...], **kwargs: Any) -> Any:
-        """What an operator makes, on fake tensors."""
+        """Return what an operator makes, on fake tensors."""
         fakes: Any = fx.node.map_arg(args, lambda node: node.meta["val"])
         with self._mode, torch.no_grad():
             return target(*fakes, **kwargs)
@@ -281,7 +282,7 @@ class _LeavingOut:
 
 
 def _give(node: Node, name: str, value: Node) -> None:
-    """Give an operator another argument."""
+    """Replace an argument of an operator."""
     if name in node.kwargs:
         node.update_kwarg(name, value)
     else:

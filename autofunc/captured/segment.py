@@ -1,4 +1,4 @@
-"""A piece of a captured graph as plain data, and how it runs.
+"""A piece of a captured graph as plain data, and the way it runs.
 
 Segments are compared by value: two equal blocks of a model give equal segments, so that a pipeline captures them once.
 """
@@ -21,24 +21,24 @@ from autofunc.graph.last_use import last_uses
 
 @dataclass(frozen=True)
 class Ref:
-    """An argument that is a value, by its register."""
+    """An argument that is a value in a register."""
 
     register: int
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """An argument that is known when it runs: "device", where the parameters are, or "key", of the microbatch."""
+    """An argument known only at run time: "device", where the parameters are, or "key", the microbatch's."""
 
     what: str
 
 
 def plain(argument: Any, register: Mapping[fx.Node, int]) -> Any:
-    """An argument of a node in a graph as one of an instruction.
+    """Convert an argument of a graph's node to one of an instruction.
 
     Args:
-        argument: of the node.
-        register: of each node that has one.
+        argument: the node's.
+        register: the register of each node that has one.
     """
     if isinstance(argument, fx.Node):
         return Ref(register[argument])
@@ -57,30 +57,30 @@ class Instruction:
     args: tuple[Any, ...]  # with `Ref` and `Runtime`
     kwargs: tuple[tuple[str, Any], ...]
     register: int  # of its result
-    modes: tuple[tuple[Any, ...], ...] = ()  # ("grad", enabled) or ("autocast", ...) that it runs under
+    modes: tuple[tuple[Any, ...], ...] = ()  # the ("grad", enabled) or ("autocast", ...) regions it runs under
 
 
 @dataclass(frozen=True, eq=False)
 class Segment(Fingerprinted):
     """A piece of a captured graph.
 
-    Registers are filled with parameters, state, received values, shared values and constants, in that order, then by
+    Registers are filled with parameters, states, received values, shared values and constants, in that order, then by
     instructions.
     """
 
     params: tuple[str, ...]  # paths inside the layer
     num_received: int
-    shared: tuple[str, ...]  # names of values that depend on the batch alone
+    shared: tuple[str, ...]  # names of values that depend on the batch and constants alone
     constants: tuple[Tensor, ...]
     instructions: tuple[Instruction, ...]
     returned: tuple[Any, ...]  # `Ref`s, or constants
-    spec: Any = None  # the pytree that is returned; None: a tuple, or the value itself where there is one
+    spec: Any = None  # the returned pytree; None: a tuple, or the value itself if there is one
     states: tuple[str, ...] = ()  # paths inside the layer
-    new_states: tuple[Ref, ...] = ()  # of each, what it is afterwards
-    traces: tuple[str, ...] = ()  # of each instruction, of the user's code, for messages; equal segments may differ in them
+    new_states: tuple[Ref, ...] = ()  # the value of each state afterwards
+    traces: tuple[str, ...] = ()  # the user's stack of each instruction, for messages; equal segments may differ in them
 
     def fingerprint(self, keys: Fingerprint) -> Hashable:
-        """By its fields, in which strings are what they are."""
+        """Of its fields except `traces`, with strings compared literally."""
         exact = keys.literally()
         return tuple(exact.of(getattr(self, each.name)) for each in fields(self) if each.name != "traces")
 
@@ -93,15 +93,15 @@ class Segment(Fingerprinted):
         key: Any,
         state: Mapping[str, Tensor] | None = None,
     ) -> tuple[Any, dict[str, Tensor]]:
-        """Run it; returns what it makes, and its state as it is now.
+        """Run it; return its result and its new state.
 
         Args:
             params: nested dicts of the layer's parameters.
-            received: values of the layer before.
-            shared: by name.
-            device: where constants are needed and new tensors are made.
-            key: of the microbatch, or None.
-            state: of the layer, by path.
+            received: the values from the layer before.
+            shared: shared values by name.
+            device: where constants are used and new tensors are made.
+            key: the microbatch's, or None.
+            state: the layer's, by path.
         """
         flat, kept = tree.flatten(params), dict(state or {})
         constants = (constant.to(device) for constant in self.constants)
@@ -143,7 +143,7 @@ class Segment(Fingerprinted):
 
     @cached_property
     def _last_uses(self) -> list[list[int]]:
-        """For each instruction, the registers that nothing reads after it."""
+        """For each instruction, the registers that nothing reads afterwards."""
         steps = [
             (each.register, _registers((each.args, [argument for _, argument in each.kwargs])))
             for each in self.instructions

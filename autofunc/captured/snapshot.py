@@ -1,4 +1,4 @@
-"""All that a module holds, remembered: what has changed since, and how to put it back."""
+"""A memory of all that a module holds: what has changed since, and how to restore it."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from torch import Tensor, nn
 Kind = Literal["parameter", "buffer", "attribute"]
 
 _REGISTERED: dict[str, Kind] = {"_parameters": "parameter", "_buffers": "buffer", "_modules": "attribute"}
-_DEEPEST = 4  # objects inside an attribute that are looked into
-_AS_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # as wide as the dtype: compared several times as fast
+_DEEPEST = 4  # levels of objects inside an attribute that are searched
+_AS_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by itemsize: wide integers compare several times as fast
 _CACHES = ("_flat_weights", "_flat_weight_refs")
-"""Lists of its own parameters that a recurrent layer of torch keeps, and makes anew when they are others."""
+"""Lists of its own parameters that a recurrent layer of torch keeps, and rebuilds when parameters are replaced."""
 
 _HOOKS = (
     "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
     "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs",
 )  # fmt: skip
-"""Where libraries put hooks when forward first runs; they are removed again."""
+"""Where libraries put hooks when forward first runs; they are removed afterwards."""
 
 _OPAQUE = (type, FunctionType, MethodType, ModuleType, torch.device, torch.dtype, torch.Size)
 
 
 @dataclass(frozen=True)
 class Change:
-    """One attribute of one part of a module that is not what it was."""
+    """One changed attribute of one part of a module."""
 
     module: str
     attribute: str
@@ -38,7 +38,7 @@ class Change:
 
 
 How = Literal["set", "written", "noted"]
-"""Another object; the same with other contents; or an object, such as a config, in which a plain value is another."""
+"""Another object; the same one with other contents; or an object, such as a config, in which a plain value changed."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,8 @@ class _Place:
     module: str
     attribute: str  # empty for the attributes themselves
     kind: Kind = "attribute"
-    by_key: bool = False  # a dict whose keys are attributes, too
-    is_object: bool = False  # the attributes of an object that is no module
+    by_key: bool = False  # a dict whose keys count as attributes too
+    is_object: bool = False  # the attributes of an object other than a module
 
 
 @dataclass(frozen=True)
@@ -62,12 +62,12 @@ class _Held:
 
 
 class Snapshot:
-    """A module's attributes and everything in them: containers, plain objects, tensors, generators.
+    """A module's attributes and everything in them: containers, plain objects, tensors and generators.
 
     Args:
-        module: whose.
-        values: also the values of tensors, which takes as much memory as the module, and the states of generators. Without
-            them it knows which tensors there are, and not what is in them: the module may be on the meta device.
+        module: the module to remember.
+        values: whether to keep values too: of tensors, which takes as much memory as the module, and of generators. Without
+            them it knows which tensors there are, not their contents, and the module may be on the meta device.
     """
 
     def __init__(self, module: nn.Module, *, values: bool) -> None:
@@ -78,7 +78,7 @@ class Snapshot:
         self._seen: set[int] = set()
         self._parts = dict(module.named_modules())
         self._registered = {id(part) for part in self._parts.values()}
-        for name, part in self._parts.items():  # first, so that they are known by these names wherever else they are kept
+        for name, part in self._parts.items():  # first, so that tensors go by these names wherever else they are kept
             for registered, kind in _REGISTERED.items():
                 self._container(_Place(name, registered, kind, by_key=True), vars(part)[registered], 0)
         for name, part in self._parts.items():
@@ -86,13 +86,13 @@ class Snapshot:
 
     @property
     def tensors(self) -> list[Tensor]:
-        """Every tensor, wherever it is kept, once."""
+        """Every tensor, wherever it is kept, once each."""
         return [held.tensor for held in self._tensors]
 
     def changes(self) -> list[Change]:
-        """What differs from when it was taken, each attribute once.
+        """Return the differences since the snapshot, each attribute once.
 
-        What changes no value is left out: hooks and private flags, which libraries set when forward first runs, and the
+        Changes that affect no value are left out: hooks and private flags, which libraries set when forward first runs, and
         caches of torch's recurrent layers.
         """
         found: dict[tuple[str, str], Change] = {}
@@ -119,13 +119,13 @@ class Snapshot:
         return [change for change in found.values() if not _is_housekeeping(self._parts[change.module], change.attribute)]
 
     def left(self) -> list[tuple[Any, Any]]:
-        """The containers that differ from when it was taken, and copies of what they hold now, for `put_back`."""
+        """Return the containers that changed since the snapshot, with copies of their current contents, for `put_back`."""
         return [
             (container, _copy(container)) for _, container, copy in self._containers if not _same_objects(container, copy)
         ]
 
     def restore(self) -> None:
-        """Put everything back: the same objects with the same contents."""
+        """Restore everything: the same objects with the same contents."""
         for _, container, copy in self._containers:
             if not _same_objects(container, copy):
                 _refill(container, copy)
@@ -170,23 +170,23 @@ class Snapshot:
             for member in value:
                 self._member(place, member, depth)
         elif isinstance(value, nn.Module):
-            if id(value) not in self._registered:  # those have their own turn
+            if id(value) not in self._registered:  # registered ones have their own entry
                 self._container(place, vars(value), depth)
         elif depth < _DEEPEST and not isinstance(value, _OPAQUE) and isinstance(getattr(value, "__dict__", None), dict):
             self._container(replace(place, is_object=True), value.__dict__, depth + 1)
 
 
 def put_back(left: list[tuple[Any, Any]]) -> None:
-    """Fill containers with what they held when `Snapshot.left` was asked."""
+    """Fill containers with the contents they had when `Snapshot.left` was called."""
     for container, copy in left:
         _refill(container, copy)
 
 
 def storage_of(tensor: Tensor) -> int | None:
-    """Where a tensor's memory begins; None when it has none."""
+    """Return the address of a tensor's memory; None if it has none."""
     try:
         return tensor.untyped_storage().data_ptr() or None
-    except (NotImplementedError, RuntimeError):  # sparse, or a stand-in while something is traced
+    except (NotImplementedError, RuntimeError):  # sparse, or a tracer's stand-in
         return None
 
 
@@ -200,7 +200,7 @@ def _has_memory(tensor: Tensor) -> bool:
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are equal bit for bit, so that NaN equals itself."""
+    """Return whether two tensors are equal bit for bit, so that NaN equals itself."""
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
     return torch.equal(one, other) if one.is_quantized else torch.equal(_bits(one), _bits(other))
@@ -246,7 +246,7 @@ def _differing(value: Any, copy: Any) -> list[Any]:
 
 
 def _same(one: Any, other: Any) -> bool:
-    """The same object, or plain values that are equal."""
+    """True for the same object, and for equal plain values."""
     return one is other or (_is_plain(one) and type(one) is type(other) and bool(one == other))
 
 

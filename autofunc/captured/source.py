@@ -1,4 +1,4 @@
-"""What a captured model comes from: something to call, its parameters by name, and where their values come from."""
+"""The source of a captured model: something to call, its parameters by name, and where their values come from."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from torch import Tensor, nn
 
 
 class Source(Protocol):
-    """A module or a function."""
+    """A module or function to capture."""
 
     @property
     def what(self) -> str:
-        """What it is called in messages."""
+        """Its name in messages."""
         ...
 
     @property
     def module(self) -> nn.Module:
-        """What is captured; it is never changed."""
+        """The module that is captured; it is never changed."""
         ...
 
     @property
@@ -30,47 +30,47 @@ class Source(Protocol):
 
     @property
     def parameters(self) -> Mapping[str, Tensor]:
-        """By canonical path."""
+        """Parameters by canonical path."""
         ...
 
     @property
     def aliases(self) -> Mapping[str, Sequence[str]]:
-        """By canonical path: the other names that the same parameter has."""
+        """By canonical path: the parameter's other names."""
         ...
 
     @property
     def key_name(self) -> str:
-        """The entry of a batch that is no argument, but its randomness."""
+        """The entry of a batch that holds the randomness key, and is not an argument."""
         ...
 
     def canonical(self, name: str) -> str:
-        """The canonical path of a parameter of `module`."""
+        """Return the canonical path of a parameter of `module`."""
         ...
 
     def select(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """The entries of a batch that it takes."""
+        """Return the entries of a batch that it takes."""
         ...
 
     def arguments(self, batch: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """What `module` is called with, given the selected entries."""
+        """Return the arguments of `module`, given the selected entries."""
         ...
 
     def has_value(self, path: str) -> bool:
-        """Whether a parameter, by its canonical path, has a value: it is not on the meta device, or stored in a file."""
+        """Return whether a parameter, by canonical path, has a value: a real one, or one stored in a file."""
         ...
 
     def weights(
         self, paths: Iterable[str], seed: int, device: torch.device, dtype: torch.dtype | None
     ) -> dict[str, Tensor]:  # fmt: skip
-        """Fresh copies of parameters, by canonical path."""
+        """Return fresh copies of parameters, by canonical path."""
         ...
 
     def buffer(self, name: str) -> Tensor:
-        """A buffer with its real value."""
+        """Return a buffer with its real value."""
         ...
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Where a module's parameters are, or its buffers; the CPU where it has none, or all are on the meta device."""
+    """Return the device of a module's parameters or buffers; the CPU if it has none, or all are on the meta device."""
     held = (leaf.device for leaf in chain(module.parameters(), module.buffers()) if not leaf.is_meta)
     return next(held, torch.device("cpu"))

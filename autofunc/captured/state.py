@@ -1,4 +1,4 @@
-"""Buffers that forward writes to become state: what it wrote is a value, which the layer returns.
+"""Buffers that forward writes to become state: the written value becomes one that the layer returns.
 
 `running.mul_(0.9).add_(x)` becomes `running1 = running * 0.9; running2 = running1 + x`, and `running2` is the new state.
 """
@@ -29,7 +29,7 @@ def instance_norm(
     x: Any, weight: Any, bias: Any, mean: Any, variance: Any, use_input_stats: bool, momentum: float, eps: float,
     cudnn: bool,
 ) -> tuple[Any, Any, Any]:  # fmt: skip
-    """Instance normalisation, and the statistics that it keeps."""
+    """Apply instance normalisation; return the result and the updated statistics."""
     mean, variance = mean.clone(), variance.clone()
     made = torch.instance_norm(x, weight, bias, mean, variance, use_input_stats, momentum, eps, cudnn)
     return made, mean, variance
@@ -39,10 +39,10 @@ def synchronised_batch_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, variance: Tensor, training: bool, momentum: float,
     eps: float,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """Batch normalisation by the statistics of all data parallel ranks, and the statistics that it keeps.
+    """Apply batch normalisation by the statistics of all data parallel ranks, and update the running ones.
 
-    On one process it is torch's. Returned as `aten._native_batch_norm_legit_functional` does, with the batch's own
-    statistics in the places between.
+    On one process it is torch's. The results are those of `aten._native_batch_norm_legit_functional`: the normalised
+    values, the batch's own statistics, and the running ones.
     """
     data = current_data()
     if data is None:
@@ -68,15 +68,15 @@ def synchronised_batch_norm(
 
 
 def take_states(exported: Exported, module: nn.Module, what: str) -> None:
-    """Change a graph, so that it writes to no buffer; `exported.states` says what is written to those that it wrote to.
+    """Change a graph so that it writes to no buffer; `exported.states` gets the values it wrote.
 
     Args:
-        exported: of the module.
-        module: whose parts say how they normalise.
-        what: the module, for messages.
+        exported: the captured module.
+        module: the module, whose parts say which norms are synchronised.
+        what: a name for messages.
 
     Raises:
-        ModelError: for a write that has no form without one.
+        ModelError: for a write without a functional form.
     """
     for node in list(exported.graph.nodes):
         if written(node) and node.target in (_aten.batch_norm.default, _aten.instance_norm.default):
@@ -102,7 +102,7 @@ def take_states(exported: Exported, module: nn.Module, what: str) -> None:
 
 
 def _copy_where_made(after: Node, written_to: Container[Node]) -> None:
-    """A buffer that is replaced is written when forward ends, but with what was made long before, in its layer."""
+    """Move the copy of a buffer's new value to where the value is made: into its layer, rather than to the end."""
     source = after.args[0] if after.args else None
     if after.target is not _aten.clone.default or not isinstance(source, Node) or source.op == "placeholder":
         return
@@ -112,7 +112,7 @@ def _copy_where_made(after: Node, written_to: Container[Node]) -> None:
 
 
 def _make_functional(graph: fx.Graph, norm: Node, is_synchronised: bool) -> None:
-    """A normalisation that updates its running statistics, which its schema does not say."""
+    """Replace a norm that updates its running statistics, which its schema does not declare."""
     given = arguments(norm)
     statistics = [given["running_mean"], given["running_var"]]
     function: Callable[..., Any]

@@ -1,4 +1,4 @@
-"""The tensors of safetensors files, by their stored names. A tensor is read when it is asked for."""
+"""The tensors in safetensors files, by stored name. A tensor is read only when asked for."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from autofunc.model.stored import CONVERTED
 from autofunc.shown import quoted, reason, shown
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-"""What files with weights are called in a folder."""
+"""Names of files with weights in a folder."""
 ADAPTER = "adapter_config.json"
-"""What PEFT says of adapters in a folder."""
+"""PEFT's description of an adapter in a folder."""
 
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -29,19 +29,19 @@ _DTYPES = {
 
 
 class StoredTensors:
-    """The tensors of a `.safetensors` file, or of all files of a folder, by their stored names; only headers are read.
+    """The tensors of a `.safetensors` file, or of all files in a folder, by stored name; only headers are read at first.
 
     Args:
         path: a file, or a folder with `model.safetensors` or with `model.safetensors.index.json` and its shards.
 
     Raises:
-        ModelError: when it is missing, is no such file, or lacks a shard.
+        ModelError: for a file that is missing or not a safetensors file, and for a folder that lacks a shard.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).expanduser()
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self.dtypes: dict[str, torch.dtype | str] = {}  # of what torch has no dtype for, its stored name
+        self.dtypes: dict[str, torch.dtype | str] = {}  # the stored dtype's name if torch has no such dtype
         self.by_transformers = False
         self._files: dict[str, Path] = {}
         for file, wanted in _files_of(self.path).items():
@@ -58,10 +58,10 @@ class StoredTensors:
                     self.dtypes[name] = _DTYPES.get(header.get_dtype(), header.get_dtype())
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """The tensors with these stored names, and no others.
+        """Return the tensors with these stored names; no others are read.
 
         Raises:
-            ModelError: when a file has changed since it was looked at, or torch has no such tensors.
+            ModelError: if a file changed since its header was read, or torch has no such dtype.
         """
         by_file: dict[Path, list[str]] = {}
         for name in names:
@@ -72,18 +72,18 @@ class StoredTensors:
                 for name in inside:
                     try:
                         found[name] = stored.get_tensor(name)
-                    except Exception as error:  # safetensors has several of its own, and torch more
+                    except Exception as error:  # safetensors raises several types, and torch more
                         raise ModelError(f"{shown(file)}: {quoted(name)} cannot be read: {reason(error)}") from error
         return found
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """The first floating-point dtype in it."""
+        """The first floating-point dtype among its tensors; None if there is none."""
         return next((dtype for dtype in self.dtypes.values() if dtype in CONVERTED), None)
 
 
 def _files_of(path: Path) -> dict[Path, set[str] | None]:
-    """File -> the names in it that count; None: all."""
+    """Return file -> the names in it that count; None: all."""
     if path.suffix == ".safetensors" and not is_folder(path) and unfit(path) != NOT_THERE:
         return {path: None}
     for name in (SINGLE, INDEX):
@@ -99,14 +99,14 @@ def _files_of(path: Path) -> dict[Path, set[str] | None]:
 
 
 def shards(index: Path, suffix: str = ".safetensors") -> dict[Path, set[str]]:
-    """The files that an index names, all beside it, and the names of the tensors in each.
+    """Return the files that an index names, all in its folder, with the names of the tensors in each.
 
     Args:
-        index: the file.
-        suffix: of the files.
+        index: the index file.
+        suffix: the suffix of the files.
 
     Raises:
-        ModelError: for what is no index; for names that lead elsewhere, or to nothing.
+        ModelError: for a file that is not an index, and for shards that are missing or outside the folder.
     """
     document = read_json(index, ModelError)
     named = document.get("weight_map") if isinstance(document, dict) else None
@@ -117,7 +117,7 @@ def shards(index: Path, suffix: str = ".safetensors") -> dict[Path, set[str]]:
         if not isinstance(file, str) or not file.endswith(suffix) or Path(file).name != file or "\\" in file:
             raise ModelError(
                 f"{shown(index)}: the shard of {quoted(name)} is {quoted(file)}; expected the name of a {suffix} file in "
-                "the folder of the index, and no path"
+                "the folder of the index, not a path"
             )
         files.setdefault(index.parent / file, set()).add(name)
     for path, inside in files.items():
@@ -127,10 +127,10 @@ def shards(index: Path, suffix: str = ".safetensors") -> dict[Path, set[str]]:
 
 
 def refuse_adapter(folder: Path) -> None:
-    """Refuse a folder of PEFT: its weights are changes to those of another model, which lie wherever it says.
+    """Refuse a PEFT folder: its weights are changes to those of another model, which lies wherever the folder says.
 
     Raises:
-        ModelError: naming that model, and what to do.
+        ModelError: naming that model, and what to do instead.
     """
     file = folder / ADAPTER
     if unfit(file) == NOT_THERE:
@@ -138,10 +138,10 @@ def refuse_adapter(folder: Path) -> None:
     document = read_json(file, ModelError)
     base = document.get("base_model_name_or_path") if isinstance(document, dict) else None
     raise ModelError(
-        f"{shown(folder)} has {ADAPTER}: adapters of PEFT for {quoted(base) if base else 'a model it does not name'}, and "
-        "nothing outside of a folder is read. Merge them into that model (merge_and_unload() and save_pretrained() of "
-        f"PEFT; autofunc export for those of a run) and name the folder of the result; a model beside {ADAPTER} is read "
-        "without adapters once that is gone"
+        f"{shown(folder)} has {ADAPTER}: PEFT adapters for {quoted(base) if base else 'a model it does not name'}, and "
+        "nothing outside a folder is read. Merge them into that model (PEFT's merge_and_unload() and save_pretrained(), "
+        f"or autofunc export for a run's own) and name the resulting folder; to read a model that lies beside {ADAPTER} "
+        "without its adapters, remove that file"
     )
 
 

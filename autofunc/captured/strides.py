@@ -1,4 +1,4 @@
-"""Operators that count on the strides of what they read."""
+"""Operators that depend on the strides of their operands."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 def as_strided_as_captured(
     x: Tensor, size: Sequence[int], stride: Sequence[int], offset: int | None, captured: Sequence[int]
 ) -> Tensor:
-    """`as_strided` of a tensor that had other strides, and its memory for itself, when that was captured."""
+    """Apply `as_strided` to a tensor that had other strides, and memory of its own, when it was captured."""
     if tuple(x.stride()) != tuple(captured) or x.storage_offset():
         x = torch.empty_strided(x.shape, captured, dtype=x.dtype, device=x.device).copy_(x)
     return x.as_strided(size, stride, offset)

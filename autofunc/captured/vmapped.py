@@ -1,4 +1,4 @@
-"""A function that `torch.vmap` maps becomes operators on batches, as it runs."""
+"""Functions mapped by `torch.vmap`, rewritten as the batched operators they run."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _KNOWN = (_BEGIN, _END, "_add_batch_dim", "_remove_batch_dim", "lazy_load_decomp
 
 
 def unmap(root: fx.GraphModule) -> None:
-    """Put operators in the places of mapped functions, in a graph and those inside it.
+    """Replace mapped functions by operators, in a graph and its subgraphs.
 
-    What is mapped and differentiated at once stays as it is.
+    Functions both mapped and differentiated are left alone.
     """
     for part in root.modules():
         if isinstance(part, fx.GraphModule):
             for node in list(part.graph.nodes):
-                if _name(node) == "lazy_load_decompositions":  # of kernels, once in a process
+                if _name(node) == "lazy_load_decompositions":  # loads kernels, once per process
                     part.graph.erase_node(node)
             for region in _regions(part.graph):
                 if all(_name(node) in _KNOWN for node in region if "functorch" in _home(node)):
@@ -40,7 +40,7 @@ def _home(node: Node) -> str:
 
 
 def _regions(graph: fx.Graph) -> list[list[Node]]:
-    """What lies between the beginning of an outermost map and its end, both included."""
+    """Return the nodes between the beginning and the end of each outermost map, both included."""
     found: list[list[Node]] = []
     depth = 0
     for node in graph.nodes:
@@ -77,7 +77,7 @@ def _replace(part: fx.GraphModule, region: list[Node]) -> None:
     with part.graph.inserting_before(region[0]):
         for node in traced.graph.nodes:
             if node.op == "get_attr":
-                raise ModelError(f"what vmap maps closes over a tensor ({line_of(region[0])}); give it as an argument")
+                raise ModelError(f"a function under vmap closes over a tensor ({line_of(region[0])}); make it an argument")
             if node.op == "call_function":
                 made[node] = part.graph.node_copy(node, made.__getitem__)
                 for key in ("nn_module_stack", "stack_trace"):

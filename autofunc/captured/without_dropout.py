@@ -1,6 +1,6 @@
-"""Dropout that drops nothing, so that two runs can be compared value by value; the module stays in its mode.
+"""Dropout that drops nothing, so that two runs can be compared value by value, while the module stays in its mode.
 
-What draws random numbers beside dropout is put into eval mode where that ends it: see `evaluation.py`.
+Parts that draw random numbers other than by dropout are put in eval mode if that stops them: see `evaluation.py`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _RECURRENT = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}
 
 
 class WithoutDropout(TorchFunctionMode):
-    """Inside, torch's dropout is the identity, also that of attention and of recurrent layers."""
+    """Inside, torch's dropout is the identity, including that of attention and recurrent layers."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Sequence[type], args: Any = (), kwargs: dict[str, Any] | None = None
@@ -45,13 +45,13 @@ class WithoutDropout(TorchFunctionMode):
             bound = _MULTI_HEAD.bind(*args, **kwargs)
             bound.arguments["dropout_p"] = 0.0
             args, kwargs = bound.args, bound.kwargs
-        elif func in _RECURRENT:  # the probability is the one float, at a place that depends on the form of the batch
+        elif func in _RECURRENT:  # the probability is the only float; its position depends on the form of the batch
             args = tuple(0.0 if isinstance(argument, float) else argument for argument in args)
         return func(*args, **kwargs)
 
 
 def _with(args: Any, kwargs: dict[str, Any], position: int, name: str, value: Any) -> Any:
-    """Arguments with another one in place of one that may be given by position or by name."""
+    """Replace an argument that may be passed by position or by name."""
     if len(args) > position:
         return (*args[:position], value, *args[position + 1 :])
     kwargs[name] = value
@@ -60,9 +60,9 @@ def _with(args: Any, kwargs: dict[str, Any], position: int, name: str, value: An
 
 @contextmanager
 def still(module: nn.Module, parts: Iterable[str] = ()) -> Iterator[None]:
-    """Inside, dropout drops nothing, and some parts of a module, by name, are in eval mode.
+    """Inside, dropout drops nothing, and some parts of a module, given by name, are in eval mode.
 
-    It holds for a backward too, in which a mode does not reach the parts that are run again.
+    This holds for a backward too, whose recomputation a mode would not reach.
     """
     changed = [part for part in map(module.get_submodule, parts) if part.training]
     dropping = [(part, part.p) for part in module.modules() if isinstance(part, _PARTS)]

@@ -1,6 +1,6 @@
-"""P7: what cuts a layer itself: its heads and features over tp ranks, its tokens over cp ranks, its experts over ep ranks.
+"""P7: axes that cut the layers themselves: heads and features over tp ranks, tokens over cp ranks, experts over ep ranks.
 
-No process is needed: ranks are imagined, and layers followed on fake tensors. An axis that was not asked for fails nothing.
+This needs no processes: ranks are imagined, and layers run on fake tensors. An axis that was not asked for fails nothing.
 """
 
 from __future__ import annotations
@@ -21,96 +21,96 @@ from autofunc.splitting import Setting, infer_boundaries, split
 
 AXES = ("tp", "cp", "ep")
 _SIZES = (2, 4, 8)
-_MOST_EXPERTS = 64  # ranks of which it is said whether they can share experts
+_MOST_EXPERTS = 64  # largest number of ranks tried for sharing experts
 
 Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
-class Tried:
-    """Sizes of an axis that work, and what is said of the first; or why the first does not."""
+class _Outcome:
+    """Sizes of an axis that work, with a note on the first; or why the first does not."""
 
     sizes: tuple[int, ...] = ()
-    said: str = ""
+    note: str = ""
     problem: str = ""
 
 
 def check_axes(subject: Subject, asked: Mapping[str, int], sharding: Sharding) -> list[Verdict]:
-    """The findings of P7: one for each axis.
+    """Return the findings of P7, one per axis.
 
     Args:
-        subject: what is checked.
-        asked: sizes of axes that a run would have; an axis that is not here, or of size 1, is not needed.
-        sharding: the choices of that run.
+        subject: the checked module or model.
+        asked: sizes of axes that a run would have; an axis that is missing, or of size 1, is not needed.
+        sharding: that run's choices.
     """
     model, _ = subject.captured
     if model is None:
         return [Verdict("P7", "skip", "it cannot be captured, see P1")]
-    return [_verdict(subject, axis, asked, _tried(subject, model, axis, asked, sharding)) for axis in AXES]
+    return [_verdict(subject, axis, asked, _outcome(subject, model, axis, asked, sharding)) for axis in AXES]
 
 
-def _verdict(subject: Subject, axis: str, asked: Mapping[str, int], tried: Tried) -> Verdict:
+def _verdict(subject: Subject, axis: str, asked: Mapping[str, int], outcome: _Outcome) -> Verdict:
     wanted = asked.get(axis, 1) > 1
-    data = {"axis": axis, "sizes": list(tried.sizes), "asked": asked.get(axis, 1)}
-    if tried.problem:
-        text = f"{axis}: no: {tried.problem}"
+    data = {"axis": axis, "sizes": list(outcome.sizes), "asked": asked.get(axis, 1)}
+    if outcome.problem:
+        text = f"{axis}: no: {outcome.problem}"
         return Verdict("P7", "fail" if wanted else "skip", text, subject.where if wanted else None, data)
-    sizes = ", ".join(map(str, tried.sizes))
-    return Verdict("P7", "pass", f"{axis}: yes, at {sizes}{tried.said}", data=data)
+    sizes = ", ".join(map(str, outcome.sizes))
+    return Verdict("P7", "pass", f"{axis}: yes, at {sizes}{outcome.note}", data=data)
 
 
-def _tried(subject: Subject, model: Model, axis: str, asked: Mapping[str, int], sharding: Sharding) -> Tried:
+def _outcome(subject: Subject, model: Model, axis: str, asked: Mapping[str, int], sharding: Sharding) -> _Outcome:
     wanted = asked.get(axis, 1)
     try:
         if wanted > 1:
             _refuse_together(axis, asked)
         return _CUTS[axis](subject, model, (wanted,) if wanted > 1 else (), sharding)
     except AutofuncError as error:
-        return Tried(problem=str(error))
+        return _Outcome(problem=str(error))
 
 
 def _refuse_together(axis: str, asked: Mapping[str, int]) -> None:
     others = [each for each in ("tp", "cp") if asked.get(each, 1) > 1]
     if axis == "ep" and others:
-        raise AutofuncError(f"experts cannot be spread beside {' and '.join(others)} yet; use ep=1, or {others[0]}=1")
+        raise AutofuncError(f"experts cannot be spread along with {' and '.join(others)} yet; use ep=1, or {others[0]}=1")
 
 
-def _over_tp(subject: Subject, model: Model, asked: tuple[int, ...], sharding: Sharding) -> Tried:
+def _over_tp(subject: Subject, model: Model, asked: tuple[int, ...], sharding: Sharding) -> _Outcome:
     found = _working(asked or _SIZES, lambda size: cut_over_tp(model, size, sharding))
     first = found[0][1]
     if first.over is None:
-        return Tried(tuple(size for size, _ in found), ", by its placement table")
+        return _Outcome(tuple(size for size, _ in found), ", by its placement table")
     notes = "".join(f"; {note}" for note in first.over.notes)
-    return Tried(tuple(size for size, _ in found), f", by {first.over.source}{notes}")
+    return _Outcome(tuple(size for size, _ in found), f", by {first.over.source}{notes}")
 
 
-def _over_cp(subject: Subject, model: Model, asked: tuple[int, ...], sharding: Sharding) -> Tried:
+def _over_cp(subject: Subject, model: Model, asked: tuple[int, ...], sharding: Sharding) -> _Outcome:
     batch = {model.key_name: None, **model.with_needed_key(subject.batch)}
     has_loss = subject.first.error == "" and subject.terms(subject.first.outputs, subject.batch) is not None
 
-    def followed(size: int) -> None:
+    def trace(size: int) -> None:
         setting = Setting(context=imagined_axis(size, sharding.context_parallel))
         infer_boundaries(split(model), {}, batch, subject.loss, with_loss=has_loss, setting=setting)
 
-    sizes = tuple(size for size, _ in _working(asked or _SIZES[:1], followed))
-    return Tried(sizes, ", for sequences of a multiple of 2 * cp tokens")
+    sizes = tuple(size for size, _ in _working(asked or _SIZES[:1], trace))
+    return _Outcome(sizes, ", for sequences of a multiple of 2 * cp tokens")
 
 
-def _over_ep(subject: Subject, model: Model, asked: tuple[int, ...], sharding: Sharding) -> Tried:
+def _over_ep(subject: Subject, model: Model, asked: tuple[int, ...], sharding: Sharding) -> _Outcome:
     paths = model.expert_paths
     if not asked and not paths:
-        return Tried(problem="it has no routed experts whose parameters are known")
+        return _Outcome(problem="the model has no routed experts whose parameters are known")
     found = _working(asked or range(2, _MOST_EXPERTS + 1), lambda size: check_experts(model, size, size))
     sizes = tuple(size for size, _ in found)
     count = model.spec[min(paths)].shape[0]
-    return Tried(sizes, f", which share {count} experts a layer")
+    return _Outcome(sizes, f", sharing {count} experts per layer")
 
 
 def _working(sizes: Iterable[int], cut: Callable[[int], Result]) -> list[tuple[int, Result]]:
-    """Those of some sizes for which a model can be cut, with what came of it.
+    """Return the sizes for which the model can be cut, with each result of `cut`.
 
     Raises:
-        AutofuncError: where there is none: why the first is none.
+        AutofuncError: if no size works: the first size's error.
     """
     found, problems = list[tuple[int, Result]](), list[AutofuncError]()
     for size in sizes:

@@ -1,4 +1,4 @@
-"""C5: a `config` attribute that can be written to a file, which a registry of models needs."""
+"""C5: a `config` attribute that can be written to a file, as a registry of models requires."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from autofunc.errors import in_brief
 
 
 def check_config(subject: Subject, registry: bool) -> list[Verdict]:
-    """The findings of C5: one verdict or more.
+    """Return the findings of C5.
 
     Args:
-        subject: what is checked.
-        registry: whether it is to be found in a registry; otherwise a config is not needed.
+        subject: the checked module or model.
+        registry: whether a registry will find the model; otherwise it does not need a config.
     """
     config = getattr(subject.checked, "config", None)
     missing = "there is no attribute 'config'; a dataclass or a dict is enough"
@@ -38,7 +38,7 @@ def _problem(config: Any) -> str:
     if plain is None:
         return f"config is a {type(config).__name__}; expected a dict, a dataclass, a SimpleNamespace or to_dict()"
     try:
-        json.dumps(plain)  # what JSON has, YAML has
+        json.dumps(plain)  # whatever JSON can hold, YAML can
     except (TypeError, ValueError) as error:
         return f"config ({type(config).__name__}) cannot be written as JSON or YAML: {error}"
     return ""

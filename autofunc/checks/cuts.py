@@ -15,10 +15,10 @@ from autofunc.splitting import infer_boundaries, split
 
 
 def check_cuts(subject: Subject) -> list[Verdict]:
-    """The findings of P1: one verdict or more."""
-    if subject.module is None and subject.first.draws:  # of a module its capture finds whether they matter
+    """Return the findings of P1."""
+    if subject.module is None and subject.first.draws:  # for a module, the capture finds out whether they matter
         drawn = " and ".join(subject.first.draws)
-        text = f"forward draws from {drawn}, so that calls differ in what they run; draw before, and pass it in the batch"
+        text = f"forward draws from {drawn}, so calls run differently; draw before, and pass the numbers in the batch"
         return [Verdict("P1", "fail", text, subject.where)]
     model, problem = subject.captured
     if model is None:
@@ -30,11 +30,11 @@ def check_cuts(subject: Subject) -> list[Verdict]:
     if not points:
         refused = [f"{name!r} {why}" for name, why in model.specialise().cut_points.refused.items()]
         reason = f": {'; '.join(refused[:3])}" if refused else ""
-        text = f"no place at which a second stage could begin{reason}. It takes two parts with weights, one after the other"
+        text = f"no second stage can begin anywhere{reason}. Cutting takes two parts with weights, one after the other"
         return [Verdict("P1", "fail", text, subject.where)]
-    otherwise = _goes_otherwise(subject, model)
-    if otherwise:
-        return [Verdict("P1", "fail", f"on a part of the batch: {otherwise}", subject.where)]
+    problem = _part_that_diverges(subject, model)
+    if problem:
+        return [Verdict("P1", "fail", f"on a part of the batch: {problem}", subject.where)]
     least = min(points, key=lambda point: int(point["bytes"]))
     text = (
         f"can be cut at {len(points)} places; least crosses at {least['names'][0]!r}: {least['bytes']:,} bytes for "
@@ -43,8 +43,8 @@ def check_cuts(subject: Subject) -> list[Verdict]:
     return [Verdict("P1", "pass", text, data={"split_points": points})]
 
 
-def _goes_otherwise(subject: Subject, model: Model) -> str:
-    """Why a microbatch would stop a forward that decides by data; nothing, if all go on."""
+def _part_that_diverges(subject: Subject, model: Model) -> str:
+    """Return why a microbatch would stop a forward that branches on data; empty if all follow the captured branch."""
     if not any(note.startswith(DECIDES) for note in getattr(model, "notes", ())):
         return ""
     try:
@@ -57,7 +57,7 @@ def _goes_otherwise(subject: Subject, model: Model) -> str:
 
 
 def _points(subject: Subject, model: Model) -> list[dict[str, Any]]:
-    """One entry for each place after the first, in the order in which they run."""
+    """Return one entry per cut point after the first, in execution order."""
     start, layers = model.specialise().cut_points.start, set(model.layers)
     first = min(start.values(), default=0)
     named: dict[int, list[str]] = {}

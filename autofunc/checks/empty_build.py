@@ -1,4 +1,4 @@
-"""P5: each part can be initialised by itself, so that the module can be built without memory, a layer at a time."""
+"""P5: each parameter can be initialised separately, so the module can be built without memory, a layer at a time."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from autofunc.errors import ModelError, in_brief
 
 
 def check_empty_build(subject: Subject) -> list[Verdict]:
-    """The findings of P5: one verdict or more."""
+    """Return the findings of P5."""
     if subject.module is None:
-        return [Verdict("P5", "pass", "layers make their parameters themselves, one by one")]
+        return [Verdict("P5", "pass", "layers initialise their parameters themselves, one by one")]
     try:
         empty = _without_memory(subject)
-    except Exception as error:  # its parts say how they are copied
+    except Exception as error:  # modules define how they are copied
         text = f"cannot be copied to the meta device ({in_brief(error)})"
         return [Verdict("P5", "warn", text, subject.where)]
     missing: dict[type, list[str]] = {}
@@ -34,16 +34,16 @@ def check_empty_build(subject: Subject) -> list[Verdict]:
             reasons[cls] = f"has no reset_parameters, nor a module above it an _init_weights, that fills {name!r}"
         except Exception as error:  # the user's initialisers may raise anything
             missing.setdefault(cls, []).append(path)
-            reasons[cls] = f"cannot be initialised by itself: {in_brief(error)}"
+            reasons[cls] = f"cannot be initialised separately: {in_brief(error)}"
     found = []
     for cls, paths in missing.items():
         text = f"{cls.__name__} {reasons[cls]} ({len(paths)} in all), so its weights must be real or come from a file"
         found.append(Verdict("P5", "warn", text, where(cls, paths[0].rpartition(".")[0])))
-    return found or [Verdict("P5", "pass", "every parameter can be made by itself from the meta device")]
+    return found or [Verdict("P5", "pass", "every parameter can be initialised separately from the meta device")]
 
 
 def _without_memory(subject: Subject) -> nn.Module:
-    """A copy of the module whose tensors are on the meta device; nothing is allocated for it."""
+    """Copy the module with its tensors on the meta device, allocating nothing for them."""
     assert subject.module is not None and subject.snapshot is not None
     memo = {id(tensor): _empty(tensor) for tensor in [*subject.snapshot.tensors, *subject.module.buffers()]}
     copied: nn.Module = copy.deepcopy(subject.module, memo)

@@ -1,4 +1,4 @@
-"""P4: which entries of the batch are cut into microbatches, and which go to all of them whole."""
+"""P4: which entries of the batch are cut into microbatches, and which go to every microbatch whole."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from autofunc.row_dims import refuse_ambiguous, rows_in_words
 
 
 def check_entries(subject: Subject) -> list[Verdict]:
-    """The findings of P4: one verdict or more."""
+    """Return the findings of P4."""
     try:
         refuse_ambiguous(subject.batch, subject.rows, subject.batch_dims, key_name=subject.key_name)
     except BatchError as error:
@@ -41,8 +41,6 @@ def _entry(subject: Subject, name: str, path: str, leaf: Any) -> list[Verdict]:
     if subject.batch_dims or (leaf.dim() > 0 and leaf.shape[0] == subject.rows):
         return []
     dims = [dim for dim, size in enumerate(leaf.shape) if size == subject.rows]
-    advice = f"; if dim {dims[0]} is that of the rows, say batch_dims={{{name!r}: {dims[0]}}}" if dims else ""
-    text = (
-        f"{path!r} of shape {tuple(leaf.shape)} goes whole to every microbatch, for its dim 0 is not {subject.rows}{advice}"
-    )
+    advice = f"; if dim {dims[0]} holds the rows, pass batch_dims={{{name!r}: {dims[0]}}}" if dims else ""
+    text = f"{path!r} of shape {tuple(leaf.shape)} goes whole to every microbatch: its dim 0 is not {subject.rows}{advice}"
     return [Verdict("P4", "warn", text)]

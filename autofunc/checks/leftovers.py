@@ -1,7 +1,7 @@
 """C4: one forward leaves nothing behind for the next.
 
-Several microbatches are on their way at a time, and a layer may run again when its gradient is needed: whatever one call
-keeps in the module, another finds there.
+Several microbatches are in flight at a time, and a layer may be rerun for its gradient: whatever one call keeps in the
+module, another finds there.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from autofunc.checks.verdict import Verdict, where
 from autofunc.errors import some_of
 from autofunc.whole_module import close
 
-_DEEPEST = 4  # objects inside an argument that are looked into
+_DEEPEST = 4  # levels of objects inside an argument that are searched
 
 
 def check_leftovers(subject: Subject) -> list[Verdict]:
-    """The findings of C4: one verdict or more."""
+    """Return the findings of C4."""
     if subject.module is None:
         return [Verdict("C4", "skip", "layers are functions, and keep nothing")]
     changes = [change for change in subject.first.changes if change.kind != "parameter"]
-    captured, _ = subject.captured  # then no forward reads what another has stored: it is undone
+    captured, _ = subject.captured  # once captured, no forward reads what another stored: it is undone
     states = captured.state_spec if captured is not None else {}
     kept = [
         change
@@ -43,7 +43,7 @@ def check_leftovers(subject: Subject) -> list[Verdict]:
     if states:
         return [Verdict("C4", "pass", f"keeps state, which steps take and return (has_state=True): {some_of(states)}")]
     if len(changes) < len(subject.first.changes):
-        return [Verdict("C4", "skip", "forward changes parameters (see C2), so no two are alike")]
+        return [Verdict("C4", "skip", "forward changes parameters (see C2), so no two runs are alike")]
     for problem in (_runs_differ, _order_matters, _checkpoints_differ):
         try:
             text, at = problem(subject)
@@ -58,12 +58,12 @@ def check_leftovers(subject: Subject) -> list[Verdict]:
         _noted(subject, module, named, undone=captured is not None) for module, named in _by_class(subject, noted).items()
     ]
     return found or [
-        Verdict("C4", "pass", "forwards leave nothing behind, may overlap, and may be run again for their gradients")
+        Verdict("C4", "pass", "forwards leave nothing behind, may overlap, and may be rerun for their gradients")
     ]
 
 
 def _by_class(subject: Subject, changes: list[Change]) -> dict[str, list[Change]]:
-    """Changes by the first module of each class that has them."""
+    """Group the changes by module, keeping only the first module of each class per attribute."""
     assert subject.module is not None
     first: dict[tuple[type, str], str] = {}
     found: dict[str, list[Change]] = {}
@@ -80,7 +80,7 @@ def _kept(subject: Subject, module: str, changes: list[Change]) -> Verdict:
     part = subject.module.get_submodule(module)
     names = ", ".join(change.attribute for change in changes)
     if all(change.kind == "buffer" for change in changes):
-        text = f"forward changes the buffers {names}; return what it keeps, or compute it in __init__"
+        text = f"forward changes the buffers {names}; return them, or compute them in __init__"
     else:
         text = f"forward stores {names} in the module; return it, or compute it in __init__"
     return Verdict("C4", "fail", text, where(type(part), module))
@@ -89,14 +89,14 @@ def _kept(subject: Subject, module: str, changes: list[Change]) -> Verdict:
 def _noted(subject: Subject, module: str, changes: list[Change], *, undone: bool) -> Verdict:
     names = ", ".join(change.attribute for change in changes)
     if undone:
-        text = f"forward sets a plain value inside {names}, which is put back when it is captured"
+        text = f"forward sets a plain value inside {names}, which is put back after the capture"
         return Verdict("C4", "pass", text, subject.where_of(module))
     text = f"forward sets a plain value inside {names}, in a pipeline maybe on one rank only; set it before"
     return Verdict("C4", "warn", text, subject.where_of(module))
 
 
 Finding = tuple[str, str]
-"""What is wrong, and the module; empty where nothing is."""
+"""The problem, and the module it was found in; both empty if there is none."""
 
 
 def _runs_differ(subject: Subject) -> Finding:
@@ -104,19 +104,19 @@ def _runs_differ(subject: Subject) -> Finding:
     leaves = [[leaf for leaf in tree.leaves_and_spec(each)[0] if isinstance(leaf, Tensor)] for each in outputs]
     if len(leaves[0]) == len(leaves[1]) and all(map(close, *leaves)):
         return "", ""
-    return "two forwards in a row, with the same random numbers, differ: something outside of the module is kept", ""
+    return "two forwards in a row, with the same random numbers, differ: something outside the module keeps state", ""
 
 
 def _order_matters(subject: Subject) -> Finding:
     parts = (subject.parts() * 2)[:2]
     try:
         expected = [subject.gradients(subject.run(part, seed=seed), part) for seed, part in enumerate(parts)]
-    except ForwardError:  # P3 says so
+    except ForwardError:  # P3 reports it
         return "", ""
     subject.restore()
     outputs = [subject.run(part, seed=seed) for seed, part in enumerate(parts)]
     found = [subject.gradients(output, part) for output, part in zip(outputs, parts, strict=True)]
-    return _differing(expected, found, "gradients are others when the next microbatch's forward comes before the backward")
+    return _differing(expected, found, "gradients change if the next microbatch's forward runs before the backward")
 
 
 def _checkpoints_differ(subject: Subject) -> Finding:
@@ -125,16 +125,16 @@ def _checkpoints_differ(subject: Subject) -> Finding:
     with _replaced(parts, lambda part: partial(_noting_writes, part, part.forward, writing)):
         expected = subject.gradients(subject.run(subject.batch), subject.batch)
     subject.restore()
-    again = [part for part in parts if part not in writing]  # torch's checkpoint would give the others what they have made
+    again = [part for part in parts if part not in writing]  # the others would be rerun on inputs they have changed
     with _replaced(again, lambda part: partial(checkpoint, part.forward, use_reentrant=False)):
         found = subject.gradients(subject.run(subject.batch), subject.batch)
-    return _differing([expected], [found], "gradients are others when layers are run again for them (checkpointing)")
+    return _differing([expected], [found], "gradients change if layers are rerun for them (checkpointing)")
 
 
 _WHAT: Mapping[Callable[[Subject], Finding], str] = {
     _runs_differ: "forward cannot run twice",
     _order_matters: "forward cannot run for one microbatch before the backward of another",
-    _checkpoints_differ: "layers cannot be run again for their gradients (checkpointing)",
+    _checkpoints_differ: "layers cannot be rerun for their gradients (checkpointing)",
 }
 
 
@@ -147,7 +147,7 @@ def _differing(expected: list[dict[str, Tensor]], found: list[dict[str, Tensor]]
 
 
 def _tensors_in(value: Any, depth: int = 0) -> Iterator[Tensor]:
-    """Those in an argument: also in objects that are no modules, and in what these hold."""
+    """Yield an argument's tensors, including those held by nested objects that are not modules."""
     for leaf in tree.leaves_and_spec(value)[0]:
         if isinstance(leaf, Tensor):
             yield leaf
@@ -161,7 +161,7 @@ def _submodule(subject: Subject) -> Callable[[str], nn.Module]:
 
 
 def _noting_writes(part: nn.Module, forward: Callable[..., Any], writing: set[nn.Module], *args: Any, **kwargs: Any) -> Any:
-    """Call a forward, and note the part when it changes what it is given: a tensor in place, or the tensors of an object.
+    """Call a forward, and note the part if it changes its arguments: a tensor in place, or the tensors of an object.
 
     `nn.ReLU(inplace=True)` does the former, attention with a cache of keys and values the latter.
     """
@@ -177,7 +177,7 @@ def _noting_writes(part: nn.Module, forward: Callable[..., Any], writing: set[nn
 
 @contextmanager
 def _replaced(parts: Iterable[nn.Module], forward_of: Callable[[nn.Module], Callable[..., Any]]) -> Iterator[None]:
-    """Parts with another forward for a while; they are the same objects."""
+    """Replace the forward of some parts temporarily; the objects stay the same."""
     before: list[tuple[dict[str, Any], dict[str, Any]]] = []
     for part in parts:
         space = vars(part)

@@ -1,4 +1,4 @@
-"""C3: there is a loss, a scalar that can be learnt from, and microbatches weigh in it as they should."""
+"""C3: there is a loss, a differentiable scalar, and microbatches are weighted correctly in it."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autofunc.checks.label_counts import weighs_alike
-from autofunc.checks.shifted_labels import shifts_labels
+from autofunc.checks.label_counts import weighting_problem
+from autofunc.checks.shifted_labels import shift_problem
 from autofunc.checks.subject import Subject
 from autofunc.checks.verdict import Status, Verdict
 from autofunc.checks.whole_and_parts import labels_of
@@ -18,7 +18,7 @@ from autofunc.losses import IGNORED, evaluate
 
 
 def check_loss(subject: Subject) -> list[Verdict]:
-    """The findings of C3: one verdict or more."""
+    """Return the findings of C3."""
 
     def verdict(status: Status, message: str) -> Verdict:
         return Verdict("C3", status, message, subject.where)
@@ -30,15 +30,15 @@ def check_loss(subject: Subject) -> list[Verdict]:
     try:
         terms = evaluate(subject.loss, first.outputs, subject.batch)
     except Exception as error:  # the user's loss may raise anything
-        wanted = _labels_wanted(subject) if subject.loss is None else ""
-        return [verdict("fail", f"forward returns {kind}: {error}{wanted}")]
+        hint = _missing_labels(subject) if subject.loss is None else ""
+        return [verdict("fail", f"forward returns {kind}: {error}{hint}")]
     if not bool(terms.sum.isfinite()):
         return [verdict("fail", f"the loss is {float(terms.sum)}; look for a division by zero, or rows without labels")]
     if not terms.sum.requires_grad:
         return [verdict("fail", "the loss has no gradient: forward detaches it, or no parameter requires one")]
-    shifts, weighs = shifts_labels(subject), weighs_alike(subject)
+    shifts, weighting = shift_problem(subject), weighting_problem(subject)
     found = [verdict("pass" if _labels_are_tokens(subject.batch) else "warn", shifts)] if shifts else []
-    found += [verdict("warn", weighs)] if weighs else []
+    found += [verdict("warn", weighting)] if weighting else []
     source = "the given loss is a scalar" if subject.loss is not None else f"forward returns {kind} with a scalar loss"
     return found or [Verdict("C3", "pass", f"{source} that has a gradient")]
 
@@ -52,8 +52,8 @@ def _kind(outputs: Any) -> str:
     return f"a {type(outputs).__name__}"
 
 
-def _labels_wanted(subject: Subject) -> str:
-    """A module that would make its loss itself, given labels."""
+def _missing_labels(subject: Subject) -> str:
+    """Say so if forward takes labels that the batch lacks: with them the module would compute its own loss."""
     if subject.module is None:
         return ""
     names = [name for name in ("labels", "label", "targets", "target") if name in subject.arguments]
@@ -61,7 +61,7 @@ def _labels_wanted(subject: Subject) -> str:
 
 
 def _labels_are_tokens(batch: Mapping[str, Any]) -> bool:
-    """Whether labels are what another entry is, place by place: not shifted, as a model that shifts them needs them."""
+    """Return whether labels equal another entry place by place: unshifted, as a model that shifts them needs them."""
     for name, labels in labels_of(batch).items():
         counted = labels != IGNORED
         others = (leaf for other, leaf in batch.items() if other != name and isinstance(leaf, Tensor))

@@ -1,7 +1,7 @@
 """C1: parameters belong to the modules that use them, in a form that can be sharded.
 
 `fully_shard` gathers the parameters of a layer when the layer's forward begins and frees them when it ends. It refuses
-parameters without dims, strided ones, and layers with several dtypes.
+0-dim parameters, strided ones, and layers with several dtypes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _CONTAINERS = (nn.ParameterList, nn.ParameterDict)
 
 
 def check_parameters(subject: Subject) -> list[Verdict]:
-    """The findings of C1: one verdict or more."""
+    """Return the findings of C1."""
     if subject.module is None:
         return [Verdict("C1", "skip", "a model of pure layers has no modules that could own parameters")]
     found = [*_unregistered(subject.module), *_forms(subject.module), *_dtypes(subject), *_elsewhere(subject)]
@@ -29,7 +29,7 @@ def check_parameters(subject: Subject) -> list[Verdict]:
 
 
 def _unregistered(module: nn.Module) -> Iterator[Verdict]:
-    """Parameters that nobody would find: kept beside those that are registered."""
+    """Yield parameters that `module.parameters()` misses because they are not registered."""
     registered = {id(leaf) for leaf in module.parameters()} | {id(part) for part in module.modules()}
     for name, part in module.named_modules():
         for attribute, value in vars(part).items():
@@ -39,9 +39,9 @@ def _unregistered(module: nn.Module) -> Iterator[Verdict]:
             if kind is not None:
                 advice = {
                     "module": "modules that are not registered; use nn.ModuleList or nn.ModuleDict",
-                    "parameter": "a parameter that is not registered; use nn.ParameterList, or assign it itself",
+                    "parameter": "a parameter that is not registered; use nn.ParameterList, or assign it directly",
                     "tensor": "a tensor that requires a gradient and is not registered; make it an nn.Parameter",
-                    "result": "a result with its graph; return it instead",
+                    "result": "a result with its autograd graph; return it instead",
                 }[kind]
                 yield Verdict("C1", "fail", f"{attribute!r} holds {advice}", where(type(part), name))
 
@@ -61,7 +61,7 @@ def _hidden(value: Any, registered: set[int], depth: int = 0) -> Iterator[str]:
 
 
 def _forms(module: nn.Module) -> Iterator[Verdict]:
-    """Parameters that are no plain dense floating-point tensors."""
+    """Yield parameters that are not plain dense floating-point tensors."""
     for name, part in module.named_modules():
         for attribute, leaf in part._parameters.items():
             if leaf is None:
@@ -74,20 +74,20 @@ def _forms(module: nn.Module) -> Iterator[Verdict]:
 
 def _form(leaf: Tensor) -> tuple[Status, str] | None:
     if leaf.dim() == 0:
-        return "warn", "has no dim that FSDP2 could cut, which refuses it; give it the shape (1,)"
+        return "warn", "is 0-dim, which FSDP2 refuses to shard; give it the shape (1,)"
     if leaf.is_quantized:
         return "fail", f"is quantised ({leaf.dtype}); quantise after training"
     if leaf.layout != torch.strided or not leaf.is_contiguous():
-        return "fail", "is not contiguous in memory; make it of tensor.contiguous()"
+        return "fail", "is not contiguous in memory; use tensor.contiguous()"
     if leaf.is_complex():
-        return "warn", f"is complex ({leaf.dtype}), which few collectives and kernels know; keep real and imaginary parts"
+        return "warn", f"is complex ({leaf.dtype}), which few collectives and kernels take; keep real and imaginary parts"
     if not leaf.is_floating_point():
-        return "warn", f"is no floating-point tensor ({leaf.dtype}), so it is not trained; make it a buffer"
+        return "warn", f"is not floating point ({leaf.dtype}), so it is not trained; make it a buffer"
     return None
 
 
 def _dtypes(subject: Subject) -> Iterator[Verdict]:
-    """Layers whose trained parameters are of several dtypes."""
+    """Yield layers whose trained parameters have several dtypes."""
     assert subject.module is not None
     units: dict[str, dict[torch.dtype, str]] = {}
     for name, leaf in subject.trainable.items():
@@ -100,7 +100,7 @@ def _dtypes(subject: Subject) -> Iterator[Verdict]:
 
 
 def _elsewhere(subject: Subject) -> Iterator[Verdict]:
-    """Parameters that are read while a module of another layer runs."""
+    """Yield parameters that are read while a module of another layer runs."""
     assert subject.module is not None
     owners: dict[int, list[str]] = {}
     for name, leaf in subject.module.named_parameters(remove_duplicate=False):
@@ -113,13 +113,13 @@ def _elsewhere(subject: Subject) -> Iterator[Verdict]:
             at = subject.where_of(reader)
             text = (
                 f"{at.class_name} reads {name!r} while {own[0] or 'the module'!r}, which owns it, does not run; sharded "
-                "parameters are gathered for their owner's layer alone. A pipeline ties it"
+                "parameters are gathered only while their owner's layer runs. A pipeline ties it"
             )
             yield Verdict("C1", "warn", text, at)
 
 
 def _owner(module: nn.Module, parameter: str) -> str:
-    """Whose forward should read a parameter: lists of parameters have none, so it is that of what holds them."""
+    """Return the module whose forward should read a parameter: its owner, or the module that holds its parameter list."""
     owner = parameter.rpartition(".")[0]
     while owner and isinstance(module.get_submodule(owner), _CONTAINERS):
         owner = owner.rpartition(".")[0]
@@ -127,5 +127,5 @@ def _owner(module: nn.Module, parameter: str) -> str:
 
 
 def _unit(subject: Subject, name: str) -> str:
-    """The layer that a parameter or a module belongs to; empty for what is beside all layers."""
+    """Return the layer that a parameter or a module belongs to; empty if it is outside all layers."""
     return next((layer for layer in subject.layers if f"{name}.".startswith(f"{layer}.")), "")

@@ -1,4 +1,4 @@
-"""All that a check found, as plain data and as text."""
+"""All findings of a check, as plain data and as text."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing failed."""
+        """True if nothing failed."""
         return not any(verdict.status == "fail" for verdict in self.verdicts)
 
     def __repr__(self) -> str:
@@ -33,11 +33,11 @@ class Report:
         return self.table()
 
     def _repr_html_(self) -> str:
-        """What a notebook shows."""
+        """Return the table as a notebook shows it."""
         return f"<pre>{escape(self.table())}</pre>"
 
     def table(self, colour: bool = False) -> str:
-        """The report as text, at most 80 columns wide: the findings, then where it can be split and what crosses there.
+        """Return the report as text, at most 80 columns wide: the findings, then the cut points and what crosses there.
 
         Args:
             colour: paint the statuses with ANSI colours.
@@ -45,16 +45,16 @@ class Report:
         return table(self.subject, self.verdicts, colour)
 
     def of(self, code: str) -> tuple[Verdict, ...]:
-        """The findings of one check."""
+        """Return the findings of one check, such as "P3"."""
         return tuple(verdict for verdict in self.verdicts if verdict.code == code)
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as JSON has it; `from_dict` is the inverse."""
+        """Return the report as JSON-compatible data; `from_dict` is the inverse."""
         return {"subject": self.subject, "ok": self.ok, "verdicts": [asdict(verdict) for verdict in self.verdicts]}
 
     @classmethod
     def from_dict(cls, known: Mapping[str, Any]) -> Report:
-        """The report that `to_dict` gave this; KeyError or TypeError for anything else."""
+        """Rebuild a report from `to_dict`'s data; KeyError or TypeError for anything else."""
         verdicts = (
             Verdict(**{**each, "where": Where(**each["where"]) if each["where"] else None}) for each in known["verdicts"]
         )

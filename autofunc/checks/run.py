@@ -1,4 +1,4 @@
-"""`af.check`: what stands in the way of sharding and pipelining a module, found on a small batch in seconds."""
+"""`af.check`: find what prevents sharding and pipelining a module, on a small batch, in seconds."""
 
 from __future__ import annotations
 
@@ -52,26 +52,26 @@ def check(
     axes: Mapping[str, int] | None = None,
     sharding: Sharding | None = None,
 ) -> Report:
-    """Look for what stands in the way of sharding and pipelining a module.
+    """Find what prevents sharding and pipelining a module.
 
-    It runs the module a few times, on the batch and on parts of it, and captures it. Afterwards the module is as it was,
-    bit for bit, and so are the global random generators. It takes memory for a copy of all weights.
+    It runs the module a few times, on the batch and on parts of it, and captures it. Afterwards the module and the global
+    random generators are as before, bit for bit. It takes memory for a copy of all weights.
 
     Args:
-        module: with real weights, in the mode (train or eval) it is used in; or a model, of which only some is checked.
+        module: with real weights, in the mode (train or eval) it is used in; or a model, for which some checks are skipped.
         batch: a small example, with at least two rows.
         loss: see `af.pipeline`; by default the output's own.
-        inputs: which entries forward gets, see `af.from_module`.
-        registry: whether it is to be found in a registry of models, which needs a `config`.
-        rows: how many rows the batch has, where its tensors leave that open.
-        batch_dims: in which dims they are, see `af.pipeline`.
-        axes: sizes of "tp", "cp" and "ep" that a run would have: what cannot be cut over them is then a failure.
-        sharding: the choices of that run.
+        inputs: the entries passed to forward, see `af.from_module`.
+        registry: whether a registry of models will find it, which requires a `config`.
+        rows: how many rows the batch has, if its tensors leave that open.
+        batch_dims: the dims that hold the rows, see `af.pipeline`.
+        axes: sizes of "tp", "cp" and "ep" that a run would have: a layer that cannot be cut over them is then a failure.
+        sharding: that run's choices.
 
     Raises:
-        AutofuncError: for axes that do not exist.
-        ModelError: for what is no module, or has no weights.
-        BatchError: when it cannot be told how many rows the batch has.
+        AutofuncError: for unknown axes.
+        ModelError: for an object that is neither a module nor a model, or a module without weights.
+        BatchError: if the number of rows cannot be told.
 
     Example:
         report = af.check(model, {"input_ids": ids, "labels": ids})
@@ -98,27 +98,27 @@ def check(
     }
     verdicts: list[Verdict] = []
     with seeded(0), warnings.catch_warnings(), torch.compiler.set_stance("force_eager"):
-        warnings.simplefilter("ignore")  # of running a module more often and otherwise than it is used to
+        warnings.simplefilter("ignore")  # checks run a module more often, and differently, than the user does
         for code, run in checks.items():
             verdicts += [replace(each, message=_one_line(each.message)) for each in _verdicts(code, run, subject)]
     return Report(subject.name, tuple(verdicts))
 
 
 def _one_line(text: str) -> str:
-    """Without the breaks and the length of messages that come from elsewhere."""
+    """Join the lines of a message from elsewhere, and shorten it."""
     line = " ".join(text.split())
     return line if len(line) <= _LONGEST else f"{line[:_LONGEST]} ..."
 
 
 def _verdicts(code: str, run: Callable[[Subject], list[Verdict]], subject: Subject) -> list[Verdict]:
-    """What one check finds; whatever goes wrong in it stops no other."""
+    """Run one check; a failure inside it does not stop the others."""
     try:
         if code in _NEED_A_RUN and subject.first.error:
             return [Verdict(code, "skip", "forward does not run on this batch, see C3")]
         return run(subject)
     except ForwardError as error:
         return [Verdict(code, "fail", str(error), subject.where)]
-    except Exception as error:  # a module can do what nobody thought of
+    except Exception as error:  # a user's module may do anything
         line = user_line(traceback.extract_tb(error.__traceback__))
         return [Verdict(code, "fail", f"{UNFINISHED}{in_brief(error)} ({line})", subject.where)]
     finally:

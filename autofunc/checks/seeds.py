@@ -1,4 +1,4 @@
-"""Random numbers that are the same in every run."""
+"""Seeded global random generators."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """All global random generators begin at a seed, and are put back afterwards."""
+    """Seed all global random generators during the block, and restore their states afterwards."""
     python, numbers = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=list(range(torch.accelerator.device_count()))):
         torch.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""Whether a model's own loss shifts labels by one: then the first of each row makes no difference, and the last does."""
+"""Find out whether a model's own loss shifts labels by one: then each row's first label has no effect, and its last has."""
 
 from __future__ import annotations
 
@@ -9,56 +9,59 @@ import torch
 from torch import Tensor
 
 from autofunc.captured import CapturedModel
-from autofunc.checks.looked_at import Inputs, looked_at
+from autofunc.checks.existing_model import Inputs, subject_of
 from autofunc.checks.subject import ForwardError, Subject
 from autofunc.checks.whole_and_parts import labels_of
 from autofunc.losses import IGNORED
 from autofunc.model import Model
 
 
-def shifts_labels(subject: Subject) -> str:
-    """What C3 says of it, seen in a few runs; empty where the loss is not the model's own, or does not shift."""
+def shift_problem(subject: Subject) -> str:
+    """Return C3's warning, found in a few runs; empty if the loss is not the model's own, or does not shift."""
     if subject.loss is not None:
         return ""
     try:
-        losses = [subject.still[0].loss, *(_loss_of(subject, changed) for changed in _with_others(subject.batch))]
-    except ForwardError:  # of a part; P3 says so
+        losses = [subject.still[0].loss, *(_loss_of(subject, changed) for changed in _with_changed_labels(subject.batch))]
+    except ForwardError:  # on a part; P3 reports it
         return ""
     made = [[loss] for loss in losses if loss is not None]
-    return _said(subject.batch) if len(made) == len(losses) and _only_the_last_matters(made) else ""
+    return _warning(subject.batch) if len(made) == len(losses) and _only_the_last_matters(made) else ""
 
 
-def shifted_by(model: Model, batch: Mapping[str, Any], inputs: Inputs = None) -> str:
-    """What C3 says of a model; it stays as it is. Weights are not needed where labels are shifted before they meet any.
+def shift_warning(model: Model, batch: Mapping[str, Any], inputs: Inputs = None) -> str:
+    """Return C3's warning about a model, which is left unchanged; empty if it does not shift labels.
+
+    Needs no weights if the model shifts labels before they meet any.
 
     Args:
-        model: captured, or of layers.
+        model: captured, or made of layers.
         batch: a small example, with at least two rows.
         inputs: see `af.from_module`.
     """
     if isinstance(model, CapturedModel):
         layers = list(model.layers)
-        made = [_tensors(model.specialise(each).share(layers, each).values) for each in (batch, *_with_others(batch))]
+        batches = (batch, *_with_changed_labels(batch))
+        made = [_tensors(model.specialise(each).share(layers, each).values) for each in batches]
         if _only_the_last_matters(made):
-            return _said(batch)
-    with looked_at(model, batch, None, inputs) as subject:
-        return shifts_labels(subject) if subject is not None else ""
+            return _warning(batch)
+    with subject_of(model, batch, None, inputs) as subject:
+        return shift_problem(subject) if subject is not None else ""
 
 
-def _said(batch: Mapping[str, Any]) -> str:
+def _warning(batch: Mapping[str, Any]) -> str:
     return (
-        f"the model shifts {next(iter(_labels(batch)))!r} itself, so they must be as long as the tokens and not shifted; "
-        "af.losses.causal_lm, and data made for it, has labels that are shifted already"
+        f"the model shifts {next(iter(_labels(batch)))!r} itself, so they must be as long as the tokens and unshifted; "
+        "af.losses.causal_lm, and datasets made for it, use labels that are already shifted"
     )
 
 
 def _labels(batch: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The entries of labels of which each row has several."""
+    """Return the entries that hold several labels per row."""
     return {name: leaf for name, leaf in labels_of(batch).items() if leaf.dim() == 2 and leaf.shape[1] > 1}
 
 
-def _with_others(batch: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The batch with another label in the first column, and with one in the last; none where that cannot be."""
+def _with_changed_labels(batch: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the batch with one label of the first column changed, and with one of the last; empty if impossible."""
     labels = _labels(batch)
     if len(labels) != 1:
         return []
@@ -68,7 +71,7 @@ def _with_others(batch: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _only_the_last_matters(made: Sequence[Sequence[Tensor]]) -> bool:
-    """Of what was made of a batch, and then of each of `_with_others`."""
+    """Compare the results of a batch, and of both of `_with_changed_labels`."""
     if len(made) != 3:
         return False
     same, first, last = made
@@ -80,9 +83,9 @@ def _tensors(values: Mapping[str, Any]) -> list[Tensor]:
 
 
 def _with_another(labels: Tensor, column: int) -> Tensor | None:
-    """Labels of which one in a column is another; None where there is no other.
+    """Change one label in a column to another label; None if all labels are the same.
 
-    One only: labels that change places between rows of the same tokens leave a mean as it is.
+    Just one: exchanging labels between rows of the same tokens would leave a mean unchanged.
     """
     counted = (labels[:, column] != IGNORED).nonzero()
     if not len(counted):
@@ -97,8 +100,8 @@ def _with_another(labels: Tensor, column: int) -> Tensor | None:
 
 
 def _loss_of(subject: Subject, batch: Mapping[str, Any]) -> Tensor | None:
-    """The mean loss without dropout; None where it cannot be computed."""
+    """Return the mean loss without dropout; None if it cannot be computed."""
     try:
         return subject.run_still(batch).loss
-    except ForwardError:  # these labels may not be labels it knows
+    except ForwardError:  # the model may not accept these labels
         return None

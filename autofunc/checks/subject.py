@@ -1,4 +1,4 @@
-"""What is checked: a module, or a model of pure layers, with a batch; how it is run, and its parts."""
+"""The checked module, or model of pure layers, with a batch: how to run it, and its parts."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ from autofunc.row_dims import BatchDims
 
 
 class ForwardError(ModelError):
-    """The forward of what is checked raised something."""
+    """The checked forward raised an error."""
 
 
 @dataclass
 class First:
-    """What the first forward did."""
+    """Observations of the first forward."""
 
     error: str = ""  # why it does not run
     outputs: Any = None
@@ -50,7 +50,7 @@ class First:
 
 @dataclass(frozen=True)
 class Run:
-    """What a forward without dropout gave, without its graph."""
+    """Results of a forward without dropout, detached."""
 
     batch: Mapping[str, Any]
     outputs: Any
@@ -63,7 +63,7 @@ class Run:
 
 
 class Subject:
-    """What is checked.
+    """The checked module or model.
 
     Args:
         checked: a module with real weights, or a model.
@@ -74,8 +74,8 @@ class Subject:
         batch_dims: see `af.pipeline`.
 
     Raises:
-        ModelError: for anything else, or weights on the meta device.
-        BatchError: when the batch has no rows, or it cannot be told how many.
+        ModelError: for other objects, or weights on the meta device.
+        BatchError: if the batch has no rows, or their number cannot be told.
     """
 
     def __init__(
@@ -102,13 +102,13 @@ class Subject:
 
     @cached_property
     def model(self) -> Model:
-        """The model that is checked; only where it is no module."""
+        """The checked model, if it is not a module."""
         assert isinstance(self.checked, Model)
         return self.checked
 
     @property
     def key_name(self) -> str:
-        """The entry of the batch that is its randomness."""
+        """The entry of the batch that holds its random key."""
         return self._source.key_name if self.module is not None else self.model.key_name
 
     @cached_property
@@ -121,21 +121,21 @@ class Subject:
 
     @property
     def trainable(self) -> dict[str, Tensor]:
-        """Those that get gradients."""
+        """The parameters that get gradients."""
         return {path: leaf for path, leaf in self.params.items() if leaf.requires_grad}
 
     @property
     def where(self) -> Where | None:
-        """The class of the module; a model has none that the user wrote."""
+        """The module's class; None for a model."""
         return where(type(self.module)) if self.module is not None else None
 
     def where_of(self, module: str) -> Where:
-        """The class of a part of the module."""
+        """Return the class of a submodule, by path."""
         assert self.module is not None
         return where(type(self.module.get_submodule(module)), module)
 
     def where_above(self, module: str) -> Where:
-        """The class of the nearest part, from this one up, that is not torch's own."""
+        """Return the class of the nearest module, from this path up, that is not torch's own."""
         assert self.module is not None
         while module and is_torch(type(self.module.get_submodule(module))):
             module = module.rpartition(".")[0]
@@ -143,7 +143,7 @@ class Subject:
 
     @property
     def arguments(self) -> list[str]:
-        """Names of what forward takes; a model takes the batch."""
+        """Names of forward's arguments; empty for a model, which takes the batch."""
         return list(inspect.signature(self.module.forward).parameters) if self.module is not None else []
 
     @cached_property
@@ -159,7 +159,7 @@ class Subject:
 
         Args:
             batch: whole or a part.
-            seed: of the global random generators, which are put back.
+            seed: of the global random generators, which are restored.
             mode: entered around the call.
 
         Raises:
@@ -194,7 +194,7 @@ class Subject:
         return Run(batch, detached, None if terms is None else terms._replace(sum=terms.sum.detach()))
 
     def stillness(self) -> AbstractContextManager[None]:
-        """Inside, the module drops nothing; what draws other random numbers is in eval mode, where that ends it."""
+        """Return a context without dropout; modules that draw other random numbers are in eval mode if that stops it."""
         model, _ = self.captured
         if self.module is None or not isinstance(model, CapturedModel):
             return WithoutDropout()
@@ -202,7 +202,7 @@ class Subject:
 
     @cached_property
     def still(self) -> list[Run]:
-        """Of the batch, and then of each of its microbatches.
+        """Runs of the batch, and then of each of its microbatches, without dropout.
 
         Raises:
             ForwardError: see `run`.
@@ -210,14 +210,14 @@ class Subject:
         return [self.run_still(each) for each in (self.batch, *self.parts())]
 
     def terms(self, outputs: Any, batch: Mapping[str, Any]) -> LossTerms | None:
-        """The loss of what a run returned; None when there is none."""
+        """Return the loss of a run's outputs; None if there is none."""
         try:
             return evaluate(self.loss, outputs, batch)
-        except Exception:  # C3 says why
+        except Exception:  # C3 reports why
             return None
 
     def gradients(self, outputs: Any, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Of the loss, or else of the sum of all outputs, for the parameters that have one."""
+        """Return gradients of the loss, or else of the sum of all outputs, for the parameters that have one."""
         terms = self.terms(outputs, batch)
         leaves = [terms.sum] if terms is not None else tree.leaves_and_spec(outputs)[0]
         roots = [leaf.sum() for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
@@ -229,7 +229,7 @@ class Subject:
 
     @cached_property
     def snapshot(self) -> Snapshot | None:
-        """What the module holds before any check; None for a model, which holds nothing."""
+        """The module's contents before any check; None for a model, which keeps nothing."""
         return Snapshot(self.module, values=True) if self.module is not None else None
 
     def restore(self) -> None:
@@ -239,7 +239,7 @@ class Subject:
 
     @cached_property
     def first(self) -> First:
-        """The first forward on the whole batch, and what it did."""
+        """The first forward on the whole batch."""
         first = First()
         try:
             first.outputs = self.run(self.batch, mode=self._observing(first))
@@ -260,22 +260,22 @@ class Subject:
 
     @cached_property
     def captured(self) -> tuple[Model | None, str]:
-        """The model that is captured from the module, or why there is none."""
+        """The model captured from the module, or why it cannot be captured."""
         if self.module is None:
             return self.model, ""
         try:
             return capture_module(self.module, self.batch, inputs=self.inputs), ""
         except AutofuncError as error:
             return None, str(error)
-        except Exception as error:  # what no message is written for
+        except Exception as error:  # failures that capture has no message for
             return None, f"{self.name} cannot be captured: {in_brief(error)}"
         finally:
             self.restore()
 
     def parts(self, batch: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
-        """The batch, or one like it, cut into two microbatches, or where that leaves a rest into a few more.
+        """Cut the batch, or one like it, into two microbatches, or into a few more if two do not divide its rows.
 
-        One piece when it has one row, or its rows cannot be cut.
+        Returns one piece if it has one row, or its rows cannot be cut.
         """
         batch = self.batch if batch is None else batch
         count = next((count for count in range(2, self.rows + 1) if self.rows % count == 0), 1)
@@ -289,13 +289,13 @@ class Subject:
             return [dict(batch)]
 
     def has_rows(self, entry: Any) -> bool:
-        """Whether any tensor of an entry has the batch's rows in dim 0."""
+        """Return whether any tensor of an entry has the batch's rows in dim 0."""
         leaves = tree.leaves_and_spec(entry)[0]
         return any(isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == self.rows for leaf in leaves)
 
 
 def _drawn_so_far() -> dict[str, Any]:
-    """The states of the generators that no captured graph could draw from."""
+    """Return the states of the generators that no captured graph could draw from."""
     return {"Python's random": random.getstate(), "numpy.random": pickle.dumps(np.random.get_state())}
 
 

@@ -1,4 +1,4 @@
-"""Findings for people."""
+"""Findings as text."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ _MOST_POINTS = 16
 
 
 def summary(subject: str, verdicts: Sequence[Verdict]) -> str:
-    """How many findings there are of each status, in one line."""
+    """Return the number of findings of each status, in one line."""
     words = {"fail": "failed", "warn": "warnings", "pass": "passed", "skip": "skipped"}
     counted = (f"{sum(each.status == status for each in verdicts)} {word}" for status, word in words.items())
     return f"{shown(subject)}: " + ", ".join(counted)
 
 
 def table(subject: str, verdicts: Sequence[Verdict], colour: bool = False) -> str:
-    """Findings as text, at most 80 columns wide: each of them, then where the module can be split and what crosses there.
+    """Return findings as text, at most 80 columns wide, followed by the cut points and what crosses there.
 
     Args:
-        subject: name of the module.
-        verdicts: what was found.
+        subject: the module's name.
+        verdicts: the findings.
         colour: paint the statuses with ANSI colours.
     """
     lines = _wrapped(summary(subject, verdicts), "")
@@ -46,7 +46,7 @@ def _finding(verdict: Verdict, colour: bool) -> list[str]:
 
 
 def _points(points: Iterable[Mapping[str, Any]]) -> list[str]:
-    """The places at which layers begin; where there are few, all."""
+    """List the cut points, or only those at which layers begin if there are many."""
     every = list(points)
     shown = every if len(every) <= _MOST_POINTS else [point for point in every if point["layer"]] or every
     rows = [(_fitted(point["names"][0]), f"{point['values']:,}", f"{point['bytes']:,}") for point in shown[:_MOST_POINTS]]

@@ -1,4 +1,4 @@
-"""P2: parameters that several layers share; a pipeline keeps one copy on each stage, and sums their gradients."""
+"""P2: parameters that several layers share; a pipeline keeps a copy on each stage using them, and sums their gradients."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from autofunc.checks.verdict import Verdict
 
 
 def check_ties(subject: Subject) -> list[Verdict]:
-    """The findings of P2: one verdict or more."""
+    """Return the findings of P2."""
     by_memory: dict[int, list[str]] = {}
     for name, leaf in subject.params.items():
         storage = storage_of(leaf)
@@ -32,7 +32,7 @@ def check_ties(subject: Subject) -> list[Verdict]:
 
 
 def _aliases(subject: Subject) -> dict[str, list[str]]:
-    """Canonical name -> the others: those that the module has, and those of layers that read it elsewhere."""
+    """Map a canonical name to its aliases: those in the module, and those of layers that read it elsewhere."""
     found: dict[str, list[str]] = {}
     if subject.module is not None:
         first = {id(leaf): name for name, leaf in subject.params.items()}

@@ -1,4 +1,4 @@
-"""One finding of one check, as plain data: what, and at which class of the user's source."""
+"""One finding of one check, as plain data: a message, and the class in the user's source it is about."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ Status = Literal["pass", "warn", "fail", "skip"]
 TITLES: Mapping[str, str] = {
     "C1": "parameters can be sharded",
     "C2": "parameters are not written to",
-    "C3": "a loss",
+    "C3": "loss",
     "C4": "no state between calls",
-    "C5": "a config",
+    "C5": "config",
     "P1": "can be split",
     "P2": "shared parameters",
     "P3": "rows are independent",
     "P4": "a batch that can be cut",
     "P5": "initialised without memory",
-    "P6": "captured, it is itself",
+    "P6": "capture is exact",
     "P7": "layers can be cut",
 }
-"""What each check looks for, by its code: C1 to C5 are about any sharded training, P1 to P7 about pipelines and meshes."""
+"""What each check looks for, by code: C1 to C5 concern any sharded training, P1 to P7 pipelines and meshes."""
 
 
 @dataclass(frozen=True)
@@ -50,13 +50,13 @@ class Verdict:
     """One finding of one check.
 
     Args:
-        code: of the check, see `TITLES`.
-        status: "skip" when it says nothing about this module, or is about something that was not asked for.
+        code: the check's code, see `TITLES`.
+        status: "skip" if the check does not apply to this module, or concerns something that was not asked for.
         message: one sentence.
-        where: the class that is to be changed or looked at.
-        data: more of it, as JSON has it. P1: "split_points", a list of {"names", "layer", "values", "bytes"}, in the order
-            in which they run; P2: "ties", a list of lists of names; P7: "axis", the
-            "sizes" that work, and the one "asked" for.
+        where: the class to change or look at.
+        data: details as JSON-compatible data. P1: "split_points", a list of {"names", "layer", "values", "bytes"}, in
+            execution order; P2: "ties", a list of lists of names; P7: "axis", the "sizes" that work, and the one "asked"
+            for.
     """
 
     code: str
@@ -67,11 +67,11 @@ class Verdict:
 
 
 def where(cls: type, module: str = "") -> Where:
-    """Where a class is defined.
+    """Find where a class is defined.
 
     Args:
         cls: a class.
-        module: path of an object of it.
+        module: path of an object of this class.
     """
     if is_torch(cls):
         return Where(cls.__name__, None, None, module)
@@ -83,12 +83,12 @@ def where(cls: type, module: str = "") -> Where:
 
 
 def is_torch(cls: type) -> bool:
-    """Whether a class is one of torch's own."""
+    """Return whether a class is one of torch's own."""
     return cls.__module__ == "torch" or cls.__module__.startswith("torch.")
 
 
 def short_path(file: str) -> str:
-    """A path as people read it: from the working directory, or from where packages are installed."""
+    """Shorten a path for people: relative to the working directory, or to where packages are installed."""
     path = Path(file)
     for part in ("site-packages", "dist-packages"):
         if part in path.parts:

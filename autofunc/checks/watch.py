@@ -1,4 +1,4 @@
-"""One forward, watched: which parameters are read and written, by which operator, while which module runs."""
+"""Watch one forward: which parameters are read and written, by which operator, while which module runs."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from autofunc import tree
 from autofunc.captured.snapshot import same_bits, storage_of
 from autofunc.fake import user_line
 
-_HARMLESS = {"requires_grad_", "detach_", "rename_", "share_memory_", "retain_grad"}  # they end in _, and write no values
+_HARMLESS = {"requires_grad_", "detach_", "rename_", "share_memory_", "retain_grad"}  # end in _ but write no values
 
 
 @dataclass(frozen=True)
 class Write:
-    """A parameter was written to."""
+    """A write to a parameter."""
 
     parameter: str
     operator: str
@@ -32,7 +32,7 @@ class Write:
 
 @dataclass
 class Watched:
-    """What was seen."""
+    """Reads and writes of parameters."""
 
     reads: dict[str, set[tuple[str, ...]]] = field(default_factory=dict)  # parameter -> modules that ran, outermost first
     writes: dict[str, Write] = field(default_factory=dict)  # parameter -> the first that wrote to it
@@ -40,12 +40,12 @@ class Watched:
 
 @contextmanager
 def watching(module: nn.Module, *, thorough: bool = False) -> Iterator[Watched]:
-    """Watch what runs inside.
+    """Watch the parameters during the block.
 
     Args:
-        module: whose parameters.
-        thorough: compare the values of a parameter before and after every operator that reads it, which also finds those
-            that write without saying so.
+        module: the module that owns them.
+        thorough: compare a parameter's values before and after every operator that reads it, to find operators that write
+            without saying so too.
     """
     running: list[str] = [""]
     names = {id(part): name for name, part in module.named_modules()}
@@ -102,7 +102,7 @@ class _Watch(TorchFunctionMode):
         return self._params[parameter].detach().clone()
 
     def _written(self, func: Any, name: str, args: Any, kwargs: Mapping[str, Any]) -> set[str]:
-        """Which parameters an operator says it writes to: by its name, or with `out`."""
+        """Return the parameters an operator declares it writes to, by its name or with `out`."""
         targets: list[Any] = [kwargs.get("out")]
         is_data = func is torch.Tensor.data.__set__  # type: ignore[attr-defined]
         in_place = name.endswith("_") and not name.startswith("__") and name not in _HARMLESS

@@ -1,4 +1,4 @@
-"""A batch at once, and in microbatches: the outputs and losses of both, without dropout."""
+"""Outputs and losses of a batch at once, and in microbatches, without dropout."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from autofunc.losses import IGNORED
 from autofunc.whole_module import close
 
 LossKind = Literal["none", "equal", "tokens", "sum", "coupled"]
-"""How the mean of the microbatches' losses compares with the loss of the batch: equal to it; both are means over labels, of
-which microbatches have different numbers; both are sums; or it depends on more than that."""
+"""How the mean of the microbatches' losses relates to the loss of the batch: equal to it; both are means over labels, whose
+number differs between microbatches; both are sums; or it depends on more than that."""
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,10 @@ class WholeAndParts:
 
 
 def run_whole_and_parts(subject: Subject, batch: Mapping[str, Any] | None = None) -> WholeAndParts:
-    """Run a batch and its microbatches; by default the subject's own, which are run once and remembered.
+    """Run a batch and its microbatches; by default the subject's own, which run once and are remembered.
 
     Raises:
-        ForwardError: when a forward fails.
+        ForwardError: if a forward fails.
     """
     whole, *parts = subject.still if batch is None else map(subject.run_still, (batch, *subject.parts(batch)))
     return WholeAndParts(whole, parts)
@@ -60,7 +60,7 @@ def loss_kind(both: WholeAndParts) -> LossKind:
 
 
 def labels_of(batch: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The entries that hold whole numbers to learn from."""
+    """Return the batch entries that hold integer labels."""
     return {
         name: value
         for name, value in batch.items()
@@ -72,7 +72,7 @@ def labels_of(batch: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def _label_counts(parts: Sequence[Run]) -> Iterator[Tensor]:
-    """Numbers of labels of each microbatch, with and without the first of each row, which models that shift leave out."""
+    """Yield the label counts of the microbatches, with and without each row's first, which models that shift leave out."""
     for name in labels_of(parts[0].batch):
         for begin in (0, 1):
             counts = [(part.batch[name][..., begin:] != IGNORED).sum() for part in parts]
@@ -81,11 +81,11 @@ def _label_counts(parts: Sequence[Run]) -> Iterator[Tensor]:
 
 
 def compared(whole: Any, parts: Sequence[Any]) -> dict[str, Literal["rows", "same", "reduced", "differs", "other"]]:
-    """For each tensor of an output, how it is made of those of the microbatches.
+    """Relate each tensor of an output to those of the microbatches.
 
     Returns:
-        By name: "rows": those put together; "same": each of them; "reduced": their mean or sum; "differs": it has rows,
-        with other values; "other": it has none, and other values.
+        By name: "rows": their concatenation; "same": equal to each of them; "reduced": their mean or sum; "differs": it
+        has rows, with other values; "other": it has no rows, and other values.
     """
     names, leaves = tree.leaf_names(whole, "output"), tree.leaves_and_spec(whole)[0]
     columns = [tree.leaves_and_spec(part)[0] for part in parts]
@@ -116,7 +116,7 @@ def _composed(whole: Tensor, parts: Sequence[Tensor]) -> str:
 
 
 def first_coupled(subject: Subject) -> str | None:
-    """The first module whose output for the batch is not made of those for the microbatches; None when there is none."""
+    """Return the first module whose output for the batch does not combine those for the microbatches, or None."""
     whole = _outputs(subject, subject.batch)
     parts = [_outputs(subject, part) for part in subject.parts()]
     for position, (name, output) in enumerate(whole):
@@ -127,7 +127,7 @@ def first_coupled(subject: Subject) -> str | None:
 
 
 def _outputs(subject: Subject, batch: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """What each module returned, in the order in which they end."""
+    """Return each module's output, in the order in which modules end."""
     assert subject.module is not None
     names = {id(part): name for name, part in subject.module.named_modules()}
     found: list[tuple[str, Any]] = []
@@ -142,7 +142,7 @@ def _outputs(subject: Subject, batch: Mapping[str, Any]) -> list[tuple[str, Any]
 
 
 def _kept(leaf: Any) -> Any:
-    """A copy: modules may write to it later."""
+    """Copy a tensor: modules may write to it later."""
     return leaf.detach().clone() if isinstance(leaf, Tensor) else None
 
 

@@ -1,4 +1,4 @@
-"""P6: captured and cut, the module gives its own loss and gradients."""
+"""P6: captured and cut, the module gives the same loss and gradients as before."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from autofunc.whole_module import NotComparable, differences
 
 
 def check_whole_module(subject: Subject) -> list[Verdict]:
-    """The findings of P6: one verdict or more."""
+    """Return the findings of P6."""
     model, _ = subject.captured
     if not isinstance(model, CapturedModel):
-        return [Verdict("P6", "skip", "compares a captured module with itself, and there is none, see P1")]
+        return [Verdict("P6", "skip", "compares the module with its capture, which failed, see P1")]
     try:
         found = differences(model, subject.batch, subject.loss)
     except NotComparable as error:
@@ -21,5 +21,5 @@ def check_whole_module(subject: Subject) -> list[Verdict]:
     except AutofuncError as error:
         return [Verdict("P6", "fail", str(error), subject.where)]
     if found:
-        return [Verdict("P6", "fail", f"captured, it is not what it was: {'; '.join(found[:3])}", subject.where)]
-    return [Verdict("P6", "pass", "captured and cut, loss and gradients are its own")]
+        return [Verdict("P6", "fail", f"the captured module differs: {'; '.join(found[:3])}", subject.where)]
+    return [Verdict("P6", "pass", "captured and cut, it gives the module's own loss and gradients")]

@@ -1,6 +1,6 @@
-"""C2: forward writes to no parameter, not under no_grad and not through `.data` either.
+"""C2: forward writes to no parameter, neither under no_grad nor through `.data`.
 
-A sharded parameter is gathered into memory that is freed afterwards, so what is written there is lost.
+A sharded parameter is gathered into memory that is freed afterwards, so writes to it are lost.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from autofunc.checks.watch import Watched, watching
 
 
 def check_writes(subject: Subject) -> list[Verdict]:
-    """The findings of C2: one verdict or more."""
+    """Return the findings of C2."""
     if subject.module is None:
-        return [Verdict("C2", "skip", "layers are functions: an engine refuses them when they write to parameters")]
+        return [Verdict("C2", "skip", "layers are functions: engines refuse them if they write to parameters")]
     first = subject.first
     changed = {tree.join(change.module, change.attribute): change for change in first.changes if change.kind == "parameter"}
     writes = dict(first.watched.writes)
@@ -29,7 +29,7 @@ def check_writes(subject: Subject) -> list[Verdict]:
             how = "forward replaces" if change.how == "set" else "something outside of torch's operators writes to"
             text = f"{how} the parameter {name!r}; compute a new tensor"
             verdicts.append(Verdict("C2", "fail", text, subject.where_above(change.module)))
-    return verdicts or [Verdict("C2", "pass", "the forward leaves all parameters as they are")]
+    return verdicts or [Verdict("C2", "pass", "forward leaves all parameters unchanged")]
 
 
 def _thorough(subject: Subject) -> Watched:

@@ -1,4 +1,4 @@
-"""`autofunc bench`: what comes before torch, which takes seconds to import. The rest is `train.benching`."""
+"""`autofunc bench`: the part that runs before torch, which takes seconds to import. The rest is `train.benching`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _REMAT: dict[str, str | None] = {"none": None, "layer": "layer", "stage": "stage
 
 @dataclass(frozen=True)
 class BenchOptions(StartOptions):
-    """What is measured, and how long."""
+    """What to measure, and for how long."""
 
     schedules: Annotated[
         str | None, typer.Option("--schedules", metavar="A,B", help="Named schedules, or files of schedules.")
@@ -38,26 +38,28 @@ class BenchOptions(StartOptions):
     ] = None
     pp: Annotated[str | None, typer.Option("--pp", metavar="1,2", help="Numbers of pipeline ranks.")] = None
     microbatches: Annotated[
-        str | None, typer.Option("--microbatches", metavar="4,8", help="Into how many a step's rows are cut.")
+        str | None, typer.Option("--microbatches", metavar="4,8", help="Numbers of microbatches per step.")
     ] = None
     remat: Annotated[str | None, typer.Option("--remat", metavar="A,B", help="none, layer, stage.")] = None
     against: Annotated[
-        str | None, typer.Option("--against", metavar="A,B", help="torch: torch.distributed.pipelining; plain: the loop.")
+        str | None, typer.Option("--against", metavar="A,B", help="torch: its own pipelines; plain: the microbatch loop.")
     ] = None
     torch_schedules: Annotated[
         str | None, typer.Option("--torch-schedules", metavar="A,B", help="Torch's names, instead of counterparts.")
     ] = None
     only: Annotated[
-        str | None, typer.Option("--only", metavar="A,B", help="Of all names those that fit: 'torch *,* compiled'.")
+        str | None, typer.Option("--only", metavar="A,B", help="Only names that match: 'torch *,* compiled'.")
     ] = None
-    repetitions: Annotated[int, typer.Option("--repetitions", min=1, help="Rounds: each contender has a turn.")] = 9
-    steps: Annotated[int, typer.Option("--steps", min=1, help="Steps of a turn, of which the median counts.")] = 1
-    seconds: Annotated[float, typer.Option("--seconds", min=0, help="No round begins later, but the first three.")] = 120.0
+    repetitions: Annotated[int, typer.Option("--repetitions", min=1, help="Rounds; each contender has a turn.")] = 9
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Steps per turn; their median counts.")] = 1
+    seconds: Annotated[
+        float, typer.Option("--seconds", min=0, help="Start no new round after this, except the first three.")
+    ] = 120.0
     no_check: Annotated[
-        bool, typer.Option("--no-check", help="Compare no gradients: that runs the whole model on each process.")
+        bool, typer.Option("--no-check", help="Skip comparing gradients, which runs the whole model on each process.")
     ] = False
     no_dropout: Annotated[
-        bool, typer.Option("--no-dropout", help="As in evaluation: compiling what draws random numbers takes minutes.")
+        bool, typer.Option("--no-dropout", help="Turn dropout off: compiling random numbers takes minutes.")
     ] = False
     output: Annotated[
         str | None, typer.Option("--output", "-o", metavar="FOLDER", help="For results; by default one in runs/.")
@@ -69,22 +71,22 @@ def bench(options: BenchOptions, overrides: Sequence[str]) -> None:
     """Run a benchmark.
 
     Args:
-        options: of the command.
+        options: the command's options.
         overrides: see `config.load_config`.
 
     Raises:
-        AutofuncError: for every mistake in options or configuration, before a process is started.
+        AutofuncError: for every mistake in the options or the configuration, before a process is started.
     """
     pp, others = _pp(options), _parsed(options)
     with CONSOLE.status(literal(f"checking {shown(options.config)}")):
         config, notes = read_config(options.config, overrides)
     most = max(pp or (max(config.distributed.pp_size, 2),))
     launches = not is_worker() and (options.nproc_per_node or most) > 1
-    if launches:  # torch and numpy read it when they are imported, here and for the workers
+    if launches:  # torch and numpy read it on import, here and in the workers
         os.environ.setdefault("OMP_NUM_THREADS", "1")
-        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # no workers of the compiler beside what is timed
+        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # no compiler workers competing with timed steps
         os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # a library may ask for GPUs then, see docs/traps.md
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # where bytes are counted, the allocator warns of older ones
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # counting bytes makes the allocator warn of older blocks
     with loading_torch():
         from autofunc.train.benching import BenchWanted, asked_bench, begin_bench, run_bench_rank
         from autofunc.train.worker import run_worker
@@ -97,7 +99,7 @@ def bench(options: BenchOptions, overrides: Sequence[str]) -> None:
     if is_worker():
         run_worker(lambda: run_bench_rank(run))
         return
-    with train_command._fork_server(False) if launches else nullcontext() as server:
+    with train_command.start_fork_server(False) if launches else nullcontext() as server:
         begin_bench(run, options.nproc_per_node, server)
 
 
@@ -106,7 +108,7 @@ def _pp(options: BenchOptions) -> tuple[int, ...] | None:
 
 
 def _parsed(options: BenchOptions) -> dict[str, Any]:
-    """The other lists among the options; None where one is not given."""
+    """Parse the other list options; None if not given."""
     return {
         "schedules": _list("--schedules", options.schedules, str),
         "engines": _list("--engines", options.engines, str),
@@ -124,7 +126,7 @@ def _list(option: str, text: str | None, read: Callable[[str], T]) -> tuple[T, .
         return None
     words = [word.strip() for word in text.split(",")]
     if not all(words):
-        raise ConfigError(f"{option} {shown(text)}: expected values with commas between them")
+        raise ConfigError(f"{option} {shown(text)}: expected values separated by commas")
     return tuple(dict.fromkeys(read(word) for word in words))
 
 
@@ -136,5 +138,5 @@ def _one(option: str, word: str, known: dict[str, T]) -> T:
 
 def _number(option: str, word: str) -> int:
     if not word.isdecimal() or int(word) < 1:
-        raise ConfigError(f"{option} {shown(word)}: expected numbers from 1 on, with commas between them")
+        raise ConfigError(f"{option} {shown(word)}: expected positive numbers separated by commas")
     return int(word)

@@ -1,4 +1,4 @@
-"""`autofunc check`: what stands in the way of the model of a configuration, for people and as JSON."""
+"""`autofunc check`: find what prevents pipelining a configuration's model, as a table or JSON."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rich.console import Console
 
 from autofunc.captured import with_values
 from autofunc.checks import check as run_checks
-from autofunc.config import check_targets, not_ended, read_config
+from autofunc.config import check_targets, read_config, refusing_exit
 from autofunc.data import STACKED, first_rows
 from autofunc.model import Model
 from autofunc.shown import literal, shown
@@ -21,14 +21,14 @@ from autofunc.train.model import loss_to_check, make
 _MOST_ROWS = 4  # of the example: forward runs on it about twenty times
 
 
-@not_ended()
+@refusing_exit()
 def check(config_path: str, overrides: Sequence[str], as_json: bool) -> bool:
-    """Print what is found; returns whether nothing failed.
+    """Print the findings; return whether nothing failed.
 
     Args:
         config_path: the YAML file.
         overrides: see `config.load_config`.
-        as_json: JSON instead of a table.
+        as_json: print JSON instead of a table.
 
     Raises:
         AutofuncError: for mistakes in the configuration itself.

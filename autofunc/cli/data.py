@@ -1,4 +1,4 @@
-"""`autofunc data`: text made ready for training."""
+"""`autofunc data`: prepare text for training."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from autofunc.cli.loading import loading_torch
 from autofunc.errors import DataError
 from autofunc.shown import shown
 
-app = typer.Typer(no_args_is_help=True, help="Make text ready for training.")
+app = typer.Typer(no_args_is_help=True, help="Prepare text for training.")
 
 
 @app.callback()
@@ -26,17 +26,17 @@ def tokenize(
     tokenizer: Annotated[
         str | None, typer.Option("--tokenizer", help="Name or folder for transformers; bytes by default.")
     ] = None,
-    text_column: Annotated[str, typer.Option("--text-column", help="Of files with rows.")] = "text",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there.")] = False,
+    text_column: Annotated[str, typer.Option("--text-column", help="Column of files with rows.")] = "text",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
 ) -> None:
-    """Write the tokens of texts into a file that autofunc.data.TokenFiles reads.
+    """Write the tokens of texts to a file that autofunc.data.TokenFiles reads.
 
-    Each document ends with the tokenizer's token for the end of a text.
+    Each document ends with the tokenizer's end-of-text token.
     """
     if output.suffix != ".bin":
-        raise DataError(f"--output {shown(output)}: expected a name that ends in .bin")
+        raise DataError(f"--output {shown(output)}: expected a name ending in .bin")
     if output.exists() and not overwrite:
-        raise DataError(f"--output {shown(output)} is there already; name another, or say --overwrite to replace it")
+        raise DataError(f"--output {shown(output)} already exists; choose another name, or pass --overwrite to replace it")
     with loading_torch():
         from autofunc.data.documents import Documents
         from autofunc.data.token_file import write_token_file

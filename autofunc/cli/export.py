@@ -1,4 +1,4 @@
-"""`autofunc export`: trained weights as a folder that `from_pretrained` loads."""
+"""`autofunc export`: write trained weights as a folder that `from_pretrained` loads."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from autofunc.train.model import SEED, build_base, make
 
 
 def export(config_path: str, overrides: Sequence[str], weights: str, folder: str) -> None:
-    """Write the folder.
+    """Write a folder that transformers loads.
 
     Args:
         config_path: the YAML file of the run.
         overrides: see `config.load_config`.
         weights: the run's output folder, or its model.safetensors; with `peft`, the run's output folder or its adapter,
-            which is added to the weights of the base.
-        folder: what is written.
+            which is merged into the weights of the base.
+        folder: the folder to write.
 
     Raises:
-        AutofuncError: when the model has no form on disk, or the weights do not fit it.
+        AutofuncError: if the model cannot be exported, or the weights do not fit it.
     """
     with Console(stderr=True).status(literal(f"writing {shown(folder)}")):
         config, _ = read_config(config_path, overrides)

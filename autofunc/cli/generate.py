@@ -1,4 +1,4 @@
-"""`autofunc generate --model FOLDER`: texts by a model of transformers, from its folder alone."""
+"""`autofunc generate --model FOLDER`: generate text with a transformers model, from its folder alone."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def generate_from_folder(folder: str, num_ranks: int, wanted: TextsWanted) -> No
         wanted: the prompts, and how tokens are chosen.
 
     Raises:
-        AutofuncError: for a folder that is none of a model, and what cannot be generated.
+        AutofuncError: if the folder has no model, or generation fails.
     """
     Sampling(**wanted.sampling)
     with CONSOLE.status(literal(f"reading {shown(folder)}")):
-        classes: Any = AutoModel  # which mypy takes for a function, since it is never built
+        classes: Any = AutoModel  # mypy takes the class for a function, since it is never instantiated
         pretrained = classes.from_pretrained(folder)
         tokenizer = _tokenizer(folder, wanted.tokenizer)
         rows = encoded(tokenizer.prompt, wanted.prompts)
@@ -55,6 +55,6 @@ def _tokenizer(folder: str, named: str | None) -> TextTokenizer:
         tokenizer = load_tokenizer(folder)
     except DataError as error:
         raise ConfigError(f"--model: {error.args[0].partition('. ')[0]}. {_GIVE}") from error
-    if not tokenizer.encode("text"):  # transformers makes one without a vocabulary where there are no files
+    if not tokenizer.encode("text"):  # without files, transformers makes a tokenizer with an empty vocabulary
         raise ConfigError(f"--model: {shown(folder)} has no tokenizer. {_GIVE}")
     return tokenizer

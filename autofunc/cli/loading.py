@@ -1,4 +1,4 @@
-"""Importing torch and what is built on it, which takes seconds."""
+"""Importing torch, and modules built on it, which takes seconds."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from autofunc.timing import clock
 
 @contextmanager
 def loading_torch() -> Iterator[None]:
-    """Import within; on terminals it is shown. Nothing that is imported goes away, so nobody looks for garbage in it."""
+    """Import during the block, with a spinner on terminals. Imported objects stay, so the garbage collector skips them."""
     if "torch" in sys.modules:
         yield
         return

@@ -1,4 +1,4 @@
-"""The command line. What it needs first is light: torch is imported when a command needs it."""
+"""The command line. Its own imports are light: torch is imported when a command needs it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Pipeline parallelism as pure functions: one YAML trains a model that is split at its split_points.",
+    help="Pipeline parallelism as pure functions: one YAML file trains a model that is split at its split_points.",
 )
 
 
@@ -43,19 +43,19 @@ def _common(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Options of all commands."""
+    """Options common to all commands."""
 
 
 _ANY_KEY = "Any key of the file can be set: --step_scheduler.max_steps 10, or distributed.schedule=gpipe"
-Domain = Annotated[str, typer.Argument(metavar="llm", help="What is trained: llm.")]
+Domain = Annotated[str, typer.Argument(metavar="llm", help="Kind of model to train: llm.")]
 
 
 @app.command("finetune", context_settings=TAKES_OVERRIDES, epilog=_ANY_KEY)
 @takes_groups
 def finetune(context: typer.Context, domain: Domain, options: RunOptions) -> None:
-    """Train a language model as a YAML file says.
+    """Train a language model as described in a YAML file.
 
-    Starts its own worker processes, unless torchrun has.
+    Starts its own worker processes, unless run under torchrun.
 
     Example: autofunc finetune llm -c examples/demo.yaml --step_scheduler.max_steps 20
     """
@@ -65,7 +65,7 @@ def finetune(context: typer.Context, domain: Domain, options: RunOptions) -> Non
 @app.command("pretrain", context_settings=TAKES_OVERRIDES, epilog=_ANY_KEY)
 @takes_groups
 def pretrain(context: typer.Context, domain: Domain, options: RunOptions) -> None:
-    """Train a language model, as finetune does: a key says what weights it begins with.
+    """Train a language model, like finetune; the key weights chooses the initial weights.
 
     Example: autofunc pretrain llm -c run.yaml --weights seed
     """
@@ -75,7 +75,7 @@ def pretrain(context: typer.Context, domain: Domain, options: RunOptions) -> Non
 @app.command("train", context_settings=TAKES_OVERRIDES, epilog=_ANY_KEY)
 @takes_groups
 def train(context: typer.Context, options: RunOptions) -> None:
-    """Train any model as a YAML file says: a classifier of images as well as a language model.
+    """Train any model as described in a YAML file: an image classifier as well as a language model.
 
     Example: autofunc train -c run.yaml --loss_fn._target_ net.py:loss
     """
@@ -103,7 +103,7 @@ def evaluate(context: typer.Context, options: EvaluateOptions) -> None:
 @app.command("generate", context_settings=TAKES_OVERRIDES, epilog=_ANY_KEY)
 @takes_groups
 def generate(context: typer.Context, options: GenerateOptions) -> None:
-    """Say what follows a prompt, by the model of a run or of a folder.
+    """Continue prompts with the model of a run or of a folder.
 
     Example: autofunc generate -c run.yaml --checkpoint.restore_from LATEST --prompt "Once"
 
@@ -112,7 +112,7 @@ def generate(context: typer.Context, options: GenerateOptions) -> None:
     from autofunc.train.texts import TextsWanted, read_prompts
 
     if (options.config is None) == (options.model is None):
-        raise ConfigError("generate needs one of -c FILE, the configuration of a run, and --model FOLDER")
+        raise ConfigError("generate needs either -c FILE, the configuration of a run, or --model FOLDER")
     wanted = TextsWanted(
         read_prompts(options.prompt or (), options.prompt_file), options.max_new_tokens, options.temperature, options.top_k,
         options.top_p, options.seed, options.tokenizer, options.as_json,
@@ -125,7 +125,7 @@ def generate(context: typer.Context, options: GenerateOptions) -> None:
         return
     if context.args:
         raise ConfigError(
-            f"generate --model takes no keys of a configuration: {quoted(context.args[0])}; they go with -c FILE"
+            f"generate --model takes no configuration keys such as {quoted(context.args[0])}; they need -c FILE"
         )
     assert options.model is not None, "one of the two is given"
     with loading_torch():
@@ -135,7 +135,7 @@ def generate(context: typer.Context, options: GenerateOptions) -> None:
 
 def _known_domain(verb: str, domain: str) -> str:
     if domain != "llm":
-        raise ConfigError(f"{verb} {domain!r}: {one_of(domain, ['llm'])}; autofunc train -c FILE is for models of any kind")
+        raise ConfigError(f"{verb} {domain!r}: {one_of(domain, ['llm'])}; autofunc train -c FILE trains models of any kind")
     return domain
 
 
@@ -155,10 +155,10 @@ def plan(
     config: ConfigFile,
     nproc_per_node: Annotated[
         int | None,
-        typer.Option("--nproc-per-node", "--nproc_per_node", min=1, help="Processes; what the file says by default."),
+        typer.Option("--nproc-per-node", "--nproc_per_node", min=1, help="Processes; by default as the file asks."),
     ] = None,
     measure: Annotated[
-        bool, typer.Option("--measure", help="Time every layer here, with weights, and balance stages by that.")
+        bool, typer.Option("--measure", help="Time every layer here, with weights, and balance stages by the times.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="JSON instead of tables.")] = False,
     picture: Annotated[
@@ -167,13 +167,13 @@ def plan(
     ] = None,
     fake_data: Annotated[
         bool,
-        typer.Option("--fake-data", help="Read no dataset: make up token ids, dataset.seq_len in a row."),
+        typer.Option("--fake-data", help="Read no dataset: make up rows of dataset.seq_len token ids."),
     ] = False,
 ) -> None:
-    """Say what a run would do, without weights or processes.
+    """Show what a run would do, without weights or processes.
 
-    Runs the code that the file names in _target_, to build the model and read the data.
-    Stages, parameters, operations, what is sent, memory, step time and bubble.
+    Shows stages, parameters, operations, transfers, memory, step time and bubble.
+    Runs the code that the file names in _target_, for the model and the data.
     """
     with loading_torch():
         from autofunc.cli.plan import plan as show_plan
@@ -190,11 +190,12 @@ def check(
     config: ConfigFile,
     as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
 ) -> None:
-    """Look for what stands in the way of sharding and pipelining a model.
+    """Find what prevents sharding and pipelining a model (takes seconds).
 
-    Runs the code that the file names in _target_. Ten checks on a few rows of the dataset. The status is 1 when one fails.
+    Runs the code that the file names in _target_.
+    Runs twelve checks on a few rows of the dataset; the status is 1 if one fails.
     """
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # small forwards: threads that spin take the cores of others
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # forwards are small: spinning threads would steal cores
     with loading_torch():
         from autofunc.cli.check import check as run_check
     if not run_check(config, context.args, as_json):
@@ -204,10 +205,12 @@ def check(
 @app.command("bench", context_settings=TAKES_OVERRIDES, epilog=_ANY_KEY)
 @takes_groups
 def bench(context: typer.Context, options: BenchOptions) -> None:
-    """Measure steps of pipelines in turns: all combinations of the lists that are given.
+    """Time a training step of pipelines in turns: all combinations of the lists.
 
-    Runs the code that the file names in _target_. Gradients are compared with the plain loop's, then all contenders take
-    turns. Tables, and bench.json, bench.png and bench.html (timelines). Starts its own processes, unless torchrun has.
+    Runs the code that the file names in _target_.
+    Checks gradients against the plain microbatch loop, then times all in turns.
+    Prints tables; writes bench.json, bench.png and bench.html (timelines).
+    Starts its own processes, unless run under torchrun.
 
     Example: autofunc bench -c examples/custom_model.yaml --against torch
 
@@ -240,16 +243,16 @@ def export(
 
 
 def _check_options(words: list[str]) -> None:
-    """An option that is none is shown by click as it is."""
+    """Refuse unprintable option names, which click would echo as they are."""
     for option in (word.partition("=")[0] for word in words if word.startswith("-")):
         if not option.isprintable():
-            raise ConfigError(f"{quoted(option)} is no option")
+            raise ConfigError(f"there is no option {quoted(option)}")
 
 
 def main() -> None:
-    """Entry point: errors made for people are printed without a traceback, but with their notes."""
+    """Entry point: print user-facing errors with their notes, without a traceback."""
     if os.environ.get("MPLBACKEND", "").startswith("module://"):
-        os.environ["MPLBACKEND"] = "agg"  # a notebook's, which may not be installed here; commands draw into files
+        os.environ["MPLBACKEND"] = "agg"  # a notebook's backend may not be installed here; commands draw into files
     try:
         _check_options(sys.argv[1:])
         app()
@@ -259,7 +262,7 @@ def main() -> None:
     except AutofuncError as error:
         sys.stderr.write(f"error: {full_message(error)}\n")
         sys.exit(2)
-    except Exception:  # raised by the user's code, or a mistake of ours, which needs the whole traceback
+    except Exception:  # from the user's code, or a bug of ours, which needs the whole traceback
         from autofunc.train.blame import brief, names_users_lines
         from autofunc.users_lines import wants_whole
 

@@ -1,4 +1,4 @@
-"""Options that several commands share, said once.
+"""Options that several commands share, each declared once.
 
 Typer reads a command's options from its signature. A command here takes groups of options as dataclasses; `takes_groups`
 gives it the signature that typer needs, with the fields of all groups.
@@ -19,14 +19,14 @@ import autofunc as af
 from autofunc.errors import ScheduleError
 
 TAKES_OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
-"""Settings of a command whose other arguments set keys of the configuration."""
+"""Settings of a command whose remaining arguments set keys of the configuration."""
 
 ConfigFile = Annotated[str, typer.Option("--config", "-c", help="YAML file of a run.")]
 
 
 @dataclass(frozen=True)
 class StartOptions:
-    """What is started, in how many processes."""
+    """The configuration, and in how many processes to start it."""
 
     config: ConfigFile
     nproc_per_node: Annotated[
@@ -37,45 +37,49 @@ class StartOptions:
 
 @dataclass(frozen=True)
 class RunOptions(StartOptions):
-    """How a run is started."""
+    """Options for starting a run."""
 
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run that is in output_dir.")] = False
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in output_dir.")] = False
     max_restarts: Annotated[
         int,
-        typer.Option("--max-restarts", min=0, help="After a failure go on from the latest checkpoint, so many times."),
+        typer.Option("--max-restarts", min=0, help="Resume from the latest checkpoint after this many failures."),
     ] = 0
     quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="Show errors and the last line alone; files are written as ever.")
+        bool, typer.Option("--quiet", "-q", help="Show only errors and the last line; files are written as usual.")
     ] = False
 
 
 @dataclass(frozen=True)
 class EvaluateOptions(StartOptions):
-    """How an evaluation is started."""
+    """Options for starting an evaluation."""
 
     as_json: Annotated[bool, typer.Option("--json", help="JSON instead of text.")] = False
 
 
 @dataclass(frozen=True)
 class GenerateOptions:
-    """What is generated, by which model."""
+    """What to generate, with which model."""
 
     config: Annotated[str | None, typer.Option("--config", "-c", help="YAML file of a run.")] = None
     model: Annotated[
-        str | None, typer.Option("--model", metavar="FOLDER", help="Instead: weights, config.json and tokenizer.")
+        str | None, typer.Option("--model", metavar="FOLDER", help="Instead of -c: config.json, weights and tokenizer.")
     ] = None
-    prompt: Annotated[list[str] | None, typer.Option("--prompt", help="What the text begins with; may come again.")] = None
-    prompt_file: Annotated[str | None, typer.Option("--prompt-file", metavar="FILE", help="Prompts, one a line.")] = None
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Where a text ends at the latest.")] = 64
+    prompt: Annotated[list[str] | None, typer.Option("--prompt", help="Beginning of the text; can be repeated.")] = None
+    prompt_file: Annotated[str | None, typer.Option("--prompt-file", metavar="FILE", help="Prompts, one per line.")] = None
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Most tokens to add to a prompt.")] = 64
     temperature: Annotated[
-        float | None, typer.Option("--temperature", min=0, help="Draw tokens; by default the likeliest is taken.")
+        float | None, typer.Option("--temperature", min=0, help="Sample tokens; by default take the likeliest.")
     ] = None
     top_p: Annotated[
-        float | None, typer.Option("--top-p", help="Draw from the likeliest that together have this probability.")
+        float | None, typer.Option("--top-p", help="Sample from the likeliest tokens that sum to this probability.")
     ] = None
-    top_k: Annotated[int | None, typer.Option("--top-k", min=1, help="Draw from so many of the likeliest.")] = None
-    seed: Annotated[int, typer.Option("--seed", help="Of the draws.")] = 0
-    pp: Annotated[int | None, typer.Option("--pp", min=1, help="Pipeline ranks; with -c those of the file.")] = None
+    top_k: Annotated[int | None, typer.Option("--top-k", min=1, help="Sample from this many of the likeliest tokens.")] = (
+        None
+    )
+    seed: Annotated[int, typer.Option("--seed", help="Seed of sampling.")] = 0
+    pp: Annotated[
+        int | None, typer.Option("--pp", min=1, help="Pipeline ranks; by default the file's, or 1 with --model.")
+    ] = None
     tokenizer: Annotated[
         str | None, typer.Option("--tokenizer", metavar="NAME", help="A folder, a name on the hub, or bytes.")
     ] = None
@@ -84,10 +88,10 @@ class GenerateOptions:
 
 @dataclass(frozen=True)
 class Sizes:
-    """How large a schedule is."""
+    """The size of a schedule."""
 
     ranks: Annotated[int, typer.Option("--ranks", "-p", min=1, help="Pipeline ranks.")] = 4
-    microbatches: Annotated[int, typer.Option("--microbatches", "-m", min=1, help="Microbatches of a step.")] = 8
+    microbatches: Annotated[int, typer.Option("--microbatches", "-m", min=1, help="Microbatches per step.")] = 8
     stages_per_rank: Annotated[
         int | None,
         typer.Option("--stages-per-rank", "-v", min=1, help="Stages on each rank.", show_default="the schedule's"),
@@ -96,18 +100,20 @@ class Sizes:
 
 @dataclass(frozen=True)
 class CostOptions:
-    """What actions cost."""
+    """The costs of actions."""
 
-    forward: Annotated[str, typer.Option("-F", help="Time of a rank's forward of a microbatch; or by stage: 1,2,1.5")] = "1"
-    input: Annotated[str, typer.Option("-I", help="Time of its backward of the input.")] = "1"
-    weight: Annotated[str, typer.Option("-W", help="Time of its backward of the weights.")] = "1"
+    forward: Annotated[
+        str, typer.Option("-F", help="Time of a rank's forward per microbatch; or a list by stage: 1,2,1.5")
+    ] = "1"
+    input: Annotated[str, typer.Option("-I", help="Time of its input backward, in the same form.")] = "1"
+    weight: Annotated[str, typer.Option("-W", help="Time of its weight backward, in the same form.")] = "1"
     comm: Annotated[float, typer.Option("--comm", help="Time of one transfer between ranks.")] = 0.0
     costs: Annotated[
-        str | None, typer.Option("--costs", metavar="FILE", help="Costs, and bytes, from a JSON file instead.")
+        str | None, typer.Option("--costs", metavar="FILE", help="Read costs, and bytes, from a JSON file instead.")
     ] = None
 
     def read(self) -> tuple[af.schedule.Costs, af.schedule.Memory | None]:
-        """The costs as given, and bytes if the file has them: single numbers are a rank's times, lists are by stage."""
+        """Return the costs, and bytes if the file has them. Single numbers are times per rank, lists are per stage."""
         given = {f"-{name}": text for name, text in zip("FIW", (self.forward, self.input, self.weight), strict=True)}
         if self.costs is None:
             f, i, w = (_times(option, text) for option, text in given.items())
@@ -122,22 +128,20 @@ def _times(option: str, text: str) -> float | list[float]:
     try:
         times = [float(part) for part in text.split(",")]
     except ValueError as error:
-        raise ScheduleError(f"{option} {text!r}: expected a number, or one for each stage with commas between") from error
+        raise ScheduleError(f"{option} {text!r}: expected a number, or one per stage separated by commas") from error
     return times[0] if len(times) == 1 else times
 
 
 def by_stage(costs: af.schedule.Costs, num_ranks: int, num_stages: int) -> af.schedule.Costs:
-    """Costs of each stage: the stages of a rank share a rank's time evenly.
+    """Return costs per stage: the stages of a rank share a rank's time evenly.
 
-    Times that were given by stage are those of parts of the model, which schedules with more or fewer stages cut elsewhere:
-    a stage takes its share of them. What is no number of stages for these ranks stays as it is, and is refused.
+    Lists of times belong to even parts of the model. If a schedule has more or fewer stages, each takes its share of those
+    parts. A number of times that fits no schedule on these ranks is left as it is, and refused later.
     """
     if isinstance(costs.comm, dict) and any(
         not isinstance(cost, (int, float)) and len(cost) != num_stages for cost in (costs.F, costs.I, costs.W)
     ):
-        raise ScheduleError(
-            f"costs of transfers are by stage, so they are not those of a schedule with {num_stages} stages"
-        )
+        raise ScheduleError(f"the costs of transfers are per stage, so they do not fit a schedule with {num_stages} stages")
     f, i, w = (
         cost * num_ranks / num_stages if isinstance(cost, (int, float)) else _cut_elsewhere(cost, num_ranks, num_stages)
         for cost in (costs.F, costs.I, costs.W)
@@ -146,7 +150,7 @@ def by_stage(costs: af.schedule.Costs, num_ranks: int, num_stages: int) -> af.sc
 
 
 def _cut_elsewhere(times: Sequence[float], num_ranks: int, num_stages: int) -> Sequence[float]:
-    """Times of even parts of a model, as those of another number of even parts."""
+    """Redistribute times of even parts of a model over another number of even parts."""
     if len(times) == num_stages or len(times) % num_ranks:
         return times
     ends = [index / len(times) for index in range(len(times) + 1)]
@@ -159,7 +163,7 @@ def _cut_elsewhere(times: Sequence[float], num_ranks: int, num_stages: int) -> S
 
 
 def takes_groups(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command that takes dataclasses of options a signature with their fields."""
+    """Flatten dataclass arguments of a command into its signature, for typer."""
     hints = get_type_hints(command, include_extras=True)
     own = inspect.signature(command).parameters
     groups: dict[str, Any] = {name: hint for name, hint in hints.items() if name in own and is_dataclass(hint)}

@@ -1,4 +1,4 @@
-"""`autofunc plan`: a dry run, for people and as JSON."""
+"""`autofunc plan`: a dry run, as tables or JSON."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def plan(
     Args:
         config_path: the YAML file.
         overrides: see `config.load_config`.
-        num_processes: how many there would be; the configuration's own number by default.
+        num_processes: how many processes the run would have; by default the configuration's number.
         measure: see `plan_run`.
-        as_json: JSON instead of tables.
+        as_json: print JSON instead of tables.
         picture: a file for the drawn schedule: .svg, .html or .json (a trace).
-        fake_data: make rows up, and read no dataset.
+        fake_data: make up rows instead of reading a dataset.
 
     Raises:
         AutofuncError: for every mistake in the configuration.
@@ -78,7 +78,7 @@ def _show(made: RunPlan, console: Console) -> None:
         )  # fmt: skip
     console.print(table, highlight=False)
     memory = Table("rank", box=None, pad_edge=False, header_style="bold")
-    for title in ("parameters", "gathered, cast", "optimizer", "activations, gradients", "in all"):
+    for title in ("parameters", "gathered, cast", "optimizer", "activations, gradients", "total"):
         memory.add_column(title, justify="right")
     for rank in made.ranks:
         total = rank.parameter_bytes + rank.gathered_bytes + rank.optimizer_bytes + (rank.activation_bytes or 0)
@@ -107,7 +107,7 @@ def _show(made: RunPlan, console: Console) -> None:
         f"step: {timeline.makespan:.3g} ms, bubble {timeline.bubble_fraction:.1%}; "
         f"longest stage {made.imbalance:.2f}x the mean",
         f"a batch: {rows_in_words(recipe.example(), STACKED, key_name=recipe.model.key_name)}",
-        f"times: {times}{_shared_evenly(recipe.axes)}; transfers count as nothing",
+        f"times: {times}{_shared_evenly(recipe.axes)}; transfers take no time",
     ]
     if len(made.stages) > 1:
         lines.append(f"split_points: [{', '.join(printable(stage.first_layer) for stage in made.stages[1:])}]")
@@ -121,21 +121,21 @@ def _show(made: RunPlan, console: Console) -> None:
 
 def _shared_evenly(axes: Axes) -> str:
     sizes = " and ".join(f"{size} {name}" for name, size in (("cp", axes.cp), ("tp", axes.tp)) if size > 1)
-    return f"; {sizes} ranks are taken to share them evenly" if sizes else ""
+    return f"; {sizes} ranks are assumed to share them evenly" if sizes else ""
 
 
 def _connections(made: RunPlan) -> list[str]:
-    """How many each rank makes, and what they take of its GPU."""
+    """Describe how many connections each rank makes, and their share of its GPU."""
     alike: dict[int, list[int]] = {}
     for rank in made.ranks:
         alike.setdefault(rank.connections, []).append(rank.rank)
     if not any(alike):
         return []
-    told = [f"{count} on rank{'s' if len(ranks) > 1 else ''} {in_ranges(ranks)}" for count, ranks in alike.items()]
-    lines = [f"connections between pp ranks, each one way: {'; '.join(told)}"]
+    counts = [f"{count} on rank{'s' if len(ranks) > 1 else ''} {in_ranges(ranks)}" for count, ranks in alike.items()]
+    lines = [f"connections between pp ranks, each one way: {'; '.join(counts)}"]
     most = max(rank.connection_bytes or 0 for rank in made.ranks)
     if most:
-        lines.append(f"they take {size_in_words(most)} of a GPU at most, {assumed(made.recipe.transfers)}")
+        lines.append(f"they take at most {size_in_words(most)} of a GPU, {assumed(made.recipe.transfers)}")
     return lines
 
 

@@ -1,4 +1,4 @@
-"""`autofunc schedule`: look at schedules without torch, processes or a model."""
+"""`autofunc schedule`: inspect schedules without torch, processes or a model."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ Names = Annotated[list[str], typer.Argument(metavar="NAME...", help=f"Named sche
 
 @app.command("list")
 def list_names() -> None:
-    """The named schedules, and what each is."""
+    """List the named schedules, with a line about each.
+
+    Example: autofunc schedule list
+    """
     from autofunc.schedule.named.registry import GENERATORS
 
     for name, generator in GENERATORS.items():
@@ -40,12 +43,12 @@ def list_names() -> None:
 def show(
     name: Name,
     sizes: Sizes,
-    lowered: Annotated[bool, typer.Option("--lowered", help="With its sends and receives.")] = False,
+    lowered: Annotated[bool, typer.Option("--lowered", help="Include sends and receives.")] = False,
     output: Annotated[
-        str | None, typer.Option("--output", "-o", metavar="FILE", help="Write it: .csv as torch reads it, or .json.")
+        str | None, typer.Option("--output", "-o", metavar="FILE", help="Write a file: .csv as torch reads it, or .json.")
     ] = None,
 ) -> None:
-    """The table of actions, one line per rank: text that these commands read.
+    """Print the table of actions, one line per rank, in the text form that these commands read.
 
     Example: autofunc schedule show 1f1b -p 2 -m 4 -o mine.csv
     """
@@ -61,7 +64,7 @@ def show(
 @app.command()
 @takes_groups
 def simulate(name: Name, sizes: Sizes, costs: CostOptions) -> None:
-    """Draw one schedule in time, its figures, and why its ranks idle.
+    """Simulate a schedule: draw its timeline, and show figures and why its ranks idle.
 
     Example: autofunc schedule simulate zb_h1 -p 4 -m 8 --comm 0.1
     """
@@ -75,9 +78,9 @@ def simulate(name: Name, sizes: Sizes, costs: CostOptions) -> None:
 @app.command()
 @takes_groups
 def compare(sizes: Sizes, costs: CostOptions, names: Names = []) -> None:  # noqa: B006 - typer makes a new one
-    """Figures of several schedules side by side; of all named ones by default.
+    """Compare several schedules side by side; by default all named ones.
 
-    `--stages-per-rank` is for those that take more than one.
+    `--stages-per-rank` applies to those that take more than one.
 
     Example: autofunc schedule compare 1f1b zb_h1 zb_h2 -p 8 -m 32 -F 1 -I 1.2 -W 0.8
     """
@@ -109,11 +112,11 @@ def draw(
             "--output",
             "-o",
             metavar="FILE",
-            help="A picture .svg or .png, a page .html, or a trace for Perfetto .json; text if none.",
+            help="A picture .svg or .png, a page .html, or a trace for Perfetto .json; by default text.",
         ),
     ] = None,
 ) -> None:
-    """Draw schedules in time, one under the other.
+    """Draw the timelines of schedules, one below the other.
 
     Example: autofunc schedule draw 1f1b zbv -p 4 -m 8 -o compared.html
     """
@@ -136,17 +139,17 @@ def search(
     memory_limit: Annotated[
         float | None,
         typer.Option(
-            "--memory-limit", help="Most stage activations of a rank; bytes of residuals if the costs file has memory."
+            "--memory-limit", help="Most stage activations per rank; or bytes of residuals if the costs file has memory."
         ),
     ] = None,
     seconds: Annotated[float, typer.Option("--seconds", help="How long to search.")] = 10.0,
-    span: Annotated[bool, typer.Option("--span", help="Minimise a rank's longest span, not the makespan.")] = False,
-    seed: Annotated[int, typer.Option("--seed", help="Of the random choices.")] = 0,
+    span: Annotated[bool, typer.Option("--span", help="Minimise the longest span of a rank, not the makespan.")] = False,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the random choices.")] = 0,
     output: Annotated[
-        str | None, typer.Option("--output", "-o", metavar="FILE", help="Write what was found: .csv or .json.")
+        str | None, typer.Option("--output", "-o", metavar="FILE", help="Write the schedule: .csv or .json.")
     ] = None,
 ) -> None:
-    """Find a schedule for given costs, unequal stages and a memory limit; never worse than the best named one.
+    """Search a schedule for given costs, unequal stages and a memory limit; never worse than the best named one.
 
     Example: autofunc schedule search -p 4 -m 16 -F 1,2,1,1 -I 1,2,1,1 -W 1,1,1,1 --memory-limit 6 -o found.csv
     """
@@ -190,9 +193,9 @@ def search(
 
 
 def build(name: str, sizes: Sizes, only_looped: bool = False) -> af.schedule.Schedule:
-    """A named schedule, one from a file, or one that a function makes, checked.
+    """Return a checked schedule: a named one, one from a file, or one built by a function.
 
-    A file brings its own sizes. With `only_looped`, stages per rank are given to those that take more than one number.
+    A file has its own sizes. With `only_looped`, stages per rank apply only to schedules that take more than one number.
     """
     if Path(name).suffix.lower() in af.schedule.SUFFIXES:
         read = af.schedule.read_file(name)
@@ -203,7 +206,7 @@ def build(name: str, sizes: Sizes, only_looped: bool = False) -> af.schedule.Sch
         return read.compute_form()
     source: str | af.schedule.Function = name
     if ".py:" in name:
-        from autofunc.config import resolve_target  # pulls in what named schedules do not need
+        from autofunc.config import resolve_target  # named schedules do not need these imports
 
         source = resolve_target(name, "NAME")
     takes = (

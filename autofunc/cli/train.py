@@ -1,4 +1,4 @@
-"""`autofunc train`, `finetune llm` and `pretrain llm`: what comes before torch, which takes seconds to import.
+"""`autofunc train`, `finetune llm` and `pretrain llm`: the part that runs before torch, which takes seconds to import.
 
 The rest is `train.begin`.
 """
@@ -23,7 +23,8 @@ from autofunc.train.texts import TextsWanted
 
 _OF_WORKERS = ["autofunc.train.begin"]
 _OF_TRAINING = ["matplotlib.figure", "matplotlib.backends.backend_agg"]
-"""Modules that workers need: those that draw the curves at the end are imported while this process checks what to do."""
+"""Modules that workers need. Matplotlib, which draws the curves at the end, is imported while this process checks the run.
+"""
 
 
 def train(
@@ -39,11 +40,11 @@ def train(
 
     Args:
         verb: the words of the command, such as ["finetune", "llm"].
-        options: how the run is started.
+        options: how to start the run.
         overrides: see `config.load_config`.
-        evaluates: whether it is not trained, but measured.
-        as_json: whether what is measured is shown as JSON.
-        texts: what is generated, instead of training.
+        evaluates: measure instead of training.
+        as_json: print the measurements as JSON.
+        texts: generate these texts instead of training.
 
     Raises:
         AutofuncError: for every mistake in the configuration, before a process is started.
@@ -56,13 +57,13 @@ def train(
         config, notes = read_config(options.config, overrides)
         clock.done("reading the configuration")
     launches = _launches(config, options)
-    if launches:  # torch and numpy read it when they are imported, here and for the workers
+    if launches:  # torch and numpy read it on import, here and in the workers
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # a library may ask for GPUs then, see docs/traps.md
     with loading_torch():
         from autofunc.train.begin import asked, begin, checked_recipe
     trains = not evaluates and texts is None
-    with _fork_server(trains) if launches else nullcontext() as server:
+    with start_fork_server(trains) if launches else nullcontext() as server:
         run_asked = asked(
             config, notes, words, options.config, overwrite=options.overwrite, max_restarts=options.max_restarts,
             evaluates=evaluates, as_json=as_json, quiet=options.quiet, texts=texts,
@@ -74,7 +75,7 @@ def train(
 
 @contextmanager
 def _checking(options: RunOptions) -> Iterator[None]:
-    """Shown on terminals. A quiet run does not show what the code that a file names says either."""
+    """Show a spinner on terminals; a quiet run also hides the output of code that the file names."""
     if options.quiet:
         with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
             yield
@@ -84,7 +85,7 @@ def _checking(options: RunOptions) -> Iterator[None]:
 
 
 def _launches(config: FinetuneConfig, options: RunOptions) -> bool:
-    """Whether there will be more than this process, or one that is started again."""
+    """Return whether the run needs more processes than this one, or restarts."""
     wanted = config.distributed
     sizes = (
         wanted.pp_size, wanted.cp_size, wanted.tp_size, wanted.dp_size, wanted.dp_replicate_size, wanted.ep_size,
@@ -93,8 +94,8 @@ def _launches(config: FinetuneConfig, options: RunOptions) -> bool:
     return bool(options.max_restarts) or any(size not in (None, 1) for size in sizes)
 
 
-def _fork_server(trains: bool) -> AbstractContextManager[ForkServer | None]:
-    """What the workers are forked from: made while this process has done nothing but import."""
+def start_fork_server(trains: bool) -> AbstractContextManager[ForkServer | None]:
+    """Start the process that workers are forked from, before this one does anything but import."""
     modules = _OF_WORKERS + (_OF_TRAINING if trains else [])
     return ForkServer.forked(modules) if is_alone() else ForkServer.started(modules)
 

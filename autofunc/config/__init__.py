@@ -4,7 +4,7 @@ from autofunc.config.arguments import check_arguments
 from autofunc.config.read import load_config, read_config
 from autofunc.config.schema import FinetuneConfig, Peft, StepScheduler, parse_config
 from autofunc.config.sections import check_targets, target_and_arguments
-from autofunc.config.target import call, import_object, instantiate, not_ended, resolve_target
+from autofunc.config.target import call, import_object, instantiate, refusing_exit, resolve_target
 
 __all__ = [
     "FinetuneConfig",
@@ -16,9 +16,9 @@ __all__ = [
     "import_object",
     "instantiate",
     "load_config",
-    "not_ended",
     "parse_config",
     "read_config",
+    "refusing_exit",
     "resolve_target",
     "target_and_arguments",
 ]

@@ -1,4 +1,4 @@
-"""A section's keys as the arguments of what it names: which there are, and of which types."""
+"""A section's keys as its target's arguments: check their names and types against the signature."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ def check_arguments(
     """Compare arguments with the target's signature.
 
     Args:
-        target: what will be called.
-        given: keyword arguments.
-        where: the section, for messages.
-        name: of the target, for messages.
-        given_later: how many leading arguments the caller passes itself; or the name of the one argument that it passes,
-            which is the first where none has that name.
+        target: the callable.
+        given: the keyword arguments.
+        where: the section's name, for messages.
+        name: the target's name, for messages.
+        given_later: how many leading arguments the caller passes itself; or the name of the one argument it passes, the
+            first if no argument has that name.
 
     Returns:
-        The arguments; those that came from a variable of the environment are numbers where the signature does not say text.
+        The arguments. Values from environment variables become numbers unless the signature asks for text.
 
     Raises:
-        ConfigError: for unknown arguments (with the nearest known ones), missing ones, and those that are annotated with
-            plain types and have another.
+        ConfigError: for unknown arguments (with the nearest known ones), missing ones, and values that don't match a
+            plain type annotation.
     """
     parameters = _parameters(target)
     if parameters is None:
@@ -67,19 +67,19 @@ def check_arguments(
 
 
 def _parameters(target: Callable[..., Any]) -> list[inspect.Parameter] | None:
-    """What a callable takes, with annotations as objects where they are; None of one in C that has no signature."""
+    """Return a callable's parameters, with annotations evaluated if possible; None for a C function without signature."""
     try:
         plain = inspect.signature(target)
     except (TypeError, ValueError):
         return None
     try:
         return list(inspect.signature(target, eval_str=True).parameters.values())
-    except Exception:  # annotations that only a type checker can follow
+    except Exception:  # annotations that only a type checker can resolve
         return list(plain.parameters.values())
 
 
 def _left(parameters: list[inspect.Parameter], given_later: int | str) -> list[inspect.Parameter]:
-    """What the caller does not pass itself."""
+    """Drop the parameters that the caller passes itself."""
     if isinstance(given_later, int):
         return parameters[given_later:]
     others = [parameter for parameter in parameters if parameter.name != given_later]
@@ -87,14 +87,14 @@ def _left(parameters: list[inspect.Parameter], given_later: int | str) -> list[i
 
 
 def _is_made(value: Any) -> bool:
-    """Whether a value, or a part of it, is what a target will return."""
+    """Return whether a value is, or contains, a section to instantiate."""
     if isinstance(value, dict):
         return "_target_" in value or any(map(_is_made, value.values()))
     return isinstance(value, list) and any(map(_is_made, value))
 
 
 def _is_plain(annotation: Any) -> bool:
-    """Whether a type is one of those that a file holds, or made of them."""
+    """Return whether a type is one a YAML file can hold, or composed of such types."""
     if annotation in _PLAIN or get_origin(annotation) is Literal:
         return True
     return get_origin(annotation) in _MADE_OF and all(_is_plain(part) for part in get_args(annotation))

@@ -1,4 +1,4 @@
-"""How rows become batches: in training, and otherwise in validation."""
+"""The sections `dataloader` and `validation_dataloader`: how rows are batched."""
 
 from __future__ import annotations
 
@@ -10,34 +10,32 @@ from autofunc.config.kinds import MicrobatchRows, RowLength, Section
 
 
 class Dataloader(Section):
-    """How rows become batches."""
+    """How rows are batched."""
 
     shuffle: bool = Field(True, description="draw rows in an order that depends on the seed")
-    drop_last: bool = Field(False, description="leave out a short last batch, of each dataset")
+    drop_last: bool = Field(False, description="drop each dataset's last batch if it is short")
     num_workers: Annotated[int, Field(ge=0, le=1 << 10)] = Field(0, description="processes that load rows")
     pad_seq_len_divisible: RowLength | None = Field(
-        None, description="fill rows of a batch up to the next multiple of this that the longest fits into"
+        None, description="pad the rows of a batch to a multiple of this, the first that fits the longest row"
     )
     pad_seq_len_to: Annotated[list[RowLength], Field(min_length=1, max_length=64)] | None = Field(
-        None, description="fill rows of a batch up to the first of these lengths that the longest fits into"
+        None, description="pad the rows of a batch to the first of these lengths that fits the longest row"
     )
 
     @model_validator(mode="after")
-    def _pads_in_one_way(self) -> Dataloader:
+    def _check_padding(self) -> Dataloader:
         if self.pad_seq_len_divisible is not None and self.pad_seq_len_to is not None:
-            raise ValueError(
-                "pad_seq_len_divisible and pad_seq_len_to both say what rows are filled up to; give one of them"
-            )
+            raise ValueError("pad_seq_len_divisible and pad_seq_len_to both set the padded length; give one of them")
         return self
 
 
 class ValidationDataloader(Section):
-    """How rows of the validation datasets become batches, where that is otherwise than in training."""
+    """How rows of the validation datasets are batched, where it differs from training."""
 
     batch_size: MicrobatchRows | None = Field(
-        None, description="rows of one microbatch in validation; by default step_scheduler.local_batch_size"
+        None, description="rows per microbatch in validation; by default step_scheduler.local_batch_size"
     )
-    drop_last: bool | None = Field(None, description="leave out a short last batch; by default as dataloader says")
+    drop_last: bool | None = Field(None, description="drop a short last batch; by default as in dataloader")
     num_workers: Annotated[int, Field(ge=0, le=1 << 10)] | None = Field(
-        None, description="processes that load rows; by default as dataloader says"
+        None, description="processes that load rows; by default as in dataloader"
     )

@@ -1,4 +1,4 @@
-"""`${oc.env:NAME}`: a variable's text, read as the number or word that its key takes."""
+"""`${oc.env:NAME}`: read a variable's text as the type its key takes."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ _NUMBERS = (int, float)
 
 
 class FromEnvironment(str):
-    """The text of a variable that is a key's whole value: what it is read as depends on what the key takes."""
+    """A key's whole value, taken from one environment variable: `read` converts it to the type the key takes."""
 
     __slots__ = ()
 
     def read(self, takes: Any = Any) -> Any:
-        """A number, true, false or null where it says one; else text, and always where the key takes text and no number.
+        """Return a number, true, false or null if the text is one and the key takes more than text; otherwise the text.
 
         Args:
-            takes: the annotation of what is wanted.
+            takes: the key's type annotation.
         """
         kinds = _kinds(takes)
         text = str(self)
@@ -39,11 +39,11 @@ class FromEnvironment(str):
 
 
 def mark_environment(raw: Any, resolved: Any) -> Any:
-    """The resolved values, with texts that came from one variable each as `FromEnvironment`.
+    """Return the resolved values, with each text that comes from one variable as a `FromEnvironment`.
 
     Args:
-        raw: as in the file.
-        resolved: the same, with values for `${...}`.
+        raw: the values as written in the file.
+        resolved: the same values with `${...}` resolved.
     """
     if isinstance(raw, dict) and isinstance(resolved, dict):
         return {name: mark_environment(raw[name], value) for name, value in resolved.items()}
@@ -55,7 +55,7 @@ def mark_environment(raw: Any, resolved: Any) -> Any:
 
 
 def read_environment(node: Any) -> Any:
-    """All that came from variables as numbers and words, in lists and mappings too."""
+    """Convert every `FromEnvironment` in nested lists and mappings with `FromEnvironment.read`."""
     if isinstance(node, dict):
         return {name: read_environment(value) for name, value in node.items()}
     if isinstance(node, list):
@@ -64,7 +64,7 @@ def read_environment(node: Any) -> Any:
 
 
 def _kinds(annotation: Any) -> set[Any]:
-    """The types that an annotation is made of."""
+    """Return the types an annotation is composed of."""
     inside = get_args(annotation)
     if inside:
         return {kind for part in inside for kind in _kinds(part)}

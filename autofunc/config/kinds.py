@@ -1,4 +1,4 @@
-"""What keys of a configuration take: numbers with their limits, targets, and sections of known keys."""
+"""Types of configuration keys: numbers with limits, targets, and the base class of sections."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ OneOrMore = Annotated[list[Text], Field(min_length=1)]
 
 
 def check_target(node: dict[str, Any]) -> dict[str, Any]:
-    """The section itself, if it names a target."""
+    """Return the section if it names a target; refuse it otherwise."""
     if not isinstance(node.get("_target_"), str) or not node["_target_"]:
         raise ValueError("needs a _target_: a dotted path such as 'torch.optim.AdamW', or 'path/to/file.py:name'")
     return node
@@ -39,7 +39,7 @@ _DTYPES = {"float32": "float32", "fp32": "float32", "bfloat16": "bfloat16", "bf1
 
 
 def _dtype_name(given: object) -> object:
-    """`bf16`, `bfloat16` and `torch.bfloat16` are one."""
+    """Normalise a dtype's name: `bf16`, `bfloat16` and `torch.bfloat16` are the same."""
     name = given.removeprefix("torch.") if isinstance(given, str) else given
     if name is None:
         return None
@@ -58,14 +58,14 @@ Target = Annotated[dict[str, Any], AfterValidator(check_target), PlainSerializer
 
 
 class Section(BaseModel):
-    """Base of all sections."""
+    """Base class of all sections: frozen, strict, without unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
     def _read(cls, given: Any) -> Any:
-        """Sections without a key in them are as good as absent; what variables hold is read as their keys take it."""
+        """Drop sections left empty, and convert environment variables to the types their keys take."""
         if not isinstance(given, dict):
             return given
         kinds = {name: field.annotation for name, field in cls.model_fields.items()}

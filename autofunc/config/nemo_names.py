@@ -1,4 +1,4 @@
-"""Names of NeMo AutoModel that configurations written for it use, and what they stand for here."""
+"""NeMo AutoModel's names in configurations written for it, and their equivalents here."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ RENAMED: Mapping[str, str] = {
     "NeMoAutoModelForSeq2SeqLM.from_pretrained": "autofunc.AutoModel.from_pretrained",
     "NeMoAutoModelForSeq2SeqLM.from_config": "autofunc.AutoModel.from_config",
 }
-"""By the end of the old name: modules have moved between its versions."""
+"""Keyed by the end of the NeMo name, because modules moved between its versions."""
 
 
 def with_new_names(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[str], list[str]]:
-    """A configuration with targets by their names here.
+    """Replace NeMo AutoModel's targets by their equivalents.
 
     Returns:
-        It, a line for each name that was another, and what is wrong: names that have none here.
+        The configuration, a note for each replaced name, and the problems: names without an equivalent.
     """
     notes: list[str] = []
     unknown: list[str] = []
@@ -54,25 +54,25 @@ def with_new_names(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[str], l
         notes.append(f"{where}: {node} is {found} here")
         return found
 
-    # other sections are told as such
+    # problems of other sections are reported by `other_tools`
     known = {name: value for name, value in raw.items() if name in _NAME_TARGETS or is_validation(name)}
     renamed = {**raw, **visit(known, "")}
     if notes or unknown:
         renamed = _without_none(renamed)
     near = one_of(unknown[0].rpartition(".")[2] if unknown else "", RENAMED)
-    problems = [f"{', '.join(unknown)}, of NeMo AutoModel, has no name here; {near}"] if unknown else []
+    problems = [f"{', '.join(unknown)} of NeMo AutoModel has no equivalent here; {near}"] if unknown else []
     return renamed, notes, problems + _with_param_groups(renamed, notes)
 
 
 def _without_none(node: Any) -> Any:
-    """The text `none` is null in such files."""
+    """Replace the text `none` by null, which it means in NeMo's files."""
     if isinstance(node, Mapping):
         return {key: _without_none(value) for key, value in node.items()}
     return None if isinstance(node, str) and node in ("none", "None") else node
 
 
 def _with_param_groups(raw: dict[str, Any], notes: list[str]) -> list[str]:
-    """Make `optimizer.param_group_overrides`, whose patterns are searched for, `optimizer.param_groups`; what is wrong."""
+    """Turn `optimizer.param_group_overrides`, regular expressions, into `optimizer.param_groups`; return the problems."""
     section = raw.get("optimizer")
     given = section.get(_OVERRIDES) if isinstance(section, dict) else None
     if not isinstance(section, dict) or not isinstance(given, list) or not all(isinstance(each, dict) for each in given):
@@ -85,10 +85,10 @@ def _with_param_groups(raw: dict[str, Any], notes: list[str]) -> list[str]:
         globs = _globs(group.get("pattern"))
         if not globs:
             return [
-                f"{where}: {group.get('pattern')!r} cannot be written as shell-style patterns, which are what "
+                f"{where}: {group.get('pattern')!r} cannot be written as shell-style patterns, which "
                 "optimizer.param_groups takes, such as '*.bias'"
             ]
-        notes.append(f"{where}: {group['pattern']!r}, searched for in paths, is {' or '.join(globs)} here")
+        notes.append(f"{where}: the regular expression {group['pattern']!r} becomes {' and '.join(globs)} here")
         groups += [{**group, "pattern": glob} for glob in globs]
     del section[_OVERRIDES]
     section["param_groups"] = groups
@@ -96,7 +96,7 @@ def _with_param_groups(raw: dict[str, Any], notes: list[str]) -> list[str]:
 
 
 def _globs(pattern: Any) -> list[str]:
-    """Shell-style patterns of the paths in which a regular expression is found; none where there are no such."""
+    """Return shell-style patterns for the paths that a regular expression finds; empty if it can't be written as such."""
     found = []
     for part in pattern.split("|") if isinstance(pattern, str) else ():
         body = part.removeprefix("^").removesuffix("$")

@@ -1,4 +1,4 @@
-"""Keys of other tools' configurations, and what is written here instead."""
+"""Keys of other tools' configurations, and their equivalents here."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from typing import Any
 
 _OFTEN = "step_scheduler.ckpt_every_steps, and a section checkpoint"
 _RESUME = "checkpoint.restore_from: a folder, LATEST or AUTO"
-_DCP = "nothing: torch.distributed.checkpoint, which every layout reads"
+_DCP = "not needed: torch.distributed.checkpoint is always used, and every layout can read it"
 _DECAY = "lr_scheduler.lr_decay_style: cosine, linear, constant, inverse-square-root or WSD"
 _WARMUP = "lr_scheduler.lr_warmup_steps"
 _CONSTANT_WD = "weight decay is constant: optimizer.weight_decay"
-_NO_STATE = "nothing: the learning rate depends on the step alone"
-_LOGS = "every step is in metrics.jsonl in output_dir; sections tensorboard, wandb and mlflow tell others too"
+_NO_STATE = "not needed: the learning rate depends on the step alone"
+_LOGS = "metrics.jsonl in output_dir logs every step; sections tensorboard, wandb and mlflow send it on"
 _TEXTS = "rows of one length, or dataloader.pad_seq_len_divisible; autofunc.data.PackedText packs texts"
 
-_GLOBAL = "step_scheduler.global_batch_size, rows of a step: steps of accumulation times local_batch_size times dp_size"
+_GLOBAL = "step_scheduler.global_batch_size, rows per step: accumulation steps times local_batch_size times dp_size"
 _PRECISION = "distributed.mp_policy.param_dtype: bfloat16"
 _BETAS = "optimizer.betas, a list of both"
 
@@ -41,8 +41,8 @@ HF_TRAINER: Mapping[str, str] = {
     "gradient_checkpointing": "distributed.remat: layer",
     "torch_compile": "distributed.compile",
     "eval_steps": "step_scheduler.val_every_steps",
-    "eval_strategy": "step_scheduler.val_every_steps; it is always validated at the end",
-    "evaluation_strategy": "step_scheduler.val_every_steps; it is always validated at the end",
+    "eval_strategy": "step_scheduler.val_every_steps; validation always runs at the end",
+    "evaluation_strategy": "step_scheduler.val_every_steps; validation always runs at the end",
     "do_train": "autofunc finetune",
     "do_eval": "validation_dataset",
     "save_steps": _OFTEN,
@@ -82,12 +82,12 @@ TORCHTITAN: Mapping[str, str] = {
     "optimizer.beta2": _BETAS,
     "optimizer.implementation": "optimizer.fused or optimizer.foreach: true",
     "lr_scheduler.warmup_steps": _WARMUP,
-    "lr_scheduler.decay_ratio": "lr_scheduler.wsd_decay_steps, of lr_decay_style: WSD",
+    "lr_scheduler.decay_ratio": "lr_scheduler.wsd_decay_steps, with lr_decay_style: WSD",
     "lr_scheduler.decay_type": _DECAY,
     "lr_scheduler.min_lr_factor": "lr_scheduler.min_lr",
     "training.steps": "step_scheduler.max_steps",
-    "training.local_batch_size": "step_scheduler.local_batch_size is rows of a microbatch, global_batch_size of a step",
-    "training.batch_size": "step_scheduler.local_batch_size is rows of a microbatch, global_batch_size of a step",
+    "training.local_batch_size": "step_scheduler.local_batch_size is rows per microbatch, global_batch_size per step",
+    "training.batch_size": "step_scheduler.local_batch_size is rows per microbatch, global_batch_size per step",
     "training.global_batch_size": "step_scheduler.global_batch_size",
     "training.seq_len": "dataset.seq_len",
     "training.max_norm": "clip_grad_norm.max_norm",
@@ -100,7 +100,7 @@ TORCHTITAN: Mapping[str, str] = {
     "training.enable_cpu_offload": "distributed.offload_policy: cpu",
     "training": "step_scheduler, dataset and clip_grad_norm",
     "parallelism.data_parallel_replicate_degree": "distributed.dp_replicate_size",
-    "parallelism.data_parallel_shard_degree": "distributed.dp_size, over dp_replicate_size groups",
+    "parallelism.data_parallel_shard_degree": "distributed.dp_size, divided into dp_replicate_size groups",
     "parallelism.fsdp_reshard_after_forward": "distributed.reshard_after_forward",
     "parallelism.tensor_parallel_degree": "distributed.tp_size",
     "parallelism.pipeline_parallel_degree": "distributed.pp_size",
@@ -135,9 +135,9 @@ TORCHTITAN: Mapping[str, str] = {
 AUTOMODEL: Mapping[str, str] = {
     "recipe": "autofunc finetune llm",
     "checkpoint.model_save_format": _DCP,
-    "checkpoint.staging_dir": "nothing: a checkpoint is written beside its folder and then renamed",
-    "checkpoint.cpu_offload": "nothing: what is written is on the host",
-    "checkpoint.wait_for_staging": "nothing: a step begins when all is copied",
+    "checkpoint.staging_dir": "not needed: a checkpoint is written beside its folder and then renamed",
+    "checkpoint.cpu_offload": "not needed: checkpoints are written from host memory",
+    "checkpoint.wait_for_staging": "not needed: a step starts once everything is copied",
     "step_scheduler.grad_acc_steps": _GLOBAL,
     "dist_env.timeout_minutes": "distributed.timeout_minutes",
     "dist_env.backend": "nccl on GPUs and gloo on CPUs; see distributed.device",
@@ -147,11 +147,11 @@ AUTOMODEL: Mapping[str, str] = {
     "distributed._target_": "distributed.strategy: fsdp2 or ddp",
     "distributed.backend": "nccl on GPUs and gloo on CPUs; see distributed.device",
     "distributed.activation_checkpointing": "distributed.remat: layer",
-    "dataloader._target_": "nothing: the loader is its own",
-    "dataloader.collate_fn": f"nothing: rows are stacked. {_TEXTS}",
+    "dataloader._target_": "not needed: the loader is built in",
+    "dataloader.collate_fn": f"not needed: rows are stacked. {_TEXTS}",
     "dataloader.batch_size": "step_scheduler.local_batch_size",
-    "validation_dataloader._target_": "nothing: the loader is its own",
-    "validation_dataloader.collate_fn": f"nothing: rows are stacked. {_TEXTS}",
+    "validation_dataloader._target_": "not needed: the loader is built in",
+    "validation_dataloader.collate_fn": f"not needed: rows are stacked. {_TEXTS}",
     "packed_sequence": _TEXTS,
     "lr_scheduler.start_wd": _CONSTANT_WD,
     "lr_scheduler.end_wd": _CONSTANT_WD,
@@ -159,20 +159,20 @@ AUTOMODEL: Mapping[str, str] = {
     "lr_scheduler.wd_incr_style": _CONSTANT_WD,
     "lr_scheduler.use_checkpoint_opt_param_scheduler": _NO_STATE,
     "lr_scheduler.override_opt_param_scheduler": _NO_STATE,
-    "peft._target_": "nothing: the section is known",
+    "peft._target_": "not needed: the section has one type",
     "peft.use_dora": "DoRA is not supported; leave it out for LoRA",
-    "peft.dropout_position": "nothing: dropout is of what an adapter multiplies, as in PEFT",
-    "peft.lora_A_init": "nothing: A is uniform up to 1 / sqrt(inputs), as in PEFT, and B zero",
-    "peft.lora_dtype": "nothing: adapters have the dtype of the weights",
+    "peft.dropout_position": "not needed: dropout applies to an adapter's input, as in PEFT",
+    "peft.lora_A_init": "not needed: A is uniform within 1 / sqrt(inputs), as in PEFT, and B is zero",
+    "peft.lora_dtype": "not needed: adapters have the dtype of the weights",
     "peft.use_triton": "distributed.compile",
-    "peft.moe_rank_scaling": "nothing: every adapter has the rank dim",
+    "peft.moe_rank_scaling": "not needed: every adapter has rank dim",
     "wandb.save_dir": "wandb.dir",
     "mlflow.description": "mlflow.tags, such as mlflow.note.content",
     "comet": "tensorboard, wandb or mlflow",
     "logger": _LOGS,
     "mfu.peak_tflops": "peak_tflops",
-    "mfu.device": "nothing: the GPU is asked for its name; peak_tflops says otherwise",
-    "mfu.enabled": "nothing: it is shown where the peak is known",
+    "mfu.device": "not needed: the GPU's name tells its peak; peak_tflops overrides it",
+    "mfu.enabled": "not needed: MFU is shown if the peak is known",
     "restore_from": _RESUME,
     "autopipeline": "distributed.pp_size, schedule and split_points",
     "pipeline": "distributed.pp_size, schedule and split_points",
@@ -200,11 +200,11 @@ TOOLS: Mapping[str, Mapping[str, str]] = {
     "NeMo AutoModel": AUTOMODEL,
     "Megatron": MEGATRON,
 }
-"""By the tool's name: dotted key -> what is written here. A section stands for all keys in it that are not listed."""
+"""Tool -> dotted key -> equivalent here. A section stands for all of its keys that are not listed."""
 
 
 def explained(location: list[str], given: Any) -> list[str]:
-    """A line for an unknown key that another tool has; for a section a line for each key in it. None: of none of them."""
+    """Explain an unknown key that another tool has, one line per key of a section; empty if no tool has it."""
     return list(_lines(".".join(location), given))
 
 

@@ -1,4 +1,4 @@
-"""What is wrong with a configuration, in words: each problem in one line, and all of them at once."""
+"""Problems of a configuration, in words: one line each, all reported at once."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from autofunc.errors import one_of
 from autofunc.shown import quoted
 
 MOST = 14
-"""Problems that are told at once."""
+"""The number of problems reported at once."""
 
 HAS_TARGET, HAS_KEYS, IS_LIST = "(_target_)", "(keys)", "(list)"
-"""Of a section that is one of several kinds: what pydantic puts into the location of a problem, which is no key."""
+"""Markers that pydantic puts into a problem's location when a section is one of several kinds; they are not keys."""
 
-_A_SECTION = "expected a section, with keys of its own"
+_A_SECTION = "expected a section with keys"
 _TYPES = {"model_type": _A_SECTION, "dict_type": _A_SECTION, "too_short": "expected one or more, or to leave it out"}
 _NUMBERS = ("int_type", "float_type", "bool_type")
 
 
 def all_at_once(problems: Iterable[str]) -> str:
-    """All problems, each once, in one text."""
+    """Join the distinct problems into one text, at most `MOST` lines."""
     lines = [line for problem in dict.fromkeys(problems) for line in problem.splitlines()]
     left = len(lines) - MOST
     return "\n".join([*lines[:MOST], f"and {left} more"] if left > 1 else lines)
 
 
 def in_words(error: ValidationError, section: type[BaseModel]) -> list[str]:
-    """What pydantic found in a section and below it.
+    """Describe the problems pydantic found in a section and below it.
 
-    Of a key that may have several types pydantic tells what is wrong with each: here they are one problem.
+    For a key with several possible types pydantic reports a problem per type; here they are one.
     """
     found: dict[tuple[str, str], list[str]] = {}
     told: list[str] = []
@@ -52,14 +52,14 @@ def in_words(error: ValidationError, section: type[BaseModel]) -> list[str]:
     return [*told, *(f"{path}: {_joined(expected)}; got {given}" for (path, given), expected in found.items())]
 
 
-def unknown_key(location: list[str], given: Any, otherwise: str) -> list[str]:
-    """A line for a key that is not known, or for each in it: what it is in another tool and here, or what is near."""
+def unknown_key(location: list[str], given: Any, hint: str) -> list[str]:
+    """Describe an unknown key, one line per key of a section: its equivalent if another tool has it, else `hint`."""
     lines = explained(location, given)
-    return lines or [f"unknown key {quoted('.'.join(location))}: {otherwise}"]
+    return lines or [f"unknown key {quoted('.'.join(location))}: {hint}"]
 
 
 def check_type(value: Any, annotation: Any, where: str) -> list[str]:
-    """What is wrong with a value of an argument that is annotated with plain types."""
+    """Describe what is wrong with an argument's value, given the argument's plain type annotation."""
     try:
         TypeAdapter(annotation, config={"strict": True}).validate_python(value)
     except ValidationError as error:
@@ -79,18 +79,18 @@ def _expected(detail: Any, given: Any) -> str:
 def _got(detail: Any, given: Any) -> str:
     hint = ""
     if isinstance(given, str) and detail["type"] in _NUMBERS and not isinstance(FromEnvironment(given).read(), str):
-        hint = ", a text: leave out the quotes; of a variable of the environment write ${oc.decode:${oc.env:NAME}}"
+        hint = ", a string: leave out the quotes; for an environment variable write ${oc.decode:${oc.env:NAME}}"
     return quoted(given) + hint
 
 
 def _joined(expected: list[str]) -> str:
-    """`input should be a valid list or a valid integer` of two."""
+    """Join alternatives, such as `input should be a valid list or a valid integer`."""
     first, *others = dict.fromkeys(expected)
     return " or ".join([first, *(each.removeprefix("input should be ") for each in others)])
 
 
 def _path(section: type[BaseModel], location: list[str]) -> str:
-    """The dotted key: after that of a field of several types pydantic has the name of the type that did not fit."""
+    """Return the dotted key: for a field of several types pydantic appends the name of the type that did not fit."""
     path: list[str] = []
     shown = ""
     known = [*section.model_fields, *filter(is_validation, location[:1])]
@@ -118,7 +118,7 @@ def _keys_below(section: type[BaseModel], path: list[str]) -> list[str]:
 
 
 def _members(kind: Any) -> Iterator[Any]:
-    """A type and all that it is made of, and the section that says which keys a mapping has."""
+    """Yield a type, the types it is composed of, and the section that declares a mapping's keys."""
     yield getattr(kind, "section", kind)
     for part in get_args(kind):
         yield from _members(part)

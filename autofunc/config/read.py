@@ -1,4 +1,4 @@
-"""From a YAML file and overrides to plain nested dicts, and to a checked configuration."""
+"""Read a YAML file and overrides into nested dicts, and into a checked configuration."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from autofunc.config.nemo_names import with_new_names
 from autofunc.config.problems import all_at_once
 from autofunc.config.schema import FinetuneConfig, parse_config
 from autofunc.config.sections import problems_of_known
-from autofunc.config.yaml_text import load_yaml, read_text, told
+from autofunc.config.yaml_text import in_one_line, load_yaml, read_text
 from autofunc.errors import ConfigError
 from autofunc.shown import quoted
 
@@ -19,15 +19,15 @@ from autofunc.shown import quoted
 def read_config(
     path: str | Path, overrides: Sequence[str] = (), *, look_into_targets: bool = True
 ) -> tuple[FinetuneConfig, list[str]]:
-    """Read and check a file; returns it with what the user should know about how it was read.
+    """Read and check a file; return the configuration and notes for the user on how it was read.
 
-    Nothing that the file names is imported, let alone called. Only where the file is wrong anyway are the signatures of
-    what comes with autofunc looked at, so that all that is wrong is told at once.
+    Nothing the file names is imported or called. If the file is wrong anyway, the signatures of autofunc's own targets
+    are checked too, so that all problems are reported at once.
 
     Args:
         path: the YAML file.
         overrides: see `load_config`.
-        look_into_targets: whether that may be done: it imports torch.
+        look_into_targets: allow that check, which imports torch.
 
     Raises:
         ConfigError: listing every problem.
@@ -50,7 +50,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
         overrides: `--a.b.c VALUE`, `--a.b.c=VALUE` or `a.b.c=VALUE`; values are read as YAML.
 
     Raises:
-        ConfigError: when the file is missing, is no YAML mapping, or an override cannot be read.
+        ConfigError: if the file is missing or is not a YAML mapping, or an override cannot be read.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -70,11 +70,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
             before = OmegaConf.select(config, key, throw_on_resolution_failure=False)
             OmegaConf.update(config, key, given, merge=isinstance(given, dict) and OmegaConf.is_dict(before))
         except OmegaConfBaseException as error:
-            raise ConfigError(f"override {key}={quoted(value)}: {told(error)}") from error
+            raise ConfigError(f"override {key}={quoted(value)}: {in_one_line(error)}") from error
     try:
         resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        raise ConfigError(told(error)) from error
+        raise ConfigError(in_one_line(error)) from error
     _check_names(resolved, "")
     marked: dict[str, Any] = mark_environment(OmegaConf.to_container(config, resolve=False), resolved)
     return marked
@@ -85,7 +85,7 @@ def _check_names(node: Any, where: str) -> None:
         for name, value in node.items():
             if not isinstance(name, str):
                 at = f" of {where}" if where else ""
-                raise ConfigError(f"the key {name!r}{at} is {type(name).__name__} and no text; put it in quotes")
+                raise ConfigError(f"the key {name!r}{at} is {type(name).__name__}, not text; put it in quotes")
             _check_names(value, f"{where}.{name}" if where else name)
     elif isinstance(node, list):
         for number, value in enumerate(node):

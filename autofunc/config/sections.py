@@ -1,4 +1,4 @@
-"""The sections that name what is called: all of them are looked at before the first is."""
+"""Sections that name a callable: check all of them before the first is called."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _KNOWN = ("autofunc.", "stages.", "torch.")
 
 
 def check_targets(config: FinetuneConfig) -> None:
-    """Import what the sections name, and compare their keys with what it takes. Nothing is called.
+    """Import what the sections name, and compare their keys with its signature. Nothing is called.
 
     Raises:
         ConfigError: listing every problem.
@@ -36,10 +36,10 @@ def check_targets(config: FinetuneConfig) -> None:
 
 
 def target_and_arguments(section: Mapping[str, Any], where: str) -> tuple[Callable[..., Any], dict[str, Any]]:
-    """What a section names, and its arguments.
+    """Return the callable a section names, and its arguments.
 
     Raises:
-        ConfigError: when there is no such thing, or it takes other arguments.
+        ConfigError: if the name cannot be imported, or the callable does not take these arguments.
     """
     name = section["_target_"]
     target = resolve_target(name, f"{where}._target_")
@@ -50,7 +50,7 @@ def target_and_arguments(section: Mapping[str, Any], where: str) -> tuple[Callab
 
 
 def problems_of_known(raw: Mapping[str, Any]) -> list[str]:
-    """What is wrong with the sections of a raw configuration that name what comes with autofunc: no code of the user's."""
+    """Return the problems of a raw configuration's sections that name autofunc's own callables; import no user code."""
     found: list[str] = []
     for name in [*GIVEN_LATER, *(name for name in raw if is_validation(name) and name not in GIVEN_LATER)]:
         for where, each in _each(name, raw.get(name)):
@@ -60,7 +60,7 @@ def problems_of_known(raw: Mapping[str, Any]) -> list[str]:
 
 
 def _each(name: str, section: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The section if it names a target, those in a list, and the schedulers inside a scheduler: each with its name."""
+    """Yield each section that names a target with its name: this one, those in a list, and schedulers in a scheduler."""
     if isinstance(section, list):
         for number, each in enumerate(section):
             yield from _each(f"{name}[{number}]", each)

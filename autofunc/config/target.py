@@ -1,4 +1,4 @@
-"""`_target_`: from a name in a configuration to the object it names, and to what calling it returns."""
+"""`_target_`: import the object that a configuration names, and call it."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from autofunc.source_file import load_file
 
 
 def resolve_target(target: str, where: str) -> Callable[..., Any]:
-    """The callable that a key such as `_target_` names, see `import_object`.
+    """Return the callable that a key such as `_target_` names, see `import_object`.
 
     Raises:
-        ConfigError: when it is missing, or is not callable.
+        ConfigError: if it is missing or not callable.
     """
     found = import_object(target, where)
     if not callable(found):
@@ -31,16 +31,16 @@ def resolve_target(target: str, where: str) -> Callable[..., Any]:
 
 
 def import_object(target: str, where: str) -> Any:
-    """What a name in a configuration stands for: a dotted path, or `path/to/file.py:name`.
+    """Import what a name in a configuration stands for: a dotted path, or `path/to/file.py:name`.
 
-    Dotted paths are also looked for in the working directory, after everything that is installed.
+    Dotted paths are also looked up in the working directory, after all installed packages.
 
     Args:
         target: the name.
         where: the key, for messages.
 
     Raises:
-        ConfigError: when the file, module or name is missing.
+        ConfigError: if the file, module or name is missing.
     """
     if ".py:" in target:
         file, _, name = target.partition(".py:")
@@ -62,14 +62,14 @@ def import_object(target: str, where: str) -> Any:
 
 
 def instantiate(node: Mapping[str, Any], where: str) -> Any:
-    """Call a section's target with its other keys; sections with a `_target_` in it, in lists too, are instantiated first.
+    """Call a section's target with its other keys, after instantiating nested sections with a `_target_`, in lists too.
 
     Args:
         node: the section.
         where: its name, for messages.
 
     Raises:
-        ConfigError: for arguments the target does not take or lacks, or when the call fails.
+        ConfigError: for unknown or missing arguments, or if the call fails.
     """
     target = resolve_target(node["_target_"], f"{where}._target_")
     given = {key: _nested(value, f"{where}.{key}") for key, value in node.items() if key != "_target_"}
@@ -77,11 +77,11 @@ def instantiate(node: Mapping[str, Any], where: str) -> Any:
 
 
 @contextmanager
-def not_ended() -> Iterator[None]:
-    """For what runs code that a configuration names: such code does not end the process without a word.
+def refusing_exit() -> Iterator[None]:
+    """Wrap code that a configuration names: such code must not end the process silently.
 
     Raises:
-        ConfigError: naming the line that would have.
+        ConfigError: naming the line that called exit.
     """
     try:
         yield
@@ -94,15 +94,15 @@ def not_ended() -> Iterator[None]:
 
 
 def call(function: Callable[[], Any], where: str, name: str) -> Any:
-    """What a function that a configuration names returns.
+    """Call a function that a configuration names, and return its result.
 
     Args:
-        function: takes nothing more.
+        function: takes no arguments.
         where: the key, for messages.
-        name: of the function, for messages.
+        name: the function's name, for messages.
 
     Raises:
-        ConfigError: when it raises anything, or would end the process.
+        ConfigError: if it raises anything, or would end the process.
     """
     try:
         return function()
@@ -123,7 +123,7 @@ def _nested(value: Any, where: str) -> Any:
 
 
 def _import_longest(target: str, where: str) -> tuple[Any, str]:
-    """Import the longest prefix of a dotted path that is a module; returns it and the rest of the path."""
+    """Import the longest prefix of a dotted path that is a module; return it and the rest of the path."""
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))
     parts = target.split(".")
@@ -143,7 +143,7 @@ def _import_longest(target: str, where: str) -> tuple[Any, str]:
 
 
 def _hidden_folder_hint(package: str) -> str:
-    """What to do about a folder of the user's that has the name of an installed package."""
+    """Suggest a fix if a folder of the user's is hidden by an installed package of the same name."""
     own, installed = Path.cwd() / package, sys.modules.get(package)
     if installed is None or not own.is_dir() or str(own) in list(getattr(installed, "__path__", [])):
         return ""

@@ -1,4 +1,4 @@
-"""Sizes as people write them: `512MB` is 512 times 1000 * 1000 bytes, `2GiB` is 2 times 1024 * 1024 * 1024."""
+"""Sizes with units: `512MB` is 512 times 1000 * 1000 bytes, `2GiB` is 2 times 1024 * 1024 * 1024."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ for _power, _letter in enumerate("kmgt", start=1):
     _UNITS |= {f"{_letter}b": 10 ** (3 * _power), f"{_letter}ib": 2 ** (10 * _power)}
 
 MOST = 2**60
-"""Bytes."""
+"""The largest size accepted, in bytes."""
 
 
 def parse_bytes(given: object) -> int:
-    """A number of bytes: given as a whole number, or as text with a unit, upper or lower case.
+    """Parse a number of bytes: a whole number, or text with a unit in upper or lower case.
 
     Raises:
-        ValueError: saying what would be one.
+        ValueError: saying what is accepted.
     """
     if isinstance(given, (int, float)) and not isinstance(given, bool) and 1 <= given <= MOST and given == given // 1:
         return int(given)

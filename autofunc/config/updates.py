@@ -1,4 +1,4 @@
-"""The sections `optimizer` and `lr_scheduler`: each is of one kind or another, by what is in it."""
+"""The sections `optimizer` and `lr_scheduler`, whose kind depends on the keys in them."""
 
 from __future__ import annotations
 
@@ -11,46 +11,46 @@ from autofunc.config.kinds import OneOrMore, Rate, Section, Steps, Target, Text,
 from autofunc.config.problems import HAS_KEYS, HAS_TARGET, IS_LIST
 
 OPTIMIZER_KEYS = ("params", "param_groups", "decay", "whole")
-"""Of a section of `optimizer`: what is no argument of its target."""
+"""Keys of an `optimizer` section that are not arguments of its target."""
 
 
 class ParamGroup(Section):
-    """What some parameters have otherwise; keys beside these are options of the optimizer."""
+    """Options of some parameters that differ from the rest; other keys are options of the optimizer."""
 
     model_config = ConfigDict(extra="allow")
 
-    pattern: Text = Field(description="of parameter paths, such as '*.bias'; a parameter is in the first group it matches")
+    pattern: Text = Field(description="glob of parameter paths, such as '*.bias'; the first group that matches applies")
     lr_mult: Rate | None = Field(None, description="factor of the learning rate")
     wd_mult: Rate | None = Field(None, description="factor of the weight decay")
 
 
 class OptimizerSection(Section):
-    """An optimizer; keys beside these are its options."""
+    """An optimizer; other keys are its options."""
 
     model_config = ConfigDict(extra="allow")
 
     target: Text = Field(alias="_target_", description="a torch.optim class")
     params: OneOrMore | None = Field(
-        None, description="of one of several: patterns of the parameters it takes; by default all that the others leave"
+        None, description="in a list of optimizers: patterns of the parameters it updates; by default all that are left"
     )
-    param_groups: list[ParamGroup] = Field([], description="options that some parameters have otherwise")
+    param_groups: list[ParamGroup] = Field([], description="options that differ for some parameters")
     decay: Literal["all", "matrices"] = Field(
-        "all", description="matrices: weight decay of parameters with two dims or more alone, so of no bias and no norm"
+        "all", description="matrices: decay only the weights of parameters with two or more dims, so no biases and norms"
     )
     whole: bool | None = Field(
-        None, description="give it whole tensors where they are sharded; by default to those of torch that need them"
+        None, description="pass sharded tensors whole; by default only to those torch optimizers that need them whole"
     )
 
     @classmethod
     def read(cls, node: dict[str, Any]) -> dict[str, Any]:
-        """A node with these keys checked."""
+        """Return a node with these keys checked."""
         checked = cls.model_validate(check_target(node))
         own = checked.model_dump(include=set(OPTIMIZER_KEYS), exclude_unset=True)
         return {**node, **{name: read_environment(value) for name, value in own.items()}}
 
 
 class _LikeSection:
-    """Of a mapping: it has the keys of an `OptimizerSection`, for the schema and for messages."""
+    """Gives a mapping the keys of an `OptimizerSection`, for the JSON schema and for messages."""
 
     section = OptimizerSection
 
@@ -72,29 +72,29 @@ class LrDecay(Section):
     """The learning rate by step: a warm-up, then a decay."""
 
     lr_decay_style: Literal["cosine", "linear", "constant", "inverse-square-root", "WSD"] = Field(
-        "cosine", description="how it falls after the warm-up; WSD (warm-up, stable, decay): in the last wsd_decay_steps"
+        "cosine", description="how it decays after the warm-up; WSD (warm-up, stable, decay): in the last wsd_decay_steps"
     )
     lr_warmup_steps: Annotated[int, Field(ge=0, le=10**12)] | None = Field(
-        None, description="steps in which it rises in a straight line; by default a tenth of lr_decay_steps, at most 1,000"
+        None, description="steps of the linear warm-up; by default a tenth of lr_decay_steps, at most 1,000"
     )
     lr_decay_steps: Steps | None = Field(
-        None, description="steps, the warm-up included, after which it stays at min_lr; by default all of the run"
+        None, description="steps, including the warm-up, after which it stays at min_lr; by default the whole run"
     )
-    init_lr: Rate | None = Field(None, description="where the warm-up begins; by default a tenth of optimizer.lr")
-    min_lr: Rate | None = Field(None, description="where the decay ends; by default a hundredth of optimizer.lr")
-    max_lr: Rate | None = Field(None, description="where the warm-up ends; by default optimizer.lr")
-    wsd_decay_steps: Steps | None = Field(None, description="of WSD; by default a tenth of lr_decay_steps")
+    init_lr: Rate | None = Field(None, description="start of the warm-up; by default a tenth of optimizer.lr")
+    min_lr: Rate | None = Field(None, description="end of the decay; by default a hundredth of optimizer.lr")
+    max_lr: Rate | None = Field(None, description="end of the warm-up; by default optimizer.lr")
+    wsd_decay_steps: Steps | None = Field(None, description="steps of WSD's decay; by default a tenth of lr_decay_steps")
     lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = Field(
-        "exponential", description="of WSD: how it falls"
+        "exponential", description="shape of WSD's decay"
     )
 
 
 class Ema(Section):
-    """An exponential moving average of the parameters that are trained."""
+    """An exponential moving average of the trained parameters."""
 
-    decay: float = Field(0.999, ge=0, le=1, description="how much of the average stays when a step is added")
-    every_steps: Steps = Field(1, description="add every so many steps")
-    validation: bool = Field(False, description="validate the average, not the parameters of the last step")
+    decay: float = Field(0.999, ge=0, le=1, description="weight of the old average when a step is added")
+    every_steps: Steps = Field(1, description="update the average every this many steps")
+    validation: bool = Field(False, description="validate the average instead of the last step's parameters")
 
 
 def _kind_of_section(given: Any) -> str:

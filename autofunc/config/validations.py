@@ -10,40 +10,40 @@ from autofunc.errors import ConfigError, one_of
 SECTION = "validation_dataset"
 
 DEFAULT = "default"
-"""What the dataset without a name is called where one is named."""
+"""How the dataset without a name is referred to."""
 
 _NAMED = re.compile(rf"{SECTION}_([A-Za-z0-9]\w*)")
 
 
 def is_validation(key: str) -> bool:
-    """Whether a key is such a section."""
+    """Return whether a key names such a section."""
     return key == SECTION or _NAMED.fullmatch(key) is not None
 
 
 def measured_as(section: str, what: str) -> str:
-    """What is measured on a section's dataset, by its name in `metrics.jsonl`: validation_loss, validation_NAME_loss."""
+    """Return a measure's name in `metrics.jsonl`: validation_loss, validation_NAME_loss."""
     return f"validation{section.removeprefix(SECTION)}_{what}"
 
 
-def spoken(section: str) -> str:
-    """A section as lines and curves call it: "validation", "validation NAME"."""
+def display_name(section: str) -> str:
+    """Return a section's name in printed lines and curves: "validation", "validation NAME"."""
     return f"validation {_name(section)}".rstrip()
 
 
 def leading(sections: Iterable[str], named: str | None) -> str | None:
-    """The section whose loss is that of a run: the one that is named, else the one without a name, else the first.
+    """Return the section whose loss decides for the run: the one named, else the one without a name, else the first.
 
     Raises:
-        ConfigError: where the one that is named is not there.
+        ConfigError: if no section has that name.
     """
     by_name = {_name(section) or DEFAULT: section for section in sections}
     if named is None:
         return by_name.get(DEFAULT) or next(iter(by_name.values()), None)
     if named not in by_name:
-        raise ConfigError(f"{named!r} is no name of a validation dataset; {one_of(named, by_name)}")
+        raise ConfigError(f"no validation dataset is named {named!r}; {one_of(named, by_name)}")
     return by_name[named]
 
 
 def _name(section: str) -> str:
-    """What follows `validation_dataset_`; empty where nothing does."""
+    """Return what follows `validation_dataset_`, or an empty string."""
     return section.removeprefix(SECTION).removeprefix("_")

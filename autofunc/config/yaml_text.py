@@ -1,4 +1,4 @@
-"""YAML as configurations have it: text, numbers, true, false, lists and mappings; looked at before it is made objects."""
+"""The YAML of configurations: text, numbers, true, false, lists and mappings, checked before objects are built from it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from autofunc.errors import ConfigError
 from autofunc.shown import quoted
 
 MOST_BYTES, MOST_DEEP, MOST_DIGITS = 1 << 18, 32, 100
-"""Of a file, of what is nested in it, and of a number."""
+"""Limits: bytes of a file, depth of nesting, digits of a number."""
 
 _NUMBER = re.compile(r"[-+]?(0[xX][0-9a-fA-F_]+|0[bB][01_]+|[0-9_]+(\.[0-9_]*)?([eE][-+]?[0-9]+)?)")
 _TAG = "tag:yaml.org,2002:"
@@ -24,15 +24,15 @@ _WIDE = {codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32", codecs.BO
 
 
 def read_text(path: Path) -> str:
-    """The text of a file in UTF-8, or in UTF-16 where its first bytes say so.
+    """Read a file in UTF-8, or in UTF-16 if it starts with a byte order mark.
 
     Raises:
-        ConfigError: when it cannot be read, is too large, or is in another encoding.
+        ConfigError: if it cannot be read, is too large, or has another encoding.
     """
     try:
         size = path.stat().st_size
         if size > MOST_BYTES:
-            raise ConfigError(f"{path} has {size >> 10:,} KiB, and a configuration has at most {MOST_BYTES >> 10} KiB")
+            raise ConfigError(f"{path} has {size >> 10:,} KiB; a configuration may have at most {MOST_BYTES >> 10} KiB")
         content = path.read_bytes()
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
@@ -44,21 +44,21 @@ def read_text(path: Path) -> str:
         text = content.decode("utf-16" if mark else "utf-8-sig")
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
-        raise ConfigError(f"{path} is no {error.encoding} text (line {line}: {error.reason}); save it as UTF-8") from error
+        raise ConfigError(f"{path} is not {error.encoding} (line {line}: {error.reason}); save it as UTF-8") from error
     if "\0" in text:
-        raise ConfigError(f"{path} is no text: line {text[: text.index(chr(0))].count(chr(10)) + 1} has a zero byte")
+        raise ConfigError(f"{path} is not text: line {text[: text.index(chr(0))].count(chr(10)) + 1} has a zero byte")
     return text
 
 
 def load_yaml(text: str, key: str = "") -> Any:
-    """What a YAML text says, for OmegaConf to resolve; of an override its one value.
+    """Load a YAML text for OmegaConf to resolve; for an override, its one value.
 
     Args:
         text: a mapping; or, with `key`, any value.
-        key: of the override, for messages.
+        key: the override's key, for messages.
 
     Raises:
-        ConfigError: for what is no YAML, is nested too deep, or has values that no configuration has.
+        ConfigError: if the text is not YAML, is nested too deeply, or has values that configurations cannot have.
     """
     import yaml
     from omegaconf import OmegaConf
@@ -69,9 +69,7 @@ def load_yaml(text: str, key: str = "") -> Any:
         _check_depth(whole, key)
         root = yaml.compose(whole, Loader=_base_loader())
         if root is not None and not isinstance(root, yaml.MappingNode):
-            raise ConfigError(
-                "what it has is not a mapping of sections; expected keys such as model:, dataset:, optimizer:"
-            )
+            raise ConfigError("the file is not a mapping of sections; expected keys such as model:, dataset:, optimizer:")
         if root is not None:
             _check_values(root.value[0][1] if key else root, key)
         made = OmegaConf.load(StringIO(whole))
@@ -84,27 +82,27 @@ def load_yaml(text: str, key: str = "") -> Any:
             ) from error
         raise ConfigError(_in_words(error, text)) from error
     except OmegaConfBaseException as error:
-        raise ConfigError(told(error, key)) from error
+        raise ConfigError(in_one_line(error, key)) from error
 
 
-def told(error: Exception, key: str = "") -> str:
-    """Of an error of OmegaConf's, the key and what is wrong, in one line."""
+def in_one_line(error: Exception, key: str = "") -> str:
+    """Describe an OmegaConf error in one line: the key, and what is wrong."""
     return f"{key or getattr(error, 'full_key', None) or 'it'}: {_short(str(error).splitlines()[0])}"
 
 
 def _base_loader() -> Any:
-    """The loader that takes all values for text unless they have a tag."""
+    """Return the loader that reads every value without a tag as text."""
     import yaml
 
     return getattr(yaml, "CBaseLoader", yaml.BaseLoader)
 
 
 def _check_depth(text: str, key: str) -> None:
-    """Refuse what is nested too deep, before anything descends into it: aliases are as deep as what they stand for."""
+    """Refuse values nested too deeply before anything recurses into them; an alias is as deep as what it stands for."""
     import yaml
 
     heights: dict[str, int] = {}
-    opened: list[tuple[str | None, int]] = []  # anchor, and the height of what was in it so far
+    opened: list[tuple[str | None, int]] = []  # anchor, and the height of its contents so far
     for event in yaml.parse(text, Loader=_base_loader()):
         height = heights.get(event.anchor or "", 0) if isinstance(event, yaml.AliasEvent) else 0
         if isinstance(event, yaml.CollectionStartEvent):
@@ -121,7 +119,7 @@ def _check_depth(text: str, key: str) -> None:
 
 
 def _check_values(root: Any, key: str) -> None:
-    """Refuse tags of other types, numbers of more digits than any key takes, and zero bytes in text."""
+    """Refuse tags of other types, numbers with more digits than any key takes, and zero bytes in text."""
     import yaml
 
     for path, node in _nodes(root, key):
@@ -133,7 +131,7 @@ def _check_values(root: Any, key: str) -> None:
         if isinstance(node, yaml.MappingNode):
             for name, _ in node.value:
                 if not isinstance(name, yaml.ScalarNode) or (not name.style and name.value in _NOTHING):
-                    raise ConfigError(f"{where}: a key that is no text, in line {name.start_mark.line + 1}")
+                    raise ConfigError(f"{where}: a key is not text, in line {name.start_mark.line + 1}")
         if not isinstance(node, yaml.ScalarNode):
             continue
         if "\0" in node.value:
@@ -144,11 +142,12 @@ def _check_values(root: Any, key: str) -> None:
             try:
                 yaml.constructor.SafeConstructor().construct_object(node)
             except (ValueError, LookupError, AttributeError, yaml.YAMLError) as error:
-                raise ConfigError(f"{where}: {quoted(node.value)} is no {node.tag.removeprefix(_TAG)}") from error
+                kind = node.tag.removeprefix(_TAG)
+                raise ConfigError(f"{where}: {quoted(node.value)} is not a valid {kind}") from error
 
 
 def _nodes(node: Any, path: str) -> Iterator[tuple[str, Any]]:
-    """All values with their dotted paths; one that has several, by aliases, has the first."""
+    """Yield all values with their dotted paths; a value with several paths, through aliases, once with the first."""
     import yaml
 
     waiting, seen = [(path, node)], set()
@@ -166,7 +165,7 @@ def _nodes(node: Any, path: str) -> Iterator[tuple[str, Any]]:
 
 
 def _in_words(error: Any, text: str) -> str:
-    """Of an error of PyYAML's, where it is and what it is, in one line."""
+    """Describe a PyYAML error in one line: where it is, and what is wrong."""
     mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
     if mark is not None:
         context = f" {error.context}" if error.context else ""

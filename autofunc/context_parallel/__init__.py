@@ -1,1 +1,1 @@
-"""Context parallelism: tokens cut over ranks, and what operators do that mix them."""
+"""Context parallelism: tokens cut over ranks, and the operators that mix tokens."""

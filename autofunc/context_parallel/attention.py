@@ -1,9 +1,9 @@
-"""Attention of tokens that are cut over context parallel ranks: one operator, and one for its gradients.
+"""Attention over tokens cut over context parallel ranks: one operator, and one for its gradients.
 
-Each rank has the queries of its own tokens. It comes by the keys and values of all others either at once ("allgather"), or
-in turn ("ring"), while it computes with those that came before; what they give is put together by their log-sum-exp. The
-backward comes by them once more: what is kept are local tensors alone. Graphs are the same on all ranks, which chunks are
-whose is asked for inside the operators.
+Each rank has the queries of its own tokens. It gets the other ranks' keys and values either all at once ("allgather") or
+one rank at a time ("ring"), computing with one rank's while the next rank's arrive; partial outputs are merged by their
+log-sum-exp. The backward fetches keys and values again, so only local tensors are kept. The graph is the same on all ranks:
+which chunks belong to which rank is looked up inside the operators.
 
 Source: Liu et al., "Ring Attention with Blockwise Transformers", arXiv 2310.01889; chunks as in `token_chunks`.
 """
@@ -35,10 +35,10 @@ torch.library.define(
 
 
 def check_method(method: str) -> None:
-    """Refuse a way that does not exist.
+    """Refuse an unknown method.
 
     Raises:
-        ModelError: naming those that do.
+        ModelError: naming the methods there are.
     """
     if method not in METHODS:
         raise ModelError(f"context parallel method {method!r} is unknown; {one_of(method, METHODS)}")
@@ -48,17 +48,21 @@ def context_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, *, is_causal: bool = False,
     scale: float | None = None, ranks: str, method: str = "allgather",
 ) -> Tensor:  # fmt: skip
-    """What `scaled_dot_product_attention` gives for this rank's tokens; differentiable. All ranks call it.
+    """Compute `scaled_dot_product_attention` for this rank's tokens; differentiable. All ranks call it.
 
     Args:
         query: (..., N, T / cp, H): this rank's tokens, N heads.
-        key: (..., K, T / cp, H), of its tokens too; K divides N.
+        key: (..., K, T / cp, H), also of this rank's tokens; K divides N.
         value: (..., K, T / cp, H').
-        mask: bool, or added to the scores; of this rank's queries and all keys: broadcasts to (..., N, T / cp, T).
-        is_causal: tokens see themselves and those before them in the whole sequence; then there is no mask.
-        scale: of the scores; 1 / sqrt(H) by default.
-        ranks: name of the ranks, see `ranks.known_as`.
+        mask: bool, or floating point and added to the scores; this rank's queries by all keys: broadcasts to
+            (..., N, T / cp, T).
+        is_causal: each token sees itself and those before it in the whole sequence; excludes a mask.
+        scale: factor of the scores; 1 / sqrt(H) by default.
+        ranks: the name of the ranks, see `ranks.known_as`.
         method: "allgather" or "ring".
+
+    Returns:
+        (..., N, T / cp, H'), in the queries' dtype; sums over blocks are taken in fp32 at least.
     """
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     leading = query.shape[:-3] if query.dim() > 3 else ()
@@ -79,7 +83,7 @@ def _with_four_dims(x: Tensor) -> Tensor:
 
 
 class _Part(NamedTuple):
-    """What this rank's queries have to do with the keys of one rank: slices of both along the tokens."""
+    """Which of this rank's queries attend to which keys of one rank: slices of both along the tokens."""
 
     queries: slice
     keys: slice
@@ -87,9 +91,9 @@ class _Part(NamedTuple):
 
 
 def parts(rank: int, source: int, tokens: int, *, is_causal: bool) -> _Part:
-    """Which of a rank's queries see which of another's keys; for causal attention, of `tokens` tokens each, half of them.
+    """Return which of a rank's `tokens` queries see which of another rank's keys: under a causal mask, half of the pairs.
 
-    A rank's first chunk comes before the second of every rank, so that "later" means the same for both chunks of a source.
+    A rank's first chunk comes before every rank's second, so both chunks of a source are either earlier or later.
     """
     first, second, both = slice(0, tokens // 2), slice(tokens // 2, None), slice(None)
     if not is_causal or source == rank:
@@ -119,14 +123,14 @@ def _gradients(
     cotangent: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, output: Tensor, total: Tensor,
     is_causal: bool, scale: float, ranks: str, method: str, of_mask: bool,
 ) -> list[Tensor]:  # fmt: skip
-    """Of queries, keys, values, and the mask where it is wanted."""
+    """Return the gradients of queries, keys, values and, if wanted, the mask."""
     group, tokens, dtype = ranks_of(ranks), query.shape[2], exact(query.dtype)
     cotangent = cotangent.contiguous()
     by_query = torch.zeros(query.shape, dtype=dtype, device=query.device)
     by_mask: list[Tensor] = [cotangent.new_empty(0)] * group.size
 
     def of(source: int, keys: Tensor, values: Tensor) -> Tensor:
-        """Gradients of one rank's keys and values, joined."""
+        """Compute the gradients of one rank's keys and values, joined."""
         part = parts(group.rank, source, tokens, is_causal=is_causal)
         rows = (slice(None), slice(None), part.queries)
         found: Gradients = block_backward(
@@ -153,13 +157,13 @@ def _gradients(
 
 
 def _by_tokens(x: Tensor, features: int, dtype: torch.dtype) -> Tensor:
-    """Memory for (B, N, T, features) in which heads of a token lie together, as projections around attention have them."""
+    """Allocate (B, N, T, features) with a token's heads adjacent in memory, as projections around attention have them."""
     rows, heads, tokens, _ = x.shape
     return torch.empty((rows, tokens, heads, features), dtype=dtype, device=x.device).transpose(1, 2)
 
 
 def _arriving(group: ContextRanks, key: Tensor, value: Tensor, method: str) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Rank, and its keys and values, for every rank."""
+    """Yield every rank with its keys and values, as they arrive."""
     joined = _joined(key, value)
     if method == "allgather":
         for source, found in enumerate(group.gather(joined)):
@@ -175,7 +179,7 @@ def _arriving(group: ContextRanks, key: Tensor, value: Tensor, method: str) -> I
 def _sent_along(
     group: ContextRanks, key: Tensor, value: Tensor, gradients: Callable[[int, Tensor, Tensor], Tensor]
 ) -> Tensor:
-    """Each rank's sum of gradients follows its keys and values around the ring, a step behind, until it is home."""
+    """Send each rank's sum of gradients around the ring, one step behind its keys and values, until it is home."""
     arriving: Callable[[], Tensor] | None = None
     for source, keys, values in _arriving(group, key, value, "ring"):
         total = gradients(source, keys, values)
@@ -187,7 +191,7 @@ def _sent_along(
 
 
 def _joined(key: Tensor, value: Tensor) -> Tensor:
-    """Both in one dim, so that one exchange takes them."""
+    """Flatten both into one tensor, so that one exchange carries them."""
     return torch.cat([key.reshape(-1), value.reshape(-1)])
 
 
@@ -197,14 +201,14 @@ def _apart(joined: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _of_source(mask: Tensor | None, source: int, size: int, dtype: torch.dtype) -> Tensor | None:
-    """What is added to the scores of one rank's keys."""
+    """Return the term added to the scores of one rank's keys."""
     if mask is None:
         return None
     return additive(mask if mask.shape[-1] == 1 else own_part(mask, -1, source, size), dtype)
 
 
 def _of_mask(each: list[Tensor], mask: Tensor) -> Tensor:
-    """The gradient of a mask, of those of all ranks' keys."""
+    """Assemble the gradient of a mask from those of each rank's keys."""
     return in_order(each, -1).sum_to_size(mask.shape)
 
 

@@ -1,4 +1,4 @@
-"""Attention of some queries to some of the keys, and how blocks of keys are put together by their log-sum-exp.
+"""Attention of some queries to a block of keys, and the merging of blocks by their log-sum-exp.
 
 Shapes: B rows, N heads, K key and value heads (K divides N), T queries, S keys, H features of a head.
 
@@ -17,7 +17,7 @@ _aten = torch.ops.aten
 
 
 class Gradients(NamedTuple):
-    """What a block adds to the gradients of its queries, keys, values and, where it is wanted, its mask."""
+    """A block's contributions to the gradients of its queries, keys, values and, if wanted, its mask."""
 
     query: Tensor
     key: Tensor
@@ -26,15 +26,15 @@ class Gradients(NamedTuple):
 
 
 def exact(dtype: torch.dtype) -> torch.dtype:
-    """What sums over blocks are taken in: fp32 at least."""
+    """Return the dtype in which sums over blocks accumulate: fp32 at least."""
     return torch.float32 if dtype.itemsize < 4 else dtype
 
 
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A mask as what is added to scores: -inf where nothing is seen.
+    """Return a mask as the term added to scores: -inf at hidden keys.
 
-    The lowest number, by which some libraries hide keys, counts as -inf: blocks of it cannot be told apart from the others
-    by their log-sum-exp. It matters to queries that see nothing at all: they get zeros.
+    The dtype's lowest number, with which some libraries hide keys, counts as -inf; otherwise the log-sum-exp could not tell
+    a block of hidden keys from a visible one. This matters for queries that see nothing at all: they get zeros.
     """
     if mask.dtype == torch.bool:
         return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, float("-inf"))
@@ -44,15 +44,15 @@ def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
 def block(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_diagonal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Attention to a block of keys: output (B, N, T, H), and the log-sum-exp of the scores, (B, N, T).
+    """Attend to a block of keys; return the output (B, N, T, H) and the log-sum-exp of the scores (B, N, T).
 
     Args:
         query: (B, N, T, H).
         key: (B, K, S, H).
         value: (B, K, S, H).
         mask: additive, see `additive`; broadcasts to (B, N, T, S).
-        is_diagonal: queries and keys are the same tokens, of which each sees those before it.
-        scale: of the scores.
+        is_diagonal: queries and keys are the same tokens, and each sees itself and those before it.
+        scale: factor of the scores.
     """
     if _has_flash(query, value):
         if mask is not None:
@@ -72,19 +72,19 @@ def block_backward(
     cotangent: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, output: Tensor, total: Tensor,
     is_diagonal: bool, scale: float, *, of_mask: bool,
 ) -> Gradients:  # fmt: skip
-    """What a block adds to the gradients, in the kernel's precision.
+    """Compute a block's contributions to the gradients, in the kernel's precision.
 
     Args:
-        cotangent: of `output`.
-        query: see `block`, as the next four.
-        key: see there.
-        value: see there.
-        mask: see there.
-        output: of attention to all keys.
-        total: the log-sum-exp over all keys.
-        is_diagonal: see `block`.
-        scale: see `block`.
-        of_mask: whether the mask's gradient is wanted.
+        cotangent: of `output`, (B, N, T, H).
+        query: as for `block`, like the next three.
+        key: as for `block`.
+        value: as for `block`.
+        mask: as for `block`.
+        output: of attention to all keys, (B, N, T, H).
+        total: the log-sum-exp over all keys, (B, N, T).
+        is_diagonal: as for `block`.
+        scale: as for `block`.
+        of_mask: whether to compute the mask's gradient.
     """
     groups, total = key.shape[1], _finite(total)
     if _has_flash(query, value) and not of_mask:
@@ -108,13 +108,13 @@ def block_backward(
 
 
 def merge(output: Tensor, total: Tensor, more: Tensor, more_total: Tensor) -> None:
-    """Add attention to other keys to that so far, in place.
+    """Merge attention to more keys into the result so far, in place.
 
     Args:
-        output: of the keys so far, (B, N, T, H).
-        total: their log-sum-exp, (B, N, T); -inf where there was nothing to see.
-        more: of the others.
-        more_total: of the others.
+        output: for the keys so far, (B, N, T, H).
+        total: their log-sum-exp, (B, N, T); -inf where no key was visible.
+        more: the output for the other keys, of the same shape.
+        more_total: their log-sum-exp.
     """
     both = torch.logaddexp(total, more_total.to(total.dtype))
     shift = _finite(both)
@@ -124,19 +124,19 @@ def merge(output: Tensor, total: Tensor, more: Tensor, more_total: Tensor) -> No
 
 
 def _has_flash(query: Tensor, value: Tensor) -> bool:
-    """Whether a kernel takes these that keeps no scores; elsewhere they are written out, for one block at a time."""
+    """True if a kernel that keeps no scores takes these; otherwise scores are written out, one block at a time."""
     return query.device.type == "cpu" and query.shape[-1] == value.shape[-1]
 
 
 def _none_seen(total: Tensor, mask: Tensor | None) -> Tensor:
-    """The kernel says 0 of queries that see none of the keys."""
+    """Put -inf for queries that see none of the keys, where the kernel returns 0."""
     if mask is None:
         return total
     return total.masked_fill((mask == float("-inf")).all(-1), float("-inf"))
 
 
 def _finite(total: Tensor) -> Tensor:
-    """What is subtracted from scores: of queries that see nothing, any number does."""
+    """Return what is subtracted from scores: finite even for queries that see nothing, where any number does."""
     return total.masked_fill(total == float("-inf"), 0.0)
 
 
@@ -154,6 +154,6 @@ def _for_each_head(key: Tensor, value: Tensor, heads: int) -> Any:
 
 
 def _of_groups(gradient: Tensor, groups: int) -> Tensor:
-    """Of key heads, from that of query heads."""
+    """Sum the gradients of query heads into those of key heads."""
     rows, heads, tokens, features = gradient.shape
     return gradient if heads == groups else gradient.reshape(rows, groups, heads // groups, tokens, features).sum(2)

@@ -1,4 +1,4 @@
-"""The choice of how tokens are cut over ranks, as all that needs it is given it."""
+"""The ranks that share tokens, and how their attention exchanges keys and values: one value, passed to all that need it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class ContextAxis:
     Args:
         ranks: their name, see `ranks.known_as`.
         size: how many they are.
-        method: how attention comes by keys and values, see `attention.METHODS`.
+        method: how attention exchanges keys and values, see `attention.METHODS`.
     """
 
     ranks: str
@@ -23,5 +23,5 @@ class ContextAxis:
 
 
 def imagined_axis(size: int, method: str) -> ContextAxis | None:
-    """Of ranks that do not exist, to find out what graphs would be; None where there is one."""
+    """Return an axis of ranks that do not exist, for graphs that are only inspected; None for a single rank."""
     return ContextAxis(imagined(size), size, method) if size > 1 else None

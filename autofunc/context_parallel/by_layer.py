@@ -10,11 +10,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
-from autofunc import tree
 from autofunc.captured.segment import Segment
-from autofunc.context_parallel.entries import device_of, faked, named_tensors
+from autofunc.context_parallel.entries import device_of, faked, named_tensors, tensors_in
 from autofunc.context_parallel.program import modes_of, segment_of, spec_of
 from autofunc.context_parallel.recorded import recorded
 from autofunc.context_parallel.traced import Traced
@@ -89,7 +88,6 @@ def _of_rank(whole: Traced, cuts: Mapping[str, Any], plan: AxisPlan, what: str) 
 
 def _function(segment: Segment) -> Callable[..., Any]:
     def function(params: Mapping[str, Any], x: Any, entries: Any) -> Any:
-        received = [leaf for leaf in tree.leaves_and_spec(x)[0] if isinstance(leaf, Tensor)]
-        return segment(params, received, named_tensors(entries), device_of(entries), None)[0]
+        return segment(params, tensors_in(x), named_tensors(entries), device_of(entries), None)[0]
 
     return function

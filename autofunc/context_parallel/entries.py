@@ -1,8 +1,8 @@
-"""What the layers of a stage see of a microbatch, as named tensors and back."""
+"""What the layers of a stage see of a microbatch, flattened to named tensors and rebuilt from them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,14 +15,14 @@ from autofunc.fake import FakeTensorMode, fake_like
 
 
 def named_tensors(entries: Any) -> dict[str, Tensor]:
-    """The tensors among what `Specialised.share` gave, by a name that is the same for every stage."""
+    """Return the tensors in the result of `Specialised.share`, under names that are the same for every stage."""
     plain = {"values": entries.values, "key": entries.key} if isinstance(entries, Shared) else dict(entries)
     leaves = zip(tree.leaf_names(plain, "entries"), tree.leaves_and_spec(plain)[0], strict=True)
     return {name: leaf for name, leaf in leaves if isinstance(leaf, Tensor)}
 
 
 def with_tensors(entries: Any, given: Mapping[str, Tensor]) -> Any:
-    """The same with other tensors, by name."""
+    """Return the entries with the tensors in `given` replaced by name."""
     plain = {"values": entries.values, "key": entries.key} if isinstance(entries, Shared) else dict(entries)
     leaves, spec = tree.leaves_and_spec(plain)
     names = tree.leaf_names(plain, "entries")
@@ -43,9 +43,20 @@ def device_of(entries: Any) -> torch.device:
     return next((leaf.device for leaf in named_tensors(entries).values()), torch.device("cpu"))
 
 
+def tensors_in(x: Any) -> list[Tensor]:
+    """Return the tensors of a tree, in leaf order."""
+    return [leaf for leaf in tree.leaves_and_spec(x)[0] if isinstance(leaf, Tensor)]
+
+
+def refilled(x: Any, tensors: Sequence[Tensor]) -> Any:
+    """Replace the tensors of a tree, in leaf order."""
+    remaining = iter(tensors)
+    return tree.map_leaves(lambda leaf: next(remaining) if isinstance(leaf, Tensor) else leaf, x)
+
+
 @dataclass(frozen=True)
 class TokenEntries:
-    """What cp ranks see: the tensors of all, and pieces of them that are this rank's."""
+    """What the layers of a cp rank see: the tensors all ranks have, and this rank's pieces of some of them."""
 
     tensors: Mapping[str, Tensor]
     device: torch.device

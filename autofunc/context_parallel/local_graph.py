@@ -1,7 +1,7 @@
-"""From a graph with the sizes of the whole to the one that each cp rank runs: the same on all of them.
+"""The rewriting of a whole graph into the one that each cp rank runs on its tokens: the same graph on every rank.
 
-What depends on the batch alone is computed for all tokens, and cut where it meets what is cut; so positions, masks and
-shifted labels know nothing of chunks. Tokens are first cut where entries of the batch are looked up, or projected.
+Values that depend on the batch alone are computed for all tokens, and cut where they meet cut values; so positions, masks
+and shifted labels know nothing of chunks. Tokens are first cut where entries of the batch are looked up or projected.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from torch import fx
 
 from autofunc.context_parallel.axis import ContextAxis
 from autofunc.context_parallel.moves import added_up, all_tokens, on_first, own_tokens
-from autofunc.context_parallel.natural import of_operator
 from autofunc.context_parallel.routed_rows import RoutedRows
 from autofunc.context_parallel.rules import PRODUCTS, by_rule
 from autofunc.context_parallel.token_chunks import check_length
+from autofunc.context_parallel.token_dims import of_operator
 from autofunc.context_parallel.traced import Traced
 from autofunc.errors import ModelError
 from autofunc.experts import run_for_real
@@ -40,18 +40,22 @@ class LocalGraph:
     """A graph on one rank's tokens.
 
     Args:
-        whole: what is cut.
-        received: how received values lie.
-        entries: how entries would lie, were they cut.
+        whole: the graph to cut.
+        received: layouts of received values.
+        entries: layouts that entries would have if they were cut.
         axis: the ranks.
-        what: it is, for messages.
+        what: a name for messages.
 
     Attributes:
-        graph: the new one; its placeholders are those of the whole, and after them `pieces`.
-        pieces: (name of an entry, how it is cut) -> its placeholder: entries of which tokens are wanted.
-        returned: for each returned leaf its node, or the constant.
-        after: for each state the node of its new value, the same on every rank.
-        layouts: of returned leaves, by position; only of tensors.
+        graph: the new graph; its placeholders are those of the whole, followed by `pieces`.
+        pieces: (entry, how it is cut) -> placeholder, for entries of which only this rank's tokens are wanted.
+        returned: for each returned leaf, its node or the constant.
+        after: for each state, the node of its new value, the same on every rank.
+        layouts: of the returned tensors, by position.
+
+    Raises:
+        ModelError: for an operator that mixes tokens in a way no rule allows.
+        BatchError: for a sequence that does not divide into equal chunks.
     """
 
     def __init__(
@@ -84,7 +88,7 @@ class LocalGraph:
         self.layouts = {place: self._layout(each) for place, each in enumerate(whole.returned) if isinstance(each, Node)}
 
     def terms(self, place: int) -> Node:
-        """A returned leaf as a term of a sum over ranks."""
+        """Return a returned leaf as a term of a sum over ranks."""
         node = self._whole.returned[place]
         layout = self._layout(node)
         if layout is TERMS:
@@ -92,7 +96,7 @@ class LocalGraph:
         return self.graph.call_function(on_first, (self._obtain(node, FULL), self._axis.ranks))
 
     def full(self, place: int) -> Node:
-        """A returned leaf, the same on every rank."""
+        """Return a returned leaf in full, the same on every rank."""
         return self._obtain(self._whole.returned[place], FULL)
 
     # --- one operator
@@ -133,10 +137,10 @@ class LocalGraph:
         self._made[node, self._layout(node)] = new
 
     def _outcome(self, node: Node, seen: dict[Node, Any]) -> Outcome:
-        """What becomes of an operator, some of whose operands are not full.
+        """Return what becomes of an operator with operands that are not full.
 
         Raises:
-            ModelError: when nothing does.
+            ModelError: when no rule applies.
         """
         terms = [each for each, layout in seen.items() if layout is TERMS]
         found = by_rule(node, seen, self._axis, linear=True) if terms else None
@@ -151,7 +155,7 @@ class LocalGraph:
         return found
 
     def _check(self, node: Node, outcome: Outcome) -> None:
-        """Refuse what would gather tokens for another reason than attention, or cut some otherwise than by chunks."""
+        """Refuse an operator that would gather tokens except for attention, or cut them other than into chunks."""
         for want in outcome.wants:
             own = self._layout(want.node)
             if isinstance(own, Cut) and want.layout != own and not (want.layout is FULL and _packet(node) in PRODUCTS):
@@ -167,14 +171,14 @@ class LocalGraph:
         line = self._whole.line_of(node)
         where = f" ({line})" if line else ""
         return ModelError(
-            f"{self._what} runs {_title(node)}{where} on tokens that are cut over cp={self._axis.size} ranks, and one of "
-            "them would need tokens of others: beside attention, reductions and losses nothing may mix tokens; use cp=1"
+            f"{self._what} runs {_title(node)}{where} on tokens that are cut over cp={self._axis.size} ranks, and a rank "
+            "would need tokens of other ranks: only attention, reductions and losses may mix tokens; use cp=1"
         )
 
     # --- where tokens are first cut
 
     def _seed(self, node: Node) -> dict[Node, Any] | None:
-        """Operands of what looks up or projects entries of the batch."""
+        """Return the operands' layouts for an operator that looks up or projects entries of the batch; else None."""
         packet = _packet(node)
         if node not in self._weighted or packet not in _LOOKED_UP | _PROJECTED:
             return None
@@ -193,14 +197,14 @@ class LocalGraph:
             return self._obtain(argument.node, argument.layout)
         if isinstance(argument, Node):
             return self._obtain(argument, FULL)
-        if not isinstance(argument, (list, tuple)):  # lists of graphs are of a class of their own
+        if not isinstance(argument, (list, tuple)):  # a graph's lists have their own class
             return argument
         return tuple(map(self._argument, argument)) if isinstance(argument, tuple) else list(map(self._argument, argument))
 
     def _obtain(self, node: Node, layout: Layout) -> Node:
         own = self._layout(node)
         if isinstance(own, tuple):
-            layout = own  # type: ignore[assignment]  # several values, taken out one by one
+            layout = own  # type: ignore[assignment]  # several values, taken out one at a time
         if (node, layout) not in self._made:
             self._made[node, layout] = self._moved(node, own, layout)
         return self._made[node, layout]
@@ -216,7 +220,7 @@ class LocalGraph:
         return self._call(added_up, (self._made[node, own], ranks), {})
 
     def _piece(self, node: Node, cut: Cut) -> Node:
-        """Tokens of what depends on the batch alone: cut as early as possible, so that little is computed for others."""
+        """Cut a value that depends on the batch alone, as early as possible, so that little is computed for other ranks."""
         if node in self._names:
             with self.graph.inserting_after(self._last_placeholder):
                 made = self._last_placeholder = self.graph.placeholder(f"piece_{len(self.pieces)}")
@@ -224,7 +228,7 @@ class LocalGraph:
             return made
         packet = _packet(node)
         if not self._is_pure:
-            pass  # what was written to in between would be read once more
+            pass  # a value written to in between would be read again
         elif packet in _VIEWS and isinstance(node.args[0], Node):
             try:
                 before = viewed(shape_of(node), shape_of(node.args[0]), cut, self._axis.size, node)

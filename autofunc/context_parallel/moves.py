@@ -1,7 +1,7 @@
-"""From one layout of tokens to another, as operators with gradients: all that cp ranks say to each other beside attention.
+"""Moves from one layout of tokens to another, as differentiable operators: all that cp ranks exchange apart from attention.
 
-The loss is a sum of what all ranks have, and each of them differentiates its own uses: of a value that is the same on all
-ranks, each has one term of the gradient.
+The loss is a sum over ranks, and each rank differentiates its own uses. So for a value that all ranks have, each rank has
+one term of the gradient.
 """
 
 from __future__ import annotations
@@ -27,42 +27,42 @@ for _name, _arguments in {
 
 
 def own_tokens(x: Tensor, dim: int, parts: Sequence[int], ranks: str) -> Tensor:
-    """This rank's tokens of a value that all ranks have.
+    """Cut this rank's tokens from a value that all ranks have.
 
     Args:
         x: the whole value.
-        dim: along which tokens lie.
-        parts: lengths of the sequences that lie one after the other there, each of which is cut.
-        ranks: name of the ranks, see `ranks.known_as`.
+        dim: the tokens' dim.
+        parts: lengths of the sequences that follow one another along `dim`, each of which is cut.
+        ranks: the name of the ranks, see `ranks.known_as`.
     """
     return _call("own_tokens", x, dim, parts, ranks)
 
 
 def all_tokens(x: Tensor, dim: int, parts: Sequence[int], ranks: str) -> Tensor:
-    """The whole of a value of which each rank has its tokens; arguments as of `own_tokens`."""
+    """Gather the whole of a value of which each rank has its tokens; arguments as for `own_tokens`."""
     return _call("all_tokens", x, dim, parts, ranks)
 
 
 def added_up(x: Tensor, ranks: str) -> Tensor:
-    """The sum of everyone's term."""
+    """Sum the terms of all ranks."""
     made: Tensor = torch.ops.autofunc.added_up(x, ranks)
     return made
 
 
 def on_first(x: Tensor, ranks: str) -> Tensor:
-    """A value that all ranks have as a term of a sum: itself on the first, zeros on the others."""
+    """Turn a value that all ranks have into terms of a sum: the value itself on the first rank, zeros on the others."""
     made: Tensor = torch.ops.autofunc.on_first(x, ranks)
     return made
 
 
 def one_token(x: Tensor, dim: int, index: int, ranks: str) -> Tensor:
-    """One token of the whole sequence as a term of a sum: itself on the rank that has it, zeros on the others.
+    """Take one token of the whole sequence as a term of a sum: the token on the rank that has it, zeros on the others.
 
     Args:
         x: this rank's tokens.
-        dim: along which they lie, which is gone.
-        index: of the token in the whole sequence, from 0 on.
-        ranks: see `own_tokens`.
+        dim: the tokens' dim, which the result lacks.
+        index: the token's position in the whole sequence, from 0.
+        ranks: as for `own_tokens`.
     """
     made: Tensor = torch.ops.autofunc.one_token(x, dim, index, ranks)
     return made
@@ -73,14 +73,14 @@ def _call(name: str, x: Tensor, dim: int, parts: Sequence[int], ranks: str) -> T
     return made
 
 
-# --- what they do
+# --- implementations
 
 
 def _per_sequence(x: Tensor, dim: int, lengths: Sequence[int], function: Callable[[Tensor], Tensor]) -> Tensor:
-    """A function of each of several sequences along a dim, of which most are equally long: those at once."""
+    """Apply a function to each of several sequences along a dim; equally long ones, the usual case, all at once."""
     if len(set(lengths)) == 1:
         apart = x.reshape(*x.shape[:dim], len(lengths), lengths[0], *x.shape[dim + 1 :])
-        made = function(apart.movedim(dim, 0)).movedim(0, dim)  # the tokens' dim stays where it is, for each sequence
+        made = function(apart.movedim(dim, 0)).movedim(0, dim)  # each sequence still has its tokens in the same dim
         return made.reshape(*x.shape[:dim], -1, *x.shape[dim + 1 :])
     pieces = [function(piece[None])[0] for piece in torch.split(x, list(lengths), dim)]
     return torch.cat(pieces, dim)
@@ -102,7 +102,7 @@ def _own_backward(x: Tensor, dim: int, parts: Sequence[int], ranks: str) -> Tens
 @torch.library.impl("autofunc::all_tokens", "CompositeExplicitAutograd")
 def _all(x: Tensor, dim: int, parts: Sequence[int], ranks: str) -> Tensor:
     group = ranks_of(ranks)
-    found = torch.stack(group.gather(x))  # (ranks, ...): a rank's part of each sequence lies in it
+    found = torch.stack(group.gather(x))  # (ranks, ...): each has its rank's part of every sequence
     local = [part // group.size for part in parts]
     whole = [in_order(list(each), dim) for each in torch.split(found, local, dim + 1)]
     return torch.cat(whole, dim)
@@ -133,7 +133,7 @@ def _on_first(x: Tensor, ranks: str) -> Tensor:
 
 
 def _place(index: int, each: int, ranks: str) -> int | None:
-    """Where a token lies among this rank's; None where it is another's. A rank has two chunks of `each` tokens."""
+    """Return a token's place among this rank's two chunks of `each` tokens; None if another rank has it."""
     group = ranks_of(ranks)
     chunk, place = divmod(index, each)
     if chunk == group.rank:
@@ -193,7 +193,7 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _differentiated_by(name: str, forward: str) -> None:
-    """The gradient of one operator is another of the same arguments."""
+    """Register the operator `name`, which takes the same arguments, as the gradient of `forward`."""
 
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Any, ...]:
         return getattr(torch.ops.autofunc, name)(cotangent, *ctx.given), *[None] * len(ctx.given)

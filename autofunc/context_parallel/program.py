@@ -1,4 +1,4 @@
-"""A graph on one rank's tokens as plain data that can be compared and run."""
+"""A graph on one rank's tokens as a segment: plain data that can be compared and run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from autofunc.graph.schema import is_mutable
 
 Node = fx.Node
 
-# functions without public names that a graph has for `with torch.no_grad()` and `with torch.autocast(...)`; torch 2.13.0
+# the private functions that graphs hold for `with torch.no_grad()` and `with torch.autocast(...)`; torch 2.13.0
 _GRAD, _AUTOCAST_ON, _AUTOCAST_OFF = "_set_grad_enabled", "_enter_autocast", "_exit_autocast"
 
 
@@ -24,19 +24,22 @@ def segment_of(
     returned: Sequence[Any], spec: Any, constants: Mapping[str, Tensor], what: str,
     states: Mapping[str, Node] | None = None, after: Sequence[Node] = (),
 ) -> Segment:  # fmt: skip
-    """A graph as a segment.
+    """Turn a graph into a segment.
 
     Args:
-        graph: of operators; what nothing needs is left out.
-        params: by path.
-        received: of the layer before.
-        shared: by name.
-        returned: nodes, and constants.
-        spec: of what is returned.
-        constants: of the graph, by name.
-        what: it is, for messages.
-        states: the layer's, by path.
-        after: of each, what it is afterwards.
+        graph: of operators; those that nothing needs are dropped.
+        params: placeholders by path.
+        received: placeholders of the values from the layer before.
+        shared: placeholders by name.
+        returned: nodes, and constants as they are.
+        spec: the tree that is returned.
+        constants: the graph's constants, by name.
+        what: a name for messages.
+        states: placeholders of the layer's state, by path.
+        after: the new value of each state.
+
+    Raises:
+        ModelError: for autocast regions that are not nested.
     """
     modes, states = modes_of(graph, what), states or {}
     results = [each for each in (*returned, *after) if isinstance(each, Node)]
@@ -62,13 +65,13 @@ def segment_of(
 
 
 def spec_of(spec: tree.TreeSpec) -> tree.TreeSpec | None:
-    """See `Segment.spec`: None where there is one tensor, or a tuple of them."""
+    """Return a spec as `Segment.spec` wants it: None for one tensor, or a tuple of tensors."""
     plain = [tree.leaves_and_spec(each)[1] for each in (0, tuple(range(spec.num_leaves)))]
     return None if spec in plain and spec.num_leaves else spec
 
 
 def modes_of(graph: fx.Graph, what: str) -> dict[Node, tuple[tuple[Any, ...], ...]]:
-    """What each operator runs under: `Instruction.modes`. Without what enters and leaves them."""
+    """Return the modes each operator runs under (`Instruction.modes`), without the nodes that enter and leave them."""
     found: dict[Node, tuple[tuple[Any, ...], ...]] = {}
     grad: tuple[tuple[Any, ...], ...] = ()
     casts: list[tuple[Node, tuple[Any, ...]]] = []
@@ -82,12 +85,12 @@ def modes_of(graph: fx.Graph, what: str) -> dict[Node, tuple[tuple[Any, ...], ..
             casts.append((node, ("autocast", *node.args)))
         elif name == _AUTOCAST_OFF:
             if not casts or casts.pop()[0] is not node.args[0]:
-                raise ModelError(f"{what}: regions of autocast are not inside each other")
+                raise ModelError(f"{what}: its autocast regions overlap without being nested")
         else:
             found[node] = (*node.meta.get("modes", ()), *grad, *(cast for _, cast in casts))
     return found
 
 
 def _needed(graph: fx.Graph, roots: Iterable[Node]) -> set[Node]:
-    """What must run for some values; what writes in place may write to any of them."""
+    """Return the nodes that some values need; writes in place are always needed, since they may write to any value."""
     return ancestors([*roots, *(node for node in graph.nodes if is_mutable(node))])

@@ -1,4 +1,4 @@
-"""The ranks of a cp axis as operators see them, by a name that a captured graph can hold."""
+"""The ranks of a cp axis as operators see them, under a name that a captured graph can hold."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from torch import Tensor
 
 
 class ContextRanks(Protocol):
-    """All ranks of one cp axis, as one of them sees it. All of them call a method, in the same order."""
+    """All ranks of a cp axis, seen from one of them. Every rank calls each method, in the same order."""
 
     rank: int
     size: int
 
     def gather(self, x: Tensor) -> list[Tensor]:
-        """Everyone's tensor, in rank order."""
+        """Return the tensors of all ranks, in rank order."""
         ...
 
     def reduce_scatter(self, parts: Sequence[Tensor]) -> Tensor:
-        """The sum of what everyone gives for this rank; parts are in rank order, and of one shape."""
+        """Return the sum of what all ranks give for this one; parts are in rank order and of one shape."""
         ...
 
     def rotate(self, x: Tensor) -> Callable[[], Tensor]:
-        """Begin to send a tensor to the next rank; what is returned waits for that of the rank before."""
+        """Begin sending a tensor to the next rank; the returned function waits for the previous rank's."""
         ...
 
 
 class Imagined:
-    """Ranks that do not exist: of their number graphs are made, which nobody runs."""
+    """Ranks that do not exist. Graphs made for them are inspected, never run."""
 
     rank = 0
 
@@ -39,20 +39,20 @@ class Imagined:
 
     def gather(self, x: Tensor) -> list[Tensor]:
         """See `ContextRanks.gather`."""
-        raise NotImplementedError("there is nobody else")
+        raise NotImplementedError("imagined ranks exchange nothing")
 
     def reduce_scatter(self, parts: Sequence[Tensor]) -> Tensor:
         """See `ContextRanks.reduce_scatter`."""
-        raise NotImplementedError("there is nobody else")
+        raise NotImplementedError("imagined ranks exchange nothing")
 
     def rotate(self, x: Tensor) -> Callable[[], Tensor]:
         """See `ContextRanks.rotate`."""
-        raise NotImplementedError("there is nobody else")
+        raise NotImplementedError("imagined ranks exchange nothing")
 
 
 @cache
 def imagined(size: int) -> str:
-    """The name of so many ranks that do not exist."""
+    """Return the name of `size` ranks that do not exist."""
     known_as(f"{size} imagined ranks", _made(size))
     return f"{size} imagined ranks"
 
@@ -62,14 +62,14 @@ def _made(size: int) -> Imagined:
     return Imagined(size)
 
 
-_known: WeakValueDictionary[str, ContextRanks] = WeakValueDictionary()  # by a name, which a captured graph can hold
+_known: WeakValueDictionary[str, ContextRanks] = WeakValueDictionary()
 
 
 def known_as(name: str, ranks: ContextRanks) -> None:
-    """Let operators find the ranks by a name, as long as someone else keeps them."""
+    """Let operators find the ranks by a name, for as long as the caller keeps `ranks` alive."""
     _known[name] = ranks
 
 
 def ranks_of(name: str) -> ContextRanks:
-    """Those that `known_as` was told of."""
+    """Return the ranks registered by `known_as`."""
     return _known[name]

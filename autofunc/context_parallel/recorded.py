@@ -9,7 +9,7 @@ from torch import Tensor
 
 from autofunc import tree
 from autofunc.captured.segment import Segment
-from autofunc.context_parallel.entries import named_tensors, with_tensors
+from autofunc.context_parallel.entries import named_tensors, refilled, tensors_in, with_tensors
 from autofunc.context_parallel.traced import Traced, traced
 from autofunc.fake import naming_errors
 from autofunc.model import Specialised
@@ -28,18 +28,15 @@ def recorded(
         x: what the layer before returned.
         entries: from `base.share`.
     """
-    leaves, spec = tree.leaves_and_spec(x)
 
     def function(
         owned: Mapping[str, Tensor], received: Sequence[Tensor], given: Mapping[str, Tensor], kept: Mapping[str, Tensor]
     ) -> tuple[Any, Mapping[str, Tensor]]:  # fmt: skip
-        arriving = iter(received)
-        full = tree.from_leaves([next(arriving) if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec)
+        full = refilled(x, received)
         made, after = base.layer(name, tree.nest(owned), full, with_tensors(entries, given), {name: kept})
         return made, after[name]
 
     with naming_errors(f"layer {name!r}"):
         program = base.programs([name])[-1]
         known = program if isinstance(program, Segment) and program.traces else None
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        return traced(function, params, tensors, named_tensors(entries), state, known)
+        return traced(function, params, tensors_in(x), named_tensors(entries), state, known)

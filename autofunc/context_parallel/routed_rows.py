@@ -1,8 +1,8 @@
-"""Routed experts on tokens that are cut: each rank sends its own tokens to experts, all of which it has.
+"""Routed experts on cut tokens: each rank sends its own tokens to the experts, and has all of them.
 
-So rows that are sorted by expert are each rank's own, in an order of its own: they may go through products with experts and
-through whatever treats them apart, and back to their tokens. They are no part of the rows that the whole would have, so
-they cannot be put together, or meet tokens in between. How many rows an expert has is a term of how many it would have.
+Rows sorted by expert are therefore local to a rank, in an order of its own. They may go through products with experts and
+through operators that treat rows separately, and back to their tokens. They are not a part of the rows that the whole would
+have, so they cannot be gathered, or meet tokens in between. An expert's number of rows is a term of the whole's number.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _SENT, _BROUGHT = "autofunc.to_experts", "autofunc.from_experts"
 
 @rule(_SENT)
 def sent(op: Operation, axis: ContextAxis) -> Outcome | None:
-    """Tokens (tokens, width), and the experts of each, (tokens, k): a row for each of both, sorted by expert."""
+    """Tokens (tokens, width) and their experts (tokens, k) become one row for each pair, sorted by expert."""
     x, chosen = op.given["x"], op.given["chosen"]
     cut = op.cut(x)
     if cut is None or cut.dim or op.layout(chosen) != cut:
@@ -32,18 +32,18 @@ def sent(op: Operation, axis: ContextAxis) -> Outcome | None:
 
 @rule("autofunc.grouped_linear", "autofunc.grouped_matmul", linear=True)
 def product(op: Operation, axis: ContextAxis) -> Outcome | None:
-    """Rows with the matrix of the expert that has them; where its rows end is a term."""
+    """Rows times their expert's matrix; where an expert's rows end is a term."""
     return _by_expert(op, "x", "weight")
 
 
 @rule("autofunc.grouped_rows", linear=True)
 def entries(op: Operation, axis: ContextAxis) -> Outcome | None:
-    """What the expert of each row has for it, such as a bias."""
+    """Each row's entry in a table by expert, such as a bias."""
     return _by_expert(op, "like", "table")
 
 
 def _by_expert(op: Operation, rows: str, own: str) -> Outcome | None:
-    """Rows that are cut, with what their experts have for their own, which every rank has in full."""
+    """Combine cut rows with their experts' own values, which every rank has in full."""
     x, table, ends = op.given[rows], op.given[own], op.given["ends"]
     cut = op.cut(x)
     if cut is None or cut.dim or op.layout(table) is not FULL or op.layout(ends) is not TERMS:
@@ -53,7 +53,7 @@ def _by_expert(op: Operation, rows: str, own: str) -> Outcome | None:
 
 @rule(_BROUGHT, linear=True)
 def brought(op: Operation, axis: ContextAxis) -> Outcome | None:
-    """Weighted sums of the rows of each token."""
+    """Weighted sums of each token's rows."""
     made, weights, counts = (op.given[name] for name in ("made", "weights", "counts"))
     rows, cut = op.cut(made), op.cut(weights)
     if rows is None or cut is None or rows.dim or cut.dim:
@@ -65,13 +65,13 @@ def brought(op: Operation, axis: ContextAxis) -> Outcome | None:
 
 
 class RoutedRows:
-    """Which values of a graph are rows sorted by expert."""
+    """The values of a graph that are rows sorted by expert."""
 
     def __init__(self) -> None:
         self._found: set[Node] = set()
 
     def note(self, node: Node, outcome: Outcome) -> bool:
-        """Follow an operator; False where it would take rows otherwise than as each rank has them, or beside tokens."""
+        """Follow an operator; False if it would gather such rows, reduce them, or combine them with tokens."""
         name = str(getattr(node.target, "overloadpacket", ""))
         if name == _SENT:
             self._found.add(node)
@@ -86,6 +86,6 @@ class RoutedRows:
         return not rows or (not others and all(want.layout is not FULL for want in rows))
 
     def take_out(self, node: Node, source: Node, layout: object) -> None:
-        """One of the values that an operator makes."""
+        """Follow one of several values that an operator makes."""
         if source in self._found and isinstance(layout, Cut):
             self._found.add(node)

@@ -1,4 +1,4 @@
-"""What becomes of operators whose operands have cut tokens, where it is other than for tensor parallel ranks."""
+"""Rules for operators with cut tokens, where they differ from the rules for tensor parallel ranks."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ Rule = Callable[[Operation, ContextAxis], "Outcome | None"]
 _aten = torch.ops.aten
 
 RULES: dict[Any, Rule] = {}
-"""By operator, all overloads, or its name: what comes before the rules of `spreading` ..."""
+"""By operator (all overloads) or its name: these come before the rules of `spreading` ..."""
 
 LINEAR: dict[Any, Rule] = {}
-"""... and before those where operands are terms of a sum, which stay terms."""
+"""... and these where operands are terms of a sum that stay terms."""
 
 PRODUCTS = {_aten.matmul, _aten.bmm, _aten.baddbmm, _aten.mm, _aten.addmm}
-"""Of which one operand may be gathered: that is attention that is written out."""
+"""Products one operand of which may be gathered: that is attention written out."""
 
 
 def rule(*operators: Any, linear: bool = False) -> Callable[[Rule], Rule]:
-    """Enter a rule."""
+    """Register a function as the rule for some operators."""
 
     def enter(function: Rule) -> Rule:
         (LINEAR if linear else RULES).update(dict.fromkeys(operators, function))
@@ -41,13 +41,13 @@ def rule(*operators: Any, linear: bool = False) -> Callable[[Rule], Rule]:
 
 
 def by_rule(node: Node, seen: Mapping[Node, Any], axis: ContextAxis, *, linear: bool = False) -> Outcome | None:
-    """What becomes of an operator by its rule, here or in `spreading`; None where there is none, or it does not say.
+    """Return what becomes of an operator by its rule, here or in `spreading`; None if no rule applies.
 
     Args:
         node: of the whole graph.
-        seen: how its operands lie.
+        seen: layouts of its operands.
         axis: the ranks.
-        linear: whether operands are terms of a sum, which are to stay terms.
+        linear: whether some operands are terms of a sum, and are to stay terms.
     """
     table = LINEAR if linear else RULES
     packet = getattr(node.target, "overloadpacket", node.target)
@@ -63,7 +63,7 @@ def by_rule(node: Node, seen: Mapping[Node, Any], axis: ContextAxis, *, linear: 
 
 @rule(_aten.scaled_dot_product_attention)
 def attention(op: Operation, axis: ContextAxis) -> Outcome | None:
-    """Of cut queries: to keys and values that are cut too, or that all ranks have."""
+    """Cut queries attend to keys and values that are cut too, or that all ranks have."""
     q, k, v, mask = (op.given[name] for name in ("query", "key", "value", "attn_mask"))
     cut, dims = op.cut(q), len(op.shape)
     if cut is None or cut.dim != dims - 2 or op.given["dropout_p"]:
@@ -81,14 +81,14 @@ def attention(op: Operation, axis: ContextAxis) -> Outcome | None:
 
 
 def rows_of(mask: Any, cut: Cut) -> Any:
-    """How a mask of (..., queries, keys) lies whose queries are cut."""
+    """Return the layout of a mask (..., queries, keys) whose queries are cut."""
     shape = shape_of(mask)
     return Cut(len(shape) - 2, cut.parts) if len(shape) > 1 and shape[-2] == cut.whole and cut.whole > 1 else FULL
 
 
 @rule(_aten.matmul, _aten.bmm, _aten.mm)
 def product(op: Operation, axis: ContextAxis) -> Outcome | None:
-    """Rows of the left operand with all of the right: scores, and values weighted by them."""
+    """Rows of the left operand with all of the right: scores, or values weighted by them."""
     left, right = list(op.given.values())[:2]
     cut = op.cut(left)
     rows = cut is not None and cut.dim == len(shape_of(left)) - 2 and op.cut(right) is not None
@@ -99,14 +99,14 @@ def product(op: Operation, axis: ContextAxis) -> Outcome | None:
 
 
 def _mixes(op: Operation, right: Any) -> bool:
-    """Whether tokens are among the last two dims of the right operand: in others, rows of both are the same tokens."""
+    """True if tokens are in the last two dims of the right operand; in others, rows of both are the same tokens."""
     cut = op.cut(right)
     return cut is not None and cut.dim >= len(shape_of(right)) - 2
 
 
 @rule(_aten.baddbmm)
 def biased_product(op: Operation, axis: ContextAxis) -> Outcome | None:
-    """As `product`, with what is added to it."""
+    """Like `product`, plus a bias."""
     bias, left, right = (op.given[name] for name in ("self", "batch1", "batch2"))
     cut = op.cut(left)
     if cut is None or cut.dim != 1:
@@ -117,7 +117,7 @@ def biased_product(op: Operation, axis: ContextAxis) -> Outcome | None:
 
 @rule(_aten.select)
 def select(op: Operation, axis: ContextAxis) -> Outcome | None:
-    """One token, such as the first, which stands for the sequence: a term of a sum, on the rank that has it."""
+    """One token that stands for the sequence, such as the first: a term of a sum, on the rank that has it."""
     x, shape = op.given["self"], shape_of(op.given["self"])
     cut, dim = op.cut(x), op.given["dim"] % len(shape)
     if cut is None or dim != cut.dim:
@@ -129,7 +129,7 @@ def select(op: Operation, axis: ContextAxis) -> Outcome | None:
 
 @rule(_aten.amax, _aten.amin, _aten.any, _aten.all, _aten.logsumexp, _aten.max, _aten.min)
 def reduction(op: Operation, axis: ContextAxis) -> Outcome | None:
-    """What is the same of all tokens as of what it is of chunks of them."""
+    """A reduction that gives the same over all tokens as over the results for chunks of them."""
     x = op.given["self"]
     cut, name = op.cut(x), str(op.node.target).split(".")[1]
     given = op.given.get("dim", [])
@@ -148,7 +148,7 @@ def reduction(op: Operation, axis: ContextAxis) -> Outcome | None:
 
 
 def reduced(x: Tensor, name: str, dims: list[int], keepdim: bool, dim: int, size: int, ranks: str) -> Tensor:
-    """A reduction over dims, of which one has this rank's tokens: of each chunk, then of those of all ranks."""
+    """Reduce over dims, one of which has this rank's tokens: first each chunk, then the results of all ranks."""
     function = getattr(torch, name)
     chunks = function(torch.stack(x.chunk(2, dim)), [each + 1 for each in dims], keepdim)
     made: Tensor = function(all_tokens(chunks, 0, (2 * size,), ranks), 0)
@@ -160,16 +160,16 @@ def reduced(x: Tensor, name: str, dims: list[int], keepdim: bool, dim: int, size
 
 @rule(_aten.histc)
 def histogram(op: Operation, axis: ContextAxis) -> Outcome | None:
-    """How many elements lie between given borders: a term."""
+    """A count of elements in given bins: a term."""
     x = op.given["self"]
     cut = op.cut(x)
-    between = op.given["min"] < op.given["max"]  # else they are the least and the largest of all tokens
+    between = op.given["min"] < op.given["max"]  # otherwise the bins run from the least to the largest of all tokens
     return op.becomes(TERMS, self=Want(x, cut)) if cut is not None and between else None
 
 
 @rule(_aten.scatter_add)
 def scattered(op: Operation, axis: ContextAxis) -> Outcome | None:
-    """What is added at places that tokens name: a term."""
+    """Values added at places that tokens name: a term."""
     into, index, source, dim = (op.given[name] for name in ("self", "index", "src", "dim"))
     cut = op.cut(index) or op.cut(source)
     if cut is None or cut.dim != dim % len(shape_of(index)) or op.layout(into) is not FULL:
@@ -181,13 +181,13 @@ def scattered(op: Operation, axis: ContextAxis) -> Outcome | None:
 
 
 def scattered_term(into: Tensor, dim: int, index: Tensor, source: Tensor, ranks: str) -> Tensor:
-    """A term of what is added, on the first rank to what is there."""
+    """Return this rank's term of the sum; the first rank adds it to the values already there."""
     return on_first(into, ranks).scatter_add(dim, index, source)
 
 
 @rule(_aten.one_hot)
 def one_hot(op: Operation, axis: ContextAxis) -> Outcome | None:
-    """A column for each of so many classes."""
+    """A column for each class; the number of classes must be given."""
     x = op.given["self"]
     cut = op.cut(x)
     return None if cut is None or op.given["num_classes"] < 0 else op.becomes(cut, self=Want(x, cut))
@@ -195,7 +195,7 @@ def one_hot(op: Operation, axis: ContextAxis) -> Outcome | None:
 
 @rule(_aten.add, linear=True)
 def added_terms(op: Operation, axis: ContextAxis) -> Outcome | None:
-    """Terms of two sums, and a term and what all ranks have, which the first of them adds: sums of counts stay terms."""
+    """Sum two terms, or a term and a full value, which only the first rank adds: sums of counts stay terms."""
     x, y = op.given["self"], op.given["other"]
     if not isinstance(x, Node) or not isinstance(y, Node) or {op.layout(x), op.layout(y)} != {TERMS, FULL}:
         found = rule_of(op.node, linear=True)
@@ -205,7 +205,7 @@ def added_terms(op: Operation, axis: ContextAxis) -> Outcome | None:
 
 
 def sum_with_term(x: Tensor, y: Tensor, is_first_full: bool, alpha: float, ranks: str) -> Tensor:
-    """A term of the sum of a term and of what all ranks have."""
+    """Return this rank's term of the sum of a term and a full value."""
     x, y = (on_first(x, ranks), y) if is_first_full else (x, on_first(y, ranks))
     return torch.add(x, y, alpha=alpha)
 
@@ -217,7 +217,7 @@ _NONE, _MEAN, _SUM = 0, 1, 2  # numbers of torch's reductions
 
 @rule(_aten.cross_entropy_loss)
 def cross_entropy(op: Operation, axis: ContextAxis) -> Outcome | None:
-    """Of logits (tokens, classes) or (rows, classes, tokens)."""
+    """Cross-entropy of logits (tokens, classes) or (rows, classes, tokens)."""
     logits, target, weight = (op.given[name] for name in ("self", "target", "weight"))
     cut, reduction, smoothing = op.cut(logits), op.given["reduction"], op.given["label_smoothing"]
     classes = 1 if len(shape_of(logits)) > 1 else 0
@@ -238,7 +238,7 @@ def cross_entropy(op: Operation, axis: ContextAxis) -> Outcome | None:
 def cross_entropy_term(
     logits: Tensor, target: Tensor, all_targets: Tensor, weight: Tensor | None, smoothing: float, ignored: int
 ) -> Tensor:  # fmt: skip
-    """A term of the mean over all tokens that count."""
+    """Return this rank's term of the mean over all tokens that are not ignored."""
     total = functional.cross_entropy(
         logits, target, weight, ignore_index=ignored, reduction="sum", label_smoothing=smoothing
     )
@@ -250,37 +250,37 @@ def cross_entropy_term(
 
 @rule(_aten.mse_loss, _aten.l1_loss, _aten.smooth_l1_loss, _aten.huber_loss, _aten.binary_cross_entropy_with_logits)
 def elementwise_loss(op: Operation, axis: ContextAxis) -> Outcome | None:
-    """Losses of elements and their targets, of one shape."""
+    """A loss between elements and targets of one shape."""
     x, target = op.given["self"], op.given["target"]
     cut = op.cut(x) or op.cut(target)
     if cut is None or shape_of(x) != shape_of(target) or op.given.get("weight") or op.given.get("pos_weight"):
         return None
     changed = {"self": Want(x, cut), "target": Want(target, cut)}
-    if op.given["reduction"] == _MEAN:  # each rank has equally many
+    if op.given["reduction"] == _MEAN:  # every rank has the same number of elements
         options = {name: value for name, value in op.node.kwargs.items() if name not in changed}
         return Outcome(TERMS, mean_term, (op.node.target, *op.becomes(TERMS, **changed).args), {**options, "size": op.size})
     return op.becomes(cut if op.given["reduction"] == _NONE else TERMS, **changed)
 
 
 def mean_term(function: Callable[..., Tensor], *args: Any, size: int, **kwargs: Any) -> Tensor:
-    """A term of a mean, of what each of `size` ranks has, of equally many."""
+    """Return a term of a mean over `size` ranks with equally many elements each."""
     return function(*args, **kwargs) / size
 
 
 @rule("autofunc.chunked_entropy")
 def chunked_entropy(op: Operation, axis: ContextAxis) -> Outcome | None:
-    """A cross-entropy that keeps no logits: a sum over tokens."""
+    """Cross-entropy that keeps no logits: a sum over tokens."""
     hidden, labels = op.given["hidden"], op.given["labels"]
     cut = op.cut(hidden)
     return None if cut is None or cut.dim else op.becomes(TERMS, hidden=Want(hidden, cut), labels=Want(labels, cut))
 
 
-# --- beside a tp axis
+# --- together with a tp axis
 
 
 @rule("autofunc.moved")
 def moved(op: Operation, axis: ContextAxis) -> Outcome | None:
-    """What tp ranks exchange of values whose tokens are cut: along other dims."""
+    """An exchange between tp ranks along other dims than the tokens'."""
     x = op.given["x"]
     cut = op.cut(x)
     return None if cut is None or cut.dim == op.given["dim"] else op.becomes(cut, x=Want(x, cut))
@@ -288,13 +288,13 @@ def moved(op: Operation, axis: ContextAxis) -> Outcome | None:
 
 @rule("autofunc.moved", linear=True)
 def moved_terms(op: Operation, axis: ContextAxis) -> Outcome | None:
-    """Of what is a term for cp ranks, too."""
+    """An exchange between tp ranks of a value that is a term for cp ranks."""
     return op.becomes(TERMS, x=Want(op.given["x"], TERMS))
 
 
 @rule("autofunc.cross_entropy_of_parts")
 def cross_entropy_of_parts(op: Operation, axis: ContextAxis) -> Outcome | None:
-    """A sum over tokens of logits that tp ranks have cut along the vocabulary."""
+    """A sum over tokens whose logits tp ranks cut along the vocabulary."""
     logits, labels = op.given["logits"], op.given["labels"]
     cut = op.cut(logits)
     return None if cut is None or cut.dim else op.becomes(TERMS, logits=Want(logits, cut), labels=Want(labels, cut))
@@ -302,7 +302,7 @@ def cross_entropy_of_parts(op: Operation, axis: ContextAxis) -> Outcome | None:
 
 @rule("autofunc.sum_over", linear=True)
 def summed_terms(op: Operation, axis: ContextAxis) -> Outcome | None:
-    """The sum over data parallel ranks of a term."""
+    """A term's sum over data parallel ranks."""
     return op.becomes(TERMS, x=Want(op.given["x"], TERMS))
 
 

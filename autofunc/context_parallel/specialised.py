@@ -1,4 +1,4 @@
-"""A model's layers, and its loss, on one rank's tokens."""
+"""A model's layers and loss on one rank's tokens."""
 
 from __future__ import annotations
 
@@ -13,14 +13,22 @@ from autofunc import tree
 from autofunc.captured.segment import Segment
 from autofunc.context_parallel import batch_statistics as batch_statistics  # enters its rules
 from autofunc.context_parallel.axis import ContextAxis
-from autofunc.context_parallel.beside import putting_together
-from autofunc.context_parallel.entries import TokenEntries, device_of, faked, named_tensors, with_tensors
+from autofunc.context_parallel.entries import (
+    TokenEntries,
+    device_of,
+    faked,
+    named_tensors,
+    refilled,
+    tensors_in,
+    with_tensors,
+)
 from autofunc.context_parallel.local_graph import LocalGraph
 from autofunc.context_parallel.moves import added_up, all_tokens, own_tokens
-from autofunc.context_parallel.natural import of_entries, of_shared
 from autofunc.context_parallel.program import segment_of, spec_of
 from autofunc.context_parallel.recorded import recorded
+from autofunc.context_parallel.token_dims import of_entries, of_shared
 from autofunc.context_parallel.traced import Traced, traced
+from autofunc.context_parallel.with_tensor_parallel import handing_out_whole
 from autofunc.errors import ModelError
 from autofunc.experts import recorded_as_operators
 from autofunc.fake import fake_mode, naming_errors
@@ -30,7 +38,7 @@ from autofunc.spreading import TERMS, Cut
 from autofunc.spreading.layouts import Layout
 
 Piece = tuple[str, int, tuple[int, ...]]
-"""An entry of which a rank's tokens are wanted: its name, the dim along which they lie, lengths of sequences there."""
+"""An entry of which this rank's tokens are wanted: its name, the tokens' dim, and the lengths of the sequences along it."""
 
 
 @dataclass(frozen=True)
@@ -39,18 +47,18 @@ class LocalLayer:
 
     segment: Segment
     pieces: tuple[Piece, ...]
-    layouts: tuple[Layout | None, ...]  # of the leaves of what it returns; None of what is no tensor
+    layouts: tuple[Layout | None, ...]  # of the leaves it returns; None for leaves that are not tensors
 
 
 @dataclass(frozen=True)
 class OverTokens(Specialised):
-    """A `Specialised` of which each rank has its tokens.
+    """A `Specialised` on each rank's own tokens.
 
     Args:
         axis: the ranks.
         layers: by name.
-        output: what the last layer returns, whole, on fake tensors.
-        loss_layer: the loss, once `with_loss` has made it.
+        output: the last layer's whole output, on fake tensors.
+        loss_layer: the loss, set by `with_loss`.
     """
 
     axis: ContextAxis = field(kw_only=True)
@@ -59,7 +67,7 @@ class OverTokens(Specialised):
     loss_layer: LocalLayer | None = None
 
     def whole(self, x: Any) -> Any:
-        """All of what the last layer returned; every rank calls it."""
+        """Gather the last layer's whole output; every rank calls it."""
         leaves, spec = tree.leaves_and_spec(x)
         layouts = list(self.layers.values())[-1].layouts
         return tree.from_leaves([self._full(*each) for each in zip(leaves, layouts, strict=True)], spec)
@@ -70,29 +78,26 @@ class OverTokens(Specialised):
         return added_up(leaf, self.axis.ranks) if layout is TERMS else leaf
 
     def with_loss(self, loss: Loss | None, microbatch: Mapping[str, Any], output: Callable[[Any], Any]) -> OverTokens:
-        """The same with a loss of what the last layer returns.
+        """Add a loss of the last layer's output.
 
         Args:
             loss: see `losses.evaluate`.
             microbatch: an example.
-            output: what is made of the last layer's output before.
+            output: applied to the last layer's output before the loss.
 
         Raises:
-            ModelError: when it mixes tokens.
+            ModelError: for a loss that mixes tokens in a way no rule allows.
         """
         with fake_mode() as mode, naming_errors("the loss"):
             entries = faked(mode, microbatch)
             x = tree.map_leaves(lambda leaf: _fresh(leaf) if isinstance(leaf, Tensor) else leaf, output(self.output))
-            leaves, spec = tree.leaves_and_spec(x)
             layouts = list(self.layers.values())[-1].layouts
 
             def function(params: Any, received: Sequence[Tensor], given: Mapping[str, Tensor], states: Any) -> Any:
-                arriving = iter(received)
-                full = [next(arriving) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-                terms = evaluate(loss, tree.from_leaves(full, spec), with_tensors(entries, given))
+                terms = evaluate(loss, refilled(x, received), with_tensors(entries, given))
                 return (terms.sum, terms.weight, terms.aux), {}
 
-            whole = traced(function, {}, [leaf for leaf in leaves if isinstance(leaf, Tensor)], named_tensors(entries), {})
+            whole = traced(function, {}, tensors_in(x), named_tensors(entries), {})
             natural = of_entries(named_tensors(entries))
             local = _local(whole, [each for each in layouts if each is not None], natural, self.axis, "the loss")
             returned = [
@@ -103,9 +108,9 @@ class OverTokens(Specialised):
         return replace(self, loss_layer=made)
 
     def loss_terms(self, x: Any, microbatch: Mapping[str, Any]) -> LossTerms:
-        """This rank's terms of the loss and its weight, and all of aux; every rank calls it."""
+        """Return this rank's terms of the loss and its weight, and aux in full; every rank calls it."""
         assert self.loss_layer is not None
-        received = [leaf for leaf in tree.leaves_and_spec(x)[0] if isinstance(leaf, Tensor)]
+        received = tensors_in(x)
         given = _with_pieces(named_tensors(microbatch), self.loss_layer.pieces, self.axis)
         (total, weight, aux), _ = self.loss_layer.segment({}, received, given, received[0].device, None)
         return LossTerms(total, weight, aux)
@@ -113,24 +118,24 @@ class OverTokens(Specialised):
 
 def over_tokens(
     base: Specialised, model: Model, leaves: Mapping[str, Tensor], microbatch: Mapping[str, Any], axis: ContextAxis,
-    beside: str | None = None,
+    other_axis: str | None = None,
 ) -> OverTokens:  # fmt: skip
     """Cut the tokens of a model over cp ranks.
 
     Args:
-        base: the model for such microbatches, whole.
-        model: it is of.
-        leaves: like the parameters of every holder, as ranks compute with them; only shapes and dtypes count.
-        microbatch: as layers see it.
+        base: the whole model, specialised to such microbatches.
+        model: the model that `base` specialises.
+        leaves: parameters of every holder, with the shapes and dtypes that ranks compute with; values are not read.
+        microbatch: an example, as layers see it.
         axis: the ranks.
-        beside: name of another axis over which the model is cut already, and which is in charge.
+        other_axis: the name of an axis over which the model is already cut, and whose partitioning is active.
 
     Raises:
-        ModelError: for layers that mix tokens beside attention, and where no tokens are found.
-        BatchError: for a sequence that does not divide.
+        ModelError: for layers that mix tokens outside attention, and when no tokens are found.
+        BatchError: for a sequence that does not divide into equal chunks.
     """
     layers: dict[str, LocalLayer] = {}
-    with fake_mode() as mode, putting_together(beside), recorded_as_operators():
+    with fake_mode() as mode, handing_out_whole(other_axis), recorded_as_operators():
         batch = faked(mode, microbatch)
         with naming_errors(model.title):
             entries = base.share(list(model.layers), batch)
@@ -170,7 +175,7 @@ def _cut_layer(
     base: Specialised, name: str, params: Mapping[str, Tensor], state: Mapping[str, Tensor], x: Any,
     layouts: Sequence[Layout | None], entries: Any, natural: Mapping[str, Layout], axis: ContextAxis,
 ) -> tuple[LocalLayer, Any]:  # fmt: skip
-    """A layer, and what the whole one makes."""
+    """Cut one layer; return it, and the whole layer's output on fake tensors."""
     what, whole = f"layer {name!r}", recorded(base, name, params, state, x, entries)
     local = _local(whole, [each for each in layouts if each is not None], natural, axis, what)
     found = [local.layouts.get(number) for number in range(len(local.returned))]
@@ -186,7 +191,7 @@ def _local(
 def _natural(
     base: Specialised, model: Model, batch: Mapping[str, Any], names: Sequence[str], axis: ContextAxis
 ) -> dict[str, Layout]:  # fmt: skip
-    """How what layers share would lie, were entries of the batch cut."""
+    """Return how the values that layers share would be cut, if entries of the batch were."""
 
     def share(params: Any, received: Any, given: Mapping[str, Tensor], states: Any) -> tuple[list[Tensor], Any]:
         return list(named_tensors(base.share(list(model.layers), with_tensors(batch, given))).values()), {}
@@ -214,16 +219,14 @@ def _layer(whole: Traced, local: LocalGraph, returned: Sequence[Any], what: str,
 
 def _function(layer: LocalLayer) -> Callable[..., Any]:
     def function(params: Mapping[str, Any], x: Any, entries: TokenEntries) -> Any:
-        received = [leaf for leaf in tree.leaves_and_spec(x)[0] if isinstance(leaf, Tensor)]
-        return layer.segment(params, received, entries.tensors, entries.device, None)[0]
+        return layer.segment(params, tensors_in(x), entries.tensors, entries.device, None)[0]
 
     return function
 
 
 def _stateful_function(layer: LocalLayer) -> StatefulFunction:
     def function(params: Mapping[str, Any], x: Any, entries: TokenEntries, state: State) -> tuple[Any, State]:
-        received = [leaf for leaf in tree.leaves_and_spec(x)[0] if isinstance(leaf, Tensor)]
-        return layer.segment(params, received, entries.tensors, entries.device, None, state)
+        return layer.segment(params, tensors_in(x), entries.tensors, entries.device, None, state)
 
     return function
 

@@ -1,4 +1,4 @@
-"""A layer, or a loss, as a graph of the operators that it calls, with the sizes of the whole."""
+"""A layer, or a loss, as a graph of the operators it calls, with the sizes of the whole."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _TAKEN_APART = (
     _aten.einsum.default, _aten.broadcast_tensors.default, _aten.tensordot.default, _aten.inner.default,
     _aten.view_as.default, _aten.reshape_as.default, _aten.expand_as.default,
 )  # fmt: skip
-"""Operators that are recorded as those they are made of, for which there are rules."""
+"""Operators that are recorded as the ones they consist of, which have rules."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,9 +40,9 @@ class Traced:
     after: Sequence[Node]  # of each state, what it is afterwards
     returned: Sequence[Any]  # nodes, and constants as they are
     spec: tree.TreeSpec
-    made: Any  # what it returned, on fake tensors
-    run: Callable[[], Any]  # once more, to find a line
-    segment: Segment | None = None  # what it runs, where that is a piece of a captured graph, which knows its lines
+    made: Any  # its result, on fake tensors
+    run: Callable[[], Any]  # runs it again, to find a line
+    segment: Segment | None = None  # the piece of a captured graph it runs, if any, which knows its lines
 
     @property
     def constants(self) -> dict[str, Tensor]:
@@ -51,7 +51,7 @@ class Traced:
         return {name: getattr(self.module, name) for name in held}
 
     def line_of(self, node: Node) -> str:
-        """The user's line that calls a node's operator, as far as it can be found."""
+        """Return the user's line that calls a node's operator; "" if it cannot be found."""
         name = _plain_name(node)
         before = 0
         for each in self.module.graph.nodes:
@@ -62,7 +62,7 @@ class Traced:
             steps = zip(self.segment.instructions, self.segment.traces, strict=True)
             lines_of = [(_plain_name(step), line_in(trace)) for step, trace in steps]
             found = [line for each, line in lines_of if each == name]
-            # what a function is made of, that the graph calls as one, is not in it by name
+            # the operators of a function that the segment calls as one are not in it by name
             found = found or [line for each, line in lines_of if each.startswith("<function ")][:1]
         else:
             lines = _Lines()
@@ -83,13 +83,13 @@ def traced(
     """Trace a function on fake tensors.
 
     Args:
-        function: of parameters by path, received values, entries of the batch by name, and state by path; returns what it
-            makes, and the new state.
-        params: whole.
-        received: whole.
-        entries: whole.
-        states: whole.
-        segment: what the function runs, if it is one.
+        function: of parameters by path, received values, entries of the batch by name, and state by path; returns its
+            output, and the new state.
+        params: of the whole, by path.
+        received: of the whole.
+        entries: of the whole, by name.
+        states: of the whole, by path.
+        segment: the piece of a captured graph that the function runs, if it runs one.
     """
     made: list[Any] = []
 
@@ -116,11 +116,11 @@ def traced(
 
 
 class _Lines(TorchFunctionMode):
-    """Notes the user's line of every call, by the function's name."""
+    """Notes the user's line of each call, by the function's name."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._depth = len(traceback.extract_stack())  # frames around are of who runs the layer
+        self._depth = len(traceback.extract_stack())  # the frames so far belong to the layer's caller
         self.found: dict[str, list[str]] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

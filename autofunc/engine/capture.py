@@ -1,7 +1,8 @@
 """Capture a stage: its forward and its gradient as one graph of operators, on fake tensors.
 
-Nothing runs on real data and nothing is allocated. `trace` records what the stage's function and `torch.autograd.grad`
-dispatch, so the graph computes what eager autograd would, with the same kernels, and runs without an autograd engine.
+Nothing runs on real data and nothing is allocated. `trace` records the operators that the stage's function and
+`torch.autograd.grad` dispatch, so the graph computes what eager autograd would, with the same kernels, and runs without an
+autograd engine.
 """
 
 from __future__ import annotations
@@ -28,40 +29,40 @@ Node = fx.Node
 
 @dataclass(frozen=True, eq=False)
 class Joint:
-    """A stage's forward and gradient in one graph. Every field holds nodes of it, in the order the runtime uses."""
+    """A stage's forward and gradient in one graph. Fields hold its nodes, in the order the runtime uses."""
 
     module: fx.GraphModule
     params: list[Node]  # one per holder
-    states: list[Node]  # what it keeps from one microbatch to the next, as it was before
-    inputs: list[Node]  # values of the boundary before
+    states: list[Node]  # what it carries from one microbatch to the next, before this one
+    inputs: list[Node]  # values of the previous boundary
     batch: list[Node]  # tensors of the microbatch
-    cotangents: list[Node]  # one per output that needs a gradient; of the loss: the one it is seeded with
-    outputs: list[Node]  # values of the stage's own boundary; or the loss's sum, weight, and tensors of aux
-    new_states: list[Node]  # one per state, where it is wanted
-    input_grads: list[Node | None]  # one per input that needs a gradient; None is a zero
-    weight_grads: list[Node | None]  # one per trainable holder; None is a zero
-    returned: Returned  # what it returns, and the loss's aux; its number is left open
-    terms: tuple[bool, ...]  # for each trainable holder, see `StageFunctions.terms`
+    cotangents: list[Node]  # one per output that needs a gradient; for a loss, the seed
+    outputs: list[Node]  # values of the stage's boundary; or the loss's sum, weight and aux tensors
+    new_states: list[Node]  # one per state; empty if the stage keeps none
+    input_grads: list[Node | None]  # one per input that needs a gradient; None means zero
+    weight_grads: list[Node | None]  # one per trainable holder; None means zero
+    returned: Returned  # the stage's boundary, and the form of the loss's aux
+    terms: tuple[bool, ...]  # per trainable holder, see `StageFunctions.terms`
 
     @property
     def num_nodes(self) -> int:
-        """How large it is."""
+        """The number of nodes."""
         return len(self.graph.nodes)
 
     @property
     def graph(self) -> fx.Graph:
-        """All nodes, in an order in which they can run."""
+        """All nodes, in topological order."""
         return self.module.graph
 
 
 def capture(context: StageContext) -> Joint:
-    """Trace a stage, once: what it returns is found on the way.
+    """Trace a stage once; the trace also finds what it returns.
 
     Args:
         context: the stage; of its microbatch only shapes, dtypes and plain values matter.
 
     Raises:
-        ModelError: when the stage cannot be captured, naming the user's line.
+        ModelError: if the stage cannot be captured, naming the user's line.
     """
     tracer, what = _Tracer(context), context.stage.title
     device, received = context.device, context.received.values if context.received is not None else ()
@@ -74,19 +75,19 @@ def capture(context: StageContext) -> Joint:
             module = trace(lambda *given: tracer.joint(*given), *given)
             module.graph.eliminate_dead_code()
             if refuse_effects(module.graph, what, lambda: tracer.joint(*given)):
-                # what writes to its own temporaries (`mask[:, 0] = 1`) is written anew without: no autograd is left to mind
+                # make writes to its own temporaries (`mask[:, 0] = 1`) functional: no autograd is left to get in the way
                 functional = torch.func.functionalize(lambda *given: fx.Interpreter(module).run(*given), remove="mutations")
                 leaves = [leaf for part in given for leaf in part]
                 module = trace(functional, *leaves)
-    _take_cotangents(module.graph, tracer.num_cotangents)
+    _make_cotangents_arguments(module.graph, tracer.num_cotangents)
     simplify(module.graph)
     context.setting.partitioning.refine(module.graph)
-    _set_apart(module.graph)
+    _separate_outputs(module.graph)
     return tracer.joint_of(module, *map(len, given))
 
 
 class _Tracer:
-    """The function that is traced, and what its outputs are."""
+    """The traced function, and the layout of its outputs."""
 
     def __init__(self, context: StageContext) -> None:
         self.context, self.stage, self.partitioning = context, context.stage, context.setting.partitioning
@@ -98,7 +99,7 @@ class _Tracer:
     def forward(
         self, params: Sequence[Tensor], states: Sequence[Tensor], inputs: Sequence[Tensor], batch: Sequence[Tensor]
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """The stage, and the loss if it ends in one: the tensors in the order of `Joint.outputs`, and its new state."""
+        """Run the stage, and the loss if it ends in one; return tensors in the order of `Joint.outputs`, and new state."""
         remaining = iter(batch)
         leaves = [next(remaining) if isinstance(leaf, Tensor) else leaf for leaf in self.batch_leaves]
         microbatch = tree.from_leaves(leaves, self.batch_spec)
@@ -121,7 +122,7 @@ class _Tracer:
     def joint(
         self, params: list[Tensor], states: list[Tensor], inputs: list[Tensor], batch: list[Tensor]
     ) -> list[Tensor | None]:
-        """Outputs, new state, gradients of inputs and of trainable parameters, cotangents of outputs, in a row."""
+        """Return outputs, new state, gradients of inputs and of trainable parameters, and cotangents, concatenated."""
         stage, wants = self.stage, self.context.input_wants
         with self.partitioning.running(), torch.enable_grad():
             own = [
@@ -144,7 +145,7 @@ class _Tracer:
         self.num_input_grads = count = len(needing)
         self.terms = (False,) * len(trainable)
         roots = [root for root in (outputs[:1] if self.context.with_loss else outputs) if root.requires_grad]
-        # they become arguments of the graph: how many there are is known only now
+        # these become arguments of the graph later: their number is known only now
         cotangents = [torch.empty(root.shape, dtype=root.dtype, device=root.device) for root in roots]
         self.num_cotangents = len(cotangents)
         if not roots or not (needing or trainable):
@@ -176,8 +177,8 @@ class _Tracer:
         )  # fmt: skip
 
 
-def _take_cotangents(graph: fx.Graph, count: int) -> None:
-    """Make arguments of the last outputs, which were made in the graph to stand for cotangents."""
+def _make_cotangents_arguments(graph: fx.Graph, count: int) -> None:
+    """Turn the last `count` outputs, made in the graph as stand-ins for cotangents, into arguments."""
     output = next(node for node in graph.nodes if node.op == "output")
     kept = len(output.args[0]) - count
     last = [node for node in graph.nodes if node.op == "placeholder"][-1:]
@@ -191,15 +192,15 @@ def _take_cotangents(graph: fx.Graph, count: int) -> None:
     output.args = (output.args[0][:kept],)
 
 
-def _set_apart(graph: fx.Graph) -> None:
-    """Give every output but the weight gradients memory of its own: whole, contiguous, shared with nothing that was given.
+def _separate_outputs(graph: fx.Graph) -> None:
+    """Give every output but the weight gradients its own memory: whole, contiguous, not shared with any argument.
 
-    What is received lies in memory that is reused, and what is handed on is counted, and let go of, value by value.
+    Received values lie in memory that is reused, and values passed on are counted and freed one by one.
     """
     output = next(node for node in graph.nodes if node.op == "output")
     (returned,) = output.args
     taken: set[Node] = set()
-    apart: list[Node | None] = []
+    separate: list[Node | None] = []
     for node in returned:
         if isinstance(node, Node):
             base, value = base_of(node), node.meta["val"]
@@ -213,5 +214,5 @@ def _set_apart(graph: fx.Graph) -> None:
                 node.meta["val"] = value.new_empty(value.shape)
                 base = node
             taken.add(base)
-        apart.append(node)
-    output.args = (apart,)
+        separate.append(node)
+    output.args = (separate,)

@@ -1,12 +1,12 @@
-"""From a piece of a graph to compiled code, with as little to pay per call as there can be.
+"""From a piece of a graph to compiled code, with the least overhead per call.
 
-Inductor compiles the piece for exactly the shapes it was captured on, so nothing is checked when it is called: its code
-takes a list of tensors, empties it, frees what it no longer needs and returns the outputs. That is 278 us a forward and
-348 a backward of two small blocks (GPT-2, d=64, T=32), where a call through `torch.compile` would add its guards, and
+Inductor compiles the piece for exactly the shapes it was captured with, so a call checks nothing: its code
+takes a list of tensors, empties it, frees what it no longer needs and returns the outputs. That takes 278 us for a forward
+and 348 us for a backward of two small blocks (GPT-2, d=64, T=32); a call through `torch.compile` would add its guards, and
 `torch._inductor.standalone_compile` its wrappers, 20 to 60 us (`bench/engine_pieces.py`).
 
-Pieces that are equal, in one process or several, are compiled once: a lock per piece lets the first compile and the others
-load what it left in inductor's cache (`TORCHINDUCTOR_CACHE_DIR`, which lasts from run to run).
+Equal pieces, in one process or several, are compiled once: a lock per piece lets the first compile and the others
+load the result from inductor's cache (`TORCHINDUCTOR_CACHE_DIR`, which outlives the run).
 
 Private parts of torch used, tried with 2.13.0: `torch._inductor.compile_fx.compile_fx_inner`, `torch._inductor.config`,
 `torch._inductor.decomposition.select_decomp_table`, `torch._inductor.cpp_builder.get_cpp_compiler`,
@@ -38,7 +38,7 @@ from autofunc.splitting import accumulator_dtype
 Node = fx.Node
 
 _OPTIONS = {
-    "size_asserts": False,  # the runtime gives what was captured, as laws and boundaries say: asserting it costs 14 %
+    "size_asserts": False,  # the runtime guarantees the captured shapes; asserting them costs 14 %
     "alignment_asserts": False,
     "nan_asserts": False,
     "compile_threads": 1,  # pieces are small, and ranks compile side by side
@@ -46,14 +46,14 @@ _OPTIONS = {
 
 
 LOG = logging.getLogger("autofunc.compile")
-"""Where each piece is announced, and how long it took: minutes for a large model."""
+"""Logs each piece and how long it took to compile: minutes for a large model."""
 
 
 def require_compiler() -> None:
-    """Refuse to compile for the CPU without a C++ compiler. With an accelerator the code is not for the CPU.
+    """Refuse to compile for the CPU without a C++ compiler. With an accelerator, code is not compiled for the CPU.
 
     Raises:
-        AutofuncError: when none is found.
+        AutofuncError: if there is none.
     """
     if torch.accelerator.is_available():
         return
@@ -78,7 +78,7 @@ def compile_piece(piece: Piece, order: list[Node], attributes: Mapping[str, Any]
         name: of the piece, for messages.
 
     Raises:
-        ModelError: when the piece cannot be compiled.
+        ModelError: if the piece cannot be compiled.
     """
     graph, constants = _graph_of(piece, order, attributes)
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
@@ -106,7 +106,7 @@ def compile_piece(piece: Piece, order: list[Node], attributes: Mapping[str, Any]
 
 
 def _graph_of(piece: Piece, order: list[Node], attributes: Mapping[str, Any]) -> tuple[fx.Graph, list[Tensor]]:
-    """The piece as a graph of its own that takes inputs, accumulators and constants; and the constants."""
+    """Copy the piece into a graph that takes inputs, accumulators and constants; return the constants too."""
     nodes = in_order(piece, order)
     graph, copies, constants = fx.Graph(), {}, []
 
@@ -138,7 +138,7 @@ def _graph_of(piece: Piece, order: list[Node], attributes: Mapping[str, Any]) ->
 
 
 def _key(graph: fx.Graph, inputs: list[Node]) -> str:
-    """Equal for pieces that can share their code, which belongs to one device: inductor writes its index into it."""
+    """Return a key, equal for pieces that can share code. It names the device, whose index inductor writes into code."""
     described = [
         (tuple(value.shape), tuple(value.stride()), value.dtype, str(value.device))
         for value in (node.meta["val"] for node in inputs)
@@ -159,12 +159,12 @@ def _compile(graph: fx.Graph, inputs: list[Node], key: str) -> Any:
         fakes = [torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device=v.device) for v in values]
         module = trace(fx.GraphModule({}, graph), *fakes, decompositions=select_decomp_table())
     choose_matmuls(module.graph)
-    _call_as_it_is(torch.ops.aten.addmm_.default)
-    _call_as_it_is(torch.ops.autofunc.add_product_.default)
+    _call_as_is(torch.ops.aten.addmm_.default)
+    _call_as_is(torch.ops.autofunc.add_product_.default)
     module.recompile()
     output = module.graph.output_node()
     (returned,) = output.args
-    # the next piece relies on their strides
+    # the next piece relies on the strides of the outputs
     output.meta["user_visible_output_idxs"] = list(range(len(returned)))  # type: ignore[arg-type]
     folder = Path(cache_dir()) / "autofunc"
     folder.mkdir(parents=True, exist_ok=True)
@@ -172,8 +172,8 @@ def _compile(graph: fx.Graph, inputs: list[Node], key: str) -> Any:
         return compile_fx_inner(module, fakes).current_callable  # type: ignore[attr-defined]
 
 
-def _call_as_it_is(operator: Any) -> None:
-    """Inductor would do so unasked, but where `CI` is set it raises for an operator that it could decompose."""
+def _call_as_is(operator: Any) -> None:
+    """Make inductor call an operator as it is. It would anyway, but raises if `CI` is set and a decomposition exists."""
     from torch._inductor.lowering import lowerings, make_fallback
 
     if operator not in lowerings:

@@ -1,4 +1,4 @@
-"""How fast devices multiply, next to how fast they read memory: what makes recomputing a value dear or cheap."""
+"""How fast devices multiply, relative to reading memory: whether recomputing a value is cheap."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from functools import cache
 import torch
 
 _CPU = 8.0
-"""Multiplications in the time of a byte, of the machines on which benchmarks were run; see `bench/engine_memory.py`."""
+"""Multiplications per byte read, on the machines that ran the benchmarks; see `bench/engine_memory.py`."""
 
-_GPUS = {  # Tflop/s with dense 16-bit and with 32-bit numbers, and TB/s, by the vendor's data sheets; the first that fits
+_GPUS = {  # dense 16-bit Tflop/s, 32-bit Tflop/s, TB/s, from the vendor's data sheets; the first match counts
     "H200": (989.5, 67.0, 4.8),
     "H100 PCIe": (756.0, 51.0, 2.0),
     "H100 NVL": (835.5, 60.0, 3.9),
@@ -22,11 +22,11 @@ _OTHER_GPU = _GPUS["A100"]
 
 
 def multiplications_per_byte(device: torch.device, dtype: torch.dtype) -> float:
-    """How many multiplications of a matrix product take as long as reading or writing a byte.
+    """Return how many multiplications of a matrix product take as long as reading or writing a byte.
 
     Args:
-        device: that computes; of a GPU that is not known, as an A100.
-        dtype: of what is multiplied.
+        device: where products run; unknown GPUs count as an A100.
+        dtype: of the factors.
     """
     if device.type != "cuda":
         return _CPU
@@ -35,7 +35,7 @@ def multiplications_per_byte(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def peak_tflops(device: torch.device) -> float | None:
-    """What a device is capable of with dense products of 16-bit numbers, in 1e12 a second; None where that is not known."""
+    """Return a device's peak Tflop/s for dense 16-bit products (a multiply-add is two operations); None if unknown."""
     speed = _speed_of(_name_of(device)) if device.type == "cuda" else None
     return None if speed is None else speed[0]
 

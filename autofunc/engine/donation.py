@@ -1,6 +1,6 @@
-"""State that is given away: where a stage writes a part of it, that is written where it lies.
+"""Donated state: a stage that writes a part of its state writes it in place.
 
-A cache of keys and values is as large as all tokens, and a step writes one of them.
+A key-value cache holds all tokens, and a step writes one of them.
 """
 
 from __future__ import annotations
@@ -25,10 +25,13 @@ _IN_PLACE: Mapping[Any, Any] = {
 
 
 def donated(joint: Joint) -> tuple[Joint, dict[Node, Any]]:
-    """A captured stage whose new state is the old one's memory where that is possible, and the operators that write to it.
+    """Reuse the old state's memory for the new state where possible.
 
     Args:
-        joint: without gradients; its graph stays as it is.
+        joint: without gradients; its graph is not changed.
+
+    Returns:
+        The stage, and the in-place operator for each node that writes to old state.
     """
     new_states = [_without_copy(node, joint) for node in joint.new_states]
     writing = {
@@ -40,7 +43,7 @@ def donated(joint: Joint) -> tuple[Joint, dict[Node, Any]]:
 
 
 def _without_copy(node: Node, joint: Joint) -> Node:
-    """What a copy that becomes the new state was made of, where that is a whole value of its own, and only read."""
+    """Return what a new state was copied from, if that is itself an in-place write and returned nowhere else."""
     source = node.args[0] if node.target is _aten.clone.default else None
     if not isinstance(source, Node) or source.target not in _IN_PLACE or base_of(source) is not source:
         return node

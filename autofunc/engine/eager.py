@@ -16,7 +16,7 @@ from autofunc.splitting import Boundary, Ready, StageContext
 
 
 class AutogradLeaves(NamedTuple):
-    """A stage's parameters as leaves of autograd graphs, shared by the microbatches of one step."""
+    """A stage's parameters as leaves of autograd graphs, shared by the microbatches of a step."""
 
     tree: dict[str, dict[str, Any]]
     trainable: list[Tensor]
@@ -24,15 +24,15 @@ class AutogradLeaves(NamedTuple):
 
 
 class AutogradGraph(NamedTuple):
-    """The residuals of one microbatch, for B, I or W: what to differentiate, with respect to what."""
+    """The residuals of one microbatch, for B, `I` or W: what to differentiate, with respect to what."""
 
     roots: list[Tensor]  # outputs that need a gradient, or the loss
-    inputs: list[Tensor]  # received values that need one
+    inputs: list[Tensor]  # received values that need a gradient
     weights: list[Tensor]
 
 
 class Rerun(NamedTuple):
-    """The residuals of one microbatch with remat: what its graph can be made from once more."""
+    """The residuals of one microbatch with remat: all it takes to record its graph again."""
 
     bound: AutogradLeaves
     state: Sequence[Tensor]
@@ -43,13 +43,13 @@ class Rerun(NamedTuple):
 class EagerStage:
     """Implements `StageFunctions` by `torch.autograd.grad`.
 
-    `backward_input` keeps the whole graph for `backward_weight`: correct, not small. What autograd keeps is not known
-    ahead, so everything received is taken to be kept.
+    `backward_input` keeps the whole graph for `backward_weight`: correct, not small. What autograd keeps is unknown
+    beforehand, so all received values count as kept.
 
     Args:
         context: the stage.
         returned: its boundary.
-        remat: keep what the stage received only, and run it once more in B or I.
+        remat: keep only what the stage received, and rerun the stage in B or `I`.
     """
 
     exact_bytes = False
@@ -71,7 +71,7 @@ class EagerStage:
         )  # fmt: skip
 
     def bind(self, leaves: list[Tensor], ready: Ready | None = None) -> AutogradLeaves:
-        """Make the parameters leaves of new graphs. Shares their memory; the given tensors stay as they are."""
+        """Make the parameters leaves of new graphs. Memory is shared; the given tensors are not changed."""
         stage = self._stage
         fresh = [
             self._partitioning.parameter(path, leaf).requires_grad_(wanted)
@@ -97,7 +97,7 @@ class EagerStage:
     def _record(
         self, bound: AutogradLeaves, state: Sequence[Tensor], inputs: list[Tensor], microbatch: Microbatch
     ) -> tuple[Produced, AutogradGraph]:
-        """Run the stage and keep its graph."""
+        """Run the stage and record its autograd graph."""
         leaves = [leaf.detach().requires_grad_(w) for leaf, w in zip(inputs, self._input_needs_grad, strict=True)]
         with torch.enable_grad(), self._partitioning.running():
             produced, roots = self._produce(bound, state, leaves, microbatch)
@@ -105,7 +105,7 @@ class EagerStage:
         return produced, AutogradGraph([root for root in roots if root.requires_grad], needing, bound.trainable)
 
     def _graph(self, residuals: AutogradGraph | Rerun) -> AutogradGraph:
-        """The graph to differentiate; made now if it was not kept."""
+        """Return the graph to differentiate, recorded now if it was not kept."""
         if isinstance(residuals, AutogradGraph):
             return residuals
         return self._record(*residuals)[1]
@@ -116,7 +116,7 @@ class EagerStage:
         inputs, weights = residuals.inputs, residuals.weights
         grads = self._grad(residuals, cotangents, [*inputs, *weights], keep=False)
         self._add(grads[len(inputs) :], sums)
-        return _apart(_dense(grads[: len(inputs)], inputs), cotangents)
+        return _separate(_dense(grads[: len(inputs)], inputs), cotangents)
 
     def backward_input(
         self, residuals: AutogradGraph | Rerun, cotangents: list[Tensor], sums: Accumulators
@@ -124,7 +124,7 @@ class EagerStage:
         """See `StageFunctions.backward_input`."""
         residuals = self._graph(residuals)
         grads = self._grad(residuals, cotangents, residuals.inputs, keep=True)
-        return _apart(_dense(grads, residuals.inputs), cotangents), (residuals, cotangents)
+        return _separate(_dense(grads, residuals.inputs), cotangents), (residuals, cotangents)
 
     def backward_weight(self, weight_residuals: tuple[AutogradGraph, list[Tensor]], sums: Accumulators) -> None:
         """See `StageFunctions.backward_weight`."""
@@ -152,19 +152,21 @@ class EagerStage:
     def _produce(
         self, bound: AutogradLeaves, state: Sequence[Tensor], inputs: list[Tensor], microbatch: Microbatch
     ) -> tuple[Produced, list[Tensor]]:
-        """Run the stage; returns what it made and the tensors to differentiate."""
+        """Run the stage; return its outputs and the tensors to differentiate."""
         x, after = self._context.run(bound.tree, inputs, microbatch.entries, state, bound.ready)
-        after = _apart(after, [*state, *inputs])
+        after = _separate(after, [*state, *inputs])
         if self._with_loss:
             terms = self._context.loss_terms(x, microbatch.entries)
-            aux = tree.map_leaves(lambda leaf: _apart([leaf], inputs)[0] if isinstance(leaf, Tensor) else leaf, terms.aux)
+            aux = tree.map_leaves(
+                lambda leaf: _separate([leaf], inputs)[0] if isinstance(leaf, Tensor) else leaf, terms.aux
+            )
             return Produced([], terms.sum.detach(), terms.weight, aux, after), [terms.sum]
         tensors = self._returned.tensors(self._context.with_all_tokens(x), self._partitioning)
-        return Produced(_apart([tensor.detach() for tensor in tensors], inputs), state=after), tensors
+        return Produced(_separate([tensor.detach() for tensor in tensors], inputs), state=after), tensors
 
 
-def _apart(tensors: list[Tensor], given: list[Tensor]) -> list[Tensor]:
-    """The tensors, copied where they lie in memory that was given."""
+def _separate(tensors: list[Tensor], given: list[Tensor]) -> list[Tensor]:
+    """Clone the tensors that share memory with `given`."""
     taken = {tensor.untyped_storage().data_ptr() for tensor in given}
     return [tensor.clone() if tensor.untyped_storage().data_ptr() in taken else tensor for tensor in tensors]
 

@@ -1,7 +1,7 @@
 """From a piece of a graph to a Python function that runs it.
 
-The function takes one list, empties it, and lets go of every value after its last use, so that nothing lives longer than
-it must: what is handed in is freed as soon as the piece is done with it, if nobody else holds it.
+The function takes one list, empties it, and frees every value after its last use, so that nothing lives longer than
+it must: an input is freed as soon as the piece is done with it, if nobody else holds it.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ from autofunc.graph.last_use import last_uses
 
 Node = fx.Node
 Runnable = Callable[[list[Any]], Sequence[Tensor]]
-"""Takes the piece's inputs (and then the accumulators it adds to), empties the list, returns the outputs."""
-InTurns = Callable[[list[Any]], Generator[bool | None, None, Sequence[Tensor]]]
-"""The same as a generator. It yields None where another piece is to go on, True before it waits and False after it."""
+"""Takes the piece's inputs (then the accumulators it adds to), empties the list, returns the outputs."""
+Interleaved = Callable[[list[Any]], Generator[bool | None, None, Sequence[Tensor]]]
+"""The same as a generator. It yields None where another piece may continue, True before a wait and False after it."""
 
 
 def emit(
     piece: Piece, order: list[Node], attributes: Mapping[str, Any], name: str, *,
     whole: Set[Node] = frozenset(), arrivals: Mapping[Node, int] | None = None, donated: Mapping[Node, Any] | None = None,
 ) -> Runnable:  # fmt: skip
-    """Compile a piece. Its first call looks at how values really lie, see `layouts`; what it returns is as good as ever.
+    """Compile a piece. Its first call also checks how values are really laid out, see `layouts`; its results are valid too.
 
     Args:
         piece: what to compute.
         order: all nodes of the joint graph, in order.
         attributes: values of its `get_attr` nodes.
         name: of the function, for tracebacks.
-        whole: nodes that are handed on, laid out as they were captured.
-        arrivals: layers of the parameters that may still be on their way: then the function takes, last, one that waits
-            for a layer's, and calls it before each layer is first needed.
-        donated: nodes that write to what they are given, and the operators that do, see `donation`.
+        whole: nodes passed on to other pieces or stages, laid out as they were captured.
+        arrivals: layer of each parameter that may still be in transit: the function then takes, as its last argument, a
+            function that waits for a layer's parameters, and calls it before each layer's first use.
+        donated: nodes that write in place, and the operators to use, see `donation`.
     """
     emitter = _Emitter(piece, order, attributes, name, arrivals or {}, donated or {}, None)
     settled: list[Runnable] = []
@@ -57,18 +57,18 @@ def emit(
     return run
 
 
-def emit_in_turns(
+def emit_interleaved(
     piece: Piece, order: list[Node], attributes: Mapping[str, Any], name: str, stops: Sequence[int], *,
     whole: Set[Node] = frozenset(), arrivals: Mapping[Node, int] | None = None,
-) -> InTurns:  # fmt: skip
-    """The same piece as a generator. It waits for an exchange between ranks only where it reads what came.
+) -> Interleaved:  # fmt: skip
+    """Compile a piece as a generator. It waits for an exchange between ranks only where it reads the result.
 
     Args:
-        stops: before which of the nodes it stops, by number in `partition.in_order`.
+        stops: where it yields: before these nodes, by index in `partition.in_order`.
         piece, order, attributes, name, whole, arrivals: see `emit`.
     """
     emitter = _Emitter(piece, order, attributes, name, arrivals or {}, {}, stops)
-    settled: list[InTurns] = []
+    settled: list[Interleaved] = []
 
     def first(given: list[Any]) -> Generator[bool | None, None, Sequence[Tensor]]:
         watch = Watch(whole)
@@ -84,9 +84,9 @@ class _Emitter:
         self, piece: Piece, order: list[Node], attributes: Mapping[str, Any], name: str, arrivals: Mapping[Node, int],
         donated: Mapping[Node, Any], stops: Sequence[int] | None,
     ) -> None:  # fmt: skip
-        self.stops = stops  # None: it does not stop
+        self.stops = stops  # None: not a generator
         self.piece, self.attributes, self.name, self.arrivals, self.donated = piece, attributes, name, arrivals, donated
-        self.values: dict[str, Any] = {}  # constants and functions that the code names
+        self.values: dict[str, Any] = {}  # constants and functions that the code refers to
         self.nodes = in_order(piece, order)
         self.names = {node: f"v{index}" for index, node in enumerate([*self.piece.inputs, *self.nodes])}
 
@@ -94,11 +94,11 @@ class _Emitter:
         """Write the code and compile it.
 
         Args:
-            watch: what must be laid out anew.
-            watched: whether it finds that out in this call.
+            watch: which values must be laid out again.
+            watched: make this call find that out.
         """
         self.values, self.watch, self.watched = {}, watch, watched
-        under_way: dict[Node, list[str]] = {}  # what was begun, with what is done as soon as it is there
+        under_way: dict[Node, list[str]] = {}  # exchanges under way -> statements to run as soon as the result has arrived
         sums = [f"acc{index}" for index in range(len(self.piece.adds))]
         taken = [*(self.names[node] for node in self.piece.inputs), *sums, *(["ready"] if self.arrivals else [])]
         arrived: set[int] = set()
@@ -126,39 +126,39 @@ class _Emitter:
             if self._begins(node) is None:
                 lines += self._adds(node, sums)
             else:
-                gone = [each for each in dead if each is node]  # only added to a sum
-                under_way[node] = self._adds(node, sums) + self._lets_go(gone)
+                gone = [each for each in dead if each is node]  # used only in a sum
+                under_way[node] = self._adds(node, sums) + self._deletes(gone)
                 dead = [each for each in dead if each is not node]
-            lines += self._lets_go(dead)
+            lines += self._deletes(dead)
         lines += ["    yield"] * (self.stops or []).count(len(self.nodes))
         for index, (_, node) in enumerate(self.piece.adds):
-            if node in self.piece.inputs:  # a gradient that is given as it is
+            if node in self.piece.inputs:  # a gradient that is an input itself
                 lines.append(f"    {sums[index]}.add_({self.names[node]})")
         lines += self._waits(list(under_way), under_way)
-        lines.append(f"    return [{', '.join(map(self._given_back, self.piece.outputs))}]")
+        lines.append(f"    return [{', '.join(map(self._returned, self.piece.outputs))}]")
         if self.stops is not None:
-            lines.append("    yield")  # a generator, also where it does not stop
+            lines.append("    yield")  # a generator even if it has no stops
         scope = dict(self.values)
         exec(compile("\n".join(lines), f"<{self.name}>", "exec"), scope)
         return scope[self.name]
 
     def _adds(self, node: Node, sums: list[str]) -> list[str]:
-        """Statements that add a gradient to its accumulator, right after it was made."""
+        """Write statements that add a gradient to its accumulator, right after it is computed."""
         return [
             f"    {sums[index]}.add_({self.names[node]})"
             for index, (_, gradient) in enumerate(self.piece.adds)
             if gradient is node
         ]
 
-    def _lets_go(self, nodes: Sequence[Node]) -> list[str]:
+    def _deletes(self, nodes: Sequence[Node]) -> list[str]:
         return [f"    del {', '.join(self.names[each] for each in nodes)}"] if nodes else []
 
     def _begins(self, node: Node) -> Callable[..., Any] | None:
-        """What begins an exchange that is waited for later. The first call waits at once, to look at how values lie."""
+        """Return what begins an exchange that is waited for later. The first call waits at once, to check layouts."""
         return beginning_of(node) if self.stops is not None and not self.watched else None
 
     def _waits(self, read: Sequence[Node], under_way: dict[Node, list[str]]) -> list[str]:
-        """Statements that wait for those of the values read that are under way."""
+        """Write statements that wait for those of the values read that are under way."""
         lines = []
         for node in read:
             if node in under_way:
@@ -166,7 +166,7 @@ class _Emitter:
         return lines
 
     def _waiting(self, statement: str) -> list[str]:
-        """A statement that waits, and says so."""
+        """Write a statement that waits, between yields that announce it."""
         return [statement] if self.stops is None else ["    yield True", statement, "    yield False"]
 
     def _call(self, node: Node) -> str:
@@ -180,7 +180,7 @@ class _Emitter:
         target = self._begins(node) or self.donated.get(node) or DIRECT.get(node.target, node.target)
         return f"{self._constant(self.watch.calling(node) if self.watched else target)}({', '.join(arguments)})"
 
-    def _given_back(self, node: Node) -> str:
+    def _returned(self, node: Node) -> str:
         if self.watched:
             return f"{self._constant(self.watch.returning(node))}({self.names[node]})"
         return self._relaid(node) if node in self.watch.relaid_outputs else self.names[node]
@@ -199,7 +199,7 @@ class _Emitter:
         return self._constant(value)
 
     def _constant(self, value: Any) -> str:
-        """A name in the function's scope for a value that has no text."""
+        """Return the name in the function's scope of a value that cannot be written as text."""
         for name, known in self.values.items():
             if known is value:
                 return name

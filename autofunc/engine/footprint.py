@@ -1,4 +1,4 @@
-"""What the pieces of a captured stage keep, in bytes, by storage: a view of what is kept costs nothing more."""
+"""What the pieces of a captured stage keep, in bytes by storage: views of kept values are free."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ Node = fx.Node
 
 
 def footprint(joint: Joint, pieces: Pieces, context: StageContext) -> tuple[StageBytes, bool]:
-    """What F keeps for B or I, and I for W; parameters, the batch and constants left out.
+    """Measure what F keeps for B or `I`, and `I` for W, without parameters, the batch and constants.
 
     Returns:
-        The bytes, and whether they are all: a value whose size depends on data is not counted.
+        The bytes, and whether they are complete: values whose size depends on data are not counted.
     """
     values = joint.returned.boundary.values if not context.with_loss else ()
     outputs = [base_of(node) for node in joint.outputs] if values else []

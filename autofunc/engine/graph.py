@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from autofunc.engine.capture import Joint
 from autofunc.engine.compile import compile_piece
 from autofunc.engine.donation import donated
-from autofunc.engine.emit import InTurns, Runnable, emit, emit_in_turns
+from autofunc.engine.emit import Interleaved, Runnable, emit, emit_interleaved
 from autofunc.engine.footprint import footprint
 from autofunc.engine.functions import Accumulators, Microbatch, Produced
 from autofunc.engine.partition import Piece, in_order, partition
@@ -24,37 +24,37 @@ Node = fx.Node
 
 
 class PieceParameters(NamedTuple):
-    """A stage's parameters: for each piece those that it takes, in its order."""
+    """A stage's parameters, as each piece takes them, in its order."""
 
     forward: list[Tensor]
     backward: list[Tensor]
     backward_input: list[Tensor]
     backward_weight: list[Tensor]
-    ready: list[Ready]  # what the forward takes last: where parameters arrive by layer, who waits for them; else nothing
+    ready: list[Ready]  # the forward's last argument if parameters arrive layer by layer; else empty
 
 
 class KeptTensors(NamedTuple):
-    """The residuals of one microbatch, for B, I or W. `values` is emptied by the piece that uses them."""
+    """The residuals of one microbatch, for B, `I` or W. `values` is emptied by the piece that uses them."""
 
     bound: PieceParameters
     values: list[Tensor]
 
 
 class BackwardPiece(NamedTuple):
-    """B, I or W of a stage, ready to run."""
+    """B, `I` or W of a stage, ready to run."""
 
     run: Runnable
-    adds: list[int]  # the accumulators that it adds to, by number of the trainable holder
+    adds: list[int]  # accumulators that it adds to, as indices of trainable holders
 
     def __call__(
         self, params: list[Tensor], values: list[Tensor], cotangents: list[Tensor], totals: list[Tensor]
     ) -> Sequence[Tensor]:  # fmt: skip
-        """Run it on its inputs, in the order in which its function takes them; empties `values` and `cotangents`.
+        """Run the piece; empties `values` and `cotangents`.
 
         Args:
-            params: those that it takes, in its order.
-            values: what the piece before it kept.
-            cotangents: of the stage's outputs, or of its loss.
+            params: the parameters it takes, in its order.
+            values: residuals kept by the previous piece.
+            cotangents: of the stage's outputs, or the seed of its loss.
             totals: all accumulators of the stage.
         """
         return self.run(_given_to(self.adds, params, values, cotangents, totals))
@@ -63,7 +63,7 @@ class BackwardPiece(NamedTuple):
 def _given_to(
     adds: Sequence[int], params: list[Tensor], values: list[Tensor], cotangents: list[Tensor], totals: list[Tensor]
 ) -> list[Tensor]:
-    """What the function of a backward takes, in its order."""
+    """Collect the arguments of a backward's function, in its order."""
     given = [*params, *values, *cotangents, *[totals[number] for number in adds]]
     values.clear()
     cotangents.clear()
@@ -71,10 +71,10 @@ def _given_to(
 
 
 class GraphStage:
-    """Implements `StageFunctions` by graphs cut ahead of time.
+    """Implements `StageFunctions` by graphs partitioned ahead of time.
 
-    `backward` and `backward_weight` add to the accumulators themselves. Residuals, cotangents and received values are let
-    go of at their last use. For a first stage, which has no input gradient, `backward_input` is empty and
+    `backward` and `backward_weight` add to the accumulators themselves. Residuals, cotangents and received values are
+    freed at their last use. For a first stage, which has no input gradient, `backward_input` is empty and
     `backward_weight` is the whole backward.
 
     Args:
@@ -115,10 +115,10 @@ class GraphStage:
         self.terms = joint.terms
 
     def make(self, kinds: Iterable[Kind]) -> None:
-        """Make the pieces that these actions run, if they are not there yet.
+        """Make the pieces that these actions run, if not made yet.
 
         Raises:
-            ModelError: when one cannot be compiled.
+            ModelError: if a piece cannot be compiled.
         """
         pieces = self.pieces
         for kind in set(kinds) - self._made:
@@ -138,7 +138,7 @@ class GraphStage:
         return BackwardPiece(self._runnable(piece, name), [number for number, _ in piece.adds])
 
     def _runnable(self, piece: Piece, name: str, arrivals: Mapping[Node, int] | None = None) -> Runnable:
-        """A piece as a function; `arrivals` says which parameters it waits for."""
+        """Make a piece a function; `arrivals` names the parameters it waits for."""
         arrivals = arrivals or {}
         if self._compiled:
             call = compile_piece(piece, self._order, self._attributes, f"{name} of {self._title}")
@@ -150,13 +150,13 @@ class GraphStage:
 
     @property
     def work(self) -> tuple[float, float, float]:
-        """How long F, I and W take, in bytes read or written, see `residuals.cost_of`."""
+        """Cost of F, `I` and W, in bytes read or written, see `residuals.cost_of`."""
         pieces = (self.pieces.forward, self.pieces.backward_input, self.pieces.backward_weight)
         f, i, w = (cost_of(in_order(piece, self._order)) if piece is not None else 0.0 for piece in pieces)
         return f, i, w
 
     def bind(self, leaves: list[Tensor], ready: Ready | None = None) -> PieceParameters:
-        """The stage's parameters, sorted by the pieces that take them; they share memory with what is given."""
+        """Sort the stage's parameters by the pieces that take them; they share memory with `leaves`."""
         leaves = [leaf.detach() for leaf in leaves]
         pieces = self.pieces
         forward, backward, backward_input, backward_weight = (
@@ -193,7 +193,7 @@ class GraphStage:
     ) -> tuple[list[Tensor], KeptTensors]:
         """See `StageFunctions.backward_input`."""
         bound, values = residuals
-        totals = sums.sums  # in memory from the first backward on, also where I adds nothing
+        totals = sums.sums  # allocated from the first backward on, even if I adds nothing
         if self.pieces.backward_input is None:
             return self._dense([]), KeptTensors(bound, [*values, *self._seeded(cotangents)])
         made = self._backward_input(bound.backward_input, values, self._seeded(cotangents), totals)
@@ -205,42 +205,47 @@ class GraphStage:
         bound, values = weight_residuals
         self._backward_weight(bound.backward_weight, values, [], sums.sums)
 
-    # --- side by side with another stage, see `overlap.py`
+    # --- interleaved with another stage, see `overlap.py`
 
     @property
     def forward_nodes(self) -> list[Node]:
-        """What the forward computes, in order."""
+        """The nodes that the forward computes, in order."""
         return in_order(self.pieces.forward, self._order)
 
     @property
     def backward_nodes(self) -> list[Node]:
-        """What the full backward computes, in order."""
+        """The nodes that the full backward computes, in order."""
         return in_order(self.pieces.backward, self._order)
 
-    def in_turns(self, piece: Piece, stops: Sequence[int], name: str) -> InTurns:
-        """A piece as a generator that stops before some of its nodes, by number."""
+    def interleaved(self, piece: Piece, stops: Sequence[int], name: str) -> Interleaved:
+        """Make a piece a generator that stops before the nodes with the given indices."""
         arrivals = self._arrivals if piece is self.pieces.forward else {}
-        return emit_in_turns(
+        return emit_interleaved(
             piece, self._order, self._attributes, f"stage_{self._index}_{name}", stops, whole=self._handed_on,
             arrivals=arrivals,
         )  # fmt: skip
 
-    def forward_in_turns(
-        self, run: InTurns, bound: PieceParameters, state: Sequence[Tensor], inputs: list[Tensor], microbatch: Microbatch
+    def forward_interleaved(
+        self,
+        run: Interleaved,
+        bound: PieceParameters,
+        state: Sequence[Tensor],
+        inputs: list[Tensor],
+        microbatch: Microbatch,
     ) -> Generator[bool | None, None, tuple[Produced, KeptTensors]]:
-        """`forward`, by what `in_turns` made of it."""
+        """Run `forward` as `interleaved` made it."""
         return self._kept(bound, (yield from run(_given_to_forward(bound, state, inputs, microbatch))))
 
-    def backward_in_turns(
-        self, run: InTurns, residuals: KeptTensors, cotangents: list[Tensor], sums: Accumulators
+    def backward_interleaved(
+        self, run: Interleaved, residuals: KeptTensors, cotangents: list[Tensor], sums: Accumulators
     ) -> Generator[bool | None, None, list[Tensor]]:
-        """`backward`, by what `in_turns` made of it."""
+        """Run `backward` as `interleaved` made it."""
         (bound, values), adds = residuals, [number for number, _ in self.pieces.backward.adds]
         given = _given_to(adds, bound.backward, values, self._seeded(cotangents), sums.sums)
         return self._dense((yield from run(given)))
 
     def _seeded(self, cotangents: list[Tensor]) -> list[Tensor]:
-        """What the backward begins with: 1 for the loss, in a stage that ends in it."""
+        """Return what the backward starts from: 1 for the loss in a stage that ends in it, else the cotangents."""
         return [*self._seed] if self._with_loss else cotangents
 
     def _produced(self, made: Sequence[Tensor], state: Sequence[Tensor] = ()) -> Produced:
@@ -251,7 +256,7 @@ class GraphStage:
         return Produced([], total, weight, described.assemble(aux) if described is not None else None, state)
 
     def _dense(self, grads: Sequence[Tensor]) -> list[Tensor]:
-        """Zeros for inputs that the outputs do not depend on."""
+        """Fill in zeros for inputs that the outputs do not depend on."""
         if self._num_input_grads == len(self._input_grads):
             return [*grads]
         remaining = iter(grads)
@@ -270,7 +275,7 @@ def _given_to_forward(
 
 
 def _after(layers: Sequence[int], call: Runnable) -> Runnable:
-    """A compiled forward that waits for all its parameters first: it cannot wait in between."""
+    """Make a compiled forward wait for all its parameters first: it cannot wait in between."""
 
     def waiting(given: list[Any]) -> Sequence[Tensor]:
         ready = given.pop()
@@ -282,17 +287,17 @@ def _after(layers: Sequence[int], call: Runnable) -> Runnable:
 
 
 def _not_made(given: list[Tensor]) -> Sequence[Tensor]:
-    raise AssertionError("this piece was not asked for when the stage was made")
+    raise AssertionError("this piece was not requested when the stage was made")
 
 
 def _empty(node: Any) -> Tensor:
-    """A real tensor of a node's shape, dtype and device."""
+    """Allocate a real tensor of a node's shape, dtype and device."""
     value = node.meta["val"]
     return torch.empty(value.shape, dtype=value.dtype, device=value.device)
 
 
 def _attributes(joint: Joint) -> dict[str, Any]:
-    """The constants that the stage's function made while it was traced."""
+    """Return the constants that the stage's function made while it was traced."""
     return {
         str(node.target): getattr(joint.module, str(node.target)) for node in joint.graph.nodes if node.op == "get_attr"
     }

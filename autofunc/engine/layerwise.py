@@ -1,4 +1,4 @@
-"""One stage on one microbatch, layer by layer: which layer first makes values or gradients that are not finite."""
+"""One stage on one microbatch, layer by layer: finds the layer that first makes values or gradients that are not finite."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from autofunc.splitting import StageContext
 
 @dataclass
 class _LayerRun:
-    """A layer's own small graph: it begins at leaves, so that each layer can be differentiated alone."""
+    """One layer's run in a separate autograd graph that starts at leaves, so that it can be differentiated alone."""
 
     title: str
-    given: list[Tensor]  # leaves that it was given
+    given: list[Tensor]  # leaves it received
     params: dict[str, Tensor]  # leaves, by path
-    made: list[Tensor]
+    made: list[Tensor]  # its outputs that need a gradient
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:
-    """Whether no element of a floating-point tensor is NaN or infinite."""
+    """Return whether no element of the floating-point and complex tensors is NaN or infinite."""
     return all(bool(torch.isfinite(leaf).all()) for leaf in tensors if leaf.is_floating_point() or leaf.is_complex())
 
 
@@ -37,18 +37,18 @@ def first_not_finite(
     microbatch: Microbatch,
     cotangents: Sequence[Tensor] | None,
 ) -> str | None:
-    """Run a stage again, by autograd, until something is not finite.
+    """Run a stage again, with autograd, until something is not finite.
 
     Args:
-        context: of the stage, which is not cut over tp ranks.
+        context: of the stage, which must not be cut over tp ranks.
         leaves: its parameters, in the order of `Stage.holders`.
-        state: of its layers, as they were before this microbatch.
-        inputs: what it received.
+        state: of its layers, before this microbatch.
+        inputs: values it received.
         microbatch: the microbatch.
-        cotangents: of what it hands on; None to look at the forward alone.
+        cotangents: of its outputs; None to check the forward alone.
 
     Returns:
-        The layer and what of it, in words; None when all is finite.
+        A sentence that names the layer and what is not finite; None if all is finite.
     """
     runs: list[_LayerRun] = []
     with torch.enable_grad():
@@ -78,7 +78,7 @@ def _forward(
     if context.with_loss:
         runs.append(_LayerRun("the loss", given, {}, [context.loss_terms(x, microbatch.entries).sum]))
     else:
-        runs.append(_LayerRun("what the stage hands on", given, {}, _handed_on(context, x)))
+        runs.append(_LayerRun("the stage's outputs", given, {}, _passed_on(context, x)))
     yield runs[-1]
 
 
@@ -109,7 +109,7 @@ def _finite(grad: Tensor | None) -> bool:
 
 
 def _cut(x: Any) -> tuple[Any, list[Tensor]]:
-    """The same values as leaves of a new graph, and those that are differentiated."""
+    """Return the same values as leaves of a new graph, and those of them that need gradients."""
     leaves: list[Tensor] = []
 
     def leaf_of(value: Any) -> Any:
@@ -125,7 +125,7 @@ def _differentiable(x: Any) -> list[Tensor]:
     return [leaf for leaf in tree.leaves_and_spec(x)[0] if isinstance(leaf, Tensor) and leaf.requires_grad]
 
 
-def _handed_on(context: StageContext, x: Any) -> list[Tensor]:
+def _passed_on(context: StageContext, x: Any) -> list[Tensor]:
     boundary, tensors = context.describe(x)
     return [leaf for value, leaf in zip(boundary.values, tensors, strict=True) if value.needs_grad]
 

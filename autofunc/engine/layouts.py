@@ -1,8 +1,8 @@
-"""Kernels may lay out what they make otherwise than fake tensors said when the stage was captured.
+"""Values whose real strides differ from those that fake tensors had when the stage was captured.
 
-Most operators give the same numbers whatever the strides of their arguments. Others were chosen for the captured strides: a
-`view` that would have been a copy, a backward of a norm that reads memory from end to end. So the first call of a piece
-looks at what the kernels make, and later calls lay out anew, as captured, exactly what an operator would misread.
+Most operators compute the same numbers whatever the strides of their arguments. Some depend on the captured strides: a
+`view` that would need a copy, a norm's backward that reads memory from end to end. So the first call of a piece
+checks what the kernels return, and later calls copy to the captured strides exactly what an operator would misread.
 """
 
 from __future__ import annotations
@@ -31,29 +31,29 @@ _ANY_STRIDES = frozenset(
         _aten.clone.default, _aten.convolution.default, _aten.convolution_backward.default,
     )
 )  # fmt: skip
-"""Operators beside pointwise ones and views whose kernels read any strides right."""
+"""Operators, besides pointwise ones and views, whose kernels accept any strides."""
 
 
 class Watch:
-    """Looks at the values of one call of a piece.
+    """Checks the strides of all values of one call of a piece.
 
     Args:
-        whole: nodes that must be laid out as captured, because they are handed on.
+        whole: nodes that must be laid out as captured, because they leave the piece.
     """
 
     def __init__(self, whole: Set[Node]) -> None:
-        self.relaid: dict[Node, set[Node]] = {}  # by reader: arguments that it needs laid out as they were captured
+        self.relaid: dict[Node, set[Node]] = {}  # by reader: arguments that it needs in their captured layout
         self.relaid_outputs: set[Node] = set()
         self._whole = whole
-        self._unlike: set[Node] = set()  # what lies otherwise than captured
+        self._unlike: set[Node] = set()  # nodes whose real layout differs from the captured one
 
     def given(self, nodes: list[Node], values: list[Tensor]) -> None:
-        """Look at what a piece is given."""
+        """Check the arguments of a piece."""
         for node, value in zip(nodes, values, strict=True):
             self._look(node, value)
 
     def calling(self, node: Node) -> Callable[..., Any]:
-        """The operator of a node, to be called on the values of `node.args` and `node.kwargs`."""
+        """Return a function to call in place of a node's operator, on the values of `node.args` and `node.kwargs`."""
 
         def call(*args: Any, **kwargs: Any) -> Any:
             target: Any = node.target
@@ -61,7 +61,7 @@ class Watch:
             if unlike and node.target in _VIEWS:
                 try:
                     value = target(*args, **kwargs)
-                except RuntimeError:  # it cannot be a view of memory that lies like this
+                except RuntimeError:  # memory with these strides cannot be viewed like this
                     value = self._call(node, args, kwargs, unlike)
             elif unlike and not _reads_any_strides(node):
                 value = self._call(node, args, kwargs, unlike)
@@ -73,7 +73,7 @@ class Watch:
         return call
 
     def returning(self, node: Node) -> Callable[[Tensor], Tensor]:
-        """What is done to a value that the piece returns."""
+        """Return a function to apply to a value that the piece returns."""
 
         def give(value: Tensor) -> Tensor:
             if node in self._whole and node in self._unlike:
@@ -84,10 +84,10 @@ class Watch:
         return give
 
     def _call(self, node: Node, args: Any, kwargs: Any, unlike: list[Node]) -> Any:
-        """Call an operator on arguments that are laid out as captured."""
+        """Call an operator on arguments in their captured layout."""
         if node.target is _aten.as_strided.default and not is_all_of_its_memory(node.all_input_nodes[0]):
             raise ModelError(
-                f"as_strided reads memory around a tensor that lies elsewhere when it runs ({line_of(node)}); "
+                f"as_strided reads memory outside of a tensor whose layout is not the captured one ({line_of(node)}); "
                 "use views and indexing"
             )
         self.relaid[node] = {*unlike}
@@ -102,10 +102,10 @@ class Watch:
 
 
 def lies_as_captured(value: Tensor, node: Node) -> bool:
-    """Whether a value has the strides that its node was captured with; those of sizes 0 and 1 mean nothing."""
+    """Return whether a value has the strides its node was captured with; dims of size 1 and empty tensors do not count."""
     captured = node.meta.get("val")
     if not isinstance(captured, Tensor) or any(isinstance(size, torch.SymInt) for size in captured.shape):
-        return True  # how large it is depends on data
+        return True  # its size depends on data
     if value.layout != torch.strided or captured.layout != torch.strided or not value.numel():
         return True
     return all(
@@ -114,7 +114,7 @@ def lies_as_captured(value: Tensor, node: Node) -> bool:
 
 
 def laid_out(value: Tensor, node: Node) -> Tensor:
-    """A copy of a value with the strides that its node was captured with."""
+    """Copy a value to the strides that its node was captured with."""
     return torch.empty_strided(value.shape, node.meta["val"].stride(), dtype=value.dtype, device=value.device).copy_(value)
 
 
@@ -125,7 +125,7 @@ def _reads_any_strides(node: Node) -> bool:
 
 
 def _relaid(names: Any, values: Any, relaid: Set[Node]) -> Any:
-    """Arguments, of which some are laid out as captured."""
+    """Copy some of the arguments to their captured layout."""
     if isinstance(names, Node):
         return laid_out(values, names) if names in relaid else values
     if isinstance(names, (list, tuple)):

@@ -1,12 +1,12 @@
-"""Which kernel runs a matrix product in compiled pieces. Choices are by shape alone, so every run makes the same.
+"""Which kernel runs a matrix product in compiled pieces. Shapes alone decide, so every run chooses the same.
 
-- A weight's gradient of at least `MEDIUM` multiplications is added by the product itself (`addmm_` into the accumulator):
-  1.02 to 1.6 times as fast as a product and an addition; below, calling the operator costs more than that saves. The bits
-  are not those of the addition, so only compiled pieces do it.
-- On a GPU a gradient of 16 bits is added by the product too, into the fp32 sum: it is not rounded to 16 bits on the way, so
-  the sum is more exact than that of products that are, and the gradient is neither written nor read again.
+- For a weight gradient of at least `MEDIUM` multiplications the product itself adds (`addmm_` into the accumulator):
+  1.02 to 1.6 times as fast as a product and an addition; below that, calling the operator costs more than it saves. The
+  bits differ from those of a separate addition, so only compiled pieces do it.
+- On a GPU the product also adds a 16-bit gradient into the fp32 sum: it is not rounded to 16 bits on the way, so
+  the sum is more exact than that of rounded products, and the gradient is never written to memory.
 - On the CPU, products of at least `LARGE` multiplications go to oneDNN, which torch 2.13 uses for inference only: 1.03 to
-  1.25 times as fast as MKL from there on, slower below (`bench/matmul_kernels.py`).
+  1.25 times as fast as MKL above that size, slower below (`bench/matmul_kernels.py`).
 """
 
 from __future__ import annotations
@@ -19,37 +19,38 @@ from torch import fx
 Node = fx.Node
 
 MEDIUM = 1 << 21
-"""Multiplications of a product from which adding inside it is faster."""
+"""Least multiplications of a product for which adding inside it is faster."""
 LARGE = 1 << 24
-"""Multiplications of a product from which oneDNN is faster."""
+"""Least multiplications of a product for which oneDNN is faster."""
 
 _aten = torch.ops.aten
 
-# Inductor takes oneDNN's own operator for constant weights only, so it is called under another name. A plain library
+# Inductor accepts oneDNN's own operator for constant weights only, so it is wrapped under another name. A plain library
 # definition costs less per call than `torch.library.custom_op`.
 _library = torch.library.Library("autofunc", "DEF")  # type: ignore[no-untyped-call]
 _library.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")  # type: ignore[no-untyped-call]
 
 
 def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """x @ weight.T + bias, fp32 on the CPU."""
+    """Return x @ weight.T + bias: fp32, on the CPU, of shapes (n, k), (m, k) and (m,)."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")  # type: ignore[no-any-return]
 
 
 _library.impl("linear", _linear, "CPU")  # type: ignore[no-untyped-call]
 torch.library.register_fake("autofunc::linear", lambda x, weight, bias: x.new_empty(x.shape[0], weight.shape[0]))
 
-# Inductor calls operators of others that write to an argument when they return nothing; `addmm.dtype_out` returns it.
+# Inductor calls a third-party operator that writes to an argument only if it returns nothing; `addmm.dtype_out` returns
+# the argument.
 _library.define("add_product_(Tensor(a!) total, Tensor left, Tensor right) -> ()")  # type: ignore[no-untyped-call]
 
 
 def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """total += left @ right, fp32 and two of 16 bits, whose product is not rounded first."""
+    """Compute total += left @ right without rounding the product: fp32 (n, m), 16-bit (n, k) and (k, m)."""
     _aten.addmm.dtype_out(total, left, right, total.dtype, out=total)
 
 
 def _add_product_on_cpu(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """The same where torch has no such kernel, for tests."""
+    """Do the same on the CPU, where torch has no such kernel; for tests."""
     total.addmm_(left.to(total.dtype), right.to(total.dtype))
 
 
@@ -59,11 +60,11 @@ torch.library.register_fake("autofunc::add_product_", lambda total, left, right:
 fx.has_side_effect(torch.ops.autofunc.add_product_.default)
 
 WIDENING = ("cuda",) if torch.version.hip is None else ()
-"""Types of the devices that have products of 16-bit numbers with results of 32."""
+"""Types of devices with products of 16-bit factors and 32-bit results."""
 
 
 def choose_matmuls(graph: fx.Graph) -> None:
-    """Change a graph of decomposed operators in place."""
+    """Replace products in a graph of decomposed operators, in place."""
     for node in list(graph.nodes):
         if node.target is _aten.copy_.default:
             _fuse_accumulation(graph, node)
@@ -75,11 +76,11 @@ def choose_matmuls(graph: fx.Graph) -> None:
 
 
 def _fuse_accumulation(graph: fx.Graph, copy: Node) -> None:
-    """`total.copy_(total + a @ b)` -> `total.addmm_(a, b)`, or `add_product_` where the dtypes are others."""
+    """`total.copy_(total + a @ b)` -> `total.addmm_(a, b)`, or `add_product_` if the dtypes differ."""
     total, added = copy.args
     if not isinstance(added, Node) or added.target is not _aten.add.Tensor or added.args[0] is not total:
         return
-    assert isinstance(total, Node), "a sum is an argument"
+    assert isinstance(total, Node), "an accumulator is an argument"
     product, is_transposed = _product_of(added.args[1])
     if product is None or _work(product) < MEDIUM:
         return
@@ -99,7 +100,7 @@ def _fuse_accumulation(graph: fx.Graph, copy: Node) -> None:
 
 
 def _product_of(value: Any) -> tuple[Node | None, bool]:
-    """The product that nobody else reads which a value is, and whether it is transposed on the way."""
+    """Return the product behind a value, if nothing else reads it, and whether it is transposed on the way."""
     is_transposed = False
     while isinstance(value, Node) and len(value.users) == 1:
         if value.target is _aten.mm.default:
@@ -112,7 +113,7 @@ def _product_of(value: Any) -> tuple[Node | None, bool]:
 
 
 def _widens(product: Any, total: Any) -> bool:
-    """Whether a product of 16-bit numbers can be made and added as one of 32 bits."""
+    """Return whether a 16-bit product can be computed and added in 32 bits."""
     narrow = product.dtype in (torch.bfloat16, torch.float16) and total.dtype == torch.float32
     return narrow and total.device.type in WIDENING and bool(total.is_contiguous())
 
@@ -126,7 +127,7 @@ def _transposed(graph: fx.Graph, factor: Any) -> Node:
 
 
 def _use_onednn(graph: fx.Graph, node: Node) -> None:
-    """`x @ w` and `b + x @ w` -> oneDNN's linear, which takes w transposed."""
+    """Replace `x @ w` and `b + x @ w` by oneDNN's linear, which takes w transposed."""
     if node.target is _aten.mm.default:
         bias, (x, w) = None, node.args
     elif node.target is _aten.addmm.default and not node.kwargs:
@@ -151,7 +152,7 @@ def _use_onednn(graph: fx.Graph, node: Node) -> None:
 
 
 def _work(product: Node) -> int:
-    """Multiplications of a product."""
+    """Count the multiplications of a product."""
     left, right = (_value(part) for part in product.args[-2:])
     return int(left.shape[0] * left.shape[1] * right.shape[1])
 

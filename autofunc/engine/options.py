@@ -1,4 +1,4 @@
-"""How stages are differentiated: the choices of `af.pipeline`, checked together."""
+"""The engine options of `af.pipeline`, checked together."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ ENGINES = ("graph", "eager")
 REMATS = ("layer", "stage", "auto")
 GRAPHS, BOTH = "graphs", "inductor+graphs"
 COMPILES = (GRAPHS, BOTH)
-"""What `compile` may be beside True and False."""
+"""The values of `compile` besides True and False."""
 
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """Checked when made.
+    """How stages are differentiated and run; checked on construction.
 
     Args:
         engine: "graph" or "eager".
         compile: True runs pieces as compiled code, "graphs" records steps as CUDA graphs, "inductor+graphs" does both.
-        remat: what the backward computes again: None, "layer", "stage" or "auto".
+        remat: what the backward recomputes: None, "layer", "stage" or "auto".
         memory_budget: bytes that may be alive on a rank, for "auto".
-        overlap_f_b: run pairs that the schedule marks side by side, where stages exchange values.
+        overlap_f_b: interleave the F/B pairs that the schedule marks, if their stages exchange values.
 
     Raises:
-        AutofuncError: for an unknown choice, or choices that do not go together.
+        AutofuncError: for an unknown choice, or choices that conflict.
     """
 
     engine: str = "graph"
@@ -46,26 +46,26 @@ class EngineOptions:
                 does = "records" if self.compile == GRAPHS else "compiles"
                 raise AutofuncError(f'compile={self.compile!r} {does} captured stages, so it needs engine="graph"')
             if self.remat == "auto":
-                raise AutofuncError('remat="auto" weighs captured stages, so it needs engine="graph"')
+                raise AutofuncError('remat="auto" measures captured stages, so it needs engine="graph"')
         if (self.remat == "auto") != (self.memory_budget is not None):
             raise AutofuncError(
-                f'remat={self.remat!r}, memory_budget={self.memory_budget}: "auto" goes with the bytes that may be alive '
-                "on a rank, and only that"
+                f'remat={self.remat!r}, memory_budget={self.memory_budget}: "auto" needs the bytes that may be alive '
+                "on a rank, and the other choices take none"
             )
         if self.memory_budget is not None and self.memory_budget <= 0:
             raise AutofuncError(f"memory_budget={self.memory_budget}: expected a number of bytes")
 
     @property
     def compiles(self) -> bool:
-        """Whether pieces run as compiled code."""
+        """True if pieces run as compiled code."""
         return self.compile in (True, BOTH)
 
     @property
     def records(self) -> bool:
-        """Whether steps run as CUDA graphs."""
+        """True if steps run as CUDA graphs."""
         return self.compile in COMPILES
 
     @property
     def overlaps(self) -> bool:
-        """Whether pairs run side by side: captured stages that run operator by operator can stop where they wait."""
+        """True if marked pairs are interleaved: only captured stages run operator by operator can stop where they wait."""
         return self.overlap_f_b and self.engine == "graph" and not self.compile

@@ -1,11 +1,11 @@
 """Cut a captured stage into forward, backward, backward_input and backward_weight.
 
-Two cuts: what forward keeps for the backward (F->I), and what the backward of the input keeps for that of the weights
-(I->W). An operator with several outputs belongs to I whole: a norm's weight gradient comes with its input gradient.
+Two cuts: what the forward keeps for the backward (F->I), and what the input gradient keeps for the weight gradients
+(I->W). An operator with several outputs goes to `I` as a whole: a norm's weight gradient comes with its input gradient.
 Parameters are never kept.
 
 Source of the idea: joint graph partitioning as in `torch._functorch.partitioners`, and the split of GraphPP (torchtitan,
-`graph_pp/split_di_dw.py`); written anew because both work on module graphs of theirs.
+`graph_pp/split_di_dw.py`); reimplemented, because both expect their own kind of module graphs.
 """
 
 from __future__ import annotations
@@ -24,35 +24,35 @@ Node = fx.Node
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of the joint graph: nodes that go in, nodes that come out, and gradients that it adds to accumulators."""
+    """A part of the joint graph: input nodes, output nodes, and gradients that it adds to accumulators."""
 
-    params: list[int]  # numbers of the holders that go in first
-    inputs: list[Node]  # all that goes in, those parameters first
+    params: list[int]  # indices of the holders that it takes first
+    inputs: list[Node]  # all inputs, those parameters first
     outputs: list[Node]
-    adds: list[tuple[int, Node]]  # (number of the trainable holder, its gradient)
-    checks: tuple[Node, ...] = ()  # that run with it, though nothing reads them
+    adds: list[tuple[int, Node]]  # (index of the trainable holder, its gradient)
+    checks: tuple[Node, ...] = ()  # run with it, though nothing reads them
 
 
 @dataclass(frozen=True)
 class Pieces:
-    """A stage, cut. Values kept between the pieces are lists of nodes; `batch` nodes among them cost nothing to keep."""
+    """A partitioned stage. Values kept between the pieces are lists of nodes; `batch` nodes among them are free to keep."""
 
-    forward: Piece  # takes all params, states, inputs, batch; gives outputs, new states, then `saved`
-    evaluate: Piece  # the same, and gives no `saved`
+    forward: Piece  # takes all params, states, inputs, batch; returns outputs, new states, then `saved`
+    evaluate: Piece  # the same, without `saved`
     saved: list[Node]  # what F keeps: no parameters
-    backward: Piece  # takes saved, cotangents; gives input gradients
-    backward_input: Piece | None  # the same, and gives `kept` after the input gradients; None where there are none
+    backward: Piece  # takes saved, cotangents; returns input gradients
+    backward_input: Piece | None  # the same, then returns `kept`; None if there are no input gradients
     kept: list[Node]  # what I keeps for W: no parameters
-    backward_weight: Piece  # takes `kept`; where there is no I, what `backward` takes
+    backward_weight: Piece  # takes `kept`; without an I, what `backward` takes
 
 
 def partition(joint: Joint, again: Set[Node] = frozenset(), early: Set[int] = frozenset()) -> Pieces:
-    """Cut a joint graph.
+    """Partition a joint graph.
 
     Args:
         joint: the captured stage.
-        again: nodes of the forward that are computed again in the backward instead of kept.
-        early: numbers of the trainable holders whose gradients are computed in I.
+        again: nodes of the forward that the backward recomputes instead of keeping them.
+        early: indices of the trainable holders whose gradients are computed in `I`.
     """
     placeholders = [*joint.params, *joint.states, *joint.inputs, *joint.batch]
     outputs = joint.outputs
@@ -74,7 +74,7 @@ def partition(joint: Joint, again: Set[Node] = frozenset(), early: Set[int] = fr
     in_i = ancestors_within([*input_grads, *(node for number, node in adds if number in early)], behind)
     soon = [(number, node) for number, node in adds if node in in_i or node in joint.cotangents]
     late = [(number, node) for number, node in adds if (number, node) not in soon]
-    # what is computed again is so in I, once; only what the batch alone gives is made once more in W
+    # recomputation happens once, in I; only what depends on the batch alone is recomputed in W too
     of_batch = again - descendants(joint.graph, [*joint.params, *joint.states, *joint.inputs])
     inside = (behind - in_i) | of_batch
     kept = [node for node in frontier([node for _, node in late], inside) if node not in joint.params]
@@ -90,14 +90,14 @@ def partition(joint: Joint, again: Set[Node] = frozenset(), early: Set[int] = fr
 
 
 def _piece(joint: Joint, given: list[Node], outputs: list[Node], adds: list[tuple[int, Node]]) -> Piece:
-    """A piece that takes what is given and the parameters that it needs beside."""
+    """Make a piece that takes the given nodes, and the parameters it needs besides."""
     needed = ancestors([*outputs, *(node for _, node in adds)], given)
     params = [number for number, node in enumerate(joint.params) if node in needed]
     return Piece(params, [*(joint.params[number] for number in params), *given], outputs, adds)
 
 
 def in_order(piece: Piece, order: list[Node]) -> list[Node]:
-    """All nodes that a piece computes, each made as late as its readers allow: what is computed again lives shortly.
+    """List all nodes that a piece computes, each as late as its readers allow, so that recomputed values are short-lived.
 
     Args:
         piece: what to compute.

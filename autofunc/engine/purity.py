@@ -1,4 +1,4 @@
-"""A stage is a pure function: what is written to in place, drawn from a generator or left in a global is refused."""
+"""Stages are pure functions: in-place writes to arguments, global random draws and changed globals are refused."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from autofunc.installed import is_installed
 
 
 def refuse_effects(graph: fx.Graph, what: str, run: Callable[[], Any]) -> bool:
-    """Whether anything is written to in place.
+    """Refuse side effects; return whether the graph writes to its own temporaries in place.
 
     Args:
-        graph: what was traced.
+        graph: the traced graph.
         what: the stage, for messages.
         run: traces again, to find the user's line.
 
     Raises:
-        ModelError: when that is a parameter, an input or a tensor from outside, or when the global random generator is
-            used; names the user's line.
+        ModelError: if it writes to a parameter, an input or a tensor from outside, or uses the global random generator,
+            naming the user's line.
     """
     for node in graph.nodes:
         if is_random(node):
             raise ModelError(
-                f"{what} draws from the global random generator ({node.target}; {_line_of(node.target, run)}), so it is no "
-                'pure function; use af.random.dropout(x, p), another function of batch["key"] such as '
+                f"{what} draws from the global random generator ({node.target}; {_line_of(node.target, run)}), so it is "
+                'not a pure function; use af.random.dropout(x, p), another function of batch["key"] such as '
                 'af.random.normal(af.random.fold_in(batch["key"], name), shape), or engine="eager"'
             )
         for base in map(base_of, written(node)):
@@ -47,11 +47,11 @@ def refuse_effects(graph: fx.Graph, what: str, run: Callable[[], Any]) -> bool:
 
 
 class _Found(Exception):
-    """Ends a run at the operator that is looked for."""
+    """Ends a run at the operator sought."""
 
 
 class _Finder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Stops at the first call of an operator."""
+    """Stops at the first call of an operator, and keeps the user's line."""
 
     def __init__(self, target: Any) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -65,7 +65,7 @@ class _Finder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _line_of(target: Any, run: Callable[[], Any]) -> str:
-    """The line of the user's code that first calls an operator."""
+    """Find the line of the user's code that first calls an operator."""
     finder = _Finder(target)
     try:
         with finder:
@@ -98,9 +98,9 @@ def _state(value: Any) -> tuple[int, int]:
 
 
 def _globals_of(functions: Iterable[Callable[..., Any]]) -> Iterator[tuple[dict[str, Any], str]]:
-    """(module's variables, name) of all globals that the user's functions, and those they call or close over, name.
+    """Yield (module's globals, name) of every global that the user's functions, or those they call or close over, name.
 
-    Installed libraries are left out: they keep caches, which grow.
+    Installed libraries are skipped: their caches grow.
     """
     seen: set[int] = set()
     left: list[Any] = list(functions)

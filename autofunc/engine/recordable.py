@@ -1,4 +1,4 @@
-"""What of a stage cannot be part of a recorded step: where the host decides, and where processes meet inside of a stage."""
+"""What cannot be part of a recorded step: decisions on the host, and exchanges between processes inside a stage."""
 
 from __future__ import annotations
 
@@ -38,35 +38,35 @@ def check_recordable(joint: Joint, title: str) -> None:
 
 def _reason(node: fx.Node) -> str | None:
     if is_check(node):
-        return f"it decides by the data of each batch, and a recording decides nothing ({node.args[3]})"
+        return f"it branches on the data of each batch, and a recording cannot branch ({node.args[3]})"
     name = str(node.target)
     if name.split(".")[0] in _COLLECTIVES or name.startswith(_OWN_COLLECTIVES):
-        return f"it exchanges values with other processes in the middle of its work ({node.target})"
+        return f"it exchanges values with other processes inside a stage ({node.target})"
     if node.target in _READS:
-        return f"the host reads a value of it ({line_of(node)})"
+        return f"the host reads one of its values ({line_of(node)})"
     return None
 
 
 def check_axes(is_sharded: bool, is_cut: bool) -> None:
-    """Refuse parameters that do not stay where they are in a step, and stages that exchange values.
+    """Refuse parameters that do not stay in place during a step, and stages that exchange values.
 
     Args:
-        is_sharded: parameters are gathered, over the dp_shard axis or from the host.
-        is_cut: over the tp axis.
+        is_sharded: parameters are gathered in each step, over the dp_shard axis or from the host.
+        is_cut: tensors are cut over the tp axis.
 
     Raises:
         AutofuncError: with the reason.
     """
     if is_sharded:
-        why = "parameters are sharded, and gathered into other memory in every step"
+        why = "parameters are sharded, and gathered into different memory in every step"
         raise AutofuncError(f'compile="graphs": {why}; {INSTEAD}')
     if is_cut:
-        why = "tensors are cut over tp, so that stages exchange values in the middle of their work"
+        why = "tensors are cut over tp, so stages exchange values internally"
         raise AutofuncError(f'compile="graphs": {why}; {INSTEAD}')
 
 
 def check_tensors(named: Iterable[tuple[str, Tensor]], device: torch.device) -> None:
-    """Refuse entries of a batch that a recording cannot read: their values would be those of the first batch for good.
+    """Refuse entries of a batch that a recording cannot read: it would replay the first batch's values forever.
 
     Raises:
         AutofuncError: naming the entry.
@@ -74,8 +74,8 @@ def check_tensors(named: Iterable[tuple[str, Tensor]], device: torch.device) -> 
     for name, tensor in named:
         if tensor.device != device:
             raise AutofuncError(
-                f'compile="graphs": {quoted(name)} is on {tensor.device}, and a recorded step reads its values on {device} '
-                "alone; move it there"
+                f'compile="graphs": {quoted(name)} is on {tensor.device}, but a recorded step reads its values on {device} '
+                "only; move it there"
             )
         if tensor.layout is not torch.strided:
             raise AutofuncError(

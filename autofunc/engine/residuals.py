@@ -1,15 +1,14 @@
-"""What to keep between the pieces of a stage, and what to compute again: two cuts, F -> I and I -> W.
+"""What to keep between the pieces of a stage, and what to recompute: two cuts, F -> I and I -> W.
 
-F -> I: everything is kept, or only what is dear to compute ("cheap" values are made again), or only what goes from layer to
-layer, or only what the stage received. Values that depend on the batch alone, such as rotary
-tables, are made again: they cost no product. The exception is a mask of booleans that takes dozens of operators to make, as
-dropout's hash of a key does. Where operators run one by one and nothing asks for recomputation, it is kept, a byte an
-element; compiled code makes it again in the kernel that reads it. What is computed again is computed once, in B or I, so a
-microbatch has two forwards at most.
+F -> I: keep everything, or only what is expensive ("cheap" values are recomputed), or only what goes from layer to layer,
+or only what the stage received. Values that depend on the batch alone, such as rotary tables, are recomputed: they cost no
+product. The exception is a boolean mask that takes dozens of operators to make, such as dropout's hash of a key: if
+operators run one by one and recomputation is not asked for, it is kept, one byte per element; compiled code recomputes it
+in the kernel that reads it. Recomputation happens once, in B or `I`, so a microbatch has two forwards at most.
 
-I -> W: W of a matrix product needs its input and the gradient of its output, which together take as much as F kept. No
-choice of what to recompute makes that small without running products again; but a weight's gradient may be computed in I
-already, where both are at hand. `early` is the part of W's work that moves there, largest memory per work first.
+I -> W: the W of a matrix product needs its input and its output's gradient, which together take as much as F kept. No
+choice of recomputation makes that small without running products again; but a weight gradient may be computed in `I`
+already, where both are at hand. `early` is the fraction of W's work that moves there, most memory per work first.
 
 Sources of the ideas: Chen et al., "Training Deep Nets with Sublinear Memory Cost", arXiv 1604.06174, section 3 (layers);
 recomputing what is cheap, as the min-cut partitioner of functorch (`torch._functorch.partitioners`) does.
@@ -35,10 +34,10 @@ Node = fx.Node
 
 
 class Keep(NamedTuple):
-    """A choice for one stage."""
+    """What one stage keeps."""
 
-    recompute: str | None = None  # what is made again in the backward: "cheap", "layer", "stage"
-    early: float = 0.0  # the part of W's work that is done in I
+    recompute: str | None = None  # what the backward recomputes: "cheap", "layer" or "stage"
+    early: float = 0.0  # the fraction of W's work that is done in I
 
 
 KEEP_ALL = Keep()
@@ -66,17 +65,17 @@ _PRODUCTS = {
 }
 
 
-_DEAR = 64.0
-"""Bytes read and written to make a byte of a mask that is worth keeping. A hash takes 200, a causal mask less than 10."""
+_EXPENSIVE = 64.0
+"""Bytes read and written per byte of a mask from which keeping it pays. A hash takes 200, a causal mask less than 10."""
 
 
 def recomputed(joint: Joint, keep: Keep, *, compiled: bool = False) -> set[Node]:
-    """Return the nodes of the forward that the backward computes again.
+    """Return the nodes of the forward that the backward recomputes.
 
     Args:
         joint: the captured stage.
-        keep: the choice.
-        compiled: whether the pieces are compiled.
+        keep: what the stage keeps.
+        compiled: the pieces are compiled.
     """
     behind = descendants(joint.graph, joint.cotangents)
     seeds = set(joint.cotangents)
@@ -89,13 +88,13 @@ def recomputed(joint: Joint, keep: Keep, *, compiled: bool = False) -> set[Node]
         return chosen | {node for node in forward if not _crosses(node, behind)}
     if keep.recompute == "cheap":
         return chosen | _cheap(joint, behind, chosen)
-    return chosen if compiled else chosen - _dear_masks(chosen)
+    return chosen if compiled else chosen - _expensive_masks(chosen)
 
 
-def _dear_masks(chosen: set[Node]) -> set[Node]:
+def _expensive_masks(chosen: set[Node]) -> set[Node]:
     """Return the masks among values of the batch alone that take far longer to make than to keep."""
     masks = [node for node in chosen if _is_mask(node) and not is_view(node)]
-    return {mask for mask in masks if cost_of(ancestors_within([mask], chosen)) >= _DEAR * (storage_bytes(mask) or 0)}
+    return {mask for mask in masks if cost_of(ancestors_within([mask], chosen)) >= _EXPENSIVE * (storage_bytes(mask) or 0)}
 
 
 def _is_mask(node: Node) -> bool:
@@ -104,7 +103,7 @@ def _is_mask(node: Node) -> bool:
 
 
 def _crosses(node: Node, behind: set[Node]) -> bool:
-    """Whether a later layer reads it, itself or through a view; what a view is of crosses in its stead."""
+    """Return whether a later layer reads a value, directly or through views; views do not cross, their source does."""
     return not _is_proper_view(node) and _read_later(node, layer_of(node), behind)
 
 
@@ -121,12 +120,12 @@ def _is_proper_view(node: Node) -> bool:
 
 
 def layer_of(node: Node) -> int:
-    """Position in the stage of the layer that made it; -1 where there is none."""
+    """Return the position in the stage of the layer that made a node; -1 if none did."""
     return int((node.meta.get("custom") or {}).get("layer", -1))
 
 
 def _cheap(joint: Joint, behind: set[Node], chosen: set[Node]) -> set[Node]:
-    """Values that are cheap to make from what is kept anyway, where that frees memory; largest first."""
+    """Choose values that are cheap to recompute from what is kept anyway, if that frees memory; largest first."""
     targets = [node for node in (*joint.input_grads, *joint.weight_grads) if node is not None]
     constant = {*joint.params, *joint.batch, *joint.cotangents}
     found: set[Node] = set()
@@ -139,20 +138,20 @@ def _cheap(joint: Joint, behind: set[Node], chosen: set[Node]) -> set[Node]:
 
     best = total(found)
     for node in sorted(kept(found), key=lambda node: -(storage_bytes(node) or 0)):
-        tried = found | _cheap_chain(node)
-        now = total(tried)
+        candidate = found | _cheap_chain(node)
+        now = total(candidate)
         if now < best:
-            found, best = tried, now
+            found, best = candidate, now
     return found
 
 
 def _cheap_chain(node: Node) -> set[Node]:
-    """The node and those before it, as far as they are cheap."""
+    """Return a node and its ancestors, as far as they are cheap."""
     return reachable(filter(is_cheap, [node]), lambda each: filter(is_cheap, each.all_input_nodes))
 
 
 def is_cheap(node: Node) -> bool:
-    """Whether computing it takes about as long as reading and writing it."""
+    """Return whether computing a node takes about as long as reading and writing it."""
     if node.op != "call_function":
         return False
     if node.target is getitem:
@@ -161,11 +160,11 @@ def is_cheap(node: Node) -> bool:
 
 
 def early_gradients(joint: Joint, keep: Keep) -> set[int]:
-    """Numbers of the trainable holders whose gradients are computed in I.
+    """Return indices of the trainable holders whose gradients are computed in `I`.
 
     Args:
         joint: the captured stage.
-        keep: the choice.
+        keep: what the stage keeps.
     """
     if keep.early <= 0.0:
         return set()
@@ -197,7 +196,7 @@ def early_gradients(joint: Joint, keep: Keep) -> set[int]:
 
 
 def cost_of(nodes: Iterable[Node]) -> float:
-    """How long some operators take, in bytes read or written: those that they touch, or the work of a product."""
+    """Estimate how long operators take, in bytes read or written; a product's work is converted to bytes."""
     total = 0.0
     for node in nodes:
         if node.op != "call_function" or is_view(node) or node.target is getitem:

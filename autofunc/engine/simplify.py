@@ -1,5 +1,4 @@
-"""Drop operators that do nothing: detaches, first powers, views that change nothing or exist already, transposes that undo
-each other.
+"""Drop operators that do nothing: detaches, first powers, views that change nothing or exist already, double transposes.
 
 Autograd leaves many of them in a captured graph. In a small layer each costs about as much as an operator that computes.
 """
@@ -25,12 +24,12 @@ _RESHAPES = (_aten.view.default, _aten._unsafe_view.default)
 
 
 def simplify(graph: fx.Graph) -> None:
-    """Change a graph of functional operators in place; every value that is left has the same bits."""
+    """Simplify a graph of functional operators in place; every remaining value keeps its bits."""
     views: dict[Any, Node] = {}
     for node in list(graph.nodes):
         if node.op != "call_function":
             continue
-        _leave_out_statistics(node)
+        _drop_running_statistics(node)
         same = _same_as(node)
         if same is None and is_view(node) and node.target is not getitem:
             same = views.setdefault((node.target, repr(node.args), repr(node.kwargs)), node)
@@ -43,7 +42,7 @@ def simplify(graph: fx.Graph) -> None:
 
 
 def _same_as(node: Node) -> Node | None:
-    """An earlier node with the same value, shape and strides."""
+    """Return an earlier node with the same value, shape and strides, or None."""
     source = node.args[0] if node.args else None
     if not isinstance(source, Node):
         return None
@@ -52,7 +51,7 @@ def _same_as(node: Node) -> Node | None:
     if node.target is _WAIT and source.target is _WAIT:
         return source
     if node.target is _aten.pow.Tensor_Scalar and node.args[1] == 1 and _layout(node) == _layout(source):
-        return source  # of the gradient of a square: it would be kept beside the value itself
+        return source  # from the gradient of a square: it would be kept besides the value itself
     if node.target in (*_RESHAPES, _aten.expand.default):
         if _layout(node) == _layout(source):
             return source
@@ -66,15 +65,15 @@ def _same_as(node: Node) -> Node | None:
     return None
 
 
-def _leave_out_statistics(node: Node) -> None:
-    """The backward of a batch normalisation in training reads the batch's own statistics, not those that run."""
+def _drop_running_statistics(node: Node) -> None:
+    """Drop running statistics from a batch norm's backward: in training it reads the batch's own."""
     if node.target is _NORM_BACKWARD and arguments(node)["train"]:
         for position in _RUNNING:
             node.update_arg(position, None)
 
 
 def _skipped(node: Node, source: Node) -> Node | None:
-    """A view of a view is a view of what that is a view of, if it is contiguous; it may even be that itself."""
+    """Make a view of a view one of its source, if that is contiguous; return the source if it has the same layout."""
     first = source.args[0]
     if not isinstance(first, Node) or not first.meta["val"].is_contiguous():
         return None

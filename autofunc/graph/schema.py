@@ -40,6 +40,11 @@ def is_operator(node: Node) -> bool:
     return isinstance(node.target, OpOverload)
 
 
+def name_of(node: Node) -> str:
+    """Return the name of a node's operator, without "aten." and its overload: "add_"."""
+    return str(node.target).removeprefix("aten.").partition(".")[0]
+
+
 def schema_of(node: Node) -> Schema | None:
     """Return the schema of a node's operator; None if it calls none."""
     return _read(node.target) if isinstance(node.target, OpOverload) else None

@@ -47,13 +47,13 @@ def collect_tree(
             if rank == here == first:
                 full[path] = whole(path).cpu()
             elif rank == here:
-                _hand_on(whole(path), first if owner[path] == rank else None, group, road)
+                _send(whole(path), first if owner[path] == rank else None, group, road)
             elif here == first and owner[path] == rank:
                 full[path] = _received(described[ranks.index(rank)][path], rank, group, road)
     return full
 
 
-def _hand_on(leaf: Tensor, to: int | None, group: dist.ProcessGroup, road: torch.device) -> None:
+def _send(leaf: Tensor, to: int | None, group: dist.ProcessGroup, road: torch.device) -> None:
     if to is not None and leaf.numel():
         dist.send(leaf.detach().to(road).contiguous(), to, group=group)
 

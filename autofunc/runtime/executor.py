@@ -1,7 +1,7 @@
 """Run a program: one rank's step, as a coroutine that yields while it waits.
 
 With the distributed transport it never yields, because waiting blocks. With the in-memory transport every rank of the
-pipeline is such a coroutine, and `run_together` takes turns.
+pipeline is such a coroutine, and `run_together` alternates between them.
 """
 
 from __future__ import annotations
@@ -39,68 +39,68 @@ from autofunc.splitting import Stage
 
 
 class Observer(Protocol):
-    """Looks on while a rank runs: for measuring and tracing. Steps that nobody looks at pay nothing for it."""
+    """Observes a rank's ops, for measuring and tracing. Steps without observers pay nothing."""
 
     def before(self, op: Op, step: RankStep, registers: list[Any]) -> None:
-        """All that the op reads is there; it has not begun. Waiting is not in its time. Arguments: see `after`."""
+        """Called before an op begins, once all that it reads has arrived. Arguments: see `after`."""
         ...
 
     def after(self, op: Op, step: RankStep, registers: list[Any], sends: list[Ticket | None]) -> None:
-        """The op is done: of a send or receive, it is posted.
+        """Called when an op is done; for a send or receive, when it is posted.
 
         Args:
-            op: which one; `op.position` is its place in the lowered row.
-            step: whose op it is.
-            registers: what each holds now: None, a list of tensors, residuals, or the ticket of a receive. Not to be kept.
-            sends: those that are not known to be complete, by number; None for the others.
+            op: the op; `op.position` is its place in the lowered row.
+            step: the step it belongs to.
+            registers: current contents: None, a list of tensors, residuals, or the ticket of a receive. Do not keep them.
+            sends: by number, the sends not known to be complete; None for the others.
         """
         ...
 
 
 class TurnObserver:
-    """Base of an `Observer` that is also told of the turns of two ops that run side by side."""
+    """Base of an `Observer` that also sees the turns of two interleaved ops."""
 
     def turn(self, op: Op, waits: bool) -> None:
-        """It goes on with this one, or waits in it for other ranks; after `before` of both, and before `after` of both."""
+        """Called when an op continues, or waits for other ranks; after `before` of both ops, and before `after` of both."""
         raise NotImplementedError
 
 
 @dataclass
 class RankStep:
-    """One rank's step: what goes in, and what comes out."""
+    """One rank's step: its inputs, and the outputs it fills in."""
 
     program: Program
     functions: Mapping[int, StageFunctions]  # by stage
-    stages: Mapping[int, Stage]  # those of this rank
+    stages: Mapping[int, Stage]  # of this rank
     parameters: StepParameters
     reduction: Reduction
     accumulators: Mapping[int, Accumulator]  # by stage
     microbatches: Sequence[Microbatch]
     ports: Sequence[Port]  # by number of the channel
     slots: Sequence[Tensor]
-    number: int  # of this call, for messages
-    states: dict[tuple[int, int], Sequence[Tensor]] = field(default_factory=dict)  # by stage and lane: what it keeps
-    apart: bool = False  # whether each microbatch has a state, its lane, of its own; else they hand on that of lane 0
+    number: int  # the number of this call, for messages
+    states: dict[tuple[int, int], Sequence[Tensor]] = field(default_factory=dict)  # by stage and lane
+    apart: bool = False  # each microbatch has its own state, in its own lane; else all pass on lane 0's
     observers: Sequence[Observer] = ()
-    lasting: bool = False  # whether its sums lie in memory that the next step uses
+    lasting: bool = False  # the next step uses the memory of its sums
     pairs: Mapping[tuple[int, int], Overlapped] = field(default_factory=dict)  # see `Plan.pairs`
-    produced: dict[int, Produced] = field(default_factory=dict)  # by microbatch: what the last stage made
+    produced: dict[int, Produced] = field(default_factory=dict)  # results of the last stage, by microbatch
 
     def state(self, stage: int, microbatch: int) -> Sequence[Tensor]:
-        """What a stage keeps as a microbatch finds it."""
+        """Return a stage's state before a microbatch."""
         return self.states.get((stage, microbatch if self.apart else 0), ())
 
     def keep(self, stage: int, microbatch: int, after: Sequence[Tensor]) -> None:
-        """What a stage keeps after a microbatch."""
+        """Set a stage's state after a microbatch."""
         self.states[stage, microbatch if self.apart else 0] = after
 
 
 def run_rank(step: RankStep) -> Iterator[None]:
-    """Run a rank's ops in order. Yields each time it has to wait.
+    """Run a rank's ops in order. Yield each time it has to wait.
 
     Raises:
-        PipelineRunError: when an op fails; carries rank, step, action and the grid with the action marked.
-        AutofuncError: when an op fails with one, which then has a note that says the same.
+        PipelineRunError: if an op fails; carries rank, step, action and the grid with the action marked.
+        AutofuncError: if an op raises one, which then gets a note with the same information.
     """
     machine, observers = _Machine(step), step.observers
     registers, sends = machine.registers, machine.sends
@@ -128,7 +128,7 @@ def run_rank(step: RankStep) -> Iterator[None]:
             if len(together) == 1:
                 run[type(op)](op)
             else:
-                machine.side_by_side(*together)  # type: ignore[arg-type]
+                machine.interleaved(*together)  # type: ignore[arg-type]
             for each in together:
                 for observer in observers:
                     observer.after(each, step, registers, sends)
@@ -155,13 +155,13 @@ class _Machine:
         self._ports, self._slots = step.ports, step.slots
         self._functions, self._sums = step.functions, step.accumulators
         self._stages, self._parameters, self._reduction = step.stages, step.parameters, step.reduction
-        self._bound: dict[int, Any] = {}  # by stage, while its parameters are there: what `StageFunctions.bind` made
-        self._turns = [observer for observer in step.observers if isinstance(observer, TurnObserver)]
+        self._bound: dict[int, Any] = {}  # by stage: results of `StageFunctions.bind`, until released
+        self._turn_observers = [observer for observer in step.observers if isinstance(observer, TurnObserver)]
         self._microbatches, self._produced, self._step = step.microbatches, step.produced, step
         self._last_stage = program.schedule.num_stages - 1
 
     def arrive(self, op: Forward | Backward | BackwardInput) -> Iterator[None]:
-        """Wait for what an op reads."""
+        """Wait for all that an op reads."""
         for register in op.waits:
             ticket = self.registers[register]
             while not ticket.arrived():
@@ -174,7 +174,7 @@ class _Machine:
     # --- computations
 
     def forward(self, op: Forward) -> None:
-        """Each layer waits for its own parameters."""
+        """Run a forward. Each layer waits for its own parameters."""
         stage = op.stage
         functions, bound, given = self._functions[stage], self._bind(stage), self._take(op.reads)
         state, microbatch = self._step.state(stage, op.microbatch), self._microbatches[op.microbatch]
@@ -182,7 +182,7 @@ class _Machine:
             produced = functions.evaluate(bound, state, given, microbatch)
             if self._step.apart:
                 self._step.keep(stage, op.microbatch, produced.state)
-            self._hand_on(op, produced)
+            self._pass_on(op, produced)
         else:
             self._made(op, state, *functions.forward(bound, state, given, microbatch))
 
@@ -191,9 +191,9 @@ class _Machine:
         self.registers[op.keeps] = kept
         after = _kept(before, produced.state, self._microbatches[op.microbatch])
         self._step.keep(op.stage, op.microbatch, after)
-        self._hand_on(op, produced)
+        self._pass_on(op, produced)
 
-    def _hand_on(self, op: Forward, produced: Produced) -> None:
+    def _pass_on(self, op: Forward, produced: Produced) -> None:
         if op.stage == self._last_stage:
             self._produced[op.microbatch] = produced
         else:
@@ -204,22 +204,22 @@ class _Machine:
         functions, residuals, given = self._functions[op.stage], self._take_one(op.residuals), self._take(op.reads)
         self._put(op.writes, functions.backward(residuals, given, self._sums[op.stage]))
 
-    def side_by_side(self, first: Forward, second: Backward) -> None:
-        """Both in turns. Neither reads what the other writes."""
+    def interleaved(self, first: Forward, second: Backward) -> None:
+        """Run both, interleaved. Neither reads what the other writes."""
         bound, given = self._bind(first.stage), self._take(first.reads)
         state = self._step.state(first.stage, first.microbatch)
         self._wait_for_parameters(second.stage)
         residuals, cotangents = self._take_one(second.residuals), self._take(second.reads)
 
-        def told(turn: int, waits: bool) -> None:
+        def on_turn(turn: int, waits: bool) -> None:
             self.at = op = (first, second)[turn]
-            for observer in self._turns:
+            for observer in self._turn_observers:
                 observer.turn(op, waits)
 
         made, grads = self._step.pairs[first.stage, second.stage](
             (bound, state, given, self._microbatches[first.microbatch]),
             (residuals, cotangents, self._sums[second.stage]),
-            told,
+            on_turn,
         )
         self._made(first, state, *made)
         self._put(second.writes, grads)
@@ -235,18 +235,18 @@ class _Machine:
         self._functions[op.stage].backward_weight(self._take_one(op.residuals), self._sums[op.stage])
 
     def _take_one(self, register: int) -> Any:
-        """What a register holds, which is then empty, so that the last user can free it."""
+        """Take what a register holds and empty it, so that its last user can free it."""
         value, self.registers[register] = self.registers[register], None
         return value
 
     def _take(self, registers: Sequence[int]) -> list[Tensor]:
-        """The tensors of some registers, one after the other."""
+        """Take the tensors of some registers, concatenated."""
         if len(registers) == 1:
             return self._take_one(registers[0])  # type: ignore[no-any-return]
         return [tensor for register in registers for tensor in self._take_one(register)]
 
     def _put(self, registers: Sequence[int], tensors: list[Tensor]) -> None:
-        """Fill some registers with the same tensors. Whoever reads one takes its list over."""
+        """Fill some registers with the same tensors. Each reader takes over its register's list."""
         for register in registers:
             self.registers[register] = tensors if len(registers) == 1 else list(tensors)
 
@@ -270,42 +270,42 @@ class _Machine:
     def reduce(self, op: Reduce) -> None:
         layers = self._stages[op.stage].by_layer(self._sums[op.stage].take())
         layers.reverse()
-        while layers:  # what a layer summed goes before the next is copied
+        while layers:  # free a layer's sums before the next is copied
             self._reduction.post(layers.pop())
 
     def _bind(self, stage: int) -> Any:
-        """What the stage's forward takes; parameters may still be on their way."""
+        """Bind a stage's parameters, which may still be in transit."""
         if stage not in self._bound:
             leaves = self._parameters.leaves(self._stages[stage])
             self._bound[stage] = self._functions[stage].bind(leaves, self._parameters.ready(stage))
         return self._bound[stage]
 
     def _wait_for_parameters(self, stage: int) -> None:
-        """A backward needs all of them. It has what its forward was bound to, unless that was let go of since."""
+        """Wait for all parameters of a backward; they are already there unless released since the forward."""
         if stage not in self._bound:
             self._bind(stage)
             self._parameters.arrive(stage)
 
 
 def run_together(ranks: Sequence[Iterator[None]], hub: MemoryHub) -> None:
-    """Take turns among coroutines until all have finished.
+    """Alternate between coroutines until all have finished.
 
     Raises:
-        PipelineRunError: when all that are left wait for each other.
+        PipelineRunError: if all remaining ones wait for each other.
     """
     waiting = list(ranks)
     while waiting:
         delivered, count = hub.delivered, len(waiting)
         waiting = [rank for rank in waiting if next(rank, _FINISHED) is not _FINISHED]
         if waiting and len(waiting) == count and hub.delivered == delivered:
-            raise PipelineRunError(f"{count} ranks wait for each other: the program is not the one the schedule describes")
+            raise PipelineRunError(f"{count} ranks wait for each other: the program does not match the schedule")
 
 
 _FINISHED = object()
 
 
 def _kept(before: Sequence[Tensor], after: Sequence[Tensor], microbatch: Microbatch) -> Sequence[Tensor]:
-    """A stage's state after a microbatch: what it was, where all rows only fill up."""
+    """Return a stage's state after a microbatch; unchanged if all of its rows are padding."""
     counts = microbatch.entries.get(COUNTS)
     if counts is None or not after:
         return after

@@ -23,7 +23,7 @@ from autofunc.schedule import Timeline, Turn
 Result = TypeVar("Result")
 
 Times = tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], tuple[Turn, ...]]
-"""Starts and ends of a rank's ops, and the turns of those that ran side by side."""
+"""Starts and ends of a rank's ops, and the turns of interleaved ones."""
 
 
 class Watch(Timer):
@@ -123,6 +123,6 @@ def _of_all_ranks(clocks: dict[int, Clock], began: float, group: dist.ProcessGro
 
 
 def _since(origin: float, start: list[float], end: list[float], turns: Sequence[Turn]) -> Times:
-    """In milliseconds."""
+    """Convert seconds of a clock to milliseconds since the origin."""
     moved = (turn._replace(start=(turn.start - origin) * 1e3, end=(turn.end - origin) * 1e3) for turn in turns)
     return (np.array(start) - origin) * 1e3, (np.array(end) - origin) * 1e3, tuple(moved)

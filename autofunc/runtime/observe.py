@@ -28,8 +28,8 @@ class Clock(TurnObserver):
     def __init__(self, num_ops: int, device: torch.device) -> None:
         self._start: list[Any] = [None] * num_ops
         self._end: list[Any] = [None] * num_ops
-        self._turns: list[list[Any]] = []  # of ops that run side by side, see `Turn`
-        self._is_open = False  # whether the last turn goes on
+        self._turns: list[list[Any]] = []  # of interleaved ops, see `Turn`
+        self._is_open = False  # the last turn has not ended
         self._now: Callable[[], Any] = time.perf_counter
         if device.type != "cpu":
             self._now = partial(_event, device)
@@ -55,10 +55,10 @@ class Clock(TurnObserver):
         self._is_open = True
 
     def times(self) -> tuple[list[float], list[float], list[Turn]]:
-        """Starts and ends by position, and turns, in seconds of the host's `time.perf_counter`. Waits for the device.
+        """Return starts and ends by position, and turns, in seconds of the host's `time.perf_counter`; wait for the device.
 
-        Of two ops that run side by side the first has the time of its turns, and the second what is left: together they
-        take as long as they took.
+        Of two interleaved ops, the first gets the time of its turns and the second the rest, so that their total is
+        right.
         """
         if self._now is not time.perf_counter:
             torch.accelerator.synchronize()
@@ -75,7 +75,7 @@ class Clock(TurnObserver):
 
 
 def _spent(turns: Iterable[Turn]) -> dict[int, float]:
-    """By position, how long its turns took."""
+    """Return the total length of turns, by position."""
     spent: dict[int, float] = {}
     for position, start, end, _ in turns:
         spent[position] = spent.get(position, 0.0) + end - start

@@ -20,7 +20,7 @@ class Forward(NamedTuple):
     keeps: int | None  # register of the residuals for B or I; None in a run without a backward
     waits: tuple[int, ...]  # those of `reads` with a receive in flight
     settles: tuple[int, ...]  # numbers of the sends that these receives prove complete
-    beside: bool = False  # runs side by side with the B that comes next
+    beside: bool = False  # interleaved with the B that comes next
 
 
 class Backward(NamedTuple):

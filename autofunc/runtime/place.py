@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def place_of(step: RankStep, op: Op | None) -> dict[str, Any]:
-    """Where a step is, as `PipelineRunError` takes it."""
+    """Return where a step is, as keyword arguments of `PipelineRunError`."""
     rank = step.program.rank
     if op is None:
         return {"rank": rank, "step": step.number}
@@ -26,7 +26,7 @@ def place_of(step: RankStep, op: Op | None) -> dict[str, Any]:
 
 
 def named(place: Mapping[str, Any]) -> str:
-    """The same in words."""
+    """Return the same in words."""
     text = f"rank {place['rank']}, step {place['step']}"
     if "action" not in place:
         return text
@@ -39,12 +39,12 @@ def named(place: Mapping[str, Any]) -> str:
 
 
 def marked(step: RankStep, op: Op | None) -> str:
-    """The grid with the op's action marked, on lines of its own."""
+    """Return the grid with the op's action marked, on separate lines."""
     return "" if op is None else "\n" + grid(step.program.schedule, (step.program.rank, op.position))
 
 
 def add_place(error: AutofuncError, step: RankStep, op: Op | None) -> None:
-    """Say in an error where it was raised; it stays what it is."""
+    """Add to an error where it was raised; its type and message stay."""
     place = place_of(step, op)
     if isinstance(error, PipelineRunError):
         for name, value in place.items():

@@ -50,12 +50,12 @@ class Mode(Enum):
 
     @property
     def ends_in_loss(self) -> bool:
-        """Whether the last stage runs the loss."""
+        """True if the last stage runs the loss."""
         return self in (Mode.GRADS, Mode.LOSS)
 
     @property
     def keeps_state(self) -> bool:
-        """Whether the new state of layers is wanted."""
+        """True if the step returns the new state of layers."""
         return self in (Mode.GRADS, Mode.ADVANCE)
 
 
@@ -69,22 +69,22 @@ class Plan:
     schedule: Schedule  # lowered
     boundaries: Boundaries
     programs: Mapping[int, Program]  # by local pp rank
-    pools: Mapping[int, SlotPool]  # by local pp rank: of the memory that receives write into
+    pools: Mapping[int, SlotPool]  # by local pp rank: memory that receives write into
     contexts: Mapping[int, StageContext]  # by local stage
     functions: Mapping[int, StageFunctions]  # by local stage
-    layouts: Mapping[int, tuple[Layout, ...]]  # by local stage: of the sum of each trainable holder's gradients
+    layouts: Mapping[int, tuple[Layout, ...]]  # by local stage: of each trainable holder's gradient sum
     parameters: Parameters  # how this process holds them
     ties: tuple[Tie, ...]
     channels: tuple[Channel, ...]  # of the whole pipeline
     aux: tuple[Layout, ...]  # shape and dtype of each leaf of the combined aux
     aux_spec: tree.TreeSpec | None
     device: torch.device
-    pairs: Mapping[tuple[int, int], Overlapped] = field(default_factory=dict)  # by stage of F, and of B: run side by side
-    recordings: Recordings | None = None  # of its steps, where they are to run as CUDA graphs
+    pairs: Mapping[tuple[int, int], Overlapped] = field(default_factory=dict)  # by stages of F and B: interleaved
+    recordings: Recordings | None = None  # of its steps, if they run as CUDA graphs
 
     @property
     def num_nodes(self) -> int:
-        """How large its graphs are, which other plans may share."""
+        """Number of nodes in its graphs, which other plans may share."""
         return sum(stage.joint.num_nodes for stage in self.functions.values() if isinstance(stage, GraphStage))
 
     @property
@@ -95,7 +95,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Blueprint:
-    """What a pipeline has decided, whatever the batch."""
+    """Everything about a pipeline that does not depend on the batch."""
 
     stages: tuple[Stage, ...]
     schedule: Schedule  # in compute form
@@ -103,8 +103,8 @@ class Blueprint:
     options: EngineOptions
     parameters: Parameters  # how this process holds them
     pools: Mapping[int, SlotPool]  # by local pp rank
-    merge: bool = True  # whether lowering makes one B of an I and a W that are adjacent
-    sends_block: bool = False  # whether a send keeps its rank until the receive is posted
+    merge: bool = True  # lowering merges adjacent I and W into B
+    sends_block: bool = False  # a send holds up its rank until the receive is posted
     graph_memory: GraphMemory = field(default_factory=GraphMemory)  # of recorded steps
 
 
@@ -112,19 +112,19 @@ def build_plan(
     blueprint: Blueprint, mode: Mode, params: Mapping[str, Tensor], device: torch.device,
     microbatches: Sequence[Mapping[str, Any]],
 ) -> Plan:  # fmt: skip
-    """Work out what crosses between stages, lower and check the schedule, and make the programs of the local ranks.
+    """Infer the boundaries between stages, lower and validate the schedule, and compile the local ranks' programs.
 
     Args:
         blueprint: of the pipeline.
-        mode: what steps are for.
-        params: flat parameters of all ranks, of which only the dtypes matter.
+        mode: the kind of step.
+        params: flat parameters of all ranks; only their dtypes matter.
         device: where this process computes.
-        microbatches: an example of a step's; a step that gives no gradients may have fewer than the schedule.
+        microbatches: of an example step; without gradients there may be fewer than in the schedule.
 
     Raises:
-        ScheduleError: for a schedule without backwards where gradients are wanted.
-        ModelError: for stages that cannot run on such a microbatch, be captured or compiled.
-        AutofuncError: when nothing fits into the memory budget.
+        ScheduleError: if gradients are wanted from a schedule without backwards, or the lowered schedule is invalid.
+        ModelError: if a stage cannot run on such a microbatch, or cannot be captured or compiled.
+        AutofuncError: if nothing fits into the memory budget.
     """
     stages, loss, parameters = blueprint.stages, blueprint.loss, blueprint.parameters
     if mode is Mode.GRADS and blueprint.schedule.is_forward_only:
@@ -168,7 +168,7 @@ def build_plan(
 def _recordings(
     blueprint: Blueprint, mode: Mode, functions: Mapping[int, StageFunctions], contexts: Mapping[int, StageContext]
 ) -> Recordings | None:  # fmt: skip
-    """None where steps are not recorded: `Mode.ADVANCE` writes into the caches that it is given, wherever they lie."""
+    """Return None if steps are not recorded: `Mode.ADVANCE` writes into the caches it is given, wherever they lie."""
     if not blueprint.options.records or mode is Mode.ADVANCE:
         return None
     for index, stage in functions.items():
@@ -180,7 +180,7 @@ def _recordings(
 def _followed(
     blueprint: Blueprint, mode: Mode, params: Mapping[str, Tensor], device: torch.device, microbatch: Mapping[str, Any]
 ) -> tuple[dict[int, StageContext], Boundaries]:
-    """The local stages in their surroundings, and all boundaries. What is captured anyway says itself what it returns."""
+    """Infer the local stages' contexts and all boundaries. Stages captured anyway tell their own boundary."""
     placement, by_capture = blueprint.schedule.placement, blueprint.options.engine == "graph"
 
     def returned_by(context: StageContext) -> Returned:
@@ -196,7 +196,7 @@ def _followed(
 
 
 def _lowered(blueprint: Blueprint, mode: Mode, edges: Sequence[Edge], num_microbatches: int) -> Schedule:
-    """The schedule with its transfers and sharding actions, validated."""
+    """Lower the schedule, with transfers and sharding actions, and validate it."""
     schedule, parameters = blueprint.schedule, blueprint.parameters
     together = _overlapping(blueprint) if mode is Mode.GRADS else frozenset()
     lowered = lower(
@@ -214,16 +214,16 @@ def _lowered(blueprint: Blueprint, mode: Mode, edges: Sequence[Edge], num_microb
     except ScheduleError as error:
         if together:
             error.add_note(
-                "pairs that run side by side begin together and send after both; overlap_f_b=False runs one after the other"
+                "overlapped pairs begin together and send after both; overlap_f_b=False runs them one after the other"
             )
         raise
     return lowered
 
 
 def _overlapping(blueprint: Blueprint) -> frozenset[tuple[int, int]]:
-    """Stages whose F and B have something to do for each other where a schedule marks them: by stage of F, and of B.
+    """Return the pairs (stage of F, stage of B) that gain from overlap where a schedule marks them.
 
-    All ranks know it of all stages: they lower the whole schedule, and alike.
+    Every rank computes it for all stages, because all must lower the whole schedule alike.
     """
     if not blueprint.options.overlaps:
         return frozenset()
@@ -235,7 +235,7 @@ def _overlapping(blueprint: Blueprint) -> frozenset[tuple[int, int]]:
 def _pairs(
     programs: Iterable[Program], functions: Mapping[int, StageFunctions]
 ) -> dict[tuple[int, int], Overlapped]:  # fmt: skip
-    """The programs of pairs that local ranks run side by side."""
+    """Make the interleaved functions of the pairs that local ranks run."""
     pairs: dict[tuple[int, int], Overlapped] = {}
     for program in programs:
         for op, following in pairwise(program.ops):
@@ -248,7 +248,7 @@ def _pairs(
 
 
 def _ties(blueprint: Blueprint, schedule: Schedule, params: Mapping[str, Tensor]) -> tuple[Tie, ...]:
-    """Tied parameters, with the layouts of their sums as this process sends them."""
+    """Find tied parameters, with the layouts of their sums as this process sends them."""
     model, parameters = blueprint.stages[0].model, blueprint.parameters
     precision, dtypes = parameters.setting.precision, parameter_dtypes(model, params)
     layouts: dict[str, Layout] = {}
@@ -261,7 +261,7 @@ def _ties(blueprint: Blueprint, schedule: Schedule, params: Mapping[str, Tensor]
 def _combined_aux(
     loss: Loss | None, boundaries: Boundaries, num_microbatches: int, places: int
 ) -> tuple[tuple[Layout, ...], tree.TreeSpec | None]:
-    """What the aux of all microbatches, and data parallel ranks, looks like once combined: worked out on meta tensors."""
+    """Infer, on meta tensors, the layouts and tree of the combined aux of all microbatches and data parallel ranks."""
     if boundaries.aux is None:
         return (), None
     leaves = [

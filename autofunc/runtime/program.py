@@ -1,9 +1,9 @@
-"""The flat program of one rank: everything that can be resolved before the first step is resolved here.
+"""The flat program of one rank: everything that can be resolved before the first step.
 
 A lowered row becomes one op (see `ops.py`) for each action. A register holds one value (see `schedule/effects.py`) from
-the op that writes it to the op that reads it, which frees it. A slot is memory that a receive writes into. It is taken from
-the receive to the last op that reads what was received, be it as residuals, and given to the next receive of that shape:
-there are as many as are in use at once.
+the op that writes it to the op that reads it, which frees it. A slot is memory that a receive writes into. It is in use
+from the receive to the last op that reads the received value, also as residuals, and then goes to the next receive of its
+shape: there are as many as are in use at once.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ Shape = tuple[int, ...]
 Layout = tuple[Shape, torch.dtype]
 
 PLACE_BYTES = 48
-"""What a place in a program is written in, for others to read."""
+"""Bytes that a place in a program is written in, for other processes to read."""
 
 
 class Channel(NamedTuple):
-    """All that a pp rank sends another, whatever stages it is of: messages arrive in the order in which they were sent."""
+    """The one-way channel from a pp rank to another, for all their stages. Messages arrive in the order they were sent."""
 
     source: int  # pp rank
     target: int  # pp rank
@@ -48,7 +48,7 @@ class Channel(NamedTuple):
 
 @dataclass(frozen=True)
 class Program:
-    """What one rank does in a step."""
+    """All ops of one rank in a step."""
 
     rank: int
     ops: tuple[Op, ...]
@@ -60,7 +60,7 @@ class Program:
 
     @cached_property
     def places(self) -> tuple[str, ...]:
-        """What is said of a rank before each action and in it, in turns, and after the last."""
+        """Names of a rank's positions: before and in each action, alternately, and after the last."""
         return (
             *(text for action in self.schedule[self.rank] for text in (f"before {action}", f"in {action}")),
             "after all",
@@ -77,7 +77,7 @@ StagePair = tuple[int, int]
 
 
 def message_layouts(schedule: Schedule, boundaries: Boundaries) -> dict[StagePair, tuple[Layout, ...]]:
-    """Of each tensor of a message between stages on different ranks."""
+    """Return the layouts of each message between stages on different ranks."""
     layouts = {}
     for edge in boundaries.edges():
         if schedule.placement[edge.producer] == schedule.placement[edge.consumer]:
@@ -94,7 +94,7 @@ def message_layouts(schedule: Schedule, boundaries: Boundaries) -> dict[StagePai
 
 
 def channels_between(schedule: Schedule, pairs: Iterable[StagePair]) -> tuple[Channel, ...]:
-    """The channels that carry messages between these stages, in order."""
+    """Return the channels that carry messages between these stages, sorted."""
     placement = schedule.placement
     return tuple(sorted({Channel(placement[sender], placement[receiver]) for sender, receiver in pairs}))
 
@@ -111,11 +111,11 @@ def build_program(
 
     Args:
         schedule: lowered.
-        rank: whose row.
+        rank: the pp rank.
         edges: connections between stages.
-        layouts: of messages in the whole pipeline, see `message_layouts`.
-        keeps: by local stage: which received values its residuals hold.
-        settled: of this rank, see `schedule.settled_sends`.
+        layouts: of all messages in the pipeline, see `message_layouts`.
+        keeps: by local stage, which received values its residuals hold.
+        settled: this rank's entry of `schedule.settled_sends`.
     """
     row = list(schedule[rank])
     builder = _Builder(Dataflow(edges, schedule.is_forward_only), schedule, rank, layouts, _Slots(row, keeps), settled)
@@ -125,7 +125,7 @@ def build_program(
 
 
 class _Builder:
-    """Makes the ops of one row, whose actions it is given in order."""
+    """Makes the ops of one row, given its actions in order."""
 
     def __init__(
         self,
@@ -143,7 +143,7 @@ class _Builder:
         self._in_flight: set[int] = set()  # registers that a receive will fill
 
     def op(self, position: int, action: Action) -> Op:
-        """The op of the next action."""
+        """Make the op of the next action."""
         stage, kind, microbatch, peer = action
         effect = self._flow.effect(action)
         if kind.is_compute:
@@ -163,8 +163,8 @@ class _Builder:
 
     def _computation(self, position: int, action: Action, effect: Effect) -> Op:
         stage, kind, microbatch, peer = action
-        used, given = _sorted_out(effect.reads)
-        kept, made = _sorted_out(effect.writes)
+        used, given = _split(effect.reads)
+        kept, made = _split(effect.writes)
         residuals, reads = self.registers.read(used), self.registers.read(given)
         writes, keeps = self.registers.write(made), self.registers.write(kept)
         waits = tuple(register for register in reads if register in self._in_flight)
@@ -180,18 +180,18 @@ class _Builder:
         return BackwardWeight(position, stage, microbatch, residuals[0])
 
     def _number(self, sender: int, receiver: int) -> int:
-        """The number, on this rank, of the channel between two stages."""
+        """Return the index, among this rank's channels, of the one between two stages."""
         return self.own.index(Channel(self._placement[sender], self._placement[receiver]))
 
 
-def _sorted_out(tokens: Sequence[Token]) -> tuple[list[Token], list[Token]]:
-    """Residuals, and what crosses between stages."""
+def _split(tokens: Sequence[Token]) -> tuple[list[Token], list[Token]]:
+    """Split tokens into residuals and values that cross between stages."""
     crossing: list[Token] = [token for token in tokens if isinstance(token, EdgeToken)]
     return [token for token in tokens if token not in crossing], crossing
 
 
 class _Registers:
-    """Hands out registers: as few as there are values at once."""
+    """Allocates registers: as many as there are values at once."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -199,13 +199,13 @@ class _Registers:
         self._free: list[int] = []
 
     def read(self, tokens: Sequence[Token]) -> tuple[int, ...]:
-        """The registers of these values, which are free from now on."""
+        """Return the registers of these values, and free them."""
         found = tuple(self._of.pop(token) for token in tokens)
         self._free += found
         return found
 
     def write(self, tokens: Sequence[Token]) -> tuple[int, ...]:
-        """A register for each of these values."""
+        """Allocate a register for each of these values."""
         return tuple(self._take(token) for token in tokens)
 
     def _take(self, token: Token) -> int:
@@ -217,16 +217,16 @@ class _Registers:
 
 
 class _Slots:
-    """Hands out slots in the order of the receives: with intervals that is as few as can be in use at once."""
+    """Allocates slots in the order of the receives, which takes as few as possible: the most in use at once."""
 
     def __init__(self, row: list[Action], keeps: Mapping[int, StageBytes]) -> None:
         self.layouts: list[Layout] = []
         self._keeps = keeps
-        self._free_at: list[int] = []  # by slot: the position after which it may be taken again
+        self._free_at: list[int] = []  # by slot: the position after which it is free
         self._at = {(action.kind, action.stage, action.microbatch): position for position, action in enumerate(row)}
 
     def take(self, position: int, token: EdgeToken, layouts: Sequence[Layout]) -> tuple[int, ...]:
-        """Slots for what a receive brings."""
+        """Allocate slots for the tensors of a receive."""
         return tuple(self._take(position, self._last_read(token, number), layout) for number, layout in enumerate(layouts))
 
     def _take(self, position: int, last: int, layout: Layout) -> int:
@@ -239,7 +239,7 @@ class _Slots:
         return len(self.layouts) - 1
 
     def _last_read(self, token: EdgeToken, number: int) -> int:
-        """Where the value with this number in a received message is read last."""
+        """Find the position where a tensor of a received message, given by its index, is read last."""
         stage, keeps = token.target, self._keeps[token.target]
         if isinstance(token, Activation):
             readers = [Kind.F]

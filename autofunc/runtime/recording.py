@@ -1,9 +1,9 @@
-"""Steps that are recorded: what they read lies in memory that stays, and what they give is copied out of it.
+"""Recorded steps: they read from fixed memory, and their results are copied out of it.
 
-The first step of a plan runs as always, which makes kernels, workspaces and layouts what they will be; the second is put
+The first step of a plan runs normally, which settles kernels, workspaces and layouts; the second is recorded
 on tape. A tape reads fixed memory: the batch and the state are copied there for each step. Parameters are read where the
-caller has them, as long as they stay there, which they do where an optimizer updates them in place. The first time that
-they come from elsewhere, the pipeline makes a copy of its own, records once more, and copies them into it from then on.
+caller keeps them, as long as they stay there, as with an optimizer that updates in place. The first time that
+they have moved, the pipeline makes its own copy, records again, and copies them there from then on.
 """
 
 from __future__ import annotations
@@ -37,45 +37,45 @@ if TYPE_CHECKING:
     from autofunc.runtime.plan import Plan
 
 LOG = logging.getLogger("autofunc.graphs")
-"""Where it is said what was recorded, and how long that took."""
+"""Logs what was recorded, and how long it took."""
 
 
 class GraphMemory:
-    """What the recordings of a pipeline's plans share: steps run one after the other."""
+    """Memory that the recordings of a pipeline's plans share, since steps run one after the other."""
 
     def __init__(self) -> None:
-        self.owns_parameters = False  # whether they have come from elsewhere once
+        self.owns_parameters = False  # the caller's parameters have moved once
         self._graphs: dict[int, Graphs] = {}
         self._parameters: dict[str, Tensor] = {}
         self._sums: dict[Any, list[Tensor]] = {}
 
     def graphs(self, device: torch.device, tape: int = 0) -> Graphs:
-        """Makes graphs for a device, with a pool of memory for each tape of a process: tapes are played in turns."""
+        """Return the maker of graphs for a device: one per tape, with its own pool, as tapes are played alternately."""
         if tape not in self._graphs:
             self._graphs[tape] = KINDS[device.type](device)
         return self._graphs[tape]
 
     def parameter(self, path: str, like: Tensor, dtype: torch.dtype) -> Tensor:
-        """Memory for a parameter, in the dtype that stages compute with."""
+        """Return memory for a parameter, in the dtype that stages compute with."""
         known = self._parameters.get(path)
         if known is None or (known.shape, known.stride(), known.dtype) != (like.shape, like.stride(), dtype):
             self._parameters[path] = torch.empty_like(like, dtype=dtype)
         return self._parameters[path]
 
     def sums(self, stage: int, layouts: Sequence[Layout], device: torch.device) -> list[Tensor]:
-        """Memory for the sums of a stage's weight gradients."""
+        """Return memory for the sums of a stage's weight gradients."""
         key = stage, tuple(layouts)
         if key not in self._sums:
             self._sums[key] = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in layouts]
         return self._sums[key]
 
     def clear(self) -> None:
-        """Let go of all memory."""
+        """Free all memory."""
         self._graphs, self._parameters, self._sums = {}, {}, {}
 
 
 class _LateReduction:
-    """Stands for the reduction of each step in which a tape is played."""
+    """Stands in for the reduction of whichever step plays the tape."""
 
     def __init__(self, tape: Tape) -> None:
         self._tape = tape
@@ -86,16 +86,16 @@ class _LateReduction:
         self._tape.outside(lambda: self._post(sums))
 
     def _post(self, sums: Mapping[str, Tensor]) -> None:
-        assert self.current is not None, "a tape is played in a step"
+        assert self.current is not None, "a tape is played within a step"
         self.current.post(sums)
 
 
 @dataclass
 class _Taped:
-    """One rank's step, as it was recorded."""
+    """One rank's recorded step."""
 
     step: RankStep
-    tape: Tape | None  # the first rank of a process may play for all
+    tape: Tape | None  # None: the first rank of the process plays for all
     ports: Sequence[TapedPort]
     reduction: _LateReduction
 
@@ -104,17 +104,17 @@ class Recording:
     """A plan's step on tape.
 
     Args:
-        plan: whose.
-        flat: the parameters of the step in which it is recorded.
+        plan: the plan.
+        flat: parameters of the step that is recorded.
         microbatches: its microbatches.
         state: its state.
         memory: of the pipeline.
         number: of the step, for messages.
-        cut: transfers are not captured: they go to other processes.
-        apart: each action is a part of its own.
+        cut: do not capture transfers: they go to other processes.
+        apart: make each action a separate part.
 
     Raises:
-        AutofuncError: for a batch that cannot be read by a recording, and for an action that cannot be captured.
+        AutofuncError: if a recording cannot read the batch, or an action cannot be captured.
     """
 
     def __init__(
@@ -132,7 +132,7 @@ class Recording:
         self._entries = [_with(mb, fixed.tensors) for mb, fixed in zip(microbatches, self._batch, strict=True)]
         self._fixed_state = dict(zip(state, self._state.tensors, strict=True))
         self._leaves, self._own = self._parameters(flat)
-        self._slots = self._slots_of_now()
+        self._slots = self._current_slots()
         self._sums = {
             index: memory.sums(index, layouts, plan.device) for index, layouts in plan.layouts.items() if layouts
         }  # fmt: skip
@@ -143,16 +143,16 @@ class Recording:
         LOG.info("recorded a step as %d graphs in %.1f s", graphs, time.perf_counter() - began)
 
     def fill(self, flat: Mapping[str, Tensor], microbatches: Sequence[Microbatch], state: Mapping[str, Tensor]) -> bool:
-        """Put what a step is given where the tape reads it; False where it can be played no more.
+        """Copy a step's arguments to where the tape reads them; return False if it can no longer be played.
 
-        That is so when parameters lie elsewhere than where it reads them, or receive slots do.
+        That happens if parameters or receive slots have moved from where the tape reads them.
         """
         leaves = {path: local(flat[path]).detach() for path in self._leaves}
         moved = [path for path, leaf in leaves.items() if self._leaves[path].data_ptr() != leaf.data_ptr()]
         if not self._own.issuperset(moved):
             self._memory.owns_parameters = True
             return False
-        if any(now is not then for now, then in zip(self._slots_of_now().values(), self._slots.values(), strict=True)):
+        if any(now is not then for now, then in zip(self._current_slots().values(), self._slots.values(), strict=True)):
             return False
         if self._own:
             own = sorted(self._own)
@@ -170,7 +170,7 @@ class Recording:
         number: int,
         observers: Mapping[int, Sequence[Observer]],
     ) -> Iterator[None]:
-        """A rank's part of a step. Yields each time it has to wait. `step` gives what came out."""
+        """Run a rank's part of a step; yield each time it has to wait. `step` has the results."""
         taped = self._taped[rank]
         taped.reduction.current = reduction
         for port, channel in zip(taped.ports, taped.step.program.channels, strict=False):
@@ -183,7 +183,7 @@ class Recording:
                 raise
 
     def step(self, rank: int, reduction: Reduction) -> RankStep:
-        """What came out of a rank's part. Sums are the tape's own, and the next step's; all the rest is a copy."""
+        """Return the results of a rank's part. Sums lie in memory that the next step uses; all else is copied."""
         taken = self._taped[rank].step
         produced = {index: made._replace(aux=tree.map_leaves(_copied, made.aux)) for index, made in taken.produced.items()}
         return replace(
@@ -197,7 +197,7 @@ class Recording:
     def _record(self, cut: bool, apart: bool) -> None:
         plan = self._plan
         hub, ranks = MemoryHub(plan.schedule.num_ranks), list(plan.programs)
-        together = [[rank] for rank in ranks] if cut else [ranks]  # those on one tape
+        together = [[rank] for rank in ranks] if cut else [ranks]  # the ranks of each tape
         for number, on_tape in enumerate(together):
             graphs = self._memory.graphs(plan.device, number)
             with graphs.capturing():
@@ -236,7 +236,7 @@ class Recording:
         return _Taped(step, tape if plays else None, ports, reduction)
 
     def _parameters(self, flat: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], set[str]]:
-        """What stages read, by path; and which of it is memory of the pipeline's own."""
+        """Return what stages read, by path, and the paths that lie in the pipeline's own memory."""
         precision, found, own = self._plan.parameters.sharding.precision, {}, set()
         for path in self._plan.parameters.paths:
             leaf = local(flat[path]).detach()
@@ -247,20 +247,20 @@ class Recording:
             found[path] = leaf
         return found, own
 
-    def _slots_of_now(self) -> dict[int, list[Tensor]]:
+    def _current_slots(self) -> dict[int, list[Tensor]]:
         plan = self._plan
         return {rank: plan.pools[rank].tensors(program.slots, plan.device) for rank, program in plan.programs.items()}
 
 
 class Recordings:
-    """Those of one plan: of its steps, and of steps of which each action is timed.
+    """The recordings of one plan: one of its steps, and one in which each action can be timed.
 
     Args:
         memory: of the pipeline.
     """
 
     def __init__(self, memory: GraphMemory) -> None:
-        self.cuts = False  # transfers between ranks of this process are not captured either
+        self.cuts = False  # do not capture transfers between ranks of this process either
         self._memory = memory
         self._made: dict[bool, Recording] = {}
         self._has_run = False
@@ -269,11 +269,11 @@ class Recordings:
         self, plan: Plan, flat: Mapping[str, Tensor], microbatches: Sequence[Microbatch], state: Mapping[str, Tensor],
         number: int, *, cut: bool, apart: bool,
     ) -> Recording | None:  # fmt: skip
-        """The recording of a step, filled with what it is given; None for the first step, which runs without.
+        """Return the recording of a step, filled with its arguments; None for the first step, which runs without.
 
         Args:
-            plan: theirs.
-            flat: parameters.
+            plan: their plan.
+            flat: flat parameters of the step.
             microbatches: of the step.
             state: of the step.
             number: of the step.
@@ -286,7 +286,7 @@ class Recordings:
         known = self._made.get(apart)
         if known is None or not known.fill(flat, microbatches, state):
             known = None
-            self._made.pop(apart, None)  # its memory is the next one's
+            self._made.pop(apart, None)  # the next one needs its memory
             cut = cut or self.cuts
             known = Recording(plan, flat, microbatches, state, self._memory, number, cut=cut, apart=apart)
             self._made[apart] = known
@@ -294,7 +294,7 @@ class Recordings:
 
 
 def _with(microbatch: Microbatch, tensors: Sequence[Tensor]) -> Microbatch:
-    """A microbatch with other tensors."""
+    """Replace the tensors of a microbatch."""
     leaves, spec = tree.leaves_and_spec(dict(microbatch.entries))
     left = iter(tensors)
     return Microbatch.of(tree.from_leaves([next(left) if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec))

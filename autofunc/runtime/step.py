@@ -1,4 +1,4 @@
-"""Run one step of a plan: on this process's rank, or on all ranks in turn when they share the process."""
+"""Run one step of a plan: on this process's rank, or on all ranks alternately if they share the process."""
 
 from __future__ import annotations
 
@@ -29,36 +29,40 @@ from autofunc.shard.reduce import Reduction
 
 @dataclass
 class StepResult:
-    """What a step gives this process."""
+    """The results of a step on this process."""
 
-    loss: Tensor | None = None  # total / weight; 0-dim fp32 and the same on every rank, as these are
+    loss: Tensor | None = None  # total / weight; all three are 0-dim fp32, the same on every rank
     total: Tensor | None = None  # sum of the microbatches' losses
-    weight: Tensor | None = None  # and of their weights
+    weight: Tensor | None = None  # sum of their weights
     aux: Any = None
     grads: dict[str, Tensor] = field(default_factory=dict)  # canonical path -> gradient
-    state: dict[str, Tensor] = field(default_factory=dict)  # path -> what layers keep for the next step
-    states: list[dict[str, Tensor]] = field(default_factory=list)  # the same, of each microbatch by itself
+    state: dict[str, Tensor] = field(default_factory=dict)  # path -> new state of layers
+    states: list[dict[str, Tensor]] = field(default_factory=list)  # new state by microbatch, see `Mode.ADVANCE`
     outputs: Any = None  # on the rank that holds the last stage
 
 
 def given_aux(result: StepResult) -> Any:
-    """The aux of a step whose caller wants it."""
+    """Return the aux of a step.
+
+    Raises:
+        BatchError: if the loss returns none.
+    """
     if result.aux is None:
         raise BatchError("has_aux=True, but the loss returns no aux; return (sum, weight, aux) from it")
     return result.aux
 
 
 Observe = Callable[[Plan, Program, Sequence[Microbatch]], Sequence[Observer]]
-"""Makes the observers of one rank's step. It is called once for every local rank, before the rank's first op, with the
+"""Makes the observers of one rank's step. Called once for every local rank, before the rank's first op, with the
 plan, the rank's program and all microbatches of the step."""
 
 
 class OneByOne:
-    """Base of an `Observe` to whom each action counts by itself: pairs run one after the other. All processes have it."""
+    """Base of an `Observe` that needs actions one at a time: no pairs are interleaved. All processes use it."""
 
 
 class Timer:
-    """Base of an `Observe` whose observers look at no value: they may be told of a step that is recorded."""
+    """Base of an `Observe` whose observers look at no values, so that they can observe recorded steps too."""
 
 
 def run_step(
@@ -76,10 +80,10 @@ def run_step(
         plan: what to run.
         params: flat canonical parameters of the local ranks.
         microbatches: all microbatches of the step.
-        states: flat state of the local ranks: one that microbatches hand on, or one for each of them, see `Mode.ADVANCE`.
-        transport: to the other processes; None when all ranks are in this one.
+        states: flat state of the local ranks: one that microbatches pass on, or one per microbatch, see `Mode.ADVANCE`.
+        transport: to the other processes; None if all ranks are in this one.
         number: of this step, for messages.
-        observe: who looks on.
+        observe: makes observers of the step.
     """
     result = StepResult(states=[{} for _ in states])
     entries = [Microbatch.of(entries) for entries in microbatches]
@@ -103,7 +107,7 @@ def run_step(
 
 
 class _Given(NamedTuple):
-    """What a step is given."""
+    """The arguments of a step."""
 
     params: Mapping[str, Tensor]
     microbatches: Sequence[Microbatch]
@@ -113,7 +117,7 @@ class _Given(NamedTuple):
 
 
 def _recording(plan: Plan, given: _Given, transport: Transport | None, observe: Observe | None) -> Recording | None:
-    """What plays the step, filled with what it is given; None where it runs op by op, as for who looks at values."""
+    """Return the recording that plays the step, filled; None if it runs op by op, as it must for observers of values."""
     if plan.recordings is None or not (observe is None or isinstance(observe, Timer)):
         return None
     (state,) = given.states
@@ -131,7 +135,7 @@ def _run(
     observers: Mapping[int, Sequence[Observer]],
     result: StepResult,
 ) -> Iterator[None]:
-    """One rank's step, from binding its parameters to the finished gradients."""
+    """Run one rank's step, from binding its parameters to the finished gradients."""
     stages, reduction = [plan.stages[index] for index in plan.schedule.stages_of(rank)], plan.parameters.reduction()
     if recording is not None:
         yield from recording.run(rank, transport, reduction, given.number, observers)
@@ -160,7 +164,7 @@ def _run(
 def _rank_step(
     plan: Plan, rank: int, given: _Given, transport: Transport, reduction: Reduction, observers: Sequence[Observer]
 ) -> RankStep:
-    """A step that runs op by op."""
+    """Make the step of a rank that runs op by op."""
     stages, program = [plan.stages[index] for index in plan.schedule.stages_of(rank)], plan.programs[rank]
     return RankStep(
         program=program,
@@ -187,7 +191,7 @@ def _finish_loss(
     transport: Transport,
     result: StepResult,
 ) -> Iterator[None]:
-    """The sum of the loss, its weight and aux of all microbatches and data parallel ranks, to every rank."""
+    """Sum loss and weight, and combine aux, over all microbatches and data parallel ranks, for every rank."""
 
     def make() -> list[Tensor]:
         total = total_loss([_tensor(each.sum) for each in produced], [_tensor(each.weight) for each in produced])
@@ -214,7 +218,7 @@ def _finish_grads(
     transport: Transport,
     result: StepResult,
 ) -> Iterator[None]:
-    """The gradients of this rank's stages, summed over data parallel ranks and holders, and divided by the weight."""
+    """Sum the gradients of this rank's stages over data parallel ranks and holders, and divide them by the weight."""
     terms: set[str] = set()
     for index, stage in step.stages.items():
         if not plan.parameters.has_reduce_actions:
@@ -229,7 +233,7 @@ def _finish_grads(
 
 
 def _aux_of_all(plan: Plan, leaves: list[Tensor]) -> list[Tensor]:
-    """The aux of all data parallel ranks, combined as the loss declares."""
+    """Combine the aux of all data parallel ranks as the loss declares."""
     mesh = plan.parameters.rows_mesh
     _, size = data_coordinate(mesh)
     if size == 1:
@@ -248,7 +252,7 @@ def _tensor(value: Tensor | None) -> Tensor:
 def _finish_outputs(
     plan: Plan, rank: int, outputs: list[list[Tensor]], transport: Transport, result: StepResult
 ) -> Iterator[None]:
-    """Put the model's outputs for all rows together, and share them when that is wanted."""
+    """Join the model's outputs for all rows, and share them if the mode asks for it."""
     boundary = plan.boundaries.stages[-1]
     if plan.mode is Mode.SHARED_OUTPUTS:
         count = plan.schedule.num_microbatches
@@ -261,7 +265,7 @@ def _finish_outputs(
 
 
 def _joined(outputs: list[list[Tensor]]) -> list[Tensor]:
-    """Tensors of all microbatches joined along dim 0; scalars stacked."""
+    """Join the tensors of all microbatches along dim 0; stack scalars."""
     return [torch.stack(column) if column[0].dim() == 0 else torch.cat(column) for column in zip(*outputs, strict=True)]
 
 

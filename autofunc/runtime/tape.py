@@ -1,14 +1,14 @@
-"""A step on tape: the kernels that it launches, as a few CUDA graphs, and what runs between them.
+"""A step on tape: its kernels as a few CUDA graphs, and what runs between them.
 
-A tape is an observer of a rank's first run on it. In that run nothing is computed: kernels are captured, and transfers
-and everything else that is no kernel are noted, to be done at their places whenever the tape is played. Ranks that share a
-process are on one tape, transfers included, which are copies there: all of their step is one graph. Between processes a
+A tape observes a rank while it records. Nothing is computed then: kernels are captured, and transfers
+and everything else that is not a kernel are noted, to run at their places whenever the tape is played. Ranks that share a
+process are on one tape, transfers included, which are copies there: their whole step is one graph. Between processes a
 transfer ends a graph, and the next computation begins another.
 
-All graphs of a tape take their memory from one pool, in the order in which they are played, so that what is alive at
-the same time lies apart, as in a step without them: microbatches that are under way need no copies, and the pool is as
-large as such a step's peak. Recorded for each kind of piece alone, every slot would have to be as large as its largest
-value, or residuals be copied.
+All graphs of a tape allocate from one pool, in the order in which they are played, so that values alive at
+the same time do not share memory, as in a normal step: microbatches in flight need no copies, and the pool is as
+large as a normal step's peak. If each kind of piece were recorded alone, every slot would have to be as large as its
+largest value, or residuals would be copied.
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ _COMPUTATIONS = (Forward, Backward, BackwardInput, BackwardWeight)
 
 
 class Graph(Protocol):
-    """Kernels that are captured once, and then launched together."""
+    """Kernels captured once, and then launched together."""
 
     def begin(self) -> None:
-        """From now on kernels of the current stream are captured, and not run."""
+        """Begin to capture the current stream's kernels instead of running them."""
         ...
 
     def end(self) -> None:
-        """The capture is complete."""
+        """Complete the capture."""
         ...
 
     def replay(self) -> None:
-        """Launch them."""
+        """Launch the kernels."""
         ...
 
 
 class Part(NamedTuple):
-    """Something on a tape."""
+    """One thing on a tape to play."""
 
-    play: Callable[[], Any]  # False: it waits, and is to be called again
-    rank: int | None = None  # whose actions they are; None where nobody is told
+    play: Callable[[], Any]  # returns False while it waits, and is called again
+    rank: int | None = None  # whose actions these are; None if not observed
     first: Op | None = None
     last: Op | None = None
 
@@ -55,18 +55,18 @@ class Tape:
 
     Args:
         new_graph: makes an empty graph.
-        cut: transfers are not captured.
-        apart: each action is a part of its own, so that it can be timed.
+        cut: do not capture transfers.
+        apart: make each action a separate part, so that it can be timed.
     """
 
     def __init__(self, new_graph: Callable[[], Graph], *, cut: bool, apart: bool) -> None:
         self._new_graph, self._cut, self._apart = new_graph, cut, apart
-        self._graph: Graph | None = None  # that captures now
-        self._first: Op | None = None  # in it
-        self._last: Op | None = None
-        self._inside: Op | None = None  # the action that runs
+        self._graph: Graph | None = None  # the one capturing now
+        self._first: Op | None = None  # the first action in it
+        self._last: Op | None = None  # and the last
+        self._inside: Op | None = None  # the running action
         self._rank = 0
-        self._buffers: dict[Any, list[Tensor]] = {}  # of sends, by shape and dtype: those that are free
+        self._buffers: dict[Any, list[Tensor]] = {}  # free send buffers, by shape and dtype
         self.parts: list[Part] = []
         self.num_graphs = 0
 
@@ -87,26 +87,26 @@ class Tape:
         self._inside = None
 
     def outside(self, play: Callable[[], Any]) -> None:
-        """Note what is no kernel. It is not run now."""
+        """Note a function that is not a kernel; it does not run now."""
         self.end()
         self.parts.append(Part(play, self._rank, self._inside, self._inside))
 
     def end(self) -> None:
-        """End the graph that is being captured, if there is one."""
+        """End the graph that is being captured, if any."""
         graph, self._graph = self._graph, None
         if graph is not None:
             graph.end()
             self.num_graphs += 1
-            told = self._cut or self._apart
-            self.parts.append(Part(graph.replay, *((self._rank, self._first, self._last) if told else ())))
+            observed = self._cut or self._apart
+            self.parts.append(Part(graph.replay, *((self._rank, self._first, self._last) if observed else ())))
 
     def abandon(self) -> None:
-        """End a capture that failed."""
-        with suppress(RuntimeError):  # CUDA says once more that it did
+        """End a failed capture."""
+        with suppress(RuntimeError):  # CUDA reports the failure again
             self.end()
 
     def buffers(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """A copy, made by a kernel, of what is to be sent: in memory that `free` gives to later sends."""
+        """Copy tensors to be sent, by a kernel, into memory that `free` returns for later sends."""
         self._begin()
         made = []
         for tensor in tensors:
@@ -116,7 +116,7 @@ class Tape:
         return made
 
     def free(self, buffers: Sequence[Tensor]) -> None:
-        """A send has been waited for."""
+        """Return a settled send's buffers."""
         for buffer in buffers:
             self._buffers[buffer.shape, buffer.dtype].append(buffer)
 
@@ -129,31 +129,31 @@ class Tape:
     # --- playing
 
     def play(self, observers: Mapping[int, Sequence[Any]]) -> Iterator[None]:
-        """Do it all. Yields each time it has to wait.
+        """Play all parts; yield each time one has to wait.
 
         Args:
-            observers: by rank: see `executor.Observer`. They are told of parts, and shown no values.
+            observers: by rank, see `executor.Observer`. They see parts, but no values.
         """
         for part in self.parts:
-            told = observers.get(part.rank, ()) if part.rank is not None else ()
+            watching = observers.get(part.rank, ()) if part.rank is not None else ()
             if part.first is not None:
-                for observer in told:
+                for observer in watching:
                     observer.before(part.first, None, [])
             while part.play() is False:
                 yield
             if part.last is not None:
-                for observer in told:
+                for observer in watching:
                     observer.after(part.last, None, [], [])
 
 
 def _nothing() -> None:
-    """Of an action that does nothing."""
+    """Play an action that does nothing."""
 
 
 class TapedPort:
-    """A port, as a run that is recorded sees it: transfers are made when the tape is played.
+    """The port that a run being recorded sees: its transfers happen when the tape is played.
 
-    `current` is the port of the step in which it is.
+    `current` is the port of the step that plays.
     """
 
     def __init__(self, tape: Tape) -> None:
@@ -161,7 +161,7 @@ class TapedPort:
         self.current: Port | None = None
 
     def send(self, tensors: list[Tensor]) -> Ticket:
-        """See `Port.send`. What is sent is copied first: its own memory is the next value's when the tape says so."""
+        """See `Port.send`. The tensors are copied first: the tape reuses their memory."""
         buffers = self._tape.buffers(tensors)
         ticket = _TapedTicket(self._tape, buffers, buffers)
         self._tape.outside(lambda: ticket.post(self._port.send([*buffers])))
@@ -175,19 +175,19 @@ class TapedPort:
 
     @property
     def _port(self) -> Port:
-        assert self.current is not None, "a tape is played in a step, which has ports"
+        assert self.current is not None, "a tape is played within a step, which has ports"
         return self.current
 
 
 class _TapedTicket:
-    """A transfer of each step in which the tape is played."""
+    """The ticket of a transfer in every step that plays the tape."""
 
     def __init__(self, tape: Tape, tensors: list[Tensor], buffers: Sequence[Tensor]) -> None:
         self._tape, self.tensors, self._buffers = tape, tensors, buffers
         self._posted: Ticket | None = None
 
     def post(self, ticket: Ticket) -> None:
-        """It is this one now."""
+        """Set the current step's ticket."""
         self._posted = ticket
 
     def arrived(self) -> bool:

@@ -1,4 +1,4 @@
-"""What each kind of action reads, writes and frees: the table behind the validator, the simulator and the executor.
+"""What each kind of action reads, writes and frees: the one table that validator, simulator and executor use.
 
 `laws/network.py` applies it to all microbatches of an edge at once.
 
@@ -106,7 +106,7 @@ class WeightResiduals(NamedTuple):
 
 
 EdgeToken = Activation | Cotangent
-"""What goes from one stage to another, and so may have to be sent."""
+"""A value that goes from one stage to another, and so may have to be sent."""
 
 Token = EdgeToken | BackwardResiduals | WeightResiduals
 
@@ -147,7 +147,7 @@ class Dataflow:
         return self._consumers.get(stage, [])
 
     def effect(self, action: Action) -> Effect:
-        """What the action reads (and so frees) and writes."""
+        """Return what the action reads (and so frees) and writes."""
         stage, kind, microbatch, _ = action
         if kind is Kind.F:
             reads = tuple(Activation(e.producer, stage, microbatch) for e in self.inputs(stage))
@@ -167,7 +167,7 @@ class Dataflow:
 
 
 def carried_by(transfer: Action) -> EdgeToken:
-    """The value that a SEND or RECV carries."""
+    """Return the value that a SEND or RECV carries."""
     stage, kind, microbatch, peer = transfer
     source, target = (stage, peer) if kind.is_send else (peer, stage)
     kind_of_token = Activation if kind in (Kind.SEND_F, Kind.RECV_F) else Cotangent
@@ -175,7 +175,7 @@ def carried_by(transfer: Action) -> EdgeToken:
 
 
 def flow_of(schedule: Schedule, edges: Sequence[Edge] | None) -> Dataflow:
-    """The effects of a schedule's actions along edges; along a chain by default."""
+    """Return the effects of a schedule's actions along edges; along a chain by default."""
     if edges is None:
         return Dataflow(chain(schedule.num_stages), schedule.is_forward_only)
     check_edges(edges, schedule.num_stages)

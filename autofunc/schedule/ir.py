@@ -25,14 +25,14 @@ class Kind(IntEnum):
 
     F = 0  # forward
     B = 1  # full backward: I and W at once
-    I = 2  # backward of the input  # noqa: E741 - the field's own name
-    W = 3  # backward of the weights
-    SEND_F = 4  # post the sending of an activation to a later stage
-    RECV_F = 5  # post the receiving of an activation from an earlier stage
-    SEND_B = 6  # post the sending of a cotangent to an earlier stage
-    RECV_B = 7  # post the receiving of a cotangent from a later stage
+    I = 2  # input gradient  # noqa: E741 - the field's own name
+    W = 3  # weight gradients
+    SEND_F = 4  # post the send of an activation to a later stage
+    RECV_F = 5  # post the receive of an activation from an earlier stage
+    SEND_B = 6  # post the send of a cotangent to an earlier stage
+    RECV_B = 7  # post the receive of a cotangent from a later stage
     UNSHARD = 8  # gather a stage's sharded parameters
-    RESHARD = 9  # let go of the gathered parameters
+    RESHARD = 9  # free the gathered parameters
     REDUCE_GRAD = 10  # sum a stage's gradients over the data-parallel ranks
 
     @property
@@ -62,7 +62,7 @@ class Kind(IntEnum):
 
 
 OVERLAPPED = -2
-"""In place of a peer: this F may be overlapped with the backward right after it, `(0F4;3B0)OVERLAP_F_B` in text."""
+"""Takes the place of a peer: this F may overlap with the backward right after it, `(0F4;3B0)OVERLAP_F_B` in text."""
 
 
 class Action(NamedTuple):
@@ -83,7 +83,7 @@ class Action(NamedTuple):
 
 
 def neighbour(stage: int, kind: Kind) -> int:
-    """The stage on the other end of a send or receive in a chain of stages, where each stage feeds the next."""
+    """Return the stage at the other end of a send or receive in a chain, where each stage feeds the next."""
     return stage + 1 if kind in (Kind.SEND_F, Kind.RECV_B) else stage - 1
 
 
@@ -135,27 +135,27 @@ def compute_table(stage: npt.ArrayLike, kind: npt.ArrayLike, microbatch: npt.Arr
 
 
 def is_transfer(table: Table) -> npt.NDArray[np.bool_]:
-    """Which actions of a table are sends or receives."""
+    """Mask the sends and receives of a table: bool of shape (number of actions,)."""
     return (table[:, 1] > Kind.W) & (table[:, 1] < Kind.UNSHARD)
 
 
 def frozen(table: Table) -> Table:
-    """The same table, read-only from now on."""
+    """Make a table read-only, and return it."""
     table.flags.writeable = False
     return table
 
 
 def _stages_of_pair(rows: Table) -> tuple[int, int] | None:
-    """The stages of an F and the B after it; None if there is no B."""
+    """Return the stages of an F and the B after it; None if there is no B."""
     return (int(rows[0, 0]), int(rows[1, 0])) if len(rows) == 2 and rows[1, 1] == Kind.B else None
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Who computes what when. Plain data: equal when all fields are equal, never changed after it is made.
+    """Who computes what when. Plain data: immutable, and equal if all fields are.
 
-    `schedule[rank]` is that rank's actions in order. A schedule is in compute form (F, B, I, W) as generators make it, or
-    lowered: with its sends and receives.
+    `schedule[rank]` is that rank's actions in order. A schedule is in compute form (F, B, I, W), as generators build it, or
+    lowered: with sends and receives.
     """
 
     name: str
@@ -184,12 +184,12 @@ class Schedule:
 
     @cached_property
     def in_order(self) -> bool:
-        """Whether every stage runs its backwards in microbatch order, so that sums are in the oracle's order."""
+        """True if every stage runs its backwards in microbatch order, so that sums are in the oracle's order."""
         return all(self._is_ordered(kinds) for kinds in ((Kind.B, Kind.I), (Kind.B, Kind.W)))
 
     @cached_property
     def forwards_in_order(self) -> bool:
-        """Whether every stage runs its forwards in microbatch order, so that what it keeps is as in the oracle."""
+        """True if every stage runs its forwards in microbatch order, so that its state evolves as in the oracle."""
         return self._is_ordered((Kind.F,))
 
     def _is_ordered(self, kinds: tuple[Kind, ...]) -> bool:
@@ -203,41 +203,41 @@ class Schedule:
 
     @cached_property
     def is_lowered(self) -> bool:
-        """Whether it holds sends and receives."""
+        """True if it holds sends and receives."""
         return any(bool(is_transfer(row.table).any()) for row in self.rows)
 
     @cached_property
     def is_sharded(self) -> bool:
-        """Whether it gathers parameters before it uses them."""
+        """True if it gathers parameters before it uses them."""
         return any(bool((row.table[:, 1] == Kind.UNSHARD).any()) for row in self.rows)
 
     @cached_property
     def is_forward_only(self) -> bool:
-        """Whether it holds no backward action at all."""
+        """True if it holds no backward action."""
         kinds = (Kind.B, Kind.I, Kind.W)
         return not any(bool(np.isin(row.table[:, 1], kinds).any()) for row in self.rows)
 
     def stages_of(self, rank: int) -> tuple[int, ...]:
-        """The stages placed on a rank, in order."""
+        """Return the stages placed on a rank, in order."""
         return tuple(stage for stage, owner in enumerate(self.placement) if owner == rank)
 
     def compute_form(self) -> Schedule:
-        """The same schedule without its sends, receives and sharding actions."""
+        """Return the schedule without its sends, receives and sharding actions."""
         rows = tuple(Row(frozen(row.table[row.table[:, 1] <= Kind.W])) for row in self.rows)
         return Schedule(self.name, self.placement, self.num_microbatches, rows)
 
     def forward_form(self, num_microbatches: int | None = None) -> Schedule:
-        """Only its forwards, for evaluation.
+        """Keep only the forwards, for evaluation.
 
         Args:
-            num_microbatches: the first so many; by default all.
+            num_microbatches: how many to keep, from the first; all by default.
         """
         count = self.num_microbatches if num_microbatches is None else num_microbatches
         tables = (row.table[(row.table[:, 1] == Kind.F) & (row.table[:, 2] < count)] for row in self.rows)
         return Schedule(self.name, self.placement, count, tuple(Row(frozen(table)) for table in tables)).without_overlap()
 
     def split_form(self) -> Schedule:
-        """The same schedule with every B as an I and a W, one after the other."""
+        """Replace every B by an I and a W, one right after the other."""
         rows = []
         for row in self.rows:
             parts = np.repeat(row.table, np.where(row.table[:, 1] == Kind.B, 2, 1), axis=0)
@@ -247,10 +247,10 @@ class Schedule:
         return Schedule(self.name, self.placement, self.num_microbatches, tuple(rows))
 
     def without_overlap(self, keep: Set[tuple[int, int]] = frozenset()) -> Schedule:
-        """The same schedule with each overlapped pair as two actions of their own.
+        """Turn overlapped pairs into separate actions.
 
         Args:
-            keep: pairs that stay, of an F and a B, by their stages.
+            keep: (stage of F, stage of B) of the pairs that stay overlapped.
         """
         if not any(bool((row.table[:, 3] == OVERLAPPED).any()) for row in self.rows):
             return self

@@ -1,4 +1,4 @@
-"""How large a schedule from outside may be: checked before anything of the size that it claims is made."""
+"""Size limits for schedules from outside, checked before anything of the claimed size is allocated."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ MOST_RANKS = 10_000
 MOST_STAGES = 100_000
 MOST_MICROBATCHES = 1_000_000
 MOST_NAME = 200
-"""Characters of a schedule's name."""
+"""Most characters in a schedule's name."""
 
 
 def check_action(stage: int, microbatch: int, peer: int) -> None:
-    """Refuse an action that is of no schedule; what it lacks is -1.
+    """Refuse an action whose numbers are beyond the limits; pass -1 for a number it does not have.
 
     Raises:
         ScheduleError: naming the number.
@@ -24,14 +24,14 @@ def check_action(stage: int, microbatch: int, peer: int) -> None:
 
 
 def check_sizes(num_ranks: int, num_stages: int, num_microbatches: int, num_actions: int, claim: str = "it") -> None:
-    """Refuse sizes beyond the limits, or of more forwards than there are actions.
+    """Refuse sizes beyond the limits, or that need more forwards than there are actions.
 
     Args:
-        num_ranks: of the schedule, and so on.
-        num_stages: that it has, or claims.
-        num_microbatches: that it has, or claims.
-        num_actions: that are there.
-        claim: what says so.
+        num_ranks: number of ranks found.
+        num_stages: number of stages found or claimed.
+        num_microbatches: number of microbatches found or claimed.
+        num_actions: number of actions found.
+        claim: what makes the claim, for the message.
 
     Raises:
         ScheduleError: naming the sizes.

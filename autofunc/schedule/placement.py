@@ -9,6 +9,6 @@ def loop(num_ranks: int, stages_per_rank: int = 1) -> tuple[int, ...]:
 
 
 def v_shape(num_ranks: int, stages_per_rank: int = 2) -> tuple[int, ...]:
-    """Down the ranks and up again: rank 0 holds the first stage and the last. Each turn repeats its rank."""
+    """Down the ranks and up again: rank 0 holds the first and the last stage. The rank at a turn holds two in a row."""
     down = range(num_ranks)
     return tuple(rank for leg in range(stages_per_rank) for rank in (reversed(down) if leg % 2 else down))

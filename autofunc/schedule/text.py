@@ -1,8 +1,8 @@
-"""The text form of actions and schedules: torch's action words, one line per rank.
+"""The text form of actions and schedules: torch's names of actions, one line per rank.
 
 `2F0` is stage 2, forward, microbatch 0. A send or receive between stages that are not neighbours names the other stage:
 `0SEND_F3>2`, `2RECV_F3<0`. Sharding actions have no microbatch: `0UNSHARD`. A forward that may be overlapped with the
-backward after it is written with it: `(0F4;3B0)OVERLAP_F_B`.
+backward after it is written together with it: `(0F4;3B0)OVERLAP_F_B`.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ _BETWEEN_CELLS = re.compile(rf"[{_SPACES}]*,[{_SPACES}]*|[{_SPACES}]+")
 _BETWEEN_LINES = re.compile("\r\n|\r|\n")
 
 Place = Callable[[int, int], str]
-"""Where a rank and a position are in a table, in words."""
+"""Describe a (rank, position) of a table, for messages."""
 
 
 def parse_action(text: str) -> Action:
     """Read one action.
 
     Raises:
-        ScheduleError: naming the text and the nearest known kind; for numbers that no schedule has.
+        ScheduleError: naming the text and the nearest known kind; or for numbers beyond the limits.
     """
     found = _ACTION.fullmatch(text.strip(_SPACES))
     if not found:
@@ -69,7 +69,7 @@ def parse_cell(text: str) -> list[Action]:
 
 
 def cells(row: Iterable[Action]) -> list[str]:
-    """The text of a row's actions; an overlapped pair is one cell."""
+    """Return the text of a row's actions; an overlapped pair is one cell."""
     texts: list[str] = []
     forward: Action | None = None
     for action in row:
@@ -84,18 +84,18 @@ def cells(row: Iterable[Action]) -> list[str]:
 
 
 def to_text(schedule: Schedule) -> str:
-    """One line per rank, actions separated by commas; a lone comma for a rank without actions."""
+    """Write one line per rank, actions separated by commas; a lone comma for a rank without actions."""
     return "\n".join(",".join(cells(row)) or "," for row in schedule) + "\n"
 
 
 def from_text(text: str, name: str = "custom") -> Schedule:
     """Read what `to_text` wrote, or a table typed by hand. Spaces and empty cells are ignored.
 
-    The placement and the number of microbatches are read off the forwards. Blank lines are no ranks.
+    The placement and the number of microbatches follow from the forwards. Blank lines are skipped.
 
     Raises:
-        ScheduleError: when a cell is no action, naming its line and column; when a stage has no forward, or the numbers
-            are those of no schedule.
+        ScheduleError: if a cell is not an action, naming its line and column; if a stage has no forward, or the numbers
+            are beyond the limits.
     """
     lines = [(number, line) for number, line in enumerate(_BETWEEN_LINES.split(text), 1) if line.strip(_SPACES)]
     if len(lines) > MOST_RANKS:
@@ -108,7 +108,7 @@ def from_text(text: str, name: str = "custom") -> Schedule:
 
 
 def _parse_line(number: int, line: str) -> list[tuple[Action, int]]:
-    """The actions of a line, each with its column."""
+    """Return the actions of a line, each with its column."""
     actions: list[tuple[Action, int]] = []
     for column, cell in enumerate(_BETWEEN_CELLS.split(line.strip(_SPACES)), 1):
         try:
@@ -123,15 +123,15 @@ def _in_row(rank: int, position: int) -> str:
 
 
 def from_actions(rows: Iterable[Iterable[Action]], name: str = "custom", place: Place = _in_row) -> Schedule:
-    """Make a schedule of actions given as lists, one per rank. Placement and microbatches are read off the forwards.
+    """Make a schedule from lists of actions, one per rank. Placement and microbatches follow from the forwards.
 
     Args:
-        rows: of actions.
+        rows: actions of each rank, in order.
         name: of the schedule.
-        place: says where an action is, in errors.
+        place: describes where an action is, for errors.
 
     Raises:
-        ScheduleError: when a stage has no forward, or the numbers are those of no schedule.
+        ScheduleError: if a stage has no forward, or the numbers are beyond the limits.
     """
     listed = [list(row) for row in rows]
     placement: dict[int, int] = {}
@@ -150,10 +150,10 @@ def from_actions(rows: Iterable[Iterable[Action]], name: str = "custom", place: 
 
 
 def _check_forwards(rows: Sequence[Sequence[Action]], placement: dict[int, int]) -> None:
-    """Every stage has one."""
+    """Refuse actions of a stage that has no forward."""
     stages = {action.stage for row in rows for action in row}
     if not stages:
-        raise ScheduleError("there are no actions, so it is no schedule")
+        raise ScheduleError("there are no actions, so this is not a schedule")
     check_action(max(stages), -1, -1)
     missing = [stage for stage in range(max(stages) + 1) if stage not in placement]
     if missing:

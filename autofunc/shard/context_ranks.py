@@ -1,4 +1,4 @@
-"""The processes of a cp axis, and how they exchange what their tokens need of each other's."""
+"""The processes of a cp axis, and their exchanges of values that other ranks' tokens need."""
 
 from __future__ import annotations
 
@@ -13,16 +13,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from autofunc.context_parallel.axis import ContextAxis
 from autofunc.context_parallel.ranks import known_as
 from autofunc.mesh import axis_group
-from autofunc.shard.links import Links, links
-
-SMALL = 1 << 20
-"""Bytes up to which more than two ranks exchange directly, see `exchange.py`."""
+from autofunc.shard.links import Links, links, suits_sockets
 
 _made: WeakKeyDictionary[dist.ProcessGroup, GroupRanks] = WeakKeyDictionary()
 
 
 def context_axis(mesh: DeviceMesh | None, method: str) -> ContextAxis | None:
-    """The cp axis of a mesh, whose ranks operators find by its name; None without one. All its processes call it."""
+    """Return the cp axis of a mesh, whose ranks operators find by name; None without one. All its processes call it."""
     group = axis_group(mesh, "cp")
     if group is None:
         return None
@@ -79,6 +76,5 @@ class GroupRanks:
         return wait
 
     def _direct(self, x: Tensor) -> Links | None:
-        """Sockets, where they are there and faster."""
-        suits = x.device.type == "cpu" and x.numel() > 0 and (self.size == 2 or x.numel() * x.element_size() <= SMALL)
-        return self._links if suits else None
+        """Return the sockets, if connected and faster; else None."""
+        return self._links if suits_sockets(x.device, x.numel() * x.element_size(), self.size) else None

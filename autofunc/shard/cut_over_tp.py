@@ -1,4 +1,4 @@
-"""What tp ranks cut: by a model's own plan of its graphs, or by a table of its parameters."""
+"""How tp ranks cut a model: by the plan of its graphs, or by a table of its parameters."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from autofunc.spreading import DERIVED, AxisPlan, Cut
 class CutOverTP:
     """How tp ranks share a model."""
 
-    params: Mapping[str, Cut]  # by canonical path; others are whole on every rank
-    over: AxisPlan | None = None  # of a model whose graphs are those of each rank
+    params: Mapping[str, Cut]  # by canonical path; all others are whole on every rank
+    over: AxisPlan | None = None  # if the model's graphs are per-rank ones
 
 
 def by_layer(cut: CutOverTP, model: Model, size: int, sequence: bool) -> AxisPlan:
@@ -29,11 +29,11 @@ def by_layer(cut: CutOverTP, model: Model, size: int, sequence: bool) -> AxisPla
 
 
 def cut_over_tp(model: Model, size: int, sharding: Sharding) -> CutOverTP:
-    """What `size` tp ranks cut.
+    """Decide how `size` tp ranks cut a model.
 
     Raises:
-        MeshError: when the model has no placement table, or something does not divide.
-        ModelError: for a table that does not fit the model, also where there is nothing to cut.
+        MeshError: if the model has no placement table, or something does not divide.
+        ModelError: for a table that does not fit the model, even if there is nothing to cut.
     """
     canonical = {path: leaf for path, leaf in model.spec.items() if path not in model.ties}
     given = sharding.tensor_parallel
@@ -52,7 +52,7 @@ def cut_over_tp(model: Model, size: int, sharding: Sharding) -> CutOverTP:
     if over is not None:
         return CutOverTP(over.cuts, over)
     if given == DERIVED:
-        raise ModelError(f"tensor_parallel={given!r} is read from the graph of a captured module; {model.title} is none")
+        raise ModelError(f"tensor_parallel={given!r} is read from the graph of a captured module; {model.title} is not one")
     table = sharding.table(model.tensor_parallel)
     if table is None:
         raise MeshError(

@@ -1,4 +1,4 @@
-"""Sums inside of a stage over the data parallel ranks, which run it on other rows: for statistics over all of them."""
+"""Sums inside a stage over data parallel ranks, which run it on other rows: for statistics over all rows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from autofunc.graph.exchanges import exchanges
 from autofunc.mesh import DATA_AXES, axis_group
 
-_groups: WeakValueDictionary[str, dist.ProcessGroup] = WeakValueDictionary()  # by name, which a captured graph can hold
+_groups: WeakValueDictionary[str, dist.ProcessGroup] = WeakValueDictionary()  # by name, which captured graphs refer to
 
 
 class OverData:
@@ -43,7 +43,7 @@ class OverData:
 
 @torch.library.custom_op("autofunc::sum_over", mutates_args=())
 def _sum_over(x: Tensor, group: str) -> Tensor:
-    """The sum of a tensor over the ranks of a group."""
+    """Sum a tensor over the ranks of a group."""
     return _begin(x, group)()
 
 
@@ -71,7 +71,7 @@ def _remember(ctx: Any, inputs: tuple[Tensor, str], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, None]:
-    """The loss is a sum over all ranks, and each of them has read what was summed."""
+    """Sum the cotangents: the loss is a sum over all ranks, and each has read the total."""
     return torch.ops.autofunc.sum_over(cotangent, ctx.group), None
 
 

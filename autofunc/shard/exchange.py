@@ -1,8 +1,8 @@
-"""Collectives of captured stages on CPU, as direct exchanges: every rank sends to every other, and adds up in rank order.
+"""Collectives of captured stages on CPU, as direct exchanges: every rank sends to every other and sums in rank order.
 
-Between two ranks nothing more is sent than in a ring; between more of them, small tensors gain by having one round. Sums
-are in the order of ranks, so all ranks have the same bits. See `links.py` for why, and `bench/tensor_parallel.py` for how
-much it is.
+Between two ranks this sends no more than a ring; between more, small tensors gain from a single round. Sums
+run in rank order, so all ranks get the same bits. `links.py` tells why this is faster, and `bench/tensor_parallel.py`
+by how much.
 """
 
 from __future__ import annotations
@@ -15,15 +15,12 @@ import torch.distributed as dist
 from torch import Tensor, fx
 
 from autofunc.graph.exchanges import Wait, at_once, exchanges
-from autofunc.shard.links import Links, links
-
-SMALL = 1 << 20
-"""Bytes up to which more than two ranks exchange directly."""
+from autofunc.shard.links import Links, links, suits_sockets
 
 _c10d = torch.ops._c10d_functional
-_links: WeakValueDictionary[str, Links] = WeakValueDictionary()  # by name of the group; `links` keeps them as long as it
+_links: WeakValueDictionary[str, Links] = WeakValueDictionary()  # by group name; `links` keeps them as long as the group
 
-# operators of our own, so that a captured graph can name them: torch knows them in the whole process from import on
+# our own operators, so that captured graphs can name them; registered for the whole process on import
 _library = torch.library.Library("autofunc", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define("all_reduce(Tensor x, str how, str group) -> Tensor")  # type: ignore[no-untyped-call]
 _library.define("all_gather(Tensor x, int size, str group) -> Tensor")  # type: ignore[no-untyped-call]
@@ -31,19 +28,19 @@ _library.define("reduce_scatter(Tensor x, str how, int size, str group) -> Tenso
 
 
 def _begin_all_reduce(x: Tensor, how: str, group: str) -> Wait:
-    """Everyone's `x` added up, or the largest of each element."""
+    """Begin to combine all ranks' `x` elementwise: their sum or maximum."""
     wait = _links[group].begin([x.contiguous()] * _links[group].size)
     return lambda: _combined(wait(), how)
 
 
 def _begin_all_gather(x: Tensor, size: int, group: str) -> Wait:
-    """Everyone's `x`, one after the other along dim 0."""
+    """Begin to concatenate all ranks' `x` along dim 0."""
     wait = _links[group].begin([x.contiguous()] * size)
     return lambda: torch.cat(wait())
 
 
 def _begin_reduce_scatter(x: Tensor, how: str, size: int, group: str) -> Wait:
-    """This rank's part along dim 0, one of `size` equal ones, of what `all_reduce` gives."""
+    """Begin to combine all ranks' `x`, for this rank's part of `size` equal ones along dim 0."""
     wait = _links[group].begin(x.contiguous().chunk(size))
     return lambda: _combined(wait(), how)
 
@@ -71,7 +68,7 @@ torch.library.register_fake(
 
 
 def exchange_directly(graph: fx.Graph, group: dist.ProcessGroup) -> None:
-    """Change a captured graph in place: its collectives over this group become exchanges where that is faster.
+    """Replace collectives over this group by direct exchanges where that is faster, in place.
 
     Args:
         graph: of local operators and functional collectives.
@@ -92,7 +89,7 @@ def exchange_directly(graph: fx.Graph, group: dist.ProcessGroup) -> None:
             continue
         value, waits = node.meta["val"], list(node.users)
         largest = max(value.numel(), node.args[0].meta["val"].numel()) * value.element_size()
-        suits = value.device.type == "cpu" and (group.size() == 2 or largest <= SMALL) and value.numel() > 0
+        suits = suits_sockets(value.device, largest, group.size())
         if not suits or any(wait.target is not _c10d.wait_tensor.default for wait in waits):
             continue
         with graph.inserting_before(node):

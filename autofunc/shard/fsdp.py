@@ -1,6 +1,6 @@
 """Parameters sharded over the dp_shard axis, stored and gathered by torch's `fully_shard`.
 
-Each layer's parameters are held by a small module of its own, its own root, so that `unshard()` and `reshard()` are plain
+Each layer's parameters are held by a separate small module, its own root, so that `unshard()` and `reshard()` are plain
 calls and the gathers of several layers overlap computing. HSDP, mixed precision, offload and a tp axis come with it.
 Gradients do not go through it: they would be rounded to the parameters' precision first (see `reduce.py`).
 """
@@ -20,9 +20,9 @@ from autofunc.shard.dtensors import local
 from autofunc.shard.options import Sharding
 
 Group = tuple[str, ...]
-"""Canonical paths of the parameters that are gathered together: those of one layer."""
+"""Canonical paths of parameters that are gathered together: those of one layer."""
 
-_KEPT = 2  # trees whose storage a pipeline keeps ready; a tree beyond that is copied into one of its own for each step
+_KEPT = 2  # trees whose storage a pipeline keeps; further trees are copied into a separate storage in each step
 
 
 class _Holder(nn.Module):
@@ -35,7 +35,7 @@ class _Holder(nn.Module):
             self.register_parameter(self.names[path], nn.Parameter(leaf, requires_grad=False))
 
     def get(self, path: str) -> Tensor:
-        """The parameter as it is now: sharded, or gathered."""
+        """Return the parameter in its current form: sharded or gathered."""
         return self.get_parameter(self.names[path]).detach()
 
 
@@ -43,10 +43,10 @@ class ShardedTree:
     """The storage of one tree of sharded parameters.
 
     Args:
-        groups: what is gathered together.
-        make: gives the parameters of a group, whole over the dp_shard axis (cut over tp already).
-        mesh_of: of a group: a mesh of the axis that shares it, or of dp_replicate and that one.
-        sharding: the policies.
+        groups: the parameters that are gathered together.
+        make: returns the parameters of a group, whole over the dp_shard axis (but already cut over tp).
+        mesh_of: returns a group's mesh: of the axis that shards it, or of dp_replicate and that axis.
+        sharding: the precision and offload policies.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class ShardedTree:
         sharding: Sharding,
     ) -> None:
         self._holders: dict[Group, Any] = {}
-        for group in groups:  # one layer at a time, so that no more than one is whole
+        for group in groups:  # one layer at a time, so that only one is whole
             made = make(group)
             holder = _Holder({path: made[path] for path in group})  # in the same order on every rank
             fully_shard(
@@ -73,24 +73,24 @@ class ShardedTree:
         self._places = {path: _place(leaf) for path, leaf in self.sharded.items()}
         self._users: dict[Group, int] = dict.fromkeys(groups, 0)
         self._gathering: dict[Group, UnshardHandle] = {}
-        self._whole: dict[str, Tensor] = {}  # known from the first gather on; their memory comes and goes
+        self._whole: dict[str, Tensor] = {}  # from the first gather on; their memory comes and goes
 
     def holds(self, flat: Mapping[str, Tensor]) -> bool:
-        """Whether these leaves lie in this storage."""
+        """Return whether these leaves lie in this storage."""
         return all(_place(flat[path]) == place for path, place in self._places.items())
 
     def is_like(self, flat: Mapping[str, Tensor]) -> bool:
-        """Whether leaves have the precision of this storage."""
+        """Return whether leaves have the dtypes of this storage."""
         return all(flat[path].dtype == leaf.dtype for path, leaf in self.sharded.items())
 
     @torch.no_grad()
     def load(self, flat: Mapping[str, Tensor]) -> None:
-        """Copy leaves, which lie as those of this storage do, into it."""
+        """Copy leaves with this storage's layout into it."""
         for path, leaf in self.sharded.items():
             local(leaf).copy_(local(flat[path]))
 
     def gather(self, groups: Sequence[Group]) -> None:
-        """Start to gather, for one more user each. Groups that are in use already stay as they are."""
+        """Start to gather groups, for one more user each. Groups already in use need no gather."""
         for group in groups:
             self._users[group] += 1
             if self._users[group] == 1:
@@ -100,7 +100,7 @@ class ShardedTree:
                     self._gathering[group] = handle
 
     def whole(self, path: str) -> Tensor:
-        """A parameter, whole over dp_shard and local over tp; it may still be on its way."""
+        """Return a parameter, whole over dp_shard and local over tp; it may still be in transit."""
         if path not in self._whole:
             group = self._home[path]
             self.arrive([group])
@@ -108,14 +108,14 @@ class ShardedTree:
         return self._whole[path]
 
     def arrive(self, groups: Iterable[Group]) -> None:
-        """Wait for what is on its way."""
+        """Wait for gathers in progress."""
         for group in groups:
             handle = self._gathering.pop(group, None)
             if handle is not None:
                 handle.wait()
 
     def release(self, groups: Sequence[Group]) -> None:
-        """Let go of gathered parameters that nobody else uses."""
+        """Free gathered parameters that have no other user."""
         for group in groups:
             self._users[group] -= 1
             if self._users[group] == 0:
@@ -124,13 +124,13 @@ class ShardedTree:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the parameters that are in memory now, sharded or gathered; of gathers under way nothing."""
+        """Bytes of parameters in memory, sharded or gathered; gathers in progress do not count."""
         leaves = [*self.sharded.values(), *(holder.get(path) for group, holder in self._holders.items() for path in group)]
         storages = (local(leaf).untyped_storage() for leaf in leaves)
         return sum({storage.data_ptr(): storage.nbytes() for storage in storages if storage.nbytes()}.values())
 
     def release_all(self) -> None:
-        """Whatever was gathered, let go of it: after a step that failed."""
+        """Free everything gathered: after a failed step."""
         for group, users in self._users.items():
             if users:
                 self._users[group] = 1
@@ -140,7 +140,7 @@ class ShardedTree:
 class Storages:
     """The storages behind the trees that a pipeline works on.
 
-    Trees that it made itself are used where they lie. Another tree, such as an average of several, is copied: parameters
+    Trees that it made itself are used in place. Any other tree, such as an average of several, is copied: parameters
     are arguments, and a call must not change those of an earlier one.
     """
 
@@ -162,7 +162,7 @@ class Storages:
         return tree
 
     def of(self, flat: Mapping[str, Tensor]) -> ShardedTree:
-        """The storage in which these leaves lie, or that they are copied into."""
+        """Return the storage that holds these leaves, or that they are copied into."""
         for key, tree in reversed(self._own.items()):
             if tree.holds(flat):
                 self._own.move_to_end(key)

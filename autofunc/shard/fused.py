@@ -1,8 +1,8 @@
-"""Fused weights that tp ranks cut part by part: in what order their numbers lie, for those who know but their paths.
+"""The order of elements in fused weights that tp ranks cut part by part, for code that knows only their paths.
 
-A rank's numbers of such a weight are no range of the whole (a part of the queries, of the keys, of the values), which a
-DTensor cannot say. So leaves lie rank by rank, and what leaves a process as a whole is put in order: by `Parameters`, which
-knows its model, and in checkpoints by what is remembered here for as long as the process group lives.
+A rank's share of such a weight is not a range of the whole (some of the queries, of the keys, of the values), which a
+DTensor cannot express. So leaves lie rank by rank, and whole tensors are put in order before they leave a process: by
+`Parameters`, which knows its model, and for checkpoints by the cuts remembered here as long as the process group lives.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _known: WeakKeyDictionary[dist.ProcessGroup, dict[str, set[Cut]]] = WeakKeyDicti
 
 
 def remember(group: dist.ProcessGroup, cuts: Mapping[str, Cut]) -> None:
-    """Note how a model's parameters are cut over a tp axis.
+    """Remember how a model's parameters are cut over a tp axis.
 
     Args:
         group: the axis.
@@ -35,10 +35,10 @@ def remember(group: dist.ProcessGroup, cuts: Mapping[str, Cut]) -> None:
 
 
 def fused_cut(leaf: Tensor, path: str) -> Cut | None:
-    """How a leaf is cut that lies in parts; None for any other.
+    """Return how a leaf that lies in parts is cut; None for any other.
 
     Raises:
-        AutofuncError: where models of this process have cut parameters of this path in different parts.
+        AutofuncError: if models of this process cut parameters of this path into different parts.
     """
     axes = leaf.device_mesh.mesh_dim_names or () if isinstance(leaf, DTensor) else ()
     if not isinstance(leaf, DTensor) or "tp" not in axes:
@@ -51,20 +51,20 @@ def fused_cut(leaf: Tensor, path: str) -> Cut | None:
         return None
     if len(cuts) > 1:
         raise AutofuncError(
-            f"models on this mesh cut {path!r} in different parts ({', '.join(str(cut.parts) for cut in cuts)}), so that a "
-            "checkpoint cannot tell; use a mesh for each"
+            f"models on this mesh cut {path!r} into different parts ({', '.join(str(cut.parts) for cut in cuts)}), so a "
+            "checkpoint cannot tell which applies; use a mesh for each"
         )
     return next(iter(cuts))
 
 
 def in_order(leaf: Tensor, cut: Cut) -> Tensor:
-    """All of a leaf that lies in parts, in the order of the whole; all ranks of its axes call it."""
+    """Gather a leaf that lies in parts, in the order of the whole; all ranks of its axes call it."""
     assert isinstance(leaf, DTensor)
     return put_together(gathered(leaf).chunk(leaf.device_mesh.get_group("tp").size(), cut.dim), cut)
 
 
 def fill(leaf: Tensor, whole: Tensor, cut: Cut) -> None:
-    """Write this process's part of a whole into a leaf that lies in parts; nothing is sent."""
+    """Write this process's part of a whole tensor into a leaf that lies in parts; nothing is sent."""
     assert isinstance(leaf, DTensor)
     size = leaf.device_mesh.get_group("tp").size()
     rank_by_rank = torch.cat([piece_of(whole, cut, size, rank) for rank in range(size)], cut.dim)

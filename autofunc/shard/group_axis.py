@@ -1,4 +1,4 @@
-"""The tp axis as graphs and losses see it: collectives over its process group that can be captured."""
+"""The tp axis as graphs and losses see it: capturable collectives over its process group."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _c10d = torch.ops._c10d_functional
 
 
 class GroupAxis:
-    """A `spreading.Axis` over the process group of a mesh of one axis."""
+    """A `spreading.Axis` over the process group of a one-axis mesh."""
 
     def __init__(self, mesh: DeviceMesh) -> None:
         self.mesh, self.group = mesh, mesh.get_group()
@@ -39,7 +39,7 @@ class GroupAxis:
         return _waited(_c10d.reduce_scatter_tensor(x, "sum", self.size, self.group.group_name))
 
     def handed_out(self, x: Tensor, dim: int) -> Tensor:
-        """See `Axis.handed_out`: a DTensor, of which `af.losses.causal_lm` takes each rank's part."""
+        """See `Axis.handed_out`: a DTensor, from which `af.losses.causal_lm` takes each rank's part."""
         made: Tensor = DTensor.from_local(x, self.mesh, [Shard(dim)], run_check=False)
         return made
 

@@ -1,8 +1,8 @@
-"""Sockets between the tp ranks of one machine: what captured stages exchange on CPU.
+"""Sockets between the tp ranks of one machine, for the exchanges of captured stages on CPU.
 
-A stage waits for every exchange, so what counts is how long a small message takes. gloo hands messages to threads of its
-own, which compete for cores with the ranks that wait: 32 KB take 0.8 to 1.1 ms between two processes that compute, over a
-Unix socket 0.08 ms (two cores).
+A stage waits for every exchange, so the latency of small messages counts. gloo hands messages to its own
+threads, which compete for cores with the waiting ranks: 32 KB take 0.8 to 1.1 ms between two computing processes; over a
+Unix socket, 0.08 ms (two cores).
 """
 
 from __future__ import annotations
@@ -24,23 +24,30 @@ from torch import Tensor
 from autofunc.errors import PeerLostError
 from autofunc.mesh import timeout_of
 
+_SMALL = 1 << 20
+"""Bytes up to which more than two ranks exchange directly."""
 _CHUNK = 1 << 16
-"""Bytes sent before as many are received: so little that sockets hold them, so that nobody waits for a reader."""
+"""Bytes sent before as many are received: few enough for socket buffers, so that no sender waits for a reader."""
 
-# one entry a group, gone with it: connecting is costly, and all pipelines on a mesh can share the sockets
+# one entry per group, as long as it lives: connecting is costly, and all pipelines on a mesh can share the sockets
 _made: WeakKeyDictionary[dist.ProcessGroup, Links | None] = WeakKeyDictionary()
 
 
 def links(group: dist.ProcessGroup) -> Links | None:
-    """Connections between all ranks of a group, made once; all of them call it.
+    """Connect all ranks of a group, once; all of them call it.
 
     Returns:
-        None where ranks are on several machines, cannot have sockets, or what the group sends of CPUs does not go by gloo.
+        The connections; None if ranks are on several machines, cannot have sockets, or the group does not use gloo on CPU.
     """
     if group not in _made:
-        # a group that torch makes by itself is one of "cpu:gloo", of which `get_backend` knows no name
+        # groups that torch makes by default are "cpu:gloo" ones, whose name `get_backend` does not know
         _made[group] = _connect(group) if "cpu:gloo" in dist.get_backend_config(group) else None
     return _made[group]
+
+
+def suits_sockets(device: torch.device, num_bytes: int, num_ranks: int) -> bool:
+    """Return whether ranks exchange tensors of this size faster over `links` than by collectives."""
+    return device.type == "cpu" and num_bytes > 0 and (num_ranks == 2 or num_bytes <= _SMALL)
 
 
 class Links:
@@ -52,12 +59,12 @@ class Links:
         self.size = len(peers) + 1
 
     def begin(self, parts: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
-        """Send one part to each rank; what is returned waits for what comes from each, in rank order.
+        """Send one part to each rank; return a function that waits for each rank's part, in rank order.
 
-        All ranks give parts of one shape and dtype. One exchange is under way at a time: the next one waits for it first.
+        All parts have one shape and dtype on all ranks. At most one exchange is in progress: the next waits for it first.
 
         Raises:
-            PeerLostError: when another rank is gone or too late.
+            PeerLostError: if another rank is gone or too late.
         """
         if self._under_way is not None:
             self._under_way.wait()
@@ -65,16 +72,16 @@ class Links:
         return begun.wait
 
     def exchange(self, parts: Sequence[Tensor]) -> list[Tensor]:
-        """The same at once."""
+        """Exchange parts and wait, see `begin`."""
         return self.begin(parts)()
 
     def ended(self) -> None:
-        """Nothing is under way."""
+        """Note that no exchange is in progress."""
         self._under_way = None
 
 
 class _Exchange:
-    """The first chunk is sent when it begins, and the rest while those of others are read."""
+    """An exchange: sends the first chunk at once, and the rest while reading those of others."""
 
     def __init__(
         self, links: Links, own: int, peers: Mapping[int, socket.socket], parts: Sequence[Tensor]
@@ -88,7 +95,7 @@ class _Exchange:
             self._send(0)
 
     def wait(self) -> list[Tensor]:
-        """What came from each rank."""
+        """Wait for the part of each rank, in rank order."""
         links, self._links = self._links, None
         if links is not None:
             links.ended()
@@ -135,7 +142,7 @@ def _connect(group: dist.ProcessGroup) -> Links | None:
         try:
             listener.bind(path)
             listener.listen(size)
-        except OSError:  # the path of a temporary folder may be too long for a socket
+        except OSError:  # a temporary folder's path may be too long for a socket
             path = ""
         places: list[tuple[str, str]] = _of_all((platform.node(), path), group)
         here = all(node == platform.node() and each and Path(each).exists() for node, each in places)

@@ -1,8 +1,8 @@
-"""What an operator on DTensors that fails leaves behind.
+"""Cleaning up after failed operators on DTensors.
 
-An embedding that is cut along its vocabulary keeps a mask in a placement until its result is summed, and torch keeps the
-placement for all operators like it. A function that fails in between leaves the mask there, and every later embedding
-compares its own with it: an error for other rows, and for fake ones a value that nobody knows.
+An embedding cut along its vocabulary keeps a mask in a placement until its result is summed, and torch caches the
+placement for all similar operators. A function that fails in between leaves the mask there, and every later embedding
+compares its own mask with it: an error for different rows, and for fake tensors a read of unknown values.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# The caches have no public name; the debugging of torch has a function that clears both; tried with torch 2.13.0.
+# The caches have no public name; torch's debugging module has a function that clears both; tried with torch 2.13.0.
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 
 @contextmanager
 def masks_let_go() -> Iterator[None]:
-    """Placements with masks do not outlive a function that fails."""
+    """Clear placements with masks if a function fails."""
     try:
         yield
     except BaseException:

@@ -1,4 +1,4 @@
-"""The norm of gradients that are spread over a mesh.
+"""The norm of gradients that are distributed over a mesh.
 
 Private parts of torch used, tried with 2.13.0: `_foreach_norm` and `_foreach_mul`, which take a few kernels for all leaves.
 `torch.nn.utils.get_total_norm`, which is public, sums squares in fp32.
@@ -18,13 +18,13 @@ from autofunc.shard.dtensors import like, local
 
 
 def global_norm(grads: Mapping[str, Tensor], mesh: DeviceMesh | None, device: torch.device) -> Tensor:
-    """The 2-norm of all gradients: 0-dim fp32, the same on every process, which all call it.
+    """Return the 2-norm of all gradients: 0-dim fp32, the same on every process, which all call it.
 
-    Each number is counted by one process: of copies by the first rank of every axis over which they are copies. Squares are
+    One process counts each element: for copies, the first rank of every axis over which they are replicated. Squares are
     summed in fp64.
 
     Args:
-        grads: those that this process's pp rank counts.
+        grads: gradients that this process's pp rank counts.
         mesh: of the pipeline.
         device: of the result.
     """
@@ -36,12 +36,12 @@ def global_norm(grads: Mapping[str, Tensor], mesh: DeviceMesh | None, device: to
 
 
 def clip_by_norm(grads: Mapping[str, Tensor], norm: Tensor, max_norm: float) -> dict[str, Tensor]:
-    """Gradients scaled by `max_norm / norm` where the norm is larger, as `torch.nn.utils.clip_grad_norm_` does.
+    """Scale gradients by `max_norm / norm` if the norm is larger, as `torch.nn.utils.clip_grad_norm_` does.
 
     Args:
         grads: of this process.
-        norm: of all gradients, 0-dim fp32: what `global_norm` gives.
-        max_norm: the largest norm that stays.
+        norm: of all gradients, 0-dim fp32, from `global_norm`.
+        max_norm: the largest norm that is left unscaled.
     """
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     parts = {path: local(leaf) for path, leaf in grads.items()}
@@ -54,7 +54,7 @@ def clip_by_norm(grads: Mapping[str, Tensor], norm: Tensor, max_norm: float) -> 
 
 
 def _alike(leaves: Sequence[Tensor]) -> dict[tuple[torch.device, torch.dtype], list[Tensor]]:
-    """By device and dtype, in order: of which torch takes all at once."""
+    """Group leaves by device and dtype, in order: the `_foreach` functions need both alike."""
     found: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for leaf in leaves:
         found.setdefault((leaf.device, leaf.dtype), []).append(leaf)
@@ -66,6 +66,6 @@ def _is_first_copy(leaf: Tensor, mesh: DeviceMesh | None) -> bool:
     if isinstance(leaf, DTensor):
         names = leaf.device_mesh.mesh_dim_names or ()
         cut = {name for name, placement in zip(names, leaf.placements, strict=True) if not placement.is_replicate()}
-    if "ep" in cut:  # along dp_shard each rank has other experts, or another part of the same
+    if "ep" in cut:  # along dp_shard each rank has different experts, or a different part of the same
         cut.add("dp_shard")
     return all(coordinate(mesh, axis) == 0 for axis in AXES[1:] if axis not in cut)

@@ -1,4 +1,4 @@
-"""How a pipeline shares its parameters and work over the axes of a mesh: the choices of `af.pipeline`, checked together."""
+"""How a pipeline shares parameters and work over the axes of a mesh: the sharding options of `af.pipeline`."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from autofunc.spreading import SOURCES
 
 @dataclass(frozen=True)
 class Sharding:
-    """Checked when made.
+    """How parameters and work are shared over the axes of a mesh; checked on construction.
 
     Args:
-        reshard_after_forward: gather the parameters of a stage for each of its computations, and let them go after it:
-            less memory, one gather a use. By default they are gathered once a step.
-        prefetch: how many computations ahead of the first use gathering starts.
-        mp_policy: in what precision parameters are gathered and computed with (`param_dtype`), gradients are reduced
-            (`reduce_dtype`; fp32 by default) and the last outputs are given to the loss (`output_dtype`). Applies without a
-            mesh too. Sums over microbatches are fp32 at least.
-        offload_policy: where the sharded parameters wait, see `torch.distributed.fsdp.CPUOffloadPolicy`.
-        tensor_parallel: how parameters are cut over the tp axis: a table; by default ("auto") the model's own, and of a
-            captured module without one ("own" insists on it) what its graph gives ("derived").
-        expert_parallel: over how many ranks routed experts are spread: neighbours among the `dp_shard` ranks of the mesh,
-            which still have other rows each, and hold E / expert_parallel of E experts.
-        sequence_parallel: keep the stream between blocks cut along the tokens over the tp axis: less memory, the same
-            traffic.
-        context_parallel: how attention of tokens that are cut over the cp axis comes by keys and values: "allgather", all
-            at once, or "ring", from one rank after the other while it computes.
+        reshard_after_forward: gather a stage's parameters for each of its computations, and free them after it:
+            less memory, one gather per use. By default they are gathered once per step.
+        prefetch: how many computations before its first use a stage's gather starts.
+        mp_policy: precision in which parameters are gathered and used (`param_dtype`), gradients are reduced
+            (`reduce_dtype`; fp32 by default) and the last outputs reach the loss (`output_dtype`). Applies without a
+            mesh too. Sums over microbatches are at least fp32.
+        offload_policy: where sharded parameters are kept, see `torch.distributed.fsdp.CPUOffloadPolicy`.
+        tensor_parallel: how parameters are cut over the tp axis: a table; by default ("auto") the model's own, or for a
+            captured module without one, a table derived from its graph. "own" and "derived" insist on one of the two.
+        expert_parallel: number of ranks that routed experts are spread over: neighbouring `dp_shard` ranks of the mesh,
+            which still have different rows, and hold E / expert_parallel of E experts each.
+        sequence_parallel: keep the residual stream between blocks cut along the tokens over the tp axis: less memory, the
+            same traffic.
+        context_parallel: how attention gets keys and values of tokens cut over the cp axis: "allgather", all
+            at once, or "ring", rank by rank while it computes.
 
     Raises:
-        AutofuncError: for choices that do not exist or go together.
+        AutofuncError: for unknown or conflicting choices.
     """
 
     reshard_after_forward: bool = False
@@ -63,7 +63,7 @@ class Sharding:
             dtype = getattr(self.mp_policy, name)
             if dtype is torch.float16:
                 raise AutofuncError(
-                    f"sharding: mp_policy.{name} is float16, in whose range gradients do not fit without loss scaling, "
+                    f"sharding: mp_policy.{name} is float16, whose range is too small for gradients without loss scaling, "
                     "which is not supported; use bfloat16"
                 )
             if dtype is not None and not dtype.is_floating_point:
@@ -71,12 +71,12 @@ class Sharding:
 
     @property
     def precision(self) -> Precision:
-        """What stages compute in."""
+        """The precision that stages compute in."""
         policy = self.mp_policy
         return Precision(policy.param_dtype, policy.output_dtype, policy.cast_forward_inputs)
 
     def table(self, own: TensorParallel | None) -> TensorParallel | None:
-        """The placement table for a model that brings this one. What must divide stays the model's to say."""
+        """Return the placement table for a model whose own one is given. The model still decides what must divide."""
         given = self.tensor_parallel
         if isinstance(given, TensorParallel):
             return given

@@ -1,7 +1,7 @@
-"""A stage computed by several processes together, by graphs of their own: values are local tensors, inside and outside.
+"""A stage computed by several processes together, each with its own graph: values are local tensors inside and outside.
 
-What each rank's graph does, and where it exchanges values, was decided when the model was planned over the axis, see
-`spreading`. Here is who they are that exchange.
+Each rank's graph, and where it exchanges values, was decided when the model was planned over the axis, see
+`spreading`. This module supplies the ranks that exchange.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from autofunc.spreading import AxisPlan, along, local_shape
 
 
 class OverGraphs:
-    """A `splitting.Partitioning` over a tp axis, of a model whose graphs are those of each rank.
+    """A `splitting.Partitioning` over a tp axis, for a model with per-rank graphs.
 
     Args:
         mesh: the tp axis.
-        over: how the model is computed over it.
+        over: the model's plan over it.
         homes: path of a holder -> canonical name of its parameter.
     """
 
@@ -34,7 +34,7 @@ class OverGraphs:
 
     @property
     def fingerprint(self) -> Hashable:
-        """The group whose collectives a captured stage names."""
+        """Identifies the group whose collectives a captured stage names."""
         return "graphs", self._axis.fingerprint
 
     def shape(self, path: str, shape: torch.Size) -> torch.Size:
@@ -44,7 +44,7 @@ class OverGraphs:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """See `Partitioning.running`. A loss, which is outside of the graphs, sees logits that are cut as DTensors."""
+        """See `Partitioning.running`. A loss, which is outside the graphs, sees cut logits as DTensors."""
         with along({self.over.axis: self._axis}), self._outside.running():
             yield
 
@@ -53,7 +53,7 @@ class OverGraphs:
         return local.detach()
 
     def received(self, local: Tensor, placement: Hashable) -> Tensor:
-        """See `Partitioning.received`. The stage before made it as this one takes it."""
+        """See `Partitioning.received`. The previous stage made it as this one takes it."""
         return local
 
     def handed_on(self, value: Tensor, placement: Hashable = None) -> tuple[Tensor, Hashable]:

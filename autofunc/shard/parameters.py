@@ -1,6 +1,6 @@
-"""How a process holds its parameters, and how a step comes by them.
+"""How a process holds its parameters, and how a step gets them.
 
-Without data parallel shards a leaf of a tree is a plain tensor, or a DTensor over the tp axis; with them it is a DTensor
+Without data parallel shards a leaf of a tree is a plain tensor, or a DTensor over the tp axis; with them, a DTensor
 that `fully_shard` made. A stage computes with local tensors: whole over dp_shard, this process's part over tp, in the
 precision of the policy.
 """
@@ -38,7 +38,7 @@ from autofunc.splitting import WHOLE, Partitioning, Setting, Stage
 from autofunc.spreading import piece_of, put_together
 
 Full = Callable[[Sequence[str]], Mapping[str, Tensor]]
-"""Makes whole parameters with these canonical paths."""
+"""Makes the whole parameters with these canonical paths."""
 
 
 class Parameters:
@@ -46,12 +46,12 @@ class Parameters:
 
     Args:
         stages: the stages that this process runs.
-        mesh: None when it runs all of them.
-        sharding: the choices.
-        context: cp ranks beside this process that do not exist, to find out what stages would keep.
+        mesh: None if it runs all of them.
+        sharding: the sharding options.
+        context: an imagined cp axis, to find out what stages would keep.
 
     Raises:
-        MeshError: when the model cannot be cut over the tp axis.
+        MeshError: if the model cannot be cut over the mesh's axes.
         ModelError: for a placement table that does not fit the model.
         AutofuncError: for policies that need a mesh.
     """
@@ -74,8 +74,8 @@ class Parameters:
         context = context or context_axis(rows, sharding.context_parallel)
         if context is not None and tp > 1 and sharding.sequence_parallel:
             raise MeshError(
-                f"sequence_parallel on a mesh with cp={context.size} and tp={tp}: cp ranks have cut the tokens already; leave "
-                "sequence_parallel out, or use cp=1"
+                f"sequence_parallel on a mesh with cp={context.size} and tp={tp}: cp ranks cut tokens already; leave it "
+                "out, or use cp=1"
             )
         cut = cut_over_tp(model, tp, sharding)
         over = cut.over if context is None or cut.over is not None else by_layer(cut, model, tp, sharding.sequence_parallel)
@@ -110,9 +110,9 @@ class Parameters:
         )
 
     def exchanges_in(self, stage: Stage) -> bool:
-        """Whether processes exchange values in the middle of a stage, and can compute something else meanwhile.
+        """Return whether processes exchange values inside a stage, and can compute something else meanwhile.
 
-        The same on all of them. Attention over cp ranks waits inside of its operators.
+        The same on all processes. Attention over cp ranks does not count: it waits inside its operators.
         """
         if self.mesh is None:
             return False
@@ -130,12 +130,12 @@ class Parameters:
 
     @property
     def has_reduce_actions(self) -> bool:
-        """Whether the lowered schedule says when gradients are summed over data parallel ranks."""
+        """True if the lowered schedule has actions that sum gradients over data parallel ranks."""
         return self.is_sharded or axis_size(self.mesh, "dp_replicate") > 1
 
     @cached_property
     def groups(self) -> list[Group]:
-        """What is gathered together: a layer's parameters, those of spread experts apart; shared ones go with the first."""
+        """Parameters gathered together: a layer's, spread experts separately; shared ones go with their first layer."""
         found: dict[str, str] = {}
         for stage in self.stages:
             for holder in stage.holders:
@@ -151,7 +151,7 @@ class Parameters:
 
     @cached_property
     def _groups_of(self) -> dict[int, list[Group]]:
-        """By stage: what holds its parameters, in the order in which its layers need it."""
+        """Groups that hold a stage's parameters, by stage, in the order in which its layers need them."""
         return {
             stage: list(dict.fromkeys(group for groups in by_layer for group in groups))
             for stage, by_layer in self._groups_by_layer.items()
@@ -159,7 +159,7 @@ class Parameters:
 
     @cached_property
     def _groups_by_layer(self) -> dict[int, list[list[Group]]]:
-        """By stage and position of the layer: what holds the layer's parameters."""
+        """Groups that hold a layer's parameters, by stage and position of the layer."""
         home = {path: group for group in self.groups for path in group}
         found: dict[int, list[list[Group]]] = {}
         for stage in self.stages:
@@ -170,7 +170,7 @@ class Parameters:
         return found
 
     def local_shape(self, path: str) -> torch.Size:
-        """Shape of the part of a parameter, or of its gradient, that this process holds; for any parameter of the model."""
+        """Return the shape of this process's part of a parameter of the model, or of its gradient."""
         shape = self.partitioning.shape(path, self.model.spec[path].shape)
         if self.experts is not None and self.model.canonical(path) in self.experts.paths:
             return shard_shape(shape, axis_size(self.experts.mesh, "edp"), coordinate(self.experts.mesh, "edp"))
@@ -179,20 +179,20 @@ class Parameters:
     # --- trees
 
     def make(self, full: Full) -> dict[str, Tensor]:
-        """The leaves of this process, layer by layer: no more than one layer is whole at a time."""
+        """Make the leaves of this process layer by layer, so that only one layer is whole at a time."""
         if self.is_sharded:
             return dict(self._storages.add(lambda group: self._parts(_with_rows(full(group)))).sharded)
         return {path: leaf for group in self.groups for path, leaf in self._parts(full(group)).items()}
 
     def full(self, path: str, leaf: Tensor) -> Tensor:
-        """A leaf put together from all ranks of the dp_shard and tp axes, which all call it; a copy."""
+        """Gather a leaf from all ranks of the dp_shard and tp axes, which all call it; return a copy."""
         whole, cut = gathered(leaf).view(self.full_shape(path, leaf)), self._cut.get(path)
         if cut is None or len(cut.parts) == 1 or not isinstance(leaf, DTensor):
             return whole
         return put_together(whole.chunk(axis_size(self.mesh, "tp"), cut.dim), cut)
 
     def full_shape(self, path: str, leaf: Tensor) -> torch.Size:
-        """The shape that `full` gives a leaf."""
+        """Return the shape that `full` gives a leaf."""
         return self.model.spec[path].shape if isinstance(leaf, DTensor) else leaf.shape
 
     @property
@@ -201,15 +201,15 @@ class Parameters:
 
     @property
     def _is_imagined(self) -> bool:
-        """Whether experts are spread over ranks that do not exist."""
+        """True if experts are spread over imagined ranks."""
         return self.experts is not None and self.mesh is None
 
     def lies_right(self, leaf: Tensor) -> bool:
-        """Whether a leaf is a DTensor where it should be one; a meta tensor stands for any."""
+        """Return whether a leaf is a DTensor exactly if it should be one; a meta tensor stands for either."""
         return leaf.is_meta or isinstance(leaf, DTensor) == self._is_spread
 
     def laid_out(self, flat: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Meta tensors like the parameters that stages compute with as they are given; shards are put together anew."""
+        """Return meta tensors like the parameters that stages use as given; none if leaves are only parts."""
         if self._is_spread:
             return {}
         return {
@@ -218,7 +218,7 @@ class Parameters:
         }
 
     def check(self, flat: Mapping[str, Tensor]) -> None:
-        """Refuse a tree that does not lie as this process's parameters do.
+        """Refuse a tree without the layout of this process's parameters.
 
         Raises:
             ModelError: naming the parameter.
@@ -239,7 +239,7 @@ class Parameters:
                 )
 
     def check_fixed(self) -> None:
-        """Refuse parameters that do not stay where they are in a step, and stages that exchange values.
+        """Refuse parameters that do not stay in place during a step, and stages that exchange values.
 
         Raises:
             AutofuncError: with the reason.
@@ -249,22 +249,22 @@ class Parameters:
     # --- one step
 
     def reduction(self) -> Reduction:
-        """Sums of one step's gradients."""
+        """Return an object that sums one step's gradients."""
         return Reduction(self.mesh, self.sharding.mp_policy.reduce_dtype, self.experts, self.model.canonical)
 
     def step(self, flat: Mapping[str, Tensor]) -> StepParameters:
-        """What a step computes with.
+        """Return the parameters of one step.
 
         Args:
             flat: canonical path -> leaf, of all parameters of this process.
 
         Raises:
-            AutofuncError: where experts are spread over ranks that do not exist.
+            AutofuncError: if experts are spread over imagined ranks.
         """
         if self._is_imagined:
             raise AutofuncError(
-                "sharding: expert_parallel needs a mesh; make one with af.make_mesh. Without one a pipeline knows what a "
-                "rank would keep (pipe.memory), and runs nothing"
+                "sharding: expert_parallel needs a mesh; make one with af.make_mesh. Without one a pipeline can tell what "
+                "a rank would keep (pipe.memory), but cannot run"
             )
         if self.is_sharded:
             return StepParameters(self, flat, self._storages.of(flat))
@@ -289,13 +289,13 @@ class Parameters:
         return Storages(lambda make: ShardedTree(self.groups, make, mesh_of, self.sharding), blank)
 
     def _parts(self, full: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Each process's part of the whole parameters of a group, over the ranks that compute with other ones."""
+        """Cut each process's part from a group's whole parameters, over the axis that computes with different parts."""
         if self.experts is not None and not self.experts.paths.isdisjoint(full):
             return self.experts.over_ranks(full)
         return self._over_tp(full)
 
     def _over_tp(self, full: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Each process's part of whole parameters; all have the same ones, so nothing is sent."""
+        """Cut each process's part from whole parameters; all have the same ones, so nothing is sent."""
         if self.mesh is None or axis_size(self.mesh, "tp") == 1:
             return dict(full)
         axis, size, place = self.mesh["tp"], axis_size(self.mesh, "tp"), coordinate(self.mesh, "tp")

@@ -1,8 +1,8 @@
-"""Summing gradients over data parallel ranks, and over those of the tp axis where each has a part of the sum.
+"""Summing gradients over data parallel ranks, and over tp ranks if each has a term of the sum.
 
-The sums over microbatches are added up as they are, fp32 at least, and not sent back through the gathered parameters, where
-they would be rounded first. All gradients of a layer travel together: one reduce-scatter over dp_shard, then, of what is
-left, one all-reduce over dp_replicate. Both are started as soon as a layer's last gradient is there.
+Sums over microbatches are reduced as they are, at least fp32, not through the gathered parameters, where they would be
+rounded first. All gradients of a layer travel together: one reduce-scatter over dp_shard, started as soon as the stage's
+last gradient is complete, then one all-reduce of the rest over dp_replicate.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from autofunc.shard.experts import SpreadExperts
 
 
 def _rows_each(rows: int, size: int) -> int:
-    """Rows of the largest part: as `torch.chunk` cuts."""
+    """Return the rows of the largest part, as `torch.chunk` cuts."""
     return math.ceil(rows / size)
 
 
 def with_rows(shape: torch.Size) -> torch.Size:
-    """The shape in which a parameter is cut along dim 0: one that has no dims is one row."""
+    """Return the shape in which a parameter is cut along dim 0: a scalar counts as one row."""
     return shape or torch.Size([1])
 
 
 def shard_shape(shape: torch.Size, size: int, place: int) -> torch.Size:
-    """Shape of the part of a parameter that the rank at this place holds."""
+    """Return the shape of the part of a parameter that the rank at this place holds."""
     if size == 1:
         return shape
     shape = with_rows(shape)
@@ -44,8 +44,8 @@ class _Route:
     """The ranks over which some gradients are summed.
 
     Args:
-        mesh: of the pipeline; None or without data parallel axes leaves sums as they are.
-        axis: whose ranks share the sum, each a part.
+        mesh: of the pipeline; None or without data parallel axes, sums are not changed.
+        axis: the axis whose ranks each get a part of the sum.
     """
 
     def __init__(self, mesh: DeviceMesh | None, axis: str) -> None:
@@ -55,22 +55,22 @@ class _Route:
 
 @dataclass
 class _Pending:
-    """A layer's gradients on their way."""
+    """A layer's gradients in transit."""
 
-    work: Any  # None once it is done
+    work: Any  # None once done
     arriving: Tensor
-    given: Tensor | None  # must live until then; by place, what each rank gets
+    given: Tensor | None  # what each rank gets, by place; must live until then
     layouts: list[tuple[str, torch.Size, torch.dtype]]  # path, shape of this rank's part, dtype of the sum
     padded: list[int]  # elements of each part in `arriving`
     route: _Route
 
     @property
     def goes_on(self) -> bool:
-        """Whether the parts are still to be summed over dp_replicate."""
+        """True if the parts still have to be summed over dp_replicate."""
         return self.route.scattering is not None and self.route.replicating is not None
 
     def wait(self) -> None:
-        """Wait until it is done; what it was given is let go of."""
+        """Wait until it is done, and free its input."""
         if self.work is not None:
             self.work.wait()
         self.work = self.given = None
@@ -80,10 +80,10 @@ class Reduction:
     """One step's sums over ranks.
 
     Args:
-        mesh: of the pipeline; None or without data parallel axes leaves sums as they are.
-        dtype: in what sums travel; None for the sums' own.
-        experts: those that are spread over ranks: of each, only the ranks that have it have terms of its sum.
-        canonical: from the path of a holder to that of its parameter.
+        mesh: of the pipeline; None or without data parallel axes, sums are not changed.
+        dtype: that sums are sent in; None for their own.
+        experts: experts spread over ranks: only the ranks that hold an expert have terms of its sum.
+        canonical: maps the path of a holder to that of its parameter.
     """
 
     def __init__(
@@ -100,12 +100,12 @@ class Reduction:
         self._sums: dict[str, Tensor] = {}
 
     def post(self, sums: Mapping[str, Tensor]) -> None:
-        """Start to add up the gradients of a layer; their memory may be let go of. So is that of layers that are done.
+        """Start to sum the gradients of a layer, whose memory the caller may free; free that of finished layers.
 
         Args:
             sums: path of each holder -> its sum over microbatches on this rank.
         """
-        for pending in self._pending:  # they end in order; NCCL's say when, gloo's only when they are waited for
+        for pending in self._pending:  # they finish in order; NCCL tells when, gloo only once waited for
             if pending.work is None:
                 continue
             if not pending.work.is_completed():
@@ -139,16 +139,16 @@ class Reduction:
         self._pending.append(_Pending(work, arriving, given, layouts, list(each.values()), route))
 
     def finish(self, terms: Container[str]) -> dict[str, Tensor]:
-        """Wait for everything: path of each holder -> this rank's part of the sum over all ranks.
+        """Wait for all sums; return the path of each holder -> this rank's part of the sum over all ranks.
 
         Args:
-            terms: paths of holders of whose sums each tp rank has a part.
+            terms: paths of holders of whose sums each tp rank has one term.
         """
         for each in self._pending:
             each.wait()
             if each.goes_on:
                 each.work = dist.all_reduce(each.arriving, group=each.route.replicating, async_op=True)
-        while self._pending:  # the memory of each goes before that of the next is needed
+        while self._pending:  # each frees its memory before the next needs its own
             each = self._pending.pop(0)
             each.wait()
             for part, (path, shape, dtype) in zip(_cut(each.arriving, each.padded), each.layouts, strict=True):
@@ -165,7 +165,7 @@ class Reduction:
 
 
 def _pieces(sums: Mapping[str, Tensor], padded: Mapping[str, int], place: int, size: int) -> Iterator[Tensor]:
-    """What the rank at one of `size` places gets of some sums, filled up to as many elements as all get."""
+    """Yield the parts of sums for the rank at one of `size` places, each padded to the same size on all ranks."""
     for path, total in sums.items():
         rows = _rows_each(total.shape[0], size) if size > 1 else None
         part = (total if rows is None else total[place * rows : (place + 1) * rows]).reshape(-1)
@@ -175,7 +175,7 @@ def _pieces(sums: Mapping[str, Tensor], padded: Mapping[str, int], place: int, s
 
 
 def _padded(total: Tensor, size: int) -> int:
-    """Elements of the largest part of a sum."""
+    """Return the number of elements in the largest part of a sum."""
     return total.numel() if size == 1 else _rows_each(total.shape[0], size) * total.shape[1:].numel()
 
 

@@ -1,4 +1,4 @@
-"""How one step comes by the parameters of its stages: gathered where they are sharded, cast where they are not."""
+"""How a step gets the parameters of its stages: gathered if they are sharded, else cast."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 
 class StepParameters:
-    """Comes by the parameters of stages in one step.
+    """The parameters of stages during one step.
 
     Args:
         parameters: how this process holds them.
         flat: the leaves of this step.
-        storage: where sharded ones lie.
+        storage: of sharded parameters; None if they are not sharded.
     """
 
     def __init__(self, parameters: Parameters, flat: Mapping[str, Tensor], storage: ShardedTree | None) -> None:
@@ -34,12 +34,12 @@ class StepParameters:
             self._storage.gather(self._parameters._groups_of[stage])
 
     def release(self, stage: int) -> None:
-        """Let go of a stage's gathered parameters."""
+        """Free a stage's gathered parameters."""
         if self._storage is not None:
             self._storage.release(self._parameters._groups_of[stage])
 
     def leaves(self, stage: Stage) -> list[Tensor]:
-        """Local tensors for all holders of a stage, in order; sharded ones may still be on their way."""
+        """Return local tensors for all holders of a stage, in order; sharded ones may still be in transit."""
         canonical = (self._parameters.model.canonical(path) for path in stage.holders)
         if self._storage is not None:
             storage = self._storage
@@ -48,7 +48,7 @@ class StepParameters:
         return [self._cast_once(path) for path in canonical]
 
     def ready(self, stage: int) -> Callable[[int], None] | None:
-        """Waits for the parameters of a layer of a stage, by its position; None where there is nothing to wait for."""
+        """Return a function that waits for the parameters of a layer, given its position; None if nothing is gathered."""
         if self._storage is None:
             return None
         arrive, groups = self._storage.arrive, self._parameters._groups_by_layer[stage]
@@ -61,19 +61,19 @@ class StepParameters:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the parameters that are in memory now."""
+        """Bytes of parameters in memory."""
         if self._storage is not None:
             return self._storage.num_bytes
         held = [local(self._parameters.model.lookup(self._flat, path)) for path in self._parameters.paths]
         return sum(leaf.numel() * leaf.element_size() for leaf in [*held, *self._cast.values()])
 
     def end(self) -> None:
-        """After the step, or when it failed: nothing stays gathered."""
+        """Free all gathered parameters, after a step or its failure."""
         if self._storage is not None:
             self._storage.release_all()
 
     def _cast_once(self, path: str) -> Tensor:
-        """A parameter that need not be gathered: cast once a step, if at all."""
+        """Return a parameter that needs no gather, cast once per step if at all."""
         leaf = local(self._parameters.model.lookup(self._flat, path)).detach()
         dtype = self._parameters.sharding.precision.parameter_dtype(leaf.dtype)
         if dtype == leaf.dtype:

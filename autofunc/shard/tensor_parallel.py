@@ -1,7 +1,7 @@
-"""A stage computed by several processes together: its function sees DTensors, everything outside it local tensors.
+"""A stage computed by several processes together: its function sees DTensors, everything outside sees local tensors.
 
-DTensor decides per operator where values lie, and inserts the collectives. In the graph engine that happens once, while
-the stage is captured: what runs are local operators and collectives.
+DTensor decides the placement of values operator by operator, and inserts the collectives. In the graph engine that happens
+once, while the stage is captured: what runs are local operators and collectives.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class OverTP:
 
     @property
     def fingerprint(self) -> Hashable:
-        """The group whose collectives a captured stage names, and what "sequence" means."""
+        """Identifies the group whose collectives a captured stage names, and what "sequence" means."""
         return Identity(self.mesh.get_group()), self.sequence_parallel
 
     def shape(self, path: str, shape: torch.Size) -> torch.Size:
@@ -59,7 +59,7 @@ class OverTP:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """See `Partitioning.running`. Tensors that the function makes from the batch alone are the same on every rank."""
+        """See `Partitioning.running`. Tensors computed from the batch alone are the same on every rank."""
         with implicit_replication(), spreading(self), masks_let_go():
             try:
                 yield
@@ -77,7 +77,7 @@ class OverTP:
         return local if placement is None else self._over(local, placement)  # type: ignore[arg-type]
 
     def handed_on(self, value: Tensor, placement: Hashable = None) -> tuple[Tensor, Hashable]:
-        """See `Partitioning.handed_on`. What lies in parts that are to be summed is summed."""
+        """See `Partitioning.handed_on`. Partial sums are summed."""
         if not isinstance(value, DTensor):
             return value, None
         own = value.placements[0]
@@ -89,7 +89,7 @@ class OverTP:
         return self._local(value, Replicate()) if isinstance(value, DTensor) else value
 
     def gradient(self, path: str, gradient: Tensor) -> tuple[Tensor, bool]:
-        """See `Partitioning.gradient`. Parts of a sum stay parts: they are summed once a step, not once a microbatch."""
+        """See `Partitioning.gradient`. Partial sums stay partial: they are summed once per step."""
         if not isinstance(gradient, DTensor):
             return gradient, False
         own, wanted = gradient.placements[0], self._placement(path)
@@ -155,9 +155,9 @@ def _uneven(x: Tensor, dim: int, size: int, placement: str) -> ModelError:
 
 @cache
 def _register_attention() -> None:
-    """Tell DTensor how attention on CPU is sharded: by heads (dim 1), or not at all. On CUDA it knows.
+    """Tell DTensor how attention on CPU is sharded: by heads (dim 1), or not at all. It knows attention on CUDA.
 
-    DTensor has one table of operators for the whole process, and this adds to it; so it is done once, and only where a tp
+    DTensor has one table of operators for the whole process, to which this adds; so it runs once, and only if a tp
     axis is used.
     """
     attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu

@@ -11,14 +11,18 @@ from autofunc.errors import SplitError
 def balance(costs: Sequence[float], num_parts: int) -> list[int]:
     """Cut a row of costs into contiguous, non-empty parts so that the largest part is as small as possible.
 
-    Among equally good partitions the one with the smallest sum of squares is taken. Dynamic programming over (parts, end);
-    O(num_parts * n^2).
+    Among equally good partitions, the one with the smallest sum of squares is chosen. Dynamic programming over
+    (parts, end); O(num_parts * n^2).
+
+    Args:
+        costs: cost of each item, in any one unit.
+        num_parts: number of parts.
 
     Returns:
         The start positions of the parts after the first.
 
     Raises:
-        SplitError: when there are fewer items than parts.
+        SplitError: if there are fewer items than parts.
     """
     n = len(costs)
     if not 1 <= num_parts <= n:

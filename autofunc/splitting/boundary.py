@@ -1,4 +1,4 @@
-"""What crosses the boundaries between stages, as data."""
+"""The values that cross the boundaries between stages, as data."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from autofunc.splitting.setting import WHOLE, Partitioning
 
 @dataclass(frozen=True)
 class Value:
-    """One tensor of what a stage hands on for one microbatch: this process's part of it."""
+    """One tensor that a stage sends for one microbatch: this process's part of it."""
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     needs_grad: bool
     placement: Hashable = None  # how it lies over the processes that compute the stage together; None: whole on each
-    producer: int = 0  # the stage that makes it
+    producer: int = 0  # the number of the stage that makes it
 
     @property
     def num_bytes(self) -> int:
@@ -33,7 +33,7 @@ class Value:
 
 @dataclass(frozen=True)
 class Boundary:
-    """What a stage returns: a pytree whose tensors are values and whose other leaves are constants."""
+    """A stage's output: a pytree whose tensors are `Value`s and whose other leaves are constants."""
 
     spec: tree.TreeSpec
     leaves: tuple[Any, ...]  # a Value, or the constant itself
@@ -44,7 +44,7 @@ class Boundary:
         return tuple(leaf for leaf in self.leaves if isinstance(leaf, Value))
 
     def of(self, producer: int) -> Boundary:
-        """The same as the stage with this number returns it."""
+        """Return the same boundary, as the output of the stage with this number."""
         leaves = (replace(leaf, producer=producer) if isinstance(leaf, Value) else leaf for leaf in self.leaves)
         return Boundary(self.spec, tuple(leaves))
 
@@ -54,7 +54,7 @@ class Boundary:
         return sum(value.num_bytes for value in self.values)
 
     def tensors(self, x: Any, partitioning: Partitioning = WHOLE) -> list[Tensor]:
-        """Flatten what the stage returned into its tensors, as they are handed on."""
+        """Flatten a stage's output into its tensors, as they are sent on."""
         leaves = [leaf for leaf in tree.leaves_and_spec(x)[0] if isinstance(leaf, Tensor)]
         return [
             partitioning.whole(leaf) if value.placement is None else partitioning.handed_on(leaf, value.placement)[0]
@@ -73,25 +73,25 @@ class Boundary:
 
 @dataclass(frozen=True)
 class Returned:
-    """What one stage returns, and what the loss makes of it."""
+    """The outputs of one stage and of its loss."""
 
     boundary: Boundary
-    aux: Boundary | None = None  # of one microbatch; None when there is no loss, or it has no aux
+    aux: Boundary | None = None  # of one microbatch; None without a loss, or if the loss has no aux
 
     def of(self, producer: int) -> Returned:
-        """The same as the stage with this number returns it."""
+        """Return the same, as returned by the stage with this number."""
         return Returned(self.boundary.of(producer), self.aux.of(producer) if self.aux is not None else None)
 
 
 @dataclass(frozen=True)
 class Boundaries:
-    """What every stage returns for one batch signature, and what the loss makes of the last."""
+    """The outputs of every stage for one batch signature, and of the loss."""
 
     stages: tuple[Boundary, ...]  # one per stage; the last is the model's output
-    aux: Boundary | None  # of one microbatch; None when there is no loss, or it has no aux
+    aux: Boundary | None  # of one microbatch; None without a loss, or if the loss has no aux
 
     def edges(self) -> tuple[Edge, ...]:
-        """The connections between stages; `needs_grad` where any of the values does."""
+        """Return the edges between stages; `needs_grad` if any of their values does."""
         return tuple(
             Edge(index, index + 1, any(value.needs_grad for value in boundary.values))
             for index, boundary in enumerate(self.stages[:-1])
@@ -99,11 +99,11 @@ class Boundaries:
 
 
 def describe(x: Any, partitioning: Partitioning = WHOLE) -> tuple[Boundary, list[Tensor]]:
-    """What a stage returned as a boundary, and its tensors as this process hands them on, with their graphs.
+    """Describe a stage's output as a boundary; return it, and the tensors this process sends on, with their autograd graph.
 
     Args:
-        x: what its function returned.
-        partitioning: how values lie over the processes that compute it together.
+        x: the output of the stage's function.
+        partitioning: how values lie over the processes that compute the stage together.
     """
     leaves, spec = tree.leaves_and_spec(x)
     described: list[Any] = []
@@ -119,7 +119,7 @@ def describe(x: Any, partitioning: Partitioning = WHOLE) -> tuple[Boundary, list
 
 
 def outline(x: Any) -> Boundary:
-    """What a stage returned, all of it, as a boundary; nothing is computed. A value in parts has the shape of the whole."""
+    """Describe a stage's whole output as a boundary, without computing; a partitioned value gets its whole shape."""
     leaves, spec = tree.leaves_and_spec(x)
     named = zip(tree.leaf_names(x, "x"), leaves, strict=True)
     return Boundary(

@@ -1,4 +1,4 @@
-"""A stage in its surroundings: all that it takes to run it, to work out what it returns, and to capture it."""
+"""A stage in its surroundings: everything needed to run it, to infer its outputs and to capture it."""
 
 from __future__ import annotations
 
@@ -28,41 +28,41 @@ Layout = tuple[torch.Size, torch.dtype]
 """Shape and dtype of a tensor."""
 
 Ready = Callable[[int], None]
-"""Waits until the parameters of a layer, by its position in the stage, have arrived."""
+"""Waits until the parameters of a layer, given by its position in the stage, have arrived."""
 
 
 @dataclass(frozen=True)
 class StageContext:
-    """A stage for one batch signature."""
+    """A stage in its surroundings, for one batch signature."""
 
     stage: Stage
-    specialised: Specialised  # the stage's model, for microbatches as layers see them
-    received: Boundary | None  # boundary of the stage before; None for the first stage
-    loss: Loss | None  # None: the output's own
-    with_loss: bool  # whether to end in the loss: the last stage, unless outputs are wanted
-    with_grads: bool  # whether the backward is wanted
+    specialised: Specialised  # the model, for microbatches as layers see them
+    received: Boundary | None  # the output of the stage before; None for the first stage
+    loss: Loss | None  # None: the loss in the model's own output
+    with_loss: bool  # whether to end in the loss: true for the last stage, unless outputs are wanted
+    with_grads: bool  # whether a backward will run
     dtypes: Mapping[str, torch.dtype]  # of every canonical parameter, as it is computed with
-    microbatch: Mapping[str, Any]  # an example, of which only shapes, strides, dtypes, devices and plain values matter
+    microbatch: Mapping[str, Any]  # an example; only shapes, strides, dtypes, devices and plain values matter
     device: torch.device
     setting: Setting = ALONE
     strides: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # of canonical parameters that are not contiguous
-    keeps_state: bool = True  # whether its new state is wanted
+    keeps_state: bool = True  # whether the new state is wanted
 
     @property
     def input_wants(self) -> list[bool]:
-        """For each value received, whether it needs a gradient."""
+        """For each received value, whether it needs a gradient."""
         return [value.needs_grad for value in self.received.values] if self.received is not None else []
 
     @property
     def parameters(self) -> list[Layout]:
-        """Of each holder's parameter, as this process computes with it."""
+        """Each holder's layout, as this process computes with it."""
         model, shape = self.stage.model, self.setting.partitioning.shape
         return [
             (shape(path, model.spec[path].shape), self.dtypes[model.canonical(path)]) for path in self.stage.holders
         ]  # fmt: skip
 
     def empty_parameters(self) -> list[Tensor]:
-        """A tensor like each holder's parameter, which nothing is written into."""
+        """Allocate a tensor like each holder's parameter, without values."""
         model, made = self.stage.model, []
         for path, (shape, dtype) in zip(self.stage.holders, self.parameters, strict=True):
             strides = self.strides.get(model.canonical(path))
@@ -71,13 +71,13 @@ class StageContext:
         return made
 
     def empty_state(self) -> list[Tensor]:
-        """A tensor like each of the stage's states, which nothing is written into."""
+        """Allocate a tensor like each of the stage's states, without values."""
         spec = self.stage.model.state_spec
         return [torch.empty(spec[path].shape, dtype=spec[path].dtype, device=self.device) for path in self.stage.states]
 
     @property
     def accumulator_layouts(self) -> list[Layout]:
-        """Of the sum of each trainable holder's gradients."""
+        """The layout of each trainable holder's gradient accumulator."""
         return [
             (shape, accumulator_dtype(dtype))
             for (shape, dtype), wanted in zip(self.parameters, self.stage.trainable, strict=True)
@@ -86,27 +86,27 @@ class StageContext:
 
     @property
     def accumulator_bytes(self) -> int:
-        """Bytes of the sums of all trainable holders."""
+        """Bytes of all gradient accumulators."""
         return sum(shape.numel() * dtype.itemsize for shape, dtype in self.accumulator_layouts)
 
     def run(
         self, bound: Mapping[str, Any], inputs: Sequence[Tensor], microbatch: Mapping[str, Any], state: Sequence[Tensor],
         ready: Ready | None = None, around: Callable[[int], AbstractContextManager[None]] = lambda layer: nullcontext(),
     ) -> tuple[Any, list[Tensor]]:  # fmt: skip
-        """The stage on local tensors, in `partitioning.running()`; returns what its function made, and its new state.
+        """Run the stage on local tensors, inside `partitioning.running()`; return its function's output and the new state.
 
         Args:
             bound: its parameters, see `Stage.bind`.
-            inputs: values of the boundary before.
+            inputs: values of the stage before.
             microbatch: the microbatch.
-            state: of the stage, in the order of `Stage.states`.
+            state: the stage's state, in the order of `Stage.states`.
             ready: called before each layer with its position in the stage.
-            around: what each layer runs in, by its position in the stage.
+            around: returns the context that each layer runs in, by its position in the stage.
         """
         x = self.received.assemble(inputs, self.setting.partitioning) if self.received is not None else None
         states = self.stage.bind_state(state)
         with summing(self.setting.data), exchanging(self.setting.experts):
-            with around(0):  # a balance loss counts tokens of all expert ranks, of their masks alone too
+            with around(0):  # a balance loss counts tokens of all expert ranks, and for that needs their masks too
                 entries = self.specialised.share(self.stage.layers, self.setting.precision.batch(microbatch))
             for number, name in enumerate(self.stage.layers):
                 if ready is not None:
@@ -116,7 +116,7 @@ class StageContext:
         return self.setting.precision.output(x) if self.stage.is_last else x, self.stage.state_leaves(states)
 
     def describe(self, x: Any) -> tuple[Boundary, list[Tensor]]:
-        """What `run` returned as a boundary, and its tensors as they are handed on; of the last stage all of it."""
+        """Describe the output of `run` as a boundary, and return its tensors as sent on; the last stage's are whole."""
         partitioning = self.setting.partitioning
         x = self.with_all_tokens(x)
         if self.stage.is_last:
@@ -124,11 +124,11 @@ class StageContext:
         return describe(x, partitioning)
 
     def with_all_tokens(self, x: Any) -> Any:
-        """What `run` returned, of the last stage with the tokens of all cp ranks, which all call it."""
+        """Return the output of `run`; for the last stage, with the tokens of all cp ranks, all of which must call it."""
         return self.specialised.whole(x) if self.stage.is_last and isinstance(self.specialised, OverTokens) else x
 
     def loss_terms(self, x: Any, microbatch: Mapping[str, Any]) -> LossTerms:
-        """The loss of what the last stage made, all of it; over cp ranks the term of this one's tokens."""
+        """Compute the loss of the last stage's output: the whole loss, or over cp ranks the term of this rank's tokens."""
         if isinstance(self.specialised, OverTokens):
             return self.specialised.loss_terms(x, microbatch)
         whole = self.setting.partitioning.whole
@@ -140,7 +140,7 @@ class StageContext:
     def fingerprint(self) -> Hashable:
         """Equal for stages that do the same to values of the same shapes, in any pipeline of this process.
 
-        Names of layers are left out, unless the microbatch has a key: randomness depends on them.
+        Layer names are left out, unless the microbatch has a key: randomness depends on them.
         """
         stage, model = self.stage, self.stage.model
         random = self.microbatch.get(self.stage.model.key_name) is not None
@@ -179,7 +179,7 @@ class StageContext:
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
-    """In what the gradients of a parameter are summed: fp32 for anything less precise."""
+    """Return the dtype in which a parameter's gradients accumulate: fp32 for anything less precise."""
     return torch.float32 if dtype.itemsize < 4 else dtype
 
 
@@ -187,13 +187,13 @@ def specialise(
     model: Model, dtypes: Mapping[str, torch.dtype], microbatch: Mapping[str, Any], setting: Setting = ALONE,
     *, training: bool = True,
 ) -> tuple[Specialised, dict[str, torch.dtype]]:  # fmt: skip
-    """A model for microbatches as its layers see them in a setting, and the dtypes that they compute with.
+    """Specialise a model to microbatches, as its layers see them in a setting; return it with the dtypes of computation.
 
     Args:
         model: the model.
-        dtypes: of every canonical parameter, as it is stored; see `parameter_dtypes`.
-        microbatch: one microbatch with real tensors; of these only shapes, dtypes and devices matter.
-        setting: what surrounds the stages.
+        dtypes: stored dtypes of every canonical parameter; see `parameter_dtypes`.
+        microbatch: one microbatch with real tensors; only shapes, dtypes and devices matter.
+        setting: the surroundings of the stages.
         training: see `Model.specialise`.
     """
     computed = {path: setting.precision.parameter_dtype(dtype) for path, dtype in dtypes.items()}
@@ -211,8 +211,8 @@ def specialise(
         for path, leaf in model.spec.items()
     }
     with setting.partitioning.running(), summing(setting.data):
-        beside = getattr(over, "axis", None)
-        return over_tokens(specialised, model, leaves, seen, setting.context, beside), computed
+        other_axis = getattr(over, "axis", None)
+        return over_tokens(specialised, model, leaves, seen, setting.context, other_axis), computed
 
 
 def _boundary_key(boundary: Boundary | None) -> Hashable:

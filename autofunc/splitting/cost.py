@@ -1,4 +1,4 @@
-"""What a layer costs, to balance stages by."""
+"""The cost of layers, for balancing stages."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from autofunc.splitting.stage import Stage
 
 OPERATIONS_PER_NUMBER = 80
 """How many operations of a matrix product take as long as one number of an elementwise operator: measured on a CPU core,
-where memory is what they wait for."""
+where elementwise operators are bound by memory."""
 
 _PASSES = {"_softmax": 4, "_log_softmax": 4}
-"""Operators that go over their numbers more than once."""
+"""Operators that pass over their numbers more than once."""
 
 _ELEMENTWISE = (
     "add", "sub", "mul", "div", "neg", "pow", "exp", "log", "sqrt", "rsqrt", "sin", "cos", "tanh", "sigmoid", "silu",
@@ -34,47 +34,47 @@ _ELEMENTWISE = (
     "cat", "clone", "copy_", "embedding", "index", "gather", "repeat", "topk", "sort", "argmax", "erf", "square",
     "reciprocal", "abs", "stack",
 )  # fmt: skip
-"""Operators that are counted by what they write."""
+"""Operators counted by the numbers they write."""
 
 _MOVED = ("copied_rows", "permuted_rows")
-"""Those of our own."""
+"""The same, for operators of our own."""
 
 
 @dataclass(frozen=True)
 class LayerCost:
-    """What one layer does for one microbatch."""
+    """The work of one layer for one microbatch."""
 
-    flops: int  # of the products, convolutions and attention of its forward
-    numbers: int  # that other operators of its forward write, each as often as it is written
-    gradients: int  # numbers of the gradients of its weights
+    flops: int  # of products, convolutions and attention in its forward
+    numbers: int  # written by the other operators of its forward, once for each write
+    gradients: int  # numbers in its weights' gradients
 
     @property
     def forward(self) -> float:
-        """In floating-point operations of a product."""
+        """The forward, in floating-point operations of a product."""
         return float(self.flops + OPERATIONS_PER_NUMBER * self.numbers)
 
     @property
     def backward(self) -> float:
-        """Twice the forward, and the gradients: they are written, and added to their sums, with every microbatch."""
+        """Twice the forward, plus the gradients, which are written and added to their sums for every microbatch."""
         return 2 * self.forward + 2 * OPERATIONS_PER_NUMBER * self.gradients
 
 
 def layer_costs(model: Model, batch: Mapping[str, Any] | None = None, loss: Loss | None = None) -> dict[str, float]:
-    """What each layer costs, by its name: for `af.split(model, number, costs=...)`.
+    """Return each layer's cost, by its name: for `af.split(model, number, costs=...)`.
 
-    With a batch the layers run on fake tensors, and their operations are counted: those of products, and of everything else
-    the numbers that are written. The loss belongs to the last layer. A backward is taken to cost twice as much, and two
-    numbers for each of the layer's weights: of a table of 50,000 words that is more than the lookup.
+    With a batch, the layers run on fake tensors and their operations are counted: those of products, and for all other
+    operators the numbers written. The loss counts as part of the last layer. A backward is assumed to cost twice as much,
+    plus two numbers for each of the layer's weights: for a table of 50,000 words that is more than the lookup.
 
-    Without one the estimate is from shapes alone: the elements of a layer's weights with two or more dims. A matrix of n
+    Without a batch, the estimate uses shapes alone: the elements of a layer's weights with two or more dims. A matrix of n
     elements takes about 2n floating-point operations per row. A lookup in a table takes none, but shapes cannot tell a
-    table from a matrix; so a first layer, which sees only the batch, counts as free. Tied weights count where they are
-    used.
+    table from a matrix; so the first layer, which sees only the batch, counts as free. Tied weights count in every layer
+    that uses them.
 
     Args:
         model: the model.
         batch: one microbatch; only shapes and dtypes matter.
-        loss: counted into the last layer.
+        loss: added to the last layer.
     """
     if batch is not None:
         return {name: each.forward + each.backward for name, each in count_operations(model, batch, loss).items()}
@@ -90,13 +90,13 @@ def layer_costs(model: Model, batch: Mapping[str, Any] | None = None, loss: Loss
 def count_operations(
     model: Model, batch: Mapping[str, Any], loss: Loss | None = None, setting: Setting = ALONE
 ) -> dict[str, LayerCost]:
-    """Count what each layer does for one microbatch, by its name; on fake tensors.
+    """Count each layer's work for one microbatch, by its name, on fake tensors.
 
     Args:
         model: the model.
         batch: one microbatch.
-        loss: counted into the last layer; None leaves it out.
-        setting: in what precision layers run.
+        loss: added to the last layer; None leaves it out.
+        setting: the surroundings of the layers; its precision matters.
     """
     whole = Stage(model, 0, tuple(model.layers))
     batch = {model.key_name: None, **model.with_needed_key(batch)}
@@ -119,7 +119,7 @@ def count_operations(
 
 
 class _Counter:
-    """Counts the operations of what runs inside."""
+    """Counts the operations of everything that runs inside."""
 
     def __init__(self) -> None:
         self.numbers = 0
@@ -127,7 +127,7 @@ class _Counter:
         packets |= {name: getattr(torch.ops.autofunc, name) for name in _MOVED}
         counted = {packet: partial(self._write, _PASSES.get(name, 1)) for name, packet in packets.items() if packet}
         products = {product.overloadpacket: _grouped for product in PRODUCTS}
-        attention = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention}  # torch counts those of GPUs
+        attention = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention}  # torch counts only GPUs'
         self._mode = FlopCounterMode(display=False, custom_mapping={**counted, **products, **attention})
 
     def _write(self, passes: int, *shapes: Any, out_shape: Any = None, **options: Any) -> int:
@@ -156,12 +156,12 @@ def _grouped(rows: Any, other: Any, *rest: Any, out_shape: Any = None, **options
 
 
 def parameter_count(model: Model, paths: list[str] | None = None) -> int:
-    """Number of distinct parameters (tied ones once), of all paths or of some."""
+    """Return the number of distinct parameters (tied ones once), of all paths or of some."""
     chosen = {model.canonical(path) for path in (model.spec if paths is None else paths)}
     return sum(model.spec[path].numel() for path in sorted(chosen, key=tree.split_path))
 
 
 def imbalance(stages: Sequence[Stage], costs: Mapping[str, float]) -> float:
-    """The costliest stage over the mean: 1 is even."""
+    """Return the cost of the costliest stage divided by the mean: 1 is even."""
     sums = [sum(costs[name] for name in stage.layers) for stage in stages]
     return max(sums) * len(sums) / sum(sums) if sum(sums) else 1.0

@@ -22,7 +22,7 @@ def split(
     """Split a model into pure stages.
 
     Args:
-        model: what to split.
+        model: the model to split.
         split_points: names or globs of the layers at which a new stage begins (`["h.4", "h.8"]` gives three stages), or a
             number of stages, or "auto" with `num_stages`: the best contiguous partition by cost.
         num_stages: number of stages for "auto".
@@ -32,7 +32,7 @@ def split(
         All stages of the model, in order, for `af.pipeline`. They hold no parameters.
 
     Raises:
-        SplitError: for points that are not legal places to cut.
+        SplitError: for points at which the model cannot be cut.
 
     Example:
         >>> import autofunc as af
@@ -62,14 +62,14 @@ def split(
 
 
 LOPSIDED = 1.5
-"""How much longer than the mean the longest stage may be before stages may begin inside of layers."""
+"""How much costlier than the mean the costliest stage may be before stages may also begin inside layers."""
 
 
 def _balanced(model: Model, num_stages: int, costs: Mapping[str, float] | None) -> tuple[Model, list[int]]:
-    """Layers cut into stages by cost; where they are too few or too uneven, all places at which the model can be cut.
+    """Cut layers into stages by cost; if they are too few or too uneven, consider every place where the model can be cut.
 
     Returns:
-        The model with its layers, and the numbers of the layers at which stages after the first begin.
+        The model with its layers, and the positions of the layers at which the stages after the first begin.
     """
     if costs is not None:
         missing = [name for name in model.layers if name not in costs]
@@ -102,7 +102,7 @@ def _longest(costs: Sequence[float], starts: Sequence[int]) -> float:
 
 
 def _layer_at(names: Sequence[str], start: Mapping[str, int], position: int) -> int:
-    """The number of the layer that begins at a place."""
+    """Return the number of the layer that begins at a position."""
     return next(number for number, name in enumerate(names) if start.get(name) == position)
 
 
@@ -110,7 +110,7 @@ def check_whole(stages: Sequence[Stage]) -> None:
     """Refuse stages that are not all the stages of one model, in order.
 
     Raises:
-        SplitError: when they are not.
+        SplitError: if they are not.
     """
     model = stages[0].model
     layers = [name for stage in stages for name in stage.layers]

@@ -1,4 +1,4 @@
-"""What crosses the boundaries between stages, inferred on fake tensors: nothing is allocated, nothing is negotiated."""
+"""Inference of the boundaries between stages on fake tensors: nothing is allocated and nothing is negotiated."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ def infer_boundaries(
 
     Args:
         stages: all stages of the model.
-        params: flat parameters, of which only dtypes matter, and strides where they have their shapes; for those that are
-            not there see `parameter_dtypes`.
+        params: flat parameters; only dtypes matter, and the strides of those with whole shapes. For missing ones see
+            `parameter_dtypes`.
         microbatch: one microbatch.
-        loss: run on the last stage's output; None means the output's own loss.
+        loss: run on the last stage's output; None means the loss in the output itself.
         device: where parameters live; the CPU by default.
         with_loss: False leaves the loss out.
-        setting: what surrounds the stages.
+        setting: the surroundings of the stages.
 
     Raises:
-        ModelError: when a stage fails, naming it and its layers; errors of this library pass as they are.
+        ModelError: if a stage fails, naming it and its layers; this library's own errors pass through unchanged.
     """
     return follow(stages, params, microbatch, loss, device=device, with_loss=with_loss, setting=setting)[1]
 
@@ -61,16 +61,16 @@ def follow(
     setting: Setting = ALONE,
     returned_by: Callable[[StageContext], Returned] | None = None,
 ) -> tuple[list[StageContext], Boundaries]:
-    """Follow what each stage hands on to the next.
+    """Follow the values that each stage sends to the next.
 
     Args:
         stages, params, microbatch, loss, device, with_loss, setting: see `infer_boundaries`.
         with_grads: whether the stages will be differentiated.
-        keeps_state: whether new state is wanted; by default where gradients are.
-        returned_by: works out what a stage returns; by default `infer` does.
+        keeps_state: whether new state is wanted; by default the same as `with_grads`.
+        returned_by: returns a stage's outputs; by default `infer`.
 
     Returns:
-        The stages in their surroundings, and what crosses between them.
+        The stages in their surroundings, and the boundaries between them.
 
     Raises:
         ModelError: see `infer_boundaries`.
@@ -82,7 +82,7 @@ def follow(
         with setting.partitioning.running():
             specialised = specialised.with_loss(loss, microbatch, setting.precision.output)
     strides = _strides(model, params)
-    # a pipeline keeps its stages' surroundings, and is not to keep a batch with them
+    # a pipeline keeps its stages' surroundings, and should not keep a batch alive with them
     mode = fake_mode()
     example = tree.map_leaves(
         lambda leaf: without_memory(mode, leaf) if isinstance(leaf, Tensor) else leaf, dict(microbatch)
@@ -100,7 +100,7 @@ def follow(
 
 
 def infer(context: StageContext) -> Returned:
-    """What a stage returns, worked out once for all that are like it. Its number is left open, see `Returned.of`."""
+    """Infer a stage's outputs, once for all stages with the same fingerprint. The producer is left open: `Returned.of`."""
     return cache.shared.get(("returned", context.fingerprint), lambda: _infer(context))
 
 
@@ -120,11 +120,11 @@ def _infer(context: StageContext) -> Returned:
 def fake_arguments(
     context: StageContext, mode: FakeTensorMode
 ) -> tuple[dict[str, dict[str, Any]], list[Tensor], dict[str, Any]]:
-    """What a stage runs on, on fake tensors of a mode, which is in effect.
+    """Return a stage's arguments as fake tensors of a mode, which must be active.
 
     Returns:
-        Its parameters as its layers receive them; what it receives, leaves that need a gradient where it is wanted; the
-        microbatch.
+        The parameters as its layers receive them; the received values, as leaves that require a gradient if it is wanted;
+        the microbatch.
     """
     stage, partitioning, device = context.stage, context.setting.partitioning, context.device
     bound = stage.bind(
@@ -144,15 +144,15 @@ def fake_arguments(
 
 
 def _strides(model: Model, params: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    """Of the parameters that are not contiguous, such as weights in channels_last."""
+    """Return the strides of the parameters that are not contiguous, such as weights in channels_last."""
     known = {path: leaf for path, leaf in params.items() if path in model.spec and leaf.shape == model.spec[path].shape}
     return {model.canonical(path): leaf.stride() for path, leaf in known.items() if not leaf.is_contiguous()}
 
 
 def parameter_dtypes(model: Model, params: Mapping[str, Tensor]) -> dict[str, torch.dtype]:
-    """Dtype of every canonical path.
+    """Return the dtype of every canonical path.
 
-    Parameters that are not given are taken to have the model's own dtypes where those given have theirs, else theirs.
+    Missing parameters get the model's own dtypes if the given ones have theirs, else the dtype of the given ones.
 
     Args:
         model: the whole model.

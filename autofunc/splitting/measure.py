@@ -1,4 +1,4 @@
-"""What layers cost on this machine, measured."""
+"""Measured costs of layers on this machine."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ def measure_layers(
     model: Model, params: tree.Nested, batch: Mapping[str, Any], loss: Loss | None, repeats: int = 5,
     on_progress: Callable[[str], None] = lambda name: None,
 ) -> dict[str, tuple[float, float]]:  # fmt: skip
-    """Time each layer by itself, with autograd: (forward_ms, backward_ms) by name, medians.
+    """Time each layer alone, with autograd: (forward_ms, backward_ms) by name, medians.
 
-    A backward ends with the weight gradients added to their sums. The last layer is timed with the loss. Layers run with as
-    many threads as torch has in this process.
+    The backward includes adding the weight gradients to their accumulators. The last layer is timed with the loss. Layers
+    run with as many threads as torch has in this process.
 
     Args:
         model: the model.
         params: all of its parameters, with real values.
         batch: one microbatch.
         loss: see `af.pipeline`; None uses the output's own.
-        repeats: of each, after one that does not count.
-        on_progress: told the name of each layer when it is done.
+        repeats: timed runs of each layer, after one warm-up.
+        on_progress: called with each layer's name when it is done.
     """
     flat, batch = tree.flatten(params), model.with_needed_key(batch)
     specialised = model.specialise(batch, {path: leaf.dtype for path, leaf in flat.items()})
@@ -57,14 +57,14 @@ def measure_layers(
 def measure_layer(
     model: Model, name: str, batch: Mapping[str, Any], loss: Loss | None, repeats: int = 5
 ) -> tuple[float, float]:  # fmt: skip
-    """Time one layer alone, as `measure_layers` does, with weights for it alone: on made-up values from the one before.
+    """Time one layer as `measure_layers` does, but with only its own weights, and made-up inputs.
 
     Args:
         model: the model; it may have no weights.
-        name: of the layer.
+        name: the layer to time.
         batch: one microbatch.
         loss: see `af.pipeline`; None uses the output's own.
-        repeats: after one that does not count.
+        repeats: timed runs, after one warm-up.
     """
     batch = model.with_needed_key(batch)
     holders = [path for path in model.spec if model.layer_of(path) == name]
@@ -88,13 +88,13 @@ def measure_layer(
 
 
 def _timed(run: Callable[[Any], tuple[Any, Any]], own: Sequence[Tensor], x: Any, repeats: int) -> tuple[Any, float, float]:
-    """What a layer makes of x, and the milliseconds of its forward and its backward.
+    """Return a layer's output, and the milliseconds of its forward and its backward.
 
     Args:
-        run: gives what it makes, and what is differentiated.
-        own: its trainable parameters.
-        x: what it receives.
-        repeats: after one that does not count.
+        run: returns the output, and what to differentiate.
+        own: the layer's trainable parameters.
+        x: its input.
+        repeats: timed runs, after one warm-up.
     """
     sums = [torch.zeros_like(leaf) for leaf in own]
     forward, backward = [], []

@@ -1,4 +1,4 @@
-"""A stage is a function of its arguments: what it reads beside them gets no gradient."""
+"""A stage is a function of its arguments: tensors it reads from elsewhere would get no gradient."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch.utils._python_dispatch import TorchDispatchMode  # has no public name
 from autofunc.errors import ModelError
 from autofunc.fake import user_line
 
-_REAL = (Tensor, nn.Parameter)  # fake ones, and DTensors of them, are of other classes
+_REAL = (Tensor, nn.Parameter)  # fake tensors, and DTensors of them, have other classes
 
 
 class NothingTrainedOutside(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """While functions run on fake tensors, refuses real ones that want a gradient: it would be missing.
+    """While functions run on fake tensors, refuses real tensors that require a gradient, since it would be missing.
 
     Args:
-        what: is run, for messages.
+        what: a name for messages.
     """
 
     def __init__(self, what: str) -> None:
@@ -26,11 +26,11 @@ class NothingTrainedOutside(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._what = what
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for argument in args:  # operators take tensors, and lists of them
+        for argument in args:  # operators take tensors and lists of tensors
             for leaf in argument if isinstance(argument, (list, tuple)) else (argument,):
                 if type(leaf) in _REAL and leaf.requires_grad:
                     raise ModelError(
-                        f"{self._what} reads a tensor of shape {tuple(leaf.shape)} that wants a gradient and is no "
+                        f"{self._what} reads a tensor of shape {tuple(leaf.shape)} that requires a gradient but is not a "
                         f"parameter of the model ({user_line(traceback.extract_stack())}), so its gradient would be "
                         "missing; make it a parameter of a layer, or detach() it"
                     )

@@ -1,4 +1,4 @@
-"""Split points: from names and globs to the places at which new stages begin."""
+"""Split points: from names and globs to the places where new stages begin."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from autofunc.shown import quoted
 
 
 def resolve_points(places: CutPoints, points: Sequence[str]) -> list[str]:
-    """The names of the places at which a new stage begins.
+    """Return the names of the places where a new stage begins.
 
     A point is a name, or a glob in which `*` stops at a dot; a unique suffix is enough (`h.*` finds `transformer.h.0`). A
-    glob cuts before each place it matches. A cut before everything is dropped.
+    glob cuts before each place it matches. A cut before the first place is dropped.
 
     Raises:
-        SplitError: for a point that is no string, names no place or several, or one that is refused, comes twice or out of
+        SplitError: for a point that is not a string, matches no place, is ambiguous, is refused, comes twice or is out of
             order.
     """
     first = min(places.start.values(), default=0)
@@ -33,9 +33,8 @@ def resolve_points(places: CutPoints, points: Sequence[str]) -> list[str]:
                 raise SplitError(f"split point {quoted(point)}: a stage already begins at {quoted(cuts[-1])}")
             if position < last:
                 raise SplitError(
-                    f"split point {quoted(point)}: {quoted(name)} runs before {quoted(cuts[-1])}; list "
-                    "split points in the order in which "
-                    "the layers run"
+                    f"split point {quoted(point)}: {quoted(name)} runs before {quoted(cuts[-1])}; list split points in "
+                    "the order in which the layers run"
                 )
             cuts.append(name)
     return [name for name in cuts if places.start[name] > first]
@@ -55,7 +54,7 @@ def _matches(places: CutPoints, point: str) -> list[str]:
 
 
 def _ends(names: Iterable[str], point: str) -> list[str]:
-    """The names as they can be written, with as many parts as the point has."""
+    """Return the names, shortened to as many components as the point has where that is unambiguous."""
     depth = point.count(".") + 1
     ends = [".".join(name.split(".")[-depth:]) for name in names]
     return [end if ends.count(end) == 1 else name for end, name in zip(ends, names, strict=True)]
@@ -73,7 +72,5 @@ def _named(names: Iterable[str], point: str) -> list[str]:
     hits = [(name, match.group(1)) for name, match in matches if match]
     if len({prefix for _, prefix in hits}) > 1:
         candidates = ", ".join(name for name, _ in hits[:8])
-        raise SplitError(
-            f"split point {quoted(point)} is ambiguous: it is the end of {candidates}; write one of them in full"
-        )
+        raise SplitError(f"split point {quoted(point)} is ambiguous: {candidates} end in it; write one of them in full")
     return [name for name, _ in hits]

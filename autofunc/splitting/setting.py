@@ -1,6 +1,6 @@
-"""What surrounds a stage's function when it runs: how its values lie over processes, and in what precision.
+"""The surroundings of a stage's function: how its values lie over processes, and the precision it computes in.
 
-The function itself is the same everywhere. Outside it, all tensors are local: what this process holds, sends and receives.
+The function itself is the same everywhere. Outside it, all tensors are local: those this process holds, sends and receives.
 """
 
 from __future__ import annotations
@@ -23,57 +23,57 @@ class Partitioning(Protocol):
 
     @property
     def over(self) -> Hashable:
-        """How the model itself is computed by several processes, see `Model.over_ranks`; None: it does not know."""
+        """How processes compute the model together, see `Model.over_ranks`; None if the model knows nothing of them."""
         ...
 
     @property
     def fingerprint(self) -> Hashable:
-        """Equal where all that is not said by shapes and placements is: which processes, and how they exchange values."""
+        """A key of what shapes and placements do not show: which processes, and how they exchange values."""
         ...
 
     def shape(self, path: str, shape: torch.Size) -> torch.Size:
-        """The shape of this process's part of a parameter, when the whole one has the given shape."""
+        """Return the shape of this process's part of a parameter, given the shape of the whole."""
         ...
 
     def running(self) -> AbstractContextManager[None]:
-        """What is in effect while the stage, and its gradient, run or are captured."""
+        """Return the context in which the stage, and its gradient, run or are captured."""
         ...
 
     def parameter(self, path: str, local: Tensor) -> Tensor:
-        """A parameter as the stage's function sees it: a leaf that shares memory with `local`, this process's part."""
+        """Return a parameter as the stage's function sees it: a leaf sharing memory with `local`, this process's part."""
         ...
 
     def received(self, local: Tensor, placement: Hashable) -> Tensor:
-        """A value from the stage before, as the function sees it; differentiable.
+        """Return a value from the stage before, as the function sees it; differentiable.
 
         Args:
             local: this process's part.
-            placement: what `handed_on` gave with it in the stage before; None for a value that is the same everywhere.
+            placement: the one that `handed_on` returned in the stage before; None for a value that is the same everywhere.
         """
         ...
 
     def handed_on(self, value: Tensor, placement: Hashable = None) -> tuple[Tensor, Hashable]:
-        """What this process hands on of a value that the function made, and its placement; differentiable.
+        """Return this process's part of a value made by the function, and its placement; differentiable.
 
-        A given placement is brought about; otherwise it is the value's own.
+        The value is moved to `placement` if one is given; otherwise it keeps its own.
         """
         ...
 
     def whole(self, value: Tensor) -> Tensor:
-        """All of a value that the function made; differentiable."""
+        """Return the whole of a value made by the function; differentiable."""
         ...
 
     def gradient(self, path: str, gradient: Tensor) -> tuple[Tensor, bool]:
-        """This process's part of a parameter's gradient; and whether it is one of several terms, still to be summed."""
+        """Return this process's part of a parameter's gradient, and whether it is one of several terms still to sum."""
         ...
 
     def refine(self, graph: fx.Graph) -> None:
-        """Choose how the exchanges in a captured graph are made; changes it in place."""
+        """Choose how the exchanges in a captured graph are made; changes the graph in place."""
         ...
 
 
 class Whole:
-    """A `Partitioning` over one process: everything is as it is."""
+    """A `Partitioning` over one process: values are used as they are."""
 
     fingerprint: Hashable = "whole"
     over: Hashable = None
@@ -115,12 +115,12 @@ WHOLE = Whole()
 
 @dataclass(frozen=True)
 class Precision:
-    """In what floating-point types a stage computes; None leaves things as they are.
+    """The floating-point dtypes that a stage computes in; None leaves a dtype unchanged.
 
     Args:
         param_dtype: of the parameters as layers see them, and so of activations.
         output_dtype: of the last layer's outputs, as the loss sees them.
-        cast_batch: whether layers see the batch's floating-point entries in `param_dtype`; the loss sees them as they are.
+        cast_batch: whether layers see the batch's floating-point entries in `param_dtype`; the loss sees them unchanged.
     """
 
     param_dtype: torch.dtype | None = None
@@ -128,17 +128,17 @@ class Precision:
     cast_batch: bool = True
 
     def parameter_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """What a parameter of this dtype is computed in."""
+        """Return the dtype that a parameter of this dtype is computed in."""
         return dtype if self.param_dtype is None or not dtype.is_floating_point else self.param_dtype
 
     def batch(self, microbatch: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The microbatch as layers see it."""
+        """Return the microbatch as layers see it."""
         if self.param_dtype is None or not self.cast_batch:
             return microbatch
         return tree.map_leaves(lambda leaf: _cast(leaf, self.param_dtype), dict(microbatch))  # type: ignore[no-any-return]
 
     def output(self, x: Any) -> Any:
-        """The last layer's output as the loss sees it."""
+        """Return the last layer's output as the loss sees it."""
         return x if self.output_dtype is None else tree.map_leaves(lambda leaf: _cast(leaf, self.output_dtype), x)
 
 
@@ -148,15 +148,15 @@ def _cast(leaf: Any, dtype: torch.dtype | None) -> Any:
 
 @dataclass(frozen=True)
 class Setting:
-    """What surrounds a stage's function."""
+    """The surroundings of a stage's function."""
 
     partitioning: Partitioning = WHOLE
     precision: Precision = Precision()
-    data: DataSum | None = None  # sums over the processes that have other rows; None where there are none
-    experts: ExpertExchange | None = None  # to the processes that have other experts; None where this one has all
-    arrive_by_layer: bool = False  # whether a forward may begin while parameters of its later layers are on their way
-    context: ContextAxis | None = None  # the processes that share the tokens of the same rows; None where there is one
+    data: DataSum | None = None  # sums over the processes with other rows; None if there are none
+    experts: ExpertExchange | None = None  # exchanges with processes that have other experts; None if this one has all
+    arrive_by_layer: bool = False  # whether a forward may begin while parameters of its later layers are still arriving
+    context: ContextAxis | None = None  # the processes that share the tokens of the same rows; None if this one has all
 
 
 ALONE = Setting()
-"""One process, and every value in the precision it has."""
+"""One process, with every value in the precision it has."""

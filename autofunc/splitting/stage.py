@@ -19,8 +19,8 @@ from autofunc.random import as_key
 class Stage:
     """A contiguous run of a model's layers. It holds no parameters, only the functions and the names.
 
-    A stage refers to its parameters by the names its layers use (`holders`); a tied one is looked up under its canonical
-    path, and is a leaf of its own in every stage and layer that uses it.
+    A stage refers to its parameters by the names its layers use (`holders`). A tied one is looked up under its canonical
+    path, and is a separate leaf in every stage and layer that uses it.
     """
 
     model: Model
@@ -32,17 +32,17 @@ class Stage:
 
     @property
     def title(self) -> str:
-        """What it is called in messages."""
+        """Its name in messages."""
         return f"stage {self.index} (layers {self.layers[0]} .. {self.layers[-1]})"
 
     @property
     def is_last(self) -> bool:
-        """Whether it ends the model."""
+        """True for the stage that ends the model."""
         return self.layers[-1] == next(reversed(self.model.layers))
 
     @property
     def functions(self) -> list[Apply]:
-        """What its layers run."""
+        """The functions of its layers, in order."""
         return [self.model.layers[name].apply for name in self.layers]
 
     @cached_property
@@ -62,11 +62,11 @@ class Stage:
 
     @cached_property
     def trainable_holders(self) -> tuple[str, ...]:
-        """Those that get a gradient, sorted."""
+        """The holders that get a gradient, sorted."""
         return tuple(path for path, wanted in zip(self.holders, self.trainable, strict=True) if wanted)
 
     def by_layer(self, values: Sequence[torch.Tensor]) -> list[dict[str, torch.Tensor]]:
-        """Values of the trainable holders by path, a dict for each layer that has some, in the order of the layers."""
+        """Group values of the trainable holders by path, one dict per layer that has any, in layer order."""
         groups: dict[str, dict[str, torch.Tensor]] = {name: {} for name in self.layers}
         for path, value in zip(self.trainable_holders, values, strict=True):
             groups[self.model.layer_of(path) or ""][path] = value
@@ -74,7 +74,7 @@ class Stage:
 
     @cached_property
     def _places(self) -> list[tuple[str, tuple[str, ...], str]]:
-        """For each holder: its layer, and the keys below it that lead to the leaf."""
+        """For each holder: its layer, and the keys below the layer that lead to the leaf."""
         places = []
         for path in self.holders:
             name = self.model.layer_of(path)
@@ -85,7 +85,7 @@ class Stage:
 
     @cached_property
     def states(self) -> tuple[str, ...]:
-        """Paths of the state that its layers keep, sorted."""
+        """Paths of the state its layers keep, sorted."""
         return tuple(path for path in self.model.state_spec if self.model.layer_of(path) in self.layers)
 
     def bind_state(self, leaves: Sequence[torch.Tensor]) -> Mapping[str, State]:
@@ -93,11 +93,11 @@ class Stage:
         return self.model.state_by_layer(dict(zip(self.states, leaves, strict=True)))
 
     def state_leaves(self, states: Mapping[str, State]) -> list[torch.Tensor]:
-        """The opposite of `bind_state`."""
+        """Return the leaves of states, in the order of `states`: the inverse of `bind_state`."""
         return list(self.model.flat_state(states, self.states).values())
 
     def leaves(self, params: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
-        """The tensors of `holders`, in order, from a flat tree that has at least this stage's canonical paths."""
+        """Return the tensors of `holders`, in order, from a flat tree with at least this stage's canonical paths."""
         return [self.model.lookup(params, path) for path in self.holders]
 
     def bind(self, leaves: list[torch.Tensor]) -> dict[str, dict[str, Any]]:
@@ -111,16 +111,16 @@ class Stage:
         return bound
 
     def apply(self, params: tree.Nested, x: Any, batch: Mapping[str, Any], state: tree.Nested | None = None) -> Any:
-        """Run the stage: pure, on any tree that has at least this stage's canonical paths.
+        """Run the stage: pure, on any tree with at least this stage's canonical paths.
 
         Args:
             params: a tree of parameters.
-            x: what the stage before returned; None for the first.
+            x: the output of the stage before; None for the first stage.
             batch: the microbatch.
-            state: a tree of state, of a stage that has some.
+            state: a tree of state, for a stage that keeps some.
 
         Returns:
-            x; with a state given, x and a tree of this stage's new state.
+            x; if a state was given, x and a tree of this stage's new state.
         """
         name = self.model.key_name
         batch = {**batch, name: as_key(batch.get(name))}

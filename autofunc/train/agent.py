@@ -115,7 +115,7 @@ class ForkingAgent(SimpleElasticAgent):
             for pid, rank in self._ranks.items()
             if self._exit_codes[rank] != 0
         }
-        left_by_nccl = [] if self._recorder is None else self._recorder.said(self._started)
+        left_by_nccl = [] if self._recorder is None else self._recorder.dumps(self._started)
         found = report(failures, ended, read_file(self._positions), self._logs_in)
         self.report = "\n".join([found, *left_by_nccl])
         left = worker_group.spec.max_restarts - self._starts + 1
@@ -133,14 +133,14 @@ class ForkingAgent(SimpleElasticAgent):
         """Ask running workers to end, kill those that do not; return the process ids that were signalled."""
         if not self._running:
             return frozenset()
-        told, until, times = self._server.signal(number), time.monotonic() + self._seconds_to_end, len(self._asked)
+        signalled, until, times = self._server.signal(number), time.monotonic() + self._seconds_to_end, len(self._asked)
         while self._running and time.monotonic() < until and len(self._asked) == times:  # a second request ends the wait
             self._take(_LOOK_SECONDS)
         if self._running:
-            told |= self._server.signal(signal.SIGKILL)
+            signalled |= self._server.signal(signal.SIGKILL)
         while self._running:
             self._take(_LOOK_SECONDS)
-        return told
+        return signalled
 
     def _take(self, seconds: float) -> None:
         for each in self._server.ended(seconds):

@@ -54,7 +54,7 @@ def axes_of(config: FinetuneConfig, num_processes: int | None) -> Axes:
     """Return the configured axis sizes; an absent `dp_size` is whatever the process count leaves.
 
     Args:
-        config: what is wanted.
+        config: the configuration.
         num_processes: running or requested processes; None derives it from the configuration.
 
     Raises:
@@ -114,7 +114,7 @@ def sharding_of(config: FinetuneConfig, axes: Axes, notes: list[str]) -> Shardin
     """Return the choices of section `distributed`, as the pipeline takes them.
 
     Args:
-        config: what is wanted.
+        config: the configuration.
         axes: of the mesh.
         notes: gains a line for each choice without effect.
 

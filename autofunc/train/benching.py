@@ -1,4 +1,4 @@
-"""`autofunc bench`: the model, data and precision of a configuration, benchmarked on the processes of a run."""
+"""`autofunc bench`: benchmark a configuration's model, data and precision on the processes of a run."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ from autofunc.train.threads import threads
 from autofunc.train.worker import run_worker
 
 USUAL = ("gpipe", "1f1b", "zb_h1")
-"""Schedules that are measured beside the file's own, where the command names none."""
+"""Schedules that are measured besides the file's own, if the command names none."""
 
 
 @dataclass(frozen=True)
 class BenchWanted:
-    """What the command asks for; None: what the file says."""
+    """The command's choices; None means the file's."""
 
     schedules: tuple[str, ...] | None = None
     engines: tuple[str, ...] | None = None
@@ -65,7 +65,7 @@ class BenchWanted:
 
 @dataclass(frozen=True)
 class BenchAsked:
-    """A benchmark that is to be run."""
+    """A benchmark to run."""
 
     config: FinetuneConfig  # of one pipeline rank, see `for_benchmark`
     split_points: tuple[str, ...] | None
@@ -76,40 +76,41 @@ class BenchAsked:
 
 
 def asked_bench(config: FinetuneConfig, notes: Sequence[str], wanted: BenchWanted, config_path: str) -> BenchAsked:
-    """What a command asks for.
+    """Return the benchmark that a command asks for.
 
     Args:
-        config: what the file says.
-        notes: what the user should know already.
-        wanted: what the command says.
+        config: the file's configuration.
+        notes: already known, to be shown to the user.
+        wanted: the command's choices.
         config_path: the file.
 
     Raises:
-        AutofuncError: for choices that are unknown, and for what a benchmark does not measure.
+        AutofuncError: for unknown choices, or anything a benchmark does not measure.
     """
-    told, grid = list(notes), grid_of(config, wanted)
+    all_notes, grid = list(notes), grid_of(config, wanted)
     points = config.distributed.split_points
     output = Path(wanted.output) if wanted.output is not None else default_output_dir(f"bench_{Path(config_path).stem}")
     return BenchAsked(
-        for_benchmark(config, told), tuple(points) if isinstance(points, list) else None, grid, wanted, tuple(told), output
+        for_benchmark(config, all_notes), tuple(points) if isinstance(points, list) else None, grid, wanted,
+        tuple(all_notes), output,
     )  # fmt: skip
 
 
 def grid_of(config: FinetuneConfig, wanted: BenchWanted) -> Grid:
-    """The choices of the command, and of the file where the command leaves them open.
+    """Return the command's choices, completed by the file's.
 
     Raises:
         AutofuncError: for unknown choices.
     """
-    said = config.distributed
-    own = () if is_auto(config) or not is_named(said.schedule) else (said.schedule,)
-    remat = None if said.remat == "auto" else said.remat
+    given = config.distributed
+    own = () if is_auto(config) or not is_named(given.schedule) else (given.schedule,)
+    remat = None if given.remat == "auto" else given.remat
     return Grid(
         schedules=wanted.schedules or tuple(dict.fromkeys((*USUAL, *own))),
-        pp=wanted.pp or (max(said.pp_size, 2),),
+        pp=wanted.pp or (max(given.pp_size, 2),),
         microbatches=wanted.microbatches or (count_microbatches(config, _replicas(config)),),
-        engines=wanted.engines or (said.engine,),
-        compile=wanted.compile or (said.compile,),
+        engines=wanted.engines or (given.engine,),
+        compile=wanted.compile or (given.compile,),
         remat=wanted.remat or (remat,),
         against=wanted.against,
         torch_schedules=wanted.torch_schedules,
@@ -121,22 +122,22 @@ def _replicas(config: FinetuneConfig) -> int:
 
 
 def for_benchmark(config: FinetuneConfig, notes: list[str]) -> FinetuneConfig:
-    """The same on one process, with all that the grid chooses left out.
+    """Return the configuration on one process, without anything that the grid chooses.
 
     Args:
-        config: what the file says.
-        notes: told of what is left out.
+        config: the file's configuration.
+        notes: gains a line for each choice left out.
 
     Raises:
         ConfigError: for axes that change what stages compute.
     """
-    said = config.distributed
+    given = config.distributed
     for name in ("tp_size", "cp_size", "ep_size"):
-        if getattr(said, name) > 1:
-            raise ConfigError(f"bench measures pp alone, and distributed.{name} is {getattr(said, name)}; set it to 1")
+        if getattr(given, name) > 1:
+            raise ConfigError(f"bench measures pp only, but distributed.{name} is {getattr(given, name)}; set it to 1")
     replicas = _replicas(config)
     if replicas > 1:
-        notes.append(f"bench measures one pipeline of the {replicas} data parallel ones, on its share of the rows")
+        notes.append(f"bench measures one of the {replicas} data parallel pipelines, on its share of the rows")
     alone: dict[str, Any] = {
         "pp_size": 1, "dp_size": None, "dp_replicate_size": None, "split_points": None, "schedule": "1f1b",
         "engine": "graph", "compile": False, "remat": None, "memory_budget": None, "offload_policy": None,
@@ -145,7 +146,7 @@ def for_benchmark(config: FinetuneConfig, notes: list[str]) -> FinetuneConfig:
     rows = {"global_batch_size": steps.global_batch_size // replicas}
     return config.model_copy(
         update={
-            "distributed": said.model_copy(update=alone),
+            "distributed": given.model_copy(update=alone),
             "step_scheduler": steps.model_copy(update=rows),
             "validation_dataset": None,
             "metrics": {},
@@ -156,10 +157,10 @@ def for_benchmark(config: FinetuneConfig, notes: list[str]) -> FinetuneConfig:
 
 
 def processes_of(run: BenchAsked, nproc_per_node: int | None) -> int:
-    """How many processes a benchmark is to have: as asked, or one for each pp rank, where there is a device for each.
+    """Return the number of processes: as requested, or one per pp rank if each has a device, else one.
 
     Raises:
-        MeshError: for more than there are GPUs.
+        MeshError: if there are fewer GPUs than processes.
     """
     wanted, most = run.config.distributed.device, max(run.grid.pp)
     if nproc_per_node is not None:
@@ -169,12 +170,12 @@ def processes_of(run: BenchAsked, nproc_per_node: int | None) -> int:
 
 
 def begin_bench(run: BenchAsked, nproc_per_node: int | None, server: ForkServer | None) -> None:
-    """Check it, then run it here where one process is enough, else in processes that are forked.
+    """Check a benchmark, then run it here if one process is enough, else in forked processes.
 
     Args:
-        run: what is asked for.
+        run: the benchmark.
         nproc_per_node: processes to start.
-        server: forks them.
+        server: forks the processes; None if one is enough.
 
     Raises:
         AutofuncError: for every mistake in the configuration, before a process is started.
@@ -219,7 +220,7 @@ def _as_worker(run: BenchAsked, began: float) -> None:
 
 
 def run_bench_rank(run: BenchAsked) -> None:
-    """One process's part of a benchmark."""
+    """Run one process's part of a benchmark."""
     with log_alone() if was_checked() or os.environ["RANK"] != "0" else nullcontext():
         recipe = prepare(run.config, 1, notes=run.notes, checked=was_checked())
     _run(recipe, run)
@@ -252,16 +253,16 @@ def _run(recipe: Recipe, run: BenchAsked) -> None:
 
 
 def _report(results: Results, run: BenchAsked) -> None:
-    """Show and write what was found.
+    """Print and write the results.
 
     Raises:
-        PipelineRunError: when a contender's gradients were wrong.
-        ConfigError: when the folder cannot be written into.
+        PipelineRunError: if a contender's gradients were wrong.
+        ConfigError: if the folder cannot be written.
     """
     try:
         written = results.save(run.output) if results.measured else []
     except OSError as error:
-        raise ConfigError(f"bench: {shown(run.output)} cannot be written into: {error.strerror or error}") from error
+        raise ConfigError(f"bench: cannot write into {shown(run.output)}: {error.strerror or error}") from error
     console = line_console()
     if run.wanted.as_json:
         sys.stdout.write(json.dumps(results.to_dict(), indent=2) + "\n")

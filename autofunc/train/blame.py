@@ -61,7 +61,7 @@ def _too_late(logs: Sequence[Path]) -> list[str]:
             with log.open("rb") as file:
                 file.seek(max(log.stat().st_size - _LOG_BYTES, 0))
                 found += _TOO_LATE.findall(file.read().decode(errors="replace"))[:1]
-    return [f"NCCL waited too long: {said}" for said in dict.fromkeys(found)]
+    return [f"NCCL waited too long: {line}" for line in dict.fromkeys(found)]
 
 
 def _distance(failure: Any, ended: Set[int]) -> int:
@@ -108,8 +108,8 @@ def brief(traceback: str) -> str:
     blocks, own = _blocks(traceback), _users_lines(traceback)
     lines = blocks[-1].splitlines()
     begin = next((number for number, line in enumerate(lines) if number and not line.startswith("  ")), 0)
-    said = re.sub(r"^autofunc\.errors\.\w+: ", "", "\n".join(lines[begin:]))
-    return "\n".join([*([HEADING, *own] if own else []), said, HINT])
+    message = re.sub(r"^autofunc\.errors\.\w+: ", "", "\n".join(lines[begin:]))
+    return "\n".join([*([HEADING, *own] if own else []), message, HINT])
 
 
 def names_users_lines(traceback: str) -> bool:

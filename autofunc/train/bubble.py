@@ -32,7 +32,7 @@ class BubbleMeter:
     def __init__(self, mesh: DeviceMesh | None, device: torch.device, num_steps: int) -> None:
         self._group, self._device, self._num_steps = axis_group(mesh, "pp"), device, num_steps
         self.timeline: Timeline | None = None
-        """Of the last measured step."""
+        """The last measured step."""
         self._measures = self._group is not None and observe_as(os.environ) is None
 
     def run(self, step: int, run: Callable[[Observe | None], StepResult]) -> tuple[StepResult, float | None]:

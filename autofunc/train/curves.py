@@ -9,7 +9,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from autofunc.config.validations import SECTION, measured_as, spoken
+from autofunc.config.validations import SECTION, display_name, measured_as
 
 
 class _Curve(NamedTuple):
@@ -73,7 +73,7 @@ def draw_curves(metrics: Path, validations: Iterable[str] = (SECTION,)) -> bytes
 def _losses(validations: Iterable[str]) -> list[_Curve]:
     """Return the loss curves of the validation datasets."""
     return [
-        _Curve(measured_as(section, "loss"), spoken(section), colour, "o")
+        _Curve(measured_as(section, "loss"), display_name(section), colour, "o")
         for section, colour in zip(validations, cycle(_VALIDATION_COLOURS))
     ]
 

@@ -85,7 +85,7 @@ def evaluate(
             )
             sys.stdout.write("\n")
         else:
-            console.print(literal(found.said() if found is not None else f"no row of {names} has a label"))
+            console.print(literal(found.text() if found is not None else f"no row of {names} has a label"))
 
 
 def _which(path: Path | None, config: FinetuneConfig) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from autofunc.config import FinetuneConfig, not_ended
+from autofunc.config import FinetuneConfig, refusing_exit
 from autofunc.config.environment import read_environment
 from autofunc.train.model import SEED, make
 
@@ -16,7 +16,7 @@ _MOST_TOKENS = ("n_positions", "max_position_embeddings", "max_seq_len", "block_
 _SOME_TOKENS, _SOME_IDS = 1024, 2
 
 
-@not_ended()
+@refusing_exit()
 def with_fake_data(config: FinetuneConfig, notes: list[str]) -> FinetuneConfig:
     """Return the configuration with its datasets replaced by made-up token ids; no dataset is read.
 

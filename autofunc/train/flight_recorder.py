@@ -43,7 +43,7 @@ class FlightRecorder:
         wanted = ((_SIZE, _EVENTS), (_DUMPS, "1"), (_FILE, self._prefix))
         return {names[0]: value for names, value in wanted if not any(name in os.environ for name in names)}
 
-    def said(self, since: float) -> list[str]:
+    def dumps(self, since: float) -> list[str]:
         """Return a line that names the dumps, if there are any.
 
         Args:

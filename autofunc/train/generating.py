@@ -1,4 +1,4 @@
-"""One process of `autofunc generate -c`: texts by a run's model and weights."""
+"""One process of `autofunc generate -c`: texts from a run's model and weights."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from autofunc.train.watched import watched
 
 
 def check_texts(recipe: Recipe, wanted: TextsWanted) -> None:
-    """Refuse what cannot be generated, before processes start.
+    """Refuse requests that cannot be met, before processes start.
 
     Raises:
         ConfigError: naming the option.

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from autofunc.checks import shifted_by
+from autofunc.checks import shift_warning
 from autofunc.config import FinetuneConfig
 from autofunc.data import first_rows
 from autofunc.errors import ConfigError
@@ -26,7 +26,7 @@ def refuse_shifted_twice(config: FinetuneConfig, model: Model, dataset: Any) -> 
     batch = first_rows(dataset, _ROWS)
     if not (aligned(batch) or any(getattr(each, "aligned_labels", False) for each in inside(dataset))):
         return
-    if shifted_by(model, batch, config.inputs):
+    if shift_warning(model, batch, config.inputs):
         name = " in ".join(type(each).__name__ for each in reversed(list(inside(dataset))[:2]))
         raise ConfigError(
             f"loss_fn: the model computes its own loss and shifts the labels itself, but {name} gives aligned labels. Let "

@@ -1,4 +1,4 @@
-"""The processes of a run: the first one shows and writes results, the others take part."""
+"""The processes of a run: the first one prints and writes results, the others take part."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from autofunc import tree
 from autofunc.automodel import write_pretrained
 from autofunc.checkpoint.write import of_first
 from autofunc.config import FinetuneConfig
-from autofunc.config.validations import spoken
+from autofunc.config.validations import display_name
 from autofunc.explain import explain
 from autofunc.schedule import write_file
 from autofunc.shown import literal, printable, size_in_words
@@ -157,7 +157,7 @@ def _announce(recipe: Recipe, mesh: DeviceMesh | None, device: torch.device, sho
         show(f"mesh: {recipe.axes}, {recipe.axes.num_processes} processes")
     show(f"data: {title(recipe.dataset)}")
     for section, dataset in recipe.validation_datasets.items():
-        show(f"{spoken(section)}: {title(dataset)}")
+        show(f"{display_name(section)}: {title(dataset)}")
 
 
 def _searched(
@@ -215,7 +215,7 @@ def _outcome(recipe: Recipe, result: TrainResult) -> list[str]:
     if result.ended_early:
         found.append(f"ended after step {result.num_steps} of {recipe.num_steps}: the validation loss stopped improving")
     if result.validated is not None:
-        found.append(result.validated.said())
+        found.append(result.validated.text())
     elif recipe.validation_datasets:
         found.append(f"validation loss: none, because no row of {' and '.join(recipe.validation_datasets)} has a label")
     return found

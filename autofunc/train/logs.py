@@ -166,7 +166,7 @@ def write_log(text: str) -> None:
 
 
 def show_last(text: str) -> None:
-    """Show what a run ends with, a quiet one too."""
+    """Show a run's closing text, even in a quiet run."""
     sys.stdout.write(f"{text}\n")
     if isinstance(sys.stdout, Teed) and sys.stdout.quiet:
         sys.stdout.console.write(f"{text}\n")
@@ -174,18 +174,18 @@ def show_last(text: str) -> None:
 
 
 def line_console() -> Console:
-    """For lines, whatever is `sys.stdout` when they are shown: rich puts another in its place while it draws a bar."""
+    """Return a console that prints to whatever `sys.stdout` is at that moment: rich replaces it while it draws a bar."""
     return Console(file=cast(TextIO, _Stdout()))
 
 
 def bar_console() -> Console:
-    """Where what moves is drawn: on the console, and in no log."""
+    """Return the console for animated output, which bypasses the log."""
     stream = sys.stdout
     return Console(file=stream.console if isinstance(stream, Teed) else stream, quiet=_is_quiet())
 
 
 def keep_log_beside_bar() -> None:
-    """Go on with the log while rich draws a bar: its own streams are in the place of ours, until it puts ours back."""
+    """Keep logging while rich draws a bar: rich temporarily replaces our streams with its own."""
     for name in ("stdout", "stderr"):
         drawn = getattr(sys, name)
         ours = getattr(drawn, "rich_proxied_file", None)
@@ -194,7 +194,7 @@ def keep_log_beside_bar() -> None:
 
 
 class _Stdout(io.TextIOBase):
-    """What is `sys.stdout` just then."""
+    """Forwards to the current `sys.stdout`."""
 
     def write(self, text: str) -> int:
         return sys.stdout.write(text)
@@ -215,7 +215,7 @@ def _is_quiet() -> bool:
 
 @contextmanager
 def _teed(log: Log, quiet: bool) -> Iterator[None]:
-    """Python's own streams go to both, and so does what was given one of them before."""
+    """Send Python's streams to both the console and the log, including handlers that hold the original streams."""
     before = sys.stdout, sys.stderr
     out, err = (Teed(each, log, quiet) for each in before)
     handlers = [each for each in _stream_handlers() if each.stream is before[1]]
@@ -231,14 +231,14 @@ def _teed(log: Log, quiet: bool) -> Iterator[None]:
 
 
 def _stream_handlers() -> list[logging.StreamHandler[Any]]:
-    """Of all loggers: libraries make theirs when they are imported."""
+    """Return the stream handlers of all loggers: libraries create theirs on import."""
     loggers = [logging.getLogger(), *map(logging.getLogger, list(logging.getLogger().manager.loggerDict))]
     return [each for logger in loggers for each in logger.handlers if isinstance(each, logging.StreamHandler)]
 
 
 @contextmanager
 def _sent_to(log: Log) -> Iterator[None]:
-    """All that this process writes goes to a file, also what is not written by Python."""
+    """Send all output of this process to a file, including output not written by Python."""
     before, copies = (sys.stdout, sys.stderr), [os.dup(number) for number in (1, 2)]
     for stream in before:
         stream.flush()

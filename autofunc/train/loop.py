@@ -22,7 +22,7 @@ from autofunc.pipe import Pipeline
 from autofunc.runtime.position import here
 from autofunc.schedule import Timeline
 from autofunc.timing import clock
-from autofunc.train.agreed import Said
+from autofunc.train.agreed import Flags
 from autofunc.train.batches import Batches
 from autofunc.train.bubble import BubbleMeter
 from autofunc.train.checkpoints import Checkpoints
@@ -33,7 +33,7 @@ from autofunc.train.preemption import Stop, noticed
 from autofunc.train.progress import Reporter
 from autofunc.train.recipe import Recipe
 from autofunc.train.records import Records
-from autofunc.train.resume import anew, extra_of, restored
+from autofunc.train.resume import extra_of, fresh, restored
 from autofunc.train.speed import Speedometer, peaks_of_all, units_of
 from autofunc.train.step import take_step, validated_params
 from autofunc.train.step_folders import VALIDATION_LOSS
@@ -81,7 +81,7 @@ def train(
     """
     pipe = build_pipe(recipe, mesh)
     place, places = data_coordinate(mesh)
-    begun = anew(recipe, pipe, device) if source is None else restored(source, recipe, pipe, device)
+    begun = fresh(recipe, pipe, device) if source is None else restored(source, recipe, pipe, device)
     check_documents_apart(recipe, pipe, begun.trained.params, begun.trained.state, device)
     loader = recipe.make_train_loader(place=place, places=places, start=begun.position)
     for note in begun.notes:
@@ -109,7 +109,7 @@ def train(
                 bubbles,
                 nonfinite,
                 batches.read_ahead,
-                partial(_said, checkpoints, stop),
+                partial(_flags, checkpoints, stop),
             )
             now, loss = taken.now, taken.loss
             if step == begun.step + 1:
@@ -120,7 +120,7 @@ def train(
             if metrics is not None and meter is not None:
                 speed = meter.of(*_units(batch.parts), seconds)
                 rate = f"  lr {taken.lr:.2e}" if recipe.lr_at is not None else ""  # only if it changes
-                reporter.step(step, loss, f"{speed.said()}{rate}", taken.bubble)
+                reporter.step(step, loss, f"{speed.text()}{rate}", taken.bubble)
                 more = {} if taken.bubble is None else {"bubble_fraction": taken.bubble}
                 more |= {"skipped": True} if taken.is_skipped else {}
                 metrics.write(step=step, loss=loss, grad_norm=taken.norm, lr=taken.lr, **speed.named(), **more)
@@ -128,10 +128,10 @@ def train(
             is_due = False
             if checkpoints is not None:
                 # a single process need not agree with others: act on the latest request
-                said = taken.said if mesh is not None else _said(checkpoints, stop)
-                if not said.is_writing:
+                flags = taken.flags if mesh is not None else _flags(checkpoints, stop)
+                if not flags.is_writing:
                     checkpoints.finish()
-                is_stopped = said.is_asked_to_end
+                is_stopped = flags.is_asked_to_end
                 is_due = is_stopped or checkpoints.is_due(step, position.begins_epoch)
             measured = None
             if is_last or (is_due and not is_stopped) or (recipe.val_every_steps and step % recipe.val_every_steps == 0):
@@ -142,7 +142,7 @@ def train(
                     patience = patience.after(measured.loss, recipe.early_stopping)
                 is_over = patience.is_over(recipe.early_stopping)
                 if not is_last and not is_over:  # the last validation is part of the result
-                    reporter.validation(step, measured.said())
+                    reporter.validation(step, measured.text())
                 if metrics is not None:
                     metrics.write(step=step, **measured.named())
             if checkpoints is not None and (is_due or is_last or is_over):
@@ -163,9 +163,9 @@ def train(
     )  # fmt: skip
 
 
-def _said(checkpoints: Checkpoints | None, stop: Stop) -> Said:
+def _flags(checkpoints: Checkpoints | None, stop: Stop) -> Flags:
     """Return this process's flags for the other processes."""
-    return Said(stop.is_asked, checkpoints is not None and checkpoints.is_busy)
+    return Flags(stop.is_asked, checkpoints is not None and checkpoints.is_busy)
 
 
 def build_pipe(recipe: Recipe, mesh: DeviceMesh | None) -> Pipeline:

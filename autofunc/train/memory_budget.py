@@ -1,4 +1,4 @@
-"""What a run's stages keep, and whether it fits its memory budget: found on fake tensors, before a process is started."""
+"""The bytes a run's stages keep, and whether they fit its memory budget: found on fake tensors, before processes start."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from autofunc.train.weighing import counting_all
 
 
 def check_budget(recipe: Recipe) -> None:
-    """Capture all stages and work out what they keep; without a budget there is nothing to do.
+    """Capture all stages and compute what they keep; a no-op without a budget.
 
-    With an accelerator only the ranks themselves can tell: its kernels keep other values than those of the CPU; and with
-    several tp ranks, which each keep their part.
+    With an accelerator only the ranks themselves can tell, because its kernels keep different values than the CPU's; the
+    same goes for several tp ranks, each of which keeps its part.
 
     Raises:
-        ConfigError: when the budget is too small.
+        ConfigError: if the budget is too small.
     """
     budget = recipe.search_budget if recipe.options.memory_budget is None else recipe.options.memory_budget
     if budget is None or recipe.axes.tp > 1 or torch.accelerator.is_available():
@@ -46,9 +46,9 @@ def check_budget(recipe: Recipe) -> None:
 
 
 def pipe_alone(recipe: Recipe) -> Pipeline:
-    """The recipe's pipeline on this process alone, uncompiled: compiled pieces keep what the others keep.
+    """Return the recipe's pipeline on this process alone, uncompiled: compiled pieces keep the same values.
 
-    Of several cp ranks it is one, whose stages can be captured, though not run; and so of ranks that share experts.
+    With several cp ranks, or ranks that share experts, it stands for one of them: it can be captured, but not run.
     """
     sharding = Sharding(mp_policy=recipe.sharding.mp_policy, expert_parallel=recipe.sharding.expert_parallel)
     pipe = build_pipe(replace(recipe, options=replace(recipe.options, compile=False), sharding=sharding), None)
@@ -62,7 +62,7 @@ def pipe_alone(recipe: Recipe) -> Pipeline:
 
 
 def kept_over_tp(recipe: Recipe) -> tuple[StageBytes, ...]:
-    """What each stage keeps for one microbatch on the first of several tp ranks, in bytes.
+    """Return the bytes each stage keeps per microbatch on the first of several tp ranks.
 
     Raises:
         AutofuncError: see `kept_bytes`.
@@ -82,13 +82,13 @@ def kept_over_tp(recipe: Recipe) -> tuple[StageBytes, ...]:
 
 
 def kept_bytes(recipe: Recipe, pipe: Pipeline) -> tuple[StageBytes, ...]:
-    """What each stage keeps for one microbatch, in bytes.
+    """Return the bytes each stage keeps per microbatch.
 
     Args:
-        recipe: for its example.
+        recipe: provides the example.
         pipe: see `pipe_alone`.
 
     Raises:
-        AutofuncError: where a size depends on data, and when the recipe's memory budget is too small.
+        AutofuncError: if a size depends on data, or the recipe's memory budget is too small.
     """
     return pipe.memory(pipe.init(recipe.seed, "meta"), counting_all(recipe.example()), (recipe.seed, 1))

@@ -12,7 +12,7 @@ class MetricsFile:
 
     Args:
         path: of the file.
-        after_step: of a run that goes on: lines of later steps are left out, they will come again.
+        after_step: the step a resumed run starts after; lines of later steps are removed, because they will come again.
     """
 
     def __init__(self, path: Path, after_step: int = 0) -> None:
@@ -20,7 +20,7 @@ class MetricsFile:
         kept = _until(path, after_step) if after_step and path.is_file() else []
         self._file = path.open("w", encoding="utf-8")
         self._file.writelines(kept)
-        self.error: OSError | None = None  # why lines are missing: a full disk ends no run
+        self.error: OSError | None = None  # why lines are missing: a full disk does not end the run
 
     def write(self, **values: Any) -> None:
         """Append a line. Floats keep all their digits."""
@@ -34,13 +34,13 @@ class MetricsFile:
     def close(self) -> None:
         """Close the file."""
         try:
-            self._file.close()  # which writes what could not be written before
+            self._file.close()  # flushes, which may fail
         except OSError as error:
             self.error = self.error or error
 
 
 def _until(path: Path, step: int) -> list[str]:
-    """The lines of a file of steps up to one. A process that was killed may have left the last line unfinished."""
+    """Return a file's lines up to a step. A killed process may have left the last line unfinished."""
     kept = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
         try:

@@ -1,4 +1,4 @@
-"""From a configuration to the model that is trained, and its loss."""
+"""Build the model to train and its loss from a configuration."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import nn
 from autofunc import losses, tree
 from autofunc.automodel import register_modeling_path
 from autofunc.captured import Pretrained, StoredTensors, capture_module, empty_weights
-from autofunc.checks import weighed_alike_by
+from autofunc.checks import weighting_warning
 from autofunc.config import FinetuneConfig, instantiate, target_and_arguments
 from autofunc.counted_rows import measured
 from autofunc.data import first_rows
@@ -25,13 +25,13 @@ from autofunc.train.adapters import with_adapters
 from autofunc.train.labels import refuse_shifted_twice
 from autofunc.train.weighing import counting_all
 
-_ROWS = 4  # on which the loss is looked at
+_ROWS = 4  # to check the loss on
 OWN, SEED = "own", "seed"
-"""Values of `weights`: those that the module was made with; or made from (seed, path) layer by layer."""
+"""Values of `weights`: the weights the module is constructed with; or weights from (seed, path), layer by layer."""
 
 
 def build_model(config: FinetuneConfig, dataset: Any) -> Model:
-    """What is trained: what `model._target_` gives, with the adapters that are wanted.
+    """Build the model to train: the one of `model._target_`, with adapters if configured.
 
     Raises:
         ConfigError: see `build_base` and `with_adapters`.
@@ -41,14 +41,14 @@ def build_model(config: FinetuneConfig, dataset: Any) -> Model:
 
 
 def build_base(config: FinetuneConfig, dataset: Any) -> Model:
-    """What `model._target_` gives, as a model of named layers.
+    """Build the model of `model._target_`, as a model of named layers.
 
     Args:
-        config: what is wanted.
-        dataset: whose first rows a module is captured with.
+        config: the configuration.
+        dataset: its first rows trace a module.
 
     Raises:
-        ConfigError: for what is neither a module nor a model, and for a module that cannot be captured.
+        ConfigError: if the target returns neither a module nor a model, or a module that cannot be captured.
     """
     made = make(config)
     stored = None if config.weights in (None, OWN, SEED) else config.weights
@@ -59,9 +59,9 @@ def build_base(config: FinetuneConfig, dataset: Any) -> Model:
         except AutofuncError as error:
             raise ConfigError(f"model: {error}") from error
     if config.inputs is not None:
-        raise ConfigError("inputs says what a module's forward gets, but model._target_ gives an af.Model: leave it out")
+        raise ConfigError("inputs is for a module's forward, but model._target_ gives an af.Model: leave it out")
     if config.weights == OWN:
-        raise ConfigError("weights: own: an af.Model has none of its own; leave it out")
+        raise ConfigError("weights: own: an af.Model has no weights of its own; leave it out")
     model = copy.copy(made)
     if config.trainable is not None:
         model.trainable = tuple(config.trainable)
@@ -75,7 +75,7 @@ def build_base(config: FinetuneConfig, dataset: Any) -> Model:
 
 
 def make(config: FinetuneConfig) -> Model | nn.Module | Pretrained:
-    """Call `model._target_`: with a seeded generator, so that all processes get the same; without weights if not `own`."""
+    """Call `model._target_`: seeded, so that all processes get the same; without weights unless they are `own`."""
     wanted = config.weights or OWN
     for path in config.modeling_paths:
         try:
@@ -100,18 +100,18 @@ def make(config: FinetuneConfig) -> Model | nn.Module | Pretrained:
 def build_loss(
     config: FinetuneConfig, model: Model, where: str, dataset: Any, notes: list[str], *, checked: bool = False
 ) -> Loss | None:  # fmt: skip
-    """The configured loss; else None where the model gives its own, and the causal one where it does not.
+    """Return the configured loss; else None if the model computes its own, or the causal one if it does not.
 
     Args:
-        config: what is wanted.
-        model: what is trained.
+        config: the configuration.
+        model: the model to train.
         where: the section of the dataset, for messages.
-        dataset: to try it with.
-        notes: told what was chosen.
-        checked: whether another process has tried it already.
+        dataset: to try the loss with.
+        notes: gains a line about the choice.
+        checked: another process has tried it already.
 
     Raises:
-        ConfigError: where it cannot run on the dataset's rows, or would shift labels that are aligned already.
+        ConfigError: if it cannot run on the dataset's rows, or would shift labels that are already aligned.
     """
     microbatch = first_rows(dataset, config.step_scheduler.local_batch_size)
     loss = _configured_loss(config.loss_fn) if config.loss_fn is not None else None
@@ -123,7 +123,7 @@ def build_loss(
     except AutofuncError as error:
         raise ConfigError(f"the model on a batch of {where}: {error}") from error
     if not checked and loss is not losses.causal_lm:
-        weighs = weighed_alike_by(model, first_rows(dataset, _ROWS), loss, config.inputs)
+        weighs = weighting_warning(model, first_rows(dataset, _ROWS), loss, config.inputs)
         notes += [f"loss_fn: {weighs}"] if weighs else []
     if loss is not None:
         return loss
@@ -134,14 +134,14 @@ def build_loss(
 
 
 def loss_to_check(config: FinetuneConfig, made: Model | nn.Module | Pretrained, batch: Mapping[str, Any]) -> Loss | None:
-    """The loss that a run would use, as far as the model lets itself be looked at."""
+    """Return the loss that a run would use, as far as the model can be inspected."""
     if config.loss_fn is not None:
         return _configured_loss(config.loss_fn)
     try:
         model = made if isinstance(made, Model) else capture_module(made, batch, inputs=config.inputs)
         return None if gives_loss(model, batch) else losses.causal_lm
     except AutofuncError:
-        return None  # a check will tell
+        return None  # the checks report it
 
 
 def _configured_loss(section: Mapping[str, Any]) -> Loss:
@@ -152,17 +152,17 @@ def _configured_loss(section: Mapping[str, Any]) -> Loss:
 def build_metrics(
     config: FinetuneConfig, model: Model, loss: Loss | None, datasets: Mapping[str, Any], rows: int
 ) -> dict[str, Loss]:  # fmt: skip
-    """The configured metrics by name.
+    """Return the configured metrics by name.
 
     Args:
-        config: what is wanted.
-        model: what is trained.
-        loss: of the run.
-        datasets: to try them with, by section; none where another process has tried them already.
-        rows: of a microbatch of these.
+        config: the configuration.
+        model: the model to train.
+        loss: the run's loss.
+        datasets: to try them with, by section; empty if another process has tried them already.
+        rows: rows per microbatch of these.
 
     Raises:
-        ConfigError: where one cannot run on a dataset's rows, or gives no scalar.
+        ConfigError: if a metric cannot run on a dataset's rows, or does not return a scalar.
     """
     metrics: dict[str, Loss] = {}
     for name, section in config.metrics.items():
@@ -178,6 +178,6 @@ def build_metrics(
 
 
 def gives_loss(model: Model, microbatch: Mapping[str, Any]) -> bool:
-    """Whether what a model returns for such a microbatch has a loss."""
+    """Return whether a model's output for such a microbatch contains a loss."""
     returned = infer_boundaries(split(model), {}, microbatch, with_loss=False).stages[-1]
     return own_loss(tree.from_leaves(returned.leaves, returned.spec)) is not None

@@ -21,19 +21,19 @@ class NonFinite:
     """
 
     def __init__(self, action: Action, most: int, tell: Callable[[str], None]) -> None:
-        self._action, self._most, self._tell = action, most, tell
+        self._action, self._most, self._show = action, most, tell
         self._met = 0
         self._in_a_row = 0
 
-    def met(self, pipe: Pipeline, ran: Iterable[tuple[Any, ...]], what: str) -> bool:
+    def handle(self, pipe: Pipeline, ran: Iterable[tuple[Any, ...]], what: str) -> bool:
         """Decide about a step that is not finite; all processes call it.
 
-        The first such step, and one that ends the run, is run once more to find where the values come from.
+        The first such step, and one that ends the run, is rerun to find where the values come from.
 
         Args:
             pipe: of the run.
             ran: the arguments of each part of the step.
-            what: was found.
+            what: description of what was found.
 
         Returns:
             True to skip the step, False to take it.
@@ -51,7 +51,7 @@ class NonFinite:
         if ends:
             raise NotFiniteError(what)
         done = "skipped" if self._action == "skip" else "taken"
-        self._tell(f"{what}\nthe step is {done} (nonfinite: {self._action}), the {_ordinal(self._met)} so far")
+        self._show(f"{what}\nthe step is {done} (nonfinite: {self._action}), the {_ordinal(self._met)} so far")
         return self._action == "skip"
 
     def passed(self) -> None:

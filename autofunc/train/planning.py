@@ -1,4 +1,4 @@
-"""What a run will do, worked out without a process or a weight: stages, memory, traffic, step time."""
+"""A dry run: stages, memory, traffic and step time, computed without processes or weights."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from autofunc import tree
-from autofunc.config import FinetuneConfig, not_ended
+from autofunc.config import FinetuneConfig, refusing_exit
 from autofunc.errors import AutofuncError
 from autofunc.losses import Loss
 from autofunc.model import Model
@@ -38,12 +38,12 @@ from autofunc.train.recipe import Recipe, prepare
 from autofunc.train.tensor_parallel_check import check_tensor_parallel
 from autofunc.train.threads import threads
 
-_LONGEST_TIMED_MS = 2_000.0  # of a layer that is timed to scale the others by
+_LONGEST_TIMED_MS = 2_000.0  # limit for a layer that is timed to scale the others
 
 
 @dataclass(frozen=True)
 class StagePlan:
-    """One stage; figures of one microbatch."""
+    """One stage; figures per microbatch."""
 
     stage: int
     rank: int
@@ -53,20 +53,20 @@ class StagePlan:
     forward_flops: int
     forward_ms: float
     backward_ms: float
-    sends_bytes: int  # to the next stage; as many come back for what needs a gradient
+    sends_bytes: int  # to the next stage; gradients of the same size come back where needed
 
 
 @dataclass(frozen=True)
 class RankPlan:
-    """One pp rank of one coordinate along the other axes."""
+    """One pp rank, at one coordinate of the other axes."""
 
     rank: int
     parameter_bytes: int
     gathered_bytes: int  # copies of parameters that a step computes with: of whole layers, in its precision
     optimizer_bytes: int
-    activation_bytes: int | None  # most that is alive, sums of gradients included; None: known only where it runs
+    activation_bytes: int | None  # most bytes alive, including gradient sums; None: only the rank itself can tell
     connections: int  # to and from other pp ranks, each one way
-    connection_bytes: int | None  # that they take on a GPU at most; None on CPU
+    connection_bytes: int | None  # upper bound of what they take on a GPU; None on CPU
 
 
 @dataclass(frozen=True)
@@ -77,14 +77,14 @@ class RunPlan:
     stages: tuple[StagePlan, ...]
     ranks: tuple[RankPlan, ...]
     timeline: Timeline  # predicted, in ms
-    measured: bool  # whether times are of layers that ran here, or of counted operations
-    timed: str | None  # the layer that ran here, by whose time counted operations are scaled; None: none
+    measured: bool  # whether times come from layers that ran here, or from counted operations
+    timed: str | None  # the layer that ran here, whose time scales the counted operations; None: none
     why_not: str  # why no layer was timed
     imbalance: float  # the longest stage over the mean
     over: AxisPlan | None  # how tp ranks share a captured module
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """Return the plan as JSON-compatible data."""
         return {
             "processes": self.recipe.axes.num_processes,
             "schedule": self.recipe.schedule.name,
@@ -105,7 +105,7 @@ class RunPlan:
         }
 
 
-@not_ended()
+@refusing_exit()
 def plan_run(
     config: FinetuneConfig,
     num_processes: int | None,
@@ -114,14 +114,14 @@ def plan_run(
     measure: bool,
     on_progress: Callable[[str], None],
 ) -> RunPlan:
-    """Work out what a run will do.
+    """Compute what a run will do.
 
     Args:
-        config: what is wanted.
+        config: the configuration.
         num_processes: see `prepare`.
         notes: see `prepare`.
-        measure: time every layer on this machine with real weights, and balance stages by that.
-        on_progress: told what is being done.
+        measure: time every layer on this machine with real weights, and balance stages by the times.
+        on_progress: called with the current activity.
 
     Raises:
         AutofuncError: for every mistake in the configuration.
@@ -142,7 +142,7 @@ def plan_run(
         recipe = prepare(config if measure else _without_weights(config), num_processes, notes=notes, **options)
         over_ranks = check_tensor_parallel(recipe)
         microbatch = recipe.microbatch((recipe.seed, 1))
-        if measure and not times:  # split points were given
+        if measure and not times:  # split points are given
             measured(recipe.model, microbatch, recipe.loss)
         on_progress("counting operations")
         counted = count_operations(recipe.model, microbatch, recipe.loss)
@@ -151,7 +151,7 @@ def plan_run(
             on_progress("timing a layer")
             times, timed, why_not = _times_of(recipe, microbatch, counted)
             clock.done("timing a layer")
-        on_progress("following values over the boundaries")
+        on_progress("inferring the boundaries")
         setting = setting_alone(recipe.axes, recipe.sharding)
         boundaries = over_ranks.boundaries or infer_boundaries(recipe.stages, {}, microbatch, recipe.loss, setting=setting)
         stages = tuple(_stages(recipe, boundaries, {name: each.flops for name, each in counted.items()}, times))
@@ -168,8 +168,9 @@ def _stages(
     flops: Mapping[str, int],
     times: Mapping[str, tuple[float, float]],
 ) -> Iterator[StagePlan]:
-    """All stages, from each layer's operations and its milliseconds forward and backward, which cp and tp ranks are taken
-    to share evenly.
+    """Return all stages, from each layer's operations and its forward and backward milliseconds.
+
+    The cp and tp ranks are assumed to share them evenly.
     """
     shared_by = recipe.axes.cp * recipe.axes.tp
     for stage in recipe.stages:
@@ -187,7 +188,7 @@ def _stages(
 
 
 def _costs(stages: Sequence[StagePlan]) -> Costs:
-    """In ms. The first stage needs no gradient of its input: its whole backward is W."""
+    """Return costs in ms. The first stage needs no input gradient: its whole backward is W."""
     forward, backward = [stage.forward_ms for stage in stages], [stage.backward_ms for stage in stages]
     inputs = [0.0, *(each / 2 for each in backward[1:])]
     return Costs(forward, inputs, [whole - part for whole, part in zip(backward, inputs, strict=True)], 0.0)
@@ -196,10 +197,10 @@ def _costs(stages: Sequence[StagePlan]) -> Costs:
 def _times_of(
     recipe: Recipe, microbatch: Mapping[str, Any], counted: Mapping[str, LayerCost]
 ) -> tuple[dict[str, tuple[float, float]], str | None, str]:
-    """Milliseconds of all layers from their operations, the one that was timed for it, and why there is none.
+    """Return all layers' milliseconds from their operations, the layer timed to scale them, or why there is none.
 
-    Small operators wait for memory and for Python, so the rate of a large product is several times too fast for them: the
-    costliest layer says by how much.
+    Small operators wait for memory and for Python, so the rate of a large matrix product is several times too high for
+    them: timing the costliest layer corrects it.
     """
     rate = flops_per_ms()
     times = {name: (each.forward / rate, each.backward / rate) for name, each in counted.items()}
@@ -208,14 +209,14 @@ def _times_of(
         return times, None, f"{name} would take longer than {_LONGEST_TIMED_MS / 1e3:g} s"
     try:
         took = measure_layer(recipe.model, name, microbatch, recipe.loss)
-    except Exception as error:  # of the user's layer, on values that it would never get
+    except Exception as error:  # from the user's layer, on values it would never get
         return times, None, f"{name} does not run alone: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
     forward, backward = (real / guess if guess else 1.0 for real, guess in zip(took, times[name], strict=True))
     return {layer: (each[0] * forward, each[1] * backward) for layer, each in times.items()}, name, ""
 
 
 def flops_per_ms() -> float:
-    """How many floating-point operations of a matrix product this process does in a millisecond."""
+    """Measure this process's floating-point operations per millisecond, in a matrix product."""
     a = torch.randn(512, 512)
     best = float("inf")
     for _ in range(20):
@@ -226,7 +227,7 @@ def flops_per_ms() -> float:
 
 
 def _without_weights(config: FinetuneConfig) -> FinetuneConfig:
-    """Nothing is trained, so no weights are made."""
+    """Return the configuration without real weights: nothing is trained."""
     return config if config.weights is not None else config.model_copy(update={"weights": SEED})
 
 
@@ -246,7 +247,7 @@ def _ranks(recipe: Recipe, connections: Sequence[int], uses_nccl: bool) -> list[
             for path, leaf in held.items()
         }
         gathered = [_gathered(recipe, mine, cut)]
-        if recipe.sharding.reshard_after_forward:  # the stage in use, and those that are gathered ahead
+        if recipe.sharding.reshard_after_forward:  # the stage in use, and those gathered ahead
             gathered = sorted(_gathered(recipe, [stage], cut) for stage in mine)[-1 - recipe.sharding.prefetch :]
         found.append(
             RankPlan(
@@ -263,7 +264,7 @@ def _ranks(recipe: Recipe, connections: Sequence[int], uses_nccl: bool) -> list[
 
 
 def _gathered(recipe: Recipe, stages: Sequence[Stage], cut: Collection[str]) -> int:
-    """Bytes of the copies of parameters that a step makes; none where it computes with what is kept."""
+    """Return the bytes of the copies of parameters that a step makes; 0 if it computes with the kept ones."""
     axes, experts = recipe.axes, recipe.model.expert_paths if recipe.axes.ep > 1 else frozenset()
     total = 0
     for path, leaf in _held(stages).items():
@@ -275,13 +276,13 @@ def _gathered(recipe: Recipe, stages: Sequence[Stage], cut: Collection[str]) -> 
 
 
 def _held(stages: Sequence[Stage]) -> dict[str, torch.Tensor]:
-    """Canonical path -> meta tensor of the parameters of some stages."""
+    """Return meta tensors of the parameters of some stages, by canonical path."""
     model = stages[0].model
     return {path: model.spec[path] for stage in stages for path in stage.paths}
 
 
 def _optimizer_slots(recipe: Recipe) -> dict[str, float]:
-    """By path of what is trained: numbers of the optimizer's state for each number of a parameter."""
+    """Return, by path of each trained parameter, the optimizer's state elements per element of the parameter."""
     found: dict[str, float] = {}
     separate = recipe.optimizer.separate()
     for part, paths in recipe.optimizer.assigned(path for path in recipe.model.spec if recipe.model.is_trainable(path)):
@@ -293,7 +294,7 @@ def _optimizer_slots(recipe: Recipe) -> dict[str, float]:
 
 
 def _kept(recipe: Recipe) -> tuple[StageBytes, ...] | None:
-    """What each stage keeps, from its captured graph; None where only the ranks themselves know."""
+    """Return what each stage keeps, from its captured graph; None if only the ranks themselves can tell."""
     if recipe.options.engine != "graph":
         return None
     try:
@@ -303,4 +304,4 @@ def _kept(recipe: Recipe) -> tuple[StageBytes, ...] | None:
     except AutofuncError:
         if recipe.options.memory_budget is not None:
             raise  # nothing fits
-        return None  # a size that depends on data
+        return None  # a size depends on data

@@ -29,7 +29,7 @@ class Reporter(Protocol):
         """Report a finished validation batch."""
         ...
 
-    def validation(self, step: int, said: str) -> None:
+    def validation(self, step: int, text: str) -> None:
         """Report the validation loss and metrics."""
         ...
 
@@ -47,7 +47,7 @@ class Silent:
     def validating(self, batch: int, num_batches: int) -> None:
         """See `Reporter.validating`."""
 
-    def validation(self, step: int, said: str) -> None:
+    def validation(self, step: int, text: str) -> None:
         """See `Reporter.validation`."""
 
     def note(self, text: str) -> None:
@@ -125,9 +125,9 @@ class ProgressReporter:
         if self._bar is not None:
             self._bar.update(self._task, status=f"validating: batch {batch} of {num_batches}")
 
-    def validation(self, step: int, said: str) -> None:
+    def validation(self, step: int, text: str) -> None:
         """See `Reporter.validation`."""
-        self.note(f"step {step}: {said}")
+        self.note(f"step {step}: {text}")
 
     def note(self, text: str) -> None:
         """See `Reporter.note`."""

@@ -1,4 +1,4 @@
-"""From a checked configuration to everything a run needs; finds every mistake before processes start."""
+"""Turn a checked configuration into everything a run needs, finding every mistake before processes start."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from autofunc.automodel import check_writable
 from autofunc.batch import Microbatch, split_batch
-from autofunc.config import FinetuneConfig, StepScheduler, check_targets, not_ended
+from autofunc.config import FinetuneConfig, StepScheduler, check_targets, refusing_exit
 from autofunc.config.schema import EarlyStopping
 from autofunc.config.updates import Ema
 from autofunc.data import STACKED, first_rows
@@ -102,7 +102,7 @@ class Recipe:
         return split_batch(self.example(), count, key=key, batch_dims=STACKED, key_name=name)[0]
 
 
-@not_ended()
+@refusing_exit()
 def prepare(
     config: FinetuneConfig,
     num_processes: int | None = None,
@@ -123,14 +123,14 @@ def prepare(
     Raises:
         AutofuncError: naming the key, the value given and what would work.
     """
-    told = list(notes)
+    all_notes = list(notes)
     axes = axes_of(config, num_processes)
     num_microbatches = count_microbatches(config, axes.dp)
     options, search_budget = _engine_options(config)
     if options.records:
         _check_recording(config, axes)
     check_targets(config)
-    sharding = sharding_of(config, axes, told)
+    sharding = sharding_of(config, axes, all_notes)
     optimizer = build_optimizer(config)
     if not checked:
         try_optimizer(optimizer)
@@ -139,20 +139,20 @@ def prepare(
     clock.done("reading the dataset")
     model = build_model(config, dataset)
     clock.done("making the model")
-    told += model.notes
+    all_notes += model.notes
     check_optimizer(optimizer, model)
     check_tokens(where, dataset, model)
-    loss = build_loss(config, model, where, dataset, told, checked=checked)
+    loss = build_loss(config, model, where, dataset, all_notes, checked=checked)
     clock.done("trying the model and its loss")
-    stages, schedule = stages_and_schedule(config, num_microbatches, model, loss, dataset, told, layer_costs)
+    stages, schedule = stages_and_schedule(config, num_microbatches, model, loss, dataset, all_notes, layer_costs)
     searches = is_auto(config) and schedule.num_ranks > 1
     if search_budget is not None and not searches:
-        told.append("pp_size is 1, so memory_budget has no search to limit")
+        all_notes.append("pp_size is 1, so memory_budget has no search to limit")
     clock.done("cutting stages")
-    validation = datasets.validation(stages[0].model, told)
+    validation = datasets.validation(stages[0].model, all_notes)
     clock.done("reading the validation datasets")
-    tell_tokenizers({where: dataset, **validation}, told)
-    loaders = loaders_of(config, where, dataset, validation, told)
+    tell_tokenizers({where: dataset, **validation}, all_notes)
+    loaders = loaders_of(config, where, dataset, validation, all_notes)
     training, validating = batches_of(config), validation_batches_of(config)
     if not checked:
         trial = Trial(stages, loss, setting_alone(axes, sharding))
@@ -166,7 +166,7 @@ def prepare(
         _check_export(config, stages[0].model)
     metrics = build_metrics(config, stages[0].model, loss, {} if checked else validation, validating.microbatch)
     steps = config.step_scheduler
-    num_steps = _num_steps(steps, loaders.num_batches, told)
+    num_steps = _num_steps(steps, loaders.num_batches, all_notes)
     return Recipe(
         model=stages[0].model,
         stages=tuple(stages),
@@ -199,7 +199,7 @@ def prepare(
         rows=training.rows,
         microbatch_rows=training.microbatch,
         validation_microbatch_rows=validating.microbatch,
-        notes=tuple(dict.fromkeys(told)),
+        notes=tuple(dict.fromkeys(all_notes)),
     )
 
 

@@ -38,7 +38,7 @@ class Beginning:
     notes: tuple[str, ...] = ()  # for the user
 
 
-def anew(recipe: Recipe, pipe: Pipeline, device: torch.device) -> Beginning:
+def fresh(recipe: Recipe, pipe: Pipeline, device: torch.device) -> Beginning:
     """Return the start of a fresh run."""
     params = pipe.init(recipe.init_seed, device)
     average = begun(recipe.model, params) if recipe.ema is not None else None

@@ -96,7 +96,7 @@ def join(device: torch.device, timeout_minutes: float) -> None:
     """Join the other processes that the environment names in a process group.
 
     Args:
-        device: that this one computes on.
+        device: the device this process computes on.
         timeout_minutes: how long they wait for each other.
     """
     timeout = timedelta(minutes=timeout_minutes)

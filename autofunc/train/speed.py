@@ -42,7 +42,7 @@ class Speed:
         }  # fmt: skip
         return found if self.mfu is None else {**found, "mfu": self.mfu}
 
-    def said(self) -> str:
+    def text(self) -> str:
         """Return the text for a line of progress."""
         used = "" if self.mfu is None else f"  MFU {self.mfu:.1%}"
         return f"{self.units / self.seconds:,.0f} {self.unit}/s{used}  {size_in_words(self.peak_memory_bytes)}"

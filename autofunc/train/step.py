@@ -16,7 +16,7 @@ from autofunc.errors import PipelineRunError
 from autofunc.pipe import Pipeline
 from autofunc.random import fold_in, make_key
 from autofunc.runtime.plan import Mode
-from autofunc.train.agreed import Said, agree
+from autofunc.train.agreed import Flags, agree
 from autofunc.train.average import in_place, moved_on
 from autofunc.train.batches import Batch
 from autofunc.train.bubble import BubbleMeter
@@ -48,7 +48,7 @@ class Taken(NamedTuple):
     norm: float  # of the gradients, before clipping
     lr: float | None  # None if the optimizer has none
     bubble: float | None  # idle fraction of the ranks' time; None if not measured
-    said: Said  # flags of all processes, at this step
+    flags: Flags  # flags of all processes, at this step
     is_skipped: bool = False  # because it was not finite; the state is unchanged
 
 
@@ -62,7 +62,7 @@ def take_step(
     meter: BubbleMeter,
     nonfinite: NonFinite,
     meanwhile: Callable[[], None] = lambda: None,
-    says: Callable[[], Said] = Said,
+    own_flags: Callable[[], Flags] = Flags,
 ) -> Taken:
     """Train on a batch; `before` is donated.
 
@@ -76,7 +76,7 @@ def take_step(
         meter: measures the first part of some steps.
         nonfinite: decides about a loss or gradient that is not finite.
         meanwhile: work for the host while the device computes, before it waits for the loss.
-        says: returns this process's flags; called while the device computes.
+        own_flags: returns this process's flags; called while the device computes.
 
     Raises:
         NotFiniteError: if such a step ends the run; tells where the values first appear.
@@ -93,7 +93,7 @@ def take_step(
         results.append(result if number == 0 else run())
         state = tree.to_tensordict(results[-1].state)
     meanwhile()
-    is_same, said = agree(pipe.mesh, batch.parts, says(), device)
+    is_same, flags = agree(pipe.mesh, batch.parts, own_flags(), device)
     if not is_same:
         raise PipelineRunError(
             f"the ranks of a pipeline have read different rows for step {step}: the dataset returns a different row each "
@@ -107,12 +107,12 @@ def take_step(
     norm_value = norm.item()
     lr = None if recipe.lr_at is None else recipe.lr_at(step)
     rate = recipe.optimizer.lr if lr is None else lr
-    taken = partial(Taken, loss=loss, norm=norm_value, lr=rate, bubble=bubble, said=said)
+    taken = partial(Taken, loss=loss, norm=norm_value, lr=rate, bubble=bubble, flags=flags)
     if math.isfinite(loss) and math.isfinite(norm_value):
         nonfinite.passed()
     else:  # before the update, which would hide where the values first appear
         what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {norm_value}"
-        if nonfinite.met(pipe, ran, f"{what} at step {step}"):
+        if nonfinite.handle(pipe, ran, f"{what} at step {step}"):
             return taken(before, is_skipped=True)
     del ran
     if recipe.max_norm is not None:

@@ -68,7 +68,7 @@ def _check_lengths(recipe: Recipe) -> None:
 
 @contextmanager
 def imagined(axes: Axes) -> Iterator[DeviceMesh]:
-    """A mesh of processes that do not exist, as seen by its first rank. Only for a process without peers."""
+    """Return a mesh of processes that do not exist, as seen by its first rank. Only for a process without peers."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=axes.num_processes)

@@ -69,10 +69,10 @@ class Trial:
 
 
 def lengths_of(dataset: Any) -> list[int]:
-    """The lengths that rows of a dataset may have, as far as is known, beside that of its first ones, which is 0.
+    """Return the lengths that rows of a dataset are known to have, besides that of its first rows, which is 0.
 
     Raises:
-        DataError: where its longest row fits into none.
+        DataError: if its longest row fits into none of them.
     """
     if not isinstance(dataset, Padded):
         return [0]

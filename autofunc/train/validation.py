@@ -1,4 +1,4 @@
-"""The validation of a run: its loss, and what else is measured."""
+"""A run's validation: its loss and metrics."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from tensordict import TensorDict
 
-from autofunc.config.validations import measured_as, spoken
+from autofunc.config.validations import display_name, measured_as
 from autofunc.counted_rows import measured, weighed
 from autofunc.mesh import data_coordinate
 from autofunc.pipe import Pipeline
@@ -21,33 +21,33 @@ from autofunc.train.weighing import together
 
 
 class Validated(NamedTuple):
-    """What a validation gives."""
+    """The results of a validation."""
 
-    by_section: Mapping[str, Mapping[str, float]]  # of each dataset the loss, and metrics, which are NaN where none counts
-    loss: float | None  # of the leading dataset; None where no row of it has a label
+    by_section: Mapping[str, Mapping[str, float]]  # the loss and metrics of each dataset; a metric without weight is NaN
+    loss: float | None  # of the leading dataset; None if none of its rows has a label
 
     def named(self) -> dict[str, float]:
-        """All of it by name."""
+        """Return all values by name."""
         found = self.by_section.items()
         return {measured_as(section, what): value for section, values in found for what, value in values.items()}
 
-    def said(self) -> str:
-        """All of it as a line."""
+    def text(self) -> str:
+        """Return all values as one line."""
         return ", ".join(
-            f"{spoken(section)} {what}: {value:.4f}"
+            f"{display_name(section)} {what}: {value:.4f}"
             for section, values in self.by_section.items()
             for what, value in values.items()
         )
 
 
 class Validation:
-    """Measures on the validation datasets of a run.
+    """Measures a run on its validation datasets.
 
     Args:
         recipe: of the run.
         pipe: of the run.
-        device: where batches go.
-        reporter: told of every part of a batch.
+        device: of the batches.
+        reporter: told about every part of a batch.
     """
 
     def __init__(self, recipe: Recipe, pipe: Pipeline, device: torch.device, reporter: Reporter) -> None:
@@ -60,7 +60,7 @@ class Validation:
             self._pipe = pipe if rows == recipe.microbatch_rows else pipe.with_loss(weighed(recipe.loss, rows))
 
     def run(self, params: TensorDict, state: TensorDict) -> Validated | None:
-        """Measure, weighted as the loss and the metrics say; None without a dataset, or without labels in any.
+        """Measure, weighted as the loss and the metrics ask; None without a dataset, or if none has labels.
 
         Args:
             params: of this rank.
@@ -73,7 +73,7 @@ class Validation:
         return Validated(found, leading["loss"] if leading is not None else None) if found else None
 
     def _measured(self, make_loader: Callable[..., Any], params: TensorDict, state: TensorDict) -> dict[str, float]:
-        """The loss and the metrics on one dataset; nothing where no row has a label."""
+        """Return the loss and the metrics on one dataset; empty if no row has a label."""
         loader = make_loader(place=self._place, places=self._places)
         results = []
         for index, part in enumerate(loader, start=1):

@@ -1,4 +1,4 @@
-"""A run that makes no progress ends, and says why, by the way in which its errors are told."""
+"""Ends a run that makes no progress, and reports the reason like other errors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from autofunc.train.logs import write_log
 from autofunc.train.role import positions_file
 from autofunc.train.worker import is_recorded
 
-_BEFORE_TIMEOUT = 0.9  # of what the process group waits for: its own error knows less
+_BEFORE_TIMEOUT = 0.9  # of the process group's timeout, whose own error tells less
 
 
 @contextmanager
@@ -22,7 +22,7 @@ def watched(config: Distributed) -> Iterator[None]:
     """Watch this process of a run, see `runtime.watchdog`.
 
     Args:
-        config: for its timeouts.
+        config: has the timeouts.
     """
     file = positions_file()
     with watchdog(
@@ -36,11 +36,11 @@ def watched(config: Distributed) -> Iterator[None]:
 
 
 def _record(error: HangError) -> None:
-    """Write it down for the launcher, which shows it."""
+    """Record the error for the launcher, which shows it."""
     write_log(f"{error}\n")
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
     try:
         raise error
-    except HangError:  # it writes the exception that is being handled
+    except HangError:  # the recorder writes the exception being handled
         get_error_handler().record_exception(error)

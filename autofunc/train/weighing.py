@@ -1,4 +1,4 @@
-"""The parts of a batch put together, each weighing as much as its rows that count."""
+"""Combine the parts of a batch, each weighted by its counting rows."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from autofunc.tree import to_tensordict
 
 
 def counting_all(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A batch whose rows all count."""
+    """Return the batch with all rows counting."""
     return {**batch, COUNTS: torch.ones(len(next(iter(batch.values()))))}
 
 
 def together(parts: Sequence[StepResult]) -> tuple[float, float]:
-    """The loss of the parts of a batch, and its weight."""
+    """Return the loss of a batch's parts, and its weight."""
     pairs = [(_value(part.loss), _value(part.weight)) for part in parts]
     weight = sum(weight for _, weight in pairs)
     return sum(loss * weight for loss, weight in pairs) / weight if weight else float("nan"), weight
 
 
 def gradients(parts: Sequence[StepResult]) -> TensorDict:
-    """The gradients of the parts of a batch, each weighing what its part does."""
+    """Return the gradients of a batch's parts, each weighted like its part."""
     if len(parts) == 1:
         return to_tensordict(parts[0].grads)
     total = together(parts)[1]

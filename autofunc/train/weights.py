@@ -17,20 +17,20 @@ from autofunc.train.output import ADAPTER, WEIGHTS
 
 
 def save_weights(params: tree.Nested, path: Path, state: tree.Nested | None = None) -> None:
-    """Write full trees of parameters, and of what layers keep from step to step; their paths differ."""
+    """Write full trees of parameters, and of the state that layers carry from step to step; their paths differ."""
     leaves = {**tree.flatten(params), **({} if state is None else tree.flatten(state))}
     save_file({name: leaf.detach().contiguous().cpu() for name, leaf in leaves.items()}, path)
 
 
 def save_safely(write: Callable[[Path], object], path: Path) -> None:
-    """Write what took long to make: into a new folder for temporary files where `path` cannot be written.
+    """Write expensive results: into a new temporary folder if `path` cannot be written.
 
     Args:
-        write: writes a file, or a folder.
-        path: which.
+        write: writes a file or folder to a path.
+        path: where to write.
 
     Raises:
-        PipelineRunError: when it can be written nowhere, or elsewhere only: then naming the file.
+        PipelineRunError: if it cannot be written to `path`; names the temporary file if that worked.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -49,14 +49,14 @@ def save_safely(write: Callable[[Path], object], path: Path) -> None:
 def save_result(
     model: Model, params: tree.Nested, state: tree.Nested, folder: Path, named: Callable[[str], str] = str
 ) -> list[str]:
-    """Write what a run trained, and say by what names: weights, or the adapter.
+    """Write a run's trained weights or adapter; return the names of the files.
 
     Args:
-        model: what was trained.
+        model: the trained model.
         params: `written_part`, gathered.
-        state: what layers keep from step to step, gathered. An adapter cannot hold it: the file with weights does.
-        folder: the run's.
-        named: what a file is called, from what it is called by default.
+        state: the state that layers carry, gathered. Adapters cannot hold it, so a file of weights does.
+        folder: the run's folder.
+        named: maps a file's default name to its name.
     """
     weights, adapter = named(WEIGHTS), named(ADAPTER)
     if not isinstance(model, AdaptedModel):
@@ -70,7 +70,7 @@ def save_result(
 
 
 def written_part(model: Model, params: tree.Nested) -> tree.Nested:
-    """Of this rank's parameters those that are written: all, or what an adapter holds where that is all."""
+    """Return the parameters of this rank that are written: all, or only the adapter's if no file of weights is written."""
     if not isinstance(model, AdaptedModel) or model.state_spec:
         return params
     return tree.to_tensordict({path: leaf for path, leaf in tree.flatten(params).items() if model.is_trainable(path)})

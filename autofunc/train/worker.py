@@ -1,4 +1,4 @@
-"""A worker process: it writes its exception down for the launcher, does not outlive it, and ends without Python's own end.
+"""A worker process: records its exception for the launcher, does not outlive it, and skips Python's final teardown.
 
 Private parts of Python used, tried with 3.11: `threading._shutdown` (as in `multiprocessing`), `atexit._run_exitfuncs`.
 """
@@ -28,10 +28,10 @@ _LOOK_SECONDS = 0.5
 
 
 def run_worker(work: Callable[[], None]) -> None:
-    """Run a worker's part, and end the process. Its exception is recorded for the launcher, which shows it once."""
+    """Run a worker's part, and end the process. The launcher shows the recorded exception once."""
     from torch.distributed.elastic.multiprocessing.errors import record
 
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it was started to ignore it, as by nohup
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # unless it was started to ignore it, as by nohup
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a KeyboardInterrupt in a weak reference's callback ends nothing
     parent, positions = os.environ.get(PARENT), positions_file()
     if parent is not None:
@@ -40,11 +40,11 @@ def run_worker(work: Callable[[], None]) -> None:
         here.publish(positions, int(os.environ["RANK"]))
     try:
         record(_without_exit(work))()
-    except KeyboardInterrupt:  # raised by what it runs
+    except KeyboardInterrupt:  # raised by the work
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-        os.kill(os.getpid(), signal.SIGINT)  # whoever waits for this process sees what ended it
+        os.kill(os.getpid(), signal.SIGINT)  # so that the parent sees what ended this process
     except Exception as error:
-        if not is_recorded():  # nobody else tells
+        if not is_recorded():  # nothing else shows it
             if isinstance(error, AutofuncError):
                 sys.stderr.write(f"error: {full_message(error)}\n")
             else:
@@ -57,28 +57,28 @@ def run_worker(work: Callable[[], None]) -> None:
 
 
 def leave_in_order() -> None:
-    """End the process as Python does, but for what it does last: to take itself apart.
+    """End the process as Python does, except for its final teardown.
 
     Threads of gloo outlive their groups, and now and then one ended the process with SIGABRT ("terminate called without an
-    active exception") while Python was taken apart, after all was done.
+    active exception") during that teardown, after all work was done.
     """
     threads: Any = threading
-    threads._shutdown()  # waits for threads that are no daemons
+    threads._shutdown()  # waits for non-daemon threads
     atexit._run_exitfuncs()
     for each in gc.get_objects():
-        if issubclass(type(each), io.IOBase) and not each.closed:  # files that nobody has closed
+        if issubclass(type(each), io.IOBase) and not each.closed:  # files left open
             with suppress(OSError, ValueError):
                 each.flush()
     os._exit(0)
 
 
 def is_recorded() -> bool:
-    """Whether who started this process shows the exception that it writes down: torch's launcher does."""
+    """Return whether the process that started this one shows its recorded exception, as torch's launcher does."""
     return "TORCHELASTIC_ERROR_FILE" in os.environ
 
 
 def _without_exit(work: Callable[[], None]) -> Callable[[], None]:
-    """`sys.exit` in a model or a dataset is a failure like any other."""
+    """Turn `sys.exit` in a model or a dataset into a failure like any other."""
 
     def run() -> None:
         try:
@@ -90,10 +90,10 @@ def _without_exit(work: Callable[[], None]) -> Callable[[], None]:
 
 
 def _end_with(parent: int) -> None:
-    """Leave when the process that this one was forked from is gone, however it went: then nobody reads the results."""
+    """Exit when the process that forked this one is gone, for whatever reason: nobody reads the results."""
     while os.getppid() == parent:
         time.sleep(_LOOK_SECONDS)
     positions = positions_file()
     if positions is not None:
-        shutil.rmtree(positions.parent, ignore_errors=True)  # another worker may be at it too
+        shutil.rmtree(positions.parent, ignore_errors=True)  # another worker may be removing it too
     os._exit(WORKER_FAILED)

@@ -124,5 +124,5 @@ def test_what_is_no_plain_lora_or_fits_not_is_refused(tmp_path: Path) -> None:
         folder = write(tmp_path / str(number), {**WRITTEN_BY_PEFT, **change}, stored)
         with pytest.raises(ModelError, match=words):
             af.load_adapter(base, folder)
-    with pytest.raises(ModelError, match=r"adapter_config.json is not there"):
+    with pytest.raises(ModelError, match=r"adapter_config.json does not exist"):
         af.load_adapter(base, tmp_path / "none")

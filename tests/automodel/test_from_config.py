@@ -193,7 +193,7 @@ def test_errors(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"there is no .*config\.json"):
         built(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ModelError, match="is no JSON"):
+    with pytest.raises(ModelError, match="is not JSON"):
         built(tmp_path)
     with pytest.raises(ModelError, match="neither a folder nor a model in the Hugging Face cache"):
         built("nobody/nothing")

@@ -46,7 +46,7 @@ def test_all_that_is_not_supported_is_one_list(tmp_path: Path) -> None:
 def test_a_name_that_is_unknown_is_told(tmp_path: Path) -> None:
     (tmp_path / "cfg.yaml").write_text(AS_IT_IS.replace("masked_ce.MaskedCrossEntropy", "te.TEParallelCrossEntropy"))
     err = run_here(tmp_path, "config", "validate", "-c", "cfg.yaml").err
-    assert "'nemo_automodel.components.loss.te.TEParallelCrossEntropy', of NeMo AutoModel, has no name here" in err
+    assert "'nemo_automodel.components.loss.te.TEParallelCrossEntropy' of NeMo AutoModel has no equivalent here" in err
 
 
 @pytest.mark.parametrize("more", [(), ("--peft.match_all_linear", "true", "--peft.dim", "2")], ids=["", "peft"])

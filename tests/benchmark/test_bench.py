@@ -23,7 +23,7 @@ from tests.cases import make_case
 
 @pytest.fixture(scope="module")
 def of_gpt2() -> Results:
-    """Tied weights, dropout, and labels that do not count."""
+    """Tied weights, dropout, and ignored labels."""
     model, _, loss, batch = make_case("gpt2", 2, 8)
     return af.bench(
         model, batch, loss=loss, schedules=["gpipe", "zb_h1"], microbatches=[4], engines=["graph", "eager"],
@@ -44,7 +44,7 @@ def test_all_are_measured_in_the_same_rounds(of_gpt2: Results) -> None:
     assert not dist.is_initialized(), "the group that torch asks for is gone"
 
 
-def test_gradients_are_those_of_the_plain_loop(of_gpt2: Results) -> None:
+def test_gradients_match_the_plain_loop(of_gpt2: Results) -> None:
     for each in of_gpt2.measured:
         exact = each.contender.side != TORCH  # whose shares of the mean are divided before they are summed
         assert each.gradient_error is not None and each.gradient_error <= (0.0 if exact else 1e-5), each.name
@@ -61,7 +61,7 @@ def test_memory_is_measured_and_predicted(of_gpt2: Results) -> None:
             assert each.live_bytes is each.predicted_bytes is None
 
 
-def test_bubbles_are_simulated_where_ranks_take_turns(of_gpt2: Results) -> None:
+def test_bubbles_are_simulated_if_ranks_take_turns(of_gpt2: Results) -> None:
     gpipe, zb = of_gpt2["autofunc gpipe graph"], of_gpt2["autofunc zb_h1 graph"]
     assert gpipe.bubble is None and gpipe.schedule_bubble is not None and 0 < gpipe.schedule_bubble < 1
     assert zb.timeline is not None and zb.timeline.schedule.name == "zb_h1" and "simulated" in zb.timeline.label
@@ -85,7 +85,7 @@ def test_wrong_gradients_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class TwoWays(nn.Module):
-    """Hands on numbers, ints and a value without gradient, which the last layer uses."""
+    """Passes on numbers, ints and a value without gradient, which the last layer uses."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -100,7 +100,7 @@ class TwoWays(nn.Module):
         return {"loss": (h - y).square().mean()}
 
 
-def test_torch_takes_values_of_all_kinds() -> None:
+def test_torch_gets_values_of_all_kinds() -> None:
     generator = torch.Generator().manual_seed(0)
     batch = {"x": torch.randn(6, 4, generator=generator), "y": torch.randn(6, 3, generator=generator)}
     model = af.from_module(TwoWays(), {name: leaf[:2] for name, leaf in batch.items()})
@@ -111,7 +111,7 @@ def test_torch_takes_values_of_all_kinds() -> None:
     assert [each.contender.side for each in found.measured] == [AUTOFUNC, TORCH], found.left_out
 
 
-def test_what_torch_does_not_take_is_left_out() -> None:
+def test_contenders_torch_cannot_run_are_left_out() -> None:
     class Norm(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -157,7 +157,7 @@ def test_peak_counts_temporaries() -> None:
     assert peak_bytes(step, torch.device("cpu"), 0) == pytest.approx(8000, abs=200)
 
 
-def test_mfu_where_the_peak_is_known() -> None:
+def test_mfu_if_the_peak_is_known() -> None:
     model, _, loss, batch = make_case("mlp", 2, 4)
     found = af.bench(
         model, batch, loss=loss, schedules=["1f1b"], microbatches=[2], repetitions=1, peak=1e9, check=False, progress=False

@@ -1,4 +1,4 @@
-"""From choices to contenders: all that can run, each once, and a reason for everything else. Integers alone."""
+"""From choices to contenders: everything that can run, once each, and a reason for the rest. Integers only."""
 
 from __future__ import annotations
 
@@ -36,19 +36,19 @@ def test_sides_take_turns_and_names_are_short() -> None:
         ({"schedules": ("dualpipe_v",), "microbatches": (1, 8)}, 2, "autofunc dualpipe_v", "4"),
         ({"engines": ("eager",), "compile": (True, False)}, 2, "autofunc eager, compiled", 'engine="graph"'),
         ({"pp": (2, 4)}, 2, "pp=4", "it needs 4 processes, or one that runs all ranks; there are 2"),
-        ({"schedules": ("zb_h1",), "against": ("torch",)}, 2, "torch zb_h1", "no such schedule"),
+        ({"schedules": ("zb_h1",), "against": ("torch",)}, 2, "torch zb_h1", "does not have this schedule"),
         (
             {"schedules": ("zbv",), "against": ("torch",), "compile": (True, False)},
             2,
             "torch ZBVZeroBubble compiled",
-            "apart",
+            "separate",
         ),
-        ({"schedules": ("zbv",), "against": ("torch",)}, 1, "torch ZBVZeroBubble", "one process is one rank"),
+        ({"schedules": ("zbv",), "against": ("torch",)}, 1, "torch ZBVZeroBubble", "one process is one of torch's ranks"),
         ({"compile": ("graphs", True), "against": ("torch",)}, 2, "torch 1F1B, CUDA graphs", "records no steps"),
-        ({"remat": ("stage", None), "against": ("torch",)}, 2, "torch with remat", "no choice"),
+        ({"remat": ("stage", None), "against": ("torch",)}, 2, "torch with remat", "no such option"),
     ],
 )
-def test_what_cannot_run_says_why(choices: dict[str, Any], processes: int, name: str, why: str) -> None:
+def test_contenders_that_cannot_run_are_explained(choices: dict[str, Any], processes: int, name: str, why: str) -> None:
     found, left = Grid(**choices).contenders(processes)
     assert [why in each.why for each in left if each.name == name] == [True], left
     assert "\n" not in "".join(each.why for each in left) and name not in found
@@ -60,14 +60,14 @@ def test_what_cannot_run_says_why(choices: dict[str, Any], processes: int, name:
     [
         ({"schedules": ("1f1",)}, "did you mean 1f1b"),
         ({"schedules": ()}, "schedules is empty"),
-        ({"pp": (0,)}, "from 1 on"),
+        ({"pp": (0,)}, "positive numbers"),
         ({"engines": ("grph",)}, "did you mean graph"),
         ({"remat": ("auto",)}, "needs a memory budget"),
         ({"against": ("jax",)}, "known: torch, plain"),
         ({"torch_schedules": ("1f1b",)}, "did you mean 1F1B"),
     ],
 )
-def test_unknown_choices_end_it(choices: dict[str, Any], message: str) -> None:
+def test_unknown_choices_are_refused(choices: dict[str, Any], message: str) -> None:
     with pytest.raises(AutofuncError, match=message):
         Grid(**choices).contenders(2)
 
@@ -80,14 +80,14 @@ def test_one_process_is_one_rank_of_torch() -> None:
     assert names == ["torch Interleaved1F1B eager s2", "torch Interleaved1F1B eager s4"], "stages tell them apart"
 
 
-def test_a_schedule_of_ones_own(tmp_path: Any) -> None:
+def test_a_custom_schedule(tmp_path: Any) -> None:
     schedule.write_file(schedule.build("1f1b", num_ranks=2, num_microbatches=4), tmp_path / "mine.csv")
     found, left = Grid((str(tmp_path / "mine.csv"),), microbatches=(4, 8), against=("torch",)).contenders(2)
     assert [(each.schedule, each.stages) for each in found.values()] == [(str(tmp_path / "mine.csv"), 2)]
     assert {each.name.split()[0] for each in left} == {AUTOFUNC, TORCH}, "it is for 4 microbatches, and torch has none"
 
 
-def test_counterparts_lie_where_ours_do() -> None:
+def test_counterparts_have_our_placement() -> None:
     assert set(COUNTERPARTS.values()) == set(TORCH_SCHEDULES)
     for ours, theirs in COUNTERPARTS.items():
         s = schedule.build(ours, num_ranks=2, num_microbatches=8)
@@ -97,6 +97,6 @@ def test_counterparts_lie_where_ours_do() -> None:
         assert TORCH_SCHEDULES[theirs].per_rank in (0, s.num_stages // 2)
 
 
-def test_unknown_names_are_no_left_outs() -> None:
+def test_unknown_names_are_errors() -> None:
     with pytest.raises(ScheduleError, match="unknown schedule"):
         Grid(("nonsense",), against=("torch",)).contenders(1)

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent.parent
 
 
 def of_three_sizes() -> dict[str, Any]:
-    """In a worker: pipelines of 1, 2 and 4 of four processes, tied weights and dropout."""
+    """Run in a worker: pipelines of 1, 2 and 4 of four processes, with tied weights and dropout."""
     model, _, loss, batch = make_case("gpt2", 4, 8)
     found = af.bench(
         model, batch, loss=loss, schedules=["1f1b"], pp=[1, 2, 4], microbatches=[8], against=["torch", "plain"],
@@ -73,14 +73,14 @@ def test_the_command_in_one_process(tmp_path: Path) -> None:
     ("words", "message"),
     [
         (("--schedules", "1f1"), "did you mean 1f1b"),
-        (("--schedules", "1f1b,,gpipe"), "expected values with commas"),
+        (("--schedules", "1f1b,,gpipe"), "expected values separated by commas"),
         (("--compile", "yes"), "--compile yes"),
-        (("--pp", "two"), "--pp two: expected numbers from 1 on"),
+        (("--pp", "two"), "--pp two: expected positive numbers"),
         (("--microbatches", "3", "--nproc-per-node", "1"), "cannot be cut into 3"),
-        (("--distributed.tp_size", "2"), "bench measures pp alone, and distributed.tp_size is 2"),
+        (("--distributed.tp_size", "2"), "bench measures pp only, but distributed.tp_size is 2"),
     ],
 )
-def test_mistakes_end_it_before_anything_is_built(tmp_path: Path, words: tuple[str, ...], message: str) -> None:
+def test_mistakes_are_found_before_anything_is_built(tmp_path: Path, words: tuple[str, ...], message: str) -> None:
     done = run_here(folder_with_data(tmp_path), "bench", "-c", "cfg.yaml", *words)
     assert done.status == 2 and message in " ".join(done.err.split()), done.err
     assert not (tmp_path / "runs").exists()

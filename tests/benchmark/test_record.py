@@ -1,4 +1,4 @@
-"""What is made of measurements: ratios, answers, JSON, tables of 80 columns, a picture."""
+"""Reports of measurements: ratios, answers, JSON, tables of 80 columns, a picture."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ def results() -> Results:
                 5.0, 6.0, 7.0, bubble=None, predicted_bytes=None,
             ),
         ),
-        (LeftOut("torch zb_h1", "torch.distributed.pipelining has no such schedule"),),
+        (LeftOut("torch zb_h1", "torch.distributed.pipelining does not have this schedule"),),
         {"model": "M", "parameters": 1000, "rows": 8, "tokens": 1024, "processes": 2},
         "tokens",
     )  # fmt: skip
 
 
-def test_ratios_are_of_pairs() -> None:
+def test_ratios_are_paired() -> None:
     found = results()
     assert found.baseline.name == "torch Interleaved1F1B compiled", "the fastest of torch"
     assert found.speedup(found["autofunc 1f1b graph"], found["torch 1F1B eager"]) == (2.0, 2.0, 3.0)
@@ -57,7 +57,7 @@ def test_ratios_are_of_pairs() -> None:
         found["torch 1F1B"]
 
 
-def test_json_there_and_back(tmp_path: Path) -> None:
+def test_json_round_trip(tmp_path: Path) -> None:
     found = results()
     written = found.save(tmp_path / "new")
     assert [path.name for path in written] == ["bench.json", "bench.png", "bench.html"]
@@ -72,12 +72,12 @@ def test_json_there_and_back(tmp_path: Path) -> None:
     assert "1f1b" in (tmp_path / "new" / "bench.html").read_text()
 
 
-def test_tables_fit_and_say_it_all() -> None:
+def test_tables_fit_and_are_complete() -> None:
     text = results().table()
     assert max(map(len, text.splitlines())) <= 80 and "\x1b" not in text
     for part in ("11.0", "1M", "50.0%", "20 / 10 %", "2 MiB", "best against best: 0.50x (0.50 to 0.64)"):
         assert part in text.replace("1 M", "1M"), part
-    assert "not measured: torch zb_h1: torch.distributed.pipelining has no such schedule" in " ".join(text.split())
+    assert "not measured: torch zb_h1: torch.distributed.pipelining does not have this schedule" in " ".join(text.split())
     assert "\x1b[" in results().table(colour=True)
     empty = Results((), results().left_out, {}, "rows")
     assert empty.table().startswith("not measured") and empty.to_dict()["baseline"] is None
@@ -91,7 +91,7 @@ def test_the_picture_has_a_bar_for_each() -> None:
     assert few.shape[1] == 1440 and matplotlib.image.imread(io.BytesIO(to_png(many))).shape[0] > few.shape[0]
 
 
-def test_names_of_others_are_printable() -> None:
+def test_foreign_names_are_printable() -> None:
     odd = Results(
         (measured("autofunc \x1b[31m[red] graph", Contender(AUTOFUNC, "x", 2, 8, 2), 1.0),), (), results().setting, "tokens"
     )  # fmt: skip

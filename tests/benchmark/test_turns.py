@@ -1,4 +1,4 @@
-"""The measuring core, with a clock that steps move: no processes, no tensors."""
+"""Timing in turns, with a clock that steps advance: no processes, no tensors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from autofunc.benchmark.turns import paired_ratios, slowest, take_turns
 
 
 class Clock:
-    """Of work that takes as long as it says."""
+    """A clock that its work advances."""
 
     def __init__(self) -> None:
         self.time, self.log = 0.0, ""

@@ -1,4 +1,4 @@
-"""What holds of every captured module, however it is cut and scheduled."""
+"""The laws of every captured module, however it is cut and scheduled."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Caller = Callable[[nn.Module, Mapping[str, Any]], Any]
 def plain_loop(
     module: nn.Module, call: Caller, batch: Mapping[str, Any], count: int, loss: Loss | None, key_name: str = "key"
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss and gradients of a module by autograd, a microbatch after the other; the module's own gradients stay None."""
+    """Loss and gradients of a module by autograd, one microbatch at a time; the module's own `.grad` stays None."""
     named = dict(module.named_parameters())
     sums = {name: torch.zeros_like(leaf) for name, leaf in named.items() if leaf.requires_grad}
     total, weight = torch.zeros(()), torch.zeros(())
@@ -39,7 +39,7 @@ def plain_loop(
 
 
 def contents(module: nn.Module) -> dict[str, Any]:
-    """All that a module holds: bits of tensors, and the other attributes."""
+    """Everything a module holds: the bits of its tensors, and its other attributes."""
     found: dict[str, Any] = {}
     for name, part in module.named_modules():
         for key, value in vars(part).items():
@@ -54,7 +54,7 @@ def contents(module: nn.Module) -> dict[str, Any]:
 
 
 def assert_unchanged(before: Mapping[str, Any], module: nn.Module) -> None:
-    """Nothing of it was written, replaced, added or removed."""
+    """Assert that nothing in a module was written, replaced, added or removed."""
     after = contents(module)
     assert before.keys() == after.keys()
     for key, value in before.items():
@@ -63,7 +63,7 @@ def assert_unchanged(before: Mapping[str, Any], module: nn.Module) -> None:
 
 
 def close(found: Mapping[str, Any], expected: Mapping[str, Tensor]) -> None:
-    """Equal up to a relative error of each tensor."""
+    """Assert equality up to a relative error per tensor."""
     leaves = tree.flatten(found)
     assert leaves.keys() == expected.keys()
     for path, leaf in expected.items():
@@ -84,7 +84,7 @@ def check_layouts(
     """Split a module in several ways; compare with the plain loop, and bit for bit with the oracle.
 
     Args:
-        module: what is captured.
+        module: the module to capture.
         batch: of four rows.
         layouts: (split_points, name of a schedule).
         loss: see `af.pipeline`.

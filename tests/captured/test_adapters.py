@@ -1,4 +1,4 @@
-"""Modules around modules, in the shape of adapters and hooks of libraries: what is inside is run, trained and named."""
+"""Modules around modules, like libraries' adapters and hooks: the inner parts run, train and keep their names."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LAYOUTS = [(["layers.1", "layers.2"], "zb_h1")]
 
 
 class Kept:
-    """Keys that layers add to, as a cache does; here it is what forward begins with."""
+    """Keys that layers add to, like a cache; here forward begins with one."""
 
     def __init__(self, keys: list[Tensor]) -> None:
         self.keys = keys
@@ -48,7 +48,7 @@ class Block(nn.Module):
 
 
 class Base(nn.Module):
-    """A model that reaches its layers through a slice, and makes its own loss."""
+    """A model that reaches its layers through a slice, and computes its own loss."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class Base(nn.Module):
 
 
 class Wrapper(nn.Module):
-    """What is not its own is looked up in what it wraps; one part has two names."""
+    """Looks up foreign attributes in the module it wraps; one part has two names."""
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ class Wrapper(nn.Module):
 
 
 class Prompted(Wrapper):
-    """Learns what comes before the words."""
+    """Learns a prompt before the words."""
 
     def forward(self, ids: Tensor, labels: Tensor, **kwargs: Any) -> Any:
         before = self.prompt.weight.expand(ids.shape[0], -1, -1)
@@ -99,7 +99,7 @@ class Prompted(Wrapper):
 
 
 class Prefixed(Wrapper):
-    """Learns keys that every layer finds in the cache."""
+    """Learns keys that each layer finds in the cache."""
 
     def forward(self, ids: Tensor, labels: Tensor, **kwargs: Any) -> Any:
         before = self.prompt(torch.arange(3)).expand(ids.shape[0], -1, -1)
@@ -107,7 +107,7 @@ class Prefixed(Wrapper):
 
 
 class Forwarding(Wrapper):
-    """Runs parts of what it wraps, by names that are not registered."""
+    """Runs parts of the wrapped module by names that are not registered."""
 
     def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
         h = self.embed(ids) + self.prompt.weight.sum(0)
@@ -126,7 +126,7 @@ def test_around_a_frozen_model(wrapper: Callable[[nn.Module], nn.Module]) -> Non
     assert [path for path in model.used if model.is_trainable(path)] == ["prompt.weight"]
 
 
-def test_checks_of_a_cache_that_is_given() -> None:
+def test_checks_with_a_given_cache() -> None:
     torch.manual_seed(0)
     report = af.check(Prefixed(Base()), BATCH)
     assert report.ok, report
@@ -154,7 +154,7 @@ def test_slices_of_sequences_and_slices_of_slices() -> None:
 
 
 class Adapted(nn.Module):
-    """A linear layer with a low-rank part beside it; its columns keep lengths that are learnt."""
+    """A linear layer plus a low-rank part, with learnt column norms."""
 
     def __init__(self, base: nn.Linear) -> None:
         super().__init__()
@@ -181,7 +181,7 @@ def adapted() -> Base:
     return base
 
 
-def test_low_rank_parts_lengths_and_a_number() -> None:
+def test_low_rank_parts_and_learnt_norms() -> None:
     base = adapted()
     model = check_layouts(base, BATCH, [(["layers.1", "layers.2.v.up"], "zb_h1")])  # the one part that `up` holds is run
     trained = [path for path in model.used if model.is_trainable(path)]
@@ -189,7 +189,7 @@ def test_low_rank_parts_lengths_and_a_number() -> None:
 
 
 def with_hook(part: nn.Module) -> None:
-    """As `accelerate` does it: another forward in the place of the part's own."""
+    """Replace a part's forward, as `accelerate` does."""
     old = part.forward
 
     def forward(part: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -200,14 +200,14 @@ def with_hook(part: nn.Module) -> None:
     vars(part)["forward"] = update_wrapper(partial(forward, part), old)
 
 
-def test_forwards_that_were_replaced() -> None:
+def test_replaced_forwards() -> None:
     base = adapted()
     for part in (base, *base.layers, base.layers[0].q):
         with_hook(part)
     model = check_layouts(base, BATCH, LAYOUTS)
     assert model.notes == (
-        "the module itself, layers.0, layers.0.q and 2 more run forwards that were put in the place of their classes', as "
-        "accelerate's hooks are: what they do to tensors is captured, what else they do happens once",
+        "the module itself, layers.0, layers.0.q and 2 more run forwards that replace those of their classes, as "
+        "accelerate's hooks do: their tensor operations are captured, any other effect happens once",
     )
     assert af.check(base, BATCH).ok
 
@@ -223,13 +223,13 @@ def test_compiled_parts() -> None:
 
     model = check_layouts(base, BATCH, LAYOUTS, call=plainly)
     assert model.notes == (
-        "torch.compile around layers.0, layers.1, layers.2 is left out: say compile=True to af.pipeline",
+        "torch.compile around layers.0, layers.1, layers.2 is dropped: pass compile=True to af.pipeline instead",
     )
     assert {"layers.0", "layers.1", "layers.2"} <= set(model.layers)
     assert af.check(base, BATCH).ok
 
 
-def test_parts_that_are_compiled_and_made_empty() -> None:
+def test_compiled_parts_of_an_empty_module() -> None:
     module = nn.Sequential(torch.compile(nn.Sequential(nn.Linear(WIDTH, WIDTH, device="meta"))), nn.Linear(WIDTH, 1))
     before = dict(module.named_parameters())
     model = af.from_module(module, {"input": torch.zeros(4, WIDTH)})
@@ -239,7 +239,7 @@ def test_parts_that_are_compiled_and_made_empty() -> None:
     assert before.keys() == after.keys() and all(after[name] is leaf for name, leaf in before.items())
 
 
-def test_activations_that_are_made_again() -> None:
+def test_recomputed_activations() -> None:
     class Again(nn.Module):
         def __init__(self) -> None:
             super().__init__()

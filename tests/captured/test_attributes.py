@@ -27,7 +27,7 @@ class Base(nn.Module):
 
 
 class WeightMade(Base):
-    """A weight that is made of two parameters before it is used, as weight norm of old does."""
+    """A weight computed from two parameters before use, like the old weight norm."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class WeightMade(Base):
 
 
 class Window(Base):
-    """A size that is brought down to that of the input, once or again."""
+    """A size that forward reduces to the input's, whether or not it was reduced before."""
 
     window = 9
 
@@ -56,7 +56,7 @@ class Window(Base):
 
 
 class Collected(Base):
-    """Losses of layers, put down by each and collected at the end."""
+    """Losses stored by each layer and collected at the end."""
 
     def forward(self, x: Tensor) -> Tensor:
         self.losses: list[Tensor] = []
@@ -68,7 +68,7 @@ class Collected(Base):
 
 
 class Remembered(Base):
-    """Features that are kept for whoever wants to look at them; nothing reads them."""
+    """Features kept for inspection; forward never reads them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ class Remembered(Base):
 
 
 class Recast(Base):
-    """The dtype that it was given, noted before values are converted."""
+    """Notes its input's dtype before converting."""
 
     def forward(self, x: Tensor) -> Tensor:
         self.given = x.dtype

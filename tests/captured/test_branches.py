@@ -1,4 +1,4 @@
-"""Forwards that decide by data: captured as they go on the example, and a batch that goes otherwise stops the step."""
+"""Forwards that decide by data: captured as they go on the example; a batch that decides differently stops the step."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Forward = Callable[["Deciding", Tensor, Tensor], Tensor]
 
 
 class Deciding(nn.Module):
-    """Two layers, and between them a forward that a test gives."""
+    """Two layers with a test's function between them."""
 
     def __init__(self, forward: Forward) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class Deciding(nn.Module):
         self.forward_ = forward
 
     def forward(self, x: Tensor, ids: Tensor) -> Tensor:
-        """Whatever was given, and a loss."""
+        """Apply the test's function, and compute a loss."""
         return self.second(self.forward_(self, self.first(x), ids)).square().mean()  # type: ignore[no-any-return]
 
 
@@ -160,7 +160,7 @@ def _changed(entry: str, place: Any, value: float) -> dict[str, Tensor]:
         ("graph", written_places, _changed("ids", (3, 0), 2), r"nonzero\(as_tuple=True\) reads 5, .* it was 4"),
     ],
 )
-def test_a_batch_that_goes_otherwise_stops_the_step(
+def test_a_batch_that_decides_differently_stops_the_step(
     engine: str, forward: Forward, changed: dict[str, Tensor], message: str
 ) -> None:  # fmt: skip
     pipe, params = pipeline(Deciding(forward), engine=engine)
@@ -174,14 +174,14 @@ def test_a_batch_that_goes_otherwise_stops_the_step(
     assert torch.equal(step(pipe, params)[0], expected[0])
 
 
-def test_what_is_recomputed_is_checked() -> None:
+def test_recomputed_decisions_are_checked() -> None:
     pipe, params = pipeline(Deciding(clamping), remat="stage")
     step(pipe, params)
     with pytest.raises(BatchError, match=r"if not torch.isfinite"):
         step(pipe, params, **_changed("x", (0, 0), float("inf")))
 
 
-def test_a_weight_that_decides_otherwise() -> None:
+def test_a_weight_that_decides_differently() -> None:
     pipe, params = pipeline(Deciding(asserting))
     params["first", "bias"][0] = float("nan")
     with pytest.raises(BatchError, match=r"assert not h.isnan") as caught:
@@ -208,13 +208,13 @@ def distinct(self: Deciding, h: Tensor, ids: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("forward", "message"),
     [
-        (converting, r"makes a plain float of data \(.*float\(h.abs\(\).max\(\)\)\), .* use the tensor itself"),
+        (converting, r"makes a plain float from data \(.*float\(h.abs\(\).max\(\)\)\), .* use the tensor itself"),
         (layer_drop, r"decides by a random number \(.*torch.rand\(\[\]\) < 0.5.*layerdrop=0"),
         (uneven, r"the data decides how many rows a mask makes \(.*ids\[:, 0\] == 1.*ignore_index"),
         (distinct, r"the data decides how many rows a mask makes \(.*unique_consecutive"),
     ],
 )
-def test_what_differs_from_batch_to_batch_is_refused(forward: Forward, message: str) -> None:
+def test_values_that_differ_in_every_batch_are_refused(forward: Forward, message: str) -> None:
     module = Deciding(forward)
     before = contents(module)
     with pytest.raises(ModelError, match=message):
@@ -229,9 +229,9 @@ def test_branches_can_be_refused() -> None:
         af.from_module(Deciding(raising), batch(), branches="maybe")  # type: ignore[arg-type]
 
 
-def test_more_numbers_than_on_the_example() -> None:
+def test_other_numbers_of_decisions_than_on_the_example() -> None:
     pipe, params = pipeline(Deciding(lambda self, h, ids: h if ids.sum(1).tolist()[0] > 2 else -h))
-    with pytest.raises(ModelError, match=r"with these shapes reads less than on the example batch \(.*test_branches.py"):
+    with pytest.raises(ModelError, match=r"with these shapes reads fewer values than on the example batch \(.*test_branch"):
         step(pipe, params)
 
 
@@ -266,7 +266,7 @@ def test_without_weights_the_batch_can_decide() -> None:
         af.from_module(Deciding(asserting), {name: leaf.to("meta") for name, leaf in batch().items()})
 
 
-def test_looking_at_the_example_leaves_nothing_behind() -> None:
+def test_running_the_example_has_no_side_effects() -> None:
     def keeping(self: Any, h: Tensor, ids: Tensor) -> Tensor:
         self.kept, self.first.bias.data[0] = h, 5
         self.count += 1
@@ -282,20 +282,20 @@ def test_looking_at_the_example_leaves_nothing_behind() -> None:
     assert all(torch.equal(given[name], leaf) for name, leaf in batch().items())
 
 
-def test_a_check_says_where_it_decides() -> None:
+def test_a_failed_check_names_the_line() -> None:
     report = af.check(Deciding(clamping), batch())
     (cuts,) = [each for each in report.verdicts if each.code == "P1"]
     assert cuts.status == "pass" and "decides by data" in cuts.message and "torch.isfinite" in cuts.message, report
     assert report.ok, report
 
 
-def test_a_check_says_which_part_goes_otherwise() -> None:
+def test_a_failed_check_names_the_part() -> None:
     report = af.check(Deciding(lambda self, h, ids: h if (ids == 7).any() else -h), batch() | _changed("ids", (0, 0), 7))
     (cuts,) = [each for each in report.verdicts if each.code == "P1"]
     assert cuts.status == "fail" and "on a part of the batch: a captured forward takes one branch" in cuts.message, report
 
 
-def test_one_line_on_several_ways() -> None:
+def test_one_line_reached_in_several_ways() -> None:
     def is_any(mask: Tensor) -> bool:
         return bool(mask.any())
 

@@ -1,4 +1,4 @@
-"""`torch.cond` and `torch.while_loop` in a forward are Python's `if` and `while`."""
+"""`torch.cond` and `torch.while_loop` in a forward act as Python's `if` and `while`."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def pipeline(module: nn.Module) -> tuple[Any, Any]:
     return af.value_and_grad(af.pipeline(af.split(model, ["second"]), s)), model.init()
 
 
-def test_the_same_as_of_python() -> None:
+def test_same_as_python() -> None:
     (step, params), (expected_step, expected_params) = pipeline(OfTorch()), pipeline(OfPython())
     (found_loss, found), (expected_loss, expected) = step(params, batch()), expected_step(expected_params, batch())
     assert torch.equal(found_loss, expected_loss)
@@ -56,7 +56,7 @@ def test_the_same_as_of_python() -> None:
 
 
 @pytest.mark.parametrize(("largest", "line"), [(3, "torch.cond"), (1, "torch.while_loop")])
-def test_a_batch_that_goes_otherwise_stops_the_step(largest: int, line: str) -> None:
+def test_a_batch_that_decides_differently_stops_the_step(largest: int, line: str) -> None:
     step, params = pipeline(OfTorch())
     with pytest.raises(BatchError, match=line):
         step(params, batch(largest))

@@ -1,4 +1,4 @@
-"""CTC losses inside of forward, with lengths that are tensors and differ from row to row."""
+"""CTC losses inside forward, with lengths that are tensors and differ from row to row."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ STEPS = torch.tensor([9, 8, 9, 7])
 
 
 class Transcribing(nn.Module):
-    """Two layers, and a loss of their steps x rows x classes that a test gives."""
+    """Two layers, and a test's loss of their (steps, rows, classes)."""
 
     def __init__(self, scored: Scored) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class Transcribing(nn.Module):
         self.first, self.second, self.scored = nn.Linear(6, 6), nn.Linear(6, 5), scored
 
     def forward(self, x: Tensor, labels: Tensor, steps: Tensor) -> Tensor:
-        """The loss."""
+        """Compute the loss."""
         log_probs = self.second(torch.tanh(self.first(x))).log_softmax(-1).transpose(0, 1)
         return self.scored(log_probs, labels, steps)
 
@@ -56,13 +56,13 @@ def test_rows_of_any_length(scored: Scored) -> None:
     check_layouts(Transcribing(scored), batch(), [(["second"], "1f1b"), (["second"], "zb_h1")])
 
 
-def test_what_cannot_be_reached_counts_nothing() -> None:
-    """Four times the same label takes seven steps, with the blanks between."""
+def test_unreachable_targets_count_nothing() -> None:
+    """The same label four times takes seven steps, with the blanks between."""
     module = Transcribing(lambda log_probs, labels, steps: padded(log_probs, labels, steps.clamp_max(6)))
     check_layouts(module, batch(torch.tensor([[1, 1, 1, 1], *LABELS[1:].tolist()])), [(["second"], "1f1b")])
 
 
-def test_elements_that_something_else_reads() -> None:
+def test_selected_elements_with_another_reader() -> None:
     def scored(log_probs: Tensor, labels: Tensor, steps: Tensor) -> Tensor:
         positive = labels.masked_select(labels.abs() > 0)  # all
         return log_probs.square().mean() * (positive + 1).float().std() * positive.abs().max() / len(positive)
@@ -76,7 +76,7 @@ def test_elements_that_something_else_reads() -> None:
         af.from_module(Transcribing(differing), batch())
 
 
-def test_labels_written_to_in_between() -> None:
+def test_labels_written_to_after_selection() -> None:
     def scored(log_probs: Tensor, labels: Tensor, steps: Tensor) -> Tensor:
         mask, labels = labels >= 0, labels + 0
         targets = labels.masked_select(mask)

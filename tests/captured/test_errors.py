@@ -1,4 +1,4 @@
-"""What cannot be captured or cut is one error that says what to do."""
+"""Modules that cannot be captured or cut raise one error, which says what to do."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BATCH = {"x": torch.randn(4, 6, generator=torch.Generator().manual_seed(0))}
 
 
 class Made(nn.Module):
-    """A layer, and a forward that a test gives."""
+    """A layer, and a test's forward."""
 
     def __init__(self, forward: Callable[[Any, Tensor], Any]) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class Made(nn.Module):
         self.forward_ = forward
 
     def forward(self, x: Tensor) -> Any:
-        """Whatever was given."""
+        """Call the test's forward."""
         return self.forward_(self, self.linear(x))
 
 
@@ -116,7 +116,7 @@ def test_forwards(forward: Callable[[Any, Tensor], Any], message: str) -> None:
     assert module.nested == {"seen": []} and module.memory == SimpleNamespace(last=None, count=0)
 
 
-def test_plain_values_in_objects_are_put_back() -> None:
+def test_plain_values_in_objects_are_restored() -> None:
     module = Made(noting)
     assert af.from_module(module, BATCH).used == ["linear.weight", "linear.bias"]
     assert module.memory.count == 0
@@ -165,7 +165,7 @@ def test_arguments(batch: dict[str, Tensor], options: dict[str, Any], message: s
         _ = af.from_module(Made(lambda self, h: h), batch, **options).spec
 
 
-def test_no_module() -> None:
+def test_not_a_module() -> None:
     with pytest.raises(ModelError, match=r"expected an nn.Module, got function; for a function see af.from_function"):
         af.from_module(functional.relu, BATCH)  # type: ignore[arg-type]
 
@@ -177,7 +177,7 @@ def test_no_module() -> None:
         (["h.2", "h.1"], "'transformer.h.1' runs before 'transformer.h.2'"),
         (["h.2", "h.2.ln_1"], "a stage already begins at 'transformer.h.2'"),
         (["drop"], "'transformer.drop' is not run|needs no weights|names no layer"),
-        (["mlp"], "ambiguous: it is the end of transformer.h.0.mlp"),
+        (["mlp"], "ambiguous: transformer.h.0.mlp"),
         (["transformer.h"], "'transformer.h' is not run"),
         (9000, "at most, not 9000"),
     ],
@@ -215,7 +215,7 @@ def test_backward_hooks() -> None:
         af.from_module(module, BATCH)
 
 
-def test_no_pattern_trains_nothing() -> None:
-    """And not everything."""
+def test_without_patterns_nothing_trains() -> None:
+    """Rather than everything."""
     model = af.from_module(nn.Linear(3, 3), {"input": torch.randn(2, 3)}, trainable=[])
     assert not any(model.is_trainable(path) for path in model.spec)

@@ -1,4 +1,4 @@
-"""Experts whose rows the data decides: each of them computes all rows, and those that were not chosen are left out."""
+"""Experts whose rows the data decides: each computes all rows, and those that were not chosen are discarded."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ WIDTH, COUNT, ROUTES = 6, 3, 2
 
 
 class Expert(nn.Module):
-    """Two layers, the latter changed in place, as some do."""
+    """Two layers; the result of the second is changed in place, as some models do."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class Expert(nn.Module):
 
 
 class Experts(nn.Module):
-    """A layer, experts that a test mixes, and a layer."""
+    """A layer, experts that a test combines, and a layer."""
 
     def __init__(self, mix: Mix) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class Experts(nn.Module):
         return self.second(h + mixed).square().mean()  # type: ignore[no-any-return]
 
     def routed(self, h: Tensor, routes: int = ROUTES) -> tuple[Tensor, Tensor, Tensor]:
-        """Weights and numbers of the experts of each row, and a one-hot mask of [experts, routes, rows]."""
+        """Weights and indices of each row's experts, and a one-hot mask [experts, routes, rows]."""
         weights, chosen = self.router(h).softmax(-1).topk(routes, dim=-1)
         return weights, chosen, F.one_hot(chosen, COUNT).permute(2, 1, 0)
 
@@ -146,7 +146,7 @@ def test_experts_compute_all_rows(mix: Mix, layout: tuple[list[str], str]) -> No
 
 
 @pytest.mark.parametrize("mix", [like_switch, like_dbrx, over_all, with_two_dims])
-def test_any_batch_goes(mix: Mix) -> None:
+def test_any_batch_works(mix: Mix) -> None:
     module, given = Experts(mix), batch()
     model = af.from_module(module, given)
     for bias in (torch.tensor([50.0, 0.0, 0.0]), torch.tensor([0.0, -50.0, 9.0])):  # all to one; none to another
@@ -273,13 +273,13 @@ def scattered_rows(self: Experts, h: Tensor, kinds: Tensor) -> Tensor:
         (measured, "reads their number"), (enumerated, "unbind"), (numbered, "counts them in 'number'"),
         (added_in_a_loop, "reads what a loop over them makes"), (kept_from_a_loop, "reads what a loop over them makes"),
         (written_in_a_loop, "aten.add_.Tensor sees"), (left_early, "leaves a loop over them early"),
-        (read_beside_a_loop, "outside of a loop"), (first_of_rows, "aten.select.int sees"),
+        (read_beside_a_loop, "outside a loop"), (first_of_rows, "aten.select.int sees"),
         (of_two_masks, "index_put_.default sees"), (sorted_rows, "aten.sort"),
         (compared, "reads their number"), (summed_by_a_product, "aten.matmul.default sees"),
         (scattered_rows, "scatter_add.default sees"),
     ],
 )  # fmt: skip
-def test_what_sees_which_rows_there_are_is_refused(mix: Mix, message: str) -> None:
+def test_seeing_which_rows_there_are_is_refused(mix: Mix, message: str) -> None:
     module = Experts(mix)
     source, reading = ModuleSource(module), partial(Replaying, "Experts", [], all_places=True)
     before = contents(module)
@@ -313,7 +313,7 @@ def read_after_a_loop(self: Experts, h: Tensor, kinds: Tensor) -> Tensor:
         (unique_experts, r"test_experts.py.*for number in torch.unique\(kinds\)"),
     ],
 )
-def test_others_are_refused_as_before(mix: Mix, message: str) -> None:
+def test_other_rows_of_data_are_still_refused(mix: Mix, message: str) -> None:
     with pytest.raises(ModelError, match=message):
         af.from_module(Experts(mix), batch())
 

@@ -1,4 +1,4 @@
-"""Functions with a backward of the user's own: the gradients are theirs, bit for bit, wherever the module is cut."""
+"""Autograd functions written by the user: their gradients are kept, bit for bit, wherever the module is cut."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Context = Any
 
 
 class Wrong(torch.autograd.Function):
-    """Its gradient is not its derivative, so that it can be told from one."""
+    """Its backward is not its derivative, so that the two can be told apart."""
 
     @staticmethod
     def forward(ctx: Context, x: Tensor, scale: float) -> Tensor:
@@ -35,7 +35,7 @@ class Wrong(torch.autograd.Function):
 
 
 class WithContext(torch.autograd.Function):
-    """The newer form, with a default and two results, of which one has no gradient."""
+    """The newer form, with a default, and two results, one without gradient."""
 
     @staticmethod
     def forward(x: Tensor, power: int = 2) -> tuple[Tensor, Tensor]:
@@ -53,7 +53,7 @@ class WithContext(torch.autograd.Function):
 
 
 class Straight(torch.autograd.Function):
-    """A straight-through estimator, which hands its gradient on."""
+    """A straight-through estimator, which passes its gradient on."""
 
     @staticmethod
     def forward(ctx: Context, x: Tensor) -> Tensor:
@@ -65,7 +65,7 @@ class Straight(torch.autograd.Function):
 
 
 class Reversed(torch.autograd.Function):
-    """Returns what it is given, with another gradient; and a plain value beside it."""
+    """Returns its input with another gradient, and a plain value."""
 
     @staticmethod
     def forward(ctx: Context, x: Tensor, table: list[int]) -> tuple[Tensor, str]:
@@ -143,13 +143,13 @@ class InPlace(torch.autograd.Function):
         return grad * 2
 
 
-def test_one_that_writes_to_what_it_is_given() -> None:
+def test_writing_to_inputs_is_refused() -> None:
     module = Stack(lambda x, layer: InPlace.apply(layer(x)))  # type: ignore[no-untyped-call]
-    with pytest.raises(ModelError, match="InPlace writes to what it is given"):
+    with pytest.raises(ModelError, match="InPlace writes to its inputs"):
         af.from_module(module, {"x": torch.randn(4, 6)})
 
 
-def test_nothing_stays_replaced() -> None:
+def test_apply_is_restored() -> None:
     before = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
     af.from_module(Stack(STEPS["by its class"]), {"x": torch.randn(4, 6)})
     assert torch.autograd.Function.apply.__func__.__code__ is before  # type: ignore[attr-defined]
@@ -157,8 +157,8 @@ def test_nothing_stays_replaced() -> None:
     assert Wrong.apply(x, 1.0).grad_fn is not None  # type: ignore[no-untyped-call]
 
 
-def test_a_reentrant_checkpoint_is_run_as_it_is() -> None:
-    """torch cannot differentiate it as the plain loop does, so it is compared with the other kind."""
+def test_a_reentrant_checkpoint_runs_its_function() -> None:
+    """torch cannot differentiate it as the plain loop does, so it is compared with the non-reentrant kind."""
     batch, found = {"x": torch.randn(4, 6)}, []
     for reentrant in (True, False):
         torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Writes in place: wherever a module is cut between them, loss and gradients are its own."""
+"""In-place writes: wherever a module is cut between them, its loss and gradients stay the same."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def check(module: nn.Module, batch: Mapping[str, Any], points: list[str], engine
 
 
 @pytest.mark.parametrize("name", STEPS)
-def test_every_block_boundary_is_a_place_to_cut(name: str) -> None:
+def test_every_block_boundary_can_be_cut(name: str) -> None:
     torch.manual_seed(0)
     module = Written(STEPS[name])
     batch = {"x": torch.randn(4, 4, 6), "target": torch.randn(4, 4, 6)}
@@ -125,7 +125,7 @@ def test_every_block_boundary_is_a_place_to_cut(name: str) -> None:
 
 
 @pytest.mark.parametrize("remat", ["layer", "stage"])
-def test_what_is_run_again_writes_again(remat: str) -> None:
+def test_recomputation_repeats_writes(remat: str) -> None:
     torch.manual_seed(0)
     module = nn.Sequential(
         nn.Conv1d(3, 8, 3), nn.GroupNorm(2, 8), nn.ReLU(inplace=True), nn.Conv1d(8, 8, 3), nn.ReLU(inplace=True)
@@ -135,8 +135,8 @@ def test_what_is_run_again_writes_again(remat: str) -> None:
     check(module, batch, ["4"], "eager", remat)
 
 
-def test_a_stream_of_less_precision() -> None:
-    """What is added in fp32 is rounded to what it is added to."""
+def test_a_residual_stream_of_lower_precision() -> None:
+    """Values added in fp32 are rounded to the stream's dtype."""
     torch.manual_seed(0)
 
     def step(x: Tensor, layer: nn.Module, number: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""A forward with an argument `key`: the entry of that name is a tensor like others, and randomness comes beside it."""
+"""A forward with an argument `key`: that entry is an ordinary tensor, and the randomness key is separate."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_the_entry_is_an_argument() -> None:
 
 
 @pytest.mark.parametrize("engine", ["graph", "eager"])
-def test_randomness_comes_with_the_call(engine: str) -> None:
+def test_the_randomness_key_comes_with_the_call(engine: str) -> None:
     torch.manual_seed(0)
     model = af.from_module(Attending(), BATCH, verify=True)
     loss, grads = piped(model, BATCH, (0, 1), engine)
@@ -72,8 +72,8 @@ def test_randomness_comes_with_the_call(engine: str) -> None:
     assert not torch.equal(model(model.init(), {**BATCH, model.key_name: make_key(0)}), evaluated)
 
 
-def test_its_value_is_no_part_of_the_randomness() -> None:
-    """Two numbers, as randomness has: it is the entry all the same."""
+def test_the_entry_does_not_affect_randomness() -> None:
+    """An entry of two numbers, like a randomness key, is still the entry."""
 
     class Scaled(nn.Module):
         def __init__(self) -> None:
@@ -118,7 +118,7 @@ def test_checks_see_the_entry() -> None:
     assert not [verdict for verdict in report.verdicts if verdict.status == "fail"], str(report)
 
 
-def test_where_forward_takes_none_it_is_the_randomness() -> None:
+def test_without_such_an_argument_it_is_the_randomness_key() -> None:
     model = af.from_module(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), {"input": DRAWN[0]})
     with pytest.raises(BatchError, match="expected a pair of integers"):
         model(model.init(), {"input": DRAWN[0], "key": DRAWN[1]})

@@ -25,7 +25,7 @@ BUILDERS = {"meta": lambda: torch.device("meta"), "empty_weights": af.empty_weig
     ],
 )
 def test_like_the_real_module(name: str, where: str) -> None:
-    """Same shapes, ties and buffers; weights with the same statistics; on the real weights the same outputs."""
+    """Same shapes, ties and buffers; weights with the same statistics; the same outputs on the real weights."""
     build, batch = ZOO[name]
     real = build()
     with BUILDERS[where]():
@@ -59,7 +59,7 @@ def test_the_layout_does_not_matter() -> None:
 
 
 class Scale(nn.Module):
-    """A parameter that only a constructor fills, and a buffer likewise."""
+    """A parameter and a buffer that only the constructor fills."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class Scale(nn.Module):
         return self.linear(x * self.table) * self.factor
 
 
-def test_what_cannot_be_made_again() -> None:
+def test_values_that_cannot_be_rebuilt() -> None:
     x = {"x": torch.randn(2, 4)}
     with torch.device("meta"):
         lost = Scale()
@@ -86,7 +86,7 @@ def test_what_cannot_be_made_again() -> None:
         af.from_module(lost, x).init()
 
 
-def test_attention_of_torch() -> None:
+def test_torch_attention() -> None:
     with torch.device("meta"):
         module = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
     model = af.from_module(module, {"src": torch.zeros(2, 4, 8)})
@@ -99,7 +99,7 @@ def piped(model: af.Model) -> af.Pipeline:
     return af.pipeline(af.split(model), af.schedule.build("gpipe", num_ranks=1, num_microbatches=1))
 
 
-def test_a_seed_that_makes_no_weights_is_told() -> None:
+def test_a_seed_without_effect_is_reported() -> None:
     x = {"x": torch.randn(2, 4)}
     model = af.from_module(Scale(), x)
     own = model.init()

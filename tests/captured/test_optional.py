@@ -1,4 +1,4 @@
-"""What some batches use and others do not: parameters, layers, inputs; and what a forward only checks."""
+"""Parameters, layers and inputs that only some batches use; assertions in a forward."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def rows(*shape: int, seed: int = 0) -> Tensor:
 
 
 class Gated(nn.Module):
-    """A whole layer, and a weight of the first, are for an input that need not be there; one weight is for nothing."""
+    """A layer, and a weight of the first layer, serve an optional input; one weight is unused."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class Gated(nn.Module):
         return {"loss": self.last(torch.tanh(self.middle(h))).square().mean()}
 
 
-def test_parameters_that_no_layer_uses_have_gradients_of_zero() -> None:
+def test_unused_parameters_have_zero_gradients() -> None:
     module = Gated()
     model = check_layouts(module, {"x": rows(6)}, LAYOUTS)
     assert model.notes == (
@@ -66,7 +66,7 @@ def test_an_input_that_comes_and_goes(points: list[str]) -> None:
 
 
 def test_a_layer_that_begins_elsewhere_for_another_batch() -> None:
-    """Only the example knew no use of a weight: where it is held does not fit."""
+    """The example did not use a weight that another batch does, in a layer that does not hold it."""
 
     class Late(Gated):
         def forward(self, x: Tensor, hint: Tensor | None = None) -> dict[str, Tensor]:
@@ -93,7 +93,7 @@ def test_a_tuple_that_begins_with_the_loss(returned: Callable[[Tensor], Any]) ->
 
 
 class Checking(Gated):
-    """Asks whether there are as many marks as features, as transformers does, and puts the features there."""
+    """Checks that there are as many marks as features, as transformers does, and puts the features there."""
 
     def forward(self, x: Tensor, ids: Tensor) -> dict[str, Tensor]:
         h, features = self.middle(x[:, None].expand(-1, 3, -1)), self.first(x)
@@ -103,10 +103,10 @@ class Checking(Gated):
         return {"loss": self.last(torch.tanh(h)).square().mean()}
 
 
-def test_checks_are_left_out() -> None:
+def test_assertions_are_dropped() -> None:
     ids = torch.tensor([[1, 0, 0], [0, 1, 0], [0, 0, 1], [0, 1, 0]])
     model = check_layouts(Checking(), {"x": rows(6), "ids": ids}, LAYOUTS)
-    assert any(note.startswith("a check of the values of its inputs is not made (File ") for note in model.notes)
+    assert any(note.startswith("a check of its inputs' values is dropped (File ") for note in model.notes)
 
 
 class Converting(Gated):
@@ -119,8 +119,8 @@ class Converting(Gated):
         return {"loss": self.last(torch.tanh(self.middle(self.first(x)))).square().mean()}
 
 
-def test_conversions_inside_of_a_forward() -> None:
-    """To the dtype that a part has, they are nothing."""
+def test_conversions_inside_a_forward() -> None:
+    """Conversions to a part's own dtype do nothing."""
     check_layouts(Converting(torch.float32), {"x": rows(6)}, LAYOUTS)
-    with pytest.raises(ModelError, match=r"converts Linear inside of its forward \(.*self.middle.to.*convert the module"):
+    with pytest.raises(ModelError, match=r"converts Linear inside its forward \(.*self.middle.to.*convert the module"):
         af.from_module(Converting(torch.float64), {"x": rows(6)})

@@ -1,4 +1,4 @@
-"""What a forward returns: containers of any kind, caches, and losses whose shapes torch takes to depend on data."""
+"""Outputs of a forward: containers of any kind, caches, and losses whose shapes torch thinks depend on data."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Result:
 
 
 class Keyless(OrderedDict[str, Tensor]):
-    """Known to torch without names for its children."""
+    """Registered with torch, without names for its children."""
 
     @property
     def y(self) -> Tensor:
@@ -80,7 +80,7 @@ def test_containers(name: str) -> None:
     close(grads, expected)
 
 
-def test_caches_are_left_out() -> None:
+def test_caches_are_dropped() -> None:
     class Wrapper(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -134,7 +134,7 @@ CHOSEN: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("name", CHOSEN)
-def test_shapes_that_the_data_decides(name: str) -> None:
+def test_shapes_that_depend_on_data(name: str) -> None:
     module = Returning(lambda h, y: CHOSEN[name](y).sum())
     for layer in module.layers:
         nn.init.zeros_(layer.bias)
@@ -145,7 +145,7 @@ def test_shapes_that_the_data_decides(name: str) -> None:
 
 def test_transforms_inside() -> None:
     module = Returning(lambda h, y: torch.autograd.grad(y.sum(), h, create_graph=True)[0])
-    with pytest.raises(ModelError, match=r"differentiates inside of its forward .*test_outputs.py"):
+    with pytest.raises(ModelError, match=r"differentiates inside its forward .*test_outputs.py"):
         af.from_module(module, {"x": torch.randn(4, 6)})
 
 
@@ -185,7 +185,7 @@ def test_a_block_that_runs_several_times() -> None:
         loss, grads = af.value_and_grad(pipe)(pipe.init(), batch)
         torch.testing.assert_close(loss, expected_loss)
         close(grads, expected)
-    with pytest.raises(SplitError, match=r"'block' is run 6 times.*block@1 to block@6"):
+    with pytest.raises(SplitError, match=r"'block' runs 6 times.*block@1 to block@6"):
         af.split(model, ["block"])
-    with pytest.raises(SplitError, match=r"at most, not 12; they may begin at .*block@6.* Refused: .*is run 6 times"):
+    with pytest.raises(SplitError, match=r"at most, not 12; they may begin at .*block@6.* Refused: .*runs 6 times"):
         af.split(model, 12)

@@ -1,4 +1,4 @@
-"""Randomness of captured modules: the right numbers, the same in every layout, and none that a key does not explain."""
+"""Randomness of captured modules: the right distributions, the same in every layout, and all of it from the key."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ DRAWS: dict[str, Draw] = {
 
 
 class Drawing(nn.Module):
-    """All kinds, beside one layer."""
+    """All kinds of draws, and one layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -113,7 +113,7 @@ X = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
 
 @pytest.fixture(scope="module")
 def drawing() -> Callable[[int], dict[str, Tensor]]:
-    """From a step to what is drawn in it."""
+    """Return a function from a step to its draws."""
     model = af.from_module(Drawing(), {"x": X})
     params = model.init()
     known: dict[int, dict[str, Tensor]] = {}
@@ -127,8 +127,8 @@ def drawing() -> Callable[[int], dict[str, Tensor]]:
 
 
 @pytest.mark.parametrize("name", DRAWS)
-def test_the_right_numbers(name: str, drawing: Callable[[int], dict[str, Tensor]]) -> None:
-    """Shape and dtype are those of torch, and so are mean, spread and range of the values, roughly."""
+def test_the_right_distributions(name: str, drawing: Callable[[int], dict[str, Tensor]]) -> None:
+    """Shape and dtype are torch's, and so, roughly, are the mean, spread and range of the values."""
     found = drawing(1)[name]
     assert not torch.equal(found, drawing(2)[name]), "another step draws anew"
     with torch.random.fork_rng():
@@ -145,8 +145,8 @@ def test_the_right_numbers(name: str, drawing: Callable[[int], dict[str, Tensor]
         assert set(ours.unique().tolist()) <= set(many.unique().tolist())
 
 
-def test_gradients_are_torchs() -> None:
-    """What is reparametrised has the gradient of torch, what is drawn by `torch.normal` has none."""
+def test_gradients_of_draws_are_torchs() -> None:
+    """Reparametrised draws have torch's gradient; draws of `torch.normal` have none."""
 
     def slope(name: str, run: Callable[[Any, Tensor], Tensor]) -> Tensor:
         x = X.clone().requires_grad_()
@@ -176,7 +176,7 @@ def test_gradients_are_torchs() -> None:
 
 
 class Noisy(nn.Module):
-    """Noise of its own in each block, and some that is drawn once and read by all of them."""
+    """Separate noise in each block, and noise drawn once that all blocks read."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -252,7 +252,7 @@ def test_microbatches_and_places_differ() -> None:
     assert not torch.equal(first, second) and not torch.equal(dropped, again)
 
 
-def test_all_is_dropped_and_in_place_what_was_given() -> None:
+def test_dropping_everything_and_in_place_dropout() -> None:
     module = nn.Sequential(nn.Dropout(0.5, inplace=True), nn.Linear(64, 64), nn.Dropout(1.0), nn.Linear(64, 64))
     model = af.from_module(module, {"input": X})
     found = model(model.init(), {"input": X, "key": make_key(0)})
@@ -293,7 +293,7 @@ class Depth(nn.Module):
 
 
 class Block(nn.Module):
-    """Stochastic depth as a function, with a normalisation that must stay in its mode."""
+    """Stochastic depth as a function, with a norm that must stay in its mode."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -305,7 +305,7 @@ class Block(nn.Module):
 
 
 def test_evaluation_draws_nothing() -> None:
-    """Without a key parts that draw in training only do what they do in eval mode, also where they are layers."""
+    """Without a key, parts that draw only in training behave as in eval mode, even if they are layers."""
     torch.manual_seed(0)
     module = nn.Sequential(Block(), Depth(), Block(), Depth(), nn.Linear(8, 8), Depth())
     batch = {"input": NOISY["x"], "target": NOISY["target"]}
@@ -326,7 +326,7 @@ def test_evaluation_draws_nothing() -> None:
 
 
 class Always(nn.Module):
-    """Draws in eval mode, too."""
+    """Also draws in eval mode."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -355,7 +355,7 @@ def test_a_draw_takes_a_key() -> None:
 
 
 class Dropping(nn.Module):
-    """Drops layers by a generator of the host."""
+    """Drops layers by a host generator."""
 
     def __init__(self, probability: float, drawn: Callable[[], float]) -> None:
         super().__init__()
@@ -377,18 +377,18 @@ HOST: dict[str, tuple[str, Callable[[], float]]] = {
 
 
 @pytest.mark.parametrize("name", HOST)
-def test_generators_of_the_host(name: str) -> None:
-    """What they give may not matter: with a small probability it is seldom seen to, and yet it does."""
+def test_host_generators(name: str) -> None:
+    """Their draws may not matter: with a small probability they rarely do, and still count."""
     generator, drawn = HOST[name]
     before = (random.getstate(), np.random.get_state()[1].tolist())
-    with pytest.raises(ModelError, match=f"Dropping draws from {generator}, which a capture would do once"):
+    with pytest.raises(ModelError, match=f"Dropping draws from {generator}, and a capture would fix"):
         af.from_module(Dropping(0.001, drawn), NOISY)
     af.from_module(Dropping(0.001, drawn).eval(), NOISY)
     af.from_module(Dropping(0.0, drawn), NOISY)
     assert (random.getstate(), np.random.get_state()[1].tolist()) == before
 
 
-def test_masks_of_the_host() -> None:
+def test_masks_drawn_on_the_host() -> None:
     masked = (lambda x: x * torch.tensor(np.random.permutation(8)), lambda x: x * torch.tensor(np.random.randn(8)))
     for function in masked:
         with pytest.raises(ModelError, match=r"draws from numpy.random"):
@@ -445,10 +445,16 @@ def test_a_draw_into_a_buffer_is_state() -> None:
     [
         (Function(lambda x: torch.poisson(x.exp())), r"global random generator \(aten.poisson.*torch.rand"),
         (Function(lambda x: x * torch.randn(8, dtype=torch.complex64).real), "draws complex numbers .*draw two real ones"),
-        (Function(Rounding.apply), r"forward of an autograd.Function draws random numbers \(aten.rand_like.*draw before"),
-        (Function(lambda x: x + torch.rand(8, generator=torch.Generator().manual_seed(0))), "generator of random numbers"),
+        (
+            Function(Rounding.apply),
+            r"forward of an autograd.Function draws random numbers \(aten.rand_like.*draw them before",
+        ),
+        (
+            Function(lambda x: x + torch.rand(8, generator=torch.Generator().manual_seed(0))),
+            "random generator is not needed",
+        ),
     ],
 )
-def test_refused(part: nn.Module, message: str) -> None:
+def test_refused_draws(part: nn.Module, message: str) -> None:
     with pytest.raises(ModelError, match=message):
         af.from_module(nn.Sequential(nn.Linear(8, 8), part), {"input": NOISY["x"]})

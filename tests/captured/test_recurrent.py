@@ -1,4 +1,4 @@
-"""Recurrent layers: the law of the oracle's bits, and dropout between layers as a function of the key."""
+"""Recurrent layers: the oracle's bits, and dropout between layers as a function of the key."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ X = torch.randn(4, 3, 8, generator=torch.Generator().manual_seed(0))
         (nn.RNN, {"batch_first": True, "num_layers": 2}),
     ],
 )
-def test_the_law(kind: Any, options: dict[str, Any]) -> None:
+def test_bits_of_the_oracle(kind: Any, options: dict[str, Any]) -> None:
     class Recurrent(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -42,7 +42,7 @@ def test_the_law(kind: Any, options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
 def test_dropout_between_recurrent_layers(kind: Any) -> None:
-    """Elements that one layer hands to the next are set to zero, as by torch: which is known where it is all of them."""
+    """Dropout acts between layers, as torch's does; when it drops everything, the values are known."""
     torch.manual_seed(0)
     options = {"batch_first": True, "bidirectional": kind is nn.GRU}
     module = kind(8, 4, 3, dropout=1 - 2**-30, **options)

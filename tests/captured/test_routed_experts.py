@@ -1,4 +1,4 @@
-"""Experts of transformers, captured with rows sorted by expert: what the module itself gives, at a part of the work."""
+"""Experts of transformers, captured with rows sorted by expert: the module's own results for part of the work."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def text(rows: int = 4) -> dict[str, Tensor]:
         *(pytest.param(name, "eager", marks=pytest.mark.full) for name in ("Qwen3Moe", "Olmoe")),
     ],
 )  # fmt: skip
-def test_a_captured_module_is_the_module(name: str, implementation: str) -> None:
+def test_a_captured_module_matches_the_module(name: str, implementation: str) -> None:
     module = built(name, implementation)
     table = transformers.integrations.moe.ALL_EXPERTS_FUNCTIONS
     before, space = dict(table), importlib.import_module(type(module).__module__)
@@ -70,7 +70,7 @@ def test_a_captured_module_is_the_module(name: str, implementation: str) -> None
 
 
 def test_the_work_is_that_of_the_chosen_experts() -> None:
-    """Of one layer's products, forward: attention, router, and k of E experts for each token."""
+    """The products of one layer's forward: attention, router, and k of E experts per token."""
     module, batch = built("Mixtral"), text()
     model = af.from_module(module, batch)
     flops = count_operations(model, batch)["model.layers.0"].flops
@@ -79,8 +79,8 @@ def test_the_work_is_that_of_the_chosen_experts() -> None:
     assert flops == attention + 2 * tokens * width * count + 2 * tokens * k * 3 * width * hidden
 
 
-def test_a_function_of_the_users_own_stays() -> None:
-    """It is theirs to say what it does: here, twice as much."""
+def test_a_users_own_function_is_kept() -> None:
+    """Here the user's function doubles the result."""
     table, module = transformers.integrations.moe.ALL_EXPERTS_FUNCTIONS, built("Mixtral")
     batched = table["batched_mm"]
     table["doubled"] = lambda self, *args: 2 * batched(self, *args)
@@ -95,8 +95,8 @@ def test_a_function_of_the_users_own_stays() -> None:
     assert abs(found - loss) <= 1e-6 * abs(loss)
 
 
-def test_experts_that_are_spread_already() -> None:
+def test_experts_already_spread_over_processes() -> None:
     module = built("Mixtral")
     module.model.layers[1].mlp.experts._is_expert_parallel = True
-    with pytest.raises(ModelError, match="MixtralExperts spreads its experts over processes by itself"):
+    with pytest.raises(ModelError, match="MixtralExperts spreads its experts over processes itself"):
         af.from_module(module, text())

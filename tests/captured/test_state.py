@@ -25,7 +25,7 @@ ROWS, WIDTH = 8, 6
 
 
 class Net(nn.Module):
-    """Two blocks, something that keeps state, two blocks."""
+    """Two blocks, a part that keeps state, two blocks."""
 
     def __init__(self, middle: nn.Module) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ class Averages(nn.Module):
 
 
 class Codebook(nn.Module):
-    """The nearest codes, which follow what they were chosen for."""
+    """The nearest codes, which move towards the values they are chosen for."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -115,7 +115,7 @@ def plain_loop(module: nn.Module, batch: Mapping[str, Any], count: int) -> tuple
 
 
 @pytest.mark.parametrize("middle", MIDDLES)
-def test_as_the_plain_loop(middle: str) -> None:
+def test_matches_the_plain_loop(middle: str) -> None:
     module, batch = make(middle)
     before = contents(module)
     model = af.from_module(module, batch, verify=True)
@@ -152,7 +152,7 @@ def test_as_the_plain_loop(middle: str) -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("name", ["gpipe", "interleaved_1f1b", "zb_h2", "zbv", "dualpipe_v", "looped_bfs"])
 @pytest.mark.parametrize("engine", ["graph", "eager"])
-def test_every_schedule_that_is_in_order(name: str, engine: str) -> None:
+def test_every_in_order_schedule(name: str, engine: str) -> None:
     module, batch = make("averages")
     model = af.from_module(module, batch)
     params, state = model.init(), model.init_state()
@@ -180,8 +180,8 @@ def test_compiled() -> None:
         torch.testing.assert_close(found[path], leaf, msg=path)
 
 
-def test_remat_runs_no_power_iteration_again() -> None:
-    """The products of a step with remat are those of its forwards once more, and of its gradients."""
+def test_remat_repeats_no_power_iteration() -> None:
+    """A step with remat does the products of its forwards twice, and of its gradients."""
     module, batch = make("spectral norm")
     model = af.from_module(module, batch)
     counts = {}
@@ -273,7 +273,7 @@ def test_frozen_in_eval_mode() -> None:
 
 
 def test_a_cut_between_reading_and_writing() -> None:
-    """What one place reads and a later one writes stays in one stage."""
+    """State read in one place and written in a later one stays in one stage."""
 
     class Shared(nn.Module):
         def __init__(self) -> None:
@@ -329,7 +329,7 @@ def _synchronised() -> Any:
 
 
 @pytest.mark.parametrize("engine", ["graph", "eager"])
-def test_microbatches_that_only_fill_up_leave_state_as_it_was(engine: Any) -> None:
+def test_padding_microbatches_leave_state_unchanged(engine: Any) -> None:
     torch.manual_seed(0)
     batch = {"x": torch.randn(ROWS, WIDTH, 5), "labels": torch.randint(3, (ROWS,))}
     model = af.from_module(Net(nn.BatchNorm1d(WIDTH)), batch)

@@ -1,4 +1,4 @@
-"""Values that lie otherwise than contiguous: cut anywhere, in either engine, they are the module's own."""
+"""Values that are not contiguous: cut anywhere, in either engine, results are the module's own."""
 
 from __future__ import annotations
 
@@ -40,21 +40,21 @@ class Transposed(Blocks):
 
 
 class Expanded(Blocks):
-    """What goes from layer to layer repeats its rows without memory for them."""
+    """Values between layers repeat rows without memory for them."""
 
     def step(self, x: Tensor, layer: nn.Module) -> Tensor:
         return torch.tanh(layer(x)).mean(1, keepdim=True).expand_as(x)
 
 
 class Normed(Blocks):
-    """A norm that needs contiguous memory is given permuted values, and hands on permuted ones."""
+    """A norm that needs contiguous memory gets permuted values, and passes on permuted ones."""
 
     def step(self, x: Tensor, layer: nn.Module) -> Tensor:
         return functional.group_norm(layer(x).permute(0, 2, 1), 2).permute(0, 2, 1)
 
 
 class Merged(Blocks):
-    """Dimensions merged behind kernels that lay out their results otherwise than fake tensors say."""
+    """Merges dims of results that kernels lay out differently from fake tensors."""
 
     def step(self, x: Tensor, layer: nn.Module) -> Tensor:
         gates = functional.softplus(layer(x).transpose(1, 2))
@@ -62,7 +62,7 @@ class Merged(Blocks):
 
 
 class Windows(Blocks):
-    """Overlapping windows of a value, read where they lie."""
+    """Overlapping windows of a value, read in place."""
 
     def step(self, x: Tensor, layer: nn.Module) -> Tensor:
         x = torch.tanh(layer(x.transpose(1, 2).contiguous().transpose(1, 2)))
@@ -116,7 +116,7 @@ def check(
     module: nn.Module, batch: Mapping[str, Any], points: list[str], engine: str,
     loss: Callable[[Any, Mapping[str, Any]], Tensor], schedule: str = "zb_h1",
 ) -> None:  # fmt: skip
-    """Loss and gradients are the module's own. Not bit for bit: sums over memory that lies otherwise have other orders."""
+    """Loss and gradients are the module's own, but not bit for bit: other strides give sums another order."""
     expected_loss, expected = plain_loop(module, lambda module, each: module(each["x"]), batch, 2, loss)
     stages = af.split(af.from_module(module, batch, inputs=["x"]), points)
     s = af.schedule.build(schedule, num_ranks=len(stages), num_microbatches=2)
@@ -142,8 +142,8 @@ def test_every_cut(name: str, loss: str) -> None:
 
 
 @pytest.mark.parametrize("engine", BOTH)
-def test_batches_that_lie_otherwise(engine: str) -> None:
-    """A plan is for the strides of a batch: the same shapes in other memory are captured anew."""
+def test_batches_with_other_strides(engine: str) -> None:
+    """A plan is for one batch's strides: the same shapes with other strides are captured again."""
     torch.manual_seed(0)
     module = Normed(*(nn.Linear(6, 6) for _ in range(3)))
     stages = af.split(af.from_module(module, {"x": torch.randn(4, 8, 6)}), ["layers.1"])

@@ -1,4 +1,4 @@
-"""Modules whose shape no other pipeline takes."""
+"""Modules of a structure that no other pipeline library takes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def rows(*shape: int, seed: int = 0) -> Tensor:
 
 
 class UNet(nn.Module):
-    """Each value on the way down is used on the way up, the first after all others."""
+    """Each value on the way down is used on the way up, in reverse order."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ class Recurrent(nn.Module):
 
 
 class InnerLoss(nn.Module):
-    """A scalar made inside, from the middle too; buffers, a mask written in place, a region without gradients."""
+    """A scalar loss made inside, partly from the middle; buffers, a mask written in place, a no_grad region."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -102,14 +102,14 @@ class InnerLoss(nn.Module):
 
 @dataclass
 class Scores:
-    """What `Typed` returns."""
+    """The output of `Typed`."""
 
     y: Tensor
     hidden: Tensor
 
 
 class Typed(nn.Module):
-    """Returns a dataclass, takes positional names of its own, runs a module twice, keeps one frozen."""
+    """Returns a dataclass, has its own argument names, runs a module twice, and has a frozen one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -167,12 +167,12 @@ def test_dataclass_frozen_twice(name: str) -> None:
         loss=squared, call=lambda module, mb: module(mb["ids"], scale=mb["scale"]),
     )  # fmt: skip
     assert not any(path.startswith("frozen") and model.is_trainable(path) for path in model.spec)
-    with pytest.raises(af.errors.SplitError, match="'twice' is run 2 times"):
+    with pytest.raises(af.errors.SplitError, match="'twice' runs 2 times"):
         af.split(model, ["twice"])
 
 
 @pytest.mark.parametrize("name", BOTH)
-def test_torch_s_own_layers(name: str) -> None:
+def test_torchs_own_layers(name: str) -> None:
     """Attention, an encoder-decoder, a recurrent layer, convolutions, operators in place."""
     batch = {"src": rows(5, 8), "tgt": rows(3, 8, seed=1), "target": rows(3, 8, seed=2)}
     transformer = nn.Transformer(8, 2, 2, 2, 16, batch_first=True, dropout=0.0)
@@ -238,7 +238,7 @@ def test_dropout_does_not_depend_on_the_layout() -> None:
     assert torch.equal(still(params, {**batch, "key": (0, 1)}), still(params, batch))
 
 
-def test_other_shapes_are_captured_when_they_come() -> None:
+def test_other_shapes_are_captured_on_arrival() -> None:
     model = af.from_module(Recurrent(), {"x": rows(8)})
     pipe = af.pipeline(
         af.split(model, ["blocks.1"]), af.schedule.build("1f1b", num_ranks=2, num_microbatches=2), loss=squared

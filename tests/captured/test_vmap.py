@@ -1,4 +1,4 @@
-"""Functions that `torch.vmap` maps."""
+"""Functions mapped by `torch.vmap`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TOKENS = 3
 
 
 def same(ids: Tensor) -> Tensor:
-    """Which tokens are equal, asked of one pair at a time."""
+    """Compares tokens one pair at a time."""
     inner = torch.vmap(torch.vmap(torch.eq, (None, 0)), (0, None))
     return torch.vmap(lambda row: inner(row, row))(ids)
 
@@ -54,5 +54,5 @@ def test_equal_to_the_plain_loop(name: str) -> None:
 def test_mapped_and_differentiated() -> None:
     square = torch.func.grad(lambda row: row.square().sum())
     module = Mapping(lambda module, h, ids: h + torch.vmap(square)(torch.ones(3, 6)))
-    with pytest.raises(ModelError, match=r"differentiates inside of its forward .*test_vmap.py"):
+    with pytest.raises(ModelError, match=r"differentiates inside its forward .*test_vmap.py"):
         af.from_module(module, BATCH)

@@ -1,4 +1,4 @@
-"""`from_module(verify=True)`, and what `check` says of it: the law is kept, and its breach is found and named."""
+"""`from_module(verify=True)` and the same check in `af.check`: a module that keeps the law passes, a breach is named."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from autofunc.whole_module import differences
 
 
 class Forecaster(nn.Module):
-    """Its norm's backward is given a gradient that lies otherwise than fake tensors said."""
+    """Its norm's backward gets a gradient with other strides than fake tensors promised."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ def loss(outputs: Tensor, microbatch: Mapping[str, Any]) -> Tensor:
 BATCH = {"x": torch.randn(4, 3, 12), "target": torch.randn(4, 12, 8)}
 
 
-def test_it_is_the_modules_own() -> None:
+def test_results_are_the_modules_own() -> None:
     model = af.from_module(Forecaster(), BATCH, inputs=["x"], verify=True)
     assert differences(model, BATCH, loss) == []
     report = af.check(Forecaster(), BATCH, loss=loss, inputs=["x"])
@@ -44,7 +44,7 @@ def test_it_is_the_modules_own() -> None:
 
 
 def test_a_breach_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the copy that the norm's backward needs, the gradients before it are wrong, and nothing else says so."""
+    """Without the copy that the norm's backward needs, the gradients before it are wrong, and nothing else notices."""
     monkeypatch.setattr(layouts, "_reads_any_strides", lambda node: True)
     monkeypatch.setattr(cache, "shared", cache.Cache(1024))
     found = differences(af.from_module(Forecaster(), BATCH, inputs=["x"]), BATCH, loss)

@@ -1,4 +1,4 @@
-"""Unmodified models of `transformers`, split by one line."""
+"""Unmodified `transformers` models, split by one line."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LAYOUTS = [(3, "zb_h1")]
 REST = [(2, "1f1b"), (4, "zb_h1")]
 FULL = pytest.mark.full
 LIKE_OTHERS = ("llama", "qwen3", "mistral")
-"""Decoders whose parts gemma and mixtral have too; other tests here run them."""
+"""Decoders whose parts gemma and mixtral also have; other tests here run them."""
 
 
 def microbatch_of(batch: dict[str, Any]) -> dict[str, Any]:
@@ -65,7 +65,7 @@ def _gradients(name: str, mesh: DeviceMesh | None) -> tuple[torch.Tensor, Any]:
 
 @pytest.mark.parametrize("name", ["llama", "mistral"])
 def test_a_plain_causal_mask_is_not_built(name: str) -> None:
-    """Attention is asked to be causal, so that it may use its fast kernels; other masks stay."""
+    """Attention gets `is_causal`, so that it may use its fast kernels; other masks stay."""
     build, batch = ZOO[name]
     model = af.from_module(build(), batch())
     segments = model.specialise(batch()).programs(list(model.layers))[1:]
@@ -81,7 +81,7 @@ def test_a_plain_causal_mask_is_not_built(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["llama", pytest.param("t5", marks=FULL)])
 def test_other_dtypes(name: str) -> None:
-    """In bf16 as asked for, or by the policy: what the plain module does in bf16."""
+    """In bf16, by dtype or by policy: equal to the plain module in bf16."""
     build, batch = ZOO[name]
     module, mb = build(), batch()
     model = af.from_module(module, mb)
@@ -138,7 +138,7 @@ def test_compiled() -> None:
 
 
 def test_sharded_over_data_parallel_ranks(workers: WorkerPool) -> None:
-    """pp 2 x dp_shard 2: FSDP2 holds the parameters of a captured module; four steps follow one process."""
+    """pp 2 x dp_shard 2: FSDP2 holds the parameters of a captured module; four steps match one process."""
     alone = _trained(None)
     for losses in workers.run(_trained_on_a_mesh):
         assert torch.allclose(losses, alone, rtol=1e-5)
@@ -199,7 +199,7 @@ def test_a_module_with_two_dtypes() -> None:
 
 
 class _Cast(nn.Module):
-    """A layer that takes what it gets to its own dtype."""
+    """A layer that converts its input to its own dtype."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
@@ -213,7 +213,7 @@ class _Cast(nn.Module):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("last", ["no parameters", "fp32"])
 def test_ranks_agree_on_dtypes(dtype: torch.dtype, last: str, workers: WorkerPool) -> None:
-    """Also where a rank has no parameters, or its own have the wanted dtype already."""
+    """Even if a rank has no parameters, or its own already have the wanted dtype."""
     expected = _cast_loss(dtype, last, None)
     for loss in workers.run(_cast_on_gloo, dtype, last):
         assert torch.equal(loss, expected)

@@ -1,4 +1,4 @@
-"""Unmodified models of `transformers` with small random configurations, and a batch for each."""
+"""Unmodified `transformers` models with small random configurations, and a batch for each."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def _ids(seed: int) -> Tensor:
 
 
 def text() -> dict[str, Tensor]:
-    """Token ids and labels: models shift them themselves."""
+    """Token ids and labels, which models shift themselves."""
     return {"input_ids": _ids(0), "labels": _ids(0)}
 
 
@@ -34,7 +34,7 @@ def padded() -> dict[str, Tensor]:
 
 
 def images() -> dict[str, Tensor]:
-    """Pictures with a class each."""
+    """Images, with a class each."""
     pixels = torch.randn(ROWS, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     return {"pixel_values": pixels, "labels": torch.tensor([0, 2, 1, 2])}
 
@@ -91,4 +91,4 @@ ZOO: Mapping[str, tuple[Callable[[], nn.Module], Callable[[], dict[str, Tensor]]
         images,
     ),
 }  # fmt: skip
-"""Name -> (how it is built, a batch)."""
+"""Name -> (builder, batch)."""

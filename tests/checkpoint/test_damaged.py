@@ -69,7 +69,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "no text": (_written("autofunc.json", b"\xff\xfe\x00"), "autofunc.json"),
     "another format": (_manifest(format=7), "format 7"),
     "extra is no mapping": (_manifest(extra=3), "not a checkpoint's manifest"),
-    "no metadata": (lambda path: (path / ".metadata").unlink(), ".metadata is not there"),
+    "no metadata": (lambda path: (path / ".metadata").unlink(), ".metadata does not exist"),
     "empty metadata": (_written(".metadata", b""), "cannot be read"),
     "half of the metadata": (
         lambda path: _written(".metadata", (path / ".metadata").read_bytes()[:500])(path), "cannot be read",

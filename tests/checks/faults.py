@@ -1,4 +1,4 @@
-"""Modules that each break one rule, and what is to be found in them."""
+"""Modules that each break one rule, and the finding expected of each."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def rows(*shape: int, seed: int = 0) -> Tensor:
 
 
 class Sound(nn.Module):
-    """Breaks none: two blocks and a loss."""
+    """Breaks no rule: two blocks and a loss."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class Sound(nn.Module):
         self.build()
 
     def build(self) -> None:
-        """What a fault adds."""
+        """Faults override this."""
 
     def hidden(self, x: Tensor) -> Tensor:
         for block in self.blocks:
@@ -104,7 +104,7 @@ class ThroughData(Sound):
 
 
 class Aliased(Sound):
-    """Keeps what is registered in a list, too."""
+    """Also keeps registered modules in a list."""
 
     def build(self) -> None:
         self.kept = [self.blocks[1].bias, self.blocks[0]]
@@ -116,7 +116,7 @@ class Aliased(Sound):
 
 
 class Undone(Sound):
-    """Writes, and takes it back before it ends."""
+    """Writes to a parameter, and undoes it before it ends."""
 
     def hidden(self, x: Tensor) -> Tensor:
         weight = self.blocks[0].weight
@@ -128,7 +128,7 @@ class Undone(Sound):
 
 
 class MaxNorm(Sound):
-    """An operator that writes without saying so."""
+    """Uses an operator that writes without declaring it."""
 
     def build(self) -> None:
         self.table = nn.Embedding(5, 6, max_norm=0.1)
@@ -201,7 +201,7 @@ class Stores(Sound):
 
 
 class GrowsInside(Sound):
-    """A list grows in an object in an attribute."""
+    """A list grows inside an object that is an attribute."""
 
     def build(self) -> None:
         self.cache = SimpleNamespace(seen=[])
@@ -254,14 +254,14 @@ class FromStash(torch.autograd.Function):
 
 
 class Stashes(Sound):
-    """Its backward takes what the last forward left outside of the module."""
+    """Its backward uses what the last forward left outside the module."""
 
     def hidden(self, x: Tensor) -> Tensor:
         return FromStash.apply(super().hidden(x))  # type: ignore[no-any-return, no-untyped-call]
 
 
 class Alternating(nn.Module):
-    """What it computes depends on how many layers ran before it."""
+    """Its result depends on how many layers ran before it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -284,7 +284,7 @@ class PlainFloat(Sound):
 
 
 class Skips(Sound):
-    """Skips layers at random, by Python's generator."""
+    """Skips layers at random, with Python's generator."""
 
     def hidden(self, x: Tensor) -> Tensor:
         for block in self.blocks:
@@ -337,7 +337,7 @@ class Positions(Sound):
 
 
 class Scaled(nn.Module):
-    """Without an initialiser of its own."""
+    """A module without an initialiser."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -354,7 +354,7 @@ class NoInitialiser(Sound):
 
 @dataclass(frozen=True)
 class Fault:
-    """A module, and the finding that must be among those of a check."""
+    """A module, and the finding that a check must report."""
 
     build: Callable[[], nn.Module]
     code: str
@@ -378,7 +378,7 @@ def _with_config(config: Any) -> nn.Module:
 FAULTS = {
     "unregistered": Fault(Unregistered, "C1", "fail", Unregistered, "'extra' holds a tensor that requires a gradient"),
     "plain list": Fault(PlainList, "C1", "fail", PlainList, "nn.ModuleList"),
-    "no dim": Fault(NoDim, "C1", "warn", NoDim, "'scale' has no dim"),
+    "no dim": Fault(NoDim, "C1", "warn", NoDim, "'scale' is 0-dim"),
     "strided": Fault(Strided, "C1", "fail", Strided, "'weight' is not contiguous"),
     "mixed": Fault(Mixed, "C1", "fail", None, "several dtypes"),
     "elsewhere": Fault(Elsewhere, "C1", "warn", Elsewhere, "reads 'blocks.0.weight' while 'blocks.0'"),
@@ -402,13 +402,13 @@ FAULTS = {
     "writes in place": Fault(WritesInPlace, "C4", "fail", WritesInPlace, "stores mean"),
     "notes in config": Fault(NotesInConfig, "C4", "pass", NotesInConfig, "plain value inside config, which is put back"),
     "counts outside": Fault(CountsOutside, "C4", "fail", CountsOutside, "two forwards in a row"),
-    "stashes": Fault(Stashes, "C4", "fail", Stashes, "when the next microbatch's forward comes before the backward"),
-    "alternates": Fault(Alternates, "C4", "fail", Alternating, "when layers are run again for them"),
+    "stashes": Fault(Stashes, "C4", "fail", Stashes, "if the next microbatch's forward runs before the backward"),
+    "alternates": Fault(Alternates, "C4", "fail", Alternating, "if layers are rerun for them"),
     "no config": Fault(Sound, "C5", "fail", Sound, "no attribute 'config'", options={"registry": True}),
     "odd config": Fault(lambda: _with_config({"a": object()}), "C5", "fail", Sound, "written", options={"registry": True}),
-    "plain float": Fault(PlainFloat, "P1", "fail", PlainFloat, "makes a plain float of data"),
+    "plain float": Fault(PlainFloat, "P1", "fail", PlainFloat, "makes a plain float from data"),
     "skips": Fault(Skips, "P1", "fail", Skips, "draws from Python's random"),
-    "one place": Fault(OnePlace, "P1", "fail", OnePlace, "no place at which a second stage could begin"),
+    "one place": Fault(OnePlace, "P1", "fail", OnePlace, "no second stage can begin anywhere"),
     "shared memory": Fault(SharedMemory, "P2", "warn", SharedMemory, "are different parameters in the same memory"),
     "centred": Fault(Centred, "P3", "fail", Centring, "output.h"),
     "contrastive": Fault(Contrastive, "P3", "fail", Contrastive, "the loss of the batch"),
@@ -420,4 +420,4 @@ FAULTS = {
     "no tensor": Fault(Sound, "P4", "fail", None, "expected a tensor", {"x": rows(6), "ids": rows(1).numpy()}),
     "no initialiser": Fault(NoInitialiser, "P5", "warn", Scaled, "Scaled has no reset_parameters"),
 }  # fmt: skip
-"""By name."""
+"""Faults by name."""

@@ -17,7 +17,7 @@ from tests.shard.spread_models import batch_of, model_of
 
 
 class Mixed(nn.Module):
-    """Features that nothing divides, and a convolution over tokens."""
+    """A prime number of features, and a convolution over tokens."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ TOKENS = {"input_ids": torch.zeros(4, 8, dtype=torch.long)}
 
 @cache
 def subject_of(name: str) -> Subject:
-    """Captured once."""
+    """Return a subject that is captured once."""
     if name == "moe":
         sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
         model = build_moe_model(16, num_key_value_heads=2, num_local_experts=4, **sizes)
@@ -56,10 +56,10 @@ def test_a_llama() -> None:
     assert found["tp"].data["sizes"] == [2, 4], "it has four heads"
     assert found["tp"].message == "tp: yes, at 2, 4, by LlamaForCausalLM's own plan"
     assert found["cp"].message.startswith("cp: yes, at 2")
-    assert found["ep"].message == "ep: no: it has no routed experts whose parameters are known"
+    assert found["ep"].message == "ep: no: the model has no routed experts whose parameters are known"
 
 
-def test_what_is_not_asked_for_is_told_and_fails_nothing() -> None:
+def test_unrequested_axes_are_reported_but_do_not_fail() -> None:
     report = af.check(Mixed(), TOKENS)
     assert [each.status for each in report.of("P7")] == ["skip"] * 3
     tp, cp, _ = report.of("P7")
@@ -69,9 +69,9 @@ def test_what_is_not_asked_for_is_told_and_fails_nothing() -> None:
 
 @pytest.mark.parametrize(
     ("asked", "said"),
-    [({"tp": 2}, "nothing of Mixed can be cut"), ({"cp": 2}, "aten.conv1d"), ({"ep": 2}, "no routed experts")],
+    [({"tp": 2}, "nothing in Mixed can be cut"), ({"cp": 2}, "aten.conv1d"), ({"ep": 2}, "no routed experts")],
 )
-def test_what_is_asked_for_is(asked: dict[str, int], said: str) -> None:
+def test_requested_axes_fail(asked: dict[str, int], said: str) -> None:
     found = found_of("mixed", **asked)
     (axis,) = asked
     assert found[axis].status == "fail" and said in found[axis].message
@@ -90,13 +90,13 @@ def test_experts() -> None:
     assert found["ep"].data["sizes"] == [2, 4]
     assert found["cp"].data["sizes"] == [2]
     assert "does not divide the 4 experts" in found_of("mixtral", ep=3)["ep"].message
-    assert "beside tp" in found_of("mixtral", ep=2, tp=2)["ep"].message
+    assert "along with tp" in found_of("mixtral", ep=2, tp=2)["ep"].message
 
 
 def test_a_model_of_functions() -> None:
     assert found_of("moe")["ep"].data["sizes"] == [2, 4]
 
 
-def test_an_axis_that_there_is_not() -> None:
+def test_unknown_axis() -> None:
     with pytest.raises(af.AutofuncError, match="did you mean tp"):
         af.check(Mixed(), TOKENS, axes={"tpp": 2})

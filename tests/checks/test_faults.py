@@ -1,4 +1,4 @@
-"""Every fault is found, by the right check, at the right class; the module stays as it was."""
+"""Every fault is found by the right check, at the right class, and the module is unchanged."""
 
 from __future__ import annotations
 
@@ -40,17 +40,17 @@ def test_found(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["no initialiser", "elsewhere", "summed", "tokens", "positions"])
-def test_a_warning_stops_nothing(name: str) -> None:
+def test_a_warning_is_not_a_failure(name: str) -> None:
     fault = FAULTS[name]
     assert af.check(fault.build(), fault.batch, **fault.options).ok
 
 
-def test_what_is_kept_twice_has_its_registered_name() -> None:
+def test_a_parameter_kept_twice_has_its_registered_name() -> None:
     report = af.check(FAULTS["aliased"].build(), FAULTS["aliased"].batch)
     assert len(report.of("C2")) == 2 and [each.status for each in report.of("C4")] == ["skip"]
 
 
-def test_a_failing_check_stops_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_check_does_not_stop_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(subject: object) -> None:
         raise ZeroDivisionError("never thought of")
 
@@ -61,7 +61,7 @@ def test_a_failing_check_stops_no_other(monkeypatch: pytest.MonkeyPatch) -> None
     assert [each.code for each in report.verdicts if each.status == "fail"] == ["P2"]
 
 
-def test_what_cannot_be_checked() -> None:
+def test_objects_that_cannot_be_checked() -> None:
     with pytest.raises(af.errors.ModelError, match=r"expected an nn.Module or an af.Model, got int"):
         af.check(3, {"x": faults.rows(6)})  # type: ignore[arg-type]
     with af.empty_weights(), pytest.raises(af.errors.ModelError, match="meta device"):

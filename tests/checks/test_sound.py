@@ -1,4 +1,4 @@
-"""Modules with which nothing is wrong have no finding that says so."""
+"""Sound modules pass without findings."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.checks.faults import Sound, Tokens, rows
 
 
 def statuses(report: checks.Report) -> dict[str, str]:
-    """The worst finding of each check."""
+    """Return the worst finding of each check."""
     order = ["skip", "pass", "warn", "fail"]
     return {each.code: max((other.status for other in report.of(each.code)), key=order.index) for each in report.verdicts}
 
@@ -144,7 +144,7 @@ def test_split_points() -> None:
 
 
 @pytest.mark.parametrize("name", ["gpt2", "t5"])
-def test_of_transformers(name: str) -> None:
+def test_transformers_models(name: str) -> None:
     build, batch = ZOO[name]
     report = check(build(), batch())
     assert statuses(report)["P3"] == "pass" and statuses(report)["C4"] == "pass"
@@ -157,15 +157,15 @@ def test_of_transformers(name: str) -> None:
     assert ("shifts" in report.of("C3")[0].message) == (name == "gpt2")
 
 
-def test_class_tokens_and_norms_of_ones_own() -> None:
-    """What reads its own parameters is no cause for a warning; nor are attributes that a capture puts back."""
+def test_class_tokens_and_custom_norms() -> None:
+    """Modules that read their own parameters cause no warning; nor do attributes that a capture restores."""
     build, batch = ZOO["vit"]
     assert not [each for each in check(build(), batch()).verdicts if each.status == "warn"]
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("name", [name for name in ZOO if name not in ("gpt2", "t5")])
-def test_more_of_transformers(name: str) -> None:
+def test_more_transformers_models(name: str) -> None:
     build, batch = ZOO[name]
     check(build(), batch())
 

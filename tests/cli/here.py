@@ -1,4 +1,4 @@
-"""The command line in this process: what a user types, without the seconds that a new process takes to start."""
+"""Run the command line in this process: what a user types, without the seconds that a new process takes to start."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from autofunc.cli import main, train
 
 
 class Done(NamedTuple):
-    """What a command left."""
+    """The outcome of a command."""
 
     status: int
     out: str
@@ -23,7 +23,7 @@ class Done(NamedTuple):
 
 
 def run_here(folder: Path, *words: str) -> Done:
-    """Run `autofunc` in a folder. Nothing of it stays in the process: modules of the folder, paths, registered classes."""
+    """Run `autofunc` in a folder. Nothing stays in the process: modules of the folder, paths, registered classes."""
     out, err, status = io.StringIO(), io.StringIO(), 0
     known = set(sys.modules)
     with (
@@ -36,7 +36,7 @@ def run_here(folder: Path, *words: str) -> Done:
         patch.setattr(sys, "path", [*sys.path])
         patch.setattr(ARCHITECTURES, "_classes", {})
         patch.setattr(ARCHITECTURES, "_installed", None)
-        patch.setattr(train, "_fork_server", lambda *_: contextlib.nullcontext())  # there are no workers here
+        patch.setattr(train, "start_fork_server", lambda *_: contextlib.nullcontext())  # there are no workers here
         environment = {"NO_COLOR": "1", "COLUMNS": "80"}
         set_by_commands = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1", "OMP_WAIT_POLICY": "PASSIVE"}
         for name, value in (environment | set_by_commands).items():

@@ -41,7 +41,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *wo
 
     monkeypatch.setattr(begin, "launch", no_worker)
     monkeypatch.setattr(begin, "run", no_worker)
-    monkeypatch.setattr(train, "_fork_server", lambda *_: nullcontext())
+    monkeypatch.setattr(train, "start_fork_server", lambda *_: nullcontext())
     monkeypatch.setattr(sys, "argv", ["autofunc", *words])
     monkeypatch.setenv("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     with pytest.raises(SystemExit) as stopped:
@@ -121,7 +121,10 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *wo
             ["--nproc-per-node", "4", "--distributed.dp_size", "1"],
             "pp_size=2, dp_size=1 and tp_size=1 need 2 processes, but there are 4",
         ),
-        (["--model.n_layers", "3"], "unknown key 'model.n_layers': stages.gpt2.build_gpt2_model has no such argument; did"),
+        (
+            ["--model.n_layers", "3"],
+            "unknown key 'model.n_layers': stages.gpt2.build_gpt2_model has no such argument; did",
+        ),
         (["--optimizer.rate", "3"], "unknown key 'optimizer.rate': torch.optim.AdamW has no such argument"),
         (["--optimizer.lr", "-1"], "optimizer: "),
         (["--dataset.path", "nowhere"], "dataset: TextFolder: nowhere is neither a folder nor a file"),
@@ -173,7 +176,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *wo
         ),
         (
             ["distributed.remat=auto", "distributed.memory_budget=1MB", "distributed.engine=eager"],
-            'distributed: remat="auto" weighs captured stages, so it needs engine="graph"',
+            'distributed: remat="auto" measures captured stages, so it needs engine="graph"',
         ),
         (
             ["distributed.compile=1"],
@@ -229,7 +232,7 @@ def test_one_clear_error(
         ("", "missing section 'model'"),
     ],
 )
-def test_files_that_say_something_else(
+def test_unusable_files(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], text: str, message: str
 ) -> None:
     rest = "" if text in ("- 1", "") else "\n".join(line for line in CONFIG.splitlines()[9:])

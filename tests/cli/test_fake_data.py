@@ -1,4 +1,4 @@
-"""A plan without the data: nothing of a dataset is read, and what was assumed is said."""
+"""A plan without data: no dataset is read, and the assumptions are printed."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ GPT2 = "{_target_: stages.gpt2.build_gpt2_model, vocab_size: 16, n_positions: 12
         ),
     ],
 )  # fmt: skip
-def test_what_is_assumed(model: str, dataset: str, said: str, tmp_path: Path) -> None:
+def test_assumptions_are_printed(model: str, dataset: str, said: str, tmp_path: Path) -> None:
     (tmp_path / "net.py").write_text(NET)
     (tmp_path / "run.yaml").write_text(f"""
         model: {model}

@@ -108,7 +108,7 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def computed(line: dict[str, Any]) -> dict[str, Any]:
-    """What does not depend on how fast a machine is."""
+    """Drop values that depend on the machine's speed."""
     return {name: value for name, value in line.items() if name not in MEASURED}
 
 
@@ -164,7 +164,7 @@ def test_one_process_gives_the_same(folder: Path, two_processes: subprocess.Comp
 
 
 @pytest.mark.full
-def test_experts_over_ranks_follow_those_of_one(folder: Path) -> None:
+def test_experts_over_ranks_match_one_rank(folder: Path) -> None:
     (folder / "experts.yaml").write_text(EXPERTS)
     for name, size in (("whole", 1), ("spread", 2)):
         done = start(
@@ -187,7 +187,7 @@ def test_every_layout_gives_the_same(
 
 
 def assert_the_same(folder: Path, output: Path) -> None:
-    """Losses and weights are those of the run on two processes, bit for bit."""
+    """Losses and weights equal those of the run on two processes, bit for bit."""
     assert losses(output) == losses(folder / "runs" / "cfg"), "bit for bit"
     assert metrics(output)[-1]["validation_loss"] == metrics(folder / "runs" / "cfg")[-1]["validation_loss"]
     expected, found = (load_file(each / "model.safetensors") for each in (folder / "runs" / "cfg", output))
@@ -211,7 +211,7 @@ def assert_the_same(folder: Path, output: Path) -> None:
         ),
     ],
 )  # fmt: skip
-def test_every_mesh_gives_the_same_to_rounding(
+def test_every_mesh_gives_the_same_up_to_rounding(
     folder: Path,
     two_processes: subprocess.CompletedProcess[str],
     words: tuple[str, ...],
@@ -342,7 +342,7 @@ def test_without_a_launcher_the_error_is_printed(folder: Path, monkeypatch: pyte
 
 
 @pytest.mark.full
-def test_torchrun_with_another_number_of_processes(folder: Path) -> None:
+def test_torchrun_with_a_wrong_number_of_processes(folder: Path) -> None:
     torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", "1", "-m", "autofunc")
     done = start(folder, "finetune", "llm", "-c", "cfg.yaml", program=torchrun)
     assert done.returncode != 0

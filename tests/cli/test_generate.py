@@ -32,7 +32,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_run_and_its_folder_say_the_same(trained: Path) -> None:
+def test_a_run_and_its_folder_generate_the_same(trained: Path) -> None:
     (trained / "prompts.txt").write_text("the qui\n\nlazy\n")
     of_run = run_here(trained, "generate", *LATEST, *PROMPTS)
     assert of_run.status == 0, of_run.err
@@ -51,19 +51,19 @@ def test_a_run_and_its_folder_say_the_same(trained: Path) -> None:
     assert not (trained / "runs" / "cfg-2").exists(), "nothing is written"
 
 
-def test_what_is_drawn(trained: Path) -> None:
+def test_sampling(trained: Path) -> None:
     how = *LATEST, *PROMPTS, "--temperature", "1.5", "--top-k", "50"
     made = [run_here(trained, "generate", *how, "--seed", seed).out for seed in ("1", "1", "2")]
     assert made[0] == made[1] != made[2]
 
 
-def test_weights_that_are_not_trained(trained: Path) -> None:
+def test_untrained_weights(trained: Path) -> None:
     done = run_here(trained, "generate", "-c", "cfg.yaml", *PROMPTS)
     assert done.status == 0 and "using the initial weights" in done.err and "note" not in done.out
 
 
 def test_refused(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before anything is started, in one line."""
+    """Mistakes are refused before anything starts, in one line."""
     monkeypatch.setattr(hub, "_cached", list)
     shutil.copytree(trained / "runs" / "cfg" / "model", trained / "unlike", dirs_exist_ok=True)
     (trained / "rows.py").write_text("import torch\ndef rows(path, seq_len):\n    x = torch.arange(17)\n"
@@ -80,7 +80,7 @@ def test_refused(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ((*LATEST, *PROMPTS, "--tokenizer", "nowhere"), "--tokenizer: tokenizer 'nowhere' cannot be loaded"),
         ((*folder, *PROMPTS), "unlike has no tokenizer. Give --tokenizer FOLDER"),
         (("--model", "nowhere/at/all", *PROMPTS), "; no model is cached"),
-        ((*folder, *PROMPTS, "--step_scheduler.max_steps", "2"), "takes no keys of a configuration"),
+        ((*folder, *PROMPTS, "--step_scheduler.max_steps", "2"), "takes no configuration keys"),
         (("-c", "cfg.yaml", *ROWS_WITHOUT, *PROMPTS),
          "has no attribute tokenizer: give --tokenizer"),
     ]  # fmt: skip

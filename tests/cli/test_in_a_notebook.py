@@ -14,7 +14,7 @@ from tests.cli.here import run_here
 def test_a_notebooks_backend_need_not_be_installed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str, used: str
 ) -> None:
-    """Notebooks name theirs for all that they start, and matplotlib refuses to be imported without it."""
+    """Notebooks set their backend for every process they start, and matplotlib cannot be imported without it."""
     monkeypatch.setenv("MPLBACKEND", given)
     assert run_here(tmp_path, "schedule", "list").status == 0
     assert os.environ["MPLBACKEND"] == used

@@ -120,7 +120,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def autofunc(folder: Path, *words: str, status: int = 0) -> str:
-    """Run a command in this process; what it printed, or its errors when they are what was asked for."""
+    """Run a command in this process; return its output, or its errors if they are expected."""
     done = run_here(folder, *words)
     assert done.status == status, done.out + done.err
     assert "has no effect" not in done.err, "a run warns of the seed that its configuration always has"
@@ -135,13 +135,13 @@ ALONE = ("--distributed.pp_size", "1", "--distributed.split_points", "1")
 
 
 def train(folder: Path, config: str, run: str, *overrides: str) -> list[float]:
-    """On one process, which is this one."""
+    """Run on one process: this one."""
     autofunc(folder, "finetune", "llm", "-c", config, "--output_dir", run, *overrides, *ALONE)
     return losses(folder, run)
 
 
 def train_on_two(folder: Path, config: str, run: str, *overrides: str) -> list[float]:
-    """By the command that starts two processes."""
+    """Run the command, which starts two processes."""
     done = subprocess.run(
         [sys.executable, "-m", "autofunc", "finetune", "llm", "-c", config, "--output_dir", run, *overrides],
         cwd=folder, capture_output=True, text=True, timeout=300, env={**os.environ, "NO_COLOR": "1"},
@@ -159,7 +159,7 @@ def test_any_module(folder: Path) -> None:
 
 @pytest.mark.parametrize("train_again", [train, pytest.param(train_on_two, marks=pytest.mark.full)])
 def test_registered(folder: Path, train_again: Callable[..., list[float]]) -> None:
-    """By the registry, without weights in any process; its trained part exported, read again by stage, and trained on."""
+    """By the registry, without weights in any process; its trained part exported, read by stage, and trained on."""
     paths = ["--modeling_paths", "[my_models.custom_llm]"]
     first = train(folder, "registered.yaml", "registered", *paths)
     exported = autofunc(
@@ -194,7 +194,7 @@ def test_weights_from_the_seed_on_two_processes(folder: Path) -> None:
 
 
 def test_statistics_are_trained_saved_and_read(folder: Path) -> None:
-    """The running statistics of batch normalisation, without a word in the configuration."""
+    """Running statistics of batch normalisation need no key in the configuration."""
     first = train(folder, "normed.yaml", "normed")
     stored = load_file(folder / "normed" / "model.safetensors")
     assert stored["blocks.2.norm.num_batches_tracked"] == 16  # 4 steps of 4 microbatches
@@ -209,7 +209,7 @@ def test_statistics_are_trained_saved_and_read(folder: Path) -> None:
 
 
 def test_adapters_are_trained_written_and_exported(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The run leaves an adapter that PEFT loads, and no copy of the base; it is a part of the exported model."""
+    """The run leaves an adapter that PEFT loads, and no copy of the base; the exported model contains it."""
     words = ("--peft.target_modules", "[blocks.*]", "--peft.dim", "2", "--peft.modules_to_save", "[lm_head]")
     done = autofunc(folder, "finetune", "llm", "-c", "file.yaml", "--output_dir", "adapted", *words, *ALONE)
     assert "adapters of rank 2 on 3 weights: 4,544 of 9,456 parameters are trained (48.05%)" in done
@@ -256,7 +256,7 @@ def test_plan(folder: Path) -> None:
     assert re.search(r"a step may take several times as long, for [\w.]+ would take longer than 0 s", shown)
     assert "connections between pp ranks, each one way: 2 on ranks 0-1" in shown and "of a GPU" not in shown
     on_gpus = " ".join(autofunc(folder, "plan", "-c", "own.yaml", "--distributed.device", "cuda").split())
-    assert "they take 256 MiB of a GPU at most, assuming a buffer of 4 MiB (NCCL_BUFFSIZE) for each of 32" in on_gpus
+    assert "they take at most 256 MiB of a GPU, assuming a buffer of 4 MiB (NCCL_BUFFSIZE) for each of 32" in on_gpus
     planned: dict[str, Any] = json.loads(autofunc(folder, "plan", "-c", "own.yaml", "--json", "--measure"))
     assert [(rank["connections"], rank["connection_bytes"]) for rank in planned["ranks"]] == [(2, None)] * 2
     assert planned["times_are"] == "measured" and planned["timed_layer"] is None and planned["processes"] == 2
@@ -274,7 +274,7 @@ def test_plan(folder: Path) -> None:
         ("own.yaml", ["--trainable", "[lm_haed*]"], "trainable pattern 'lm_haed*' matches no parameter"),
         ("own.yaml", ["--weights", "nowhere"], "no weights at nowhere"),
         ("own.yaml", ["--distributed.split_points", "[block.1]"], "did you mean blocks.1"),
-        ("own.yaml", ["--distributed.tp_size", "3"], "tp=3: nothing of TinyForCausalLM can be cut"),
+        ("own.yaml", ["--distributed.tp_size", "3"], "tp=3: nothing in TinyForCausalLM can be cut"),
         (
             "own.yaml",
             ["--distributed.tp_size", "2", "--distributed.tp_plan", "own"],

@@ -1,4 +1,4 @@
-"""A training run whose loss is not finite says where that began, on one process and on two."""
+"""A training run whose loss is not finite reports where it began, on one process and on two."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ optimizer: {_target_: torch.optim.SGD, lr: 0.1}
 
 
 FORWARD, GRADIENT = "torch.log(none)", "torch.sqrt(none * x.square().mean())"
-"""Of which the second is 0 where its gradient is none."""
+"""The second value is 0 and its gradient NaN."""
 
 
 def folder_of(tmp_path: Path, planted: str = FORWARD) -> Path:
@@ -69,7 +69,7 @@ def test_in_one_process(tmp_path: Path) -> None:
     assert_told(done.err, "mid.1")
 
 
-def test_a_gradient_of_a_loss_that_is_finite(tmp_path: Path) -> None:
+def test_nonfinite_gradient_of_a_finite_loss(tmp_path: Path) -> None:
     """It is found before the update, after which every value is NaN."""
     done = run_here(
         folder_of(tmp_path, GRADIENT), "finetune", "llm", "-c", "run.yaml", "--distributed.pp_size", "1",
@@ -86,8 +86,8 @@ def test_on_two_processes(tmp_path: Path) -> None:
 
 
 @pytest.mark.full
-def test_two_processes_skip_alike(tmp_path: Path) -> None:
-    """The first rank tells what the second has found, and both go on."""
+def test_two_processes_skip_together(tmp_path: Path) -> None:
+    """The first rank reports what the second found, and both continue."""
     done = start(folder_of(tmp_path), "finetune", "llm", "-c", "run.yaml", "--nonfinite", "skip")
     assert done.returncode == 0, done.stderr
     assert_told(done.stdout, "mid.1")

@@ -1,4 +1,4 @@
-"""A configuration that was written for NeMo AutoModel, unchanged, with the hub's dataset in the local cache."""
+"""A configuration written for NeMo AutoModel, unchanged, with the hub's dataset in the local cache."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ optimizer:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A working directory with the configuration, and a cache that looks as after a download."""
+    """A working directory with the configuration, and a cache as after a download."""
     path = tmp_path_factory.mktemp("old")
     rows = [{"ctx": f"Cat {n}", "endings": ["sat.", "ran.", "is.", "was."], "label": str(n % 4)} for n in range(130)]
     (path / "hellaswag").mkdir()
@@ -68,7 +68,7 @@ def autofunc(folder: Path, *words: str) -> str:
 SMALL = ["--model.n_layer", "2", "--model.n_embd", "48", "--model.vocab_size", "256"]
 
 
-def test_plan_says_what_became_of_the_names(folder: Path) -> None:
+def test_plan_reports_renamed_targets(folder: Path) -> None:
     shown = autofunc(folder, "plan", "-c", "my_gpt2_config.yaml", "--distributed.pp_size", "2")
     words = " ".join(shown.split())
     assert "model._target_: nemo_automodel.components.models.gpt2.build_gpt2_model is stages.gpt2.build_gpt2_model" in words
@@ -97,10 +97,10 @@ def test_two_steps_as_printed(folder: Path) -> None:
     assert "2 steps in" in shown
 
 
-def test_names_that_are_not_known() -> None:
+def test_unknown_names() -> None:
     raw = {"model": {"_target_": "nemo_automodel.components.models.gpt3.build_gpt3_model"}}
     _, _, (problem,) = with_new_names(raw)
-    assert re.match(r"model._target_: .* has no name here; did you mean build_gpt2_model", problem)
+    assert re.match(r"model._target_: .* has no equivalent here; did you mean build_gpt2_model", problem)
     same = {"model": {"_target_": "torch.nn.Linear", "nested": {"_target_": "nemo_automodel.x.HellaSwag"}}, "seed": 3}
     renamed, notes, problems = with_new_names(same)
     assert (

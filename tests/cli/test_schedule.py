@@ -29,7 +29,7 @@ def test_list_names_all_in_80_columns() -> None:
     assert max(map(len, lines)) <= 80 and all(len(line.split()) > 3 for line in lines)
 
 
-def test_show_is_text_that_can_be_read_again(tmp_path: Path) -> None:
+def test_show_prints_text_that_can_be_read_again(tmp_path: Path) -> None:
     table = run("show", "zb_h1", "-p", "3", "-m", "4")
     built = schedule.build("zb_h1", num_ranks=3, num_microbatches=4)
     assert schedule.from_text(table, "zb_h1") == built
@@ -70,7 +70,7 @@ def test_show_writes_files(tmp_path: Path) -> None:
     assert "makespan" in run("compare", str(tmp_path / "mine.csv"), "1f1b")
 
 
-def test_a_function_of_the_users(tmp_path: Path) -> None:
+def test_a_user_function(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(
         "def serial(num_ranks, num_microbatches):\n"
         "    return [[f'{r}{k}{m}' for m in range(num_microbatches) for k in 'FB'] for r in range(num_ranks)]\n"
@@ -78,7 +78,7 @@ def test_a_function_of_the_users(tmp_path: Path) -> None:
     assert re.search(r"serial +│ +2 │ +18 │", run("compare", f"{tmp_path / 'mine.py'}:serial", "-p", "2", "-m", "3"))
 
 
-def test_compare_leaves_out_what_does_not_exist_for_these_numbers() -> None:
+def test_compare_leaves_out_schedules_that_do_not_fit() -> None:
     out = run("compare", "-p", "4", "-m", "3")
     assert "left out dualpipe_v: schedule dualpipe_v: num_microbatches=3" in out and "zbv" in out
     with pytest.raises(ScheduleError, match="it needs at least 8"):
@@ -95,7 +95,7 @@ def test_compare_leaves_out_what_does_not_exist_for_these_numbers() -> None:
         (["search", "-o", "found.xml"], "unknown suffix '.xml'"),
         (["search", "-o", "nowhere/found.csv"], "there is no such folder"),
         (["show", "1f1b", "-o", "nowhere/found.csv"], "cannot write nowhere/found.csv: No such file or directory"),
-        (["simulate", "zbv.cvs"], "unknown schedule 'zbv.cvs'.*or a file .csv, .txt or .json"),
+        (["simulate", "zbv.cvs"], "unknown schedule 'zbv.cvs'.*or a .csv, .txt or .json file"),
     ],
 )
 def test_mistakes(words: list[str], message: str) -> None:
@@ -121,13 +121,13 @@ def test_costs_mean_the_same_everywhere(tmp_path: Path) -> None:
     assert run("compare", "--costs", str(tmp_path / "c.json")) == run("compare")
 
 
-def test_times_by_stage_are_those_of_schedules_with_other_numbers_of_stages() -> None:
+def test_times_by_stage_are_redistributed_over_other_numbers_of_stages() -> None:
     out = run("compare", "1f1b", "zbv", "-p", "2", "-m", "4", "-F", "1,3", "-I", "1,3", "-W", "1,3")
     assert "zbv" in out and "left out" not in out
     whole = by_stage(schedule.Costs([1, 3], [0.5, 0.5, 2, 1], 2), 2, 4)
     assert (whole.F, whole.I, whole.W) == ([0.5, 0.5, 1.5, 1.5], [0.5, 0.5, 2, 1], 1)
     assert by_stage(schedule.Costs([0.5, 0.5, 2, 1]), 2, 2).F == [1, 3]
-    with pytest.raises(ScheduleError, match="costs of transfers are by stage"):
+    with pytest.raises(ScheduleError, match="costs of transfers are per stage"):
         by_stage(schedule.Costs([1, 3], comm={(0, 1): 1.0}), 2, 4)
 
 
@@ -145,7 +145,7 @@ def test_costs_from_a_file(tmp_path: Path) -> None:
         run("simulate", "1f1b", "-F", "1,x")
 
 
-def test_draw_writes_what_the_suffix_says(tmp_path: Path) -> None:
+def test_draw_writes_the_format_of_the_suffix(tmp_path: Path) -> None:
     for name, begins in (("a.svg", "<svg"), ("a.html", "<!doctype html>"), ("a.json", '{"traceEvents"')):
         run("draw", "1f1b", "zbv", "-o", str(tmp_path / name))
         assert (tmp_path / name).read_text().startswith(begins)

@@ -8,7 +8,7 @@ from tests.cli.here import run_here
 from tests.cli.test_finetune import CONFIG
 
 
-def test_all_verbs_train_alike(tmp_path: Path) -> None:
+def test_all_verbs_train_the_same_way(tmp_path: Path) -> None:
     (tmp_path / "corpus").mkdir()
     (tmp_path / "corpus" / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 12)
     text = CONFIG.replace("pp_size: 2, split_points: [h.1]", "engine: eager")

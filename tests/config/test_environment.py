@@ -1,4 +1,4 @@
-"""`${oc.env:NAME}`, and values that are taken although they look odd."""
+"""`${oc.env:NAME}`, and odd-looking values that are accepted."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cfg.yaml"
 
 
-def test_what_a_target_takes(file: Path) -> None:
-    """Text where the signature says text, else a number."""
+def test_arguments_of_a_target(file: Path) -> None:
+    """Text if the signature asks for text, else a number."""
     name = f"{__name__}.takes"
     keys = "number: '${oc.env:N}', text: '${oc.env:N}', either: '${oc.env:ZEROS}', rate: '${oc.env:RATE}'"
     rest = "anything: '${oc.env:NO}', bare: ['${oc.env:N}', x], more: {n: '${oc.env:N}', w: '${oc.env:WORD}'}"
@@ -39,7 +39,7 @@ def test_a_callable_without_a_signature() -> None:
     assert check_arguments(dict, {"n": FromEnvironment("5")}, "it", "dict") == {"n": 5}
 
 
-def test_what_keys_take(file: Path) -> None:
+def test_types_of_keys(file: Path) -> None:
     file.write_text(
         f"{MINIMAL}seed: ${{oc.env:N}}\noutput_dir: ${{oc.env:N}}\nclip_grad_norm: {{max_norm: '${{oc.env:RATE}}'}}\n"
         "dataloader: {shuffle: '${oc.env:NO}'}\ndistributed: {memory_budget: '${oc.env:N}', tp_plan: '${oc.env:N}'}\n"
@@ -50,7 +50,7 @@ def test_what_keys_take(file: Path) -> None:
     assert (config.distributed.memory_budget, config.distributed.tp_plan) == (5, "5")
 
 
-def test_printed_as_it_is_read(file: Path) -> None:
+def test_prints_what_it_reads(file: Path) -> None:
     file.write_text(MINIMAL.replace("builtins.dict}", "builtins.dict, n: '${oc.env:N}'}", 1))
     assert read_config(file)[0].model_dump()["model"] == {"_target_": "builtins.dict", "n": 5}
 

@@ -106,7 +106,7 @@ def test_other_encodings(tmp_path: Path, content: bytes, message: str) -> None:
         load_config(tmp_path / "cfg.yaml")
 
 
-def test_a_text_for_a_number_names_decode() -> None:
+def test_a_string_for_a_number_suggests_decode() -> None:
     sections = {name: {"_target_": "builtins.dict"} for name in ("model", "dataset", "optimizer")}
     for key in (
         {"step_scheduler": {"max_steps": "5"}},

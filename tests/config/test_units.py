@@ -31,6 +31,6 @@ def test_sizes(given: object, size: int) -> None:
 @pytest.mark.parametrize(
     "given", [0, -1, 1.5, float("inf"), float("nan"), True, "", "GB", "-2GB", "2XB", "2G", "0.1B", [1], None]
 )
-def test_what_is_no_size(given: object) -> None:
+def test_invalid_sizes(given: object) -> None:
     with pytest.raises(ValueError, match="expected a number of bytes, such as 2000000, 512MB or 2GiB"):
         parse_bytes(given)

@@ -1,4 +1,4 @@
-"""Configurations that are wrong: one clear error each, quickly, before anything of the run begins."""
+"""Wrong configurations: one clear error each, quickly, before the run begins."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ MOST_LINES, MOST_SECONDS = 15, 5.0  # of 80 columns; of this process's time
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A working directory with all that the configurations name."""
+    """A working directory with everything that the configurations name."""
     path = tmp_path_factory.mktemp("wrong")
     write_files(path)
     return path
 
 
 def refused(folder: Path, monkeypatch: pytest.MonkeyPatch, *words: str) -> Done:
-    """What `autofunc finetune` says of the folder's file."""
+    """Run `autofunc finetune` on the folder's file."""
 
     def begun(*_: object) -> None:
         raise AssertionError("the run began")
@@ -39,12 +39,12 @@ def refused(folder: Path, monkeypatch: pytest.MonkeyPatch, *words: str) -> Done:
 
 
 def words_of(given: dict[str, str] | list[str] | str) -> list[str]:
-    """The overrides in a row of the table."""
+    """Return the overrides in a row of the table."""
     return [given] if isinstance(given, str) else given if isinstance(given, list) else []
 
 
 def shortcomings(done: Done, said: tuple[str, ...], seconds: float) -> list[str]:
-    """What is missing from one clear error."""
+    """Return what keeps an error from being clear."""
     lines = [part for line in done.err.splitlines() for part in textwrap.wrap(line, 80) or [""]]
     found = [f"does not say {text!r}" for text in said if text not in done.err]
     for is_so, problem in (
@@ -63,7 +63,7 @@ def shortcomings(done: Done, said: tuple[str, ...], seconds: float) -> list[str]
 def shortcomings_of_all(
     folder: Path, monkeypatch: pytest.MonkeyPatch, cases: Iterable[tuple[str, bytes, list[str], list[str]]]
 ) -> str:
-    """Those of each case that has any: its name, the file, the overrides, and what the error must say."""
+    """Return each case's name, file, overrides, and what the error must contain."""
     bad = []
     for name, content, words, said in cases:
         (folder / "cfg.yaml").write_bytes(content)
@@ -85,7 +85,7 @@ def test_one_clear_error(folder: Path, monkeypatch: pytest.MonkeyPatch, kind: st
     assert not bad, bad
 
 
-def test_one_clear_error_of_a_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_clear_error_for_a_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cases = ((repr(text[-60:]), text if isinstance(text, bytes) else text.encode(), [], said) for text, *said in BY_TEXT)
     bad = shortcomings_of_all(folder, monkeypatch, cases)
     assert not (folder / "executed").exists()

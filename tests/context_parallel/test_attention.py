@@ -1,4 +1,4 @@
-"""Attention over context parallel ranks is attention: in one process, where threads stand for ranks, and over gloo."""
+"""Attention over context parallel ranks equals attention of the whole: with threads as ranks, and over gloo."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def case(mask: str, rows: int, tokens: int, heads: int, groups: int, features: i
     distance = place[:, None] - place
     if mask == "window":
         made["mask"] = (distance >= 0) & (distance < 3)
-    elif mask == "padding":  # of each row another number of tokens
+    elif mask == "padding":  # a different number of tokens in each row
         lengths = 1 + torch.arange(rows) % tokens
         made["mask"] = (place < lengths[:, None])[:, None, None, :]
     elif mask == "additive":  # as in ALiBi, with hidden keys and a row that sees none
@@ -52,7 +52,7 @@ def case(mask: str, rows: int, tokens: int, heads: int, groups: int, features: i
 
 
 def whole_attention(given: dict[str, Any]) -> list[Tensor]:
-    """Output and gradients of torch's own."""
+    """Output and gradients of torch's attention."""
     leaves = [given[name].clone().requires_grad_() for name in ("query", "key", "value")]
     mask = given.get("mask")
     output = scaled_dot_product_attention(*leaves, mask, is_causal=given["is_causal"], enable_gqa=True)
@@ -60,7 +60,7 @@ def whole_attention(given: dict[str, Any]) -> list[Tensor]:
 
 
 def cut_attention(given: dict[str, Any], rank: int, size: int, ranks: str, method: str) -> list[Tensor]:
-    """A rank's part of the same."""
+    """The same for one rank's tokens."""
     leaves = [own_part(given[name], 2, rank, size).requires_grad_() for name in ("query", "key", "value")]
     mask = given.get("mask")
     if mask is not None and mask.shape[-2] > 1:
@@ -86,7 +86,7 @@ def expected_counts(size: int, method: str) -> dict[str, int]:
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.float64, 1e-14)])
-def test_it_is_attention(size: int, mask: str, method: str, dtype: torch.dtype, tolerance: float) -> None:
+def test_matches_attention_of_the_whole(size: int, mask: str, method: str, dtype: torch.dtype, tolerance: float) -> None:
     whole = case(mask, 2, 8 * size, 4, 2, 8, dtype)
     found, counts = on_ranks(size, lambda ranks, name: cut_attention(whole, ranks.rank, size, name, method))
     assert_close(found, whole_attention(whole), tolerance)
@@ -103,7 +103,7 @@ def test_it_is_attention(size: int, mask: str, method: str, dtype: torch.dtype, 
     group=st.integers(1, 3),
     features=st.sampled_from([1, 3, 8]),
 )
-def test_of_any_sizes(
+def test_matches_for_any_sizes(
     size: int, mask: str, method: str, each: int, rows: int, groups: int, group: int, features: int
 ) -> None:  # fmt: skip
     whole = case(mask, rows, 2 * size * each, groups * group, groups, features, torch.float64)
@@ -113,7 +113,7 @@ def test_of_any_sizes(
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_gradient_of_a_mask(method: str) -> None:
-    """A bias by distance that is trained, for all rows the same; values have features of their own number."""
+    """A trained bias by distance, shared by all rows; values have fewer features than keys."""
     size, whole = 2, case("additive", 2, 8, 2, 2, 4, torch.float64)
     bias = torch.randn(2, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     value, cotangent = whole["value"][..., :3], whole["cotangent"][..., :3].contiguous()
@@ -138,7 +138,7 @@ def test_bf16_is_summed_in_fp32() -> None:
 
 
 def over_processes(size: int, mask: str, method: str) -> tuple[list[Tensor], int]:
-    """On a cp axis of gloo processes; and this one's place on it."""
+    """Attention on a cp axis of gloo processes, and this process's place on the axis."""
     group = mesh_of(dp_replicate=4 // size, tp=size).get_group("tp")
     ranks = GroupRanks(group)
     if mask == "none":
@@ -166,7 +166,7 @@ def test_over_processes(workers: WorkerPool, size: int, mask: str, method: str) 
     assert_close([found[place] for place in range(size)], whole_attention(whole), 2e-6)
 
 
-# --- pieces of it -------------------------------------------------------------------------------------------------
+# --- its pieces ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
@@ -193,7 +193,7 @@ def test_chunks(size: int) -> None:
 
 
 def test_the_written_out_block_agrees_with_the_kernel() -> None:
-    """Masked, grouped, by the kernel and, for values of another number of features, by hand."""
+    """Masked and grouped: values with one more feature than keys do not fit the kernel."""
     given = case("window", 2, 8, 4, 2, 8, torch.float64)
     q, k, v = given["query"], given["key"], given["value"]
     mask = torch.zeros(8, 8, dtype=torch.float64).masked_fill(~given["mask"], float("-inf"))
@@ -211,7 +211,7 @@ def test_the_written_out_block_agrees_with_the_kernel() -> None:
     torch.testing.assert_close(hand.value[..., :8], found.value)
 
 
-def test_nothing_seen_is_merged_with_nothing_seen() -> None:
+def test_merging_for_queries_that_see_nothing() -> None:
     output, total = torch.zeros(1, 1, 1, 2), torch.full((1, 1, 1), float("-inf"))
     merge(output, total, torch.zeros(1, 1, 1, 2), total.clone())
     assert torch.equal(output, torch.zeros(1, 1, 1, 2))

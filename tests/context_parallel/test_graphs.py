@@ -1,4 +1,4 @@
-"""What one of several cp ranks would run: counted, and weighed, in its graph. Nobody runs it."""
+"""The graph of one of several cp ranks: its exchanges counted, its residuals measured. It is never run."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ def counted(blocks: int) -> tuple[Counter[str], Counter[str]]:
     return forward, backward
 
 
-def test_what_a_block_adds_to_the_program() -> None:
+def test_a_block_adds_one_attention_each_way() -> None:
     one, two = counted(1), counted(2)
     assert two[0] - one[0] == {"autofunc.context_attention.default": 1}
     assert two[1] - one[1] == {"autofunc.context_attention_backward.default": 1}
-    assert len(one[0]) == len(one[1]) == 1, "and nothing around it"
+    assert len(one[0]) == len(one[1]) == 1, "and no other exchange"
 
 
-def test_a_rank_keeps_its_tokens() -> None:
+def test_a_rank_keeps_residuals_of_its_tokens_only() -> None:
     whole, half, quarter = (
         pipe.memory(pipe.init(0, "meta"), batch)[0].residuals
         for pipe, batch in (pipe_of(1, 2048, size) for size in (1, 2, 4))

@@ -1,4 +1,4 @@
-"""Layers and losses on tokens that are cut: sums over ranks are what the whole gives. Ranks are threads of one process."""
+"""Layers and losses on cut tokens: sums over ranks equal the whole. Ranks are threads of one process."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def batch_of(rows: int = 3, key: bool = False) -> dict[str, Any]:
 
 
 def gradients(model: af.Model, loss: Any, batch: Mapping[str, Any], over: Callable[[Any], Any] | None) -> Any:
-    """Sum, weight and aux of the loss, and gradients of its sum; on the layers that `over` makes of the whole ones."""
+    """Sum, weight and aux of the loss, and gradients of its sum; over the ranks of the axis that `over` returns."""
     flat = {path: leaf.detach().clone().double().requires_grad_() for path, leaf in flatten(model.init()).items()}
     leaves = {path: model.lookup(flat, path) for path in model.spec}
     with _tracing:
@@ -54,7 +54,7 @@ def gradients(model: af.Model, loss: Any, batch: Mapping[str, Any], over: Callab
 def check(
     model: af.Model, loss: Any, batch: Mapping[str, Any], size: int = 2, method: str = "allgather", exact: float = 1e-12
 ) -> Counter[str]:  # fmt: skip
-    """Compare with the whole; returns what one rank exchanged."""
+    """Compare with the whole; return the counts of one rank's exchanges."""
     whole, expected = gradients(model, loss, batch, None)
 
     def run(ranks: Threads, name: str) -> Any:
@@ -81,7 +81,7 @@ def test_llama(size: int, method: str) -> None:
         num_key_value_heads=1,
     )  # fmt: skip
     counts = check(model, af.losses.causal_lm, batch_of(), size, method)
-    if method == "allgather":  # of two layers: one a forward; one a backward, and its gradients
+    if method == "allgather":  # per layer: one in the forward; one in the backward, and one for gradients
         assert counts == {"gather": 4, "reduce_scatter": 2}
     else:
         assert counts == {"rotate": 2 * (3 * size - 2)}
@@ -95,7 +95,7 @@ def test_a_sliding_window() -> None:
 
 
 def test_dropout_everywhere() -> None:
-    """Attention with dropout of its weights is written out: its products gather."""
+    """Attention with dropout on its weights is written out, and its products gather."""
     model = build_gpt2_model(
         vocab_size=11, n_positions=TOKENS, n_embd=8, n_layer=1, n_head=2, embd_pdrop=0.1, attn_pdrop=0.2, resid_pdrop=0.1
     )
@@ -111,7 +111,7 @@ def test_a_loss_that_keeps_no_logits() -> None:
 
 
 def toy(middle: Callable[[Mapping[str, Tensor], Tensor, Mapping[str, Any]], Any]) -> af.Model:
-    """An embedding, some function of (rows, tokens, width), and parameters for it."""
+    """An embedding, followed by a function of (rows, tokens, width) with parameters."""
 
     def embed(key: af.random.InitKey) -> dict[str, Tensor]:
         return {"weight": key.normal("weight", (11, WIDTH))}
@@ -144,7 +144,7 @@ def distances() -> Tensor:
 
 
 def biased_attention(p: Mapping[str, Tensor], x: Tensor, batch: Any) -> Tensor:
-    """With a bias by distance that is trained, as in T5, and keys that are padding."""
+    """Attention with a trained bias by distance, as in T5, and padded keys."""
     bias = functional.embedding(distances(), p["table"]).permute(2, 0, 1)[None]
     bias = bias.masked_fill(~batch["mask"][:, None, None, :], -1e9)
     q = heads(linear(p, x))
@@ -159,7 +159,7 @@ def written_out_attention(p: Mapping[str, Tensor], x: Tensor, batch: Any) -> Ten
 
 
 def pooled(p: Mapping[str, Tensor], x: Tensor, batch: Any) -> Tensor:
-    """By the first token, the last, and the mean of those that are no padding."""
+    """Pool by the first token, the last, and the mean of those that are not padding."""
     counts = batch["mask"].unsqueeze(-1).to(x.dtype)
     mean = (linear(p, x) * counts).sum(1) / counts.sum(1)
     return linear(p, x[:, 0] + mean * torch.tanh(x[:, -1]))
@@ -179,13 +179,13 @@ def of_rows(outputs: Tensor, batch: Mapping[str, Any]) -> tuple[Tensor, float]:
 
 
 def shifted(outputs: Tensor, batch: Mapping[str, Any]) -> Tensor:
-    """As transformers shift labels: padded, then cut off at the start."""
+    """Shift labels as transformers does: padded at the end, then cut off at the start."""
     labels = functional.pad(batch["input_ids"] % WIDTH, (0, 1), value=-100)[..., 1:]
     return functional.cross_entropy(outputs.flatten(0, 1), labels.reshape(-1), weight=torch.arange(1.0, 7.0).double())
 
 
 def smoothed(outputs: Tensor, batch: Mapping[str, Any]) -> Tensor:
-    """Classes in dim 1, as of segmentation."""
+    """Classes in dim 1, as in segmentation."""
     return functional.cross_entropy(outputs.transpose(1, 2), batch["input_ids"] % WIDTH, label_smoothing=0.1)
 
 
@@ -203,12 +203,12 @@ def with_aux(outputs: Tensor, batch: Mapping[str, Any]) -> Any:
     ],
     ids=lambda function: function.__name__,
 )  # fmt: skip
-def test_of_a_toy(middle: Any, loss: Any) -> None:
+def test_toys(middle: Any, loss: Any) -> None:
     check(toy(middle), loss, batch_of())
 
 
 class Encoder(nn.Module):
-    """A module with torch's own attention, conditioned on features that are no tokens; captured."""
+    """A captured module with torch's own attention and a padding mask."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -232,7 +232,7 @@ def test_a_captured_module() -> None:
 
 
 class Decoder(Encoder):
-    """What it looks up is made of the labels, written one place further; its bias is looked up by distance."""
+    """Looks up the labels written one place further, and a bias by distance."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -253,13 +253,13 @@ class Decoder(Encoder):
 
 
 def test_as_many_rows_as_tokens() -> None:
-    """A table of distances has the shape of a batch then; and ids are what depends on the batch, not what looks like it."""
+    """A table of distances then has the batch's shape; only what depends on the batch counts as tokens."""
     torch.manual_seed(0)
     batch = {name: entry.repeat(3, *[1] * (entry.dim() - 1))[:TOKENS] for name, entry in batch_of().items()}
     assert check(af.from_module(Decoder(), batch), squared_error, batch, method="ring") == {"rotate": 4}
 
 
-# --- what is refused
+# --- refusals
 
 
 def refused(middle: Any, loss: Any = squared_error, batch: Mapping[str, Any] | None = None) -> str:
@@ -275,7 +275,7 @@ def convolved(p: Mapping[str, Tensor], x: Tensor, batch: Any) -> Tensor:
     return functional.conv1d(x.transpose(1, 2), p["weight"].unsqueeze(-1)).transpose(1, 2)
 
 
-def summed_up(p: Mapping[str, Tensor], x: Tensor, batch: Any) -> Tensor:
+def cumulated(p: Mapping[str, Tensor], x: Tensor, batch: Any) -> Tensor:
     return x.cumsum(1)
 
 
@@ -289,10 +289,10 @@ def reversed_tokens(p: Mapping[str, Tensor], x: Tensor, batch: Any) -> Tensor:
 
 @pytest.mark.parametrize(
     ("middle", "operator"),
-    [(convolved, "aten.conv1d"), (summed_up, "aten.cumsum"), (windowed, "aten.view"), (reversed_tokens, "aten.flip")],
+    [(convolved, "aten.conv1d"), (cumulated, "aten.cumsum"), (windowed, "aten.view"), (reversed_tokens, "aten.flip")],
     ids=lambda each: getattr(each, "__name__", ""),
 )
-def test_what_mixes_tokens_is_refused(middle: Any, operator: str) -> None:
+def test_mixing_tokens_is_refused(middle: Any, operator: str) -> None:
     message = refused(middle)
     assert message.startswith(f"layer 'middle' runs {operator}"), message
     assert "test_layers.py, line" in message and "cut over cp=2 ranks" in message and "use cp=1" in message
@@ -305,12 +305,12 @@ def test_a_loss_that_shifts_outputs_is_refused() -> None:
     assert refused(linear, loss).startswith("the loss runs aten.slice")
 
 
-def test_lengths() -> None:
+def test_a_length_that_does_not_divide_is_refused() -> None:
     short = {name: entry[:, :6] if entry.dim() > 1 else entry for name, entry in batch_of().items()}
     assert "its sequence has 6 tokens, which cp=2 ranks cannot cut" in refused(linear, squared_error, short)
 
 
-def test_no_tokens() -> None:
+def test_a_model_without_tokens_is_refused() -> None:
     layer = af.Layer(lambda key: {"w": key.normal("w", (4, 4))}, lambda p, x, batch: batch["x"] @ p["w"])
 
     def run(ranks: Threads, name: str) -> Any:

@@ -1,4 +1,4 @@
-"""Steps on meshes with a cp axis follow one process: models of stages/ and captured ones, in both engines."""
+"""Steps on meshes with a cp axis match one process: models of stages/ and captured ones, in both engines."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def build(name: str) -> af.Model:
     sizes = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 20}
     if name == "captured bert":
         module: Any = transformers.BertForMaskedLM(transformers.BertConfig(**sizes, max_position_embeddings=TOKENS))
-    elif name == "captured olmoe":  # with its balance loss, which leaves padding out
+    elif name == "captured olmoe":  # with its balance loss, which ignores padding
         module = spread_models.model_of("olmoe", **sizes)
     elif name == "captured llama":
         config = transformers.LlamaConfig(**sizes, num_key_value_heads=2, use_cache=False, bos_token_id=1, eos_token_id=2)
@@ -67,7 +67,7 @@ def batch_of(name: str) -> dict[str, Tensor]:
 def train(
     name: str, schedule: str, axes: dict[str, int], options: dict[str, Any], sharding: dict[str, Any], steps: int
 ) -> tuple[list[float], dict[str, Tensor], Tensor]:
-    """Losses and norms of some steps, all parameters after them, and outputs of the first row."""
+    """Losses and norms of some steps, then all parameters, and the first row's outputs."""
     mesh = mesh_of(**axes) if axes else None
     place, dp = data_coordinate(mesh)
     s = af.schedule.build(schedule, num_ranks=axes.get("pp", 1), num_microbatches=MICROBATCHES // dp)
@@ -118,14 +118,14 @@ MORE = [
     ("name", "schedule", "axes", "options", "sharding"),
     [*CASES, *(pytest.param(*case, marks=pytest.mark.full) for case in MORE)],
 )
-def test_five_steps_follow_one_process(
+def test_five_steps_match_one_process(
     workers: WorkerPool, name: str, schedule: str, axes: dict[str, int], options: dict[str, Any], sharding: dict[str, Any]
 ) -> None:
-    follows_one_process(workers, name, schedule, axes, options, sharding)
+    matches_one_process(workers, name, schedule, axes, options, sharding)
 
 
 def steps_of(name: str, axes: dict[str, int], method: str) -> tuple[list[float], dict[str, Tensor]]:
-    """Losses of some steps of a module of transformers, and its parameters after them."""
+    """Losses of some steps of a transformers module, then its parameters."""
     mesh = mesh_of(**axes) if axes else None
     place, dp = data_coordinate(mesh)
     batch = spread_models.batch_of(name)
@@ -151,8 +151,8 @@ def steps_of(name: str, axes: dict[str, int], method: str) -> tuple[list[float],
         ("mixtral", "ring"), ("qwen3_moe", "allgather"),
     ],
 )  # fmt: skip
-def test_others_of_transformers(workers: WorkerPool, name: str, method: str) -> None:
-    """Grouped heads, fused weights, windows, a bias that is trained and two sequences."""
+def test_more_models_of_transformers(workers: WorkerPool, name: str, method: str) -> None:
+    """Grouped heads, fused weights, sliding windows, a trained bias, and two sequences."""
     losses, params = steps_of(name, {}, method)
     for found, full in workers.run(steps_of, name, {"dp_replicate": 2, "cp": 2}, method):
         torch.testing.assert_close(found, losses, rtol=1e-5, atol=1e-5)
@@ -169,16 +169,16 @@ def test_others_of_transformers(workers: WorkerPool, name: str, method: str) -> 
         pytest.param("gpt2", "zb_h1", {}, {}, marks=pytest.mark.full),
     ],
 )
-def test_beside_tp_on_eight_processes(
+def test_with_tp_on_eight_processes(
     eight_workers: WorkerPool, name: str, schedule: str, options: dict[str, Any], sharding: dict[str, Any]
 ) -> None:
-    follows_one_process(eight_workers, name, schedule, {"pp": 2, "cp": 2, "tp": 2}, options, sharding)
+    matches_one_process(eight_workers, name, schedule, {"pp": 2, "cp": 2, "tp": 2}, options, sharding)
 
 
-def follows_one_process(
+def matches_one_process(
     workers: WorkerPool, name: str, schedule: str, axes: dict[str, int], options: dict[str, Any], sharding: dict[str, Any]
 ) -> None:
-    """Compare what all processes have with what one has."""
+    """Compare the results of all processes with those of one."""
     expected, params, outputs = train(name, "gpipe", {}, {"engine": "eager"}, {}, 5)
     for found, full, logits in workers.run(train, name, schedule, axes, options, sharding, 5):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
@@ -188,7 +188,7 @@ def follows_one_process(
             torch.testing.assert_close(logits, outputs, rtol=1e-4, atol=1e-4)
 
 
-# --- what a loss returns beside, and what is refused
+# --- aux of a loss, and refusals
 
 
 @af.losses.reduce_aux(most="max", predictions="cat", share="mean")
@@ -216,7 +216,7 @@ def test_aux_counts_rows_once(workers: WorkerPool) -> None:
         torch.testing.assert_close(found, expected)
 
 
-def said_of(what: str) -> str:
+def message_for(what: str) -> str:
     mesh = mesh_of(dp_shard=2, cp=2)
     model, s = build("llama"), af.schedule.build("1f1b", num_ranks=1, num_microbatches=2)
     batch = batch_of("llama")
@@ -241,6 +241,6 @@ def said_of(what: str) -> str:
         ("loss", "the loss runs aten.slice.Tensor"),
     ],
 )
-def test_what_is_refused(workers: WorkerPool, what: str, expected: str) -> None:
-    for message in workers.run(said_of, what):
+def test_refusals(workers: WorkerPool, what: str, expected: str) -> None:
+    for message in workers.run(message_for, what):
         assert expected in message

@@ -1,4 +1,4 @@
-"""Routed experts on tokens that are cut: each rank's tokens go to its own experts, and what a router counts is of all."""
+"""Routed experts on cut tokens: a rank's tokens go to its own copy of the experts; a router counts all tokens."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ EXPERTS, K = 3, 2
 
 
 def _route(p: Mapping[str, Tensor], x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Tokens of all rows in one dim, probabilities of experts, and those chosen, with their weights."""
+    """Tokens of all rows in one dim, probabilities of experts, and the chosen ones with their weights."""
     flat = x.flatten(0, 1)
     probability = functional.linear(flat, p["weight"][:EXPERTS]).softmax(-1)
     weights, chosen = probability.topk(K)
@@ -27,7 +27,7 @@ def _route(p: Mapping[str, Tensor], x: Tensor) -> tuple[Tensor, Tensor, Tensor, 
 
 
 def routed(p: Mapping[str, Tensor], x: Tensor, batch: Any, mix: Any = lambda rows, flat: rows) -> Tensor:
-    """Experts whose weights are parts of others, with a bias each."""
+    """Experts that share weights, with a bias each."""
     flat, _, chosen, weights = _route(p, x)
     all_of_them = torch.stack([p["weight"], p["weight"].t(), p["weight"] * p["bias"]])
 
@@ -40,7 +40,7 @@ def routed(p: Mapping[str, Tensor], x: Tensor, batch: Any, mix: Any = lambda row
 
 
 def balanced(how: str, p: Mapping[str, Tensor], x: Tensor, batch: Any) -> Tensor:
-    """The share of tokens that chose an expert times its mean probability, counted in the ways of libraries."""
+    """The share of tokens that chose an expert times its mean probability, counted as libraries do."""
     _, probability, chosen, _ = _route(p, x)
     mask = batch["mask"].flatten().to(x.dtype)
     pairs, none = chosen.flatten(), torch.zeros(EXPERTS, dtype=x.dtype)
@@ -60,7 +60,7 @@ def test_experts() -> None:
 
 
 @pytest.mark.parametrize("how", ["one_hot", "histc", "scatter_add"])
-def test_what_a_router_counts(how: str) -> None:
+def test_balance_losses_of_a_router(how: str) -> None:
     counts = check(toy(partial(balanced, how)), squared_error, batch_of())
     assert counts["gather"] == 3, "counts and probabilities, and the gradient of these"
 
@@ -83,6 +83,6 @@ def test_mixtral_of_functions() -> None:
     ],
     ids=["beside tokens", "with each other", "reduced", "moved"],
 )
-def test_rows_of_experts_meet_nothing(mix: Any, operator: str) -> None:
+def test_rows_of_experts_meet_nothing_else(mix: Any, operator: str) -> None:
     message = refused(partial(routed, mix=mix))
     assert any(f"runs {each}" in message for each in operator.split("|")), message

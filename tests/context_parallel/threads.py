@@ -1,4 +1,4 @@
-"""cp ranks that are threads of one process."""
+"""cp ranks as threads of one process."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.thread_ranks import Meeting
 
 
 class Threads:
-    """Ranks that are threads of one process: they exchange where they meet."""
+    """`ContextRanks` as one thread sees them; threads exchange values at a meeting."""
 
     def __init__(self, rank: int, meeting: Meeting) -> None:
         self.rank, self.size, self._meeting = rank, meeting.size, meeting
@@ -38,7 +38,7 @@ class Threads:
 
 
 def on_ranks(size: int, function: Callable[[Threads, str], Any]) -> tuple[list[Any], list[Counter[str]]]:
-    """What a function gives on each rank, and what each exchanged."""
+    """Run a function on every rank; return the results, and counts of each rank's exchanges."""
     meeting = Meeting(size)
     ranks = [Threads(rank, meeting) for rank in range(size)]
 

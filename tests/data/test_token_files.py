@@ -87,7 +87,7 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
         ("whole.bin", {"align_to_bos": True}, "align_to_bos needs bos_token"),
         ("whole.bin", {"align_to_bos": True, "bos_token": 99}, "no row .* that begins with bos_token=99"),
         ("no*.bin?", {}, "no file matches"),
-        ("nowhere.bin", {}, r"nowhere\.bin is not there"),
+        ("nowhere.bin", {}, r"nowhere\.bin does not exist"),
     ):
         with pytest.raises(DataError, match=f"TokenFiles: .*{message}"):
             TokenFiles(str(tmp_path / given), **{"seq_len": 4, **options})  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Compiled pieces: close to the oracle for every schedule, compiled once, and honest about what cannot be compiled."""
+"""Compiled pieces: close to the oracle for every schedule, compiled once, with clear errors if they cannot be."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.pool import WorkerPool
 
 
 def assert_close(expected: Any, found: Any) -> None:
-    """Every gradient is within 1e-5 of the largest: one that is zero by symmetry has no digits of its own."""
+    """Check every gradient to 1e-5 of the largest: one that is zero by symmetry has no digits of its own."""
     left, right = flatten(expected), flatten(found)
     assert list(left) == list(right)
     largest = max(leaf.abs().max() for leaf in left.values())
@@ -112,8 +112,8 @@ def test_equal_stages_are_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None
     pipe.build({"x": torch.randn(6, 5)})
 
 
-def test_the_accumulator_is_added_to_by_the_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both rewrites, made to happen on small sizes, leave the numbers as they are."""
+def test_products_add_into_the_accumulator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both rewrites, forced on small sizes, do not change the numbers."""
     monkeypatch.setenv("CI", "1")  # inductor is stricter there
     monkeypatch.setattr(matmul, "LARGE", 1)
     monkeypatch.setattr(matmul, "MEDIUM", 1)
@@ -151,7 +151,7 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
         af.pipeline(stages, s, loss=loss, compile=True)
 
 
-def test_what_cannot_be_compiled_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_piece_that_cannot_be_compiled_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(graph: Any, inputs: Any, key: str) -> Any:
         raise NotImplementedError("no such operator")
 
@@ -182,7 +182,7 @@ def constant_inside(p: Any, x: Tensor, b: Any) -> Tensor:
     return x @ p["w"] * torch.tensor([1.0, 2.0, 3.0, 4.0])
 
 
-def test_constants_travel_beside_the_code() -> None:
+def test_constants_are_not_part_of_the_code() -> None:
     def init(key: Any) -> dict[str, Tensor]:
         return {"w": key.normal("w", (4, 4))}
 
@@ -201,7 +201,7 @@ def test_constants_travel_beside_the_code() -> None:
 
 
 def bf16_step(device: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Operators of the compiled backward of a linear layer with bf16 weights, on a device that need not be there."""
+    """Return operators of the compiled backward of a linear layer with bf16 weights, on a device that need not exist."""
     from torch._inductor.decomposition import select_decomp_table
 
     from autofunc.fake import fake_mode
@@ -221,15 +221,15 @@ def bf16_step(device: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return [str(node.target) for node in graph.nodes if node.op == "call_function"]
 
 
-def test_low_precision_is_added_by_the_product_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On fake tensors of one; on the CPU it stays a product and an addition."""
+def test_products_add_low_precision_gradients_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU's fake tensors; on the CPU it stays a product and an addition."""
     on_gpu, on_cpu = (bf16_step(device, monkeypatch) for device in ("cuda:1", "cpu"))
     assert on_gpu.count("autofunc.add_product_.default") == 2 and "aten.mm.default" not in on_gpu
     assert on_cpu.count("aten.mm.default") == 2 and "autofunc.add_product_.default" not in on_cpu
 
 
-def test_low_precision_that_is_added_by_the_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the CPU's stand-in for the kernel: inductor calls it, and the sums are nearer to those of fp32."""
+def test_products_that_add_low_precision_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the CPU's stand-in for the kernel: inductor calls it, and sums are closer to fp32."""
     monkeypatch.setattr(cache, "shared", cache.Cache(1024))
     monkeypatch.setattr(matmul, "MEDIUM", 1)
     s = af.schedule.build("zb_h1", num_ranks=2, num_microbatches=4)

@@ -1,4 +1,4 @@
-"""Products are dear on a CPU and cheap on a GPU, beside the memory that they read."""
+"""Products are expensive on a CPU and cheap on a GPU, relative to reading memory."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from autofunc.engine import device_speed
 from autofunc.engine.device_speed import multiplications_per_byte
 
 
-def test_of_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_multiplications_per_byte_by_device(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
     names = {"NVIDIA H100 80GB HBM3": 148, "NVIDIA A100-SXM4-80GB": 78, "something new": 78}
     for name, expected in names.items():

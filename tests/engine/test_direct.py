@@ -1,4 +1,4 @@
-"""Functions of torch that stand for operators dispatch exactly these."""
+"""Shortcuts to operators dispatch exactly those operators."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def of_call(call: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str
 
 
 @pytest.mark.parametrize("operator", DIRECT, ids=str)
-def test_the_same_operator_with_the_same_arguments(operator: Any) -> None:
+def test_shortcuts_dispatch_the_same_operator(operator: Any) -> None:
     for args, kwargs in ARGUMENTS[operator]:
         expected, value = of_call(operator, args, kwargs)
         found, other = of_call(DIRECT[operator], args, kwargs)

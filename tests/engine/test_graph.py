@@ -1,4 +1,4 @@
-"""The graph engine: what it captures and what it refuses, what it keeps and when it lets go."""
+"""The graph engine: what it captures and refuses, what it keeps, and when it frees it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Apply = Callable[[Any, Any, Any], Any]
 
 
 class Product(torch.autograd.Function):
-    """x @ w with a gradient of its own."""
+    """x @ w with a custom gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
@@ -113,7 +113,7 @@ def three_layers(middle: Apply) -> tuple[af.Model, dict[str, Tensor], Callable[[
 
 @pytest.mark.parametrize("name", CAPTURED)
 @pytest.mark.parametrize("schedule", ["1f1b", "zb_h1"])
-def test_what_is_captured_equals_the_oracle(name: str, schedule: str) -> None:
+def test_captured_stages_equal_the_oracle(name: str, schedule: str) -> None:
     model, batch, loss = three_layers(CAPTURED[name])
     params = model.init()
     expected_loss, expected = af.reference_value_and_grad(model, loss, 3)(params, batch)
@@ -172,7 +172,7 @@ def keeps_statistics_in_a_parameter(p: Any, x: Tensor, b: Any) -> Tensor:
         (lambda p, x, b: checkpoint(torch.tanh, x, use_reentrant=True), r"stage 1 .*use_reentrant=False"),
     ],
 )
-def test_what_is_refused(middle: Apply, message: str) -> None:
+def test_impure_stages_are_refused(middle: Apply, message: str) -> None:
     model, batch, loss = three_layers(middle)
     s = af.schedule.build("1f1b", num_ranks=3, num_microbatches=2)
     pipe = af.pipeline(af.split(model, ["middle", "last"]), s, loss=loss, engine="graph")
@@ -201,7 +201,7 @@ def writes_a_tensor_from_outside(p: Any, x: Tensor, b: Any) -> Tensor:
 
 
 def test_caches_of_libraries_grow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those that pip put into any folder, by what it leaves beside them."""
+    """Installed libraries in any folder, recognised by pip's metadata beside them."""
     (tmp_path / "keeps_a_cache.py").write_text(
         "CACHE = {}\n\ndef double(x):\n    CACHE[len(CACHE)] = 1\n    return 2 * x\n"
     )
@@ -211,7 +211,7 @@ def test_caches_of_libraries_grow(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     def step(p: Any, x: Tensor, b: Any) -> Tensor:
         return double(x @ p["w"])
 
-    test_what_is_refused(step, "changes the global 'CACHE' of keeps_a_cache")
+    test_impure_stages_are_refused(step, "changes the global 'CACHE' of keeps_a_cache")
     (tmp_path / "keeps_a_cache-1.0.dist-info").mkdir()
     installed.holds_packages.cache_clear()
     model, batch, loss = three_layers(step)
@@ -230,7 +230,7 @@ def test_caches_of_libraries_grow(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 )
 def test_state_outside_is_refused(middle: Apply, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(globals(), "CONSTANT", CONSTANT)  # undone at the end
-    test_what_is_refused(middle, message)
+    test_impure_stages_are_refused(middle, message)
 
 
 def test_equal_stages_are_captured_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,7 +267,7 @@ def scaled(factor: Any) -> af.Layer:
     ("left", "right", "equal"),
     [(2.0, 2.0, True), (2.0, 3.0, False), (2, 2.0, False), (torch.ones(1), torch.ones(1), False)],
 )
-def test_stages_with_other_closures_are_not_equal(left: Any, right: Any, equal: bool) -> None:
+def test_stages_with_different_closures_differ(left: Any, right: Any, equal: bool) -> None:
     first = af.Layer(init=lambda key: {"w": key.normal("w", (4, 4))}, apply=lambda p, x, b: b["x"] @ p["w"])
     model = af.Model({"first": first, "a": scaled(left), "b": scaled(right), "last": scaled(1.0)})
     batch = {"x": torch.randn(4, 4)}
@@ -285,7 +285,7 @@ def made(
 
 
 def middle_stage() -> tuple[GraphStage, StageContext, dict[str, Tensor], dict[str, Any]]:
-    """The middle one of three stages of the small GPT-2."""
+    """Return the middle of three stages of the small GPT-2."""
     model, stages, loss, batch = make_case("gpt2", 3, 4)
     params = flatten(model.init())
     return made(follow(stages, params, batch, loss)[0][1], params, batch)
@@ -306,7 +306,7 @@ def alive(references: list[Any]) -> int:
     return sum(reference() is not None for reference in references)
 
 
-def test_everything_is_let_go_of_at_its_last_use() -> None:
+def test_values_are_freed_at_their_last_use() -> None:
     stage, context, params, batch = middle_stage()
     shape = context.received.values[0].shape  # type: ignore[union-attr]
     bound = stage.bind(context.stage.leaves(params))
@@ -358,7 +358,7 @@ def test_low_precision_accumulates_in_fp32() -> None:
     assert_same_tree(expected, found)
 
 
-def test_aux_comes_through() -> None:
+def test_aux_is_returned() -> None:
     model, stages, loss, batch = make_case("mlp", 2, 6)
 
     def with_aux(outputs: Tensor, mb: Any) -> tuple[Tensor, float, dict[str, Any]]:
@@ -375,8 +375,8 @@ def test_aux_comes_through() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled")
-def test_anomaly_detection_stops_no_capture() -> None:
-    """It looks at the values of gradients, which a capture has none of."""
+def test_anomaly_detection_does_not_stop_a_capture() -> None:
+    """Anomaly detection reads the values of gradients, which a capture does not have."""
     layer = af.Layer(init=lambda key: {"weight": key.normal("weight", (3, 3))}, apply=lambda p, x, b: b["x"] @ p["weight"])
     pipe = af.pipeline(
         af.split(af.Model({"a": layer})), af.schedule.build("gpipe", num_ranks=1, num_microbatches=2),

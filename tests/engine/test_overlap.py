@@ -1,4 +1,4 @@
-"""Two pieces in turns: which goes on when, and that each gives what it gives alone."""
+"""Two interleaved pieces: which runs when, and that each computes what it computes alone."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx
 
-from autofunc.engine.emit import emit, emit_in_turns
-from autofunc.engine.overlap import taking_turns
+from autofunc.engine.emit import emit, emit_interleaved
+from autofunc.engine.overlap import run_interleaved
 from autofunc.engine.partition import Piece
 from autofunc.engine.turns import turns_of
 from autofunc.graph.exchanges import at_once, exchanges
@@ -24,7 +24,7 @@ torch.library.define("autofunc_test::worked", "(Tensor x, str name) -> Tensor")
 
 
 def _begin(x: Tensor, name: str) -> Callable[[], Tensor]:
-    """An exchange: what it gives is there only once it is waited for."""
+    """Begin an exchange: its result exists only once waited for."""
     EVENTS.append(f"begin {name}")
     found = torch.full_like(x, torch.nan)
 
@@ -64,16 +64,16 @@ def nodes_of(piece: tuple[Piece, list[fx.Node]]) -> list[fx.Node]:
 
 
 def run(left: Any, right: Any) -> tuple[list[Any], Tensor]:
-    """Both in turns, on fresh arguments; and the accumulator of the second."""
+    """Run both interleaved, on fresh arguments; return the accumulator of the second too."""
     total, sides = torch.ones(2), (left, right)
     stops, second_begins = turns_of(nodes_of(left), nodes_of(right))
-    functions = [emit_in_turns(piece, order, {}, "piece", own) for (piece, order), own in zip(sides, stops, strict=True)]
+    functions = [emit_interleaved(piece, order, {}, "piece", own) for (piece, order), own in zip(sides, stops, strict=True)]
     for _ in range(2):  # the first call looks at how values lie, and waits at once
         EVENTS.clear()
         total.fill_(1)
         given_to = [[torch.arange(2.0)], [torch.arange(2.0), *([total] if right[0].adds else [])]]
         both = [function(each) for function, each in zip(functions, given_to, strict=True)]
-        found = taking_turns((both[0], both[1]), second_begins, lambda side, waits: None)
+        found = run_interleaved((both[0], both[1]), second_begins, lambda side, waits: None)
     return found, total
 
 
@@ -84,26 +84,26 @@ def test_one_computes_while_the_other_waits() -> None:
     ]  # fmt: skip
 
 
-def test_work_is_shared_out_among_the_exchanges_of_the_other() -> None:
+def test_work_is_divided_among_the_exchanges_of_the_other() -> None:
     run(piece_of("f", "xxx"), piece_of("b", "wwwwww"))
     assert EVENTS == [
         "begin f0", "b0", "b1", "wait f0", "begin f1", "b2", "b3", "wait f1", "begin f2", "b4", "b5", "wait f2",
     ]  # fmt: skip
 
 
-def test_the_second_begins_where_it_alone_exchanges() -> None:
+def test_the_second_begins_if_it_alone_exchanges() -> None:
     run(piece_of("f", "ww"), piece_of("b", "wxw"))
     assert EVENTS == ["b0", "begin b1", "f0", "f1", "wait b1", "b2"]
 
 
-def test_a_gradient_that_is_exchanged_is_added_once_it_is_there() -> None:
+def test_an_exchanged_gradient_is_added_on_arrival() -> None:
     _, total = run(piece_of("f", "wxw"), piece_of("b", "wx", adds=True))
     assert torch.equal(total, 1 - (torch.arange(2.0) * 2 + 1))
 
 
 @given(st.text("wx", min_size=1, max_size=8), st.text("wx", min_size=1, max_size=8))
-def test_each_gives_what_it_gives_alone(f: str, b: str) -> None:
-    """And in the same order."""
+def test_interleaving_does_not_change_results(f: str, b: str) -> None:
+    """Operators keep their order too."""
     left, right = piece_of("f", f), piece_of("b", b)
     made, _ = run(left, right)
     events = list(EVENTS)
@@ -116,10 +116,10 @@ def test_each_gives_what_it_gives_alone(f: str, b: str) -> None:
 
 @settings(max_examples=25)
 @given(*[st.lists(st.sampled_from("wx"), max_size=6)] * 2, *[st.lists(st.integers(0, 3), min_size=10, max_size=10)] * 2)
-def test_the_order_of_exchanges_depends_on_their_numbers_alone(
+def test_the_order_of_exchanges_depends_only_on_their_numbers(
     f: list[str], b: list[str], more_f: list[int], more_b: list[int]
 ) -> None:
-    """Ranks whose graphs compute otherwise in between begin them in one order."""
+    """Ranks whose graphs differ otherwise begin exchanges in the same order."""
 
     def begun(f: str, b: str) -> list[str]:
         run(piece_of("f", f), piece_of("b", b))
@@ -131,7 +131,7 @@ def test_the_order_of_exchanges_depends_on_their_numbers_alone(
     assert begun("".join(f), "".join(b)) == begun(stretched(f, more_f), stretched(b, more_b))
 
 
-def test_what_fails_is_told_as_the_turn_it_was_in() -> None:
+def test_a_failure_is_reported_for_the_running_turn() -> None:
     told: list[tuple[int, bool]] = []
 
     def fails() -> Any:
@@ -143,5 +143,5 @@ def test_what_fails_is_told_as_the_turn_it_was_in() -> None:
         yield None
 
     with pytest.raises(ValueError, match="lost"):
-        taking_turns((fails(), goes_on()), False, lambda side, waits: told.append((side, waits)))
+        run_interleaved((fails(), goes_on()), False, lambda side, waits: told.append((side, waits)))
     assert told == [(0, False), (1, False), (0, False), (0, True)]

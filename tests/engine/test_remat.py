@@ -1,4 +1,4 @@
-"""What the backward computes again: the same bits, two forwards, and the memory that was promised."""
+"""Recomputation in the backward: the same bits, two forwards, and the memory predicted."""
 
 from __future__ import annotations
 
@@ -102,13 +102,13 @@ def two_blocks(**options: Any) -> tuple[Any, StageContext]:
 
 
 def held(bytes_: StageBytes) -> tuple[int, int]:
-    """Bytes of all that F keeps, and of all that I keeps."""
+    """Return the bytes that F keeps, and that I keeps."""
     x = bytes_.outputs[0]
     weight = len(bytes_.weight_inputs) + len(bytes_.weight_cotangents) + len(bytes_.weight_input_grads)
     return bytes_.residuals + x * len(bytes_.kept_inputs), bytes_.weight_residuals + x * weight
 
 
-def test_what_is_kept() -> None:
+def test_kept_values_by_choice() -> None:
     """In units of one activation, a GPT-2 block keeps 16 after F; the norms' statistics come on top."""
     joint, context = two_blocks()
     x = joint.returned.boundary.num_bytes
@@ -126,8 +126,8 @@ def test_early_weight_gradients_free_memory() -> None:
     assert after_i[2] <= 0.6 * held(GraphStage(joint, context).bytes)[0]
 
 
-def test_compiled_code_makes_dropout_masks_again() -> None:
-    """With dropout on, compiled pieces keep no more than the values that dropout adds: no mask."""
+def test_compiled_code_recomputes_dropout_masks() -> None:
+    """With dropout, compiled pieces keep only the values that dropout adds: no mask."""
     joint, context = two_blocks(resid_pdrop=0.5)
     plain, plain_context = two_blocks()
     assert held(GraphStage(joint, context, compiled=True).bytes) == held(GraphStage(plain, plain_context).bytes)
@@ -174,7 +174,7 @@ def test_auto_stays_within_the_budget(name: str) -> None:
     assert peak("auto", name, 10 * max(most))[0] == most, "with room, nothing is computed again"
 
 
-def test_a_budget_that_nothing_fits() -> None:
+def test_a_budget_too_small_for_any_choice() -> None:
     with pytest.raises(AutofuncError, match=r"memory_budget=1,000 bytes: rank 0 .* keeps at least [\d,]+ bytes alive"):
         peak("auto", "1f1b", 1000)
 
@@ -183,15 +183,15 @@ def test_a_budget_that_nothing_fits() -> None:
     ("options", "message"),
     [
         ({"remat": "layers"}, "unknown remat 'layers': did you mean layer"),
-        ({"remat": "auto"}, '"auto" goes with the bytes'),
-        ({"memory_budget": 10}, '"auto" goes with the bytes'),
+        ({"remat": "auto"}, '"auto" needs the bytes'),
+        ({"memory_budget": 10}, '"auto" needs the bytes'),
         ({"remat": "auto", "memory_budget": -1}, "expected a number of bytes"),
         ({"remat": "auto", "memory_budget": 1, "engine": "eager"}, 'needs engine="graph"'),
         ({"compile": True, "engine": "eager"}, 'needs engine="graph"'),
         ({"engine": "grph"}, "unknown engine 'grph': did you mean graph"),
     ],
 )
-def test_choices_that_do_not_go_together(options: dict[str, Any], message: str) -> None:
+def test_conflicting_options_are_refused(options: dict[str, Any], message: str) -> None:
     s = af.schedule.build("1f1b", num_ranks=2, num_microbatches=2)
     _, stages, loss, _ = make_case("mlp", 2, 4)
     with pytest.raises(AutofuncError, match=message):

@@ -1,4 +1,4 @@
-"""What does nothing is dropped from a captured graph, and nothing else."""
+"""Operators that do nothing are dropped from a captured graph, and no others."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _aten = torch.ops.aten
         (lambda x: _aten.pow.Tensor_Scalar(x.long(), 1.0) * 2.0, 1),  # makes floating point of integers
     ],
 )
-def test_first_powers(function: Callable[[Tensor], Tensor], powers: int) -> None:
+def test_first_powers_are_dropped(function: Callable[[Tensor], Tensor], powers: int) -> None:
     x = torch.tensor([-1.5, -0.0, 3.0, torch.nan, torch.inf])
     module = trace(function, x)
     simplify(module.graph)

@@ -52,7 +52,7 @@ def test_low_precision() -> None:
     check_steps(pipe, plain, low, batch, moves=(3,))
 
 
-def test_batches_of_several_shapes_in_turns() -> None:
+def test_batches_of_alternating_shapes() -> None:
     """They share one pool of memory."""
     pipe, plain, params, small = pair_of("gpt2", "1f1b")
     large = on_device(make_case("gpt2", 2, 16)[3])
@@ -136,5 +136,5 @@ def test_what_is_refused() -> None:
     rows = {"x": torch.randn(4, 4).cuda()}
     model = af.from_module(Deciding().cuda(), rows)
     s = af.schedule.build("1f1b", num_ranks=2, num_microbatches=2)
-    with pytest.raises(ModelError, match="decides by the data"):
+    with pytest.raises(ModelError, match="branches on the data"):
         af.value_and_grad(af.pipeline(af.split(model, 2), s, compile="graphs"))(model.init(device="cuda"), rows)

@@ -1,4 +1,4 @@
-"""What is said of memory and time holds on an accelerator."""
+"""Reported memory and time hold on an accelerator."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ def test_weights_beside_an_adapter_are_refused(tmp_path: Path) -> None:
     save_file(values(), tmp_path / SINGLE)
     assert StoredTensors(tmp_path).shapes
     adapter("../base")(tmp_path / ADAPTER)
-    with pytest.raises(ModelError, match=r"has adapter_config.json: adapters of PEFT for '\.\./base', and nothing outside"):
+    with pytest.raises(ModelError, match=r"has adapter_config.json: PEFT adapters for '\.\./base', and nothing outside"):
         StoredTensors(tmp_path)
 
 
@@ -87,5 +87,5 @@ def test_the_folder_of_a_run_with_adapters_is_told(tmp_path: Path) -> None:
     """It holds no weights but those of the adapter, in a folder of its own."""
     (tmp_path / "adapter").mkdir()
     adapter("../base")(tmp_path / "adapter" / ADAPTER)
-    with pytest.raises(ModelError, match=r"adapter has adapter_config.json: .* autofunc export for those of a run"):
+    with pytest.raises(ModelError, match=r"adapter has adapter_config.json: .* autofunc export for a run's own"):
         StoredTensors(tmp_path)

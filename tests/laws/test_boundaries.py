@@ -1,4 +1,4 @@
-"""What crosses between stages may be any pytree: integers and values without a gradient go forward only."""
+"""Values between stages may be any pytree: integers and values without a gradient go forward only."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def first(p: Any, x: None, b: Any) -> dict[str, Any]:
 
 
 def middle(p: Any, x: dict[str, Any], b: Any) -> dict[str, Any]:
-    """Reads all, changes one, and hands the others on as they are."""
+    """Read all, change one, and pass on the others unchanged."""
     h = torch.tanh(x["h"] @ p["w"]) * x["scale"][:, None] + x["ids"][:, None]
     return {**x, "h": h}
 

@@ -1,4 +1,4 @@
-"""The law of memory: what is alive in a run is what the schedule says, byte for byte, and no slot is wasted."""
+"""The law of memory: bytes alive in a run are those the schedule predicts, and no slot is wasted."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def pipe_of(model_name: str, name: str, num_ranks: int, num_microbatches: int, m
 
 
 def check_bytes(pipe: Any, params: Any, batch: Any, key: Any) -> None:
-    """Measured equals simulated on every rank, after every action."""
+    """Check that measured bytes equal simulated ones on every rank, after every action."""
     memory = pipe.memory(params, batch, key)
     measured = pipe.measure_bytes(params, batch, key)
     simulated = af.schedule.live_bytes(pipe.schedule, memory)
@@ -67,7 +67,7 @@ def test_measured_bytes_equal_the_simulators_on_gloo(workers: WorkerPool, name: 
     workers.run(measure_on_gloo, name, num_ranks)
 
 
-def test_the_eager_engine_says_that_it_cannot_tell() -> None:
+def test_the_eager_engine_cannot_predict_memory() -> None:
     s = af.schedule.build("1f1b", num_ranks=2, num_microbatches=2)
     model, stages, loss, batch = make_case("mlp", 2, 4)
     pipe = af.pipeline(stages, s, loss=loss, engine="eager")
@@ -79,7 +79,7 @@ def test_the_eager_engine_says_that_it_cannot_tell() -> None:
 
 
 def overlap(schedule: Schedule, rank: int, keeps: dict[int, StageBytes]) -> int:
-    """Most received values that are in use at once, counted action by action. Every boundary has one value of one shape."""
+    """Count, action by action, the most received values in use at once. Every boundary has one value of one shape."""
     row = list(schedule[rank])
     last: dict[tuple[bool, int, int], int] = {}  # (flows forward, stage, microbatch) -> where it is read last
     for position, action in enumerate(row):
@@ -109,7 +109,7 @@ FEW = ["1f1b", "zb_h1", "zbv"]
 @pytest.mark.parametrize(
     "name", [*FEW, *(pytest.param(name, marks=pytest.mark.full) for name in SCHEDULES if name not in FEW)]
 )
-def test_there_are_as_many_slots_as_received_values_are_in_use_at_once(name: str) -> None:
+def test_slots_are_as_many_as_received_values_in_use(name: str) -> None:
     """What captured stages say they keep; of all schedules on tokens."""
     for num_ranks, num_microbatches in ((2, 8), (4, 8)):
         pipe, params, batch = pipe_of("gpt2", name, num_ranks, num_microbatches)
@@ -120,7 +120,7 @@ def test_there_are_as_many_slots_as_received_values_are_in_use_at_once(name: str
 
 
 def one_per_layout(program: Program) -> int:
-    """The number of slots, when all received values have one layout."""
+    """Return the number of slots if all received values have one layout."""
     assert len(set(program.slots)) <= 1
     return len(program.slots)
 

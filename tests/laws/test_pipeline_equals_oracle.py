@@ -20,7 +20,7 @@ ENGINES = ["eager", "graph"]
 
 
 def check_in_memory(model_name: str, engine: str, key: Any, num_microbatches: int, ranks: Sequence[int]) -> None:
-    """Every schedule, over some numbers of ranks."""
+    """Check every schedule, over several numbers of ranks."""
     rows = 2 * num_microbatches
     model, _, loss, batch = make_case(model_name, 1, rows)
     full = model.init(seed=7)
@@ -103,7 +103,7 @@ def test_calling_twice_gives_the_same() -> None:
 
 
 def run_on_gloo(model_name: str, schedule_name: str, num_ranks: int, num_microbatches: int, key: Any, engine: str) -> None:
-    """On each process: compare with the oracle."""
+    """Compare with the oracle, on each process."""
     rows = 2 * num_microbatches
     mesh = pp_mesh(num_ranks)
     s = af.schedule.build(schedule_name, num_ranks=num_ranks, num_microbatches=num_microbatches)
@@ -163,7 +163,7 @@ def test_on_gloo(
 
 
 def profile_on_gloo() -> list[float]:
-    """The timeline of all ranks, as each process has it."""
+    """Return the timeline of all ranks, as each process gets it."""
     _, stages, loss, batch = make_case("gpt2", 2, 8)
     s = af.schedule.build("zb_h1", num_ranks=2, num_microbatches=4)
     pipe = af.pipeline(stages, s, loss=loss, mesh=pp_mesh(2))
@@ -182,7 +182,7 @@ def test_a_profile_holds_all_ranks_on_every_process(workers: WorkerPool) -> None
 
 
 def train_on_gloo(num_ranks: int, steps: int) -> dict[str, Any]:
-    """Several updates; returns losses, and the digest of this rank's copy of the tied weight."""
+    """Run several updates; return losses, and the digest of this rank's copy of the tied weight."""
     _, stages, loss, batch = make_case("gpt2", num_ranks, 4)
     s = af.schedule.build("1f1b", num_ranks=num_ranks, num_microbatches=2)
     pipe = af.pipeline(stages, s, loss=loss, mesh=pp_mesh(num_ranks))

@@ -49,7 +49,7 @@ def build(name: str) -> af.Model:
 
 
 def batch_of(step: int) -> dict[str, Tensor]:
-    """Rows whose counted tokens differ."""
+    """Return rows with different numbers of labels."""
     generator = torch.Generator().manual_seed(step)
     ids = torch.randint(0, 18, (ROWS, 7), generator=generator)
     labels = ids[:, 1:].clone()
@@ -60,7 +60,7 @@ def batch_of(step: int) -> dict[str, Tensor]:
 
 @cache
 def on_one_process(name: str, steps: int) -> tuple[list[float], list[float], dict[str, Tensor]]:
-    """Losses, norms and the last parameters."""
+    """Return losses, norms and the last parameters."""
     model = build(name)
     params = model.init(seed=3)
     optimizer = af.optimizer(torch.optim.AdamW, lr=LR)
@@ -209,13 +209,13 @@ WAYS: dict[str, tuple[str, str, tuple[int, ...], dict[str, Any], dict[str, Any],
         for engine in ("graph", "eager")
     ],
 )
-def test_other_ways(workers: WorkerPool, way: str, engine: str) -> None:
+def test_other_policies(workers: WorkerPool, way: str, engine: str) -> None:
     name, schedule, sizes, how, options, _ = WAYS[way]
     check(workers, name, schedule, sizes, {"engine": engine, **how}, **options)
 
 
 @pytest.mark.parametrize("engine", ["eager", pytest.param("graph", marks=pytest.mark.full)])
-def test_all_of_it_on_eight_processes(eight_workers: WorkerPool, engine: str) -> None:
+def test_everything_on_eight_processes(eight_workers: WorkerPool, engine: str) -> None:
     options = {"sequence_parallel": True, "reshard_after_forward": True}
     check(eight_workers, "gpt2 with dropout", "zbv", (2, 1, 2, 2), {"engine": engine}, **options)
 

@@ -1,4 +1,4 @@
-"""`pipe.advance`: every microbatch has a state of its own, which is given away and comes back."""
+"""`pipe.advance`: every microbatch has its own state, which is donated and returned."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ COLUMNS, ROWS, CACHES = 5, 4, 2
 
 
 def noting() -> af.Layer:
-    """Writes what it gets into the next column of its notes, and adds all of them."""
+    """Write the input into the next column of its notes, and add up all columns."""
 
     def apply(params: Any, x: Tensor | None, batch: Any, state: Any, training: bool) -> tuple[Tensor, Any]:
         given = batch["x"] if x is None else x
@@ -34,7 +34,7 @@ def model_of_notes() -> af.Model:
 
 
 def by_hand(x: Tensor) -> list[Tensor]:
-    """The outputs of all columns: each layer adds twice all that it ever got."""
+    """Compute the outputs of all columns: each layer adds twice the sum of all inputs so far."""
     sums = [torch.zeros(ROWS) for _ in range(3)]
     found = []
     for column in range(COLUMNS):
@@ -48,7 +48,7 @@ def by_hand(x: Tensor) -> list[Tensor]:
 
 @pytest.mark.parametrize("engine", ["graph", "eager"])
 @pytest.mark.parametrize("num_ranks", [1, 3])
-def test_states_apart(num_ranks: int, engine: str) -> None:
+def test_each_microbatch_has_its_own_state(num_ranks: int, engine: str) -> None:
     model = model_of_notes()
     schedule = af.schedule.build("gpipe", num_ranks=num_ranks, num_microbatches=8)
     pipe = af.pipeline(af.split(model, num_ranks), schedule, engine=engine, batch_dims={"x": 0, "column": None})
@@ -67,7 +67,7 @@ def test_states_apart(num_ranks: int, engine: str) -> None:
 
 
 def test_evaluation_changes_no_state() -> None:
-    """Only what is given to `advance` is given away."""
+    """Only the states given to `advance` are donated."""
     pipe = af.pipeline(af.split(model_of_notes()), af.schedule.build("gpipe", num_ranks=1, num_microbatches=1))
     params, state = pipe.init(), pipe.init_state()
     pipe.forward(params, {"x": torch.ones(ROWS // CACHES), "column": torch.tensor(1)}, state=state)

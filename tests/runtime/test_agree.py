@@ -1,4 +1,4 @@
-"""Ranks that are about to do different things say so, instead of waiting for each other."""
+"""Ranks that are about to do different things report it, instead of waiting for each other."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.pool import WorkerPool
 
 
 def disagree(what: str) -> str:
-    """What this rank says when rank 1 alone does something else."""
+    """Return this rank's error if rank 1 alone does something else."""
     mesh = pp_mesh(4)
     rank = mesh.get_local_rank("pp")
     _, stages, loss, batch = make_case("gpt2", 4, 4)
@@ -54,13 +54,13 @@ def disagree(what: str) -> str:
         ("a tied weight", "ModelError: parameter 'wte.weight' is float32 on pp rank 0, and float64 on rank 3"),
     ],
 )  # fmt: skip
-def test_every_rank_says_what_differs(workers: WorkerPool, what: str, message: str) -> None:
+def test_every_rank_names_the_difference(workers: WorkerPool, what: str, message: str) -> None:
     for said in workers.run(disagree, what):
         assert message in said
 
 
 def alone() -> str:
-    """What this rank says when the last one alone changes the dtype of its parameters, after a step that went well."""
+    """Return this rank's error if only the last rank changes its parameters' dtype, after a good step."""
     group = dist.new_group(list(range(4)), timeout=timedelta(seconds=4))
     mesh = DeviceMesh.from_group(group, "cpu", mesh_dim_names=("pp",))
     model, _, _, batch = make_case("mlp", 4, 4)
@@ -78,7 +78,7 @@ def alone() -> str:
     return "nothing"
 
 
-def test_a_rank_that_comes_alone_names_the_others(workers: WorkerPool) -> None:
+def test_a_rank_that_arrives_alone_names_the_others(workers: WorkerPool) -> None:
     *others, last = workers.run(alone)
     assert "PeerLostError: pp rank 3 prepares a step (loss and gradients; batch.x: float32 of shape (2, 6)" in last
     assert "and rank 0, 1, 2 does not: it has run such a step before, or is gone" in last
@@ -86,7 +86,7 @@ def test_a_rank_that_comes_alone_names_the_others(workers: WorkerPool) -> None:
 
 
 def forgetting() -> list[int]:
-    """How many plans this rank holds after each of some steps; there is room for more on some ranks than on others."""
+    """Return how many plans this rank holds after each step; some ranks have room for more than others."""
     from autofunc.runtime import plans as module
 
     mesh = pp_mesh(4)
@@ -106,13 +106,13 @@ def forgetting() -> list[int]:
     return held
 
 
-def test_all_forget_the_same_plans(workers: WorkerPool) -> None:
-    """Else a rank that makes one anew would wait for the others, which have theirs."""
+def test_all_ranks_forget_the_same_plans(workers: WorkerPool) -> None:
+    """Otherwise a rank that rebuilds a plan would wait for others that still have theirs."""
     assert workers.run(forgetting) == [[1, 1, 1, 1, 1]] * 4
 
 
 def of_any_rows() -> Any:
-    """Losses and outputs of rows that make no equal microbatches; then what is said where places have other numbers."""
+    """Return losses and outputs of uneven rows; then the error for data parallel ranks with different numbers."""
     mesh = mesh_of(pp=2, dp_shard=2)
     place = mesh.get_local_rank("dp_shard")
     _, stages, loss, batch = make_case("mlp", 2, 14)
@@ -128,7 +128,7 @@ def of_any_rows() -> Any:
     return place, found, said, pipe(params, {name: leaf[:5] for name, leaf in batch.items()})
 
 
-def test_places_with_any_number_of_rows(workers: WorkerPool) -> None:
+def test_data_parallel_ranks_with_any_number_of_rows(workers: WorkerPool) -> None:
     model, _, loss, batch = make_case("mlp", 2, 14)
     params = model.init(seed=3)
 

@@ -1,4 +1,4 @@
-"""Schedules that are lowered for sends that block end under that rule, and differ from others only where they have to."""
+"""Schedules lowered for blocking sends end under that rule, and differ from others only where they must."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def forms_of(built: Schedule) -> list[Schedule]:
 
 
 def check(forms: list[Schedule], ahead: int) -> bool:
-    """The laws, of forms of a schedule. Returns whether one of them would wait for ever if it were lowered as usual."""
+    """Check the laws of a schedule's forms; return whether any would wait forever if lowered as usual."""
     last, bites = forms[0].num_ranks - 1, False
     for form in forms:
         usual = schedule.lower(form, receive_ahead=ahead)
@@ -42,7 +42,7 @@ def check(forms: list[Schedule], ahead: int) -> bool:
 
 
 def is_refused(lowered: Schedule) -> bool:
-    """Whether `validate` says that it does not end where sends block."""
+    """Return whether `validate` refuses it because it does not end if sends block."""
     try:
         schedule.validate(lowered, sends_block=True)
     except ScheduleError as error:
@@ -60,7 +60,7 @@ def test_named_schedules_end(name: str) -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("name", schedule.names())
 def test_named_schedules_of_all_sizes_end(name: str) -> None:
-    """Each size in one form with one look-ahead, in turns."""
+    """Each size in one form with one look-ahead, cycling through them."""
     for number, built in enumerate(schedules(name, SIZES)):
         check([forms_of(built)[number % 3]], number // 3 % 3)
 
@@ -85,7 +85,7 @@ def test_real_programs_end(name: str) -> None:
         )  # fmt: skip
 
 
-def test_along_edges_that_skip_stages_and_pairs_that_overlap() -> None:
+def test_edges_that_skip_stages_and_overlapped_pairs() -> None:
     edges = [Edge(0, 1), Edge(1, 2), Edge(2, 3), Edge(0, 2), Edge(0, 3, needs_grad=False)]
     for built in schedules("1f1b", [(4, m) for m in range(1, 9)]):
         schedule.validate(schedule.lower(built, edges, sends_block=True), edges, sends_block=True)
@@ -95,7 +95,7 @@ def test_along_edges_that_skip_stages_and_pairs_that_overlap() -> None:
         assert lowered != schedule.lower(built, keep_overlapped=True, unshard="each_use")
 
 
-def test_the_circle_is_named() -> None:
+def test_the_cycle_is_named() -> None:
     s = schedule.from_text("0F0 0F1 0B0 0B1 \n 1F0 1B0 1F1 1B1")
     with pytest.raises(ScheduleError) as caught:
         schedule.validate(schedule.lower(s, receive_ahead=0), sends_block=True)
@@ -106,7 +106,7 @@ def test_the_circle_is_named() -> None:
     assert "rank 1, position 3, 1SEND_B0: blocks until somebody receives the cotangent" in str(caught.value)
 
 
-def test_a_schedule_that_cannot_end_at_all_is_left_to_the_validator() -> None:
+def test_a_schedule_that_cannot_end_is_left_to_the_validator() -> None:
     wrong = schedule.from_text("0F0 0B0 0F1 0B1\n1F0 1F1 1B0 1B1")
     with pytest.raises(ScheduleError, match="cannot go on: rank 0"):
         schedule.validate(schedule.lower(wrong, sends_block=True), sends_block=True)

@@ -34,7 +34,7 @@ def test_two_channels_for_each_neighbour(name: str, stages_per_rank: int) -> Non
 
 
 def connected(close: bool) -> list[int]:
-    """How many connections there are: after a step, after one of another schedule and shape, and at the end."""
+    """Count connections after a step, after one with another schedule and shape, and at the end."""
     counts = []
     pipes = []
     for name, rows in (("1f1b", 4), ("interleaved_1f1b", 8)):
@@ -61,7 +61,7 @@ def test_pipelines_share_connections_until_the_last_is_closed(workers: WorkerPoo
 
 
 class Backend:
-    """In place of a communicator of NCCL: notes what is called."""
+    """Stands in for an NCCL communicator, and records its calls."""
 
     def __init__(self) -> None:
         self.called: list[str] = []
@@ -96,8 +96,8 @@ def test_a_rank_sends_another_one_message_between_two_computations(name: str) ->
                 assert len(sent) == len(set(sent)), action
 
 
-def test_values_of_one_edge_are_one_message_of_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model that hands two values on: what rank 0 posts to rank 1, and gets back, for one microbatch."""
+def test_values_of_one_edge_are_one_nccl_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a model that passes on two values: what rank 0 posts to rank 1, and gets back, for one microbatch."""
     layers = {
         "a": af.Layer(
             lambda key: {"w": key.ones("w", (3,))}, lambda p, x, batch: (batch["x"] * p["w"], batch["x"] + p["w"])
@@ -132,6 +132,6 @@ def test_a_message_of_several_tensors_is_one_call() -> None:
     ]  # fmt: skip
 
 
-def test_options_that_do_not_exist() -> None:
+def test_invalid_options_are_refused() -> None:
     with pytest.raises(AutofuncError, match="max_ctas=0, expected 1 or more"):
         af.Transfers(max_ctas=0)

@@ -1,4 +1,4 @@
-"""What an error in the middle of a step says, carries and stays."""
+"""Errors in the middle of a step: their message, place and type."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Odd(Exception):
 
 
 class OwnError(AutofuncError):
-    """One of the family that cannot be made from a message alone."""
+    """An `AutofuncError` that cannot be made from a message alone."""
 
     def __init__(self, row: int, column: int) -> None:
         super().__init__(f"bad cell {row}, {column}")
@@ -37,7 +37,7 @@ class OwnError(AutofuncError):
 
 
 def failing(error: Exception) -> tuple[Any, Any, Any]:
-    """A pipeline whose stage 1 raises in the forward of microbatch 2."""
+    """Return a pipeline whose stage 1 raises in the forward of microbatch 2."""
     calls = []
 
     def apply(params: Any, x: Any, batch: Any) -> Any:
@@ -56,7 +56,7 @@ def place_of(error: PipelineRunError) -> tuple[Any, ...]:
     return error.rank, error.step, error.action, error.stage, error.microbatch
 
 
-def test_an_exception_with_a_constructor_of_its_own() -> None:
+def test_an_exception_with_its_own_constructor() -> None:
     pipe, params, batch = failing(Odd(7, path="here"))
     with pytest.raises(
         PipelineRunError, match=r"rank 1, step 1, action 1F2 \(stage 1, microbatch 2\): Odd: code 7\n"
@@ -77,7 +77,7 @@ def test_notes_of_an_exception_are_kept() -> None:
 
 
 @pytest.mark.parametrize("error", [OwnError(3, 4), BatchError("no labels")], ids=["constructor of its own", "ours"])
-def test_an_error_of_the_family_stays_what_it_is(error: AutofuncError) -> None:
+def test_an_autofunc_error_keeps_its_type(error: AutofuncError) -> None:
     pipe, params, batch = failing(error)
     with pytest.raises(type(error)) as caught:
         pipe(params, batch)
@@ -87,7 +87,7 @@ def test_an_error_of_the_family_stays_what_it_is(error: AutofuncError) -> None:
     assert said[-1].startswith("rank 1 | ") and ">>1F2<<" in said[-1]
 
 
-def test_a_lost_peer_gets_the_place() -> None:
+def test_a_lost_peer_error_gets_the_place() -> None:
     pipe, params, batch = failing(PeerLostError("the other end of a transfer is gone"))
     with pytest.raises(PeerLostError) as caught:
         pipe(params, batch)

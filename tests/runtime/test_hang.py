@@ -1,4 +1,4 @@
-"""A run without progress says who waits for whom; ranks are told apart that wait, compute, or do not answer."""
+"""A run without progress reports who waits for whom: ranks that wait, compute, or do not answer."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def state(*stack: Frame, action: str = "in 1F3", awaited: tuple[int, ...] = ()) 
     return State("step 7", action, awaited, 61.0, 60.0, (TRAIN, *stack))
 
 
-def test_who_waits_for_a_rank_is_not_late() -> None:
+def test_a_waiting_rank_is_not_late() -> None:
     said = describe({0: state(own(transport), action="before 0B0", awaited=(1,)), 1: state(USER)})
     assert "rank 0: step 7, before 0B0, waits for rank 1 for 61 s" in said
     assert f"rank 1: step 7, in 1F3 for 61 s; {USER}" in said
@@ -72,7 +72,7 @@ def test_another_kind_of_step() -> None:
     assert "rank 0: step 7, in 1F3, waits for other ranks to prepare the same step" in said
 
 
-def test_one_that_does_not_answer() -> None:
+def test_a_process_that_does_not_answer() -> None:
     said = describe({0: state(own(transport), awaited=(1,)), 1: None}, ["step 7", "step 7, in 1F3"])
     assert "rank 1: does not answer: its process is stopped or gone, or holds Python's GIL" in said
     assert "last seen at: step 7, in 1F3" in said and late({0: state(own(transport)), 1: None}) == [1]
@@ -93,7 +93,7 @@ def test_frames_of_a_thread() -> None:
     assert frames[-1].name == "test_frames_of_a_thread" and "frames_of(" in frames[-1].code
 
 
-def test_positions_are_written_where_others_can_read_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_positions_are_written_for_others_to_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     here = position.Position()
     monkeypatch.setattr("autofunc.pipe.here", here)
     monkeypatch.setattr("autofunc.runtime.step.here", here)
@@ -126,7 +126,7 @@ def test_timeouts_are_checked() -> None:
 
 
 def hang(where: str) -> list[str]:
-    """What a rank's watchdog says when rank 1 sleeps in a layer, or alone calls a collective."""
+    """Return a rank's watchdog report if rank 1 sleeps in a layer, or alone calls a collective."""
     mesh, said, alarms = pp_mesh(2), [], []
     watchdog.leave = lambda: None  # this process lives on
     rank = mesh.get_local_rank("pp")
@@ -166,7 +166,7 @@ def hang(where: str) -> list[str]:
         pytest.param("collective", "rank 1 waits for others that do not make the same call", marks=pytest.mark.full),
     ],
 )
-def test_one_process_says_it_for_all(workers: WorkerPool, where: str, words: str) -> None:
+def test_one_process_reports_for_all(workers: WorkerPool, where: str, words: str) -> None:
     said = [text for each in workers.run(hang, where) for text in each]
     assert len(said) == 1 and said[0].startswith(f"{HangError.__name__}: no progress for "), said
     assert words in said[0] and "in late_loss" in said[0], said
@@ -174,7 +174,7 @@ def test_one_process_says_it_for_all(workers: WorkerPool, where: str, words: str
 
 
 def test_a_second_run_in_a_process_has_time_for_its_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However quick the steps of the run before were."""
+    """However fast the steps of the previous run were."""
     monkeypatch.setattr(here, "is_settled", True)
     monkeypatch.setattr(here, "slowest_step_seconds", 0.1)
     with af.watchdog():

@@ -1,4 +1,4 @@
-"""A step never makes the host wait for the device: nothing in it reads a number of a tensor."""
+"""A step never makes the host wait for the device: it reads no values of tensors."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Reads(TorchDispatchMode):
 
 
 def reads_of_a_step(model_name: str, engine: str, mesh: Any, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """What is read in `run_step` and `clip`, once all is built."""
+    """Return the reads in `run_step` and `clip`, once all is built."""
     model, stages, loss, batch = make_case(model_name, 2, rows=4)
     s = af.schedule.build("zb_h1", num_ranks=2, num_microbatches=4)
     pipe = af.pipeline(stages, s, loss=loss, mesh=mesh, engine=engine)
@@ -62,11 +62,11 @@ def on_gloo() -> dict[str, int]:
         return dict(reads_of_a_step("gpt2", "graph", mesh_of(pp=2, dp_shard=2), patch))
 
 
-def test_nothing_is_read_with_others(workers: WorkerPool) -> None:
+def test_nothing_is_read_over_processes(workers: WorkerPool) -> None:
     assert workers.run(on_gloo) == [{}] * 4
 
 
-def test_what_is_counted() -> None:
+def test_reads_are_counted() -> None:
     reads = Reads()
     with reads:
         torch.ones(1).item()
@@ -74,7 +74,7 @@ def test_what_is_counted() -> None:
 
 
 class LateEvent:
-    """In place of an event of a device."""
+    """Stands in for a device's event."""
 
     def __init__(self) -> None:
         self.is_done = False
@@ -83,8 +83,8 @@ class LateEvent:
         return self.is_done
 
 
-def test_a_weight_is_looked_at_when_it_is_there() -> None:
-    """As on an accelerator: nobody waits, and the error says which step it was."""
+def test_a_weight_is_checked_on_arrival() -> None:
+    """As on an accelerator: nothing waits, and the error names the step."""
     check, event = weight_check.WeightCheck(), LateEvent()
     check._asked.append(weight_check._Asked(3, torch.zeros(()), event))  # type: ignore[arg-type]
     check.add(4, torch.ones(()))
@@ -95,8 +95,8 @@ def test_a_weight_is_looked_at_when_it_is_there() -> None:
     check.raise_if_nothing_weighed()
 
 
-def test_gradients_of_a_step_that_weighs_nothing_are_zero() -> None:
-    """Where the error comes late, nothing is lost by then."""
+def test_gradients_of_a_step_without_weight_are_zero() -> None:
+    """If the error comes late, no harm is done by then."""
     model, stages, _, batch = make_case("mlp", 2, rows=4)
     s = af.schedule.build("1f1b", num_ranks=2, num_microbatches=4)
     pipe = af.pipeline(stages, s, loss=lambda outputs, mb: (0.0 * outputs.sum(), 0))

@@ -1,4 +1,4 @@
-"""Where values stop being finite: action, layer, and forward, input's or weight's gradient."""
+"""Where values stop being finite: action, layer, and forward, input gradient or weight gradient."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ENGINES = ["eager", "graph"]
 
 
 class BadGradient(torch.autograd.Function):
-    """x * w, with one gradient divided by a mark that may be zero."""
+    """x * w, with one gradient divided by a mark, which may be zero."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, of_x: Tensor, of_w: Tensor) -> Tensor:
@@ -55,7 +55,7 @@ class Net(nn.Module):
 
 
 def pipe_of(engine: str, name: str = "zb_h1", mesh: Any = None) -> tuple[Any, Any, dict[str, Tensor]]:
-    """Two stages of two blocks, four microbatches; the third block divides by what `marks` says."""
+    """Build two stages of two blocks, four microbatches; the third block divides by `marks`."""
     batch = {"x": torch.randn(8, 4), "marks": torch.ones(8, 3), "labels": torch.arange(8) % 4}
     model = af.from_module(Net(), batch)
     s = af.schedule.build(name, num_ranks=2, num_microbatches=4)
@@ -90,7 +90,7 @@ def test_the_first_place(mark: int, action: str, words: str, engine: str) -> Non
 
 
 def of_all_processes(mark: int, place: int) -> tuple[str, Any]:
-    """What a process says when microbatch 2 of some rows is bad in stage 1; and when a parameter of stage 0 is."""
+    """Return a process's errors if microbatch 2 of some rows is bad in stage 1, and if a parameter of stage 0 is."""
     mesh = mesh_of(pp=2, dp_replicate=2)
     pipe, params, batch = pipe_of("graph", mesh=mesh)
     if data_coordinate(mesh)[0] == place:
@@ -104,12 +104,12 @@ def of_all_processes(mark: int, place: int) -> tuple[str, Any]:
 
 
 @pytest.mark.parametrize(("mark", "place", "action"), [(0, 1, "1F2"), (1, 0, "1I2")])
-def test_all_processes_name_the_first_place_of_all(workers: WorkerPool, mark: int, place: int, action: str) -> None:
+def test_all_processes_name_the_first_place(workers: WorkerPool, mark: int, place: int, action: str) -> None:
     found = workers.run(of_all_processes, mark, place)
     assert len(set(found)) == 1 and f"rank 1, step 1, action {action}" in found[0][0]
 
 
-def test_of_layers_that_are_functions() -> None:
+def test_in_layers_that_are_functions() -> None:
     def apply(p: Any, x: Any, batch: Any) -> Tensor:
         x = batch["x"] if x is None else x
         return (x @ p["w"]).log() if p["w"].shape[1] == 3 else x @ p["w"]
@@ -149,7 +149,7 @@ def test_parameters_and_entries_that_were_not_finite() -> None:
     assert "action 0F3" in message and "entry 'x' of the batch is not finite" in message
 
 
-def test_in_all_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_step_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AUTOFUNC_DEBUG", "nan")
     pipe, params, batch = pipe_of("graph")
     af.value_and_grad(pipe)(params, batch)

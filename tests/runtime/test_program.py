@@ -1,4 +1,4 @@
-"""Programs: an op for each action, registers that hold one value at a time, slots that live while a plan needs them."""
+"""Programs: an op per action, registers that hold one value at a time, slots as long as a plan needs them."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def layouts_of(s: Schedule) -> dict[tuple[int, int], tuple[Layout, ...]]:
 
 
 def freed(op: Op) -> list[int]:
-    """The registers that an op reads."""
+    """Return the registers that an op reads."""
     residuals = [op.residuals] if isinstance(op, (Backward, BackwardInput, BackwardWeight)) else []
     values = list(op.reads) if isinstance(op, (Forward, Backward, BackwardInput)) else []
     return [*residuals, *values, *([op.register] if isinstance(op, Send) else [])]
 
 
 def filled(op: Op) -> list[int]:
-    """The registers that an op writes."""
+    """Return the registers that an op writes."""
     kept = [op.keeps] if isinstance(op, (Forward, BackwardInput)) and op.keeps is not None else []
     values = list(op.writes) if isinstance(op, (Forward, Backward, BackwardInput)) else []
     return [*kept, *values, *([op.register] if isinstance(op, Receive) else [])]
@@ -72,7 +72,7 @@ def test_a_register_holds_one_value_at_a_time(name: str, forward_only: bool) -> 
             assert not full and not in_flight
 
 
-def test_slots_of_all_plans_lie_in_the_memory_of_the_largest() -> None:
+def test_slots_of_all_plans_share_the_memory_of_the_largest() -> None:
     pool, cpu = SlotPool(), torch.device("cpu")
     large, small, other = ((8, 3), torch.float64), ((5,), torch.bfloat16), ((2, 2), torch.int64)
     first = pool.tensors([small, large, other], cpu)

@@ -1,4 +1,4 @@
-"""Steps on tape are the same steps, bit for bit, with graphs that run on the CPU; on a GPU: `tests/gpu/test_graphs.py`."""
+"""Recorded steps equal normal ones bit for bit, with graphs that run on the CPU; on a GPU: `tests/gpu/test_graphs.py`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
 
 @pytest.fixture
 def replayed(monkeypatch: pytest.MonkeyPatch) -> list[ReplayedGraphs]:
-    """Graphs on the CPU; those that are made."""
+    """Record graphs on the CPU; return the ones made."""
     made: list[ReplayedGraphs] = []
 
     class Noted(ReplayedGraphs):
@@ -38,7 +38,7 @@ def replayed(monkeypatch: pytest.MonkeyPatch) -> list[ReplayedGraphs]:
 def pipes(
     model_name: str, name: str, rows: int = 8, *, cut: bool = False, **options: Any
 ) -> tuple[Any, Any, Any, dict[str, Tensor]]:
-    """(recorded pipeline, the same as it is, model, batch)."""
+    """Return (recorded pipeline, the same unrecorded, model, batch)."""
     s = af.schedule.build(name, num_ranks=2, num_microbatches=4)
     model, stages, loss, batch = make_case(model_name, s.num_stages, rows)
     pair = [af.pipeline(stages, s, loss=loss, compile=each, **options) for each in ("graphs", False)]
@@ -48,7 +48,7 @@ def pipes(
 
 
 def check_steps(pipe: Any, plain: Any, params: Any, batch: dict[str, Tensor], moves: tuple[int, ...]) -> None:
-    """Six steps with updates in place; parameters move before some of them; each step has other rows and another key."""
+    """Check six steps with in-place updates; parameters move before some; each step has different rows and another key."""
     opt = af.optimizer(torch.optim.AdamW, lr=1e-2)
     state, kept = opt.init(params), []
     for step in range(6):
@@ -77,7 +77,7 @@ def cut_at_transfers(pipe: af.Pipeline) -> None:
 
 
 def moved(params: Any) -> Any:
-    """The same values elsewhere."""
+    """Copy the values to other memory."""
     return to_tensordict({path: leaf.clone() for path, leaf in flatten(params).items()})
 
 
@@ -94,7 +94,7 @@ def moved(params: Any) -> Any:
     ],
 )
 def test_steps_have_the_same_bits(replayed: list[ReplayedGraphs], model_name: str, name: str, cut: bool) -> None:
-    """With parameters that an optimizer updates in place, then with others elsewhere; with keys, and other values."""
+    """With parameters updated in place, then moved elsewhere; with keys, and changing values."""
     pipe, plain, model, batch = pipes(model_name, name, cut=cut)
     check_steps(pipe, plain, model.init(seed=7), batch, moves=(3, 5))
     assert len(replayed) == (2 if cut else 1), "a pool of memory for each tape: they are played in turns"
@@ -128,8 +128,8 @@ def test_recomputed(replayed: list[ReplayedGraphs], remat: str) -> None:
 
 
 @pytest.mark.parametrize("cut", [False, True], ids=["whole", "cut"])
-def test_batches_of_several_shapes_in_turns(replayed: list[ReplayedGraphs], cut: bool) -> None:
-    """They share slots, sums and parameters; a slot that grows moves, and what read it is recorded anew."""
+def test_batches_of_alternating_shapes(replayed: list[ReplayedGraphs], cut: bool) -> None:
+    """They share slots, sums and parameters; a slot that grows moves, and its readers are recorded again."""
     pipe, plain, model, small = pipes("mlp", "1f1b", cut=cut)
     _, _, _, large = make_case("mlp", 2, 16)
     params = model.init(seed=7)
@@ -142,7 +142,7 @@ def test_batches_of_several_shapes_in_turns(replayed: list[ReplayedGraphs], cut:
 
 @pytest.mark.parametrize("cut", [False, True], ids=["whole", "cut"])
 def test_without_gradients(replayed: list[ReplayedGraphs], cut: bool) -> None:
-    """The loss, also of rows that are left over; outputs; and steps with gradients in between."""
+    """The loss, also of leftover rows; outputs; and steps with gradients in between."""
     pipe, plain, model, batch = pipes("mlp", "1f1b", rows=10, cut=cut)
     params, training = model.init(seed=7), {name: leaf[:8] for name, leaf in batch.items()}
     for step in range(3):
@@ -164,7 +164,7 @@ def test_without_gradients(replayed: list[ReplayedGraphs], cut: bool) -> None:
     ],
 )
 def test_low_precision(replayed: list[ReplayedGraphs], model_name: str, sharding: Any) -> None:
-    """Of parameters, or of what they are cast to in each step."""
+    """In parameters, or in what they are cast to in each step."""
     pipe, plain, model, batch = pipes(model_name, "zb_h1", cut=True, sharding=sharding)
     params = model.init(seed=7, dtype=torch.bfloat16 if sharding is None else torch.float32)
     opt = af.optimizer(torch.optim.SGD, lr=0.1)
@@ -189,7 +189,7 @@ class Normalised(nn.Module):
 
 
 @pytest.mark.parametrize("cut", [False, True], ids=["whole", "cut"])
-def test_state_goes_on_from_step_to_step(replayed: list[ReplayedGraphs], cut: bool) -> None:
+def test_state_carries_over_between_steps(replayed: list[ReplayedGraphs], cut: bool) -> None:
     torch.manual_seed(0)
     batch = {"x": torch.randn(8, 4)}
     model = af.from_module(Normalised(), batch)
@@ -236,8 +236,8 @@ def test_aux_and_rows_in_the_second_dim(replayed: list[ReplayedGraphs]) -> None:
 
 @pytest.mark.parametrize("cut", [False, True], ids=["whole", "cut"])
 @pytest.mark.parametrize("name", ["1f1b", "zb_h1"])
-def test_who_looks_on(replayed: list[ReplayedGraphs], name: str, cut: bool) -> None:
-    """Times are those of graphs, one for each action; who looks at values has a step that runs op by op."""
+def test_observers(replayed: list[ReplayedGraphs], name: str, cut: bool) -> None:
+    """Times are those of graphs, one per action; steps with observers of values run op by op."""
     pipe, plain, model, batch = pipes("mlp", name, cut=cut)
     params = model.init(seed=7)
     timeline = pipe.profile(params, batch, (3, 5), steps=2)
@@ -256,8 +256,8 @@ def test_who_looks_on(replayed: list[ReplayedGraphs], name: str, cut: bool) -> N
         assert_same_tree(expected, grads)
 
 
-def test_where_a_rank_is(replayed: list[ReplayedGraphs], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A tape tells where it is at every transfer, for reports of hangs."""
+def test_the_position_of_a_rank(replayed: list[ReplayedGraphs], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tape reports its position at every transfer, for reports of hangs."""
     from autofunc.runtime.position import here
 
     pipe, _, model, batch = pipes("mlp", "1f1b", cut=True)
@@ -277,7 +277,7 @@ def test_where_a_rank_is(replayed: list[ReplayedGraphs], monkeypatch: pytest.Mon
     assert places == ["after all"] and here.changes > before + 20
 
 
-def test_close_lets_go(replayed: list[ReplayedGraphs]) -> None:
+def test_close_frees_memory(replayed: list[ReplayedGraphs]) -> None:
     pipe, plain, model, batch = pipes("mlp", "1f1b")
     params, step = model.init(seed=7), af.value_and_grad(pipe)
     for _ in range(2):
@@ -316,7 +316,7 @@ def test_parameters_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
         af.value_and_grad(pipe)(model.init(), batch)
 
 
-def test_choices() -> None:
+def test_conflicting_options_are_refused() -> None:
     with pytest.raises(AutofuncError, match=r"unknown compile 'graph'.*did you mean graphs"):
         af.pipeline([], None, compile="graph")  # type: ignore[arg-type]
     with pytest.raises(AutofuncError, match=r"compile='graphs' records captured stages, so it needs engine=\"graph\""):
@@ -336,18 +336,18 @@ class Deciding(nn.Module):
         return x.square().mean()
 
 
-def test_a_decision_by_data(replayed: list[ReplayedGraphs]) -> None:
+def test_a_branch_on_data_is_refused(replayed: list[ReplayedGraphs]) -> None:
     batch = {"x": torch.randn(4, 4)}
     model = af.from_module(Deciding(), batch)
     s = af.schedule.build("1f1b", num_ranks=2, num_microbatches=2)
     pipe = af.pipeline(af.split(model, 2), s, compile="graphs")
-    with pytest.raises(ModelError, match=r"stage 0 .* cannot be recorded: it decides by the data .*x.isnan\(\).any\(\)"):
+    with pytest.raises(ModelError, match=r"stage 0 .* cannot be recorded: it branches on the data .*x.isnan\(\).any\(\)"):
         af.value_and_grad(pipe)(model.init(), batch)
 
 
-def test_a_number_that_is_not_on_the_device(replayed: list[ReplayedGraphs]) -> None:
+def test_an_entry_on_another_device_is_refused(replayed: list[ReplayedGraphs]) -> None:
     meta = torch.device("meta")
-    with pytest.raises(AutofuncError, match=r"'scale' is on meta, and a recorded step reads its values on cpu alone"):
+    with pytest.raises(AutofuncError, match=r"'scale' is on meta, but a recorded step reads its values on cpu only"):
         cuda_graphs_check(meta)
 
 
@@ -357,7 +357,7 @@ def cuda_graphs_check(device: torch.device) -> None:
     check_tensors([("x", torch.ones(1)), ("scale", torch.ones((), device=device))], torch.device("cpu"))
 
 
-def test_what_fails_while_it_is_recorded(replayed: list[ReplayedGraphs], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_while_recording(replayed: list[ReplayedGraphs], monkeypatch: pytest.MonkeyPatch) -> None:
     pipe, _, model, batch = pipes("mlp", "1f1b")
     params, step = model.init(seed=7), af.value_and_grad(pipe)
     step(params, batch)
@@ -376,7 +376,7 @@ def test_what_fails_while_it_is_recorded(replayed: list[ReplayedGraphs], monkeyp
     [torch.arange(6.0).view(2, 3), torch.arange(12.0).view(3, 4)[:, 1:3], torch.ones(1, 3).expand(4, 3), torch.ones(0, 2)],
     ids=["whole", "columns", "expanded", "empty"],
 )
-def test_memory_that_stays(like: Tensor) -> None:
+def test_fixed_memory(like: Tensor) -> None:
     fixed = Fixed([like])
     (tensor,) = fixed.tensors
     assert tensor.stride() == like.stride()
@@ -389,7 +389,7 @@ def test_memory_that_stays(like: Tensor) -> None:
 
 
 def test_generating_is_not_recorded(replayed: list[ReplayedGraphs]) -> None:
-    """Caches are given away, and written to where they lie."""
+    """Caches are donated, and written in place."""
     pipe, _, model, batch = pipes("mlp", "1f1b")
     for _ in range(3):
         pipe.advance(model.init(), batch, [{}] * 4)

@@ -1,4 +1,4 @@
-"""No step deadlocks under the rules that the runtime relies on; rules that it does not rely on would bite."""
+"""No step deadlocks under the rules the runtime relies on; stricter rules would deadlock some."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ OTHERS = {
 
 
 def schedules(name: str, sizes: list[tuple[int, int]]) -> Iterator[Schedule]:
-    """A named schedule of all those sizes that it can have."""
+    """Yield a named schedule in all sizes it supports."""
     generator = GENERATORS[name]
     for p, m in sizes:
         if generator.fits(p, m, generator.default_stages_per_rank):
@@ -44,7 +44,7 @@ def schedules(name: str, sizes: list[tuple[int, int]]) -> Iterator[Schedule]:
 
 
 class Recorder:
-    """A transport that posts nothing, and remembers what would be posted."""
+    """A transport that records posts instead of making them."""
 
     def __init__(self) -> None:
         self.steps: list[Step] = []
@@ -82,7 +82,7 @@ class RecordingPort:
 
 
 class RecordedTicket:
-    """Is complete at once, and remembers who waited for it."""
+    """Complete at once; remembers who waited for it."""
 
     def __init__(self, recorder: Recorder, message: object, tensors: list[Tensor]) -> None:
         self._recorder, self._message, self.tensors = recorder, message, tensors
@@ -98,7 +98,7 @@ class RecordedTicket:
 
 
 def with_ties(rows: list[list[Step]], *ranks_of: tuple[int, ...]) -> list[list[Step]]:
-    """Rows whose steps end with the exchange of parameters that some ranks hold, as the runtime does it."""
+    """Append to rows the exchange of parameters that some ranks share, as the runtime does at the end of a step."""
     ties = [
         Tie(f"tie {number}", tuple((f"{number}.{rank}", rank) for rank in ranks), ((1,), torch.float32))
         for number, ranks in enumerate(ranks_of)
@@ -118,7 +118,7 @@ def with_ties(rows: list[list[Step]], *ranks_of: tuple[int, ...]) -> list[list[S
     "sizes", [SOME, pytest.param(SIZES[::4], marks=pytest.mark.full)], ids=["some sizes", "every fourth size"]
 )
 def test_no_named_schedule_deadlocks(name: str, sizes: list[tuple[int, int]]) -> None:
-    """Nor do the other three quarters of SIZES, which were tried once: they take minutes."""
+    """Nor does any in the other three quarters of SIZES, tried once: they take minutes."""
     for number, built in enumerate(schedules(name, sizes)):
         last, ahead = built.num_ranks - 1, number % 3
         for form in (built, built.forward_form(), built.split_form()):
@@ -134,8 +134,8 @@ def test_no_searched_schedule_deadlocks() -> None:
 
 
 @pytest.mark.parametrize("rules", OTHERS.values(), ids=OTHERS)
-def test_what_is_not_relied_on(rules: Rules) -> None:
-    """Why ranks are connected before the first step, apart for both directions, and nothing waits at a post."""
+def test_rendezvous_is_not_relied_on(rules: Rules) -> None:
+    """Why ranks are connected before the first step, separately per direction, and nothing waits at a post."""
     bites = 0
     for name in ("v_half", "zbv", "gpipe"):
         for built in schedules(name, [(4, 1), (4, 8)]):
@@ -169,8 +169,8 @@ def test_real_programs_agree(name: str) -> None:
 
 
 @pytest.mark.parametrize("count", [50, pytest.param(500, marks=pytest.mark.full)])
-def test_orders_that_differ_are_refused(count: int) -> None:
-    """Two receives of a rank from another in each other's place: the second would take the first's message."""
+def test_different_orders_are_refused(count: int) -> None:
+    """Two swapped receives of a rank from another: the second would take the first's message."""
     draw, refused = random.Random(0), 0
     known = [
         schedule.lower(built, receive_ahead=built.num_microbatches % 3)
@@ -192,6 +192,6 @@ def test_orders_that_differ_are_refused(count: int) -> None:
         row[one], row[other] = row[other], row[one]
         rows = [*lowered.rows]
         rows[rank] = Row(as_table(row))
-        with pytest.raises(ScheduleError, match=r"receives in another order|needs the|cannot go on"):
+        with pytest.raises(ScheduleError, match=r"receives in a different order|needs the|cannot go on"):
             schedule.validate(replace(lowered, rows=tuple(rows)))
         refused += 1

@@ -36,7 +36,7 @@ FORMS: dict[str, Callable[[Schedule], tuple[Schedule, bool]]] = {  # (schedule, 
 
 
 def schedules(name: str, sizes: Sequence[Size]) -> Iterator[Schedule]:
-    """A named schedule of all those sizes that it can have."""
+    """Yield a named schedule in all sizes it supports."""
     generator = GENERATORS[name]
     for p, m in sizes:
         if generator.fits(p, m, generator.default_stages_per_rank):
@@ -86,7 +86,7 @@ def world_of(s: Schedule, variant: int, merge: bool = True, **options: Any) -> W
 
 
 def run_all(name: str, form: str, sizes: Sequence[Size]) -> int:
-    """Run a named schedule of all those sizes; returns how many there are."""
+    """Run a named schedule in all those sizes; return how many there are."""
     found = list(schedules(name, sizes))
     for s in found:
         variant = s.num_ranks + 3 * s.num_microbatches
@@ -110,7 +110,7 @@ def count_allowed(name: str, sizes: Sequence[Size]) -> int:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", GENERATORS)
 def test_every_schedule(name: str, form: str) -> None:
-    """Of `SMALL`, and in the form that is run by default also of `LARGE`."""
+    """In `SMALL` sizes, and in the form that runs by default also in `LARGE`."""
     sizes = [*SMALL, *LARGE] if form == "as built" else SMALL
     assert run_all(name, form, sizes) == count_allowed(name, sizes)
 
@@ -143,14 +143,14 @@ def test_receives_posted_early_or_late(name: str) -> None:
 
 @pytest.mark.parametrize("unshard", ["once", "each_use"])
 @pytest.mark.parametrize("name", GENERATORS)
-def test_parameters_are_there_when_a_stage_computes(name: str, unshard: str) -> None:
+def test_parameters_are_gathered_when_a_stage_computes(name: str, unshard: str) -> None:
     for variant, s in enumerate(schedules(name, [(1, 3), (2, 4), (3, 7), (4, 8)])):
         world = world_of(s, variant, unshard=unshard, unshard_ahead=variant, reduce_grads=True)
         run(world, world.programs())
 
 
 def test_every_way_of_keeping() -> None:
-    """Each stage with each way to keep values, on both sides of a rank's border."""
+    """Each stage with each way of keeping values, on both sides of a rank's boundary."""
     for name in ("1f1b", "zb_h1", "zbv", "interleaved_zb"):
         s = schedule.build(name, num_ranks=3, num_microbatches=6)
         for variant in range(12):
@@ -162,7 +162,7 @@ def test_every_way_of_keeping() -> None:
 
 
 def example(**keeps: tuple[int, ...]) -> World:
-    """ZB-H1 on three ranks, one value at each border, every stage keeping the same."""
+    """Return ZB-H1 on three ranks, one value per boundary, every stage keeping the same."""
     s = schedule.lower(schedule.build("zb_h1", num_ranks=3, num_microbatches=6))
     stages = boundaries_of([[(1, True)], [(1, True)]])
     memory = {index: StageBytes((4,) if index < 2 else (), (4,) if index < 2 else (), 100, 10, 1000) for index in range(3)}
@@ -170,12 +170,12 @@ def example(**keeps: tuple[int, ...]) -> World:
 
 
 def of_other(world: World, **changes: Any) -> list[Program]:
-    """Programs of a world that is not the one they will run in."""
+    """Return programs of a different world than the one they will run in."""
     return replace(world, **changes).programs()
 
 
 def moved(world: World, rank: int, what: str, before: str) -> World:
-    """An action of a row right before another."""
+    """Move an action of a row right before another."""
     row = list(world.schedule[rank])
     action = row.pop(next(place for place, action in enumerate(row) if str(action) == what))
     row.insert(next(place for place, action in enumerate(row) if str(action) == before), action)
@@ -199,14 +199,14 @@ COTANGENT_KEPT = {"weight_cotangents": (0,)}
     ],
     ids=["until I", "until W", "one kind too early", "a cotangent"],
 )
-def test_a_slot_that_is_given_away_too_early(keeps: dict[str, tuple[int, ...]], said: dict[str, tuple[int, ...]]) -> None:
+def test_a_slot_freed_too_early(keeps: dict[str, tuple[int, ...]], said: dict[str, tuple[int, ...]]) -> None:
     world = example(**keeps)
     run(world, world.programs())
     with pytest.raises(PipelineRunError, match="is used after it was given away"):
         run(world, of_other(world, keeps=example(**said).keeps))
 
 
-def test_a_slot_that_is_given_away_too_late() -> None:
+def test_a_slot_freed_too_late() -> None:
     world = example()
     with pytest.raises(AssertionError, match="slots, and how many are in use at once"):
         run(world, of_other(world, keeps=example(**KEPT_FOR_WEIGHTS).keeps))
@@ -233,7 +233,7 @@ def test_an_action_before_another(rank: int, what: str, before: str, message: st
         run(world, world.programs())
 
 
-def test_two_ops_in_each_others_place() -> None:
+def test_two_ops_swapped() -> None:
     world = example()
     programs = world.programs()
     row = list(map(str, world.schedule[0]))
@@ -244,7 +244,7 @@ def test_two_ops_in_each_others_place() -> None:
 
 
 @pytest.mark.parametrize("how", ["never", "too early", "twice"])
-def test_sends_that_are_settled_at_the_wrong_time(how: str) -> None:
+def test_sends_settled_at_the_wrong_time(how: str) -> None:
     world = example()
     settled = [dict(each) for each in world.settled]
     position, sends = next(iter(settled[0].items()))

@@ -12,7 +12,7 @@ from tests.runtime.rendezvous import Rules
 
 
 class Deadlock(Exception):
-    """All ranks that are left wait."""
+    """All remaining ranks wait."""
 
 
 class Hall:
@@ -28,12 +28,12 @@ class Hall:
         self._left, self._waiting, self._is_dead = num_ranks, 0, False
 
     def moved(self, finished: int = 0) -> None:
-        """Whoever waits may look again. Called with the lock."""
+        """Wake all waiting ranks. Called with the lock held."""
         self._left, self._waiting = self._left - finished, 0
         self.lock.notify_all()
 
     def wait(self, is_there: Callable[[], bool]) -> None:
-        """Block the rank until something is so. Called with the lock."""
+        """Block the rank until a condition holds. Called with the lock held."""
         while not is_there():
             self._waiting += 1
             if self._waiting == self._left:
@@ -46,7 +46,7 @@ class Hall:
 
 
 class Ticket:
-    """Of a transfer: `arrived` blocks, as between processes."""
+    """The ticket of a transfer: `arrived` blocks, as between processes."""
 
     def __init__(self, ticket: Any, hall: Hall) -> None:
         self._ticket, self._hall = ticket, hall

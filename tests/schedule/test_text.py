@@ -27,7 +27,7 @@ def test_torch_spelling(text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "message"), [("F0", "is not an action"), ("0SEND0", r"did you mean SEND_F or SEND_B"), ("", "is not an")]
 )
-def test_what_is_no_action(text: str, message: str) -> None:
+def test_invalid_actions_are_refused(text: str, message: str) -> None:
     with pytest.raises(ScheduleError, match=message):
         schedule.parse_action(text)
 
@@ -44,6 +44,6 @@ def test_a_stage_without_forward() -> None:
         schedule.from_text("0F0 2F0")
 
 
-def test_out_of_order_backwards_are_noticed() -> None:
+def test_out_of_order_backwards_are_detected() -> None:
     assert not schedule.from_text("0F0 0F1 0B1 0B0").in_order
     assert schedule.from_text("0F0 0F1 0B0 0B1").in_order

@@ -1,4 +1,4 @@
-"""Small models of transformers, as they are, with random weights, and batches for them."""
+"""Small unmodified models of transformers with random weights, and batches for them."""
 
 from __future__ import annotations
 

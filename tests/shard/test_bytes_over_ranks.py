@@ -1,4 +1,4 @@
-"""What a tp rank holds of a captured model's parameters: its part of what the table cuts, all of the rest."""
+"""A tp rank's bytes of a captured model's parameters: its part of those the table cuts, all of the rest."""
 
 from __future__ import annotations
 

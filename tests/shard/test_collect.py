@@ -1,4 +1,4 @@
-"""Trees that go to the first process, to be written: the same bits, and nothing but one tensor on the others."""
+"""Trees collected on the first process for writing: the same bits, and at most one tensor on the others."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.shard.test_parameters import pipe_on
 
 
 def collected(sizes: dict[str, int]) -> tuple[bool, int, int]:
-    """Whether this is the first process, what it got, and how many whole tensors were alive at most while it was asked."""
+    """Return whether this is the first process, its tree, and the most whole tensors alive at once."""
     pipe, model, _ = pipe_on(mesh_of(**sizes))
     params = pipe.init(seed=5)
     made: list[Any] = []
@@ -41,14 +41,14 @@ def collected(sizes: dict[str, int]) -> tuple[bool, int, int]:
 
 
 @pytest.mark.parametrize("sizes", [{"pp": 4}, {"pp": 2, "dp_shard": 2}, {"dp_replicate": 2, "tp": 2}], ids=str)
-def test_only_the_first_process_gets_them(workers: WorkerPool, sizes: dict[str, int]) -> None:
+def test_only_the_first_process_gets_the_tree(workers: WorkerPool, sizes: dict[str, int]) -> None:
     for is_first, count, most in workers.run(collected, sizes):
         assert (count > 0) == is_first
         assert is_first or most == 1
 
 
 def odd_tensors() -> None:
-    """Of kinds that a backend may not know, empty ones, and ones that do not lie in order."""
+    """Make tensors of dtypes that a backend may lack, empty ones, and non-contiguous ones."""
     rank = dist.get_rank()
     mine = {
         f"{rank}.half": torch.full((2, 3), rank, dtype=torch.bfloat16).t(),
@@ -68,5 +68,5 @@ def odd_tensors() -> None:
         assert full[f"{each}.none"].shape == (0, 4) and full[f"{each}.flag"].item() == (each % 2 == 0)
 
 
-def test_any_tensor_travels(workers: WorkerPool) -> None:
+def test_any_tensor_can_be_collected(workers: WorkerPool) -> None:
     workers.run(odd_tensors)

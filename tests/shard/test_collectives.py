@@ -1,4 +1,4 @@
-"""How often ranks talk: counted in the captured program, and in a run."""
+"""Number of collectives: counted in the captured program, and in a run."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def more(larger: Counts, smaller: Counts) -> Counts:
         pytest.param("llama", False, marks=pytest.mark.full),
     ],
 )
-def test_a_block_in_the_program(workers: WorkerPool, name: str, sequence: bool) -> None:
+def test_collectives_of_a_block_in_the_program(workers: WorkerPool, name: str, sequence: bool) -> None:
     options = {"sequence_parallel": sequence}
     (forward, backward, actions), (forward_1, backward_1, _) = (
         workers.run(of_program, name, blocks, options)[0] for blocks in (2, 1)
@@ -125,7 +125,7 @@ def test_a_block_in_the_program(workers: WorkerPool, name: str, sequence: bool) 
         ),
     ],
 )
-def test_a_block_in_a_run(workers: WorkerPool, microbatches: int, sequence: bool, engine: str) -> None:
+def test_collectives_of_a_block_in_a_run(workers: WorkerPool, microbatches: int, sequence: bool, engine: str) -> None:
     options = {"sequence_parallel": sequence}
     two, one = (workers.run(of_run, "gpt2", blocks, microbatches, engine, options)[0] for blocks in (2, 1))
     added = more(two, one)
@@ -137,7 +137,7 @@ def test_a_block_in_a_run(workers: WorkerPool, microbatches: int, sequence: bool
 
 
 @pytest.mark.parametrize("microbatches", [2, pytest.param(4, marks=pytest.mark.full)])
-def test_one_gather_a_use(workers: WorkerPool, microbatches: int) -> None:
+def test_one_gather_per_use(workers: WorkerPool, microbatches: int) -> None:
     options = {"reshard_after_forward": True}
     two, one = (workers.run(of_run, "gpt2", blocks, microbatches, "graph", options)[0] for blocks in (2, 1))
     added = more(two, one)
@@ -208,7 +208,7 @@ def resident(schedule: str, reshard: bool) -> tuple[list[int], list[int]]:
         pytest.param("zbv", False, marks=pytest.mark.full),
     ],
 )
-def test_parameters_in_memory_are_a_shard_and_what_is_gathered(workers: WorkerPool, schedule: str, reshard: bool) -> None:
+def test_parameters_in_memory_are_a_shard_and_the_gathered_ones(workers: WorkerPool, schedule: str, reshard: bool) -> None:
     for measured, expected in workers.run(resident, schedule, reshard):
         assert measured == expected
         if reshard and schedule == "zbv":
@@ -216,7 +216,7 @@ def test_parameters_in_memory_are_a_shard_and_what_is_gathered(workers: WorkerPo
 
 
 def order_of_waits(engine: str, compile: bool) -> list[int]:
-    """Groups that are still on their way when each layer of the first forward begins."""
+    """Return the groups still in transit when each layer of the first forward begins."""
     mesh = mesh_of(dp_shard=4)
     s = af.schedule.build("1f1b", num_ranks=1, num_microbatches=2)
     pending: list[int] = []

@@ -85,7 +85,7 @@ def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tole
 
 @pytest.mark.full
 @pytest.mark.parametrize("case", CASES)
-def test_all_of_it(workers: WorkerPool, case: str, tmp_path: Path) -> None:
+def test_cut_layers_on_every_axis_together(workers: WorkerPool, case: str, tmp_path: Path) -> None:
     name, axes, _ = CASES[case]
     alone = all_of_it(name, tmp_path, None)
     ranks = workers.run(all_of_it, case, tmp_path / "written", axes)

@@ -1,4 +1,4 @@
-"""Experts spread over data parallel ranks: losses, gradients and weights are those of one process with all their rows."""
+"""Experts spread over data parallel ranks: losses, gradients and weights equal those of one process with all rows."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def small(blocks: int = 2) -> af.Model:
 
 
 def batches(places: int) -> list[dict[str, Tensor]]:
-    """Of all ranks together, a step each."""
+    """Make batches for all ranks together, one per step."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, 17, (STEPS, places * MICROBATCHES * ROWS, 6), generator=generator)
     labels = ids[..., 1:].clone()
@@ -276,7 +276,7 @@ def test_checkpoints_know_no_layout(workers: WorkerPool, tmp_path: Path) -> None
         (2, 2, 2, r"expert_parallel=2 and tp=2: .*; use tp=1"),
     ],
 )
-def test_sizes_that_do_not_fit(size: int, dp_shard: int, tp: int, message: str) -> None:
+def test_invalid_sizes_are_refused(size: int, dp_shard: int, tp: int, message: str) -> None:
     with pytest.raises(MeshError, match=message):
         check_experts(small(), size, dp_shard, tp)
 
@@ -301,7 +301,7 @@ def test_ranks_that_share_tokens_have_all_experts(workers: WorkerPool) -> None:
         assert said.startswith("the mesh has cp=2, and expert_parallel=2; ")
 
 
-def test_without_a_mesh_it_is_known_what_a_rank_would_keep() -> None:
+def test_without_a_mesh_memory_is_predicted() -> None:
     s = af.schedule.build("1f1b", num_ranks=1, num_microbatches=MICROBATCHES)
     batch, kept = {name: rows[: MICROBATCHES * ROWS] for name, rows in batches(1)[0].items()}, {}
     for size in (1, 2, 4):

@@ -87,7 +87,7 @@ def test_models_over_tp_ranks(workers: WorkerPool, name: str, engine: str) -> No
 
 @pytest.mark.full
 @pytest.mark.parametrize("options", [{"remat": "layer"}, {"remat": "stage"}, {"compile": True}])
-def test_schedules_and_engines_know_nothing_of_it(workers: WorkerPool, options: dict[str, Any]) -> None:
+def test_schedules_and_engines_do_not_depend_on_it(workers: WorkerPool, options: dict[str, Any]) -> None:
     """Backwards in two halves, what is computed again, compiled pieces."""
     losses, params = steps_of("llama", None, "graph", 5, {})
     for found, others in workers.run(steps_of, "llama", {"pp": 2, "tp": 2}, "graph", 5, {}, 1, "zb_h1", options):
@@ -98,7 +98,7 @@ def test_schedules_and_engines_know_nothing_of_it(workers: WorkerPool, options: 
 
 @pytest.mark.full
 @pytest.mark.parametrize("name", ["llama", "phi3", "mixtral"])
-def test_beside_other_axes(workers: WorkerPool, name: str) -> None:
+def test_with_other_axes(workers: WorkerPool, name: str) -> None:
     check(workers, name, {"dp_shard": 2, "tp": 2})
     check(workers, name, {"dp_replicate": 2, "tp": 2}, sequence_parallel=True)
 
@@ -136,7 +136,7 @@ def exchanged_by(blocks: int, sequence: bool) -> tuple[dict[str, int], dict[str,
 
 
 @pytest.mark.parametrize("sequence", [False, True])
-def test_what_a_block_exchanges(workers: WorkerPool, sequence: bool) -> None:
+def test_exchanges_of_a_block(workers: WorkerPool, sequence: bool) -> None:
     two, one = (workers.run(exchanged_by, blocks, sequence)[0] for blocks in (2, 1))
     each = {"all_gather": 2, "reduce_scatter": 2} if sequence else {"all_reduce": 2}
     assert more(two[0], one[0]) == more(two[1], one[1]) == each, "in the program, forward and backward"
@@ -174,7 +174,7 @@ def whole_of(pipe: af.Pipeline, params: Any, state: Any) -> dict[str, torch.Tens
 
 @pytest.mark.parametrize("axes", [{"pp": 2, "tp": 2}, pytest.param({"dp_shard": 2, "tp": 2}, marks=pytest.mark.full)])
 def test_checkpoints_have_fused_weights_in_order(workers: WorkerPool, tmp_path: Path, axes: dict[str, int]) -> None:
-    """What tp ranks write one process reads, and the other way round."""
+    """One process reads what tp ranks wrote, and the reverse."""
     name = "phi3"
     full = workers.run(saved, name, axes, tmp_path / "there")[0]
     for found in (loaded(name, None, tmp_path / "there"), workers.run(loaded, name, axes, tmp_path / "there")[0]):
@@ -188,7 +188,7 @@ def test_checkpoints_have_fused_weights_in_order(workers: WorkerPool, tmp_path: 
 
 
 def shifted(outputs: Any, microbatch: Any) -> torch.Tensor:
-    """A loss as people write it, which knows nothing of ranks."""
+    """A loss as users write it, unaware of ranks."""
     logits, labels = outputs.logits[:, :-1], microbatch["labels"][:, 1:]
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
@@ -218,7 +218,7 @@ def step_with(loss: Any, axes: dict[str, int] | None, engine: str) -> tuple[floa
     ],
 )
 def test_losses_of_logits(workers: WorkerPool, loss: Any, engine: str) -> None:
-    """Those that are cut along the vocabulary are not put together for `causal_lm`."""
+    """Logits cut along the vocabulary are not gathered for `causal_lm`."""
     value, grads, _ = step_with(loss, None, "graph")
     for found, others, exchanged in workers.run(step_with, loss, {"tp": 4}, engine):
         assert found == pytest.approx(value, rel=1e-5)

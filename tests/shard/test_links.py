@@ -54,7 +54,7 @@ def test_a_rank_that_is_gone(ends: Ends) -> None:
 
 
 def summed(backend: str) -> list[float] | None:
-    """Everyone's rank and one, added up."""
+    """Sum rank + 1 over all ranks."""
     group = dist.new_group(backend=backend)
     found = links(group)
     if found is None:

@@ -1,4 +1,4 @@
-"""The law of graphs over ranks, in one process: threads are the ranks, and what they make is what the whole graph makes."""
+"""The law of per-rank graphs, in one process: with threads as ranks, they compute what the whole graph computes."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class ThreadAxis:
 
 
 def on_threads(size: int, work: Callable[[ThreadAxis], Any]) -> tuple[list[Any], ThreadAxis]:
-    """What each of some threads makes."""
+    """Run a function on each thread; return the results."""
     meeting = Meeting(size)
     axes = [ThreadAxis(meeting, rank) for rank in range(size)]
     return meeting.run(lambda rank: work(axes[rank])), axes[0]
@@ -158,7 +158,7 @@ def test_a_block_of_experts_exchanges_what_a_dense_one_does(sequence: bool) -> N
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_another_batch_than_the_example(name: str) -> None:
+def test_a_batch_that_differs_from_the_example(name: str) -> None:
     """Its tokens do not divide, so that its stream is not cut, and gradients that had terms for the example are whole."""
     plan, forward, _ = check(name, 2, sequence=True, tokens=7)
     assert plan.sequence and plan.terms and "reduce_scatter" not in forward

@@ -1,4 +1,4 @@
-"""Overlapped pairs run side by side where ranks exchange values: the bits are those of one after the other."""
+"""Overlapped pairs are interleaved if ranks exchange values; the bits do not change."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def both_ways(what: str, options: dict[str, Any]) -> None:
     ],
     ids=str,
 )
-def test_the_bits_are_those_of_one_after_the_other(workers: WorkerPool, what: str, options: dict[str, Any]) -> None:
+def test_interleaving_does_not_change_bits(workers: WorkerPool, what: str, options: dict[str, Any]) -> None:
     workers.run(both_ways, what, options)
 
 
@@ -186,7 +186,7 @@ def measured() -> tuple[Any, bool]:
     return pipe.profile(params, batch, steps=1), same
 
 
-def test_profiles_show_turns_and_bytes_are_those_simulated(workers: WorkerPool) -> None:
+def test_profiles_show_turns_and_bytes_match_the_simulator(workers: WorkerPool) -> None:
     timeline, bytes_as_said = workers.run(measured)[0]
     assert bytes_as_said
     for rank, turns in enumerate(timeline.turns):
@@ -211,11 +211,11 @@ def pairs_of(options: dict[str, Any]) -> tuple[int, bool]:
     return len(plan.pairs), any(action.peer == -2 for row in plan.schedule for action in row)
 
 
-def test_the_eager_engine_runs_one_after_the_other(workers: WorkerPool) -> None:
+def test_the_eager_engine_does_not_interleave(workers: WorkerPool) -> None:
     assert workers.run(pairs_of, {"engine": "eager"}) == [(0, False)] * 4
 
 
-def test_stages_that_exchange_nothing_run_one_after_the_other() -> None:
+def test_stages_that_exchange_nothing_are_not_interleaved() -> None:
     s = af.schedule.build("dualpipe_v", num_ranks=2, num_microbatches=6)
     model = build_llama_model(
         hidden_size=8, intermediate_size=12, num_hidden_layers=4, num_attention_heads=2, vocab_size=16
@@ -228,7 +228,7 @@ def test_stages_that_exchange_nothing_run_one_after_the_other() -> None:
 
 
 def of_a_pair_that_waits_for_itself(overlap: bool) -> list[str]:
-    """Its backward needs what the other rank makes of its forward, which is sent after both."""
+    """A pair whose backward needs what the other rank makes of its forward, which is sent after both."""
     s = af.schedule.from_text("0F0 (0F1;0B0)OVERLAP_F_B 0B1\n1F0 1F1 1B0 1B1")
     model = build_llama_model(
         hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2, vocab_size=16
@@ -246,7 +246,7 @@ def of_a_pair_that_waits_for_itself(overlap: bool) -> list[str]:
 def test_a_pair_that_waits_for_itself_is_refused(workers: WorkerPool) -> None:
     for message, note, *_ in workers.run(of_a_pair_that_waits_for_itself, True):
         assert "0F1" in message or "0B0" in message
-        assert "overlap_f_b=False runs one after the other" in note
+        assert "overlap_f_b=False runs them one after the other" in note
     assert workers.run(of_a_pair_that_waits_for_itself, False) == [[]] * 4
 
 
@@ -268,6 +268,6 @@ def fails_in_a_pair() -> str:
     return found
 
 
-def test_an_error_names_the_action_in_whose_turn_it_was(workers: WorkerPool) -> None:
+def test_an_error_names_the_action_of_its_turn(workers: WorkerPool) -> None:
     found = workers.run(fails_in_a_pair)
     assert {Kind[action.lstrip("0123")[0]] for action in found} == {Kind.B}

@@ -1,4 +1,4 @@
-"""How a process holds its parameters: trees stay arguments, whatever lies behind them."""
+"""How a process holds its parameters: trees stay arguments, whatever their storage."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def outside_the_vocabulary() -> bool:
     return bool(pipe(pipe.init(), batch).isnan())
 
 
-def test_a_label_outside_the_vocabulary_is_noticed(workers: WorkerPool) -> None:
+def test_a_label_outside_the_vocabulary_is_detected(workers: WorkerPool) -> None:
     assert all(workers.run(outside_the_vocabulary))
 
 
@@ -132,7 +132,7 @@ def other_reductions() -> None:
     torch.testing.assert_close(found, model(model.init(), {"x": x}))
 
 
-def test_reductions_over_what_is_cut(workers: WorkerPool) -> None:
+def test_reductions_over_cut_values(workers: WorkerPool) -> None:
     workers.run(other_reductions)
 
 
@@ -143,7 +143,7 @@ def built_ahead(sizes: dict[str, int]) -> int:
     return len(pipe._plans)
 
 
-def test_what_was_built_ahead_is_used(workers: WorkerPool) -> None:
+def test_plans_built_ahead_are_used(workers: WorkerPool) -> None:
     assert workers.run(built_ahead, {"dp_shard": 2, "tp": 2}) == [1] * 4
 
 
@@ -157,7 +157,7 @@ def boundary(options: dict[str, Any]) -> tuple[tuple[int, ...], tuple[int, ...]]
     return value.shape, (2, 6, 8)
 
 
-def test_what_stages_send_is_cut_over_tp(workers: WorkerPool) -> None:
+def test_values_between_stages_are_cut_over_tp(workers: WorkerPool) -> None:
     for found, whole in workers.run(boundary, {}):
         assert found == whole
     for (rows, tokens, width), whole in workers.run(boundary, {"sequence_parallel": True}):
@@ -185,7 +185,7 @@ def own_table(engine: str) -> None:
 
 
 @pytest.mark.parametrize("engine", ["graph", "eager"])
-def test_a_table_for_a_model_of_ones_own(workers: WorkerPool, engine: str) -> None:
+def test_a_table_for_a_custom_model(workers: WorkerPool, engine: str) -> None:
     workers.run(own_table, engine)
 
 
@@ -226,7 +226,7 @@ def test_aux_is_combined_over_data_parallel_ranks(workers: WorkerPool) -> None:
 
 
 def unused_parameter() -> None:
-    """A parameter without a cotangent on some ranks: nobody waits for it."""
+    """A parameter without a cotangent on some ranks: no rank waits for it."""
 
     def apply(p: Any, x: Any, batch: Any) -> Any:
         return batch["x"] @ p["w"]  # never p["idle"]
@@ -282,7 +282,7 @@ def test_an_unknown_axis(workers: WorkerPool) -> None:
         ({}, {"*.ln_1.weight": "rows"}, "unknown placement 'rows'; expected 'replicate' or 'shard(0)'"),
     ],
 )
-def test_a_table_that_does_not_fit(change: dict[str, int], table: dict[str, str], message: str) -> None:
+def test_invalid_tables_are_refused(change: dict[str, int], table: dict[str, str], message: str) -> None:
     model = build_gpt2_model(**(SIZES | change))
     assert model.tensor_parallel is not None
     canonical = {path: leaf for path, leaf in model.spec.items() if path not in model.ties}
@@ -292,7 +292,7 @@ def test_a_table_that_does_not_fit(change: dict[str, int], table: dict[str, str]
     assert message in str(caught.value)
 
 
-def test_constrain_refuses_what_it_does_not_know() -> None:
+def test_constrain_refuses_unknown_placements() -> None:
     with pytest.raises(ModelError, match="unknown placement 'shard'"):
         af.constrain(torch.ones(2), "shard")
     x = torch.ones(2)
@@ -345,7 +345,7 @@ def test_parameters_without_dims(workers: WorkerPool, sizes: dict[str, int]) -> 
 
 
 def refused_twice() -> list[str]:
-    """What a batch is told whose tokens tp does not divide, twice; and the loss of one that fits, on another mesh."""
+    """Return the errors for a batch whose tokens tp does not divide, twice; and the loss of a valid one on another mesh."""
     said = []
     for sizes, tokens in (((2, 1, 1, 2), 5), ((2, 1, 1, 2), 5), ((1, 1, 2, 2), 6)):
         mesh = mesh_of(sizes[0], dp_shard=sizes[2], tp=sizes[3])
@@ -364,7 +364,7 @@ def refused_twice() -> list[str]:
     return said
 
 
-def test_what_is_refused_leaves_nothing_behind(workers: WorkerPool) -> None:
+def test_a_refused_stage_leaves_nothing_behind(workers: WorkerPool) -> None:
     """A mask of the embedding stayed in torch's caches, and the next one was compared with it."""
     for first, second, third in workers.run(refused_twice):
         assert "tokens equally; use " in first
@@ -383,6 +383,6 @@ def timeouts() -> set[float]:
     return {each.total_seconds() for each in (*(b.options._timeout for b in backends), *map(timeout_of, groups))}
 
 
-def test_all_groups_wait_as_long_as_the_default_one(workers: WorkerPool) -> None:
+def test_all_groups_have_the_default_timeout(workers: WorkerPool) -> None:
     (expected,) = set(map(frozenset, workers.run(timeouts)))
     assert len(expected) == 1 and expected != {1800.0}, "torch gives those of axes half an hour"

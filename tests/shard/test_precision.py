@@ -1,4 +1,4 @@
-"""Mixed precision: compute in bf16, add up in fp32."""
+"""Mixed precision: compute in bf16, accumulate in fp32."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def gradient(x: Tensor, mesh: Any, engine: str) -> Tensor:
 
 
 def rows(count: int) -> Tensor:
-    """A one, and then what bf16 would not add to it."""
+    """Return a one, then values too small for bf16 to add to it."""
     return torch.tensor([1.0] + [SMALL] * (count - 1))[:, None].expand(count, 2).contiguous()
 
 
@@ -69,7 +69,7 @@ def test_ranks_add_up_in_fp32(workers: WorkerPool, sizes: dict[str, int]) -> Non
 
 @pytest.mark.parametrize("engine", ["graph", "eager"])
 @pytest.mark.parametrize("model_name", ["mlp", "gpt2"])
-def test_it_is_the_model_in_bf16(model_name: str, engine: str) -> None:
+def test_bf16_equals_the_model_in_bf16(model_name: str, engine: str) -> None:
     """The policy gives what parameters in bf16 would, before their gradients are rounded."""
     s = af.schedule.build("zb_h1", num_ranks=2, num_microbatches=4)
     model, stages, loss, batch = make_case(model_name, 2, 8)

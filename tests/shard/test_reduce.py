@@ -1,4 +1,4 @@
-"""Gradients on their way to other ranks are in memory no longer than they are needed."""
+"""Gradients in transit stay in memory no longer than needed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.pool import WorkerPool
 
 
 def sums_left() -> list[int]:
-    """How many sums of earlier layers are in memory as each layer's are given away."""
+    """Count the sums of earlier layers in memory when each layer's are handed over."""
     post, seen, left = reduce.Reduction.post, [], []
 
     def noting(self: reduce.Reduction, sums: dict[str, Tensor]) -> None:
@@ -35,13 +35,13 @@ def sums_left() -> list[int]:
     return left
 
 
-def test_a_layers_sums_go_before_the_next_is_copied(workers: WorkerPool) -> None:
+def test_a_layers_sums_are_freed_before_the_next_is_copied(workers: WorkerPool) -> None:
     for left in workers.run(sums_left):
         assert len(left) > 1 and not any(left)
 
 
 class Work:
-    """A reduction that ends when it is told."""
+    """A reduction that ends on command."""
 
     def __init__(self) -> None:
         self.is_done, self.waits = False, 0
@@ -53,8 +53,8 @@ class Work:
         self.waits += 1
 
 
-def test_what_was_given_goes_as_soon_as_it_is_summed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """NCCL's works say so; nobody waits for them before the end of the step."""
+def test_gradients_are_freed_as_soon_as_they_are_summed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL's works report it; nothing waits for them before the end of the step."""
     works: list[Work] = []
     given: list[Any] = []
 

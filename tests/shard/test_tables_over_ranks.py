@@ -1,4 +1,4 @@
-"""Which parameters are cut, and what is said of sizes and tables that do not fit."""
+"""Which parameters are cut, and errors for sizes and tables that do not fit."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def plan_of(name: str, size: int = 2, table: Any = None, **changed: Any) -> Any:
 @pytest.mark.parametrize(
     "name", ["llama", "phi3", *(pytest.param(name, marks=pytest.mark.full) for name in ("qwen3", "gemma3", "mixtral"))]
 )
-def test_a_graph_gives_the_table_that_people_write(name: str) -> None:
+def test_a_derived_table_equals_the_handwritten_one(name: str) -> None:
     """Where transformers has one, and says that fused weights are gathered, those are cut in parts all the same."""
     assert plan_of(name, table="derived").cuts == plan_of(name, table="own").cuts
 
@@ -67,7 +67,7 @@ def test_a_norm_over_all_heads() -> None:
     assert {"up.weight", "up.bias", "down.weight"} <= plan_of("normed").cuts.keys()
 
 
-def test_a_table_of_ones_own() -> None:
+def test_a_custom_table() -> None:
     words = {"*.q_proj": "colwise", "*.k_proj": "colwise", "*.v_proj": "colwise", "*.o_proj": "rowwise"}
     placed = {f"{pattern}.weight": "shard(1)" if word == "rowwise" else "shard(0)" for pattern, word in words.items()}
     assert check("llama", 2, words)[0].cuts == check("llama", 2, placed)[0].cuts
@@ -101,7 +101,7 @@ class _Sorted(nn.Module):
         return made
 
 
-def test_an_operator_without_a_rule_is_computed_whole() -> None:
+def test_an_operator_without_a_rule_runs_on_whole_values() -> None:
     batch = {"x": torch.randn(4, 8)}
     model = af.from_module(_Sorted(), batch)
     assert "first.weight" not in model.over_ranks("tp", 2, None, sequence=False).cuts, "it begins no chain"
@@ -121,7 +121,7 @@ def test_an_operator_without_a_rule_is_computed_whole() -> None:
             "does not divide 3.*1, 3",
         ),
         ("llama", 2, "derived", {"num_attention_heads": 3, "num_key_value_heads": 3, "hidden_size": 12}, "divide 3.*1, 3"),
-        ("gpt2", 3, None, {}, "tp=3.*nothing of GPT2LMHeadModel can be cut|does not divide 4"),
+        ("gpt2", 3, None, {}, "tp=3.*nothing in GPT2LMHeadModel can be cut|does not divide 4"),
         ("llama", 2, None, {"intermediate_size": 25}, "does not divide dim 0 of parameter.*gate_proj.*25"),
         ("llama", 2, {"*.fc.weight": "shard(0)"}, {}, "matches no parameter"),
         ("llama", 2, {"*.fc": "colwise"}, {}, "matches no parameter"),
@@ -129,6 +129,6 @@ def test_an_operator_without_a_rule_is_computed_whole() -> None:
         ("gpt2", 2, "own", {}, "has no tensor parallel plan of its own"),
     ],
 )
-def test_what_does_not_fit(name: str, size: int, table: Any, changed: dict[str, Any], message: str) -> None:
+def test_invalid_tables_are_refused(name: str, size: int, table: Any, changed: dict[str, Any], message: str) -> None:
     with pytest.raises((MeshError, ModelError), match=message):
         plan_of(name, size, table, **changed)

@@ -21,7 +21,7 @@ GPT2 = ["wte", "wpe", "h.0", "h.1", "h.2", "h.3", "ln_f", "head"]
 
 
 def places(layers: list[str]) -> CutPoints:
-    """The layers as places, with a part at which nothing begins."""
+    """The layers as cut points, with a part that is refused."""
     return CutPoints({name: position for position, name in enumerate(layers)}, {"rotary": "needs no weights"})
 
 
@@ -60,10 +60,10 @@ def test_points(layers: list[str], points: list[str], starts: list[int] | None) 
         (GPT2, ["h.2", "h.*"], "'h.0' runs before 'h.2'"),
         (GPT2, [2], "split point 2 is int"),
         (GPT2, ["rotary"], "'rotary' needs no weights"),
-        (["a.h.0", "b.h.0"], ["h.0"], "ambiguous: it is the end of a.h.0, b.h.0"),
+        (["a.h.0", "b.h.0"], ["h.0"], "ambiguous: a.h.0, b.h.0 end in it"),
     ],
 )
-def test_points_that_are_none(layers: list[str], points: list[str], message: str) -> None:
+def test_invalid_points_are_refused(layers: list[str], points: list[str], message: str) -> None:
     with pytest.raises(SplitError, match=message):
         resolve_points(places(layers), points)
 
@@ -84,7 +84,7 @@ def test_balance_is_the_best_partition(costs: list[int], parts: int) -> None:
 
 
 def test_a_number_of_stages_counts_the_head() -> None:
-    """A head over a large vocabulary costs as much as many blocks, an embedding nothing."""
+    """A head over a large vocabulary costs as much as many blocks; an embedding costs nothing."""
     model = build_gpt2_model(vocab_size=4096, n_positions=8, n_embd=32, n_layer=8, n_head=2)
     stages = af.split(model, 2)
     blocks = [sum(name.startswith("h.") for name in stage.layers) for stage in stages]
@@ -94,7 +94,7 @@ def test_a_number_of_stages_counts_the_head() -> None:
     assert [len(stage.layers) for stage in equal] == [6, 6]
 
 
-def test_split_arguments_that_do_not_fit() -> None:
+def test_invalid_arguments_of_split_are_refused() -> None:
     model, _, _, _ = make_case("gpt2", 1, 2)
     with pytest.raises(SplitError, match="needs num_stages"):
         af.split(model, "auto")

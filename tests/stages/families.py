@@ -55,7 +55,7 @@ class Family:
     loss: Any = af.losses.causal_lm
 
     def theirs(self) -> Any:
-        """Their model; norms and biases are random too, and so is a head of its own."""
+        """Build their model; norms, biases and an untied head are random too."""
         torch.manual_seed(0)
         head = "ForConditionalGeneration" if self.kind == "T5" else "LMHeadModel" if self.kind == "GPT2" else "ForCausalLM"
         config = getattr(transformers, f"{self.kind}Config")(**self.settings)
@@ -67,12 +67,12 @@ class Family:
         return module
 
     def ours(self, theirs: nn.Module) -> tuple[af.Model, Any]:
-        """Our model from their configuration, with their weights."""
+        """Build our model from their configuration, with their weights."""
         model = self.build(**vars(self.module.config_from_hf(theirs.config)))
         return model, self.module.from_hf(theirs.state_dict(), model.config)
 
     def batch(self, rows: int) -> dict[str, Tensor]:
-        """With labels, of which each row has another number."""
+        """Make a batch with labels, a different number in each row."""
         generator = torch.Generator().manual_seed(rows)
         ids = torch.randint(0, VOCABULARY, (rows, 13), generator=generator)
         labels = ids[:, 1:].clone()

@@ -1,4 +1,4 @@
-"""What travels, what is tied and what is hidden; tests/stages/test_huggingface.py compares the rest with transformers."""
+"""Values that cross, ties and masks; tests/stages/test_huggingface.py compares the rest with transformers."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_only_what_is_needed_crosses() -> None:
     }
 
 
-def test_what_is_tied() -> None:
+def test_ties() -> None:
     model = build_encoder_decoder_model(**T5_SIZES)
     positions = "{}.layer.0.SelfAttention.relative_attention_bias.weight"
     assert model.ties == {
@@ -55,14 +55,14 @@ def test_what_is_tied() -> None:
 
 
 @pytest.mark.parametrize("both_ways", [True, False])
-def test_buckets_are_theirs(both_ways: bool) -> None:
+def test_buckets_equal_transformers(both_ways: bool) -> None:
     distance = torch.arange(-300, 301)
     expected = T5Attention._relative_position_bucket(distance, both_ways, num_buckets=32, max_distance=128)
     found = bucket(distance, 32, 128, both_ways)
     assert torch.equal(found, expected) and found.dtype == torch.int64
 
 
-def test_what_may_be_seen() -> None:
+def test_padding_and_later_tokens_are_hidden() -> None:
     model = build_encoder_decoder_model(**T5_SIZES)
     params = model.init(seed=1)
     logits = model(params, BATCH)
@@ -75,7 +75,7 @@ def test_what_may_be_seen() -> None:
     assert changed.nonzero().flatten().tolist() == [4, 5, 6]
 
 
-def test_without_a_mask_nothing_is_padding() -> None:
+def test_without_a_mask_there_is_no_padding() -> None:
     model = build_encoder_decoder_model(**T5_SIZES)
     params = model.init(seed=1)
     without = {name: leaf for name, leaf in BATCH.items() if name != "attention_mask"}
@@ -91,7 +91,7 @@ def test_dropout_works_with_a_key_only() -> None:
     assert torch.equal(dropped, model(params, {**BATCH, "key": (0, 1)}))
 
 
-def test_every_dropout_has_a_name_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_dropout_has_its_own_name(monkeypatch: pytest.MonkeyPatch) -> None:
     names: list[str] = []
 
     def record(x: torch.Tensor, p: float, batch: Any, name: str) -> torch.Tensor:
@@ -104,7 +104,7 @@ def test_every_dropout_has_a_name_of_its_own(monkeypatch: pytest.MonkeyPatch) ->
     assert len(names) == len(set(names)) == 4 + 2 * 4 + 3 * 6
 
 
-def test_a_head_whose_features_are_not_scaled_is_its_own() -> None:
+def test_a_head_with_unscaled_features_is_untied() -> None:
     def tied(**settings: Any) -> bool:
         return config_from_hf({"model_type": "t5", **T5_SIZES, **settings}).tie_word_embeddings
 
@@ -112,7 +112,7 @@ def test_a_head_whose_features_are_not_scaled_is_its_own() -> None:
     assert not tied(tie_word_embeddings=True, scale_decoder_outputs=False), "as transformers 5 writes T5 v1.1"
 
 
-def test_settings_that_do_not_fit() -> None:
+def test_invalid_settings_are_refused() -> None:
     with pytest.raises(ModelError, match=r"dropout_rate=1.0 is not a probability in \[0, 1\)"):
         build_encoder_decoder_model(**T5_SIZES, dropout_rate=1.0)
     with pytest.raises(ModelError, match="feed_forward_proj='gelu' is not supported; did you mean relu or gated-gelu"):

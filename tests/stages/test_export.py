@@ -1,4 +1,4 @@
-"""`write_pretrained` of a model of pure layers: transformers loads what it wrote."""
+"""`write_pretrained` of a model of pure layers: transformers loads the result."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_errors(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_of_any_model_that_says_so(tmp_path: Path) -> None:
+def test_custom_models_can_be_exported(tmp_path: Path) -> None:
     layer = af.Layer(init=lambda key: {"weight": key.normal("weight", (2, 2))}, apply=lambda params, x, batch: x)
     told = {"model_type": "mine", "architectures": ["Mine"]}
     model = af.Model({"a": layer}, in_transformers=lambda params: (told, {"b.weight": tree.flatten(params)["a.weight"]}))

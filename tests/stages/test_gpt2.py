@@ -1,4 +1,4 @@
-"""GPT-2 against transformers' own."""
+"""GPT-2 against that of transformers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def theirs() -> GPT2LMHeadModel:
     return module
 
 
-def test_loss_and_gradients_are_theirs(theirs: GPT2LMHeadModel) -> None:
+def test_loss_and_gradients_equal_transformers(theirs: GPT2LMHeadModel) -> None:
     model = build_gpt2_model(**SIZES)
     params = from_hf(theirs.state_dict(), model.config)
     ids = torch.randint(0, 61, (4, 25))
@@ -73,7 +73,7 @@ def test_attention_with_dropout_is_the_same_attention() -> None:
         ({"attn_pdrop": 1.5}, "attn_pdrop=1.5 is not a probability"),
     ],
 )
-def test_sizes_that_do_not_fit(sizes: dict[str, int], message: str) -> None:
+def test_invalid_sizes_are_refused(sizes: dict[str, int], message: str) -> None:
     with pytest.raises(ModelError, match=message):
         build_gpt2_model(**{**SIZES, **sizes})
 
@@ -84,7 +84,7 @@ def test_a_sequence_that_is_too_long() -> None:
         model(model.init(), {"input_ids": torch.zeros(1, 25, dtype=torch.int64)})
 
 
-def test_state_dicts_that_do_not_fit(theirs: GPT2LMHeadModel) -> None:
+def test_invalid_state_dicts_are_refused(theirs: GPT2LMHeadModel) -> None:
     config, state = build_gpt2_model(**SIZES).config, theirs.state_dict()
     with pytest.raises(ModelError, match=r"has no 'ln_f.bias'"):
         from_hf({name: leaf for name, leaf in state.items() if name != "transformer.ln_f.bias"}, config)

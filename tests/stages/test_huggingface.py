@@ -1,4 +1,4 @@
-"""Every model against transformers' own, and in a pipeline."""
+"""Every model against that of transformers, and in a pipeline."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ALL = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 
 
 @ALL
-def test_logits_are_theirs(family: Family) -> None:
+def test_logits_equal_transformers(family: Family) -> None:
     theirs = family.theirs()
     model, params = family.ours(theirs)
     batch = family.batch(3)
@@ -37,7 +37,7 @@ def test_logits_are_theirs(family: Family) -> None:
 
 
 @ALL
-def test_weights_there_and_back(family: Family) -> None:
+def test_weights_round_trip(family: Family) -> None:
     theirs = family.theirs()
     model, params = family.ours(theirs)
     state = theirs.state_dict()
@@ -50,7 +50,7 @@ def test_weights_there_and_back(family: Family) -> None:
 
 
 @ALL
-def test_gradients_are_theirs(family: Family) -> None:
+def test_gradients_equal_transformers(family: Family) -> None:
     theirs = family.theirs()
     model, params = family.ours(theirs)
     batch = family.batch(3)
@@ -144,7 +144,7 @@ def test_configurations_that_are_refused(name: str, changes: dict[str, Any], mes
         family.module.config_from_hf({**given, **changes})
 
 
-def test_what_is_no_configuration() -> None:
+def test_other_objects_are_refused() -> None:
     with pytest.raises(ModelError, match="llama: a str is not a configuration; expected one of transformers, or its dict"):
         llama.config_from_hf("meta-llama/Llama-3.1-8B")
 
@@ -173,7 +173,7 @@ def test_state_dicts_that_are_refused(family: Family) -> None:
         ("t5 v1.0", "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"),
     ],
 )
-def test_old_files_hold_what_nobody_reads(name: str, extra: str) -> None:
+def test_unused_entries_of_old_files_are_ignored(name: str, extra: str) -> None:
     family = FAMILIES[name]
     theirs = family.theirs()
     model, params = family.ours(theirs)
@@ -194,7 +194,7 @@ def test_positions_of_both_generations_of_configurations() -> None:
     assert (plain.rope_theta, plain.rope_scaling) == (10000.0, None)
 
 
-def test_defaults_are_those_of_their_configurations() -> None:
+def test_defaults_equal_transformers() -> None:
     """A file may leave out what its class has by default."""
     from transformers import GPT2Config, LlamaConfig, MistralConfig, MixtralConfig, Qwen3Config, T5Config
 

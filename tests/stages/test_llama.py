@@ -1,4 +1,4 @@
-"""What Llama's settings do; tests/stages/test_huggingface.py compares all of it with transformers."""
+"""The effects of Llama's settings; tests/stages/test_huggingface.py compares the rest with transformers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.stages.families import LLAMA3, SIZES
 BATCH = {"input_ids": torch.arange(12)[None] % 19}
 
 
-def test_a_window_that_covers_the_sequence_is_none() -> None:
+def test_a_window_that_covers_the_sequence_has_no_effect() -> None:
     plain = build_llama_model(**SIZES)
     params = plain.init(seed=1)
     expected = plain(params, BATCH)
@@ -24,7 +24,7 @@ def test_a_window_that_covers_the_sequence_is_none() -> None:
     assert not torch.allclose(build_llama_model(**SIZES, sliding_window=11)(params, BATCH)[:, -1], expected[:, -1])
 
 
-def test_a_window_hides_what_is_before_it() -> None:
+def test_a_window_hides_earlier_tokens() -> None:
     model = build_llama_model(**{**SIZES, "num_hidden_layers": 1}, sliding_window=4)
     params = model.init(seed=1)
     logits = model(params, BATCH)
@@ -71,6 +71,6 @@ def test_parameters_of_each_kind() -> None:
         ({"rope_scaling": {**LLAMA3, "factor": 0}}, "'llama3' has factor=0; expected a number > 0"),
     ],
 )
-def test_settings_that_do_not_fit(settings: dict[str, Any], message: str) -> None:
+def test_invalid_settings_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ModelError, match=message):
         build_llama_model(**{**SIZES, **settings})

@@ -1,4 +1,4 @@
-"""Routing and the loss that balances it; tests/stages/test_huggingface.py compares logits and weights with transformers."""
+"""Routing and its balance loss; tests/stages/test_huggingface.py compares logits and weights with transformers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def by_counting(logits: Tensor, top_k: int) -> float:
     return count * sum(c * p for c, p in zip(chosen, probability, strict=True))
 
 
-def test_the_balance_loss_is_the_mean_over_layers_of_theirs() -> None:
+def test_the_balance_loss_is_the_mean_of_transformers_over_layers() -> None:
     theirs = FAMILY.theirs()
     model, params = FAMILY.ours(theirs)
     batch = FAMILY.batch(3)
@@ -44,7 +44,7 @@ def test_the_balance_loss_is_the_mean_over_layers_of_theirs() -> None:
     assert not torch.allclose(found, load_balancing_loss_func(gates, 5, 2), rtol=1e-3), "theirs lets layers make up"
 
 
-def test_with_one_layer_loss_and_gradients_are_theirs() -> None:
+def test_with_one_layer_loss_and_gradients_equal_transformers() -> None:
     theirs = ONE_LAYER.theirs()
     model, params = ONE_LAYER.ours(theirs)
     batch = ONE_LAYER.batch(3)
@@ -105,7 +105,7 @@ def test_the_loss_adds_the_balance_and_reports_it() -> None:
     torch.testing.assert_close(collected["balance_loss"], torch.stack(halves).mean())
 
 
-def test_settings_that_do_not_fit() -> None:
+def test_invalid_settings_are_refused() -> None:
     with pytest.raises(ModelError, match="moe: num_experts_per_tok=0, expected from 1 to num_local_experts=8"):
         build_moe_model(**SIZES, num_experts_per_tok=0)
     with pytest.raises(ModelError, match="moe: num_hidden_layers=0, expected at least 1"):

@@ -1,4 +1,4 @@
-"""What workers do in tests of how they are forked. It imports nothing that takes time."""
+"""The work of forked workers in tests. Its imports are cheap."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`schedule: auto`: what is measured with, what limits the search, and that all ranks get the same."""
+"""`schedule: auto`: the schedule to measure with, the limits of the search, and the same result on all ranks."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def recipe_of(folder: Path, *words: str) -> Recipe:
     return prepare(parse_config(load_config(folder / "cfg.yaml", words)))
 
 
-def test_what_is_measured_with(folder: Path) -> None:
+def test_the_schedule_to_measure_with(folder: Path) -> None:
     recipe = recipe_of(folder, "distributed.schedule=auto")
     assert recipe.searches and recipe.schedule.name == "1f1b" and recipe.axes.pp == 2
     several = recipe_of(folder, "distributed.schedule=Auto", "distributed.split_points=4")

@@ -1,4 +1,4 @@
-"""A run that keeps a moving average of its parameters: what it is, where it goes, and that it goes on."""
+"""Runs that keep a moving average of their parameters: its values, its files, and how it resumes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ WORDS = "finetune", "llm", "-c", "run.yaml", "--checkpoint.restore_from"
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eight steps, of which each second moves the average on."""
+    """Eight steps; every second one moves the average."""
     folder = tmp_path_factory.mktemp("average")
     finetune(folder, **SECTIONS)
     return folder
@@ -49,7 +49,7 @@ def validation_losses(folder: Path) -> dict[int, float]:
     return {line["step"]: line["validation_loss"] for line in lines if "validation_loss" in line}
 
 
-def test_it_is_that_of_the_steps(run: Path) -> None:
+def test_it_averages_the_steps(run: Path) -> None:
     average = flatten(scope()["build"]().state_dict())
     for step in range(1, 9):
         params = load_file(run / "out" / "checkpoints" / f"step_{step}" / "model.safetensors")
@@ -79,7 +79,7 @@ def test_it_is_validated(run: Path) -> None:
     assert "weights: out/model_ema.safetensors" in by_name.out and f"validation loss: {loss:.4f}" in by_name.out
 
 
-def test_a_run_goes_on_with_it(folder: Path) -> None:
+def test_a_resumed_run_continues_it(folder: Path) -> None:
     done = run_here(folder, *WORDS, "out/checkpoints/step_3", "--output_dir", "more")
     assert done.status == 0, done.err
     for name in ("model.safetensors", "model_ema.safetensors"):
@@ -88,7 +88,7 @@ def test_a_run_goes_on_with_it(folder: Path) -> None:
     assert "model.safetensors, model_ema.safetensors" in " ".join(done.out.split())
 
 
-def test_a_checkpoint_without_one(folder: Path) -> None:
+def test_a_checkpoint_without_an_average(folder: Path) -> None:
     begin = "--ema", "null", "--output_dir", "none", "--step_scheduler.max_steps", "2"
     assert run_here(folder, *WORDS[:4], *begin).status == 0
     assert not (folder / "none" / "model_ema.safetensors").exists()

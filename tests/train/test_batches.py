@@ -1,4 +1,4 @@
-"""The next batch is read while a device computes: the same rows, in the same order, and at most one batch early."""
+"""The next batch is read while a device computes: the same rows, in the same order, at most one batch early."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CPU = torch.device("cpu")
 
 
 def numbered(count: int, asked: list[Any]) -> Iterator[list[Part]]:
-    """Batches by number, of which each is noted when it is read; then an error."""
+    """Yield numbered batches, noting when each is read; then raise an error."""
     for number in range(count):
         asked.append(number)
         here.enter("reading rows")
@@ -38,7 +38,7 @@ def numbered(count: int, asked: list[Any]) -> Iterator[list[Part]]:
 
 
 @pytest.mark.parametrize("ahead", [False, True])
-def test_one_batch_early_and_no_more(ahead: bool) -> None:
+def test_at_most_one_batch_is_read_ahead(ahead: bool) -> None:
     asked: list[Any] = []
     batches, phases = Batches(numbered(3, asked), CPU, reads_ahead=ahead), []
     with pytest.raises(DataError, match="torn"):
@@ -53,7 +53,7 @@ def test_one_batch_early_and_no_more(ahead: bool) -> None:
 
 
 class Kept:
-    """Notes what a checkpoint after each step would say."""
+    """Notes the extra values a checkpoint would have after each step."""
 
     is_busy = False
 
@@ -71,7 +71,7 @@ class Kept:
 
 
 def trained(ahead: bool, monkeypatch: pytest.MonkeyPatch) -> tuple[TrainResult, list[Any], list[str]]:
-    """A run of more than an epoch, what its checkpoints would say, and the order in which it reads rows and losses."""
+    """Return a run of more than an epoch, its checkpoints' extra values, and its order of reading rows and losses."""
     steps = {**CONFIG["step_scheduler"], "max_steps": 8, "num_epochs": 5}
     recipe = prepare(parse_config({**CONFIG, "step_scheduler": steps}))
     rows, order, kept = recipe.dataset, [], Kept()
@@ -93,7 +93,7 @@ def trained(ahead: bool, monkeypatch: pytest.MonkeyPatch) -> tuple[TrainResult, 
     return result, kept.extras, order
 
 
-def test_a_run_is_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reading_ahead_does_not_change_a_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     late, late_extras, late_order = trained(False, monkeypatch)
     early, early_extras, early_order = trained(True, monkeypatch)
     assert late_order == (["row"] * 4 + ["loss"]) * 8

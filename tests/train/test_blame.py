@@ -1,4 +1,4 @@
-"""Of several failed processes the cause is named, not those that it took with it."""
+"""Among several failed processes the cause is named, not its consequences."""
 
 from __future__ import annotations
 
@@ -66,15 +66,15 @@ ABORT = failure(9, -signal.SIGABRT, timestamp=90)
         (failure(3, 5), "exit code 5"),
     ],
 )
-def test_what_nccl_aborts_is_not_the_cause(cause: Any, words: str) -> None:
-    """Its watchdog aborts those that wait for the one that failed, and they may be seen first."""
+def test_nccl_aborts_are_not_the_cause(cause: Any, words: str) -> None:
+    """NCCL's watchdog aborts those that wait for the failed process, and they may be seen first."""
     found = report({0: ABORT, 1: cause, 2: failure(2, -signal.SIGTERM)}, {2}, ["before 0B0", "in 1F3", ""])
     assert found.startswith("rank 1 (in 1F3) failed: ") and words in found
     assert "rank 0 was ended, or failed after it" in found and "SIGABRT" not in found
 
 
-def test_where_all_were_when_nccl_has_waited_too_long(tmp_path: Path) -> None:
-    """No rank is the cause for certain, so each is told of, with what NCCL's watchdog has said."""
+def test_positions_of_all_ranks_after_an_nccl_timeout(tmp_path: Path) -> None:
+    """No rank is certain to be the cause, so each is reported, with the message of NCCL's watchdog."""
     work = "WorkNCCL(SeqNum=7, OpType=SEND, NumelIn=4, NumelOut=4, Timeout(ms)=600000) ran for 600081 milliseconds"
     (tmp_path / "logs").mkdir()
     for rank in (0, 2):
@@ -94,18 +94,18 @@ def test_where_all_were_when_nccl_has_waited_too_long(tmp_path: Path) -> None:
     ]
 
 
-def test_a_crash_is_before_who_lost_it() -> None:
+def test_a_crash_comes_before_its_lost_peers() -> None:
     found = report({0: failure(1, 1, LOST, timestamp=80), 1: ABORT}, set())
     assert found.startswith("rank 1 failed: aborted (SIGABRT)")
 
 
-def test_where_it_was() -> None:
+def test_the_failing_position_is_named() -> None:
     found = report({1: failure(1, -signal.SIGKILL)}, set(), ["step 7, before 0B2", "step 7, in 1F3"])
     assert found == "rank 1 (step 7, in 1F3) failed: killed by SIGKILL"
     assert report({1: failure(1, -signal.SIGKILL)}, set(), ["", ""]) == "rank 1 failed: killed by SIGKILL"
 
 
-def test_its_log_is_named() -> None:
+def test_the_log_is_named() -> None:
     failures = {0: failure(2, 1, GLOO), 1: failure(1, -signal.SIGKILL)}
     assert report(failures, {2}, (), Path("out")).splitlines() == [
         "rank 1 failed: killed by SIGKILL",
@@ -116,20 +116,20 @@ def test_its_log_is_named() -> None:
     assert report({0: hang}, set(), (), Path("out")) == "no progress\nlog: out/logs/rank_0.log"
 
 
-def test_a_hang_speaks_of_all_ranks() -> None:
+def test_a_hang_covers_all_ranks() -> None:
     said = "no progress for 61 s\n  rank 0: step 7, waits for rank 1"
     found = report({0: failure(1, 1, f"autofunc.errors.HangError: {said}"), 1: failure(2, -signal.SIGTERM)}, {2})
     assert found == said
 
 
-def test_one_that_raised_and_was_then_ended() -> None:
-    """It wrote its error down, hung while it left, and its victim was seen first."""
+def test_a_rank_that_raised_and_was_then_ended() -> None:
+    """It recorded its error, hung while it exited, and its victim was seen first."""
     found = report({0: failure(1, 1, LOST), 1: failure(2, -signal.SIGKILL, VALUE_ERROR, timestamp=130)}, {2})
     assert found.startswith("rank 1 failed: ") and VALUE_ERROR in found
 
 
 def test_brief() -> None:
-    """The user's lines and the last message, of any chain; what is no traceback is shown as it is."""
+    """The user's lines and the last message, of any chain; other text is shown unchanged."""
 
     def raise_in_chain() -> None:
         try:
@@ -150,7 +150,7 @@ def test_the_whole_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     assert f"Traceback\n{VALUE_ERROR}" in report({0: failure(1, 1, VALUE_ERROR)}, set())
 
 
-def test_the_flight_recorder_of_nccl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nccls_flight_recorder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_DUMP_ON_TIMEOUT", "TORCH_FR_DUMP_TEMP_FILE")
     older = ("TORCH_NCCL_TRACE_BUFFER_SIZE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE")
     for name in (*names, *older):
@@ -158,34 +158,34 @@ def test_the_flight_recorder_of_nccl(tmp_path: Path, monkeypatch: pytest.MonkeyP
     recorder, logs = FlightRecorder(tmp_path), tmp_path / "logs"
     prefix = f"{logs}/nccl_trace_rank_"
     assert recorder.variables() == dict(zip(names, ("2000", "1", prefix), strict=True))
-    assert recorder.said(0.0) == [], "nothing is there"
+    assert recorder.dumps(0.0) == [], "nothing is there"
     logs.mkdir()
     for number in (1, 0):
         Path(f"{prefix}{number}").touch()
     (logs / "rank_0.log").touch()
-    (line,) = recorder.said(0.0)
+    (line,) = recorder.dumps(0.0)
     assert f"{logs}: nccl_trace_rank_0, nccl_trace_rank_1 (torchfrtrace -p nccl_trace_rank_ {logs})" in line
-    assert recorder.said(time.time() + 60) == [], "those of a run before"
+    assert recorder.dumps(time.time() + 60) == [], "those of a run before"
 
     monkeypatch.setenv("TORCH_NCCL_TRACE_BUFFER_SIZE", "7")
     monkeypatch.setenv("TORCH_NCCL_DEBUG_INFO_TEMP_FILE", str(tmp_path / "mine"))
     assert recorder.variables() == {"TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}
     (tmp_path / "mine3").touch()
-    assert "mine3" in recorder.said(0.0)[0]
+    assert "mine3" in recorder.dumps(0.0)[0]
 
 
-def test_a_hang_leaves_what_it_knows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hang_dumps_the_flight_recorder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Our watchdog comes before torch's own timeout, which would write the same files."""
     recorder = FlightRecorder(tmp_path)
     for name, value in recorder.variables().items():
         monkeypatch.setenv(name, value)
     keep_record()
-    assert recorder.said(0.0) == [], "this build has no NCCL"
+    assert recorder.dumps(0.0) == [], "this build has no NCCL"
     monkeypatch.setattr(c10d, "_dump_nccl_trace", c10d._dump_fr_trace, raising=False)
     monkeypatch.setattr("torch.distributed.get_rank", lambda: 3)
     keep_record()
     assert pickle.loads((tmp_path / "logs" / "nccl_trace_rank_3").read_bytes())["entries"] == []
-    assert "nccl_trace_rank_3" in recorder.said(0.0)[0]
+    assert "nccl_trace_rank_3" in recorder.dumps(0.0)[0]
 
     monkeypatch.setenv("TORCH_FR_DUMP_TEMP_FILE", str(tmp_path / "logs" / "nccl_trace_rank_3" / "below"))
     keep_record()  # cannot be written, and ends nothing
@@ -195,7 +195,7 @@ def test_a_hang_leaves_what_it_knows(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert not (tmp_path / "off3").exists()
 
 
-def test_it_is_on_where_workers_compute_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_flight_recorder_is_on_for_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     for found, wanted, is_on in (
         (0, None, False),
         (0, "cuda", True),

@@ -1,4 +1,4 @@
-"""Runs that are ended and go on: the same bits, the right folder, and one line for what cannot be."""
+"""Runs that end and resume: the same bits, the right folder, and one line for each mistake."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ SMALL = (
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with three epochs in it, a checkpoint after each fourth step and at the end of each epoch."""
+    """A run of three epochs, with a checkpoint after every fourth step and at the end of each epoch."""
     folder = tmp_path_factory.mktemp("runs")
     (folder / "corpus").mkdir()
     (folder / "corpus" / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 12)
@@ -67,7 +67,7 @@ def metrics(run: Path) -> list[dict[str, float]]:
 
 
 def assert_same_run(one: Path, other: Path) -> None:
-    """Losses, norms and weights bit for bit; one may have been validated more often."""
+    """Compare losses, norms and weights bit for bit; one run may have been validated more often."""
     found = {(line["step"], *sorted(line)): line for line in metrics(other)}
     for line in metrics(one):
         assert found[(line["step"], *sorted(line))] == line
@@ -75,7 +75,7 @@ def assert_same_run(one: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize("more", [(), ("--checkpoint.is_async", "true", "--checkpoint.save_consolidated", "every")])
-def test_a_run_that_was_told_to_end_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatch, more: tuple[str, ...]) -> None:
+def test_a_run_that_was_told_to_end_resumes(folder: Path, monkeypatch: pytest.MonkeyPatch, more: tuple[str, ...]) -> None:
     monkeypatch.setenv("END_AT", "60")
     ended = again(folder, *more)
     assert ended.status == 0, ended.err
@@ -95,7 +95,7 @@ def test_a_run_that_was_told_to_end_goes_on(folder: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.full
 @pytest.mark.parametrize("sizes", [{"pp_size": 2, "split_points": "[h.1]"}, {"dp_size": 2}], ids=["pp", "dp"])
-def test_all_processes_end_after_the_step_in_which_one_was_told_to(
+def test_all_processes_end_after_the_same_step(
     folder: Path, monkeypatch: pytest.MonkeyPatch, sizes: dict[str, object]
 ) -> None:  # fmt: skip
     layout = [word for name, value in sizes.items() for word in (f"--distributed.{name}", str(value))]
@@ -112,8 +112,8 @@ def test_all_processes_end_after_the_step_in_which_one_was_told_to(
     assert metrics(folder / "ended") == metrics(folder / "whole")
 
 
-def test_a_run_goes_on_from_any_checkpoint(folder: Path) -> None:
-    """Longer than it was meant to be, from the latest in its folder; and from an older one in a folder of its own."""
+def test_a_run_resumes_from_any_checkpoint(folder: Path) -> None:
+    """Resume for longer than planned, from the latest checkpoint in its folder; and from an older one in a new folder."""
     first = folder / "runs" / "cfg"
     shutil.copytree(first, folder / "before", symlinks=True)
     assert again(folder, "--step_scheduler.max_steps", "13", "--checkpoint.restore_from", "LATEST").status == 0
@@ -141,7 +141,7 @@ def test_old_checkpoints_go_and_the_best_stays(folder: Path) -> None:
     assert "step_8' is not the latest" in said
 
 
-def test_folders_are_not_overwritten_unless_that_is_asked_for(folder: Path) -> None:
+def test_folders_are_overwritten_on_request_only(folder: Path) -> None:
     here = "--output_dir", "runs/cfg"
     said = again(folder, *here).err
     assert "already holds a run" in said and "--checkpoint.restore_from LATEST to resume it" in said
@@ -154,7 +154,7 @@ def test_folders_are_not_overwritten_unless_that_is_asked_for(folder: Path) -> N
     ]  # fmt: skip
 
 
-def test_auto_begins_anew_where_there_is_none(folder: Path) -> None:
+def test_auto_starts_fresh_without_a_checkpoint(folder: Path) -> None:
     shutil.rmtree(folder / "runs" / "cfg" / "checkpoints")
     words = "--checkpoint.restore_from", "AUTO", "--output_dir", "runs/cfg", "--step_scheduler.max_steps", "1"
     assert again(folder, *words).status == 0
@@ -178,7 +178,7 @@ WRONG = {
 }
 
 
-def test_what_cannot_be_gone_on_from(folder: Path) -> None:
+def test_checkpoints_that_cannot_be_resumed(folder: Path) -> None:
     for words, expected in WRONG.items():
         done = again(folder, *words)
         assert done.status == 2 and done.err.startswith("error: "), (words, done)
@@ -188,7 +188,7 @@ def test_what_cannot_be_gone_on_from(folder: Path) -> None:
     assert done.status != 0 and "of a different optimizer than" in done.err
 
 
-def test_a_full_disk_ends_no_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_does_not_end_the_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 

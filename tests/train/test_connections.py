@@ -1,4 +1,4 @@
-"""The connections that `autofunc plan` counts are those that a pipeline makes."""
+"""`autofunc plan` counts the connections that a pipeline makes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.cases import cut_evenly, plan_of
 
 
 @pytest.mark.parametrize(("schedule", "ranks"), [("1f1b", 4), ("interleaved_1f1b", 3), ("zbv", 2), ("gpipe", 1)])
-def test_they_are_those_of_the_pipeline(schedule: str, ranks: int) -> None:
+def test_the_count_matches_the_pipeline(schedule: str, ranks: int) -> None:
     model: Any = build_gpt2_model(vocab_size=18, n_positions=8, n_embd=8, n_layer=6, n_head=2)  # ties the ends
     made = af.schedule.build(schedule, num_ranks=ranks, num_microbatches=6)
     stages, loss = cut_evenly(model, made.num_stages), af.losses.causal_lm
@@ -31,7 +31,7 @@ def test_they_are_those_of_the_pipeline(schedule: str, ranks: int) -> None:
     assert sum(found) == 2 * len(channels) and (ranks == 1) == (not channels)
 
 
-def test_what_they_take() -> None:
+def test_their_memory() -> None:
     few = af.Transfers(max_ctas=4)
     assert most_bytes(3, af.Transfers()) == 3 * 32 * 4 * 2**20 and most_bytes(3, few) == 3 * 4 * 4 * 2**20
     assert "32 channels (NCCL's limit" in assumed(af.Transfers()) and "4 channels (transfers.max_ctas)" in assumed(few)

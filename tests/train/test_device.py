@@ -1,4 +1,4 @@
-"""Every process has a GPU of its own, or all compute on the CPU; too few GPUs are found before anything starts."""
+"""Every process has its own GPU, or all compute on the CPU; missing GPUs are found before anything starts."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_too_few_gpus(monkeypatch: pytest.MonkeyPatch, wanted: str | None, found
 
 
 @pytest.mark.parametrize(("wanted", "found", "needed"), [(None, 0, 4), ("cpu", 1, 2), (None, 4, 4), ("cuda", 2, 1)])
-def test_enough(monkeypatch: pytest.MonkeyPatch, wanted: str | None, found: int, needed: int) -> None:
+def test_enough_gpus(monkeypatch: pytest.MonkeyPatch, wanted: str | None, found: int, needed: int) -> None:
     gpus(monkeypatch, found)
     check_devices(wanted, needed)  # type: ignore[arg-type]
 

@@ -52,7 +52,7 @@ def test_the_folder_is_the_trained_model(folder: Path, more: tuple[str, ...]) ->
         assert all(torch.equal(leaf, other[name]) for name, leaf in module.state_dict().items())
 
 
-def test_what_cannot_be_exported_is_told_before_the_start(folder: Path) -> None:
+def test_unexportable_models_are_refused_before_the_start(folder: Path) -> None:
     text = (folder / "cfg.yaml").read_text()
     (folder / "own.yaml").write_text("model: {_target_: own.py:Net}\nexport: model\n" + text[text.index("dataset:") :])
     for words, said in (
@@ -66,7 +66,7 @@ def test_what_cannot_be_exported_is_told_before_the_start(folder: Path) -> None:
         assert not (folder / "runs").exists()
 
 
-def test_the_folder_has_the_tokenizer_of_the_dataset(folder: Path) -> None:
+def test_the_folder_has_the_datasets_tokenizer(folder: Path) -> None:
     name = write_tokenizer(folder / "pieces")
     text = (folder / "cfg.yaml").read_text().replace("vocab_size: 256", "vocab_size: 512")
     text = text.replace("path: corpus,", "path: corpus, tokenizer: pieces,")

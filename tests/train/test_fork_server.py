@@ -1,4 +1,4 @@
-"""Workers that are forked: what they find, how their ends are told, and that none is left."""
+"""Forked workers: their environment, how their ends are reported, and that none is left."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def server() -> Iterator[ForkServer]:
 
 
 def ended(server: ForkServer, hows: list[str]) -> dict[int, int]:
-    """Exit code by rank of those that end by themselves."""
+    """Return the exit codes by rank of workers that end on their own."""
     pids = server.fork(partial(end, hows), [{"RANK": str(rank)} for rank in range(len(hows))], Path("nowhere"))
     found: dict[int, int] = {}
     until = time.monotonic() + 30
@@ -66,7 +66,7 @@ def ended(server: ForkServer, hows: list[str]) -> dict[int, int]:
     return found
 
 
-def test_how_each_ended_is_told(server: ForkServer) -> None:
+def test_exit_codes_are_reported(server: ForkServer) -> None:
     hows = ["", "SIGKILL", "sleep", "leave", "SIGINT"]
     assert ended(server, hows) == {0: 0, 1: -9, 3: 7, 4: -2}
     (asleep,) = server.signal(signal.SIGTERM)
@@ -74,7 +74,7 @@ def test_how_each_ended_is_told(server: ForkServer) -> None:
     assert not server.signal(signal.SIGTERM)
 
 
-def test_what_workers_find(server: ForkServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_environments(server: ForkServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before, handlers = dict(os.environ), [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
     launch(server, 2, partial(note, tmp_path), recorder=FlightRecorder(tmp_path))
     first, second = (dict(line.split("=", 1) for line in (tmp_path / rank).read_text().splitlines()) for rank in "01")
@@ -89,7 +89,7 @@ def test_what_workers_find(server: ForkServer, tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.parametrize(("how", "words"), [("leave", "exit code 7"), ("SIGSEGV", "killed by SIGSEGV")])
-def test_one_that_fails_ends_the_others(server: ForkServer, how: str, words: str) -> None:
+def test_a_failing_worker_ends_the_others(server: ForkServer, how: str, words: str) -> None:
     began = time.monotonic()
     with pytest.raises(PipelineRunError, match=f"^rank 1 failed: .*{words}.*\nrank 0 was ended, or failed after it$"):
         launch(server, 2, partial(end, ["sleep", how]))
@@ -111,7 +111,7 @@ def test_a_launcher_that_is_told_to_end(server: ForkServer, number: signal.Signa
     assert not server.signal(signal.SIGTERM), "none is left"
 
 
-def test_a_server_that_is_gone() -> None:
+def test_a_dead_server() -> None:
     with ForkServer.started([]) as server:
         os.kill(server._pid, signal.SIGKILL)
         with pytest.raises(PipelineRunError, match="the fork server was killed by SIGKILL"):
@@ -119,7 +119,7 @@ def test_a_server_that_is_gone() -> None:
 
 
 @pytest.mark.parametrize("how", ["forked", "started"])
-def test_a_launcher_that_is_gone_leaves_nothing(tmp_path: Path, how: str) -> None:
+def test_a_dead_launcher_leaves_nothing(tmp_path: Path, how: str) -> None:
     (tmp_path / "pids").mkdir()
     (tmp_path / "folder").mkdir()
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -136,8 +136,8 @@ def test_a_launcher_that_is_gone_leaves_nothing(tmp_path: Path, how: str) -> Non
         time.sleep(0.05)
 
 
-def test_a_fork_of_the_launcher_does_nothing_of_the_launchers(tmp_path: Path) -> None:
-    """Its workers end as Python does: what they have not yet written is."""
+def test_a_fork_does_none_of_the_launchers_work(tmp_path: Path) -> None:
+    """Workers end as Python does: open files are flushed."""
     (tmp_path / "left").mkdir()
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     launcher = subprocess.run(
@@ -147,7 +147,7 @@ def test_a_fork_of_the_launcher_does_nothing_of_the_launchers(tmp_path: Path) ->
     assert {file.name: file.read_text() for file in (tmp_path / "left").iterdir()} == {"0": "written", "1": "written"}
 
 
-def test_threads_are_waited_for() -> None:
+def test_waits_for_threads() -> None:
     ends = threading.Event()
     other = threading.Thread(target=ends.wait)
     other.start()

@@ -1,4 +1,4 @@
-"""When garbage is collected in a run."""
+"""When a run collects garbage."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from autofunc.train.garbage import collecting_between
 
 
-def test_every_so_many_steps_and_at_no_other_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_collects_at_fixed_steps_only(monkeypatch: pytest.MonkeyPatch) -> None:
     happened: list[object] = []
     monkeypatch.setattr(gc, "collect", lambda: happened.append("collected"))
     for step in collecting_between(range(5), 2):

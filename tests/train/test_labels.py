@@ -1,4 +1,4 @@
-"""Labels that are shifted twice: found before training, whatever wraps the dataset and whoever wrote the model."""
+"""Labels shifted twice: found before training, whatever wraps the dataset and whoever wrote the model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from transformers import GPT2Config
 
 import autofunc as af
-from autofunc.checks import shifted_by
+from autofunc.checks import shift_warning
 from autofunc.train.labels import aligned, inside
 from tests.cli.here import run_here
 
@@ -100,13 +100,14 @@ def test_without_weights(folder: Path) -> None:
     assert run(folder, "text", False, "seed") == run(folder, "raw", True, "seed") == ""
 
 
-def test_without_weights_that_could_be_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Labels that are shifted before they meet any weight are seen in what the batch alone makes."""
-    monkeypatch.setattr("autofunc.checks.looked_at._MOST_BYTES", 0)
+def test_without_known_initialisers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Labels that are shifted before they meet any weight are detected from the batch alone."""
+    monkeypatch.setattr("autofunc.checks.existing_model._MOST_BYTES", 0)
     ids = torch.arange(12).view(2, 6)
     batch = {"input_ids": ids, "labels": ids}
     config = GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=32, n_positions=8, resid_pdrop=0.0)
-    assert "the model shifts 'labels' itself" in shifted_by(af.from_module(af.AutoModel.from_config(config), batch), batch)
+    model = af.from_module(af.AutoModel.from_config(config), batch)
+    assert "the model shifts 'labels' itself" in shift_warning(model, batch)
 
 
 @pytest.mark.parametrize("weights", ["own", "seed"])

@@ -1,4 +1,4 @@
-"""What processes write goes to a log of each; the console has the first one's, and of a quiet run the last line."""
+"""Each process has a log; the console shows the first one's, or only the last line in a quiet run."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_the_first_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert rest == ["green", "logged", "warned", "shown before", "a stack"]
 
 
-def test_a_full_disk_ends_no_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_full_disk_does_not_end_the_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "logs").mkdir()
     for rank in (0, 1):
         log_of(tmp_path, rank).symlink_to("/dev/full")
@@ -58,7 +58,7 @@ def test_a_full_disk_ends_no_run(tmp_path: Path, capfd: pytest.CaptureFixture[st
         assert out.startswith("said\n" if rank == 0 else str(tmp_path)) and f"rank_{rank}.log lacks lines: " in out
 
 
-def test_any_other_rank(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_other_ranks(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with kept_log(tmp_path, 1):
         sys.stdout.write("of Python\n")
         sys.stderr.write("an error\n")
@@ -67,7 +67,7 @@ def test_any_other_rank(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> No
     assert text_of(tmp_path, 1).splitlines()[1:] == ["of Python", "an error", "of a library in C"]
 
 
-def test_what_ends_it_and_the_next_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_final_traceback_and_the_next_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ZeroDivisionError), kept_log(tmp_path, 0):
         _ = 1 / 0
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
@@ -78,7 +78,7 @@ def test_what_ends_it_and_the_next_start(tmp_path: Path, monkeypatch: pytest.Mon
     assert lines[-2].startswith("--- ") and lines[-2].endswith(", restart 2") and lines[-1] == "again"
 
 
-def test_a_bar_is_in_no_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bars_are_not_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = Terminal()
     monkeypatch.setattr(sys, "stdout", terminal)
     monkeypatch.setenv("TERM", "xterm")
@@ -94,7 +94,7 @@ def test_a_bar_is_in_no_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert text_of(tmp_path).splitlines()[1:] == ["step 3: validation loss: 2", "said by a model"]
 
 
-def test_a_quiet_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_quiet_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = Terminal()
     monkeypatch.setattr(sys, "stdout", terminal)
     with kept_log(tmp_path, 0, quiet=True):

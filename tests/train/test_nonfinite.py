@@ -1,4 +1,4 @@
-"""A step that is not finite ends the run, or is skipped as if it had never been, or is taken."""
+"""A step that is not finite ends the run, is skipped without a trace, or is taken."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from autofunc.train.bubble import BubbleMeter
 from autofunc.train.loop import build_pipe
 from autofunc.train.nonfinite import NonFinite
 from autofunc.train.recipe import prepare
-from autofunc.train.resume import anew
+from autofunc.train.resume import fresh
 from autofunc.train.step import Taken, take_step
 from autofunc.train.weighing import counting_all
 from autofunc.tree import flatten
@@ -63,12 +63,12 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def steps(batches: list[int], bad: float | None, told: list[str], **keys: Any) -> list[Taken]:
-    """Steps on batches by number, of which the first microbatch of number 1 has `bad` in its labels."""
+def steps(batches: list[int], bad: float | None, messages: list[str], **keys: Any) -> list[Taken]:
+    """Take steps on numbered batches; the first microbatch of number 1 has `bad` in its labels."""
     recipe = prepare(parse_config({**CONFIG, **keys}))
     pipe, device = build_pipe(recipe, None), torch.device("cpu")
-    now, found = anew(recipe, pipe, device).trained, []
-    nonfinite, meter = NonFinite(recipe.nonfinite, recipe.max_skips, told.append), BubbleMeter(None, device, 100)
+    now, found = fresh(recipe, pipe, device).trained, []
+    nonfinite, meter = NonFinite(recipe.nonfinite, recipe.max_skips, messages.append), BubbleMeter(None, device, 100)
     for step, batch in enumerate(batches, start=1):
         rows = [recipe.dataset[index] for index in range(4 * batch, 4 * batch + 4)]
         stacked = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
@@ -82,27 +82,27 @@ def steps(batches: list[int], bad: float | None, told: list[str], **keys: Any) -
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, 1e30], ids=["NaN", "infinite", "a gradient that overflows"])
 @pytest.mark.parametrize("keys", [{}, {"distributed": {"pp_size": 1, "engine": "eager"}}], ids=["graph", "eager"])
-def test_a_skipped_step_has_never_been(folder: Path, bad: float, keys: dict[str, Any]) -> None:
-    """Parameters, optimizer and the running statistics, bit for bit."""
-    told: list[str] = []
-    with_it = steps([0, 1, 2, 1, 3], bad, told, nonfinite="skip", **keys)
+def test_a_skipped_step_leaves_no_trace(folder: Path, bad: float, keys: dict[str, Any]) -> None:
+    """Parameters, optimizer and running statistics are unchanged, bit for bit."""
+    messages: list[str] = []
+    with_it = steps([0, 1, 2, 1, 3], bad, messages, nonfinite="skip", **keys)
     without = steps([0, 2, 3], None, [], **keys)
     assert [each.is_skipped for each in with_it] == [False, True, False, True, False]
     assert_same_tree(without[-1].now.params, with_it[-1].now.params)
     assert_same_tree(without[-1].now.state, with_it[-1].now.state)
     assert_same_tree(without[-1].now.optimizer_state, with_it[-1].now.optimizer_state)
     assert flatten(with_it[-1].now.state), "it has some"
-    first, second = told
+    first, second = messages
     assert "at step 2; " in first and "stage 0, microbatch 0" in first and "rank 0" in first, first
     assert first.endswith("the step is skipped (nonfinite: skip), the first so far")
     assert second.endswith("at step 4\nthe step is skipped (nonfinite: skip), the second so far"), "it is not run again"
 
 
-def test_it_is_taken_where_that_is_wanted(folder: Path) -> None:
-    told: list[str] = []
-    taken = steps([0, 1], math.nan, told, nonfinite="warn")[-1]
+def test_warn_takes_the_step(folder: Path) -> None:
+    messages: list[str] = []
+    taken = steps([0, 1], math.nan, messages, nonfinite="warn")[-1]
     assert not taken.is_skipped and math.isnan(flatten(taken.now.params)["first.weight"].sum())
-    assert len(told) == 1 and "the step is taken (nonfinite: warn)" in told[0]
+    assert len(messages) == 1 and "the step is taken (nonfinite: warn)" in messages[0]
 
 
 def test_a_run(folder: Path) -> None:

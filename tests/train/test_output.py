@@ -1,4 +1,4 @@
-"""Output folders: no run replaces another unasked, and nothing that happens to them loses weights."""
+"""Output folders: no run replaces another unasked, and losing a folder does not lose weights."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
         make_output_dir(tmp_path / "out", overwrite=True)
 
 
-def test_a_default_name_that_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_taken_default_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "demo").mkdir(parents=True)
     assert default_output_dir("examples/demo.yaml") == Path("runs/demo-2")
@@ -62,7 +62,7 @@ def test_a_second_run(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "model.safetensors").read_bytes() != before
 
 
-def test_what_happens_to_the_folder_loses_no_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lost_folder_does_not_lose_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     finetune(tmp_path)
     train, out = lead.train, tmp_path / "out"
 

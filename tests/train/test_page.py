@@ -1,4 +1,4 @@
-"""What a run leaves to look at: curves of what it has, and a page that needs nothing else."""
+"""What a run leaves to look at: curves of its metrics, and a self-contained page."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def size_of(png: bytes) -> tuple[int, int]:
     return width, height
 
 
-def test_a_panel_for_what_there_is(tmp_path: Path) -> None:
+def test_panels_match_the_metrics(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
     heights = []
     for values in ({}, {"loss": 1.0}, {"loss": None, "lr": 0.1}, {"loss": 1.0, "lr": 0.1, "rows_per_second": 5.0}):
@@ -40,7 +40,7 @@ def test_a_panel_for_what_there_is(tmp_path: Path) -> None:
 
 
 def test_the_page_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With names that would be markup, and as if ranks had been processes of their own."""
+    """With names that look like markup, and as if ranks had been separate processes."""
     s = schedule.build("1f1b", num_ranks=2, num_microbatches=4)
     timeline = replace(schedule.simulate(s, schedule.Costs(1, 1, 2)), label="measured")
     train = lead.train
@@ -66,7 +66,7 @@ def test_the_page_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert not re.findall(r"""(?:src|href)=["']?(?:https?:)?//""", text + inside), "no network"
 
 
-def test_a_page_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unwritable_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> str:
         raise OSError("no space")
 

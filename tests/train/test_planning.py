@@ -1,4 +1,4 @@
-"""What a plan says of memory is what ranks have."""
+"""Planned memory matches what ranks hold."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def size_of(leaves: Any) -> int:
 
 
 def held(case: str, folder: Path) -> tuple[int, int, int, int]:
-    """A process's pp rank, and its bytes: of parameters, of the optimizer's state, and most alive in a step beside."""
+    """Return a process's pp rank, and its bytes: parameters, optimizer state, and the most alive in a step besides."""
     (folder / str(torch.distributed.get_rank())).mkdir(exist_ok=True)
     recipe = prepare(config_of(case, folder / str(torch.distributed.get_rank())), 4, checked=True)
     axes = recipe.axes
@@ -78,7 +78,7 @@ def test_ranks_hold_what_was_planned(workers: WorkerPool, case: str, tmp_path: P
 
 
 def test_by_hand(tmp_path: Path) -> None:
-    """A Llama of two blocks: 16 features, 24 between, 4 heads and 2 of keys, 32 words; fp32, computed with in bf16."""
+    """A Llama of two blocks: 16 features, 24 in the MLP, 4 heads and 2 key heads, 32 words; fp32, computed in bf16."""
     table, block, norm = 32 * 16, 2 * 16 * 16 + 2 * 8 * 16 + 3 * 24 * 16, 16
     (rank,) = planned("tp beside cp", tmp_path).ranks
     of_tp_rank = (2 * table + 2 * block) // 2 + 5 * norm

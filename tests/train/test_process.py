@@ -1,4 +1,4 @@
-"""What a run does to its process and the ones it starts: settings are put back, and nothing is tried or read twice."""
+"""A run restores the settings of its process, and tries and reads nothing twice."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def counted_recipe(monkeypatch: pytest.MonkeyPatch, checked: bool, *words: str) -> tuple[Recipe, int, int]:
-    """A recipe; how often stages were tried, and how often the optimizer was."""
+    """Return a recipe, and how often stages and the optimizer were tried."""
     tries: list[Any] = []
     optimizers: list[Any] = []
     infer, attempt = trial.infer_boundaries, recipe.try_optimizer
@@ -54,12 +54,12 @@ def test_each_dataset_is_read_once_and_each_signature_tried_once(folder: Path, m
     assert (tries, optimizers) == (2, 1), "a whole microbatch, and the rows that are left"
 
 
-def test_another_length_is_tried_as_well(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_lengths_are_tried_too(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, tries, _ = counted_recipe(monkeypatch, False, "--validation_dataset.seq_len", "8")
     assert tries == 3, "and one of the two numbers of rows"
 
 
-def test_workers_get_the_same_without_trying_it_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_do_not_try_the_recipe_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parents, _, _ = counted_recipe(monkeypatch, False)
     monkeypatch.chdir(folder)
     made, tries, optimizers = counted_recipe(monkeypatch, True)
@@ -70,7 +70,7 @@ def test_workers_get_the_same_without_trying_it_again(folder: Path, monkeypatch:
         assert getattr(made, name) == getattr(parents, name), name
 
 
-def test_threads_are_put_back() -> None:
+def test_threads_are_restored() -> None:
     before = torch.get_num_threads()
     with pytest.raises(KeyError), threads(before + 1):
         assert torch.get_num_threads() == before + 1

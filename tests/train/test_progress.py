@@ -1,4 +1,4 @@
-"""What a run says of its data and of its speed."""
+"""What a run prints about its data and its speed."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_rows_are_not_called_tokens() -> None:
     assert (_units([part("pixel_values")]), _units([part("input_ids")])) == ((2, "rows"), (6, "tokens"))
 
 
-def test_lines_say_what_changes() -> None:
+def test_lines_show_changing_values() -> None:
     out = io.StringIO()
     with ProgressReporter(Console(file=out), 2) as reporter:
         reporter.step(1, 2.5, "10 rows/s")
@@ -48,7 +48,7 @@ def test_the_last_measured_bubble_stays() -> None:
     assert out.getvalue().splitlines()[1] == "step 3/3  loss 2.500  10 rows/s  measured bubble 12.3%"
 
 
-def test_pieces_that_are_compiled_are_announced(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compilation_is_announced(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first compiled step of a large model takes minutes."""
     monkeypatch.setattr(cache, "shared", cache.Cache(most=64))
     monkeypatch.setattr("autofunc.engine.compile._compile", lambda *_: list)

@@ -1,4 +1,4 @@
-"""What a step is told to have used: operations a second of those that the device is capable of, and memory."""
+"""The speed and memory of a step: FLOP/s against the device's peak, and bytes."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from tests.cli.here import run_here
 from tests.train.test_weighing import finetune
 
 OPERATIONS_OF_A_ROW = 3 * 2 * (4 * 8 + 8 * 4)
-"""Of the model of `test_weighing`: two products, and three times as many in a step."""
+"""FLOPs of `test_weighing`'s model: two products, three times as many in a step."""
 
 
 def lines_of(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "out" / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_every_step_tells_its_speed(tmp_path: Path) -> None:
+def test_every_step_reports_its_speed(tmp_path: Path) -> None:
     *_, out = finetune(tmp_path, peak_tflops=1e-6)
     first, last, _ = lines_of(tmp_path)
     for line, rows in ((first, 8), (last, 7)):

@@ -1,4 +1,4 @@
-"""TensorBoard, Weights & Biases and MLflow are told what the run's own file is told; one that fails ends no run."""
+"""TensorBoard, Weights & Biases and MLflow receive the values of the run's file; a failing one does not end the run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Calls = list[tuple[Any, ...]]
 
 
 class Told:
-    """Notes every call of its methods, by name."""
+    """Records every call of its methods, by name."""
 
     def __init__(self, calls: Calls, fails_at: int | None = None, **known: Any) -> None:
         self.__dict__.update(known, calls=calls, fails_at=fails_at)
@@ -42,7 +42,7 @@ def module(monkeypatch: pytest.MonkeyPatch, name: str, **members: Any) -> None:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, Calls]:
-    """What each of the three is told. None of them is there."""
+    """Fakes of the three packages, and their recorded calls."""
     found: dict[str, Calls] = {"tensorboard": [], "wandb": [], "mlflow": []}
 
     def begin(which: str, name: str, made: Any) -> Any:
@@ -71,7 +71,7 @@ def lines_of(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "out" / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_all_three_are_told(tmp_path: Path, calls: dict[str, Calls]) -> None:
+def test_all_three_receive_values(tmp_path: Path, calls: dict[str, Calls]) -> None:
     finetune(
         tmp_path, tensorboard={"flush_secs": 3}, wandb={"project": "p", "entity": "e", "tags": ["t"], "mode": "offline"},
         mlflow={"experiment_name": "x", "tracking_uri": "u", "tags": {"a": "b"}},
@@ -108,7 +108,7 @@ def test_all_three_are_told(tmp_path: Path, calls: dict[str, Calls]) -> None:
     assert closed == ("set_terminated", "r1", "FINISHED", {})
 
 
-def test_a_run_goes_on_where_it_was(tmp_path: Path, calls: dict[str, Calls]) -> None:
+def test_a_resumed_run_continues_its_trackers(tmp_path: Path, calls: dict[str, Calls]) -> None:
     sections = {"tensorboard": {}, "wandb": {}, "mlflow": {}, "checkpoint": {}}
     finetune(tmp_path, **sections)
     for each in calls.values():
@@ -124,7 +124,7 @@ def test_a_run_goes_on_where_it_was(tmp_path: Path, calls: dict[str, Calls]) -> 
     assert [named["step"] for name, *_, named in calls["wandb"] if name == "log"] == [4, 4], "every fourth, and validation"
 
 
-def test_one_that_fails_ends_no_run(tmp_path: Path, calls: dict[str, Calls], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_tracker_is_dropped(tmp_path: Path, calls: dict[str, Calls], monkeypatch: pytest.MonkeyPatch) -> None:
     failing = Told(calls["wandb"], id="abc", fails_at=2)
     module(monkeypatch, "wandb", init=lambda **_: failing)
     *_, out = finetune(tmp_path, tensorboard={}, wandb={})
@@ -134,7 +134,7 @@ def test_one_that_fails_ends_no_run(tmp_path: Path, calls: dict[str, Calls], mon
     assert len(lines_of(tmp_path)) == 3
 
 
-def test_what_cannot_begin(tmp_path: Path, calls: dict[str, Calls], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trackers_that_cannot_start(tmp_path: Path, calls: dict[str, Calls], monkeypatch: pytest.MonkeyPatch) -> None:
     finetune(tmp_path)
     words = "finetune", "llm", "-c", "run.yaml", "--overwrite"
     assert run_here(tmp_path, *words, "--wandb.enable", "false").status == 0 and not calls["wandb"]

@@ -1,4 +1,4 @@
-"""`optimizer` and `lr_scheduler`: what a run updates its parameters with."""
+"""`optimizer` and `lr_scheduler`: how a run updates its parameters."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_learning_rates(section: str, expected: list[float] | None, tmp_path: Pa
         ("optimizer: {_target_: torch.optim.SparseAdam}", "optimizer: .* takes only sparse gradients"),
     ],
 )  # fmt: skip
-def test_refused_before_the_start(text: str, message: str, tmp_path: Path) -> None:
+def test_mistakes_are_found_before_the_start(text: str, message: str, tmp_path: Path) -> None:
     config = config_of(text, tmp_path)
     with pytest.raises(ConfigError, match=message):
         made = build_optimizer(config)

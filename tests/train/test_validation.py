@@ -1,4 +1,4 @@
-"""Metrics, the end of a run whose validation loss gets no better, and evaluation alone."""
+"""Metrics, early stopping, and evaluation alone."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import yaml
 import autofunc as af
 from autofunc.batch import COUNTS
 from autofunc.checkpoint import read_extra
-from autofunc.config.validations import leading, spoken
+from autofunc.config.validations import display_name, leading
 from autofunc.counted_rows import measured
 from autofunc.errors import BatchError, ConfigError
 from autofunc.metrics import accuracy
@@ -50,15 +50,15 @@ def lines_of(folder: Path, run: str = "cfg") -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / "runs" / run / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_what_a_run_measures(trained: Path) -> None:
+def test_a_run_measures_validation(trained: Path) -> None:
     found = [line for line in lines_of(trained) if "validation_loss" in line]
     assert [line["step"] for line in found] == [2, 3]
     assert all(0 <= line["validation_accuracy"] <= 1 for line in found)
 
 
 @pytest.mark.parametrize("engine", ["eager", "graph"])
-def test_an_evaluation_is_the_validation_of_the_run(trained: Path, engine: str) -> None:
-    """Also in another layout, with a mean where rows are left over."""
+def test_an_evaluation_equals_the_runs_validation(trained: Path, engine: str) -> None:
+    """Also in another layout, with a mean if rows are left over."""
     words = "--checkpoint.restore_from", "LATEST", "--json", *ACCURACY, "--metrics.mean._target_", "own.py:right"
     more = "--distributed.engine", engine, "--step_scheduler.local_batch_size", "1"
     done = run_here(trained, "evaluate", "-c", "cfg.yaml", *words, *more)
@@ -91,8 +91,8 @@ WRONG = {
 }
 
 
-def test_a_checkpoint_that_is_not_the_newest_is_measured(trained: Path) -> None:
-    """Nothing is written, and nothing is read but what is measured on."""
+def test_an_older_checkpoint_is_measured(trained: Path) -> None:
+    """Nothing is written, and only the measured data is read."""
     folder = trained / "runs" / "cfg" / "checkpoints"
     (folder / "step_9").mkdir()  # a newer one
     older = ["-c", "cfg.yaml", "--output_dir", "runs/cfg", "--checkpoint.restore_from", str(folder / "step_3")]
@@ -118,7 +118,7 @@ validation_dataloader: {batch_size: 3}
 
 
 def test_datasets_by_name(trained: Path) -> None:
-    """Each is measured as it is alone, whatever the rows of a microbatch; the run looks at the one that is said."""
+    """Each dataset is measured as if alone, with any number of rows per microbatch; the chosen one leads."""
     (trained / "named.yaml").write_text((trained / "cfg.yaml").read_text() + NAMED)
     done = run_here(trained, "train", "-c", "named.yaml", *ACCURACY, "--checkpoint.best_metric_key", "a")
     assert done.status == 0, done.err
@@ -159,7 +159,7 @@ def test_wrong_names(trained: Path) -> None:
         assert all(each in done.err for each in expected), (words, done.err)
 
 
-def test_whose_loss_is_the_runs() -> None:
+def test_the_leading_dataset() -> None:
     both, named = ["validation_dataset", "validation_dataset_a"], ["validation_dataset_b", "validation_dataset_a"]
     cases = [(both, None), (both, "a"), (named, None), (named, "a"), (both, "default"), ([], None)]
     found = [leading(sections, name) for sections, name in cases]
@@ -169,7 +169,7 @@ def test_whose_loss_is_the_runs() -> None:
             leading(sections, name)
 
 
-def test_what_cannot_be_measured(trained: Path) -> None:
+def test_invalid_metrics(trained: Path) -> None:
     for words, expected in WRONG.items():
         done = run_here(trained, "train", "-c", "cfg.yaml", *words)
         assert done.status == 2, (words, done)
@@ -178,8 +178,8 @@ def test_what_cannot_be_measured(trained: Path) -> None:
     assert done.status == 2 and "evaluate measures on validation_dataset" in done.err
 
 
-def test_a_run_ends_when_it_gets_no_better(trained: Path) -> None:
-    """It says so, writes its weights, and a run that goes on from its checkpoint has no more patience than it had."""
+def test_early_stopping(trained: Path) -> None:
+    """The run reports it and writes its weights; resumed from its checkpoint, it has no more patience than before."""
     words = "--early_stopping.patience", "2", "--early_stopping.min_delta", "100", "--step_scheduler.val_every_steps", "1"
     more = "--output_dir", "runs/early", "--step_scheduler.max_steps", "9"
     done = run_here(trained, "train", "-c", "cfg.yaml", *words, *more)
@@ -199,7 +199,7 @@ def test_patience() -> None:
     assert patience.is_over(config) and not patience.is_over(None)
 
 
-def test_rows_that_do_not_count_are_not_measured() -> None:
+def test_rows_without_weight_are_not_measured() -> None:
     logits, labels = torch.eye(4)[:, None, :], torch.tensor([[0], [1], [0], [-100]])
     batch: dict[str, Any] = {"labels": labels, COUNTS: torch.tensor([1.0, 1.0, 1.0, 0.0])}
     mean = lambda outputs, microbatch: (outputs.argmax(-1) == microbatch["labels"]).float().mean()  # noqa: E731
@@ -212,8 +212,8 @@ def test_rows_that_do_not_count_are_not_measured() -> None:
         accuracy(logits, {"labels": labels[0]})
 
 
-def test_sections_are_spoken_of_alike() -> None:
+def test_display_names() -> None:
     names = {"validation_dataset": "validation", "validation_dataset_a_dataset": "validation a_dataset"}
-    assert {section: spoken(section) for section in names} == names
+    assert {section: display_name(section) for section in names} == names
     curves = [curve.label for curve in _losses(names)]
     assert curves == list(names.values())

@@ -1,4 +1,4 @@
-"""What a run's loss is a mean of: the rows of the dataset, each as much as the others, whatever fills up the last batch."""
+"""A run's loss is a mean over the dataset's rows, each weighted equally, whatever pads the last batch."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def finetune(folder: Path, **sections: Any) -> tuple[list[float], list[float], d
 
 
 def plain(loss: str = "cross_entropy", **data: Any) -> tuple[list[float], float, dict[str, torch.Tensor]]:
-    """The same without microbatches: each step on all rows of its batch that have a label."""
+    """The same without microbatches: each step uses all labelled rows of its batch."""
     scope: dict[str, Any] = {}
     exec(PARTS, scope)
     model: nn.Module = scope["build"]()
@@ -121,14 +121,14 @@ def test_a_sum_with_its_own_weight(tmp_path: Path) -> None:
     assert [*losses, *validation] == pytest.approx([*expected, expected_validation], abs=1e-6)
 
 
-def test_validation_rows_without_labels_lose_nothing(tmp_path: Path) -> None:
+def test_validation_rows_without_labels(tmp_path: Path) -> None:
     for count, masked in ((16, range(8)), (9, [8])):  # a whole batch, and all of what is left
         validation_dataset = {"_target_": "parts.py:rows", "count": count, "masked": list(masked)}
         _, (loss,), weights, _ = finetune(tmp_path / str(count), validation_dataset=validation_dataset)
         assert 0 < loss < 10 and weights
 
 
-def test_what_is_left_out_is_said(tmp_path: Path) -> None:
+def test_dropped_rows_are_noted(tmp_path: Path) -> None:
     losses, validation, _, out = finetune(tmp_path, dataloader={"shuffle": False, "drop_last": True})
     assert len(losses) == len(validation) == 1
     assert "note: dataset: drop_last drops 7 of its 15 rows" in out

@@ -1,4 +1,4 @@
-"""A worker's process ends as Python's own do, without taking Python apart."""
+"""A worker ends as a Python process does, except for the interpreter's teardown."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ run_worker(work)
 """
 
 
-def test_what_is_left_open_is_written(tmp_path: Path) -> None:
+def test_open_files_are_flushed(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, "-c", WORKER], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60

@@ -1,4 +1,4 @@
-"""Costs and memory as a JSON file, so that measured ones can be kept and used by the command line."""
+"""Costs and memory as a JSON file, so that measured ones can be kept, and read by the command line."""
 
 from __future__ import annotations
 
@@ -23,7 +23,11 @@ _BY_STAGE = {"F", "I", "W", *(field.name for field in fields(Memory))}
 
 
 def write_costs(path: StrPath, costs: Costs, memory: Memory | None = None) -> None:
-    """Write costs, and bytes if given. Times of single edges are written as {"0>1": time}."""
+    """Write costs, and memory if given. Times of single edges are written as {"0>1": time}.
+
+    Raises:
+        ScheduleError: if the file cannot be written.
+    """
     document = {name: _plain(value) for name, value in vars(costs).items()}
     if memory is not None:
         document["memory"] = {name: _plain(value) for name, value in vars(memory).items()}
@@ -34,7 +38,7 @@ def read_costs(path: StrPath) -> tuple[Costs, Memory | None]:
     """Read what `write_costs` wrote, or a file written by hand.
 
     Raises:
-        ScheduleError: when there is no such file, or it holds something else.
+        ScheduleError: if the file does not exist, or does not hold costs.
     """
     document = read_json(path)
     try:
@@ -69,7 +73,7 @@ def _edge(text: str) -> tuple[int, int]:
 
 
 def _check(where: str, document: Any, kind: type[Costs] | type[Memory]) -> None:
-    """Only known keys, and only numbers."""
+    """Refuse unknown keys, and values that are not numbers."""
     known = [field.name for field in fields(kind)]
     if not isinstance(document, dict):
         raise ScheduleError(f"{where}expected a mapping with {', '.join(known)}")
@@ -78,12 +82,12 @@ def _check(where: str, document: Any, kind: type[Costs] | type[Memory]) -> None:
             raise ScheduleError(f"{where}unknown key {quoted(key)}; {one_of(key, known)}")
         for name, number in _numbers(key, value):
             if not _is_amount(number):
-                expected = f"a number from 0 on{', or one for each stage' if key in _BY_STAGE else ''}"
+                expected = f"a number, 0 or more{', or one for each stage' if key in _BY_STAGE else ''}"
                 raise ScheduleError(f"{where}{shown(name)}={quoted(number)}; expected {expected}")
 
 
 def _numbers(key: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """What should be numbers in a value, by name."""
+    """Yield what should be numbers in a value, by name."""
     if key == "comm" and isinstance(value, dict):
         yield from ((f"comm[{edge}]", time) for edge, time in value.items())
     elif key in _BY_STAGE and isinstance(value, list):
@@ -93,6 +97,6 @@ def _numbers(key: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _is_amount(number: Any) -> bool:
-    """Whether it is a number that a float can be, and not below 0."""
+    """Return whether it is a number that fits a float, 0 or more."""
     is_number = isinstance(number, (int, float)) and not isinstance(number, bool)
     return is_number and 0 <= number <= sys.float_info.max

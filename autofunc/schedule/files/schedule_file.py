@@ -1,9 +1,9 @@
-"""Schedules as files: torch's CSV, and JSON of our own with a version.
+"""Schedules as files: torch's CSV, and our own JSON with a version.
 
 The CSV is the one `torch.distributed.pipelining` loads and dumps (`_PipelineScheduleRuntime._load_csv`, formats
-`compute_only` and `compute_comms`): a line per rank, a cell per action, empty cells where a rank idles. Which of the two a
-table is, is seen from its actions. Sends between stages that are not neighbours have no form in torch; ours,
-`0SEND_F3>2`, is read back here only.
+`compute_only` and `compute_comms`): a line per rank, a cell per action, empty cells where a rank idles. The actions tell
+which of the two a table is. Sends between stages that are not neighbours have no form in torch; ours,
+`0SEND_F3>2`, can be read back here only.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def from_csv(path: StrPath) -> Schedule:
     """Read torch's CSV, in either form; the file's name becomes the schedule's.
 
     Raises:
-        ScheduleError: when there is no such file, a cell is no action, naming its line and column, or a stage has no
+        ScheduleError: if the file does not exist, a cell is not an action (naming line and column), or a stage has no
             forward.
     """
     text = read_text(path, SUFFIXES).replace('"', "")
@@ -44,7 +44,7 @@ def from_csv(path: StrPath) -> Schedule:
 
 
 def to_json(schedule: Schedule, path: StrPath) -> None:
-    """Write everything a schedule holds."""
+    """Write everything a schedule holds, as JSON."""
     document = {
         "format": FORMAT,
         "version": VERSION,
@@ -60,7 +60,7 @@ def from_json(path: StrPath) -> Schedule:
     """Read what `to_json` wrote.
 
     Raises:
-        ScheduleError: when there is no such file, or it is of another format or version.
+        ScheduleError: if the file does not exist, or has a different format or version.
     """
     document = read_json(path)
     if not isinstance(document, dict) or document.get("format") != FORMAT:
@@ -114,16 +114,16 @@ def _row(rank: int, text: str) -> Row:
 
 
 def read_file(path: StrPath) -> Schedule:
-    """Read a schedule from a file of any of our forms, by its suffix: .csv and .txt are tables, .json is JSON."""
+    """Read a schedule in the format that the suffix names: .csv and .txt are tables, .json is JSON."""
     check_suffix(path)
     return from_json(path) if Path(path).suffix.lower() == ".json" else from_csv(path)
 
 
 def check_suffix(path: StrPath) -> None:
-    """Refuse a file whose suffix names no form.
+    """Refuse a file whose suffix names no format.
 
     Raises:
-        ScheduleError: naming the nearest that does.
+        ScheduleError: naming the nearest known suffix.
     """
     suffix = Path(path).suffix.lower()
     if suffix not in SUFFIXES:
@@ -131,6 +131,6 @@ def check_suffix(path: StrPath) -> None:
 
 
 def write_file(schedule: Schedule, path: StrPath) -> None:
-    """Write a schedule in the form that its file's suffix names: .csv and .txt are tables, .json is JSON."""
+    """Write a schedule in the format that the suffix names: .csv and .txt are tables, .json is JSON."""
     check_suffix(path)
     (to_json if Path(path).suffix.lower() == ".json" else to_csv)(schedule, path)

@@ -1,4 +1,4 @@
-"""Reading and writing files, with errors for people."""
+"""Reading and writing files, with readable errors."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from autofunc.shown import quoted, reason, shown
 
 
 def read_text(path: StrPath, suffixes: tuple[str, ...]) -> str:
-    """The text of a file, without a byte order mark.
+    """Return the text of a file, without a byte order mark.
 
     Args:
         path: the file.
-        suffixes: of files that could be meant, for suggestions.
+        suffixes: of files to suggest if there is no such file.
 
     Raises:
-        ScheduleError: when there is none, or it is no text.
+        ScheduleError: if the file does not exist, or is not text.
     """
     if unfit(path) == NOT_THERE:
         folder = Path(path).parent
@@ -30,31 +30,31 @@ def read_text(path: StrPath, suffixes: tuple[str, ...]) -> str:
 
 
 def read_json(path: StrPath) -> Any:
-    """The document in a JSON file.
+    """Return the document in a JSON file.
 
     Raises:
-        ScheduleError: when there is none, or it is no JSON.
+        ScheduleError: if the file does not exist, or is not JSON.
     """
     return parse_json(read_text(path, (".json",)), shown(path), ScheduleError)
 
 
 def write_text(path: StrPath, text: str) -> None:
-    """Write a file.
+    """Write a text file, as UTF-8.
 
     Raises:
-        ScheduleError: when that is not possible.
+        ScheduleError: if the file cannot be written.
     """
     write_bytes(path, text.encode("utf-8"))
 
 
 def write_bytes(path: StrPath, content: bytes) -> None:
-    """Write a file that is no text.
+    """Write a binary file.
 
     Raises:
-        ScheduleError: when that is not possible.
+        ScheduleError: if the file cannot be written.
     """
     try:
         Path(path).write_bytes(content)
-    except (OSError, ValueError) as error:  # a path with a zero byte in it is the second
-        said = error.strerror if isinstance(error, OSError) else None
-        raise ScheduleError(f"cannot write {shown(path)}: {said or reason(error)}") from error
+    except (OSError, ValueError) as error:  # a path with a zero byte raises ValueError
+        cause = error.strerror if isinstance(error, OSError) else None
+        raise ScheduleError(f"cannot write {shown(path)}: {cause or reason(error)}") from error

@@ -1,1 +1,1 @@
-"""What is alive on each rank, in bytes or in activations, and what shares memory."""
+"""Live values on each rank, in bytes or activations, and which share memory."""

@@ -1,4 +1,4 @@
-"""What is alive on each rank, action by action."""
+"""Bytes alive on each rank, action by action."""
 
 from __future__ import annotations
 
@@ -25,14 +25,20 @@ def live_bytes(
 ) -> tuple[npt.NDArray[np.float64], ...]:
     """Bytes alive on each rank after each action of the lowered schedule, parameters and the batch left out.
 
-    A value lives from the action that makes or receives it to the one that reads it last; what is sent, until the schedule
-    proves that it has arrived. Memory that several values share counts once.
+    A value lives from the action that makes or receives it to the one that reads it last; a value that is sent, until the
+    schedule proves that it has arrived. Memory shared by several values counts once.
 
     Args:
         schedule: lowered; in compute form it is lowered first.
-        memory: bytes of the values: rough (`Memory`, with nothing shared), or as `Pipeline.memory` gives them.
+        memory: bytes of the values: rough (`Memory`, nothing shared), or exact, from `Pipeline.memory`.
         edges: connections between stages; a chain by default.
-        ranks: which ranks to work out; all by default.
+        ranks: which ranks to compute; all by default.
+
+    Returns:
+        Per rank, float64 of shape (number of actions in its lowered row,).
+
+    Raises:
+        ScheduleError: if `memory` is given for a different number of stages.
     """
     if isinstance(memory, Memory):
         memory = memory.by_stage(schedule.num_stages)
@@ -75,17 +81,17 @@ def live_bytes(
 def peak_bytes(
     schedule: Schedule, memory: Memory | Sequence[StageBytes], edges: Sequence[Edge] | None = None
 ) -> tuple[float, ...]:
-    """Per rank, the most bytes alive after any action of the lowered schedule; arguments as for `live_bytes`."""
+    """Return, per rank, the most bytes alive after any action of the lowered schedule; arguments as for `live_bytes`."""
     return tuple(float(row.max(initial=0.0)) for row in live_bytes(schedule, memory, edges))
 
 
 def peak_held(schedule: Schedule, activation: Sequence[float], weight_activation: Sequence[float]) -> tuple[float, ...]:
-    """Per rank, the most that its stages' residuals take, each from the start of F to the end of its B or W.
+    """Return, per rank, the most that its stages' residuals take, each from the start of F to the end of its B or W.
 
     Args:
         schedule: in any form.
-        activation: by stage, what F keeps until B or I.
-        weight_activation: by stage, what I keeps until W.
+        activation: by stage, the size of what F keeps until B or I.
+        weight_activation: by stage, the size of what `I` keeps until W.
     """
     kept, weight = np.asarray(activation, np.float64), np.asarray(weight_activation, np.float64)
     change = np.stack((kept, -kept, weight - kept, -weight))  # by kind: F, B, I, W

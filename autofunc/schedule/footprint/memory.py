@@ -1,4 +1,4 @@
-"""Rough figures of what one microbatch keeps alive: enough for a search, and to be written by hand."""
+"""Rough figures of what one microbatch keeps alive: enough for a search, and easy to write by hand."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Memory:
 
     Args:
         residuals: what F keeps for B or I.
-        weight_residuals: what I keeps for W.
-        output: what a stage hands on, and the cotangent that comes back for it.
+        weight_residuals: what `I` keeps for W.
+        output: what a stage passes on, and the cotangent that comes back for it.
         accumulators: a stage's gradients, from its first backward to the end of the step.
     """
 
@@ -46,14 +46,14 @@ class Memory:
                 )
             if (value < 0).any() or not np.isfinite(value).all():
                 given = quoted(getattr(self, name))
-                raise ScheduleError(f"Memory.{name}={given}: bytes cannot be negative or without bound")
+                raise ScheduleError(f"Memory.{name}={given}: bytes must be finite and not negative")
 
     def per_stage(self, name: str, num_stages: int) -> npt.NDArray[np.float64]:
-        """One of the fields, for every stage."""
+        """Return one of the fields for every stage: float64 of shape (num_stages,)."""
         return np.broadcast_to(np.asarray(getattr(self, name), np.float64), num_stages)
 
     def by_stage(self, num_stages: int) -> list[StageBytes]:
-        """The same figures, stage by stage."""
+        """Return the same figures, stage by stage."""
         self.check(num_stages)
         names = ("output", "residuals", "weight_residuals", "accumulators")
         columns = zip(*(self.per_stage(name, num_stages).tolist() for name in names), strict=True)
@@ -61,7 +61,7 @@ class Memory:
 
     @classmethod
     def of_stages(cls, stages: Sequence[StageBytes], edges: Sequence[Edge] | None = None) -> Memory:
-        """Rough figures from exact ones, for a search: every value that residuals hold counts as theirs.
+        """Make rough figures of exact ones, for a search: residuals are charged with every value that they hold.
 
         Args:
             stages: one per stage.

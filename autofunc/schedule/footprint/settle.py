@@ -1,6 +1,6 @@
-"""When a send is known to be complete, so that the memory it was sent from may go.
+"""When a send is known to be complete, so that the memory it was sent from can be freed.
 
-What a rank sends after it has read a value proves to whoever receives it that the value had arrived. So a rank that waits
+If a rank sends a message after it has read a value, the message proves that the value had arrived. So a rank that waits
 for such a message learns, without asking, that an earlier send of its own is complete.
 """
 
@@ -12,11 +12,11 @@ from autofunc.schedule.effects import Edge, Token, carried_by, flow_of
 from autofunc.schedule.ir import Schedule
 
 Settled = dict[int, list[int]]
-"""Position of an action -> positions of earlier SENDs of the row that are complete once its values have arrived."""
+"""Position of an action -> positions of earlier SENDs of the row, complete once the action's inputs have arrived."""
 
 
 def settled_sends(schedule: Schedule, edges: Sequence[Edge] | None = None) -> tuple[Settled, ...]:
-    """Per rank, which sends each action proves complete. Those that nothing proves are complete at the end of the step.
+    """Return, per rank, the sends that each action proves complete. Sends that no action proves end with the step.
 
     Args:
         schedule: lowered.

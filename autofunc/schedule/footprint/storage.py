@@ -1,8 +1,8 @@
-"""Which values of a stage share memory, so that bytes are counted once: for exact figures of what is alive.
+"""Which values of a stage share memory, so that exact figures of live bytes count them once.
 
-A stage's residuals hold, beside memory of their own, what the stage received (the input of its first matrix product) and
-what it hands on. On one rank a value has one storage, however many hold it: an activation handed from one stage to the
-next in place is held by the residuals of both.
+Besides memory of their own, a stage's residuals hold values it received (the input of its first matrix product) and
+values it passes on. On one rank a value has one storage, however many hold it: an activation handed from one stage to the
+next in place is held by both stages' residuals.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ class StageBytes:
     """Bytes of one microbatch at one stage. Tuples hold one entry per value, in the order of the stage's boundaries.
 
     Args:
-        outputs: of each value handed on.
-        cotangents: of the gradient of each of those that needs one.
-        residuals: what F keeps for B or I, beside the values of `kept_inputs` and `kept_outputs`.
-        weight_residuals: what I keeps for W, beside the values named below.
-        accumulators: the stage's gradients, from its first backward to the end of the step; not by microbatch.
-        kept_inputs: numbers of the received values that F keeps for B or I.
-        kept_outputs: numbers of its own values that F keeps.
-        weight_inputs: numbers of the received values that I keeps for W.
-        weight_outputs: numbers of its own values that I keeps for W.
-        weight_cotangents: numbers of the received cotangents that I keeps for W.
-        weight_input_grads: numbers of the cotangents it sends back that I keeps for W.
+        outputs: of each value passed on.
+        cotangents: of the gradient of each output that needs one.
+        residuals: what F keeps for B or I, besides the values of `kept_inputs` and `kept_outputs`.
+        weight_residuals: what `I` keeps for W, besides the values named below.
+        accumulators: the stage's gradients, from its first backward to the end of the step; once for all microbatches.
+        kept_inputs: indices of the received values that F keeps for B or I.
+        kept_outputs: indices of its outputs that F keeps.
+        weight_inputs: indices of the received values that `I` keeps for W.
+        weight_outputs: indices of its outputs that `I` keeps for W.
+        weight_cotangents: indices of the received cotangents that `I` keeps for W.
+        weight_input_grads: indices of the cotangents it sends back that `I` keeps for W.
     """
 
     outputs: tuple[int, ...]
@@ -60,7 +60,7 @@ class TokenStorages:
         self._producer = {edge.consumer: edge.producer for edge in edges}
 
     def of(self, token: Token) -> list[tuple[Storage, int]]:
-        """(storage, bytes) of everything that a token holds on its rank."""
+        """Return (storage, bytes) of everything that a token holds on its rank."""
         microbatch = token.microbatch
         if isinstance(token, Activation):
             return self._values("activation", token.source, microbatch)

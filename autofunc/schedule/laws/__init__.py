@@ -1,1 +1,1 @@
-"""What every schedule must hold to: each action once, in an order that can run, with sends and receives that meet."""
+"""The laws of schedules: each action once, in an order that can run, with matched sends and receives."""

@@ -1,4 +1,4 @@
-"""The table of a schedule as text, with one action marked: what errors show."""
+"""The table of a schedule as text, with one action marked, as errors show it."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ _LEAST = 4
 
 
 def grid(schedule: Schedule, mark: tuple[int, int] | None = None, width: int = 78) -> str:
-    """One line per rank, actions in order; `mark` is (rank, position) of the action to point at.
+    """Write one line per rank, actions in order; `mark` is the (rank, position) of the action to point at.
 
-    Long rows show only the neighbourhood of the mark, and of many ranks only those near it, or the first ones.
+    Long rows are cut to the neighbourhood of the mark, and many ranks to those near it, or to the first.
     """
     ranks = range(schedule.num_ranks)
     centre = 0 if mark is None else mark[0]
@@ -26,13 +26,13 @@ def grid(schedule: Schedule, mark: tuple[int, int] | None = None, width: int = 7
 
 
 def error_at(schedule: Schedule, rank: int, position: int, reason: str) -> ScheduleError:
-    """An error about one action: rank, position, action, the reason, and the grid with the action marked."""
+    """Make the error about one action: rank, position, action, reason, and the grid with the action marked."""
     where = f"rank {rank}, position {position}, {schedule[rank][position]}"
     return ScheduleError(f"{where}: {reason}\n{grid(schedule, (rank, position))}")
 
 
 def _window(row: Row, mark: int | None, width: int) -> str:
-    """The actions around `mark` that fit into `width` characters, with dots where some are left out."""
+    """Write the actions around `mark` that fit into `width` characters, with dots where some are left out."""
     centre = mark or 0
     first = max(centre - width // _LEAST, 0)
     cells = [str(action) for action in row[first : centre + width // _LEAST + 1]]

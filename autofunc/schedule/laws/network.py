@@ -1,7 +1,7 @@
-"""Who waits for whom: the values of a schedule as arrays, over the actions of all ranks one after the other.
+"""Who waits for whom: the values of a schedule as arrays over the actions of all ranks, concatenated.
 
 The validator and the simulator read these instead of visiting actions one by one, so that a schedule of millions of
-actions takes seconds. What an action reads and writes is said in `effects.py`; here the same table is applied to all
+actions takes seconds. `effects.py` tells what one action reads and writes; here the same table is applied to all
 microbatches of an edge at once.
 """
 
@@ -19,13 +19,13 @@ from autofunc.schedule.effects import Activation, BackwardResiduals, Cotangent, 
 from autofunc.schedule.ir import Kind, Schedule, is_transfer
 
 Indices = npt.NDArray[np.int32]
-"""Positions in the flat table of all actions; -1 where there is no such action."""
+"""Positions in the flat table of all actions; -1 for no action."""
 
 
 class Bundle(NamedTuple):
-    """One kind of value of one stage or edge, for all microbatches: made by some actions, read by others."""
+    """One kind of value of one stage or edge, for all microbatches, with the actions that make and read it."""
 
-    token: Callable[..., Token]  # which kind
+    token: Callable[..., Token]  # kind of value
     ends: tuple[int, ...]  # the token's stages
     maker: Indices  # per microbatch
     reader: Indices  # per microbatch
@@ -36,12 +36,12 @@ class Bundle(NamedTuple):
 
 
 class Crossing(NamedTuple):
-    """A bundle that goes from one rank to another: along a directed edge between stages on different ranks."""
+    """A bundle that goes from one rank to another, along a directed edge between their stages."""
 
     bundle: Bundle
     source: int  # stage
     target: int  # stage
-    send: Indices  # per microbatch; in compute form the maker itself
+    send: Indices  # per microbatch; in compute form, the maker
     receive: Indices  # per microbatch; empty in compute form
 
 
@@ -56,21 +56,21 @@ class Network:
 
     @cached_property
     def table(self) -> npt.NDArray[np.int32]:
-        """The rows of all ranks, one after the other: made when it is asked for, as it is large."""
+        """The rows of all ranks, concatenated. Large, so made on demand."""
         return np.concatenate([row.table for row in self.schedule])
 
     @property
     def num_actions(self) -> int:
-        """Of all ranks together."""
+        """Number of actions on all ranks together."""
         return int(self.first[-1])
 
     def locate(self, flat: int) -> tuple[int, int]:
-        """(rank, position in its row) of an action."""
+        """Return the (rank, position in its row) of an action."""
         rank = int(np.searchsorted(self.first, flat, side="right")) - 1
         return rank, flat - int(self.first[rank])
 
     def by_rank(self, values: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.float64], ...]:
-        """Values of the flat table, cut into rows."""
+        """Split values of the flat table into rows."""
         return tuple(np.split(values, self.first[1:-1]))
 
     def describe(self, flat: int) -> str:
@@ -82,12 +82,12 @@ class Network:
 def build_network(schedule: Schedule, edges: Sequence[Edge] | None, found: Indices | None = None) -> Network:
     """Find the maker and the reader of every value along edges (None: a chain).
 
-    What is missing or doubled is the validator's to refuse.
+    It is the validator that refuses missing and doubled actions.
 
     Args:
         schedule: in any form.
         edges: connections between stages.
-        found: `computations(schedule)`, where they are known.
+        found: `computations(schedule)`, if known already.
     """
     flow = flow_of(schedule, edges)
     forward, both, split, weight = computations(schedule) if found is None else found
@@ -113,10 +113,10 @@ def build_network(schedule: Schedule, edges: Sequence[Edge] | None, found: Indic
 
 
 def computations(schedule: Schedule) -> Indices:
-    """Where each computation stands: int32 of shape (4, stages, microbatches), by kind F, B, I and W."""
+    """Locate each computation in the flat table: int32 of shape (4, stages, microbatches), by kind F, B, I and W."""
     found: Indices = np.full((4, schedule.num_stages, schedule.num_microbatches), -1, np.int32)
     first = 0
-    for row in schedule:  # one by one, so that what is worked on stays in the cache
+    for row in schedule:  # row by row, so that the working set stays in the cache
         stage, kind, microbatch, _ = row.table.T
         if kind.max(initial=Kind.F) <= Kind.W:
             found[kind, stage, microbatch] = np.arange(first, first + len(row), dtype=np.int32)
@@ -128,12 +128,12 @@ def computations(schedule: Schedule) -> Indices:
 
 
 def by_action(pairs: Iterable[tuple[Indices, Indices]], num_actions: int, padding: int) -> list[Indices]:
-    """What belongs to each action, as few arrays as will do: each int32 of shape (num_actions,), filled up with `padding`.
+    """Collect each action's numbers in as few arrays as possible: int32 of shape (num_actions,), padded with `padding`.
 
     Args:
-        pairs: actions, none of them twice in one pair, and a number for each; what has no action (-1) is left out.
-        num_actions: of the flat table.
-        padding: no number of those given.
+        pairs: actions, each at most once per pair, and a number for each; action -1 is skipped.
+        num_actions: length of the flat table.
+        padding: a number that none of the given ones equals.
     """
     slots: list[Indices] = [np.full(num_actions, padding, np.int32)]
     for actions, numbers in pairs:
@@ -160,7 +160,7 @@ def _crossing(schedule: Schedule, bundle: Bundle, find: _Transfers) -> Crossing:
 
 
 class _Transfers:
-    """Where the send or receive of a microbatch along an edge stands in the flat table."""
+    """Positions of sends and receives in the flat table, by kind and edge."""
 
     def __init__(self, schedule: Schedule) -> None:
         self._num_microbatches = schedule.num_microbatches
@@ -177,7 +177,7 @@ class _Transfers:
                     self._groups[kind, stage, peer] = group
 
     def __call__(self, kind: Kind, stage: int, peer: int) -> Indices:
-        """Positions: int32 of shape (microbatches,)."""
+        """Return positions by microbatch: int32 of shape (microbatches,)."""
         found: Indices = np.full(self._num_microbatches, -1, np.int32)
         group = self._groups.get((int(kind), stage, peer), np.empty(0, np.int64))
         found[self._table[group, 2]] = group

@@ -1,9 +1,9 @@
 """Can every rank run its row to the end? If not, who waits for whom.
 
 Each rank runs its row in order. An action runs once every value it reads is on its rank: in compute form once it is made,
-in lowered form once it is sent and its RECV is posted. Posting never blocks, so this is exactly execution with zero
-buffering; where it is said that sends do, one begins only once its RECV has been posted, which keeps its rank as long. All
-ranks take one step at a time, together: the cost of a step is that of five numpy calls, whatever the number of ranks.
+in lowered form once it is sent and its RECV is posted. Posting never blocks, so this is execution with zero buffering. With
+`sends_block`, a SEND holds up its rank until its RECV is posted. All ranks take one step at a time, together: a step costs
+five numpy calls, whatever the number of ranks.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from autofunc.schedule.laws.network import Bundle, Network, by_action
 from autofunc.shown import shown
 
 _MOST_REASONS = 4
-"""Ranks of a circle that are named."""
+"""How many ranks of a cycle an error names."""
 
 
 class _Wait(NamedTuple):
-    """What keeps an action from running."""
+    """An action that cannot run, and why."""
 
     flat: int  # the action
-    token: Token  # the value it needs, or, of a send that blocks, the one it sends
-    giver: int  # the action that should make, send or receive that value; -1 if there is none
+    token: Token  # the value it needs; for a blocking send, the value it sends
+    giver: int  # the action that should make, send or receive that value; -1 for none
 
 
 def check_order(network: Network, sends_block: bool = False) -> None:
@@ -37,10 +37,10 @@ def check_order(network: Network, sends_block: bool = False) -> None:
 
     Args:
         network: who waits for whom.
-        sends_block: whether a SEND waits until its RECV has been posted; only of a lowered schedule.
+        sends_block: a SEND waits until its RECV is posted; ignored in compute form.
 
     Raises:
-        ScheduleError: when a value is not made before it is read on its own rank, or no rank can go on. The message holds
+        ScheduleError: if a value is read before it is made on the same rank, or no rank can go on. The message holds
             the grid with the action marked.
     """
     check_local_order(network)
@@ -49,12 +49,13 @@ def check_order(network: Network, sends_block: bool = False) -> None:
     pairs += [(crossing.send, crossing.receive) for crossing in network.crossings if sends_block]
     count = network.num_actions
     waits_for = by_action(pairs, count, padding=count)
-    ran = np.zeros(count + 2, bool)  # by action; what waits for nothing finds True, what waits for no action (-1) False
+    # by action; index `count`, for what waits for nothing, is True; index -1, for a missing action, stays False
+    ran = np.zeros(count + 2, bool)
     ran[count] = True
     position, stop = network.first[:-1].copy(), network.first[1:]
     while (left := position < stop).any():
         position, stop = position[left], stop[left]
-        for _ in range(int((stop - position).min())):  # in so many steps no rank ends
+        for _ in range(int((stop - position).min())):  # no rank ends within this many steps
             goes = ran.take(waits_for[0].take(position))
             for others in waits_for[1:]:
                 goes &= ran.take(others.take(position))
@@ -65,10 +66,10 @@ def check_order(network: Network, sends_block: bool = False) -> None:
 
 
 def check_local_order(network: Network) -> None:
-    """Values that stay on a rank: made before they are read; values that travel: made before sent, received before read.
+    """Check that each rank makes its values before it reads or sends them, and receives others before it reads them.
 
     Raises:
-        ScheduleError: for the first that is not.
+        ScheduleError: for the first read or send that comes too early.
     """
     pairs = [(bundle.maker, bundle.reader, bundle) for bundle in network.local]
     if network.schedule.is_lowered:
@@ -88,28 +89,28 @@ def check_local_order(network: Network) -> None:
 def _stuck(
     network: Network, positions: npt.NDArray[np.int64], ran: npt.NDArray[np.bool_], sends_block: bool
 ) -> ScheduleError:
-    """Of the ranks that are left, those that wait for each other in a circle.
+    """Make the error that names the ranks that wait for each other in a cycle.
 
     Args:
         network: who waits for whom.
-        positions: where each rank that is left waits.
-        ran: by action.
+        positions: the action at which each unfinished rank waits.
+        ran: bool, by action.
         sends_block: as for `check_order`.
     """
     at = {network.locate(flat)[0]: flat for flat in positions.tolist()}
-    seen: dict[int, _Wait] = {}  # by rank, in the order in which they wait for each other
+    seen: dict[int, _Wait] = {}  # by rank; each waits for the next
     rank = next(iter(at))
     while rank in at and rank not in seen:
         seen[rank], rank = _missing(network, at[rank], ran, sends_block)
     waiting = list(seen.values())[list(seen).index(rank) if rank in seen else 0 :]
-    if rank in seen:  # a circle is told from a send on that blocks, if there is one
+    if rank in seen:  # report a cycle from a blocking send on, if it has one
         begin = next((number for number, each in enumerate(waiting) if _blocks(network, each)), 0)
         waiting = waiting[begin:] + waiting[:begin]
     return _cannot_go_on(network, waiting, len(positions))
 
 
 def _missing(network: Network, flat: int, ran: npt.NDArray[np.bool_], sends_block: bool) -> tuple[_Wait, int]:
-    """What an action waits for, and the rank that should give or take it."""
+    """Find the value an action waits for, and the rank that should send or receive it."""
     placement, microbatch = network.schedule.placement, int(network.table[flat, 2])
     for crossing in network.crossings:
         if crossing.bundle.reader[microbatch] == flat and not ran[crossing.send[microbatch]]:
@@ -123,9 +124,9 @@ def _missing(network: Network, flat: int, ran: npt.NDArray[np.bool_], sends_bloc
 
 
 def _cannot_go_on(network: Network, waiting: list[_Wait], num_ranks: int = 1) -> ScheduleError:
-    """The error for actions that never start, each with the value it needs and the action that should give or take it.
+    """Make the error for actions that never start, each with the value it needs and the action that should supply it.
 
-    They wait for each other in a circle, or the last for what no action gives. Of all ranks `num_ranks` wait.
+    They wait for each other in a cycle, or the last for what no action supplies. `num_ranks` ranks wait in all.
     """
     reasons = []
     for wait in waiting[:_MOST_REASONS]:
@@ -141,7 +142,7 @@ def _cannot_go_on(network: Network, waiting: list[_Wait], num_ranks: int = 1) ->
 
 
 def _blocks(network: Network, wait: _Wait) -> bool:
-    """Whether an action is a send that waits for its receive."""
+    """Return whether an action is a send that waits for its receive."""
     giver = wait.giver
     return giver >= 0 and Kind(network.table[wait.flat, 1]).is_send and Kind(network.table[giver, 1]).is_receive
 

@@ -1,8 +1,8 @@
-"""Sharded parameters are there whenever they are used, and gradients are reduced once.
+"""The laws of sharding actions: parameters are gathered whenever they are used, and gradients reduced once.
 
-UNSHARD starts the gathering of a stage's parameters, RESHARD lets them go, REDUCE_GRAD sums the stage's gradients over the
+UNSHARD starts the gathering of a stage's parameters, RESHARD frees them, REDUCE_GRAD sums the stage's gradients over the
 data-parallel ranks. Every computation of a stage needs its parameters; a gradient is reduced after the stage's last
-backward and before the parameters go, because its sum is laid out as they are.
+backward and before the parameters are freed, because the sum has their layout.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from autofunc.schedule.laws.error_grid import error_at, grid
 
 
 def check_residency(schedule: Schedule) -> None:
-    """Parameters are there whenever they are used, gathered once at a time, and let go of; gradients are reduced once.
+    """Check that parameters are gathered when used, never twice at once, and freed; and that gradients are reduced once.
 
     Raises:
         ScheduleError: naming rank, position and action.
@@ -24,7 +24,7 @@ def check_residency(schedule: Schedule) -> None:
 
 
 def _check_row(schedule: Schedule, rank: int, gathers: bool) -> None:
-    """`gathers` is False where parameters are not sharded and gradients are reduced all the same."""
+    """Check one rank; `gathers` is False for parameters that are not sharded, whose gradients are reduced all the same."""
     resident: dict[int, int] = {}  # stage -> where it was gathered
     reduced: dict[int, int] = {}
     backwards: set[int] = set()
@@ -51,7 +51,7 @@ def _check_row(schedule: Schedule, rank: int, gathers: bool) -> None:
         elif kind.is_backward:
             backwards.add(stage)
     for stage, position in sorted(resident.items()):
-        raise error_at(schedule, rank, position, f"the parameters are never let go; expected {stage}RESHARD")
+        raise error_at(schedule, rank, position, f"the parameters are never freed; expected {stage}RESHARD")
     for stage in sorted(backwards - set(reduced)):
         raise ScheduleError(
             f"rank {rank}: the gradients of stage {stage} are never reduced; expected {stage}REDUCE_GRAD after its last "

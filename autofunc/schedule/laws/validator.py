@@ -22,17 +22,17 @@ def validate(schedule: Schedule, edges: Sequence[Edge] | None = None, sends_bloc
     """Check a schedule, in compute form or lowered.
 
     Every (stage, microbatch) runs F once and either B once or I and W once, on the rank its stage is placed on and in
-    dependency order; a forward-only schedule runs each F once. In lowered form every send meets a receive, and each rank
-    receives from each other in the order in which that one sends, so that one channel for each directed pair of ranks will
-    do; nothing deadlocks, even when nothing is buffered, every transfer waits for those before it on its channel, and a
-    rank that waits does nothing else; nothing is live at the end. That is all a runtime may rely on, whose channels are
-    connected before. If the schedule gathers sharded parameters, they are there whenever a computation uses them, and let
-    go of at the end.
+    dependency order; a forward-only schedule runs each F once. In lowered form every send has its receive, and each rank
+    receives from every other in the order in which that one sends, so that one channel per directed pair of ranks will
+    do; nothing deadlocks even if nothing is buffered, every transfer waits for those before it on its channel, and a
+    rank that waits does nothing else; nothing is live at the end. A runtime that connects its channels beforehand may
+    rely on just that. If the schedule gathers sharded parameters, they are there whenever a computation uses them, and
+    freed at the end.
 
     Args:
         schedule: what to check.
         edges: connections between stages; a chain by default.
-        sends_block: whether it is to end as well where a rank that sends does nothing else until the receive is posted.
+        sends_block: also require that it ends if a rank that sends does nothing else until the receive is posted.
             For lowered schedules, see `lower`.
 
     Raises:
@@ -54,7 +54,7 @@ def validate(schedule: Schedule, edges: Sequence[Edge] | None = None, sends_bloc
 
 
 def _check_ranges(schedule: Schedule, rank: int, table: npt.NDArray[np.int32]) -> None:
-    """Stages and microbatches exist, and are on the rank they are placed on."""
+    """Check that stages and microbatches exist, and that stages are on the rank they are placed on."""
     stage, kind, microbatch = table[:, 0], table[:, 1], table[:, 2]
     placement = np.array(schedule.placement)
     bad_stage = (stage < 0) | (stage >= schedule.num_stages)
@@ -71,25 +71,25 @@ def _check_ranges(schedule: Schedule, rank: int, table: npt.NDArray[np.int32]) -
 
 
 def _check_overlapped(schedule: Schedule, rank: int, table: npt.NDArray[np.int32]) -> None:
-    """An F marked as overlapped has a backward right after it."""
+    """Check that an F marked as overlapped has a backward right after it."""
     marked = np.flatnonzero(table[:, 3] == OVERLAPPED)
     following = np.append(table[:, 1], -1)[marked + 1]
     wrong = (table[marked, 1] != Kind.F) | ~np.isin(following, (Kind.B, Kind.I))
     for position in marked[wrong][:1]:
-        raise error_at(schedule, rank, int(position), "it is to overlap with the next action, which is no backward")
+        raise error_at(schedule, rank, int(position), "marked to overlap with the next action, which is not a backward")
     of_itself = (table[marked, 0] == table[marked + 1, 0]) & (table[marked, 2] == table[marked + 1, 2])
     for position in marked[of_itself][:1]:
-        raise error_at(schedule, rank, int(position), "it is to overlap with its own backward, which needs its result")
+        raise error_at(schedule, rank, int(position), "marked to overlap with its own backward, which needs its result")
 
 
 def _check_complete(schedule: Schedule, positions: Indices) -> None:
-    """Each (stage, microbatch) has F once, and B once or I and W once."""
+    """Check that each (stage, microbatch) has F once, and B once or I and W once."""
     there = positions >= 0
     if np.count_nonzero(there) < sum(int(np.count_nonzero(row.table[:, 1] <= Kind.W)) for row in schedule):
         raise _doubled(schedule)
     f, b, i, w = there
     complete = f & ~(b | i | w) if schedule.is_forward_only else f & (b ^ (i & w)) & (b ^ i) & (b ^ w)
-    # those of which something is there come first: they say more than what is missing altogether
+    # partly present ones come first: they tell more than entirely missing ones
     partial = np.concatenate((np.argwhere(~complete & (f | b | i | w)), np.argwhere(~complete)))
     for stage, microbatch in partial[:1].tolist():
         rank = schedule.placement[stage]
@@ -104,7 +104,7 @@ def _check_complete(schedule: Schedule, positions: Indices) -> None:
 
 
 def _doubled(schedule: Schedule) -> ScheduleError:
-    """The error for the first computation that ran before."""
+    """Make the error for the first computation that runs twice."""
     for rank, row in enumerate(schedule):
         positions = np.flatnonzero(row.table[:, 1] <= Kind.W)
         stage, kind, microbatch, _ = row.table[positions].T.astype(np.int64)
@@ -112,13 +112,13 @@ def _doubled(schedule: Schedule) -> ScheduleError:
         _, where = np.unique(key, return_index=True)
         for again in np.setdiff1d(np.arange(len(key)), where)[:1].tolist():
             before = int(positions[np.flatnonzero(key == key[again])[0]])
-            reason = f"it ran before, at position {before}; each runs exactly once"
+            reason = f"it already ran at position {before}; each runs exactly once"
             return error_at(schedule, rank, int(positions[again]), reason)
-    raise AssertionError("no computation is there twice")
+    raise AssertionError("no computation runs twice")
 
 
 def _check_transfers(network: Network) -> None:
-    """Every value that changes ranks is sent once and received once, in one order from each rank to each other."""
+    """Check that every value that changes ranks is sent and received once, in one order for each pair of ranks."""
     expected = 0
     between: dict[tuple[int, int], list[Crossing]] = {}
     placement = network.schedule.placement
@@ -133,7 +133,7 @@ def _check_transfers(network: Network) -> None:
         for k in np.flatnonzero(by_send != by_receive)[:1]:
             sent, received = int(send[by_send[k]]), int(receive[by_receive[k]])
             raise ScheduleError(
-                f"rank {target} receives in another order than rank {source} sends: "
+                f"rank {target} receives in a different order than rank {source} sends: "
                 f"{network.describe(sent)} is sent where {network.describe(received)} is received\n"
                 + grid(network.schedule, network.locate(received))
             )
@@ -145,7 +145,7 @@ def _check_transfers(network: Network) -> None:
     stage, kind, microbatch, peer = network.table[extra].tolist()
     same = np.flatnonzero((network.table == network.table[extra]).all(axis=1))
     if len(same) > 1:
-        reason = f"it was posted before, at position {network.locate(int(same[0]))[1]}; each is posted exactly once"
+        reason = f"it was already posted at position {network.locate(int(same[0]))[1]}; each is posted exactly once"
         extra = int(same[1])
     else:
         reason = f"no value of microbatch {microbatch} goes between stages {stage} and {peer} this way ({Kind(kind).name})"
@@ -153,7 +153,7 @@ def _check_transfers(network: Network) -> None:
 
 
 def _check_ends(network: Network, crossing: Crossing) -> None:
-    """The send and the receive of every microbatch are there."""
+    """Check that the send and the receive of every microbatch exist."""
     for ends, other, what, missing in (
         (crossing.send, crossing.receive, "receive", "send"),
         (crossing.receive, crossing.send, "send", "receive"),
@@ -165,6 +165,4 @@ def _check_ends(network: Network, crossing: Crossing) -> None:
                     network.schedule, *network.locate(int(other[microbatch])), f"its {missing} is missing ({token})"
                 )
             reader = int(crossing.bundle.reader[microbatch])
-            raise error_at(
-                network.schedule, *network.locate(reader), f"needs the {token}, for which there is no send and no {what}"
-            )
+            raise error_at(network.schedule, *network.locate(reader), f"needs the {token}, which has no send and no {what}")

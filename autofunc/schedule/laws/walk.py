@@ -1,7 +1,7 @@
-"""Walk a schedule at a pace: when each action runs. The heart of the simulator.
+"""Walk a schedule at a given pace to find when each action runs. The core of the simulator.
 
-Who waits for whom is as in `order.py`; here things take time. All ranks take one step at a time, together: the cost of a
-step is that of some fifteen numpy calls, whatever the number of ranks.
+Ranks wait for each other as in `order.py`; here actions take time. All ranks take one step at a time, together: a
+step costs some fifteen numpy calls, whatever the number of ranks.
 """
 
 from __future__ import annotations
@@ -20,45 +20,45 @@ Times = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Pace:
-    """How long things take on a walk."""
+    """How long actions and transfers take on a walk."""
 
     duration: Times  # per action of the flat table
     transfer: Times  # per crossing: how long a value occupies the wire between two ranks
-    latency: float  # from then until it can be read
-    exposed: Times  # per crossing: how long a send keeps its rank from going on
-    before: Times | None = None  # per action of the flat table: what its rank does once all that it reads has arrived
+    latency: float  # from the end of the transfer until the value can be read
+    exposed: Times  # per crossing: how long a send holds up its rank
+    before: Times | None = None  # per action of the flat table: time its rank is busy first, after its inputs arrived
 
 
 Rows = tuple[Times, ...]
 """Times of actions, one array per rank."""
 
 _APART = 8
-"""Unused entries between the rows of two ranks, and between two crossings, in arrays that all ranks work on at once: rows
-of 2**n actions would lie at addresses that share few lines of a cache."""
+"""Unused entries between the rows of two ranks, and between two crossings, in arrays that all ranks work on at once:
+without them, rows of 2**n actions would lie at addresses that share few cache lines."""
 
 
 def walk(network: Network, pace: Pace) -> tuple[Rows, Rows, Rows]:
-    """When each action starts and ends, and when all it reads has arrived (-inf: it reads nothing).
+    """Find when each action starts and ends, and when all it reads has arrived (-inf if it reads nothing).
 
     Raises:
-        ScheduleError: as `check_order`.
+        ScheduleError: as `check_order` does.
     """
     check_local_order(network)
     return _Walk(network, pace).run()
 
 
 class _Walk:
-    """The state of one walk: numbers of messages, and when each arrives.
+    """The state of one walk: which messages actions read and send, and when each message arrives.
 
-    A message is a crossing and a microbatch. A rank that cannot go on yet takes a step that ends at infinity, and takes it
-    again: what that writes is overwritten.
+    A message is a crossing and a microbatch. A rank that cannot go on takes a step that ends at infinity, and repeats it
+    later, which overwrites what it wrote.
     """
 
     def __init__(self, network: Network, pace: Pace) -> None:
         self.network, self.pace = network, pace
         crossings, placement = network.crossings, network.schedule.placement
         lengths = np.diff(network.first)
-        # per rank, where its row begins and ends in the arrays here
+        # per rank, where its row begins and ends in the padded arrays
         self.first = network.first[:-1] + _APART * np.arange(len(lengths))
         self.stop = self.first + lengths
         count = int(self.stop[-1])
@@ -69,7 +69,7 @@ class _Walk:
         numbers = np.arange(nothing, dtype=np.int32).reshape(len(crossings), stride)
 
         def messages(which: Callable[[Crossing], tuple[Indices, int]]) -> Iterator[tuple[Indices, Indices]]:
-            """By crossing, some actions here, and the messages that are theirs."""
+            """Yield, by crossing, positions of actions in the padded arrays and their messages."""
             for crossing, number in zip(crossings, numbers, strict=True):
                 actions, stage = which(crossing)
                 moved = np.where(actions < 0, actions, actions + np.int32(_APART * placement[stage]))
@@ -82,7 +82,7 @@ class _Walk:
         self.receiving = None
         if network.schedule.is_lowered:
             (self.receiving,) = by_action(messages(lambda each: (each.receive, each.target)), count, nowhere)
-            self.posted = self.arrival.copy()  # no sooner than that can a value arrive, given when its receive was posted
+            self.posted = self.arrival.copy()  # the earliest arrival that the posting of each receive allows
         self.wires = _Wires(network, pace, stride) if pace.transfer.any() or pace.exposed.any() else None
 
     def run(self) -> tuple[Rows, Rows, Rows]:
@@ -92,12 +92,12 @@ class _Walk:
         clock = np.zeros(len(position))
         while (left := position < stop).any():
             position, stop, clock = position[left], stop[left], clock[left]
-            for _ in range(int((stop - position).min())):  # in so many steps no rank ends
+            for _ in range(int((stop - position).min())):  # no rank ends within this many steps
                 ready = self._ready(position)
                 goes = ready < np.inf
                 if not goes.any():
-                    check_order(self.network)  # says who waits for whom
-                    raise AssertionError("a walk that cannot go on, of a schedule that can")
+                    check_order(self.network)  # raises, naming who waits for whom
+                    raise AssertionError("the walk is stuck, but the schedule can run")
                 begin = np.maximum(clock, ready)
                 if self.before is not None:
                     begin += self.before.take(position)
@@ -109,7 +109,7 @@ class _Walk:
         return self._by_rank(start), self._by_rank(end), self._by_rank(arrived)
 
     def _apart(self, values: Times) -> Times:
-        """Values of the flat table, laid out as here."""
+        """Copy values of the flat table into the padded layout."""
         laid = np.zeros(int(self.stop[-1]))
         for row, first, stop in zip(self.network.by_rank(values), self.first, self.stop, strict=True):
             laid[first:stop] = row
@@ -119,7 +119,7 @@ class _Walk:
         return tuple(times[first:stop] for first, stop in zip(self.first, self.stop, strict=True))
 
     def _ready(self, position: npt.NDArray[np.int64]) -> Times:
-        """When all that these actions read has arrived; never, as far as is known, is infinity."""
+        """Find when all that these actions read has arrived; infinity if not known yet."""
         ready: Times | None = None
         for slot in self.incoming:
             message = slot.take(position)
@@ -131,9 +131,9 @@ class _Walk:
         return ready
 
     def _send(self, position: npt.NDArray[np.int64], begin: Times, finish: Times) -> Times:
-        """Start the transfers of what these actions made or send; returns when their ranks can go on.
+        """Start the transfers of what these actions make or send; return when their ranks can go on.
 
-        What is made leaves at the end of its action. A post starts its transfer as it begins, and may outlast it.
+        In compute form a value leaves at the end of its action. A SEND starts its transfer as it begins.
         """
         latency = self.pace.latency
         leaves = finish if self.receiving is None else begin
@@ -160,18 +160,18 @@ class _Wires:
         ends = [(placement[crossing.source], placement[crossing.target]) for crossing in network.crossings]
         number = {pair: index for index, pair in enumerate(dict.fromkeys(ends))}
         self._stride = stride  # from the messages of one crossing to those of the next
-        # crossings between the same two ranks share their wire; one more for actions that send nothing
+        # crossings between the same two ranks share their wire; one more wire for actions that send nothing
         self._wire = np.array([*(number[pair] for pair in ends), len(number)])
         self._free = np.zeros(len(number) + 1)
         self.transfer = np.append(pace.transfer, 0.0)
         self._exposed = np.append(pace.exposed, 0.0)
 
     def crossing(self, message: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
-        """The crossings of messages; one more for nothing."""
+        """Return the crossings of messages; the number of crossings for "no message"."""
         return np.minimum(message // self._stride, len(self.transfer) - 1)
 
     def send(self, message: npt.NDArray[np.int32], begin: Times) -> tuple[Times, Times]:
-        """When messages have left that start at `begin` (infinity: never), and how long they keep their ranks."""
+        """Find when messages sent at `begin` (infinity: never) have left, and how long they hold up their ranks."""
         crossing = self.crossing(message)
         wire = self._wire.take(crossing)
         free = self._free.take(wire)

@@ -1,1 +1,1 @@
-"""From computations to the full program: sends, receives and sharding actions are put between them."""
+"""From computations to the full program: insertion of sends, receives and sharding actions."""

@@ -1,10 +1,10 @@
-"""Receives moved to where sends that block need them.
+"""Receives moved ahead to where blocking sends need them.
 
 On some transports a send returns only once its receive is posted, as in MPI's rendezvous protocol (MPI 4.1, section 3.4:
-the synchronous mode). Two ranks that send to each other then wait for ever, unless one of them has posted its receive
-before. Here all ranks run under that rule until none can go on, which is always in a circle; the receive that one of the
-circle waits for is then posted right before what its rank hangs in, and so on. A receive only posts, so that posting it
-earlier stops nobody; it holds a slot for longer, so of each circle the one that moves past the fewest computations goes.
+the synchronous mode). Two ranks that send to each other then wait forever, unless one of them has posted its receive
+before. Here all ranks run under that rule until none can go on, which always forms a cycle; the receive that one of the
+cycle waits for is then posted right before the action its rank is stuck in, and so on. A receive only posts, so posting it
+earlier holds up nobody; but it holds a slot for longer, so each cycle moves the one that passes the fewest computations.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from autofunc.schedule.ir import OVERLAPPED, Action, Row, Schedule, as_table
 
 
 def receive_before_blocking_sends(lowered: Schedule, flow: Dataflow) -> Schedule:
-    """The same schedule with as many receives earlier as it takes to end when sends block.
+    """Move as many receives ahead as it takes for the schedule to end if sends block.
 
-    What cannot end all the same stays as it is, for `validate` to say why.
+    A schedule that cannot end even so is returned as it is, for `validate` to report why.
 
     Args:
-        lowered: with its sends and receives, those of each pair of ranks in one order.
+        lowered: with sends and receives, in the same order on both ranks of each pair.
         flow: its effects along the edges between stages.
     """
     ranks = _Ranks(lowered, flow)
@@ -36,15 +36,15 @@ def receive_before_blocking_sends(lowered: Schedule, flow: Dataflow) -> Schedule
 
 
 class _Ranks:
-    """All ranks at once, each where it stands in its row."""
+    """All ranks, each at its position in its row."""
 
     def __init__(self, lowered: Schedule, flow: Dataflow) -> None:
         self._placement = lowered.placement
         self._actions = [list(row) for row in lowered]
-        self._at = [0] * len(lowered)  # by rank: the position at which it stands
-        self._posted: set[EdgeToken] = set()  # whose receives are
+        self._at = [0] * len(lowered)  # by rank: the position of its next action
+        self._posted: set[EdgeToken] = set()  # values whose receives are posted
         self._sent: set[EdgeToken] = set()
-        self._waits: dict[int, EdgeToken] = {}  # by rank that cannot go on: for the receive or the send of which value
+        self._waits: dict[int, EdgeToken] = {}  # by stuck rank: the value whose receive or send it waits for
         self._awake = list(range(len(lowered)))
         self._reads = [[_read(flow, action) for action in row] for row in self._actions]
         self._receive_at = {
@@ -53,10 +53,10 @@ class _Ranks:
             for position, action in enumerate(row)
             if action.kind.is_receive
         }
-        self.moved: dict[tuple[int, int], list[Action]] = {}  # by rank and position: what is posted right before
+        self.moved: dict[tuple[int, int], list[Action]] = {}  # by rank and position: receives to post right before
 
     def run(self) -> None:
-        """Go on until no rank can."""
+        """Run until no rank can go on."""
         while self._awake:
             rank = self._awake.pop()
             row, reads = self._actions[rank], self._reads[rank]
@@ -91,11 +91,11 @@ class _Ranks:
             self._awake.append(rank)
 
     def is_sent(self, token: EdgeToken) -> bool:
-        """Whether the rank that waits for something of this value is the one that sends it."""
+        """Return whether the sender of a value waits for its receive, rather than the receiver for its send."""
         return token in self._sent
 
     def circle(self) -> list[EdgeToken]:
-        """What ranks that wait for each other wait for; nothing where all have ended, or wait for one that has."""
+        """Return the values that a cycle of ranks waits for; none if all have ended, or wait for one that has."""
         seen: dict[int, EdgeToken] = {}
         rank = next(iter(self._waits), -1)
         while rank in self._waits and rank not in seen:
@@ -104,13 +104,13 @@ class _Ranks:
         return list(seen.values())[list(seen).index(rank) :] if rank in seen else []
 
     def distance(self, token: EdgeToken) -> int:
-        """How many computations there are between where the receiver stands and where it would post the receive."""
+        """Count the computations between the receiver's next action and where it would post the receive."""
         rank = self._placement[token.target]
         between = self._actions[rank][self._at[rank] : self._receive_at[token]]
         return sum(action.kind.is_compute for action in between)
 
     def receive_now(self, token: EdgeToken) -> None:
-        """Post the receive of a value right before what its rank waits in."""
+        """Post the receive of a value right before the action its rank is stuck in."""
         rank = self._placement[token.target]
         row, position = self._actions[rank], self._at[rank]
         if row[position - 1].peer == OVERLAPPED and position:  # an overlapped pair stays together
@@ -119,7 +119,7 @@ class _Ranks:
         self._post(token)
 
     def rows(self) -> tuple[Row, ...]:
-        """With each receive where it was posted first."""
+        """Return the rows, with each receive where it was first posted."""
         early = {action for receives in self.moved.values() for action in receives}
         rows = []
         for rank, row in enumerate(self._actions):
@@ -133,7 +133,7 @@ class _Ranks:
 
 
 def _read(flow: Dataflow, action: Action) -> tuple[EdgeToken, ...]:
-    """What a computation reads of other stages."""
+    """Return what a computation reads from other stages."""
     if not action.kind.is_compute:
         return ()
     return tuple(token for token in flow.effect(action).reads if isinstance(token, EdgeToken))

@@ -1,4 +1,4 @@
-"""What lowering puts between the computations of a row."""
+"""Inserting actions between the computations of a row."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ Gaps = list[list[Action]]
 
 
 def insert(row: Row, before: tuple[Gaps, ...], after: tuple[Gaps, ...]) -> list[Action]:
-    """The row with everything inserted; an overlapped forward and its backward stay together.
+    """Insert actions into a row; an overlapped forward and its backward stay together.
 
     Args:
         row: computations of a rank.
-        before: goes right before each computation, the gaps named first farthest from it.
-        after: goes right after each computation, the gaps named first nearest to it.
+        before: inserted right before each computation, the first gaps farthest from it.
+        after: inserted right after each computation, the first gaps nearest to it.
     """
     actions: list[Action] = []
     held_back: list[Action] = []

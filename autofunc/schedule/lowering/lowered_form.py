@@ -30,21 +30,21 @@ def lower(
     backward is cheaper than its two parts, but a gradient that others wait for should not wait for W.
 
     Args:
-        schedule: in compute form; a lowered one is lowered anew.
+        schedule: in compute form; a lowered one is lowered again from its compute form.
         edges: connections between stages; a chain by default.
         receive_ahead: how many computations before its reader a receive is posted; 0 posts it right before.
         unshard: how often a stage's sharded parameters are gathered: "never", "once" (a step) or "each_use".
         unshard_ahead: how many computations before their first use gathering begins.
-        reduce_grads: whether each stage's gradients are summed over data parallel ranks after its last backward; they are
-            always where parameters are sharded.
-        keep_overlapped: keep overlapped pairs together, with what they send after both, for a runtime that runs them at
+        reduce_grads: sum each stage's gradients over the data-parallel ranks after its last backward; always done
+            if parameters are sharded.
+        keep_overlapped: keep overlapped pairs together, with their sends after both, for a runtime that runs them at
             once (torch's takes a function for it). Otherwise their parts run one after the other, each with its sends.
         merge: False leaves every I and W as it is.
-        sends_block: whether a send keeps its rank from going on until its receive is posted, see `af.Transfers`. Receives
-            are then posted earlier than `receive_ahead` says, where a rank would otherwise wait for ever.
+        sends_block: a send holds up its rank until its receive is posted, see `af.Transfers`. Receives
+            are then posted earlier than `receive_ahead` asks wherever a rank would otherwise wait forever.
 
     Raises:
-        ScheduleError: for arguments that do not exist, and edges that do not fit.
+        ScheduleError: for invalid arguments, and edges that do not fit the schedule.
     """
     for name, distance in (("receive_ahead", receive_ahead), ("unshard_ahead", unshard_ahead)):
         if distance < 0:
@@ -67,7 +67,7 @@ def lower(
 
 
 def merge_backward(schedule: Schedule, flow: Dataflow) -> Schedule:
-    """Make one B of each adjacent I and W between which no input gradient leaves the rank."""
+    """Merge each adjacent I and W into a B, unless an input gradient leaves the rank in between."""
     placement = schedule.placement
     rows = []
     for rank, row in enumerate(schedule):

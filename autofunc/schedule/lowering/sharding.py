@@ -1,6 +1,6 @@
-"""Where in a row sharded parameters are gathered and let go of, and where gradients are reduced.
+"""Where in a row sharded parameters are gathered and freed, and where gradients are reduced.
 
-What must hold of these actions is said in `laws/residency.py`.
+The laws of these actions are in `laws/residency.py`.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ class Unshard(Enum):
 
 
 def sharding_actions(row: Sequence[Action], unshard: Unshard, ahead: int, reduce: bool = False) -> tuple[Gaps, Gaps]:
-    """The sharding actions of a rank, to be put before and after each of its computations.
+    """Place the sharding actions of a rank before and after each of its computations.
 
     Args:
         row: computations of the rank.
         unshard: how often to gather.
         ahead: how many computations before its first use a gather starts.
-        reduce: whether gradients are reduced where parameters are not sharded.
+        reduce: reduce gradients even if parameters are not sharded.
     """
     before: Gaps = [[] for _ in row]
     after: Gaps = [[] for _ in row]
@@ -52,7 +52,7 @@ def sharding_actions(row: Sequence[Action], unshard: Unshard, ahead: int, reduce
 
 
 def _turns(row: Sequence[Action]) -> list[list[int]]:
-    """Positions that run together: an overlapped forward with its backward, everything else alone."""
+    """Group positions that run together: an overlapped forward with its backward, everything else alone."""
     turns: list[list[int]] = []
     for position in range(len(row)):
         if position and row[position - 1].peer == OVERLAPPED:
@@ -63,7 +63,7 @@ def _turns(row: Sequence[Action]) -> list[list[int]]:
 
 
 def _uses(row: Sequence[Action], turns: list[list[int]], once: bool) -> list[tuple[int, int, int]]:
-    """(stage, first turn, last turn) of each use, in the order of the first; one use per stage if `once`."""
+    """List (stage, first turn, last turn) of each use, in order of the first; one use per stage if `once`."""
     uses: dict[tuple[int, int], tuple[int, int, int]] = {}
     for number, turn in enumerate(turns):
         for position in turn:

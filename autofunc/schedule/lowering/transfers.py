@@ -2,8 +2,8 @@
 
 A send is posted right after the action that makes its value. A receive is posted `receive_ahead` computations before the
 action that reads it, so that the transfer overlaps what runs in between. From each rank to each other the receives are
-posted in the order of the sends, whatever stages they are of: a channel between two ranks keeps its order, and some have no
-other way to tell messages apart. A receive that would come out of turn is posted earlier; it only posts, so nothing waits
+posted in the order of the sends, whatever their stages: a channel between two ranks keeps its order, and some have no
+other way to tell messages apart. A receive that would come out of order is posted earlier; it only posts, so nothing waits
 behind it.
 """
 
@@ -18,7 +18,7 @@ RankPair = tuple[int, int]
 
 
 def transfer_actions(schedule: Schedule, flow: Dataflow, receive_ahead: int) -> tuple[list[Gaps], list[Gaps]]:
-    """Per rank, the receives to post before each computation, and the sends to post after it.
+    """Return, per rank, the receives to post before each computation and the sends to post after it.
 
     Args:
         schedule: in compute form.

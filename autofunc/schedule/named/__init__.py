@@ -1,1 +1,1 @@
-"""Schedules by name: one construction a file, how their rows are written, and the user's own beside them."""
+"""Schedules by name: one construction per file, helpers that write their rows, and the user's own schedules."""

@@ -15,17 +15,17 @@ from autofunc.schedule.text import from_actions, from_text, parse_cell
 from autofunc.shown import quoted, shown
 
 Function = Callable[..., Any]
-"""Makes a schedule from num_ranks, num_microbatches and, if it takes that, stages_per_rank.
+"""Makes a schedule from num_ranks, num_microbatches and, if it names it, stages_per_rank.
 
-See `schedule_of_function` for what it may return.
+`schedule_of_function` lists what it may return.
 """
 
 
 def schedule_of_file(path: str | Path, num_ranks: int, num_microbatches: int, stages_per_rank: int | None) -> Schedule:
-    """Read and check a table.
+    """Read a schedule from a file and check it.
 
     Raises:
-        ScheduleError: when it breaks a law, or is for other numbers than those asked for.
+        ScheduleError: if it breaks a law, or does not have the numbers asked for.
     """
     return _checked(read_file(path), shown(path), num_ranks, num_microbatches, stages_per_rank)
 
@@ -38,7 +38,7 @@ def schedule_of_function(
     It may return a `Schedule`, a table as text, or for each rank a list of actions or of their text.
 
     Raises:
-        ScheduleError: when it breaks a law, or is for other numbers than those asked for.
+        ScheduleError: if it breaks a law, or does not have the numbers asked for.
     """
     name = getattr(function, "__name__", type(function).__name__)
     numbers: dict[str, int] = {"num_ranks": num_ranks, "num_microbatches": num_microbatches}
@@ -50,7 +50,7 @@ def schedule_of_function(
     except TypeError as error:
         raise ScheduleError(
             f"function {name}{signature} cannot make a schedule: {error}; it is called with num_ranks, num_microbatches, "
-            "and stages_per_rank if it names that"
+            "and stages_per_rank if it names it"
         ) from error
     made = function(**numbers)
     if isinstance(made, str):
@@ -68,7 +68,7 @@ def schedule_of_function(
 def _row(row: object, name: str) -> list[Action]:
     cells = row.replace(",", " ").split() if isinstance(row, str) else row
     if not isinstance(cells, Iterable):
-        raise ScheduleError(f"function {name}: {quoted(row)} is no rank's list of actions")
+        raise ScheduleError(f"function {name}: {quoted(row)} is not a list of actions")
     return [action for cell in cells for action in _actions(cell, name)]
 
 
@@ -77,7 +77,7 @@ def _actions(cell: object, name: str) -> list[Action]:
         return [cell]
     if isinstance(cell, str):
         return parse_cell(cell)
-    raise ScheduleError(f"function {name}: {quoted(cell)} is no action; expected an Action or its text, such as '2F0'")
+    raise ScheduleError(f"function {name}: {quoted(cell)} is not an action; expected an Action or its text, such as '2F0'")
 
 
 def _checked(

@@ -1,8 +1,8 @@
-"""DualPipeV: forwards of one half of a V beside backwards of the other.
+"""DualPipeV: forwards of one leg of a V beside backwards of the other.
 
 Source: DeepSeek-AI, DualPipe repository, `dualpipe/dualpipev.py` ("cut in half" of DualPipe, DeepSeek-V3 technical report,
-arXiv 2412.19437, section 3.2.1), whose eight steps these are. A pair `(0F4;3B0)OVERLAP_F_B` may run at once, for instance
-one's communication beside the other's computation; where nothing overlaps, its two parts run one after the other.
+arXiv 2412.19437, section 3.2.1), whose eight steps the phases follow. A pair `(0F4;3B0)OVERLAP_F_B` may run at once, for
+instance the communication of one beside the computation of the other; otherwise its two parts run one after the other.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ def row(rank: int, num_ranks: int, num_microbatches: int) -> Table:
     f_down, b_down, i_down, _ = passes_of(rank)
     f_up, b_up, i_up, _ = passes_of(2 * num_ranks - 1 - rank)
     *_, w = passes_of(WAITING)
-    above, below = rank + 1, num_ranks - 1 - rank  # this rank and those nearer to the first stage; those nearer to the turn
-    # at the turn the first pair waits for its own forward: not overlapped, the bubble is smaller
+    above, below = rank + 1, num_ranks - 1 - rank  # ranks up to this one; ranks nearer to the turn
+    # at the turn, the first pair waits for its own forward: without overlap the bubble is smaller
     first = f_down.overlapped() if below else f_down
     phases = (
         ((f_down,), 2 * below),

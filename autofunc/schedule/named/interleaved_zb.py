@@ -2,7 +2,7 @@
 
 Source: Qi et al., "Zero Bubble Pipeline Parallelism", ICLR 2024, section 2.1 (arXiv 2401.10241), applied to the looped
 stages of Narayanan et al. 2021 as in PyTorch, `torch/distributed/pipelining/schedules.py`, ScheduleInterleavedZeroBubble.
-Every rank holds `num_ranks * stages_per_rank` stage activations at most, fewer than interleaved 1F1B, where microbatches
+Every rank holds `num_ranks * stages_per_rank` stage activations at most, fewer than interleaved 1F1B, if microbatches
 divide into rounds of `num_ranks`; else `(stages_per_rank - 1) * longest round + num_ranks`.
 """
 

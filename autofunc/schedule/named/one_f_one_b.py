@@ -1,4 +1,4 @@
-"""1F1B: forwards and backwards in turn, to keep few activations alive.
+"""1F1B: alternating forwards and backwards, which keeps few activations alive.
 
 A rank keeps at most `num_ranks - rank` microbatches in flight.
 

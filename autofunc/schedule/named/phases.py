@@ -1,4 +1,4 @@
-"""What the rows of several schedules share: the order of microbatches, the phases of 1F1B, and delayed weight gradients."""
+"""Shared by several schedules: the order of microbatches, the phases of 1F1B, and delayed weight gradients."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ def in_rounds(stages: npt.NDArray[np.int64], num_ranks: int, num_microbatches: i
 
 
 def alternate(forwards: Columns, backwards: Columns, warmup: int) -> Table:
-    """Run `warmup` forwards, then one forward and one backward in turn, then the remaining backwards.
+    """Run `warmup` forwards, then alternate forwards and backwards, then run the remaining backwards.
 
     Args:
         forwards: in order.
-        backwards: in order, as many.
+        backwards: in order, as many as forwards.
         warmup: cut to the number of forwards.
     """
     warmup = min(warmup, len(forwards))
@@ -43,7 +43,7 @@ def alternate(forwards: Columns, backwards: Columns, warmup: int) -> Table:
 
 
 def delayed_weight_row(forwards: Columns, backwards: Columns, warmup: int, delay: int) -> Table:
-    """Warmup forwards; then F, I and the W that is `delay` backwards behind; then the W that are left.
+    """Run `warmup` forwards; then repeat F, `I` and the W that is `delay` backwards behind; then the remaining W.
 
     1F1B on the input gradients, with the weight gradients some way behind. Source: Qi et al., "Zero Bubble Pipeline
     Parallelism", ICLR 2024, section 2.1 (arXiv 2401.10241).
@@ -53,14 +53,14 @@ def delayed_weight_row(forwards: Columns, backwards: Columns, warmup: int, delay
 
     Args:
         forwards: (stage, microbatch) in order.
-        backwards: in order, as many.
+        backwards: in order, as many as forwards.
         warmup: cut to the number of forwards.
-        delay: how many backwards W follows I.
+        delay: by how many backwards W follows `I`.
     """
     count = len(forwards)
     number = np.arange(count)
-    # when each action's turn comes: pairs F, I in steps of three, with the delayed W in between
-    turns = np.concatenate((3 * (number - min(warmup, count)), 3 * number + 1, 3 * (number + delay) + 2))
-    order = np.argsort(turns, kind="stable")
+    # the slot of each action: pairs F, I in steps of three, with the delayed W in between
+    slots = np.concatenate((3 * (number - min(warmup, count)), 3 * number + 1, 3 * (number + delay) + 2))
+    order = np.argsort(slots, kind="stable")
     columns = np.concatenate((forwards, backwards, backwards))[order]
     return compute_table(columns[:, 0], np.repeat((Kind.F, Kind.I, Kind.W), count)[order], columns[:, 1])

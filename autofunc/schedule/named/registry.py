@@ -30,17 +30,17 @@ from autofunc.schedule.named.custom import Function, schedule_of_file, schedule_
 class Generator:
     """A named construction.
 
-    `row` makes one rank's actions: of (rank, num_ranks, num_microbatches), and stages_per_rank where that may vary.
+    `row` makes one rank's actions from (rank, num_ranks, num_microbatches), and stages_per_rank if `is_looped`.
     """
 
     row: Callable[..., Table]
     default_stages_per_rank: int = 1
-    is_looped: bool = False  # takes any number of stages per rank from `default_stages_per_rank` on
+    is_looped: bool = False  # takes any number of stages per rank, `default_stages_per_rank` or more
     placement: Callable[[int, int], tuple[int, ...]] = placement.loop
-    microbatches_per_rank: int = 0  # at least so many for each rank
+    microbatches_per_rank: int = 0  # least number of microbatches per rank
 
     def fits(self, num_ranks: int, num_microbatches: int, stages_per_rank: int) -> bool:
-        """Whether the construction exists for these numbers."""
+        """Return whether the construction exists for these numbers."""
         enough = num_microbatches >= self.microbatches_per_rank * num_ranks
         default = self.default_stages_per_rank
         return enough and (stages_per_rank == default or (self.is_looped and stages_per_rank > default))
@@ -80,7 +80,7 @@ _TORCH_NAMES = {"interleavedzerobubble": "interleaved_zb", "zbvzerobubble": "zbv
 
 
 def normalise(name: str) -> str:
-    """The name in the registry for a user's spelling: case, `-`, `_` and torch's class names do not matter.
+    """Return the registry's name for a user's spelling: case, `-` and `_` are ignored, torch's class names accepted.
 
     Raises:
         ScheduleError: for an unknown name, with the nearest known ones.
@@ -92,7 +92,7 @@ def normalise(name: str) -> str:
     if plain in _TORCH_NAMES:
         return _TORCH_NAMES[plain]
     raise ScheduleError(
-        f"unknown schedule {name!r}: {one_of(name, GENERATORS)}; or a file .csv, .txt or .json, or a function"
+        f"unknown schedule {name!r}: {one_of(name, GENERATORS)}; or a .csv, .txt or .json file, or a function"
     )
 
 
@@ -111,16 +111,16 @@ def build(
 
     Args:
         name: one of `names()`, in any spelling; or a file that ends in .csv, .txt or .json; or a function of
-            `num_ranks` and `num_microbatches` (and `stages_per_rank`, if it takes that) that returns a `Schedule`, a table
+            `num_ranks` and `num_microbatches` (and `stages_per_rank`, if it names it) that returns a `Schedule`, a table
             as text, or for each rank a list of actions such as "2F0".
         num_ranks: pp ranks, at least 1.
-        num_microbatches: microbatches of a step, at least 1; fewer than ranks is allowed, but for dualpipe_v.
-        stages_per_rank: stages on each rank: what the construction has by default, or any larger number for
+        num_microbatches: microbatches of a step, at least 1; may be fewer than ranks, except for dualpipe_v.
+        stages_per_rank: stages on each rank: the construction's default, or any larger number for
             interleaved_1f1b, interleaved_zb and looped_bfs.
 
     Raises:
         ScheduleError: for an unknown name, numbers the construction does not allow, or a user's schedule that breaks a law
-            or is for other numbers.
+            or does not have the numbers asked for.
 
     Example:
         >>> s = build("1f1b", num_ranks=2, num_microbatches=2)
@@ -137,15 +137,15 @@ def build(
 
 
 def is_named(name: str | os.PathLike[str] | Function) -> bool:
-    """Whether this is to be looked up among the named schedules: no function, and no file."""
+    """Return whether this names a schedule of the registry, rather than a file or a function."""
     return isinstance(name, str) and not name.lower().endswith(SUFFIXES)
 
 
 def build_row(name: str, *, rank: int, num_ranks: int, num_microbatches: int, stages_per_rank: int | None = None) -> Row:
-    """One rank's row of a named schedule, without the others: what a rank of a thousand needs.
+    """Build one rank's row of a named schedule without the others, as each of a thousand ranks needs.
 
     Raises:
-        ScheduleError: as `build`, or for a rank that does not exist.
+        ScheduleError: as `build` does, or for a rank that does not exist.
     """
     _, generator, per_rank = _checked(name, num_ranks, num_microbatches, stages_per_rank)
     if not 0 <= rank < num_ranks:
@@ -154,7 +154,7 @@ def build_row(name: str, *, rank: int, num_ranks: int, num_microbatches: int, st
 
 
 def _checked(name: str, num_ranks: int, num_microbatches: int, stages_per_rank: int | None) -> tuple[str, Generator, int]:
-    """The generator of a name, and the number of stages per rank, if it can be built for these numbers."""
+    """Find the generator of a name and its stages per rank; refuse numbers that it cannot be built for."""
     known = normalise(name)
     generator = GENERATORS[known]
     for label, number in (("num_ranks", num_ranks), ("num_microbatches", num_microbatches)):
@@ -178,12 +178,12 @@ def _checked(name: str, num_ranks: int, num_microbatches: int, stages_per_rank: 
 
 
 def default_stages_per_rank(name: str) -> int:
-    """How many stages a rank has when nothing else is said."""
+    """Return how many stages a rank of a named schedule has by default."""
     return GENERATORS[normalise(name)].default_stages_per_rank
 
 
 def is_looped(name: str) -> bool:
-    """Whether a named schedule takes any larger number of stages per rank."""
+    """Return whether a named schedule takes any larger number of stages per rank."""
     return GENERATORS[normalise(name)].is_looped
 
 
@@ -193,7 +193,7 @@ def names() -> list[str]:
 
 
 def named_candidates(num_ranks: int, num_microbatches: int, stages_per_rank: int) -> Iterator[Schedule]:
-    """Every named schedule that exists for these numbers."""
+    """Build every named schedule that exists for these numbers."""
     for name, generator in GENERATORS.items():
         if generator.fits(num_ranks, num_microbatches, stages_per_rank):
             yield build(name, num_ranks=num_ranks, num_microbatches=num_microbatches, stages_per_rank=stages_per_rank)

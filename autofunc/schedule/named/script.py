@@ -1,6 +1,6 @@
-"""Write a row as a script: phases of passes, each repeated; microbatches count themselves.
+"""Write a row as a script: phases of passes, each repeated; microbatch numbers follow.
 
-Constructions with two stages per rank are published as such scripts ("three times F0 F1, then ..."); here they look the
+Constructions with two stages per rank are published as such scripts ("three times F0 F1, then ..."); here they read the
 same, and a row costs a few numpy calls, whatever the number of its actions.
 """
 
@@ -17,37 +17,38 @@ from autofunc.schedule.ir import OVERLAPPED, Kind, Table, frozen
 class Pass(NamedTuple):
     """The next action of a kind at a stage: its microbatch follows from the passes before it.
 
-    F counts by itself; B and I count together, as a stage's backwards; a W finishes the I of its stage that has waited
+    F counts separately; B and `I` count together, as a stage's backwards; a W finishes the `I` of its stage that has waited
     longest, or, at stage `WAITING`, that of the whole rank.
     """
 
     stage: int
     kind: Kind
-    peer: int = -1  # `OVERLAPPED`: an F beside the backward that follows
+    peer: int = -1  # `OVERLAPPED`: an F that overlaps with the backward after it
 
     def overlapped(self) -> Pass:
-        """The same beside the backward that follows."""
+        """Return the same pass, overlapped with the backward after it."""
         return self._replace(peer=OVERLAPPED)
 
 
 WAITING = -1
-"""In place of the stage of a W: wherever the I is that has waited longest. Then every W of a script is such a one."""
+"""Takes the place of a W's stage: the W finishes whichever `I` of the rank has waited longest. Used by all W of
+a script, or by none."""
 
 Phase = tuple[Sequence[Pass], int]
-"""Passes, and how many times they run one after the other."""
+"""Passes in order, and how many times to run them."""
 
 
 def passes_of(stage: int) -> tuple[Pass, Pass, Pass, Pass]:
-    """F, B, I and W of a stage."""
+    """Return F, B, `I` and W of a stage."""
     return Pass(stage, Kind.F), Pass(stage, Kind.B), Pass(stage, Kind.I), Pass(stage, Kind.W)
 
 
 def scripted(phases: Sequence[Phase], num_microbatches: int) -> Table:
-    """The row of a script: int32 of shape (actions, 4).
+    """Expand a script into a row: int32 of shape (actions, 4).
 
     Args:
-        phases: one after the other.
-        num_microbatches: those there are; constructions for more leave the others out.
+        phases: in order.
+        num_microbatches: actions of later microbatches are dropped.
     """
     passes = np.concatenate([np.tile(np.array(each, np.int32).reshape(-1, 3), (times, 1)) for each, times in phases])
     stage, kind, peer = np.ascontiguousarray(passes.T)

@@ -3,7 +3,7 @@
 Source: Qi et al., "Zero Bubble Pipeline Parallelism", arXiv 2401.10241 (v2 on), section 6, and the same phases in PyTorch,
 `torch/distributed/pipelining/schedules.py`, ScheduleZBVZeroBubble. With F = I = W no rank idles between its first
 action and its last, and every rank holds `num_ranks` microbatches at most (in stage activations, twice as many). The
-construction fills the pipeline with 2p - 1 microbatches; with fewer, what is not there is left out.
+construction fills the pipeline with 2p - 1 microbatches; with fewer, the actions of missing microbatches are dropped.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ def row(rank: int, num_ranks: int, num_microbatches: int) -> Table:
     f_down, _, i_down, w_down = passes_of(rank)
     f_up, _, i_up, w_up = passes_of(2 * num_ranks - 1 - rank)
     count = max(num_microbatches, 2 * num_ranks - 1)
-    above, below = rank, num_ranks - rank  # ranks nearer to the first stage; this one and those nearer to the turn
+    above, below = rank, num_ranks - rank  # ranks before this one; this one and those nearer to the turn
     phases = (
         ((f_down,), 2 * below - 1),
         ((f_up, f_down), above),

@@ -1,1 +1,1 @@
-"""Timelines to look at: as text, SVG, a page and a trace, all from the same blocks."""
+"""Pictures of timelines: text, SVG, PNG, a page and a trace, all from the same blocks."""

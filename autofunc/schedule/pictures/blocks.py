@@ -1,4 +1,4 @@
-"""A timeline as blocks to draw: what every picture starts from."""
+"""A timeline as blocks to draw; every picture starts from these."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from autofunc.schedule.timing.timeline import Timeline
 from autofunc.shown import shown
 
 COLOURS = {Kind.F: "#6ea8e5", Kind.B: "#6cc08b", Kind.I: "#5fbfc4", Kind.W: "#eec15c"}
-"""One per kind of computation, apart for people who see colours differently."""
+"""One per kind of computation, distinct for colour-blind readers too."""
 
 WORDS = {Kind.F: "forward", Kind.B: "backward", Kind.I: "input gradient", Kind.W: "weight gradient"}
 
 
 class Block(NamedTuple):
-    """One computation; of an overlapped pair, one turn of it."""
+    """One computation, or one turn of an overlapped one."""
 
     rank: int
     stage: int
     kind: Kind
     microbatch: int
-    start: float  # from the first start of the timeline
+    start: float  # relative to the timeline's first start
     end: float
     waited: float  # idle time of the rank right before
-    cause: str  # what it waited for: an action of another rank, or its own transfers
+    cause: str  # what it waited for: an action of another rank, or the rank's own transfers
 
     @property
     def name(self) -> str:
@@ -36,7 +36,7 @@ class Block(NamedTuple):
 
 
 def blocks_of(timeline: Timeline) -> list[Block]:
-    """All computations, rank by rank."""
+    """Return all computations as blocks, rank by rank."""
     schedule, origin = timeline.schedule, timeline.origin
     network = build_network(schedule, timeline.edges)
     start, end = np.concatenate(timeline.start), np.concatenate(timeline.end)
@@ -69,7 +69,7 @@ def blocks_of(timeline: Timeline) -> list[Block]:
 
 
 def _turns_of(timeline: Timeline, rank: int) -> dict[int, list[tuple[float, float]]]:
-    """By position of an action that ran in turns with another: when it computed."""
+    """Return when each action that ran interleaved with another computed, by position in its row."""
     found: dict[int, list[tuple[float, float]]] = {}
     for position, start, end, waits in timeline.turns[rank] if timeline.turns is not None else ():
         if not waits:
@@ -78,7 +78,7 @@ def _turns_of(timeline: Timeline, rank: int) -> dict[int, list[tuple[float, floa
 
 
 def letters_of(schedule: Schedule) -> dict[int, str]:
-    """By stage, which of its rank's stages it is: a, b, c, ...; nothing where ranks have one stage each."""
+    """Letter each stage by its place on its rank: a, b, c, ...; empty if every rank has one stage."""
     if len(set(schedule.placement)) == schedule.num_stages:
         return dict.fromkeys(range(schedule.num_stages), "")
     names = {}
@@ -89,13 +89,13 @@ def letters_of(schedule: Schedule) -> dict[int, str]:
 
 
 def title(timeline: Timeline) -> str:
-    """What a timeline is called in a picture."""
+    """Return a timeline's title in a picture."""
     name = shown(timeline.schedule.name)
     return f"{name}, {shown(timeline.label)}" if timeline.label else name
 
 
 def caption(timeline: Timeline) -> str:
-    """The figures that go with a picture."""
+    """Return a picture's caption: sizes, makespan and bubble."""
     s = timeline.schedule
     return (
         f"{title(timeline)}: {s.num_ranks} ranks, {s.num_stages} stages, {s.num_microbatches} microbatches, "

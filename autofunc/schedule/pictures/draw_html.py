@@ -1,4 +1,4 @@
-"""One self-contained page: timelines one under the other, to zoom into and to point at. No network, no library."""
+"""A self-contained page of stacked timelines, with zoom and tooltips. No network, no library."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _DATA = "/*DATA*/null"
 
 
 def to_html(timelines: Sequence[Timeline]) -> str:
-    """The page as text: timelines one under the other on one time axis, such as two schedules, or a predicted and a
+    """Make the page as text: timelines stacked on one time axis, such as two schedules, or a predicted and a
     measured run."""
     document = {
         "kinds": [{"name": kind.name, "word": WORDS[kind], "colour": COLOURS[kind]} for kind in WORDS],

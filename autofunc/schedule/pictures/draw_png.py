@@ -1,4 +1,4 @@
-"""Draw timelines as a PNG picture: what `draw_svg.py` draws, for where an SVG cannot be shown."""
+"""Draw timelines as a PNG picture: the picture of `draw_svg.py`, for places that cannot show an SVG."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from autofunc.schedule.pictures.blocks import COLOURS, WORDS, blocks_of, caption
 from autofunc.schedule.timing.timeline import Timeline
 
 _INCHES, _INCHES_OF_ROW, _INCHES_BESIDE = 12.0, 0.26, 0.9
-_CHARACTERS = 190  # of a label's size that fit beside one another
+_CHARACTERS = 190  # that fit side by side, at a label's size
 
 
 def to_png(timelines: Sequence[Timeline]) -> bytes:
-    """The bytes of a PNG; all timelines share one scale."""
-    from matplotlib.figure import Figure  # and not pyplot, which chooses a backend for the whole process
+    """Draw timelines on one scale; return the bytes of a PNG."""
+    from matplotlib.figure import Figure  # pyplot would choose a backend for the whole process
 
     rows = [timeline.schedule.num_ranks * _INCHES_OF_ROW + _INCHES_BESIDE for timeline in timelines]
     figure = Figure(figsize=(_INCHES, sum(rows)), dpi=120, layout="constrained")

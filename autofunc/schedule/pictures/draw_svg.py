@@ -1,4 +1,4 @@
-"""Draw timelines as an SVG picture: one row per rank, time from left to right, several one under the other."""
+"""Draw timelines as an SVG picture: one row per rank, time from left to right, timelines stacked."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _CHARACTER = 6.6  # width of a digit at the size of labels
 
 
 def to_svg(timelines: Sequence[Timeline], width: int = 1200) -> str:
-    """An SVG document of `width` pixels; all timelines share one scale."""
+    """Draw timelines on one scale; return an SVG document `width` pixels wide."""
     longest = max(timeline.makespan for timeline in timelines)
     scale = (width - _LEFT - _RIGHT) / longest
     parts: list[str] = []
@@ -54,7 +54,7 @@ def to_svg(timelines: Sequence[Timeline], width: int = 1200) -> str:
 
 
 def _block(block: Block, top: int, scale: float, letter: str) -> str:
-    """A rectangle with the microbatch in it, where there is room; later stages of a rank are darker."""
+    """Draw a rectangle with the microbatch in it, if there is room; later stages of a rank are darker."""
     x, wide = _LEFT + block.start * scale, (block.end - block.start) * scale
     y = top + block.rank * (_ROW + _GAP)
     label = f"{block.microbatch}{letter}"
@@ -69,7 +69,7 @@ def _block(block: Block, top: int, scale: float, letter: str) -> str:
 
 
 def _axis(makespan: float, scale: float, y: int) -> list[str]:
-    """Ticks at round numbers."""
+    """Draw ticks at round numbers."""
     step = round_step(makespan / 10)
     parts = []
     for number in range(int(makespan / step + 1e-9) + 1):
@@ -80,6 +80,6 @@ def _axis(makespan: float, scale: float, y: int) -> list[str]:
 
 
 def round_step(least: float) -> float:
-    """The smallest of 1, 2, 5 times a power of ten that is at least `least`."""
+    """Return the smallest of 1, 2, 5 times a power of ten that is at least `least`."""
     power = 10.0 ** math.floor(math.log10(least))
     return next(power * factor for factor in (1, 2, 5, 10) if power * factor >= least * (1 - 1e-9))

@@ -18,17 +18,17 @@ _LEGEND = {
     Kind.W: "w0 weight gradient",
 }
 _IDLE = "."
-_MOST_COLUMNS = 4000  # where actions are of very different length, short ones lose their labels
+_MOST_COLUMNS = 4000  # if actions differ much in length, short ones lose their labels
 
 
 def to_picture(timeline: Timeline, width: int = 80, colour: bool = False) -> str:
-    """Draw as text, proportional to time; time that does not fit into one line goes on in the next block.
+    """Draw as text, proportional to time; time that does not fit into one line continues in the next block.
 
-    Where ranks have several stages, a letter after the microbatch says which: a is the rank's first.
+    If ranks have several stages, a letter after the microbatch names the stage: a is the rank's first.
 
     Args:
         timeline: what to draw.
-        width: columns to fit into.
+        width: of a line, in columns.
         colour: paint with ANSI colours.
     """
     schedule = timeline.schedule
@@ -53,7 +53,7 @@ def to_picture(timeline: Timeline, width: int = 80, colour: bool = False) -> str
 
 
 def _wrapped(entries: list[str], width: int) -> list[str]:
-    """The legend's entries on as few lines as fit the width."""
+    """Wrap the legend's entries into lines of at most `width` columns."""
     lines = [entries[0]]
     for entry in entries[1:]:
         if len(lines[-1]) + 3 + len(entry) <= width:
@@ -71,7 +71,7 @@ def _shortest(timeline: Timeline) -> float:
 def _paint(
     timeline: Timeline, letters: dict[int, str], rank: int, columns: int, scale: float
 ) -> tuple[list[str], list[Kind | None]]:
-    """The characters of one rank's line, and the kind of action under each."""
+    """Return the characters of one rank's line, and the kind of action under each."""
     text = [_IDLE] * columns
     kinds: list[Kind | None] = [None] * columns
     for action, start, end in zip(timeline.schedule[rank], timeline.start[rank], timeline.end[rank], strict=True):
@@ -89,7 +89,7 @@ def _label(action: Action, letter: str, width: int) -> str:
         return f"[{number:<{width - 2}}]"
     marker = {Kind.F: "", Kind.B: "b", Kind.I: "i", Kind.W: "w"}[action.kind]
     label = marker + number
-    return f"{label:<{width}}" if len(label) <= width else (marker or "f") * width  # never a part of a number
+    return f"{label:<{width}}" if len(label) <= width else (marker or "f") * width  # never cut a number
 
 
 def _coloured(text: list[str], kinds: list[Kind | None], colour: bool) -> str:

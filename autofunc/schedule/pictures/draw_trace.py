@@ -1,4 +1,4 @@
-"""Timelines as a trace for chrome://tracing and ui.perfetto.dev, with arrows for what ranks wait for.
+"""Timelines as a trace for chrome://tracing and ui.perfetto.dev, with arrows from what ranks wait for.
 
 Format: "Trace Event Format", Google (complete events `X`, flow events `s` and `f`, metadata `M`).
 """
@@ -14,11 +14,11 @@ from autofunc.schedule.timing.timeline import Timeline
 
 
 def to_trace(timelines: Sequence[Timeline], unit_us: float = 1000.0) -> str:
-    """A JSON document; one process per timeline, one thread per rank.
+    """Make the JSON document: one process per timeline, one thread per rank.
 
     Args:
         timelines: what to show.
-        unit_us: microseconds in one unit of the timelines: 1000 when costs are in milliseconds.
+        unit_us: microseconds in one unit of the timelines: 1000 if costs are in milliseconds.
     """
     events: list[dict[str, Any]] = []
     for process, timeline in enumerate(timelines):

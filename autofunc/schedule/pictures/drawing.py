@@ -1,4 +1,4 @@
-"""Draw schedules and timelines: text for a terminal, or a file that its suffix tells the form of."""
+"""Draw schedules and timelines: text for a terminal, or a file in the format its suffix names."""
 
 from __future__ import annotations
 
@@ -34,20 +34,20 @@ def draw(
     width: int = 80,
     colour: bool = False,
 ) -> str:
-    """Draw a schedule (with equal costs for F, I and W) or a timeline, or several one under the other.
+    """Draw a schedule (with equal costs for F, I and W) or a timeline, or several, stacked.
 
     Args:
-        what: a timeline knows its times; of a schedule each stage takes its share of a rank's time.
-        path: a file to write: `.svg` is a picture, `.html` a page to zoom into and point at, `.json` a trace for Perfetto
-            or chrome://tracing (1 unit of time is 1 ms there), `.png` one of pixels. Without one, the text is returned.
+        what: timelines and schedules. In a schedule every F, `I` and W takes one unit of time.
+        path: file to write: `.svg` or `.png` for a picture, `.html` for a page with zoom and tooltips, `.json` for a trace
+            in Perfetto or chrome://tracing (1 unit of time is 1 ms there). Without a path, only the text is returned.
         width: of the text, in columns.
         colour: paint the text with ANSI colours.
 
     Returns:
-        The text, or what was written; for a `.png` the same picture as SVG.
+        The text, or the content of the file; for `.png`, the same picture as SVG.
 
     Raises:
-        ScheduleError: for another suffix.
+        ScheduleError: for an unknown suffix, or nothing to draw.
 
     Example:
         >>> from autofunc import schedule

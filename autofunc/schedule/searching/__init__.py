@@ -1,1 +1,1 @@
-"""Schedules that are searched for, and what none can beat."""
+"""Search for schedules, and bounds that none can beat."""

@@ -1,4 +1,4 @@
-"""What no schedule can beat: bounds that tell a search when it is done, and a reader how far it came."""
+"""Bounds no schedule can beat: they tell a search when it is done, and a reader how close it came."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from autofunc.schedule.searching.problem import NEVER, Problem
 
 
 def problem_bound(problem: Problem) -> float:
-    """A time that the objective of a problem cannot go below.
+    """Return a lower bound on the objective of a problem.
 
     A rank cannot end before the first microbatch has reached it and all its work is done. And the last microbatch's
     gradient, after it has left a stage that is alone on its rank, still has to travel back to the first one; by then the
@@ -17,7 +17,7 @@ def problem_bound(problem: Problem) -> float:
     forward, backward, weight = problem.durations
     ahead, back = problem.transfers
     m = problem.num_microbatches
-    head = [0.0] * problem.num_stages  # from the first start of stage 0 to the first that stage s can make
+    head = [0.0] * problem.num_stages  # from the first start of stage 0 to the earliest start of stage s
     for stage in range(1, problem.num_stages):
         head[stage] = head[stage - 1] + forward[stage - 1] + ahead[stage - 1][0]
     bounds = []
@@ -31,5 +31,5 @@ def problem_bound(problem: Problem) -> float:
         done = m * (forward[stage] + backward[stage]) + max(0.0, m - 1 - waiting) * weight[stage]
         home = sum(back[s][0] + backward[s - 1] for s in range(1, stage + 1))
         bounds.append(head[stage] + done + home + weight[0])
-    # what a rank does before its first computation is in none of the two objectives
+    # neither objective counts what a rank does before its first computation
     return max(bounds) - problem.costs.between - (problem.costs.receive if problem.measure_span else 0.0)

@@ -1,4 +1,4 @@
-"""Random changes to policies, uphill: where a search finds what it had not thought of."""
+"""Hill climbing over policies, by random changes."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from autofunc.schedule.searching.policy import Policy, Rules, run_policy
 from autofunc.schedule.searching.problem import NEVER, Problem
 
 _PATIENCE = 1000
-"""Changes without an improvement after which a climb begins anew, elsewhere."""
+"""Changes without an improvement after which a climb restarts elsewhere."""
 
 
 class Climb:
-    """Random changes to a policy; those that do no harm are kept."""
+    """Random changes to a policy; those that do no harm stay."""
 
     def __init__(self, problem: Problem, rng: random.Random) -> None:
         self.problem, self.rng = problem, rng
-        self._forget()
+        self._restart()
 
-    def _forget(self) -> None:
+    def _restart(self) -> None:
         self.current: Policy | None = None
         self.value, self.stale = NEVER, 0
 
     def step(self, best: float) -> list[list[Action]] | None:
-        """Try one policy; returns its actions if they look better than `best`."""
+        """Try one policy; return its actions, per rank, if they look better than `best`."""
         if self.stale > _PATIENCE:
-            self._forget()
-        start_anew = self.current is None or self.rng.random() < 0.1
-        policy = self._draw() if start_anew or self.current is None else self._change(self.current)
+            self._restart()
+        draw_new = self.current is None or self.rng.random() < 0.1
+        policy = self._draw() if draw_new or self.current is None else self._change(self.current)
         outcome = run_policy(self.problem, policy, self.value)
         self.stale += 1
         if outcome is None:
@@ -39,7 +39,7 @@ class Climb:
         return outcome.rows if outcome.value < best * (1 - 1e-12) else None
 
     def _draw(self) -> Policy:
-        """One of the shapes that known schedules have."""
+        """Draw a policy in one of the shapes that known schedules have."""
         rng, m, last = self.rng, self.problem.num_microbatches, self.problem.num_stages
         depth = rng.choice((0, 1, 2, m))
         in_flight = tuple(min(depth * (last - 1 - stage) + 1, m) for stage in range(last))
@@ -53,7 +53,7 @@ class Climb:
         return Policy(in_flight, (rules,) * self.problem.num_ranks)
 
     def _change(self, policy: Policy) -> Policy:
-        """A few of its numbers changed."""
+        """Change a few numbers of a policy."""
         rng, m = self.rng, self.problem.num_microbatches
         in_flight, rules = list(policy.in_flight), list(policy.rules)
         for _ in range(rng.choice((1, 1, 2, 3))):

@@ -1,8 +1,8 @@
-"""Run a pipeline by local rules and write down what each rank did: the decoder of the search.
+"""Run a pipeline by local rules and record what each rank did: the search's decoder.
 
-Each rank takes the first of these that it can: an input gradient, a forward, a weight gradient. A policy says when it
+Each rank takes the first of these that it can: an input gradient, a forward, a weight gradient. A policy decides when it
 should rather wait, or clear away weight gradients first. The ideas are those of the heuristic of Qi et al., "Zero Bubble
-Pipeline Parallelism", ICLR 2024, section 3.1; here they are numbers to be searched over, for any costs and placement.
+Pipeline Parallelism", ICLR 2024, section 3.1; here they are numbers to search over, for any costs and placement.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from autofunc.schedule.searching.problem import NEVER, Problem
 
 
 class Rules(NamedTuple):
-    """How one rank decides. Weight gradients wait for idle time unless more than `early` of them do (`late`, from the
-    `switch`-th on)."""
+    """How one rank decides. Weight gradients wait for idle time, unless more than `early` of them are waiting (`late`,
+    from the `switch`-th on)."""
 
     patience: float  # rather than start a forward, wait this part of it for an input gradient
-    fit: float  # start a weight gradient if this part of it fits before the next thing that can be done
+    fit: float  # start a weight gradient if this part of it fits before the next forward or input gradient
     early: int
     late: int
     switch: int
@@ -28,7 +28,7 @@ class Rules(NamedTuple):
 
 @dataclass(frozen=True)
 class Policy:
-    """Rules of every rank, and how many microbatches a stage may have between forward and input gradient."""
+    """Rules of every rank, and how many microbatches of a stage may be between forward and input gradient."""
 
     in_flight: tuple[int, ...]  # per stage
     rules: tuple[Rules, ...]  # per rank
@@ -36,7 +36,7 @@ class Policy:
 
 @dataclass
 class _Rank:
-    """What one rank has done so far."""
+    """The state of one rank during a run."""
 
     rules: Rules
     work_left: float
@@ -48,18 +48,18 @@ class _Rank:
     alive: float = 0.0
     waiting: list[tuple[int, int]] = field(default_factory=list)  # (stage, microbatch) of weight gradients, in order
     done_weights: int = 0
-    waits_until: float = 0.0  # when it will look again, while it waits
+    waits_until: float = 0.0  # while it waits: when it will look again
 
 
 class Outcome(NamedTuple):
-    """What a policy led to."""
+    """The result of running a policy."""
 
     rows: list[list[Action]]  # per rank
-    value: float  # makespan, or the longest span: transfers of one edge are taken not to wait for each other
+    value: float  # makespan, or the longest span: transfers of one edge are assumed not to queue
 
 
 def run_policy(problem: Problem, policy: Policy, give_up_above: float = NEVER) -> Outcome | None:
-    """The actions of every rank under a policy, or None if it runs out of room or cannot end by `give_up_above`."""
+    """Run a policy; return None if it runs out of room or cannot end by `give_up_above`."""
     return _Run(problem, policy, give_up_above).run()
 
 
@@ -71,18 +71,18 @@ class _Run:
             _Rank(rules, work, 3 * m * len(stages))
             for rules, work, stages in zip(policy.rules, problem.work, problem.stages_of, strict=True)
         ]
-        self.forwards, self.inputs = [0] * count, [0] * count  # how many each stage has done
+        self.forwards, self.inputs = [0] * count, [0] * count  # done so far, by stage
         self.activation_at = [[0.0] * m] + [[NEVER] * m for _ in range(count - 1)]
         self.cotangent_at = [[NEVER] * m for _ in range(count)]
         self.queue: list[tuple[float, int]] = [(0.0, rank) for rank in range(problem.num_ranks)]
 
     def run(self) -> Outcome | None:
-        """Let the rank that is free first act, until all are done."""
+        """Let the next free rank act, until all are done."""
         while self.queue:
             now, number = heapq.heappop(self.queue)
             rank = self.ranks[number]
             if now < rank.free_at:
-                continue  # it was to look again, but was given something to do before
+                continue  # it meant to look again, but got work earlier
             begun = 0.0 if rank.first_start == NEVER or not self.problem.measure_span else rank.first_start
             if now - begun + rank.work_left > self.limit * (1 + 1e-12):
                 return None
@@ -126,7 +126,7 @@ class _Run:
         return next_at
 
     def _next_input(self, now: float, number: int, rank: _Rank) -> tuple[float, int]:
-        """When the next input gradient can start, and of which stage."""
+        """Find when the next input gradient can start, and of which stage."""
         best, chosen = NEVER, -1
         for stage in self.problem.stages_of[number]:
             if self.inputs[stage] < self.forwards[stage]:
@@ -137,7 +137,7 @@ class _Run:
         return best, chosen
 
     def _next_forward(self, now: float, number: int, rank: _Rank) -> tuple[float, int, float]:
-        """When the next forward can start, of which stage; and when one could that has no room."""
+        """Find when the next forward can start, of which stage, and when one that lacks room could."""
         best, chosen, blocked = NEVER, -1, NEVER
         for stage in self.problem.stages_of[number]:
             done = self.forwards[stage]

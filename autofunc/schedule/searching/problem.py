@@ -1,4 +1,4 @@
-"""What is to be scheduled: the question that a search and its bounds answer."""
+"""A scheduling problem, as a search and its bounds see it."""
 
 from __future__ import annotations
 
@@ -16,36 +16,36 @@ from autofunc.schedule.placement import loop, v_shape
 from autofunc.schedule.timing.costs import Costs
 
 Objective = Literal["makespan", "span"]
-"""What is to be small: the whole step, or the longest time from a rank's first start to its last end."""
+"""What to minimise: the whole step, or the longest time from a rank's first start to its last end."""
 
 NEVER = float("inf")
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What is to be scheduled: a chain of stages on ranks, with costs and room for activations."""
+    """A chain of stages on ranks to schedule, with costs and room for activations."""
 
     placement: tuple[int, ...]  # stage -> rank
     num_microbatches: int
     costs: Costs
-    room: tuple[float, ...]  # per rank: most that may be alive
+    room: tuple[float, ...]  # per rank: the most that may be alive
     activation: tuple[float, ...]  # per stage: what F keeps for I, in the unit of `room`
-    weight_activation: tuple[float, ...]  # per stage: what I keeps for W
+    weight_activation: tuple[float, ...]  # per stage: what I keeps for W, in the unit of `room`
     measure_span: bool = False  # minimise the longest span of a rank, not the makespan
 
     @property
     def num_stages(self) -> int:
-        """Stages on all ranks together."""
+        """Number of stages on all ranks together."""
         return len(self.placement)
 
     @property
     def num_ranks(self) -> int:
-        """Pp ranks."""
+        """Number of pp ranks."""
         return len(self.room)
 
     @cached_property
     def stages_of(self) -> tuple[tuple[int, ...], ...]:
-        """The stages of each rank, last first: what is nearer to the loss goes first."""
+        """The stages of each rank, last first: stages nearer to the loss take precedence."""
         ranks: list[list[int]] = [[] for _ in self.room]
         for stage in reversed(range(self.num_stages)):
             ranks[self.placement[stage]].append(stage)
@@ -53,7 +53,7 @@ class Problem:
 
     @cached_property
     def durations(self) -> tuple[list[float], list[float], list[float]]:
-        """Times of F, I and W by stage, with what their rank does right before; a W may be one with its I."""
+        """Times of F, `I` and W by stage, overheads before F and `I` included; W has none, as it may merge with its `I`."""
         table = self.costs.table(self.num_stages)
         table[[Kind.F, Kind.I]] += self.costs.between
         for stage in range(self.num_stages):
@@ -63,7 +63,7 @@ class Problem:
 
     @cached_property
     def transfers(self) -> tuple[list[tuple[float, float]], list[tuple[float, float]]]:
-        """(time until it can be read, time the sender stands still) of what a stage sends: forward, back."""
+        """(time until the value can be read, time the sender is held up) of what each stage sends forward, and back."""
         last = self.num_stages - 1
         forward = [self._transfer(stage, stage + 1) for stage in range(last)] + [(0.0, 0.0)]
         return forward, [(0.0, 0.0)] + [self._transfer(stage, stage - 1) for stage in range(1, last + 1)]
@@ -75,9 +75,9 @@ class Problem:
         return on_the_wire + self.costs.latency, self.costs.send + on_the_wire * (1 - self.costs.overlap)
 
     def _crosses(self, one: int, other: int) -> bool:
-        """Whether two stages are on different ranks; none is on no other."""
-        there = min(one, other) >= 0 and max(one, other) < self.num_stages
-        return there and self.placement[one] != self.placement[other]
+        """Return whether two stages exist and are on different ranks."""
+        exist = min(one, other) >= 0 and max(one, other) < self.num_stages
+        return exist and self.placement[one] != self.placement[other]
 
     @cached_property
     def work(self) -> tuple[float, ...]:
@@ -95,10 +95,10 @@ def problems_of(
     stages_per_rank: int | None,
     objective: Objective,
 ) -> list[Problem]:
-    """What `search` is asked for, once for each placement: stages in a loop, and in a V.
+    """Make the problem that `search` is asked, once for each placement: stages in a loop, and in a V.
 
     Raises:
-        ScheduleError: for numbers that do not fit each other, or a limit below what one microbatch needs.
+        ScheduleError: for numbers that do not fit together, or a limit below what one microbatch needs.
     """
     for name, number in (("num_ranks", num_ranks), ("stages_per_rank", stages_per_rank)):
         if number is not None and number < 1:
@@ -122,7 +122,7 @@ def _problem(
     memory: Memory | None,
     objective: Objective,
 ) -> Problem:
-    """The numbers, checked and spread over stages and ranks."""
+    """Check the numbers and broadcast them over stages and ranks."""
     if num_microbatches < 1:
         raise ScheduleError(f"num_microbatches={num_microbatches}, expected at least 1")
     memory = memory or Memory(residuals=1.0, weight_residuals=1.0)
@@ -149,7 +149,7 @@ def _problem(
 
 
 def _stages_per_rank(costs: Costs, num_ranks: int) -> int:
-    """As many as the costs have values for."""
+    """Return how many stages per rank the costs have values for; 1 if all are scalars."""
     lengths = {len(cost) for cost in (costs.F, costs.I, costs.W) if np.ndim(cost)}  # type: ignore[arg-type]
     if not lengths:
         return 1

@@ -1,7 +1,7 @@
-"""Search for a schedule that fits given costs and a given memory.
+"""Random search for a schedule that suits given costs and memory.
 
-The best named schedule that fits is where it begins. Then policies (see `policy.py`) are drawn and changed at random; the
-best is kept, so the result is never worse than the best named schedule, and only improves with time.
+The search starts from the best named schedule that fits. Then policies (see `policy.py`) are drawn and changed at random;
+the best so far is kept, so the result is never worse than the best named schedule, and only improves with time.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from autofunc.schedule.timing.simulation import simulate
 from autofunc.schedule.timing.timeline import Timeline
 
 Progress = Callable[[float, float], None]
-"""Told (elapsed seconds, best value so far) while the search goes on."""
+"""Called with (elapsed seconds, best value so far) during the search."""
 
 
 def search(
@@ -39,24 +39,27 @@ def search(
     seed: int = 0,
     on_progress: Progress | None = None,
 ) -> Schedule:
-    """Find a schedule for a chain of stages, unequal ones too.
+    """Find a schedule for a chain of stages, which may be unequal.
 
     Args:
         costs: times of the stages and of transfers.
         num_ranks: pp ranks.
         num_microbatches: microbatches of a step.
-        memory_limit: the most a rank may hold, or one value per rank: stage activations (each from the start of F to the
-            end of W), or bytes of residuals if `memory` is given. No limit by default.
-        memory: bytes that F keeps for I, and I for W, by stage; its other figures are not counted here.
-        stages_per_rank: by default as many as the costs have values for, else 1.
+        memory_limit: the most a rank may hold, one value for all or one per rank: stage activations (each from the start of
+            F to the end of W), or bytes of residuals if `memory` is given. No limit by default.
+        memory: bytes that F keeps for `I`, and `I` for W, by stage; other figures are ignored.
+        stages_per_rank: by default as many as the costs have values for, or 1.
         objective: "makespan"; or "span", the longest time from a rank's first start to its last end, which the zero-bubble
             papers minimise (ranks then begin the next step at different times).
-        time_limit_s: of trying, after the named schedules were looked at; ends earlier when nothing can be better.
+        time_limit_s: of the random search, after the named schedules; it ends earlier once nothing can be better.
         seed: of the random choices.
-        on_progress: told (elapsed seconds, best value) now and then.
+        on_progress: called with (elapsed seconds, best value), about ten times a second.
+
+    Returns:
+        The best schedule found, in compute form.
 
     Raises:
-        ScheduleError: for numbers that do not fit each other, or a limit below what one microbatch needs.
+        ScheduleError: for numbers that do not fit together, or a limit below what one microbatch needs.
     """
     started = told = time.monotonic()
     problems = problems_of(costs, num_ranks, num_microbatches, memory_limit, memory, stages_per_rank, objective)
@@ -88,23 +91,23 @@ def lower_bound(
     stages_per_rank: int | None = None,
     objective: Objective = "makespan",
 ) -> float:
-    """A value of the objective that no schedule of these stages can go below, in a loop or in a V.
+    """Return a bound on the objective that no schedule of these stages can beat, in a loop or in a V.
 
-    Arguments and errors are those of `search`; the unit is that of the costs.
+    Arguments and errors as for `search`; the unit is that of the costs.
     """
     problems = problems_of(costs, num_ranks, num_microbatches, memory_limit, memory, stages_per_rank, objective)
     return min(map(problem_bound, problems))
 
 
 def value_of(timeline: Timeline, objective: Objective) -> float:
-    """What a search minimises."""
+    """Return what a search minimises."""
     return timeline.makespan if objective == "makespan" else timeline.longest_span
 
 
 def _best_named(problems: list[Problem], costs: Costs, objective: Objective) -> Timeline:
-    """The best named schedule that keeps within the room there is."""
+    """Find the best named schedule that fits the room of every rank."""
     some = problems[0]
-    # one microbatch at a time: slow, but whatever limit has room for one has room for this
+    # one microbatch at a time: slow, but it fits any limit with room for one microbatch
     best = simulate(_serial(some), costs)
     for candidate in named_candidates(some.num_ranks, some.num_microbatches, some.num_stages // some.num_ranks):
         problem = next(problem for problem in problems if problem.placement == candidate.placement)

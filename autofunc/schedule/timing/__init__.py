@@ -1,1 +1,1 @@
-"""When each action runs: costs, simulated and measured timelines, and what they say."""
+"""When each action runs: costs, simulated and measured timelines, and why ranks idle."""

@@ -17,21 +17,21 @@ from autofunc.shown import quoted
 class Costs:
     """How long one action of one stage takes: scalars, or one value per stage. A full backward takes `I + W`.
 
-    All in one unit of the user's choice.
+    All in one time unit of the user's choice.
 
     Args:
         F: forward.
-        I: backward of the input.
-        W: backward of the weights.
-        comm: how long one transfer occupies the wire between two ranks, which has room for one in each direction; or by
-            (sending stage, receiving stage), where what is not listed is free.
+        I: input gradient.
+        W: weight gradients.
+        comm: how long one transfer occupies the wire between two ranks, which carries one in each direction at a time; or
+            by (sending stage, receiving stage), where edges that are not listed are free.
         latency: from the end of a transfer until its value can be read.
-        overlap: the part of `comm` that runs beside computation; for the rest the sending rank stands still.
-        send: how long a rank is busy with posting one send; the transfer runs meanwhile.
-        receive: how long a rank is busy with posting one receive.
-        between: what else a rank does before each computation: it takes over what has arrived, and runs Python.
-        spread: how much computations of one kind and stage differ, as a fraction of their time (one standard deviation).
-            Only `expected_makespan` looks at it.
+        overlap: the part of `comm` that runs beside computation; the sending rank is held up for the rest.
+        send: how long posting one send keeps a rank busy; the transfer runs meanwhile.
+        receive: how long posting one receive keeps a rank busy.
+        between: overhead on a rank before each computation: taking over what has arrived, and Python.
+        spread: timing noise of computations of one kind and stage: standard deviation over mean.
+            Only `expected_makespan` uses it.
     """
 
     F: float | Sequence[float] = 1.0
@@ -46,12 +46,12 @@ class Costs:
     spread: float = 0.0
 
     def table(self, num_stages: int) -> Times:
-        """The time of every kind of computation of every stage: float64 of shape (4, num_stages), rows F, B, I, W."""
+        """Return the time of every kind of computation by stage: float64 of shape (4, num_stages), rows F, B, I, W."""
         f, i, w = (np.broadcast_to(np.asarray(cost, np.float64), num_stages) for cost in (self.F, self.I, self.W))
         return np.stack((f, i + w, i, w))
 
     def durations(self, actions: Table, num_stages: int) -> Times:
-        """The time each action of a table takes its rank."""
+        """Return how long each action of a table keeps its rank busy: float64 of shape (number of actions,)."""
         by_kind = np.zeros((len(Kind), num_stages))
         by_kind[: Kind.W + 1] = self.table(num_stages)
         by_kind[[Kind.SEND_F, Kind.SEND_B]] = self.send
@@ -59,11 +59,11 @@ class Costs:
         return by_kind[actions[:, 1], actions[:, 0]]
 
     def transfer(self, sender: int, receiver: int) -> float:
-        """How long a value occupies the edge between two stages."""
+        """Return how long a value occupies the wire between two stages."""
         return self.comm.get((sender, receiver), 0.0) if isinstance(self.comm, Mapping) else self.comm
 
     def scaled(self, factor: float) -> Costs:
-        """The same costs with every computation `factor` times as long: a rank's costs times 1/v are a stage's."""
+        """Make every computation `factor` times as long: a rank's costs times 1/v are those of one of its v stages."""
         f, i, w = (np.multiply(cost, factor).tolist() for cost in (self.F, self.I, self.W))
         return replace(self, F=f, I=i, W=w)
 
@@ -71,7 +71,7 @@ class Costs:
         """Refuse costs that do not fit a number of stages.
 
         Raises:
-            ScheduleError: for a wrong number of values, a negative one, or stages whose every action is free.
+            ScheduleError: for a wrong number of values, a negative one, or if F, I and W are all 0.
         """
         for name in ("F", "I", "W", "comm", "latency", "send", "receive", "between"):
             given = getattr(self, name)
@@ -81,7 +81,7 @@ class Costs:
                 expected = "a number" + (f", or one for each of {num_stages} stages" if per_stage else "")
                 raise ScheduleError(f"Costs.{name} has shape {value.shape}; expected {expected}")
             if (value < 0).any() or not np.isfinite(value).all():
-                raise ScheduleError(f"Costs.{name}={quoted(given)}: a time cannot be negative or without bound")
+                raise ScheduleError(f"Costs.{name}={quoted(given)}: a time must be finite and not negative")
         if not 0.0 <= self.spread < np.inf:
             raise ScheduleError(f"Costs.spread={self.spread}: expected a fraction, 0 or more")
         if not 0.0 <= self.overlap <= 1.0:

@@ -15,18 +15,19 @@ from autofunc.schedule.timing.timeline import Timeline
 
 
 def costs_of(timeline: Timeline) -> Costs:
-    """Costs of every stage, in the timeline's unit: means over microbatches, because a step is as long as their sum.
+    """Fit the costs of every stage, in the timeline's unit: means over microbatches, as a step takes their sum.
 
-    `spread` is how much microbatches differ, the median over stages and kinds. `send` and `receive` are the mean times from
-    the end of the action before a post to its own. `between` is the mean time that passes before a computation whose rank
-    waits for nothing. `comm` is the median time from the start of a send (in compute form, the end of what makes the value)
-    until a rank that waits for it has it. A stage whose backward is never split into I and W has all of it as W.
+    `spread` is the relative standard deviation over microbatches, the median over stages and kinds. `send` and `receive`
+    are the mean times from the end of the action before a post to the post's own. `between` is the mean time before a
+    computation whose rank waits for nothing. `comm` is the median time from the start of a send (in compute form, the end
+    of what makes the value) until a waiting rank has it. A stage whose backward is never split into I and W has all of it
+    as W.
 
     Args:
         timeline: of a whole step, with forwards and backwards of every stage.
 
     Raises:
-        ScheduleError: when a stage has no forward or no backward.
+        ScheduleError: if a stage has no forward or no backward.
     """
     schedule = timeline.schedule
     network = build_network(schedule, timeline.edges)
@@ -60,14 +61,14 @@ _SENDS, _RECEIVES = (Kind.SEND_F, Kind.SEND_B), (Kind.RECV_F, Kind.RECV_B)
 
 
 def _before(network: Network, end: Times) -> Times:
-    """When the action before each one of the same rank ended; -inf where there is none."""
+    """Find when the previous action of the same rank ended, for each action; -inf for the first of a rank."""
     before = np.append(-np.inf, end[:-1])
     before[network.first[:-1][np.diff(network.first) > 0]] = -np.inf
     return before
 
 
 def _post_time(network: Network, start: Times, end: Times, kinds: tuple[Kind, Kind]) -> float:
-    """How long a rank is busy with a post: nothing is waited for, so all the time since the action before is its own."""
+    """Find how long a post keeps a rank busy: it waits for nothing, so all time since the previous action is its own."""
     posts = np.flatnonzero(np.isin(network.table[:, 1], kinds))
     before = _before(network, end)[posts]
     times = end[posts] - np.where(np.isfinite(before), before, start[posts])
@@ -75,9 +76,9 @@ def _post_time(network: Network, start: Times, end: Times, kinds: tuple[Kind, Ki
 
 
 def _transfer_time(network: Network, start: Times, end: Times) -> tuple[float, float]:
-    """How long a transfer takes, and how long a rank takes between actions where it waits for no transfer."""
+    """Find how long a transfer takes, and how long a rank takes between actions when it waits for no transfer."""
     before = _before(network, end)
-    posted = start if network.schedule.is_lowered else end  # by action: when what it sends may leave
+    posted = start if network.schedule.is_lowered else end  # by action: when its value may leave
     delays, sent = [], np.full(len(start), -np.inf)  # when the last value that an action reads was sent
     for crossing in network.crossings:
         send, reader = crossing.send, crossing.bundle.reader

@@ -1,4 +1,4 @@
-"""Why ranks are idle: for lack of work, for others' results, or for the wire."""
+"""Why ranks are idle: no work, waiting for other ranks' results, or waiting for the wire."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from autofunc.schedule.timing.timeline import Timeline
 class Idle(NamedTuple):
     """A rank's idle time inside the makespan, in the timeline's unit; the three parts add up to all of it."""
 
-    dependency: float  # what the order of actions costs: left even if transfers were free and ranks had equal work
-    communication: float  # what transfers add to the makespan, and what ranks do between computations
-    imbalance: float  # what this rank has less to do than the busiest one
+    dependency: float  # due to the order of actions: remains even if transfers were free and ranks had equal work
+    communication: float  # added to the makespan by transfers, and by what ranks do between computations
+    imbalance: float  # how much less this rank computes than the busiest one
 
     @property
     def total(self) -> float:
@@ -28,8 +28,8 @@ class Idle(NamedTuple):
 def explain_idle(timeline: Timeline) -> tuple[Idle, ...]:
     """Split the idle time of every rank into its causes.
 
-    The same actions, as long as they were, are run again with free transfers. What the makespan loses by that was
-    communication. No schedule can end before the busiest rank has done its work, so what a rank has less to do is
+    The same actions, with the same durations, run again with free transfers. What this takes off the makespan was
+    communication. No schedule can end before the busiest rank has done its work, so the work a rank has less is
     imbalance. The rest is dependency. None of the three is negative.
 
     Args:

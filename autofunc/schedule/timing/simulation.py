@@ -20,13 +20,13 @@ from autofunc.shown import shown
 def simulate(schedule: Schedule, costs: Costs | None = None, edges: Sequence[Edge] | None = None) -> Timeline:
     """Simulate a schedule, in compute form or lowered.
 
-    Every rank starts an action when its row allows and all it reads has arrived. A transfer between ranks begins when the
-    value is made (lowered: sent) and the wire between the two ranks is free, and takes `comm` on the wire and `latency`
-    after it; lowered, its value arrives no sooner than that long after its receive was posted. Transfers overlap
-    computation, but for the part of `comm` that `overlap` leaves to the sending rank.
-    Before a computation its rank is busy for `between`. Posting keeps it for `send` and `receive`: lowered, where its row
-    says so; in compute form, a value is posted right after it is made, and its receive once it has arrived. A transfer runs
-    while its send is posted.
+    Every rank starts an action when its row allows it and all that the action reads has arrived. A transfer between ranks
+    begins when the value is made (lowered: sent) and the wire between the two ranks is free, and takes `comm` on the wire
+    and `latency` after it; lowered, its value arrives no sooner than that long after its receive was posted. Transfers
+    overlap computation, except for the part of `comm` that `overlap` leaves to the sending rank.
+    Before a computation its rank is busy for `between`. Posting keeps it busy for `send` and `receive`: lowered, where its
+    row says so; in compute form, a send is posted right after its value is made, and a receive once the value has arrived.
+    A transfer runs while its send is being posted.
     Gathering and reducing (UNSHARD, REDUCE_GRAD) take no time here.
 
     Args:
@@ -44,10 +44,10 @@ def simulate(schedule: Schedule, costs: Costs | None = None, edges: Sequence[Edg
 def expected_makespan(
     schedule: Schedule, costs: Costs, edges: Sequence[Edge] | None = None, *, samples: int = 100, seed: int = 0
 ) -> float:
-    """The mean makespan when computations differ by chance, each by `costs.spread`.
+    """Return the mean makespan under timing noise: each computation varies by `costs.spread`.
 
-    It is longer than the simulated one: a rank that waits for another waits for whichever of the two happens to be slow,
-    and what is saved by a fast action is lost again at the next wait.
+    It is longer than the simulated one: a rank that waits for another always waits for the slower of the two,
+    and time saved by a fast action is lost again at the next wait.
 
     Args:
         schedule: as for `simulate`.
@@ -55,6 +55,9 @@ def expected_makespan(
         edges: connections between stages; a chain by default.
         samples: how many steps are drawn.
         seed: of the draws.
+
+    Raises:
+        ScheduleError: as `simulate` does.
     """
     network, pace = _network_and_pace(schedule, costs, edges)
     draws = np.random.default_rng(seed)
@@ -73,12 +76,12 @@ def _network_and_pace(schedule: Schedule, costs: Costs, edges: Sequence[Edge] | 
     post = 0.0 if schedule.is_lowered else costs.send  # lowered, posts are actions themselves
     pace = Pace(duration, transfer, costs.latency, (1 - costs.overlap) * transfer + post, _before(network, costs))
     if not pace.duration.any():
-        raise ScheduleError(f"schedule {shown(schedule.name)}: all that it runs costs nothing, so nothing takes any time")
+        raise ScheduleError(f"schedule {shown(schedule.name)}: every action it runs is free, so nothing takes any time")
     return network, pace
 
 
 def _before(network: Network, costs: Costs) -> Times | None:
-    """Per action, what its rank does before it; in compute form, posting receives is part of that."""
+    """Return, per action, how long its rank is busy before it; in compute form that includes posting receives."""
     before = np.where(network.table[:, 1] <= Kind.W, costs.between, 0.0) if costs.between else None
     if costs.receive and not network.schedule.is_lowered:
         before = np.zeros(network.num_actions) if before is None else before

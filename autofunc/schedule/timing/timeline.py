@@ -1,4 +1,4 @@
-"""A timeline: when each action ran. The simulator makes one, and so can a measured run."""
+"""A timeline: when each action ran, simulated or measured."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ from autofunc.schedule.laws.walk import Times
 
 
 class Turn(NamedTuple):
-    """A part of an action that ran side by side with another: the two took turns."""
+    """A slice of an action that ran interleaved with another on its rank."""
 
     position: int  # of the action in its row
     start: float
     end: float
-    waits: bool = False  # whether it only waited for what other processes that compute the stage had to send
+    waits: bool = False  # True if it only waited for other processes that compute the stage
 
 
 @dataclass(frozen=True, eq=False)
 class Timeline:
     """When each action of a schedule starts and ends: one array per rank, in the order of its row.
 
-    Of an overlapped pair that ran side by side the F has as much time as its turns took, and the B the rest: the ends of
-    both together are right, and `turns` tells the rest.
+    In an overlapped pair that ran interleaved, F is given the time its turns took, and B the rest: start and end of the
+    pair are right, and `turns` holds the details.
     """
 
     schedule: Schedule
     start: tuple[Times, ...] = field(repr=False)
     end: tuple[Times, ...] = field(repr=False)
-    label: str = ""  # for pictures, where the schedule's name does not say enough: "measured"
+    label: str = ""  # added to the schedule's name in pictures, such as "measured"
     edges: tuple[Edge, ...] | None = field(default=None, repr=False)  # between stages; None: a chain
-    arrived: tuple[Times, ...] | None = field(default=None, repr=False)  # when all that an action reads was there, if known
-    turns: tuple[tuple[Turn, ...], ...] | None = field(default=None, repr=False)  # by rank, of overlapped pairs; in order
+    arrived: tuple[Times, ...] | None = field(default=None, repr=False)  # when an action's inputs had arrived, if known
+    turns: tuple[tuple[Turn, ...], ...] | None = field(default=None, repr=False)  # by rank, in order: of overlapped pairs
 
     @cached_property
     def _computing(self) -> tuple[npt.NDArray[np.bool_], ...]:
@@ -46,18 +46,18 @@ class Timeline:
 
     @cached_property
     def _spans(self) -> tuple[tuple[float, float], ...]:
-        """The first start and last end of each rank that computes; ranks that do not are left out."""
+        """The first start and last end of each rank that computes."""
         rows = zip(self._computing, self.start, self.end, strict=True)
         return tuple((float(start[mask].min()), float(end[mask].max())) for mask, start, end in rows if mask.any())
 
     @property
     def origin(self) -> float:
-        """The first start of a computation."""
+        """The start of the first computation."""
         return min(start for start, _ in self._spans)
 
     @cached_property
     def makespan(self) -> float:
-        """From the first start of a computation to the last end of one."""
+        """Time from the start of the first computation to the end of the last."""
         return max(end for _, end in self._spans) - self.origin
 
     @cached_property
@@ -68,7 +68,7 @@ class Timeline:
 
     @cached_property
     def bubble_fraction(self) -> float:
-        """The idle part of all ranks inside the makespan: `1 - busy / (num_ranks * makespan)`."""
+        """The idle fraction of all ranks inside the makespan: `1 - busy / (num_ranks * makespan)`."""
         return 1.0 - sum(self.busy) / (len(self.busy) * self.makespan)
 
     @cached_property
@@ -83,7 +83,7 @@ class Timeline:
 
     @property
     def peak_microbatches(self) -> float:
-        """Most microbatches whose activations a rank holds at once, of all its stages: the same unit in every schedule."""
+        """Most activations alive on a rank, in microbatches of the whole rank: comparable over schedules."""
         return max(self.peak_activations) * self.schedule.num_ranks / self.schedule.num_stages
 
     @cached_property

@@ -1,8 +1,7 @@
-"""Configurations that are wrong, as data: what is given, and what the error must say of it.
+"""Wrong configurations as data: the input, and what the error must contain.
 
-A row is (given, said, ...). In `texts`, what is given is a whole file; elsewhere it is overrides of the file `BASE`, or
-sections in the place of those that it has. Each text that is said must be in the message: the key, and what was given or
-what would work.
+A row is (given, text, ...). In `texts`, `given` is a whole file; elsewhere it is overrides of the file `BASE`, or sections
+that replace those of `BASE`. Each text must be in the message: the key, and the value given or what would work.
 """
 
 from __future__ import annotations

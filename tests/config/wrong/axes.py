@@ -1,10 +1,10 @@
-"""Layers that cannot be cut over the ranks that are asked for: heads, tokens, experts; tables that fit nothing."""
+"""Layers that cannot be cut over the requested ranks: heads, tokens, experts; tables that fit nothing."""
 
 from __future__ import annotations
 
 
 def _over(distributed: str, model: str, more: str = "") -> dict[str, str]:
-    """A run of one stage of a module of `base.MINE`."""
+    """Return a run of one stage of a module of `base.MINE`."""
     return {
         "model": f"{{_target_: 'mine.py:{model}'{more}}}",
         "distributed": f"{{{distributed}, device: cpu}}",

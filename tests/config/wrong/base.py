@@ -1,4 +1,4 @@
-"""The configuration that all others change, and the files around it."""
+"""The configuration that all cases change, and the files around it."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ class Flips(Attends):
 """
 
 ENVIRONMENT = {"WORD": "abc", "NUMBER": "5", "OPEN": "[[[", "DIGITS": "9" * 5000}
-"""Variables that they name."""
+"""Variables that the configurations name."""
 
 FOLDERS = {
     "architectures_number": '{"architectures": 3, "model_type": "gpt2"}',
@@ -127,13 +127,13 @@ FOLDERS = {
 
 
 def with_sections(sections: dict[str, str]) -> str:
-    """`BASE` with other sections, each in one line."""
+    """Return `BASE` with some sections replaced, each in one line."""
     lines = [line for line in BASE.splitlines() if line.partition(":")[0] not in sections]
     return "\n".join([*lines, *(f"{name}: {text}" for name, text in sections.items()), ""])
 
 
 def write_files(folder: Path) -> None:
-    """All that the configurations name."""
+    """Write every file that the configurations name."""
     (folder / "corpus").mkdir()
     (folder / "corpus" / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 20)
     (folder / "mine.py").write_text(MINE)

@@ -1,4 +1,4 @@
-"""Keys as other tools have them: each is explained, and all of them at once."""
+"""Keys of other tools: each is explained, all at once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sections that name what to call: targets that are none, their arguments, and what they do when they are called."""
+"""Sections with targets: wrong targets, wrong arguments, and calls that fail."""
 
 from __future__ import annotations
 
@@ -148,11 +148,11 @@ WRONG: list[tuple[dict[str, str] | list[str] | str, ...]] = [
     (_auto("auto_map_of_nulls"), "model", "auto_map", "None"),
     (_auto("sizes_text"), "model", "n_embd"),
     (_auto("dtype_number"), "model", "dtype", "16"),
-    (_auto("no_json"), "model", "is no JSON"),
+    (_auto("no_json"), "model", "is not JSON"),
     (_auto("list"), "model", "got list"),
     (_auto("deep"), "model", "JSON"),
-    (_auto("empty"), "model", "is no JSON"),
-    (_auto("binary"), "model", "is no UTF-8 text"),
+    (_auto("empty"), "model", "is not JSON"),
+    (_auto("binary"), "model", "is not UTF-8 text"),
     ("weights=weights.safetensors", "weights", "weights.safetensors"),
     ("weights=corpus", "weights", "corpus"),
     ("weights=nowhere", "weights", "nowhere"),

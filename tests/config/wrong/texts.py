@@ -1,4 +1,4 @@
-"""Files that are no configuration, or have values that none has."""
+"""Files that are not configurations, or contain invalid values."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ WRONG: list[tuple[str | bytes, ...]] = [
     (_also("seed: 1\nseed: 2"), "seed", "duplicate"),
     (f"---{BASE}---{BASE}", "cfg.yaml", "cannot be read", "single document"),
     (b"\x7fELF\x02\x01\x01\x00\x00", "cfg.yaml", "line 1"),
-    (b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR", "cfg.yaml is no utf-8 text", "line 1"),
-    (_also("output_dir: grün").encode("latin-1"), "cfg.yaml is no utf-8 text", "line 7", "save it as UTF-8"),
-    (b"\xff\xfea", "cfg.yaml is no utf-16", "save it as UTF-8"),
+    (b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR", "cfg.yaml is not utf-8", "line 1"),
+    (_also("output_dir: grün").encode("latin-1"), "cfg.yaml is not utf-8", "line 7", "save it as UTF-8"),
+    (b"\xff\xfea", "cfg.yaml is not utf-16", "save it as UTF-8"),
     (BASE.encode("utf-16-le"), "cfg.yaml", "UTF-16", "save it as UTF-8"),
     (BASE.encode("utf-32"), "cfg.yaml", "UTF-32", "save it as UTF-8"),
     ("seed: " + "[" * 500 + "]" * 500, "line 1", "nested"),
@@ -53,12 +53,12 @@ WRONG: list[tuple[str | bytes, ...]] = [
     (_also("seed: 2020-01-01 10:00:00"), "seed", "got '2020-01-01 10:00:00'"),
     (_also("seed: !!set {a, b}"), "seed", "set"),
     (_also("seed: !!omap [a: 1]"), "seed", "!!omap"),
-    (_also("seed: !!int three"), "seed (line 7)", "'three' is no"),
-    (_also("seed: !!float three"), "seed (line 7)", "'three' is no"),
-    (_also("seed: !!bool three"), "seed (line 7)", "'three' is no"),
+    (_also("seed: !!int three"), "seed (line 7)", "'three' is not"),
+    (_also("seed: !!float three"), "seed (line 7)", "'three' is not"),
+    (_also("seed: !!bool three"), "seed (line 7)", "'three' is not"),
     (_also("seed: !!timestamp three"), "line 7", "!!timestamp"),
     (_also("<<: 3"), "cfg.yaml", "cannot be read", "line 7"),
-    (_also("? [a, b]\n: 3"), "key that is no text", "line 7"),
+    (_also("? [a, b]\n: 3"), "key is not text", "line 7"),
     (_also("1: 2"), "key", "1", "text"),
     (_also("~: 3"), "key", "text"),
     (_also("true: 3"), "key", "True", "text"),
@@ -86,6 +86,6 @@ WRONG: list[tuple[str | bytes, ...]] = [
     (_also('output_dir: "a\\0b"'), "output_dir", "zero"),
     (BASE.replace("path: corpus", 'path: "a\\0b"'), "dataset.path", "zero"),
     (_also("output_dir: a\x07b"), "cfg.yaml", "cannot be read", "line 7"),
-    (BASE.replace("{pp_size", "{? [a] : 1, pp_size"), "distributed", "no text"),
+    (BASE.replace("{pp_size", "{? [a] : 1, pp_size"), "distributed", "not text"),
     (BASE.replace("vocab_size: 256", "1: 256"), "model", "key", "text"),
 ]

@@ -1,4 +1,4 @@
-"""Keys that are allowed one by one and not together, and sizes that do not fit each other."""
+"""Keys that are valid alone but not together, and sizes that do not fit each other."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Keys of the schema with values of another type, or out of range."""
+"""Keys of the schema with values of the wrong type, or out of range."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ WRONG: list[tuple[list[str] | str, ...]] = [
     ("seed=.inf", "seed", "got inf"),
     ("seed=.nan", "seed", "got nan"),
     ("seed=true", "seed", "integer", "got True"),
-    ("seed='7'", "seed", "got '7', a text"),
+    ("seed='7'", "seed", "got '7', a string"),
     ("seed=[1]", "seed", "got [1]"),
     ("seed={a: 1}", "seed", "got {'a': 1}"),
     (f"seed={LONG}", "seed", "5000 digits"),
@@ -115,7 +115,7 @@ WRONG: list[tuple[list[str] | str, ...]] = [
     ("clip_grad_norm.max_norm=-1", "clip_grad_norm.max_norm", "got -1"),
     ("clip_grad_norm.max_norm=.nan", "clip_grad_norm.max_norm", "got nan"),
     ("clip_grad_norm.max_norm=true", "clip_grad_norm.max_norm", "got True"),
-    ("clip_grad_norm.max_norm='1'", "clip_grad_norm.max_norm", "got '1', a text"),
+    ("clip_grad_norm.max_norm='1'", "clip_grad_norm.max_norm", "got '1', a string"),
     ("inputs=input_ids", "inputs", "got 'input_ids'"),
     ("inputs=[]", "inputs", "got []"),
     ("inputs={x: 3}", "inputs", "got 3"),

@@ -25,7 +25,7 @@ def test_costs_files(tmp_path: Path) -> None:
     [
         ("[1]", "expected a mapping with F, I and W, found list"),
         ('{"G": 1}', "unknown key 'G'"),
-        ('{"F": "1"}', "F='1'; expected a number from 0 on, or one for each stage"),
+        ('{"F": "1"}', "F='1'; expected a number, 0 or more, or one for each stage"),
         ('{"comm": {"0-1": 1}}', "comm names the edge '0-1'; expected sending and receiving stage, such as '0>1'"),
         ('{"memory": {"residuals": 1}}', "missing 1 required positional argument: 'weight_residuals'"),
         ('{"memory": {"x": 1}}', "memory: unknown key 'x'"),

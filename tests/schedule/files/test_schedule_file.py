@@ -112,7 +112,7 @@ def test_round_trips(tmp_path_factory: pytest.TempPathFactory, name: str, p: int
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "is no JSON"),
+        ("{", "is not JSON"),
         ("[]", 'is not a schedule: expected "format": "autofunc.schedule"'),
         ('{"format": "autofunc.schedule", "version": 9}', "has version 9; this release reads version 1"),
         ('{"format": "autofunc.schedule", "version": 1, "name": "x"}', "lacks num_microbatches, placement, rows"),
@@ -124,7 +124,7 @@ def test_json_that_cannot_be_read(tmp_path: Path, content: str, message: str) ->
         schedule.from_json(tmp_path / "bad.json")
 
 
-def test_a_file_that_is_not_there_suggests(tmp_path: Path) -> None:
+def test_a_missing_file_suggests_near_names(tmp_path: Path) -> None:
     (tmp_path / "mine.csv").write_text("0F0 0B0")
     with pytest.raises(ScheduleError, match=r"there is no file .*mime.csv'; did you mean .*mine.csv\?"):
         schedule.read_file(tmp_path / "mime.csv")

@@ -1,4 +1,4 @@
-"""Bytes alive."""
+"""Live bytes of schedules."""
 
 from __future__ import annotations
 
@@ -34,6 +34,6 @@ def test_bytes_count_activations(name: str, p: int, m: int) -> None:
 
 
 @pytest.mark.parametrize("memory", [Memory((1, 2), 1), Memory(1, 1, output=-1)])
-def test_memory_that_does_not_fit(memory: Memory) -> None:
+def test_memory_of_a_wrong_number_of_stages_is_refused(memory: Memory) -> None:
     with pytest.raises(ScheduleError, match=r"Memory\.\w+(=| has shape)"):
         schedule.peak_bytes(schedule.build("1f1b", num_ranks=3, num_microbatches=2), memory)

@@ -1,4 +1,4 @@
-"""Break valid schedules at random: the validator must say what a plain reading of the laws says, every time."""
+"""Random mutations of valid schedules: the validator must always agree with a plain reading of the laws."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MUTATIONS = 2000
 
 
 def keeps_the_laws(s: Schedule) -> bool:
-    """The laws read literally, one action at a time; slow, and written without the validator's arrays."""
+    """Check the laws literally, one action at a time; slow, and independent of the validator's arrays."""
     flow = schedule.Dataflow(schedule.chain(s.num_stages), s.is_forward_only)
     ran = Counter((a.stage, a.kind, a.microbatch) for row in s for a in row if a.kind.is_compute)
     if any(count > 1 for count in ran.values()):
@@ -83,13 +83,13 @@ def mutate(s: Schedule, rng: random.Random) -> tuple[Schedule, str]:
     return Schedule(s.name, s.placement, s.num_microbatches, broken), what
 
 
-def test_the_plain_reading_accepts_what_is_valid() -> None:
+def test_the_plain_validator_accepts_valid_schedules() -> None:
     for name in schedule.names():
         s = schedule.build(name, num_ranks=3, num_microbatches=6)
         assert keeps_the_laws(s) and keeps_the_laws(schedule.lower(s))
 
 
-def test_every_mutation_is_judged_right() -> None:
+def test_every_mutation_is_judged_correctly() -> None:
     rng = random.Random(0)
     verdicts: Counter[tuple[str, bool]] = Counter()
     for _ in range(MUTATIONS):

@@ -1,4 +1,4 @@
-"""What the validator refuses, and what its messages say."""
+"""Schedules that the validator refuses, and its messages."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ GOOD = "0F0 0F1 0B0 0B1 \n 1F0 1B0 1F1 1B1"
 LOWERED = schedule.to_text(schedule.lower(schedule.from_text(GOOD)))
 
 
-def test_accepts_the_good_one() -> None:
+def test_accepts_a_valid_schedule() -> None:
     schedule.validate(schedule.from_text(GOOD))
     schedule.validate(schedule.from_text(LOWERED))
 
@@ -20,7 +20,7 @@ def test_accepts_the_good_one() -> None:
 @pytest.mark.parametrize(
     ("table", "message"),
     [
-        ("0F0 0F1 0B0 0B0 0B1\n1F0 1B0 1F1 1B1", r"rank 0, position 3, 0B0: it ran before, at position 2"),
+        ("0F0 0F1 0B0 0B0 0B1\n1F0 1B0 1F1 1B1", r"rank 0, position 3, 0B0: it already ran at position 2"),
         ("0F0 0F1 0B0 0B1\n1F0 1B0 1F1", r"rank 1, position 2, 1F1: stage 1, microbatch 1 has 1F1; expected F once"),
         ("0F0 0F1 0B0 0B1\n1F0 1I0 1F1 1B1", r"has 1F0, 1I0; expected"),
         ("0F0 0F1 0B0 0B1\n1F0 1B0 1W0 1F1 1B1", r"has 1F0, 1B0, 1W0; expected"),
@@ -31,7 +31,7 @@ def test_accepts_the_good_one() -> None:
         ("0W0 0F0 0I0\n1F0 1I0 1W0\n", r"needs the residuals that 0I0 keeps"),
     ],
 )
-def test_refuses(table: str, message: str) -> None:
+def test_refuses_broken_computation(table: str, message: str) -> None:
     with pytest.raises(ScheduleError, match=message) as caught:
         schedule.validate(schedule.from_text(table))
     assert "rank 0 | " in str(caught.value), "the grid is shown"
@@ -51,9 +51,9 @@ def test_marks_the_action() -> None:
         (
             "0SEND_F0,0RECV_B0,0F1,0SEND_F1",
             "0RECV_B0,0F1,0SEND_F1,0SEND_F0",
-            r"rank 1 receives in another order than rank 0 sends: rank 0, position 3, 0SEND_F1 is sent where rank 1, posi",
+            r"rank 1 receives in a different order than rank 0 sends: rank 0, position 3, 0SEND_F1 is sent where rank 1",
         ),
-        ("0RECV_B1", "0RECV_B1,0RECV_B1", r"rank 0, position 6, 0RECV_B1: it was posted before, at position 5"),
+        ("0RECV_B1", "0RECV_B1,0RECV_B1", r"rank 0, position 6, 0RECV_B1: it was already posted at position 5"),
     ],
 )
 def test_refuses_broken_communication(old: str, new: str, message: str) -> None:
@@ -62,14 +62,14 @@ def test_refuses_broken_communication(old: str, new: str, message: str) -> None:
         schedule.validate(schedule.from_text(LOWERED.replace(old, new)))
 
 
-def test_refuses_a_transfer_of_nothing() -> None:
+def test_refuses_a_transfer_of_no_value() -> None:
     with pytest.raises(ScheduleError, match=r"0SEND_F0>2: no value of microbatch 0 goes between stages 0 and 2"):
         schedule.validate(schedule.from_text("0F0 0SEND_F0 0SEND_F0>2\n1RECV_F0 1F0 1SEND_F0\n2RECV_F0 2F0"))
 
 
 def test_refuses_missing_communication() -> None:
     table = LOWERED.replace("0SEND_F1,", "").replace("1RECV_F1,", "")
-    with pytest.raises(ScheduleError, match=r"1F1: needs the activation of microbatch 1 .*there is no send and no receive"):
+    with pytest.raises(ScheduleError, match=r"1F1: needs the activation of microbatch 1 .* has no send and no receive"):
         schedule.validate(schedule.from_text(table))
 
 
@@ -78,7 +78,7 @@ def test_refuses_missing_communication() -> None:
     [
         ("0UNSHARD,", "", r"0F0: the parameters of stage 0 are not gathered; expected 0UNSHARD before"),
         ("0UNSHARD,", "0UNSHARD,0UNSHARD,", r"already gathered at position 0; expected 0RESHARD in between"),
-        (",0RESHARD", "", r"rank 0, position 0, 0UNSHARD: the parameters are never let go"),
+        (",0RESHARD", "", r"rank 0, position 0, 0UNSHARD: the parameters are never freed"),
         (",0REDUCE_GRAD", "", r"rank 0: the gradients of stage 0 are never reduced"),
         (",0REDUCE_GRAD", ",0REDUCE_GRAD,0REDUCE_GRAD", r"already reduced at position"),
         ("0REDUCE_GRAD,0RESHARD", "0RESHARD,0REDUCE_GRAD", r"0REDUCE_GRAD: the parameters of stage 0 are not gathered"),
@@ -98,7 +98,7 @@ def test_an_overlapped_forward_needs_its_backward() -> None:
     s = schedule.from_text("0F0 (0F1;0B0)OVERLAP_F_B 0B1")
     schedule.validate(s)
     alone = schedule.from_actions([[action for action in s[0] if str(action) != "0B0"] + [schedule.parse_action("0B0")]])
-    with pytest.raises(ScheduleError, match=r"0F1: it is to overlap with the next action|overlap"):
+    with pytest.raises(ScheduleError, match=r"0F1: marked to overlap with the next action|overlap"):
         schedule.validate(schedule.from_actions([[alone[0][0], alone[0][1], schedule.parse_action("0F2")]]))
 
 
@@ -126,7 +126,7 @@ def test_forward_only_edges_send_nothing_back() -> None:
         ([Edge(0, 1), Edge(0, 1)], r"edge \(0, 1\) is given twice"),
     ],
 )
-def test_edges_that_do_not_fit(edges: list[Edge], message: str) -> None:
+def test_invalid_edges_are_refused(edges: list[Edge], message: str) -> None:
     for use in (schedule.validate, schedule.lower, lambda s, e: schedule.simulate(s, edges=e)):
         with pytest.raises(ScheduleError, match=message):
             use(schedule.from_text("0F0 0B0\n1F0 1B0"), edges)

@@ -28,7 +28,7 @@ def test_what_a_function_may_return(made: Any) -> None:
     assert schedule.to_text(s) == "0F0,0B0\n"
 
 
-def test_stages_per_rank_are_given_to_those_that_ask() -> None:
+def test_stages_per_rank_is_passed_if_named() -> None:
     def looped(num_ranks: int, num_microbatches: int, stages_per_rank: int = 1) -> schedule.Schedule:
         return schedule.build(
             "looped_bfs", num_ranks=num_ranks, num_microbatches=num_microbatches, stages_per_rank=stages_per_rank
@@ -44,11 +44,11 @@ def test_stages_per_rank_are_given_to_those_that_ask() -> None:
         ("0F0 0F1 0B0", r"function mine: rank 0, position 1, 0F1: stage 0, microbatch 1 has 0F1; expected F once"),
         (["0F0 0F1 0B0"], r"function mine: rank 0, position 1, 0F1"),
         (None, "function mine returned NoneType; expected a Schedule"),
-        ([3], "3 is no rank's list of actions"),
-        ([[3]], "3 is no action; expected an Action or its text"),
+        ([3], "3 is not a list of actions"),
+        ([[3]], "3 is not an action; expected an Action or its text"),
     ],
 )
-def test_what_is_refused(made: Any, message: str) -> None:
+def test_invalid_results_are_refused(made: Any, message: str) -> None:
     def mine(num_ranks: int, num_microbatches: int) -> Any:
         return made
 
@@ -56,7 +56,7 @@ def test_what_is_refused(made: Any, message: str) -> None:
         schedule.build(mine, num_ranks=1, num_microbatches=2)
 
 
-def test_a_function_of_other_names() -> None:
+def test_a_function_with_other_argument_names_is_refused() -> None:
     def mine(p: int, m: int) -> str:
         return "0F0 0B0"
 

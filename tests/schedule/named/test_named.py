@@ -29,7 +29,7 @@ def test_valid_in_every_form(name: str, num_ranks: int, num_microbatches: int) -
 
 
 def split(s: schedule.Schedule) -> list[list[schedule.Action]]:
-    """The actions, with I and W for B."""
+    """Yield the actions, with I and W for B."""
     return [
         [
             action._replace(kind=part)
@@ -41,7 +41,7 @@ def split(s: schedule.Schedule) -> list[list[schedule.Action]]:
 
 
 def build(name: str, num_ranks: int, num_microbatches: int) -> schedule.Schedule:
-    """The schedule, with as many microbatches as it needs at least."""
+    """Build the schedule, with at least as many microbatches as it needs."""
     if name == "dualpipe_v":
         num_microbatches += 2 * num_ranks
     return schedule.build(name, num_ranks=num_ranks, num_microbatches=num_microbatches)
@@ -162,7 +162,7 @@ def test_interleaved_zb_holds_no_more_than_its_stages_times_ranks(p: int, m: int
     assert max(schedule.simulate(s).peak_activations) <= (v - 1) * longest_round + p
 
 
-def test_dualpipe_v_says_how_many_microbatches_it_needs() -> None:
+def test_dualpipe_v_names_the_microbatches_it_needs() -> None:
     with pytest.raises(ScheduleError, match="num_microbatches=7, but with 4 ranks it needs at least 8"):
         schedule.build("dualpipe_v", num_ranks=4, num_microbatches=7)
 
@@ -175,7 +175,7 @@ def test_a_rank_alone_builds_its_row(name: str, p: int, m: int) -> None:
 
 
 @pytest.mark.parametrize(("name", "v"), [("zbv", 3), ("1f1b", 2), ("zb_h1", 2), ("interleaved_1f1b", 1), ("looped_bfs", 0)])
-def test_stages_per_rank_a_construction_does_not_have(name: str, v: int) -> None:
+def test_unsupported_stages_per_rank_are_refused(name: str, v: int) -> None:
     with pytest.raises(ScheduleError, match=f"schedule {name}: stages_per_rank={v}, but it has"):
         schedule.build(name, num_ranks=2, num_microbatches=2, stages_per_rank=v)
 
@@ -218,7 +218,7 @@ def test_spellings(spelling: str) -> None:
         ("ScheduleDualPipeV", "dualpipe_v"),
     ],
 )
-def test_names_of_torch_classes(torch_name: str, name: str) -> None:
+def test_torchs_class_names_are_accepted(torch_name: str, name: str) -> None:
     assert schedule.normalise(torch_name) == name
 
 

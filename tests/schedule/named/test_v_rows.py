@@ -1,4 +1,4 @@
-"""Rows of a V against the same constructions run step by step, as they are published."""
+"""Rows of V-shaped schedules against step-by-step versions of the published constructions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from autofunc.schedule.ir import OVERLAPPED
 
 
 class StepByStep:
-    """One rank: passes are asked for one at a time, and an I leaves a W behind."""
+    """One rank: passes are requested one at a time, and each I leaves a W to do."""
 
     def __init__(self, rank: int, num_ranks: int) -> None:
         self.stages = rank, 2 * num_ranks - 1 - rank
@@ -116,7 +116,7 @@ def v_min(rank: int, p: int, m: int) -> list[Action]:
 
 
 @given(st.sampled_from([zbv, dualpipe_v, v_half, v_min]), st.integers(1, 12), st.integers(1, 60), st.data())
-def test_rows_are_those_of_the_construction_step_by_step(construction, p: int, m: int, data: st.DataObject) -> None:
+def test_rows_equal_the_step_by_step_construction(construction, p: int, m: int, data: st.DataObject) -> None:
     name = construction.__name__
     m += 2 * p * (name == "dualpipe_v")
     rank = data.draw(st.integers(0, p - 1), "rank")

@@ -1,4 +1,4 @@
-"""Pictures in text."""
+"""Text pictures of timelines."""
 
 from __future__ import annotations
 

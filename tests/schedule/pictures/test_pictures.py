@@ -1,4 +1,4 @@
-"""Pictures in files: SVG, traces, and the page, which is opened in a real browser where there is one."""
+"""Picture files: SVG, PNG, traces, and the page, opened in a real browser if there is one."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_svg_has_a_block_for_every_action(tmp_path: Path) -> None:
     assert captions[0] == "zbv: 4 ranks, 8 stages, 8 microbatches, makespan 25.5, bubble 5.9%"
 
 
-def test_trace_has_the_times_and_what_is_waited_for(tmp_path: Path) -> None:
+def test_trace_has_times_and_waits(tmp_path: Path) -> None:
     text = schedule.draw(two()[1], tmp_path / "one.json")
     events = json.loads((tmp_path / "one.json").read_text())["traceEvents"]
     assert json.loads(text)["traceEvents"] == events
@@ -85,14 +85,14 @@ def test_waits_follow_the_edges_that_were_simulated(tmp_path: Path) -> None:
     assert "2B0 on rank 1" in page and sum(schedule.explain_idle(timeline)[0]) == 3
 
 
-def test_what_is_no_wait_for_a_value(tmp_path: Path) -> None:
+def test_a_wait_for_transfers_names_no_action(tmp_path: Path) -> None:
     s = schedule.build("1f1b", num_ranks=3, num_microbatches=4)
     events = json.loads(schedule.draw(schedule.simulate(s, Costs(comm=1, overlap=0)), tmp_path / "x.json"))["traceEvents"]
     (found,) = [event["args"] for event in events if event["name"] == "1F2"]
     assert found["for"] == "its own transfers"
 
 
-def test_actions_of_very_different_length(tmp_path: Path) -> None:
+def test_actions_of_very_different_lengths(tmp_path: Path) -> None:
     s = schedule.build("1f1b", num_ranks=4, num_microbatches=8)
     text = schedule.draw(schedule.simulate(s, Costs(1e-6, 1000, 1000)))
     assert len(text) < 100_000
@@ -100,7 +100,7 @@ def test_actions_of_very_different_length(tmp_path: Path) -> None:
     assert not re.search(r"[iw]1(?![0-5])", tight.replace("i1 ", "").replace("w1 ", "")), "no part of a number"
     with pytest.raises(ScheduleError, match="nothing to draw"):
         schedule.draw([], tmp_path / "x.svg")
-    with pytest.raises(ScheduleError, match="all that it runs costs nothing"):
+    with pytest.raises(ScheduleError, match="every action it runs is free"):
         schedule.simulate(s.forward_form(), Costs(F=0))
 
 
@@ -117,8 +117,8 @@ def test_a_measured_run_is_drawn_as_one() -> None:
     assert measured.makespan == predicted.makespan
 
 
-def test_a_pair_that_took_turns_is_drawn_by_turns() -> None:
-    """Where it waited for other processes it shows as idle."""
+def test_an_interleaved_pair_is_drawn_turn_by_turn() -> None:
+    """It shows as idle while it waits for other processes."""
     s = schedule.from_text("0F0 (0F1;0B0)OVERLAP_F_B 0B1")
     plain = schedule.simulate(s, Costs(F=2, I=1, W=1))
     turns = [(1, 2.0, 3.0, False), (2, 3.0, 4.0, False), (1, 4.0, 4.5, True), (1, 4.5, 5.0, False), (2, 5.0, 6.0, False)]
@@ -189,7 +189,7 @@ def test_the_page_in_a_browser(tmp_path: Path) -> None:
 
 
 def test_large_schedules_draw_in_time(tmp_path: Path) -> None:
-    """Not timed: it must only not do anything per pair of actions."""
+    """Not timed: it only must not take quadratic time."""
     s = schedule.build("interleaved_1f1b", num_ranks=32, num_microbatches=128)
     page = schedule.draw(schedule.simulate(s), tmp_path / "large.html")
     found = re.search(r"const data = (\{.*?\});\n", page)

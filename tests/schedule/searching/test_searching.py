@@ -115,12 +115,12 @@ def test_the_tightest_limits_have_a_schedule(p: int, v: int, m: int, limit: int)
         (Costs(), {"memory_limit": float("nan")}, "memory_limit=nan on rank 0"),
     ],
 )
-def test_numbers_that_do_not_fit(costs: Costs, options: dict[str, Any], message: str) -> None:
+def test_numbers_that_do_not_fit_are_refused(costs: Costs, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ScheduleError, match=message):
         schedule.search(costs, **({"num_ranks": 2, "num_microbatches": 4, "time_limit_s": 0.1} | options))
 
 
-def test_progress_is_told() -> None:
+def test_progress_is_reported() -> None:
     told: list[tuple[float, float]] = []
     costs = Costs((1, 2), (3, 1), (1, 2), comm=0.3)
     limits: dict[str, Any] = {"num_ranks": 2, "num_microbatches": 9, "memory_limit": 2}

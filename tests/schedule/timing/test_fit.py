@@ -1,4 +1,4 @@
-"""Costs read off a timeline, and schedules with every backward split."""
+"""Costs fitted to a timeline, and schedules with every backward split."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ times = st.lists(st.floats(0.5, 4, width=16), min_size=12, max_size=12)
 
 
 @given(st.sampled_from(["zb_h1", "zb_h2", "interleaved_zb", "zbv", "v_half"]), st.integers(1, 2), st.integers(2, 8), times)
-def test_costs_of_a_simulated_run_are_those_it_was_simulated_with(name: str, p: int, m: int, costs: list[float]) -> None:
+def test_fitting_a_simulated_run_returns_its_costs(name: str, p: int, m: int, costs: list[float]) -> None:
     s = schedule.build(name, num_ranks=p, num_microbatches=m)
     f, i, w = np.array(costs).reshape(3, 4)[:, : s.num_stages]
     found = schedule.costs_of(schedule.simulate(s, Costs(f, i, w)))
@@ -23,13 +23,13 @@ def test_costs_of_a_simulated_run_are_those_it_was_simulated_with(name: str, p: 
     assert pytest.approx(w.tolist()) == found.W and found.comm == 0
 
 
-def test_transfers_are_read_off_those_who_waited() -> None:
+def test_transfer_times_come_from_ranks_that_waited() -> None:
     s = schedule.build("1f1b", num_ranks=3, num_microbatches=4)
     assert schedule.costs_of(schedule.simulate(s, Costs(comm=0.25))).comm == pytest.approx(0.25)
 
 
 @given(st.sampled_from(schedule.names()), st.integers(2, 4), st.integers(4, 8))
-def test_what_ranks_do_between_computations_is_read_off(name: str, p: int, m: int) -> None:
+def test_time_between_computations_is_measured(name: str, p: int, m: int) -> None:
     s = schedule.lower(schedule.build(name, num_ranks=p, num_microbatches=m + p), merge=False)
     given = Costs(2, 3, 1, comm=0.25, send=0.125, receive=0.0625, between=0.03125)
     found = schedule.costs_of(schedule.simulate(s, given))
@@ -57,7 +57,7 @@ def test_split_form(name: str, p: int, m: int) -> None:
     assert not any(action.kind is Kind.B for row in lowered for action in row)
 
 
-def test_the_spread_of_microbatches_is_read_off() -> None:
+def test_spread_over_microbatches_is_measured() -> None:
     s = schedule.build("1f1b", num_ranks=2, num_microbatches=40)
     plain = schedule.simulate(s, Costs(2, 2, 2))
     assert schedule.costs_of(plain).spread == pytest.approx(0, abs=1e-9)
@@ -70,7 +70,7 @@ def test_the_spread_of_microbatches_is_read_off() -> None:
     assert found.spread == pytest.approx(0.2, rel=0.25) and pytest.approx([2, 2], rel=0.1) == found.F
 
 
-def test_chance_makes_a_step_longer() -> None:
+def test_timing_noise_makes_a_step_longer() -> None:
     s = schedule.build("1f1b", num_ranks=4, num_microbatches=16)
     simulated = schedule.simulate(s, Costs()).makespan
     assert schedule.expected_makespan(s, Costs(), samples=3) == pytest.approx(simulated), "without a spread, nothing"

@@ -1,4 +1,4 @@
-"""Why ranks idle."""
+"""Causes of idle time."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ def makespan(table: str, costs: Costs) -> float:
     return compute.makespan
 
 
-def test_transfers_of_one_edge_follow_each_other() -> None:
+def test_transfers_of_one_edge_queue() -> None:
     table = "0F0 0F1 0F2\n1F0 1F1 1F2"
     assert makespan(table, Costs(comm=5)) == 1 + 3 * 5 + 1
     assert makespan(table, Costs(latency=5)) == 3 + 5 + 1, "latencies overlap"
@@ -34,7 +34,7 @@ def test_ranks_share_one_wire() -> None:
     )
 
 
-def test_the_span_of_a_lowered_schedule_is_that_of_its_computations() -> None:
+def test_posts_do_not_lengthen_the_span_of_a_lowered_schedule() -> None:
     for name in ("zb_h2", "zbv"):
         s = schedule.build(name, num_ranks=4, num_microbatches=16)
         lowered = schedule.simulate(schedule.lower(s, unshard="once"))
@@ -54,7 +54,7 @@ def test_costs_of_single_edges() -> None:
     assert makespan(TWO, Costs(comm={(0, 1): 3, (1, 0): 4})) == 6 + 7
 
 
-def test_what_does_not_overlap_holds_the_sender_up() -> None:
+def test_the_part_of_a_transfer_that_does_not_overlap_holds_up_the_sender() -> None:
     table = "0F0 0F1 0B0 0B1\n1F0 1F1 1B0 1B1"
     alone = makespan(table, Costs(comm=2))
     assert makespan(table, Costs(comm=2, overlap=0.5)) == alone + 1
@@ -67,11 +67,11 @@ def test_what_does_not_overlap_holds_the_sender_up() -> None:
     [
         (Costs(overlap=2), "Costs.overlap=2: expected a fraction"),
         (Costs(comm={(0, 7): 1}), r"names the edge \(0, 7\); there are stages 0 to 1"),
-        (Costs(latency=-1), "cannot be negative"),
-        (Costs(F=float("inf")), "without bound"),
+        (Costs(latency=-1), "finite and not negative"),
+        (Costs(F=float("inf")), "finite and not negative"),
     ],
 )
-def test_links_that_do_not_fit(costs: Costs, message: str) -> None:
+def test_invalid_transfer_costs_are_refused(costs: Costs, message: str) -> None:
     with pytest.raises(ScheduleError, match=message):
         schedule.simulate(schedule.from_text(TWO), costs)
 
@@ -80,12 +80,12 @@ def test_links_that_do_not_fit(costs: Costs, message: str) -> None:
     ("costs", "message"),
     [
         (schedule.Costs(F=(1,)), r"Costs.F has shape \(1,\); expected a number, or one for each of 2 stages"),
-        (schedule.Costs(W=-1), "a time cannot be negative"),
+        (schedule.Costs(W=-1), "a time must be finite and not negative"),
         (schedule.Costs(F=0, I=0, W=0), "nothing takes any time"),
         (schedule.Costs(comm=(1, 2)), "Costs.comm has shape"),
     ],
 )
-def test_costs_that_do_not_fit(costs: schedule.Costs, message: str) -> None:
+def test_invalid_costs_are_refused(costs: schedule.Costs, message: str) -> None:
     with pytest.raises(ScheduleError, match=message):
         schedule.simulate(schedule.from_text("0F0 0B0\n1F0 1B0"), costs)
 
@@ -106,7 +106,7 @@ def test_span_bubble() -> None:
     assert timeline.bubble_fraction == pytest.approx(1 / 3) and timeline.span_bubble_fraction == pytest.approx(1 / 3)
 
 
-def test_what_ranks_do_between_computations_takes_time() -> None:
+def test_time_between_computations_counts() -> None:
     """Every number is a sum of powers of two, so that sums are exact."""
     given = Costs(1, 1, 1, comm=2**-3, send=2**-4, receive=2**-5, between=2**-6)
     alone = schedule.build("1f1b", num_ranks=1, num_microbatches=5)

@@ -1,4 +1,4 @@
-"""A tp axis beside cp ranks, while what these run is recorded."""
+"""A tp axis used together with cp ranks, while the layers that run over it are recorded."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from autofunc.spreading import along, axis_named
 from autofunc.spreading.movements import gather
 
 
-class _PutTogether:
-    """An axis that hands out values that are cut as a whole: what is recorded are plain tensors, and no DTensors."""
+class _GatheredAxis:
+    """An axis that gathers the cut values it hands out, so that plain tensors are recorded instead of DTensors."""
 
     def __init__(self, name: str) -> None:
         self._name, self._axis = name, axis_named(name)
@@ -27,10 +27,10 @@ class _PutTogether:
 
 
 @contextmanager
-def putting_together(axis: str | None) -> Iterator[None]:
-    """Whatever an axis hands out is whole; None where there is none."""
+def handing_out_whole(axis: str | None) -> Iterator[None]:
+    """Make `axis` hand out whole values inside the block; does nothing for None."""
     if axis is None:
         yield
         return
-    with along({axis: _PutTogether(axis)}):
+    with along({axis: _GatheredAxis(axis)}):
         yield

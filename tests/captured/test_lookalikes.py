@@ -1,4 +1,4 @@
-"""What looks alike and is not: names, constants, masks, values of a batch."""
+"""Things that look alike and differ: names, constants, masks, values of a batch."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def check(module: nn.Module, points: list[str], x: Tensor = X) -> af.Model:
 
 
 class Rooted(nn.Module):
-    """A parameter of the root with the name of a layer's own, and one with the name of a layer's part."""
+    """The root has a parameter named like a layer's own, and one named like a layer's part."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ def test_names_of_the_root() -> None:
 
 
 class Rounding(nn.Module):
-    """A layer whose name may be the value of its option."""
+    """A layer whose name may equal the value of its option."""
 
     def __init__(self, mode: str, zero: float) -> None:
         super().__init__()
@@ -104,7 +104,7 @@ class Lists(nn.Module):
 
 
 def test_lists_that_are_written_to() -> None:
-    with pytest.raises(ModelError, match=r"Lists writes to a list of tensors \(aten._foreach_add_.*test_mistaken.py"):
+    with pytest.raises(ModelError, match=r"Lists writes to a list of tensors \(aten._foreach_add_.*test_lookalikes.py"):
         af.from_module(Lists(), {"x": X})
 
 
@@ -148,8 +148,8 @@ def test_dropout_in_place(view: bool) -> None:
     assert not torch.equal(model(params, {"x": X, "key": (0, 1)}), model(params, {"x": X}))
 
 
-def test_buffers_are_as_they_are() -> None:
-    """For batches of all sizes alike, also where one was captured before."""
+def test_current_values_of_buffers_are_used() -> None:
+    """For batches of every size, including sizes captured before."""
 
     class Scaled(nn.Module):
         def __init__(self) -> None:

@@ -1,7 +1,7 @@
-"""A `torch.autograd.Function` is captured whole, and applied wherever its layer runs: its gradient stays the user's own.
+"""A `torch.autograd.Function` is captured whole and applied when its layer runs, so that it keeps the user's gradient.
 
-While a forward is exported, `apply` records what it is called with and becomes one opaque operator. In the layers that
-operator is the function again, applied for real, so that a stage's capture sees the backward that the user wrote.
+While a forward is exported, `apply` records its arguments and becomes one opaque operator. In the layers, that operator is
+the function again, really applied, so that a stage's capture sees the backward that the user wrote.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from autofunc.graph.trace import trace
 
 @dataclass(frozen=True)
 class Hole:
-    """The place of a tensor among arguments or results."""
+    """Stands for a tensor among arguments or results."""
 
     number: int
 
@@ -39,54 +39,54 @@ class Applied(Fingerprinted):
     args: tuple[Any, ...]  # with a `Hole` for each tensor
 
     def fingerprint(self, keys: Fingerprint) -> Hashable:
-        """By the function's class and its plain arguments."""
+        """Of the function's class and its plain arguments."""
         return Identity(self.function), keys.of(self.args)
 
     def __call__(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The tensors among what it returns."""
+        """Apply the function; return the tensors among its results."""
         return _tensors(self.results(tensors))
 
     def results(self, tensors: Sequence[Tensor]) -> Any:
-        """All that it returns."""
+        """Apply the function; return all its results."""
         args = (tensors[arg.number] if isinstance(arg, Hole) else arg for arg in self.args)
         applying: Any = super(torch.autograd.Function, self.function)  # as `Function.apply` does
         return applying.apply(*args)
 
 
 _INDEXING = ("torch._dynamo._trace_wrapped_higher_order_op", "ModIndex")
-"""Of what `vmap` maps: its gradient is that of the operator."""
+"""The indexing that `vmap` maps; its gradient is the operator's own."""
 
-# What is being exported: its calls, and what else than tensors they return. One forward is exported at a time.
+# The calls of the forward being exported, and their results apart from tensors. Only one forward is exported at a time.
 _calls: list[Applied] = []
 _results: list[Any] = []
 
-_DIRICHLET = dirichlet._Dirichlet  # has no public name; tried with torch 2.13.0
+_DIRICHLET = dirichlet._Dirichlet  # it has no public name; tried with torch 2.13.0
 
-# Its code is replaced for a while, not the method: models bind it when they are imported (`gelu = GELU.apply`).
+# Its code is replaced, not the method: models bind the method when they are imported (`gelu = GELU.apply`).
 _FUNCTION: Any = torch.autograd.Function.__dict__["apply"].__func__
 
 
 class _Recording(torch.autograd.Function):
-    """Whose `apply` runs in the place of that of all functions: the same signature, and like it a cell for its class."""
+    """Its `apply` runs in place of every function's: it has the same signature, and a cell for its class too."""
 
     @classmethod
     def apply(cls, *args: Any, **kwargs: Any) -> Any:
         __class__  # type: ignore[name-defined]  # noqa: B018
-        from autofunc.captured.own_backward import record
+        from autofunc.captured.autograd_functions import record
 
         return record(cls, args, kwargs)
 
 
 def record(function: type[torch.autograd.Function], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """Note a call of a function; returns what it returns, made by the operator that stands for it."""
-    if function is _DIRICHLET:  # what it draws is to be seen, see `draws.py`
+    """Note a call of a function; return its results, made by the operator that stands for it."""
+    if function is _DIRICHLET:  # its draws must be visible, see `draws.py`
         return torch.ops.aten._sample_dirichlet(*args)
     if (function.__module__, function.__name__) == _INDEXING:
         return torch.ops.aten.index(*args)
-    if function is CheckpointFunction:  # what is kept and what is run again is the pipeline's to say
+    if function is CheckpointFunction:  # the pipeline decides what to keep and what to recompute
         run, _, *given = args
         return run(*given)
-    if function.setup_context is not torch.autograd.Function.setup_context:  # then `apply` takes what `forward` takes
+    if function.setup_context is not torch.autograd.Function.setup_context:  # then `apply` has the signature of `forward`
         bound = inspect.signature(function.forward).bind(*args, **kwargs)
         bound.apply_defaults()
         args, kwargs = bound.args, {}
@@ -110,12 +110,10 @@ def _run(number: int, tensors: list[Tensor]) -> list[Tensor]:
     with torch.no_grad():
         results = call.results(tensors)
     if versions != [tensor._version for tensor in tensors]:
-        raise ModelError(
-            f"{call.function.__name__} writes to what it is given, so it cannot be captured; return a new tensor"
-        )
+        raise ModelError(f"{call.function.__name__} writes to its inputs, so it cannot be captured; return a new tensor")
     _results[number] = results
     given = {tensor.untyped_storage()._cdata for tensor in tensors}
-    # an operator returns no memory that it was given
+    # an operator may not return memory it was given
     return [each.clone() if each.untyped_storage()._cdata in given else each for each in _tensors(results)]
 
 
@@ -125,7 +123,7 @@ torch.library.register_fake("autofunc::applied", _run)
 
 @contextmanager
 def recorded() -> Iterator[None]:
-    """Calls of functions inside become operators, see `apply_for_real`."""
+    """Inside, calls of functions become operators, see `apply_for_real`."""
     _calls.clear()
     _results.clear()
     original = _FUNCTION.__code__
@@ -137,7 +135,7 @@ def recorded() -> Iterator[None]:
 
 
 def apply_for_real(graph: fx.Graph) -> None:
-    """Put the functions back in place of the operators that stood for them; right after the export that recorded them."""
+    """Replace the operators by the functions they stand for; right after the export that recorded them."""
     for node in graph.nodes:
         if node.op == "call_function" and node.target is torch.ops.autofunc.applied.default:
             number, tensors = node.args
@@ -147,7 +145,7 @@ def apply_for_real(graph: fx.Graph) -> None:
 
 
 def operators_of(node: fx.Node) -> list[fx.Node]:
-    """What the forward of a node's function runs; nothing for a node that calls none."""
+    """Return the operators in the forward of a node's function; none for other nodes."""
     if not isinstance(node.target, Applied):
         return []
     fakes = [each.meta["val"] for each in node.args[0]]  # type: ignore[union-attr]

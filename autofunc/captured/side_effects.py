@@ -1,4 +1,4 @@
-"""A module is captured as a pure function: what a forward leaves behind is undone, and refused where the next reads it."""
+"""Capture without side effects: what a forward leaves in a module is undone, and refused if the next forward reads it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from autofunc.captured.snapshot import Change, Snapshot, put_back
 
 @contextmanager
 def restored(module: nn.Module) -> Iterator[None]:
-    """Put back every attribute of every submodule afterwards, the same objects with the same contents."""
+    """Restore every attribute of every submodule afterwards: the same objects with the same contents."""
     before = Snapshot(module, values=False)
     try:
         yield
@@ -24,9 +24,9 @@ def restored(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def written_back(module: nn.Module) -> Iterator[None]:
-    """Write tensors that take the places of buffers into those instead: `self.mean = 0.9 * self.mean + 0.1 * x.mean()`.
+    """Write tensors that replace buffers into the buffers instead: `self.mean = 0.9 * self.mean + 0.1 * x.mean()`.
 
-    What is not saved with the module is its own affair.
+    Buffers that are not saved with the module are left alone.
     """
     held = [
         (part, name, leaf)
@@ -43,9 +43,9 @@ def written_back(module: nn.Module) -> Iterator[None]:
 
 
 class LeftBehind:
-    """What a forward changes in a module beside tensors' values: it is undone, and can be there when it runs again.
+    """A forward's changes to a module except tensors' values: they are undone, and can be put back for a second run.
 
-    Plain values inside objects, such as a config, are undone only. What is written into tensors shows in the graph.
+    Plain values inside objects, such as a config, are only undone. Writes into tensors show in the graph.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -55,7 +55,7 @@ class LeftBehind:
 
     @contextmanager
     def undone(self) -> Iterator[None]:
-        """Around a forward, which finds what the last one left."""
+        """Wrap a forward, which finds what the last one left."""
         before = Snapshot(self._module, values=False)
         put_back(self._left)
         try:
@@ -67,7 +67,7 @@ class LeftBehind:
 
     @property
     def words(self) -> str:
-        """The first changes, by class and attribute."""
+        """The first changes, by class and attribute, for messages."""
         return "; ".join(
             f"{type(self._module.get_submodule(each.module)).__name__} ({each.module or 'the module itself'}) stores "
             f"{each.attribute!r}"

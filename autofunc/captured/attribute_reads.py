@@ -1,4 +1,4 @@
-"""Which attributes a module's forward reads: an export makes their values permanent."""
+"""The attributes that a module's forward reads: an export fixes their values."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _OF_EVERY_MODULE = frozenset((*dir(nn.Module), *vars(nn.Module()))) - {"forward"
 
 
 class Reads(Fingerprinted):
-    """Attributes of modules and of their classes that were read; a key of it changes when one of them does.
+    """Attributes of modules and of their classes that were read; the fingerprint changes when one of them does.
 
-    Left out are parts, parameters and buffers; modes, which are those of the capture; and what classes of installed
-    libraries define.
+    It leaves out parts, parameters and buffers; modes, since a capture sets them; and what classes of installed libraries
+    define.
 
     Args:
         parts: the name of each part, by `id`.
@@ -30,13 +30,13 @@ class Reads(Fingerprinted):
 
     def __init__(self, parts: Mapping[int, str]) -> None:
         self._parts = parts
-        self._names: dict[int, tuple[Any, str, dict[str, None]]] = {}  # by owner: what it is called, and names
+        self._names: dict[int, tuple[Any, str, dict[str, None]]] = {}  # by id of the owner: it, its title, and names
 
     def __len__(self) -> int:
         return sum(len(names) for _, _, names in self._names.values())
 
     def fingerprint(self, keys: Fingerprint) -> Hashable:
-        """The values as they are now; of a library's object, such as a configuration, the plain ones in it."""
+        """The current values; for a library's object, such as a configuration, the plain ones in it."""
         found: list[Hashable] = []
         objects: dict[int, Any] = {}
         for owner, what, names in self._names.values():
@@ -51,7 +51,7 @@ class Reads(Fingerprinted):
 
     @contextmanager
     def noticing(self) -> Iterator[None]:
-        """Inside, what is read of any part is noticed."""
+        """Inside, note every attribute that is read of any part."""
         plain, before = nn.Module.__getattribute__, vars(nn.Module).get("__getattribute__")
 
         def noticed(module: nn.Module, name: str) -> Any:
@@ -63,10 +63,10 @@ class Reads(Fingerprinted):
         try:
             yield
         finally:
-            if before is not None:  # inside of another
+            if before is not None:  # nested in another
                 nn.Module.__getattribute__ = before  # type: ignore[method-assign]
             else:
-                del nn.Module.__getattribute__  # it is the one of every object again
+                del nn.Module.__getattribute__  # back to that of every object
 
     def _notice(self, module: nn.Module, name: str) -> None:
         own = object.__getattribute__(module, "__dict__")
@@ -83,13 +83,13 @@ class Reads(Fingerprinted):
 
 
 def _noted(keys: Fingerprint, what: str, space: Mapping[str, Any], names: list[str]) -> dict[str, Any]:
-    """The values of some names, which are from now on looked at."""
+    """Return the values of some names, which are watched from now on."""
     keys.note(what, names, lambda: [space.get(name) for name in names])
     return {name: space.get(name) for name in names}
 
 
 def _key(keys: Fingerprint, what: str, name: str, value: Any) -> Hashable:
-    """Of a tensor by its values, which may be written to."""
+    """Return a value's key; a tensor's is of its values, which may be written to."""
     if not isinstance(value, Tensor):
         return keys.of(value)
     keys.note(what, [name], lambda: [writes_of(value)])
@@ -97,14 +97,14 @@ def _key(keys: Fingerprint, what: str, name: str, value: Any) -> Hashable:
 
 
 def _inside(value: Any) -> Any:
-    """The function in a property or another descriptor."""
+    """Return the function in a property or another descriptor."""
     if isinstance(value, property):
         return value.fget
     return value.__func__ if isinstance(value, (staticmethod, classmethod, MethodType)) else value
 
 
 def _is_object(value: Any) -> bool:
-    """Whether a value has attributes, which `Fingerprint` leaves out where a library defines its class."""
+    """True if a value has attributes, which `Fingerprint` ignores if a library defines its class."""
     known = (type, FunctionType, MethodType, property, staticmethod, classmethod, Tensor, nn.Module)
     return isinstance(getattr(value, "__dict__", None), dict) and not isinstance(value, known)
 
@@ -112,5 +112,5 @@ def _is_object(value: Any) -> bool:
 def _is_of_a_library(owner: type) -> bool:
     try:
         return is_installed(inspect.getfile(owner))
-    except (TypeError, OSError):  # of a notebook, or built in
+    except (TypeError, OSError):  # defined in a notebook, or built in
         return owner.__module__ == "builtins"

@@ -1,4 +1,4 @@
-"""A model that is about to be trained, as something that single checks can run."""
+"""A model about to be trained, as a subject that single checks can run."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from autofunc.model import Model
 
 Inputs = Sequence[str] | Mapping[str, str] | None
 
-_MOST_BYTES = 2**28  # of weights that are made only to be looked at
+_MOST_BYTES = 2**28  # of weights initialised only for a check
 
 
 @contextmanager
-def looked_at(model: Model, batch: Mapping[str, Any], loss: Loss | None, inputs: Inputs) -> Iterator[Subject | None]:
-    """Yields what runs the model, which stays as it is; None where it does not run, or has no weights and many to make.
+def subject_of(model: Model, batch: Mapping[str, Any], loss: Loss | None, inputs: Inputs) -> Iterator[Subject | None]:
+    """Yield a subject that runs the model and leaves it unchanged; None if it fails to run, or initialising costs too much.
 
     Args:
-        model: captured, or of layers.
+        model: captured, or made of layers.
         batch: a small example, with at least two rows.
         loss: see `af.pipeline`.
         inputs: see `af.from_module`.
@@ -42,20 +42,20 @@ def looked_at(model: Model, batch: Mapping[str, Any], loss: Loss | None, inputs:
     _ = subject.snapshot  # before anything runs
     try:
         with seeded(0), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of running it otherwise than it is used to
+            warnings.simplefilter("ignore")  # the user does not run it this way
             yield None if subject.first.error else subject
     finally:
         subject.restore()
 
 
 def _runnable(model: Model) -> nn.Module | Model | None:
-    """The module that was captured, if it has weights; else the model itself, or a module with some that are made."""
+    """Return the captured module if it has weights; else the model itself, or a module with initialised weights."""
     if isinstance(model, CapturedModel):
         on_meta = any(leaf.is_meta for leaf in model.module.parameters())
         if not on_meta:
             return model.module if model.is_module else model
         if not model.is_module:
-            return None  # nobody knows how to make them
+            return None  # no initialisers are known
     if sum(leaf.numel() * leaf.element_size() for leaf in model.spec.values()) > _MOST_BYTES:
         return None
     if not isinstance(model, CapturedModel):

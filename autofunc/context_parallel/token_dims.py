@@ -1,4 +1,4 @@
-"""Where tokens lie in what depends on the batch alone, which every rank has whole: along which dim it would be cut."""
+"""The dim along which tokens lie in values that depend on the batch alone, which every rank has whole."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from autofunc.context_parallel.axis import ContextAxis
 from autofunc.context_parallel.rules import by_rule
 from autofunc.context_parallel.traced import Traced
 from autofunc.graph.memory import base_of, written
-from autofunc.graph.schema import is_mutable
+from autofunc.graph.schema import is_mutable, name_of
 from autofunc.spreading import FULL, Cut
 from autofunc.spreading.layouts import Layout
 from autofunc.spreading.operation import shape_of
@@ -22,7 +22,7 @@ _TOKENS_DIM = 1
 
 
 def of_entries(tensors: Mapping[str, Tensor]) -> dict[str, Cut]:
-    """Of entries of a batch of rows: tokens are in dim 1, where there is one."""
+    """Return how entries of a batch of rows would be cut: along dim 1, for those that have it."""
     return {
         name: Cut(_TOKENS_DIM, (leaf.shape[_TOKENS_DIM],))
         for name, leaf in tensors.items()
@@ -31,7 +31,7 @@ def of_entries(tensors: Mapping[str, Tensor]) -> dict[str, Cut]:
 
 
 def of_operator(node: Node, known: Mapping[Node, Layout], axis: ContextAxis) -> Layout:
-    """Of what an operator makes of values whose tokens lie so."""
+    """Return how an operator's result would be cut, given how its operands would be."""
     seen: dict[Node, Any] = {each: known.get(each, FULL) for each in node.all_input_nodes}
     if is_mutable(node) or all(layout is FULL for layout in seen.values()):
         return FULL
@@ -41,10 +41,10 @@ def of_operator(node: Node, known: Mapping[Node, Layout], axis: ContextAxis) -> 
 
 
 def of_shared(whole: Traced, axis: ContextAxis) -> list[Layout]:
-    """Of what layers share, worked out from entries of the batch, in the order in which it is returned.
+    """Return how the values that layers share would be cut, followed from entries of the batch, in the order returned.
 
-    What is made of entries in a way that no rule follows, such as labels that are written into another tensor one place
-    further, lies as an entry of the same shape.
+    A value made from entries in a way that no rule follows, such as labels written into another tensor one place further,
+    is cut like an entry of the same shape.
     """
     known: dict[Node, Layout] = dict(of_nodes(whole.entries))
     shapes = {shape_of(node): layout for node, layout in known.items() if len(shape_of(node)) == _TOKENS_DIM + 1}
@@ -61,13 +61,13 @@ def of_shared(whole: Traced, axis: ContextAxis) -> list[Layout]:
 
 
 def of_nodes(entries: Mapping[str, Node]) -> dict[Node, Cut]:
-    """`of_entries`, by node."""
+    """Return `of_entries`, by node."""
     found = of_entries({name: node.meta["val"] for name, node in entries.items()})
     return {entries[name]: cut for name, cut in found.items()}
 
 
 def _depending(whole: Traced) -> set[Node]:
-    """What depends on what is in an entry, and not on its shape alone."""
+    """Return the nodes that depend on an entry's contents, not on its shape alone."""
     found = set(whole.entries.values())
     for node in whole.module.graph.nodes:
         if node.op != "call_function" or is_made_by_shape(node) or not found.intersection(node.all_input_nodes):
@@ -78,6 +78,6 @@ def _depending(whole: Traced) -> set[Node]:
 
 
 def is_made_by_shape(node: Node) -> bool:
-    """Whether an operator asks its operand for no more than its shape: `new_zeros`, `zeros_like` and so on."""
-    name = str(node.target).removeprefix("aten.").partition(".")[0]
+    """True if an operator uses no more than its operand's shape: `new_zeros`, `zeros_like` and so on."""
+    name = name_of(node)
     return name.startswith("new_") or name.endswith("_like")

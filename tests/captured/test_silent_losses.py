@@ -1,4 +1,4 @@
-"""What a captured forward could lose without a word is kept, or refused by name."""
+"""Things a captured forward could silently lose are kept, or refused by name."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_hooks_on_parameters(register: str) -> None:
         af.from_module(module, BATCH, inputs=["x"])
 
 
-def test_hooks_put_on_after_the_capture() -> None:
+def test_hooks_added_after_the_capture() -> None:
     module = chain()
     model = af.from_module(module, BATCH, inputs=["x"])
     module[0].bias.register_hook(lambda grad: grad * 2)
@@ -62,19 +62,23 @@ def test_a_loss_that_reads_a_parameter(engine: str) -> None:
         return outputs.square().mean() + module[0].weight.abs().sum()
 
     pipe = pipeline(af.from_module(module, BATCH, inputs=["x"]), ["2"], engine, regularised)
-    with pytest.raises(ModelError, match=r"the loss reads a tensor of shape \(4, 4\) that wants a gradient .*test_lost.py"):
+    with pytest.raises(
+        ModelError, match=r"the loss reads a tensor of shape \(4, 4\) that requires a gradient .*test_silent"
+    ):
         af.value_and_grad(pipe)(pipe.init(), BATCH)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_a_layer_that_reads_a_parameter_of_no_layer(engine: str) -> None:
+def test_a_layer_that_reads_a_parameter_outside_the_model(engine: str) -> None:
     scale = torch.ones(4, requires_grad=True)
     layers = {
         "a": af.Layer(lambda key: {"w": key.normal("w", (4, 4))}, lambda p, x, batch: batch["x"] @ p["w"]),
         "b": af.Layer(apply=lambda p, x, batch: x * scale),
     }
     pipe = pipeline(af.Model(layers), ["b"], engine)
-    with pytest.raises(ModelError, match=r"stage 1 \(layers b .. b\) reads a tensor of shape \(4,\) that wants a gradient"):
+    with pytest.raises(
+        ModelError, match=r"stage 1 \(layers b .. b\) reads a tensor of shape \(4,\) that requires a gradient"
+    ):
         af.value_and_grad(pipe)(pipe.init(), BATCH)
 
 
@@ -132,7 +136,7 @@ def test_keywords_reach_forward(extra: dict[str, Any]) -> None:
 
 def test_keywords_that_forward_does_not_take() -> None:
     batch = BATCH | {"target": torch.rand(4, 1)}
-    with pytest.raises(ModelError, match=r"unexpected keyword argument 'target'; say which .*inputs=\['x'\]"):
+    with pytest.raises(ModelError, match=r"unexpected keyword argument 'target'; name the .*inputs=\['x'\]"):
         af.from_module(Wrapper(), batch)
     af.from_module(Wrapper(), batch, inputs=["x"])
 
@@ -180,11 +184,11 @@ def test_writes_through_views(name: str) -> None:
 # --- left out with a word ---------------------------------------------------------------------------------------------
 
 
-def test_wrappers_are_left_out() -> None:
+def test_wrappers_are_dropped() -> None:
     module = chain()
     model = af.from_module(torch.compile(module, backend="eager"), BATCH, inputs=["x"])  # type: ignore[arg-type]
     assert set(model.spec) == {name for name, _ in module.named_parameters()}
-    assert model.notes == ("OptimizedModule around Sequential is left out: the pipeline does its work",)
+    assert model.notes == ("OptimizedModule around Sequential is dropped: the pipeline does its work",)
     assert af.from_module(nn.DataParallel(module), BATCH, inputs=["x"]).notes[0].startswith("DataParallel around")
 
 

@@ -1,6 +1,6 @@
-"""Which operators treat rows apart: where the rows of a mask lie in their results, given where in arguments.
+"""Operators that treat rows separately: where a mask's rows lie in their results, given where they lie in the arguments.
 
-Only what is known to be so is let through. A row that does not count then changes no other.
+Only operators known to do so are let through. A row that does not count then affects no other.
 """
 
 from __future__ import annotations
@@ -14,46 +14,45 @@ import torch
 from torch import fx
 
 from autofunc.captured.row_dims import (
+    MixesRows,
     Rows,
-    Together,
     aligned,
     dims_of,
     first_of,
     kept,
-    name_of,
     rows_of_one,
     same_mask,
     shape_of,
 )  # fmt: skip
-from autofunc.graph.schema import arguments, is_operator, is_pointwise
+from autofunc.graph.schema import arguments, is_operator, is_pointwise, name_of
 
 Node = fx.Node
 
 
 def rows_of_result(node: Node, known: Mapping[Node, Rows]) -> Rows:
-    """The rows in what an operator makes; for several results, in each.
+    """Return the rows in an operator's result; if it has several results, the rows in each.
 
     Args:
-        node: whose arguments have rows.
-        known: rows of every node that has any.
+        node: an operator with rows among its arguments.
+        known: the rows of every node that has any.
 
     Raises:
-        Together: when it does not treat them apart.
+        MixesRows: if it does not treat rows separately.
     """
     if node.target is getitem:
         return known[node.args[0]]  # type: ignore[index]
     if not is_operator(node):
-        raise Together
+        raise MixesRows
     if is_pointwise(node):
         return aligned(node, known)
     rule = _RULES.get(name_of(node))
     if rule is None:
-        raise Together
+        raise MixesRows
     return rule(node, known)
 
 
 def indexed(node: Node, known: Mapping[Node, Rows]) -> tuple[Rows, int | None]:
-    """Rows of `x[indices]`, and the dim in which those of its indices lie; None where these have none.
+    """Return the rows of `x[indices]`, and the dim in which its indices' rows lie; None if the indices have none.
 
     Args:
         node: `index` or `index_put`.
@@ -64,7 +63,7 @@ def indexed(node: Node, known: Mapping[Node, Rows]) -> tuple[Rows, int | None]:
     used = [place for place, index in enumerate(indices) if index is not None]
     tensors = [indices[place] for place in used]
     if any(index.meta["val"].dtype == torch.bool for index in tensors):
-        raise Together
+        raise MixesRows
     depth = max(index.meta["val"].dim() for index in tensors)
     shape = torch.broadcast_shapes(*map(shape_of, tensors))  # type: ignore[no-untyped-call]
     first = used[0] if used == list(range(used[0], used[-1] + 1)) else 0
@@ -75,18 +74,18 @@ def indexed(node: Node, known: Mapping[Node, Rows]) -> tuple[Rows, int | None]:
             if shape[dim + shift] != shape_of(index)[dim] or not same_mask(
                 found.setdefault(first + dim + shift, mask), mask
             ):
-                raise Together
+                raise MixesRows
     if len(found) > 1:
-        raise Together
+        raise MixesRows
     for index in tensors:
         shift = depth - index.meta["val"].dim()
         own = {first + dim + shift for dim in known.get(index, {})}
         if any(dim - first >= shift and shape_of(index)[dim - first - shift] != 1 for dim in found.keys() - own):
-            raise Together
+            raise MixesRows
     chosen = next(iter(found), None)
     for dim, mask in known.get(whole, {}).items():
         if dim in used:
-            raise Together
+            raise MixesRows
         before = sum(place < dim for place in used)
         found[dim - before + (depth if first == 0 or dim > first else 0)] = mask
     return found, chosen
@@ -97,10 +96,10 @@ def _recast(node: Node, known: Mapping[Node, Rows]) -> Rows:
 
 
 def _along(node: Node, known: Mapping[Node, Rows]) -> Rows:
-    """Something along other dims, which all stay."""
+    """For an operator along other dims, which keeps all dims."""
     rows, (_, count) = kept(node, known), first_of(node)
     if set(dims_of(node, count)) & rows.keys():
-        raise Together
+        raise MixesRows
     return rows
 
 
@@ -114,7 +113,7 @@ def _without(rows: Rows, dims: Sequence[int]) -> Rows:
 
 
 def _viewed(node: Node, known: Mapping[Node, Rows]) -> Rows:
-    """In another shape: a dim of rows is found again by what lies before and in it."""
+    """For a reshape: a dim of rows is found again by its size and the sizes before it."""
     rows, before, after = kept(node, known), shape_of(first_of(node)[0]), shape_of(node)
     found: dict[int, Node] = {}
     for dim, mask in rows.items():
@@ -123,7 +122,7 @@ def _viewed(node: Node, known: Mapping[Node, Rows]) -> Rows:
         if len(fitting) > 1 and len(before) == len(after):
             fitting = [dim] if dim in fitting else []
         if len(fitting) != 1:
-            raise Together
+            raise MixesRows
         found[fitting[0]] = mask
     return found
 
@@ -153,7 +152,7 @@ def _squeezed(node: Node, known: Mapping[Node, Rows]) -> Rows:
     rows, (read, count) = kept(node, known), first_of(node)
     gone = [dim for dim in dims_of(node, count) if shape_of(read)[dim] == 1]
     if set(gone) & rows.keys():
-        raise Together
+        raise MixesRows
     return _without(rows, gone)
 
 
@@ -165,19 +164,19 @@ def _sliced(node: Node, known: Mapping[Node, Rows]) -> Rows:
     rows, (read, count) = kept(node, known), first_of(node)
     is_all = shape_of(read) == shape_of(node) and arguments(node)["step"] == 1
     if not is_all and set(dims_of(node, count)) & rows.keys():
-        raise Together
+        raise MixesRows
     return rows
 
 
 def _normalised(node: Node, known: Mapping[Node, Rows]) -> Rows:
     rows, (_, count) = kept(node, known), first_of(node)
     if any(dim >= count - len(arguments(node)["normalized_shape"]) for dim in rows):
-        raise Together
+        raise MixesRows
     return rows
 
 
 def _joined(node: Node, known: Mapping[Node, Rows]) -> Rows:
-    """Along another dim, which is a new one for `stack`."""
+    """For a join along another dim; `stack` makes that dim."""
     given = arguments(node)
     parts, is_new = list(given["tensors"]), name_of(node) == "stack"
     count = parts[0].meta["val"].dim() + is_new
@@ -186,16 +185,16 @@ def _joined(node: Node, known: Mapping[Node, Rows]) -> Rows:
     for part in parts[1:]:
         own = known.get(part, {})
         if own.keys() != rows.keys() or not all(same_mask(own[each], rows[each]) for each in rows):
-            raise Together
+            raise MixesRows
     if is_new:
         return {each + (each >= dim): mask for each, mask in rows.items()}
     if dim in rows:
-        raise Together
+        raise MixesRows
     return rows
 
 
 def _product(node: Node, known: Mapping[Node, Rows]) -> Rows:
-    """Of matrices, or batches of them: rows are not among what is summed over."""
+    """For a product of matrices, or batches of them: the summed dims have no rows."""
     names = {"addmm": ("mat1", "mat2"), "baddbmm": ("batch1", "batch2"), "matmul": ("self", "other")}
     given = arguments(node)
     one, other = (given[name] for name in names.get(name_of(node), ("self", "mat2")))
@@ -203,10 +202,10 @@ def _product(node: Node, known: Mapping[Node, Rows]) -> Rows:
     count = len(shape_of(node))
     for added in node.all_input_nodes:
         if added not in (one, other) and (known.get(added) or math.prod(shape_of(added)[:-1]) != 1):
-            raise Together
+            raise MixesRows
     found: dict[int, Node] = {}
     if min(len(shape_of(one)), len(shape_of(other))) < 2:
-        raise Together
+        raise MixesRows
     for number, (side, rows) in enumerate(sides):
         for dim, mask in rows.items():
             summed = len(shape_of(side)) - (1 if number == 0 else 2)
@@ -214,20 +213,20 @@ def _product(node: Node, known: Mapping[Node, Rows]) -> Rows:
             if dim == summed or shape_of(node)[place] != shape_of(side)[dim] or not same_mask(
                 found.setdefault(place, mask), mask
             ):  # fmt: skip
-                raise Together
+                raise MixesRows
     for place in found:
         for side, rows in sides:
             dim = place - count + len(shape_of(side))
             is_batch = place < count - 2
             if is_batch and dim >= 0 and dim not in rows and shape_of(side)[dim] != 1:
-                raise Together
+                raise MixesRows
     return found
 
 
 def _linear(node: Node, known: Mapping[Node, Rows]) -> Rows:
     rows, (_, count) = rows_of_one(node, known, "input"), first_of(node)
     if count - 1 in rows:
-        raise Together
+        raise MixesRows
     return rows
 
 
@@ -236,18 +235,18 @@ def _einsum(node: Node, known: Mapping[Node, Rows]) -> Rows:
     read, arrow, made = str(given["equation"]).replace(" ", "").partition("->")
     operands = read.split(",")
     if not arrow or "." in read:
-        raise Together
+        raise MixesRows
     masks: dict[str, Node] = {}
     for letters, operand in zip(operands, given["tensors"], strict=True):
         for dim, mask in known.get(operand, {}).items():
             if not same_mask(masks.setdefault(letters[dim], mask), mask):
-                raise Together
+                raise MixesRows
     for letters, operand in zip(operands, given["tensors"], strict=True):
         own = known.get(operand, {})
         if any(letter in masks and place not in own for place, letter in enumerate(letters)):
-            raise Together
+            raise MixesRows
     if any(letter not in made for letter in masks):
-        raise Together
+        raise MixesRows
     return {made.index(letter): mask for letter, mask in masks.items()}
 
 
@@ -260,7 +259,7 @@ def _index_selected(node: Node, known: Mapping[Node, Rows]) -> Rows:
     (dim,) = dims_of(node, first_of(node)[1])
     found = dict(known.get(given["self"], {}))
     if dim in found:
-        raise Together
+        raise MixesRows
     chosen = known.get(given["index"], {})
     return found | dict(zip([dim], chosen.values(), strict=False))
 
@@ -271,7 +270,7 @@ def _gathered(node: Node, known: Mapping[Node, Rows]) -> Rows:
     whole, index = known.get(given["self"], {}), known.get(given["index"], {})
     beside = {each: mask for each, mask in index.items() if each != dim}
     if dim in whole or whole.keys() != beside.keys() or not all(same_mask(whole[each], beside[each]) for each in whole):
-        raise Together
+        raise MixesRows
     return index
 
 

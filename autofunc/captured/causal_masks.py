@@ -1,7 +1,7 @@
-"""A plain causal mask that was built while capturing goes back to being `is_causal`, which has faster kernels.
+"""Restores `is_causal`, which has faster kernels, where a plain causal mask was built during capture.
 
 Libraries skip the mask when they may ask for causal attention, but not under capture (transformers, `masking_utils.py`,
-`_ignore_causal_mask_sdpa`). The mask depends on shapes alone, so it can be looked at.
+`_ignore_causal_mask_sdpa`). The mask depends on shapes alone, so it can be evaluated.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ _BY_SHAPE_ALONE = (
     _aten.new_ones.default, _aten.new_zeros.default, _aten.new_full.default, _aten.new_empty.default,
     _aten.ones_like.default, _aten.zeros_like.default, _aten.full_like.default,
 )  # fmt: skip
-_MOST_ELEMENTS = 1 << 27  # of a mask that is looked at
+_MOST_ELEMENTS = 1 << 27  # of a mask; larger ones are not evaluated
 
 
 def use_is_causal(flow: Flow, constant: Callable[[Node], Tensor | None]) -> bool:
-    """Replace masks in place; returns whether there was one.
+    """Replace masks in place; return whether there were any.
 
     Args:
-        flow: of the captured forward.
-        constant: real values of buffers and constants, on the CPU; None where they are not known.
+        flow: the captured forward.
+        constant: returns real values of buffers and constants, on the CPU; None for other nodes.
     """
     found = False
     known: dict[Node, Any] = {}
@@ -47,7 +47,7 @@ def use_is_causal(flow: Flow, constant: Callable[[Node], Tensor | None]) -> bool
         if not isinstance(mask, Node) or mask in flow.weighted or flow.writes_to(mask):
             continue
         if mask not in known:
-            with torch.device("cpu"):  # whatever the default is around here
+            with torch.device("cpu"):  # not the caller's default
                 known[mask] = _is_causal(mask, given["query"], given["key"], flow, constant)
         if known[mask]:
             given |= {"attn_mask": None, "is_causal": True}
@@ -73,7 +73,7 @@ def _is_causal(mask: Node, query: Node, key: Node, flow: Flow, constant: Callabl
 
 
 def _evaluate(root: Node, flow: Flow, constant: Callable[[Node], Tensor | None]) -> Tensor | None:
-    """A value that depends on shapes and constants alone; None when it depends on the batch."""
+    """Return a value that depends on shapes and constants alone; None if it depends on the batch."""
     needed = _needed(root, flow)
     values: dict[Node, Any] = {}
     nodes = [node for node in flow.exported.graph.nodes if node in needed]
@@ -93,13 +93,13 @@ def _evaluate(root: Node, flow: Flow, constant: Callable[[Node], Tensor | None])
         args, kwargs = fx.node.map_arg((args, kwargs), values.__getitem__)
         values[node] = node.target(*args, **{**kwargs, **({"device": "cpu"} if "device" in kwargs else {})})
         for each in done:
-            values.pop(each, None)  # what only its shape was asked of was not computed
+            values.pop(each, None)  # absent if only its shape was needed
     result: Tensor = values[root]
     return result
 
 
 def _needed(root: Node, flow: Flow) -> set[Node]:
-    """What must be computed for a value."""
+    """Return the nodes that must be computed for a value."""
 
     def needs(node: Node) -> list[Node]:
         needed = flow.needs(node) if node.op == "call_function" else []

@@ -1,4 +1,4 @@
-"""Other functions are called instead of some of torch's, while a forward runs."""
+"""Replacement of some of torch's functions while a forward runs."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 from torch.overrides import TorchFunctionMode
 
 
-class Instead(TorchFunctionMode):
-    """Inside, functions of torch are replaced; all in one mode, for torch notes the frames of each with every operator.
+class Replacing(TorchFunctionMode):
+    """Inside, functions of torch are replaced. One mode does it all, since torch records each mode's frames per operator.
 
     Args:
-        functions: by what is called, what is called instead with the same arguments.
+        functions: by function called, the one to call instead with the same arguments.
     """
 
     def __init__(self, functions: Mapping[Any, Callable[..., Any]]) -> None:

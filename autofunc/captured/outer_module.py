@@ -1,4 +1,4 @@
-"""A module around one that was captured: it computes something else with the same parameters, under the same paths."""
+"""A module around a captured one: it computes something else with the same parameters, under the same paths."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from autofunc.captured.module import source_of
 from autofunc.captured.module_source import ModuleSource
 
 INSIDE = "inside"
-"""The attribute of the module around that holds the other; it has no parameters of its own."""
+"""The attribute of the outer module that holds the captured one; the outer module has no parameters of its own."""
 
 
 def capture_around(around: nn.Module, model: CapturedModel, example: Mapping[str, Any]) -> CapturedModel:
-    """Capture it in eval mode: a model with the parameters of `model`, whose layers begin with `INSIDE`.
+    """Capture the outer module in eval mode: a model with the parameters of `model`, whose layers begin with `INSIDE`.
 
     Args:
-        around: has the module of `model` as its attribute `INSIDE`.
-        model: of a module.
+        around: the outer module, with the module of `model` as its attribute `INSIDE`.
+        model: a model of a module.
         example: a batch for `around`.
 
     Raises:
@@ -35,7 +35,7 @@ def capture_around(around: nn.Module, model: CapturedModel, example: Mapping[str
 
 
 class _Around(ModuleSource):
-    """See `Source`: what is inside keeps its names, and where its values come from."""
+    """See `Source`: the module inside keeps its parameters' names and the source of their values."""
 
     def __init__(self, around: nn.Module, inside: ModuleSource) -> None:
         super().__init__(around)

@@ -1,4 +1,4 @@
-"""A number that forward makes of a tensor (`h * x.max().item()`) stays a 0-dim tensor where operators take one."""
+"""Numbers that forward makes from tensors (`h * x.max().item()`) stay 0-dim tensors where operators take one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ _aten = torch.ops.aten
 
 
 def keep_tensors(graph: fx.Graph) -> None:
-    """Change a graph in place: no host waits for these numbers, and they may depend on weights. None has a gradient."""
+    """Change a graph in place, so that the host waits for none of these numbers and they may depend on weights.
+
+    They have no gradient.
+    """
     for item in [node for node in graph.nodes if node.target is _aten.item.default]:
         found: Any = item.args[0]
         readers = [user for user in item.users if takes_tensor(user, item) and _promotes_alike(user, item, found)]
@@ -35,7 +38,7 @@ def keep_tensors(graph: fx.Graph) -> None:
 
 
 def _promotes_alike(reader: Node, item: Node, found: Node) -> bool:
-    """Whether a result has the same dtype with a 0-dim tensor as with a number: one with dims decides it."""
+    """True if the result has the same dtype with a 0-dim tensor as with a number, because an operand with dims decides."""
     others = (read.meta.get("val") for read in reader.all_input_nodes if read is not item)
     return any(
         isinstance(other, Tensor) and other.dim() > 0 and _rank(other.dtype) >= _rank(found.meta["val"].dtype)

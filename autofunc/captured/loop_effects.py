@@ -1,6 +1,6 @@
-"""A loop over places leaves nothing behind but what it writes: found by exporting again, without its first and last runs.
+"""Check that a loop over places has no effect except its writes: export again without its first and last runs.
 
-A list that it fills, or a plain number that is read after it, is in no graph. What runs beside these runs is then another.
+A list it fills, or a plain number read after it, is in no graph. The operators outside the skipped runs would then change.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from autofunc.graph.memory import written
 Node = fx.Node
 
 Outline = tuple[Any, ...]
-"""What a graph does beside the first and last runs of its loops; empty where it has no loops."""
+"""What a graph does outside the first and last runs of its loops; empty if it has no loops."""
 
 _MOST_COMPARED = 4096  # elements of a constant
 
 
 def is_left_out(index: int, count: int) -> bool:
-    """Whether a run is the first or the last of as many."""
+    """True for the first and the last of `count` runs."""
     return index in (0, count - 1)
 
 
 def outline(graph: fx.Graph, constants: Mapping[Node, Tensor]) -> Outline:
-    """What a graph does, as plain data that can be compared with that of an export without first and last runs.
+    """Return what a graph does, as plain data to compare with an export that skips first and last runs.
 
     Args:
         graph: of an export, with the marks of its loops.
@@ -51,7 +51,7 @@ def outline(graph: fx.Graph, constants: Mapping[Node, Tensor]) -> Outline:
         elif written(node):
             names[node] = names[written(node)[0]]
         else:
-            names[node] = "made in a run that is left out"
+            names[node] = "made in a skipped run"
         if is_body_end(node):
             left_out.pop()
     return tuple(found)
