@@ -93,7 +93,7 @@ CASES: list[Case] = [
         ("'*.q_prj' matches no parameter", "did you mean *.q_proj.weight"),
     ),
     ("own", {"tp": 4}, "captured gpt2", {}, {"tensor_parallel": "own"}, 8, ("no tensor parallel plan", "derived")),
-    ("nothing", {"tp": 4}, "captured llama", {}, {"tensor_parallel": {}}, 8, ("nothing of Llama", "can be cut", "tp=1")),
+    ("nothing", {"tp": 4}, "captured llama", {}, {"tensor_parallel": {}}, 8, ("nothing in Llama", "can be cut", "tp=1")),
     # experts
     (
         "experts", {"dp_shard": 4}, "moe", {"num_local_experts": 6}, {"expert_parallel": 4}, 8,

@@ -36,7 +36,7 @@ WRONG: list[tuple[dict[str, str] | list[str] | str, ...]] = [
     (_over("tp_plan: {'*.kk': colwise}", "Attends"), "'*.kk' matches no parameter"),
     (_over("tp_size: 2, tp_plan: {k: columnwise}", "Attends"), "'k'", "'columnwise'", "did you mean colwise"),
     (_over("tp_size: 2, tp_plan: {k.weight: shard(x)}", "Attends"), "'k.weight'", "shard(x)", "'shard(0)'"),
-    (_over("tp_size: 2, tp_plan: {}", "Attends"), "nothing of Attends can be cut", "tp=1"),
+    (_over("tp_size: 2, tp_plan: {}", "Attends"), "nothing in Attends can be cut", "tp=1"),
     (_over("tp_size: 2, tp_plan: own", "Attends"), "no tensor parallel plan of its own", '"derived"'),
     (_over("tp_size: 2, tp_plan: auot", "Attends"), "distributed.tp_plan", "'auot'", "did you mean auto"),
     (_over("tp_size: 2, tp_plan: mien.py:plan", "Attends"), "distributed.tp_plan", "no file 'mien.py'", "mine.py"),
