@@ -12,7 +12,20 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from autofunc.shown import literal, shown
 
-CONSOLE = Console(stderr=True)
+
+class LiveConsole(Console):
+    """A console for bars and spinners, which move on terminals only.
+
+    `FORCE_COLOR` asks for colours. Notebooks set it for commands, whose output is a pipe.
+    """
+
+    @property
+    def is_terminal(self) -> bool:
+        """True if what is drawn can be drawn over."""
+        return super().is_terminal and self.file.isatty()
+
+
+CONSOLE = LiveConsole(stderr=True)
 """The live display shared by all bars: bars and lines of one console stack."""
 
 _SECONDS_UNSEEN = 2.0

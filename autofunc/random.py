@@ -10,15 +10,10 @@ of stored.
   `bernoulli`, `randint`, `multinomial`, `permutation`. They have no gradient; `mean + std * normal(...)` has.
 
     noise = af.random.normal(af.random.fold_in(batch["key"], "h.3.noise"), x.shape, x.dtype)
-
-The mixer is the 32-bit finaliser with multipliers 0x21f0aaad and 0x735a2d97 found by C. Wellons' hash-prospector
-(github.com/skeeto/hash-prospector, issue 19). In int64, products of 32-bit values fit, since both multipliers are
-below 2**31; in int32, they keep their low 32 bits, which are the same.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from autofunc.counter_hash import MASK, at_least, hashed, mix_key, unsigned, words
 from autofunc.errors import BatchError
 from autofunc.tree import join
 
@@ -37,41 +33,13 @@ KEY = "key"
 KEY_BESIDE_ENTRY = "random key"
 """... and its name if the model's forward has an argument `key`, which then is an ordinary entry."""
 
-_MASK = 0xFFFFFFFF
-_SIGN = -(1 << 31)
-_MULTIPLIER_1 = 0x21F0AAAD
-_MULTIPLIER_2 = 0x735A2D97
 _DIGITS = {torch.float16: 11, torch.bfloat16: 8, torch.float32: 24, torch.float64: 53}  # bits of the mantissa
 _CHUNK = 1 << 22  # elements hashed at a time, so that the int64 temporaries of a large weight stay small
 
 
-def _mix(x: Tensor, salt: Tensor) -> Tensor:
-    """Hash int64 values in [0, 2**32) to the same range; `salt` enters between the two rounds. For keys."""
-    x = x ^ (x >> 16)
-    x = (x * _MULTIPLIER_1) & _MASK
-    x = x ^ (x >> 15) ^ salt
-    x = (x * _MULTIPLIER_2) & _MASK
-    return x ^ (x >> 15)
-
-
-def _mix_narrow(x: Tensor, salt: Tensor) -> Tensor:
-    """Do the same to int32 values, which stand for their 32 bits: for elements, it takes half the time or less."""
-    x = x ^ (x >> 16 & 0xFFFF)  # a shift of signed numbers fills with the sign
-    x = x * _MULTIPLIER_1
-    x = x ^ (x >> 15 & 0x1FFFF) ^ salt
-    x = x * _MULTIPLIER_2
-    return x ^ (x >> 15 & 0x1FFFF)
-
-
-def _words(*parts: object) -> tuple[int, int]:
-    """Hash printable parts (a seed, a name) to two 32-bit words, stable across processes and Python versions."""
-    digest = hashlib.blake2b("\0".join(map(str, parts)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
-
-
 def make_key(seed: int, step: int = 0, *, device: torch.device | str = "cpu") -> Tensor:
     """Return a key for the randomness of one step: two 32-bit words in an int64 tensor of shape (2,)."""
-    return torch.tensor(_words("step", int(seed), int(step)), dtype=torch.int64, device=device)
+    return torch.tensor(words("step", int(seed), int(step)), dtype=torch.int64, device=device)
 
 
 def as_key(key: Any, *, device: torch.device | str = "cpu") -> Tensor | None:
@@ -100,44 +68,22 @@ def fold_in(key: Tensor, data: int | str | Tensor) -> Tensor:
         A key: int64, shape (2,), or (n, 2) for a tensor of numbers.
     """
     if isinstance(data, str):
-        low, high = _words(data)
+        low, high = words(data)
         both = torch.stack((key[..., 0] ^ low, key[..., 1] ^ high), dim=-1)  # no constant tensor: one waits for a copy
-        return _mix(both, both.flip(-1))
-    number: Tensor | int = data.unsqueeze(-1) if isinstance(data, Tensor) else int(data) & _MASK
-    return _mix(key ^ number, key.flip(-1))
+        return mix_key(both, both.flip(-1))
+    number: Tensor | int = data.unsqueeze(-1) if isinstance(data, Tensor) else int(data) & MASK
+    return mix_key(key ^ number, key.flip(-1))
 
 
 def bits(key: Tensor, numel: int, start: int = 0) -> Tensor:
     """Return `numel` hashed 32-bit integers for elements `start`, `start + 1`, ... of a tensor: int64, shape (numel,)."""
-    return _wide(_hashed(key, numel, start))
-
-
-def _hashed(keys: Tensor, numel: int, start: int = 0) -> Tensor:
-    """Compute the bits of elements for one or several keys, (..., 2) to (..., numel), as int32."""
-    first, second = _narrow(keys).unsqueeze(-2).unbind(-1)
-    # Zero, but not to a compiler, which may take a product of 0, 1, ... for positive: int32 does not overflow in C++.
-    zero = _narrow(keys[..., :1] >> 32)
-    if start + numel <= 1 << 31:
-        counter = torch.arange(start, start + numel, dtype=torch.int32, device=keys.device) + zero
-        return _mix_narrow(_mix_narrow(counter, first), second)
-    wide = torch.arange(start, start + numel, dtype=torch.int64, device=keys.device)
-    return _mix_narrow(_mix_narrow(_narrow(wide) + zero, first) ^ _narrow(wide >> 32), second)
-
-
-def _narrow(x: Tensor) -> Tensor:
-    """Return the low 32 bits of int64 values."""
-    return x.to(torch.int32)
-
-
-def _wide(x: Tensor) -> Tensor:
-    """Return 32 unsigned bits as an int64 value in [0, 2**32)."""
-    return x.to(torch.int64) & _MASK
+    return unsigned(hashed(key, numel, start))
 
 
 def _two_bits(key: Tensor, numel: int, start: int = 0) -> tuple[Tensor, Tensor]:
     """Return two independent numbers per element: the bits of the key with 0 and with 1 folded in."""
-    first, second = _hashed(fold_in(key, torch.arange(2, device=key.device)), numel, start).unbind()
-    return _wide(first), _wide(second)
+    first, second = hashed(fold_in(key, torch.arange(2, device=key.device)), numel, start).unbind()
+    return unsigned(first), unsigned(second)
 
 
 def uniform(
@@ -260,8 +206,7 @@ def dropout(
         return x
     if not 0.0 <= p < 1.0:
         raise ValueError(f"dropout {name!r}: p={p} is not a probability in [0, 1)")
-    hashed = _hashed(fold_in(key, name), x.numel())
-    keep = (hashed ^ _SIGN >= round(p * 2.0**32) + _SIGN).view(x.shape)  # as unsigned numbers compare
+    keep = at_least(min(round(p * 2.0**32), MASK), hashed(fold_in(key, name), x.numel())).view(x.shape)
     return x * keep.to(x.dtype) * (1.0 / (1.0 - p))
 
 
@@ -336,13 +281,13 @@ class InitKey:
 
     def generator(self, name: str) -> torch.Generator:
         """Return a CPU generator seeded from (seed, path), for initialisers that need one."""
-        low, high = _words("init", self.seed, join(self.path, name))
+        low, high = words("init", self.seed, join(self.path, name))
         return torch.Generator().manual_seed(low | (high << 31))
 
     def _fill(self, name: str, shape: Sequence[int], draw: Any) -> Tensor:
         if self.device.type == "meta":
             return torch.empty(tuple(shape), device=self.device, dtype=self.dtype)
-        key = torch.tensor(_words("init", self.seed, join(self.path, name)), dtype=torch.int64, device=self.device)
+        key = torch.tensor(words("init", self.seed, join(self.path, name)), dtype=torch.int64, device=self.device)
         values = torch.empty(math.prod(shape), device=self.device, dtype=self.dtype)
         for start in range(0, values.numel(), _CHUNK):
             count = min(_CHUNK, values.numel() - start)

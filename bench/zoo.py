@@ -233,15 +233,16 @@ def table(results: Mapping[str, Result]) -> str:
     count = sum(result.verdict in RIGHT for result in results.values())
     lines = [
         "# Models of transformers", "",
-        f"{count} of {len(results)} architectures of transformers {transformers.__version__} work as they are: tiny, with "
-        "random weights, cut into two stages (1F1B) and three (ZB-H1), on two microbatches. Loss and gradients are "
-        "those of the oracle bit for bit, and of the module's own backward up to 1e-6 of its largest element.", "",
-        "Where rounding in fp32 is more than that, it must be less than 1e-7 in fp64, and the table says both. "
-        "'Other bits' are those of a pipeline that is as close to the module's own, and has not the bits of the oracle: "
-        "values are contiguous behind a cut, so that a kernel may add up in another order.", "",
-        "All are in train mode without dropout, and the statistics of batch normalisation are compared, too; Phi-MoE and "
-        "Gemma 3n are in eval mode, because the former draws and the latter writes to its parameters while it trains.", "",
-        f"`python bench/zoo.py --write docs/models.md` makes this page. {describe_machine()}.",
+        f"{count} of {len(results)} architectures of transformers {transformers.__version__} work unchanged. Each model is "
+        "tiny, has random weights, and runs in two stages (1F1B) and three (ZB-H1) on two microbatches. Loss and gradients "
+        "match the oracle's bit for bit, and those of the module's own backward up to 1e-6 of the largest element.", "",
+        "If rounding in fp32 exceeds that, the difference in fp64 must be below 1e-7; the table then shows both. 'Other "
+        "bits' marks a pipeline that is as close to the module, but not equal to the oracle bit for bit: values are "
+        "contiguous behind a cut, so a kernel may sum in another order.", "",
+        "All models run in train mode without dropout, and statistics of batch normalisation are compared too. Phi-MoE and "
+        "Gemma 3n run in eval mode: in train mode the former draws random numbers, and the latter writes to its "
+        "parameters.", "",
+        f"`python bench/zoo.py --write docs/models.md` generates this page. {describe_machine()}.",
     ]  # fmt: skip
     for kind, entries in KINDS.items():
         lines += ["", f"## {kind}", "", "| architecture | class | | seconds to capture |", "|---|---|---|---|"]
@@ -260,8 +261,8 @@ def _checks(results: Mapping[str, Result]) -> list[str]:
     if not said:
         return []
     alarms = {name: each for name, each in said.items() if (each.check == "OK") != (each.verdict in RIGHT)}
-    text = f"It was asked about {len(said)} of these, and says OK exactly where the run is right"
-    lines = ["", "## What `af.check` says", "", f"{text}{', but for:' if alarms else '.'}"]
+    text = f"It ran on {len(said)} of these models. It says OK exactly where the run is right"
+    lines = ["", "## Verdicts of `af.check`", "", f"{text}{', except for:' if alarms else '.'}"]
     for name, each in alarms.items():
         lines += [
             *([""] if name == next(iter(alarms)) else []),

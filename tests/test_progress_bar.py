@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from autofunc import progress_bar
-from autofunc.progress_bar import counting, note, say
+from autofunc.progress_bar import LiveConsole, counting, note, say
 
 
 @pytest.fixture
@@ -51,3 +51,21 @@ def test_only_the_first_process_prints_lines(
         say(f"rank {rank} [bold] \x1b[31m")
         note(f"of rank {rank}")
     assert capsys.readouterr().err == "rank 0 [bold] \\x1b[31m\nnote: of rank 0\n"
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_forced_colours_move_nothing_in_a_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    for name, value in {"FORCE_COLOR": "1", "TTY_COMPATIBLE": "1"}.items():  # of a notebook, of some CI services
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value)
+            pipe, terminal = io.StringIO(), Terminal()
+            for file in (pipe, terminal):
+                with LiveConsole(file=file).status("working"):
+                    pass
+            assert Console(file=pipe).is_terminal and pipe.getvalue() == ""
+            assert "working" in terminal.getvalue()

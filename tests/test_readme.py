@@ -82,6 +82,14 @@ def test_yaml_blocks_are_valid(tmp_path: Path) -> None:
             check_arguments(resolve_target(node["_target_"], "README._target_"), options, "README", node["_target_"])
 
 
+def test_make_help_names_every_target_in_80_columns() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    lines = re.findall(r'@echo "(make .*)"$', makefile, re.MULTILINE)
+    assert max(map(len, lines)) <= 80
+    phony = re.search(r"^\.PHONY: help (.*)$", makefile, re.MULTILINE)
+    assert phony is not None and sorted(line.split()[1] for line in lines) == sorted(phony[1].split())
+
+
 def test_the_picture_is_the_demos() -> None:
     s = schedule.build("1f1b", num_ranks=2, num_microbatches=8)
     assert schedule.draw(s) in README

@@ -13,6 +13,7 @@ from autofunc.checks import check as run_checks
 from autofunc.config import check_targets, read_config, refusing_exit
 from autofunc.data import STACKED, first_rows
 from autofunc.model import Model
+from autofunc.progress_bar import CONSOLE
 from autofunc.shown import literal, shown
 from autofunc.train.axes import axes_of, sharding_of
 from autofunc.train.datasets import read_dataset
@@ -33,7 +34,7 @@ def check(config_path: str, overrides: Sequence[str], as_json: bool) -> bool:
     Raises:
         AutofuncError: for mistakes in the configuration itself.
     """
-    with Console(stderr=True).status(literal(f"checking {shown(config_path)}")):
+    with CONSOLE.status(literal(f"checking {shown(config_path)}")):
         config, notes = read_config(config_path, overrides)
         check_targets(config)
         dataset = read_dataset(config.dataset, "dataset", config.dataloader)

@@ -6,10 +6,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-
 from autofunc.automodel import write_pretrained
 from autofunc.config import read_config
+from autofunc.progress_bar import CONSOLE
 from autofunc.shown import literal, shown
 from autofunc.train.adapters import trained_model
 from autofunc.train.datasets import read_dataset
@@ -29,7 +28,7 @@ def export(config_path: str, overrides: Sequence[str], weights: str, folder: str
     Raises:
         AutofuncError: if the model cannot be exported, or the weights do not fit it.
     """
-    with Console(stderr=True).status(literal(f"writing {shown(folder)}")):
+    with CONSOLE.status(literal(f"writing {shown(folder)}")):
         config, _ = read_config(config_path, overrides)
         if config.peft is None:
             made = make(config.model_copy(update={"weights": SEED}))

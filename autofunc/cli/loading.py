@@ -7,8 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
-
+from autofunc.progress_bar import CONSOLE
 from autofunc.timing import clock
 
 
@@ -19,7 +18,7 @@ def loading_torch() -> Iterator[None]:
         yield
         return
     gc.disable()
-    with Console(stderr=True).status("loading torch"):
+    with CONSOLE.status("loading torch"):
         yield
     gc.freeze()
     gc.enable()

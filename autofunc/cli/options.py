@@ -42,7 +42,7 @@ class RunOptions(StartOptions):
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in output_dir.")] = False
     max_restarts: Annotated[
         int,
-        typer.Option("--max-restarts", min=0, help="Resume from the latest checkpoint after this many failures."),
+        typer.Option("--max-restarts", min=0, help="Most times to resume from the latest checkpoint after a failure."),
     ] = 0
     quiet: Annotated[
         bool, typer.Option("--quiet", "-q", help="Show only errors and the last line; files are written as usual.")

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from autofunc.config import read_config
 from autofunc.data import STACKED
+from autofunc.progress_bar import CONSOLE
 from autofunc.row_dims import rows_in_words
 from autofunc.schedule import draw
 from autofunc.shown import in_ranges, literal, printable, shown, size_in_words
@@ -38,8 +39,7 @@ def plan(
     Raises:
         AutofuncError: for every mistake in the configuration.
     """
-    console = Console(stderr=True)
-    with console.status(literal(f"planning {shown(config_path)}")) as status:
+    with CONSOLE.status(literal(f"planning {shown(config_path)}")) as status:
         config, notes = read_config(config_path, overrides)
         config = with_fake_data(config, notes) if fake_data else config
         made = plan_run(
@@ -102,7 +102,7 @@ def _show(made: RunPlan, console: Console) -> None:
         times = f"operations, at the rate of a matrix product: a step may take several times as long, for {made.why_not}"
     lines = [
         "",
-        f"schedule {shown(recipe.schedule.name)}: {recipe.axes}, {recipe.axes.num_processes} processes, "
+        f"schedule {shown(recipe.schedule.name)}: {recipe.axes}, {_processes(recipe.axes.num_processes)}, "
         f"{recipe.schedule.num_microbatches} microbatches",
         f"step: {timeline.makespan:.3g} ms, bubble {timeline.bubble_fraction:.1%}; "
         f"longest stage {made.imbalance:.2f}x the mean",
@@ -117,6 +117,10 @@ def _show(made: RunPlan, console: Console) -> None:
     for line in lines:
         console.print(literal(line))
     sys.stdout.write(draw(recipe.schedule, colour=console.is_terminal and not console.no_color) + "\n")
+
+
+def _processes(number: int) -> str:
+    return f"{number} process{'es' * (number > 1)}"
 
 
 def _shared_evenly(axes: Axes) -> str:

@@ -15,6 +15,7 @@ from rich.table import Table
 import autofunc as af
 from autofunc.cli.options import CostOptions, Sizes, by_stage, takes_groups
 from autofunc.errors import ScheduleError
+from autofunc.progress_bar import CONSOLE
 from autofunc.shown import literal, shown
 
 app = typer.Typer(no_args_is_help=True, help="Build, check, simulate, search, draw and exchange pipeline schedules.")
@@ -149,9 +150,9 @@ def search(
         str | None, typer.Option("--output", "-o", metavar="FILE", help="Write the schedule: .csv or .json.")
     ] = None,
 ) -> None:
-    """Search a schedule for given costs, unequal stages and a memory limit; never worse than the best named one.
+    """Search for a schedule for given costs, unequal stages and a memory limit; never worse than the best named one.
 
-    Example: autofunc schedule search -p 4 -m 16 -F 1,2,1,1 -I 1,2,1,1 -W 1,1,1,1 --memory-limit 6 -o found.csv
+    Example: autofunc schedule search -p 4 -m 16 -F 1,2,1,2 -I 1,2,1,2 -W 1,1,1,1 --memory-limit 6 -o found.csv
     """
     if output is not None:
         af.schedule.check_suffix(output)
@@ -169,10 +170,10 @@ def search(
         "memory": memory,
         "objective": "span" if span else "makespan",
     }
-    console = Console(stderr=True)
     bar = Progress(
-        TextColumn("searching"), BarColumn(), TextColumn("best {task.fields[best]:g}"), console=console, transient=True
-    )
+        TextColumn("searching"), BarColumn(), TextColumn("best {task.fields[best]:g}"), console=CONSOLE, transient=True,
+        disable=not CONSOLE.is_terminal,
+    )  # fmt: skip
     with bar:
         task = bar.add_task("", total=seconds, best=float("inf"))
         found = af.schedule.search(

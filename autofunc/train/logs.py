@@ -17,6 +17,7 @@ from typing import Any, TextIO, cast
 from rich.console import Console
 
 from autofunc.errors import FAILURES
+from autofunc.progress_bar import LiveConsole
 from autofunc.train.output import LOGS
 from autofunc.train.role import restarts
 
@@ -178,10 +179,10 @@ def line_console() -> Console:
     return Console(file=cast(TextIO, _Stdout()))
 
 
-def bar_console() -> Console:
+def bar_console() -> LiveConsole:
     """Return the console for animated output, which bypasses the log."""
     stream = sys.stdout
-    return Console(file=stream.console if isinstance(stream, Teed) else stream, quiet=_is_quiet())
+    return LiveConsole(file=stream.console if isinstance(stream, Teed) else stream, quiet=_is_quiet())
 
 
 def keep_log_beside_bar() -> None:

@@ -75,7 +75,7 @@ class ProgressReporter:
         self._last_line, self._bubble = time.monotonic(), ""
         self._compiling = _Messages(self._building)
         self._bar: Progress | None = None
-        if console.is_terminal:
+        if console.is_terminal and console.file.isatty():  # not where FORCE_COLOR alone says so
             self._bar = Progress(
                 TextColumn("training"),
                 BarColumn(bar_width=None),

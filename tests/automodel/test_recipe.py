@@ -39,7 +39,7 @@ def test_all_that_is_not_supported_is_one_list(tmp_path: Path) -> None:
     assert done.status == 2
     for key in UNKNOWN:
         assert f"'{key}', of NeMo AutoModel; here: " in done.err, key
-    assert "has no name here" not in done.err and "dp_size" not in done.err, "the rest is understood"
+    assert "has no equivalent here" not in done.err and "dp_size" not in done.err, "the rest is understood"
     assert len(done.err.splitlines()) == len(UNKNOWN) + 1, done.err  # rng is told as a whole, too
 
 

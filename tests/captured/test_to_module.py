@@ -127,7 +127,7 @@ def test_errors() -> None:
         ),
         (
             lambda: model.to_module({**good, "0.weight": torch.ones(3)}),
-            r"'0\.weight' is \(3,\), but in Sequential \(4, 4\)",
+            r"'0\.weight' is \(3,\), but \(4, 4\) in Sequential",
         ),
         (lambda: model.state_dict({"0.weight": good["0.weight"]}), r"params have no '0\.bias'.*pipe\.gather"),
         (lambda: kept.state_dict(kept.init()), r"Sequential keeps state .*state=model\.init_state\(\)"),

@@ -70,8 +70,8 @@ def test_refused(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
                                      "    return [{'input_ids': x[:-1], 'labels': x[1:]}] * 16\n")  # fmt: skip
     folder = "--model", "unlike"
     cases = [
-        (PROMPTS, "one of -c FILE"),
-        ((*LATEST, *folder, *PROMPTS), "one of -c FILE"),
+        (PROMPTS, "either -c FILE"),
+        ((*LATEST, *folder, *PROMPTS), "either -c FILE"),
         (LATEST, "needs a prompt: --prompt"),
         ((*LATEST, "--prompt-file", "nowhere.txt"), "nowhere.txt cannot be read"),
         ((*LATEST, "--prompt", ""), "has no tokens"),

@@ -72,7 +72,8 @@ def cut_attention(given: dict[str, Any], rank: int, size: int, ranks: str, metho
 
 def assert_close(found: Sequence[Sequence[Tensor]], expected: Sequence[Tensor], tolerance: float) -> None:
     for name, of_ranks, whole in zip(("output", "query", "key", "value"), zip(*found, strict=True), expected, strict=True):
-        difference = (in_order(of_ranks, 2) - whole).abs().max() / whole.abs().max().clamp_min(1e-3)
+        # a query that sees one key has no gradient but rounding, which is relative to values of about 1
+        difference = (in_order(of_ranks, 2) - whole).abs().max() / whole.abs().max().clamp_min(1e-2)
         assert difference < tolerance, f"{name}: {difference}"
 
 

@@ -110,7 +110,7 @@ def test_the_command(tmp_path: Path) -> None:
     tokens = read_token_file(tmp_path / "out" / "a.bin")[0]
     assert AutoTokenizer.from_pretrained(name).decode(tokens.tolist()) == "".join(f"{text}<eos>" for text in texts)
     done = run_here(tmp_path, *words)
-    assert done.status == 2 and "is there already" in done.err
+    assert done.status == 2 and "already exists" in done.err
     done = run_here(tmp_path, *words, "--overwrite", "--text-column", "text")
     assert done.status == 2 and "line 1 of a.jsonl has no column 'text'" in done.err
     assert read_token_file(tmp_path / "out" / "a.bin")[0].tolist() == tokens.tolist(), "the file that was there is whole"

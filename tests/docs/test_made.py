@@ -36,6 +36,15 @@ def test_every_picture_is_shown() -> None:
     assert [path.name for path in (ROOT / "docs" / "pictures").iterdir() if f"pictures/{path.name})" not in pages] == []
 
 
+def test_pictures_are_drawn_on_white() -> None:
+    """The site's style sheet inverts them on dark pages."""
+    style = "stylesheets/pictures.css"
+    assert f"extra_css: [{style}]\n" in (ROOT / "mkdocs.yml").read_text() and (ROOT / "docs" / style).is_file()
+    for path in (ROOT / "docs" / "pictures").iterdir():
+        ground = path.read_text().partition("</style>\n")[2]
+        assert ground.startswith("<rect width=") and ground.partition("/>")[0].endswith('fill="white"'), path
+
+
 def test_the_tables_of_keys_are_current() -> None:
     keys = making("keys")
     assert keys.current(keys.PAGE.read_text()) == keys.PAGE.read_text(), "run python docs/making/keys.py"

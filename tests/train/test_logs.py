@@ -107,6 +107,18 @@ def test_a_quiet_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert Console(file=terminal).is_terminal, "which would have shown a bar"
 
 
+def test_lines_where_colours_are_forced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in the output of a notebook's command."""
+    pipe = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", pipe)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    console = line_console()
+    assert console.is_terminal
+    with ProgressReporter(console, 5) as reporter:
+        reporter.step(5, 2.5, "10 rows/s")
+    assert pipe.getvalue() == "step 5/5  loss 2.500  10 rows/s\n"
+
+
 def test_a_run(tmp_path: Path) -> None:
     *_, out = finetune(tmp_path)
     logged = text_of(tmp_path / "out").split("\n", 1)[1]

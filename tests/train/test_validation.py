@@ -165,7 +165,7 @@ def test_the_leading_dataset() -> None:
     found = [leading(sections, name) for sections, name in cases]
     assert found == [both[0], both[1], named[0], named[1], both[0], None]
     for sections, name in ((named, "default"), (both, "b"), ([], "a")):
-        with pytest.raises(ConfigError, match="no name of a validation dataset"):
+        with pytest.raises(ConfigError, match="no validation dataset is named"):
             leading(sections, name)
 
 

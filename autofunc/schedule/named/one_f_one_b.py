@@ -1,4 +1,4 @@
-"""1F1B: alternating forwards and backwards, which keeps few activations alive.
+"""1F1B: forwards and backwards alternate, so few activations live.
 
 A rank keeps at most `num_ranks - rank` microbatches in flight.
 
