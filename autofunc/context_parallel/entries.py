@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from autofunc import tree
 from autofunc.captured.model import Shared
+from autofunc.fake import FakeTensorMode, fake_like
 
 
 def named_tensors(entries: Any) -> dict[str, Tensor]:
@@ -27,6 +28,30 @@ def with_tensors(entries: Any, given: Mapping[str, Tensor]) -> Any:
     names = tree.leaf_names(plain, "entries")
     made = tree.from_leaves([given.get(name, leaf) for name, leaf in zip(names, leaves, strict=True)], spec)
     return replace(entries, **made) if isinstance(entries, Shared) else made
+
+
+def faked(mode: FakeTensorMode, microbatch: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the microbatch with fake tensors of a mode."""
+    made: dict[str, Any] = tree.map_leaves(
+        lambda leaf: fake_like(mode, leaf) if isinstance(leaf, Tensor) else leaf, dict(microbatch)
+    )
+    return made
+
+
+def device_of(entries: Any) -> torch.device:
+    """Return the device of the first tensor; the CPU if there are none."""
+    return next((leaf.device for leaf in named_tensors(entries).values()), torch.device("cpu"))
+
+
+def tensors_in(x: Any) -> list[Tensor]:
+    """Return the tensors of a tree, in leaf order."""
+    return [leaf for leaf in tree.leaves_and_spec(x)[0] if isinstance(leaf, Tensor)]
+
+
+def refilled(x: Any, tensors: Sequence[Tensor]) -> Any:
+    """Replace the tensors of a tree, in leaf order."""
+    remaining = iter(tensors)
+    return tree.map_leaves(lambda leaf: next(remaining) if isinstance(leaf, Tensor) else leaf, x)
 
 
 @dataclass(frozen=True)

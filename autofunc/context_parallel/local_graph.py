@@ -50,6 +50,7 @@ class LocalGraph:
         graph: the new graph; its placeholders are those of the whole, followed by `pieces`.
         pieces: (entry, how it is cut) -> placeholder, for entries of which only this rank's tokens are wanted.
         returned: for each returned leaf, its node or the constant.
+        after: for each state, the node of its new value, the same on every rank.
         layouts: of the returned tensors, by position.
 
     Raises:
@@ -62,7 +63,7 @@ class LocalGraph:
     ) -> None:  # fmt: skip
         self._whole, self._axis, self._what = whole, axis, what
         self._layouts: dict[Node, Any] = {node: layout for node, layout in received.items() if layout is not FULL}
-        self._weighted = {*whole.params.values(), *whole.received}
+        self._weighted = {*whole.params.values(), *whole.received, *whole.states.values()}
         self._made: dict[tuple[Node, Any], Node] = {}
         self._routed = RoutedRows()
         self._names = {node: name for name, node in whole.entries.items()}
@@ -83,6 +84,7 @@ class LocalGraph:
         self.returned = [
             self._made[each, self._layout(each)] if isinstance(each, Node) else each for each in whole.returned
         ]  # fmt: skip
+        self.after = [self._obtain(each, FULL) for each in whole.after]
         self.layouts = {place: self._layout(each) for place, each in enumerate(whole.returned) if isinstance(each, Node)}
 
     def terms(self, place: int) -> Node:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
+from autofunc import tree
 from autofunc.captured.segment import Instruction, Ref, Segment, plain
 from autofunc.errors import ModelError
 from autofunc.graph.reach import ancestors
@@ -21,6 +22,7 @@ _GRAD, _AUTOCAST_ON, _AUTOCAST_OFF = "_set_grad_enabled", "_enter_autocast", "_e
 def segment_of(
     graph: fx.Graph, params: Mapping[str, Node], received: Sequence[Node], shared: Mapping[str, Node],
     returned: Sequence[Any], spec: Any, constants: Mapping[str, Tensor], what: str,
+    states: Mapping[str, Node] | None = None, after: Sequence[Node] = (),
 ) -> Segment:  # fmt: skip
     """Turn a graph into a segment.
 
@@ -33,17 +35,21 @@ def segment_of(
         spec: the tree that is returned.
         constants: the graph's constants, by name.
         what: a name for messages.
+        states: placeholders of the layer's state, by path.
+        after: the new value of each state.
 
     Raises:
         ModelError: for autocast regions that are not nested.
     """
-    modes = _modes(graph, what)
-    kept = _needed(graph, [each for each in returned if isinstance(each, Node)])
-    used = {argument for node in kept for argument in node.all_input_nodes} | {e for e in returned if isinstance(e, Node)}
+    modes, states = modes_of(graph, what), states or {}
+    results = [each for each in (*returned, *after) if isinstance(each, Node)]
+    kept = _needed(graph, results)
+    used = {argument for node in kept for argument in node.all_input_nodes} | {*results}
     params = {path: node for path, node in params.items() if node in used}
     shared = {name: node for name, node in shared.items() if node in used}
     fixed = [node for node in graph.nodes if node.op == "get_attr" and node in used]
-    register = {node: number for number, node in enumerate([*params.values(), *received, *shared.values(), *fixed])}
+    given = [*params.values(), *states.values(), *received, *shared.values(), *fixed]
+    register = {node: number for number, node in enumerate(given)}
     instructions = []
     for node in graph.nodes:
         if node in kept and node in modes:
@@ -54,10 +60,17 @@ def segment_of(
     return Segment(
         tuple(params), len(received), tuple(shared), tuple(constants[str(node.target)].detach() for node in fixed),
         tuple(instructions), tuple(Ref(register[each]) if isinstance(each, Node) else each for each in returned), spec,
+        tuple(states), tuple(Ref(register[each]) for each in after),
     )  # fmt: skip
 
 
-def _modes(graph: fx.Graph, what: str) -> dict[Node, tuple[tuple[Any, ...], ...]]:
+def spec_of(spec: tree.TreeSpec) -> tree.TreeSpec | None:
+    """Return a spec as `Segment.spec` wants it: None for one tensor, or a tuple of tensors."""
+    plain = [tree.leaves_and_spec(each)[1] for each in (0, tuple(range(spec.num_leaves)))]
+    return None if spec in plain and spec.num_leaves else spec
+
+
+def modes_of(graph: fx.Graph, what: str) -> dict[Node, tuple[tuple[Any, ...], ...]]:
     """Return the modes each operator runs under (`Instruction.modes`), without the nodes that enter and leave them."""
     found: dict[Node, tuple[tuple[Any, ...], ...]] = {}
     grad: tuple[tuple[Any, ...], ...] = ()
@@ -74,7 +87,7 @@ def _modes(graph: fx.Graph, what: str) -> dict[Node, tuple[tuple[Any, ...], ...]
             if not casts or casts.pop()[0] is not node.args[0]:
                 raise ModelError(f"{what}: its autocast regions overlap without being nested")
         else:
-            found[node] = (*grad, *(cast for _, cast in casts))
+            found[node] = (*node.meta.get("modes", ()), *grad, *(cast for _, cast in casts))
     return found
 
 

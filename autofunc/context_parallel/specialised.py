@@ -11,19 +11,29 @@ from torch import Tensor
 
 from autofunc import tree
 from autofunc.captured.segment import Segment
+from autofunc.context_parallel import batch_statistics as batch_statistics  # enters its rules
 from autofunc.context_parallel.axis import ContextAxis
-from autofunc.context_parallel.entries import TokenEntries, named_tensors, with_tensors
+from autofunc.context_parallel.entries import (
+    TokenEntries,
+    device_of,
+    faked,
+    named_tensors,
+    refilled,
+    tensors_in,
+    with_tensors,
+)
 from autofunc.context_parallel.local_graph import LocalGraph
 from autofunc.context_parallel.moves import added_up, all_tokens, own_tokens
-from autofunc.context_parallel.program import segment_of
+from autofunc.context_parallel.program import segment_of, spec_of
+from autofunc.context_parallel.recorded import recorded
 from autofunc.context_parallel.token_dims import of_entries, of_shared
 from autofunc.context_parallel.traced import Traced, traced
 from autofunc.context_parallel.with_tensor_parallel import handing_out_whole
 from autofunc.errors import ModelError
 from autofunc.experts import recorded_as_operators
-from autofunc.fake import fake_like, fake_mode, naming_errors
+from autofunc.fake import fake_mode, naming_errors
 from autofunc.losses import Loss, LossTerms, evaluate
-from autofunc.model import Model, Specialised
+from autofunc.model import Model, Specialised, State, StatefulFunction
 from autofunc.spreading import TERMS, Cut
 from autofunc.spreading.layouts import Layout
 
@@ -79,15 +89,15 @@ class OverTokens(Specialised):
             ModelError: for a loss that mixes tokens in a way no rule allows.
         """
         with fake_mode() as mode, naming_errors("the loss"):
-            entries = _faked(mode, microbatch)
+            entries = faked(mode, microbatch)
             x = tree.map_leaves(lambda leaf: _fresh(leaf) if isinstance(leaf, Tensor) else leaf, output(self.output))
             layouts = list(self.layers.values())[-1].layouts
 
-            def function(params: Any, received: Sequence[Tensor], given: Mapping[str, Tensor]) -> Any:
-                terms = evaluate(loss, _refilled(x, received), with_tensors(entries, given))
-                return terms.sum, terms.weight, terms.aux
+            def function(params: Any, received: Sequence[Tensor], given: Mapping[str, Tensor], states: Any) -> Any:
+                terms = evaluate(loss, refilled(x, received), with_tensors(entries, given))
+                return (terms.sum, terms.weight, terms.aux), {}
 
-            whole = traced(function, {}, _tensors(x), named_tensors(entries))
+            whole = traced(function, {}, tensors_in(x), named_tensors(entries), {})
             natural = of_entries(named_tensors(entries))
             local = _local(whole, [each for each in layouts if each is not None], natural, self.axis, "the loss")
             returned = [
@@ -100,7 +110,7 @@ class OverTokens(Specialised):
     def loss_terms(self, x: Any, microbatch: Mapping[str, Any]) -> LossTerms:
         """Return this rank's terms of the loss and its weight, and aux in full; every rank calls it."""
         assert self.loss_layer is not None
-        received = _tensors(x)
+        received = tensors_in(x)
         given = _with_pieces(named_tensors(microbatch), self.loss_layer.pieces, self.axis)
         (total, weight, aux), _ = self.loss_layer.segment({}, received, given, received[0].device, None)
         return LossTerms(total, weight, aux)
@@ -121,27 +131,24 @@ def over_tokens(
         other_axis: the name of an axis over which the model is already cut, and whose partitioning is active.
 
     Raises:
-        ModelError: for a model that keeps state, layers that mix tokens outside attention, and when no tokens are found.
+        ModelError: for layers that mix tokens outside attention, and when no tokens are found.
         BatchError: for a sequence that does not divide into equal chunks.
     """
-    if model.state_spec:
-        raise ModelError(
-            f"{model.title} keeps state ({next(iter(model.state_spec))}, ...), and each of cp={axis.size} ranks would "
-            "update its own copy from its own tokens; use cp=1, or layers without state"
-        )
     layers: dict[str, LocalLayer] = {}
     with fake_mode() as mode, handing_out_whole(other_axis), recorded_as_operators():
-        batch = _faked(mode, microbatch)
+        batch = faked(mode, microbatch)
         with naming_errors(model.title):
             entries = base.share(list(model.layers), batch)
         tensors = named_tensors(entries)
         natural = _natural(base, model, batch, list(tensors), axis)
-        device = _device(batch)
+        device = device_of(batch)
         x, layouts = None, list[Layout | None]([None])
         for name in model.layers:
             own = {path: leaf for path, leaf in leaves.items() if model.layer_of(path) == name}
             params = {model.inner_path(path): torch.empty_like(leaf, device=device) for path, leaf in own.items()}
-            layers[name], x = _cut_layer(base, name, params, x, layouts, entries, natural, axis)
+            kept = {path: leaf for path, leaf in model.state_spec.items() if model.layer_of(path) == name}
+            state = {model.inner_path(path): torch.empty_like(leaf, device=device) for path, leaf in kept.items()}
+            layers[name], x = _cut_layer(base, name, params, state, x, layouts, entries, natural, axis)
             layouts = list(layers[name].layouts)
     if not any(isinstance(each, Cut) for layer in layers.values() for each in layer.layouts) and not any(
         layer.pieces for layer in layers.values()
@@ -150,33 +157,26 @@ def over_tokens(
             f"{model.title}: cp={axis.size} cuts tokens, and no layer looks up or projects an entry of the batch with "
             "tokens in dim 1; use cp=1"
         )
-    functions = {name: _function(layer) for name, layer in layers.items()}
+    functions = {name: _function(layer) for name, layer in layers.items() if name not in base.stateful}
+    stateful = {name: _stateful_function(layers[name]) for name in base.stateful}
 
     def share(names: Sequence[str], microbatch: Mapping[str, Any]) -> TokenEntries:
         given = named_tensors(base.share(names, microbatch))
         wanted = dict.fromkeys(piece for name in names for piece in layers[name].pieces)
-        return TokenEntries(_with_pieces(given, wanted, axis), _device(microbatch))
+        return TokenEntries(_with_pieces(given, wanted, axis), device_of(microbatch))
 
     def programs(names: Sequence[str]) -> list[Any]:
         return [(base.programs(names)[0], axis, layouts), *(layers[name] for name in names)]
 
-    return OverTokens(functions, share, programs, base.cut_points, axis=axis, layers=layers, output=x)
+    return OverTokens(functions, share, programs, base.cut_points, stateful, axis=axis, layers=layers, output=x)
 
 
 def _cut_layer(
-    base: Specialised, name: str, params: Mapping[str, Tensor], x: Any, layouts: Sequence[Layout | None], entries: Any,
-    natural: Mapping[str, Layout], axis: ContextAxis,
+    base: Specialised, name: str, params: Mapping[str, Tensor], state: Mapping[str, Tensor], x: Any,
+    layouts: Sequence[Layout | None], entries: Any, natural: Mapping[str, Layout], axis: ContextAxis,
 ) -> tuple[LocalLayer, Any]:  # fmt: skip
     """Cut one layer; return it, and the whole layer's output on fake tensors."""
-    what = f"layer {name!r}"
-
-    def function(owned: Mapping[str, Tensor], received: Sequence[Tensor], given: Mapping[str, Tensor]) -> Any:
-        return base.functions[name](tree.nest(owned), _refilled(x, received), with_tensors(entries, given))
-
-    with naming_errors(what):
-        program = base.programs([name])[-1]
-        known = program if isinstance(program, Segment) else None
-        whole = traced(function, params, _tensors(x), named_tensors(entries), known)
+    what, whole = f"layer {name!r}", recorded(base, name, params, state, x, entries)
     local = _local(whole, [each for each in layouts if each is not None], natural, axis, what)
     found = [local.layouts.get(number) for number in range(len(local.returned))]
     return _layer(whole, local, local.returned, what, found), whole.made
@@ -193,10 +193,10 @@ def _natural(
 ) -> dict[str, Layout]:  # fmt: skip
     """Return how the values that layers share would be cut, if entries of the batch were."""
 
-    def share(params: Any, received: Any, given: Mapping[str, Tensor]) -> list[Tensor]:
-        return list(named_tensors(base.share(list(model.layers), with_tensors(batch, given))).values())
+    def share(params: Any, received: Any, given: Mapping[str, Tensor], states: Any) -> tuple[list[Tensor], Any]:
+        return list(named_tensors(base.share(list(model.layers), with_tensors(batch, given))).values()), {}
 
-    whole = traced(share, {}, [], named_tensors(batch))
+    whole = traced(share, {}, [], named_tensors(batch), {})
     return dict(zip(names, of_shared(whole, axis), strict=True))
 
 
@@ -207,16 +207,11 @@ def _layer(whole: Traced, local: LocalGraph, returned: Sequence[Any], what: str,
     ))  # fmt: skip
     pieces = {(name, cut.dim, cut.parts): node for (name, cut), node in local.pieces.items()}
     shared = {name: placeholders[node] for name, node in whole.entries.items()}
-    constants = {
-        str(node.target): getattr(whole.module, str(node.target))
-        for node in whole.module.graph.nodes
-        if node.op == "get_attr"
-    }
     segment = segment_of(
         local.graph, {path: placeholders[node] for path, node in whole.params.items()},
         [placeholders[node] for node in whole.received],
-        {**shared, **{_piece_name(piece): node for piece, node in pieces.items()}}, returned, _named(whole.spec), constants,
-        what,
+        {**shared, **{_piece_name(piece): node for piece, node in pieces.items()}}, returned, spec_of(whole.spec),
+        whole.constants, what, {path: placeholders[node] for path, node in whole.states.items()}, local.after,
     )  # fmt: skip
     used = set(segment.shared)
     return LocalLayer(segment, tuple(piece for piece in pieces if _piece_name(piece) in used), tuple(layouts))
@@ -224,15 +219,16 @@ def _layer(whole: Traced, local: LocalGraph, returned: Sequence[Any], what: str,
 
 def _function(layer: LocalLayer) -> Callable[..., Any]:
     def function(params: Mapping[str, Any], x: Any, entries: TokenEntries) -> Any:
-        return layer.segment(params, _tensors(x), entries.tensors, entries.device, None)[0]
+        return layer.segment(params, tensors_in(x), entries.tensors, entries.device, None)[0]
 
     return function
 
 
-def _named(spec: tree.TreeSpec) -> tree.TreeSpec | None:
-    """Return a spec as `Segment.spec` wants it: None for one tensor, or a tuple of tensors."""
-    plain = [tree.leaves_and_spec(each)[1] for each in (0, tuple(range(spec.num_leaves)))]
-    return None if spec in plain and spec.num_leaves else spec
+def _stateful_function(layer: LocalLayer) -> StatefulFunction:
+    def function(params: Mapping[str, Any], x: Any, entries: TokenEntries, state: State) -> tuple[Any, State]:
+        return layer.segment(params, tensors_in(x), entries.tensors, entries.device, None, state)
+
+    return function
 
 
 def _piece_name(piece: Piece) -> str:
@@ -243,27 +239,6 @@ def _piece_name(piece: Piece) -> str:
 def _with_pieces(given: Mapping[str, Tensor], pieces: Iterable[Piece], axis: ContextAxis) -> dict[str, Tensor]:
     made = {_piece_name(each): own_tokens(given[each[0]], each[1], each[2], axis.ranks) for each in pieces}
     return {**given, **made}
-
-
-def _faked(mode: Any, microbatch: Mapping[str, Any]) -> dict[str, Any]:
-    made: dict[str, Any] = tree.map_leaves(
-        lambda leaf: fake_like(mode, leaf) if isinstance(leaf, Tensor) else leaf, dict(microbatch)
-    )
-    return made
-
-
-def _device(microbatch: Mapping[str, Any]) -> torch.device:
-    return next((leaf.device for leaf in named_tensors(microbatch).values()), torch.device("cpu"))
-
-
-def _tensors(x: Any) -> list[Tensor]:
-    return [leaf for leaf in tree.leaves_and_spec(x)[0] if isinstance(leaf, Tensor)]
-
-
-def _refilled(x: Any, tensors: Sequence[Tensor]) -> Any:
-    """Replace the tensors of a tree, in leaf order."""
-    remaining = iter(tensors)
-    return tree.map_leaves(lambda leaf: next(remaining) if isinstance(leaf, Tensor) else leaf, x)
 
 
 def _fresh(leaf: Tensor) -> Tensor:

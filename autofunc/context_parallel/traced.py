@@ -36,11 +36,19 @@ class Traced:
     params: Mapping[str, Node]  # by path
     received: Sequence[Node]
     entries: Mapping[str, Node]  # by name
+    states: Mapping[str, Node]  # by path
+    after: Sequence[Node]  # of each state, what it is afterwards
     returned: Sequence[Any]  # nodes, and constants as they are
     spec: tree.TreeSpec
     made: Any  # its result, on fake tensors
     run: Callable[[], Any]  # runs it again, to find a line
     segment: Segment | None = None  # the piece of a captured graph it runs, if any, which knows its lines
+
+    @property
+    def constants(self) -> dict[str, Tensor]:
+        """Tensors that the graph holds, by name."""
+        held = (str(node.target) for node in self.module.graph.nodes if node.op == "get_attr")
+        return {name: getattr(self.module, name) for name in held}
 
     def line_of(self, node: Node) -> str:
         """Return the user's line that calls a node's operator; "" if it cannot be found."""
@@ -65,28 +73,34 @@ class Traced:
 
 
 def traced(
-    function: Callable[[Mapping[str, Tensor], Sequence[Tensor], Mapping[str, Tensor]], Any],
+    function: Callable[..., tuple[Any, Mapping[str, Tensor]]],
     params: Mapping[str, Tensor],
     received: Sequence[Tensor],
     entries: Mapping[str, Tensor],
+    states: Mapping[str, Tensor],
     segment: Segment | None = None,
 ) -> Traced:
     """Trace a function on fake tensors.
 
     Args:
-        function: of parameters by path, received values, and entries of the batch by name.
+        function: of parameters by path, received values, entries of the batch by name, and state by path; returns its
+            output, and the new state.
         params: of the whole, by path.
         received: of the whole.
         entries: of the whole, by name.
+        states: of the whole, by path.
         segment: the piece of a captured graph that the function runs, if it runs one.
     """
     made: list[Any] = []
 
-    def run(owned: list[Tensor], arriving: list[Tensor], given: list[Tensor]) -> list[Tensor]:
-        made.append(function(dict(zip(params, owned, strict=True)), arriving, dict(zip(entries, given, strict=True))))
-        return [leaf for leaf in tree.leaves_and_spec(made[-1])[0] if isinstance(leaf, Tensor)]
+    def run(owned: list[Tensor], arriving: list[Tensor], given: list[Tensor], kept: list[Tensor]) -> list[Tensor]:
+        named = [dict(zip(names, each, strict=True)) for names, each in ((params, owned), (entries, given), (states, kept))]
+        result, after = function(named[0], arriving, *named[1:])
+        made.append(result)
+        results = [leaf for leaf in tree.leaves_and_spec(result)[0] if isinstance(leaf, Tensor)]
+        return [*results, *(after[path] for path in states)]
 
-    given = list(params.values()), list(received), list(entries.values())
+    given = list(params.values()), list(received), list(entries.values()), list(states.values())
     module = trace(run, *given, decompositions={each: each.decompose for each in _TAKEN_APART}, above_autograd=True)
     placeholders = iter([node for node in module.graph.nodes if node.op == "placeholder"])
     (results,) = next(node for node in module.graph.nodes if node.op == "output").args
@@ -95,8 +109,9 @@ def traced(
     returned = [next(remaining) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
     return Traced(
         module, {path: next(placeholders) for path in params}, [next(placeholders) for _ in received],
-        {name: next(placeholders) for name in entries}, returned, spec, function(params, received, entries),
-        lambda: function(params, received, entries), segment,
+        {name: next(placeholders) for name in entries}, {path: next(placeholders) for path in states}, list(remaining),
+        returned, spec, function(params, received, entries, states)[0],
+        lambda: function(params, received, entries, states), segment,
     )  # fmt: skip
 
 

@@ -37,9 +37,9 @@ def any_of(context: StageContext, own: bool) -> bool:
     These are the ranks that share experts or tokens, but not tp ranks.
     """
     setting = context.setting
-    flag = torch.tensor(float(own), device=context.device)
+    flag = torch.tensor([own], dtype=torch.int64, device=context.device)
     if setting.experts is not None:
-        flag = setting.experts.sum(flag)
+        flag = setting.experts.counts(flag).sum(0)
     if setting.context is not None:
         flag = torch.stack(ranks_of(setting.context.ranks).gather(flag)).sum()
     return bool(flag)

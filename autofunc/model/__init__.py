@@ -4,8 +4,20 @@ from autofunc.model.cache_form import CacheForm
 from autofunc.model.chain import Model
 from autofunc.model.cut_points import CutPoints
 from autofunc.model.layer import Layer
-from autofunc.model.placement_rules import TensorParallel, cut_dims
+from autofunc.model.placement_rules import TensorParallel, cut_dims, patterns_like
 from autofunc.model.specialised import Specialised
-from autofunc.model.state import State, check_state
+from autofunc.model.state import State, StatefulFunction, check_state
 
-__all__ = ["CacheForm", "CutPoints", "Layer", "Model", "Specialised", "State", "TensorParallel", "check_state", "cut_dims"]
+__all__ = [
+    "CacheForm",
+    "CutPoints",
+    "Layer",
+    "Model",
+    "Specialised",
+    "State",
+    "StatefulFunction",
+    "TensorParallel",
+    "check_state",
+    "cut_dims",
+    "patterns_like",
+]

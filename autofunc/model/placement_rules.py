@@ -54,7 +54,9 @@ def cut_dims(table: TensorParallel, spec: Mapping[str, torch.Tensor], size: int)
     """
     for pattern in table.params:
         if not any(tree.matches(path, [pattern]) for path in spec):
-            raise ModelError(f"tensor parallel table: {pattern!r} matches no parameter; {one_of(pattern, spec)}")
+            raise ModelError(
+                f"tensor parallel table: {pattern!r} matches no parameter; {one_of(pattern, patterns_like(pattern, spec))}"
+            )
     for name, number in table.divisible.items():
         if number % size:
             raise MeshError(f"tp={size} does not divide {name}={number}; {_fitting(number)}")
@@ -65,7 +67,10 @@ def cut_dims(table: TensorParallel, spec: Mapping[str, torch.Tensor], size: int)
         if dim is None:
             continue
         if dim >= leaf.dim():
-            raise ModelError(f"tensor parallel table: {placement} for {path!r}, which has shape {tuple(leaf.shape)}")
+            nearest = f"'shard({leaf.dim() - 1})'" if leaf.dim() else "'replicate'"
+            raise ModelError(
+                f"tensor parallel table: {placement} for {path!r}, which has shape {tuple(leaf.shape)}; use {nearest}"
+            )
         if leaf.shape[dim] % size:
             raise MeshError(
                 f"tp={size} does not divide dim {dim} of parameter {path!r}, which has shape {tuple(leaf.shape)}; "
@@ -73,6 +78,14 @@ def cut_dims(table: TensorParallel, spec: Mapping[str, torch.Tensor], size: int)
             )
         dims[path] = dim
     return dims
+
+
+def patterns_like(given: str, spec: Mapping[str, torch.Tensor]) -> list[str]:
+    """Return patterns for all parameters, in the form of the given one: `h.*.attn.q.weight` or `*.q.weight`."""
+    if given.startswith("*"):
+        parts = [path.split(".") for path in spec]
+        return list(dict.fromkeys(".".join(each if len(each) < 3 else ["*", *each[-2:]]) for each in parts))
+    return list(dict.fromkeys(".".join("*" if part.isdigit() else part for part in path.split(".")) for path in spec))
 
 
 def _fitting(number: int) -> str:

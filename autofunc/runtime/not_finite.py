@@ -22,7 +22,6 @@ from autofunc.runtime.plan import Plan
 from autofunc.runtime.program import Program
 from autofunc.runtime.transport import Ticket
 from autofunc.splitting import StageContext
-from autofunc.splitting.setting import Whole
 
 _Given = tuple[list[Tensor], list[Tensor]]  # inputs, and the state before
 
@@ -91,7 +90,7 @@ class FiniteCheck:
     def _found(self, op: Forward | Backward | BackwardInput, step: RankStep) -> str | None:
         """See `first_not_finite`."""
         context, (inputs, state) = self._contexts[op.stage], self._given[op.stage, op.microbatch]
-        if not isinstance(context.setting.partitioning, Whole):
+        if context.setting.partitioning.over_tp:
             return None  # rerunning this layer would need the other tp ranks
         leaves = [leaf.detach() for leaf in step.parameters.leaves(step.stages[op.stage])]
         cotangents = None if isinstance(op, Forward) else self._cotangents

@@ -19,6 +19,15 @@ class CutOverTP:
     over: AxisPlan | None = None  # if the model's graphs are per-rank ones
 
 
+def by_layer(cut: CutOverTP, model: Model, size: int, sequence: bool) -> AxisPlan:
+    """How tp ranks share layers that are functions where these run as graphs, as cp ranks record them.
+
+    Whatever is whole is summed over ranks once a step, whether they have terms of its gradient or the first has all of it.
+    """
+    whole = {path for path in model.spec if path not in model.ties and path not in cut.params}
+    return AxisPlan("tp", size, cut.params, frozenset(whole), sequence, "its placement table", by_layer=True)
+
+
 def cut_over_tp(model: Model, size: int, sharding: Sharding) -> CutOverTP:
     """Decide how `size` tp ranks cut a model.
 

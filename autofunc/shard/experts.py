@@ -93,7 +93,8 @@ class _Apart:
 
     def __init__(self, within: Partitioning, holders: frozenset[str], size: int) -> None:
         self._within, self._holders, self._size = within, holders, size
-        self.over, self.running, self.parameter = within.over, within.running, within.parameter
+        self.over, self.over_tp = within.over, within.over_tp
+        self.running, self.parameter = within.running, within.parameter
         self.received, self.handed_on, self.whole = within.received, within.handed_on, within.whole
         self.gradient, self.refine = within.gradient, within.refine
 

@@ -28,6 +28,8 @@ class OverGraphs:
         homes: path of a holder -> canonical name of its parameter.
     """
 
+    over_tp = True
+
     def __init__(self, mesh: DeviceMesh, over: AxisPlan, homes: Mapping[str, str]) -> None:
         self.over, self._homes = over, homes
         self._axis, self._outside = GroupAxis(mesh), OverTP(mesh, {}, over.sequence)

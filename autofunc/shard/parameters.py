@@ -23,7 +23,7 @@ from autofunc.errors import AutofuncError, MeshError, ModelError
 from autofunc.mesh import axis_size, coordinate, data_coordinate, folded
 from autofunc.model import Model
 from autofunc.shard.context_ranks import context_axis
-from autofunc.shard.cut_over_tp import cut_over_tp
+from autofunc.shard.cut_over_tp import by_layer, cut_over_tp
 from autofunc.shard.data_sum import OverData
 from autofunc.shard.dtensors import gathered, local
 from autofunc.shard.experts import SpreadExperts
@@ -70,24 +70,25 @@ class Parameters:
             raise AutofuncError(f"sharding: {choice} needs a mesh; make one with af.make_mesh")
         self.dp_shard = axis_size(mesh, "dp_shard")
         self.is_sharded = self.dp_shard > 1 or offloads
-        cut = cut_over_tp(model, axis_size(mesh, "tp"), sharding)
+        tp, rows = axis_size(mesh, "tp"), self.rows_mesh
+        context = context or context_axis(rows, sharding.context_parallel)
+        if context is not None and tp > 1 and sharding.sequence_parallel:
+            raise MeshError(
+                f"sequence_parallel on a mesh with cp={context.size} and tp={tp}: cp ranks cut tokens already; leave it "
+                "out, or use cp=1"
+            )
+        cut = cut_over_tp(model, tp, sharding)
+        over = cut.over if context is None or cut.over is not None else by_layer(cut, model, tp, sharding.sequence_parallel)
         self._cut = cut.params
         self.partitioning: Partitioning = WHOLE
-        if mesh is not None and axis_size(mesh, "tp") > 1:
+        if mesh is not None and tp > 1:
             homes = {path: model.canonical(path) for path in model.spec}
-            if cut.over is not None:
-                self.partitioning = OverGraphs(mesh["tp"], cut.over, homes)
+            if over is not None:
+                self.partitioning = OverGraphs(mesh["tp"], over, homes)
                 remember(mesh.get_group("tp"), self._cut)
             else:
                 dims = {path: self._cut[home].dim for path, home in homes.items() if home in self._cut}
                 self.partitioning = OverTP(mesh["tp"], dims, sharding.sequence_parallel)
-        rows = self.rows_mesh
-        context = context or context_axis(rows, sharding.context_parallel)
-        if context is not None and isinstance(self.partitioning, OverTP):
-            raise MeshError(
-                f"the mesh has cp={context.size} and tp={axis_size(mesh, 'tp')}, and the layers of {model.title} are "
-                "functions, which cannot be cut over both; use cp=1 or tp=1, or a captured module"
-            )
         self.experts: SpreadExperts | None = None
         if sharding.expert_parallel > 1:
             self.experts = SpreadExperts(model, rows, sharding.expert_parallel, cut, self.partitioning)

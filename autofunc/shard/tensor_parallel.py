@@ -37,6 +37,7 @@ class OverTP:
     """
 
     over = None
+    over_tp = True
 
     def __init__(self, mesh: DeviceMesh, dims: Mapping[str, int], sequence_parallel: bool) -> None:
         _register_attention()
@@ -61,7 +62,12 @@ class OverTP:
     def running(self) -> Iterator[None]:
         """See `Partitioning.running`. Tensors computed from the batch alone are the same on every rank."""
         with implicit_replication(), spreading(self), masks_let_go():
-            yield
+            try:
+                yield
+            except NotImplementedError as error:  # of DTensor, about an operator
+                if "sharding strategy" in str(error):
+                    error.args = (f"{error} Use tp=1, or af.from_function, whose graph computes it whole on every rank",)
+                raise
 
     def parameter(self, path: str, local: Tensor) -> Tensor:
         """See `Partitioning.parameter`."""
@@ -109,10 +115,7 @@ class OverTP:
         if dim is None:
             return x.redistribute(placements=[Replicate()])
         if dim >= x.dim() or x.shape[dim] % self.size:
-            raise ModelError(
-                f"constrain: a value of shape {tuple(x.shape)} cannot be cut into {self.size} equal parts along dim {dim}"
-                + (" (sequence_parallel needs a number of tokens divisible by tp)" if placement == "sequence" else "")
-            )
+            raise _uneven(x, dim, self.size, placement)
         return x.redistribute(placements=[Shard(dim)])
 
     def cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor | None:
@@ -135,6 +138,20 @@ class OverTP:
         if value.placements[0] != placement:
             value = value.redistribute(placements=[placement])
         return settled(value.to_local())
+
+
+def _uneven(x: Tensor, dim: int, size: int, placement: str) -> ModelError:
+    whole = x.shape[dim] if dim < x.dim() else 0
+    if placement != "sequence" or not whole:
+        return ModelError(
+            f"constrain: a value of shape {tuple(x.shape)} cannot be cut into {size} equal parts along dim {dim}; give one "
+            "whose dim tp divides, or 'replicate'"
+        )
+    nearest = " or ".join(str(near) for near in (whole // size * size, (whole // size + 1) * size) if near)
+    return ModelError(
+        f"sequence_parallel cuts tokens over tp={size} ranks, which cannot share {whole} tokens equally; use {nearest} "
+        "tokens, or leave it out"
+    )
 
 
 @cache

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from autofunc import tree
+from autofunc.context_parallel.by_layer import by_layer
 from autofunc.context_parallel.specialised import OverTokens, over_tokens
 from autofunc.fingerprint import Fingerprint
 from autofunc.losses import Loss, LossTerms, evaluate
@@ -20,6 +21,7 @@ from autofunc.splitting.boundary import Boundary, Value, describe
 from autofunc.splitting.setting import ALONE, Setting
 from autofunc.splitting.stage import Stage
 from autofunc.spread import exchanging, summing
+from autofunc.spreading import AxisPlan
 from autofunc.surroundings import surroundings
 
 Layout = tuple[torch.Size, torch.dtype]
@@ -199,6 +201,9 @@ def specialise(
     specialised = model.specialise(seen, computed, training=training, over=over)
     if setting.context is None:
         return specialised, computed
+    if isinstance(over, AxisPlan) and over.by_layer:
+        with summing(setting.data):
+            specialised = by_layer(specialised, model, computed, seen, over)
     leaves = {
         path: torch.empty(
             setting.partitioning.shape(path, leaf.shape), dtype=computed[model.canonical(path)], device="meta"

@@ -106,7 +106,7 @@ def infer(context: StageContext) -> Returned:
 
 def _infer(context: StageContext) -> Returned:
     partitioning = context.setting.partitioning
-    with fake_mode() as mode, torch.enable_grad(), partitioning.running(), naming_errors(context.stage.title):
+    with fake_mode() as mode, torch.enable_grad(), naming_errors(context.stage.title), partitioning.running():
         bound, inputs, microbatch = fake_arguments(context, mode)
         with NothingTrainedOutside(context.stage.title):
             x, _ = context.run(bound, inputs, microbatch, context.empty_state())

@@ -27,6 +27,11 @@ class Partitioning(Protocol):
         ...
 
     @property
+    def over_tp(self) -> bool:
+        """Whether tp ranks compute each layer together."""
+        ...
+
+    @property
     def fingerprint(self) -> Hashable:
         """A key of what shapes and placements do not show: which processes, and how they exchange values."""
         ...
@@ -75,6 +80,7 @@ class Partitioning(Protocol):
 class Whole:
     """A `Partitioning` over one process: values are used as they are."""
 
+    over_tp = False
     fingerprint: Hashable = "whole"
     over: Hashable = None
 

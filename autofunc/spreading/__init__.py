@@ -1,4 +1,4 @@
-"""A graph of operators over the ranks of an axis: how values lie, what operators do with parts, and what is exchanged."""
+"""A graph of operators over the ranks of an axis: the layout of values, operators on parts, and what ranks exchange."""
 
 from autofunc.spreading.axis import Axis, along, axis_named
 from autofunc.spreading.layouts import FULL, TERMS, Cut, local_shape, piece_of, put_together

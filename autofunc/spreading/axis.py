@@ -1,7 +1,7 @@
-"""An axis of the mesh as the operators of a graph see it: who is beside this process, and how they exchange values.
+"""An axis of the mesh as the operators of a graph see it: the processes beside this one, and their collectives.
 
-A graph names its axis ("tp"); which processes these are is known while it runs or is captured, when the engine puts an
-`Axis` in charge. So equal pieces are equal whatever group they run in.
+A graph names its axis ("tp"). While it runs or is captured, the engine installs the `Axis` behind the name, so equal pieces
+are equal in any process group.
 """
 
 from __future__ import annotations
@@ -17,37 +17,38 @@ from autofunc.errors import ModelError
 
 
 class Axis(Protocol):
-    """The processes along an axis, of which this is one. All of them call each method, with tensors of one shape."""
+    """The processes along an axis. All of them call each method together, with tensors of the same shape."""
 
     @property
     def size(self) -> int:
-        """How many they are."""
+        """Number of processes."""
         ...
 
     @property
     def rank(self) -> int:
-        """Which of them this is."""
+        """This process's index among them, from 0."""
         ...
 
     @property
     def fingerprint(self) -> Hashable:
-        """Equal where these are the same processes, and this the same of them."""
+        """Equal for the same processes and the same rank among them."""
         ...
 
     def all_reduce(self, x: Tensor, how: str) -> Tensor:
-        """Everyone's `x`: their "sum", or the "max" of each element. Not differentiable, as all of these."""
+        """Reduce everyone's `x` by "sum" or elementwise "max". Not differentiable; nor are the next two."""
         ...
 
     def all_gather(self, x: Tensor) -> Tensor:
-        """Everyone's `x`, one after the other along dim 0."""
+        """Concatenate everyone's `x` along dim 0."""
         ...
 
     def reduce_scatter(self, x: Tensor) -> Tensor:
-        """This rank's part, of equal ones along dim 0, of the sum of everyone's `x`."""
+        """Sum everyone's `x`, and return this rank's part of equal parts along dim 0."""
         ...
 
     def handed_out(self, x: Tensor, dim: int) -> Tensor:
-        """What is returned of a value that is cut along a dim: all, or what a loss may take parts of; differentiable."""
+        """Return a value cut along a dim to the caller of the forward: whole, or in a form whose parts a loss can use;
+        differentiable."""
         ...
 
 
@@ -56,7 +57,7 @@ _axes: ContextVar[Mapping[str, Axis]] = ContextVar("axes", default={})  # noqa: 
 
 @contextmanager
 def along(axes: Mapping[str, Axis]) -> Iterator[None]:
-    """Put axes in charge, by name, beside those that are."""
+    """Install axes by name, next to those already installed."""
     token = _axes.set({**_axes.get(), **axes})
     try:
         yield
@@ -65,12 +66,12 @@ def along(axes: Mapping[str, Axis]) -> Iterator[None]:
 
 
 def axis_named(name: str) -> Axis:
-    """The axis in charge.
+    """Return the installed axis of this name.
 
     Raises:
-        ModelError: when there is none of this name.
+        ModelError: if there is none.
     """
     axis = _axes.get().get(name)
     if axis is None:
-        raise ModelError(f"a layer that is cut over the {name} axis runs where no such axis is in charge")
+        raise ModelError(f"a layer cut over the {name} axis runs outside of that axis")
     return axis

@@ -1,8 +1,8 @@
-"""A table that is derived from a graph: its products form chains, which ranks compute in parts.
+"""Derive a table from a graph: its products form chains, which ranks compute in parts.
 
-A chain begins with products that are cut along what they make, goes on by elements or by heads, and ends in one that is cut
-along what it adds up, or in a loss over the vocabulary. What one operator takes of several products (queries, keys and
-values; a gate and what it gates) belongs to one chain.
+A chain begins with products cut along their output, continues elementwise or by heads, and ends in a product cut along its
+input, or in a loss over the vocabulary. Products that one operator combines (queries, keys and values; a gate and the
+values it gates) belong to one chain.
 
 Source: Shoeybi et al., "Megatron-LM", arXiv 1909.08053, section 3, which does this by hand for one model.
 """
@@ -10,6 +10,7 @@ Source: Shoeybi et al., "Megatron-LM", arXiv 1909.08053, section 3, which does t
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import prod
 from typing import Any
 
 import torch
@@ -25,13 +26,14 @@ from autofunc.spreading.sides import Followed, Product, products_of
 
 Node = fx.Node
 _ROUNDS = 32
+_SMALL = 8  # a chain exchanges at least this many times more anyway
 
 
 def derived_cuts(whole: Whole, size: int, axis: str) -> tuple[dict[str, int], list[str]]:
-    """Name of a parameter -> the dim that ranks cut; and what is not cut because it does not divide, in words.
+    """Return parameter name -> the dim that ranks cut, and notes on parameters left whole because they do not divide.
 
     Raises:
-        MeshError: where something would be cut by heads, and their number does not divide.
+        MeshError: if a weight would be cut by heads whose number does not divide.
     """
     chains = _Chains(whole, size, axis)
     for product in chains.products.values():
@@ -49,13 +51,13 @@ class _Chains:
         self.products = products_of(whole, self.positions, axis)
         self._nodes = {name: node for node, name in whole.params.items()}
         self.cuts: dict[str, int] = {}
-        self.tried: set[str] = set()  # that begin no chain
+        self.tried: set[str] = set()  # weights that begin no chain
         self.uneven: list[str] = []
-        self.refused: dict[str, tuple[int, Node]] = {}  # that would, if what they make divided
+        self.refused: dict[str, tuple[int, Node]] = {}  # weights that would begin one if their output divided
         self._heads: set[int] = set()  # sizes of vocabularies that are cut
 
     def grow(self, first: Product) -> None:
-        """The chain that begins with a product, if there is one."""
+        """Add the chain that begins with a product, if there is one."""
         self.tried.add(first.weight)
         cuts, left_whole, borders = self._of(first), set[str](), dict[str, set[int]]()
         for _ in range(_ROUNDS):
@@ -70,13 +72,13 @@ class _Chains:
                     borders.setdefault(name, set()).update(places)
                 continue
             if found.undivided:
-                if first.weight in found.undivided:  # another chain may take it whole
+                if first.weight in found.undivided:  # another chain may use it whole
                     self.refused[first.weight] = found.undivided[first.weight]
                     return
                 left_whole |= found.undivided.keys()
                 cuts = {name: dim for name, dim in cuts.items() if name not in left_whole}
                 continue
-            more = self._more(followed, cuts, left_whole)
+            more = self._more(first, followed, cuts, left_whole)
             if more is None:
                 return
             if not more:
@@ -92,42 +94,41 @@ class _Chains:
         return {product.weight: product.out} | ({product.bias: 0} if product.bias is not None else {})
 
     def _cut(self, cuts: dict[str, int], borders: dict[str, set[int]]) -> dict[str, Cut]:
-        made = {}
-        for name, dim in cuts.items():
-            ends = sorted({shape_of(self._nodes[name])[dim], *borders.get(name, ())} - {0})
-            made[name] = Cut(dim, tuple(end - start for start, end in zip([0, *ends], ends, strict=False)))
-        return made
+        sizes = {name: shape_of(self._nodes[name])[dim] for name, dim in cuts.items()}
+        return {name: Cut(dim, (sizes[name],)).with_borders(borders.get(name, ())) for name, dim in cuts.items()}
 
     def _uneven(self, cuts: dict[str, int], borders: dict[str, set[int]]) -> str | None:
         found = self._cut(cuts, borders).items()
         return next((left_whole(name, cut, self.size) for name, cut in found if not cut.fits(self.size)), None)
 
-    def _more(self, followed: Followed, cuts: dict[str, int], left_whole: set[str]) -> dict[str, int] | None:
-        """What else has to be cut for a chain to hold; None where it does not end."""
+    def _more(
+        self, first: Product, followed: Followed, cuts: dict[str, int], left_whole: set[str]
+    ) -> dict[str, int] | None:  # fmt: skip
+        """Return what else must be cut to close the chain; None if it cannot be closed."""
         more: dict[str, int] = {}
         for node in followed.visited:
             found, product = followed.found, self.products.get(node)
             if product is not None and found.layout(node) is TERMS and product.weight not in cuts:
-                more[product.weight] = product.inner  # whose part each rank would take, and need not hold more of
+                more[product.weight] = product.inner  # each rank reads only a part, so it need hold no more
                 continue
             if node in found.made_full:
                 if product is None or product.weight in cuts | self.cuts or product.weight in left_whole:
                     return None
-                more[product.weight] = product.inner
+                more |= self._of(product) if product.bias in cuts else {product.weight: product.inner}
             for want in found.outcomes[node].wants if node in found.outcomes else ():
                 if isinstance(want.layout, Cut) and found.layout(want.node) is FULL:
                     makers = self._makers(want.node)
-                    if makers is None or any(maker.weight in self.cuts for maker in makers):
+                    if any(maker.weight in self.cuts for maker in makers):
                         return None
                     for maker in makers:
                         if maker.weight not in left_whole:
                             more |= {name: dim for name, dim in self._of(maker).items() if name not in cuts}
-            if found.layout(node) is TERMS and product is None and not _embeds(node):
-                return None  # a sum over what is cut, such as a norm
+            if found.layout(node) is TERMS and product is None and not _embeds(node) and not _is_small(node, first.node):
+                return None  # a sum over the cut dim, as large as the sum at a chain's end
         return more
 
-    def _makers(self, node: Node) -> list[Product] | None:
-        """The products that a value is made of, back to the last ones; None where there is one with what is no weight."""
+    def _makers(self, node: Node) -> list[Product]:
+        """Return the nearest products that a value is computed from."""
         makers, waiting, seen = list[Product](), [node], set[Node]()
         while waiting:
             each = waiting.pop()
@@ -142,18 +143,18 @@ class _Chains:
         return makers
 
     def _ends_in_logits(self, followed: Followed) -> bool:
-        """Whether what a chain makes is taken by a loss, or returned for one."""
+        """True if the chain's output goes to a loss, or is returned for one."""
         found = followed.found
         return any(
             node in found.outcomes and (found.layout(node) is FULL or node in self.whole.kept) for node in followed.visited
         )
 
     def _is_given(self, ids: Any) -> bool:
-        """Whether numbers come from the batch, as tokens do, and not from counting, as positions."""
+        """True if indices come from the batch, like tokens; False if they are counted, like positions."""
         return not reachable([ids], lambda node: node.all_input_nodes).isdisjoint(self.whole.inputs)
 
     def vocabularies(self) -> Iterator[tuple[str, int]]:
-        """Embeddings of a vocabulary whose logits are cut."""
+        """Yield the embeddings of a vocabulary whose logits are cut."""
         for node, name in self.whole.params.items():
             users = [user for user in node.users if user in self.positions]
             given = users and all(_embeds(user) and self._is_given(user.args[1]) for user in users)
@@ -161,21 +162,26 @@ class _Chains:
                 yield name, 0
 
 
+def _is_small(node: Node, beside: Node) -> bool:
+    """True if exchanging a value costs little next to another: one number per token, as in a norm over all heads."""
+    return prod(shape_of(node)) * _SMALL <= prod(shape_of(beside))
+
+
 def _embeds(node: Node) -> bool:
     return node.target is torch.ops.aten.embedding.default
 
 
 def left_whole(name: str, cut: Cut, size: int) -> str:
-    """What is said of a parameter that is not cut because it does not divide."""
+    """Describe a parameter left whole because it does not divide."""
     number = next(part for part in cut.parts if part % size)
     fitting = ", ".join(str(each) for each in range(1, min(number, 64) + 1) if number % each == 0)
     return f"{name} is whole on every rank: {size} does not divide {number}, in its dim {cut.dim}; sizes that do: {fitting}"
 
 
 def undivided(size: int, number: int, weight: str, node: Node) -> MeshError:
-    """What is said of heads that do not divide."""
+    """Return the error about heads that do not divide."""
     fitting = ", ".join(str(each) for each in range(1, number + 1) if number % each == 0)
     return MeshError(
-        f"tp={size} does not divide {number}, into which what {weight!r} makes is taken apart ({line_of(node)}), "
-        f"as heads; sizes that do: {fitting}"
+        f"tp={size} does not divide {number}, the number of heads into which the output of {weight!r} is split "
+        f"({line_of(node)}); sizes that do: {fitting}"
     )

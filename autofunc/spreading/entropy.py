@@ -1,6 +1,6 @@
-"""Cross-entropy of logits that are cut along the vocabulary, without putting them together.
+"""Cross-entropy of logits cut along the vocabulary, without gathering them.
 
-Every rank reduces its own columns; two exchanges of a few numbers a token complete them, none in the backward.
+Every rank reduces its own columns; two exchanges of a few numbers per token complete them. The backward needs none.
 
 Source: Shoeybi et al., "Megatron-LM", arXiv 1909.08053, section 3 (the fused parallel cross entropy).
 """
@@ -16,20 +16,20 @@ from autofunc.spreading.axis import Axis, axis_named
 
 
 def cross_entropy_sum(logits: Tensor, labels: Tensor, axis: Axis, ignored: int) -> Tensor:
-    """The sum of the cross-entropy in nats over all labels that count; the same on every rank.
+    """Return the cross-entropy in nats, summed over all labels that count; the same on every rank.
 
     Args:
         logits: this rank's columns, floating point, shape (tokens, vocabulary / size).
         labels: int64, shape (tokens,), in the whole vocabulary; one outside it makes the sum NaN.
         axis: along which the vocabulary is cut.
-        ignored: a label that does not count.
+        ignored: the label that does not count.
     """
     total: Tensor = _CrossEntropy.apply(logits, labels, axis, ignored)  # type: ignore[no-untyped-call]
     return total
 
 
 def cross_entropy_along(logits: Tensor, labels: Tensor, axis: str, ignored: int) -> Tensor:
-    """The same over the axis in charge of this name."""
+    """Do the same over the installed axis of this name."""
     total: Tensor = torch.ops.autofunc.cross_entropy_of_parts(logits, labels, axis, ignored)
     return total
 

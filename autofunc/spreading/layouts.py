@@ -1,13 +1,13 @@
-"""How a value lies over the ranks of one axis: the same on all of them, cut along a dim, or as terms of a sum.
+"""The layout of a value over the ranks of one axis: the same on all of them, cut along a dim, or terms of a sum.
 
-A layout says the same of the value's gradient: of a value that is cut each rank has that part of the gradient; of a term it
-has all of it. Of a full value there are two cases, which `sharing` tells apart: all ranks use it alike, so that each has
-the whole gradient; or each uses it with a part of something else, so that each has one term of the gradient.
+The gradient has the same layout: of a cut value, each rank has its part of the gradient; of a term, all of it. A full value
+has two cases, which `sharing` tells apart: if all ranks use it alike, each has the whole gradient; if each uses it with its
+part of something else, each has one term of the gradient.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 class Kind(Enum):
-    """Layouts that need no more words."""
+    """Layouts without further data."""
 
     FULL = "full"
     TERMS = "terms"
@@ -27,13 +27,13 @@ FULL, TERMS = Kind.FULL, Kind.TERMS
 
 @dataclass(frozen=True)
 class Cut:
-    """Cut along a dim; each of several parts by itself, as the queries, keys and values of one fused weight.
+    """Cut along a dim, each part separately, like the queries, keys and values of a fused weight.
 
-    Rank r holds the r-th of `size` equal pieces of each part, one after the other.
+    Rank r holds the r-th of `size` equal pieces of each part, concatenated.
 
     Args:
-        dim: of the tensor, from 0 on.
-        parts: sizes along it; their sum is the size of the whole.
+        dim: of the tensor, from 0.
+        parts: their sizes along it; the sum is the size of the whole.
     """
 
     dim: int
@@ -46,18 +46,23 @@ class Cut:
 
     @property
     def borders(self) -> tuple[int, ...]:
-        """Where parts begin and end: from 0 to the size of the whole."""
+        """Offsets at which parts begin and end: from 0 to the size of the whole."""
         found = [0]
         for part in self.parts:
             found.append(found[-1] + part)
         return tuple(found)
 
     def fits(self, size: int) -> bool:
-        """Whether every part can be cut into so many pieces."""
+        """True if every part can be cut into this many equal pieces."""
         return all(part % size == 0 for part in self.parts)
 
+    def with_borders(self, places: Iterable[int]) -> Cut:
+        """Return the same cut with parts that also begin at these offsets of the whole."""
+        ends = sorted({*self.borders, *places} - {0})
+        return Cut(self.dim, tuple(end - start for start, end in zip([0, *ends], ends, strict=False)))
+
     def at(self, dim: int) -> Cut:
-        """The same along another dim."""
+        """Return the same cut along another dim."""
         return Cut(dim, self.parts)
 
 
@@ -65,14 +70,14 @@ Layout = Kind | Cut
 
 
 def local_shape(shape: Sequence[int], layout: Layout, size: int) -> torch.Size:
-    """The shape of what each of `size` ranks holds of a value."""
+    """Return the shape that each of `size` ranks holds of a value."""
     if not isinstance(layout, Cut):
         return torch.Size(shape)
     return torch.Size([*shape[: layout.dim], layout.whole // size, *shape[layout.dim + 1 :]])
 
 
 def piece_of(x: Tensor, cut: Cut, size: int, rank: int) -> Tensor:
-    """A rank's pieces of a whole tensor; a view where there is one part."""
+    """Return a rank's pieces of a whole tensor; a view if there is one part."""
     pieces, start = [], 0
     for part in cut.parts:
         pieces.append(x.narrow(cut.dim, start + rank * (part // size), part // size))
@@ -81,7 +86,7 @@ def piece_of(x: Tensor, cut: Cut, size: int, rank: int) -> Tensor:
 
 
 def put_together(pieces: Sequence[Tensor], cut: Cut) -> Tensor:
-    """The opposite of `piece_of`: the whole tensor of the pieces of all ranks, in order."""
+    """Invert `piece_of`: return the whole tensor from the pieces of all ranks, in rank order."""
     if len(cut.parts) == 1:
         return torch.cat(list(pieces), cut.dim)
     widths = [part // len(pieces) for part in cut.parts]

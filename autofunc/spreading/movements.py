@@ -1,8 +1,8 @@
-"""From one layout to another, as differentiable functions: what a graph over ranks has between its operators.
+"""Moves from one layout to another, as differentiable functions: a graph over ranks has them between its operators.
 
-Each names the axis it moves values along; see `axis`. Where values go forward, gradients come back the other way: the
-conjugate pairs of Shoeybi et al., "Megatron-LM", arXiv 1909.08053, section 3, and of Korthikanti et al., "Reducing
-Activation Recomputation", arXiv 2205.05198, section 4.2.1.
+Each names the axis it moves values along; see `axis`. The gradient moves the other way: the conjugate pairs of Shoeybi
+et al., "Megatron-LM", arXiv 1909.08053, section 3, and of Korthikanti et al., "Reducing Activation Recomputation", arXiv
+2205.05198, section 4.2.1.
 """
 
 from __future__ import annotations
@@ -18,53 +18,53 @@ from autofunc.spreading.layouts import Cut, piece_of, put_together
 
 
 def share(x: Tensor, axis: str) -> Tensor:
-    """The value itself, which each rank uses with a part of something else from here on: its gradients are summed."""
+    """Return the value itself; from here on each rank uses it with its part of something else, so gradients are summed."""
     return _moved(x, axis, None, "same", "sum")
 
 
 def add_up(x: Tensor, axis: str) -> Tensor:
-    """The sum of everyone's term."""
+    """Return the sum of everyone's term."""
     return _moved(x, axis, None, "sum", "same")
 
 
 def add_up_into(x: Tensor, axis: str, dim: int, parts: tuple[int, ...]) -> Tensor:
-    """This rank's part of the sum of everyone's term."""
+    """Return this rank's part of the sum of everyone's term."""
     return _moved(x, axis, Cut(dim, tuple(parts)), "scatter", "gather")
 
 
 def gather(x: Tensor, axis: str, dim: int, parts: tuple[int, ...]) -> Tensor:
-    """The whole of a value that is cut, which all ranks use alike."""
+    """Return the whole of a cut value, which all ranks use alike."""
     return _moved(x, axis, Cut(dim, tuple(parts)), "gather", "piece")
 
 
 def gather_to_share(x: Tensor, axis: str, dim: int, parts: tuple[int, ...]) -> Tensor:
-    """The whole of a value that is cut, which each rank uses with a part of something else."""
+    """Return the whole of a cut value, which each rank uses with its part of something else."""
     return _moved(x, axis, Cut(dim, tuple(parts)), "gather", "scatter")
 
 
 def handed_out(x: Tensor, axis: str, dim: int) -> Tensor:
-    """A value that is cut, for whoever is given what the forward returns."""
+    """Return a cut value as the caller of the forward gets it."""
     return axis_named(axis).handed_out(x, dim)
 
 
 def piece_of_same(x: Tensor, axis: str, dim: int, parts: tuple[int, ...]) -> Tensor:
-    """This rank's part of a value whose gradient every rank is to have whole."""
+    """Return this rank's part of a value whose gradient every rank needs whole."""
     return _moved(x, axis, Cut(dim, tuple(parts)), "piece", "gather")
 
 
 def piece_of_shared(x: Tensor, axis: str, dim: int, parts: tuple[int, ...]) -> Tensor:
-    """This rank's part of a value of whose gradient each rank has a term: nothing is exchanged."""
+    """Return this rank's part of a value whose gradient stays in terms: nothing is exchanged."""
     found = axis_named(axis)
     return piece_of(x, Cut(dim, tuple(parts)), found.size, found.rank)
 
 
 def first_gradient(x: Tensor, axis: str) -> Tensor:
-    """The value itself, which all ranks use alike from here on, though of its gradient each has a term: the first's."""
+    """Return the value itself; all ranks use it alike from here on, so only the first rank's gradient is kept."""
     return _moved(x, axis, None, "same", "first")
 
 
 def on_first(x: Tensor, axis: str) -> Tensor:
-    """The value as a term of a sum: itself on the first rank, zeros on the others."""
+    """Return the value as a term of a sum: itself on the first rank, zeros on the others."""
     return x * float(axis_named(axis).rank == 0)
 
 
@@ -74,8 +74,7 @@ def _moved(x: Tensor, axis: str, cut: Cut | None, forth: str, back: str) -> Tens
     return moved
 
 
-# one operator to whoever looks from above autograd, so that a graph recorded there keeps its gradient; to all others what
-# it is made of
+# a single operator when recorded above autograd, so that the graph keeps its gradient; below, its decomposition
 torch.library.define("autofunc::moved", "(Tensor x, str axis, int dim, int[] parts, str forth, str back) -> Tensor")
 
 

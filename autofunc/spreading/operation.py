@@ -1,10 +1,10 @@
-"""What a rule is asked, and what it answers: an operator, how its operands lie, and what becomes of it."""
+"""The input and the answer of a rule: an operator with the layouts of its operands, and its replacement."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, fx
 
@@ -16,7 +16,7 @@ Node = fx.Node
 
 @dataclass(frozen=True)
 class Want:
-    """An argument: a value, in the layout in which the operator takes it. FULL: each rank uses it with a part of others."""
+    """An argument: a value, and the layout to take it in. FULL: each rank uses it with its part of other operands."""
 
     node: Node
     layout: Layout
@@ -24,28 +24,44 @@ class Want:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What becomes of an operator whose operands are not all full: another call, on what each rank holds.
+    """The replacement of an operator whose operands are not all full: a call on what each rank holds.
 
     Args:
-        layout: of what it makes; one for each where it makes several.
-        target: what is called.
-        args: with `Want` in the places of values; a node by itself is taken full.
+        layout: of the result; a tuple for several results.
+        target: the function to call.
+        args: with `Want` in place of values; a bare node is taken full.
         kwargs: likewise.
+        ranges: (start, end) of each result along the operand's cut dim, if results are parts of it.
     """
 
     layout: Layout | tuple[Layout, ...]
     target: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any] = field(default_factory=dict)
+    ranges: tuple[tuple[int, int], ...] = ()
 
     @property
     def wants(self) -> list[Want]:
-        """All of its operands."""
+        """All its operands."""
         return list(_wants((self.args, tuple(self.kwargs.values()))))
 
 
+class Span(NamedTuple):
+    """The part of a parameter's cut dim that a value was computed from."""
+
+    name: str  # of the parameter
+    start: int
+    size: int
+
+    def within(self, start: int, end: int, whole: int) -> Span:
+        """Return the span of a range of the value's cut dim, whose size is `whole`."""
+        if any(place * self.size % whole for place in (start, end)):
+            return self
+        return Span(self.name, self.start + start * self.size // whole, (end - start) * self.size // whole)
+
+
 class Borders(Exception):
-    """An operand would have to be cut in parts that begin at these places along its dim."""
+    """An operand would have to be cut in parts that begin at these offsets along its dim."""
 
     def __init__(self, node: Node, places: Sequence[int]) -> None:
         super().__init__(node.name)
@@ -53,7 +69,7 @@ class Borders(Exception):
 
 
 class Undivided(Exception):
-    """An operand would have to be cut into a number of equal pieces along a dim that has not so many."""
+    """An operand would have to be cut along a dim of `number` places, which ranks cannot share equally."""
 
     def __init__(self, node: Node, number: int) -> None:
         super().__init__(node.name)
@@ -64,8 +80,8 @@ class Operation:
     """An operator as a rule sees it.
 
     Args:
-        node: of the whole graph, whose values have the sizes of the whole.
-        layouts: how its operands lie.
+        node: of the whole graph, whose values have full sizes.
+        layouts: of its operands.
         size: number of ranks along the axis.
         axis: its name.
     """
@@ -75,31 +91,31 @@ class Operation:
         self.given: dict[str, Any] = arguments(node) if is_operator(node) else dict(enumerate(node.args))  # type: ignore[arg-type]
 
     def layout(self, x: Any) -> Layout:
-        """How an operand lies; numbers and the like are full."""
+        """Return the layout of an operand; numbers and the like are full."""
         found: Layout = self._layouts.get(x, FULL) if isinstance(x, Node) else FULL
         return found
 
     def cut(self, x: Any) -> Cut | None:
-        """How an operand is cut, if it is."""
+        """Return the cut of an operand; None if it is not cut."""
         found = self.layout(x)
         return found if isinstance(found, Cut) else None
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of what it makes, whole."""
+        """The full shape of the result."""
         return shape_of(self.node)
 
     @property
     def has_terms(self) -> bool:
-        """Whether an operand is a term of a sum."""
+        """True if an operand is a term of a sum."""
         return any(self.layout(each) is TERMS for each in self.node.all_input_nodes)
 
     def tensors(self) -> Iterator[Node]:
-        """The operands that are values."""
+        """Yield the operands that are tensors."""
         yield from (each for each in self.node.all_input_nodes if isinstance(each.meta.get("val"), Tensor))
 
     def becomes(self, layout: Layout | tuple[Layout, ...], /, **changed: Any) -> Outcome:
-        """The same operator with some arguments changed, by name."""
+        """Return the same operator with some arguments replaced, by name."""
         schema = schema_of(self.node)
         assert schema is not None
         left = dict(changed)
@@ -109,13 +125,13 @@ class Operation:
 
 
 def shape_of(node: Any) -> tuple[int, ...]:
-    """Of a value, whole; of a number ()."""
+    """Return the full shape of a value; () for a number."""
     value = node.meta.get("val") if isinstance(node, Node) else None
     return tuple(value.shape) if isinstance(value, Tensor) else ()
 
 
 Rule = Callable[[Operation], "Outcome | None"]
-"""None: it cannot be done on parts, so its operands are made full."""
+"""None if the operator cannot work on parts: its operands are made full."""
 
 
 def _wants(argument: Any) -> Iterator[Want]:

@@ -1,4 +1,4 @@
-"""How a forward is computed by the ranks of an axis together: which parameters are cut, and in what parts."""
+"""The plan by which the ranks of an axis share a forward: which parameters are cut, and in what parts."""
 
 from __future__ import annotations
 
@@ -26,12 +26,13 @@ class AxisPlan:
 
     Args:
         axis: its name.
-        size: how many ranks.
-        cuts: name of a parameter -> how it is cut; others every rank has whole.
-        terms: names of those that are whole, but of whose gradients each rank has a term.
-        sequence: whether the stream between blocks is cut along the tokens.
-        source: where the table came from, in words.
-        notes: what does not go in parts, in words.
+        size: number of ranks.
+        cuts: parameter name -> its cut; every rank holds all others whole.
+        terms: names of whole parameters of whose gradients each rank has a term.
+        sequence: True if the stream between blocks is cut along the tokens.
+        source: of the table, in words.
+        notes: on what is not cut, in words.
+        by_layer: True if layers are functions, cut one at a time by a table rather than by a graph of the whole.
     """
 
     axis: str
@@ -41,9 +42,10 @@ class AxisPlan:
     sequence: bool
     source: str
     notes: tuple[str, ...] = ()
+    by_layer: bool = False
 
     def described(self) -> list[str]:
-        """The table in words: a line for parameters that differ in the number of their layer alone."""
+        """Return the table as lines; parameters that differ only in their layer's number share one."""
         alike: dict[str, tuple[Cut, int]] = {}
         for name, cut in self.cuts.items():
             pattern = re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
@@ -60,10 +62,10 @@ class AxisPlan:
 
 
 def settled(whole: Whole, wanted: Mapping[str, int], size: int, axis: str, *, sequence: bool, source: str) -> AxisPlan:
-    """The plan for parameters that are cut along these dims: fused weights in the parts that the graph takes them apart in.
+    """Return the plan that cuts parameters along these dims, fused weights in the parts that the graph splits them into.
 
     Raises:
-        MeshError: where something does not divide by the number of ranks.
+        MeshError: if the number of ranks does not divide something.
     """
     shapes = {name: shape_of(node) for node, name in whole.params.items()}
     cuts = {name: Cut(dim, (shapes[name][dim],)) for name, dim in wanted.items() if name in shapes}
@@ -76,8 +78,7 @@ def settled(whole: Whole, wanted: Mapping[str, int], size: int, axis: str, *, se
         if not found.borders and not found.undivided:
             break
         for name, places in found.borders.items():
-            ends = sorted({*cuts[name].borders, *places} - {0})
-            cuts[name] = Cut(cuts[name].dim, tuple(end - start for start, end in zip([0, *ends], ends, strict=False)))
+            cuts[name] = cuts[name].with_borders(places)
         for name, why in found.undivided.items():
             left[name] = why
             cuts.pop(name, None)
@@ -90,28 +91,27 @@ def settled(whole: Whole, wanted: Mapping[str, int], size: int, axis: str, *, se
     notes = [
         f"{name} is whole on every rank: its {number} heads do not divide by {size}" for name, (number, _) in left.items()
     ]
-    notes += [
-        f"{node.target} is computed whole on every rank, of what is cut: {line_of(node)}" for node in _gathering(found)
-    ]
+    whole_on_all = "gathers its operands and is computed whole on every rank"
+    notes += [f"{node.target} {whole_on_all}: {line_of(node)}" for node in _gathering(found)]
     return AxisPlan(axis, size, cuts, terms, sequence, source, tuple(dict.fromkeys(notes)))
 
 
 def _gathering(found: Propagation) -> list[Node]:
-    """Operators on what is cut as weights are, for which no rule says what to do with parts."""
+    """Return the operators that read values cut like weights, but have no rule for parts."""
 
     def is_cut(node: Node) -> bool:
-        return isinstance(found.layout(node), Cut) and bool(found.origins(node))
+        return isinstance(found.layout(node), Cut) and bool(found.spans(node))
 
     return [node for node in found.made_full if any(map(is_cut, node.all_input_nodes))]
 
 
 def _counted(parts: tuple[int, ...]) -> str:
-    """`8, 8, 16`, or `3 x 64`."""
+    """Return `8, 8, 16`, or `3 x 64` for equal parts."""
     return f"{len(parts)} x {parts[0]}" if len(set(parts)) == 1 else ", ".join(map(str, parts))
 
 
 def _is_unfed(found: Propagation, node: object) -> bool:
-    """Whether a product that is cut along what it adds up has an input that is not."""
+    """True if a product is cut along its input dim, but the input is not."""
     outcome = found.outcomes[node]  # type: ignore[index]
     weights = [want for want in outcome.wants if want.node in found.whole.params and isinstance(want.layout, Cut)]
     others = [want for want in outcome.wants if want.node not in found.whole.params and isinstance(want.layout, Cut)]

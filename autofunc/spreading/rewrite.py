@@ -1,7 +1,7 @@
-"""From a graph with the sizes of the whole to the one that each rank of an axis runs: the same on all of them.
+"""Rewrite a graph with full sizes into the one that each rank of an axis runs, the same on all of them.
 
-Operators on parts get the sizes of parts, and where a layout has to change a movement comes in between: once for a value,
-before it is first needed so.
+Operators on parts get the sizes of parts. Where a layout has to change, a movement is inserted: once per value, before its
+first use in that layout.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ class Rewriting:
 
     Args:
         graph: of the whole.
-        propagation: how its values lie.
-        terms: names of the parameters of whose gradients each rank is to have a term, whatever the batch; see `AxisPlan`.
+        propagation: the layouts of its values.
+        terms: names of the parameters of whose gradients each rank has a term, whatever the batch; see `AxisPlan`.
 
     Attributes:
         graph: the new one.
-        values: node of the whole -> its value in the new graph, on every rank what the whole has; of what is cut or a term
-            that is not wanted whole, each rank's.
+        values: node of the whole -> its node in the new graph: the whole value, or each rank's part or term if nothing
+            needs it whole.
         first: node of the whole -> the first new node that belongs to it.
     """
 
@@ -50,6 +50,8 @@ class Rewriting:
                 self.graph.output(fx.node.map_arg(node.args[0], lambda each: self.values[each]))
             elif node.op == "placeholder":
                 self._placeholder(node)
+            elif node.op == "get_attr":
+                self._keep(node, self.graph.node_copy(node))
             elif node in alive:
                 self._at = node
                 self._emit(node)
@@ -61,7 +63,7 @@ class Rewriting:
         self._keep(node, new)
 
     def _kept(self, node: Node) -> Node:
-        """What is returned of a value: all of it; of logits that are cut along the vocabulary a loss may take parts."""
+        """Return a value as the forward hands it out: whole, or logits that a loss may use cut along the vocabulary."""
         own, value = self._found.layout(node), node.meta["val"]
         if isinstance(own, Cut) and own.dim == value.dim() - 1 and len(own.parts) == 1 and value.dim() > 2:
             new = self._call(
@@ -86,7 +88,7 @@ class Rewriting:
         self._keep(node, new)
 
     def _on_full(self, node: Node, shared: bool) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-        """An operator as it is, on full operands; one that has no gradient takes them shared or not."""
+        """Return an operator unchanged, on full operands; without a gradient it takes them shared or not."""
         gradient = is_differentiable(node)
 
         def full(each: Node) -> Node:
@@ -106,12 +108,12 @@ class Rewriting:
             return self._obtain(argument, FULL, shared=True)
         return [self._argument(part) for part in argument] if isinstance(argument, (list, tuple)) else argument
 
-    # --- values in the layouts in which they are wanted
+    # --- values in the layouts that operators want
 
     def _obtain(self, node: Node, layout: Layout, *, shared: bool) -> Node:
         own = self._found.layout(node)
         if own is FULL and (node not in self._whole.weighted or not is_differentiable(node)):
-            shared = False  # without a gradient there is no difference
+            shared = False  # without a gradient it makes no difference
         if own is FULL and layout is FULL and node in self._sharing.shared and not shared:
             return self._once(node, FULL, False, movements.first_gradient, (node, FULL, True))
         known = self._made.get((node, layout, shared and layout is FULL))
@@ -126,14 +128,14 @@ class Rewriting:
         return self._of_full(node, layout)
 
     def _of_full(self, node: Node, layout: Layout) -> Node:
-        if layout is FULL:  # shared, and it is not yet
+        if layout is FULL:  # wanted as shared, and not shared yet
             if node in self._sharing.before:
                 target, args, kwargs = self._on_full(node, shared=True)
                 new = self._call(target, args, kwargs, FULL)
                 self._made[node, FULL, True] = new
                 return new
             return self._once(node, FULL, True, movements.share, (node, FULL, False))
-        assert isinstance(layout, Cut), "what is full is no term"
+        assert isinstance(layout, Cut), "a full value is not a term"
         if node in self._sharing.shared or node in self._sharing.wanted:
             self._obtain(node, FULL, shared=True)
             return self._once(node, layout, False, movements.piece_of_shared, self._shared_key(node), layout)
@@ -171,7 +173,7 @@ class Rewriting:
             args: tuple[Any, ...] = (self._made[source], self._found.axis)
             args += (cut.dim, cut.parts) if cut is not None else ()
             new = self._call(move, args, {}, layout, node)
-            new.meta["modes"] = ()  # others may read it where gradients are wanted
+            new.meta["modes"] = ()  # later readers may need gradients
             self._made[key] = new
         return self._made[key]
 
@@ -185,7 +187,7 @@ class Rewriting:
         return new
 
     def _local(self, node: Node, layout: Any) -> Any:
-        """What a rank has of a value, without memory."""
+        """Return a rank's part of a value, without memory."""
         value, size = node.meta.get("val"), self._found.size
         if isinstance(value, (list, tuple)):
             layouts = layout if isinstance(layout, tuple) else (layout,) * len(value)

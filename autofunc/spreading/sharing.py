@@ -1,7 +1,7 @@
-"""Which full values are used alike on all ranks, and which are shared: used by each with a part of something else.
+"""Tell full values that all ranks use alike from shared ones, which each rank uses with its part of something else.
 
-Of a shared value each rank has one term of the gradient. Terms have to be added up where a value that is shared comes from
-one that is not, and nowhere else: so what only leads to shared uses is computed as shared, if what it is made of is.
+Of a shared value each rank has one term of the gradient. Terms are summed only where a shared value comes from one that is
+not shared. So a value with shared uses alone is computed as shared, if its operands are.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ _STRUCTURAL = {
     _aten.squeeze, _aten.expand, _aten.contiguous, _aten.alias, _aten.to, _aten.clone, _aten.index, _aten.slice,
     _aten.select, _aten.t,
 }  # fmt: skip
-"""Operators that put elements elsewhere: shared before them is shared once for all that follow."""
+"""Operators that only rearrange elements: sharing before them shares once for all later uses."""
 
 
 class Sharing:
-    """Where a propagation's full values are shared.
+    """The shared values of a propagation.
 
     Args:
         propagation: of all operators.
-        terms: names of the parameters of whose gradients ranks are to have terms; None: as few collectives as possible.
+        terms: names of the parameters whose gradients ranks must have as terms; None for as few collectives as possible.
 
     Attributes:
-        shared: nodes that are computed as shared; parameters among them have terms of their gradients on each rank.
-        wanted: nodes that some user takes as shared.
-        before: of those, the ones that are shared before they are made, by sharing what they are made of.
+        shared: nodes computed as shared; ranks have terms of the gradients of parameters among them.
+        wanted: nodes that some user reads as shared.
+        before: those of `wanted` that become shared by sharing their operands.
     """
 
     def __init__(self, propagation: Propagation, terms: Collection[str] | None = None) -> None:
@@ -64,14 +64,14 @@ class Sharing:
         return self._found.layout(node) is FULL
 
     def _look_back(self) -> None:
-        """From uses to what is used: what leads to shared uses alone, and what is wanted shared."""
+        """Walk back from uses: find values with shared uses alone, and values wanted as shared."""
         for node in [*reversed(self._order), *self._whole.params]:
             users = [user for user in node.users if user in self._whole.weighted and user in self._leads]
             self._leads[node] = node not in self._whole.kept and all(self._takes_shared(user) for user in users)
             if self._is_full(node) and any(self._wants_shared(user, node) for user in users):
                 self.wanted.add(node)
             if node.target is to_experts and not self.wanted.isdisjoint(node.users):
-                self.wanted.add(node.args[0])  # type: ignore[arg-type]  # tokens are fewer than their rows
+                self.wanted.add(node.args[0])  # type: ignore[arg-type]  # there are fewer tokens than rows
             if node in self.wanted and _is_structural(node) and self._is_full(node.args[0]):  # type: ignore[arg-type]
                 source: Any = node.args[0]
                 if source in self._whole.weighted:
@@ -91,7 +91,7 @@ class Sharing:
         return [each for each in node.all_input_nodes if each in self._whole.weighted and is_differentiable(each)]
 
     def _is_there(self, operand: Node) -> bool:
-        """Whether an operand can be had as shared, without gradients being added up for this use of it alone."""
+        """True if an operand is available as shared, without a sum of gradients for this use alone."""
         if operand in self._whole.params:
             return True
         layout = self._found.layout(operand)

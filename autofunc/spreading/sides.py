@@ -1,4 +1,4 @@
-"""Which dim of a weight is that of what a product makes, and which that of what it adds up."""
+"""Find which dim of a weight is a product's output dim, and which the input dim that it sums over."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from heapq import heapify, heappop, heappush
 
 from torch import fx
 
-from autofunc.graph.schema import is_operator
+from autofunc.graph.schema import arguments, is_operator
 from autofunc.spreading.layouts import FULL, TERMS, Cut
 from autofunc.spreading.operation import shape_of
 from autofunc.spreading.propagate import Propagation, Whole
@@ -27,7 +27,7 @@ class Product:
 
 
 class Followed:
-    """What becomes of cuts of some parameters, followed no further than something is cut."""
+    """The effect of cutting some parameters, followed only as far as values are cut."""
 
     def __init__(self, whole: Whole, positions: dict[Node, int], cuts: dict[str, Cut], size: int, axis: str) -> None:
         self.found = Propagation(whole, cuts, size, axis)
@@ -50,7 +50,7 @@ class Followed:
 
 
 def products_of(whole: Whole, positions: dict[Node, int], axis: str) -> dict[Node, Product]:
-    """All products with weights, in order."""
+    """Return all products with weights, in order."""
     found: dict[Node, Product] = {}
     for node, name in whole.params.items():
         shape = shape_of(node)
@@ -67,8 +67,18 @@ def products_of(whole: Whole, positions: dict[Node, int], axis: str) -> dict[Nod
 
 
 def _first_products(whole: Whole, positions: dict[Node, int], weight: Node, dim: int) -> list[tuple[Node, str]]:
-    """The products that a weight reaches through views and casts, and what it is to them when cut along a dim."""
-    cut = Cut(dim, (shape_of(weight)[dim],))
+    """Return the products that a weight reaches through views and casts, each with the side that a dim is of it."""
+    cut, name = Cut(dim, (shape_of(weight)[dim],)), whole.params[weight]
+    followed, found = _followed(whole, positions, weight, cut)
+    while not followed.borders.get(name, set()) <= {*cut.borders}:  # products read parts of it
+        cut = cut.with_borders(followed.borders[name])
+        followed, found = _followed(whole, positions, weight, cut)
+    return found
+
+
+def _followed(
+    whole: Whole, positions: dict[Node, int], weight: Node, cut: Cut
+) -> tuple[Propagation, list[tuple[Node, str]]]:  # fmt: skip
     followed = Propagation(whole, {whole.params[weight]: cut}, 1, axis="")
     found, waiting = list[tuple[Node, str]](), [user for user in weight.users if user in positions]
     while waiting:
@@ -80,9 +90,9 @@ def _first_products(whole: Whole, positions: dict[Node, int], weight: Node, dim:
                 found.append((node, "inner"))
             elif isinstance(layout, Cut) and layout.dim == len(shape_of(node)) - 1:
                 found.append((node, "out"))
-        elif isinstance(layout, Cut) and len(node.all_input_nodes) == 1:
+        elif isinstance(layout, (Cut, tuple)) and len(node.all_input_nodes) == 1:
             waiting += [user for user in node.users if user in positions]
-    return found
+    return followed, found
 
 
 _PRODUCTS = (
@@ -90,12 +100,20 @@ _PRODUCTS = (
     "_grouped_mm",
 )  # fmt: skip
 
+_BIASES = {"linear": "bias", "addmm": "self"}
+"""Product -> the name of the argument it adds."""
+
 
 def _is_product(node: Node) -> bool:
     return is_operator(node) and str(node.target).split(".")[1] in _PRODUCTS
 
 
 def _bias_of(whole: Whole, product: Node, weight: Node) -> str | None:
-    """A parameter of one dim that a product adds, and nothing else reads."""
-    found = [each for each in product.all_input_nodes if each in whole.params and each is not weight]
-    return next((whole.params[each] for each in found if len(shape_of(each)) == 1 and len(each.users) == 1), None)
+    """Return the parameter of one dim that a product adds, or adds a part of; None if others read it too."""
+    name = _BIASES.get(str(product.target).split(".")[1])
+    node = arguments(product)[name] if name is not None else None
+    while isinstance(node, Node) and node not in whole.params and len(node.all_input_nodes) == 1:
+        node = node.all_input_nodes[0]
+    if not isinstance(node, Node) or node not in whole.params or node is weight:
+        return None
+    return whole.params[node] if len(shape_of(node)) == 1 and len(node.users) == 1 else None

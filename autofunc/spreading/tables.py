@@ -1,8 +1,8 @@
-"""Where the table of what is cut comes from: the user, the module itself, as those of transformers, or the graph.
+"""The source of the table of cuts: the user, the module itself (as in transformers), or the graph.
 
-Words of transformers (5.23, `distributed/`): a pattern names modules, or parameters, and a word says which side of a
-product is cut. Layouts in between follow from the graph, so that words which say how values are gathered, or that a part is
-left alone, need nothing here.
+Words of transformers (5.23, `distributed/`): a pattern names modules or parameters, and a word tells which side of a
+product is cut. The layouts in between follow from the graph, so words for gathering values, or for leaving a part
+alone, are accepted and have no further effect.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import nn
 
 from autofunc import tree
 from autofunc.errors import ModelError, one_of
-from autofunc.model import TensorParallel, cut_dims
+from autofunc.model import TensorParallel, cut_dims, patterns_like
 from autofunc.shown import quoted
 from autofunc.spreading.chains import derived_cuts, left_whole
 from autofunc.spreading.layouts import Cut
@@ -38,20 +38,20 @@ SOURCES = (AUTO, OWN, DERIVED)
 def wanted_cuts(
     whole: Whole, module: nn.Module, size: int, axis: str, table: Any, what: str
 ) -> tuple[dict[str, int], str, list[str]]:  # fmt: skip
-    """Name of a parameter -> the dim that is cut; where that comes from; and what is not cut, in words.
+    """Return parameter name -> the dim to cut, the table's source, and notes on what is not cut.
 
     Args:
         whole: the forward.
-        module: whose.
+        module: that computes it.
         size: number of ranks.
         axis: of ranks.
-        table: of the user: a `TensorParallel`, patterns, "own", "derived" or "auto"; None is "auto": the module's own
-            where it has one, else derived.
+        table: the user's: a `TensorParallel`, patterns, "own", "derived" or "auto"; None means "auto": the module's own if
+            it has one, else derived.
         what: the module, for messages.
 
     Raises:
-        ModelError: for a table that fits nothing, or "own" where there is none.
-        MeshError: where something does not divide.
+        ModelError: for a table that matches nothing, or "own" if the module has none.
+        MeshError: if something does not divide.
     """
     if isinstance(table, str) and table not in SOURCES:
         raise ModelError(f"tensor parallel table {table!r}; {one_of(table, SOURCES)}")
@@ -68,11 +68,11 @@ def wanted_cuts(
         if table == OWN:
             raise ModelError(f"{what}: its own tensor parallel plan matches none of its parameters: {', '.join(own)}")
     cuts, notes = derived_cuts(whole, size, axis)
-    return cuts, "what its graph gives", notes
+    return cuts, "the table derived from its graph", notes
 
 
 def _that_divide(whole: Whole, cuts: dict[str, int], size: int) -> tuple[dict[str, int], list[str]]:
-    """Without embeddings and heads whose vocabulary does not divide: those need no partner in a block."""
+    """Drop embeddings and heads whose vocabulary does not divide: they have no partner in a block."""
     shapes = {name: shape_of(node) for node, name in whole.params.items()}
     uneven = {
         name: Cut(dim, (shapes[name][dim],)) for name, dim in cuts.items()
@@ -83,7 +83,7 @@ def _that_divide(whole: Whole, cuts: dict[str, int], size: int) -> tuple[dict[st
 
 
 def own_plan(module: nn.Module) -> dict[str, str]:
-    """The tensor parallel plan of a module of transformers, or of the outermost one inside: pattern -> word."""
+    """Return the tensor parallel plan of a transformers module, or of the outermost one inside: pattern -> word."""
     for name, part in module.named_modules():
         plan = getattr(part, "_tp_plan", None)
         if isinstance(plan, Mapping) and plan:
@@ -101,7 +101,8 @@ def _given(whole: Whole, table: TensorParallel | Mapping[str, str], size: int) -
     if words and isinstance(table, Mapping):
         for pattern in words:
             if not any(_matches(name, pattern) for name in spec):
-                raise ModelError(f"tensor parallel table: {pattern!r} matches no parameter; {one_of(pattern, spec)}")
+                nearest = one_of(pattern, patterns_like(pattern, spec))
+                raise ModelError(f"tensor parallel table: {pattern!r} matches no parameter; {nearest}")
         found = _by_words(whole, words, "tp")
         placed = {pattern: word for pattern, word in table.items() if pattern not in words}
         return found | (cut_dims(TensorParallel(placed), spec, 1) if placed else {})
@@ -131,6 +132,6 @@ def _dim_of(name: str, dims: int, word: str, products: Mapping[str, Product]) ->
 
 
 def _matches(name: str, pattern: str) -> bool:
-    """Whether a pattern, in which `*` stands for anything, names a parameter or its module."""
+    """True if a pattern, in which `*` matches anything, names a parameter or its module."""
     exact = re.compile(re.escape(pattern).replace(r"\*", ".*"))
     return any(exact.fullmatch(each) for each in (name, name.rpartition(".")[0]))

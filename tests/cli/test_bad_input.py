@@ -93,7 +93,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *wo
         ),
         (
             ["--distributed.tp_plan", "{h.*.atn.q.weight: shard(0)}"],
-            "'h.*.atn.q.weight' matches no parameter; did you mean h.1.attn.q.weight",
+            "'h.*.atn.q.weight' matches no parameter; did you mean h.*.attn.q.weight",
         ),
         (["--distributed.tp_size", "2", "--distributed.tp_plan", "{ln_f.*: rows}"], "unknown placement 'rows'"),
         (["--distributed.tp_size", "2", "--distributed.tp_plan", "{ln_f.*: shard(1)}"], "shard(1) for 'ln_f.bias'"),

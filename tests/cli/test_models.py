@@ -322,7 +322,7 @@ def test_a_captured_module_over_tp_ranks(folder: Path) -> None:
         f"n_embd: 16, n_head: 2, vocab_size: 256, n_positions: 16, bos_token_id: 1, eos_token_id: 1}}\n{RUN}"
     )
     shown = " ".join(autofunc(folder, "plan", "-c", "tp.yaml", "--distributed.tp_size", "2").split())
-    assert "cut over 2 tp ranks, by what its graph gives:" in shown
+    assert "cut over 2 tp ranks, by the table derived from its graph:" in shown
     assert "transformer.h.*.attn.c_attn.weight: dim 1, in parts of 3 x 16 (2 parameters)" in shown
     assert "not known" not in shown, "what ranks keep"
     error = autofunc(folder, "plan", "-c", "tp.yaml", "--distributed.tp_size", "3", status=2)

@@ -93,6 +93,7 @@ CASES = [
     ("captured bert", "1f1b", {"pp": 2, "cp": 2}, {"engine": "eager"}, {}),
     ("captured gpt2", "1f1b", {"dp_replicate": 2, "cp": 2}, {}, {}),
     ("captured olmoe", "1f1b", {"pp": 2, "cp": 2}, {}, {}),
+    ("llama", "1f1b", {"cp": 2, "tp": 2}, {}, {"context_parallel": "ring"}),
 ]
 MORE = [
     ("llama", "1f1b", {"cp": 4}, {"remat": "layer"}, {"reshard_after_forward": True}),
@@ -104,6 +105,8 @@ MORE = [
     ("llama", "1f1b", {"pp": 2, "cp": 2}, {"compile": True}, {}),
     ("captured bert", "1f1b", {"cp": 4}, {}, {"context_parallel": "ring"}),
     ("captured gpt2", "1f1b", {"cp": 2, "tp": 2}, {}, {}),
+    ("llama", "1f1b", {"cp": 2, "tp": 2}, {"engine": "eager"}, {}),
+    ("gpt2", "1f1b", {"cp": 2, "tp": 2}, {"remat": "layer"}, {}),
     ("captured olmoe", "zbv", {"pp": 2, "cp": 2}, {}, {"context_parallel": "ring"}),
     ("captured olmoe", "1f1b", {"pp": 2, "cp": 2}, {"engine": "eager"}, {}),
     ("captured olmoe", "1f1b", {"cp": 2, "tp": 2}, {}, {}),
@@ -158,17 +161,18 @@ def test_more_models_of_transformers(workers: WorkerPool, name: str, method: str
 
 
 @pytest.mark.parametrize(
-    ("schedule", "options", "sharding"),
+    ("name", "schedule", "options", "sharding"),
     [
-        ("1f1b", {}, {"context_parallel": "ring"}),
-        pytest.param("zbv", {}, {}, marks=pytest.mark.full),
-        pytest.param("1f1b", {"engine": "eager"}, {}, marks=pytest.mark.full),
+        ("captured llama", "1f1b", {}, {"context_parallel": "ring"}),
+        pytest.param("captured llama", "zbv", {}, {}, marks=pytest.mark.full),
+        pytest.param("captured llama", "1f1b", {"engine": "eager"}, {}, marks=pytest.mark.full),
+        pytest.param("gpt2", "zb_h1", {}, {}, marks=pytest.mark.full),
     ],
 )
 def test_with_tp_on_eight_processes(
-    eight_workers: WorkerPool, schedule: str, options: dict[str, Any], sharding: dict[str, Any]
+    eight_workers: WorkerPool, name: str, schedule: str, options: dict[str, Any], sharding: dict[str, Any]
 ) -> None:
-    matches_one_process(eight_workers, "captured llama", schedule, {"pp": 2, "cp": 2, "tp": 2}, options, sharding)
+    matches_one_process(eight_workers, name, schedule, {"pp": 2, "cp": 2, "tp": 2}, options, sharding)
 
 
 def matches_one_process(
@@ -213,25 +217,18 @@ def test_aux_counts_rows_once(workers: WorkerPool) -> None:
 
 
 def message_for(what: str) -> str:
-    mesh = mesh_of(cp=2, tp=2) if what == "tp" else mesh_of(dp_shard=2, cp=2)
+    mesh = mesh_of(dp_shard=2, cp=2)
     model, s = build("llama"), af.schedule.build("1f1b", num_ranks=1, num_microbatches=2)
     batch = batch_of("llama")
     if what == "length":
         batch = {entry: rows[:, :14] for entry, rows in batch.items()}
-    if what == "state":
-        layers = {**model.layers}
-        layers["norm"] = af.Layer(
-            apply=lambda p, x, batch, state: (x, state), init_state=lambda key: {"count": torch.zeros(1)}
-        )  # fmt: skip
-        model = af.Model(layers)
 
     def loss(outputs: Tensor, microbatch: Any) -> Tensor:
         return functional.cross_entropy(outputs[:, :-1].flatten(0, 1), microbatch["labels"][:, 1:].flatten())
 
     try:
         pipe = af.pipeline(af.split(model), s, loss=loss if what == "loss" else af.losses.causal_lm, mesh=mesh)
-        given = {"state": pipe.init_state()} if what == "state" else {}
-        af.value_and_grad(pipe, has_state=what == "state")(pipe.init(0), batch, **given)
+        af.value_and_grad(pipe)(pipe.init(0), batch)
     except AutofuncError as error:
         return str(error)
     return ""
@@ -241,8 +238,6 @@ def message_for(what: str) -> str:
     ("what", "expected"),
     [
         ("length", "14 tokens, which cp=2 ranks cannot cut into 4 equal chunks (two a rank); pad it to a multiple of 4"),
-        ("tp", "the mesh has cp=2 and tp=2"),
-        ("state", "keeps state (norm.count, ...)"),
         ("loss", "the loss runs aten.slice.Tensor"),
     ],
 )

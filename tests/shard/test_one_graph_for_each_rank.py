@@ -119,12 +119,25 @@ FIRST = [
     ("t5", None, True),
     ("mixtral", "derived", False),
     ("olmoe", None, True),
+    ("olmoe", "derived", False),
+    ("torch", None, True),
+    ("torch_attention", None, False),
+    ("normed", None, True),
 ]
 
 
 @pytest.mark.parametrize(("name", "table", "sequence"), FIRST)
 def test_first_models(name: str, table: str | None, sequence: bool) -> None:
     check(name, 2, table, sequence=sequence)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("changed", [{}, {"batch_first": False, "bias": False}, {"norm_first": True, "dropout": 0.0}])
+@pytest.mark.parametrize("sequence", [False, True])
+def test_layers_of_torch(sequence: bool, changed: dict[str, Any]) -> None:
+    for decodes in (False, True):
+        check("torch", 2, sequence=sequence, decodes=decodes, **changed)
+    check("torch", 4, sequence=sequence, **changed)
 
 
 @pytest.mark.full

@@ -38,6 +38,35 @@ def test_fused_weights_are_cut_part_by_part() -> None:
     assert "transformer.h.*.attn.c_attn.weight: dim 1, in parts of 3 x 16 (2 parameters)" in text
 
 
+def test_attention_of_torch_is_cut_by_heads() -> None:
+    """One weight for queries, keys and values: of all three in an encoder, of queries and of both others in a decoder."""
+    cuts = plan_of("torch").cuts
+    for attention in ("encoder.0.self_attn", "decoder.1.self_attn", "decoder.0.multihead_attn"):
+        for part, dim in (("in_proj_weight", 0), ("in_proj_bias", 0), ("out_proj.weight", 1)):
+            cut = cuts[f"{attention}.{part}"]
+            assert (cut.dim, cut.parts) == (dim, (16,) if dim else (16, 16, 16)), part
+    assert cuts["decoder.0.linear1.weight"].dim == 0 and cuts["decoder.0.linear2.weight"].dim == 1
+    cuts = plan_of("torch_attention").cuts
+    assert {f"attention.{part}_proj_weight" for part in "qkv"} | {"attention.in_proj_bias"} <= cuts.keys()
+
+
+@pytest.mark.parametrize(("rows", "changed"), [(4, {}), (1, {}), (4, {"batch_first": False})])
+def test_heads_of_torch_that_do_not_divide(rows: int, changed: dict[str, Any]) -> None:
+    batch = {name: leaf[:rows] for name, leaf in batch_of("torch").items()}
+    model = af.from_module(model_of("torch", decodes=False, **changed), batch)
+    message = "tp=8 does not divide 4, the number of heads.*'encoder.0.self_attn.in_proj_weight'.*: 1, 2, 4$"
+    with pytest.raises(MeshError, match=message):
+        model.over_ranks("tp", 8, None, sequence=False)
+
+
+def test_a_norm_over_all_heads() -> None:
+    """Its sum is a number for each token, so the heads are cut all the same, each rank with its part of the weight."""
+    plan, *_ = check("olmoe", 2, "derived", num_hidden_layers=1)
+    assert {f"model.layers.0.self_attn.{part}_proj.weight" for part in "qkvo"} <= plan.cuts.keys()
+    assert "model.layers.0.self_attn.q_norm.weight" in plan.terms
+    assert {"up.weight", "up.bias", "down.weight"} <= plan_of("normed").cuts.keys()
+
+
 def test_a_custom_table() -> None:
     words = {"*.q_proj": "colwise", "*.k_proj": "colwise", "*.v_proj": "colwise", "*.o_proj": "rowwise"}
     placed = {f"{pattern}.weight": "shard(1)" if word == "rowwise" else "shard(0)" for pattern, word in words.items()}
@@ -77,7 +106,8 @@ def test_an_operator_without_a_rule_runs_on_whole_values() -> None:
     model = af.from_module(_Sorted(), batch)
     assert "first.weight" not in model.over_ranks("tp", 2, None, sequence=False).cuts, "it begins no chain"
     plan = model.over_ranks("tp", 2, {"first": "colwise", "last": "rowwise"}, sequence=False)
-    assert any("aten.sort.default is computed whole" in note and "test_tables_over_ranks.py" in note for note in plan.notes)
+    (note,) = plan.notes
+    assert "aten.sort.default gathers its operands" in note and "test_tables_over_ranks.py" in note
 
 
 @pytest.mark.parametrize(

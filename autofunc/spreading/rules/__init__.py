@@ -1,4 +1,4 @@
-"""What becomes of each operator where its operands are cut, or terms of a sum: one file for each kind."""
+"""Rules that replace operators whose operands are cut, or terms of a sum: one file per kind of operator."""
 
 from autofunc.spreading.rules import attention, pointwise, products, reductions, views, vocabulary
 from autofunc.spreading.rules.table import RULES, rule, rule_of

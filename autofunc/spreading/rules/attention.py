@@ -1,4 +1,4 @@
-"""Attention by heads, or by rows."""
+"""Attention, cut by heads or by rows."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def attention(op: Operation) -> Outcome | None:
 def heads_of(
     op: Operation, q: Node, k: Node, v: Node, mask: Node | None, *, grouped: bool
 ) -> tuple[Cut, Want, Want, Want | None] | None:
-    """How attention is cut, and its keys, values and mask; None where it cannot be."""
+    """Return the cut of attention, then keys, values and mask in their layouts; None if it cannot be cut."""
     cut = next((cut for each in (q, k, v) if (cut := op.cut(each)) is not None), None)
     if cut is None or cut.dim >= len(op.shape) - 2 or cut.dim not in (0, len(op.shape) - 3):
         return None
@@ -57,7 +57,7 @@ def _mask_of(op: Operation, mask: Node | None, cut: Cut) -> Want | None:
 
 
 def _are_few(op: Operation, q: Node, k: Node, v: Node) -> bool:
-    """Whether queries are cut by heads, and keys have fewer heads than there are ranks, so that all ranks have them all."""
+    """True if queries are cut by heads, and every rank has all keys because ranks do not divide their heads."""
     cut = op.cut(q)
     few = shape_of(k)[-3] % op.size != 0 and op.layout(k) is op.layout(v) is FULL
     return few and cut is not None and cut == Cut(len(op.shape) - 3, (shape_of(q)[-3],)) and cut.fits(op.size)
@@ -67,7 +67,7 @@ def attention_of_few(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, p: float, is_causal: bool, scale: float | None,
     heads: tuple[int, ...], axis: str,
 ) -> Tensor:  # fmt: skip
-    """This rank's heads of queries, and of all heads of keys those that they belong to."""
+    """Attend with this rank's query heads to the key heads they belong to, out of all key heads."""
     times = sum(heads) // key.shape[-3]
     key, value = (piece_of_shared(x.repeat_interleave(times, -3), axis, x.dim() - 3, heads) for x in (key, value))
     return torch.nn.functional.scaled_dot_product_attention(query, key, value, mask, p, is_causal, scale=scale)

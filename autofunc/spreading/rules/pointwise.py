@@ -1,4 +1,4 @@
-"""Operators that treat the elements at each place alike, and rows apart: a value that is cut stays so."""
+"""Elementwise operators: a cut value stays cut."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _aten = torch.ops.aten
     _aten.where, _aten.selu, _aten.celu, _aten.prelu, _aten.hardsigmoid, _aten.relu6, _aten.clone,
 )  # fmt: skip
 def pointwise(op: Operation) -> Outcome | None:
-    """Cut along the dim along which the largest operand is; operands that have no such dim are full."""
+    """Cut along the same dim as the operand with most dims; operands without that dim are full."""
     cuts = [(each, cut) for each in op.tensors() if (cut := op.cut(each)) is not None]
     if not cuts:
         return None
@@ -53,7 +53,7 @@ POINTWISE.append(pointwise)
 
 @rule(_aten.add, _aten.sub, linear=True)
 def added_terms(op: Operation) -> Outcome | None:
-    """Terms of two sums are terms of theirs."""
+    """The terms of two sums are terms of the sum of both."""
     x, y = op.given["self"], op.given["other"]
     if op.layout(x) is TERMS and op.layout(y) is TERMS:
         return op.becomes(TERMS, self=Want(x, TERMS), other=Want(y, TERMS))
@@ -62,7 +62,7 @@ def added_terms(op: Operation) -> Outcome | None:
 
 @rule(_aten.mul, _aten.div, linear=True)
 def scaled_terms(op: Operation) -> Outcome | None:
-    """A term times what is full."""
+    """A term times a full value."""
     x, y = op.given["self"], op.given["other"]
     if "rounding_mode" in op.given:
         return None
@@ -75,13 +75,13 @@ def scaled_terms(op: Operation) -> Outcome | None:
 
 @rule(_aten.neg, _aten.contiguous, _aten.alias, _aten.clone, linear=True)
 def same_terms(op: Operation) -> Outcome | None:
-    """What makes of a term a term."""
+    """Operators that keep a term a term."""
     return op.becomes(TERMS, self=Want(op.given["self"], TERMS))
 
 
 @rule(_aten.to, linear=True)
 def converted_terms(op: Operation) -> Outcome | None:
-    """A term in another dtype, unless that is larger, and so would be what is exchanged."""
+    """Cast a term, unless the new dtype is larger, which would make the exchange larger too."""
     x = op.given["self"]
     before, after = x.meta["val"].dtype, op.node.meta["val"].dtype
     if not after.is_floating_point or after.itemsize > before.itemsize:

@@ -1,4 +1,4 @@
-"""Products: cut along what they make, or along what they add up, which leaves terms of a sum."""
+"""Products: cut along the output, or along the input, which leaves terms of a sum."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _aten = torch.ops.aten
 
 
 def linear_term(x: Tensor, weight: Tensor, bias: Tensor, axis: str) -> Tensor:
-    """A term of a product with a bias, which the first rank adds."""
+    """Return a term of a product with a bias; the first rank adds the bias."""
     return torch.add(_aten.linear.default(x, weight, None), on_first(bias, axis))
 
 
 def addmm_term(bias: Tensor, x: Tensor, weight: Tensor, axis: str) -> Tensor:
-    """A term of `addmm`, to which the first rank adds the bias."""
+    """Return a term of `addmm`; the first rank adds the bias."""
     return torch.add(torch.mm(x, weight), on_first(bias, axis))
 
 
@@ -48,7 +48,7 @@ def linear(op: Operation) -> Outcome | None:
 
 
 def _is_made_whole(op: Operation, x: Node) -> bool:
-    """Whether another product takes all of a value that is cut, so that it is there anyway."""
+    """True if another product gathers the cut value anyway."""
     others = (user.args[1] for user in x.users if user.target is _aten.linear.default)
     return any((cut := op.cut(weight)) is not None and cut.dim == 0 for weight in others)
 
@@ -95,7 +95,7 @@ def matmul(op: Operation) -> Outcome | None:
 
 @rule(_aten.baddbmm)
 def baddbmm(op: Operation) -> Outcome | None:
-    """`beta * input + alpha * x @ y`, as of attention with a bias; cut along the batches only."""
+    """`beta * input + alpha * x @ y`, as in attention with a bias; cut along batches only."""
     layout, wanted = _product(op, op.given["batch1"], op.given["batch2"])
     if not isinstance(layout, Cut) or layout.dim != 0:
         return None
@@ -106,11 +106,11 @@ def baddbmm(op: Operation) -> Outcome | None:
 
 
 def grouped(op: Operation, out: int = 2) -> Outcome | None:
-    """Rows of x by groups, each with a matrix of its own: (rows, k) and (groups, k, n), and where groups end.
+    """Multiply rows of x, in groups, with one matrix per group: (rows, k), (groups, k, n), and where groups end.
 
     Args:
         op: the operator.
-        out: the dim of the matrices along which they make something.
+        out: the output dim of the matrices.
     """
     x, weight, ends = op.node.args[:3]
     own = op.cut(weight)
@@ -131,7 +131,7 @@ NAMED["autofunc.grouped_linear"] = partial(grouped, out=1)
 
 @rule(from_experts, linear=True)
 def brought_terms(op: Operation) -> Outcome | None:
-    """Weighted sums of the rows of each token: of terms these are terms, of as many rows as there are tokens."""
+    """Weighted sums of each token's rows: sums of terms are terms, with as many rows as there are tokens."""
     made, weights, *route = op.node.args
     if op.layout(made) is not TERMS or any(op.layout(each) is not FULL for each in (weights, *route)):
         return None
@@ -139,7 +139,7 @@ def brought_terms(op: Operation) -> Outcome | None:
 
 
 def _product(op: Operation, x: Any, y: Any) -> tuple[Layout | None, tuple[Want, Want]]:
-    """How `x @ y` lies, and how it takes x (..., m, k) and y (..., k, n), either of which may be cut."""
+    """Return the layout of `x @ y`, and the wanted layouts of x (..., m, k) and y (..., k, n); either may be cut."""
     one, two, dims = op.cut(x), op.cut(y), len(op.shape)
     left, right = len(shape_of(x)), len(shape_of(y))
     full = (Want(x, FULL), Want(y, FULL))

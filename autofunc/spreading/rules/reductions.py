@@ -1,4 +1,4 @@
-"""Sums, norms, softmax and the like: along dims that are not cut as they are, along the one that is as terms."""
+"""Sums, norms, softmax and the like: unchanged along other dims; sums along the cut dim leave terms."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from autofunc.spreading.layouts import TERMS, Cut
+from autofunc.spreading.movements import add_up, share
 from autofunc.spreading.operation import Operation, Outcome, Want, shape_of
 from autofunc.spreading.rules.table import rule
 from autofunc.spreading.rules.views import parts_between
@@ -34,7 +35,7 @@ def added(op: Operation) -> Outcome | None:
 
 
 def mean_term(x: Tensor, dims: list[int], keepdim: bool, dtype: torch.dtype | None, size: int) -> Tensor:
-    """A term of a mean: of what each of `size` ranks has, of equally many."""
+    """Return a term of a mean, of which each of `size` ranks has equally many elements."""
     return x.mean(dims, keepdim, dtype=dtype) / size
 
 
@@ -49,7 +50,7 @@ def added_terms(op: Operation) -> Outcome | None:
     _aten.norm,
 )  # fmt: skip
 def reduced(op: Operation) -> Outcome | None:
-    """Other reductions, over dims that are not cut."""
+    """Other reductions, over dims other than the cut one."""
     x = op.given["self"]
     cut = op.cut(x)
     left = _left(op, cut, _dims(op, x)) if cut is not None else None
@@ -63,7 +64,7 @@ def _dims(op: Operation, x: Any) -> set[int]:
 
 
 def _left(op: Operation, cut: Cut, dims: set[int]) -> Cut | None:
-    """How a reduction over some dims lies; None when the one that is cut is among them."""
+    """Return the layout of a reduction over some dims; None if the cut dim is among them."""
     if cut.dim in dims:
         return None
     return cut if op.given.get("keepdim") else cut.at(cut.dim - sum(dim < cut.dim for dim in dims))
@@ -74,7 +75,7 @@ def _left(op: Operation, cut: Cut, dims: set[int]) -> Cut | None:
     _aten.topk, _aten.max, _aten.min, _aten.median, _aten.logcumsumexp, _aten._safe_softmax,
 )  # fmt: skip
 def along_one(op: Operation) -> Outcome | None:
-    """What is done along one dim, beside the one that is cut; some of it makes two values."""
+    """Operators along one dim other than the cut one; some have two results."""
     x, dim = op.given["self"], op.given.get("dim")
     cut = op.cut(x)
     if cut is None or not isinstance(dim, int) or dim % len(shape_of(x)) == cut.dim:
@@ -85,9 +86,30 @@ def along_one(op: Operation) -> Outcome | None:
     return op.becomes((left,) * len(value) if isinstance(value, (list, tuple)) else left, self=Want(x, cut))
 
 
-@rule(_aten.layer_norm, _aten.rms_norm)
+@rule(_aten.rms_norm)
+def rms_normalised(op: Operation) -> Outcome | None:
+    """Root mean square norms; over the cut dim, ranks exchange one number per token."""
+    x, over, weight = op.given["input"], op.given["normalized_shape"], op.given["weight"]
+    cut = op.cut(x)
+    if cut is None or cut.dim < len(op.shape) - len(over):
+        return normalised(op)
+    if len(over) > 1:
+        return None
+    own = None if weight is None else Want(weight, cut.at(0))
+    return Outcome(cut, rms_norm_of_part, (Want(x, cut), own, op.given["eps"], cut.whole, op.axis))
+
+
+def rms_norm_of_part(x: Tensor, weight: Tensor | None, eps: float | None, width: int, axis: str) -> Tensor:
+    """Normalise a part of the features by the mean square of all `width` of them."""
+    wide = x if x.dtype.itemsize >= 4 else x.float()
+    square = share(add_up(wide.square().sum(-1, keepdim=True), axis), axis)
+    made = (wide * torch.rsqrt(square / width + (torch.finfo(x.dtype).eps if eps is None else eps))).to(x.dtype)
+    return made if weight is None else made * weight
+
+
+@rule(_aten.layer_norm)
 def normalised(op: Operation) -> Outcome | None:
-    """Norms over the last dims, which are not cut."""
+    """Norms over the last dims, if these are not cut."""
     x, over = op.given["input"], op.given["normalized_shape"]
     cut = op.cut(x)
     return None if cut is None or cut.dim >= len(op.shape) - len(over) else op.becomes(cut, input=Want(x, cut))
@@ -95,7 +117,7 @@ def normalised(op: Operation) -> Outcome | None:
 
 @rule(_aten.gather)
 def gathered(op: Operation) -> Outcome | None:
-    """Elements by their numbers along another dim."""
+    """Elements by index along another dim."""
     x, index = op.given["self"], op.given["index"]
     cut = op.cut(x) or op.cut(index)
     if cut is None or op.given["dim"] % len(op.shape) == cut.dim or shape_of(index)[cut.dim] != cut.whole:
@@ -105,7 +127,7 @@ def gathered(op: Operation) -> Outcome | None:
 
 @rule(_aten.glu)
 def glu(op: Operation) -> Outcome | None:
-    """One half gates the other: along the dim that is cut, both are parts."""
+    """One half gates the other: along the cut dim, both are parts."""
     x = op.given["self"]
     cut, dim = op.cut(x), op.given["dim"] % len(op.shape)
     if cut is None:

@@ -11,20 +11,20 @@ from autofunc.graph.schema import is_operator, is_pointwise
 from autofunc.spreading.operation import Rule
 
 RULES: dict[Any, Rule] = {}
-"""Operators (all overloads of `aten.view`) and functions -> what becomes of them where operands are cut."""
+"""Operators (a packet such as `aten.view` stands for all overloads) and functions -> the rule for cut operands."""
 
 LINEAR: dict[Any, Rule] = {}
-"""Likewise where operands are terms of a sum, which stay terms."""
+"""Likewise for operands that are terms of a sum and stay terms."""
 
 NAMED: dict[str, Rule] = {}
-"""Operators of other libraries, which may not be there: `RULES` by "namespace.name"."""
+"""Rules for operators of libraries that may not be installed, by "namespace.name"."""
 
 POINTWISE: list[Rule] = []
-"""The rule of all operators that torch marks as pointwise."""
+"""The rule for all operators that torch tags as pointwise."""
 
 
 def rule(*operators: Any, linear: bool = False) -> Callable[[Rule], Rule]:
-    """Enter a rule."""
+    """Register a rule."""
 
     def enter(function: Rule) -> Rule:
         (LINEAR if linear else RULES).update(dict.fromkeys(operators, function))
@@ -34,7 +34,7 @@ def rule(*operators: Any, linear: bool = False) -> Callable[[Rule], Rule]:
 
 
 def rule_of(node: fx.Node, linear: bool = False) -> Rule | None:
-    """The rule of a node's operator; None where there is none."""
+    """Return the rule for a node's operator; None if there is none."""
     packet = getattr(node.target, "overloadpacket", node.target) if is_operator(node) else node.target
     found = (LINEAR if linear else RULES).get(packet) or (None if linear else NAMED.get(str(packet)))
     return POINTWISE[0] if found is None and not linear and is_pointwise(node) else found

@@ -1,8 +1,9 @@
-"""Views: the same elements in another order or other dims, whose sizes become those of what each rank holds."""
+"""Views: the same elements in another order or shape; sizes become those of what each rank holds."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import accumulate
 from math import prod
 from typing import Any
@@ -18,11 +19,11 @@ _aten = torch.ops.aten
 
 @rule(_aten.view, _aten.reshape, _aten._unsafe_view, _aten.flatten, _aten.unflatten)
 def view(op: Operation) -> Outcome | None:
-    """Other dims of the same elements in order.
+    """The same elements, in order, in another shape.
 
     Raises:
-        Undivided: where the cut dim is taken apart, and what is outermost in it has no equal pieces.
-        Borders: where it would have, in parts.
+        Undivided: if the cut dim is split, and ranks cannot share its outermost dim equally.
+        Borders: if they could share parts of it.
     """
     x = op.given["self"]
     cut = op.cut(x)
@@ -34,35 +35,36 @@ def view(op: Operation) -> Outcome | None:
 
 
 def viewed(before: Sequence[int], after: Sequence[int], cut: Cut, size: int, node: Node) -> Cut | None:
-    """How a view lies of what is cut; None where each rank's elements are no part along one dim."""
+    """Return the layout of a view of a cut value; None if no dim has a rank's elements as its part."""
     start, end, first, last = _group(before, after, cut.dim)
     inner = prod(before[cut.dim + 1 : end])
     parts = [part * inner for part in cut.parts] * prod(before[start : cut.dim])
-    blocked: int | None = None
+    blocked = 0  # number of places that each part is split into, and ranks cannot share equally
     for dim in range(first, last):
         if after[dim] == 1:
             continue
         outer, rest = prod(after[first:dim]), prod(after[dim + 1 : last])
         found = _repeated(parts, outer)
-        if found is not None and sum(found) == after[dim] * rest and not any(part % (rest * size) for part in found):
-            return Cut(dim, tuple(part // rest for part in found))
-        if outer == 1 and len(parts) == 1 and after[dim] % size:
-            blocked = dim
-        elif blocked is not None and outer == after[blocked] and dim < last - 1 and after[dim] % size == 0:
+        if found is not None and sum(found) == after[dim] * rest:
+            if not any(part % (rest * size) for part in found):
+                return Cut(dim, tuple(part // rest for part in found))
+            if not blocked and len({*found}) == 1 and found[0] % rest == 0 and found[0] > rest:
+                blocked = found[0] // rest
+        elif blocked and outer == blocked and len(parts) == 1 and dim < last - 1 and after[dim] % size == 0:
             raise Borders(node, [cut.whole * number // outer for number in range(1, outer)])
-    if blocked is not None:
-        raise Undivided(node, after[blocked])
+    if blocked:
+        raise Undivided(node, blocked)
     return None
 
 
 def _repeated(parts: list[int], times: int) -> list[int] | None:
-    """What parts are so many repetitions of; None where they are none."""
+    """Return the parts that are repeated this many times; None if they are not."""
     once = parts[: len(parts) // times]
     return once if once * times == parts else None
 
 
 def _group(before: Sequence[int], after: Sequence[int], dim: int) -> tuple[int, int, int, int]:
-    """The dims around one, and those of the view that hold the same elements: [start, end) and [first, last)."""
+    """Return the dims around one, and the view's dims with the same elements: [start, end) and [first, last)."""
     i = j = 0
     while True:
         start, first = i, j
@@ -79,7 +81,7 @@ def _group(before: Sequence[int], after: Sequence[int], dim: int) -> tuple[int, 
 
 @rule(_aten.expand)
 def expand(op: Operation) -> Outcome | None:
-    """Along dims of size one."""
+    """Repeat along dims of size one."""
     x = op.given["self"]
     cut = op.cut(x)
     if cut is None:
@@ -90,7 +92,7 @@ def expand(op: Operation) -> Outcome | None:
 
 @rule(_aten.transpose, _aten.swapaxes)
 def transpose(op: Operation) -> Outcome | None:
-    """Two dims change places."""
+    """Swap two dims."""
     x, names = op.given["self"], list(op.given)[1:3]
     one, two = (op.given[name] % len(op.shape) for name in names)
     return _moved(op, x, {one: two, two: one})
@@ -98,21 +100,21 @@ def transpose(op: Operation) -> Outcome | None:
 
 @rule(_aten.t, _aten.numpy_T, _aten.mT)
 def t(op: Operation) -> Outcome | None:
-    """The last two dims change places."""
+    """Swap the last two dims."""
     dims = len(op.shape)
     return _moved(op, op.given["self"], {dims - 2: dims - 1, dims - 1: dims - 2}) if dims > 1 else None
 
 
 @rule(_aten.permute)
 def permute(op: Operation) -> Outcome | None:
-    """Dims in another order."""
+    """Reorder dims."""
     dims = len(op.shape)
     return _moved(op, op.given["self"], {old % dims: new for new, old in enumerate(op.given["dims"])})
 
 
 @rule(_aten.movedim)
 def movedim(op: Operation) -> Outcome | None:
-    """One dim goes elsewhere."""
+    """Move one dim."""
     if op.node.target is not _aten.movedim.int:
         return None
     dims, source, target = len(op.shape), op.given["source"], op.given["destination"]
@@ -123,14 +125,14 @@ def movedim(op: Operation) -> Outcome | None:
 
 @rule(_aten.unsqueeze)
 def unsqueeze(op: Operation) -> Outcome | None:
-    """A dim of size one more."""
+    """Insert a dim of size one."""
     at, dims = op.given["dim"] % len(op.shape), len(op.shape) - 1
     return _moved(op, op.given["self"], {dim: dim + (dim >= at) for dim in range(dims)})
 
 
 @rule(_aten.squeeze)
 def squeeze(op: Operation) -> Outcome | None:
-    """Dims of size one less."""
+    """Drop dims of size one."""
     x = op.given["self"]
     shape, given = shape_of(x), op.given.get("dim")
     chosen = range(len(shape)) if given is None else given if isinstance(given, (list, tuple)) else [given]
@@ -150,19 +152,19 @@ def _moved(op: Operation, x: Node, places: dict[int, int]) -> Outcome | None:
     linear=True,
 )  # fmt: skip
 def terms_seen(op: Operation) -> Outcome | None:
-    """A term in other dims, or some of it."""
+    """A term in another shape, or a part of it."""
     return op.becomes(TERMS, self=Want(op.given["self"], TERMS))
 
 
-# --- parts of a value, and values put together
+# --- parts of a value, and concatenation
 
 
 @rule(_aten.slice)
 def slice_(op: Operation) -> Outcome | None:
-    """A range along a dim.
+    """Take a range along a dim.
 
     Raises:
-        Borders: along the one that is cut, where parts would have to begin and end.
+        Borders: if it does not begin and end where parts of the cut dim do.
     """
     x, shape = op.given["self"], shape_of(op.given["self"])
     cut, dim, step = op.cut(x), op.given["dim"] % len(shape), op.given["step"]
@@ -172,14 +174,15 @@ def slice_(op: Operation) -> Outcome | None:
         return op.becomes(cut, self=Want(x, cut))
     start, end, _ = slice(op.given["start"], op.given["end"]).indices(shape[dim])
     kept = parts_between(cut, start, end, x)
-    return op.becomes(Cut(dim, kept), self=Want(x, cut), start=start // op.size, end=end // op.size)
+    made = op.becomes(Cut(dim, kept), self=Want(x, cut), start=start // op.size, end=end // op.size)
+    return replace(made, ranges=((start, end),))
 
 
 def parts_between(cut: Cut, start: int, end: int, node: Node) -> tuple[int, ...]:
-    """The parts of a cut that lie in a range.
+    """Return the parts of a cut within a range.
 
     Raises:
-        Borders: when it does not begin and end where parts do.
+        Borders: if the range does not begin and end where parts do.
     """
     borders = cut.borders
     if start not in borders or end not in borders:
@@ -189,7 +192,7 @@ def parts_between(cut: Cut, start: int, end: int, node: Node) -> tuple[int, ...]
 
 @rule(_aten.narrow)
 def narrow(op: Operation) -> Outcome | None:
-    """As `slice_`."""
+    """Like `slice_`."""
     x, dim = op.given["self"], op.given["dim"] % len(op.shape)
     cut, start, length = op.cut(x), op.given["start"], op.given["length"]
     if cut is None or isinstance(start, Node):
@@ -197,12 +200,13 @@ def narrow(op: Operation) -> Outcome | None:
     if dim != cut.dim:
         return op.becomes(cut, self=Want(x, cut))
     kept = parts_between(cut, start, start + length, x)
-    return op.becomes(Cut(dim, kept), self=Want(x, cut), start=start // op.size, length=length // op.size)
+    made = op.becomes(Cut(dim, kept), self=Want(x, cut), start=start // op.size, length=length // op.size)
+    return replace(made, ranges=((start, start + length),))
 
 
 @rule(_aten.select, _aten.unbind)
 def places(op: Operation) -> Outcome | None:
-    """One place along a dim, or all of them, one by one."""
+    """Take one place along a dim, or all of them one by one."""
     x, shape = op.given["self"], shape_of(op.given["self"])
     cut, dim = op.cut(x), op.given["dim"] % len(shape)
     if cut is None:
@@ -215,7 +219,7 @@ def places(op: Operation) -> Outcome | None:
 
 @rule(_aten.split, _aten.split_with_sizes, _aten.chunk, _aten.unsafe_chunk, _aten.unsafe_split)
 def split(op: Operation) -> Outcome | None:
-    """Ranges along a dim, one after the other."""
+    """Split into ranges along a dim."""
     x = op.given["self"]
     cut = op.cut(x)
     dim = op.given["dim"] % len(shape_of(x))
@@ -224,16 +228,15 @@ def split(op: Operation) -> Outcome | None:
         return None
     if dim != cut.dim:
         return op.becomes((cut,) * len(widths), self=Want(x, cut))
-    ends = list(accumulate(widths))
-    found = [parts_between(cut, end - width, end, x) for end, width in zip(ends, widths, strict=True)]
+    ranges = tuple((end - width, end) for end, width in zip(accumulate(widths), widths, strict=True))
+    layouts = tuple(Cut(dim, parts_between(cut, start, end, x)) for start, end in ranges)
     sizes = [width // op.size for width in widths]
-    layouts = tuple(Cut(dim, parts) for parts in found)
-    return Outcome(layouts, _aten.split_with_sizes.default, (Want(x, cut), sizes, dim))
+    return Outcome(layouts, _aten.split_with_sizes.default, (Want(x, cut), sizes, dim), ranges=ranges)
 
 
 @rule(_aten.cat, _aten.concat)
 def cat(op: Operation) -> Outcome | None:
-    """Values one after the other: along another dim than they are cut, or the parts of each."""
+    """Concatenate values: along another dim than the cut one, or each value's parts."""
     values, dim = op.given["tensors"], op.given["dim"] % len(op.shape)
     cut = next((cut for each in values if (cut := op.cut(each)) is not None), None)
     if cut is None or any(len(shape_of(each)) != len(op.shape) for each in values):
@@ -249,7 +252,7 @@ def cat(op: Operation) -> Outcome | None:
 
 @rule(_aten.stack)
 def stack(op: Operation) -> Outcome | None:
-    """Values along a new dim."""
+    """Stack values along a new dim."""
     values, dim = op.given["tensors"], op.given["dim"] % len(op.shape)
     cut = next((cut for each in values if (cut := op.cut(each)) is not None), None)
     if cut is None:
@@ -259,7 +262,7 @@ def stack(op: Operation) -> Outcome | None:
 
 @rule(_aten.repeat_interleave)
 def repeat_interleave(op: Operation) -> Outcome | None:
-    """Each place of a dim some times."""
+    """Repeat each place of a dim."""
     if op.node.target is not _aten.repeat_interleave.self_int or op.given["dim"] is None:
         return None
     x, times = op.given["self"], op.given["repeats"]
@@ -272,7 +275,7 @@ def repeat_interleave(op: Operation) -> Outcome | None:
 
 @rule(_aten.repeat)
 def repeat(op: Operation) -> Outcome | None:
-    """All of a value some times; along the dim that is cut once."""
+    """Repeat a whole value, but not along the cut dim."""
     x, times = op.given["self"], op.given["repeats"]
     cut = op.cut(x)
     if cut is None:
@@ -283,7 +286,7 @@ def repeat(op: Operation) -> Outcome | None:
 
 @rule(_aten.index)
 def index(op: Operation) -> Outcome | None:
-    """Places by numbers, along dims beside the one that is cut."""
+    """Index along dims other than the cut one."""
     x, indices = op.given["self"], op.given["indices"]
     cut, used = op.cut(x), [dim for dim, each in enumerate(op.given["indices"]) if each is not None]
     if cut is None or cut.dim in used or any(op.layout(each) is not FULL for each in indices if each is not None):
@@ -296,7 +299,7 @@ def index(op: Operation) -> Outcome | None:
 
 @rule(_aten.index_select, _aten.flip, _aten.roll, _aten.tril, _aten.triu, _aten.pad, _aten.constant_pad_nd)
 def beside(op: Operation) -> Outcome | None:
-    """What leaves the dim that is cut alone."""
+    """Operators along other dims than the cut one."""
     x = op.given["self"]
     cut, name = op.cut(x), str(op.node.target).split(".")[1]
     if cut is None:

@@ -1,4 +1,4 @@
-"""Embeddings and losses over a vocabulary that is cut."""
+"""Embeddings and losses over a cut vocabulary."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _aten = torch.ops.aten
 
 @rule(_aten.embedding)
 def embedding(op: Operation) -> Outcome | None:
-    """Rows of a weight by their numbers: each rank has some of the rows, or a part of each."""
+    """Look up rows of a weight: each rank has some of the rows, or a part of each."""
     weight, ids = op.given["weight"], op.given["indices"]
     own, given = op.cut(weight), op.cut(ids)
     if own is not None and op.given["scale_grad_by_freq"]:
@@ -29,7 +29,7 @@ def embedding(op: Operation) -> Outcome | None:
 
 
 def embedding_term(weight: Tensor, ids: Tensor, padding: int, axis: str) -> Tensor:
-    """The rows that this rank has; zeros for others. The row of `padding` gets no gradient; -1 stands for none.
+    """Look up the rows that this rank has; others are zeros. The row of `padding` gets no gradient; -1 means none.
 
     Source: Shoeybi et al., "Megatron-LM", arXiv 1909.08053, section 3.
     """
@@ -43,7 +43,7 @@ def embedding_term(weight: Tensor, ids: Tensor, padding: int, axis: str) -> Tens
 
 @rule(_aten.cross_entropy_loss)
 def cross_entropy(op: Operation) -> Outcome | None:
-    """Of logits (tokens, vocabulary) that are cut along the vocabulary, and labels."""
+    """Of logits (tokens, vocabulary), cut along the vocabulary, and labels."""
     logits, labels = op.given["self"], op.given["target"]
     cut, reduction = op.cut(logits), op.given["reduction"]
     if cut is None or cut.dim != 1 or len(cut.parts) != 1 or len(shape_of(logits)) != 2:
@@ -57,7 +57,7 @@ def cross_entropy(op: Operation) -> Outcome | None:
 
 
 def cross_entropy_of_parts(logits: Tensor, labels: Tensor, mean: bool, ignored: int, axis: str) -> Tensor:
-    """The cross-entropy in nats: its mean over labels that count, or its sum; the same on every rank."""
+    """Return the cross-entropy in nats, the mean over labels that count or the sum; the same on every rank."""
     exact = logits if logits.dtype.itemsize >= 4 else logits.float()
     total = cross_entropy_along(exact, labels, axis, ignored)
     return (total / (labels != ignored).sum() if mean else total).to(logits.dtype)
