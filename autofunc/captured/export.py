@@ -26,7 +26,6 @@ from autofunc.captured.assertions import leave_out_assertions
 from autofunc.captured.autograd_functions import apply_for_real, recorded
 from autofunc.captured.balance import over_expert_ranks
 from autofunc.captured.compiled_parts import call_inside
-from autofunc.captured.control_flow import PYTHON_CONTROL_FLOW
 from autofunc.captured.converted_parts import without_conversions
 from autofunc.captured.ctc import LENGTHS_AS_TENSORS
 from autofunc.captured.decided_draws import refuse_decided_draws

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from autofunc import tree
-from autofunc.captured.control_flow import python_control_flow
 from autofunc.captured.conversions import Conversions, Decision, Kind, here
 from autofunc.captured.ctc import LENGTHS_AS_TENSORS
 from autofunc.captured.host_draws import restored_host_generators
