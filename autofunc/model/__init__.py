@@ -6,6 +6,17 @@ from autofunc.model.cut_points import CutPoints
 from autofunc.model.layer import Layer
 from autofunc.model.placement_rules import TensorParallel, cut_dims
 from autofunc.model.specialised import Specialised
-from autofunc.model.state import State, check_state
+from autofunc.model.state import State, check_state, given_state
 
-__all__ = ["CacheForm", "CutPoints", "Layer", "Model", "Specialised", "State", "TensorParallel", "check_state", "cut_dims"]
+__all__ = [
+    "CacheForm",
+    "CutPoints",
+    "Layer",
+    "Model",
+    "Specialised",
+    "State",
+    "TensorParallel",
+    "check_state",
+    "cut_dims",
+    "given_state",
+]
