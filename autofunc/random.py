@@ -191,7 +191,8 @@ def dropout(
         training: False disables dropout regardless of the key: pass `self.training` in a module.
 
     Raises:
-        BatchError: without a batch, if a forward is rerun while gradients are computed (`torch.utils.checkpoint`).
+        BatchError: for a `p` outside [0, 1); without a batch, if a forward is rerun while gradients are computed
+            (`torch.utils.checkpoint`).
     """
     if not training:
         return x
