@@ -43,6 +43,7 @@ from autofunc.captured.recurrent import unfuse
 from autofunc.captured.replacing import Replacing
 from autofunc.captured.rows_back import leave_out_rows
 from autofunc.captured.side_effects import LeftBehind, restored, written_back
+from autofunc.captured.torch_cond import PYTHON_CONTROL_FLOW
 from autofunc.captured.vmapped import unmap
 from autofunc.errors import ModelError, in_brief
 from autofunc.experts import run_for_real
