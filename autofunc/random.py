@@ -206,7 +206,7 @@ def dropout(
     if key is None or p == 0.0:
         return x
     if not 0.0 <= p < 1.0:
-        raise ValueError(f"dropout {name!r}: p={p} is not a probability in [0, 1)")
+        raise BatchError(f"dropout {name!r}: p={p} is not a probability in [0, 1)")
     keep = at_least(min(round(p * 2.0**32), MASK), hashed(fold_in(key, name), x.numel())).view(x.shape)
     return x * keep.to(x.dtype) * (1.0 / (1.0 - p))
 
