@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from autofunc.transform import pipeline, value_and_grad
     from autofunc.whole_module import from_module
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOME = {
     "AutoModel": "autofunc.automodel",

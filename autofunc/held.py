@@ -13,9 +13,8 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from autofunc import tree
-from autofunc.errors import ModelError, some_of
 from autofunc.mesh import pp_ranks
-from autofunc.model import Model, check_state
+from autofunc.model import Model, given_state
 from autofunc.runtime.collect import collect_tree
 from autofunc.runtime.gather import gather_tree
 from autofunc.schedule import Schedule
@@ -199,15 +198,8 @@ class Held:
 
     def _checked(self, state: tree.Nested | None) -> dict[str, Tensor]:
         """Return the state of this process's ranks, flat, after checking it."""
-        spec = self._state_spec
-        if state is None and spec:
-            raise ModelError(
-                f"{self._model.title} keeps state ({some_of(spec)}): pass state=pipe.init_state(), or what the last step "
-                "returned"
-            )
-        flat = {} if state is None else tree.flatten(state)
-        check_state(spec, flat)
-        return {path: flat[path].detach() for path in spec}
+        flat = given_state(self._state_spec, state, self._model.title, "pipe.init_state()")
+        return {path: flat[path].detach() for path in self._state_spec}
 
     @cached_property
     def _state_spec(self) -> dict[str, Tensor]:

@@ -24,6 +24,8 @@ Loss = Callable[[Any, Mapping[str, Any]], Any]
 REDUCTIONS = ("sum", "mean", "max", "cat")
 IGNORED = -100
 """Label of tokens that do not count."""
+NO_WEIGHT = f"the total weight of the loss is 0: no microbatch has a label to learn from (all are {IGNORED}?)"
+"""Why a step has no loss, for messages."""
 
 
 class LossTerms(NamedTuple):

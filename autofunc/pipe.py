@@ -235,6 +235,7 @@ class Pipeline(Held):
         """Return what each stage keeps for one microbatch, in bytes, from its graph; nothing runs.
 
         For `schedule.live_bytes` and, as `schedule.Memory.of_stages(...)`, for `schedule.search`. Every process calls it.
+        For the arguments see `profile`.
 
         Raises:
             AutofuncError: for the eager engine, which cannot tell, or if a size depends on data.
@@ -252,8 +253,8 @@ class Pipeline(Held):
     def measure_bytes(self, params: tree.Nested, batch: Mapping[str, Any], key: Any = None) -> tuple[list[int], ...]:
         """Run a step and measure the bytes alive after each action of the lowered schedule, by rank.
 
-        Distinct storages of residuals, boundary values, cotangents, receive slots and accumulators are counted; parameters,
-        the batch and an operator's temporaries are not. Every process calls it.
+        Counts the distinct storages of residuals, boundary values, cotangents, receive slots and accumulators, but not
+        parameters, the batch or temporaries of operators. Every process calls it. For the arguments see `profile`.
         """
         scales = Scales([local(leaf) for leaf in tree.flatten(params).values() if isinstance(leaf, Tensor)])
         self.run(Mode.GRADS, params, batch, key, self._state_beside(params), scales)

@@ -191,7 +191,8 @@ def dropout(
         training: False disables dropout regardless of the key: pass `self.training` in a module.
 
     Raises:
-        BatchError: without a batch, if a forward is rerun while gradients are computed (`torch.utils.checkpoint`).
+        BatchError: for a `p` outside [0, 1); without a batch, if a forward is rerun while gradients are computed
+            (`torch.utils.checkpoint`).
     """
     if not training:
         return x
@@ -205,7 +206,7 @@ def dropout(
     if key is None or p == 0.0:
         return x
     if not 0.0 <= p < 1.0:
-        raise ValueError(f"dropout {name!r}: p={p} is not a probability in [0, 1)")
+        raise BatchError(f"dropout {name!r}: p={p} is not a probability in [0, 1)")
     keep = at_least(min(round(p * 2.0**32), MASK), hashed(fold_in(key, name), x.numel())).view(x.shape)
     return x * keep.to(x.dtype) * (1.0 / (1.0 - p))
 

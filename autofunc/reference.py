@@ -11,7 +11,7 @@ from tensordict import TensorDict
 from autofunc import tree
 from autofunc.batch import split_batch
 from autofunc.errors import BatchError
-from autofunc.losses import Loss, combine_aux, evaluate
+from autofunc.losses import NO_WEIGHT, Loss, combine_aux, evaluate
 from autofunc.model import Model
 from autofunc.row_dims import BatchDims
 
@@ -41,7 +41,11 @@ def reference_value_and_grad(
 
     Returns:
         `f(params, batch, key=None, state=None) -> (loss, grads)`; `loss` becomes `(loss, aux)` with `has_aux`,
-        `(loss, state)` with `has_state`, and `(loss, aux, state)` with both.
+        `(loss, state)` with `has_state`, and `(loss, aux, state)` with both. `loss` is 0-dim fp32.
+
+    Raises:
+        BatchError: from `f`, if the number of microbatches does not divide the rows, or the total weight is 0.
+        ModelError: from `f`, if a parameter or state is missing.
     """
 
     def value_and_grad(
@@ -74,7 +78,7 @@ def reference_value_and_grad(
             canonical = model.canonical(path)
             merged[canonical] = merged[canonical] + part if canonical in merged else part
         if weight == 0:
-            raise BatchError("the total weight of the loss is 0: no microbatch has a label to learn from (all are -100?)")
+            raise BatchError(NO_WEIGHT)
         mean = total / weight
         tree_of_grads = tree.to_tensordict({path: (s / weight).to(flat[path].dtype) for path, s in merged.items()})
         values: list[Any] = [mean]

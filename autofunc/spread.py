@@ -150,9 +150,12 @@ def constrain(x: Tensor, placement: str) -> Tensor:
     its end the parts are summed into the stream (`"sequence"`).
 
     Args:
-        x: a tensor.
+        x: a tensor of any shape.
         placement: "replicate": every rank has all of it; "shard(d)": each has its part of dim d; "sequence": its part of
             the tokens (dim 1) with sequence parallelism, all of it without.
+
+    Returns:
+        A tensor of the same global shape and dtype.
 
     Raises:
         ModelError: for an unknown placement, or a dim that does not divide.

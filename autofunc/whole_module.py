@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from autofunc import tree
 from autofunc.captured import Branches, CapturedModel, Pretrained, capture_module
-from autofunc.captured.control_flow import python_control_flow
 from autofunc.captured.module import source_of
 from autofunc.captured.side_effects import restored, written_back
+from autofunc.captured.torch_cond import python_control_flow
 from autofunc.captured.without_dropout import still
 from autofunc.engine import GraphStage, Microbatch
 from autofunc.errors import ModelError, SplitError

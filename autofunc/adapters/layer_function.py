@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -38,7 +37,7 @@ def with_adapters(layer: str, function: Callable[..., Any], held: Sequence[Held]
         products, key = ChangedProducts(layer), key_of(entries)
         for each in held:
             left, right = each.adapter.factors(a[each.weight], b[each.weight])
-            drop = _dropping(each, key, f"{layer}.{each.weight}.lora")
+            drop = _dropout(each, key, f"{layer}.{each.weight}.lora")
             weight = own[each.weight]
             products.change(weight, Change(left, right, each.adapter.size.scale, each.weight, drop))
         with products, _nothing_run_again(layer):
@@ -65,7 +64,7 @@ def _nothing_run_again(layer: str) -> Iterator[None]:
         raise ModelError(words) from None
 
 
-def _dropping(held: Held, key: Tensor | None, name: str) -> Drop | None:
+def _dropout(held: Held, key: Tensor | None, name: str) -> Drop | None:
     """Return dropout that draws afresh for each product; None without a key, as in evaluation."""
     if key is None or not held.adapter.size.dropout:
         return None
@@ -74,4 +73,4 @@ def _dropping(held: Held, key: Tensor | None, name: str) -> Drop | None:
     def drop(x: Tensor) -> Tensor:
         return random.dropout(x, held.adapter.size.dropout, {random.KEY: key}, f"{name}#{next(calls)}")
 
-    return partial(drop)
+    return drop

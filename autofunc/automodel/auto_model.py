@@ -117,7 +117,7 @@ class AutoModel:
         *,
         max_shard_size: int | str = "5GB",
     ) -> Path:
-        """See `autofunc.automodel.write_pretrained`."""
+        """Write parameters as a folder that `from_pretrained` loads; see `autofunc.automodel.write_pretrained`."""
         return write_pretrained(model, params, folder, max_shard_size=max_shard_size)
 
 

@@ -69,9 +69,10 @@ def _tensors(file: Path) -> dict[str, Tensor]:
             _check_plain(file)
         found: Any = torch.load(file, map_location="meta", weights_only=True)
     except Exception as error:  # torch, pickle and zipfile each raise their own
+        first = in_brief(error).partition("\n")[0]
         raise ModelError(
-            f"{shown(file)} cannot be loaded without executing code in it, or is broken "
-            f"({in_brief(error).partition(_NEXT)[0]}); save its state_dict as safetensors"
+            f"{shown(file)} cannot be loaded without executing code in it, or is broken ({first}); save its state_dict as "
+            "safetensors"
         ) from error
     if not isinstance(found, Mapping):
         raise ModelError(f"{shown(file)} holds a {type(found).__name__}; expected a state dict of tensors by name")
@@ -79,9 +80,6 @@ def _tensors(file: Path) -> dict[str, Tensor]:
         if not (isinstance(name, str) and isinstance(value, Tensor)):
             raise ModelError(f"{shown(file)}: {quoted(name)} is a {type(value).__name__}; expected a tensor")
     return dict(found)
-
-
-_NEXT = "\n"
 
 
 def _check_plain(file: Path) -> None:

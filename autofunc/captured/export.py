@@ -26,7 +26,6 @@ from autofunc.captured.assertions import leave_out_assertions
 from autofunc.captured.autograd_functions import apply_for_real, recorded
 from autofunc.captured.balance import over_expert_ranks
 from autofunc.captured.compiled_parts import call_inside
-from autofunc.captured.control_flow import PYTHON_CONTROL_FLOW
 from autofunc.captured.converted_parts import without_conversions
 from autofunc.captured.ctc import LENGTHS_AS_TENSORS
 from autofunc.captured.decided_draws import refuse_decided_draws
@@ -44,6 +43,7 @@ from autofunc.captured.recurrent import unfuse
 from autofunc.captured.replacing import Replacing
 from autofunc.captured.rows_back import leave_out_rows
 from autofunc.captured.side_effects import LeftBehind, restored, written_back
+from autofunc.captured.torch_cond import PYTHON_CONTROL_FLOW
 from autofunc.captured.vmapped import unmap
 from autofunc.errors import ModelError, in_brief
 from autofunc.experts import run_for_real

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from autofunc import tree
-from autofunc.captured.control_flow import python_control_flow
 from autofunc.captured.conversions import Conversions, Decision, Kind, here
 from autofunc.captured.ctc import LENGTHS_AS_TENSORS
 from autofunc.captured.host_draws import restored_host_generators
@@ -23,6 +22,7 @@ from autofunc.captured.replacing import Replacing
 from autofunc.captured.side_effects import restored
 from autofunc.captured.snapshot import Snapshot
 from autofunc.captured.source import Source
+from autofunc.captured.torch_cond import python_control_flow
 from autofunc.captured.without_dropout import WithoutDropout
 from autofunc.errors import ModelError, in_brief
 from autofunc.fake import fake_mode, is_fake, user_line

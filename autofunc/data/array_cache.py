@@ -21,7 +21,7 @@ import numpy as np
 from filelock import FileLock
 
 from autofunc.errors import DataError
-from autofunc.progress_bar import say
+from autofunc.progress_bar import note
 from autofunc.shown import shown
 
 FOLDER, OFF = "AUTOFUNC_CACHE", "off"
@@ -69,7 +69,7 @@ def cached(what: str, key: Mapping[str, Any], make: Callable[[], Arrays]) -> Arr
             try:
                 return _read(folder, text)
             except _DamagedError as error:
-                say(f"note: the cache {shown(folder)} {error}; rebuilding it")
+                note(f"the cache {shown(folder)} {error}; rebuilding it")
         made = make()
         with _unwritable(root):
             _write(folder, text, made)

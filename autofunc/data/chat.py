@@ -9,7 +9,7 @@ from typing import Any
 
 from autofunc.data.checks import check_at_least_one
 from autofunc.data.conversations import conversation, messages_of
-from autofunc.data.instruction_rows import InstructionRows, Padding
+from autofunc.data.instruction_rows import InstructionRows, PaddingMode
 from autofunc.data.learnt_tokens import Example, examples_of
 from autofunc.data.tables import Tables
 from autofunc.data.tokenizer import HuggingFaceTokenizer
@@ -51,7 +51,7 @@ class ChatDataset(InstructionRows):
         name: str | None = None,
         answer_only_loss_mask: bool = True,
         seq_length: int | None = None,
-        padding: Padding = "max_length",
+        padding: PaddingMode = "max_length",
         truncation: bool = True,
         chat_template: str | None = None,
         limit_dataset_samples: int | None = None,

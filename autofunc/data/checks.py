@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from autofunc.errors import DataError
 
-MOST_TOKENS = 1 << 24
+MOST_TOKENS_PER_ROW = 1 << 24
 """The most tokens a row may have."""
 
 
@@ -15,8 +15,8 @@ def check_length(dataset: str, seq_len: int | None) -> None:
         DataError: naming the argument.
     """
     check_at_least_one(dataset, seq_len=seq_len)
-    if seq_len is not None and seq_len > MOST_TOKENS:
-        raise DataError(f"{dataset}: seq_len={seq_len}, expected at most {MOST_TOKENS:,}")
+    if seq_len is not None and seq_len > MOST_TOKENS_PER_ROW:
+        raise DataError(f"{dataset}: seq_len={seq_len}, expected at most {MOST_TOKENS_PER_ROW:,}")
 
 
 def check_at_least_one(dataset: str, **numbers: int | None) -> None:

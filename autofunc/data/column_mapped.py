@@ -7,7 +7,7 @@ from typing import Any
 
 from autofunc.data.checks import check_at_least_one
 from autofunc.data.conversations import conversation
-from autofunc.data.instruction_rows import InstructionRows, Padding
+from autofunc.data.instruction_rows import InstructionRows, PaddingMode
 from autofunc.data.learnt_tokens import Example, examples_of, learnt_in
 from autofunc.data.tables import Tables, text_of
 from autofunc.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer, load_tokenizer
@@ -52,7 +52,7 @@ class ColumnMappedTextInstructionDataset(InstructionRows):
         name: str | None = None,
         answer_only_loss_mask: bool = True,
         seq_length: int | None = None,
-        padding: Padding = "max_length",
+        padding: PaddingMode = "max_length",
         truncation: bool = True,
         limit_dataset_samples: int | None = None,
         use_hf_chat_template: bool | None = None,

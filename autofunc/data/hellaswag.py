@@ -69,8 +69,7 @@ class HellaSwag(Dataset[dict[str, Tensor]]):
             key = {"made by": f"HellaSwag {_VERSION}", **tables.key()}
             self._examples = examples_of("hellaswag", str(tables), key, self.tokenizer, make)
         except DataError as error:
-            message = str(error)
-            raise DataError(message if message.startswith("HellaSwag") else f"HellaSwag: {message}") from error
+            raise DataError(f"HellaSwag: {error}") from error
         if not len(self._examples):
             raise DataError(f"HellaSwag: split {quoted(split)} of {shown(path_or_dataset)} is empty")
         longest = int(self._examples.lengths.max()) - 1
@@ -98,9 +97,9 @@ class HellaSwag(Dataset[dict[str, Tensor]]):
         given, count = example["label"], len(endings)
         label = given if type(given) is int else int(given) if isinstance(given, str) and _NUMBER.fullmatch(given) else -1
         if not 0 <= label < count:  # the hub's test split has no labels
-            raise DataError(f"HellaSwag: {where}: label {quoted(given)} with {count} endings")
-        context = list(self.tokenizer.encode(text_of(f"HellaSwag: {where}", "ctx", example["ctx"])))
-        ending = list(self.tokenizer.encode(text_of(f"HellaSwag: {where}", "the ending", " " + endings[label])))
+            raise DataError(f"{where}: label {quoted(given)} with {count} endings")
+        context = list(self.tokenizer.encode(text_of(where, "ctx", example["ctx"])))
+        ending = list(self.tokenizer.encode(text_of(where, "the ending", " " + endings[label])))
         return Example(context + ending, [False] * len(context) + [True] * len(ending))
 
 
@@ -117,7 +116,6 @@ def _endings(where: str, given: object) -> list[str]:
                 break
     if not isinstance(endings, list) or not endings or not all(isinstance(each, str) for each in endings):
         raise DataError(
-            f"HellaSwag: {where}: endings {quoted(given)}; expected a list of strings, in a CSV file as JSON: "
-            '["one", "another"]'
+            f'{where}: endings {quoted(given)}; expected a list of strings, in a CSV file as JSON: ["one", "another"]'
         )
     return endings

@@ -14,8 +14,8 @@ from autofunc.data.tokenizer import Tokenizer
 from autofunc.errors import DataError, one_of
 from autofunc.shown import shown
 
-Padding = Literal["max_length", "do_not_pad"]
-_PADDINGS = ("max_length", "do_not_pad")
+PaddingMode = Literal["max_length", "do_not_pad"]
+_PADDING_MODES = ("max_length", "do_not_pad")
 
 
 class InstructionRows(Dataset[dict[str, Tensor]]):
@@ -41,14 +41,14 @@ class InstructionRows(Dataset[dict[str, Tensor]]):
         of: str,
         *,
         seq_length: int | None,
-        padding: Padding,
+        padding: PaddingMode,
         truncation: bool,
         aligned_labels: bool,
     ) -> None:
         name = type(self).__name__
         check_length(name, seq_length)
-        if padding not in _PADDINGS:
-            raise DataError(f"{name}: padding={padding!r}: {one_of(padding, _PADDINGS)}")
+        if padding not in _PADDING_MODES:
+            raise DataError(f"{name}: padding={padding!r}: {one_of(padding, _PADDING_MODES)}")
         self.tokenizer, self.aligned_labels, self.notes, self._of = tokenizer, aligned_labels, list[str](), of
         self._examples, self._pads = examples, padding == "max_length"
         if not len(examples):

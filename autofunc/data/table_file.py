@@ -13,7 +13,7 @@ from autofunc.shown import quoted, reason, shown
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 
-MOST_BYTES = 2**34
+MOST_TABLE_BYTES = 2**34
 """The largest table file: its rows are kept in memory."""
 
 MOST_ROWS = 50_000_000
@@ -59,7 +59,7 @@ def check_plain(path: Path) -> None:
     Raises:
         DataError: naming the file.
     """
-    check_file(path, DataError, MOST_BYTES)
+    check_file(path, DataError, MOST_TABLE_BYTES)
     packed = compression(path)
     if packed is not None:
         raise DataError(f"{shown(path)} is compressed ({packed}); unpack it first")

@@ -23,7 +23,7 @@ from autofunc.shown import shown
 _VERSION = 1  # of the tokenisation; part of the cache key
 _VALIDATION_EVERY = 20  # every 20th file is for validation
 
-MOST_BYTES = 2**33
+MOST_CORPUS_BYTES = 2**33
 """The most bytes of all files together: their tokens are kept in memory."""
 
 
@@ -123,7 +123,7 @@ class TextFolder(Dataset[dict[str, Tensor]]):
             found: Arrays = make()
         else:
             for file in files:
-                check_file(file, DataError, MOST_BYTES)
+                check_file(file, DataError, MOST_CORPUS_BYTES)
             key = {"made by": f"text {_VERSION}", "content": content_of(files), "tokenizer": self.tokenizer.identity}
             found = cached("text", {**key, "of a folder": of_folder, "chosen": chosen}, make)
         return found["tokens"], int(found["num_files"])
@@ -131,7 +131,7 @@ class TextFolder(Dataset[dict[str, Tensor]]):
     def _tokens_of(
         self, files: list[Path], of_folder: bool, chosen: bool, advance: Callable[[int], None]
     ) -> Iterator[np.ndarray]:
-        room = MOST_BYTES
+        room = MOST_CORPUS_BYTES
         for file in files:
             check_file(file, DataError, room)
             content = file.read_bytes()
@@ -156,5 +156,5 @@ def _files(path: Path, suffixes: Sequence[str] | None) -> list[Path]:
         return sorted(files_in(path, suffixes))
     if unfit(path) == NOT_THERE:
         raise DataError(f"{shown(path)} is neither a folder nor a file")
-    check_file(path, DataError, MOST_BYTES)
+    check_file(path, DataError, MOST_CORPUS_BYTES)
     return [path]

@@ -18,7 +18,7 @@ from autofunc.errors import DataError
 from autofunc.foreign_file import check_file
 from autofunc.shown import shown
 
-MOST_TOKENS = 2**31 - 1
+MOST_TOKENS_PER_FILE = 2**31 - 1
 """The most tokens a header can count."""
 
 _MAGIC, _OLDER_MAGIC, _VERSION = 278895051, 20240520, 1
@@ -26,7 +26,7 @@ _HEADER = np.dtype("<i4")
 _HEADER_NUMBERS = 256
 HEADER_BYTES = _HEADER_NUMBERS * _HEADER.itemsize
 _KINDS: dict[int, np.dtype[Any]] = {2: np.dtype("<u2"), 4: np.dtype("<u4")}
-_MOST_BYTES = HEADER_BYTES + 4 * MOST_TOKENS
+_MOST_BYTES = HEADER_BYTES + 4 * MOST_TOKENS_PER_FILE
 
 
 class TokenFile(NamedTuple):
@@ -58,8 +58,10 @@ def write_token_file(path: Path, chunks: Iterable[np.ndarray], vocab_size: int) 
                 if chunk.size and not 0 <= chunk.min() <= chunk.max() < vocab_size:
                     raise DataError(f"token {chunk.max()} is not below vocab_size={vocab_size}")
                 count += len(chunk)
-                if count > MOST_TOKENS:
-                    raise DataError(f"a file holds at most {MOST_TOKENS:,} tokens; write several, each with a part")
+                if count > MOST_TOKENS_PER_FILE:
+                    raise DataError(
+                        f"a file holds at most {MOST_TOKENS_PER_FILE:,} tokens; write several, each with a part"
+                    )
                 file.write(chunk.astype(kind).tobytes())
             header = np.zeros(_HEADER_NUMBERS, _HEADER)
             header[:5] = _MAGIC, _VERSION, count, kind.itemsize, vocab_size

@@ -15,7 +15,7 @@ from autofunc.adapters.model import AdaptedModel
 from autofunc.captured import INSIDE, CapturedModel, capture_around
 from autofunc.engine import EngineOptions
 from autofunc.errors import ModelError, in_brief
-from autofunc.generation.decoder_module import WithCache, why_no_cache
+from autofunc.generation.decoder_module import DecoderWithCache, why_no_cache
 from autofunc.generation.prompts import LeftPadded, rounded_up
 from autofunc.model import CacheForm, Model
 from autofunc.pipe import Pipeline
@@ -146,4 +146,4 @@ def _around(model: CapturedModel, form: CacheForm) -> CapturedModel:
         "attention_mask": torch.ones((form.rows, form.length), dtype=torch.long),
         "start": torch.tensor(0),
     }
-    return capture_around(WithCache(model.module, form, model.device), model, example)
+    return capture_around(DecoderWithCache(model.module, form, model.device), model, example)

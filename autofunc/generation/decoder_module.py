@@ -36,7 +36,7 @@ def why_no_cache(module: nn.Module) -> str | None:
     return None
 
 
-class WithCache(nn.Module):
+class DecoderWithCache(nn.Module):
     """A causal language model together with buffers for its keys and values.
 
     Args:

@@ -6,7 +6,7 @@ from autofunc.model.cut_points import CutPoints
 from autofunc.model.layer import Layer
 from autofunc.model.placement_rules import TensorParallel, cut_dims, patterns_like
 from autofunc.model.specialised import Specialised
-from autofunc.model.state import State, StatefulFunction, check_state
+from autofunc.model.state import State, StatefulFunction, check_state, given_state
 
 __all__ = [
     "CacheForm",
@@ -19,5 +19,6 @@ __all__ = [
     "TensorParallel",
     "check_state",
     "cut_dims",
+    "given_state",
     "patterns_like",
 ]

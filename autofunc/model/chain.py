@@ -105,7 +105,7 @@ class Model(OverProcesses, GivenBack):
 
     @cached_property
     def state_spec(self) -> dict[str, torch.Tensor]:
-        """All state that layers keep between microbatches: path -> meta tensor, sorted by path."""
+        """All state between microbatches: path -> meta tensor, sorted; a path that is a parameter too is a ModelError."""
         spec = self.init_state_paths(None, "meta")
         both = [path for path in spec if path in self.spec]
         if both:

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from autofunc import tree
-from autofunc.errors import ModelError, one_of, some_of
-from autofunc.model.state import check_state
+from autofunc.errors import ModelError, one_of
+from autofunc.model.state import given_state
 
 InTransformers = Callable[[tree.Nested], tuple[Mapping[str, Any], Mapping[str, Tensor]]]
 """Maps a full tree of parameters to (values of a config.json, state dict of the transformers model)."""
@@ -97,11 +97,4 @@ class GivenBack:
         Raises:
             ModelError: if layers keep state, and some is missing or has the wrong shape or dtype.
         """
-        if state is None and self.state_spec:
-            raise ModelError(
-                f"{self.title} keeps state ({some_of(self.state_spec)}): pass state=model.init_state(), or the state that "
-                "the last step returned"
-            )
-        flat = {} if state is None else tree.flatten(state)
-        check_state(self.state_spec, flat)
-        return {**tree.flatten(params), **flat}
+        return {**tree.flatten(params), **given_state(self.state_spec, state, self.title, "model.init_state()")}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from autofunc import tree
-from autofunc.errors import ModelError, one_of
+from autofunc.errors import ModelError, one_of, some_of
 from autofunc.model.layer import Layer, drawing_as
 
 State = Mapping[str, Tensor]
@@ -59,6 +59,27 @@ def alike(name: str, before: State, after: Mapping[str, Any]) -> State:
                 "keeps its shapes and dtypes"
             )
     return {path: after[path].detach() for path in before}
+
+
+def given_state(spec: Mapping[str, Tensor], state: tree.Nested | None, title: str, initial: str) -> dict[str, Tensor]:
+    """Return a tree of state that a caller passed, flat, after checking it.
+
+    Args:
+        spec: path -> a tensor of the expected shape and dtype.
+        state: a tree that holds at least these paths; None is refused if there are any.
+        title: of the model, for messages.
+        initial: the call that returns the first state, for messages.
+
+    Raises:
+        ModelError: if the tree is missing, or any of its state is missing or has the wrong shape or dtype.
+    """
+    if state is None and spec:
+        raise ModelError(
+            f"{title} keeps state ({some_of(spec)}): pass state={initial}, or the state that the last step returned"
+        )
+    flat = {} if state is None else tree.flatten(state)
+    check_state(spec, flat)
+    return flat
 
 
 def check_state(spec: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:

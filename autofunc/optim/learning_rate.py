@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from autofunc.errors import FAILURES, AutofuncError, ModelError, in_brief
-from autofunc.optim.decay import Decay
+from autofunc.optim.lr_decay import Decay
 
 SchedulerFactory = Callable[..., LRScheduler]
 
@@ -103,7 +103,7 @@ def lr_schedule(kind: str | SchedulerFactory, lr: float, **options: Any) -> Lear
         kind: "cosine", "linear", "constant", "inverse-square-root" or "WSD", each after a warm-up; or a torch scheduler
             class, or a function that builds a scheduler for an optimizer.
         lr: the optimizer's learning rate, which the scheduler starts from.
-        options: of the scheduler; for a name those of `autofunc.optim.decay.Decay`.
+        options: of the scheduler; for a name those of `autofunc.optim.lr_decay.Decay`.
 
     Raises:
         ModelError: for invalid options, and for a scheduler that is not a function of the step, such as

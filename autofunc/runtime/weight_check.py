@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from autofunc.errors import BatchError
+from autofunc.losses import NO_WEIGHT
 
 
 class _Asked(NamedTuple):
@@ -52,6 +53,4 @@ class WeightCheck:
         while self._asked and (self._asked[0].is_there is None or self._asked[0].is_there.query()):
             asked = self._asked.popleft()
             if not asked.weight:
-                raise BatchError(
-                    f"step {asked.step}: the total weight of the loss is 0: no microbatch has a label (all are -100?)"
-                )
+                raise BatchError(f"step {asked.step}: {NO_WEIGHT}")

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, fx
 
 from autofunc.graph.schema import arguments, is_operator, schema_of
-from autofunc.spreading.layouts import FULL, TERMS, Cut, Layout
+from autofunc.spreading.layouts import FULL, Cut, Layout
 
 Node = fx.Node
 
@@ -104,11 +104,6 @@ class Operation:
     def shape(self) -> tuple[int, ...]:
         """The full shape of the result."""
         return shape_of(self.node)
-
-    @property
-    def has_terms(self) -> bool:
-        """True if an operand is a term of a sum."""
-        return any(self.layout(each) is TERMS for each in self.node.all_input_nodes)
 
     def tensors(self) -> Iterator[Node]:
         """Yield the operands that are tensors."""

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any
 
 from autofunc.errors import FAILURES, in_brief
-from autofunc.train.metrics import MetricsFile
+from autofunc.train.metrics_file import MetricsFile
 from autofunc.train.output import METRICS
 from autofunc.train.trackers import Tracker
 

@@ -13,6 +13,7 @@ from tensordict import TensorDict
 
 from autofunc import tree
 from autofunc.errors import PipelineRunError
+from autofunc.losses import NO_WEIGHT
 from autofunc.pipe import Pipeline
 from autofunc.random import fold_in, make_key
 from autofunc.runtime.plan import Mode
@@ -101,7 +102,7 @@ def take_step(
         )
     loss, weight = together(results)  # before the parameters change: they are needed to find the cause of a NaN
     if not weight:
-        raise PipelineRunError(f"no row of step {step} has a label to learn from (all are -100?)")
+        raise PipelineRunError(f"step {step}: {NO_WEIGHT}")
     grads = gradients(results)
     norm = pipe.global_norm(grads)
     norm_value = norm.item()

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from autofunc.errors import ConfigError, PipelineRunError
 from autofunc.train import lead, weights
-from autofunc.train.metrics import MetricsFile
+from autofunc.train.metrics_file import MetricsFile
 from autofunc.train.output import default_output_dir, make_output_dir
 from autofunc.tree import to_tensordict
 from tests.cli.here import run_here
