@@ -69,8 +69,8 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *wo
         (["--step_scheduler.max_step", "3"], "unknown key 'step_scheduler.max_step': did you mean max_steps"),
         (["--distributed.cp_size", "2", "--dataset.seq_len", "14"], "14 tokens, which cp=2 ranks cannot cut into 4 equal"),
         (
-            ["--distributed.cp_size", "2", "--distributed.tp_size", "2"],
-            "cp=2 and tp=2, and the layers of the model are",
+            ["--distributed.cp_size", "2", "--distributed.tp_size", "2", "--distributed.sequence_parallel", "true"],
+            "sequence_parallel on a mesh with cp=2 and tp=2: cp ranks cut tokens already",
         ),
         (["--distributed.cp_method", "rings"], "distributed.cp_method: input should be 'allgather' or 'ring'"),
         (["--distributed.dp_sise", "2"], "unknown key 'distributed.dp_sise': did you mean dp_size"),
