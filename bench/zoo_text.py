@@ -36,7 +36,10 @@ TEXT: Mapping[str, Entry] = {
         {**GROUPED, **EXPERTS, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16},
     ),
     "Qwen3": Entry("Qwen3ForCausalLM", {**GROUPED, "head_dim": 8}, "padded"),
-    "Qwen3-MoE": Entry("Qwen3MoeForCausalLM", {**GROUPED, **EXPERTS, "head_dim": 8, "moe_intermediate_size": 16}),
+    "Qwen3-MoE": Entry(
+        "Qwen3MoeForCausalLM",
+        {**GROUPED, **EXPERTS, "head_dim": 8, "moe_intermediate_size": 16, "norm_topk_prob": True},
+    ),
     "Qwen3-Next": Entry(
         "Qwen3NextForCausalLM",
         {**GROUPED, **_LINEAR, **EXPERTS, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16},

@@ -22,6 +22,7 @@ Node = fx.Node
 _aten = torch.ops.aten
 
 _SAME = (_aten.detach.default, _aten.alias.default)
+_CONVERTED = ("to", "type_as")
 _RESHAPED = ("view", "_unsafe_view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze", "contiguous", "view_as")
 
 
@@ -91,6 +92,8 @@ def _put_back(view: Node, gradients: bool) -> Callable[..., Any] | None:
     name = name_of(view)
     if view.target in _SAME:  # values written through it get no gradient
         return None if gradients else lambda whole, part: (_aten.alias.default, (part,))
+    if name in _CONVERTED:  # to the dtype and device that it has: the tensor itself
+        return lambda whole, part: (_aten.alias.default, (part,))
     if name == "select":
         return lambda whole, part: (_aten.select_scatter.default, (whole, part, *view.args[1:]))
     if name == "slice":

@@ -77,11 +77,20 @@ def another_shape(x: Tensor, layer: nn.Module, number: int) -> Tensor:
     return x + y
 
 
+def converted_to_the_same_dtype(x: Tensor, layer: nn.Module, number: int) -> Tensor:
+    y, _ = torch.sort(torch.sin(layer(x)), -1)
+    y += y.sum(-1, keepdim=True)
+    y = y.to(x.dtype)
+    y *= 0.5
+    return x + y.type_as(x)
+
+
 STEPS: dict[str, Step] = {
     step.__name__: step
     for step in (
         residual, activation, slot, slice_of_a_slice, through_a_transposed_view, through_a_reshaped_view,
         a_view_made_before_and_read_after, what_a_write_returns, masked, diagonal, another_shape,
+        converted_to_the_same_dtype,
     )
 }  # fmt: skip
 

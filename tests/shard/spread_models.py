@@ -111,7 +111,9 @@ _MAKERS: dict[str, Callable[[Any, dict[str, Any]], nn.Module]] = {
     "gemma3": _gemma3,
     "phi3": lambda t, changed: t.Phi3ForCausalLM(t.Phi3Config(**{**_GROUPED, "pad_token_id": 0, **changed})),
     "mixtral": lambda t, changed: t.MixtralForCausalLM(t.MixtralConfig(**{**_GROUPED, "num_local_experts": 4, **changed})),
-    "qwen3_moe": lambda t, changed: t.Qwen3MoeForCausalLM(t.Qwen3MoeConfig(**{**_ROUTED, "head_dim": 4, **changed})),
+    "qwen3_moe": lambda t, changed: t.Qwen3MoeForCausalLM(
+        t.Qwen3MoeConfig(**{**_ROUTED, "head_dim": 4, "norm_topk_prob": True, **changed})
+    ),
     "olmoe": lambda t, changed: t.OlmoeForCausalLM(t.OlmoeConfig(**{**_ROUTED, **changed})),
     "bert": lambda t, changed: t.BertForMaskedLM(t.BertConfig(**{**_SIZES, "max_position_embeddings": 16, **changed})),
     "torch": lambda t, changed: TorchLayers(**changed),
