@@ -118,6 +118,11 @@ def some_of(names: Iterable[object], most: int = 3) -> str:
     return ", ".join(map(shown, listed[:most])) + (f" and {len(listed) - most:,} more" if len(listed) > most else "")
 
 
+def divisors(number: int, most: int | None = None) -> list[str]:
+    """Return the divisors of a number, as text, up to `most`: the sizes that work if one does not divide it."""
+    return [str(size) for size in range(1, min(number, most or number) + 1) if number % size == 0]
+
+
 def one_of(given: object, known: Iterable[object]) -> str:
     """Return half a sentence that suggests the nearest of `known` for `given`, and lists the known names.
 

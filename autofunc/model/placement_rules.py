@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from autofunc import tree
-from autofunc.errors import MeshError, ModelError, one_of
+from autofunc.errors import MeshError, ModelError, divisors, one_of
 from autofunc.spread import sharded_dim
 
 
@@ -89,5 +89,4 @@ def patterns_like(given: str, spec: Mapping[str, torch.Tensor]) -> list[str]:
 
 
 def _fitting(number: int) -> str:
-    sizes = [size for size in range(1, min(number, 64) + 1) if number % size == 0]
-    return f"sizes that do: {', '.join(map(str, sizes[:12]))}"
+    return f"sizes that do: {', '.join(divisors(number, 64)[:12])}"

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from autofunc.errors import MeshError
+from autofunc.errors import MeshError, divisors
 from autofunc.mesh import axis_size, expert_mesh, folded
 from autofunc.model import Model
 from autofunc.shard.cut_over_tp import CutOverTP
@@ -157,7 +157,7 @@ def check_experts(
 
 def _ways(number: int) -> str:
     """List the divisors of a number, as a sentence."""
-    found = [str(size) for size in range(1, number + 1) if number % size == 0]
+    found = divisors(number)
     return "only 1 does" if len(found) == 1 else f"{', '.join(found[:-1])} and {found[-1]} do"
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from autofunc.errors import MeshError
+from autofunc.errors import MeshError, divisors
 from autofunc.graph.lines import line_of
 from autofunc.graph.reach import reachable
 from autofunc.spreading.layouts import FULL, TERMS, Cut
@@ -174,13 +174,13 @@ def _embeds(node: Node) -> bool:
 def left_whole(name: str, cut: Cut, size: int) -> str:
     """Describe a parameter left whole because it does not divide."""
     number = next(part for part in cut.parts if part % size)
-    fitting = ", ".join(str(each) for each in range(1, min(number, 64) + 1) if number % each == 0)
+    fitting = ", ".join(divisors(number, 64))
     return f"{name} is whole on every rank: {size} does not divide {number}, in its dim {cut.dim}; sizes that do: {fitting}"
 
 
 def undivided(size: int, number: int, weight: str, node: Node) -> MeshError:
     """Return the error about heads that do not divide."""
-    fitting = ", ".join(str(each) for each in range(1, number + 1) if number % each == 0)
+    fitting = ", ".join(divisors(number))
     return MeshError(
         f"tp={size} does not divide {number}, the number of heads into which the output of {weight!r} is split "
         f"({line_of(node)}); sizes that do: {fitting}"

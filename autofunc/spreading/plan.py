@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from autofunc.errors import MeshError
+from autofunc.errors import MeshError, divisors
 from autofunc.graph.lines import line_of
 from autofunc.spreading.chains import undivided
 from autofunc.spreading.layouts import FULL, Cut
@@ -120,9 +120,8 @@ def _is_unfed(found: Propagation, node: object) -> bool:
 
 def _uneven(name: str, shape: tuple[int, ...], cut: Cut, size: int) -> MeshError:
     number = next(part for part in cut.parts if part % size)
-    fitting = ", ".join(str(each) for each in range(1, min(number, 64) + 1) if number % each == 0)
     part = f"a part of {number} of " if len(cut.parts) > 1 else ""
     return MeshError(
         f"tp={size} does not divide {part}dim {cut.dim} of parameter {name!r}, which has the shape {shape}; sizes that do: "
-        f"{fitting}"
+        f"{', '.join(divisors(number, 64))}"
     )

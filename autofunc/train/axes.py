@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from autofunc.config import FinetuneConfig, call, import_object
 from autofunc.context_parallel.axis import imagined_axis
-from autofunc.errors import AutofuncError, ConfigError, one_of
+from autofunc.errors import AutofuncError, ConfigError, divisors, one_of
 from autofunc.mesh import make_mesh
 from autofunc.model import TensorParallel
 from autofunc.shard import Sharding
@@ -97,11 +97,11 @@ def axes_of(config: FinetuneConfig, num_processes: int | None) -> Axes:
     shard = dp // (replicate or 1)
     sharing = shard * wanted.cp_size
     if sharing % wanted.ep_size:
-        divisors = ", ".join(str(size) for size in range(1, sharing + 1) if sharing % size == 0)
+        working = ", ".join(divisors(sharing))
         beside = f", cp_size={wanted.cp_size}" if wanted.cp_size > 1 else ""
         raise ConfigError(
             f"distributed: ep_size={wanted.ep_size} does not divide the {sharing} ranks that share parameters "
-            f"(dp_size={dp}, dp_replicate_size={replicate or 1}{beside}), over which experts are spread; one of {divisors} "
+            f"(dp_size={dp}, dp_replicate_size={replicate or 1}{beside}), over which experts are spread; one of {working} "
             "does"
         )
     return Axes(wanted.pp_size, replicate or 1, shard, wanted.cp_size, wanted.tp_size, wanted.ep_size)
