@@ -14,13 +14,12 @@ from torch import fx
 
 from autofunc.captured.segment import Segment
 from autofunc.context_parallel.entries import device_of, faked, named_tensors, tensors_in
-from autofunc.context_parallel.program import modes_of, segment_of, spec_of
+from autofunc.context_parallel.program import modes_of, needed, segment_of
 from autofunc.context_parallel.recorded import recorded
 from autofunc.context_parallel.traced import Traced
 from autofunc.experts import recorded_as_operators
 from autofunc.fake import fake_mode, naming_errors
-from autofunc.graph.reach import ancestors
-from autofunc.graph.schema import is_mutable
+from autofunc.graph.reach import descendants
 from autofunc.model import Model, Specialised
 from autofunc.spreading import AxisPlan, Propagation, Rewriting, Whole
 
@@ -66,24 +65,15 @@ def _of_rank(whole: Traced, cuts: Mapping[str, Any], plan: AxisPlan, what: str) 
     for node, entered in modes.items():
         node.meta["modes"] = entered
     results = [each for each in whole.returned if isinstance(each, fx.Node)]
-    used = ancestors([*results, *(node for node in modes if is_mutable(node))])
-    weighted = {*whole.params.values(), *whole.received}
+    used, given = needed(graph, results), {*whole.params.values(), *whole.received}
+    weighted = given | descendants(graph, given)
     nodes = [node for node in modes if node in used]
-    for node in nodes:
-        if not weighted.isdisjoint(node.all_input_nodes):
-            weighted.add(node)
     names = {node: path for path, node in whole.params.items()}
     seen = Whole(nodes, weighted, names, set(results), set(whole.entries.values()))
     found = Propagation(seen, cuts, plan.size, plan.axis, sequence=plan.sequence).run()
     made = Rewriting(graph, found, [path for path in whole.params if path not in cuts])
-    placeholders = [[node for node in each.nodes if node.op == "placeholder"] for each in (graph, made.graph)]
-    new = dict(zip(*placeholders, strict=True))
-    return segment_of(
-        made.graph, {path: new[node] for path, node in whole.params.items()}, [new[node] for node in whole.received],
-        {name: new[node] for name, node in whole.entries.items()},
-        [made.values[each] if isinstance(each, fx.Node) else each for each in whole.returned], spec_of(whole.spec),
-        whole.constants, what,
-    )  # fmt: skip
+    returned = [made.values[each] if isinstance(each, fx.Node) else each for each in whole.returned]
+    return segment_of(whole, made.graph, returned, what, {})
 
 
 def _function(segment: Segment) -> Callable[..., Any]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor, fx
+from torch import fx
 
 from autofunc import tree
 from autofunc.captured.segment import Instruction, Ref, Segment, plain
+from autofunc.context_parallel.traced import Traced
 from autofunc.errors import ModelError
 from autofunc.graph.reach import ancestors
 from autofunc.graph.schema import is_mutable
@@ -20,30 +21,32 @@ _GRAD, _AUTOCAST_ON, _AUTOCAST_OFF = "_set_grad_enabled", "_enter_autocast", "_e
 
 
 def segment_of(
-    graph: fx.Graph, params: Mapping[str, Node], received: Sequence[Node], shared: Mapping[str, Node],
-    returned: Sequence[Any], spec: Any, constants: Mapping[str, Tensor], what: str,
-    states: Mapping[str, Node] | None = None, after: Sequence[Node] = (),
+    whole: Traced, graph: fx.Graph, returned: Sequence[Any], what: str, pieces: Mapping[str, Node],
+    after: Sequence[Node] = (),
 ) -> Segment:  # fmt: skip
-    """Turn a graph into a segment.
+    """Turn a rewritten graph into a segment.
 
     Args:
-        graph: of operators; those that nothing needs are dropped.
-        params: placeholders by path.
-        received: placeholders of the values from the layer before.
-        shared: placeholders by name.
+        whole: the graph before.
+        graph: the graph after, whose placeholders are those before, then `pieces`. Operators nobody needs are dropped.
         returned: nodes, and constants as they are.
-        spec: the tree that is returned.
-        constants: the graph's constants, by name.
         what: a name for messages.
-        states: placeholders of the layer's state, by path.
+        pieces: more placeholders of values that layers share, by name.
         after: the new value of each state.
 
     Raises:
         ModelError: for autocast regions that are not nested.
     """
-    modes, states = modes_of(graph, what), states or {}
+    before, now = ([node for node in each.nodes if node.op == "placeholder"] for each in (whole.module.graph, graph))
+    placeholders, constants = dict(zip(before, now[: len(now) - len(pieces)], strict=True)), whole.constants
+    params, shared, states = (
+        {name: placeholders[node] for name, node in each.items()} for each in (whole.params, whole.entries, whole.states)
+    )
+    shared |= pieces
+    received = [placeholders[node] for node in whole.received]
+    modes = modes_of(graph, what)
     results = [each for each in (*returned, *after) if isinstance(each, Node)]
-    kept = _needed(graph, results)
+    kept = needed(graph, results)
     used = {argument for node in kept for argument in node.all_input_nodes} | {*results}
     params = {path: node for path, node in params.items() if node in used}
     shared = {name: node for name, node in shared.items() if node in used}
@@ -59,12 +62,12 @@ def segment_of(
             instructions.append(Instruction(node.target, args, kwargs, register[node], modes[node]))
     return Segment(
         tuple(params), len(received), tuple(shared), tuple(constants[str(node.target)].detach() for node in fixed),
-        tuple(instructions), tuple(Ref(register[each]) if isinstance(each, Node) else each for each in returned), spec,
-        tuple(states), tuple(Ref(register[each]) for each in after),
+        tuple(instructions), tuple(Ref(register[each]) if isinstance(each, Node) else each for each in returned),
+        _spec_of(whole.spec), tuple(states), tuple(Ref(register[each]) for each in after),
     )  # fmt: skip
 
 
-def spec_of(spec: tree.TreeSpec) -> tree.TreeSpec | None:
+def _spec_of(spec: tree.TreeSpec) -> tree.TreeSpec | None:
     """Return a spec as `Segment.spec` wants it: None for one tensor, or a tuple of tensors."""
     plain = [tree.leaves_and_spec(each)[1] for each in (0, tuple(range(spec.num_leaves)))]
     return None if spec in plain and spec.num_leaves else spec
@@ -91,6 +94,6 @@ def modes_of(graph: fx.Graph, what: str) -> dict[Node, tuple[tuple[Any, ...], ..
     return found
 
 
-def _needed(graph: fx.Graph, roots: Iterable[Node]) -> set[Node]:
+def needed(graph: fx.Graph, roots: Iterable[Node]) -> set[Node]:
     """Return the nodes that some values need; writes in place are always needed, since they may write to any value."""
     return ancestors([*roots, *(node for node in graph.nodes if is_mutable(node))])

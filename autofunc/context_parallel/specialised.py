@@ -24,7 +24,7 @@ from autofunc.context_parallel.entries import (
 )
 from autofunc.context_parallel.local_graph import LocalGraph
 from autofunc.context_parallel.moves import added_up, all_tokens, own_tokens
-from autofunc.context_parallel.program import segment_of, spec_of
+from autofunc.context_parallel.program import segment_of
 from autofunc.context_parallel.recorded import recorded
 from autofunc.context_parallel.token_dims import of_entries, of_shared
 from autofunc.context_parallel.traced import Traced, traced
@@ -201,18 +201,9 @@ def _natural(
 
 
 def _layer(whole: Traced, local: LocalGraph, returned: Sequence[Any], what: str, layouts: Sequence[Any]) -> LocalLayer:
-    placeholders = dict(zip(
-        (node for node in whole.module.graph.nodes if node.op == "placeholder"),
-        (node for node in local.graph.nodes if node.op == "placeholder"), strict=False,
-    ))  # fmt: skip
     pieces = {(name, cut.dim, cut.parts): node for (name, cut), node in local.pieces.items()}
-    shared = {name: placeholders[node] for name, node in whole.entries.items()}
-    segment = segment_of(
-        local.graph, {path: placeholders[node] for path, node in whole.params.items()},
-        [placeholders[node] for node in whole.received],
-        {**shared, **{_piece_name(piece): node for piece, node in pieces.items()}}, returned, spec_of(whole.spec),
-        whole.constants, what, {path: placeholders[node] for path, node in whole.states.items()}, local.after,
-    )  # fmt: skip
+    named = {_piece_name(piece): node for piece, node in pieces.items()}
+    segment = segment_of(whole, local.graph, returned, what, named, local.after)
     used = set(segment.shared)
     return LocalLayer(segment, tuple(piece for piece in pieces if _piece_name(piece) in used), tuple(layouts))
 
