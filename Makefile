@@ -10,7 +10,7 @@ DOCS_READY := .venv/.docs-ready
 help:
 	@echo "make setup      create .venv and install autofunc with its tested versions"
 	@echo "make demo       train GPT-2 on two processes (about three minutes)"
-	@echo "make test       test every law at its most telling sizes (fifteen minutes)"
+	@echo "make test       test every law at its most telling sizes (nine minutes)"
 	@echo "make test-full  run the remaining tests: other sizes and combinations"
 	@echo "make test-gpu   test laws on one GPU, all ranks in one process (two minutes)"
 	@echo "make lint       check formatting, lints, types and import directions"
