@@ -69,6 +69,9 @@ class TransferSection(Section):
     sends_block: bool = Field(
         False, description="order receives so that steps finish even if a send blocks until its receive is posted"
     )
+    sockets: bool = Field(
+        True, description="on CPU, send small messages between ranks of one machine over Unix sockets, not gloo"
+    )
 
 
 class Distributed(Section):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import linecache
+import queue
 import re
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,7 @@ from autofunc.shown import in_ranges
 _OWN = Path(__file__).parents[1]
 _WAITS = {
     _OWN / "runtime" / "transport.py": "a transfer",
+    _OWN / "runtime" / "socket_ports.py": "a transfer",
     _OWN / "runtime" / "agree.py": "other ranks to prepare the same step",
     _OWN / "shard" / "reduce.py": "gradients to be summed over data parallel ranks",
     _OWN / "shard" / "fsdp.py": "parameters to be gathered from data parallel ranks",
@@ -24,6 +27,8 @@ _WAITS = {
     _OWN / "shard" / "links.py": "a tensor of other tp or cp ranks",
 }
 """The files in which this library waits for other ranks, and what for."""
+_PASSED = {_OWN / "unix_sockets.py", Path(queue.__file__), Path(threading.__file__)}
+"""Files through which these wait."""
 _OPERATORS = ("c10d_functional", "c10d::")
 """Parts of the names of operators that wait for other ranks."""
 _DEBUGGERS = ("pdb.py", "bdb.py", "pydevd.py")
@@ -76,7 +81,8 @@ class State:
     @property
     def waits_for(self) -> str:
         """What this library waits for from other ranks; empty if it does not wait."""
-        last = next((frame for frame in reversed(self.stack) if not is_of_torch(frame.file)), None)
+        own = (each for each in reversed(self.stack) if not is_of_torch(each.file) and Path(each.file) not in _PASSED)
+        last = next(own, None)
         return _WAITS.get(Path(last.file), "") if last is not None else ""
 
     @property

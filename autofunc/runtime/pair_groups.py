@@ -12,7 +12,7 @@ import atexit
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -22,6 +22,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 
 from autofunc.errors import AutofuncError, MeshError
 from autofunc.mesh import timeout_of
+from autofunc.runtime.socket_ports import SocketLine, connect_socket
 
 Pair = tuple[int, int]
 """(sending pp rank, receiving pp rank): ranks 0 and 1 of their group."""
@@ -29,7 +30,7 @@ Pair = tuple[int, int]
 
 @dataclass(frozen=True)
 class Transfers:
-    """Options of the transfers between pp ranks. gloo, on CPU, has none: its sends return at once.
+    """Options of the transfers between pp ranks.
 
     Args:
         max_ctas: most GPU blocks per transfer (NCCL's `maxCTAs`); None leaves it to NCCL. Fewer blocks leave more of the
@@ -39,6 +40,8 @@ class Transfers:
             transports without buffers. Receives that would deadlock two ranks are posted earlier, which may take more
             memory for received values (0.3 slots per rank on average over named schedules, at most 6). gloo and NCCL,
             whose sends return at once, do not need it.
+        sockets: on CPU, send messages of up to 256 KiB between ranks of one machine over Unix sockets. False leaves all
+            messages to gloo.
 
     Raises:
         AutofuncError: for a `max_ctas` below 1.
@@ -47,10 +50,18 @@ class Transfers:
     max_ctas: int | None = None
     high_priority: bool = False
     sends_block: bool = False
+    sockets: bool = True
 
     def __post_init__(self) -> None:
         if self.max_ctas is not None and self.max_ctas < 1:
             raise AutofuncError(f"transfers: max_ctas={self.max_ctas}, expected 1 or more")
+
+
+class Connection(NamedTuple):
+    """A pair's connection."""
+
+    backend: Any  # a c10d backend with `send(tensors, rank, tag)` and `recv(tensors, rank, tag)`, which return a `Work`
+    line: SocketLine | None = None  # for small messages
 
 
 @dataclass
@@ -61,7 +72,7 @@ class _Group:
     rank's garbage collector, and then one end would shut down what the other one keeps.
     """
 
-    backend: Any  # a c10d backend with `send(tensors, rank, tag)` and `recv(tensors, rank, tag)`, which return a `Work`
+    ends: Connection
     users: set[object] = field(default_factory=set)
 
 
@@ -79,7 +90,7 @@ _known: WeakKeyDictionary[dist.ProcessGroup, _Known] = WeakKeyDictionary()
 
 def connect(
     pp_group: dist.ProcessGroup, pairs: Sequence[Pair], device: torch.device, options: Transfers, user: object
-) -> dict[Pair, Any]:  # fmt: skip
+) -> dict[Pair, Connection]:  # fmt: skip
     """Connect this rank's communicators among the pairs. All ranks of the pairs call it.
 
     Connecting waits for the other end. All ranks connect the pairs in the same order, which avoids deadlocks.
@@ -92,7 +103,7 @@ def connect(
         user: stands for whoever uses them, and is held until `disconnect`.
 
     Returns:
-        By pair: a c10d backend in which the sender is rank 0 and the receiver rank 1.
+        By pair: its connection, in which the sender is rank 0 and the receiver rank 1.
 
     Raises:
         MeshError: if there is no transport for the device.
@@ -107,7 +118,7 @@ def connect(
             number = known.made[pair] = known.made.get(pair, -1) + 1
             known.groups[key] = _Group(_made(pp_group, pair, number, device, options))
         known.groups[key].users.add(user)
-        found[pair] = known.groups[key].backend
+        found[pair] = known.groups[key].ends
     return found
 
 
@@ -129,21 +140,25 @@ def disconnect_all() -> None:
 
 def _shut_down(device: torch.device, group: _Group) -> None:
     if device.type == "cuda":  # a gloo group ends with its last reference
-        group.backend.shutdown()
+        group.ends.backend.shutdown()
+    if group.ends.line is not None:
+        group.ends.line.close()
 
 
 def _made(
     pp_group: dist.ProcessGroup, pair: Pair, number: int, device: torch.device, options: Transfers
-) -> Any:  # fmt: skip
+) -> Connection:  # fmt: skip
     own = pair.index(pp_group.rank())
     if dist.get_backend(pp_group) == "fake":  # torch's group without communication: for running one rank alone
-        return FakeProcessGroup._create_internal(own, 2)
+        return Connection(FakeProcessGroup._create_internal(own, 2))
     store = PrefixStore(f"autofunc/pair {pair[0]} {pair[1]}/{number}", pp_group.get_group_store())
     timeout = timeout_of(pp_group, device)
     if device.type == "cpu":
-        return dist.ProcessGroupGloo(store, own, 2, timeout=timeout)
+        group = dist.ProcessGroupGloo(store, own, 2, timeout=timeout)
+        line = connect_socket(PrefixStore("socket", store), own, timeout) if options.sockets else None
+        return Connection(group, line)
     if device.type == "cuda":
-        return nccl_group(store, own, 2, timeout, options, device)
+        return Connection(nccl_group(store, own, 2, timeout, options, device))
     raise MeshError(f"there is no transport between {device.type} devices; expected cpu (gloo) or cuda (nccl)")
 
 
@@ -166,5 +181,5 @@ def _abort_all() -> None:
     for known in list(_known.values()):
         for (_, device, _), group in known.groups.items():
             if device.type == "cuda":
-                group.backend.abort()
+                group.ends.backend.abort()
         known.groups.clear()

@@ -22,7 +22,7 @@ from autofunc.runtime.position import here
 from autofunc.runtime.program import Program
 from autofunc.runtime.recording import Recording
 from autofunc.runtime.states import flat_lanes, flat_states, states_of
-from autofunc.runtime.transport import MemoryHub, MemoryTransport, Transport
+from autofunc.runtime.transport import DistributedTransport, MemoryHub, MemoryTransport, Transport
 from autofunc.shard.dtensors import like
 from autofunc.shard.reduce import Reduction
 
@@ -70,7 +70,7 @@ def run_step(
     params: Mapping[str, Tensor],
     microbatches: Sequence[Mapping[str, Any]],
     states: Sequence[Mapping[str, Tensor]],
-    transport: Transport | None,
+    transport: DistributedTransport | None,
     number: int,
     observe: Observe | None = None,
 ) -> StepResult:
@@ -97,6 +97,7 @@ def run_step(
         ((rank, _),) = plan.programs.items()
         for _ in _run(plan, rank, given, transport, recording, observers, result):
             raise AssertionError("a transport between processes blocks; it never yields")
+        transport.flush()
         return result
     hub = MemoryHub(plan.schedule.num_ranks)
     transports = {rank: MemoryTransport(hub, rank) for rank in plan.programs}

@@ -1,4 +1,4 @@
-"""Transfers between pp ranks: in the memory of one process, or by `torch.distributed`.
+"""Transfers between pp ranks: in the memory of one process, by `torch.distributed`, or over sockets.
 
 A transport opens a `Port` for each of a rank's channels. Ports post sends and receives, which return tickets. `arrived`
 tells whether a receive is complete (the distributed one blocks until it is); `settle` waits until a send's memory may be
@@ -16,8 +16,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from autofunc.errors import PeerLostError
-from autofunc.runtime.pair_groups import Transfers, connect, disconnect
+from autofunc.runtime.pair_groups import Connection, Transfers, connect, disconnect
 from autofunc.runtime.program import Channel
+from autofunc.runtime.socket_ports import SMALL, SocketLine
 
 _SOURCE, _TARGET = 0, 1  # ranks within a pair's group
 
@@ -231,6 +232,30 @@ class _GroupPort:
             raise _lost(error) from error
 
 
+class _LocalPort:
+    """One end of a pair on one machine: small messages go over its socket, others through its gloo group.
+
+    Both ends know the size of each message, so they agree on its way.
+    """
+
+    __slots__ = ("_group", "_line")
+
+    def __init__(self, ends: Connection, line: SocketLine) -> None:
+        self._group, self._line = _GroupPort(ends.backend), line
+
+    def send(self, tensors: list[Tensor]) -> Ticket:
+        """See `Port.send`."""
+        return (self._line if _is_small(tensors) else self._group).send(tensors)
+
+    def receive(self, into: list[Tensor]) -> Ticket:
+        """See `Port.receive`."""
+        return (self._line if _is_small(into) else self._group).receive(into)
+
+
+def _is_small(message: list[Tensor]) -> bool:
+    return sum([tensor.nbytes for tensor in message]) <= SMALL
+
+
 class _CoalescingPort(_GroupPort):
     """One end of a pair's NCCL communicator: a message's tensors go in one call and one kernel."""
 
@@ -252,6 +277,12 @@ class _CoalescingPort(_GroupPort):
         self._group._start_coalescing()
         posted = post(tensors)
         return _Transfer(posted.tensors, [self._group._end_coalescing()])
+
+
+def _port(ends: Connection, device: torch.device) -> Port:
+    if ends.line is not None:
+        return _LocalPort(ends, ends.line)
+    return _CoalescingPort(ends.backend) if device.type == "cuda" else _GroupPort(ends.backend)
 
 
 class DistributedTransport:
@@ -282,19 +313,28 @@ class DistributedTransport:
         self._ranks = ranks
         self._user = object()  # of the connections, which outlive this one if it is dropped without being closed
         try:
-            groups = connect(pp_group, channels, device, options, self._user)
+            connections = connect(pp_group, channels, device, options, self._user)
         except RuntimeError as error:
             raise _lost(error) from error
-        port = _CoalescingPort if device.type == "cuda" else _GroupPort
-        self._ports = {Channel(*pair): port(group) for pair, group in groups.items()}
+        self._lines = [ends.line for ends in connections.values() if ends.line is not None]
+        self._ports = {Channel(*pair): _port(ends, device) for pair, ends in connections.items()}
 
-    def open(self, channel: Channel) -> _GroupPort:
+    def open(self, channel: Channel) -> Port:
         """See `Transport.open`."""
         return self._ports[channel]
 
+    def flush(self) -> None:
+        """At the end of a step, wait until what was sent reaches the other ends even if this process ends.
+
+        Raises:
+            PeerLostError: if another end is gone or too late.
+        """
+        for line in self._lines:
+            line.flush()
+
     def close(self) -> None:
         """Shut down the connections without other users. All pp ranks call it, with no transfer in flight."""
-        self._ports = {}
+        self._ports, self._lines = {}, []
         disconnect(self._pp_group, self._user)
 
     def broadcast(self, root: int, tensors: list[Tensor]) -> _Transfer:

@@ -7,13 +7,9 @@ Unix socket, 0.08 ms (two cores).
 
 from __future__ import annotations
 
-import platform
-import shutil
 import socket
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -23,6 +19,7 @@ from torch import Tensor
 
 from autofunc.errors import PeerLostError
 from autofunc.mesh import timeout_of
+from autofunc.unix_sockets import bytes_of, connected, fill, listening, prepare
 
 _SMALL = 1 << 20
 """Bytes up to which more than two ranks exchange directly."""
@@ -89,8 +86,8 @@ class _Exchange:
         self._links: Links | None = links
         self._peers, self._bytes = peers, parts[own].numel() * parts[own].element_size()
         self._found = [part if rank == own else torch.empty_like(parts[own]) for rank, part in enumerate(parts)]
-        self._outgoing = {rank: _bytes(parts[rank]) for rank in peers}
-        self._incoming = {rank: _bytes(self._found[rank]) for rank in peers}
+        self._outgoing = {rank: bytes_of(parts[rank]) for rank in peers}
+        self._incoming = {rank: bytes_of(self._found[rank]) for rank in peers}
         with _lost_peers():
             self._send(0)
 
@@ -104,7 +101,7 @@ class _Exchange:
                     if start:
                         self._send(start)
                     for rank, peer in self._peers.items():
-                        _fill(peer, self._incoming[rank][start : start + _CHUNK])
+                        fill(peer, self._incoming[rank][start : start + _CHUNK])
         return self._found
 
     def _send(self, start: int) -> None:
@@ -120,52 +117,23 @@ def _lost_peers() -> Iterator[None]:
         raise PeerLostError(f"another tp rank is gone or too late: {error}") from error
 
 
-def _fill(peer: socket.socket, wanted: memoryview) -> None:
-    while wanted:
-        count = peer.recv_into(wanted)
-        if count == 0:
-            raise ConnectionError("connection closed")
-        wanted = wanted[count:]
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    raw: Any = tensor.view(-1).view(torch.uint8).numpy()
-    return memoryview(raw)
-
-
 def _connect(group: dist.ProcessGroup) -> Links | None:
     own, size = group.rank(), group.size()
-    folder = Path(tempfile.mkdtemp(prefix="autofunc-"))
-    listener = socket.socket(socket.AF_UNIX)
-    try:
-        path = str(folder / "s")
-        try:
-            listener.bind(path)
-            listener.listen(size)
-        except OSError:  # a temporary folder's path may be too long for a socket
-            path = ""
-        places: list[tuple[str, str]] = _of_all((platform.node(), path), group)
-        here = all(node == platform.node() and each and Path(each).exists() for node, each in places)
-        if not all(_of_all(here, group)):
+    with listening(size) as (listener, path):
+        paths: list[str] = _of_all(path, group)
+        peers = {rank: peer for rank in range(own) if (peer := connected(paths[rank])) is not None}
+        if not all(_of_all(listener is not None and len(peers) == own, group)) or listener is None:
             return None
-        timeout = timeout_of(group).total_seconds()
-        listener.settimeout(timeout)
-        peers: dict[int, socket.socket] = {}
-        for rank in range(own):
-            peers[rank] = socket.socket(socket.AF_UNIX)
-            peers[rank].connect(places[rank][1])
-            peers[rank].sendall(own.to_bytes(4, "little"))
+        for peer in peers.values():
+            peer.sendall(own.to_bytes(4, "little"))
         for _ in range(own + 1, size):
             peer, _address = listener.accept()
             number = bytearray(4)
-            _fill(peer, memoryview(number))
+            fill(peer, memoryview(number))
             peers[int.from_bytes(number, "little")] = peer
-        for peer in peers.values():
-            peer.settimeout(timeout)
-        return Links(own, dict(sorted(peers.items())))
-    finally:
-        listener.close()
-        shutil.rmtree(folder, ignore_errors=True)
+    for peer in peers.values():
+        prepare(peer, timeout_of(group))
+    return Links(own, dict(sorted(peers.items())))
 
 
 def _of_all(own: Any, group: dist.ProcessGroup) -> list[Any]:

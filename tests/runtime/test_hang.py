@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import queue
 import threading
 import time
 from pathlib import Path
@@ -13,8 +14,9 @@ import torch
 import torch.distributed as dist
 
 import autofunc as af
+from autofunc import unix_sockets
 from autofunc.errors import AutofuncError, HangError
-from autofunc.runtime import agree, position, transport, watchdog
+from autofunc.runtime import agree, position, socket_ports, transport, watchdog
 from autofunc.runtime.hang import Frame, State, describe, frames_of, late
 from autofunc.runtime.position import here
 from autofunc.shard import data_sum, expert_exchange, links
@@ -27,9 +29,10 @@ TRAIN = Frame("/home/me/train.py", 3, "<module>", "step(params, batch)")
 ALL_REDUCE = Frame(TORCH, 3000, "all_reduce", "work.wait()")
 
 
-@pytest.mark.parametrize("module", [expert_exchange, data_sum, links])
-def test_a_rank_in_an_exchange_of_a_stage_waits_for_others(module: Any) -> None:
-    states = {0: state(own(module)), 1: state(USER)}
+@pytest.mark.parametrize("through", [(), (unix_sockets,), (queue, threading)], ids=["itself", "socket", "thread"])
+@pytest.mark.parametrize("module", [expert_exchange, data_sum, links, socket_ports])
+def test_a_rank_in_an_exchange_of_a_stage_waits_for_others(module: Any, through: tuple[Any, ...]) -> None:
+    states = {0: state(*map(own, (module, *through))), 1: state(USER, *map(own, through))}
     assert late(states) == [1] and states[0].waits_for
 
 

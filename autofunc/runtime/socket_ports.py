@@ -1,0 +1,201 @@
+"""Transfers between pp ranks of one machine over Unix sockets, for small messages on CPU.
+
+A send writes to the kernel's buffer, and a receive reads when its value is needed, both in the rank's own thread. gloo's
+threads compete for cores with ranks that compute: a step of small stages takes up to 2.5 times as long over gloo, on as
+many cores as ranks (`bench/RESULTS.md`).
+
+A send never waits for the other end. If the kernel's buffer is full, a thread writes a copy of the rest.
+"""
+
+from __future__ import annotations
+
+import queue
+import socket
+import threading
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch.distributed as dist
+from torch import Tensor
+
+from autofunc.errors import PeerLostError
+from autofunc.unix_sockets import bytes_of, connected, fill, listening, prepare
+
+SMALL = 1 << 18
+"""Bytes of the largest message that takes a socket. Larger ones may not fit into the kernel's buffer (0.4 MB by Linux's
+default settings)."""
+
+
+def connect_socket(store: dist.Store, own: int, timeout: timedelta) -> SocketLine | None:
+    """Connect the two ranks of a pair, both of which call it.
+
+    Args:
+        store: of this pair alone.
+        own: 0 for the rank that listens, 1 for the one that connects.
+        timeout: of reads and writes.
+
+    Returns:
+        This rank's end; None for both if they are on several machines, or there are no Unix sockets.
+    """
+    if own == 0:
+        with listening(1) as (listener, path):
+            store.set("path", path)
+            if store.get("answer") != b"connected" or listener is None:
+                return None
+            peer, _address = listener.accept()
+    else:
+        found = connected(store.get("path").decode())
+        store.set("answer", "connected" if found else "not connected")
+        if found is None:
+            return None
+        peer = found
+    prepare(peer, timeout)
+    return SocketLine(peer)
+
+
+@contextmanager
+def lost_peers() -> Iterator[None]:
+    """Turn errors of a socket into a `PeerLostError`."""
+    try:
+        yield
+    except OSError as error:
+        raise PeerLostError(f"the other end of a transfer is gone or too late: {error}") from error
+
+
+class _Sent:
+    """A message whose bytes are in the kernel's buffer, or copied, so that its memory may be reused."""
+
+    __slots__ = ("tensors",)
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        self.tensors = tensors
+
+    def arrived(self) -> bool:
+        return True
+
+    def settle(self) -> None:
+        """Do nothing."""
+
+
+class _Expected:
+    """A message to be read."""
+
+    __slots__ = ("_line", "done", "tensors")
+
+    def __init__(self, tensors: list[Tensor], line: SocketLine) -> None:
+        self.tensors, self._line, self.done = tensors, line, False
+
+    def arrived(self) -> bool:
+        """Block until it is read, after the messages before it."""
+        if not self.done:
+            self._line.read(self)
+        return True
+
+    def settle(self) -> None:
+        self.arrived()
+
+
+class SocketLine:
+    """One end of a pair's socket. Messages arrive in the order they were sent."""
+
+    def __init__(self, peer: socket.socket) -> None:
+        self._peer = peer
+        self._expected: deque[_Expected] = deque()
+        self._writer: _Writer | None = None  # made when it is first needed
+
+    def send(self, tensors: list[Tensor]) -> _Sent:
+        """See `Port.send`."""
+        with lost_peers():
+            for tensor in tensors:
+                self._write(bytes_of(tensor.contiguous().resolve_conj().resolve_neg()))
+        return _Sent(tensors)
+
+    def receive(self, into: list[Tensor]) -> _Expected:
+        """See `Port.receive`."""
+        ticket = _Expected(into, self)
+        self._expected.append(ticket)
+        return ticket
+
+    def read(self, last: _Expected) -> None:
+        """Read expected messages up to this one."""
+        with lost_peers():
+            while not last.done:
+                ticket = self._expected.popleft()
+                for tensor in ticket.tensors:
+                    fill(self._peer, bytes_of(tensor))
+                ticket.done = True
+
+    def flush(self) -> None:
+        """Wait until all sent bytes are in the kernel's buffer, from which the other end can read them even if this process
+        ends. Not to be called while the other end may wait for a later send.
+
+        Raises:
+            PeerLostError: if they could not be written.
+        """
+        if self._writer is not None:
+            with lost_peers():
+                self._writer.finish()
+
+    def close(self) -> None:
+        """Close the connection."""
+        if self._writer is not None:
+            self._writer.stop()
+        self._peer.close()
+
+    def _write(self, left: memoryview) -> None:
+        if self._writer is None or self._writer.is_idle():
+            try:
+                left = left[self._peer.send(left, socket.MSG_DONTWAIT) :]
+            except BlockingIOError:
+                pass  # the buffer is full
+        if left:
+            self._writer = self._writer or _Writer(self._peer)
+            self._writer.write(bytes(left))
+
+
+class _Writer:
+    """A thread that writes what does not fit into the kernel's buffer, in order."""
+
+    def __init__(self, peer: socket.socket) -> None:
+        self._peer = peer
+        self._left: queue.Queue[bytes | None] = queue.Queue()  # None ends the thread
+        self._error: OSError | None = None
+        threading.Thread(target=self._run, name="autofunc_writer", daemon=True).start()
+
+    def write(self, data: bytes) -> None:
+        """Write this after all that was given before."""
+        self._raise()
+        self._left.put(data)
+
+    def is_idle(self) -> bool:
+        """Return whether all is written.
+
+        Raises:
+            OSError: if it could not be written.
+        """
+        self._raise()
+        return self._left.unfinished_tasks == 0
+
+    def finish(self) -> None:
+        """Wait until all is written. Raises: see `is_idle`."""
+        self._left.join()
+        self._raise()
+
+    def stop(self) -> None:
+        """End the thread after what was given before."""
+        self._left.put(None)
+
+    def _raise(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def _run(self) -> None:
+        while (data := self._left.get()) is not None:
+            if self._error is None:
+                try:
+                    self._peer.sendall(data)
+                except OSError as error:
+                    self._error = error
+            self._left.task_done()
