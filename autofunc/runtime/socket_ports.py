@@ -147,9 +147,10 @@ class SocketLine:
     def _write(self, left: memoryview) -> None:
         if self._writer is None or self._writer.is_idle():
             try:
-                left = left[self._peer.send(left, socket.MSG_DONTWAIT) :]
+                written = self._peer.send(left, socket.MSG_DONTWAIT)
             except BlockingIOError:
-                pass  # the buffer is full
+                written = 0  # the buffer is full
+            left = left[written:]
         if left:
             self._writer = self._writer or _Writer(self._peer)
             self._writer.write(bytes(left))
