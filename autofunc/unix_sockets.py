@@ -1,4 +1,4 @@
-"""Unix sockets between processes of one machine: connecting, and tensors as bytes.
+"""Unix sockets between the ranks of one machine: connecting, and tensors as bytes.
 
 gloo hands messages to its own threads, which compete for cores with the ranks that compute and wait. Reading and writing a
 socket in the rank's own thread avoids that; the kernel buffers what the other end has not read yet.
@@ -14,16 +14,58 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+
+from autofunc.mesh import timeout_of
 
 _BUFFER_BYTES = 1 << 22  # asked for; Linux grants at most net.core.wmem_max
 
 
+class Reached(NamedTuple):
+    """The ranks of a group that sockets reach."""
+
+    peers: dict[int, socket.socket]  # by rank in the group, sorted; without this rank
+    is_whole: bool  # every rank reaches every other; the same on all ranks
+
+
+def connect(group: dist.ProcessGroup) -> Reached:
+    """Connect to the ranks of a group that are on this machine. All ranks of the group call it."""
+    own, size = group.rank(), group.size()
+    with _listening(size) as (listener, path):
+        paths: list[str] = _of_all(path, group)
+        peers = {rank: peer for rank in range(own) if (peer := _connected(paths[rank])) is not None}
+        reached: list[list[int]] = _of_all(sorted(peers), group)
+        for peer in peers.values():
+            peer.sendall(own.to_bytes(4, "little"))
+        for _ in range(sum(own in each for each in reached)):
+            assert listener is not None, "another rank has reached it"
+            peer, _address = listener.accept()
+            number = bytearray(4)
+            fill(peer, memoryview(number))
+            peers[int.from_bytes(number, "little")] = peer
+    for peer in peers.values():
+        _prepare(peer, timeout_of(group))
+    return Reached(dict(sorted(peers.items())), all(len(each) == rank for rank, each in enumerate(reached)))
+
+
+def has_sockets(group: dist.ProcessGroup) -> bool:
+    """Return whether a group uses gloo on CPU, where sockets can stand in for it."""
+    # groups that torch makes by default are "cpu:gloo" ones, whose name `get_backend` does not know
+    return "cpu:gloo" in dist.get_backend_config(group)
+
+
+def _of_all(own: Any, group: dist.ProcessGroup) -> list[Any]:
+    found: list[Any] = [None] * group.size()
+    dist.all_gather_object(found, own, group=group)
+    return found
+
+
 @contextmanager
-def listening(number: int) -> Iterator[tuple[socket.socket | None, str]]:
+def _listening(number: int) -> Iterator[tuple[socket.socket | None, str]]:
     """Listen for a number of connections in a private folder, which is removed at the end.
 
     Yields:
@@ -48,7 +90,7 @@ def listening(number: int) -> Iterator[tuple[socket.socket | None, str]]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def connected(path: str) -> socket.socket | None:
+def _connected(path: str) -> socket.socket | None:
     """Connect to a listener; return None if it cannot be reached, because it is on another machine or does not exist."""
     if not path:
         return None
@@ -61,7 +103,7 @@ def connected(path: str) -> socket.socket | None:
     return peer
 
 
-def prepare(peer: socket.socket, timeout: timedelta) -> None:
+def _prepare(peer: socket.socket, timeout: timedelta) -> None:
     """Set how long reads and writes may block, and ask for large buffers.
 
     The kernel keeps the time: Python's own timeouts add a system call to each read.

@@ -12,7 +12,7 @@ import atexit
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from typing import Any, NamedTuple
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -22,7 +22,6 @@ from torch.distributed.distributed_c10d import PrefixStore
 
 from autofunc.errors import AutofuncError, MeshError
 from autofunc.mesh import timeout_of
-from autofunc.runtime.socket_ports import SocketLine, connect_socket
 
 Pair = tuple[int, int]
 """(sending pp rank, receiving pp rank): ranks 0 and 1 of their group."""
@@ -57,13 +56,6 @@ class Transfers:
             raise AutofuncError(f"transfers: max_ctas={self.max_ctas}, expected 1 or more")
 
 
-class Connection(NamedTuple):
-    """A pair's connection."""
-
-    backend: Any  # a c10d backend with `send(tensors, rank, tag)` and `recv(tensors, rank, tag)`, which return a `Work`
-    line: SocketLine | None = None  # for small messages
-
-
 @dataclass
 class _Group:
     """A communicator and its users, until each of them disconnects.
@@ -72,7 +64,7 @@ class _Group:
     rank's garbage collector, and then one end would shut down what the other one keeps.
     """
 
-    ends: Connection
+    backend: Any  # a c10d backend with `send(tensors, rank, tag)` and `recv(tensors, rank, tag)`, which return a `Work`
     users: set[object] = field(default_factory=set)
 
 
@@ -90,7 +82,7 @@ _known: WeakKeyDictionary[dist.ProcessGroup, _Known] = WeakKeyDictionary()
 
 def connect(
     pp_group: dist.ProcessGroup, pairs: Sequence[Pair], device: torch.device, options: Transfers, user: object
-) -> dict[Pair, Connection]:  # fmt: skip
+) -> dict[Pair, Any]:  # fmt: skip
     """Connect this rank's communicators among the pairs. All ranks of the pairs call it.
 
     Connecting waits for the other end. All ranks connect the pairs in the same order, which avoids deadlocks.
@@ -103,7 +95,7 @@ def connect(
         user: stands for whoever uses them, and is held until `disconnect`.
 
     Returns:
-        By pair: its connection, in which the sender is rank 0 and the receiver rank 1.
+        By pair: a c10d backend in which the sender is rank 0 and the receiver rank 1.
 
     Raises:
         MeshError: if there is no transport for the device.
@@ -113,12 +105,12 @@ def connect(
     for pair in sorted(set(pairs)):
         if pp_group.rank() not in pair:
             continue
-        key = (pair, device, replace(options, sends_block=False))  # `sends_block` concerns schedules, not connections
+        key = (pair, device, replace(options, sends_block=False, sockets=True))  # which do not concern communicators
         if key not in known.groups:
             number = known.made[pair] = known.made.get(pair, -1) + 1
             known.groups[key] = _Group(_made(pp_group, pair, number, device, options))
         known.groups[key].users.add(user)
-        found[pair] = known.groups[key].ends
+        found[pair] = known.groups[key].backend
     return found
 
 
@@ -140,25 +132,21 @@ def disconnect_all() -> None:
 
 def _shut_down(device: torch.device, group: _Group) -> None:
     if device.type == "cuda":  # a gloo group ends with its last reference
-        group.ends.backend.shutdown()
-    if group.ends.line is not None:
-        group.ends.line.close()
+        group.backend.shutdown()
 
 
 def _made(
     pp_group: dist.ProcessGroup, pair: Pair, number: int, device: torch.device, options: Transfers
-) -> Connection:  # fmt: skip
+) -> Any:  # fmt: skip
     own = pair.index(pp_group.rank())
     if dist.get_backend(pp_group) == "fake":  # torch's group without communication: for running one rank alone
-        return Connection(FakeProcessGroup._create_internal(own, 2))
+        return FakeProcessGroup._create_internal(own, 2)
     store = PrefixStore(f"autofunc/pair {pair[0]} {pair[1]}/{number}", pp_group.get_group_store())
     timeout = timeout_of(pp_group, device)
     if device.type == "cpu":
-        group = dist.ProcessGroupGloo(store, own, 2, timeout=timeout)
-        line = connect_socket(PrefixStore("socket", store), own, timeout) if options.sockets else None
-        return Connection(group, line)
+        return dist.ProcessGroupGloo(store, own, 2, timeout=timeout)
     if device.type == "cuda":
-        return Connection(nccl_group(store, own, 2, timeout, options, device))
+        return nccl_group(store, own, 2, timeout, options, device)
     raise MeshError(f"there is no transport between {device.type} devices; expected cpu (gloo) or cuda (nccl)")
 
 
@@ -181,5 +169,5 @@ def _abort_all() -> None:
     for known in list(_known.values()):
         for (_, device, _), group in known.groups.items():
             if device.type == "cuda":
-                group.ends.backend.abort()
+                group.backend.abort()
         known.groups.clear()

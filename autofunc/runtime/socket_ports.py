@@ -13,46 +13,44 @@ import queue
 import socket
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from datetime import timedelta
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
 from torch import Tensor
 
 from autofunc.errors import PeerLostError
-from autofunc.unix_sockets import bytes_of, connected, fill, listening, prepare
+from autofunc.unix_sockets import bytes_of, connect, fill, has_sockets
 
-SMALL = 1 << 18
+_SMALL = 1 << 18
 """Bytes of the largest message that takes a socket. Larger ones may not fit into the kernel's buffer (0.4 MB by Linux's
 default settings)."""
 
 
-def connect_socket(store: dist.Store, own: int, timeout: timedelta) -> SocketLine | None:
-    """Connect the two ranks of a pair, both of which call it.
+class Lines(NamedTuple):
+    """The sockets from this rank to others of its pp group."""
 
-    Args:
-        store: of this pair alone.
-        own: 0 for the rank that listens, 1 for the one that connects.
-        timeout: of reads and writes.
+    by_rank: dict[int, SocketLine]
+    reach_all: bool  # and so do those of all other ranks
 
-    Returns:
-        This rank's end; None for both if they are on several machines, or there are no Unix sockets.
-    """
-    if own == 0:
-        with listening(1) as (listener, path):
-            store.set("path", path)
-            if store.get("answer") != b"connected" or listener is None:
-                return None
-            peer, _address = listener.accept()
-    else:
-        found = connected(store.get("path").decode())
-        store.set("answer", "connected" if found else "not connected")
-        if found is None:
-            return None
-        peer = found
-    prepare(peer, timeout)
-    return SocketLine(peer)
+
+# one entry per group, as long as it lives: connecting is costly, and all pipelines on a mesh can share the sockets
+_made: WeakKeyDictionary[dist.ProcessGroup, Lines] = WeakKeyDictionary()
+
+
+def lines(pp_group: dist.ProcessGroup) -> Lines:
+    """Connect the ranks of a pp group that are on one machine, once; all of them call it."""
+    if pp_group not in _made:
+        peers, is_whole = connect(pp_group) if has_sockets(pp_group) else ({}, False)
+        _made[pp_group] = Lines({rank: SocketLine(peer) for rank, peer in peers.items()}, is_whole)
+    return _made[pp_group]
+
+
+def is_small(message: Sequence[Tensor]) -> bool:
+    """Return whether a message goes over a socket. Both ends know its size, so they agree."""
+    return sum([tensor.nbytes for tensor in message]) <= _SMALL
 
 
 @contextmanager
@@ -98,7 +96,7 @@ class _Expected:
 
 
 class SocketLine:
-    """One end of a pair's socket. Messages arrive in the order they were sent."""
+    """One end of the socket between two ranks. Messages arrive in the order they were sent."""
 
     def __init__(self, peer: socket.socket) -> None:
         self._peer = peer
@@ -137,6 +135,9 @@ class SocketLine:
         if self._writer is not None:
             with lost_peers():
                 self._writer.finish()
+
+    def __del__(self) -> None:
+        self.close()
 
     def close(self) -> None:
         """Close the connection."""

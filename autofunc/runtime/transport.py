@@ -16,9 +16,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from autofunc.errors import PeerLostError
-from autofunc.runtime.pair_groups import Connection, Transfers, connect, disconnect
+from autofunc.runtime.pair_groups import Transfers, connect, disconnect
 from autofunc.runtime.program import Channel
-from autofunc.runtime.socket_ports import SMALL, SocketLine
+from autofunc.runtime.socket_ports import Lines, SocketLine, is_small, lines
 
 _SOURCE, _TARGET = 0, 1  # ranks within a pair's group
 
@@ -233,27 +233,20 @@ class _GroupPort:
 
 
 class _LocalPort:
-    """One end of a pair on one machine: small messages go over its socket, others through its gloo group.
-
-    Both ends know the size of each message, so they agree on its way.
-    """
+    """One end of a pair on one machine: small messages go over its socket, others through its gloo group."""
 
     __slots__ = ("_group", "_line")
 
-    def __init__(self, ends: Connection, line: SocketLine) -> None:
-        self._group, self._line = _GroupPort(ends.backend), line
+    def __init__(self, group: Any, line: SocketLine) -> None:
+        self._group, self._line = _GroupPort(group), line
 
     def send(self, tensors: list[Tensor]) -> Ticket:
         """See `Port.send`."""
-        return (self._line if _is_small(tensors) else self._group).send(tensors)
+        return (self._line if is_small(tensors) else self._group).send(tensors)
 
     def receive(self, into: list[Tensor]) -> Ticket:
         """See `Port.receive`."""
-        return (self._line if _is_small(into) else self._group).receive(into)
-
-
-def _is_small(message: list[Tensor]) -> bool:
-    return sum([tensor.nbytes for tensor in message]) <= SMALL
+        return (self._line if is_small(into) else self._group).receive(into)
 
 
 class _CoalescingPort(_GroupPort):
@@ -277,12 +270,6 @@ class _CoalescingPort(_GroupPort):
         self._group._start_coalescing()
         posted = post(tensors)
         return _Transfer(posted.tensors, [self._group._end_coalescing()])
-
-
-def _port(ends: Connection, device: torch.device) -> Port:
-    if ends.line is not None:
-        return _LocalPort(ends, ends.line)
-    return _CoalescingPort(ends.backend) if device.type == "cuda" else _GroupPort(ends.backend)
 
 
 class DistributedTransport:
@@ -310,14 +297,15 @@ class DistributedTransport:
         options: Transfers,
     ) -> None:
         self._pp_group = pp_group
-        self._ranks = ranks
+        self._ranks, self._device = ranks, device
         self._user = object()  # of the connections, which outlive this one if it is dropped without being closed
         try:
-            connections = connect(pp_group, channels, device, options, self._user)
+            groups = connect(pp_group, channels, device, options, self._user)
+            found = lines(pp_group) if device.type == "cpu" and options.sockets else Lines({}, False)
         except RuntimeError as error:
             raise _lost(error) from error
-        self._lines = [ends.line for ends in connections.values() if ends.line is not None]
-        self._ports = {Channel(*pair): _port(ends, device) for pair, ends in connections.items()}
+        self._lines, self._reach_all = found
+        self._ports = {Channel(*pair): self._port(Channel(*pair), group) for pair, group in groups.items()}
 
     def open(self, channel: Channel) -> Port:
         """See `Transport.open`."""
@@ -329,17 +317,29 @@ class DistributedTransport:
         Raises:
             PeerLostError: if another end is gone or too late.
         """
-        for line in self._lines:
+        for line in self._lines.values():
             line.flush()
+
+    def _port(self, channel: Channel, group: Any) -> Port:
+        if self._device.type == "cuda":
+            return _CoalescingPort(group)
+        line = next((line for rank, line in self._lines.items() if rank in channel), None)
+        return _GroupPort(group) if line is None else _LocalPort(group, line)
 
     def close(self) -> None:
         """Shut down the connections without other users. All pp ranks call it, with no transfer in flight."""
-        self._ports, self._lines = {}, []
+        self._ports = {}
         disconnect(self._pp_group, self._user)
 
-    def broadcast(self, root: int, tensors: list[Tensor]) -> _Transfer:
+    def broadcast(self, root: int, tensors: list[Tensor]) -> Ticket:
         """See `Transport.broadcast`."""
         if len(self._ranks) == 1:  # torch would wake a thread for it
+            return _Transfer(tensors, [])
+        if self._reach_all and is_small(tensors):
+            if root in self._lines:
+                return self._lines[root].receive(tensors)
+            for line in self._lines.values():
+                line.send(tensors)
             return _Transfer(tensors, [])
         try:
             works = [dist.broadcast(t, self._ranks[root], group=self._pp_group, async_op=True) for t in tensors]

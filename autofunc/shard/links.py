@@ -10,7 +10,6 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -18,8 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from autofunc.errors import PeerLostError
-from autofunc.mesh import timeout_of
-from autofunc.unix_sockets import bytes_of, connected, fill, listening, prepare
+from autofunc.unix_sockets import bytes_of, connect, fill, has_sockets
 
 _SMALL = 1 << 20
 """Bytes up to which more than two ranks exchange directly."""
@@ -37,8 +35,8 @@ def links(group: dist.ProcessGroup) -> Links | None:
         The connections; None if ranks are on several machines, cannot have sockets, or the group does not use gloo on CPU.
     """
     if group not in _made:
-        # groups that torch makes by default are "cpu:gloo" ones, whose name `get_backend` does not know
-        _made[group] = _connect(group) if "cpu:gloo" in dist.get_backend_config(group) else None
+        reached = connect(group) if has_sockets(group) else None
+        _made[group] = Links(group.rank(), reached.peers) if reached is not None and reached.is_whole else None
     return _made[group]
 
 
@@ -115,28 +113,3 @@ def _lost_peers() -> Iterator[None]:
         yield
     except OSError as error:
         raise PeerLostError(f"another tp rank is gone or too late: {error}") from error
-
-
-def _connect(group: dist.ProcessGroup) -> Links | None:
-    own, size = group.rank(), group.size()
-    with listening(size) as (listener, path):
-        paths: list[str] = _of_all(path, group)
-        peers = {rank: peer for rank in range(own) if (peer := connected(paths[rank])) is not None}
-        if not all(_of_all(listener is not None and len(peers) == own, group)) or listener is None:
-            return None
-        for peer in peers.values():
-            peer.sendall(own.to_bytes(4, "little"))
-        for _ in range(own + 1, size):
-            peer, _address = listener.accept()
-            number = bytearray(4)
-            fill(peer, memoryview(number))
-            peers[int.from_bytes(number, "little")] = peer
-    for peer in peers.values():
-        prepare(peer, timeout_of(group))
-    return Links(own, dict(sorted(peers.items())))
-
-
-def _of_all(own: Any, group: dist.ProcessGroup) -> list[Any]:
-    found: list[Any] = [None] * group.size()
-    dist.all_gather_object(found, own, group=group)
-    return found

@@ -13,7 +13,6 @@ from autofunc.errors import AutofuncError
 from autofunc.mesh import pp_ranks
 from autofunc.runtime import pair_groups
 from autofunc.runtime.ops import Receive, Send
-from autofunc.runtime.pair_groups import Connection
 from autofunc.runtime.program import Channel, channels_between
 from autofunc.runtime.transport import DistributedTransport, _CoalescingPort
 from tests.cases import make_case, plan_of, pp_mesh
@@ -144,8 +143,7 @@ def test_values_of_one_edge_are_one_nccl_message(monkeypatch: pytest.MonkeyPatch
     pipe = af.pipeline(stages, s, loss=lambda outputs, microbatch: outputs.sum())
     program = plan_of(pipe, pipe.init(), {"x": torch.ones(1, 3)}).programs[0]
     backends = {channel: Backend() for channel in program.channels}
-    connections = {channel: Connection(backend) for channel, backend in backends.items()}
-    monkeypatch.setattr("autofunc.runtime.transport.connect", lambda *_: connections)
+    monkeypatch.setattr("autofunc.runtime.transport.connect", lambda *_: backends)
     transport = DistributedTransport(None, [0, 1], torch.device("cuda"), program.channels, af.Transfers())  # type: ignore[arg-type]
     ports = [transport.open(channel) for channel in program.channels]
     for op in program.ops:

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import pytest
 import torch
@@ -14,29 +15,30 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 import autofunc as af
+from autofunc import unix_sockets
 from autofunc.errors import PeerLostError
 from autofunc.mesh import pp_ranks
-from autofunc.runtime import transport
-from autofunc.runtime.pair_groups import connect, disconnect
+from autofunc.runtime import socket_ports, transport
 from autofunc.runtime.program import Channel
-from autofunc.runtime.socket_ports import SMALL, SocketLine, connect_socket
+from autofunc.runtime.socket_ports import SocketLine, lines
 from autofunc.runtime.transport import DistributedTransport
+from autofunc.shard.links import links
 from autofunc.tree import flatten
-from autofunc.unix_sockets import prepare
-from tests.cases import make_case, pp_mesh
+from tests.cases import cut_evenly, make_case, pp_mesh
 from tests.pool import WorkerPool
 
-Lines = tuple[SocketLine, SocketLine]
+Ends = tuple[SocketLine, SocketLine]
 
 
 @contextmanager
-def joined(seconds: float = 20) -> Iterator[Lines]:
-    ends = socket.socketpair()
-    for end in ends:
-        prepare(end, timedelta(seconds=seconds))
-    both = SocketLine(ends[0]), SocketLine(ends[1])
+def joined(seconds: float = 20) -> Iterator[Ends]:
+    pair = socket.socketpair()
+    for end in pair:
+        unix_sockets._prepare(end, timedelta(seconds=seconds))
+    both = SocketLine(pair[0]), SocketLine(pair[1])
     try:
         yield both
     finally:
@@ -45,7 +47,7 @@ def joined(seconds: float = 20) -> Iterator[Lines]:
 
 
 @pytest.fixture
-def lines() -> Iterator[Lines]:
+def ends() -> Iterator[Ends]:
     with joined() as both:
         yield both
 
@@ -78,9 +80,9 @@ def test_messages_arrive_in_order_whenever_they_are_read(messages: list[list[int
         source.flush()
 
 
-def test_any_layout(lines: Lines) -> None:
+def test_any_layout(ends: Ends) -> None:
     """A transposed tensor, one with a conjugate bit, and one with a negative bit, are sent by their values."""
-    source, target = lines
+    source, target = ends
     z = torch.randn(3, 4, dtype=torch.complex64, generator=torch.Generator().manual_seed(0))
     sent = [z.real.t(), z.conj(), z.conj().imag]
     into = [torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in sent]
@@ -89,9 +91,9 @@ def test_any_layout(lines: Lines) -> None:
     assert all(map(torch.equal, into, sent))
 
 
-def test_sends_do_not_wait_for_the_other_end(lines: Lines) -> None:
+def test_sends_do_not_wait_for_the_other_end(ends: Ends) -> None:
     """More than any buffer holds; `flush` waits until the other end has read enough."""
-    source, target = lines
+    source, target = ends
     sent = [torch.full((1 << 20,), float(number)) for number in range(8)]  # 32 MB
     for tensor in sent:
         source.send([tensor]).settle()
@@ -107,8 +109,8 @@ def test_sends_do_not_wait_for_the_other_end(lines: Lines) -> None:
     assert not flushing.is_alive()
 
 
-def test_a_flushed_message_outlives_its_sender(lines: Lines) -> None:
-    source, target = lines
+def test_a_flushed_message_outlives_its_sender(ends: Ends) -> None:
+    source, target = ends
     source.send([torch.tensor([7.0])])
     source.flush()
     source.close()
@@ -117,8 +119,8 @@ def test_a_flushed_message_outlives_its_sender(lines: Lines) -> None:
     assert into.item() == 7
 
 
-def test_an_end_that_is_gone(lines: Lines) -> None:
-    source, target = lines
+def test_an_end_that_is_gone(ends: Ends) -> None:
+    source, target = ends
     ticket = target.receive([torch.zeros(1)])
     source.close()
     with pytest.raises(PeerLostError, match="the other end of a transfer is gone or too late: connection closed"):
@@ -127,8 +129,8 @@ def test_an_end_that_is_gone(lines: Lines) -> None:
         target.send([torch.zeros(1)])
 
 
-def test_an_end_that_is_gone_while_a_thread_writes(lines: Lines) -> None:
-    source, target = lines
+def test_an_end_that_is_gone_while_a_thread_writes(ends: Ends) -> None:
+    source, target = ends
     source.send([torch.zeros(8 << 20)])
     target.close()
     with pytest.raises(PeerLostError, match=r"Broken pipe|reset by peer"):
@@ -156,48 +158,83 @@ def test_the_thread_ends_with_its_connection() -> None:
     assert not writer.is_alive()
 
 
-@pytest.mark.parametrize("path", ["", "/nowhere/s"])  # no Unix sockets; and another machine, whose files differ
-def test_ends_that_cannot_reach_each_other_both_know(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = dist.HashStore()
-    found: list[SocketLine | None] = []
-    listens = threading.Thread(target=lambda: found.append(connect_socket(store, 0, timedelta(seconds=20))))
-    elsewhere = dist.PrefixStore("elsewhere", dist.HashStore())
-    elsewhere.set("path", path)
-    listens.start()
-    answers: dict[str, str] = {}
-    monkeypatch.setattr(dist.PrefixStore, "set", lambda self, key, value: answers.update({key: value}))
-    assert connect_socket(elsewhere, 1, timedelta(seconds=20)) is None
-    store.set("answer", answers["answer"])
-    listens.join(20)
-    assert found == [None]
+def reached(machines: list[int]) -> tuple[list[int], bool, bool, float, int]:
+    """Ranks on machines: which of them a rank reaches, whether all agree, and a step on all of them.
+
+    Returns:
+        Ranks reached; whether all are; whether the sockets of tp and cp ranks exist; the step's loss; messages by gloo.
+    """
+    own, find = dist.get_rank(), unix_sockets._connected
+    number = iter(range(own))
+    here = [rank for rank in range(own) if machines[rank] == machines[own]]
+    unix_sockets._connected = lambda path: find(path) if next(number) in here else None
+    try:
+        group = dist.new_group(backend="gloo")
+        found = lines(group)
+        number = iter(range(own))
+        has_links = links(group) is not None
+    finally:
+        unix_sockets._connected = find
+    model, _, loss, batch = make_case("mlp", 4, 8)
+    s = af.schedule.build("1f1b", num_ranks=4, num_microbatches=8)
+    pipe = af.pipeline(cut_evenly(model, 4), s, loss=loss, mesh=DeviceMesh.from_group(group, "cpu", mesh_dim_names=("pp",)))
+    with counted_gloo() as by_gloo:
+        value, _ = af.value_and_grad(pipe)(pipe.init(0), batch)
+    pipe.close()
+    dist.destroy_process_group(group)
+    return [*found.by_rank], found.reach_all, has_links, value.item(), len(by_gloo)
 
 
-def ways_of(sockets: bool) -> tuple[list[float], int, bool]:
-    """Gradients of a step whose messages are small, how many gloo carried, and whether the two ends have a socket."""
+def test_ranks_of_several_machines(workers: WorkerPool) -> None:
+    """Each pair on one machine has a socket; the others and broadcasts use gloo, and the numbers stay the same."""
+    alone = workers.run(reached, [0, 0, 0, 0])
+    assert [each[:3] for each in alone] == [([other for other in range(4) if other != own], True, True) for own in range(4)]
+    assert [each[4] for each in alone] == [0, 0, 0, 0]
+    apart = workers.run(reached, [0, 0, 1, 1])
+    assert [each[:3] for each in apart] == [
+        ([1], False, False),
+        ([0], False, False),
+        ([3], False, False),
+        ([2], False, False),
+    ]
+    assert [each[4] for each in apart] == [0, 8, 8, 0], "the second and third exchange eight microbatches each way"
+    assert len({each[3] for each in [*alone, *apart]}) == 1
+
+
+@contextmanager
+def counted_gloo() -> Iterator[list[int]]:
+    """Count the messages that this rank sends over gloo."""
+    sent: list[int] = []
+    post = transport._GroupPort.send
+
+    def counted(port: Any, tensors: list[Tensor]) -> Any:
+        sent.append(len(tensors))
+        return post(port, tensors)
+
+    transport._GroupPort.send = counted  # type: ignore[method-assign]
+    try:
+        yield sent
+    finally:
+        transport._GroupPort.send = post  # type: ignore[method-assign]
+
+
+def ways_of(sockets: bool) -> tuple[list[float], int]:
+    """Gradients of a step whose messages are small, and how many gloo carried."""
     model, _, loss, batch = make_case("gpt2", 2, 4)
     s = af.schedule.build("1f1b", num_ranks=2, num_microbatches=4)
     options = af.Transfers(sockets=sockets)
     pipe = af.pipeline(af.split(model, 2), s, loss=loss, mesh=pp_mesh(2), transfers=options)
-    by_gloo = []
-    post = transport._GroupPort.send
-    transport._GroupPort.send = lambda self, tensors: by_gloo.append(1) or post(self, tensors)  # type: ignore[method-assign, assignment, func-returns-value]
-    try:
+    with counted_gloo() as by_gloo:
         _, grads = af.value_and_grad(pipe)(pipe.init(0), batch)
-    finally:
-        transport._GroupPort.send = post  # type: ignore[method-assign]
-    group, user = pp_mesh(2).get_group(), object()
-    pairs = connect(group, [(0, 1)], torch.device("cpu"), options, user)
-    has_socket = any(ends.line is not None for ends in pairs.values())
-    disconnect(group, user)
     pipe.close()
-    return [leaf.double().sum().item() for leaf in flatten(grads).values()], len(by_gloo), has_socket
+    return [leaf.double().sum().item() for leaf in flatten(grads).values()], len(by_gloo)
 
 
 def test_sockets_change_the_way_and_no_bits(workers: WorkerPool) -> None:
     over_sockets, over_gloo = workers.run(ways_of, True), workers.run(ways_of, False)
-    for (with_sockets, carried, has), (without, carried_all, has_not) in zip(over_sockets, over_gloo, strict=True):
+    for (with_sockets, carried), (without, carried_all) in zip(over_sockets, over_gloo, strict=True):
         assert with_sockets == without
-        assert (carried, has, has_not) == (0, True, False)
+        assert carried == 0
         assert carried_all == 5  # four microbatches, and the tied weight's gradient
 
 
@@ -208,8 +245,8 @@ def large_and_small() -> list[float]:
         mesh.get_group(), pp_ranks(mesh), torch.device("cpu"), [Channel(0, 1)], af.Transfers()
     )  # fmt: skip
     own = mesh.get_local_rank()
-    port = moved.open(Channel(0, 1))
-    sizes = [1, SMALL, 2, SMALL // 4 + 1, 3, SMALL // 4]
+    port, limit = moved.open(Channel(0, 1)), socket_ports._SMALL // 4
+    sizes = [1, 4 * limit, 2, limit + 1, 3, limit]
     tensors = [torch.full((size,), float(number + 1) * (1 - own)) for number, size in enumerate(sizes)]
     tickets = [(port.receive if own else port.send)([tensor]) for tensor in tensors]
     for ticket in reversed(tickets):

@@ -378,7 +378,7 @@ def timeouts() -> set[float]:
     mesh = mesh_of(pp=2, dp_shard=2)
     pipe, _, batch = pipe_on(mesh)
     af.value_and_grad(pipe)(pipe.init(), batch)
-    backends = [group.ends.backend for group in pair_groups._known[mesh["pp"].get_group()].groups.values()]
+    backends = [group.backend for group in pair_groups._known[mesh["pp"].get_group()].groups.values()]
     groups = [each.get_group(axis) for each in (mesh, mesh_of(pp=2, cp=2)) for axis in each.mesh_dim_names or ()]
     return {each.total_seconds() for each in (*(b.options._timeout for b in backends), *map(timeout_of, groups))}
 
