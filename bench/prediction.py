@@ -34,7 +34,7 @@ import autofunc as af
 from stages.gpt2 import build_gpt2_model
 
 FAMILIES = {
-    1: ("1f1b", "gpipe", "zb_h1", "zb_h2"),
+    1: ("1f1b", "eager_1f1b", "gpipe", "zb_h1", "zb_h2"),
     2: ("interleaved_1f1b", "looped_bfs", "interleaved_zb", "zbv", "v_half", "v_min", "dualpipe_v"),
 }
 MICROBATCHES = 8

@@ -12,6 +12,7 @@ from autofunc.schedule.files.schedule_file import SUFFIXES
 from autofunc.schedule.ir import Row, Schedule, Table
 from autofunc.schedule.named import (
     dualpipe_v,
+    eager_1f1b,
     gpipe,
     interleaved_1f1b,
     interleaved_zb,
@@ -64,6 +65,7 @@ def _v_shaped(row: Callable[..., Table], microbatches_per_rank: int = 0) -> Gene
 GENERATORS: dict[str, Generator] = {
     "gpipe": Generator(gpipe.row),
     "1f1b": Generator(one_f_one_b.row),
+    "eager_1f1b": Generator(eager_1f1b.row),
     "interleaved_1f1b": _looped(interleaved_1f1b.row),
     "looped_bfs": _looped(looped_bfs.row),
     "zb_h1": Generator(zb_h1.row),

@@ -86,6 +86,22 @@ def test_interleaving_never_makes_an_uneven_number_of_microbatches_worse(p: int,
     assert schedule.simulate(s, costs).makespan <= plain.makespan + 1e-9
 
 
+@given(sizes, st.integers(0, 20), st.sampled_from([0.5, 1.0, 2.0]))
+def test_eager_1f1b_hides_transfers_as_long_as_a_forward(p: int, more: int, latency: float) -> None:
+    """With F = B = 1, a transfer of up to 1 delays the first microbatch and the last, and no other."""
+    m = 2 * p + more
+    eager, plain = (
+        schedule.simulate(
+            schedule.build(name, num_ranks=p, num_microbatches=m), schedule.Costs(F=1, I=0.5, W=0.5, latency=latency)
+        ).makespan
+        for name in ("eager_1f1b", "1f1b")
+    )
+    fill = 2 * (p - 1) * (1 + latency)
+    if latency <= 1:
+        assert eager == pytest.approx(2 * m + fill)
+    assert eager <= plain and (p == 1 or more < 2 * p or eager < plain)
+
+
 @given(sizes, st.integers(0, 20))
 def test_zb_h1_has_the_memory_of_1f1b_and_a_third_of_its_bubble(p: int, more: int) -> None:
     m = p + more
@@ -110,6 +126,8 @@ def test_zb_h2_has_no_bubble_inside_a_span(p: int, more: int) -> None:
         ("gpipe", 4, 8, 33, 33, 8, 8),
         ("1f1b", 4, 8, 33, 33, 4, 1),
         ("1f1b", 8, 32, 117, 117, 8, 1),
+        ("eager_1f1b", 4, 8, 33, 33, 7, 1),
+        ("eager_1f1b", 8, 32, 117, 117, 15, 1),
         ("interleaved_1f1b", 4, 8, 28.5, 28.5, 5.5, 2.5),
         ("interleaved_1f1b", 8, 32, 106.5, 106.5, 11.5, 4.5),
         ("looped_bfs", 4, 8, 28.5, 28.5, 8, 8),
