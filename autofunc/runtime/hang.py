@@ -27,7 +27,7 @@ _WAITS = {
     _OWN / "shard" / "links.py": "a tensor of other tp or cp ranks",
 }
 """The files in which this library waits for other ranks, and what for."""
-_PASSED = {_OWN / "unix_sockets.py", Path(queue.__file__), Path(threading.__file__)}
+_PASSED = {_OWN / "shard" / "unix_sockets.py", Path(queue.__file__), Path(threading.__file__)}
 """Files through which these wait."""
 _OPERATORS = ("c10d_functional", "c10d::")
 """Parts of the names of operators that wait for other ranks."""

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from autofunc.errors import PeerLostError
-from autofunc.unix_sockets import bytes_of, connect, fill, has_sockets
+from autofunc.shard.unix_sockets import bytes_of, connect, fill, has_sockets
 
 _SMALL = 1 << 18
 """Bytes of the largest message that takes a socket. Larger ones may not fit into the kernel's buffer (0.4 MB by Linux's

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from autofunc.errors import PeerLostError
-from autofunc.unix_sockets import bytes_of, connect, fill, has_sockets
+from autofunc.shard.unix_sockets import bytes_of, connect, fill, has_sockets
 
 _SMALL = 1 << 20
 """Bytes up to which more than two ranks exchange directly."""

@@ -14,12 +14,11 @@ import torch
 import torch.distributed as dist
 
 import autofunc as af
-from autofunc import unix_sockets
 from autofunc.errors import AutofuncError, HangError
 from autofunc.runtime import agree, position, socket_ports, transport, watchdog
 from autofunc.runtime.hang import Frame, State, describe, frames_of, late
 from autofunc.runtime.position import here
-from autofunc.shard import data_sum, expert_exchange, links
+from autofunc.shard import data_sum, expert_exchange, links, unix_sockets
 from tests.cases import make_case, pp_mesh
 from tests.pool import WorkerPool
 

@@ -18,13 +18,13 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 import autofunc as af
-from autofunc import unix_sockets
 from autofunc.errors import PeerLostError
 from autofunc.mesh import pp_ranks
 from autofunc.runtime import socket_ports, transport
 from autofunc.runtime.program import Channel
 from autofunc.runtime.socket_ports import SocketLine, lines
 from autofunc.runtime.transport import DistributedTransport
+from autofunc.shard import unix_sockets
 from autofunc.shard.links import links
 from autofunc.tree import flatten
 from tests.cases import cut_evenly, make_case, pp_mesh
