@@ -1,6 +1,6 @@
-"""Eager 1F1B: 1F1B with twice its warmup, so that a transfer may take as long as a computation without delaying any.
+"""Eager 1F1B: 1F1B with twice the warmup, which hides transfers.
 
-A rank keeps at most `2 * (num_ranks - rank) - 1` microbatches in flight. In 1F1B each of a rank's actions needs what its
+A transfer may take as long as a computation without delaying any. A rank keeps at most `2 * (num_ranks - rank) - 1` microbatches in flight. In 1F1B each of a rank's actions needs what its
 neighbour has just made, so every transfer counts; here values arrive one action before they are needed.
 
 Source: Zhuang et al., "On Optimizing the Communication of Model Parallelism", MLSys 2023, section 4 (arXiv 2211.05322);
