@@ -28,6 +28,7 @@ from torch import Tensor, fx
 
 from autofunc import cache
 from autofunc.engine.emit import Runnable
+from autofunc.engine.gelu import with_sigmoids
 from autofunc.engine.matmul import choose_matmuls
 from autofunc.engine.partition import Piece, in_order
 from autofunc.errors import AutofuncError, ModelError, in_brief
@@ -157,7 +158,7 @@ def _compile(graph: fx.Graph, inputs: list[Node], key: str) -> Any:
     with fake_mode() as mode, torch.no_grad():
         values = [node.meta["val"] for node in inputs]
         fakes = [torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device=v.device) for v in values]
-        module = trace(fx.GraphModule({}, graph), *fakes, decompositions=select_decomp_table())
+        module = trace(fx.GraphModule({}, graph), *fakes, decompositions=with_sigmoids(select_decomp_table()))
     choose_matmuls(module.graph)
     _call_as_is(torch.ops.aten.addmm_.default)
     _call_as_is(torch.ops.autofunc.add_product_.default)
