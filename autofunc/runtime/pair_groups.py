@@ -39,7 +39,7 @@ class Transfers:
             transports without buffers. Receives that would deadlock two ranks are posted earlier, which may take more
             memory for received values (0.3 slots per rank on average over named schedules, at most 6). gloo and NCCL,
             whose sends return at once, do not need it.
-        sockets: on CPU, send messages of up to 256 KiB between ranks of one machine over Unix sockets. False leaves all
+        sockets: on CPU, send messages of up to 1 MiB between ranks of one machine over Unix sockets. False leaves all
             messages to gloo.
 
     Raises:

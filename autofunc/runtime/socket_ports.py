@@ -24,9 +24,8 @@ from torch import Tensor
 from autofunc.errors import PeerLostError
 from autofunc.shard.unix_sockets import bytes_of, connect, fill, has_sockets
 
-_SMALL = 1 << 18
-"""Bytes of the largest message that takes a socket. Larger ones may not fit into the kernel's buffer (0.4 MB by Linux's
-default settings)."""
+_SMALL = 1 << 20
+"""Bytes of the largest message that takes a socket."""
 
 
 class Lines(NamedTuple):
