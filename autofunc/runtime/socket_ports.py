@@ -1,8 +1,8 @@
 """Transfers between pp ranks of one machine over Unix sockets, for small messages on CPU.
 
 A send writes to the kernel's buffer, and a receive reads when its value is needed, both in the rank's own thread. gloo's
-threads compete for cores with ranks that compute: a step of small stages takes up to 2.5 times as long over gloo, on as
-many cores as ranks (`bench/RESULTS.md`).
+threads compete for cores with ranks that compute: a step of small stages takes up to 3.2 times as long over gloo, on as
+many cores as ranks (`bench/transfers.py`).
 
 A send never waits for the other end. If the kernel's buffer is full, a thread writes a copy of the rest.
 """
