@@ -42,7 +42,7 @@ def test_the_tutorial_runs_as_printed(tmp_path: Path, monkeypatch: pytest.Monkey
         for block in blocks:
             exec(compile(block, "schedules.md", "exec"), {})
     promises = re.findall(r"^# (\w*1f1b .*)$", page, re.MULTILINE)
-    assert [promise.split()[0] for promise in promises] == ["1f1b", "eager_1f1b"]
+    assert [promise.split()[0] for promise in promises] == ["1f1b", "early_1f1b"]
     assert all(promise in out.getvalue() for promise in promises)
     assert (tmp_path / "compared.html").exists()
 

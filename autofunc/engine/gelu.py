@@ -1,8 +1,8 @@
 """gelu with the tanh approximation as a sigmoid, in compiled pieces on the CPU.
 
 (1 + tanh(u)) / 2 is sigmoid(2 u). Inductor computes tanh by a function that is exact near 0: gelu takes 9 us for 8,192
-numbers, and its backward 10 us; by an exponential 2 and 4 us (one core with AVX512). A sum with 1 has no use for more exact
-values near 0: the results are as exact as those of torch's kernels.
+numbers, and its backward 10 us; by an exponential 2 and 4 us (one core with AVX512). Since 1 is added,
+extra precision near 0 is lost anyway: the results are as exact as those of torch's kernels.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from autofunc.errors import ModelError
 from autofunc.losses import Loss
 from autofunc.runtime.fixed import copy_all
 from autofunc.runtime.program import Layout
@@ -77,8 +78,15 @@ def share(
     rank: int, root: int, make: Callable[[], list[Tensor]], like: Sequence[Layout],
     device: torch.device, transport: Transport, into: list[Tensor],
 ) -> Iterator[None]:  # fmt: skip
-    """Broadcast the tensors that the root makes to all pp ranks, and append them to `into`; `like` gives their layouts."""
+    """Broadcast the tensors that the root makes to all pp ranks, and append them to `into`; `like` gives their layouts.
+
+    Raises:
+        ModelError: on the root, if it makes others: the other ranks receive what was inferred when the step was planned.
+    """
     tensors = make() if rank == root else empty(like, device)
+    found = [(tuple(tensor.shape), tensor.dtype) for tensor in tensors]
+    if found != [(tuple(shape), dtype) for shape, dtype in like]:
+        raise ModelError(f"the last stage ends in {found}; when the step was planned, it ended in {[*like]}")
     ticket = transport.broadcast(root, tensors)
     while not ticket.arrived():
         yield

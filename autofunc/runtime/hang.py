@@ -28,7 +28,7 @@ _WAITS = {
 }
 """The files in which this library waits for other ranks, and what for."""
 _PASSED = {_OWN / "shard" / "unix_sockets.py", Path(queue.__file__), Path(threading.__file__)}
-"""Files through which these wait."""
+"""Files whose frames may lie between these and the call that waits."""
 _OPERATORS = ("c10d_functional", "c10d::")
 """Parts of the names of operators that wait for other ranks."""
 _DEBUGGERS = ("pdb.py", "bdb.py", "pydevd.py")

@@ -37,8 +37,8 @@ class Transfers:
         high_priority: run transfers on high-priority streams.
         sends_block: lower schedules so that they complete even if a send blocks its rank until the receive is posted: for
             transports without buffers. Receives that would deadlock two ranks are posted earlier, which may take more
-            memory for received values (0.3 slots per rank on average over named schedules, at most 6). gloo and NCCL,
-            whose sends return at once, do not need it.
+            memory for received values (0.3 slots per rank on average over named schedules, at most 6). gloo, NCCL and
+            sockets, whose sends return at once, do not need it.
         sockets: on CPU, send messages of up to 1 MiB between ranks of one machine over Unix sockets. False leaves all
             messages to gloo.
 

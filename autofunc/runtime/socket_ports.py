@@ -4,7 +4,9 @@ A send writes to the kernel's buffer, and a receive reads when its value is need
 threads compete for cores with ranks that compute: a step of small stages takes up to 3.2 times as long over gloo, on as
 many cores as ranks (`bench/transfers.py`).
 
-A send never waits for the other end. If the kernel's buffer is full, a thread writes a copy of the rest.
+A send never waits for the other end. If the kernel's buffer is full, a thread writes a copy of the rest: of messages
+larger than the buffer (0.4 MB by Linux's default settings), and where a rank is far ahead. No memory prediction counts
+these copies.
 """
 
 from __future__ import annotations
@@ -26,6 +28,11 @@ from autofunc.shard.unix_sockets import bytes_of, connect, fill, has_sockets
 
 _SMALL = 1 << 20
 """Bytes of the largest message that takes a socket."""
+
+
+def lost_peer(error: BaseException) -> PeerLostError:
+    """Return the error of a failed transfer, which marks it as a consequence: the cause is at the other end."""
+    return PeerLostError(f"the other end of a transfer is gone or too late: {error}")
 
 
 class Lines(NamedTuple):
@@ -50,15 +57,6 @@ def lines(pp_group: dist.ProcessGroup) -> Lines:
 def is_small(message: Sequence[Tensor]) -> bool:
     """Return whether a message goes over a socket. Both ends know its size, so they agree."""
     return sum([tensor.nbytes for tensor in message]) <= _SMALL
-
-
-@contextmanager
-def lost_peers() -> Iterator[None]:
-    """Turn errors of a socket into a `PeerLostError`."""
-    try:
-        yield
-    except OSError as error:
-        raise PeerLostError(f"the other end of a transfer is gone or too late: {error}") from error
 
 
 class _Sent:
@@ -95,16 +93,20 @@ class _Expected:
 
 
 class SocketLine:
-    """One end of the socket between two ranks. Messages arrive in the order they were sent."""
+    """One end of the socket between two ranks. Messages arrive in the order they were sent.
+
+    Messages are bytes without a length. So a line that failed, or was given up in the middle of one, raises from then on.
+    """
 
     def __init__(self, peer: socket.socket) -> None:
         self._peer = peer
         self._expected: deque[_Expected] = deque()
         self._writer: _Writer | None = None  # made when it is first needed
+        self._failure = ""
 
     def send(self, tensors: list[Tensor]) -> _Sent:
         """See `Port.send`."""
-        with lost_peers():
+        with self._in_use():
             for tensor in tensors:
                 self._write(bytes_of(tensor.contiguous().resolve_conj().resolve_neg()))
         return _Sent(tensors)
@@ -117,7 +119,7 @@ class SocketLine:
 
     def read(self, last: _Expected) -> None:
         """Read expected messages up to this one."""
-        with lost_peers():
+        with self._in_use():
             while not last.done:
                 ticket = self._expected.popleft()
                 for tensor in ticket.tensors:
@@ -132,14 +134,19 @@ class SocketLine:
             PeerLostError: if they could not be written.
         """
         if self._writer is not None:
-            with lost_peers():
+            with self._in_use():
                 self._writer.finish()
+
+    def abandon(self) -> None:
+        """Note that a step failed. If it has not read all it was to read, what arrives next belongs to no one."""
+        if self._expected:
+            self._failure = self._failure or "an earlier step failed before it had read all that was sent to it"
 
     def __del__(self) -> None:
         self.close()
 
     def close(self) -> None:
-        """Close the connection."""
+        """Close the connection. What was not flushed is lost."""
         if self._writer is not None:
             self._writer.stop()
         self._peer.close()
@@ -154,6 +161,23 @@ class SocketLine:
         if left:
             self._writer = self._writer or _Writer(self._peer)
             self._writer.write(bytes(left))
+
+    @contextmanager
+    def _in_use(self) -> Iterator[None]:
+        """Refuse a line that has failed; mark it if it fails now."""
+        if self._failure:
+            raise PeerLostError(f"the connection to another pp rank cannot be used any more: {self._failure}")
+        try:
+            yield
+        except BlockingIOError as error:
+            self._failure = "the other end was too late"
+            raise PeerLostError("the other end of a transfer is too late: no answer within the group's timeout") from error
+        except OSError as error:
+            self._failure = str(error)
+            raise lost_peer(error) from error
+        except BaseException:
+            self._failure = "a transfer was interrupted"
+            raise
 
 
 class _Writer:
@@ -176,8 +200,9 @@ class _Writer:
         Raises:
             OSError: if it could not be written.
         """
+        is_idle = self._left.unfinished_tasks == 0  # looked at first: a failure ends a task too
         self._raise()
-        return self._left.unfinished_tasks == 0
+        return is_idle
 
     def finish(self) -> None:
         """Wait until all is written. Raises: see `is_idle`."""
@@ -185,7 +210,7 @@ class _Writer:
         self._raise()
 
     def stop(self) -> None:
-        """End the thread after what was given before."""
+        """End the thread."""
         self._left.put(None)
 
     def _raise(self) -> None:
@@ -194,9 +219,10 @@ class _Writer:
 
     def _run(self) -> None:
         while (data := self._left.get()) is not None:
-            if self._error is None:
-                try:
+            try:
+                if self._error is None:
                     self._peer.sendall(data)
-                except OSError as error:
-                    self._error = error
-            self._left.task_done()
+            except OSError as error:
+                self._error = error
+            finally:
+                self._left.task_done()

@@ -95,8 +95,12 @@ def run_step(
     }
     if transport is not None:
         ((rank, _),) = plan.programs.items()
-        for _ in _run(plan, rank, given, transport, recording, observers, result):
-            raise AssertionError("a transport between processes blocks; it never yields")
+        try:
+            for _ in _run(plan, rank, given, transport, recording, observers, result):
+                raise AssertionError("a transport between processes blocks; it never yields")
+        except BaseException:
+            transport.abandon()
+            raise
         transport.flush()
         return result
     hub = MemoryHub(plan.schedule.num_ranks)

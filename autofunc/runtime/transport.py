@@ -15,10 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from autofunc.errors import PeerLostError
 from autofunc.runtime.pair_groups import Transfers, connect, disconnect
 from autofunc.runtime.program import Channel
-from autofunc.runtime.socket_ports import Lines, SocketLine, is_small, lines
+from autofunc.runtime.socket_ports import Lines, SocketLine, is_small, lines, lost_peer
 
 _SOURCE, _TARGET = 0, 1  # ranks within a pair's group
 
@@ -181,11 +180,6 @@ class MemoryTransport:
 # --- between processes --------------------------------------------------------------------------------------------
 
 
-def _lost(error: RuntimeError) -> PeerLostError:
-    """Return the error of a failed transfer, which marks it as a consequence: the cause is at the other end."""
-    return PeerLostError(f"the other end of a transfer is gone or too late: {error}")
-
-
 class _Transfer:
     __slots__ = ("tensors", "works")
 
@@ -198,7 +192,7 @@ class _Transfer:
             for work in self.works:
                 work.wait()
         except RuntimeError as error:
-            raise _lost(error) from error
+            raise lost_peer(error) from error
         self.works = []
         return True
 
@@ -222,14 +216,14 @@ class _GroupPort:
             tensors = [tensor.contiguous() for tensor in tensors]
             return _Transfer(tensors, [self._send([tensor], _TARGET, 0) for tensor in tensors])
         except RuntimeError as error:
-            raise _lost(error) from error
+            raise lost_peer(error) from error
 
     def receive(self, into: list[Tensor]) -> _Transfer:
         """See `Port.receive`."""
         try:
             return _Transfer(into, [self._recv([tensor], _SOURCE, 0) for tensor in into])
         except RuntimeError as error:
-            raise _lost(error) from error
+            raise lost_peer(error) from error
 
 
 class _LocalPort:
@@ -302,8 +296,8 @@ class DistributedTransport:
         try:
             groups = connect(pp_group, channels, device, options, self._user)
             found = lines(pp_group) if device.type == "cpu" and options.sockets else Lines({}, False)
-        except RuntimeError as error:
-            raise _lost(error) from error
+        except (RuntimeError, OSError) as error:
+            raise lost_peer(error) from error
         self._lines, self._reach_all = found
         self._ports = {Channel(*pair): self._port(Channel(*pair), group) for pair, group in groups.items()}
 
@@ -320,6 +314,11 @@ class DistributedTransport:
         for line in self._lines.values():
             line.flush()
 
+    def abandon(self) -> None:
+        """Note that a step failed, which may have left transfers unfinished."""
+        for line in self._lines.values():
+            line.abandon()
+
     def _port(self, channel: Channel, group: Any) -> Port:
         if self._device.type == "cuda":
             return _CoalescingPort(group)
@@ -327,7 +326,10 @@ class DistributedTransport:
         return _GroupPort(group) if line is None else _LocalPort(group, line)
 
     def close(self) -> None:
-        """Shut down the connections without other users. All pp ranks call it, with no transfer in flight."""
+        """Shut down the communicators without other users. All pp ranks call it, with no transfer in flight.
+
+        Sockets stay until the process group ends.
+        """
         self._ports = {}
         disconnect(self._pp_group, self._user)
 
@@ -344,5 +346,5 @@ class DistributedTransport:
         try:
             works = [dist.broadcast(t, self._ranks[root], group=self._pp_group, async_op=True) for t in tensors]
         except RuntimeError as error:
-            raise _lost(error) from error
+            raise lost_peer(error) from error
         return _Transfer(tensors, [work for work in works if work is not None])

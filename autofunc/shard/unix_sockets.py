@@ -11,7 +11,7 @@ import socket
 import struct
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from autofunc.mesh import timeout_of
 
-_BUFFER_BYTES = 1 << 22  # asked for; Linux grants at most net.core.wmem_max
+_BUFFER_BYTES = 1 << 22  # asked for; Linux caps it at net.core.wmem_max
 
 
 class Reached(NamedTuple):
@@ -34,21 +34,20 @@ class Reached(NamedTuple):
 
 def connect(group: dist.ProcessGroup) -> Reached:
     """Connect to the ranks of a group that are on this machine. All ranks of the group call it."""
-    own, size = group.rank(), group.size()
+    own, size, timeout = group.rank(), group.size(), timeout_of(group)
     with _listening(size) as (listener, path):
         paths: list[str] = _of_all(path, group)
-        peers = {rank: peer for rank in range(own) if (peer := _connected(paths[rank])) is not None}
+        peers = {rank: peer for rank in range(own) if (peer := _connected(paths[rank], timeout)) is not None}
         reached: list[list[int]] = _of_all(sorted(peers), group)
         for peer in peers.values():
             peer.sendall(own.to_bytes(4, "little"))
         for _ in range(sum(own in each for each in reached)):
             assert listener is not None, "another rank has reached it"
             peer, _address = listener.accept()
+            _prepare(peer, timeout)
             number = bytearray(4)
             fill(peer, memoryview(number))
             peers[int.from_bytes(number, "little")] = peer
-    for peer in peers.values():
-        _prepare(peer, timeout_of(group))
     return Reached(dict(sorted(peers.items())), all(len(each) == rank for rank, each in enumerate(reached)))
 
 
@@ -74,32 +73,34 @@ def _listening(number: int) -> Iterator[tuple[socket.socket | None, str]]:
     if not hasattr(socket, "AF_UNIX"):
         yield None, ""
         return
-    folder = tempfile.mkdtemp(prefix="autofunc-")
-    listener = socket.socket(socket.AF_UNIX)
-    try:
-        path = str(Path(folder) / "s")
+    with ExitStack() as undo:
+        listener, path = None, ""
         try:
-            listener.bind(path)
-            listener.listen(number)
-        except OSError:  # a temporary folder's path may be too long for a socket
-            yield None, ""
-        else:
-            yield listener, path
-    finally:
-        listener.close()
-        shutil.rmtree(folder, ignore_errors=True)
+            folder = tempfile.mkdtemp(prefix="autofunc-")
+            undo.callback(shutil.rmtree, folder, ignore_errors=True)
+            made = undo.enter_context(socket.socket(socket.AF_UNIX))
+            made.bind(str(Path(folder) / "s"))
+            made.listen(number)
+            listener, path = made, str(Path(folder) / "s")
+        except OSError:  # such as a full disk, or a temporary folder whose path is too long for a socket
+            listener, path = None, ""
+        yield listener, path
 
 
-def _connected(path: str) -> socket.socket | None:
+def _connected(path: str, timeout: timedelta) -> socket.socket | None:
     """Connect to a listener; return None if it cannot be reached, because it is on another machine or does not exist."""
     if not path:
         return None
-    peer = socket.socket(socket.AF_UNIX)
+    try:
+        peer = socket.socket(socket.AF_UNIX)
+    except OSError:
+        return None
     try:
         peer.connect(path)
     except OSError:
         peer.close()
         return None
+    _prepare(peer, timeout)
     return peer
 
 

@@ -111,12 +111,58 @@ def test_sends_do_not_wait_for_the_other_end(ends: Ends) -> None:
 
 def test_a_flushed_message_outlives_its_sender(ends: Ends) -> None:
     source, target = ends
-    source.send([torch.tensor([7.0])])
+    sent, into = torch.arange(2 << 20), torch.zeros(2 << 20, dtype=torch.int64)  # 16 MB: more than a buffer holds
+    source.send([sent])
+    reads = threading.Thread(target=lambda: target.receive([into]).arrived())
+    reads.start()
     source.flush()
     source.close()
-    into = torch.zeros(1)
-    target.receive([into]).arrived()
-    assert into.item() == 7
+    reads.join(20)
+    assert torch.equal(into, sent)
+
+
+def test_a_step_flushes_what_it_sent(workers: WorkerPool) -> None:
+    """Otherwise a process that ends after its step would take the writer's bytes with it."""
+    assert workers.run(flushes) == [2] * 4  # one line to each of the other ranks of `pp_mesh(2)`, in two steps
+
+
+def flushes() -> int:
+    _, stages, loss, batch = make_case("mlp", 2, 4)
+    s = af.schedule.build("1f1b", num_ranks=2, num_microbatches=2)
+    pipe = af.pipeline(stages, s, loss=loss, mesh=pp_mesh(2))
+    params, flushed, flush = pipe.init(0), [], SocketLine.flush
+    SocketLine.flush = lambda line: flushed.append(line) or flush(line)  # type: ignore[method-assign, func-returns-value]
+    try:
+        af.value_and_grad(pipe)(params, batch)
+        pipe(params, batch)
+    finally:
+        SocketLine.flush = flush  # type: ignore[method-assign]
+    pipe.close()
+    return len(flushed)
+
+
+def test_a_line_that_failed_stays_failed() -> None:
+    """What arrives late belongs to an earlier message, and would be read as a later one's."""
+    with joined(seconds=0.05) as (source, target):
+        with pytest.raises(PeerLostError, match="too late"):
+            target.receive([torch.zeros(2)]).arrived()
+        source.send([torch.ones(2)])
+        late = target.receive([torch.zeros(2)])
+        for use in (late.arrived, lambda: target.send([torch.zeros(1)])):
+            with pytest.raises(PeerLostError, match="cannot be used any more: the other end was too late"):
+                use()
+
+
+def test_a_step_that_failed_before_it_read_all(ends: Ends) -> None:
+    source, target = ends
+    source.send([torch.ones(1)])
+    target.receive([torch.zeros(1)]).arrived()
+    target.abandon()  # nothing is left: the next step may use it
+    source.send([torch.ones(1)])
+    ticket = target.receive([torch.zeros(1)])
+    target.abandon()
+    with pytest.raises(PeerLostError, match="an earlier step failed before it had read all"):
+        ticket.arrived()
 
 
 def test_an_end_that_is_gone(ends: Ends) -> None:
@@ -125,8 +171,13 @@ def test_an_end_that_is_gone(ends: Ends) -> None:
     source.close()
     with pytest.raises(PeerLostError, match="the other end of a transfer is gone or too late: connection closed"):
         ticket.arrived()
+
+
+def test_sending_to_an_end_that_is_gone(ends: Ends) -> None:
+    source, target = ends
+    target.close()
     with pytest.raises(PeerLostError, match="Broken pipe"):
-        target.send([torch.zeros(1)])
+        source.send([torch.zeros(1)])
 
 
 def test_an_end_that_is_gone_while_a_thread_writes(ends: Ends) -> None:
@@ -141,10 +192,10 @@ def test_an_end_that_is_gone_while_a_thread_writes(ends: Ends) -> None:
 
 def test_an_end_that_is_too_late() -> None:
     with joined(seconds=0.05) as (source, target):
-        with pytest.raises(PeerLostError, match="gone or too late"):
+        with pytest.raises(PeerLostError, match="too late: no answer"):
             target.receive([torch.zeros(1)]).arrived()
         source.send([torch.zeros(8 << 20)])
-        with pytest.raises(PeerLostError, match="gone or too late"):
+        with pytest.raises(PeerLostError, match="too late: no answer"):
             source.flush()
 
 
@@ -167,7 +218,7 @@ def reached(machines: list[int]) -> tuple[list[int], bool, bool, float, int]:
     own, find = dist.get_rank(), unix_sockets._connected
     number = iter(range(own))
     here = [rank for rank in range(own) if machines[rank] == machines[own]]
-    unix_sockets._connected = lambda path: find(path) if next(number) in here else None
+    unix_sockets._connected = lambda path, timeout: find(path, timeout) if next(number) in here else None
     try:
         group = dist.new_group(backend="gloo")
         found = lines(group)
@@ -218,7 +269,7 @@ def counted_gloo() -> Iterator[list[int]]:
         transport._GroupPort.send = post  # type: ignore[method-assign]
 
 
-def ways_of(sockets: bool) -> tuple[list[float], int]:
+def ways_of(sockets: bool) -> tuple[list[bytes], int]:
     """Gradients of a step whose messages are small, and how many gloo carried."""
     model, _, loss, batch = make_case("gpt2", 2, 4)
     s = af.schedule.build("1f1b", num_ranks=2, num_microbatches=4)
@@ -227,7 +278,7 @@ def ways_of(sockets: bool) -> tuple[list[float], int]:
     with counted_gloo() as by_gloo:
         _, grads = af.value_and_grad(pipe)(pipe.init(0), batch)
     pipe.close()
-    return [leaf.double().sum().item() for leaf in flatten(grads).values()], len(by_gloo)
+    return [leaf.numpy().tobytes() for leaf in flatten(grads).values()], len(by_gloo)
 
 
 def test_sockets_change_the_way_and_no_bits(workers: WorkerPool) -> None:

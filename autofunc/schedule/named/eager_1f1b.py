@@ -1,8 +1,8 @@
 """Eager 1F1B: 1F1B with twice the warmup, which hides transfers.
 
-In 1F1B each of a rank's actions needs what its neighbour has just made, so every transfer counts. Here values arrive one
-action before they are needed: a transfer may take as long as a computation without delaying any. A rank keeps at most
-`2 * (num_ranks - rank) - 1` microbatches in flight.
+In 1F1B each of a rank's actions needs what its neighbour has just made, so every transfer counts. Here, between warmup and
+cooldown, values arrive one action before they are needed: with equal F and B, a transfer may take as long as either. A rank
+keeps at most `2 * (num_ranks - rank) - 1` microbatches in flight.
 
 Source: Zhuang et al., "On Optimizing the Communication of Model Parallelism", MLSys 2023, section 4 (arXiv 2211.05322);
 `OverlapFriendlyPipeDreamSchedule` of alpa-projects/alpa, `alpa/pipeline_parallel/schedules.py`.
