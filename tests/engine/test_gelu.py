@@ -74,6 +74,7 @@ def test_elsewhere_inductors_own() -> None:
     assert "aten.tanh.default" in on_gpu and "aten.sigmoid.default" not in on_gpu
 
 
+@pytest.mark.full
 def test_a_compiled_model_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Through a pipeline: the piece that inductor gets has no tanh."""
     import autofunc as af
