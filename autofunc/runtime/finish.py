@@ -83,10 +83,13 @@ def share(
     Raises:
         ModelError: on the root, if it makes others: the other ranks receive what was inferred when the step was planned.
     """
-    tensors = make() if rank == root else empty(like, device)
-    found = [(tuple(tensor.shape), tensor.dtype) for tensor in tensors]
-    if found != [(tuple(shape), dtype) for shape, dtype in like]:
-        raise ModelError(f"the last stage ends in {found}; when the step was planned, it ended in {[*like]}")
+    if rank == root:
+        tensors = make()
+        made = [(tuple(tensor.shape), tensor.dtype) for tensor in tensors]
+        if made != [*like]:
+            raise ModelError(f"the last stage ends in {made}; when the step was planned, it ended in {[*like]}")
+    else:
+        tensors = empty(like, device)
     ticket = transport.broadcast(root, tensors)
     while not ticket.arrived():
         yield

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from autofunc.errors import PeerLostError
-from autofunc.shard.unix_sockets import bytes_of, connect, fill, has_sockets
+from autofunc.shard.unix_sockets import bytes_of, connect, fill
 
 _SMALL = 1 << 20
 """Bytes of the largest message that takes a socket."""
@@ -49,7 +49,7 @@ _made: WeakKeyDictionary[dist.ProcessGroup, Lines] = WeakKeyDictionary()
 def lines(pp_group: dist.ProcessGroup) -> Lines:
     """Connect the ranks of a pp group that are on one machine, once; all of them call it."""
     if pp_group not in _made:
-        peers, is_whole = connect(pp_group) if has_sockets(pp_group) else ({}, False)
+        peers, is_whole = connect(pp_group)
         _made[pp_group] = Lines({rank: SocketLine(peer) for rank, peer in peers.items()}, is_whole)
     return _made[pp_group]
 

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from autofunc.errors import PeerLostError
-from autofunc.shard.unix_sockets import bytes_of, connect, fill, has_sockets
+from autofunc.shard.unix_sockets import bytes_of, connect, fill
 
 _SMALL = 1 << 20
 """Bytes up to which more than two ranks exchange directly."""
@@ -35,8 +35,8 @@ def links(group: dist.ProcessGroup) -> Links | None:
         The connections; None if ranks are on several machines, cannot have sockets, or the group does not use gloo on CPU.
     """
     if group not in _made:
-        reached = connect(group) if has_sockets(group) else None
-        _made[group] = Links(group.rank(), reached.peers) if reached is not None and reached.is_whole else None
+        peers, is_whole = connect(group)
+        _made[group] = Links(group.rank(), peers) if is_whole else None
     return _made[group]
 
 

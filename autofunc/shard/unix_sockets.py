@@ -11,7 +11,7 @@ import socket
 import struct
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,7 +33,13 @@ class Reached(NamedTuple):
 
 
 def connect(group: dist.ProcessGroup) -> Reached:
-    """Connect to the ranks of a group that are on this machine. All ranks of the group call it."""
+    """Connect to the ranks of a group that are on this machine. All ranks of the group call it.
+
+    Groups that do not use gloo on CPU, where sockets can stand in for it, are not connected.
+    """
+    # groups that torch makes by default are "cpu:gloo" ones, whose name `get_backend` does not know
+    if "cpu:gloo" not in dist.get_backend_config(group):
+        return Reached({}, False)
     own, size, timeout = group.rank(), group.size(), timeout_of(group)
     with _listening(size) as (listener, path):
         paths: list[str] = _of_all(path, group)
@@ -51,12 +57,6 @@ def connect(group: dist.ProcessGroup) -> Reached:
     return Reached(dict(sorted(peers.items())), all(len(each) == rank for rank, each in enumerate(reached)))
 
 
-def has_sockets(group: dist.ProcessGroup) -> bool:
-    """Return whether a group uses gloo on CPU, where sockets can stand in for it."""
-    # groups that torch makes by default are "cpu:gloo" ones, whose name `get_backend` does not know
-    return "cpu:gloo" in dist.get_backend_config(group)
-
-
 def _of_all(own: Any, group: dist.ProcessGroup) -> list[Any]:
     found: list[Any] = [None] * group.size()
     dist.all_gather_object(found, own, group=group)
@@ -70,38 +70,32 @@ def _listening(number: int) -> Iterator[tuple[socket.socket | None, str]]:
     Yields:
         The listener and its path; None and "" where there are no Unix sockets.
     """
+    found: tuple[socket.socket | None, str] = (None, "")
     if not hasattr(socket, "AF_UNIX"):
-        yield None, ""
+        yield found
         return
     with ExitStack() as undo:
-        listener, path = None, ""
-        try:
+        with suppress(OSError):  # such as a full disk, or a temporary folder whose path is too long for a socket
             folder = tempfile.mkdtemp(prefix="autofunc-")
             undo.callback(shutil.rmtree, folder, ignore_errors=True)
-            made = undo.enter_context(socket.socket(socket.AF_UNIX))
-            made.bind(str(Path(folder) / "s"))
-            made.listen(number)
-            listener, path = made, str(Path(folder) / "s")
-        except OSError:  # such as a full disk, or a temporary folder whose path is too long for a socket
-            listener, path = None, ""
-        yield listener, path
+            listener, path = undo.enter_context(socket.socket(socket.AF_UNIX)), str(Path(folder) / "s")
+            listener.bind(path)
+            listener.listen(number)
+            found = listener, path
+        yield found
 
 
 def _connected(path: str, timeout: timedelta) -> socket.socket | None:
     """Connect to a listener; return None if it cannot be reached, because it is on another machine or does not exist."""
     if not path:
         return None
-    try:
-        peer = socket.socket(socket.AF_UNIX)
-    except OSError:
-        return None
-    try:
+    with suppress(OSError), ExitStack() as undo:
+        peer = undo.enter_context(socket.socket(socket.AF_UNIX))
         peer.connect(path)
-    except OSError:
-        peer.close()
-        return None
-    _prepare(peer, timeout)
-    return peer
+        _prepare(peer, timeout)
+        undo.pop_all()
+        return peer
+    return None
 
 
 def _prepare(peer: socket.socket, timeout: timedelta) -> None:

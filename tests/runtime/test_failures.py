@@ -12,9 +12,11 @@ import torch
 import autofunc as af
 from autofunc import errors
 from autofunc.cli import main
-from autofunc.errors import AutofuncError, BatchError, PeerLostError, PipelineRunError, full_message
+from autofunc.errors import AutofuncError, BatchError, ModelError, PeerLostError, PipelineRunError, full_message
 from autofunc.runtime.executor import RankStep, run_rank
+from autofunc.runtime.finish import share
 from autofunc.runtime.program import build_program
+from autofunc.runtime.transport import MemoryHub, MemoryTransport
 
 
 class Odd(Exception):
@@ -140,3 +142,11 @@ def test_the_command_line_shows_notes(
         main.main()
     assert stopped.value.code == status
     assert capsys.readouterr().err == f"error: {error}\nat rank 1\n"
+
+
+def test_values_to_share_that_differ_from_the_plan() -> None:
+    """Other ranks would receive them as something else."""
+    transport = MemoryTransport(MemoryHub(2), 0)
+    shared = share(0, 0, lambda: [torch.zeros(3)], [((2,), torch.float32)], torch.device("cpu"), transport, [])
+    with pytest.raises(ModelError, match=r"ends in \[\(\(3,\), torch.float32\)\]; when the step was planned, it ended in"):
+        next(shared)
