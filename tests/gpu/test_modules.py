@@ -93,5 +93,5 @@ def test_a_decision_by_data() -> None:
     expected_loss, expected = af.reference_value_and_grad(model, None, 2)(params, batch, (0, 1))
     assert torch.equal(loss, expected_loss)
     assert_same_tree(expected, grads)
-    with pytest.raises(af.errors.AutofuncError, match="would go another"):
+    with pytest.raises(af.errors.AutofuncError, match="would take another"):
         af.value_and_grad(pipe)(params, {"x": torch.full((8, 6), float("nan")).cuda()}, (0, 1))
