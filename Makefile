@@ -16,7 +16,7 @@ help:
 	@echo "make lint       check formatting, lints, types and import directions"
 	@echo "make docs       build the documentation site into build/site"
 	@echo "make bench      run the benchmarks (about forty minutes)"
-	@echo "make clean      delete .venv, runs and caches"
+	@echo "make clean      delete .venv and caches; runs stay"
 
 setup: $(READY)
 
@@ -66,6 +66,7 @@ bench: $(READY)
 	$(BIN)/python bench/against_torch.py --setting small
 	$(BIN)/python bench/against_torch.py --setting large --repetitions 5
 	$(BIN)/python bench/transfers.py
+	$(BIN)/python bench/heap.py
 	$(BIN)/python bench/prediction.py
 	$(BIN)/python bench/tensor_parallel.py
 	$(BIN)/python bench/captured_tensor_parallel.py
@@ -75,4 +76,4 @@ bench: $(READY)
 	$(BIN)/python bench/schedule_search.py
 
 clean:
-	rm -rf .venv runs .inductor_cache .hypothesis
+	rm -rf .venv .inductor_cache .hypothesis

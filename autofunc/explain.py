@@ -41,8 +41,8 @@ def explain(stages: Sequence[Stage], schedule: Schedule, boundaries: Boundaries 
     lines.append(f"initial weights: {_origin(model)}")
     bubble = simulate(schedule).bubble_fraction
     lines.append(
-        f"schedule {shown(schedule.name)}: {schedule.num_ranks} ranks, {schedule.num_microbatches} microbatches, "
-        f"bubble {bubble:.1%}"
+        f"schedule {shown(schedule.name)}: {schedule.num_ranks} rank{'s' * (schedule.num_ranks > 1)}, "
+        f"{schedule.num_microbatches} microbatch{'es' * (schedule.num_microbatches > 1)}, bubble {bubble:.1%}"
     )
     return "\n".join([*lines, draw(schedule, colour=colour)])
 

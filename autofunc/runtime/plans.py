@@ -14,6 +14,7 @@ from autofunc.batch import Microbatch, check_device, shapes_of, signature
 from autofunc.errors import some_of
 from autofunc.outside import Outside
 from autofunc.runtime.agree import agree
+from autofunc.runtime.heap import keep_freed_memory
 from autofunc.runtime.pair_groups import Transfers
 from autofunc.runtime.plan import Blueprint, Mode, Plan, build_plan
 from autofunc.runtime.position import here
@@ -102,6 +103,8 @@ class Plans:
         self._forget(held)
         of_all_ranks = {path: torch.empty((), dtype=dtype, device="meta") for path, dtype in dtypes.items()}
         of_all_ranks |= self._blueprint.parameters.laid_out(params)
+        if device.type == "cpu":
+            keep_freed_memory()
         with here.building():
             plan = build_plan(self._blueprint, mode, of_all_ranks, device, microbatches)
         clock.done("capturing the stages")

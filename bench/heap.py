@@ -1,0 +1,109 @@
+"""How long does a CPU step take when freed memory stays with the process, and when glibc gives it back to the system?
+
+The GPT-2 of `prediction.py` in its setting (d=192, 4 layers, 8 microbatches of 4 x 128), on two gloo processes with one
+thread each. Both ways take turns, each time in new processes; page faults and peak memory are of the rank with most.
+
+Run: make bench, or python bench/heap.py --rounds 1
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+
+import argparse
+import pickle
+import resource
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from machine import describe_machine
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+import autofunc as af
+from stages.gpt2 import build_gpt2_model
+
+RANKS, MICROBATCHES, WARM, STEPS = 2, 8, 3, 7
+GLIBCS_OWN = "glibc.malloc.perturb=0"  # tunes nothing, and thereby asks autofunc to tune nothing either
+
+Found = dict[str, tuple[float, float]]
+"""By schedule: milliseconds and page faults of a step; by "": peak MiB of the process and 0."""
+
+
+def measure(rank: int, folder: str, compiled: bool) -> None:
+    """One of two processes; the first writes what was found."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", RANKS), rank=rank, world_size=RANKS)
+    mesh = af.make_mesh(pp=RANKS, device_type="cpu")
+    model = build_gpt2_model(vocab_size=256, n_positions=128, n_embd=192, n_layer=4, n_head=6)
+    ids = torch.randint(0, 256, (4 * MICROBATCHES, 129), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": ids[:, :-1], "labels": ids[:, 1:]}
+    found: Found = {}
+    for name in af.schedule.names():
+        s = af.schedule.build(name, num_ranks=RANKS, num_microbatches=MICROBATCHES)
+        pipe = af.pipeline(af.split(model, s.num_stages), s, loss=af.losses.causal_lm, mesh=mesh, compile=compiled)
+        params, step = pipe.init(), af.value_and_grad(pipe)
+        times, faults = [], []
+        for _ in range(WARM + STEPS):
+            dist.barrier()
+            began, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            step(params, batch)
+            times.append((time.perf_counter() - began) * 1e3)
+            faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+        found[name] = statistics.median(times[WARM:]), statistics.median(faults[WARM:])
+        pipe.close()
+    found[""] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 0.0
+    of_all: list[Found] = [{}] * RANKS
+    dist.all_gather_object(of_all, found)
+    if rank == 0:
+        most = {name: tuple(max(column) for column in zip(*(each[name] for each in of_all), strict=True)) for name in found}
+        Path(folder, "found").write_bytes(pickle.dumps(most))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def in_new_processes(compiled: bool) -> Found:
+    """Measure all schedules in two new processes, with this environment."""
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(measure, (folder, compiled), RANKS)  # type: ignore[no-untyped-call]
+        found: Found = pickle.loads(Path(folder, "found").read_bytes())
+        return found
+
+
+def main() -> None:
+    """Measure and print."""
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--rounds", type=int, default=5)
+    options.add_argument("--compile", action="store_true")
+    given = options.parse_args()
+    kept, returned = [], []
+    for _ in track(range(given.rounds), "rounds", transient=True):
+        kept.append(in_new_processes(given.compile))
+        os.environ["GLIBC_TUNABLES"] = GLIBCS_OWN
+        returned.append(in_new_processes(given.compile))
+        del os.environ["GLIBC_TUNABLES"]
+    console = Console()
+    console.print(describe_machine())
+    table = Table("schedule", "kept ms", "glibc's ms", "glibc's / kept", "least, most", "faults", title="a step; medians")
+    for name in af.schedule.names():
+        pairs = [(a[name][0], b[name][0]) for a, b in zip(kept, returned, strict=True)]
+        ours, theirs = (statistics.median(column) for column in zip(*pairs, strict=True))
+        ratios = sorted(b / a for a, b in pairs)
+        faults = " / ".join(f"{statistics.median(each[name][1] for each in way):,.0f}" for way in (kept, returned))
+        spread = f"{ratios[0]:.2f}, {ratios[-1]:.2f}"
+        table.add_row(name, f"{ours:.1f}", f"{theirs:.1f}", f"{statistics.median(ratios):.2f}", spread, faults)
+    console.print(table)
+    peaks = [statistics.median(each[""][0] for each in way) for way in (kept, returned)]
+    console.print(f"peak memory of a process: {peaks[0]:,.0f} MiB kept, {peaks[1]:,.0f} MiB by glibc's own thresholds")
+
+
+if __name__ == "__main__":
+    main()
