@@ -1,7 +1,7 @@
 """How long does a CPU step take when freed memory stays with the process, and when glibc gives it back to the system?
 
 The GPT-2 of `prediction.py` in its setting (d=192, 4 layers, 8 microbatches of 4 x 128), on two gloo processes with one
-thread each. Both ways take turns, each time in new processes; page faults and peak memory are of the rank with most.
+thread each. Both ways take turns, each time in new processes; figures are of the rank with most.
 
 Run: make bench, or python bench/heap.py --rounds 1
 """
@@ -35,7 +35,7 @@ RANKS, MICROBATCHES, WARM, STEPS = 2, 8, 3, 7
 GLIBCS_OWN = "glibc.malloc.perturb=0"  # tunes nothing, and thereby asks autofunc to tune nothing either
 
 Found = dict[str, tuple[float, float]]
-"""By schedule: milliseconds and page faults of a step; by "": peak MiB of the process and 0."""
+"""By schedule: milliseconds and page faults of a step; by "": MiB of the process at its peak and at the end."""
 
 
 def measure(rank: int, folder: str, compiled: bool) -> None:
@@ -60,7 +60,7 @@ def measure(rank: int, folder: str, compiled: bool) -> None:
             faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
         found[name] = statistics.median(times[WARM:]), statistics.median(faults[WARM:])
         pipe.close()
-    found[""] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 0.0
+    found[""] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, resident_mib()
     of_all: list[Found] = [{}] * RANKS
     dist.all_gather_object(of_all, found)
     if rank == 0:
@@ -68,6 +68,11 @@ def measure(rank: int, folder: str, compiled: bool) -> None:
         Path(folder, "found").write_bytes(pickle.dumps(most))
     dist.barrier()
     dist.destroy_process_group()
+
+
+def resident_mib() -> float:
+    """Return how much of this process is in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
 
 
 def in_new_processes(compiled: bool) -> Found:
@@ -85,11 +90,10 @@ def main() -> None:
     options.add_argument("--compile", action="store_true")
     given = options.parse_args()
     kept, returned = [], []
-    for _ in track(range(given.rounds), "rounds", transient=True):
-        kept.append(in_new_processes(given.compile))
-        os.environ["GLIBC_TUNABLES"] = GLIBCS_OWN
-        returned.append(in_new_processes(given.compile))
-        del os.environ["GLIBC_TUNABLES"]
+    for way in track([kept, returned] * given.rounds, "processes", transient=True):
+        os.environ |= {"GLIBC_TUNABLES": GLIBCS_OWN} if way is returned else {}
+        way.append(in_new_processes(given.compile))
+        os.environ.pop("GLIBC_TUNABLES", None)
     console = Console()
     console.print(describe_machine())
     table = Table("schedule", "kept ms", "glibc's ms", "glibc's / kept", "least, most", "faults", title="a step; medians")
@@ -101,8 +105,9 @@ def main() -> None:
         spread = f"{ratios[0]:.2f}, {ratios[-1]:.2f}"
         table.add_row(name, f"{ours:.1f}", f"{theirs:.1f}", f"{statistics.median(ratios):.2f}", spread, faults)
     console.print(table)
-    peaks = [statistics.median(each[""][0] for each in way) for way in (kept, returned)]
-    console.print(f"peak memory of a process: {peaks[0]:,.0f} MiB kept, {peaks[1]:,.0f} MiB by glibc's own thresholds")
+    for figure, when in enumerate(("at its peak", "when all pipelines are closed")):
+        sizes = [statistics.median(each[""][figure] for each in way) for way in (kept, returned)]
+        console.print(f"a process {when}: {sizes[0]:,.0f} MiB kept, {sizes[1]:,.0f} MiB by glibc's own thresholds")
 
 
 if __name__ == "__main__":
