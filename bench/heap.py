@@ -89,7 +89,8 @@ def main() -> None:
     options.add_argument("--rounds", type=int, default=5)
     options.add_argument("--compile", action="store_true")
     given = options.parse_args()
-    kept, returned = [], []
+    kept: list[Found] = []
+    returned: list[Found] = []
     for way in track([kept, returned] * given.rounds, "processes", transient=True):
         os.environ |= {"GLIBC_TUNABLES": GLIBCS_OWN} if way is returned else {}
         way.append(in_new_processes(given.compile))
