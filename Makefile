@@ -65,6 +65,7 @@ bench: $(READY)
 	$(BIN)/python bench/python_overhead.py
 	$(BIN)/python bench/against_torch.py --setting small
 	$(BIN)/python bench/against_torch.py --setting large --repetitions 5
+	$(BIN)/python bench/bubble.py
 	$(BIN)/python bench/transfers.py
 	$(BIN)/python bench/heap.py
 	$(BIN)/python bench/prediction.py
