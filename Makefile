@@ -15,7 +15,7 @@ help:
 	@echo "make test-gpu   test laws on one GPU, all ranks in one process (two minutes)"
 	@echo "make lint       check formatting, lints, types and import directions"
 	@echo "make docs       build the documentation site into build/site"
-	@echo "make bench      run the benchmarks (about forty minutes)"
+	@echo "make bench      run the benchmarks (about an hour)"
 	@echo "make clean      delete .venv and caches; runs stay"
 
 setup: $(READY)
