@@ -1,7 +1,7 @@
 """How long does a CPU step take when freed memory stays with the process, and when glibc gives it back to the system?
 
-The GPT-2 of `prediction.py` in its setting (d=192, 4 layers, 8 microbatches of 4 x 128), on two gloo processes with one
-thread each. Both ways take turns, each time in new processes; figures are of the rank with most.
+The model of `demo_gpt2.py` on two gloo processes with one thread each. Both ways take turns, each time in new
+processes; figures are of the rank with most.
 
 Run: make bench, or python bench/heap.py --rounds 1
 """
@@ -23,15 +23,15 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from demo_gpt2 import MICROBATCHES, demo_gpt2
 from machine import describe_machine
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 import autofunc as af
-from stages.gpt2 import build_gpt2_model
 
-RANKS, MICROBATCHES, WARM, STEPS = 2, 8, 3, 7
+RANKS, WARM, STEPS = 2, 3, 7
 GLIBCS_OWN = "glibc.malloc.perturb=0"  # tunes nothing, and thereby asks autofunc to tune nothing either
 
 Found = dict[str, tuple[float, float]]
@@ -43,9 +43,7 @@ def measure(rank: int, folder: str, compiled: bool) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", RANKS), rank=rank, world_size=RANKS)
     mesh = af.make_mesh(pp=RANKS, device_type="cpu")
-    model = build_gpt2_model(vocab_size=256, n_positions=128, n_embd=192, n_layer=4, n_head=6)
-    ids = torch.randint(0, 256, (4 * MICROBATCHES, 129), generator=torch.Generator().manual_seed(0))
-    batch = {"input_ids": ids[:, :-1], "labels": ids[:, 1:]}
+    model, batch = demo_gpt2()
     found: Found = {}
     for name in af.schedule.names():
         s = af.schedule.build(name, num_ranks=RANKS, num_microbatches=MICROBATCHES)

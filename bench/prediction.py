@@ -25,19 +25,18 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from demo_gpt2 import MICROBATCHES, demo_gpt2
 from machine import describe_machine
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 import autofunc as af
-from stages.gpt2 import build_gpt2_model
 
 FAMILIES = {
     1: ("1f1b", "eager_1f1b", "gpipe", "zb_h1", "zb_h2"),
     2: ("interleaved_1f1b", "looped_bfs", "interleaved_zb", "zbv", "v_half", "v_min", "dualpipe_v"),
 }
-MICROBATCHES = 8
 
 Found = list[tuple[int, str, float, float]]
 """(repetition, schedule, predicted ms, measured ms)."""
@@ -57,9 +56,7 @@ def one_process(rank: int, store: str, results: str, repetitions: int, rounds: i
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)
     mesh = af.make_mesh(pp=2, device_type="cpu")
-    model = build_gpt2_model(vocab_size=256, n_positions=128, n_embd=192, n_layer=4, n_head=6)
-    ids = torch.randint(0, 256, (4 * MICROBATCHES, 129), generator=torch.Generator().manual_seed(0))
-    batch = {"input_ids": ids[:, :-1], "labels": ids[:, 1:]}
+    model, batch = demo_gpt2()
     found: Found = []
     for stages_per_rank, names in FAMILIES.items():
         stages = af.split(model, 2 * stages_per_rank)

@@ -25,12 +25,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from demo_gpt2 import MICROBATCHES, demo_gpt2
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 import autofunc as af
-from stages.gpt2 import build_gpt2_model
 from stages.mlp import build_mlp_model
 
 PAIRS = 9
@@ -66,14 +66,12 @@ def speed(rank: int, store: str, results: str) -> None:
     """Run one of two processes; the first writes (loop, pipeline) pairs in seconds."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)
-    model = build_gpt2_model(vocab_size=256, n_positions=128, n_embd=192, n_layer=4, n_head=6)
-    s = af.schedule.build("1f1b", num_ranks=2, num_microbatches=8)
+    model, batch = demo_gpt2()
+    s = af.schedule.build("1f1b", num_ranks=2, num_microbatches=MICROBATCHES)
     mesh = af.make_mesh(pp=2, device_type="cpu")
     pipe = af.pipeline(af.split(model, ["h.2"]), s, loss=af.losses.causal_lm, mesh=mesh)
-    loop = af.reference_value_and_grad(model, af.losses.causal_lm, 8)
+    loop = af.reference_value_and_grad(model, af.losses.causal_lm, MICROBATCHES)
     params, full = pipe.init(), model.init()
-    ids = torch.randint(0, 256, (32, 129), generator=torch.Generator().manual_seed(0))
-    batch = {"input_ids": ids[:, :-1], "labels": ids[:, 1:]}
     step = af.value_and_grad(pipe)
     step(params, batch)
     pairs = []
@@ -97,7 +95,7 @@ def main() -> None:
         torch.multiprocessing.spawn(speed, (store, results), 2)
         pairs = torch.load(results)
     speedup = statistics.median(a / b for a, b in pairs)
-    s = af.schedule.build("1f1b", num_ranks=2, num_microbatches=8)
+    s = af.schedule.build("1f1b", num_ranks=2, num_microbatches=MICROBATCHES)
     bound = 2 * (1 - af.schedule.simulate(s).bubble_fraction)
     table = Table(title=f"torch {torch.__version__}, Python {platform.python_version()}, {os.cpu_count()} cores")
     for column in ("question", "plain loop", "pipeline", "result"):
